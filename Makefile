@@ -1,0 +1,43 @@
+# The commands of this project. ARGS passes on what follows: make train ARGS="steps=20"
+MAKEFLAGS += --silent --no-print-directory
+SHELL := bash
+BIN := .venv/bin
+ARGS ?=
+export PYTHON
+
+.PHONY: help train env test lint format clean
+help:
+	echo "make train   the shop experiment, on this machine's CPU    ARGS=\"steps=20\" passes options on"
+	echo "make env     what is installed, and what this machine has"
+	echo "make test    all tests but the slow and GPU ones            ARGS=\"-k packing\""
+	echo "make lint    formatting, lint, types, import rules"
+	echo "make format  rewrite the code the way make lint wants it"
+	echo "make clean   remove caches and builds (runs/ and .venv stay)"
+
+train:
+	scripts/install.sh runtime
+	$(BIN)/opd train experiment=shop $(ARGS)
+
+env:
+	scripts/install.sh runtime
+	$(BIN)/opd env $(ARGS)
+
+test:
+	scripts/install.sh dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint:
+	scripts/install.sh dev
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/basedpyright --level error
+	$(BIN)/lint-imports --no-cache --no-logo
+
+format:
+	scripts/install.sh dev
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

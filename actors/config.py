@@ -1,0 +1,102 @@
+"""What a rollout actor is told: plain types, so that OmegaConf can check them; nothing here imports vLLM."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from opd.errors import ConfigurationError
+
+
+class Device(Enum):
+    """Where a model runs. `AUTO` is a GPU where there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+class Dtype(Enum):
+    """The numbers of weights and activations. `AUTO` is bfloat16 on a GPU and float32 on a CPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentConfig:
+    """One rollout engine and how many of them.
+
+    `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens, `deadline_s` bounds every
+    single wait. `kv_cache_bytes` is used on CPUs, `gpu_memory_utilization` (of the whole device) on GPUs;
+    `enforce_eager` (no graph capture, no compilation) is always on where there is no GPU.
+    Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
+    """
+
+    path: str
+    max_model_len: int
+    device: Device = Device.AUTO
+    dtype: Dtype = Dtype.AUTO
+    tensor_parallel: int = 1
+    kv_cache_bytes: int = 64 << 20
+    gpu_memory_utilization: float = 0.85
+    max_num_seqs: int = 256
+    enforce_eager: bool = False
+    replicas: int = 1
+    deadline_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        counts = ("max_model_len", "tensor_parallel", "kv_cache_bytes", "max_num_seqs", "replicas")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"student.{name} needs at least 1, got {getattr(self, name)}; raise it")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigurationError(
+                "student.gpu_memory_utilization is a share of the device in (0, 1], got "
+                f"{self.gpu_memory_utilization}; correct it"
+            )
+        if self.deadline_s <= 0:
+            raise ConfigurationError(f"student.deadline_s needs a positive number of seconds, got {self.deadline_s}")
+
+
+def resolve_device(device: Device) -> Device:
+    """`CPU` or `GPU`. Raises `ConfigurationError` if a GPU was asked for and this process sees none."""
+    present = torch.cuda.is_available()
+    if device is Device.AUTO:
+        return Device.GPU if present else Device.CPU
+    if device is Device.GPU and not present:
+        raise ConfigurationError(
+            "student.device is GPU, but this process sees no CUDA device; set student.device=AUTO, or "
+            "cluster.gpus_per_engine so that the actor is given one"
+        )
+    return device
+
+
+def resolve_dtype(dtype: Dtype, device: Device) -> Dtype:
+    """`FLOAT32` or `BFLOAT16` on a resolved `device`."""
+    if dtype is not Dtype.AUTO:
+        return dtype
+    return Dtype.BFLOAT16 if device is Device.GPU else Dtype.FLOAT32
+
+
+def environment(device: Device) -> dict[str, str]:
+    """Environment variables of an engine's process; they must be set before it imports vLLM.
+
+    On a CPU: one thread (more spin against each other), no dynamo (vLLM's small helpers would be compiled with g++ on
+    the first request, whatever `enforce_eager` says), and no pinning (all engines would choose the same core).
+    """
+    common = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's own process
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if device is Device.GPU or (device is Device.AUTO and torch.cuda.is_available()):
+        return common
+    return common | {
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }

@@ -1,0 +1,215 @@
+"""The student as a writer: vLLM in this process behind `opd.ports.StudentEngine`."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from actors.config import StudentConfig
+from actors.engine_thread import Call, EngineLoop, EngineThread
+from actors.startup import Limits, build, read_limits
+from opd.errors import DataError, OpdError
+from opd.ports import Completion, GenerateRequest, Sampling, Sentinel, Weights
+from opd.seeds import sampling_seed
+from opd.types import Stop, TokenScores, TopKScores
+
+if TYPE_CHECKING:
+    import torch
+    from vllm import RequestOutput, SamplingParams
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Since the start: finished completions and their tokens, engine steps, weight updates, and seconds in both.
+
+    `version` is the policy version that writes now.
+    """
+
+    requests: int
+    tokens: int
+    steps: int
+    busy_s: float
+    updates: int
+    update_s: float
+    version: int
+
+
+class VLLMEngine:
+    """A vLLM engine that writes completions and takes new weights; several calls may be open at once.
+
+    `fetch` turns a handle (of a weights buffer) into the array behind it. Until the first `receive` the engine writes
+    with the checkpoint's own weights, as version 0.
+    """
+
+    def __init__(self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray]) -> None:
+        self._config = config
+        self._run_seed = run_seed
+        self._fetch = fetch
+        self._limits: Limits = read_limits(config)
+        self._version = 0
+        self._refusal: str | None = None
+        self._receiving = asyncio.Lock()
+        self._updates, self._update_s = 0, 0.0
+        self._thread = EngineThread(partial(build, config))
+
+    async def ready(self) -> None:
+        """Return when the engine can write. Raises why it cannot, if it cannot."""
+        await self._within(self._thread.started, "starting vLLM")
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """One completion per request, in order, when all are done.
+
+        `behavior` holds logprobs of the distribution that was sampled from: after temperature, then cut to the
+        nucleus and renormalised if `top_p` < 1 (ids outside it have -inf). Greedy writing (temperature 0) samples from no
+        distribution; there `behavior` is the policy's own softmax at temperature 1. A completion that ended itself
+        includes its end-of-text token. Raises `DataError` for a request that cannot be written, naming its prompt.
+        """
+        for request in requests:
+            self._limits.check(request)
+        if not requests:
+            return []
+        await self.ready()
+        call = Call()
+        self._thread.watch(call.future)
+        try:
+            await self._within(self._thread.run(partial(self._admit, call, requests)), "admitting requests")
+            outputs = await self._within(call.future, f"writing {len(requests)} completions")
+        except (asyncio.CancelledError, OpdError):
+            self._drop(call)
+            raise
+        return [_completion(output, request.sampling) for output, request in zip(outputs, requests, strict=True)]
+
+    def _admit(self, call: Call, requests: Sequence[GenerateRequest], loop: EngineLoop) -> None:
+        if self._refusal is not None:
+            raise DataError(self._refusal)
+        loop.admit(call, [(r.context_ids.tolist(), self._params(r)) for r in requests])
+
+    def _params(self, request: GenerateRequest) -> "SamplingParams":
+        seed = sampling_seed(self._run_seed, request.prompt_id, request.sample, self._version)
+        return self._limits.params(request.sampling, seed)
+
+    def _drop(self, call: Call) -> None:
+        if not call.future.done():
+            with suppress(OpdError):  # an engine that is gone has dropped it already
+                self._thread.run(lambda loop: loop.abort(call))
+
+    async def receive(self, weights: Weights) -> float:
+        """Make `weights` live for all tokens written from now on; the largest sentinel gap in nats.
+
+        A damaged buffer is refused before the model is touched, and the old weights go on serving. If the loaded
+        model does not repeat the sentinel, everything being written fails, and the engine refuses to write until a
+        good `receive`: both raise `DataError`. Requests in flight are continued by the new weights (their caches are
+        computed anew), and their tokens say which version wrote them.
+        """
+        self._limits.check_sentinel(weights.sentinel)
+        async with self._receiving:
+            await self.ready()
+            buffer = await asyncio.wait_for(
+                asyncio.to_thread(self._fetched, weights), timeout=self._config.deadline_s
+            )
+            job = partial(self._load, weights, buffer)
+            return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
+
+    def _fetched(self, weights: Weights) -> "torch.Tensor":
+        from actors.weights_in import checked  # imports vLLM
+
+        held = isinstance(weights.buffer, np.ndarray)
+        return checked(weights, weights.buffer if held else self._fetch(weights.buffer))
+
+    def _load(self, weights: Weights, buffer: "torch.Tensor", loop: EngineLoop) -> float:
+        from actors.weights_in import transfer
+
+        start = perf_counter()
+        workers = loop.engine.collective_rpc
+        try:
+            workers("start_weight_update")
+            workers("update_weights", kwargs={"update_info": transfer(weights.manifest, buffer)})
+            workers("finish_weight_update")
+        except Exception as error:
+            self._refusal = (
+                f"the student engine holds no usable weights: version {weights.version} does not load "
+                f"({type(error).__name__}: {error}); publish again, and check that learner and engine start from the "
+                "same checkpoint"
+            )
+            loop.fail(DataError(self._refusal))
+            raise DataError(self._refusal) from error
+        loop.engine.set_weight_version(str(weights.version))
+        # Also what is running must forget its keys and values; otherwise nothing would be reset while it runs.
+        loop.engine.reset_prefix_cache(reset_running_requests=True)
+        gap = self._gap(weights.sentinel, loop)
+        if not gap <= weights.sentinel.tolerance:  # a NaN is no agreement
+            self._refusal = (
+                f"the student engine has a half-loaded model: version {weights.version} differs from the learner by "
+                f"{gap:.3g} nats on the sentinel (tolerance {weights.sentinel.tolerance:.3g}); publish again, and "
+                "check dtypes and tied weights if it stays"
+            )
+            loop.fail(DataError(self._refusal))
+            raise DataError(self._refusal)
+        self._refusal, self._version = None, weights.version
+        self._updates += 1
+        self._update_s += perf_counter() - start
+        return gap
+
+    def _gap(self, sentinel: Sentinel, loop: EngineLoop) -> float:
+        output = loop.finish(sentinel.ids.tolist(), self._limits.reading())
+        said: Any = output.prompt_logprobs
+        heard = np.asarray(said.logprobs, dtype=np.float32)
+        return float(np.abs(heard - sentinel.logprobs).max())
+
+    async def stats(self) -> EngineStats:
+        """What this engine has done so far."""
+        await self.ready()
+        return await self._within(self._thread.run(self._stats), "reading statistics")
+
+    def _stats(self, loop: EngineLoop) -> EngineStats:
+        return EngineStats(
+            requests=loop.requests,
+            tokens=loop.tokens,
+            steps=loop.steps,
+            busy_s=loop.busy_s,
+            updates=self._updates,
+            update_s=self._update_s,
+            version=self._version,
+        )
+
+    async def close(self) -> None:
+        """End the engine; whatever is still being written fails."""
+        await asyncio.to_thread(self._thread.close)
+
+    async def _within(self, future: Future[Result], what: str) -> Result:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._config.deadline_s)
+        except TimeoutError as error:
+            raise OpdError(
+                f"the student engine did not finish {what} within {self._config.deadline_s:.0f} s; raise "
+                "student.deadline_s, or ask for less at once"
+            ) from error
+
+
+def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
+    written = output.outputs[0]
+    flat: Any = written.logprobs
+    tokens, width = len(written.token_ids), sampling.topk + 1
+    # vLLM puts the sampled token first and then the top-k, whether or not it is among them.
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(tokens, width)
+    behavior = TokenScores(logprobs=logprobs[:, 0].copy())
+    if sampling.topk:
+        ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(tokens, width)
+        behavior = TopKScores(logprobs=behavior.logprobs, topk_ids=ids[:, 1:], topk_logprobs=logprobs[:, 1:])
+    versions = np.empty(tokens, dtype=np.int32)
+    for span in written.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
+    return Completion(
+        token_ids=np.asarray(written.token_ids, dtype=np.int32),
+        behavior=behavior,
+        versions=versions,
+        stop=Stop.LENGTH if written.finish_reason == "length" else Stop.END,
+    )

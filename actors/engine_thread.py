@@ -1,0 +1,209 @@
+"""One thread owns the vLLM engine: whatever touches it is a job that runs there, between two engine steps.
+
+So requests of concurrent calls share one batch, an update never meets a running step, and no lock is needed.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from opd.errors import OpdError
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+Result = TypeVar("Result")
+JOIN_S = 30.0  # what a step in progress may still take when the engine is closed
+
+
+class EngineStopped(OpdError):
+    """The engine of this process is gone; only a new process can serve again."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """The requests of one `generate` call and what has come back for them."""
+
+    future: "Future[list[RequestOutput]]" = field(default_factory=Future)
+    outputs: "list[RequestOutput | None]" = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    missing: int = 0
+
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # the waiter may leave; the thread still answers
+
+
+class EngineLoop:
+    """What jobs are given: the engine and the calls it is working on. Lives on the engine's thread."""
+
+    def __init__(self, engine: "LLMEngine") -> None:
+        self.engine = engine
+        self.busy_s = 0.0
+        self.requests = self.tokens = self.steps = 0
+        self._calls: dict[str, tuple[Call, int]] = {}
+        self._held: list[RequestOutput] = []
+        self._number = 0
+
+    def admit(self, call: Call, requests: "Sequence[tuple[list[int], SamplingParams]]") -> None:
+        """Add all requests of a call, in order, in one go; if one is refused by vLLM, none stays."""
+        call.outputs, call.missing = [None] * len(requests), len(requests)
+        try:
+            for slot, (ids, params) in enumerate(requests):
+                name = self._add(ids, params)
+                call.ids.append(name)
+                self._calls[name] = (call, slot)
+        except Exception:
+            self.abort(call)
+            raise
+
+    def _add(self, ids: list[int], params: "SamplingParams") -> str:
+        self._number += 1
+        name = str(self._number)
+        self.engine.add_request(name, {"type": "token", "prompt_token_ids": ids}, params)
+        return name
+
+    def abort(self, call: Call) -> None:
+        """Drop what is unfinished of a call nobody waits for any more."""
+        alive = [name for name in call.ids if self._calls.pop(name, None)]
+        if alive:
+            self.engine.abort_request(alive)
+
+    def fail(self, error: OpdError) -> None:
+        """End every call with `error`; nothing they wrote is delivered."""
+        calls = {id(call): call for call, _ in self._calls.values()}
+        self._held.clear()
+        for call in calls.values():
+            self.abort(call)
+            call.future.set_exception(error)
+
+    def step(self) -> None:
+        """One engine step (a token for every running request), and what it finished."""
+        self._deliver(self._step())
+
+    def _step(self) -> "list[RequestOutput]":
+        start = perf_counter()
+        try:
+            outputs: Any = self.engine.step()
+        except Exception as error:
+            raise EngineStopped(f"{type(error).__name__}: {error}") from error
+        self.busy_s += perf_counter() - start
+        self.steps += 1
+        return outputs
+
+    def _deliver(self, outputs: "Sequence[RequestOutput]") -> None:
+        for output in outputs:
+            call, slot = self._calls.pop(output.request_id, (None, 0))  # FINAL_ONLY: every output is the last
+            if call is None:
+                continue
+            call.outputs[slot] = output
+            self.requests += 1
+            self.tokens += len(output.outputs[0].token_ids)
+            call.missing -= 1
+            if not call.missing:
+                call.future.set_result([o for o in call.outputs if o is not None])
+
+    def finish(self, ids: list[int], params: "SamplingParams") -> "RequestOutput":
+        """Run one request to its end. Others go on, but what they finish is held back until `release`."""
+        mine = self._add(ids, params)
+        while True:
+            outputs = self._step()
+            self._held += [o for o in outputs if o.request_id != mine]
+            for output in outputs:
+                if output.request_id == mine and output.finished:
+                    return output
+
+    def release(self) -> None:
+        """Deliver what `finish` held back."""
+        held, self._held = self._held, []
+        self._deliver(held)
+
+
+class EngineThread:
+    """Starts the engine on a thread of its own and feeds it jobs. If the thread dies, everybody is told."""
+
+    def __init__(self, build: "Callable[[], LLMEngine]") -> None:
+        self.started: Future[None] = Future()
+        self.started.set_running_or_notify_cancel()
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[EngineLoop], Any]] | None] = queue.SimpleQueue()
+        self._open: set[Future[Any]] = set()
+        self._lock = threading.Lock()
+        self._end: EngineStopped | None = None
+        self._thread = threading.Thread(target=self._main, args=(build,), name="vllm-engine", daemon=True)
+        self._thread.start()
+
+    def run(self, job: Callable[[EngineLoop], Result]) -> Future[Result]:
+        """`job`'s result, computed between two steps. Fails at once if the engine is gone."""
+        future: Future[Result] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if self._end is not None:
+                raise self._end
+            self._watch(future)
+            self._jobs.put((future, job))
+        return future
+
+    def watch(self, future: Future[Any]) -> None:
+        """Let `future` fail with the engine, should it end before it is answered."""
+        with self._lock:
+            if self._end is not None:
+                raise self._end
+            self._watch(future)
+
+    def _watch(self, future: Future[Any]) -> None:
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+
+    def close(self) -> None:
+        """End the engine; pending calls fail. Waits at most `JOIN_S` seconds for a step in progress."""
+        self._jobs.put(None)
+        self._thread.join(JOIN_S)
+        self._finish(EngineStopped("the student engine was closed; start a new one"))
+
+    def _main(self, build: "Callable[[], LLMEngine]") -> None:
+        try:
+            engine = build()
+            self.started.set_result(None)
+            self._serve(EngineLoop(engine))
+            engine.engine_core.shutdown()
+        except BaseException as error:  # noqa: BLE001 (the thread ends here; its callers are told why)
+            reason = str(error) if isinstance(error, OpdError) else f"{type(error).__name__}: {error}"
+            ended = EngineStopped(f"the student engine stopped ({reason}); see its log, and start a new one")
+            ended.__cause__ = error
+            self._finish(ended)
+        else:
+            self._finish(EngineStopped("the student engine was closed; start a new one"))
+
+    def _serve(self, loop: EngineLoop) -> None:
+        while True:
+            busy = loop.engine.has_unfinished_requests()
+            while not busy or not self._jobs.empty():
+                entry = self._jobs.get()
+                if entry is None:
+                    return
+                self._do(loop, *entry)
+                busy = loop.engine.has_unfinished_requests()
+            loop.step()
+
+    @staticmethod
+    def _do(loop: EngineLoop, future: Future[Any], job: Callable[[EngineLoop], Any]) -> None:
+        try:
+            future.set_result(job(loop))
+        except EngineStopped as error:
+            future.set_exception(error)
+            raise
+        except Exception as error:  # noqa: BLE001 (whoever asked for the job gets it)
+            future.set_exception(error)
+        loop.release()
+
+    def _finish(self, error: EngineStopped) -> None:
+        with self._lock:
+            self._end = self._end or error
+            pending = list(self._open)
+        for future in (self.started, *pending):
+            if not future.done():
+                future.set_exception(self._end)

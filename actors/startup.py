@@ -1,0 +1,152 @@
+"""From a `StudentConfig` to a running vLLM engine, and the limits that its requests must keep."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.config import Device, StudentConfig, resolve_device, resolve_dtype
+from opd.errors import ConfigurationError, DataError
+from opd.ports import GenerateRequest, Sampling, Sentinel
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the checkpoint and its configuration allow: token ids below `vocabulary`, `longest` tokens in all.
+
+    `ends` are the ids that end a completion.
+    """
+
+    vocabulary: int
+    longest: int
+    ends: tuple[int, ...]
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raise `DataError` if `request` cannot be written."""
+        context, most = len(request.context_ids), request.sampling.max_tokens
+        who = f"prompt {request.prompt_id!r} cannot be written"
+        if not context:
+            raise DataError(f"{who}: its context is empty, but it needs at least one token; check the prompt source")
+        if context + most > self.longest:
+            raise DataError(
+                f"{who}: {context} context tokens and max_tokens={most} exceed student.max_model_len={self.longest}; "
+                f"raise it to {context + most}, or lower max_tokens"
+            )
+        lowest, highest = int(request.context_ids.min()), int(request.context_ids.max())
+        if lowest < 0 or highest >= self.vocabulary:
+            raise DataError(
+                f"{who}: token id {lowest if lowest < 0 else highest} is outside the student's vocabulary of "
+                f"{self.vocabulary}; check that prompts were made with the student's tokenizer"
+            )
+        if request.sampling.topk > self.vocabulary:
+            raise DataError(
+                f"{who}: topk={request.sampling.topk} exceeds the vocabulary of {self.vocabulary}; lower it"
+            )
+
+    def check_sentinel(self, sentinel: Sentinel) -> None:
+        """Raise `DataError` if the engine cannot read `sentinel`."""
+        tokens = len(sentinel.ids)
+        if tokens < 2 or tokens >= self.longest or len(sentinel.logprobs) != tokens - 1:
+            raise DataError(
+                f"the weights' sentinel has {tokens} tokens and {len(sentinel.logprobs)} logprobs, but the engine needs "
+                f"2 to {self.longest - 1} tokens and one logprob less; correct it, or raise student.max_model_len"
+            )
+
+    def params(self, sampling: Sampling, seed: int) -> "SamplingParams":
+        """How vLLM is to write one completion."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed if sampling.temperature > 0 else None,
+            logprobs=sampling.topk,
+            flat_logprobs=True,
+            stop_token_ids=list(self.ends),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+
+    def reading(self) -> "SamplingParams":
+        """How vLLM is to read a text: the logprob of each of its tokens (and one token written, which it insists on)."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def read_limits(config: StudentConfig) -> Limits:
+    """The limits of the checkpoint in `config.path`. Raises `ConfigurationError` if it is none, or cannot end."""
+    folder = Path(config.path)
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError(
+            f"student.path needs a Hugging Face checkpoint folder, but {config.path!r} has no config.json; correct it"
+        )
+    model = json.loads((folder / "config.json").read_text())
+    model = model | model.get("text_config", {})
+    generation = folder / "generation_config.json"
+    ends = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    ends = model.get("eos_token_id") if ends is None else ends
+    if ends is None:
+        raise ConfigurationError(
+            f"the student checkpoint {config.path!r} names no eos_token_id in generation_config.json or config.json, so "
+            "its completions could never end; add it"
+        )
+    return Limits(
+        vocabulary=int(model["vocab_size"]),
+        longest=config.max_model_len,
+        ends=tuple(ends) if isinstance(ends, list) else (int(ends),),
+    )
+
+
+def build(config: StudentConfig) -> "LLMEngine":
+    """A running engine; takes seconds, and imports vLLM."""
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from actors.weights_in import BACKEND, EXTENSION
+
+    device = resolve_device(config.device)
+    cpu = device is Device.CPU
+    memory = {"kv_cache_memory_bytes": config.kv_cache_bytes} if cpu else {}
+    arguments = EngineArgs(
+        model=config.path,
+        dtype=resolve_dtype(config.dtype, device).value,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        tensor_parallel_size=config.tensor_parallel,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=cpu or config.enforce_eager,
+        # What is asked and answered are token ids; text is somebody else's business.
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        trust_remote_code=False,
+        # The distribution that is sampled from, for any k.
+        logprobs_mode="processed_logprobs",
+        max_logprobs=-1,
+        # With a step in the air an update would relabel tokens that the old weights wrote.
+        async_scheduling=False,
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls=EXTENSION,
+        disable_log_stats=True,
+        **memory,
+    )
+    engine = LLMEngine.from_engine_args(arguments)
+    engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+    engine.set_weight_version("0")
+    return engine

@@ -1,0 +1,150 @@
+"""`opd`: one program with the verbs train, eval, submit, export and env; each takes Hydra overrides."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import time
+
+from rich.console import Console
+
+from opd.errors import ConfigurationError, OpdError
+
+USAGE = """\
+usage: opd COMMAND [OVERRIDE ...]
+
+  opd train  [OVERRIDE ...]              train a student, e.g. opd train method=topk_reverse_kl steps=50
+             experiment=shop             the embedded demo;  experiment=compare  OPD, GRPO and SFT side by side
+             dry_run=true                check everything, print the plan, start nothing
+  opd eval   [checkpoint=DIR] [...]      measure a student (a run's export/ or any Hugging Face folder)
+  opd export run=DIR output=DIR          copy a run's student out as a Hugging Face folder
+  opd submit address=URL [working_dir=DIR] COMMAND [...]   the same on a running Ray cluster
+  opd env                                versions, devices, and what is missing
+
+Overrides are Hydra's: group=option or key=value. Groups and options: opd train --help"""
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
+    console = Console(stderr=True)
+    with sentences(console):
+        sys.exit(_dispatch(arguments))
+
+
+@contextmanager
+def sentences(console: Console) -> Iterator[None]:
+    """Turn our own errors into one sentence and an exit code; anything else keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted: everything this run had started is stopped")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        ours = find_own(error)
+        if ours is None:
+            raise
+        console.print(f"[bold red]error:[/] {type(ours).__name__}: ", end="")
+        console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(ours, ConfigurationError) else 1)
+
+
+def find_own(error: BaseException) -> OpdError | None:
+    """Our error inside groups (task groups) and wrappers (a Ray actor's exception carries its cause)."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, OpdError):
+        return cause
+    if isinstance(error, OpdError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next((own for e in error.exceptions if (own := find_own(e))), None)
+    return None
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    commands: Mapping[str, Callable[[Sequence[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "submit": _submit,
+        "export": _export,
+        "env": _env,
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in commands:
+        raise ConfigurationError(f"there is no command {name!r}; commands are {', '.join(commands)}")
+    if any(a in ("-h", "--help") for a in rest):
+        return _help()
+    return commands[name](rest)
+
+
+def _help() -> int:
+    from launch.config import groups
+
+    print(USAGE)
+    for group, options in groups().items():
+        print(f"  {group:11} {', '.join(options)}")
+    return 0
+
+
+def _train(overrides: Sequence[str]) -> int:
+    from launch.compare import is_comparison, run_comparison
+    from launch.train import run_training
+
+    return run_comparison(overrides) if is_comparison(overrides) else run_training(overrides)
+
+
+def _eval(overrides: Sequence[str]) -> int:
+    from launch.train import run_evaluation
+
+    own, rest = _split(overrides, ("checkpoint",))
+    if "checkpoint" in own:
+        rest = [*rest, f"student.path={own['checkpoint']}"]
+    return run_evaluation(rest)
+
+
+def _submit(arguments: Sequence[str]) -> int:
+    from launch.submit import SubmitOptions, submit
+
+    own, command = _split(arguments, ("address", "working_dir"))
+    if not command or command[0] not in ("train", "eval"):
+        raise ConfigurationError("opd submit needs a command to run there, e.g. opd submit address=URL train steps=50")
+    address = own.get("address") or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise ConfigurationError("opd submit needs the cluster: address=http://HOST:8265 (or RAY_ADDRESS)")
+    options = SubmitOptions(address=address, working_dir=own.get("working_dir", "."))
+    return submit(command, options, Console())
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from launch.export import export_run
+
+    own, rest = _split(arguments, ("run", "output"))
+    if rest or set(own) != {"run", "output"}:
+        raise ConfigurationError("opd export needs run=RUN_DIRECTORY output=NEW_FOLDER and nothing else")
+    print(export_run(own["run"], own["output"]))
+    return 0
+
+
+def _env(arguments: Sequence[str]) -> int:
+    from launch.environment import show_environment
+
+    if arguments:
+        raise ConfigurationError(f"opd env takes no arguments, got {list(arguments)}")
+    show_environment(Console())
+    return 0
+
+
+def _split(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Arguments `name=value` of the command itself, and the rest."""
+    own = {a.split("=", 1)[0]: a.split("=", 1)[1] for a in arguments if a.split("=", 1)[0] in names and "=" in a}
+    return own, [a for a in arguments if a.split("=", 1)[0] not in own]
+
+
+if __name__ == "__main__":
+    main()

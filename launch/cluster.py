@@ -1,0 +1,115 @@
+"""Ray is applied here, and only here: plain service classes become actors, placed and configured.
+
+Ray is imported inside the functions: it reads its token settings when it is imported, and `connected` makes the
+token of a local session first.
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from launch.config import ClusterConfig, Placement
+from opd.errors import OpdError
+
+
+def fetch(handle: Any) -> np.ndarray:
+    """The array behind a handle (called inside actors)."""
+    import ray
+
+    return ray.get(handle, timeout=300)
+
+
+def store(array: np.ndarray) -> Any:
+    """A handle of an array put into the object store (called inside actors)."""
+    import ray
+
+    return ray.put(array)
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """A Ray session for the run: started and stopped here if local, joined and left otherwise.
+
+    A local session gets a token of its own, so nobody else on the machine can reach it.
+    """
+    local = config.address == "local"
+    if local:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep devices visible to unassigned actors
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    try:
+        ray.init(
+            address=config.address,
+            include_dashboard=False if local else None,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **({"_node_ip_address": "127.0.0.1"} if local else {}),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise OpdError(
+            f"no Ray session at cluster.address={config.address!r} ({error}); start one with `ray start --head`, or "
+            "use cluster=local"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Actors:
+    """Makes the run's actors, within one placement group where the cluster asks for it."""
+
+    def __init__(self, config: ClusterConfig, bundles: Mapping[str, int]) -> None:
+        """`bundles` counts the actors per role, e.g. `{"engine": 2, "teacher": 1, "learner": 1}`."""
+        self._config = config
+        self._gpus = {
+            "engine": config.gpus_per_engine,
+            "teacher": config.gpus_per_teacher,
+            "learner": config.gpus_per_learner,
+        }
+        self._group = None
+        if config.placement is not Placement.NONE:
+            from ray.util.placement_group import placement_group
+
+            shapes = [self._resources(role) for role, count in bundles.items() for _ in range(count)]
+            self._group = placement_group(shapes, strategy=config.placement.value)
+            if not self._group.wait(config.start_deadline_s):
+                raise OpdError(
+                    f"the cluster cannot place {len(shapes)} actors ({shapes}) within "
+                    f"{config.start_deadline_s:.0f} s; add nodes or lower replicas, ranks or cluster.gpus_per_*"
+                )
+
+    def _resources(self, role: str) -> dict[str, float]:
+        gpus = self._gpus[role]
+        return {"CPU": self._config.cpus_per_actor} | ({"GPU": gpus} if gpus else {})
+
+    def make(self, cls: type, role: str, environment: Mapping[str, str], *args: Any, concurrency: int) -> Any:
+        """An actor of the plain class `cls`; its process gets `environment` before it imports anything."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        options: dict[str, Any] = {
+            "num_cpus": self._config.cpus_per_actor,
+            "num_gpus": self._gpus[role],
+            "max_concurrency": concurrency,
+            "runtime_env": {"env_vars": dict(environment)},
+        }
+        if self._group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=self._group)
+        return ray.remote(cls).options(**options).remote(*args)
+
+    def close(self) -> None:
+        """Give the placement group back."""
+        if self._group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(self._group)

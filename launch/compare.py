@@ -1,0 +1,87 @@
+"""`experiment=compare`: several methods from the same start, one run per arm and seed, and one picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import strftime
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from launch.comparison import Arm, write_comparison
+from launch.config import compose, run_config
+from launch.plan import Plan, make_plan
+from launch.run_directory import RunDirectory
+from launch.train import train_once
+from opd.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Arms as overrides on top of `base`; `reference` is the arm whose final accuracy the others must reach."""
+
+    name: str
+    output_dir: str
+    base: Sequence[str]
+    seeds: Sequence[int]
+    reference: str
+    arms: Mapping[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        if self.reference not in self.arms or not self.seeds:
+            raise ConfigurationError(
+                f"comparison needs at least one seed and a reference among its arms {sorted(self.arms)}, got seeds "
+                f"{list(self.seeds)} and reference {self.reference!r}; correct comparison.seeds or comparison.reference"
+            )
+
+
+def is_comparison(overrides: Sequence[str]) -> bool:
+    """Does the experiment consist of arms?"""
+    return "comparison" in compose(overrides)
+
+
+def run_comparison(overrides: Sequence[str]) -> int:
+    """Run every arm with every seed, one after another, then draw and print what came out."""
+    comparison, passed_on, dry_run = _read(overrides)
+    root = Path(comparison.output_dir) / comparison.name
+    console = Console()
+    plans: dict[str, list[Plan]] = {}
+    for arm, own in comparison.arms.items():
+        for seed in comparison.seeds:
+            names = [f"seed={seed}", f"run_name={arm}-seed{seed}", f"output_dir={root}"]
+            plans.setdefault(arm, []).append(make_plan(run_config([*comparison.base, *own, *passed_on, *names])))
+    if dry_run:
+        for arm in plans:
+            console.print(plans[arm][0].table())
+        return 0
+    if root.exists():
+        raise ConfigurationError(f"comparison directory {root} exists and is never overwritten; choose another run_name=...")
+    runs = [
+        Arm(label=arm, seed=plan.config.seed, directory=train_once(plan, console).path)
+        for arm, of_arm in plans.items()
+        for plan in of_arm
+    ]
+    write_comparison(root, runs, comparison.reference, console)
+    return 0
+
+
+def _read(overrides: Sequence[str]) -> tuple[Comparison, list[str], bool]:
+    node = compose(overrides)
+    given = OmegaConf.to_container(node.comparison, resolve=True)
+    assert isinstance(given, dict)
+    comparison = Comparison(
+        name=str(node.run_name) or f"comparison-{strftime('%Y%m%d-%H%M%S')}",
+        output_dir=str(node.output_dir),
+        **{str(k): v for k, v in given.items()},
+    )
+    own = ("experiment=", "comparison.", "run_name=", "output_dir=", "dry_run=")
+    return comparison, [o for o in overrides if not o.lstrip("+").startswith(own)], bool(node.dry_run)
+
+
+def rewrite(root: Path, reference: str, console: Console) -> None:
+    """Draw an existing comparison again from its run directories."""
+    runs = []
+    for path in sorted(p for p in root.iterdir() if (p / "config.yaml").is_file()):
+        label, _, seed = path.name.rpartition("-seed")
+        runs.append(Arm(label=label, seed=int(seed), directory=RunDirectory.open(path).path))
+    write_comparison(root, runs, reference, console)

@@ -1,0 +1,270 @@
+"""From YAML and overrides to typed objects: the only place that knows Hydra and OmegaConf.
+
+`compose` reads `conf/` and the command line's overrides, `build` turns nodes into objects. A node's dataclass is
+its schema: every field can be overridden whether or not a YAML file mentions it, an unknown key or a wrong type is
+refused by name, and `_target_` may only point below `opd.` and packages the user lists.
+"""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from actors.config import StudentConfig
+from launch.tracking import TrackerConfig
+from learner.config import LearnerConfig
+from opd.errors import ConfigurationError
+from opd.method import Method, check_prompts
+from opd.ports import PromptSource
+from teacher_service.config import TeacherConfig
+
+_HERE = Path(__file__).resolve().parent
+
+
+def _shipped(name: str) -> Path:
+    """A folder of the project: beside `launch/` in a checkout, inside it in an installed wheel."""
+    for parent in (_HERE.parent, _HERE):
+        if (parent / name).is_dir():
+            return parent / name
+    raise ConfigurationError(f"the folder {name}/ is missing from this installation; reinstall the project")
+
+
+class Placement(Enum):
+    """How actors are spread over the nodes of a cluster."""
+
+    NONE = "none"
+    PACK = "PACK"
+    SPREAD = "SPREAD"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Where actors run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined."""
+
+    address: str = "local"
+    cpus_per_actor: float = 0.5
+    gpus_per_engine: float = 0.0
+    gpus_per_teacher: float = 0.0
+    gpus_per_learner: float = 0.0
+    placement: Placement = Placement.NONE
+    start_deadline_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured: the source's step 0 is the held-out set."""
+
+    prompts: PromptSource
+    every: int = 0
+    samples: int = 1
+    max_tokens: int = 256
+    reverse_kl_prompts: int = 128
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.samples < 1 or self.max_tokens < 1 or self.reverse_kl_prompts < 1:
+            raise ConfigurationError(
+                "evaluation needs every >= 0 and samples, max_tokens, reverse_kl_prompts >= 1, got "
+                f"every={self.every}, samples={self.samples}, max_tokens={self.max_tokens}, "
+                f"reverse_kl_prompts={self.reverse_kl_prompts}; correct the field that is out of range"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A whole run, typed; `text` is the resolved YAML it came from."""
+
+    run_name: str
+    output_dir: str
+    seed: int
+    steps: int
+    max_tokens: int
+    max_staleness: int
+    checkpoint_every: int
+    dry_run: bool
+    notes: Sequence[str]
+    method: Method
+    prompts: PromptSource
+    student: StudentConfig
+    teacher: TeacherConfig
+    learner: LearnerConfig
+    evaluation: EvaluationConfig
+    cluster: ClusterConfig
+    tracker: TrackerConfig
+    text: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigurationError(
+                f"steps is {self.steps}, but a run needs at least 1; set steps=1 or more (opd eval measures without training)"
+            )
+        if self.max_staleness < 0 or self.checkpoint_every < 0:
+            raise ConfigurationError(
+                f"max_staleness and checkpoint_every must be >= 0, got {self.max_staleness} and "
+                f"{self.checkpoint_every}; use 0 for strictly on-policy and for only the last checkpoint"
+            )
+        check_prompts(self.method, self.prompts)
+
+
+_SECTIONS: Mapping[str, type] = {
+    "student": StudentConfig,
+    "teacher": TeacherConfig,
+    "learner": LearnerConfig,
+    "cluster": ClusterConfig,
+    "tracker": TrackerConfig,
+}
+_PLAIN = ("run_name", "output_dir", "seed", "steps", "max_tokens", "max_staleness", "checkpoint_every", "dry_run")
+_ROOT = {*_SECTIONS, *_PLAIN, "notes", "method", "prompts", "evaluation", "allow_targets", "comparison", "data"}
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options, e.g. `{"method": ["full_reverse_kl", ...]}`."""
+    folders = sorted(p for p in _shipped("conf").iterdir() if p.is_dir())
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Read `conf/config.yaml` with Hydra `overrides`. Raises `ConfigurationError` with the nearest valid name."""
+    if not OmegaConf.has_resolver("assets"):
+        OmegaConf.register_new_resolver("assets", lambda name: str(_shipped("assets") / name))
+    known = groups()
+    prepared = [_prepare(override, known) for override in overrides]
+    try:
+        with initialize_config_dir(config_dir=str(_shipped("conf")), version_base="1.3"):
+            return hydra_compose("config", overrides=prepared)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(f"the overrides {list(overrides)} do not compose: {_first(error)}") from error
+
+
+def _prepare(override: str, known: Mapping[str, Sequence[str]]) -> str:
+    """Values may be set whether or not the YAML mentions the key (its dataclass decides); groups are checked."""
+    key, equals, value = override.partition("=")
+    bare = key.lstrip("+~")
+    if not equals and not key.startswith("~"):
+        raise ConfigurationError(f"override {override!r} has no value; write {bare}=VALUE")
+    if bare in known and value in known[bare]:
+        return override
+    if bare in known and not value.startswith(("{", "null")):
+        raise ConfigurationError(
+            f"{bare}={value} does not exist; {_nearest(value, known[bare])}(have: {', '.join(known[bare])})"
+        )
+    root = bare.split(".")[0].split("@")[0]
+    if root not in _ROOT and root not in known:
+        raise ConfigurationError(f"override {override!r}: there is no {root!r}; {_nearest(root, [*_ROOT, *known])}")
+    return override if key != bare else f"++{override}"
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else f"valid are {', '.join(sorted(valid))} "
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def build(node: Any, where: str, allowed: Sequence[str] = ()) -> Any:
+    """An object from a node with `_target_`, checked against the class it names; plain nodes become values."""
+    if isinstance(node, DictConfig) and "_target_" in node:
+        cls = _target(str(node["_target_"]), where, ("opd.", *allowed))
+        values = {str(k): v for k, v in node.items() if k != "_target_"}
+        return _construct(cls, values, where, allowed)
+    if isinstance(node, DictConfig):
+        return {str(k): build(v, f"{where}.{k}", allowed) for k, v in node.items()}
+    if isinstance(node, ListConfig):
+        return [build(v, f"{where}[{i}]", allowed) for i, v in enumerate(node)]
+    return node
+
+
+def _target(target: str, where: str, allowed: Sequence[str]) -> type:
+    if not target.startswith(tuple(allowed)):
+        raise ConfigurationError(
+            f"{where}._target_ is {target!r}, but only parts below {', '.join(allowed)} are built; add its package "
+            "to allow_targets if you trust it"
+        )
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"{where}._target_ {target!r} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ConfigurationError(f"{where}._target_ {target!r} is no dataclass; parts are frozen dataclasses")
+    return cls
+
+
+def _construct(cls: type, values: Mapping[str, Any], where: str, allowed: Sequence[str] = ()) -> Any:
+    """`cls(**values)` after checking names and, for plain fields, types."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for name in values:
+        if name not in fields:
+            raise ConfigurationError(
+                f"{where}.{name}: {cls.__name__} has no such field; {_nearest(name, list(fields))}"
+            )
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, DictConfig | ListConfig):
+            built[name] = build(value, f"{where}.{name}", allowed)
+        else:
+            built[name] = _typed(fields[name], value, f"{where}.{name}")
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in built and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigurationError(f"{where}.{missing[0]} is not set and has no default; set {where}.{missing[0]}=...")
+    return cls(**built)
+
+
+def _typed(spec: dataclasses.Field[Any], value: Any, where: str) -> Any:
+    """The value as the field's type, by OmegaConf's own conversion (enums by name, ints to floats)."""
+    if spec.type not in (int, float, bool, str) and not (isinstance(spec.type, type) and issubclass(spec.type, Enum)):
+        return value
+    if isinstance(spec.type, type) and issubclass(spec.type, Enum) and isinstance(value, str):
+        value = value.upper()
+    schema = dataclasses.make_dataclass("Schema", [("value", cast(type, spec.type))])
+    try:
+        return OmegaConf.merge(OmegaConf.structured(schema), {"value": value}).value
+    except OmegaConfBaseException as error:
+        options = f", one of {[m.name for m in spec.type]}" if issubclass(cast(type, spec.type), Enum) else ""
+        raise ConfigurationError(
+            f"{where} needs {cast(type, spec.type).__name__}{options}, but got {value!r}; correct the value"
+        ) from error
+
+
+def run_config(overrides: Sequence[str]) -> RunConfig:
+    """The typed run that `overrides` describe. No `DictConfig` leaves this function."""
+    node = compose(overrides)
+    try:
+        OmegaConf.resolve(node)
+        missing = sorted(OmegaConf.missing_keys(node))
+        text = OmegaConf.to_yaml(node)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"the configuration cannot be resolved: {_first(error)}") from error
+    if missing:
+        raise ConfigurationError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
+    for key in node:
+        if key not in _ROOT:
+            raise ConfigurationError(f"there is no setting {key!r}; {_nearest(str(key), list(_ROOT))}")
+    allowed = [str(p) for p in node.allow_targets]
+    plain_types = RunConfig.__dataclass_fields__
+    plain = {k: _typed(plain_types[k], node[k], k) for k in _PLAIN}
+    sections = {name: _construct(cls, dict(node[name].items()), name) for name, cls in _SECTIONS.items()}
+    return RunConfig(
+        **plain,
+        **sections,
+        notes=[" ".join(str(n).split()) for n in node.notes],
+        method=_construct(Method, dict(node.method.items()), "method", allowed),
+        prompts=build(node.prompts, "prompts", allowed),
+        evaluation=_construct(EvaluationConfig, dict(node.evaluation.items()), "evaluation", allowed),
+        text=text,
+    )

@@ -1,0 +1,127 @@
+"""What a model can do on held-out prompts: accuracy, exact reverse KL to the teacher, lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from launch.accounting import Totals
+from launch.config import EvaluationConfig
+from launch.evaluation_point import EvaluationPoint, Examinee
+from opd.method import weigh
+from opd.objectives.vocabulary import FullReverseKL
+from opd.packing import TokenMean, pack
+from opd.ports import Engines, Learner, Sampling, Sources, TextEngine
+from opd.rollouts.student import write
+from opd.scorers.reward import task_rewards
+from opd.scorers.teacher import TeacherHidden, WrittenTokens
+from opd.types import Prompt, Scored, Stop, TokenScores, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What training had cost when the evaluation began."""
+
+    totals: Totals
+    cpu_s: float
+
+
+class Evaluator:
+    """Grades engines on one held-out set, the same problems every time."""
+
+    def __init__(
+        self, config: EvaluationConfig, sources: Sources, engines: Engines, learner: Learner, *, exact_kl: bool
+    ) -> None:
+        """`exact_kl=False` (vocabularies padded differently) measures the sampled reverse KL instead."""
+        self._config = config
+        self._exact_kl = exact_kl
+        self._prompts = list(config.prompts(0, sources))
+        self._engines = engines
+        self._learner = learner
+
+    async def student(self, step: int, samples: int, spent: Spent) -> EvaluationPoint:
+        """The student as the engines hold it now; reverse KL is exact, on its own fresh rollouts."""
+        began = perf_counter()
+        greedy = await self._answers(self._engines.student, 0.0, 1)
+        sampled = await self._answers(self._engines.student, 1.0, samples)
+        some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
+        measure = self._reverse_kl if self._exact_kl else self._sampled_reverse_kl
+        divergence = await measure(some)
+        return await self._point(Examinee.STUDENT, step, greedy, sampled, divergence, began, spent)
+
+    async def teacher(self, writer: TextEngine) -> EvaluationPoint:
+        """The teacher as a writer, with the same settings.
+
+        Its `reverse_kl` is the sampled divergence between the engine that wrote and the service that reads the
+        same checkpoint: it must be about 0, and checks the alignment of the whole scoring path.
+        """
+        began = perf_counter()
+        greedy = await self._answers(writer, 0.0, 1)
+        sampled = await self._answers(writer, 1.0, self._config.samples)
+        some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
+        divergence = await self._sampled_reverse_kl(some)
+        nothing = Spent(totals=Totals(), cpu_s=0.0)
+        return await self._point(Examinee.TEACHER, 0, greedy, sampled, divergence, began, nothing)
+
+    async def _answers(self, engine: TextEngine, temperature: float, samples: int) -> list[list[Trajectory]]:
+        """`samples` trajectories for every prompt; the prompt's id and the sample number seed them."""
+        sampling = Sampling(max_tokens=self._config.max_tokens, temperature=temperature)
+        flat: list[Prompt] = self._prompts * samples
+        written = await write(flat, engine, sampling)
+        count = len(self._prompts)
+        return [[written[s * count + i] for s in range(samples)] for i in range(count)]
+
+    async def _reverse_kl(self, trajectories: Sequence[Trajectory]) -> float:
+        scorer = TeacherHidden()
+        scores = await self._score(trajectories, scorer)
+        scored = [Scored(trajectory=t, scores=s) for t, s in zip(trajectories, scores, strict=True)]
+        batches = pack(scored, weigh({}, scored), self._learner.layout, TokenMean())
+        return (await self._learner.evaluate(batches, FullReverseKL()))["loss"]
+
+    async def _sampled_reverse_kl(self, trajectories: Sequence[Trajectory]) -> float:
+        read = await self._score(trajectories, WrittenTokens())
+        gaps = [
+            np.asarray(t.behavior.logprobs) - np.asarray(s.logprobs)
+            for t, s in zip(trajectories, read, strict=True)
+            if isinstance(s, TokenScores)
+        ]
+        return float(np.concatenate(gaps).mean())
+
+    async def _score(self, trajectories: Sequence[Trajectory], scorer: TeacherHidden | WrittenTokens):
+        """One call per teacher: a scorer is given trajectories of one route at a time."""
+        scores: list = [None] * len(trajectories)
+        for name in {t.prompt.teacher for t in trajectories}:
+            mine = [i for i, t in enumerate(trajectories) if t.prompt.teacher == name]
+            for i, s in zip(mine, await scorer([trajectories[i] for i in mine], self._engines), strict=True):
+                scores[i] = s
+        return scores
+
+    async def _point(
+        self,
+        examinee: Examinee,
+        step: int,
+        greedy: list[list[Trajectory]],
+        sampled: list[list[Trajectory]],
+        divergence: float,
+        began: float,
+        spent: Spent,
+    ) -> EvaluationPoint:
+        solved_greedy = await task_rewards([t for group in greedy for t in group], self._engines)
+        flat = [t for group in sampled for t in group]
+        solved = np.asarray(await task_rewards(flat, self._engines)).reshape(len(sampled), -1)
+        return EvaluationPoint(
+            examinee=examinee,
+            step=step,
+            greedy=float(np.mean(solved_greedy)),
+            mean_at_k=float(solved.mean()),
+            pass_at_k=float((solved > 0).any(axis=1).mean()),
+            k=solved.shape[1],
+            reverse_kl=divergence,
+            length_mean=float(np.mean([len(t) for t in flat])),
+            truncation_rate=float(np.mean([t.stop is Stop.LENGTH for t in flat])),
+            seconds=perf_counter() - began,
+            tokens=spent.totals.completion,
+            flops=spent.totals.flops,
+            cpu_s=spent.cpu_s,
+        )

@@ -1,0 +1,57 @@
+"""N DeepSpeed ranks as one learner (`opd.ports.Learner`)."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.pool import within
+from learner.config import LearnerConfig
+from opd.ports import Layout, Objective, PublishReport, StudentEngine, Weights
+from opd.types import Batch, Scores, StepReport
+
+
+class LearnerGroup:
+    """Calls every rank at once, because ranks meet in collectives; the answer of rank 0 stands for all."""
+
+    def __init__(self, actors: Sequence[Any], config: LearnerConfig) -> None:
+        self.actors = actors
+        self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
+        self._deadline_s = config.deadline_s
+
+    async def setup(self) -> None:
+        """Let the ranks find each other and load the model."""
+        host, port = await self._within(self.actors[0].address.remote())
+        world = len(self.actors)
+        await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)])
+
+    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> StepReport:
+        """One optimizer step; see `opd.ports.Learner`."""
+        return (await self._all([a.step.remote(b, objective) for a, b in self._pairs(batches)]))[0]
+
+    async def evaluate(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> Mapping[str, float]:
+        """Means of the objective's loss and metrics, without a gradient."""
+        return (await self._all([a.evaluate.remote(b, objective) for a, b in self._pairs(batches)]))[0]
+
+    async def publish(self, student: StudentEngine, version: int) -> PublishReport:
+        """Gather the weights, hand them to the engines, and have the sentinel compared there."""
+        weights: Weights = (await self._all([a.weights.remote(version) for a in self.actors]))[0]
+        gap = await student.receive(weights)
+        return PublishReport(version=version, gap=gap, nbytes=weights.manifest.nbytes)
+
+    async def save(self, directory: Path, step: int) -> None:
+        """A checkpoint in `directory`, visible only when complete."""
+        await self._all([a.save.remote(str(directory), step) for a in self.actors])
+
+    async def export(self, directory: Path) -> None:
+        """The student as a Hugging Face folder."""
+        await self._all([a.export.remote(str(directory)) for a in self.actors])
+
+    def _pairs(self, batches: Sequence[Sequence[Batch[Scores]]]) -> Any:
+        return zip(self.actors, batches, strict=True)
+
+    async def _all(self, calls: Sequence[Any]) -> list[Any]:
+        return await asyncio.gather(*[self._within(call) for call in calls])
+
+    async def _within(self, call: Any) -> Any:
+        return await within(self._deadline_s, "a learner rank", call)

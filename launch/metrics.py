@@ -1,0 +1,150 @@
+"""A finished step as named numbers; where other trainers have a name for a number, it is kept."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from launch.accounting import Costs, Totals, process_tree_cpu_seconds, step_tokens
+from opd.loop import StepRecord
+from opd.types import AdvantageScores, Stop, Trajectory
+
+OBJECTIVE_NAMES = {
+    "entropy": "actor/entropy",
+    "pg_clipfrac": "actor/pg_clipfrac",
+    "ratio": "training/ratio",
+    "probs_diff": "training/rollout_probs_diff_mean",
+    "probs_diff_max": "training/rollout_probs_diff_max",
+}
+"""Metrics of an objective that have a well-known name; any other `x` becomes `distill/x`."""
+
+PHASE_NAMES = {
+    "rollout": "timing_s/gen",
+    "score": "timing_s/score",
+    "train": "timing_s/update_actor",
+    "publish": "timing_s/param_sync",
+    "wait": "timing_s/wait",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What a step's own record does not say: totals up to and including it, processor seconds, who wrote."""
+
+    totals: Totals
+    cpu_s: float
+    student_writes: bool
+
+
+def step_metrics(record: StepRecord, context: StepContext) -> dict[str, float]:
+    """All metrics of a step. A quantity that does not exist for the method at hand is absent, never 0."""
+    trajectories = [item.trajectory for item in record.scored]
+    return {
+        "step": record.step,
+        **_learning(record),
+        **(_staleness(record.step, trajectories) if context.student_writes else {}),
+        **_lengths(trajectories),
+        **_rewards(record),
+        **_speed(record.seconds, sum(len(t) for t in trajectories)),
+        "weights/version": record.published.version,
+        "weights/sentinel_gap": record.published.gap,
+        "weights/nbytes": record.published.nbytes,
+        **{f"ledger/{name.replace(' ', '_')}": count for name, count in record.ledger.items()},
+        **context.totals.as_metrics(),
+        "cpu/total_s": context.cpu_s,
+    }
+
+
+def _learning(record: StepRecord) -> dict[str, float]:
+    report = record.report
+    said = {OBJECTIVE_NAMES.get(name, f"distill/{name}"): value for name, value in report.metrics.items()}
+    # Where an objective reports `loss`, it is the unweighted mean; what is minimised is `report.loss`.
+    said.pop("distill/loss", None)
+    return {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **said}
+
+
+def _staleness(step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Step `s` trains version `s - 1`; a token written by an earlier version is stale by the difference."""
+    if not any(len(t) for t in trajectories):
+        return {}
+    gaps = (step - 1) - np.concatenate([t.versions for t in trajectories])
+    return {"sample/staleness_mean": float(gaps.mean()), "sample/staleness_max": float(gaps.max())}
+
+
+def _lengths(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    if not trajectories:
+        return {}
+    lengths = [len(t) for t in trajectories]
+    return {
+        "response_length/mean": float(np.mean(lengths)),
+        "response_length/max": float(max(lengths)),
+        "response_length/clip_ratio": float(np.mean([t.stop is Stop.LENGTH for t in trajectories])),
+    }
+
+
+def _rewards(record: StepRecord) -> dict[str, float]:
+    """The mean over trajectories (a long one counts once); only where the scorer gave rewards."""
+    rewards = [
+        float(np.mean(item.scores.rewards))
+        for item in record.scored
+        if isinstance(item.scores, AdvantageScores) and len(item.scores.rewards)
+    ]
+    return {"reward/mean": float(np.mean(rewards))} if rewards else {}
+
+
+def _speed(seconds: Mapping[str, float], completion_tokens: int) -> dict[str, float]:
+    step_s = seconds["step"]
+    phases = {PHASE_NAMES[name]: value for name, value in seconds.items() if name in PHASE_NAMES}
+    if step_s <= 0:
+        return {"perf/step_s": step_s, **phases}
+    return {
+        "perf/step_s": step_s,
+        "perf/throughput": completion_tokens / step_s,
+        "trainer/idle_ratio": seconds["wait"] / step_s,
+        **phases,
+    }
+
+
+class Meter:
+    """Reads every step once for all who want its metrics, and keeps the totals between steps.
+
+    Share one meter among the trackers of a run. A resumed run passes the last kept line of its metrics file
+    as `before`, so that totals and processor seconds go on from there. `read_cpu` decides what counts as the
+    run's processor time; by default it is all that this process and its descendants have used.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        before: Mapping[str, float] | None = None,
+        read_cpu: Callable[[], float] = process_tree_cpu_seconds,
+    ) -> None:
+        self._costs = costs
+        self._read_cpu = read_cpu
+        self._totals = Totals.from_metrics(before) if before else Totals()
+        # What this process has used so far (imports, loading) belongs to the run; a resumed run adds to it.
+        self._cpu_before = before["cpu/total_s"] if before else 0.0
+        self._cpu_s = self._cpu_before
+        self._step: int | None = None
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def totals(self) -> Totals:
+        """What has been spent up to the last step read."""
+        return self._totals
+
+    def cpu_seconds(self) -> float:
+        """Processor seconds of the run so far; never decreases."""
+        self._cpu_s = max(self._cpu_s, self._cpu_before + self._read_cpu())
+        return self._cpu_s
+
+    def __call__(self, record: StepRecord) -> Mapping[str, float]:
+        """The step's metrics. Asking again for the same step counts nothing twice."""
+        if record.step != self._step:
+            self._totals = self._totals.plus(step_tokens(record, self._costs), self._costs)
+            context = StepContext(
+                totals=self._totals, cpu_s=self.cpu_seconds(), student_writes=self._costs.student_writes
+            )
+            self._metrics = step_metrics(record, context)
+            self._step = record.step
+        return self._metrics

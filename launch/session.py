@@ -1,0 +1,101 @@
+"""The running parts of a run: engines, teachers and learner as actors, behind the ports of `opd`."""
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from actors.config import StudentConfig
+from actors.config import environment as engine_environment
+from actors.engine import VLLMEngine
+from learner.learner import LearnerRank
+from teacher_service.backends.torch_forward import TorchTeacher
+from teacher_service.config import environment as teacher_environment
+
+from launch.cluster import Actors, fetch, store
+from launch.grading import MathGrader, ShopGrader
+from launch.learner_group import LearnerGroup
+from launch.plan import Plan
+from launch.pool import StudentPool, TeacherPool, within
+from learner.config import environment as learner_environment
+from opd.ports import Engines, TextEngine
+
+CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
+
+
+@dataclass(slots=True)
+class Session:
+    """What `open_session` started. `close` ends what Ray's own shutdown would not."""
+
+    plan: Plan
+    actors: Actors
+    engines: Engines
+    learner: LearnerGroup
+    graders: dict[str, ShopGrader | MathGrader]
+
+    async def teacher_writer(self) -> TextEngine:
+        """The teacher as a writer; started now if no part of the method needed it before."""
+        known = self.engines.writers.get("default")
+        return known or await _writer(self.actors, self.plan)
+
+    def close(self) -> None:
+        """Release graders and placement."""
+        for grader in self.graders.values():
+            grader.close()
+        self.actors.close()
+
+
+async def open_session(plan: Plan) -> Session:
+    """Start every actor at once and wait until all are ready."""
+    config = plan.config
+    bundles = {
+        "engine": config.student.replicas + 1,  # one more for the teacher as a writer
+        "teacher": config.teacher.replicas,
+        "learner": config.learner.ranks,
+    }
+    actors = Actors(config.cluster, bundles)
+    students = [_engine(actors, config.student, config.seed) for _ in range(config.student.replicas)]
+    teachers = [
+        actors.make(
+            TorchTeacher, "teacher", teacher_environment(config.teacher.device), config.teacher, store, concurrency=CALLS
+        )
+        for _ in range(config.teacher.replicas)
+    ]
+    ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
+    learner = LearnerGroup(ranks, config.learner)
+    graders: dict[str, ShopGrader | MathGrader] = {"shop": ShopGrader(), "math": MathGrader()}
+    starting = [
+        within(config.cluster.start_deadline_s, "an actor (start-up)", actor.ready.remote())
+        for actor in (*students, *teachers)
+    ]
+    writer = _writer(actors, plan) if config.method.rollout.needs_writer else None
+    _, *_, = await asyncio.gather(learner.setup(), *starting)
+    writers = {"default": await writer} if writer is not None else {}
+    engines = Engines(
+        student=StudentPool(students, config.student.deadline_s),
+        teachers={"default": TeacherPool(teachers, config.teacher.deadline_s)},
+        writers=writers,
+        graders=graders,
+        tokenizer=plan.sources.tokenizer,
+    )
+    return Session(plan=plan, actors=actors, engines=engines, learner=learner, graders=graders)
+
+
+def _engine(actors: Actors, config: StudentConfig, seed: int) -> Any:
+    environment = engine_environment(config.device)
+    return actors.make(VLLMEngine, "engine", environment, config, seed, fetch, concurrency=CALLS)
+
+
+async def _writer(actors: Actors, plan: Plan) -> TextEngine:
+    config = plan.config
+    as_student = replace(config.student, path=config.teacher.path, replicas=1)
+    actor = _engine(actors, as_student, config.seed)
+    await within(config.cluster.start_deadline_s, "the teacher as a writer (start-up)", actor.ready.remote())
+    return StudentPool([actor], config.student.deadline_s)
+
+
+def _rank(actors: Actors, plan: Plan) -> Any:
+    config = plan.config
+    head = config.teacher.path if plan.exact_kl else None
+    environment = learner_environment(config.learner.device)
+    arguments = (config.learner, config.student.path, head, config.steps, config.seed, fetch, store)
+    return actors.make(LearnerRank, "learner", environment, *arguments, concurrency=2)

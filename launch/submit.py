@@ -1,0 +1,80 @@
+"""`opd submit`: the same command on a running Ray cluster, through Ray's jobs API."""
+
+import asyncio
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+from rich.console import Console
+
+from opd.errors import ConfigurationError, OpdError
+
+EXCLUDES = ["runs/", ".venv/", ".git/", "wandb/", "outputs/", "**/__pycache__/"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitOptions:
+    """Where the job goes. The token comes from the environment (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)."""
+
+    address: str
+    working_dir: str = "."
+    env: dict[str, str] = field(default_factory=dict)
+    follow: bool = True
+
+
+def check_token() -> None:
+    """Refuse to talk to a cluster without a token: whoever reaches an open jobs API can run code there."""
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        raise ConfigurationError(
+            "opd submit needs the cluster's token and found none; set RAY_AUTH_TOKEN_PATH to the file the head was "
+            "started with (RAY_AUTH_MODE=token)"
+        )
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> int:
+    """Send `opd <command>` as a job, follow its log, and return the job's exit status (0 = succeeded).
+
+    The job joins the cluster it runs in (`cluster=existing`) unless `command` chooses another layout.
+    """
+    check_token()
+    if not Path(options.working_dir).is_dir():
+        raise ConfigurationError(f"working_dir {options.working_dir!r} is no folder; give the one with your code and data")
+    arguments = list(command)
+    if not any(part.startswith(("cluster=", "cluster.address=")) for part in arguments):
+        arguments.append("cluster=existing")
+    entrypoint = shlex.join(["python", "-m", "launch.cli", *arguments])
+    try:
+        client = JobSubmissionClient(options.address)
+        job = client.submit_job(
+            entrypoint=entrypoint,
+            runtime_env={"working_dir": options.working_dir, "excludes": EXCLUDES, "env_vars": options.env},
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise OpdError(
+            f"the cluster at {options.address} did not take the job ({_first(error)}); check the address (the "
+            "dashboard's, e.g. http://127.0.0.1:8265) and the token"
+        ) from error
+    console.print(f"job {job}: {entrypoint}")
+    return asyncio.run(_follow(client, job, console)) if options.follow else 0
+
+
+async def _follow(client: JobSubmissionClient, job: str, console: Console) -> int:
+    """Print the log until the job ends."""
+    async for text in client.tail_job_logs(job):
+        console.print(text, end="", markup=False, highlight=False)
+    while (status := client.get_job_status(job)) in (JobStatus.PENDING, JobStatus.RUNNING):
+        await asyncio.sleep(0.5)
+    info = client.get_job_info(job)
+    if status is JobStatus.SUCCEEDED:
+        console.print(f"job {job} succeeded")
+        return 0
+    console.print(f"job {job} {status.value.lower()}: {info.message}", markup=False)
+    return info.driver_exit_code or 1
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,279 @@
+"""Who is told of finished steps and evaluations: the run directory, wandb and the terminal."""
+
+import logging
+import netrc
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from launch.evaluation_point import EvaluationPoint, Examinee
+from launch.live_view import LiveView
+from launch.metrics import Meter
+from launch.redaction import redacted
+from launch.run_directory import RunDirectory, append_json, write_text
+from launch.samples import Decode, Sample, samples_of
+from opd.errors import ConfigurationError, OpdError
+from opd.loop import StepRecord
+
+_log = logging.getLogger(__name__)
+
+
+class WandbMode(Enum):
+    """Where wandb keeps the run: in the run directory (`wandb sync` sends it), on its server, nowhere."""
+
+    OFFLINE = "offline"
+    ONLINE = "online"
+    DISABLED = "disabled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackerConfig:
+    """What is recorded beside the metrics, and where wandb puts it.
+
+    Every `samples_every` steps (and at the first and last) `samples` completions are kept to look at; a
+    terminal that cannot be redrawn gets a line every `print_every` steps.
+    """
+
+    mode: WandbMode = WandbMode.OFFLINE
+    project: str = "opd"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    samples: int = 4
+    samples_every: int = 10
+    print_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.samples_every < 1 or self.print_every < 1 or not self.project:
+            raise ConfigurationError(
+                "tracker needs samples >= 0, samples_every >= 1, print_every >= 1 and a project, but got "
+                f"samples={self.samples}, samples_every={self.samples_every}, "
+                f"print_every={self.print_every}, project={self.project!r}; correct the one out of range"
+            )
+
+
+class Tracker(Protocol):
+    """An `opd.ports.Observer` that also hears of evaluations; used as a context manager around a run."""
+
+    async def __call__(self, record: StepRecord) -> None:
+        """A step has ended."""
+        ...
+
+    def evaluated(self, result: EvaluationPoint) -> None:
+        """The student or its teacher has been evaluated."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What trackers must know of a run before it starts. `resolved` is its whole configuration."""
+
+    method: str
+    steps: int
+    resolved: Mapping[str, Any]
+    decode: Decode
+
+
+def make_trackers(
+    config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan, console: Console
+) -> list[Tracker]:
+    """All trackers of a run, to be entered before it starts; the files come first, so they know the most."""
+    trackers: list[Tracker] = [
+        JsonlTracker(config, directory, meter, plan),
+        LiveView(
+            title=f"{directory.name} · {plan.method}",
+            steps=plan.steps,
+            meter=meter,
+            console=console,
+            print_every=config.print_every,
+        ),
+    ]
+    if config.mode is not WandbMode.DISABLED:
+        trackers.append(WandbTracker(config, directory, meter, plan))
+    return trackers
+
+
+def samples_are_due(config: TrackerConfig, step: int, steps: int) -> bool:
+    """Are completions of this step kept?"""
+    return config.samples > 0 and (step in (1, steps) or step % config.samples_every == 0)
+
+
+class JsonlTracker:
+    """The run directory's memory: a line per step, per evaluation and per sample, written when it happens."""
+
+    def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+        self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
+
+    async def __call__(self, record: StepRecord) -> None:
+        append_json(self._directory.metrics, self._meter(record))
+        if samples_are_due(self._config, record.step, self._plan.steps):
+            for sample in samples_of(record, self._plan.decode, self._config.samples):
+                append_json(self._directory.samples, sample.as_json())
+
+    def evaluated(self, result: EvaluationPoint) -> None:
+        """Append to `evaluations.jsonl`."""
+        append_json(self._directory.evaluations, result.as_json())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close: every line is its own file operation."""
+
+
+def check_login(config: TrackerConfig) -> None:
+    """Refuse `mode=online` without a login, before anything is started; asks no server."""
+    if config.mode is not WandbMode.ONLINE:
+        return
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(host):
+        return
+    raise ConfigurationError(
+        f"tracker.mode=online needs a login for {host}, but found neither WANDB_API_KEY nor a netrc entry; "
+        "run `wandb login`, or use tracker.mode=offline and `wandb sync` later"
+    )
+
+
+def _in_netrc(host: str) -> bool:
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except FileNotFoundError:
+        return False
+    except (OSError, netrc.NetrcParseError) as error:
+        raise ConfigurationError(
+            f"tracker.mode=online looked for a login in {path}, which cannot be read ({error}); correct "
+            "that file or set WANDB_API_KEY"
+        ) from error
+
+
+class WandbTracker:
+    """Sends metrics, evaluations and sample tables to wandb.
+
+    wandb writes through a process of its own, which keeps everything in the run directory and, online, sends
+    what it can when it can: a server that is down or slow does not reach training. Should that process itself
+    die, one warning says so and the run goes on without wandb; `metrics.jsonl` has everything.
+
+    The horizontal axis is our own `step`, so a resumed run or an evaluation after a step goes on where it
+    should. The run's id is kept in the run directory: resuming continues the same wandb run.
+    """
+
+    _COLUMNS: tuple[str, ...] = (
+        "step", "version", "prompt", "completion", "answer", "reward", "stop", "length",
+        "teacher_minus_student",
+    )  # fmt: skip
+
+    def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+        check_login(config)
+        self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
+        self._run: Any = None
+
+    def __enter__(self) -> Self:
+        folder = self._directory.path
+        # wandb would stage tables and logs in the home directory, which may be small or read-only.
+        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            os.environ.setdefault(variable, str(folder / "wandb"))
+        import wandb  # here, because it takes a second and a run may do without
+
+        try:
+            self._run = wandb.init(
+                project=self._config.project,
+                entity=self._config.entity,
+                group=self._config.group,
+                tags=list(self._config.tags),
+                name=self._directory.name,
+                id=_stable_id(self._directory),
+                resume="allow",
+                dir=str(folder),
+                mode=self._config.mode.value,
+                config=redacted(self._plan.resolved),
+                settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+            )
+        except (wandb.Error, OSError) as error:
+            raise OpdError(
+                f"wandb did not start ({error}); check the login and the network, or use tracker.mode=offline"
+            ) from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        return self
+
+    async def __call__(self, record: StepRecord) -> None:
+        values: dict[str, Any] = dict(self._meter(record))
+        if samples_are_due(self._config, record.step, self._plan.steps):
+            values["samples"] = self._table(samples_of(record, self._plan.decode, self._config.samples))
+        self._guarded(lambda run: run.log(values))
+
+    def evaluated(self, result: EvaluationPoint) -> None:
+        """Log as `eval/*` at the step that was evaluated; the teacher, who has no steps, in the run's summary."""
+        measured = {name: value for name, value in result.as_json().items() if value is not None}
+        del measured["examinee"]
+        step = measured.pop("step")
+        if result.examinee is Examinee.TEACHER:
+            self._guarded(
+                lambda run: run.summary.update({f"teacher/{name}": value for name, value in measured.items()})
+            )
+        else:
+            self._guarded(
+                lambda run: run.log(
+                    {"step": step} | {f"eval/{name}": value for name, value in measured.items()}
+                )
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the run whatever happened; a failed one is marked as failed."""
+        self._guarded(lambda run: run.finish(exit_code=0 if kind is None else 1))
+        self._run = None
+
+    def _table(self, samples: Sequence[Sample]) -> Any:
+        import wandb
+
+        rows = [
+            [
+                s.step, s.version, s.prompt, s.text, s.answer, s.reward, s.stop, s.length,
+                None if s.gaps is None else " ".join(f"{gap:+.2f}" for gap in s.gaps),
+            ]
+            for s in samples
+        ]  # fmt: skip
+        return wandb.Table(columns=list(self._COLUMNS), data=rows)
+
+    def _guarded(self, act: Callable[[Any], object]) -> None:
+        """Do something with the run; if wandb's process is gone, say so once and go on without."""
+        if self._run is None:
+            return
+        import wandb
+
+        try:
+            act(self._run)
+        except (wandb.Error, OSError) as error:  # nothing we do brings that process back
+            self._run = None
+            _log.warning(
+                "wandb stopped (%s); the run goes on without it, %s has all metrics",
+                error,
+                self._directory.metrics,
+            )
+
+
+def _stable_id(directory: RunDirectory) -> str:
+    """The wandb id of this run directory, made once."""
+    path = directory.path / "wandb_id"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text()

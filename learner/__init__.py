@@ -1,0 +1,1 @@
+"""The student in training: one DeepSpeed rank per process, plain Python (`launch/` applies Ray to it)."""

@@ -1,0 +1,134 @@
+"""What a user sets about training. Imports neither torch nor DeepSpeed, so a driver can read it."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+from opd.errors import ConfigurationError
+
+
+class Dtype(Enum):
+    """In what the student computes and is published. bfloat16 keeps float32 master weights in the optimizer."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Device(Enum):
+    """Where a rank computes. AUTO is a GPU if the process sees one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+class Schedule(Enum):
+    """How the learning rate goes after the warm-up."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    """How the student is trained.
+
+    `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the optimizer's
+    state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens of one forward
+    pass, `head_chunk` the rows of vocabulary-wide logits alive at once; neither changes the result.
+    `sentinel_tolerance` is the largest allowed |engine - learner| logprob after a publication in nats (0: 1e-4 for
+    float32, 0.5 for bfloat16). `deadline_s` bounds every wait for another rank.
+
+    Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
+    """
+
+    ranks: int = 1
+    zero_stage: int = 2
+    dtype: Dtype = Dtype.BFLOAT16
+    device: Device = Device.AUTO
+    lr: float = 5e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    warmup_steps: int = 5
+    schedule: Schedule = Schedule.CONSTANT
+    final_lr_fraction: float = 0.1
+    tokens_per_microbatch: int = 8192
+    head_chunk: int = 1024
+    gradient_checkpointing: bool = False
+    sentinel_tolerance: float = 0.0
+    deadline_s: float = 600.0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name, fine, needed in (
+            ("ranks", self.ranks >= 1, "at least 1"),
+            ("zero_stage", self.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3"),
+            ("lr", 0 < self.lr < math.inf, "above 0"),
+            ("beta1", 0 <= self.beta1 < 1, "in [0, 1)"),
+            ("beta2", 0 <= self.beta2 < 1, "in [0, 1)"),
+            ("eps", self.eps > 0, "above 0"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("grad_clip", self.grad_clip >= 0, "0 (no clipping) or more"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]"),
+            ("tokens_per_microbatch", self.tokens_per_microbatch >= 1, "at least 1"),
+            ("head_chunk", self.head_chunk >= 1, "at least 1"),
+            ("sentinel_tolerance", self.sentinel_tolerance >= 0, "0 (by dtype) or more"),
+            ("deadline_s", self.deadline_s > 0, "above 0"),
+        ):
+            if not fine:
+                raise ConfigurationError(f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it")
+        if self.dtype is Dtype.BFLOAT16 and self.zero_stage == 0:
+            raise ConfigurationError(
+                "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but learner.zero_stage=0 "
+                "has none; set learner.zero_stage to 1, 2 or 3, or learner.dtype to FLOAT32"
+            )
+
+    @property
+    def tolerance(self) -> float:
+        """`sentinel_tolerance`, or the one that fits the dtype."""
+        return self.sentinel_tolerance or (1e-4 if self.dtype is Dtype.FLOAT32 else 0.5)
+
+
+def learning_rate(config: LearnerConfig, update: int, total: int) -> float:
+    """The rate of update number `update` (from 0) of `total`: the schedule times the warm-up's ramp.
+
+    A pure function, so resuming needs the number alone. The last update runs at `final_lr_fraction * lr`.
+    """
+    progress = min(1.0, update / max(1, total - 1))
+    if config.schedule is Schedule.CONSTANT:
+        left = 1.0
+    elif config.schedule is Schedule.LINEAR:
+        left = 1.0 - progress
+    elif config.schedule is Schedule.COSINE:
+        left = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        assert_never(config.schedule)
+    floor = config.final_lr_fraction
+    ramp = min(1.0, (update + 1) / max(1, config.warmup_steps))
+    return config.lr * ramp * (floor + (1.0 - floor) * left)
+
+
+def environment(device: Device) -> dict[str, str]:
+    """Environment a rank's process must start with, before it imports torch."""
+    common = {
+        # A rank has about one core on CPU and little to do there on GPU; more threads only fight over it.
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Asked for by torch.use_deterministic_algorithms on CUDA; without effect elsewhere.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    cpu = {
+        "DS_ACCELERATOR": "cpu",
+        # glibc gives every large tensor back to the kernel and asks for it again: 5000 page faults in a step of the
+        # shop task, a twelfth of its time. Keep the memory (32 MiB is the most that glibc accepts).
+        "MALLOC_MMAP_THRESHOLD_": str(2**25),
+        "MALLOC_TRIM_THRESHOLD_": str(2**32),
+        "MALLOC_TOP_PAD_": str(2**26),
+    }
+    return common | (cpu if device is Device.CPU else {})

@@ -1,0 +1,146 @@
+"""Everything that knows DeepSpeed and torch.distributed: joining ranks, sharing a model, summing, gathering."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from jaxtyping import Float64, Int64
+from torch import Tensor, distributed, nn
+
+from learner.config import Dtype, LearnerConfig
+from learner.model import Student
+
+_GATHER_ELEMENTS = 256 * 2**20  # parameters made whole at once under ZeRO-3 while publishing
+
+
+def join(rank: int, world: int, host: str, port: int, device: torch.device, deadline_s: float) -> None:
+    """Enter the process group of all ranks; every later wait in it ends after `deadline_s` seconds."""
+    # One device is visible to a process (Ray hides the others), hence local rank 0 everywhere.
+    os.environ.update(
+        MASTER_ADDR=host, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0"
+    )
+    # DeepSpeed would compile this op on CPU (44 s, and it needs a compiler); gloo does the same job.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=deadline_s),
+        verbose=False,
+    )
+
+
+def share(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
+    """The student under DeepSpeed: optimizer, ZeRO, mixed precision. Moves it to `device`."""
+    student.to(device)
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    if config.weight_decay:  # gains and biases are not decayed; otherwise one group, which is cheaper
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+    else:
+        groups = [{"params": matrices + others, "weight_decay": 0.0}]
+    # Never DeepSpeed's own choice: its fused_adam wants a compiler.
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=device.type == "cpu"
+    )
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=_settings(config))
+    if config.ranks == 1 and config.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # would copy all gradients twice to add nothing
+    return engine
+
+
+def _settings(config: LearnerConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # we say ourselves which micro-batch is the last
+        # Without ZeRO DeepSpeed would clip without telling the norm, so `apply` does it.
+        "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if config.dtype is Dtype.BFLOAT16:
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}  # many micro-batches add up
+    return settings
+
+
+def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
+    """Clip, take the optimizer's step at rate `lr`, clear the gradients; returns the norm before clipping.
+
+    A norm that is not finite leaves the weights as they were.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    if config.zero_stage:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    if config.grad_clip:
+        nn.utils.clip_grads_with_norm_(engine.module.parameters(), config.grad_clip, norm)
+    value = float(norm)
+    if np.isfinite(value):
+        engine.step()
+    return value
+
+
+@contextlib.contextmanager
+def whole(parameters: Sequence[nn.Parameter], zero_stage: int) -> Iterator[list[Tensor]]:
+    """The full values of `parameters` on every rank, for reading; all ranks must enter."""
+    if zero_stage == 3:
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            yield [p.data for p in parameters]
+    else:
+        yield [p.data for p in parameters]
+
+
+def portions(parameters: Sequence[nn.Parameter], zero_stage: int) -> Iterator[slice]:
+    """Runs of parameters that may be made whole together without much memory."""
+    start, size = 0, 0
+    for i, parameter in enumerate(parameters):
+        numel = int(getattr(parameter, "ds_numel", parameter.numel()))
+        if zero_stage == 3 and size and size + numel > _GATHER_ELEMENTS:
+            yield slice(start, i)
+            start, size = i, 0
+        size += numel
+    yield slice(start, len(parameters))
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also when ZeRO-3 has taken it apart."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def sum_over_ranks(values: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+    """The sum over all ranks, on every rank."""
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def sum_integers(values: Int64[np.ndarray, " n"], device: torch.device) -> Int64[np.ndarray, " n"]:
+    """The same for 64-bit integers (digests travel this way: all ranks but one add zero)."""
+    tensor = torch.from_numpy(values.copy()).to(device)
+    distributed.all_reduce(tensor)
+    return tensor.cpu().numpy()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    distributed.barrier()
+
+
+def leave(engine: DeepSpeedEngine | None) -> None:
+    """Give up the model and the process group."""
+    if engine is not None:
+        engine.destroy()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

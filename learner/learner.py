@@ -1,0 +1,137 @@
+"""One rank of the learner as others see it: a plain object that `launch/` turns into an actor.
+
+The work is in `learner.training`, imported when a rank joins the others: a driver only names this class and should
+not pay seconds for transformers and DeepSpeed.
+"""
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from learner.config import LearnerConfig
+from opd.errors import ConfigurationError
+from opd.ports import Weights
+from opd.types import Batch, Fetch, Scores, StepReport
+
+if TYPE_CHECKING:
+    from learner.training import Store, Training
+    from opd.method import Objective
+
+
+class LearnerRank:
+    """A rank of the learner: all ranks get the same calls, each with its own batches.
+
+    `fetch` resolves the handles of remote rows. `store` puts a published buffer where engines can read it and must
+    copy it, because the buffer is used again. `steps` is the planned number of updates, for the learning-rate
+    schedule; `teacher_head_path` is needed when batches carry hidden states. After an exception out of `step` the
+    rank must not be used any more.
+
+    Example, alone: `rank = LearnerRank(config, "student", None, 100, 0, fetch, np.copy)`, then
+    `rank.setup(0, 1, *rank.address())` and `rank.step([batch], objective)`.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        student_path: str,
+        teacher_head_path: str | None,
+        steps: int,
+        seed: int,
+        fetch: Fetch,
+        store: "Store",
+    ) -> None:
+        self._config, self._student_path, self._teacher_head_path = config, student_path, teacher_head_path
+        self._steps, self._seed, self._fetch, self._store = steps, seed, fetch, store
+        self._training: Training | None = None
+        self._busy_s = 0.0
+
+    def address(self) -> tuple[str, int]:
+        """This machine as other machines see it, and a port that is free now: where the ranks can meet."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("10.255.255.255", 1))  # sends nothing; asks which interface faces the others
+                host = str(probe.getsockname()[0])
+            except OSError:  # there is no network but this machine
+                host = "127.0.0.1"
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return host, int(listener.getsockname()[1])
+
+    def setup(self, rank: int, world: int, host: str, port: int) -> None:
+        """Meet the other ranks at `host:port` and load the student; returns when all have.
+
+        Raises:
+            ConfigurationError: the device is missing, or the models cannot be used together.
+        """
+        if world != self._config.ranks:
+            raise ConfigurationError(
+                f"learner.ranks is {self._config.ranks}, but {world} ranks are being started; start as many as "
+                "configured"
+            )
+        from learner.training import Training
+
+        self._training = Training(self._config, rank, host, port, self._seed, self._steps)
+        self._training.load_models(self._student_path, self._teacher_head_path, self._fetch, self._store)
+
+    def step(self, batches: Sequence[Batch[Scores]], objective: "Objective") -> StepReport:
+        """One update from this rank's micro-batches; all ranks bring the same number and get the same report.
+
+        Raises:
+            DataError: the loss or the gradient is not finite; the weights are still those of before.
+        """
+        with self._busy() as training:
+            return training.step(batches, objective)
+
+    def evaluate(self, batches: Sequence[Batch[Scores]], objective: "Objective") -> dict[str, float]:
+        """The objective's `loss` and metrics at the current weights, computed as in `step`."""
+        with self._busy() as training:
+            return training.evaluate(batches, objective)
+
+    def weights(self, version: int) -> Weights | None:
+        """The student as `version`, with a sentinel to check it by. All ranks must call; only rank 0 returns it."""
+        with self._busy() as training:
+            return training.weights(version)
+
+    def save(self, directory: str | Path, step: int) -> None:
+        """Write a checkpoint of weights, optimizer, schedule and random state that appears whole or not at all."""
+        with self._busy() as training:
+            training.save(Path(directory), step)
+
+    def load(self, directory: str | Path) -> int:
+        """Restore what `save` wrote; returns its `step`.
+
+        Raises:
+            DataError: the checkpoint is foreign, cut off or damaged.
+            ConfigurationError: it was written by a learner of another shape.
+        """
+        with self._busy() as training:
+            return training.load(Path(directory))
+
+    def export(self, directory: str | Path) -> None:
+        """Write a folder that transformers and vLLM load: safetensors, configuration, tokenizer."""
+        with self._busy() as training:
+            training.export(Path(directory))
+
+    def stats(self) -> dict[str, float]:
+        """`busy_s`: seconds spent in the calls above; `peak_memory_bytes`: of the device, on CPU of the process."""
+        peak = self._training.peak_memory_bytes() if self._training else 0
+        return {"busy_s": self._busy_s, "peak_memory_bytes": float(peak)}
+
+    def close(self) -> None:
+        """Leave the other ranks and free the model. The rank cannot be set up again."""
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+    @contextmanager
+    def _busy(self) -> "Iterator[Training]":
+        if self._training is None:
+            raise ConfigurationError("a learner rank needs setup(...) before it can work; call it on every rank")
+        began = perf_counter()
+        try:
+            yield self._training
+        finally:
+            self._busy_s += perf_counter() - began

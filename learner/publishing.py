@@ -1,0 +1,73 @@
+"""A model's parameters as one flat byte buffer, and back."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import xxhash
+from jaxtyping import UInt8
+from torch import Tensor
+
+from opd.errors import DataError
+from opd.ports import Manifest
+
+
+class Publisher:
+    """Packs parameters into one buffer that is allocated once; whoever keeps its bytes must copy them.
+
+    Wide dtypes lie first, so that every tensor starts at a multiple of its item size.
+    """
+
+    def __init__(
+        self, names: Sequence[str], shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], *, pin: bool
+    ) -> None:
+        order = sorted(range(len(names)), key=lambda i: -dtypes[i].itemsize)
+        sizes = {i: int(np.prod(shapes[i], dtype=np.int64)) * dtypes[i].itemsize for i in order}
+        self.order = order
+        self.manifest = Manifest(
+            names=tuple(names[i] for i in order),
+            dtypes=tuple(str(dtypes[i]).removeprefix("torch.") for i in order),
+            shapes=tuple(tuple(shapes[i]) for i in order),
+            nbytes=sum(sizes.values()),
+        )
+        self._bytes = torch.empty(self.manifest.nbytes, dtype=torch.uint8, pin_memory=pin)
+        self._views = [tensor for _, tensor in unpack(self.manifest, self._bytes)]
+
+    @property
+    def buffer(self) -> UInt8[np.ndarray, " nbytes"]:
+        """The bytes as they are now (no copy)."""
+        return self._bytes.numpy()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Name -> tensor, as views into the buffer."""
+        return dict(zip(self.manifest.names, self._views, strict=True))
+
+    def write(self, start: int, tensors: Sequence[Tensor]) -> None:
+        """Copy `tensors` to places `start, start + 1, ...` of the manifest's order."""
+        torch._foreach_copy_(self._views[start : start + len(tensors)], list(tensors), non_blocking=True)
+
+    def digest(self) -> str:
+        """xxh3_64 of the buffer, hexadecimal. Waits for copies from a GPU first."""
+        if self._bytes.is_pinned():
+            torch.cuda.synchronize()
+        return xxhash.xxh3_64_hexdigest(self.buffer)
+
+
+def unpack(manifest: Manifest, buffer: Tensor | UInt8[np.ndarray, " nbytes"]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, as views into the buffer.
+
+    Raises:
+        DataError: the buffer has another size than the manifest says.
+    """
+    flat = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
+    if len(flat) != manifest.nbytes:
+        raise DataError(
+            f"a weight buffer needs the {manifest.nbytes} bytes of its manifest, but has {len(flat)}; publish again"
+        )
+    start = 0
+    for name, dtype, shape in zip(manifest.names, manifest.dtypes, manifest.shapes, strict=True):
+        kind: torch.dtype = getattr(torch, dtype)
+        stop = start + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        yield name, flat[start:stop].view(kind).view(shape)
+        start = stop

@@ -1,0 +1,1 @@
+"""The pure library of on-policy distillation: types, methods and the loop (torch, numpy, standard library)."""

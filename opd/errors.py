@@ -1,0 +1,13 @@
+"""What a user can get wrong, said in one sentence: which part, what it needs, what it got, what to do."""
+
+
+class OpdError(Exception):
+    """The run cannot be right and stops; the message is one sentence for the person who started it."""
+
+
+class ConfigurationError(OpdError):
+    """The request itself is wrong; found before anything was started."""
+
+
+class DataError(OpdError):
+    """A prompt, a checkpoint or a testimony is not what it claims to be."""

@@ -1,0 +1,143 @@
+"""The student's distribution at the trained tokens, a chunk of rows at a time.
+
+A vocabulary-wide tensor exists for one chunk only: the gradient with respect to the hidden states and the head is
+computed in the forward pass, chunk by chunk, so peak memory does not grow with the number of tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd.errors import ConfigurationError
+from opd.types import Batch, HiddenScores, Scores, TokenLoss, VocabularyScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentLogits:
+    """The student at `n` trained tokens, before the softmax (float32 or float64, temperature 1)."""
+
+    logits: Float[Tensor, "n V"]
+
+    @cached_property
+    def logprobs(self) -> Float[Tensor, "n V"]:
+        """Full log-softmax."""
+        return self.logits.log_softmax(-1)
+
+    def at(self, ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Log-probability of one id per token."""
+        return self.logprobs.gather(-1, ids[:, None])[:, 0]
+
+    def at_support(self, ids: Int[Tensor, "n K"]) -> Float[Tensor, "n K"]:
+        """Log-probabilities of `K` ids per token, under the full softmax."""
+        return self.logprobs.gather(-1, ids)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, " n"]:
+        """Entropy in nats, detached (a diagnostic)."""
+        with torch.no_grad():
+            return -(self.logprobs.exp() * self.logprobs).sum(-1)
+
+
+def vocabulary_scores(scores: HiddenScores, head: Float[Tensor, "V H"]) -> VocabularyScores:
+    """The teacher's exact distribution from its hidden states and its own output matrix; no gradient."""
+    with torch.no_grad():
+        hidden = torch.as_tensor(scores.hidden).to(head.dtype)
+        logits = hidden @ head.T
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return VocabularyScores(
+            logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=wide.log_softmax(-1)
+        )
+
+
+def read(batch: Batch[Scores], teacher_head: Tensor | None) -> Batch[Scores]:
+    """`batch` with hidden states turned into vocabulary log-probabilities (call it on a chunk of rows)."""
+    if not isinstance(batch.scores, HiddenScores):
+        return batch
+    if teacher_head is None:
+        raise ConfigurationError(
+            "hidden states of a teacher need its output matrix to become probabilities, but the learner was given "
+            "none; pass the teacher's checkpoint to the learner"
+        )
+    return replace(batch, scores=vocabulary_scores(batch.scores, teacher_head))
+
+
+Evaluate = Callable[[StudentLogits, int, int], TokenLoss]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """`sum(weights * loss)` over chunks of rows, with both gradients ready when the forward pass ends."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, weights, evaluate, chunk, metrics):  # noqa: ANN001, ANN205 (autograd's signature)
+        total = hidden.new_zeros((), dtype=torch.float64)
+        grad_hidden = torch.zeros_like(hidden)
+        # Many chunks add up here; a 16-bit sum would forget the small ones.
+        wide = head.dtype if head.dtype == torch.float64 else torch.float32
+        grad_head = torch.zeros_like(head, dtype=wide)
+        for start in range(0, len(hidden), chunk):
+            stop = min(start + chunk, len(hidden))
+            with torch.enable_grad():
+                rows = hidden[start:stop].detach().requires_grad_()
+                matrix = head.detach().requires_grad_()
+                value = _weighted(rows, matrix, weights, evaluate, start, stop, metrics)
+                part_hidden, part_head = torch.autograd.grad(value, (rows, matrix))
+            grad_hidden[start:stop] = part_hidden
+            grad_head += part_head
+            total += value.detach()
+        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * grad, grad_head * grad, None, None, None, None
+
+
+def _weighted(
+    rows: Float[Tensor, "n H"],
+    matrix: Float[Tensor, "V H"],
+    weights: Float[Tensor, " L"],
+    evaluate: Evaluate,
+    start: int,
+    stop: int,
+    metrics: dict[str, Tensor],
+) -> Float[Tensor, ""]:
+    """The weighted loss of one chunk; adds its sums to `metrics` without waiting for the device."""
+    logits = rows @ matrix.T
+    student = StudentLogits(logits=logits if logits.dtype == torch.float64 else logits.float())
+    result = evaluate(student, start, stop)
+    weight = weights[start:stop]
+    active = weight > 0
+    for name, per_token in {"loss": result.loss, **result.metrics}.items():
+        part = torch.where(active, per_token.detach(), 0.0).sum(dtype=torch.float64)
+        metrics[name] = metrics[name] + part if name in metrics else part
+    # `where`, not the product alone: a token of weight 0 may have an infinite loss.
+    return (weight * torch.where(active, result.loss, 0.0)).sum()
+
+
+def chunked_loss(
+    hidden: Float[Tensor, "L H"],
+    head: Float[Tensor, "V H"],
+    weights: Float[Tensor, " L"],
+    evaluate: Evaluate,
+    chunk: int,
+) -> tuple[Float[Tensor, ""], Mapping[str, Float[Tensor, ""]]]:
+    """The weighted sum of a per-token loss (float64 scalar with gradient) and sums of its metrics (float64).
+
+    `evaluate(student, start, stop)` is the loss of rows `start:stop`. Metrics are sums over rows of weight > 0;
+    `loss` is among them. Peak memory: `chunk * V` whatever `L` is. Without gradients enabled nothing is stored.
+    """
+    metrics: dict[str, Tensor] = {}
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        total = _ChunkedLoss.apply(hidden, head, weights, evaluate, chunk, metrics)
+        assert isinstance(total, Tensor)
+        return total, metrics
+    total = hidden.new_zeros((), dtype=torch.float64)
+    for start in range(0, len(hidden), chunk):
+        stop = min(start + chunk, len(hidden))
+        total += _weighted(hidden[start:stop], head, weights, evaluate, start, stop, metrics)
+    return total, metrics

@@ -1,0 +1,134 @@
+"""The central loop: prompts -> rollout -> scorer -> weights -> objective -> update, one step after another."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.ledger import Ledger
+from opd.method import Method, weigh
+from opd.packing import pack
+from opd.ports import Engines, Learner, Observer, PromptSource, PublishReport, Sources
+from opd.types import Prompt, Scored, StepReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """Everything about a finished step; `step` counts from 1 and equals the published version.
+
+    `seconds` has `rollout` (first request to last completion), `score` (what scoring took beyond that),
+    `wait` (learner idle), `train` (with packing), `publish` and `step` (all of it).
+    """
+
+    step: int
+    scored: Sequence[Scored[Any]]
+    weights: Sequence[Float[np.ndarray, " T"]]
+    report: StepReport
+    published: PublishReport
+    ledger: Mapping[str, int]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Collected:
+    scored: list[Scored[Any]]
+    rollout_s: float
+    score_s: float
+
+
+async def train(
+    method: Method,
+    prompts: PromptSource,
+    sources: Sources,
+    engines: Engines,
+    learner: Learner,
+    observers: Sequence[Observer],
+    *,
+    start: int,
+    steps: int,
+    max_staleness: int = 0,
+) -> Ledger:
+    """Train from step `start` (0 = new) to `steps`; returns the account of all trajectories.
+
+    Collecting may run ahead of training by `max_staleness` steps; 0 is strictly on-policy. A slot is freed only
+    when the new weights are live, so no rollout starts staler than allowed. A failure anywhere stops everything.
+    """
+    slots, ledger = asyncio.Semaphore(1 + max_staleness), Ledger()
+    ready: asyncio.Queue[asyncio.Task[_Collected]] = asyncio.Queue()
+
+    async with asyncio.TaskGroup() as tasks:
+
+        async def collect() -> None:
+            for step in range(start, steps):
+                await slots.acquire()
+                asked = prompts(step, sources)
+                ready.put_nowait(tasks.create_task(_rollout_and_score(method, asked, engines, ledger)))
+
+        tasks.create_task(collect())
+        for step in range(start, steps):
+            began = perf_counter()
+            collected = await (await ready.get())  # admitted by ordinal, not by who finished first
+            waited = perf_counter()
+            weights = weigh(method.weights, collected.scored)  # 0 = not trained
+            batches = pack(collected.scored, weights, learner.layout, method.normalizer)
+            report = await method.update(learner, batches, method.objective)
+            updated = perf_counter()
+            published = await learner.publish(engines.student, step + 1)  # new weights are live ...
+            slots.release()  # ... before the next rollout may start
+            ended = perf_counter()
+            _account(ledger, weights)
+            record = StepRecord(
+                step=step + 1,
+                scored=collected.scored,
+                weights=weights,
+                report=report,
+                published=published,
+                ledger=ledger.summary(),
+                seconds={
+                    "rollout": collected.rollout_s,
+                    "score": collected.score_s,
+                    "wait": waited - began,
+                    "train": updated - waited,
+                    "publish": ended - updated,
+                    "step": ended - began,
+                },
+            )
+            for observer in observers:
+                await observer(record)
+    return ledger
+
+
+async def _rollout_and_score(
+    method: Method, asked: Sequence[Prompt], engines: Engines, ledger: Ledger
+) -> _Collected:
+    """Every group is rolled out, then scored at once, in a task of its own."""
+    began = perf_counter()
+    last_rollout = began
+    ledger.issued += len(asked)
+
+    async def one(group: list[Prompt]) -> list[Scored[Any]]:
+        nonlocal last_rollout
+        trajectories = await method.rollout(group, engines)
+        ledger.generated += len(trajectories)
+        last_rollout = perf_counter()
+        scores = await method.scorer(trajectories, engines)
+        ledger.scored += len(trajectories)
+        return [Scored(trajectory=t, scores=s) for t, s in zip(trajectories, scores, strict=True)]
+
+    groups = [list(group) for _, group in groupby(asked, key=lambda prompt: prompt.id)]
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(one(group)) for group in groups]
+    scored = [item for task in running for item in task.result()]
+    return _Collected(scored=scored, rollout_s=last_rollout - began, score_s=perf_counter() - last_rollout)
+
+
+def _account(ledger: Ledger, weights: Sequence[Float[np.ndarray, " T"]]) -> None:
+    trained = sum(bool(w.any()) for w in weights)
+    ledger.trained += trained
+    if trained < len(weights):
+        ledger.dropped["weight 0"] += len(weights) - trained

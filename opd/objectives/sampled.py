@@ -1,0 +1,100 @@
+"""Objectives on the written token alone: the policy-gradient form of reverse KL, likelihood, and GRPO."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from opd.errors import ConfigurationError
+from opd.logits import StudentLogits
+from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
+
+
+class Speaker(Enum):
+    """Whose log-probability stands for the student in a detached signal."""
+
+    BEHAVIOR = "behavior"  # the writer's own, as recorded
+    STUDENT = "student"  # the current student's: right also when the rollout is stale
+
+
+def mismatch(student_logprobs: Tensor, batch: Batch[Scores]) -> dict[str, Tensor]:
+    """Diagnostics every objective reports: importance ratio and |p - mu| at the written token, detached."""
+    detached = student_logprobs.detach()
+    return {
+        "ratio": (detached - batch.behavior_logprobs).exp(),
+        "probs_diff": (detached.exp() - batch.behavior_logprobs.exp()).abs(),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledReverseKL:
+    """KL(student||teacher) on the written token, as a policy gradient with an importance ratio.
+
+    Direction: reverse. Support: the written token. Estimator: detached reward `-k1` at discount 0, whose expected
+    gradient is exactly the gradient of the per-state reverse KL (Thinking Machines, "On-Policy Distillation",
+    2025: `loss = -exp(log p - log mu) * A`, `A = -coefficient * (log mu - log q)`). The gradient flows through
+    `log p` in the ratio only; the teacher never receives one.
+
+    `signal` chooses whose logprob enters `A`: the writer's (as published) or the current student's.
+    """
+
+    coefficient: float = 1.0
+    signal: Speaker = Speaker.BEHAVIOR
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TokenScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        own = batch.behavior_logprobs if self.signal is Speaker.BEHAVIOR else logprobs.detach()
+        log_ratio = own - batch.scores.logprobs
+        ratio = (logprobs - batch.behavior_logprobs).exp()
+        metrics = {"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
+        return TokenLoss(loss=ratio * (self.coefficient * log_ratio), metrics=metrics)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Likelihood:
+    """Negative log-likelihood of the written token: SFT, and sequence-level distillation on teacher text."""
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return Scores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        return TokenLoss(loss=-logprobs, metrics={"entropy": student.entropy})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClippedPolicyGradient:
+    """GRPO's token loss without its KL term: `-min(r A, clip(r, 1 - low, 1 + high) A)` (arXiv 2402.03300 eq. 3).
+
+    `r = p / mu`. With one update per batch and fresh rollouts `r` is 1 and nothing is clipped.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
+            raise ConfigurationError(
+                f"objective ClippedPolicyGradient needs 0 < clip_low <= 1 and clip_high > 0, got {self}; "
+                "the published value of both is 0.2"
+            )
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return AdvantageScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[AdvantageScores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        ratio = (logprobs - batch.behavior_logprobs).exp()
+        advantages = batch.scores.advantages
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        loss = -torch.minimum(ratio * advantages, clipped * advantages)
+        was_clipped = (clipped * advantages < ratio * advantages).to(loss.dtype).detach()
+        metrics = {"pg_clipfrac": was_clipped, "entropy": student.entropy, **mismatch(logprobs, batch)}
+        return TokenLoss(loss=loss, metrics=metrics)

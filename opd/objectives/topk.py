@@ -1,0 +1,98 @@
+"""Reverse KL on a support of `K` tokens per state: three estimators, three different promises.
+
+The raw sum `sum_S p (log p - log q)` is none of them: differentiated fully it moves a student that already equals
+its teacher (by the gradient of the mass on S), so it does not exist here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd.logits import StudentLogits
+from opd.objectives.sampled import mismatch
+from opd.objectives.vocabulary import divergence
+from opd.types import Batch, Scores, TokenLoss, TopKScores
+
+
+def _metrics(student: StudentLogits, batch: Batch[TopKScores], p: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {
+            "student_mass": p.exp().sum(-1),
+            "teacher_mass": batch.scores.topk_logprobs.exp().sum(-1),
+            "entropy": student.entropy,
+            **mismatch(student.at(batch.target_ids), batch),
+        }
+
+
+def tail(logprobs: Tensor) -> Tensor:
+    """`log(1 - sum exp)` over the last axis: the log-mass outside the support.
+
+    A support that holds (nearly) all of it leaves one rounding step of its dtype, so that the log stays finite: a
+    smaller constant would vanish in float32.
+    """
+    return torch.log1p(-logprobs.exp().sum(-1).clamp(max=1 - torch.finfo(logprobs.dtype).eps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTailReverseKL:
+    """KL(student||teacher): exact on the support, sampled outside it; unbiased for the full reverse KL.
+
+    Direction: reverse. Support S: the scorer's top-k (teacher's or student's; any S fixed by the state).
+    Estimator: `sum_S p sg(l) + 1[y not in S] sg(l_y) p_y / mu_y` with `l = log p - log q`, `sg` stop-gradient.
+    The expected gradient is that of the full-vocabulary reverse KL (EMA-PG, arXiv 2602.04417, with the head's
+    log-ratio detached: without that it is biased by the gradient of the mass on S).
+    """
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TopKScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+        written = student.at(batch.target_ids)
+        head = divergence(p, p.detach(), q)
+        outside = (batch.scores.topk_ids != batch.target_ids[:, None]).all(-1)
+        ratio = (written - batch.behavior_logprobs).exp()
+        sampled = ratio * (written.detach() - batch.scores.logprobs)
+        loss = head + torch.where(outside, sampled, torch.zeros_like(sampled))
+        metrics = {"reverse_kl": loss.detach(), **_metrics(student, batch, p)}
+        return TokenLoss(loss=loss, metrics=metrics)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailBucketReverseKL:
+    """KL(student||teacher) of the distributions coarsened to S plus one bucket for everything else.
+
+    Direction: reverse. Support: top-k and a tail bucket. A lower bound of the full KL, exact for the coarsened
+    distribution; what happens inside the tail gets no signal. Fully differentiated.
+    """
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TopKScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+        p_tail, q_tail = tail(p), tail(q)
+        loss = divergence(p, p, q) + p_tail.exp() * (p_tail - q_tail)
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **_metrics(student, batch, p)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenormalizedReverseKL:
+    """KL(student||teacher) of both distributions renormalised on S (local support matching).
+
+    Direction: reverse. Support: top-k, renormalised; the mass on S and everything outside it get no signal, so a
+    student can satisfy it and still be far from its teacher. `k = 1` is always 0. Fully differentiated.
+    """
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TopKScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        full = student.at_support(batch.scores.topk_ids)
+        p, q = full.log_softmax(-1), batch.scores.topk_logprobs.log_softmax(-1)
+        loss = divergence(p, p, q)
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **_metrics(student, batch, full)})

@@ -1,0 +1,150 @@
+"""Weighted trajectories to micro-batches: the only place where tokens are shifted, padded or dropped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.errors import ConfigurationError, DataError
+from opd.ports import Layout
+from opd.types import Batch, S, Scored
+
+TokenWeights = Float[np.ndarray, " T"]
+
+
+class Normalizer(Protocol):
+    """By what the summed loss of a step is divided."""
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        """A positive divisor, computed over the *whole* step before the first backward."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMean:
+    """The mean over all trained tokens of the step, every token alike."""
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return float(sum(np.count_nonzero(w) for w in weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSum:
+    """The loss summed over tokens, averaged over trajectories (long answers weigh more)."""
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return float(sum(bool(w.any()) for w in weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant:
+    """A fixed divisor; 1.0 is the plain sum of Thinking Machines' `importance_sampling` loss."""
+
+    divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.divisor < float("inf"):
+            raise ConfigurationError(
+                f"normalizer Constant needs a finite divisor > 0, but got {self.divisor}; set normalizer.divisor"
+            )
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return self.divisor
+
+
+def pack(
+    scored: Sequence[Scored[S]], weights: Sequence[TokenWeights], layout: Layout, normalizer: Normalizer
+) -> list[list[Batch[S]]]:
+    """Micro-batches `[rank][i]` of at most `layout.tokens_per_microbatch` packed tokens.
+
+    Token `t` of a completion is predicted by the hidden state one position earlier; the last token is never an
+    input. Tokens of weight 0 keep their place in the context and are not trained. Every rank gets the same
+    number of micro-batches, because ranks must enter collectives together; a rank without work repeats a
+    sequence with weight 0. Deterministic: the result depends on the arguments alone.
+
+    Raises:
+        DataError: nothing has a weight, a weight is negative or not finite, or a prompt to train on is empty.
+        ConfigurationError: a sequence is longer than the token budget.
+    """
+    for item, weight in zip(scored, weights, strict=True):
+        if len(weight) != len(item.trajectory) or not np.isfinite(weight).all() or (weight < 0).any():
+            raise DataError(
+                f"prompt {item.trajectory.prompt.id!r}: weights must be one finite number >= 0 per token, got "
+                f"{weight!r} for {len(item.trajectory)} tokens; correct the weight part"
+            )
+    kept = [i for i, weight in enumerate(weights) if weight.any()]
+    if not kept:
+        raise DataError(
+            "the step has no token to train: every weight is 0; check loss masks, filters and the weight parts"
+        )
+    denominator = normalizer(weights)
+    lengths = {i: _inputs(scored[i]) for i in kept}
+    bins = _fill(lengths, layout)
+    spare = kept[0]
+    batches = [
+        _batch([scored[i] for i in b or [spare]], [weights[i] * bool(b) for i in b or [spare]], denominator)
+        for b in bins
+    ]
+    return [batches[rank :: layout.ranks] for rank in range(layout.ranks)]
+
+
+def _inputs(item: Scored[S]) -> int:
+    prompt = item.trajectory.prompt
+    if len(prompt.student_ids) == 0:
+        raise DataError(
+            f"prompt {prompt.id!r} is empty; a completion needs a token to follow, mend the prompts"
+        )
+    return len(prompt.student_ids) + len(item.trajectory) - 1
+
+
+def _fill(lengths: dict[int, int], layout: Layout) -> list[list[int]]:
+    """Longest first into the emptiest bin; one more round of bins for all ranks until everything fits."""
+    longest, budget = max(lengths.values()), layout.tokens_per_microbatch
+    if longest > budget:
+        raise ConfigurationError(
+            f"learner.tokens_per_microbatch is {budget}, but a sequence has {longest} tokens; raise it to at "
+            f"least {longest} or lower rollout.max_tokens"
+        )
+    order = sorted(lengths, key=lambda i: (-lengths[i], i))
+    rounds = -(-sum(lengths.values()) // (budget * layout.ranks))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(rounds * layout.ranks)]
+        loads = [0] * len(bins)
+        for i in order:
+            best = min(range(len(bins)), key=lambda b: (loads[b], b))
+            bins[best].append(i)
+            loads[best] += lengths[i]
+        if max(loads) <= budget:
+            return [sorted(b) for b in bins]
+        rounds += 1
+
+
+def _batch(items: list[Scored[S]], weights: list[TokenWeights], denominator: float) -> Batch[S]:
+    inputs, positions, predict_at, targets, behavior, kept_weights, scores = [], [], [], [], [], [], []
+    offset, boundaries = 0, [0]
+    for item, weight in zip(items, weights, strict=True):
+        trajectory = item.trajectory
+        context = trajectory.prompt.student_ids
+        trained = np.flatnonzero(weight) if weight.any() else np.arange(len(trajectory))
+        inputs.append(np.concatenate([context, trajectory.token_ids[:-1]]))
+        positions.append(np.arange(len(inputs[-1]), dtype=np.int32))
+        predict_at.append(offset + len(context) - 1 + trained)
+        targets.append(trajectory.token_ids[trained])
+        behavior.append(trajectory.behavior.logprobs[trained])
+        kept_weights.append(weight[trained])
+        scores.append(item.scores.take(trained))
+        offset += len(inputs[-1])
+        boundaries.append(offset)
+    return Batch(
+        input_ids=np.concatenate(inputs),
+        position_ids=np.concatenate(positions),
+        cu_seqlens=np.asarray(boundaries, dtype=np.int32),
+        predict_at=np.concatenate(predict_at),
+        target_ids=np.concatenate(targets),
+        behavior_logprobs=np.concatenate(behavior).astype(np.float32, copy=False),
+        weights=np.concatenate(kept_weights).astype(np.float32, copy=False),
+        scores=type(items[0].scores).concat(scores),
+        denominator=denominator,
+    )

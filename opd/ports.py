@@ -1,0 +1,270 @@
+"""What the loop asks of the engines around it: protocols, and the requests that cross them.
+
+Applications (`actors/`, `teacher_service/`, `learner/`) implement these without inheriting from them; a pool of
+engines has the same protocol as one engine, so nothing here can tell them apart.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from opd.errors import ConfigurationError
+from opd.types import Batch, Prompt, Scores, StepReport, Stop, TokenLoss, TokenScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are written. `topk` > 0 also records the writer's top-k at every token.
+
+    `temperature=0` is greedy. Example: `Sampling(temperature=1.0, max_tokens=77)`.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    topk: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.topk < 0:
+            raise ConfigurationError(
+                "sampling needs max_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and topk >= 0, "
+                f"but got {self}; correct the field that is out of range"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One completion to write. `(prompt_id, sample)` and the policy version seed it, never the placement."""
+
+    prompt_id: str
+    sample: int
+    context_ids: Int32[np.ndarray, " P"]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an engine wrote for a request; `behavior` is a `TopKScores` when `sampling.topk` > 0."""
+
+    token_ids: Int32[np.ndarray, " T"]
+    behavior: TokenScores
+    versions: Int32[np.ndarray, " T"]
+    stop: Stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenToken:
+    """Ask for the log-probability of each written token: answered with `TokenScores`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopK:
+    """Ask for the teacher's own `k` likeliest ids and their full-softmax logprobs: `TopKScores`."""
+
+    k: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtIds:
+    """Ask for full-softmax logprobs at ids the caller names per token: `TopKScores` with those ids."""
+
+    ids: Int32[np.ndarray, "T K"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastHidden:
+    """Ask for the hidden states that predict each written token: `HiddenScores`."""
+
+
+Want = WrittenToken | TopK | AtIds | LastHidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """A completion to be read in a context. `context_ids` has at least one token."""
+
+    context_ids: Int32[np.ndarray, " Q"]
+    token_ids: Int32[np.ndarray, " T"]
+    want: Want
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Names, dtypes and shapes of a model's parameters in the order they lie in a flat byte buffer."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sentinel:
+    """A fixed text and the learner's logprobs of its tokens 1.. : what a rightly loaded engine must repeat."""
+
+    ids: Int32[np.ndarray, " S"]
+    logprobs: Float32[np.ndarray, " S1"]
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """One version of the student. `buffer` is a handle of a uint8 array (or the array itself)."""
+
+    version: int
+    manifest: Manifest
+    digest: str
+    buffer: Any
+    sentinel: Sentinel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """`gap` is the largest |engine - learner| logprob on the sentinel over all engines (nats)."""
+
+    version: int
+    gap: float
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a step's tokens are cut into micro-batches for `ranks` learners."""
+
+    ranks: int
+    tokens_per_microbatch: int
+
+
+@runtime_checkable
+class TextEngine(Protocol):
+    """Something that writes: the student, or a teacher that generates."""
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """One completion per request, in the order asked."""
+        ...
+
+
+@runtime_checkable
+class StudentEngine(TextEngine, Protocol):
+    """The student as a writer whose weights can be replaced."""
+
+    async def receive(self, weights: Weights) -> float:
+        """Make `weights` live everywhere; return the sentinel gap. Raises and keeps refusing work if it is wrong."""
+        ...
+
+
+@runtime_checkable
+class LogprobTeacher(Protocol):
+    """A teacher that reads given tokens."""
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        """Testimony per request, in order, of the type its `want` names; hidden states as `RemoteRows`."""
+        ...
+
+
+class Grader(Protocol):
+    """Task reward of a finished completion: 0.0 .. 1.0."""
+
+    async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """Rewards in order; a completion that cannot be graded in time gets 0."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `encode` adds what the model's template adds (e.g. `<bos>`)."""
+
+    eos_id: int
+
+    def encode(self, text: str) -> Int32[np.ndarray, " P"]:
+        """Ids of a plain prompt."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> Int32[np.ndarray, " P"]:
+        """Ids of a conversation, ending where the assistant begins to write."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text without special tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of a prompt file: `prompt` is plain text or chat messages."""
+
+    prompt: str | tuple[Mapping[str, str], ...]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What prompt sources read from: the tokenizer, and files as rows `(path, prompt_column, answer_column)`."""
+
+    tokenizer: Tokenizer
+    rows: Callable[[str, str, str], Sequence[Row]]
+
+
+@runtime_checkable
+class PromptSource(Protocol):
+    """What is asked: a pure function of the step, so resuming needs the step number and nothing else."""
+
+    group_size: int
+
+    def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
+        """The step's prompts; those with the same `id` stand next to each other and form a group."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """Everything the parts of a method may call."""
+
+    student: StudentEngine
+    teachers: Mapping[str, LogprobTeacher]
+    writers: Mapping[str, TextEngine]
+    graders: Mapping[str, Grader]
+    tokenizer: Tokenizer
+
+
+class Objective(Protocol):
+    """What is minimised per token (see `opd.method`)."""
+
+    def __call__(self, student: Any, batch: Any) -> TokenLoss:
+        """The unreduced loss of `batch`'s trained tokens given the student's logits at them."""
+        ...
+
+
+class Learner(Protocol):
+    """The trained model, however many ranks it lives on."""
+
+    layout: Layout
+
+    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> StepReport:
+        """Forward, backward and one optimizer step over `batches[rank][micro-batch]`."""
+        ...
+
+    async def evaluate(
+        self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective
+    ) -> Mapping[str, float]:
+        """The objective's loss (`loss`) and metrics without a gradient."""
+        ...
+
+    async def publish(self, student: StudentEngine, version: int) -> PublishReport:
+        """Make the learner's weights live in the engines as `version`; raises if they disagree afterwards."""
+        ...
+
+    async def save(self, directory: Path, step: int) -> None:
+        """Write a checkpoint that `load` restores exactly."""
+        ...
+
+
+class Observer(Protocol):
+    """Somebody who is told of every finished step: trackers, the evaluator, the live view."""
+
+    async def __call__(self, record: Any) -> None:
+        """`record` is an `opd.loop.StepRecord`. Awaited before the next step is taken."""
+        ...

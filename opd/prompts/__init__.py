@@ -1,0 +1,1 @@
+"""Where prompts come from: pure functions of the step."""

@@ -1,0 +1,92 @@
+"""Trajectories written by somebody: the student itself (on-policy) or a teacher (the SFT baseline)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opd.ports import Completion, Engines, GenerateRequest, Sampling, TextEngine
+from opd.types import Prompt, TokenScores, TopKScores, Trajectory
+
+
+def _requests(group: Sequence[Prompt], sampling: Sampling) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(prompt_id=p.id, sample=i, context_ids=p.student_ids, sampling=sampling)
+        for i, p in enumerate(group)
+    ]
+
+
+def trajectory(prompt: Prompt, sample: int, completion: Completion) -> Trajectory:
+    """A completion with its prompt; every completion token may be trained."""
+    return Trajectory(
+        prompt=prompt,
+        sample=sample,
+        token_ids=completion.token_ids,
+        behavior=completion.behavior,
+        loss_mask=np.ones(len(completion.token_ids), dtype=bool),
+        versions=completion.versions,
+        stop=completion.stop,
+        rewards={},
+    )
+
+
+async def write(group: Sequence[Prompt], engine: TextEngine, sampling: Sampling) -> list[Trajectory]:
+    """One trajectory per prompt; a prompt that stands n times in the group gets n different samples."""
+    completions = await engine.generate(_requests(group, sampling))
+    return [trajectory(p, i, c) for i, (p, c) in enumerate(zip(group, completions, strict=True))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentRollout:
+    """The student writes from its own context.
+
+    `record_topk` > 0 also records the student's top-k while it writes, for scorers that ask the teacher about
+    the student's support.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    record_topk: int = 0
+
+    @property
+    def records(self) -> type[TokenScores]:
+        return TopKScores if self.record_topk else TokenScores
+
+    @property
+    def needs_writer(self) -> bool:
+        return False
+
+    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+        sampling = Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            topk=self.record_topk,
+        )
+        return await write(group, engines.student, sampling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRollout:
+    """The prompt's teacher writes: off-policy data for sequence-level distillation.
+
+    A teacher never changes, so a prompt that comes again (a fixed prompt set) gets the same text again: "one
+    teacher sample per prompt" is what a fixed set means.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    @property
+    def records(self) -> type[TokenScores]:
+        return TokenScores
+
+    @property
+    def needs_writer(self) -> bool:
+        return True
+
+    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+        sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)
+        return await write(group, engines.writers[group[0].teacher], sampling)

@@ -1,0 +1,1 @@
+"""Who reads the trajectories, and what they testify."""

@@ -1,0 +1,59 @@
+"""The task itself judges: group-relative advantages from graded answers (GRPO, arXiv 2402.03300 eq. 3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opd.ports import Engines
+from opd.types import AdvantageScores, Scores, Stop, TokenScores, Trajectory
+
+
+async def task_rewards(trajectories: Sequence[Trajectory], engines: Engines) -> list[float]:
+    """Rewards in 0..1; a completion that the token limit cut is wrong by definition."""
+    texts = [engines.tokenizer.decode(t.token_ids) for t in trajectories]
+    graded: list[float] = [0.0] * len(trajectories)
+    for task in {t.prompt.task for t in trajectories}:
+        mine = [i for i, t in enumerate(trajectories) if t.prompt.task == task]
+        answers = [trajectories[i].prompt.answer for i in mine]
+        for i, reward in zip(
+            mine, await engines.graders[task].grade([texts[i] for i in mine], answers), strict=True
+        ):
+            graded[i] = reward if trajectories[i].stop is Stop.END else 0.0
+    return graded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupAdvantage:
+    """Reward minus the group's mean, divided by its standard deviation (n - 1) plus `epsilon`.
+
+    `scale_by_std=False` is the Dr. GRPO variant (arXiv 2503.20783). A group of equal rewards has advantage 0.
+    """
+
+    scale_by_std: bool = True
+    epsilon: float = 1e-4
+
+    @property
+    def needs(self) -> type[Scores]:
+        return TokenScores
+
+    @property
+    def produces(self) -> type[Scores]:
+        return AdvantageScores
+
+    @property
+    def min_group(self) -> int:
+        return 2
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        rewards = np.asarray(await task_rewards(trajectories, engines), dtype=np.float64)
+        advantages = rewards - rewards.mean()
+        if self.scale_by_std:
+            advantages = advantages / (rewards.std(ddof=1) + self.epsilon)
+        return [
+            AdvantageScores(
+                advantages=np.full(len(t), advantage, dtype=np.float32),
+                rewards=np.full(len(t), reward, dtype=np.float32),
+            )
+            for t, advantage, reward in zip(trajectories, advantages, rewards, strict=True)
+        ]

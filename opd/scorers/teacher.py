@@ -1,0 +1,117 @@
+"""A teacher reads what was written: written tokens, its own top-k, the student's top-k, or hidden states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opd.errors import ConfigurationError
+from opd.ports import AtIds, Engines, LastHidden, ScoreRequest, TopK, Want, WrittenToken
+from opd.scorers.testimony import verify
+from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
+
+
+async def ask(
+    trajectories: Sequence[Trajectory], wants: Sequence[Want], engines: Engines
+) -> Sequence[TokenScores]:
+    """Ask the prompts' teacher (one per group) and verify the answer."""
+    requests = [
+        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, want=want)
+        for t, want in zip(trajectories, wants, strict=True)
+    ]
+    name = trajectories[0].prompt.teacher
+    if name not in engines.teachers:
+        raise ConfigurationError(
+            f"prompt {trajectories[0].prompt.id!r} asks for teacher {name!r}, but the run has "
+            f"{sorted(engines.teachers)}; name one of those in the prompt data"
+        )
+    answers = await engines.teachers[name].score(requests)
+    verify(requests, answers)
+    return answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TeacherScorer:
+    """What all scorers that ask one teacher about whole trajectories share."""
+
+    @property
+    def needs(self) -> type[Scores]:
+        return TokenScores
+
+    @property
+    def min_group(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenTokens(_TeacherScorer):
+    """The teacher's log-probability of each written token (one float per token)."""
+
+    @property
+    def produces(self) -> type[Scores]:
+        return TokenScores
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        return await ask(trajectories, [WrittenToken()] * len(trajectories), engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherTopK(_TeacherScorer):
+    """The teacher's own `k` likeliest tokens at every position."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigurationError(f"scorer TeacherTopK needs k >= 1, but got {self.k}; set scorer.k")
+
+    @property
+    def produces(self) -> type[Scores]:
+        return TopKScores
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        return await ask(trajectories, [TopK(k=self.k)] * len(trajectories), engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentTopK(_TeacherScorer):
+    """The teacher's log-probabilities at the student's own top-k, which the student recorded while it wrote."""
+
+    @property
+    def needs(self) -> type[Scores]:
+        return TopKScores
+
+    @property
+    def produces(self) -> type[Scores]:
+        return TopKScores
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        wants: list[Want] = []
+        for trajectory in trajectories:
+            assert isinstance(trajectory.behavior, TopKScores)
+            wants.append(AtIds(ids=np.asarray(trajectory.behavior.topk_ids, dtype=np.int32)))
+        return await ask(trajectories, wants, engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherHidden(_TeacherScorer):
+    """The teacher's last hidden states: with its head, the exact distribution over the whole vocabulary."""
+
+    @property
+    def produces(self) -> type[Scores]:
+        return HiddenScores
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        return await ask(trajectories, [LastHidden()] * len(trajectories), engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unscored(_TeacherScorer):
+    """Nobody testifies: likelihood training on the text alone."""
+
+    @property
+    def produces(self) -> type[Scores]:
+        return Scores
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        return [Scores() for _ in trajectories]

@@ -1,0 +1,55 @@
+"""No testimony is believed unread: the checks every answer of a teacher passes before it is trained on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opd.errors import DataError
+from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
+from opd.types import HiddenScores, RemoteRows, Scores, TokenScores, TopKScores
+
+ROUNDING = 1e-3  # a log-probability may exceed 0 by this much (bfloat16 logits, float32 sums)
+
+
+def verify(requests: Sequence[ScoreRequest], answers: Sequence[Scores]) -> None:
+    """Raise `DataError` unless every answer has its request's type and length and is made of log-probabilities."""
+    if len(answers) != len(requests):
+        raise DataError(
+            f"teacher answered {len(answers)} of {len(requests)} requests; its scores are refused, check the "
+            "teacher's log"
+        )
+    for request, answer in zip(requests, answers, strict=True):
+        problem = _problem(request, answer)
+        if problem:
+            raise DataError(f"teacher scores are refused: {problem}; check the teacher's checkpoint and log")
+
+
+def _problem(request: ScoreRequest, answer: Scores) -> str:
+    tokens = len(request.token_ids)
+    if not isinstance(answer, TokenScores):
+        return f"asked for log-probabilities, got {type(answer).__name__}"
+    arrays = {"logprobs": np.asarray(answer.logprobs)}
+    match request.want:
+        case LastHidden():
+            if not isinstance(answer, HiddenScores) or not isinstance(answer.hidden, RemoteRows):
+                return f"asked for hidden states by reference, got {type(answer).__name__}"
+            if len(answer.hidden) != tokens:
+                return f"expected {tokens} hidden states, got {len(answer.hidden)}"
+        case TopK() | AtIds():
+            if not isinstance(answer, TopKScores):
+                return f"asked for a top-k support, got {type(answer).__name__}"
+            arrays["topk_logprobs"] = np.asarray(answer.topk_logprobs)
+            if isinstance(request.want, AtIds) and not np.array_equal(answer.topk_ids, request.want.ids):
+                return "the answer is about other token ids than were asked"
+            if isinstance(request.want, TopK) and arrays["topk_logprobs"].shape[-1] != request.want.k:
+                return f"asked for k={request.want.k}, got k={arrays['topk_logprobs'].shape[-1]}"
+            if np.shape(answer.topk_ids) != arrays["topk_logprobs"].shape:
+                return (
+                    f"{np.shape(answer.topk_ids)} ids have {arrays['topk_logprobs'].shape} log-probabilities"
+                )
+    for name, values in arrays.items():
+        if len(values) != tokens:
+            return f"expected {tokens} rows of {name}, got {len(values)}"
+        if not np.isfinite(values).all() or (values > ROUNDING).any():  # -inf: an infinite KL, a NaN gradient
+            return f"{name} contains NaN, an infinity or a value above 0"
+    return ""

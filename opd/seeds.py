@@ -1,0 +1,13 @@
+"""Sampling seeds that depend on what is asked, never on where or when it runs."""
+
+import hashlib
+
+
+def sampling_seed(run_seed: int, prompt_id: str, sample: int, version: int) -> int:
+    """A 63-bit seed from (run seed, prompt id, sample number, policy version).
+
+    The same trajectory is written whichever actor gets the request and however often it is retried.
+    Example: `sampling_seed(0, "shop/17", 3, 12)`.
+    """
+    key = f"{run_seed}\x1f{prompt_id}\x1f{sample}\x1f{version}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,1 @@
+"""Generated tasks and their graders: pure functions of a random generator, no files, no network."""

@@ -1,0 +1,270 @@
+"""The data that flows through a step.
+
+Axes: `P` student context, `Q` teacher context, `T` completion tokens of one trajectory, `K` support,
+`V` vocabulary, `H` hidden width, `N` packed tokens of a micro-batch, `L` trained tokens of a micro-batch,
+`M` sequences in it. Ids travel as int32, log-probabilities as float32 (natural log). Everything is frozen;
+stages return new values.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int32
+from torch import Tensor
+
+if TYPE_CHECKING:  # numpy on the wire, torch in the learner: the same type, which a checker cannot follow
+    Array = Any
+else:
+    Array = np.ndarray | Tensor
+Fetch = Callable[[Any], np.ndarray]
+
+
+class Stop(Enum):
+    """Why a completion ended."""
+
+    END = "end"  # the model wrote its end-of-text token
+    LENGTH = "length"  # the token limit cut it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What is asked, and what the teacher may know about it.
+
+    `teacher_ids` equals `student_ids` unless the teacher is privileged. Prompts of one step that share an
+    `id` form a group. Example: `Prompt(id="shop/17", student_ids=[1, 40, 6], teacher_ids=[1, 40, 6],
+    teacher="default", task="shop", answer="2 4")`.
+    """
+
+    id: str
+    student_ids: Int32[np.ndarray, " P"]
+    teacher_ids: Int32[np.ndarray, " Q"]
+    teacher: str = "default"
+    task: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteRows:
+    """Rows of arrays that are held elsewhere, in order: `(handle, row numbers)` pieces.
+
+    Hidden states are too large to pass through the driver, so it moves, cuts and joins only these names;
+    the learner rank that needs the rows fetches them. Example: `RemoteRows(pieces=((ref, [3, 4, 5]),))`.
+    """
+
+    pieces: tuple[tuple[Any, Int[np.ndarray, " rows"]], ...]
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows in self.pieces)
+
+    def take(self, index: np.ndarray) -> "RemoteRows":
+        """The rows `index`, in that order; neighbouring rows of one array stay one piece."""
+        owner = np.concatenate([np.full(len(rows), i) for i, (_, rows) in enumerate(self.pieces)])[index]
+        rows = np.concatenate([rows for _, rows in self.pieces])[index]
+        cuts = np.flatnonzero(np.diff(owner)) + 1
+        starts = np.concatenate([[0], cuts]) if len(index) else np.zeros(0, dtype=np.int64)
+        parts = np.split(rows, cuts) if len(index) else []
+        return RemoteRows(
+            pieces=tuple((self.pieces[owner[s]][0], part) for s, part in zip(starts, parts, strict=True))
+        )
+
+    @staticmethod
+    def concat(values: Sequence["RemoteRows"]) -> "RemoteRows":
+        """One after the other."""
+        return RemoteRows(pieces=tuple(piece for value in values for piece in value.pieces))
+
+    def fetch(self, get: Fetch) -> Tensor:
+        """The rows themselves, `[rows, H]`; each array is fetched once. 16-bit words are bfloat16."""
+        handles = {id(handle): handle for handle, _ in self.pieces}
+        arrays = {key: get(handle) for key, handle in handles.items()}
+        rows = np.concatenate([arrays[id(handle)][rows] for handle, rows in self.pieces])
+        tensor = torch.from_numpy(rows)
+        return tensor.view(torch.bfloat16) if rows.dtype == np.uint16 else tensor
+
+
+def _take(value: Any, index: np.ndarray) -> Any:
+    return value.take(index) if isinstance(value, RemoteRows) else value[index]
+
+
+def _concat(values: Sequence[Any]) -> Any:
+    return RemoteRows.concat(values) if isinstance(values[0], RemoteRows) else np.concatenate(values)
+
+
+def _to(value: Any, device: torch.device | str, get: Fetch) -> Tensor:
+    tensor = value.fetch(get) if isinstance(value, RemoteRows) else torch.as_tensor(value)
+    return tensor.to(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a model says about tokens. Every field has the token axis first, so the verbs are written once.
+
+    The base class itself is the testimony of nobody (SFT needs none): `Scores()`.
+    """
+
+    def take(self, index: np.ndarray) -> Self:
+        """The tokens `index`, in that order."""
+        return replace(self, **{f.name: _take(getattr(self, f.name), index) for f in fields(self)})
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The tokens `start:stop`, as views (no copy)."""
+        return replace(self, **{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+
+    def to(self, device: torch.device | str, get: Fetch) -> Self:
+        """All fields as tensors on `device`; `get` resolves handles of remote rows."""
+        return replace(self, **{f.name: _to(getattr(self, f.name), device, get) for f in fields(self)})
+
+    @classmethod
+    def concat(cls, values: Sequence[Self]) -> Self:
+        """Testimony about several trajectories as one, in order. `values` must not be empty."""
+        joined = {f.name: _concat([getattr(v, f.name) for v in values]) for f in fields(values[0])}
+        return replace(values[0], **joined)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores(Scores):
+    """Log-probability of the token that was written. Example: `TokenScores(logprobs=[-0.1, -2.3])`."""
+
+    logprobs: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKScores(TokenScores):
+    """Log-probabilities on a small support per token, under the *full* softmax.
+
+    Whose support it is (teacher's top-k, student's top-k, ...) is said by the scorer that asked.
+    Example: `TopKScores(logprobs=[-0.1], topk_ids=[[7, 9]], topk_logprobs=[[-0.1, -2.4]])`.
+    """
+
+    topk_ids: Int[Array, "T K"]
+    topk_logprobs: Float[Array, "T K"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyScores(TokenScores):
+    """Log-probabilities of the whole vocabulary: what objectives over exact distributions consume.
+
+    Never travels; the learner makes it, a chunk of rows at a time, from `HiddenScores`.
+    """
+
+    vocabulary_logprobs: Float[Array, "T V"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenScores(TokenScores):
+    """Last hidden states (after the final norm); with the teacher's head they are `VocabularyScores`.
+
+    Travels as `RemoteRows`. Example: `HiddenScores(logprobs=[-0.1], hidden=RemoteRows(...))`.
+    """
+
+    reads_as: ClassVar[type[Scores]] = VocabularyScores
+
+    hidden: RemoteRows | Float[Array, "T H"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageScores(Scores):
+    """Signed credit per token, with the raw reward behind it (outcome rewards: constant over a trajectory).
+
+    Example: `AdvantageScores(advantages=[0.7, 0.7], rewards=[1.0, 1.0])`.
+    """
+
+    advantages: Float[Array, " T"]
+    rewards: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """A prompt and what was written for it.
+
+    `behavior` is the testimony of the policy that wrote (the *actual* sampling distribution, after
+    temperature and truncation); `versions` says which policy version wrote each token; `loss_mask` is False
+    where a token is context only. `sample` is its number within the group.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: Int32[np.ndarray, " T"]
+    behavior: TokenScores
+    loss_mask: Bool[np.ndarray, " T"]
+    versions: Int32[np.ndarray, " T"]
+    stop: Stop
+    rewards: Mapping[str, float]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+S = TypeVar("S", bound=Scores, covariant=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored(Generic[S]):
+    """A trajectory with the testimony about it."""
+
+    trajectory: Trajectory
+    scores: S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch(Generic[S]):
+    """A micro-batch: `M` sequences packed into `N` tokens, `L` of which are trained.
+
+    `predict_at` picks the hidden states that predict the trained tokens *before* the vocabulary projection.
+    `denominator` is global (all micro-batches, all ranks) and known before the first backward, so a loss is
+    `sum(weights * loss) / denominator` and adds up over any split.
+    """
+
+    input_ids: Int[Array, " N"]
+    position_ids: Int[Array, " N"]
+    cu_seqlens: Int[Array, " M1"]
+    predict_at: Int[Array, " L"]
+    target_ids: Int[Array, " L"]
+    behavior_logprobs: Float[Array, " L"]
+    weights: Float[Array, " L"]
+    scores: S
+    denominator: float
+
+    _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = ("predict_at", "target_ids", "behavior_logprobs", "weights")
+
+    def __len__(self) -> int:
+        return len(self.target_ids)
+
+    def rows(self, start: int, stop: int) -> "Batch[S]":
+        """The trained tokens `start:stop`; the packed sequences stay whole."""
+        cut = {name: getattr(self, name)[start:stop] for name in self._TOKEN_FIELDS}
+        return replace(self, **cut, scores=self.scores.rows(start, stop))
+
+    def to(self, device: torch.device | str, get: Fetch) -> "Batch[S]":
+        """Tensors on `device`, ids widened to int64 (what embedding and gather want)."""
+        moved = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("scores", "denominator"):
+                continue
+            tensor = torch.as_tensor(value)
+            moved[f.name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)
+        return replace(self, **moved, scores=self.scores.to(device, get))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLoss:
+    """An unreduced loss, so that the learner may evaluate it in chunks; metrics are per token, detached."""
+
+    loss: Float[Tensor, " L"]
+    metrics: Mapping[str, Float[Tensor, " L"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one optimizer step did. `metrics` are means over trained tokens of the whole batch."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    trained_tokens: int
+    metrics: Mapping[str, float]

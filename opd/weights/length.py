@@ -1,0 +1,22 @@
+"""Weights that depend on how a completion ended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.types import Scored, Scores, Stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipTruncated:
+    """Completions that the token limit cut are not trained on."""
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return Scores
+
+    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
+        return [np.full(len(s.trajectory), 0.0 if s.trajectory.stop is Stop.LENGTH else 1.0) for s in scored]

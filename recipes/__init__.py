@@ -1,0 +1,1 @@
+"""Scripts that make the small checkpoints this project ships or trains on."""

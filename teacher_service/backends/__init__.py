@@ -1,0 +1,1 @@
+"""One file per way of reading: each implements `opd.ports.LogprobTeacher`."""

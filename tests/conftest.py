@@ -1,0 +1,99 @@
+"""Shared by all tests: the shapes and types of `opd` are enforced, and torch repeats itself exactly."""
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from beartype import beartype
+from beartype.door import is_bearable
+from beartype.roar import BeartypeDecorHintException
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+
+def _can_be_checked(hint: Any) -> bool:
+    try:
+        is_bearable(None, hint)
+    except BeartypeDecorHintException:
+        return False
+    return True
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """beartype, without the few hints that cannot be checked at run time (`Self`, protocols of the parts)."""
+    try:
+        return beartype(function)
+    except BeartypeDecorHintException:
+        hints = function.__annotations__
+        function.__annotations__ = {n: h if _can_be_checked(h) else Any for n, h in hints.items()}
+        return beartype(function)
+
+
+def _enforce_types() -> None:
+    assert "opd" not in sys.modules, "opd was imported before its types could be enforced"
+    module = ModuleType("opd_typechecker")
+    module.__dict__["checked"] = _checked
+    sys.modules["opd_typechecker"] = module  # the hook takes a name, not a function
+    install_import_hook("opd", "opd_typechecker.checked")
+
+
+_enforce_types()
+
+from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory  # noqa: E402 (after the hook)
+
+settings.register_profile("opd", deadline=None, derandomize=True, database=None)
+settings.load_profile("opd")
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed() -> None:
+    """Every test starts from the same state of every generator."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+class Make:
+    """Small valid values; a test names only what it is about."""
+
+    @staticmethod
+    def prompt(ids: Sequence[int] = (1, 2), **fields: Any) -> Prompt:
+        """A prompt that the teacher reads as the student does."""
+        given = np.asarray(ids, dtype=np.int32)
+        return Prompt(**({"id": "p", "student_ids": given, "teacher_ids": given} | fields))
+
+    @staticmethod
+    def trajectory(context: Sequence[int], tokens: Sequence[int], **fields: Any) -> Trajectory:
+        """`tokens` written after `context` by version 0, every one with logprob -1."""
+        n = len(tokens)
+        default = {
+            "prompt": Make.prompt(context),
+            "sample": 0,
+            "token_ids": np.asarray(tokens, dtype=np.int32),
+            "behavior": TokenScores(logprobs=np.full(n, -1.0, dtype=np.float32)),
+            "loss_mask": np.ones(n, dtype=bool),
+            "versions": np.zeros(n, dtype=np.int32),
+            "stop": Stop.END,
+            "rewards": {},
+        }
+        return Trajectory(**(default | fields))
+
+    @staticmethod
+    def scored(
+        context: Sequence[int], tokens: Sequence[int], scores: Scores | None = None, **fields: Any
+    ) -> Scored[Any]:
+        """A trajectory about which somebody said `scores` (default: nobody said anything)."""
+        return Scored(trajectory=Make.trajectory(context, tokens, **fields), scores=scores or Scores())
+
+
+@pytest.fixture(scope="session")
+def make() -> type[Make]:
+    """The maker of small valid values."""
+    return Make

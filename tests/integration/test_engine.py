@@ -1,0 +1,396 @@
+"""The rollout engine on a real vLLM: what it writes, what it says about it, and which weights it holds."""
+
+import os
+
+from actors.config import Device, Dtype, StudentConfig, environment
+
+os.environ |= environment(Device.CPU)  # before anything imports vLLM
+
+import asyncio
+from collections.abc import Awaitable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from actors.engine import VLLMEngine
+from actors.engine_thread import EngineLoop, EngineStopped
+from opd.errors import ConfigurationError, DataError, OpdError
+from opd.ports import Completion, GenerateRequest, Manifest, Sampling, Sentinel, Weights
+from opd.types import Stop, TopKScores
+
+VOCABULARY = 160
+LONGEST = 96
+EOS = 2
+SEED = 11
+T = TypeVar("T")
+
+
+def student(seed: int, tied: bool) -> Qwen3ForCausalLM:
+    """A tiny random model with opinions: its next-token distributions are far from flat."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=LONGEST,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=EOS,
+    )
+    model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.normal_(std=0.25)
+    return model
+
+
+def logprobs(model: Qwen3ForCausalLM, ids: np.ndarray) -> torch.Tensor:
+    """Full logprobs `[len(ids), V]` of the next token at every position."""
+    with torch.no_grad():
+        return model(torch.from_numpy(ids).long()[None]).logits[0].float().log_softmax(-1)
+
+
+def written(model: Qwen3ForCausalLM, ids: np.ndarray, start: int) -> np.ndarray:
+    """Logprobs of the tokens from `start` on."""
+    full = logprobs(model, ids)[start - 1 : -1]
+    return full.gather(1, torch.from_numpy(ids[start:]).long()[:, None])[:, 0].numpy()
+
+
+def weights(model: Qwen3ForCausalLM, version: int, tolerance: float = 1e-3) -> Weights:
+    """What a learner holding `model` would publish."""
+    named = list(model.named_parameters())  # tied ones once
+    buffer = np.concatenate([p.detach().numpy().reshape(-1).view(np.uint8) for _, p in named])
+    ids = np.random.default_rng(5).integers(3, VOCABULARY, 24).astype(np.int32)
+    return Weights(
+        version=version,
+        manifest=Manifest(
+            names=tuple(n for n, _ in named),
+            dtypes=tuple("float32" for _ in named),
+            shapes=tuple(tuple(p.shape) for _, p in named),
+            nbytes=buffer.nbytes,
+        ),
+        digest=xxhash.xxh3_64_hexdigest(buffer.tobytes()),
+        buffer=buffer,
+        sentinel=Sentinel(ids=ids, logprobs=written(model, ids, 1), tolerance=tolerance),
+    )
+
+
+def requests(sampling: Sampling, prompts: int = 4, samples: int = 3) -> list[GenerateRequest]:
+    """Groups of requests about random prompts of different lengths."""
+    random = np.random.default_rng(3)
+    contexts = [random.integers(3, VOCABULARY, 4 + 3 * p).astype(np.int32) for p in range(prompts)]
+    return [
+        GenerateRequest(prompt_id=f"p{p}", sample=s, context_ids=contexts[p], sampling=sampling)
+        for p in range(prompts)
+        for s in range(samples)
+    ]
+
+
+@dataclass
+class House:
+    """An engine that serves a whole module, with the loop it lives in and the model it was started from."""
+
+    engine: VLLMEngine
+    origin: Qwen3ForCausalLM
+    path: Path
+    tied: bool
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, work: Awaitable[T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 60))
+
+    def generate(self, asked: Sequence[GenerateRequest]) -> list[Completion]:
+        return self.run(self.engine.generate(asked))
+
+    def receive(self, value: Weights) -> float:
+        return self.run(self.engine.receive(value))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    tied = request.param
+    origin = student(0, tied)
+    path = tmp_path_factory.mktemp("student")
+    origin.save_pretrained(path)
+    config = StudentConfig(
+        path=str(path), max_model_len=LONGEST, dtype=Dtype.FLOAT32, kv_cache_bytes=16 << 20, deadline_s=60
+    )
+    engine = VLLMEngine(config, SEED, lambda handle: handle())
+    loop = asyncio.new_event_loop()
+    house = House(engine=engine, origin=origin, path=path, tied=tied, loop=loop)
+    house.run(engine.ready())
+    yield house
+    house.run(engine.close())
+    loop.close()
+
+
+def test_writes_with_the_checkpoint_s_weights_as_version_0(house: House) -> None:
+    asked = requests(Sampling(max_tokens=40))
+    for request, answer in zip(asked, house.generate(asked), strict=True):
+        ids = np.concatenate([request.context_ids, answer.token_ids])
+        expected = written(house.origin, ids, len(request.context_ids))
+        np.testing.assert_allclose(answer.behavior.logprobs, expected, atol=1e-4)
+        assert set(answer.versions.tolist()) == {0}
+        assert answer.token_ids.dtype == answer.versions.dtype == np.int32
+        ended = answer.token_ids[-1] == EOS
+        assert answer.stop is (Stop.END if ended else Stop.LENGTH)
+        assert ended or len(answer.token_ids) == 40
+        assert EOS not in answer.token_ids[:-1]
+
+
+def test_behavior_is_the_distribution_that_was_sampled_from(house: House) -> None:
+    sampling = Sampling(max_tokens=30, temperature=0.7, top_p=0.9)
+    asked = requests(sampling)
+    for request, answer in zip(asked, house.generate(asked), strict=True):
+        start = len(request.context_ids)
+        ids = np.concatenate([request.context_ids, answer.token_ids])
+        tempered = (logprobs(house.origin, ids)[start - 1 : -1] / 0.7).softmax(-1)
+        ordered, order = tempered.sort(descending=True)
+        kept = torch.zeros_like(tempered, dtype=torch.bool)
+        kept.scatter_(1, order, ordered.cumsum(-1) - ordered < 0.9)  # up to the token that fills the nucleus
+        nucleus = torch.where(kept, tempered, 0.0)
+        nucleus /= nucleus.sum(-1, keepdim=True)
+        chosen = nucleus.gather(1, torch.from_numpy(answer.token_ids).long()[:, None])[:, 0]
+        np.testing.assert_allclose(answer.behavior.logprobs, chosen.log().numpy(), atol=2e-4)
+
+
+def test_topk_is_the_writer_s_own_and_the_written_token_may_lie_outside(house: House) -> None:
+    asked = requests(Sampling(max_tokens=30, topk=3)) + requests(Sampling(max_tokens=30, topk=7), samples=1)
+    outside = 0
+    for request, answer in zip(asked, house.generate(asked), strict=True):
+        behavior = answer.behavior
+        assert isinstance(behavior, TopKScores)
+        start = len(request.context_ids)
+        ids = np.concatenate([request.context_ids, answer.token_ids])
+        full = logprobs(house.origin, ids)[start - 1 : -1]
+        values, best = full.topk(request.sampling.topk)
+        assert np.array_equal(behavior.topk_ids, best.numpy())
+        np.testing.assert_allclose(behavior.topk_logprobs, values.numpy(), atol=1e-4)
+        np.testing.assert_allclose(behavior.logprobs, written(house.origin, ids, start), atol=1e-4)
+        outside += int((best.numpy() != answer.token_ids[:, None]).all(-1).sum())
+    assert outside > 0
+
+
+def test_greedy_writes_the_likeliest_token_and_says_its_logprob(house: House) -> None:
+    # a mixed batch, because vLLM takes another path when all of it is greedy
+    asked = requests(Sampling(max_tokens=20, temperature=0.0)) + requests(Sampling(max_tokens=20), samples=1)
+    for answers in (house.generate(asked), house.generate(asked[:12])):
+        for request, answer in zip(asked[:12], answers[:12], strict=True):
+            start = len(request.context_ids)
+            full = logprobs(house.origin, np.concatenate([request.context_ids, answer.token_ids]))[start - 1 : -1]
+            best, likeliest = full.max(-1)
+            assert np.array_equal(answer.token_ids, likeliest.numpy())
+            np.testing.assert_allclose(answer.behavior.logprobs, best.numpy(), atol=1e-4)
+
+
+def test_tokens_depend_on_the_request_and_the_version_only(house: House) -> None:
+    asked = requests(Sampling(max_tokens=30))
+    once = {key(r): a.token_ids for r, a in zip(asked, house.generate(asked), strict=True)}
+    assert len({tuple(t) for t in once.values()}) == len(asked)  # samples of a group differ
+
+    async def twice() -> list[list[Completion]]:
+        return await asyncio.gather(house.engine.generate(asked[::-2]), house.engine.generate(asked[-2::-2]))
+
+    halves = house.run(twice())
+    for part, answers in zip((asked[::-2], asked[-2::-2]), halves, strict=True):
+        for request, answer in zip(part, answers, strict=True):
+            assert np.array_equal(answer.token_ids, once[key(request)])
+    house.receive(weights(house.origin, 1))  # the same weights as another version
+    later = house.generate(asked)
+    changed = [not np.array_equal(a.token_ids, once[key(r)]) for r, a in zip(asked, later, strict=True)]
+    assert sum(changed) > len(asked) // 2
+    assert all(set(a.versions.tolist()) == {1} for a in later)
+
+
+def key(request: GenerateRequest) -> tuple[str, int]:
+    """What names a completion."""
+    return request.prompt_id, request.sample
+
+
+def test_received_weights_write(house: House) -> None:
+    asked = requests(Sampling(max_tokens=40))
+    for version in (7, 8):
+        model = student(version, house.tied)
+        held = weights(model, version)
+        gap = house.receive(replace(held, buffer=lambda array=held.buffer: frozen(array)))
+        assert 0 <= gap < 1e-4
+        for request, answer in zip(asked, house.generate(asked), strict=True):
+            ids = np.concatenate([request.context_ids, answer.token_ids])
+            expected = written(model, ids, len(request.context_ids))
+            np.testing.assert_allclose(answer.behavior.logprobs, expected, atol=1e-4)
+            assert set(answer.versions.tolist()) == {version}
+    stats = house.run(house.engine.stats())
+    assert stats.version == 8
+    assert stats.updates >= 2
+    assert stats.tokens > stats.requests > 0
+    assert stats.busy_s > 0
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    """As an object store gives it: read-only."""
+    array.flags.writeable = False
+    return array
+
+
+def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
+    old, new = student(20, house.tied), student(21, house.tied)
+    house.receive(weights(old, 20))
+    held = weights(new, 21)
+    asked = requests(Sampling(max_tokens=64), prompts=6)
+    before = house.run(house.engine.stats()).steps
+
+    def arrive_after_ten_steps() -> np.ndarray:
+        while True:
+            stats = asyncio.run_coroutine_threadsafe(house.engine.stats(), house.loop).result(20)
+            if stats.steps >= before + 10:
+                return held.buffer
+
+    async def both() -> tuple[list[Completion], float]:
+        late = replace(held, buffer=arrive_after_ten_steps)
+        return await asyncio.gather(house.engine.generate(asked), house.engine.receive(late))
+
+    answers, gap = house.run(both())
+    assert gap < 1e-4
+    crossed = [(r, a) for r, a in zip(asked, answers, strict=True) if set(a.versions.tolist()) == {20, 21}]
+    assert len(crossed) > 2
+    for request, answer in crossed:
+        start = len(request.context_ids)
+        ids = np.concatenate([request.context_ids, answer.token_ids])
+        expected = np.where(answer.versions == 20, written(old, ids, start), written(new, ids, start))
+        np.testing.assert_allclose(answer.behavior.logprobs, expected, atol=1e-4)
+        assert (np.diff(answer.versions) >= 0).all()
+
+
+def test_a_damaged_buffer_is_refused_and_the_old_weights_serve_on(house: House) -> None:
+    good = weights(student(30, house.tied), 30)
+    house.receive(good)
+    asked = requests(Sampling(max_tokens=12))
+    before = house.generate(asked)
+    bad = weights(student(31, house.tied), 31)
+    damaged = bad.buffer.copy()
+    damaged[1000] ^= 1
+    cut = replace(bad, manifest=replace(bad.manifest, nbytes=bad.manifest.nbytes - 4))
+    for wrong, why in (
+        (replace(bad, buffer=damaged), "xxh3_64"),
+        (replace(bad, buffer=bad.buffer[:-4]), "bytes, but"),
+        (replace(cut, buffer=bad.buffer[:-4]), "manifest lists"),
+    ):
+        with pytest.raises(DataError, match=why):
+            house.receive(wrong)
+    after = house.generate(asked)
+    assert all(np.array_equal(a.token_ids, b.token_ids) for a, b in zip(before, after, strict=True))
+    assert set(after[0].versions.tolist()) == {30}
+
+
+def test_wrong_weights_are_found_and_nothing_is_written_until_good_ones_come(house: House) -> None:
+    good, other = weights(student(40, house.tied), 40), weights(student(41, house.tied), 41)
+    asked = requests(Sampling(max_tokens=64), prompts=6)
+
+    async def both() -> list[object]:
+        pretending = replace(good, sentinel=other.sentinel)
+        writing, receiving = house.engine.generate(asked), house.engine.receive(pretending)
+        return await asyncio.gather(writing, receiving, return_exceptions=True)
+
+    for outcome in house.run(both()):
+        assert isinstance(outcome, DataError)
+        assert "half-loaded" in str(outcome)
+    with pytest.raises(DataError, match="half-loaded"):
+        house.generate(asked)
+    assert house.receive(good) < 1e-4
+    assert set(house.generate(asked)[0].versions.tolist()) == {40}
+
+
+def test_weights_of_another_model_are_refused_and_the_next_good_ones_load(house: House) -> None:
+    good = weights(student(50, house.tied), 50)
+    names = list(good.manifest.names)
+    renamed = ["model.layers.0.mlp.gate_projection.weight" if "0.mlp.gate" in n else n for n in names]
+    odd = names.index("model.layers.1.self_attn.q_norm.weight")
+    start = sum(4 * int(np.prod(s)) for s in good.manifest.shapes[:odd])
+    short = np.delete(good.buffer, np.s_[start : start + 4 * 32])
+    missing = Manifest(
+        names=tuple(names[:odd] + names[odd + 1 :]),
+        dtypes=good.manifest.dtypes[1:],
+        shapes=good.manifest.shapes[:odd] + good.manifest.shapes[odd + 1 :],
+        nbytes=short.nbytes,
+    )
+    for wrong, why in (
+        (replace(good, manifest=replace(good.manifest, names=tuple(renamed))), "does not load"),
+        (replace(good, manifest=missing, buffer=short, digest=xxhash.xxh3_64_hexdigest(short)), "q_norm"),
+    ):
+        with pytest.raises(DataError, match=why):
+            house.receive(wrong)
+        with pytest.raises(DataError, match="no usable weights"):
+            house.generate(requests(Sampling(max_tokens=4)))
+        assert house.receive(good) < 1e-4
+
+
+def test_requests_that_cannot_be_written_are_refused_by_name(house: House) -> None:
+    def ask(context: list[int], sampling: Sampling) -> None:
+        ids = np.asarray(context, dtype=np.int32)
+        house.generate([GenerateRequest(prompt_id="shop/17", sample=0, context_ids=ids, sampling=sampling)])
+
+    few = Sampling(max_tokens=4)
+    with pytest.raises(DataError, match=r"'shop/17'.*max_model_len=96.*raise it to 100"):
+        ask([5] * 96, few)
+    with pytest.raises(DataError, match="'shop/17'.*empty"):
+        ask([], few)
+    with pytest.raises(DataError, match="'shop/17'.*160 is outside"):
+        ask([4, VOCABULARY], few)
+    with pytest.raises(DataError, match="'shop/17'.*topk=161"):
+        ask([4], Sampling(max_tokens=4, topk=VOCABULARY + 1))
+    assert house.generate([]) == []
+
+
+def test_a_wait_has_a_deadline_and_what_nobody_waits_for_is_dropped(house: House) -> None:
+    config = house.engine._config
+    house.engine._config = replace(config, deadline_s=0.05)
+    try:
+        with pytest.raises(OpdError, match="did not finish writing 90 completions within"):
+            house.generate(requests(Sampling(max_tokens=64), prompts=6, samples=15))
+    finally:
+        house.engine._config = config
+    unfinished = house.engine._thread.run(lambda loop: loop.engine.get_num_unfinished_requests())
+    assert unfinished.result(20) == 0
+
+
+def test_what_vllm_cannot_start_says_why(house: House, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no config\.json"):
+        VLLMEngine(StudentConfig(path=str(tmp_path), max_model_len=32), 0, lambda handle: handle)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "vocab_size": 9, "eos_token_id": 2}')
+    broken = VLLMEngine(StudentConfig(path=str(tmp_path), max_model_len=32), 0, lambda handle: handle)
+    with pytest.raises(EngineStopped, match="the student engine stopped"):
+        house.run(broken.ready())
+
+
+def test_when_the_engine_dies_everybody_is_told(house: House) -> None:  # last: it takes the module's engine along
+    asked = requests(Sampling(max_tokens=64))
+
+    def break_it(loop: EngineLoop) -> None:
+        def step() -> None:
+            raise RuntimeError("out of memory")
+
+        loop.engine.step = step
+
+    async def scene() -> list[object]:
+        writing = asyncio.ensure_future(house.engine.generate(asked))
+        await asyncio.sleep(0.01)
+        await asyncio.wrap_future(house.engine._thread.run(break_it))
+        return await asyncio.gather(writing, return_exceptions=True)
+
+    (outcome,) = house.run(scene())
+    assert isinstance(outcome, EngineStopped)
+    assert "out of memory" in str(outcome)
+    with pytest.raises(EngineStopped, match="out of memory"):
+        house.generate(asked)
+    with pytest.raises(EngineStopped, match="out of memory"):
+        house.receive(weights(house.origin, 60))

@@ -1,0 +1,88 @@
+"""No process is left behind: after Ctrl-C, after kill -9 of the driver, after a failure."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "OPD_TEST_RUN"  # inherited by every process of a run
+
+
+def start(mark: str, runs: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = ["train", "experiment=shop", "evaluation.prompts.prompts_per_step=8", "evaluation.samples=1"]
+    command += ["evaluation.reverse_kl_prompts=4", "steps=100000", f"output_dir={runs}", "run_name=r", *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *command],
+        cwd=ROOT,
+        env=os.environ | {MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def family(mark: str) -> list[psutil.Process]:
+    """Living processes that were started by the marked run, whoever their parent is now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.3)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", ["ctrl-c", "term", "kill"])
+def test_stopping_a_run_leaves_no_process(how: str, tmp_path: Path) -> None:
+    mark = f"{how}-{os.getpid()}"
+    driver = start(mark, tmp_path)
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    try:
+        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 150, "two steps")
+        assert len(family(mark)) > 4
+        if how == "ctrl-c":
+            os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: to the whole foreground group
+        else:
+            os.kill(driver.pid, signal.SIGTERM if how == "term" else signal.SIGKILL)
+        output, _ = driver.communicate(timeout=60)
+        wait_until(lambda: not family(mark), 30, f"left: {[p.cmdline()[:3] for p in family(mark)]}")
+    finally:
+        for process in family(mark):
+            process.kill()
+    if how == "kill":
+        assert not (tmp_path / "r" / "summary.json").exists()
+        return
+    assert driver.returncode == 130, output
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["outcome"] == "stopped" and summary["steps"] >= 2
+    assert "Traceback" not in output, output
+
+
+@pytest.mark.ray
+def test_a_failing_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
+    """A learning rate that blows up: the learner's sentence reaches the user, and everything is closed."""
+    mark = f"fail-{os.getpid()}"
+    driver = start(mark, tmp_path, "learner.lr=1e30", "learner.grad_clip=1e30", "learner.warmup_steps=0")
+    output, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 1, output
+    assert "error:" in output and "Traceback" not in output, output
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["outcome"] == "failed" and summary["error"]
+    wait_until(lambda: not family(mark), 30, "processes end")

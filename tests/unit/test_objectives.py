@@ -1,0 +1,400 @@
+"""Every objective does what its docstring claims: enumerated expectations against autograd of the exact quantity.
+
+A world is one state: a student `z` (logits), a teacher `q`, a writer `mu`, a support. Row `v` of its batch is the
+case that the writer wrote token `v`, so an expectation over `y ~ mu` is a sum over rows weighted by `mu`: exact, no
+sampling. P1..P17 are the properties of the methods document, section 10.2.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
+from math import log
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import opd.objectives
+from opd.logits import StudentLogits, read
+from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
+from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
+from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
+from opd.types import (
+    AdvantageScores,
+    Batch,
+    HiddenScores,
+    Scores,
+    TokenLoss,
+    TokenScores,
+    TopKScores,
+    VocabularyScores,
+)
+
+V = 7
+SEEDS = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Log-probabilities `q`, `mu` over the vocabulary; `z` is the student's leaf."""
+
+    z: Tensor
+    q: Tensor
+    mu: Tensor
+    support: Tensor
+    advantages: Tensor
+
+
+def world(seed: int, k: int = 3, *, stale: bool = False, at_teacher: bool = False, dtype=torch.float64) -> World:
+    """A random state. `stale`: the writer is not the student. `at_teacher`: the student equals its teacher."""
+    draw = torch.Generator().manual_seed(seed)
+    z, q, mu, advantages = torch.randn(4, V, generator=draw, dtype=dtype) * 1.5
+    return World(
+        z=z.clone().requires_grad_(),
+        q=(z if at_teacher else q).log_softmax(-1),
+        mu=(z + mu if stale else z).log_softmax(-1),
+        support=torch.randperm(V, generator=draw)[:k],  # any support fixed by the state
+        advantages=torch.zeros_like(advantages) if at_teacher else advantages,
+    )
+
+
+def said(kind: type[Scores], w: World) -> Scores:
+    """What an objective that consumes `kind` is told about the state, once per written token."""
+    if kind is TopKScores:
+        support = w.support.expand(V, -1)
+        return TopKScores(logprobs=w.q, topk_ids=support, topk_logprobs=w.q.expand(V, -1).gather(-1, support))
+    if kind is VocabularyScores:
+        return VocabularyScores(logprobs=w.q, vocabulary_logprobs=w.q.expand(V, -1))
+    if kind is AdvantageScores:
+        return AdvantageScores(advantages=w.advantages, rewards=w.advantages)
+    return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
+
+
+def every_token(w: World, scores: Scores) -> Batch[Any]:
+    """Row `v`: token `v` was written."""
+    every = torch.arange(V)
+    return Batch(
+        input_ids=every,
+        position_ids=every,
+        cu_seqlens=torch.tensor([0, V]),
+        predict_at=every,
+        target_ids=every,
+        behavior_logprobs=w.mu,
+        weights=w.mu.exp(),
+        scores=scores,
+        denominator=1.0,
+    )
+
+
+def outcome(objective: Any, w: World) -> TokenLoss:
+    """The objective's loss for every token that could have been written."""
+    student = StudentLogits(logits=w.z.expand(V, V))
+    return objective(student, every_token(w, said(objective.consumes, w)))
+
+
+def gradient(value: Tensor, w: World) -> Tensor:
+    (out,) = torch.autograd.grad(value, w.z, retain_graph=True)
+    return out
+
+
+def expected_gradient(objective: Any, w: World) -> Tensor:
+    return gradient((w.mu.exp() * outcome(objective, w).loss).sum(), w)
+
+
+def per_sample(objective: Any, w: World) -> float:
+    """The largest gradient that any single written token causes."""
+    return max(float(gradient(value, w).abs().max()) for value in outcome(objective, w).loss)
+
+
+# What is claimed, written once more from the formulas: on probabilities, and on nothing that `opd` computes.
+
+
+def reverse_kl(w: World) -> Tensor:
+    p = w.z.softmax(-1)
+    return (p * (p.log() - w.q)).sum()
+
+
+def forward_kl(w: World) -> Tensor:
+    return (w.q.exp() * (w.q - w.z.softmax(-1).log())).sum()
+
+
+def published_signal(w: World) -> Tensor:
+    """With the writer's logprob in the advantage: KL(p||q) - KL(p||mu), which is the reverse KL when mu = p."""
+    return reverse_kl(w) - reverse_kl(replace(w, q=w.mu))
+
+
+def jsd(w: World, beta: float) -> Tensor:
+    p, q = w.z.softmax(-1), w.q.exp()
+    m = beta * q + (1 - beta) * p
+    return beta * (q * (q / m).log()).sum() + (1 - beta) * (p * (p / m).log()).sum()
+
+
+def coarsened(w: World) -> Tensor:
+    p, q = w.z.softmax(-1), w.q.exp()
+    outside = torch.ones(V, dtype=torch.bool)
+    outside[w.support] = False
+    p, q = (torch.cat([x[w.support], x[outside].sum(0, keepdim=True)]) for x in (p, q))
+    return (p * (p / q).log()).sum()
+
+
+def renormalized(w: World) -> Tensor:
+    p, q = w.z.softmax(-1)[w.support], w.q.exp()[w.support]
+    p, q = p / p.sum(), q / q.sum()
+    return (p * (p / q).log()).sum()
+
+
+def cross_entropy(w: World) -> Tensor:
+    return -(w.mu.exp() * w.z.softmax(-1).log()).sum()
+
+
+def surrogate(w: World) -> Tensor:
+    """Clipped by hand: outside 0.8 .. 1.2 a ratio counts as the bound, where that is worse for the student."""
+    p, mu = w.z.softmax(-1), w.mu.exp()
+    total = torch.zeros(())
+    for v in range(V):
+        r, a = p[v] / mu[v], w.advantages[v]
+        bounded = (r > 1.2 and a > 0) or (r < 0.8 and a < 0)
+        total = total - mu[v] * (torch.clamp(r.detach(), 0.8, 1.2) if bounded else r) * a
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`objective`'s expected gradient is that of `exact`, also when the writer is not the student if `stale`."""
+
+    objective: Any
+    exact: Callable[[World], Tensor]
+    stale: bool = True
+    zero_at_teacher: bool = True
+    value: str = ""  # the metric whose expectation is `exact`
+
+    def __str__(self) -> str:
+        return str(self.objective)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(objective=SampledReverseKL(), exact=reverse_kl, stale=False, value="reverse_kl"),
+    Claim(objective=SampledReverseKL(), exact=published_signal),
+    Claim(objective=SampledReverseKL(coefficient=0.5), exact=lambda w: 0.5 * reverse_kl(w), stale=False),
+    Claim(objective=SampledReverseKL(signal=Speaker.STUDENT), exact=reverse_kl),
+    Claim(objective=HeadTailReverseKL(), exact=reverse_kl, value="reverse_kl"),
+    Claim(objective=TailBucketReverseKL(), exact=coarsened, value="reverse_kl"),
+    Claim(objective=RenormalizedReverseKL(), exact=renormalized, value="reverse_kl"),
+    Claim(objective=FullReverseKL(), exact=reverse_kl, value="reverse_kl"),
+    Claim(objective=FullForwardKL(), exact=forward_kl, value="forward_kl"),
+    Claim(objective=JensenShannon(beta=0.1), exact=lambda w: jsd(w, 0.1), value="jsd"),
+    Claim(objective=JensenShannon(), exact=lambda w: jsd(w, 0.5), value="jsd"),
+    Claim(objective=Likelihood(), exact=cross_entropy, zero_at_teacher=False),
+    Claim(objective=ClippedPolicyGradient(), exact=surrogate),
+)
+DISTILLING = tuple(claim for claim in CLAIMS if claim.zero_at_teacher)
+ON_SUPPORT = tuple(claim for claim in CLAIMS if claim.objective.consumes is TopKScores)
+FULL = tuple(claim for claim in CLAIMS if claim.objective.consumes is VocabularyScores)
+
+
+def test_every_objective_of_the_package_has_a_declared_expectation() -> None:
+    found = set()
+    for module in pkgutil.walk_packages(opd.objectives.__path__, "opd.objectives."):
+        for part in vars(importlib.import_module(module.name)).values():
+            if isinstance(part, type) and is_dataclass(part) and part.__module__ == module.name:
+                found.add(part)
+    assert len(found) >= 9
+    missing = found - {type(claim.objective) for claim in CLAIMS}
+    assert not missing, f"add what the docstring of {missing} claims to CLAIMS in {__file__}"
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_p2_p11_the_expected_gradient_is_the_exact_one(claim: Claim, stale: bool) -> None:
+    for seed in SEEDS:
+        w = world(seed, stale=stale)
+        exact = gradient(claim.exact(w), w)
+        error = float((expected_gradient(claim.objective, w) - exact).abs().max())
+        # The likelihood of the student's own samples has an expected gradient of exactly 0: no signal at all.
+        assert (float(exact.abs().max()) > 1e-3) == (stale or claim.exact is not cross_entropy)
+        assert (error < 1e-12) if claim.stale or not stale else (error > 1e-3)
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.value], ids=str)
+def test_the_reported_divergence_has_the_exact_expectation(claim: Claim) -> None:
+    for seed in SEEDS:
+        w = world(seed, stale=claim.stale)
+        value = (w.mu.exp() * outcome(claim.objective, w).metrics[claim.value]).sum()
+        torch.testing.assert_close(value, claim.exact(w).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("claim", DISTILLING, ids=str)
+def test_p1_no_written_token_moves_a_student_that_equals_its_teacher(claim: Claim) -> None:
+    for seed in SEEDS:
+        writers = {True, False} if claim.exact is not published_signal else {False}
+        for stale in writers if claim.stale else {False}:
+            assert per_sample(claim.objective, world(seed, stale=stale, at_teacher=True)) <= 1e-12
+        assert per_sample(claim.objective, world(seed)) > 1e-3
+
+
+@pytest.mark.parametrize("claim", ON_SUPPORT, ids=str)
+def test_p3_a_support_of_the_whole_vocabulary_is_the_exact_reverse_kl(claim: Claim) -> None:
+    for seed in SEEDS:
+        w = world(seed, k=V, stale=True)
+        losses = (outcome(objective, w).loss for objective in (claim.objective, FullReverseKL()))
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
+        error = expected_gradient(claim.objective, w) - gradient(reverse_kl(w), w)
+        assert float(error.abs().max()) < 1e-12
+
+
+def test_p4_one_renormalised_token_says_nothing() -> None:
+    w = world(0, k=1)
+    assert not outcome(RenormalizedReverseKL(), w).loss.any()
+    assert per_sample(RenormalizedReverseKL(), w) == 0
+
+
+def test_the_tail_bucket_is_a_lower_bound_and_the_renormalised_form_forgets_the_mass() -> None:
+    for seed in SEEDS:
+        w = world(seed)
+        assert outcome(TailBucketReverseKL(), w).loss.max().item() <= reverse_kl(w).item() + 1e-12
+        moved = w.z.detach().clone()
+        moved[w.support] += 3.0  # more mass on S, the same proportions within it
+        before, after = (outcome(RenormalizedReverseKL(), x).loss for x in (w, replace(w, z=moved)))
+        torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("claim", FULL, ids=str)
+def test_p6_the_teacher_receives_no_gradient(claim: Claim) -> None:
+    w = world(0)
+    head, hidden = torch.randn(V, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
+    batch = every_token(w, HiddenScores(logprobs=w.q, hidden=hidden))
+    claim.objective(StudentLogits(logits=w.z.expand(V, V)), read(batch, head)).loss.sum().backward()
+    assert head.grad is None and hidden.grad is None
+    assert w.z.grad is not None and float(w.z.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_p10_a_fresh_writer_has_ratio_one_and_nothing_is_clipped(claim: Claim) -> None:
+    metrics = outcome(claim.objective, world(0)).metrics
+    assert not any(value.requires_grad for value in metrics.values())
+    torch.testing.assert_close(metrics.get("ratio", torch.ones(V).double()), torch.ones(V).double())
+    for name in {"probs_diff", "pg_clipfrac"} & set(metrics):
+        assert float(metrics[name].abs().max()) < 1e-12
+    p = world(0).z.softmax(-1).detach()
+    torch.testing.assert_close(metrics["entropy"], -(p * p.log()).sum().expand(V))
+
+
+def test_a_stale_writer_is_reported_and_clipped() -> None:
+    w = world(1, stale=True)
+    metrics = outcome(ClippedPolicyGradient(), w).metrics
+    torch.testing.assert_close(metrics["ratio"], ratio := (w.z.softmax(-1) / w.mu.exp()).detach())
+    clipped = ((ratio > 1.2) & (w.advantages > 0)) | ((ratio < 0.8) & (w.advantages < 0))
+    assert clipped.any() and torch.equal(metrics["pg_clipfrac"].bool(), clipped)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_float32_and_certain_models_give_finite_numbers(claim: Claim) -> None:
+    """Sharp distributions put all their mass on the support: 1 - mass is 0 in float32."""
+    for seed in range(10):
+        w = world(seed, k=4, dtype=torch.float32)
+        sharp = replace(w, z=(w.z * 20).detach().requires_grad_(), q=(w.q * 20).log_softmax(-1))
+        sharp = replace(sharp, mu=sharp.z.log_softmax(-1).detach(), support=sharp.q.topk(4).indices)
+        result = outcome(claim.objective, sharp)
+        for value in (result.loss, *result.metrics.values(), gradient(result.loss.sum(), sharp)):
+            assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_the_numbering_of_the_vocabulary_does_not_matter(claim: Claim) -> None:
+    w = world(0, stale=True)
+    order = torch.randperm(V)
+    z, q, mu, advantages = (x.detach()[order] for x in (w.z, w.q, w.mu, w.advantages))
+    support = torch.argsort(order)[w.support]
+    other = World(z=z.requires_grad_(), q=q, mu=mu, support=support, advantages=advantages)
+    expected = outcome(claim.objective, w).loss[order]
+    torch.testing.assert_close(outcome(claim.objective, other).loss, expected, rtol=0, atol=1e-12)
+
+
+def test_jsd_is_symmetric_bounded_and_tends_to_both_kls() -> None:
+    for seed in SEEDS:
+        w = world(seed)
+        swapped = replace(w, z=w.q.clone().requires_grad_(), q=w.z.detach().log_softmax(-1))
+        values = [outcome(JensenShannon(), x).loss for x in (w, swapped)]
+        torch.testing.assert_close(values[0], values[1])
+        apart = torch.tensor([-60.0] + [0.0] * (V - 1)).double()
+        far = replace(w, z=apart.requires_grad_(), q=(-apart).detach().log_softmax(-1))
+        bound = outcome(JensenShannon(), far).loss.max().item()
+        assert values[0].max().item() < bound <= log(2) + 1e-15
+        for beta, limit in ((1e-5, forward_kl), (1 - 1e-5, reverse_kl)):
+            scaled = expected_gradient(JensenShannon(beta=beta), w) / 1e-5
+            torch.testing.assert_close(scaled, gradient(limit(w), w), rtol=0, atol=1e-3)
+
+
+def test_likelihood_is_the_forward_kl_of_a_teacher_that_is_certain() -> None:
+    one = torch.tensor([0.0] + [-800.0] * (V - 1)).double()
+    certain = replace(world(0), q=one, mu=one)
+    given = (expected_gradient(objective, certain) for objective in (Likelihood(), FullForwardKL()))
+    torch.testing.assert_close(*given)
+
+
+# Defects that are published or easily written: the checks above must catch every one of them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """A loss of `p`, `q`, `mu` (logprobs of the written token), `raw` (`sum_S p l`) and `out` (written outside S)."""
+
+    loss: Callable[[SimpleNamespace], Tensor]
+    consumes: type[Scores] = TopKScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+        on_support = student.at_support(batch.scores.topk_ids)
+        terms = SimpleNamespace(
+            p=student.at(batch.target_ids),
+            q=batch.scores.logprobs,
+            mu=batch.behavior_logprobs,
+            raw=(on_support.exp() * (on_support - batch.scores.topk_logprobs)).sum(-1),
+            out=(batch.scores.topk_ids != batch.target_ids[:, None]).all(-1),
+        )
+        return TokenLoss(loss=self.loss(terms), metrics={})
+
+
+def k3(t: SimpleNamespace) -> Tensor:
+    return (t.q - t.p).exp() - 1 + t.p - t.q
+
+
+def rewarded(t: SimpleNamespace, cost: Tensor) -> Tensor:
+    return (t.p - t.mu).exp() * cost.detach()
+
+
+DEFECTS: dict[str, tuple[Callable[[SimpleNamespace], Tensor], str]] = {
+    "direct k1": (lambda t: t.p - t.q, "fresh"),
+    "direct k3": (k3, "fresh"),
+    "k3 as reward": (lambda t: rewarded(t, k3(t)), "fresh"),
+    "reward with the wrong sign": (lambda t: rewarded(t, t.q - t.p), "fresh"),
+    "reward without a ratio": (lambda t: t.p * (t.p - t.q).detach(), "stale"),
+    "reward that is not detached": (lambda t: (t.p - t.mu).exp() * (t.p - t.q), "teacher"),
+    "raw top-k sum": (lambda t: t.raw, "teacher"),
+    "raw top-k sum and sampled tail": (lambda t: t.raw + t.out * rewarded(t, t.p - t.q), "fresh"),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_caught(name: str) -> None:
+    loss, caught_by = DEFECTS[name]
+    for seed in SEEDS:
+        w = world(seed, stale=caught_by == "stale", at_teacher=caught_by == "teacher")
+        error = expected_gradient(Planted(loss=loss), w) - gradient(reverse_kl(w), w)
+        found = per_sample(Planted(loss=loss), w) if caught_by == "teacher" else float(error.abs().max())
+        assert found > 1e-3
+
+
+def test_p5_the_raw_sum_is_wrong_by_the_gradient_of_the_mass_on_the_support() -> None:
+    """And direct k3 is no reverse KL at all: in expectation it is the forward one."""
+    for seed in SEEDS:
+        w = world(seed)
+        raw, biased = (Planted(loss=DEFECTS["raw top-k sum" + end][0]) for end in ("", " and sampled tail"))
+        mass = gradient(w.z.softmax(-1)[w.support].sum(), w)
+        torch.testing.assert_close(expected_gradient(biased, w) - gradient(reverse_kl(w), w), mass)
+        at_teacher = world(seed, at_teacher=True)
+        mass = gradient(at_teacher.z.softmax(-1)[at_teacher.support].sum(), at_teacher)
+        torch.testing.assert_close(expected_gradient(raw, at_teacher), mass)
+        torch.testing.assert_close(expected_gradient(Planted(loss=k3), w), gradient(forward_kl(w), w))
