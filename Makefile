@@ -26,12 +26,15 @@ test:
 	scripts/install.sh dev
 	$(BIN)/python -m pytest $(ARGS)
 
+# All four always run, so that one call shows all there is to mend.
 lint:
 	scripts/install.sh dev
-	$(BIN)/ruff format --check --quiet .
-	$(BIN)/ruff check --quiet .
-	$(BIN)/basedpyright --level error
-	$(BIN)/lint-imports --no-cache --no-logo
+	failed=0; \
+	$(BIN)/ruff format --check --output-format concise . || failed=1; \
+	$(BIN)/ruff check --output-format concise . || failed=1; \
+	$(BIN)/basedpyright --level error || failed=1; \
+	$(BIN)/lint-imports --no-cache --no-logo || failed=1; \
+	exit $$failed
 
 format:
 	scripts/install.sh dev

@@ -1,1 +1,1 @@
-"""The student as a writer: vLLM behind `opd.ports.StudentEngine`. Importing this package does not import vLLM."""
+"""The student as a writer: vLLM behind `opd.ports.StudentEngine`. Importing it does not import vLLM."""

@@ -28,10 +28,10 @@ class Dtype(Enum):
 class StudentConfig:
     """One rollout engine and how many of them.
 
-    `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens, `deadline_s` bounds every
-    single wait. `kv_cache_bytes` is used on CPUs, `gpu_memory_utilization` (of the whole device) on GPUs;
-    `enforce_eager` (no graph capture, no compilation) is always on where there is no GPU.
-    Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
+    `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens, `deadline_s`
+    bounds every single wait. `kv_cache_bytes` is used on CPUs, `gpu_memory_utilization` (of the whole device)
+    on GPUs; `enforce_eager` (no graph capture, no compilation) is always on where there is no GPU. Example:
+    `StudentConfig(path="assets/shop/student", max_model_len=128)`.
     """
 
     path: str
@@ -50,14 +50,18 @@ class StudentConfig:
         counts = ("max_model_len", "tensor_parallel", "kv_cache_bytes", "max_num_seqs", "replicas")
         for name in counts:
             if getattr(self, name) < 1:
-                raise ConfigurationError(f"student.{name} needs at least 1, got {getattr(self, name)}; raise it")
+                raise ConfigurationError(
+                    f"student.{name} needs at least 1, got {getattr(self, name)}; raise it"
+                )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigurationError(
                 "student.gpu_memory_utilization is a share of the device in (0, 1], got "
                 f"{self.gpu_memory_utilization}; correct it"
             )
         if self.deadline_s <= 0:
-            raise ConfigurationError(f"student.deadline_s needs a positive number of seconds, got {self.deadline_s}")
+            raise ConfigurationError(
+                f"student.deadline_s needs a positive number of seconds, got {self.deadline_s}"
+            )
 
 
 def resolve_device(device: Device) -> Device:
@@ -83,8 +87,9 @@ def resolve_dtype(dtype: Dtype, device: Device) -> Dtype:
 def environment(device: Device) -> dict[str, str]:
     """Environment variables of an engine's process; they must be set before it imports vLLM.
 
-    On a CPU: one thread (more spin against each other), no dynamo (vLLM's small helpers would be compiled with g++ on
-    the first request, whatever `enforce_eager` says), and no pinning (all engines would choose the same core).
+    On a CPU: one thread (more spin against each other), no dynamo (vLLM's small helpers would be compiled
+    with g++ on the first request, whatever `enforce_eager` says), and no pinning (all engines would choose
+    the same core).
     """
     common = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's own process

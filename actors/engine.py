@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Since the start: finished completions and their tokens, engine steps, weight updates, and seconds in both.
+    """Since the start: finished completions and their tokens, engine steps, weight updates, seconds in both.
 
     `version` is the policy version that writes now.
     """
@@ -45,8 +45,8 @@ class EngineStats:
 class VLLMEngine:
     """A vLLM engine that writes completions and takes new weights; several calls may be open at once.
 
-    `fetch` turns a handle (of a weights buffer) into the array behind it. Until the first `receive` the engine writes
-    with the checkpoint's own weights, as version 0.
+    `fetch` turns a handle (of a weights buffer) into the array behind it. Until the first `receive` the
+    engine writes with the checkpoint's own weights, as version 0.
     """
 
     def __init__(self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray]) -> None:
@@ -67,10 +67,11 @@ class VLLMEngine:
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """One completion per request, in order, when all are done.
 
-        `behavior` holds logprobs of the distribution that was sampled from: after temperature, then cut to the
-        nucleus and renormalised if `top_p` < 1 (ids outside it have -inf). Greedy writing (temperature 0) samples from no
-        distribution; there `behavior` is the policy's own softmax at temperature 1. A completion that ended itself
-        includes its end-of-text token. Raises `DataError` for a request that cannot be written, naming its prompt.
+        `behavior` holds logprobs of the distribution that was sampled from: after temperature, then cut to
+        the nucleus and renormalised if `top_p` < 1 (ids outside it have -inf). Greedy writing (temperature 0)
+        samples from no distribution; there `behavior` is the policy's own softmax at temperature 1. A
+        completion that ended itself includes its end-of-text token. Raises `DataError` for a request that
+        cannot be written, naming its prompt.
         """
         for request in requests:
             self._limits.check(request)
@@ -85,7 +86,9 @@ class VLLMEngine:
         except (asyncio.CancelledError, OpdError):
             self._drop(call)
             raise
-        return [_completion(output, request.sampling) for output, request in zip(outputs, requests, strict=True)]
+        return [
+            _completion(output, request.sampling) for output, request in zip(outputs, requests, strict=True)
+        ]
 
     def _admit(self, call: Call, requests: Sequence[GenerateRequest], loop: EngineLoop) -> None:
         if self._refusal is not None:
@@ -104,10 +107,10 @@ class VLLMEngine:
     async def receive(self, weights: Weights) -> float:
         """Make `weights` live for all tokens written from now on; the largest sentinel gap in nats.
 
-        A damaged buffer is refused before the model is touched, and the old weights go on serving. If the loaded
-        model does not repeat the sentinel, everything being written fails, and the engine refuses to write until a
-        good `receive`: both raise `DataError`. Requests in flight are continued by the new weights (their caches are
-        computed anew), and their tokens say which version wrote them.
+        A damaged buffer is refused before the model is touched, and the old weights go on serving. If the
+        loaded model does not repeat the sentinel, everything being written fails, and the engine refuses to
+        write until a good `receive`: both raise `DataError`. Requests in flight are continued by the new
+        weights (their caches are computed anew), and their tokens say which version wrote them.
         """
         self._limits.check_sentinel(weights.sentinel)
         async with self._receiving:
@@ -136,20 +139,20 @@ class VLLMEngine:
         except Exception as error:
             self._refusal = (
                 f"the student engine holds no usable weights: version {weights.version} does not load "
-                f"({type(error).__name__}: {error}); publish again, and check that learner and engine start from the "
-                "same checkpoint"
+                f"({type(error).__name__}: {error}); publish again, and check that learner and engine start "
+                "from the same checkpoint"
             )
             loop.fail(DataError(self._refusal))
             raise DataError(self._refusal) from error
         loop.engine.set_weight_version(str(weights.version))
-        # Also what is running must forget its keys and values; otherwise nothing would be reset while it runs.
+        # Running requests included: vLLM resets nothing while one of them holds a block, and does not fail.
         loop.engine.reset_prefix_cache(reset_running_requests=True)
         gap = self._gap(weights.sentinel, loop)
         if not gap <= weights.sentinel.tolerance:  # a NaN is no agreement
             self._refusal = (
-                f"the student engine has a half-loaded model: version {weights.version} differs from the learner by "
-                f"{gap:.3g} nats on the sentinel (tolerance {weights.sentinel.tolerance:.3g}); publish again, and "
-                "check dtypes and tied weights if it stays"
+                f"the student engine has a half-loaded model: version {weights.version} differs from the "
+                f"learner by {gap:.3g} nats on the sentinel (tolerance {weights.sentinel.tolerance:.3g}); "
+                "publish again, and check dtypes and tied weights if it stays"
             )
             loop.fail(DataError(self._refusal))
             raise DataError(self._refusal)

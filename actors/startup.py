@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actors.config import Device, StudentConfig, resolve_device, resolve_dtype
 from opd.errors import ConfigurationError, DataError
@@ -30,11 +30,13 @@ class Limits:
         context, most = len(request.context_ids), request.sampling.max_tokens
         who = f"prompt {request.prompt_id!r} cannot be written"
         if not context:
-            raise DataError(f"{who}: its context is empty, but it needs at least one token; check the prompt source")
+            raise DataError(
+                f"{who}: its context is empty, but it needs at least one token; check the prompt source"
+            )
         if context + most > self.longest:
             raise DataError(
-                f"{who}: {context} context tokens and max_tokens={most} exceed student.max_model_len={self.longest}; "
-                f"raise it to {context + most}, or lower max_tokens"
+                f"{who}: {context} context tokens and max_tokens={most} exceed "
+                f"student.max_model_len={self.longest}; raise it to {context + most}, or lower max_tokens"
             )
         lowest, highest = int(request.context_ids.min()), int(request.context_ids.max())
         if lowest < 0 or highest >= self.vocabulary:
@@ -52,8 +54,9 @@ class Limits:
         tokens = len(sentinel.ids)
         if tokens < 2 or tokens >= self.longest or len(sentinel.logprobs) != tokens - 1:
             raise DataError(
-                f"the weights' sentinel has {tokens} tokens and {len(sentinel.logprobs)} logprobs, but the engine needs "
-                f"2 to {self.longest - 1} tokens and one logprob less; correct it, or raise student.max_model_len"
+                f"the weights' sentinel has {tokens} tokens and {len(sentinel.logprobs)} logprobs, but the "
+                f"engine needs 2 to {self.longest - 1} tokens and one logprob less; correct it, or raise "
+                "student.max_model_len"
             )
 
     def params(self, sampling: Sampling, seed: int) -> "SamplingParams":
@@ -75,7 +78,7 @@ class Limits:
         )
 
     def reading(self) -> "SamplingParams":
-        """How vLLM is to read a text: the logprob of each of its tokens (and one token written, which it insists on)."""
+        """How vLLM is to read a text: the logprob of each token (it insists on writing one, too)."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -90,11 +93,15 @@ class Limits:
 
 
 def read_limits(config: StudentConfig) -> Limits:
-    """The limits of the checkpoint in `config.path`. Raises `ConfigurationError` if it is none, or cannot end."""
+    """The limits of the checkpoint in `config.path`.
+
+    Raises `ConfigurationError` if the folder is none, `DataError` if no end-of-text token is known.
+    """
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise ConfigurationError(
-            f"student.path needs a Hugging Face checkpoint folder, but {config.path!r} has no config.json; correct it"
+            f"student.path needs a Hugging Face checkpoint folder, but {config.path!r} has no config.json; "
+            "correct it"
         )
     model = json.loads((folder / "config.json").read_text())
     model = model | model.get("text_config", {})
@@ -102,9 +109,9 @@ def read_limits(config: StudentConfig) -> Limits:
     ends = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
     ends = model.get("eos_token_id") if ends is None else ends
     if ends is None:
-        raise ConfigurationError(
-            f"the student checkpoint {config.path!r} names no eos_token_id in generation_config.json or config.json, so "
-            "its completions could never end; add it"
+        raise DataError(
+            f"the student checkpoint {config.path!r} names no eos_token_id in generation_config.json or "
+            "config.json, so its completions could never end; add it"
         )
     return Limits(
         vocabulary=int(model["vocab_size"]),
@@ -123,7 +130,6 @@ def build(config: StudentConfig) -> "LLMEngine":
 
     device = resolve_device(config.device)
     cpu = device is Device.CPU
-    memory = {"kv_cache_memory_bytes": config.kv_cache_bytes} if cpu else {}
     arguments = EngineArgs(
         model=config.path,
         dtype=resolve_dtype(config.dtype, device).value,
@@ -144,9 +150,23 @@ def build(config: StudentConfig) -> "LLMEngine":
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls=EXTENSION,
         disable_log_stats=True,
-        **memory,
+        **(_on_cpu(config) if cpu else {}),
     )
     engine = LLMEngine.from_engine_args(arguments)
     engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
     engine.set_weight_version("0")
     return engine
+
+
+def _on_cpu(config: StudentConfig) -> dict[str, Any]:
+    """What only an engine without a GPU is told."""
+    from actors.cpu_kernels import PRIORITY
+
+    return {
+        "kv_cache_memory_bytes": config.kv_cache_bytes,
+        "kernel_config": {"ir_op_priority": PRIORITY},
+        # A prompt must not be cut over two steps: vLLM would rewind the request's generator, which only CUDA
+        # generators can (0.32: "CPU Generator does not use offset"), and the engine would stop.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(8192, config.max_model_len),
+    }

@@ -36,25 +36,29 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 def checked(weights: Weights, array: np.ndarray) -> torch.Tensor:
     """The buffer as a uint8 tensor `[nbytes]`, once it is certain to be what the learner sent.
 
-    Raises `DataError` before anything is loaded: wrong length, wrong digest, or a manifest that does not add up.
+    Raises `DataError` before anything is loaded: wrong length, wrong digest, or a manifest that does not add
+    up.
     """
     who = f"student engine refuses weights version {weights.version} and keeps its own"
     buffer = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if buffer.nbytes != weights.manifest.nbytes:
         raise DataError(
-            f"{who}: the manifest says {weights.manifest.nbytes} bytes, but {buffer.nbytes} came; publish again"
+            f"{who}: the manifest says {weights.manifest.nbytes} bytes, but {buffer.nbytes} came; publish "
+            "again"
         )
-    expected = sum(_nbytes(*entry) for entry in zip(weights.manifest.dtypes, weights.manifest.shapes, strict=True))
+    expected = sum(
+        _nbytes(*entry) for entry in zip(weights.manifest.dtypes, weights.manifest.shapes, strict=True)
+    )
     if expected != weights.manifest.nbytes or len(weights.manifest.names) != len(weights.manifest.shapes):
         raise DataError(
             f"{who}: its manifest lists {len(weights.manifest.names)} tensors of {expected} bytes but says "
             f"{weights.manifest.nbytes}; check how the learner packs its parameters"
         )
-    digest = xxhash.xxh3_64_hexdigest(buffer)
+    digest = xxhash.xxh3_64_hexdigest(buffer.data)
     if digest != weights.digest:
         raise DataError(
-            f"{who}: the buffer's xxh3_64 is {digest}, not {weights.digest} as sent; it was damaged on the way, "
-            "publish again"
+            f"{who}: the buffer's xxh3_64 is {digest}, not {weights.digest} as sent; it was damaged on the "
+            "way, publish again"
         )
     return torch.from_numpy(buffer)
 
@@ -67,7 +71,9 @@ def transfer(manifest: Manifest, buffer: torch.Tensor) -> dict[str, Any]:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise DataError(f"a weights manifest names the dtype {name!r}, which torch does not have; check the learner")
+        raise DataError(
+            f"a weights manifest names the dtype {name!r}, which torch does not have; check the learner"
+        )
     return dtype
 
 
@@ -111,23 +117,24 @@ class BufferTransfer(WeightTransferEngine[BufferInit, BufferUpdate]):
     def init_transfer_engine(self, init_info: BufferInit) -> None:
         """Nothing to agree on; quiet a warning about every layer that a checkpoint has no tensors for.
 
-        (Rotary tables, tied heads; `receive_weights` raises where something is really missing.) Not at import, because
-        vLLM sets up its logging later.
+        (Rotary tables, tied heads; `receive_weights` raises where something is really missing.) Not at
+        import, because vLLM sets up its logging later.
         """
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
     def start_weight_update(self) -> None:
         """Put the layers into loading state; on CPUs they run from packed copies that must be made anew."""
-        # Asked before: in loading state a tied head counts as a parameter of its own, which no checkpoint has.
+        # Asked before: in loading state a tied head is a parameter of its own, which no checkpoint has.
         self._expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: BufferUpdate) -> None:
         """Load every parameter. Raises `DataError` if the model has parameters that did not come."""
         try:
-            loaded = self.model.load_weights(update_info.tensors())
+            load: Any = self.model.load_weights
+            loaded = load(update_info.tensors())
         except BaseException:
-            # Leave no layer in loading state: the next update would take it for half done and mix two versions.
+            # Leave no layer in loading state: the next update would take it for half done and mix versions.
             finalize_layerwise_reload(self.model, self.model_config)
             raise
         missing = sorted(self._expected - set(loaded)) if loaded is not None else []

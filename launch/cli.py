@@ -2,13 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from time import time
 
 from rich.console import Console
 
-from opd.errors import ConfigurationError, OpdError
+from launch.sentences import sentences
+from opd.errors import ConfigurationError
 
 USAGE = """\
 usage: opd COMMAND [OVERRIDE ...]
@@ -23,9 +23,6 @@ usage: opd COMMAND [OVERRIDE ...]
 
 Overrides are Hydra's: group=option or key=value. Groups and options: opd train --help"""
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -33,35 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     with sentences(console):
         sys.exit(_dispatch(arguments))
-
-
-@contextmanager
-def sentences(console: Console) -> Iterator[None]:
-    """Turn our own errors into one sentence and an exit code; anything else keeps its traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("interrupted: everything this run had started is stopped")
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        ours = find_own(error)
-        if ours is None:
-            raise
-        console.print(f"[bold red]error:[/] {type(ours).__name__}: ", end="")
-        console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(ours, ConfigurationError) else 1)
-
-
-def find_own(error: BaseException) -> OpdError | None:
-    """Our error inside groups (task groups) and wrappers (a Ray actor's exception carries its cause)."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, OpdError):
-        return cause
-    if isinstance(error, OpdError):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        return next((own for e in error.exceptions if (own := find_own(e))), None)
-    return None
 
 
 def _dispatch(arguments: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -92,7 +93,7 @@ def to_png(draw: Callable[[Figure], None], width: float, height: float) -> bytes
 
 @contextmanager
 def _style(hashsalt: str) -> Iterator[None]:
-    rules = {
+    rules: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.size": 9.5,
         "text.color": INK,

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -205,10 +206,11 @@ def _phase_words(metrics: Mapping[str, float]) -> Text:
 
 
 def _sparkline(values: Sequence[float] | deque[float]) -> str:
-    low, high = min(values), max(values)
-    if high <= low:
-        return _BARS[0] * len(values)
-    return "".join(_BARS[round((value - low) / (high - low) * (len(_BARS) - 1))] for value in values)
+    """One character per value; `!` where it is not a number, which the eye must not miss."""
+    numbers = [value for value in values if isfinite(value)]
+    low = min(numbers, default=0.0)
+    step = (max(numbers, default=0.0) - low) / (len(_BARS) - 1) or 1.0
+    return "".join(_BARS[round((value - low) / step)] if isfinite(value) else "!" for value in values)
 
 
 def _number(value: float) -> str:

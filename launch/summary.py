@@ -26,9 +26,12 @@ class Outcome(Enum):
 class RunSummary:
     """What `summary.json` says. `facts`, `versions` and `ledger` are shown as tables in the order given.
 
-    Seconds count from the start of the program: until all processes were up (`ready_s`), until the first step
-    began (`first_step_s`), until the end (`wall_s`). `cpu_s`, `tokens` (of completions) and `flops` are what
-    training spent. An example stands in `tests/unit/test_report.py`.
+    `wall_s` counts from the start of the program, `ready_s` until all actors answered, `first_step_s` until
+    the first training step began. `cpu_s`, `tokens` (of completions) and `flops` are those of training:
+    start-up, evaluation and export apart. An evaluation that was not reached is None.
+
+    Example: `RunSummary(run_name="shop", method="full_reverse_kl", outcome=Outcome.FINISHED, steps=100,
+    seed=0, wall_s=151.0, ready_s=21.0, first_step_s=33.0, cpu_s=48.0, tokens=346_000, flops=1.8e12, ...)`.
     """
 
     run_name: str
@@ -53,19 +56,18 @@ class RunSummary:
 
     def write(self, directory: RunDirectory) -> None:
         """Replace the directory's summary at once."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"outcome": self.outcome.value}
-        for name in _POINTS:
-            values[name] = values[name] and values[name].as_json()
-        write_json(directory.summary, values)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        points = {name: values[name] and values[name].as_json() for name in _POINTS}
+        write_json(directory.summary, values | points | {"outcome": self.outcome.value})
 
     @classmethod
     def read(cls, path: Path) -> "RunSummary":
         """The inverse of `write`."""
         try:
             values: dict[str, Any] = json.loads(path.read_text())
-            for name in _POINTS:
-                values[name] = values[name] and EvaluationPoint.from_json(values[name])
-            return cls(**{**values, "outcome": Outcome(values["outcome"]), "notes": tuple(values["notes"])})
+            points: dict[str, Any] = {n: values[n] and EvaluationPoint.from_json(values[n]) for n in _POINTS}
+            changed: dict[str, Any] = {"outcome": Outcome(values["outcome"]), "notes": tuple(values["notes"])}
+            return cls(**(values | points | changed))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} is no run summary ({error}); remove it, the report can do without"

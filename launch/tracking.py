@@ -163,6 +163,10 @@ def _in_netrc(host: str) -> bool:
         ) from error
 
 
+_START_S = 30  # how long a server may take before the run is told that wandb cannot be reached
+_FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
+
+
 class WandbTracker:
     """Sends metrics, evaluations and sample tables to wandb.
 
@@ -183,12 +187,14 @@ class WandbTracker:
         check_login(config)
         self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
         self._run: Any = None
+        self._set: tuple[str, ...] = ()
 
     def __enter__(self) -> Self:
         folder = self._directory.path
         # wandb would stage tables and logs in the home directory, which may be small or read-only.
-        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
-            os.environ.setdefault(variable, str(folder / "wandb"))
+        own = {name: str(folder / "wandb") for name in _FOLDERS if name not in os.environ}
+        os.environ.update(own)
+        self._set = tuple(own)
         import wandb  # here, because it takes a second and a run may do without
 
         try:
@@ -203,11 +209,14 @@ class WandbTracker:
                 dir=str(folder),
                 mode=self._config.mode.value,
                 config=redacted(self._plan.resolved),
-                settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+                settings=wandb.Settings(
+                    console="off", silent=True, disable_git=True, save_code=False, init_timeout=_START_S
+                ),
             )
         except (wandb.Error, OSError) as error:
             raise OpdError(
-                f"wandb did not start ({error}); check the login and the network, or use tracker.mode=offline"
+                f"wandb did not start ({' '.join(str(error).split())}); check the login and the network, "
+                "or use tracker.mode=offline"
             ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -220,7 +229,7 @@ class WandbTracker:
         self._guarded(lambda run: run.log(values))
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """Log as `eval/*` at the step that was evaluated; the teacher, who has no steps, in the run's summary."""
+        """Log as `eval/*` at the step that was evaluated; the teacher, who has no steps, in the summary."""
         measured = {name: value for name, value in result.as_json().items() if value is not None}
         del measured["examinee"]
         step = measured.pop("step")
@@ -241,11 +250,13 @@ class WandbTracker:
         """Finish the run whatever happened; a failed one is marked as failed."""
         self._guarded(lambda run: run.finish(exit_code=0 if kind is None else 1))
         self._run = None
+        for name in self._set:  # the next run of this process has a directory of its own
+            os.environ.pop(name, None)
 
     def _table(self, samples: Sequence[Sample]) -> Any:
         import wandb
 
-        rows = [
+        rows: list[Any] = [
             [
                 s.step, s.version, s.prompt, s.text, s.answer, s.reward, s.stop, s.length,
                 None if s.gaps is None else " ".join(f"{gap:+.2f}" for gap in s.gaps),

@@ -23,6 +23,7 @@ from launch.metrics import Meter
 from launch.plan import Plan, make_plan
 from launch.report import write_report
 from launch.run_directory import RunDirectory
+from launch.sentences import find_own
 from launch.session import Session, open_session
 from launch.summary import Outcome, RunSummary
 from launch.tracking import RunPlan, Tracker, check_login, make_trackers
@@ -86,7 +87,7 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
         outcome = Outcome.STOPPED
         raise
     except BaseException as error:
-        problem = f"{type(error).__name__}: {error}"[:2000]
+        problem = str(find_own(error) or f"{type(error).__name__}: {error}")[:2000]
         raise
     finally:
         run.summary(outcome, problem).write(directory)

@@ -1,7 +1,7 @@
 """Directories that are either whole or not there, and prove it: a manifest with the digest of every file.
 
-DeepSpeed writes pickles. They are opened only after their digests were compared with the manifest, which guards
-against truncation and mix-ups; it is no protection from somebody who may write to the checkpoint directory.
+DeepSpeed writes pickles. They are opened only after their digests were compared with the manifest, which
+guards against truncation and mix-ups; it is no protection from somebody who may write to the directory.
 """
 
 import json
@@ -24,7 +24,7 @@ SumOverRanks = Callable[[Int64[np.ndarray, " n"]], Int64[np.ndarray, " n"]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a checkpoint is of. `updates` is the position in the learning-rate schedule, `model` its digest."""
+    """What a checkpoint is of. `updates` is the place in the schedule, `model` a digest of shapes."""
 
     step: int
     updates: int
@@ -57,7 +57,9 @@ def commit(final: Path) -> None:
 
 def digests(directory: Path, rank: int, ranks: int, total: SumOverRanks) -> dict[str, str]:
     """File name -> xxh3_64 of all files but the manifest; each rank reads its share and all get the whole."""
-    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    names = sorted(
+        str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST
+    )
     own = np.zeros(len(names), dtype=np.uint64)
     for i in range(rank, len(names), ranks):
         own[i] = _digest(directory / names[i])
@@ -79,7 +81,9 @@ def read_manifest(directory: Path) -> tuple[Facts, dict[str, str]]:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise DataError(f"the checkpoint {directory} has no {MANIFEST}; it is foreign or was cut off, so take another")
+        raise DataError(
+            f"the checkpoint {directory} has no {MANIFEST}; it is foreign or was cut off, so take another"
+        )
     try:
         content = json.loads(path.read_text())
         if content.pop("format") != _FORMAT:
@@ -87,7 +91,9 @@ def read_manifest(directory: Path) -> tuple[Facts, dict[str, str]]:
         files = content.pop("files")
         return Facts(**content), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a manifest of {_FORMAT!r} ({error}); take another checkpoint") from error
+        raise DataError(
+            f"{path} is not a manifest of {_FORMAT!r} ({error}); take another checkpoint"
+        ) from error
 
 
 def check_facts(directory: Path, saved: Facts, own: Facts) -> None:
@@ -96,8 +102,8 @@ def check_facts(directory: Path, saved: Facts, own: Facts) -> None:
         was, now = getattr(saved, name), getattr(own, name)
         if was != now:
             raise ConfigurationError(
-                f"the checkpoint {directory} needs a learner with {name}={was}, but this one has {name}={now}; "
-                f"set it back, or start a new run from an exported model"
+                f"the checkpoint {directory} needs a learner with {name}={was}, but this one has "
+                f"{name}={now}; set it back, or start a new run from an exported model"
             )
 
 
@@ -106,8 +112,8 @@ def check_files(directory: Path, claimed: dict[str, str], found: dict[str, str])
     for name in sorted(claimed.keys() | found.keys()):
         if claimed.get(name) != found.get(name):
             raise DataError(
-                f"the checkpoint {directory} is damaged: {name} has digest {found.get(name, '(no such file)')}, but "
-                f"its manifest says {claimed.get(name, '(no such file)')}; take another checkpoint"
+                f"the checkpoint {directory} is damaged: {name} has digest {found.get(name, 'none')}, but "
+                f"its manifest says {claimed.get(name, 'none')}; take another checkpoint"
             )
 
 

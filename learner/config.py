@@ -9,7 +9,7 @@ from opd.errors import ConfigurationError
 
 
 class Dtype(Enum):
-    """In what the student computes and is published. bfloat16 keeps float32 master weights in the optimizer."""
+    """In what the student computes and is published (a bfloat16 one is optimised in float32)."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -35,11 +35,11 @@ class Schedule(Enum):
 class LearnerConfig:
     """How the student is trained.
 
-    `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the optimizer's
-    state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens of one forward
-    pass, `head_chunk` the rows of vocabulary-wide logits alive at once; neither changes the result.
-    `sentinel_tolerance` is the largest allowed |engine - learner| logprob after a publication in nats (0: 1e-4 for
-    float32, 0.5 for bfloat16). `deadline_s` bounds every wait for another rank.
+    `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the
+    optimizer's state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens
+    of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once; neither changes the
+    result. `sentinel_tolerance` is the largest allowed |engine - learner| logprob after a publication, in
+    nats (0: 1e-4 for float32, 0.5 for bfloat16). `deadline_s` bounds every wait for another rank.
 
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
     """
@@ -82,11 +82,13 @@ class LearnerConfig:
             ("deadline_s", self.deadline_s > 0, "above 0"),
         ):
             if not fine:
-                raise ConfigurationError(f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it")
+                raise ConfigurationError(
+                    f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it"
+                )
         if self.dtype is Dtype.BFLOAT16 and self.zero_stage == 0:
             raise ConfigurationError(
-                "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but learner.zero_stage=0 "
-                "has none; set learner.zero_stage to 1, 2 or 3, or learner.dtype to FLOAT32"
+                "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but "
+                "learner.zero_stage=0 has none; set learner.zero_stage to 1, 2 or 3, or learner.dtype=FLOAT32"
             )
 
     @property
@@ -120,15 +122,20 @@ def environment(device: Device) -> dict[str, str]:
         # A rank has about one core on CPU and little to do there on GPU; more threads only fight over it.
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Nothing here is compiled, but DeepSpeed decorates a helper, which loads the whole compiler at start.
+        "TORCHDYNAMO_DISABLE": "1",
         # Asked for by torch.use_deterministic_algorithms on CUDA; without effect elsewhere.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
-    cpu = {
-        "DS_ACCELERATOR": "cpu",
-        # glibc gives every large tensor back to the kernel and asks for it again: 5000 page faults in a step of the
-        # shop task, a twelfth of its time. Keep the memory (32 MiB is the most that glibc accepts).
+    host = {
+        # glibc gives every large tensor back to the kernel and asks for it again: 5000 page faults in a step
+        # of the shop task, a twentieth of its time. Keep the memory (32 MiB is the most that glibc accepts).
         "MALLOC_MMAP_THRESHOLD_": str(2**25),
         "MALLOC_TRIM_THRESHOLD_": str(2**32),
         "MALLOC_TOP_PAD_": str(2**26),
     }
-    return common | (cpu if device is Device.CPU else {})
+    if device is Device.GPU:
+        return common
+    if device is Device.AUTO:
+        return common | host
+    return common | host | {"DS_ACCELERATOR": "cpu"}

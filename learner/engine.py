@@ -1,10 +1,10 @@
-"""Everything that knows DeepSpeed and torch.distributed: joining ranks, sharing a model, summing, gathering."""
+"""Everything that knows DeepSpeed and torch.distributed: joining ranks, sharing a model, gathering it."""
 
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import numpy as np
@@ -50,19 +50,30 @@ def share(student: Student, config: LearnerConfig, device: torch.device) -> Deep
     optimizer = torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=device.type == "cpu"
     )
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=_settings(config))
+    engine, *_ = deepspeed.initialize(
+        model=student, optimizer=optimizer, config=_settings(config, _numel(student))
+    )
     if config.ranks == 1 and config.zero_stage == 0:
         engine.enable_backward_allreduce = False  # would copy all gradients twice to add nothing
     return engine
 
 
-def _settings(config: LearnerConfig) -> dict[str, Any]:
+def _numel(student: Student) -> int:
+    return sum(p.numel() for p in student.parameters())
+
+
+def _settings(config: LearnerConfig, numel: int) -> dict[str, Any]:
+    bucket = min(500_000_000, numel)  # DeepSpeed's default, but no buffer larger than the model
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # we say ourselves which micro-batch is the last
         # Without ZeRO DeepSpeed would clip without telling the norm, so `apply` does it.
         "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},
@@ -78,14 +89,18 @@ def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
 
     A norm that is not finite leaves the weights as they were.
     """
-    for group in engine.optimizer.param_groups:
+    optimizer: Any = engine.optimizer  # a wrapper of ours, or ours itself
+    for group in optimizer.param_groups:
         group["lr"] = lr
     if config.zero_stage:
         engine.step()
-        return float(engine.get_global_grad_norm())
-    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        known = engine.get_global_grad_norm()
+        assert known is not None, "DeepSpeed computes the norm under every ZeRO stage"
+        return float(known)
+    parameters = [p for p in cast(Student, engine.module).parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
     if config.grad_clip:
-        nn.utils.clip_grads_with_norm_(engine.module.parameters(), config.grad_clip, norm)
+        nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
     value = float(norm)
     if np.isfinite(value):
         engine.step()
@@ -138,9 +153,8 @@ def barrier() -> None:
     distributed.barrier()
 
 
-def leave(engine: DeepSpeedEngine | None) -> None:
-    """Give up the model and the process group."""
-    if engine is not None:
-        engine.destroy()
+def leave(engine: DeepSpeedEngine) -> None:
+    """Give up the model and the process group, if that has not happened."""
     if distributed.is_initialized():
+        engine.destroy()
         distributed.destroy_process_group()

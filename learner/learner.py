@@ -1,7 +1,7 @@
 """One rank of the learner as others see it: a plain object that `launch/` turns into an actor.
 
-The work is in `learner.training`, imported when a rank joins the others: a driver only names this class and should
-not pay seconds for transformers and DeepSpeed.
+The work is in `learner.training`, imported when a rank joins the others: a driver only names this class and
+should not pay seconds for transformers and DeepSpeed.
 """
 
 import socket
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class LearnerRank:
     """A rank of the learner: all ranks get the same calls, each with its own batches.
 
-    `fetch` resolves the handles of remote rows. `store` puts a published buffer where engines can read it and must
-    copy it, because the buffer is used again. `steps` is the planned number of updates, for the learning-rate
-    schedule; `teacher_head_path` is needed when batches carry hidden states. After an exception out of `step` the
-    rank must not be used any more.
+    `fetch` resolves the handles of remote rows. `store` puts a published buffer where engines can read it and
+    must copy it, because the buffer is used again. `steps` is the planned number of updates, for the
+    learning-rate schedule; `teacher_head_path` is needed when batches carry hidden states. After an exception
+    out of `step` the rank must not be used any more.
 
     Example, alone: `rank = LearnerRank(config, "student", None, 100, 0, fetch, np.copy)`, then
     `rank.setup(0, 1, *rank.address())` and `rank.step([batch], objective)`.
@@ -68,8 +68,8 @@ class LearnerRank:
         """
         if world != self._config.ranks:
             raise ConfigurationError(
-                f"learner.ranks is {self._config.ranks}, but {world} ranks are being started; start as many as "
-                "configured"
+                f"learner.ranks is {self._config.ranks}, but {world} ranks are being started; start as many "
+                "as configured"
             )
         from learner.training import Training
 
@@ -91,12 +91,12 @@ class LearnerRank:
             return training.evaluate(batches, objective)
 
     def weights(self, version: int) -> Weights | None:
-        """The student as `version`, with a sentinel to check it by. All ranks must call; only rank 0 returns it."""
+        """The student as `version`, with a sentinel to check it by. All must call, only rank 0 returns it."""
         with self._busy() as training:
             return training.weights(version)
 
     def save(self, directory: str | Path, step: int) -> None:
-        """Write a checkpoint of weights, optimizer, schedule and random state that appears whole or not at all."""
+        """Write weights, optimizer, schedule and random state; the checkpoint appears whole or not at all."""
         with self._busy() as training:
             training.save(Path(directory), step)
 
@@ -116,7 +116,7 @@ class LearnerRank:
             training.export(Path(directory))
 
     def stats(self) -> dict[str, float]:
-        """`busy_s`: seconds spent in the calls above; `peak_memory_bytes`: of the device, on CPU of the process."""
+        """`busy_s`: seconds in the calls above; `peak_memory_bytes`: of the device, on CPU of the process."""
         peak = self._training.peak_memory_bytes() if self._training else 0
         return {"busy_s": self._busy_s, "peak_memory_bytes": float(peak)}
 
@@ -129,7 +129,9 @@ class LearnerRank:
     @contextmanager
     def _busy(self) -> "Iterator[Training]":
         if self._training is None:
-            raise ConfigurationError("a learner rank needs setup(...) before it can work; call it on every rank")
+            raise ConfigurationError(
+                "a learner rank needs setup(...) before it can work; call it on every rank"
+            )
         began = perf_counter()
         try:
             yield self._training

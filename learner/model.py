@@ -1,8 +1,8 @@
 """The student as the learner sees it: a Hugging Face model that reads packed sequences.
 
-The body is untouched: packing enters through transformers' own attention interface. The output matrix lives in one
-small module that is asked what to do with it, so that ZeRO-3 gathers it once and no `[tokens, vocabulary]` tensor
-has to exist. Parameters keep their Hugging Face names.
+The body is untouched: packing enters through transformers' own attention interface. The output matrix lives
+in one small module that is asked what to do with it, so that ZeRO-3 gathers it once and no tensor of tokens
+times vocabulary has to exist. Parameters keep their Hugging Face names.
 """
 
 import json
@@ -51,7 +51,7 @@ class Student(nn.Module):
                 f"the student needs a plain output matrix, but {type(causal).__name__} has {head}; "
                 "choose a model whose lm_head is a linear layer without bias"
             )
-        causal.set_output_embeddings(Head(head.weight))
+        causal.set_output_embeddings(Head(cast(nn.Parameter, head.weight)))
         causal.set_attn_implementation(_ATTENTION)
         for module in causal.modules():
             if isinstance(module, nn.Dropout):
@@ -75,12 +75,13 @@ class Student(nn.Module):
             packing=Packing.of(cu_seqlens),
         )
         hidden = body.last_hidden_state[0].index_select(0, predict_at)
-        return self.causal.get_output_embeddings()(hidden, use)
+        return cast(Head, self.causal.get_output_embeddings())(hidden, use)
 
     def logprobs(self, ids: Int[Tensor, " S"], after: int = 0) -> Float[Tensor, " S1"]:
         """Log-probabilities of `ids[1:]` in the model's own context, without gradient.
 
-        `after` > 0 packs that many of the first ids before it as a sequence of its own; the answer is the same.
+        `after` > 0 packs that many of the first ids before it as a sequence of its own; the answer is the
+        same.
         """
 
         def read(hidden: Tensor, matrix: Tensor) -> Tensor:
@@ -111,14 +112,16 @@ def load_student(path: str, dtype: torch.dtype, gradient_checkpointing: bool) ->
     """The model in `path` (a folder, or a name on the Hugging Face hub), ready for packed sequences.
 
     Raises:
-        ConfigurationError: its layers do not read packed sequences exactly, or its weights are stored under other
-            names than its modules have (an engine could then not receive them).
+        ConfigurationError: its layers do not read packed sequences exactly, or its weights are stored under
+            other names than its modules have (an engine could then not receive them).
     """
     AttentionInterface.register(_ATTENTION, _attend)
-    causal = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    causal = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True
+    )
     assert isinstance(causal, PreTrainedModel)
     _check_names(causal, path)
-    ids = torch.from_numpy(sentinel_ids(len(causal.get_output_embeddings().weight))).long()
+    ids = torch.from_numpy(sentinel_ids(len(cast(nn.Linear, causal.get_output_embeddings()).weight))).long()
     with torch.no_grad():
         logits = causal(input_ids=ids[None], use_cache=False).logits[0, :-1]
     expected = logits.float().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
@@ -127,8 +130,8 @@ def load_student(path: str, dtype: torch.dtype, gradient_checkpointing: bool) ->
     if not gap <= _CHECK_TOLERANCE[dtype]:
         raise ConfigurationError(
             f"the student {path} needs layers that read packed sequences one by one, but packed and plain "
-            f"log-probabilities of {type(causal).__name__} differ by {gap:.3g} nats; choose a model with plain "
-            "causal attention and an unscaled output matrix"
+            f"log-probabilities of {type(causal).__name__} differ by {gap:.3g} nats; choose a model with "
+            "plain causal attention and an unscaled output matrix"
         )
     if gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -142,27 +145,29 @@ def load_head(path: str, dtype: torch.dtype, vocabulary: int) -> Float[Tensor, "
         DataError: the checkpoint holds none.
         ConfigurationError: it has other rows than the student's vocabulary.
     """
-    tied = bool(AutoConfig.from_pretrained(path).get_text_config().tie_word_embeddings)
+    tied = bool(
+        AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().tie_word_embeddings
+    )
     files = _tensor_files(path)
     wanted = ("lm_head.weight", "embed_tokens.weight") if tied else ("lm_head.weight",)
     found = [name for suffix in wanted for name in files if name.endswith(suffix)]
     if not found:
         raise DataError(
-            f"the teacher {path} has no output matrix named {' or '.join(wanted)} in its safetensors; full-vocabulary "
-            "objectives need one, so choose another checkpoint or a top-k method"
+            f"full-vocabulary objectives need the teacher's output matrix, but {path} has no "
+            f"{' or '.join(wanted)} in its safetensors; choose another checkpoint or a top-k method"
         )
     with safe_open(files[found[0]], framework="pt") as handle:
         head = handle.get_tensor(found[0])
     if len(head) != vocabulary:
         raise ConfigurationError(
-            f"full-vocabulary objectives need equal vocabularies, but the teacher's output matrix has {len(head)} "
-            f"rows and the student's {vocabulary}; use a top-k method or models of one family"
+            f"full-vocabulary objectives need equal vocabularies, but the teacher's output matrix has "
+            f"{len(head)} rows and the student's {vocabulary}; use a top-k method or models of one family"
         )
     return head.to(dtype)
 
 
 def _attend(
-    module: nn.Module,
+    module: nn.Module,  # noqa: ARG001 (transformers' signature)
     query: Float[Tensor, "1 Hq N D"],
     key: Float[Tensor, "1 Hk N D"],
     value: Float[Tensor, "1 Hk N D"],
@@ -171,15 +176,22 @@ def _attend(
     packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,  # what other kernels want (dropout, position ids, ...)
 ) -> tuple[Tensor, None]:
     """transformers' attention signature. It has no mask function of this name, so it passes no mask."""
     assert attention_mask is None
+    if softcap is not None or s_aux is not None:
+        raise ConfigurationError(
+            "the student's attention has soft-capping or sinks, but packed attention is plain; choose a "
+            "model without them"
+        )
     longest = max(group.longest for group in packing.classes)
     if sliding_window is not None and longest > sliding_window:
         raise ConfigurationError(
-            f"the student attends to a window of {sliding_window} tokens, but a sequence has {longest}; lower "
-            "max_tokens, shorten the prompts, or choose a model with full attention"
+            f"the student reads a window of {sliding_window} tokens, but a sequence has {longest}; "
+            "lower max_tokens, shorten the prompts, or choose a model with full attention"
         )
     return packed_attention(query, key, value, packing, scaling), None
 
@@ -190,7 +202,7 @@ def _check_names(causal: PreTrainedModel, path: str) -> None:
     if other:
         raise ConfigurationError(
             f"the student {path} needs weights stored under the names of its modules, but {other[0]!r} and "
-            f"{len(other) - 1} more are not in its safetensors; re-save it with a dense architecture's own names"
+            f"{len(other) - 1} more are not in its safetensors; choose a dense architecture"
         )
 
 
@@ -202,7 +214,9 @@ def _tensor_files(path: str) -> dict[str, str]:
             return dict.fromkeys(handle.keys(), single)
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is None:
-        raise DataError(f"{path} has neither model.safetensors nor its index; convert the checkpoint to safetensors")
+        raise DataError(
+            f"{path} has neither model.safetensors nor its index; convert the checkpoint to safetensors"
+        )
     shards = cast(dict[str, str], json.loads(Path(index).read_text())["weight_map"])
     located = {shard: cast(str, cached_file(path, shard)) for shard in set(shards.values())}
     return {name: located[shard] for name, shard in shards.items()}

@@ -19,7 +19,12 @@ class Publisher:
     """
 
     def __init__(
-        self, names: Sequence[str], shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], *, pin: bool
+        self,
+        names: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        dtypes: Sequence[torch.dtype],
+        *,
+        pin: bool,
     ) -> None:
         order = sorted(range(len(names)), key=lambda i: -dtypes[i].itemsize)
         sizes = {i: int(np.prod(shapes[i], dtype=np.int64)) * dtypes[i].itemsize for i in order}
@@ -45,13 +50,14 @@ class Publisher:
 
     def write(self, start: int, tensors: Sequence[Tensor]) -> None:
         """Copy `tensors` to places `start, start + 1, ...` of the manifest's order."""
-        torch._foreach_copy_(self._views[start : start + len(tensors)], list(tensors), non_blocking=True)
+        views = self._views[start : start + len(tensors)]
+        torch._foreach_copy_(views, list(tensors), non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
 
     def digest(self) -> str:
         """xxh3_64 of the buffer, hexadecimal. Waits for copies from a GPU first."""
         if self._bytes.is_pinned():
             torch.cuda.synchronize()
-        return xxhash.xxh3_64_hexdigest(self.buffer)
+        return xxhash.xxh3_64_hexdigest(self.buffer.data)
 
 
 def unpack(manifest: Manifest, buffer: Tensor | UInt8[np.ndarray, " nbytes"]) -> Iterator[tuple[str, Tensor]]:
@@ -63,7 +69,7 @@ def unpack(manifest: Manifest, buffer: Tensor | UInt8[np.ndarray, " nbytes"]) ->
     flat = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
     if len(flat) != manifest.nbytes:
         raise DataError(
-            f"a weight buffer needs the {manifest.nbytes} bytes of its manifest, but has {len(flat)}; publish again"
+            f"weights need the {manifest.nbytes} bytes of its manifest, but has {len(flat)}; publish again"
         )
     start = 0
     for name, dtype, shape in zip(manifest.names, manifest.dtypes, manifest.shapes, strict=True):

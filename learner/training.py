@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from learner import checkpoint, engine
@@ -43,9 +43,7 @@ _TOKENIZER_FILES = (
 class Training:
     """The student under DeepSpeed, on one of `config.ranks` ranks. Making one joins the others."""
 
-    def __init__(
-        self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int
-    ) -> None:
+    def __init__(self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int) -> None:
         self._config, self._rank, self._steps, self._updates = config, rank, steps, 0
         self._device = _device(config.device)
         self._dtype = torch.float32 if config.dtype is Dtype.FLOAT32 else torch.bfloat16
@@ -57,9 +55,13 @@ class Training:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         # Arrays out of an object store are read-only, and we only read them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        # DeepSpeed's own calls; one line per bucket and step otherwise.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         engine.join(rank, config.ranks, host, port, self._device, config.deadline_s)
 
-    def load_models(self, student_path: str, teacher_head_path: str | None, fetch: Fetch, store: Store) -> None:
+    def load_models(
+        self, student_path: str, teacher_head_path: str | None, fetch: Fetch, store: Store
+    ) -> None:
         """Load the student and, if given, the teacher's output matrix."""
         self._student_path, self._fetch, self._store = student_path, fetch, store
         self._student = load_student(student_path, self._dtype, self._config.gradient_checkpointing)
@@ -219,8 +221,8 @@ class Training:
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise DataError(
-                f"update {self._updates} needs a finite {what}, but it is {value}; the weights are those of before: "
-                "look at the testimony of this step, lower learner.lr, or resume from a checkpoint"
+                f"update {self._updates} needs a finite {what}, but it is {value}; the weights are those of "
+                "before: look at this step's scores, lower learner.lr, or resume from a checkpoint"
             )
 
 
@@ -246,7 +248,9 @@ class _Sums:
         names = sorted(self._metrics.keys() - {"loss"})  # the unweighted loss is a metric nobody asked for
         values = [torch.stack(self._loss).sum(), *(torch.stack(self._metrics[name]).sum() for name in names)]
         counts = torch.tensor([self.tokens, self.trained_tokens], dtype=torch.float64, device=device)
-        loss, *sums, tokens, trained = engine.sum_over_ranks(torch.cat([torch.stack(values), counts])).tolist()
+        loss, *sums, tokens, trained = engine.sum_over_ranks(
+            torch.cat([torch.stack(values), counts])
+        ).tolist()
         self.tokens, self.trained_tokens = int(tokens), int(trained)
         return loss, {name: total / trained for name, total in zip(names, sums, strict=True)}
 
@@ -255,8 +259,8 @@ def _device(asked: Device) -> torch.device:
     seen = torch.cuda.is_available()
     if asked is Device.GPU and not seen:
         raise ConfigurationError(
-            "learner.device=GPU needs a CUDA device, but this process sees none; set cluster.gpus_per_learner=1 or "
-            "learner.device=CPU"
+            "learner.device=GPU needs a CUDA device, but this process sees none; set "
+            "cluster.gpus_per_learner=1 or learner.device=CPU"
         )
     return torch.device("cuda", 0) if seen and asked is not Device.CPU else torch.device("cpu")
 

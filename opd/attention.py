@@ -1,8 +1,8 @@
 """Causal attention over packed sequences, exact, with PyTorch's own kernels.
 
-Linear layers, norms and the head see only real tokens; attention alone works on a padded view. A padded row lies
-behind every real one, so the causal mask already hides it and no other mask is needed. Sequences are padded in
-classes of similar length, so that one long sequence does not make the short ones long.
+Linear layers, norms and the head see only real tokens; attention alone works on a padded view. A padded row
+lies behind every real one, so the causal mask already hides it and no other mask is needed. Sequences are
+padded in classes of similar length, so that one long sequence does not make the short ones long.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ _WASTE = 1.4  # measured on CPU for 64 sequences of 44..95 tokens: 1.2 .. 1.5 ar
 class LengthClass:
     """Sequences that are padded together to `[rows, longest]`.
 
-    `tokens` are their places among the packed tokens, `slots` the places in the padded view (row-major). `None`
-    stands for "all of them, in order": nothing has to be moved.
+    `tokens` are their places among the packed tokens, `slots` the places in the padded view (row-major).
+    `None` stands for "all of them, in order": nothing has to be moved.
     """
 
     rows: int
@@ -56,7 +56,7 @@ class Packing:
 
 
 def _classes(lengths: Int[Tensor, " M"]) -> tuple[Int[Tensor, " M"], list[tuple[int, int]]]:
-    """Longest first, and the cuts of that order into classes of at most `_WASTE` times the needed query-key pairs."""
+    """Longest first, and that order cut into classes of at most `_WASTE` times the needed query-key pairs."""
     order = torch.argsort(lengths, descending=True, stable=True)
     falling = lengths[order]
     cuts, start = [], 0
@@ -72,24 +72,26 @@ def _classes(lengths: Int[Tensor, " M"]) -> tuple[Int[Tensor, " M"], list[tuple[
 class _Move(torch.autograd.Function):
     """Rows `source` of `x` written to rows `target` of zeros `[size, ...]`; `None` is all rows in order.
 
-    Both index lists are free of repetitions, so the gradient is the same move backwards: no accumulation, which is
-    what makes the gradient of plain indexing slow.
+    Both index lists are free of repetitions, so the gradient is the same move backwards: no accumulation,
+    which is what makes the gradient of plain indexing slow.
     """
 
     @staticmethod
-    def forward(ctx, x, source, target, size):  # noqa: ANN001, ANN205 (autograd's signature)
+    def forward(ctx, x, source, target, size):
         ctx.indices, ctx.size = (source, target), len(x)
         return _moved(x, source, target, size)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
-        source, target = ctx.indices
+    def backward(ctx, *grads):
+        (grad,), (source, target) = grads, ctx.indices
         return _moved(grad, target, source, ctx.size), None, None, None
 
 
 def _moved(x: Tensor, source: Tensor | None, target: Tensor | None, size: int) -> Tensor:
     rows = x if source is None else x.index_select(0, source)
-    return rows.contiguous() if target is None else x.new_zeros(size, *x.shape[1:]).index_copy_(0, target, rows)
+    return (
+        rows.contiguous() if target is None else x.new_zeros(size, *x.shape[1:]).index_copy_(0, target, rows)
+    )
 
 
 def _move(x: Tensor, source: Tensor | None, target: Tensor | None, size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The student's distribution at the trained tokens, a chunk of rows at a time.
 
-A vocabulary-wide tensor exists for one chunk only: the gradient with respect to the hidden states and the head is
+A vocabulary-wide tensor exists for one chunk only: the gradient with respect to hidden states and head is
 computed in the forward pass, chunk by chunk, so peak memory does not grow with the number of tokens.
 """
 
@@ -59,8 +59,8 @@ def read(batch: Batch[Scores], teacher_head: Tensor | None) -> Batch[Scores]:
         return batch
     if teacher_head is None:
         raise ConfigurationError(
-            "hidden states of a teacher need its output matrix to become probabilities, but the learner was given "
-            "none; pass the teacher's checkpoint to the learner"
+            "hidden states of a teacher need its output matrix to become probabilities, but the learner was "
+            "given none; pass the teacher's checkpoint to the learner"
         )
     return replace(batch, scores=vocabulary_scores(batch.scores, teacher_head))
 
@@ -72,7 +72,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """`sum(weights * loss)` over chunks of rows, with both gradients ready when the forward pass ends."""
 
     @staticmethod
-    def forward(ctx, hidden, head, weights, evaluate, chunk, metrics):  # noqa: ANN001, ANN205 (autograd's signature)
+    def forward(ctx, hidden, head, weights, evaluate, chunk, metrics):
         total = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.zeros_like(hidden)
         # Many chunks add up here; a 16-bit sum would forget the small ones.
@@ -92,8 +92,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
-        grad_hidden, grad_head = ctx.saved_tensors
+    def backward(ctx, *grads):
+        (grad,), (grad_hidden, grad_head) = grads, ctx.saved_tensors
         return grad_hidden * grad, grad_head * grad, None, None, None, None
 
 
@@ -128,8 +128,9 @@ def chunked_loss(
 ) -> tuple[Float[Tensor, ""], Mapping[str, Float[Tensor, ""]]]:
     """The weighted sum of a per-token loss (float64 scalar with gradient) and sums of its metrics (float64).
 
-    `evaluate(student, start, stop)` is the loss of rows `start:stop`. Metrics are sums over rows of weight > 0;
-    `loss` is among them. Peak memory: `chunk * V` whatever `L` is. Without gradients enabled nothing is stored.
+    `evaluate(student, start, stop)` is the loss of rows `start:stop`. Metrics are sums over rows of weight
+    above 0; `loss` is among them. Peak memory: `chunk * V` whatever `L` is. Without gradients enabled nothing
+    is stored.
     """
     metrics: dict[str, Tensor] = {}
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):

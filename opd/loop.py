@@ -27,7 +27,7 @@ class StepRecord:
 
     step: int
     scored: Sequence[Scored[Any]]
-    weights: Sequence[Float[np.ndarray, " T"]]
+    weights: Sequence[Float[np.ndarray, " _T"]]
     report: StepReport
     published: PublishReport
     ledger: Mapping[str, int]
@@ -127,7 +127,7 @@ async def _rollout_and_score(
     return _Collected(scored=scored, rollout_s=last_rollout - began, score_s=perf_counter() - last_rollout)
 
 
-def _account(ledger: Ledger, weights: Sequence[Float[np.ndarray, " T"]]) -> None:
+def _account(ledger: Ledger, weights: Sequence[Float[np.ndarray, " _T"]]) -> None:
     trained = sum(bool(w.any()) for w in weights)
     ledger.trained += trained
     if trained < len(weights):

@@ -68,7 +68,7 @@ class TokenWeight(Protocol):
         """The testimony it reads."""
         ...
 
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
+    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
         """One weight >= 0 per token, given the *whole* step, so that quantiles do not depend on packing."""
         ...
 
@@ -135,7 +135,7 @@ def check_prompts(method: Method, prompts: PromptSource) -> None:
         )
 
 
-def weigh(weights: Mapping[str, TokenWeight], scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
+def weigh(weights: Mapping[str, TokenWeight], scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
     """The product of all weights and the loss mask, per trajectory."""
     total = [item.trajectory.loss_mask.astype(np.float64) for item in scored]
     for name, part in weights.items():

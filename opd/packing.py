@@ -11,7 +11,7 @@ from opd.errors import ConfigurationError, DataError
 from opd.ports import Layout
 from opd.types import Batch, S, Scored
 
-TokenWeights = Float[np.ndarray, " T"]
+TokenWeights = Float[np.ndarray, " _T"]
 
 
 class Normalizer(Protocol):

@@ -55,7 +55,7 @@ class RemoteRows:
     the learner rank that needs the rows fetches them. Example: `RemoteRows(pieces=((ref, [3, 4, 5]),))`.
     """
 
-    pieces: tuple[tuple[Any, Int[np.ndarray, " rows"]], ...]
+    pieces: tuple[tuple[Any, Int[np.ndarray, " _rows"]], ...]
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.pieces)

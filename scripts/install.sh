@@ -43,11 +43,16 @@ make_venv() {
     local chosen
     chosen=$(find_python)
     [ "$(uname -s)" = Linux ] || stop "vLLM's CPU wheels are for Linux only; build docker/cpu.Dockerfile instead"
-    rm -rf "$venv"
+    # Renamed first: an interrupted removal must not leave what looks like a whole .venv.
+    rm -rf "$venv.old"
+    [ ! -e "$venv" ] || mv "$venv" "$venv.old"
     mkdir "$venv"
     echo $$ >"$mark"
-    "$chosen" -m venv "$venv" >"$log" 2>&1 ||
-        stop "$chosen cannot make a virtual environment ($(tail -n 1 "$log")); on Debian: apt install python3.11-venv"
+    rm -rf "$venv.old"
+    "$chosen" -m venv "$venv" >"$log" 2>&1 && return
+    tail -n 5 "$log" >&2
+    rm -rf "$venv"
+    stop "$chosen cannot make a virtual environment; above is why (on Debian: apt install python3.11-venv)"
 }
 
 ready_venv() { # a .venv that is whole, is for Python 3.11, and is ours to write to
@@ -79,7 +84,6 @@ ready_venv() { # a .venv that is whole, is for Python 3.11, and is ours to write
 pip_install() { "$python" -m pip install --no-deps --no-compile --progress-bar off "$@" >>"$log" 2>&1; }
 
 install_packages() {
-    ! has_cuda_vllm || { say ".venv holds vLLM's CUDA build; keeping it" && return; }
     # The two packages without a wheel are built with the setuptools pinned here, not with tomorrow's.
     pip_install --require-hashes -r requirements/build.lock
     pip_install --require-hashes --no-build-isolation -r requirements/cpu.lock
@@ -112,14 +116,14 @@ key_of() { # the project's key has its path too: an editable install points ther
     esac | sha256sum
 }
 
-part() { # part NAME "what it is": run install_NAME, unless its stamp says that nothing changed
+part() { # part NAME "what it is" ["what it costs"]: run install_NAME, unless its stamp says that nothing changed
     local name=$1 stamp=$venv/.stamp-$1 key
     key=$(key_of "$name")
     [ -e "$mark" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$key" ] || return 0
     [ "$(cat "$mark" 2>/dev/null)" = $$ ] || ready_venv
     [ "$(cat "$stamp" 2>/dev/null)" != "$key" ] || return 0
-    say "installing $2 (log: $log)"
-    # A subshell with its own -e: under `if`, bash would run on after a failed command.
+    say "installing $2${3:+ ($3)}; the log is $log"
+    # A subshell with its own -e, since bash ignores -e below an `if`.
     set +e
     (
         set -e
@@ -128,16 +132,18 @@ part() { # part NAME "what it is": run install_NAME, unless its stamp says that 
     local status=$?
     set -e
     if [ $status -ne 0 ]; then
-        rm -f "$mark" # pip ended by itself, so nothing is half written and the next run may go on from here
-        tail -n 15 "$log" >&2
-        stop "could not install $2; the lines above are the end of $log"
+        # pip ended by itself, so no package is half written and the next run may go on from here.
+        [ $status -gt 128 ] || tail -n 3 "$log" | grep -q "No space left" || rm -f "$mark"
+        grep -v "WARNING: Retrying" "$log" | tail -n 12 >&2
+        stop "could not install $2; above is the end of $log"
     fi
     echo "$key" >"$stamp"
 }
 
 trap 'trap - INT TERM; printf "\nopd: install stopped; the next run starts it over\n" >&2; exit 130' INT TERM
 case $goal in packages | runtime | dev) ;; *) stop "install.sh takes packages, runtime or dev, not '$goal'" ;; esac
-part packages "the runtime: torch, vLLM, Ray, DeepSpeed; 2.5 GB on disk, about two minutes"
+# A .venv with vLLM's CUDA build was made by `pip install '.[gpu]'`, and stays as it is.
+has_cuda_vllm || part packages "the runtime: torch, vLLM, Ray, DeepSpeed" "about two minutes, 2.5 GB"
 [ "$goal" = packages ] || part project "this project, editable"
 [ "$goal" != dev ] || part tools "the test and lint tools"
 [ "$(cat "$mark" 2>/dev/null)" != $$ ] || rm -f "$mark"

@@ -1,1 +1,1 @@
-"""The teacher service: models that read what the student wrote, and the checks that a teacher fits its student."""
+"""Models that read what the student wrote and testify about it, behind `opd.ports.LogprobTeacher`."""

@@ -9,7 +9,7 @@ from opd.errors import ConfigurationError
 
 
 class Device(Enum):
-    """Where a model runs. `AUTO` is a GPU where there is one."""
+    """Where a teacher runs. `AUTO` is a GPU where there is one."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -26,11 +26,11 @@ class Dtype(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
-    """One teacher and how many replicas of it.
+    """One teacher and how many of it.
 
-    `max_batch_tokens` bounds the packed tokens of one forward pass, `head_chunk` the rows of vocabulary-wide logits
-    alive at once, `max_k` the support anybody may ask for; `deadline_s` bounds every single wait.
-    Example: `TeacherConfig(path="assets/shop/teacher")`.
+    `path` is a Hugging Face folder. `max_batch_tokens` bounds one forward (sequences times the longest of
+    them), `head_chunk` the rows that have logits over the vocabulary at the same time, `max_k` what a scorer
+    may ask for per token, `deadline_s` every wait. Example: `TeacherConfig(path="assets/shop/teacher")`.
     """
 
     path: str
@@ -47,27 +47,34 @@ class TeacherConfig:
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"teacher.{name} needs at least 1, got {getattr(self, name)}; raise it")
         if self.deadline_s <= 0:
-            raise ConfigurationError(f"teacher.deadline_s needs a positive number of seconds, got {self.deadline_s}")
-
-    def torch_device(self) -> torch.device:
-        """Where this process puts the model. Raises `ConfigurationError` without the GPU that was asked for."""
-        present = torch.cuda.is_available()
-        if self.device is Device.GPU and not present:
             raise ConfigurationError(
-                "teacher.device is GPU, but this process sees no CUDA device; set teacher.device=AUTO, or "
-                "cluster.gpus_per_teacher so that the actor is given one"
+                f"teacher.deadline_s needs a positive number of seconds, got {self.deadline_s}; raise it"
             )
-        return torch.device("cuda" if present and self.device is not Device.CPU else "cpu")
 
-    def torch_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype on a resolved device."""
-        if self.dtype is Dtype.AUTO:
-            return torch.float32 if device.type == "cpu" else torch.bfloat16
-        return torch.bfloat16 if self.dtype is Dtype.BFLOAT16 else torch.float32
+
+def resolve_device(device: Device) -> torch.device:
+    """The device to load onto. Raises `ConfigurationError` if a GPU was asked for and none is visible."""
+    present = torch.cuda.is_available()
+    if device is Device.GPU and not present:
+        raise ConfigurationError(
+            "teacher.device is GPU, but this process sees no CUDA device; set teacher.device=AUTO, or "
+            "cluster.gpus_per_teacher so that the actor is given one"
+        )
+    return torch.device("cpu" if device is Device.CPU or not present else "cuda")
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype to load with."""
+    wide = dtype is Dtype.FLOAT32 or (dtype is Dtype.AUTO and device.type == "cpu")
+    return torch.float32 if wide else torch.bfloat16
 
 
 def environment(device: Device) -> dict[str, str]:
-    """Environment variables of a teacher's process, to be set before it imports torch."""
+    """Environment variables of a teacher's process, set before it imports torch.
+
+    One thread on a CPU: actors share the cores, and threads that spin against each other are slower than
+    none.
+    """
     common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     gpu = device is Device.GPU or (device is Device.AUTO and torch.cuda.is_available())
     return common if gpu else common | {"OMP_NUM_THREADS": "1"}

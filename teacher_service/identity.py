@@ -1,78 +1,127 @@
-"""Does a teacher speak its student's language? Checkpoints and tokenizers, compared before anything starts."""
+"""Do two checkpoints speak the same tokens, and is a folder a checkpoint? Known before anything starts."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from opd.errors import ConfigurationError, DataError
 
+SPECIAL = ("bos", "eos", "pad", "unk")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerIdentity:
-    """What two models must share so that token ids and prompts mean the same."""
+    """What makes a tokenizer the one it is.
+
+    `digest` covers all tokens with their ids, added ones too; `size` counts them; `rows` is what the model's
+    output has (often padded, so it may differ between sizes of one family); `special` maps roles to ids.
+    Example: `TokenizerIdentity(path="teacher", digest="3f..", size=192, rows=192, special={"bos": 1, "eos":
+    2, "pad": 0, "unk": 183}, template="")`.
+    """
 
     path: str
-    vocabulary: dict[str, int]
-    special_ids: dict[str, int]
-    template: str | None
-
-    @property
-    def digest(self) -> str:
-        """One value for all of it."""
-        content = [sorted(self.vocabulary.items()), sorted(self.special_ids.items()), self.template]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def check_checkpoint(path: str, part: str) -> None:
-    """Raise one sentence unless `path` is a folder with a model in safetensors that needs no code of its own."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigurationError(f"{part}: {path!r} is no folder; give a Hugging Face checkpoint folder")
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{part}: {path} has no config.json, so it is no Hugging Face checkpoint; check the path")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{part}: {path}/config.json is no JSON ({error.msg}); restore the file") from error
-    if "auto_map" in config:
-        raise DataError(f"{part}: {path} wants to run code of its own (auto_map), which is never done; convert it")
-    if not any(folder.glob("*.safetensors")):
-        raise DataError(f"{part}: {path} has no *.safetensors; convert the checkpoint to safetensors")
+    digest: str
+    size: int
+    rows: int
+    special: Mapping[str, int | None]
+    template: str
+    tokens: Mapping[str, int] = field(repr=False)
 
 
 def tokenizer_identity(path: str) -> TokenizerIdentity:
-    """Read a folder's tokenizer."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    """Read the tokenizer and the model's configuration in `path`. Raises `DataError` if there is none."""
+    config = _config(Path(path), f"the tokenizer in {path!r}")
+    if not any((Path(path) / name).is_file() for name in _VOCABULARIES):
+        # transformers would make an empty tokenizer of the model's kind and say nothing
         raise DataError(
-            f"{path} has no tokenizer that loads ({str(error).splitlines()[0]}); restore its files"
-        ) from error
-    special = {
-        name: int(getattr(tokenizer, f"{name}_id"))
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if getattr(tokenizer, f"{name}_id") is not None
-    }
+            f"the checkpoint {path!r} needs a tokenizer, but has none of {', '.join(_VOCABULARIES)}; copy its files"
+        )
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"the tokenizer in {path!r} does not load ({reason}); copy its files anew") from error
+    tokens: dict[str, int] = tokenizer.get_vocab()
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return TokenizerIdentity(
-        path=path, vocabulary=dict(tokenizer.get_vocab()), special_ids=special, template=tokenizer.chat_template
+        path=path,
+        digest=_digest(json.dumps(sorted(tokens.items(), key=lambda item: (item[1], item[0])))),
+        size=len(tokens),
+        rows=int((config | config.get("text_config", {})).get("vocab_size", 0)),
+        special={role: getattr(tokenizer, f"{role}_token_id") for role in SPECIAL},
+        template=_digest(text) if text else "",
+        tokens=tokens,
     )
 
 
 def compare(student: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
-    """Raise `DataError` with the first difference, if there is one."""
-    if student.digest == teacher.digest:
-        return
-    where = f"student {student.path} and teacher {teacher.path} must share a tokenizer, but"
-    fix = "use a teacher of the student's family"
-    for token in sorted(student.vocabulary.keys() | teacher.vocabulary.keys()):
-        mine, theirs = student.vocabulary.get(token), teacher.vocabulary.get(token)
-        if mine != theirs:
-            raise DataError(f"{where} token {token!r} is id {mine} for the student and {theirs} for the teacher; {fix}")
-    for name in sorted(student.special_ids.keys() | teacher.special_ids.keys()):
-        mine, theirs = student.special_ids.get(name), teacher.special_ids.get(name)
-        if mine != theirs:
-            raise DataError(f"{where} {name} is id {mine} for the student and {theirs} for the teacher; {fix}")
-    raise DataError(f"{where} their chat templates differ; give both the student's template")
+    """Raise `DataError` that names the first difference. Padding of the output (`rows`) is none."""
+    who = f"student {student.path!r} and teacher {teacher.path!r} need the same tokenizer, but"
+    remedy = "; choose a teacher of the student's family"
+    if student.digest != teacher.digest:
+        raise DataError(f"{who} {_first_difference(student.tokens, teacher.tokens)}{remedy}")
+    for role in SPECIAL:
+        ours, theirs = student.special[role], teacher.special[role]
+        if ours != theirs:
+            raise DataError(
+                f"{who} the {role} token is {ours} for the student and {theirs} for the teacher{remedy}, or "
+                "copy one tokenizer_config.json to the other"
+            )
+    if student.template != teacher.template:
+        raise DataError(
+            f"{who} their chat templates differ (digests {student.template or 'none'} and "
+            f"{teacher.template or 'none'}){remedy}, or copy one chat template to the other"
+        )
+
+
+def check_checkpoint(path: str, part: str) -> None:
+    """Raise a sentence unless `path` is a folder with safetensors and a model without code of its own.
+
+    `part` is whose path it is, e.g. `"teacher"`. No folder: `ConfigurationError`, otherwise `DataError`.
+    """
+    folder = Path(path)
+    config = _config(folder, part)
+    if "auto_map" in config:
+        raise DataError(
+            f"{part} in {path!r} brings its own Python code (auto_map in config.json), which is never run; "
+            "choose a model that transformers supports itself"
+        )
+    if "model_type" not in config:
+        raise DataError(f"{part} in {path!r} has a config.json without model_type; it is no language model")
+    if not any(folder.glob("*.safetensors")):
+        raise DataError(f"{part} needs safetensors, but {path!r} has none; save the model with safe_serialization")
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ConfigurationError(f"{part} needs a checkpoint folder, but {str(folder)!r} is none; correct the path")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise DataError(
+            f"{part} needs a Hugging Face checkpoint, but {str(folder)!r} has no config.json; correct the path"
+        )
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{part} has a damaged config.json in {str(folder)!r} ({error}); copy it anew") from error
+    return config
+
+
+def _first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    by_id = [{i: token for token, i in tokens.items()} for tokens in (ours, theirs)]
+    for i in sorted(by_id[0].keys() | by_id[1].keys()):
+        mine, other = by_id[0].get(i), by_id[1].get(i)
+        if mine != other:
+            return f"id {i} is {mine!r} for the student and {other!r} for the teacher"
+    return "one token has two ids"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

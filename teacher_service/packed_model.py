@@ -1,59 +1,114 @@
-"""A Hugging Face model that reads packed sequences: the body without its vocabulary head."""
+"""A Hugging Face causal model that reads packed sequences: one row, attention within each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from opd.attention import Packing, packed_attention
 from opd.errors import ConfigurationError
 
-_NAME = "opd_packed"
+ATTENTION = "opd_packed"
+_TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.5,
+}  # nats; a wrong mask or a scaled head is off by far more
 
 
-def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model of a local folder; its body takes `packing=` and reads every packed sequence for itself."""
-    AttentionInterface.register(_NAME, _attend)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=_NAME, local_files_only=True, trust_remote_code=False
-    )
-    assert isinstance(model, PreTrainedModel)
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ConfigurationError(
-            f"the teacher needs a plain output matrix, but {type(model).__name__} has {head}; choose a model whose "
-            "lm_head is a linear layer without bias"
+class PackedModel:
+    """A frozen model, asked for hidden states; the vocabulary is made from them only where it is wanted.
+
+    `vocabulary` counts the rows of the output matrix (with padding), `positions` the tokens a sequence may
+    have.
+    """
+
+    def __init__(self, causal: PreTrainedModel) -> None:
+        head = causal.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ConfigurationError(
+                f"the teacher needs a plain output matrix, but {type(causal).__name__} has {head}; choose a "
+                "model whose lm_head is a linear layer"
+            )
+        self._causal, self._head = causal, head
+        self.device = causal.device
+        self.vocabulary = len(head.weight)
+        self.positions = int(getattr(causal.config.get_text_config(), "max_position_embeddings", 0)) or None
+
+    def hidden(self, sequences: Sequence[Int[Tensor, " n"]]) -> Float[Tensor, "N H"]:
+        """Hidden states after the final norm at every token of `sequences`, one after the other."""
+        lengths = torch.tensor([len(s) for s in sequences])
+        ends = lengths.cumsum(0)
+        places = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
+        body = self._causal.base_model(
+            input_ids=torch.cat(list(sequences)).long()[None].to(self.device),
+            position_ids=places[None].to(self.device),
+            packing=Packing.of(torch.cat([torch.zeros(1, dtype=ends.dtype), ends])),
+            use_cache=False,
         )
-    return model.to(device).eval().requires_grad_(False)
+        return body.last_hidden_state[0]
+
+    def logits(self, hidden: Float[Tensor, "rows H"]) -> Float[Tensor, "rows V"]:
+        """Float32 logits over the whole vocabulary."""
+        return F.linear(hidden, self._head.weight, self._head.bias).float()
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Last hidden states `[N, H]` of `N` packed tokens, after the final norm."""
-    body = model.base_model(
-        input_ids=ids[None], position_ids=positions[None], use_cache=False, packing=Packing.of(cu_seqlens)
+def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PackedModel:
+    """The model in `path`, frozen.
+
+    It is compared with itself before it is used: a model with another kind of attention (sinks,
+    soft-capping), with layers that carry a state from one packed sequence to the next, or with a head that
+    does more than multiply, is refused with a `ConfigurationError`.
+    """
+    causal = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
-    return body.last_hidden_state[0]
+    nn.Module.to(causal.eval().requires_grad_(False), device)
+    model = PackedModel(causal)
+    ids = torch.arange(1, 24).remainder(model.vocabulary)
+    with torch.inference_mode():
+        plain = causal(input_ids=ids[None].to(device), use_cache=False).logits[0].float().log_softmax(-1)
+        causal.set_attn_implementation(ATTENTION)
+        packed = model.logits(model.hidden([ids[:9], ids])[9:]).log_softmax(-1)
+    gap = float((plain - packed).abs().max())
+    if not gap <= _TOLERANCE[dtype]:
+        raise ConfigurationError(
+            f"the teacher in {path!r} answers differently when sequences are packed and its head is applied "
+            f"apart ({gap:.3g} nats, {type(causal).__name__}); choose a model with plain causal attention "
+            "and an unscaled head"
+        )
+    return model
 
 
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    module: nn.Module,  # noqa: ARG001 (transformers' signature)
+    query: Float[Tensor, "1 Hq N D"],
+    key: Float[Tensor, "1 Hk N D"],
+    value: Float[Tensor, "1 Hk N D"],
     attention_mask: Tensor | None,
     *,
     packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,  # what other kernels want
-) -> tuple[Tensor, None]:
-    """transformers' attention signature, which passes no mask to an implementation it does not know."""
+    **_: Any,  # what other kernels want (dropout, position ids, ...)
+) -> tuple[Float[Tensor, "1 N Hq D"], None]:
+    """transformers' signature around `packed_attention`; it knows no mask of that name, so it makes none."""
     assert attention_mask is None
     longest = max(group.longest for group in packing.classes)
     if sliding_window is not None and longest > sliding_window:
         raise ConfigurationError(
-            f"the teacher attends to a window of {sliding_window} tokens, but a sequence has {longest}; shorten the "
-            "prompts or max_tokens, or choose a model with full attention"
+            f"the teacher attends to a window of {sliding_window} tokens, but a sequence has {longest}, and "
+            "all of it would be read; shorten prompts and completions, or choose a model with full attention"
         )
     return packed_attention(query, key, value, packing, scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attend)

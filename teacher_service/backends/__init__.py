@@ -1,1 +1,1 @@
-"""One file per way of reading: each implements `opd.ports.LogprobTeacher`."""
+"""One file per way to host a teacher."""

@@ -1,210 +1,276 @@
-"""The exact backend: one packed transformers forward, and the vocabulary head only where a token was written."""
+"""A teacher as a plain forward pass: exact, any ids, any k; the vocabulary only where it is asked."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from opd.errors import ConfigurationError, DataError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
+from opd.errors import DataError, OpdError
+from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
-from teacher_service.config import TeacherConfig
+from teacher_service.config import TeacherConfig, resolve_device, resolve_dtype
+from teacher_service.identity import check_checkpoint
 
-Store = Callable[[np.ndarray], Any]
+if TYPE_CHECKING:
+    from teacher_service.packed_model import PackedModel
+
+CPU_TOKENS = 2048  # of one forward: activations of larger ones leave the cache (measured: a fifth slower)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherStats:
-    """What a teacher did so far."""
+    """Since the start: requests, completion tokens scored, tokens read (contexts too), seconds of both."""
 
     requests: int
-    tokens: int
+    scored: int
+    read: int
     busy_s: float
 
 
 class TorchTeacher:
-    """Reads completions in their context, exactly and in any order (`opd.ports.LogprobTeacher`).
+    """Scores completions with a Hugging Face model in this process (`opd.ports.LogprobTeacher`).
 
-    Log-probabilities are those of the full softmax at temperature 1, in float32. `store` puts an array where the
-    learner can fetch it, and returns its handle. Calls are served one after another.
+    `store` puts an array where the learner can fetch it and returns its handle; hidden states go that way.
+    Calls may overlap; their forwards run one after the other.
     """
 
-    def __init__(self, config: TeacherConfig, store: Store) -> None:
+    def __init__(self, config: TeacherConfig, store: Callable[[np.ndarray], Any]) -> None:
         self._config = config
         self._store = store
-        self._lock = asyncio.Lock()
-        self._model: Any = None
-        self._stats = TeacherStats(requests=0, tokens=0, busy_s=0.0)
+        self._lock = threading.Lock()
+        self._model: "PackedModel | None" = None
+        self._requests = self._scored = self._read = 0
+        self._busy_s = 0.0
 
     async def ready(self) -> None:
-        """Load the model; returns when it can score."""
-        async with self._lock:
-            if self._model is None:
-                await asyncio.to_thread(self._load)
-
-    async def stats(self) -> TeacherStats:
-        """Requests, tokens and seconds so far."""
-        return self._stats
+        """Return when the model is loaded. Raises `ConfigurationError` if it cannot be used."""
+        await self._within(asyncio.to_thread(self._loaded), "loading its model")
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """Testimony per request, in order; see `opd.ports.Want` for what may be asked.
+        """Testimony per request, in order: float32 logprobs under the full softmax at temperature 1.
 
-        Raises:
-            DataError: a request has ids outside the vocabulary, is too long, or the model's output is not finite.
+        What is said of a request does not depend on which others it came with (up to float rounding). Raises
+        `DataError` for a request that cannot be read, and for a model that answers with NaN or infinity.
         """
-        await self.ready()
-        async with self._lock:
-            return await asyncio.to_thread(self._score, list(requests))
+        return await self._within(asyncio.to_thread(self._scores, requests), f"scoring {len(requests)} completions")
 
-    def _load(self) -> None:
-        from teacher_service.packed_model import load_packed  # transformers takes seconds; the driver needs none
+    async def stats(self) -> TeacherStats:
+        """What this teacher has done so far."""
+        return TeacherStats(requests=self._requests, scored=self._scored, read=self._read, busy_s=self._busy_s)
 
-        self._device = self._config.torch_device()
-        if self._device.type == "cpu":
-            torch.set_num_threads(1)
-        model = load_packed(self._config.path, self._config.torch_dtype(self._device), self._device)
-        self._head: Tensor = model.get_output_embeddings().weight
-        self._longest = int(model.config.get_text_config().max_position_embeddings)
-        self._model = model
+    async def _within(self, work: Any, what: str) -> Any:
+        try:
+            return await asyncio.wait_for(work, self._config.deadline_s)
+        except TimeoutError as error:
+            raise OpdError(
+                f"the teacher did not finish {what} within {self._config.deadline_s:.0f} s; raise "
+                "teacher.deadline_s, or add teacher.replicas"
+            ) from error
+
+    def _loaded(self) -> "PackedModel":
+        with self._lock:
+            if self._model is None:
+                self._model = _load(self._config)
+            return self._model
 
     @torch.inference_mode()
-    def _score(self, requests: list[ScoreRequest]) -> list[TokenScores]:
-        began = perf_counter()
+    def _scores(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        model = self._loaded()
         for number, request in enumerate(requests):
-            self._check(number, request)
+            _check(request, number, model, self._config)
         answers: list[TokenScores | None] = [None] * len(requests)
-        for members in self._microbatches(requests):
-            for i, answer in zip(members, self._read([requests[i] for i in members]), strict=True):
-                answers[i] = answer
-        self._stats = TeacherStats(
-            requests=self._stats.requests + len(requests),
-            tokens=self._stats.tokens + sum(_length(r) for r in requests),
-            busy_s=self._stats.busy_s + perf_counter() - began,
-        )
+        with self._lock:
+            start = perf_counter()
+            for members in microbatches([_length(r) for r in requests], self._config.max_batch_tokens):
+                chosen = [requests[i] for i in members]
+                for i, answer in zip(members, self._microbatch(model, chosen), strict=True):
+                    answers[i] = answer
+                self._read += sum(_length(r) for r in chosen)
+            self._busy_s += perf_counter() - start
+            self._requests += len(requests)
+            self._scored += sum(len(r.token_ids) for r in requests)
         return [answer for answer in answers if answer is not None]
 
-    def _check(self, number: int, request: ScoreRequest) -> None:
-        """Refuse what would be read wrongly, before anything is computed."""
-        vocabulary, config = len(self._head), self._config
-        ids = [request.context_ids, request.token_ids]
-        if isinstance(request.want, AtIds):
-            ids.append(request.want.ids.ravel())
-            if request.want.ids.shape[0] != len(request.token_ids):
-                raise DataError(
-                    f"score request {number}: ids are asked for {request.want.ids.shape[0]} positions of {len(request.token_ids)}"
-                )
-        if min(len(request.context_ids), len(request.token_ids)) == 0:
-            raise DataError(f"score request {number}: context and completion need at least one token each")
-        if any(((part < 0) | (part >= vocabulary)).any() for part in ids):
-            raise DataError(
-                f"score request {number}: a token id is outside the teacher's vocabulary of {vocabulary}; student and "
-                "teacher do not share a tokenizer"
-            )
-        width = request.want.k if isinstance(request.want, TopK) else ids[-1].size // max(1, len(request.token_ids))
-        if isinstance(request.want, TopK | AtIds) and not 1 <= width <= min(config.max_k, vocabulary):
-            raise ConfigurationError(
-                f"score request {number}: a support of {width} tokens was asked for, allowed are 1 to "
-                f"{min(config.max_k, vocabulary)}; lower k or raise teacher.max_k"
-            )
-        if _length(request) > min(self._longest, config.max_batch_tokens):
-            raise ConfigurationError(
-                f"score request {number}: {_length(request)} tokens exceed what the teacher can read at once "
-                f"(context {self._longest}, teacher.max_batch_tokens {config.max_batch_tokens}); shorten the prompts"
-            )
-
-    def _microbatches(self, requests: Sequence[ScoreRequest]) -> list[list[int]]:
-        """Neighbours in length together, under the token budget; the result does not depend on the cut."""
-        order = sorted(range(len(requests)), key=lambda i: (_length(requests[i]), i))
-        batches: list[list[int]] = []
-        room = 0
-        for i in order:
-            if _length(requests[i]) > room:
-                batches.append([])
-                room = self._config.max_batch_tokens
-            batches[-1].append(i)
-            room -= _length(requests[i])
-        return batches
-
-    def _read(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """One forward pass. Rows are the written tokens of all requests, one request after another."""
-        hidden = self._hidden(requests)
-        written = torch.from_numpy(np.concatenate([r.token_ids for r in requests])).long().to(self._device)
-        bounds = np.cumsum([0, *(len(r.token_ids) for r in requests)])
-        logprobs = np.empty(len(written), dtype=np.float32)
-        answers: list[TokenScores] = []
-        supports: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {i: [] for i in range(len(requests))}
-        for start in range(0, len(written), self._config.head_chunk):
-            stop = min(start + self._config.head_chunk, len(written))
-            full = (hidden[start:stop] @ self._head.T).float().log_softmax(-1)
-            if not torch.isfinite(full).all():
-                raise DataError("the teacher's logits are not finite; its checkpoint or dtype is broken")
-            logprobs[start:stop] = full.gather(-1, written[start:stop, None])[:, 0].cpu().numpy()
-            for i, request in enumerate(requests):
-                first, last = max(start, bounds[i]), min(stop, bounds[i + 1])
-                if first < last and isinstance(request.want, TopK | AtIds):
-                    rows = full[first - start : last - start]
-                    supports[i].append(_support(rows, request.want, first - bounds[i], last - bounds[i]))
-        handle = None
-        if any(isinstance(r.want, LastHidden) for r in requests):
-            handle = self._store(_as_numpy(hidden))
-        for i, request in enumerate(requests):
-            own = logprobs[bounds[i] : bounds[i + 1]]
-            answers.append(_answer(request, own, supports[i], handle, np.arange(bounds[i], bounds[i + 1])))
-        return answers
-
-    def _hidden(self, requests: Sequence[ScoreRequest]) -> Tensor:
-        """Hidden states `[rows, H]` that predict the written tokens."""
-        from teacher_service.packed_model import hidden_states
-
-        sequences = [np.concatenate([r.context_ids, r.token_ids[:-1]]) for r in requests]
-        lengths = [len(s) for s in sequences]
-        starts = np.cumsum([0, *lengths])
-        ids = torch.from_numpy(np.concatenate(sequences)).long().to(self._device)
-        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(self._device)
-        states = hidden_states(self._model, ids, positions, torch.from_numpy(starts))
-        at = np.concatenate(
-            [np.arange(starts[i] + len(r.context_ids) - 1, starts[i + 1]) for i, r in enumerate(requests)]
+    def _microbatch(self, model: "PackedModel", requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
+        room = self._config.max_batch_tokens
+        forwards = microbatches(
+            [_length(r) for r in requests], room if model.device.type != "cpu" else min(room, CPU_TOKENS)
         )
-        return states[torch.from_numpy(at).to(self._device)]
+        hidden = torch.cat([_completion_rows(model, [requests[i] for i in part]) for part in forwards])
+        testimony = _Testimony(requests)
+        for at in range(0, len(hidden), self._config.head_chunk):
+            testimony.add(at, _logprobs(model, hidden[at : at + self._config.head_chunk]))
+        return testimony.answers(self._kept(requests, hidden))
+
+    def _kept(self, requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"]) -> Iterator[RemoteRows]:
+        """Where the hidden states of the requests that want them are; one stored array for all."""
+        wanted = np.concatenate([np.full(len(r.token_ids), isinstance(r.want, LastHidden)) for r in requests])
+        if not wanted.any():
+            return
+        kept = hidden[torch.from_numpy(wanted).to(hidden.device)].cpu().contiguous()
+        handle = self._store((kept.view(torch.uint16) if kept.dtype == torch.bfloat16 else kept).numpy())
+        start = 0
+        for request in requests:
+            if isinstance(request.want, LastHidden):
+                stop = start + len(request.token_ids)
+                yield RemoteRows(pieces=((handle, np.arange(start, stop)),))
+                start = stop
+
+
+class _Testimony:
+    """Collects the answers to a micro-batch while its completion tokens come by in chunks of logprobs."""
+
+    def __init__(self, requests: Sequence[ScoreRequest]) -> None:
+        self._requests = requests
+        self._stops = np.cumsum([len(r.token_ids) for r in requests])
+        self._written = torch.from_numpy(np.concatenate([r.token_ids for r in requests])).long()
+        self._logprobs = np.empty(len(self._written), dtype=np.float32)
+        widths = [_width(r) for r in requests]
+        sizes = list(zip((len(r.token_ids) for r in requests), widths, strict=True))
+        self._topk_logprobs = [np.empty(size, dtype=np.float32) for size in sizes]
+        self._topk_ids = [np.empty(size, dtype=np.int32) for size in sizes]
+
+    def add(self, at: int, logprobs: Float[Tensor, "rows V"]) -> None:
+        """The completion tokens `at .. at + rows` of the micro-batch."""
+        end = at + len(logprobs)
+        written = self._written[at:end, None].to(logprobs.device)
+        self._logprobs[at:end] = logprobs.gather(1, written)[:, 0].cpu().numpy()
+        touched = range(int(np.searchsorted(self._stops, at, "right")), len(self._requests))
+        present = [i for i in touched if self._stops[i] - len(self._requests[i].token_ids) < end]
+        deepest = max((w.k for i in present if isinstance(w := self._requests[i].want, TopK)), default=0)
+        best = logprobs.topk(deepest) if deepest else None
+        for i in present:
+            first = int(self._stops[i]) - len(self._requests[i].token_ids)
+            low, high = max(first, at), min(int(self._stops[i]), end)
+            mine, here = slice(low - first, high - first), slice(low - at, high - at)
+            match self._requests[i].want:
+                case TopK(k=k) if best is not None:
+                    self._topk_logprobs[i][mine] = best.values[here, :k].cpu().numpy()
+                    self._topk_ids[i][mine] = best.indices[here, :k].cpu().numpy()
+                case AtIds(ids=ids):
+                    asked = torch.from_numpy(ids[mine]).long().to(logprobs.device)
+                    self._topk_logprobs[i][mine] = logprobs[here].gather(1, asked).cpu().numpy()
+                    self._topk_ids[i][mine] = ids[mine]
+
+    def answers(self, kept: Iterator[RemoteRows]) -> Iterator[TokenScores]:
+        """One answer per request; `kept` are the hidden states of those that want them, in order."""
+        for i, request in enumerate(self._requests):
+            stop = int(self._stops[i])
+            logprobs = self._logprobs[stop - len(request.token_ids) : stop]
+            match request.want:
+                case TopK() | AtIds():
+                    yield TopKScores(
+                        logprobs=logprobs, topk_ids=self._topk_ids[i], topk_logprobs=self._topk_logprobs[i]
+                    )
+                case LastHidden():
+                    yield HiddenScores(logprobs=logprobs, hidden=next(kept))
+                case _:
+                    yield TokenScores(logprobs=logprobs)
+
+
+def microbatches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Positions in groups whose padded size (members times the longest) stays within `budget`, longest first.
+
+    Neighbours in length go together, since attention pads to the longest of a group.
+    """
+    group: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if group and lengths[group[0]] * (len(group) + 1) > budget:
+            yield group
+            group = []
+        group.append(position)
+    if group:
+        yield group
+
+
+def _width(request: ScoreRequest) -> int:
+    match request.want:
+        case TopK(k=k):
+            return k
+        case AtIds(ids=ids):
+            return ids.shape[1]
+        case _:
+            return 0
 
 
 def _length(request: ScoreRequest) -> int:
-    return len(request.context_ids) + len(request.token_ids) - 1
+    return len(request.context_ids) + len(request.token_ids) - 1  # nothing follows the last token
 
 
-def _support(rows: Tensor, want: TopK | AtIds, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probabilities of the asked support at the completion's positions `first:last`."""
-    if isinstance(want, TopK):
-        values, ids = rows.topk(want.k, dim=-1)
-        return ids.to(torch.int32).cpu().numpy(), values.cpu().numpy()
-    asked = want.ids[first:last]
-    at = torch.from_numpy(asked).long().to(rows.device)
-    return asked, rows.gather(-1, at).cpu().numpy()
+def _completion_rows(model: "PackedModel", requests: Sequence[ScoreRequest]) -> Float[Tensor, "rows H"]:
+    """The hidden states that predict the completion tokens of `requests`, one request after the other."""
+    sequences = [np.concatenate([r.context_ids, r.token_ids[:-1]]) for r in requests]
+    everywhere = model.hidden([torch.from_numpy(s) for s in sequences])
+    ends = np.cumsum([len(s) for s in sequences])
+    rows = np.concatenate([np.arange(e - len(r.token_ids), e) for e, r in zip(ends, requests, strict=True)])
+    return everywhere[torch.from_numpy(rows).to(everywhere.device)]
 
 
-def _answer(
-    request: ScoreRequest,
-    logprobs: np.ndarray,
-    support: list[tuple[np.ndarray, np.ndarray]],
-    handle: Any,
-    rows: np.ndarray,
-) -> TokenScores:
+def _logprobs(model: "PackedModel", hidden: Float[Tensor, "rows H"]) -> Float[Tensor, "rows V"]:
+    logits = model.logits(hidden)
+    total = logits.logsumexp(-1, keepdim=True)
+    if not bool(total.isfinite().all()):
+        raise DataError(
+            "the teacher's logits are not finite; its checkpoint is damaged or its dtype too narrow: check "
+            "the file, or set teacher.dtype=FLOAT32"
+        )
+    return logits.sub_(total)
+
+
+def _load(config: TeacherConfig) -> "PackedModel":
+    check_checkpoint(config.path, "teacher")
+    from teacher_service.packed_model import (
+        load_packed,
+    )  # seconds of transformers, which the driver can spare
+
+    device = resolve_device(config.device)
+    return load_packed(config.path, resolve_dtype(config.dtype, device), device)
+
+
+def _check(request: ScoreRequest, number: int, model: "PackedModel", config: TeacherConfig) -> None:
+    problem = _problem(request, model, config)
+    if problem:
+        raise DataError(f"score request {number} cannot be read by the teacher: {problem}")
+
+
+def _problem(request: ScoreRequest, model: "PackedModel", config: TeacherConfig) -> str:
+    if not len(request.context_ids) or not len(request.token_ids):
+        return (
+            f"it has {len(request.context_ids)} context and {len(request.token_ids)} completion tokens, but "
+            "both need at least one; check the prompt source"
+        )
+    longest = min(config.max_batch_tokens, model.positions or config.max_batch_tokens)
+    if _length(request) > longest:
+        return (
+            f"it has {_length(request)} tokens, more than the {longest} of one forward (the smaller of the "
+            "model's positions and teacher.max_batch_tokens); shorten it or raise the limit"
+        )
+    vocabulary = model.vocabulary
+    for what, ids in (("context", request.context_ids), ("completion", request.token_ids)):
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            return f"its {what} has ids outside the vocabulary of {vocabulary}; check that tokenizers agree"
     match request.want:
-        case WrittenToken():
-            return TokenScores(logprobs=logprobs)
-        case LastHidden():
-            return HiddenScores(logprobs=logprobs, hidden=RemoteRows(pieces=((handle, rows),)))
-        case TopK() | AtIds():
-            ids, values = zip(*support, strict=True)
-            return TopKScores(logprobs=logprobs, topk_ids=np.concatenate(ids), topk_logprobs=np.concatenate(values))
+        case TopK(k=k) if not 1 <= k <= min(config.max_k, vocabulary):
+            most = min(config.max_k, vocabulary)
+            return f"k={k} is not within 1 and {most} (teacher.max_k, vocabulary); correct it"
+        case AtIds(ids=ids):
+            return _problem_at(ids, len(request.token_ids), vocabulary, config)
+    return ""
 
 
-def _as_numpy(hidden: Tensor) -> np.ndarray:
-    """float32 as it is, bfloat16 as its bits (numpy has no bfloat16)."""
-    here = hidden.contiguous().cpu()
-    return here.view(torch.uint16).numpy() if here.dtype == torch.bfloat16 else here.numpy()
+def _problem_at(ids: np.ndarray, tokens: int, vocabulary: int, config: TeacherConfig) -> str:
+    if ids.ndim != 2 or len(ids) != tokens or not 1 <= ids.shape[1] <= config.max_k:
+        return (
+            f"it asks at ids of shape {ids.shape}, but that must be ({tokens}, K) with K from 1 to "
+            f"{config.max_k} (teacher.max_k); correct the scorer"
+        )
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        return f"it asks at ids outside the vocabulary of {vocabulary}; check that tokenizers agree"
+    return ""

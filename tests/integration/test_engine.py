@@ -7,6 +7,7 @@ from actors.config import Device, Dtype, StudentConfig, environment
 os.environ |= environment(Device.CPU)  # before anything imports vLLM
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,7 +188,9 @@ def test_greedy_writes_the_likeliest_token_and_says_its_logprob(house: House) ->
     for answers in (house.generate(asked), house.generate(asked[:12])):
         for request, answer in zip(asked[:12], answers[:12], strict=True):
             start = len(request.context_ids)
-            full = logprobs(house.origin, np.concatenate([request.context_ids, answer.token_ids]))[start - 1 : -1]
+            full = logprobs(house.origin, np.concatenate([request.context_ids, answer.token_ids]))[
+                start - 1 : -1
+            ]
             best, likeliest = full.max(-1)
             assert np.array_equal(answer.token_ids, likeliest.numpy())
             np.testing.assert_allclose(answer.behavior.logprobs, best.numpy(), atol=1e-4)
@@ -334,6 +337,22 @@ def test_weights_of_another_model_are_refused_and_the_next_good_ones_load(house:
         assert house.receive(good) < 1e-4
 
 
+def test_more_prompt_than_a_step_of_vllm_usually_takes(house: House) -> None:
+    random = np.random.default_rng(4)
+    asked = [
+        GenerateRequest(
+            prompt_id=f"long{p}",
+            sample=0,
+            context_ids=random.integers(3, VOCABULARY, 80).astype(np.int32),
+            sampling=Sampling(max_tokens=8),
+        )
+        for p in range(60)
+    ]
+    together = house.generate(asked)
+    for request, answer in zip(asked[::12], together[::12], strict=True):
+        assert np.array_equal(house.generate([request])[0].token_ids, answer.token_ids)
+
+
 def test_requests_that_cannot_be_written_are_refused_by_name(house: House) -> None:
     def ask(context: list[int], sampling: Sampling) -> None:
         ids = np.asarray(context, dtype=np.int32)
@@ -342,11 +361,11 @@ def test_requests_that_cannot_be_written_are_refused_by_name(house: House) -> No
     few = Sampling(max_tokens=4)
     with pytest.raises(DataError, match=r"'shop/17'.*max_model_len=96.*raise it to 100"):
         ask([5] * 96, few)
-    with pytest.raises(DataError, match="'shop/17'.*empty"):
+    with pytest.raises(DataError, match=r"'shop/17'.*empty"):
         ask([], few)
-    with pytest.raises(DataError, match="'shop/17'.*160 is outside"):
+    with pytest.raises(DataError, match=r"'shop/17'.*160 is outside"):
         ask([4, VOCABULARY], few)
-    with pytest.raises(DataError, match="'shop/17'.*topk=161"):
+    with pytest.raises(DataError, match=r"'shop/17'.*topk=161"):
         ask([4], Sampling(max_tokens=4, topk=VOCABULARY + 1))
     assert house.generate([]) == []
 
@@ -366,13 +385,15 @@ def test_a_wait_has_a_deadline_and_what_nobody_waits_for_is_dropped(house: House
 def test_what_vllm_cannot_start_says_why(house: House, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no config\.json"):
         VLLMEngine(StudentConfig(path=str(tmp_path), max_model_len=32), 0, lambda handle: handle)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "vocab_size": 9, "eos_token_id": 2}')
+    shutil.copy(house.path / "config.json", tmp_path)  # and no weights
     broken = VLLMEngine(StudentConfig(path=str(tmp_path), max_model_len=32), 0, lambda handle: handle)
     with pytest.raises(EngineStopped, match="the student engine stopped"):
         house.run(broken.ready())
 
 
-def test_when_the_engine_dies_everybody_is_told(house: House) -> None:  # last: it takes the module's engine along
+def test_when_the_engine_dies_everybody_is_told(
+    house: House,
+) -> None:  # last: it takes the module's engine along
     asked = requests(Sampling(max_tokens=64))
 
     def break_it(loop: EngineLoop) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def sources(*folders: str) -> Iterator[tuple[str, str, ast.Module]]:
         for path in sorted((ROOT / folder).rglob("*.py")):
             text = path.read_text()
             yield str(path.relative_to(ROOT)), text, ast.parse(text)
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """The top-level names a module imports, wherever in the file."""
+    modules: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules.append(node.module or ".")
+    return {module.split(".")[0] for module in modules}
 
 
 def pins(lock: str) -> dict[str, str]:
@@ -51,16 +63,23 @@ def test_import_rules_hold() -> None:
 
 def test_the_library_imports_nothing_but_torch_and_numpy() -> None:
     allowed = sys.stdlib_module_names | {"opd", "torch", "numpy", "jaxtyping"}
-    strangers = set()
-    for path, _, tree in sources("opd"):
-        for node in ast.walk(tree):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or "."]
-            strangers |= {f"{path} imports {name}" for name in names if name.split(".")[0] not in allowed}
+    strangers = {
+        f"{path} imports {name}" for path, _, tree in sources("opd") for name in imports(tree) - allowed
+    }
     assert not strangers
+
+
+def test_the_metadata_names_what_the_code_imports() -> None:
+    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]} | {"vllm"}
+    distributions = packages_distributions() | {"vllm": ["vllm"]}  # also where the CPU build is installed
+    known = sys.stdlib_module_names | {*PACKAGES, "recipes"}
+    missing = {
+        f"{path} imports {name}"
+        for path, _, tree in sources(*PACKAGES, "recipes")
+        for name in imports(tree) - known
+        if not declared & {canonicalize_name(found) for found in distributions.get(name, [])}
+    }
+    assert not missing
 
 
 def test_files_and_functions_stay_short() -> None:

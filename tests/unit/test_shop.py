@@ -97,19 +97,25 @@ def test_mistakes_do_occur_are_rejected_and_repaired() -> None:
     rejections = sum(working.words.count("no") for working in workings)
     # A day is begun wrong with probability 0.4, and again with 0.4.
     assert 0.5 < rejections / (200 * len(problem.steps)) < 0.62
+    unnoticed = 0
     for working in workings:
         days = [line for line, _ in lines(working)]
+        wrong = [line for line in days if int(line[6] + line[7]) != seen_from(line).after]
+        assert all(line in wrong for line in days if line[8] == "no")
+        unnoticed += sum(line[8] == "ok" for line in wrong)
         for line, following in pairwise(days):
             # After `no` the same day is written again from the same stock; after `ok` the next one begins.
             assert (line[:3] == following[:3]) == (line[8] == "no")
+    assert 0.07 < unnoticed / (200 * len(problem.steps)) < 0.13
 
 
 @given(seeds)
 def test_the_pupil_forgets_carries_and_nothing_else_when_it_never_slips(seed: int) -> None:
-    task = ShopTask(slip=0.0)
+    task = ShopTask(forget_carry=0.9, slip=0.0, notice=0.9)
     problem, rng = drawn(seed, task)
     working = task.pupil_solution(problem, rng)
     assert all(working.loss_mask)
+    assert [line[0] for line, _ in lines(working) if line[8] == "ok"] == [step.day for step in problem.steps]
     for line, _ in lines(working):
         step, written = seen_from(line), int(line[6] + line[7])
         if written == step.after:

@@ -1,0 +1,40 @@
+"""What a user reads when something goes wrong: our own errors as one sentence, everything else whole."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from opd.errors import ConfigurationError, OpdError
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+@contextmanager
+def sentences(console: Console) -> Iterator[None]:
+    """Turn our own errors into one sentence and an exit code; anything else keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted: everything this run had started is stopped")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        ours = find_own(error)
+        if ours is None:
+            raise
+        console.print(f"[bold red]error:[/] {type(ours).__name__}: ", end="")
+        console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(ours, ConfigurationError) else 1)
+
+
+def find_own(error: BaseException) -> OpdError | None:
+    """Our error inside groups (task groups) and wrappers (a Ray actor's exception carries its cause)."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, OpdError):
+        return cause
+    if isinstance(error, OpdError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next((own for e in error.exceptions if (own := find_own(e))), None)
+    return None

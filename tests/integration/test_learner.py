@@ -1,0 +1,491 @@
+"""The learner is right whatever the packing, the micro-batches and the number of ranks: real DeepSpeed.
+
+Run as a script (`python test_learner.py RANK WORLD PORT FOLDER`) this file is one of several ranks.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from learner.config import Device, Dtype, LearnerConfig, Schedule, environment
+from learner.learner import LearnerRank
+from learner.publishing import unpack
+from opd.errors import ConfigurationError, DataError
+from opd.logits import StudentLogits
+from opd.packing import TokenMean, pack
+from opd.ports import Layout, Weights
+from opd.types import (
+    Batch,
+    HiddenScores,
+    Prompt,
+    RemoteRows,
+    Scored,
+    Scores,
+    Stop,
+    TokenLoss,
+    TokenScores,
+    Trajectory,
+    VocabularyScores,
+)
+
+VOCABULARY, STEPS = 61, 6
+HERE = Path(__file__).resolve()
+# Smooth in the gradient (plain AdamW divides it by its size), so weights can be compared as gradients can.
+SMOOTH = LearnerConfig(
+    zero_stage=0,
+    dtype=Dtype.FLOAT32,
+    device=Device.CPU,
+    lr=1.0,
+    eps=1.0,
+    grad_clip=0.05,
+    head_chunk=7,
+    warmup_steps=0,
+    deadline_s=240,
+)
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """KL(student||teacher) over the whole vocabulary."""
+
+    consumes = VocabularyScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+        p, q = student.logprobs, batch.scores.vocabulary_logprobs
+        return TokenLoss(loss=(p.exp() * (p - q)).sum(-1), metrics={"entropy": student.entropy})
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """-log p of the written token; `scale` spoils it on request."""
+
+    scale: float = 1.0
+    consumes = Scores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        return TokenLoss(loss=-self.scale * logprobs, metrics={"behavior": batch.behavior_logprobs})
+
+
+def tiny(path: Path, *, tied: bool, seed: int, width: int = 32) -> Path:
+    """A random Qwen3 with sharp logits, saved in `path`."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, **shape, **heads, tie_word_embeddings=tied, initializer_range=0.15
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def data(step: int, sequences: int = 9) -> tuple[list[Trajectory], list[np.ndarray]]:
+    """Trajectories of many lengths, and weights of which some are zero and some are no whole numbers."""
+    rng = np.random.default_rng(step)
+    trajectories = []
+    for i in range(sequences):
+        context, tokens = (
+            rng.integers(0, VOCABULARY, rng.integers(*r)).astype(np.int32) for r in ((1, 9), (1, 23))
+        )
+        n = len(tokens)
+        trajectories.append(
+            Trajectory(
+                prompt=Prompt(id=str(i), student_ids=context, teacher_ids=context),
+                sample=0,
+                token_ids=tokens,
+                behavior=TokenScores(logprobs=-rng.random(n, dtype=np.float32)),
+                loss_mask=np.ones(n, dtype=bool),
+                versions=np.zeros(n, dtype=np.int32),
+                stop=Stop.END,
+                rewards={},
+            )
+        )
+    weights = [rng.choice([0.0, 0.5, 1.0, 2.0], len(t)) for t in trajectories]
+    weights[0][:] = 0
+    weights[-1][:] = 1
+    return trajectories, weights
+
+
+def batches_of(
+    step: int, config: LearnerConfig, testify: Callable[[Trajectory], Scores] = lambda _: Scores()
+) -> list[list[Batch[Any]]]:
+    """`data(step)` in micro-batches per rank."""
+    trajectories, weights = data(step)
+    scored = [Scored(trajectory=t, scores=testify(t)) for t in trajectories]
+    layout = Layout(ranks=config.ranks, tokens_per_microbatch=config.tokens_per_microbatch)
+    return pack(scored, weights, layout, TokenMean())
+
+
+def rank_of(config: LearnerConfig, student: Path, teacher: Path | None = None) -> LearnerRank:
+    """A rank that has yet to be set up."""
+    head = str(teacher) if teacher else None
+    return LearnerRank(config, str(student), head, STEPS, 0, lambda handle: handle, np.copy)
+
+
+def parameters(weights: Weights | None) -> dict[str, Tensor]:
+    """Published weights by name."""
+    assert weights is not None
+    return dict(unpack(weights.manifest, weights.buffer))
+
+
+# ---- one rank, in this process ----
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "tied": tiny(root / "tied", tied=True, seed=1),
+        "untied": tiny(root / "untied", tied=False, seed=2),
+        "teacher": tiny(root / "teacher", tied=True, seed=3, width=40),
+        "untied teacher": tiny(root / "untied_teacher", tied=False, seed=4, width=24),
+    }
+
+
+Start = Callable[..., LearnerRank]
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    """Makes learners of one rank; they share a process group, which is given up at the end."""
+    before, made = dict(os.environ), []
+    os.environ.update(environment(Device.CPU))
+
+    def make(config: LearnerConfig, student: Path, teacher: Path | None = None) -> LearnerRank:
+        rank = rank_of(config, student, teacher)
+        rank.setup(0, 1, *rank.address())
+        made.append(rank)
+        return rank
+
+    yield make
+    for rank in made:
+        rank.close()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def read_by(path: Path) -> Callable[[Trajectory], VocabularyScores]:
+    """A teacher's whole distribution at every written token, by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+
+    def testify(trajectory: Trajectory) -> VocabularyScores:
+        logprobs = predictions(model, trajectory).log_softmax(-1)
+        written = logprobs.gather(-1, torch.from_numpy(trajectory.token_ids).long()[:, None])[:, 0]
+        return VocabularyScores(logprobs=written.numpy(), vocabulary_logprobs=logprobs.numpy())
+
+    return testify
+
+
+@torch.no_grad()
+def predictions(model: Any, trajectory: Trajectory) -> Tensor:
+    context = trajectory.prompt.student_ids
+    ids = torch.from_numpy(np.concatenate([context, trajectory.token_ids])).long()
+    return model(input_ids=ids[None]).logits[0, len(context) - 1 : -1]
+
+
+def naive_step(model: Any, step: int, teacher: Callable[[Trajectory], VocabularyScores] | None) -> float:
+    """One step as one would first write it: padded, whole logits, autograd, torch's AdamW. The loss."""
+    trajectories, weights = data(step)
+    rows = [np.concatenate([t.prompt.student_ids, t.token_ids]) for t in trajectories]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.from_numpy(row)
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(r) for r in rows])[:, None]
+    logprobs = model(input_ids=ids, attention_mask=mask.long()).logits.log_softmax(-1)
+    total, count = torch.zeros(()), 0
+    for i, (t, w) in enumerate(zip(trajectories, weights, strict=True)):
+        p = logprobs[i, len(t.prompt.student_ids) - 1 : len(rows[i]) - 1]
+        if teacher is None:
+            loss = -p.gather(-1, torch.from_numpy(t.token_ids).long()[:, None])[:, 0]
+        else:
+            loss = (p.exp() * (p - torch.from_numpy(teacher(t).vocabulary_logprobs))).sum(-1)
+        total, count = total + (loss * torch.from_numpy(w)).sum(), count + np.count_nonzero(w)
+    (total / count).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), SMOOTH.grad_clip)
+    adam = torch.optim.AdamW(
+        model.parameters(), SMOOTH.lr, (SMOOTH.beta1, SMOOTH.beta2), SMOOTH.eps, weight_decay=0
+    )
+    adam.step()
+    return float(total.detach()) / count
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens"), [(0, 32), (0, 4096), (1, 32), (2, 70), (3, 32)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_step_is_the_naive_one_whatever_the_stage_and_micro_batch(
+    kind: str, stage: int, tokens: int, models: dict[str, Path], start: Start
+) -> None:
+    config = replace(
+        SMOOTH, zero_stage=stage, tokens_per_microbatch=tokens, gradient_checkpointing=tokens == 70
+    )
+    testify = read_by(models["teacher"])
+    batches = batches_of(1, config, testify)[0]
+    assert (len(batches) > 3) == (tokens == 32) and (len(batches) > 1) == (tokens < 4096)
+
+    rank = start(config, models[kind])
+    report = rank.step(batches, ReverseKL())
+    model = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)
+    assert report.loss == pytest.approx(naive_step(model, 1, testify), abs=1e-5)
+    weights = rank.weights(1)
+    ours, theirs = parameters(weights), dict(model.named_parameters())
+    assert ours.keys() == theirs.keys() and ("lm_head.weight" in ours) == (kind == "untied")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value.detach(), rtol=0, atol=1e-5, msg=name)
+    moved = max(float((ours[n] - p).abs().max()) for n, p in _fresh(models[kind]).items())
+    assert moved > 1e-3, "the comparison would hold for a learner that does nothing"
+    weighted = [w for w in data(1)[1] if w.any()]
+    assert report.trained_tokens == sum(np.count_nonzero(w) for w in weighted)
+    assert report.tokens == sum(len(b.input_ids) for b in batches)
+
+
+def _fresh(path: Path) -> dict[str, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("teacher", ["teacher", "untied teacher"])
+def test_hidden_states_and_whole_distributions_train_alike(
+    teacher: str, models: dict[str, Path], start: Start
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(models[teacher])
+
+    @torch.no_grad()
+    def hidden(t: Trajectory) -> HiddenScores:
+        ids = torch.from_numpy(np.concatenate([t.prompt.student_ids, t.token_ids])).long()
+        states = (
+            model.model(input_ids=ids[None]).last_hidden_state[0, len(t.prompt.student_ids) - 1 : -1].numpy()
+        )
+        pieces = ((states, np.arange(len(states))),)
+        return HiddenScores(
+            logprobs=np.zeros(len(states), dtype=np.float32), hidden=RemoteRows(pieces=pieces)
+        )
+
+    whole = start(SMOOTH, models["tied"]).step(
+        batches_of(1, SMOOTH, read_by(models[teacher]))[0], ReverseKL()
+    )
+    rank = start(SMOOTH, models["tied"], models[teacher])
+    by_hidden = batches_of(1, SMOOTH, hidden)[0]
+    before = rank.evaluate(by_hidden, ReverseKL())
+    report = rank.step(by_hidden, ReverseKL())
+    assert before == pytest.approx({"loss": report.loss, **report.metrics}, abs=1e-6)
+    assert report.loss == pytest.approx(whole.loss, abs=1e-5)
+    assert report.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+    assert rank.evaluate(by_hidden, ReverseKL())["loss"] < report.loss
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(
+    models: dict[str, Path], start: Start, tmp_path: Path
+) -> None:
+    config = Qwen3Config.from_pretrained(models["teacher"])
+    config.vocab_size = VOCABULARY + 3
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"equal vocabularies.* 64 rows.* 61"):
+        start(SMOOTH, models["tied"], tmp_path)
+
+
+def test_a_window_shorter_than_the_sequences_is_refused(
+    start: Start, models: dict[str, Path], tmp_path: Path
+) -> None:
+    config = Qwen3Config.from_pretrained(models["tied"])
+    windowed = Qwen3Config(
+        **{**config.to_dict(), "use_sliding_window": True, "sliding_window": 8, "layer_types": None,
+           "max_window_layers": 0}
+    )  # fmt: skip
+    Qwen3ForCausalLM(windowed).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="window of 8 tokens, but"):
+        start(SMOOTH, tmp_path)
+
+
+def test_masked_tokens_do_not_move_anything(models: dict[str, Path], start: Start) -> None:
+    rank = start(SMOOTH, models["tied"])
+    (batch,) = batches_of(1, SMOOTH)[0]
+    before = parameters(rank.weights(0))
+    masked = replace(batch, weights=np.zeros_like(batch.weights))
+    half = replace(batch, weights=np.where(np.arange(len(batch)) % 2, batch.weights, 0))
+    spoilt = replace(half, behavior_logprobs=np.where(half.weights > 0, half.behavior_logprobs, -np.inf))
+    values = [rank.evaluate([b], Likelihood()) for b in (half, spoilt)]
+    assert values[0] == values[1]
+    # The other micro-batch keeps the means finite; its own weight of zero must leave no trace.
+    first = rank.step([masked, half], Likelihood())
+    second = start(SMOOTH, models["tied"]).step([half], Likelihood())
+    assert (first.loss, first.grad_norm) == pytest.approx((second.loss, second.grad_norm), rel=1e-6)
+    assert first.tokens == second.tokens
+    assert any(not torch.equal(before[n], p) for n, p in parameters(rank.weights(1)).items())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 3e38], ids=["loss", "gradient"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights(
+    stage: int, scale: float, models: dict[str, Path], start: Start
+) -> None:
+    rank = start(replace(SMOOTH, zero_stage=stage), models["tied"])
+    before = parameters(rank.weights(0))
+    with pytest.raises(DataError, match="finite"):
+        rank.step(batches_of(1, SMOOTH)[0], Likelihood(scale=scale))
+    assert all(torch.equal(before[n], p) for n, p in parameters(rank.weights(0)).items())
+
+
+def test_weights_and_export_are_the_model(models: dict[str, Path], start: Start, tmp_path: Path) -> None:
+    rank = start(SMOOTH, models["untied"])
+    rank.step(batches_of(1, SMOOTH)[0], Likelihood())
+    weights = rank.weights(7)
+    assert weights is not None and weights.version == 7 and weights.sentinel.tolerance == 1e-4
+    assert weights.digest == xxhash.xxh3_64_hexdigest(weights.buffer)
+    assert rank.weights(7).buffer is not weights.buffer
+    rank.export(tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    assert (tmp_path / "model" / "tokenizer.json").read_text() == "{}"
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for name, value in exported.named_parameters():
+        assert torch.equal(parameters(weights)[name], value)
+    ids = torch.from_numpy(weights.sentinel.ids).long()
+    with torch.no_grad():
+        logprobs = (
+            exported(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        )
+    torch.testing.assert_close(torch.from_numpy(weights.sentinel.logprobs), logprobs, rtol=0, atol=1e-5)
+    with pytest.raises(DataError, match="need the"):
+        next(unpack(weights.manifest, weights.buffer[:-1]))
+
+
+def test_a_learner_continues_from_its_checkpoint_bit_by_bit(
+    models: dict[str, Path], start: Start, tmp_path: Path
+) -> None:
+    config = replace(SMOOTH, eps=1e-8, lr=1e-2, schedule=Schedule.LINEAR)
+    first = start(config, models["tied"])
+    losses = []
+    for step in range(4):
+        losses.append(first.step(batches_of(step, config)[0], Likelihood()))
+        if step == 1:
+            first.save(tmp_path / "step_2", 2)
+            first.save(tmp_path / "step_2", 2)  # again, over the first: a resumed run does that
+    second = start(config, models["tied"])
+    assert second.load(tmp_path / "step_2") == 2
+    assert [second.step(batches_of(step, config)[0], Likelihood()) for step in (2, 3)] == losses[2:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_2"]
+    _check_refusals(start, models, config, tmp_path)
+
+
+def _check_refusals(start: Start, models: dict[str, Path], config: LearnerConfig, root: Path) -> None:
+    rank, directory = start(config, models["tied"]), root / "step_2"
+    with pytest.raises(ConfigurationError, match="model="):
+        start(config, models["untied"]).load(directory)
+    with pytest.raises(ConfigurationError, match="zero_stage=0"):
+        start(replace(config, zero_stage=1), models["tied"]).load(directory)
+    (victim,) = directory.rglob("*model_states.pt")
+    content = victim.read_bytes()
+    for changed in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        victim.write_bytes(changed)
+        with pytest.raises(DataError, match=r"damaged: state/.*model_states\.pt"):
+            rank.load(directory)
+    victim.write_bytes(content)
+    (directory / "stranger.pt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"stranger\.pt"):
+        rank.load(directory)
+    (directory / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="not a manifest"):
+        rank.load(directory)
+    (directory / "manifest.json").unlink()
+    with pytest.raises(DataError, match="has no manifest"):
+        rank.load(directory)
+
+
+# ---- two ranks, in processes of their own ----
+
+
+STAGES = [(stage, Dtype.FLOAT32) for stage in range(4)] + [(stage, Dtype.BFLOAT16) for stage in (1, 2, 3)]
+
+
+def _shared(ranks: int, stage: int, dtype: Dtype) -> LearnerConfig:
+    return replace(
+        SMOOTH, ranks=ranks, zero_stage=stage, dtype=dtype, eps=1e-8, lr=1e-2, tokens_per_microbatch=40
+    )
+
+
+def run_stages(rank: int, world: int, port: int, folder: Path) -> dict[str, Any]:
+    """Three steps under every ZeRO stage and dtype, with a checkpoint in between; what this rank saw."""
+    seen: dict[str, Any] = {}
+    for stage, dtype in STAGES:
+        config, name = _shared(world, stage, dtype), f"{stage} {dtype.name}"
+        learner = rank_of(config, folder / "student")
+        learner.setup(rank, world, "127.0.0.1", port)
+        reports = []
+        for step in range(3):
+            if step == 2:
+                learner.save(folder / f"checkpoint {name}", step)
+                learner = rank_of(config, folder / "student")
+                learner.setup(rank, world, "127.0.0.1", port)
+                assert learner.load(folder / f"checkpoint {name}") == step
+            reports.append(learner.step(batches_of(step, config)[rank], Likelihood()))
+        weights = learner.weights(3)
+        assert (weights is None) == (rank > 0)
+        learner.export(folder / f"export {name}")
+        seen[name] = {
+            "losses": [r.loss for r in reports],
+            "norms": [r.grad_norm for r in reports],
+            "metrics": [dict(r.metrics) for r in reports],
+            "tokens": [[r.tokens, r.trained_tokens] for r in reports],
+            "evaluated": learner.evaluate(batches_of(5, config)[rank], Likelihood()),
+            "weights": [float(p.double().norm()) for p in parameters(weights).values()] if weights else None,
+        }
+    learner.close()
+    return seen
+
+
+def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path) -> None:
+    student = tiny(tmp_path / "student", tied=True, seed=1)
+    port = rank_of(SMOOTH, HERE).address()[1]
+    variables = os.environ | environment(Device.CPU) | {"PYTHONPATH": str(HERE.parents[2])}
+    arguments = [[sys.executable, str(HERE), str(r), "2", str(port), str(tmp_path)] for r in range(2)]
+    ranks = [subprocess.Popen(a, env=variables) for a in arguments]
+    try:
+        config = _shared(1, 0, Dtype.FLOAT32)
+        alone = start(config, student)
+        reports = [alone.step(batches_of(step, config)[0], Likelihood()) for step in range(3)]
+        evaluated = alone.evaluate(batches_of(5, config)[0], Likelihood())
+        norms = [float(p.double().norm()) for p in parameters(alone.weights(3)).values()]
+        assert [rank.wait(timeout=250) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    first, second = (json.loads((tmp_path / f"seen_{r}").read_text()) for r in range(2))
+    for name, seen in first.items():
+        common = seen.keys() - {"weights"}
+        assert {k: seen[k] for k in common} == {k: second[name][k] for k in common}, "ranks disagree"
+        exact = "FLOAT32" in name.split()
+        close: dict[str, float] = {"abs": 1e-4} if exact else {"rel": 2e-2}
+        assert seen["tokens"] == [[r.tokens, r.trained_tokens] for r in reports]
+        assert seen["losses"] == pytest.approx([r.loss for r in reports], **close), name
+        assert seen["evaluated"] == pytest.approx(evaluated, **close), name
+        assert seen["norms"] == pytest.approx([r.grad_norm for r in reports], rel=1e-3 if exact else 2e-2), (
+            name
+        )
+        assert seen["weights"] == pytest.approx(norms, rel=1e-4 if exact else 1e-2), name
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"export {name}", dtype="auto")
+        assert str(exported.dtype) == f"torch.{name.split()[1].lower()}"
+        own = sorted(float(p.detach().double().norm()) for p in exported.parameters())
+        assert own == pytest.approx(sorted(seen["weights"]), rel=1e-12)
+
+
+def main(rank: int, world: int, port: int, folder: Path) -> None:
+    """One rank of several, in a process of its own."""
+    seen = run_stages(rank, world, port, folder)
+    (folder / f"seen_{rank}").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]))

@@ -1,0 +1,177 @@
+"""Metrics and accounting: the right names, the right numbers, and nothing counted twice."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.accounting import Costs, StepTokens, Totals, process_tree_cpu_seconds, step_flops
+from launch.metrics import Meter, StepContext, step_metrics
+from opd.loop import StepRecord
+from opd.ports import PublishReport
+from opd.types import (
+    AdvantageScores,
+    Prompt,
+    Scored,
+    Scores,
+    StepReport,
+    Stop,
+    TokenScores,
+    Trajectory,
+)
+
+OPD = Costs(
+    student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=True
+)
+GRPO = Costs(
+    student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=False
+)
+SFT = Costs(
+    student_params=10, teacher_params=100, student_writes=False, teacher_writes=True, teacher_reads=False
+)
+SECONDS = {"rollout": 0.2, "score": 0.1, "wait": 0.3, "train": 0.15, "publish": 0.05, "step": 0.5}
+
+
+def scored(length: int, version: int, scores: Scores, stop: Stop = Stop.END, hint: int = 0) -> Scored[Any]:
+    prompt = Prompt(
+        id="p", student_ids=np.arange(4, dtype=np.int32), teacher_ids=np.arange(4 + hint, dtype=np.int32)
+    )
+    trajectory = Trajectory(
+        prompt=prompt, sample=0, token_ids=np.arange(length, dtype=np.int32),
+        behavior=TokenScores(logprobs=np.full(length, -1.0, dtype=np.float32)),
+        loss_mask=np.ones(length, dtype=bool), versions=np.full(length, version, dtype=np.int32), stop=stop,
+        rewards={},
+    )  # fmt: skip
+    return Scored(trajectory=trajectory, scores=scores)
+
+
+def said(length: int) -> TokenScores:
+    return TokenScores(logprobs=np.full(length, -0.5, dtype=np.float32))
+
+
+def graded(length: int, reward: float) -> AdvantageScores:
+    return AdvantageScores(
+        advantages=np.zeros(length, dtype=np.float32), rewards=np.full(length, reward, dtype=np.float32)
+    )
+
+
+def record(
+    *items: Scored[Any], step: int = 5, metrics: Mapping[str, float] | None = None, seconds: Mapping = SECONDS
+) -> StepRecord:
+    completion = sum(len(item.trajectory) for item in items)
+    return StepRecord(
+        step=step,
+        scored=list(items),
+        weights=[np.ones(len(item.trajectory)) for item in items],
+        report=StepReport(
+            loss=0.7, grad_norm=1.5, lr=2e-3, tokens=completion + 4 * len(items), trained_tokens=completion,
+            metrics=metrics or {},
+        ),
+        published=PublishReport(version=step, gap=1e-6, nbytes=1000),
+        ledger={"issued": 10, "trained": 9, "dropped": 1, "dropped/weight 0": 1, "outstanding": 0},
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def context(student_writes: bool = True) -> StepContext:
+    return StepContext(totals=Totals(completion=30, flops=1e6), cpu_s=12.0, student_writes=student_writes)
+
+
+def test_every_number_of_a_distillation_step() -> None:
+    step = record(
+        scored(10, 4, said(10)), scored(20, 2, said(20), Stop.LENGTH),
+        metrics={"reverse_kl": 0.3, "entropy": 0.2, "ratio": 1.01, "probs_diff": 0.02, "teacher_mass": 0.9},
+    )  # fmt: skip
+    assert step_metrics(step, context()) == pytest.approx(
+        {
+            "step": 5,
+            "actor/loss": 0.7, "actor/grad_norm": 1.5, "actor/lr": 2e-3, "actor/entropy": 0.2,
+            "distill/reverse_kl": 0.3, "distill/teacher_mass": 0.9,
+            "training/ratio": 1.01, "training/rollout_probs_diff_mean": 0.02,
+            "sample/staleness_mean": 20 * 2 / 30, "sample/staleness_max": 2,
+            "response_length/mean": 15, "response_length/max": 20, "response_length/clip_ratio": 0.5,
+            "perf/step_s": 0.5, "perf/throughput": 60, "trainer/idle_ratio": 0.6,
+            "timing_s/gen": 0.2, "timing_s/score": 0.1, "timing_s/update_actor": 0.15,
+            "timing_s/param_sync": 0.05, "timing_s/wait": 0.3,
+            "weights/version": 5, "weights/sentinel_gap": 1e-6, "weights/nbytes": 1000,
+            "ledger/issued": 10, "ledger/trained": 9, "ledger/dropped": 1, "ledger/dropped/weight_0": 1,
+            "ledger/outstanding": 0,
+            "tokens/prompt": 0, "tokens/completion": 30, "tokens/scored": 0, "tokens/trained": 0,
+            "flops/total": 1e6, "cpu/total_s": 12.0,
+        }
+    )  # fmt: skip
+
+
+def test_rewards_count_a_trajectory_once_however_long() -> None:
+    metrics = step_metrics(record(scored(1, 4, graded(1, 1.0)), scored(99, 4, graded(99, 0.0))), context())
+    assert metrics["reward/mean"] == pytest.approx(0.5)
+    assert "distill/reverse_kl" not in metrics
+
+
+def test_what_does_not_exist_is_absent() -> None:
+    metrics = step_metrics(record(scored(10, 0, Scores())), context(student_writes=False))
+    assert not [name for name in metrics if name.startswith(("sample/", "reward/", "distill/", "training/"))]
+
+
+def test_a_loss_among_the_metrics_does_not_hide_the_loss() -> None:
+    metrics = step_metrics(record(scored(3, 4, said(3)), metrics={"loss": 9.0}), context())
+    assert metrics["actor/loss"] == 0.7
+    assert "distill/loss" not in metrics
+
+
+def test_a_step_that_took_no_time_divides_by_nothing() -> None:
+    metrics = step_metrics(record(scored(3, 4, said(3)), seconds=dict.fromkeys(SECONDS, 0.0)), context())
+    assert metrics["perf/step_s"] == 0
+    assert "perf/throughput" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("costs", "per_token"), [(OPD, 8 * 10 + 2 * 100), (GRPO, 8 * 10), (SFT, 6 * 10 + 2 * 100)]
+)
+def test_operations_per_token(costs: Costs, per_token: int) -> None:
+    scored_tokens = 50 if costs.teacher_reads else 0
+    tokens = StepTokens(prompt=20, completion=30, scored=scored_tokens, learned=50, trained=30)
+    assert step_flops(tokens, costs) == 50 * per_token
+
+
+def test_a_privileged_teacher_reads_its_own_context() -> None:
+    meter = Meter(OPD, read_cpu=lambda: 0.0)
+    meter(record(scored(10, 4, said(10), hint=6)))
+    assert meter.totals == Totals(
+        prompt=4, completion=10, scored=20, trained=10, flops=14 * 2 * 10 + 20 * 2 * 100 + 14 * 6 * 10
+    )
+
+
+def test_the_meter_counts_a_step_once_however_many_ask() -> None:
+    meter = Meter(OPD, read_cpu=lambda: 3.0)
+    first = record(scored(10, 0, said(10)), step=1)
+    assert meter(first) is meter(first)
+    assert meter.totals.completion == 10
+    meter(record(scored(10, 1, said(10)), step=2))
+    assert meter.totals.completion == 20
+
+
+def test_a_resumed_run_goes_on_counting() -> None:
+    meter = Meter(OPD, read_cpu=lambda: 3.0)
+    before = meter(record(scored(10, 0, said(10)), step=1))
+    resumed = Meter(OPD, before=before, read_cpu=lambda: 5.0)
+    after = resumed(record(scored(10, 1, said(10)), step=2))
+    assert after["tokens/completion"] == 20
+    assert after["flops/total"] == 2 * before["flops/total"]
+    assert after["cpu/total_s"] == 8.0
+
+
+def test_processor_seconds_never_go_back() -> None:
+    readings = iter([5.0, 4.0, 6.0])
+    meter = Meter(OPD, read_cpu=lambda: next(readings))
+    assert [meter.cpu_seconds() for _ in range(3)] == [5.0, 5.0, 6.0]
+
+
+def test_processor_seconds_of_children_count_also_when_they_have_ended() -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    before = process_tree_cpu_seconds()
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert process_tree_cpu_seconds() - before >= 0.25
