@@ -57,9 +57,7 @@ def commit(final: Path) -> None:
 
 def digests(directory: Path, rank: int, ranks: int, total: SumOverRanks) -> dict[str, str]:
     """File name -> xxh3_64 of all files but the manifest; each rank reads its share and all get the whole."""
-    names = sorted(
-        str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST
-    )
+    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
     own = np.zeros(len(names), dtype=np.uint64)
     for i in range(rank, len(names), ranks):
         own[i] = _digest(directory / names[i])
@@ -81,9 +79,7 @@ def read_manifest(directory: Path) -> tuple[Facts, dict[str, str]]:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise DataError(
-            f"the checkpoint {directory} has no {MANIFEST}; it is foreign or was cut off, so take another"
-        )
+        raise DataError(f"the checkpoint {directory} has no {MANIFEST}; it is foreign or was cut off, so take another")
     try:
         content = json.loads(path.read_text())
         if content.pop("format") != _FORMAT:
@@ -91,9 +87,7 @@ def read_manifest(directory: Path) -> tuple[Facts, dict[str, str]]:
         files = content.pop("files")
         return Facts(**content), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is not a manifest of {_FORMAT!r} ({error}); take another checkpoint"
-        ) from error
+        raise DataError(f"{path} is not a manifest of {_FORMAT!r} ({error}); take another checkpoint") from error
 
 
 def check_facts(directory: Path, saved: Facts, own: Facts) -> None:

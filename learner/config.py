@@ -82,9 +82,7 @@ class LearnerConfig:
             ("deadline_s", self.deadline_s > 0, "above 0"),
         ):
             if not fine:
-                raise ConfigurationError(
-                    f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it"
-                )
+                raise ConfigurationError(f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it")
         if self.dtype is Dtype.BFLOAT16 and self.zero_stage == 0:
             raise ConfigurationError(
                 "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but "

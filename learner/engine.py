@@ -22,9 +22,7 @@ _GATHER_ELEMENTS = 256 * 2**20  # parameters made whole at once under ZeRO-3 whi
 def join(rank: int, world: int, host: str, port: int, device: torch.device, deadline_s: float) -> None:
     """Enter the process group of all ranks; every later wait in it ends after `deadline_s` seconds."""
     # One device is visible to a process (Ray hides the others), hence local rank 0 everywhere.
-    os.environ.update(
-        MASTER_ADDR=host, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0"
-    )
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
     # DeepSpeed would compile this op on CPU (44 s, and it needs a compiler); gloo does the same job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
@@ -50,9 +48,7 @@ def share(student: Student, config: LearnerConfig, device: torch.device) -> Deep
     optimizer = torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=device.type == "cpu"
     )
-    engine, *_ = deepspeed.initialize(
-        model=student, optimizer=optimizer, config=_settings(config, _numel(student))
-    )
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=_settings(config, _numel(student)))
     if config.ranks == 1 and config.zero_stage == 0:
         engine.enable_backward_allreduce = False  # would copy all gradients twice to add nothing
     return engine

@@ -129,9 +129,7 @@ class LearnerRank:
     @contextmanager
     def _busy(self) -> "Iterator[Training]":
         if self._training is None:
-            raise ConfigurationError(
-                "a learner rank needs setup(...) before it can work; call it on every rank"
-            )
+            raise ConfigurationError("a learner rank needs setup(...) before it can work; call it on every rank")
         began = perf_counter()
         try:
             yield self._training

@@ -145,9 +145,7 @@ def load_head(path: str, dtype: torch.dtype, vocabulary: int) -> Float[Tensor, "
         DataError: the checkpoint holds none.
         ConfigurationError: it has other rows than the student's vocabulary.
     """
-    tied = bool(
-        AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().tie_word_embeddings
-    )
+    tied = bool(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().tie_word_embeddings)
     files = _tensor_files(path)
     wanted = ("lm_head.weight", "embed_tokens.weight") if tied else ("lm_head.weight",)
     found = [name for suffix in wanted for name in files if name.endswith(suffix)]
@@ -214,9 +212,7 @@ def _tensor_files(path: str) -> dict[str, str]:
             return dict.fromkeys(handle.keys(), single)
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is None:
-        raise DataError(
-            f"{path} has neither model.safetensors nor its index; convert the checkpoint to safetensors"
-        )
+        raise DataError(f"{path} has neither model.safetensors nor its index; convert the checkpoint to safetensors")
     shards = cast(dict[str, str], json.loads(Path(index).read_text())["weight_map"])
     located = {shard: cast(str, cached_file(path, shard)) for shard in set(shards.values())}
     return {name: located[shard] for name, shard in shards.items()}

@@ -69,7 +69,7 @@ def unpack(manifest: Manifest, buffer: Tensor | UInt8[np.ndarray, " nbytes"]) ->
     flat = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
     if len(flat) != manifest.nbytes:
         raise DataError(
-            f"weights need the {manifest.nbytes} bytes of its manifest, but has {len(flat)}; publish again"
+            f"weights need the {manifest.nbytes} bytes of their manifest, but there are {len(flat)}; publish again"
         )
     start = 0
     for name, dtype, shape in zip(manifest.names, manifest.dtypes, manifest.shapes, strict=True):

@@ -59,9 +59,7 @@ class Training:
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         engine.join(rank, config.ranks, host, port, self._device, config.deadline_s)
 
-    def load_models(
-        self, student_path: str, teacher_head_path: str | None, fetch: Fetch, store: Store
-    ) -> None:
+    def load_models(self, student_path: str, teacher_head_path: str | None, fetch: Fetch, store: Store) -> None:
         """Load the student and, if given, the teacher's output matrix."""
         self._student_path, self._fetch, self._store = student_path, fetch, store
         self._student = load_student(student_path, self._dtype, self._config.gradient_checkpointing)
@@ -248,9 +246,7 @@ class _Sums:
         names = sorted(self._metrics.keys() - {"loss"})  # the unweighted loss is a metric nobody asked for
         values = [torch.stack(self._loss).sum(), *(torch.stack(self._metrics[name]).sum() for name in names)]
         counts = torch.tensor([self.tokens, self.trained_tokens], dtype=torch.float64, device=device)
-        loss, *sums, tokens, trained = engine.sum_over_ranks(
-            torch.cat([torch.stack(values), counts])
-        ).tolist()
+        loss, *sums, tokens, trained = engine.sum_over_ranks(torch.cat([torch.stack(values), counts])).tolist()
         self.tokens, self.trained_tokens = int(tokens), int(trained)
         return loss, {name: total / trained for name, total in zip(names, sums, strict=True)}
 

@@ -89,9 +89,7 @@ class _Move(torch.autograd.Function):
 
 def _moved(x: Tensor, source: Tensor | None, target: Tensor | None, size: int) -> Tensor:
     rows = x if source is None else x.index_select(0, source)
-    return (
-        rows.contiguous() if target is None else x.new_zeros(size, *x.shape[1:]).index_copy_(0, target, rows)
-    )
+    return rows.contiguous() if target is None else x.new_zeros(size, *x.shape[1:]).index_copy_(0, target, rows)
 
 
 def _move(x: Tensor, source: Tensor | None, target: Tensor | None, size: int) -> Tensor:

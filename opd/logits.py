@@ -48,9 +48,7 @@ def vocabulary_scores(scores: HiddenScores, head: Float[Tensor, "V H"]) -> Vocab
         hidden = torch.as_tensor(scores.hidden).to(head.dtype)
         logits = hidden @ head.T
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return VocabularyScores(
-            logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=wide.log_softmax(-1)
-        )
+        return VocabularyScores(logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=wide.log_softmax(-1))
 
 
 def read(batch: Batch[Scores], teacher_head: Tensor | None) -> Batch[Scores]:

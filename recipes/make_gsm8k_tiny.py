@@ -7,7 +7,7 @@ is the question and a newline, a completion is the answer text as it stands in t
     Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n ... #### 72<eos>
 
 Both models learn prompt and completion as text, with one byte-level BPE tokenizer made from the training
-split. The teacher (2.9 M parameters) reads it about once, the student (0.7 M) a third of it. Neither can do
+split. The teacher (2.2 M parameters) reads three quarters of it, the student (0.7 M) a sixth. Neither can do
 the mathematics: they are here so that the whole system can be run on real text, on a laptop, in minutes. What
 the student can learn is the teacher's distribution: reverse KL is what to watch, not the share of solved
 problems.
@@ -45,7 +45,7 @@ from recipes.pretrain import (
 )
 
 VOCAB = 1024
-BATCH = 16
+BATCH = 8
 # Longer problems (about one in forty) are left out: they would set the width of every batch they are in.
 MAX_TOKENS = 400
 HELD_OUT = 256
@@ -62,13 +62,13 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(
-        shape=Shape(vocab=VOCAB, hidden=256, layers=4, heads=8, kv_heads=2, ffn=640),
-        schedule=Schedule(steps=450, lr=1.5e-3, bfloat16=True),
+        shape=Shape(vocab=VOCAB, hidden=256, layers=3, heads=4, kv_heads=2, ffn=704),
+        schedule=Schedule(steps=700, lr=3e-3, warmup=20, bfloat16=True),
         seed=1,
     ),
     "student": Recipe(
         shape=Shape(vocab=VOCAB, hidden=128, layers=3, heads=4, kv_heads=1, ffn=384),
-        schedule=Schedule(steps=150, lr=1.5e-3),
+        schedule=Schedule(steps=150, lr=3e-3, warmup=20),
         seed=2,
     ),
 }
@@ -107,9 +107,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     return wrap_tokenizer(tokenizer)
 
 
@@ -123,7 +121,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, problem: Problem, *, learn_prompt
 
 def batches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
     """Endless batches in random order, of examples of similar length: less padding, the same text."""
-    rng, bucket = random.Random(seed), 16 * BATCH
+    rng, bucket = random.Random(seed), 32 * BATCH
     while True:
         order = rng.sample(examples, len(examples))
         for start in range(0, len(order) - bucket + 1, bucket):

@@ -36,7 +36,10 @@ class SampledReverseKL:
     2025: `loss = -exp(log p - log mu) * A`, `A = -coefficient * (log mu - log q)`). The gradient flows through
     `log p` in the ratio only; the teacher never receives one.
 
-    `signal` chooses whose logprob enters `A`: the writer's (as published) or the current student's.
+    `signal` chooses whose logprob enters `A`: the writer's (as published) or the current student's. The gradient is
+    exact for both while the writer is the current student. With a stale writer it stays exact for the student's; the
+    writer's gives that of KL(student||teacher) - KL(student||writer). Both need a writer that could have written any
+    token (`top_p=1`).
     """
 
     coefficient: float = 1.0

@@ -84,9 +84,7 @@ def tiny(path: Path, *, tied: bool, seed: int, width: int = 32) -> Path:
     torch.manual_seed(seed)
     shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, **shape, **heads, tie_word_embeddings=tied, initializer_range=0.15
-    )
+    config = Qwen3Config(vocab_size=VOCABULARY, **shape, **heads, tie_word_embeddings=tied, initializer_range=0.15)
     Qwen3ForCausalLM(config).save_pretrained(path)
     (path / "tokenizer.json").write_text("{}")
     return path
@@ -97,9 +95,7 @@ def data(step: int, sequences: int = 9) -> tuple[list[Trajectory], list[np.ndarr
     rng = np.random.default_rng(step)
     trajectories = []
     for i in range(sequences):
-        context, tokens = (
-            rng.integers(0, VOCABULARY, rng.integers(*r)).astype(np.int32) for r in ((1, 9), (1, 23))
-        )
+        context, tokens = (rng.integers(0, VOCABULARY, rng.integers(*r)).astype(np.int32) for r in ((1, 9), (1, 23)))
         n = len(tokens)
         trajectories.append(
             Trajectory(
@@ -215,9 +211,7 @@ def naive_step(model: Any, step: int, teacher: Callable[[Trajectory], Vocabulary
         total, count = total + (loss * torch.from_numpy(w)).sum(), count + np.count_nonzero(w)
     (total / count).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), SMOOTH.grad_clip)
-    adam = torch.optim.AdamW(
-        model.parameters(), SMOOTH.lr, (SMOOTH.beta1, SMOOTH.beta2), SMOOTH.eps, weight_decay=0
-    )
+    adam = torch.optim.AdamW(model.parameters(), SMOOTH.lr, (SMOOTH.beta1, SMOOTH.beta2), SMOOTH.eps, weight_decay=0)
     adam.step()
     return float(total.detach()) / count
 
@@ -229,9 +223,7 @@ def naive_step(model: Any, step: int, teacher: Callable[[Trajectory], Vocabulary
 def test_a_step_is_the_naive_one_whatever_the_stage_and_micro_batch(
     kind: str, stage: int, tokens: int, models: dict[str, Path], start: Start
 ) -> None:
-    config = replace(
-        SMOOTH, zero_stage=stage, tokens_per_microbatch=tokens, gradient_checkpointing=tokens == 70
-    )
+    config = replace(SMOOTH, zero_stage=stage, tokens_per_microbatch=tokens, gradient_checkpointing=tokens == 70)
     testify = read_by(models["teacher"])
     batches = batches_of(1, config, testify)[0]
     assert (len(batches) > 3) == (tokens == 32) and (len(batches) > 1) == (tokens < 4096)
@@ -258,25 +250,17 @@ def _fresh(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("teacher", ["teacher", "untied teacher"])
-def test_hidden_states_and_whole_distributions_train_alike(
-    teacher: str, models: dict[str, Path], start: Start
-) -> None:
+def test_hidden_states_and_whole_distributions_train_alike(teacher: str, models: dict[str, Path], start: Start) -> None:
     model = AutoModelForCausalLM.from_pretrained(models[teacher])
 
     @torch.no_grad()
     def hidden(t: Trajectory) -> HiddenScores:
         ids = torch.from_numpy(np.concatenate([t.prompt.student_ids, t.token_ids])).long()
-        states = (
-            model.model(input_ids=ids[None]).last_hidden_state[0, len(t.prompt.student_ids) - 1 : -1].numpy()
-        )
+        states = model.model(input_ids=ids[None]).last_hidden_state[0, len(t.prompt.student_ids) - 1 : -1].numpy()
         pieces = ((states, np.arange(len(states))),)
-        return HiddenScores(
-            logprobs=np.zeros(len(states), dtype=np.float32), hidden=RemoteRows(pieces=pieces)
-        )
+        return HiddenScores(logprobs=np.zeros(len(states), dtype=np.float32), hidden=RemoteRows(pieces=pieces))
 
-    whole = start(SMOOTH, models["tied"]).step(
-        batches_of(1, SMOOTH, read_by(models[teacher]))[0], ReverseKL()
-    )
+    whole = start(SMOOTH, models["tied"]).step(batches_of(1, SMOOTH, read_by(models[teacher]))[0], ReverseKL())
     rank = start(SMOOTH, models["tied"], models[teacher])
     by_hidden = batches_of(1, SMOOTH, hidden)[0]
     before = rank.evaluate(by_hidden, ReverseKL())
@@ -287,9 +271,7 @@ def test_hidden_states_and_whole_distributions_train_alike(
     assert rank.evaluate(by_hidden, ReverseKL())["loss"] < report.loss
 
 
-def test_a_teacher_with_another_vocabulary_is_refused(
-    models: dict[str, Path], start: Start, tmp_path: Path
-) -> None:
+def test_a_teacher_with_another_vocabulary_is_refused(models: dict[str, Path], start: Start, tmp_path: Path) -> None:
     config = Qwen3Config.from_pretrained(models["teacher"])
     config.vocab_size = VOCABULARY + 3
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
@@ -297,9 +279,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(
         start(SMOOTH, models["tied"], tmp_path)
 
 
-def test_a_window_shorter_than_the_sequences_is_refused(
-    start: Start, models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_window_shorter_than_the_sequences_is_refused(start: Start, models: dict[str, Path], tmp_path: Path) -> None:
     config = Qwen3Config.from_pretrained(models["tied"])
     windowed = Qwen3Config(
         **{**config.to_dict(), "use_sliding_window": True, "sliding_window": 8, "layer_types": None,
@@ -354,9 +334,7 @@ def test_weights_and_export_are_the_model(models: dict[str, Path], start: Start,
         assert torch.equal(parameters(weights)[name], value)
     ids = torch.from_numpy(weights.sentinel.ids).long()
     with torch.no_grad():
-        logprobs = (
-            exported(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-        )
+        logprobs = exported(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     torch.testing.assert_close(torch.from_numpy(weights.sentinel.logprobs), logprobs, rtol=0, atol=1e-5)
     with pytest.raises(DataError, match="need the"):
         next(unpack(weights.manifest, weights.buffer[:-1]))
@@ -411,9 +389,7 @@ STAGES = [(stage, Dtype.FLOAT32) for stage in range(4)] + [(stage, Dtype.BFLOAT1
 
 
 def _shared(ranks: int, stage: int, dtype: Dtype) -> LearnerConfig:
-    return replace(
-        SMOOTH, ranks=ranks, zero_stage=stage, dtype=dtype, eps=1e-8, lr=1e-2, tokens_per_microbatch=40
-    )
+    return replace(SMOOTH, ranks=ranks, zero_stage=stage, dtype=dtype, eps=1e-8, lr=1e-2, tokens_per_microbatch=40)
 
 
 def run_stages(rank: int, world: int, port: int, folder: Path) -> dict[str, Any]:
@@ -471,9 +447,7 @@ def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path
         assert seen["tokens"] == [[r.tokens, r.trained_tokens] for r in reports]
         assert seen["losses"] == pytest.approx([r.loss for r in reports], **close), name
         assert seen["evaluated"] == pytest.approx(evaluated, **close), name
-        assert seen["norms"] == pytest.approx([r.grad_norm for r in reports], rel=1e-3 if exact else 2e-2), (
-            name
-        )
+        assert seen["norms"] == pytest.approx([r.grad_norm for r in reports], rel=1e-3 if exact else 2e-2), name
         assert seen["weights"] == pytest.approx(norms, rel=1e-4 if exact else 1e-2), name
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"export {name}", dtype="auto")
         assert str(exported.dtype) == f"torch.{name.split()[1].lower()}"

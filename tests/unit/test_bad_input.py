@@ -1,0 +1,197 @@
+"""What a user can get wrong, and the one sentence each mistake gets: what, where, what to do."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from launch.config import run_config
+from launch.data import read_rows
+from launch.grading import MathGrader
+from launch.plan import make_plan
+from opd.errors import OpdError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOP = ROOT / "assets" / "shop"
+
+
+def sentence(caught: pytest.ExceptionInfo[OpdError]) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def planned(*overrides: str) -> str:
+    """The sentence that planning such a run ends with."""
+    with pytest.raises(OpdError) as caught:
+        make_plan(run_config(["experiment=shop", *overrides]))
+    return sentence(caught)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A copy of the shipped teacher, to be spoilt."""
+    return Path(shutil.copytree(SHOP / "teacher", tmp_path / "teacher"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_missing_checkpoint_is_named(role: str) -> None:
+    assert re.search(rf"{role}.*no_such_folder", planned(f"{role}.path=no_such_folder"))
+
+
+def test_a_foreign_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "config.json" in planned(f"teacher.path={tmp_path}")
+
+
+def test_a_checkpoint_without_safetensors_is_refused(teacher: Path) -> None:
+    (teacher / "model.safetensors").unlink()
+    assert "safetensors" in planned(f"teacher.path={teacher}")
+
+
+def test_a_checkpoint_that_wants_to_run_code_is_refused(teacher: Path) -> None:
+    edit(teacher / "config.json", auto_map={"AutoModel": "evil.Model"})
+    assert "code" in planned(f"teacher.path={teacher}")
+
+
+def test_a_tokenizer_mismatch_prints_the_first_difference(teacher: Path) -> None:
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["ok"], vocabulary["no"] = vocabulary["no"], vocabulary["ok"]
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert re.search(r"'no'|'ok'", planned(f"teacher.path={teacher}"))
+
+
+def pad_vocabulary(folder: Path, rows: int) -> None:
+    """The same model with more (never used) rows in its embedding, as some families pad theirs."""
+    tensors = load_file(str(folder / "model.safetensors")) if _loadable(folder) else _as_float32(folder)
+    name = "model.embed_tokens.weight"
+    extra = np.zeros((rows, tensors[name].shape[1]), dtype=tensors[name].dtype)
+    tensors[name] = np.concatenate([tensors[name], extra])
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    edit(folder / "config.json", vocab_size=len(tensors[name]))
+
+
+def _loadable(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text()).get("dtype") == "float32"
+
+
+def _as_float32(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.torch import load_file as load_torch
+
+    return {k: v.float().numpy() for k, v in load_torch(str(folder / "model.safetensors")).items()}
+
+
+def test_a_differently_padded_teacher_is_refused_for_full_vocabularies_only(teacher: Path) -> None:
+    pad_vocabulary(teacher, 32)
+    assert re.search(r"padded differently.*topk_reverse_kl", planned(f"teacher.path={teacher}"))
+    plan = make_plan(run_config(["experiment=shop", "method=topk_reverse_kl", f"teacher.path={teacher}"]))
+    assert not plan.exact_kl
+
+
+def test_a_prompt_longer_than_the_context_is_named() -> None:
+    assert re.search(r"prompt 'shop/\d+/\d+' has \d+ tokens.*max_model_len", planned("student.max_model_len=90"))
+
+
+def test_a_microbatch_shorter_than_a_sequence_is_refused() -> None:
+    assert "learner.tokens_per_microbatch" in planned("learner.tokens_per_microbatch=50")
+
+
+def test_an_unknown_grader_is_named(tmp_path: Path) -> None:
+    rows = tmp_path / "p.jsonl"
+    rows.write_text('{"prompt": "has 3 7 ; ?"}\n')
+    assert "'chess'" in planned("prompts=dataset", f"prompts.path={rows}", "prompts.task=chess")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{broken", r"line 2 is no JSON"),
+        ('["list"]', r"line 2 is no JSON object"),
+        ('{"text": "x"}', r"line 2 has no column 'prompt'.*prompt_column"),
+        ('{"prompt": "  ", "answer": 1}', r"line 2 has an empty prompt"),
+        ('{"prompt": [{"role": "user"}], "answer": 1}', r"line 2: 'prompt' must be text or a list of messages"),
+    ],
+)
+def test_a_malformed_row_is_named_by_its_line(line: str, says: str, tmp_path: Path) -> None:
+    rows = tmp_path / "p.jsonl"
+    rows.write_text('{"prompt": "fine", "answer": "1"}\n' + line + "\n")
+    with pytest.raises(OpdError) as caught:
+        read_rows(str(rows), "prompt", "answer")
+    assert re.search(says, sentence(caught))
+
+
+def test_other_bad_prompt_files(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "prompts.csv").write_text("a,b")
+    for name, says in {"nothing.jsonl": "does not exist", "empty.jsonl": "no rows", "prompts.csv": "ending"}.items():
+        with pytest.raises(OpdError) as caught:
+            read_rows(str(tmp_path / name), "prompt", "")
+        assert says in sentence(caught)
+
+
+def test_parquet_datasets_and_chat_rows_are_read_alike(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    chat = [{"role": "user", "content": "2+2?"}]
+    records = [{"messages": chat, "answer": "4"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(records[0]) + "\n")
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    Dataset.from_list(records).save_to_disk(str(tmp_path / "a"))
+    read = [read_rows(str(tmp_path / name), "messages", "answer") for name in ("a.jsonl", "a.parquet", "a")]
+    assert read[0] == read[1] == read[2]
+    assert read[0][0].answer == "4" and read[0][0].prompt == tuple(chat)
+
+
+def test_wandb_online_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from launch.tracking import check_login
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(OpdError) as caught:
+        check_login(run_config(["tracker=wandb"]).tracker)
+    assert "wandb login" in sentence(caught)
+
+
+def test_a_pathological_expression_costs_its_own_reward_only() -> None:
+    grader = MathGrader(deadline_s=3.0)
+
+    async def grade() -> list[float]:
+        completions = ["so the answer is 18", "9" + "^9" * 12, "I think it is $\\frac{36}{2}$"]
+        return await grader.grade(completions, ["work #### 18"] * 3)
+
+    try:
+        assert asyncio.run(grade()) == [1.0, 0.0, 1.0]
+    finally:
+        grader.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["trian"], 2, "there is no command 'trian'"),
+        (["train", "stepz=3"], 2, "did you mean 'steps'"),
+        (["export", "run=nowhere", "output=x"], 2, "no run directory"),
+        (["submit", "train"], 2, "address="),
+        (["env", "x"], 2, "takes no arguments"),
+        (["eval", "checkpoint=nowhere"], 2, "nowhere"),
+    ],
+)
+def test_the_program_exits_non_zero_with_one_sentence(arguments: list[str], code: int, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr and "Traceback" not in done.stderr
