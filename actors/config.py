@@ -50,18 +50,14 @@ class StudentConfig:
         counts = ("max_model_len", "tensor_parallel", "kv_cache_bytes", "max_num_seqs", "replicas")
         for name in counts:
             if getattr(self, name) < 1:
-                raise ConfigurationError(
-                    f"student.{name} needs at least 1, got {getattr(self, name)}; raise it"
-                )
+                raise ConfigurationError(f"student.{name} needs at least 1, got {getattr(self, name)}; raise it")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigurationError(
                 "student.gpu_memory_utilization is a share of the device in (0, 1], got "
                 f"{self.gpu_memory_utilization}; correct it"
             )
         if self.deadline_s <= 0:
-            raise ConfigurationError(
-                f"student.deadline_s needs a positive number of seconds, got {self.deadline_s}"
-            )
+            raise ConfigurationError(f"student.deadline_s needs a positive number of seconds, got {self.deadline_s}")
 
 
 def resolve_device(device: Device) -> Device:

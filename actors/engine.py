@@ -86,9 +86,7 @@ class VLLMEngine:
         except (asyncio.CancelledError, OpdError):
             self._drop(call)
             raise
-        return [
-            _completion(output, request.sampling) for output, request in zip(outputs, requests, strict=True)
-        ]
+        return [_completion(output, request.sampling) for output, request in zip(outputs, requests, strict=True)]
 
     def _admit(self, call: Call, requests: Sequence[GenerateRequest], loop: EngineLoop) -> None:
         if self._refusal is not None:
@@ -115,9 +113,7 @@ class VLLMEngine:
         self._limits.check_sentinel(weights.sentinel)
         async with self._receiving:
             await self.ready()
-            buffer = await asyncio.wait_for(
-                asyncio.to_thread(self._fetched, weights), timeout=self._config.deadline_s
-            )
+            buffer = await asyncio.wait_for(asyncio.to_thread(self._fetched, weights), timeout=self._config.deadline_s)
             job = partial(self._load, weights, buffer)
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
 

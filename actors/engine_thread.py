@@ -129,9 +129,7 @@ class EngineThread:
     def __init__(self, build: "Callable[[], LLMEngine]") -> None:
         self.started: Future[None] = Future()
         self.started.set_running_or_notify_cancel()
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[EngineLoop], Any]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[EngineLoop], Any]] | None] = queue.SimpleQueue()
         self._open: set[Future[Any]] = set()
         self._lock = threading.Lock()
         self._end: EngineStopped | None = None

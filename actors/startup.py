@@ -30,9 +30,7 @@ class Limits:
         context, most = len(request.context_ids), request.sampling.max_tokens
         who = f"prompt {request.prompt_id!r} cannot be written"
         if not context:
-            raise DataError(
-                f"{who}: its context is empty, but it needs at least one token; check the prompt source"
-            )
+            raise DataError(f"{who}: its context is empty, but it needs at least one token; check the prompt source")
         if context + most > self.longest:
             raise DataError(
                 f"{who}: {context} context tokens and max_tokens={most} exceed "
@@ -100,8 +98,7 @@ def read_limits(config: StudentConfig) -> Limits:
     folder = Path(config.path)
     if not (folder / "config.json").is_file():
         raise ConfigurationError(
-            f"student.path needs a Hugging Face checkpoint folder, but {config.path!r} has no config.json; "
-            "correct it"
+            f"student.path needs a Hugging Face checkpoint folder, but {config.path!r} has no config.json; correct it"
         )
     model = json.loads((folder / "config.json").read_text())
     model = model | model.get("text_config", {})

@@ -43,12 +43,9 @@ def checked(weights: Weights, array: np.ndarray) -> torch.Tensor:
     buffer = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if buffer.nbytes != weights.manifest.nbytes:
         raise DataError(
-            f"{who}: the manifest says {weights.manifest.nbytes} bytes, but {buffer.nbytes} came; publish "
-            "again"
+            f"{who}: the manifest says {weights.manifest.nbytes} bytes, but {buffer.nbytes} came; publish again"
         )
-    expected = sum(
-        _nbytes(*entry) for entry in zip(weights.manifest.dtypes, weights.manifest.shapes, strict=True)
-    )
+    expected = sum(_nbytes(*entry) for entry in zip(weights.manifest.dtypes, weights.manifest.shapes, strict=True))
     if expected != weights.manifest.nbytes or len(weights.manifest.names) != len(weights.manifest.shapes):
         raise DataError(
             f"{who}: its manifest lists {len(weights.manifest.names)} tensors of {expected} bytes but says "
@@ -71,9 +68,7 @@ def transfer(manifest: Manifest, buffer: torch.Tensor) -> dict[str, Any]:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise DataError(
-            f"a weights manifest names the dtype {name!r}, which torch does not have; check the learner"
-        )
+        raise DataError(f"a weights manifest names the dtype {name!r}, which torch does not have; check the learner")
     return dtype
 
 
@@ -140,9 +135,7 @@ class BufferTransfer(WeightTransferEngine[BufferInit, BufferUpdate]):
         missing = sorted(self._expected - set(loaded)) if loaded is not None else []
         if missing:
             finalize_layerwise_reload(self.model, self.model_config)
-            raise DataError(
-                f"{len(missing)} parameters of the engine's model did not come, the first is {missing[0]}"
-            )
+            raise DataError(f"{len(missing)} parameters of the engine's model did not come, the first is {missing[0]}")
 
     def finish_weight_update(self) -> None:
         """Make the loaded weights what the layers compute with."""

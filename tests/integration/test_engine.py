@@ -188,9 +188,7 @@ def test_greedy_writes_the_likeliest_token_and_says_its_logprob(house: House) ->
     for answers in (house.generate(asked), house.generate(asked[:12])):
         for request, answer in zip(asked[:12], answers[:12], strict=True):
             start = len(request.context_ids)
-            full = logprobs(house.origin, np.concatenate([request.context_ids, answer.token_ids]))[
-                start - 1 : -1
-            ]
+            full = logprobs(house.origin, np.concatenate([request.context_ids, answer.token_ids]))[start - 1 : -1]
             best, likeliest = full.max(-1)
             assert np.array_equal(answer.token_ids, likeliest.numpy())
             np.testing.assert_allclose(answer.behavior.logprobs, best.numpy(), atol=1e-4)

@@ -181,9 +181,7 @@ def test_bfloat16_travels_as_words(school: School) -> None:
     hidden = answer.hidden.fetch(school.shelf.fetch)
     assert hidden.dtype == torch.bfloat16
     head = school.plain.get_output_embeddings().weight.bfloat16()
-    rebuilt = (
-        (hidden @ head.T).float().log_softmax(-1).gather(1, torch.from_numpy(asked.token_ids).long()[:, None])
-    )
+    rebuilt = (hidden @ head.T).float().log_softmax(-1).gather(1, torch.from_numpy(asked.token_ids).long()[:, None])
     np.testing.assert_allclose(answer.logprobs, rebuilt[:, 0].numpy(), atol=1e-6)
     assert np.abs(answer.logprobs - school.score([asked])[0].logprobs).mean() < 0.1
 
@@ -245,9 +243,7 @@ def test_models_that_cannot_be_packed_are_refused(school: School, tmp_path: Path
     Gemma2ForCausalLM(capped).save_pretrained(tmp_path / "capped")
     with pytest.raises(ConfigurationError, match="head is applied apart"):
         run(TorchTeacher(TeacherConfig(path=str(tmp_path / "capped")), school.shelf.store).ready())
-    checkpoint(
-        tmp_path / "window", use_sliding_window=True, sliding_window=30, layer_types=["sliding_attention"] * 2
-    )
+    checkpoint(tmp_path / "window", use_sliding_window=True, sliding_window=30, layer_types=["sliding_attention"] * 2)
     teacher = TorchTeacher(TeacherConfig(path=str(tmp_path / "window"), deadline_s=60), school.shelf.store)
     ids = np.ones(20, dtype=np.int32)
     run(teacher.score([ScoreRequest(context_ids=ids[:9], token_ids=ids, want=WrittenToken())]))
