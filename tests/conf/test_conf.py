@@ -78,6 +78,6 @@ def test_a_wrong_request_is_one_sentence(overrides: list[str], says: str) -> Non
 
 
 def test_any_field_can_be_overridden_even_when_the_yaml_does_not_mention_it() -> None:
-    config = run_config(["method=sampled_reverse_kl", "method.objective.signal=STUDENT", "learner.weight_decay=0.1"])
-    assert config.method.objective.signal.name == "STUDENT"  # pyright: ignore
+    config = run_config(["method=sampled_reverse_kl", "method.objective.signal=BEHAVIOR", "learner.weight_decay=0.1"])
+    assert config.method.objective.signal.name == "BEHAVIOR"  # pyright: ignore
     assert config.learner.weight_decay == 0.1
