@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,12 @@ def store(array: np.ndarray) -> Any:
     return ray.put(array)
 
 
+@cache
+def _local_token() -> str:
+    """One token per process: Ray keeps the first it sees, also for the sessions of later runs."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
     """A Ray session for the run: started and stopped here if local, joined and left otherwise.
@@ -40,7 +47,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     local = config.address == "local"
     if local:
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _local_token()
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep devices visible to unassigned actors
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
