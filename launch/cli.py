@@ -23,6 +23,7 @@ usage: opd COMMAND [OVERRIDE ...]
 
 Overrides are Hydra's: group=option or key=value. Groups and options: opd train --help"""
 
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -55,7 +55,9 @@ def run_comparison(overrides: Sequence[str]) -> int:
             console.print(plans[arm][0].table())
         return 0
     if root.exists():
-        raise ConfigurationError(f"comparison directory {root} exists and is never overwritten; choose another run_name=...")
+        raise ConfigurationError(
+            f"comparison directory {root} exists and is never overwritten; choose another run_name=..."
+        )
     runs = [
         Arm(label=arm, seed=plan.config.seed, directory=train_once(plan, console).path)
         for arm, of_arm in plans.items()

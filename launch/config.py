@@ -8,6 +8,7 @@ refused by name, and `_target_` may only point below `opd.` and packages the use
 import dataclasses
 import difflib
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -105,7 +106,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigurationError(
-                f"steps is {self.steps}, but a run needs at least 1; set steps=1 or more (opd eval measures without training)"
+                f"steps is {self.steps}, but a run needs at least 1; set steps=1 or more (opd eval only measures)"
             )
         if self.max_staleness < 0 or self.checkpoint_every < 0:
             raise ConfigurationError(
@@ -126,18 +127,27 @@ _PLAIN = ("run_name", "output_dir", "seed", "steps", "max_tokens", "max_stalenes
 _ROOT = {*_SECTIONS, *_PLAIN, "notes", "method", "prompts", "evaluation", "allow_targets", "comparison", "data"}
 
 
-def groups() -> dict[str, list[str]]:
-    """Config groups and their options, e.g. `{"method": ["full_reverse_kl", ...]}`."""
-    folders = sorted(p for p in _shipped("conf").iterdir() if p.is_dir())
-    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
+def groups(own: str = "") -> dict[str, list[str]]:
+    """Config groups and their options, e.g. `{"method": ["full_reverse_kl", ...]}`; `own` is a folder of the user's."""
+    roots = [_shipped("conf"), *([Path(own)] if own else [])]
+    names = sorted({p.name for root in roots for p in root.iterdir() if p.is_dir()})
+    return {name: sorted({f.stem for root in roots for f in (root / name).glob("*.yaml")}) for name in names}
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """Read `conf/config.yaml` with Hydra `overrides`. Raises `ConfigurationError` with the nearest valid name."""
+    """Read `conf/config.yaml` with Hydra `overrides`. Raises `ConfigurationError` with the nearest valid name.
+
+    `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
+    """
     if not OmegaConf.has_resolver("assets"):
         OmegaConf.register_new_resolver("assets", lambda name: str(_shipped("assets") / name))
-    known = groups()
-    prepared = [_prepare(override, known) for override in overrides]
+    own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
+    if own and not Path(own).is_dir():
+        raise ConfigurationError(f"conf={own} is no folder; give one laid out like the project's conf/")
+    known = groups(own)
+    prepared = [_prepare(override, known) for override in overrides if not override.startswith("conf=")]
+    # Hydra reads one folder; a second one can only be named in its search path, which config.yaml takes from here.
+    os.environ["OPD_OWN_CONF"] = str(Path(own or _shipped("conf")).resolve())
     try:
         with initialize_config_dir(config_dir=str(_shipped("conf")), version_base="1.3"):
             return hydra_compose("config", overrides=prepared)

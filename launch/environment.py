@@ -36,7 +36,9 @@ def show_environment(console: Console) -> None:
             table.add_row(name, found[name])
     console.print(table)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    console.print(f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {shutil.disk_usage('.').free / 2**30:.0f} GiB free")
+    console.print(
+        f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {shutil.disk_usage('.').free / 2**30:.0f} GiB free"
+    )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             console.print(f"GPU {i}: {torch.cuda.get_device_name(i)}")

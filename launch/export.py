@@ -4,12 +4,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from teacher_service.identity import check_checkpoint
-
 from launch.evaluation_point import EvaluationPoint
 from launch.learner_group import LearnerGroup
 from launch.run_directory import RunDirectory, write_text
 from opd.errors import ConfigurationError
+from teacher_service.identity import check_checkpoint
 
 
 async def export_student(

@@ -67,9 +67,7 @@ def to_svg(
         figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
         draw(figure)
         if margins:
-            figure.subplots_adjust(
-                left=margins.left, right=margins.right, bottom=margins.bottom, top=margins.top
-            )
+            figure.subplots_adjust(left=margins.left, right=margins.right, bottom=margins.bottom, top=margins.top)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     markup = buffer.getvalue()

@@ -38,9 +38,7 @@ class LiveView:
     file, a pipe) it prints a line every `print_every` steps, at the first and last one and per evaluation.
     """
 
-    def __init__(
-        self, *, title: str, steps: int, meter: Meter, console: Console, print_every: int = 10
-    ) -> None:
+    def __init__(self, *, title: str, steps: int, meter: Meter, console: Console, print_every: int = 10) -> None:
         self._title, self._steps, self._meter = title, steps, meter
         self._console, self._print_every = console, print_every
         self._live = Live(self, console=console, refresh_per_second=2) if console.is_terminal else None
@@ -89,9 +87,7 @@ class LiveView:
 
     def __rich__(self) -> Panel:
         body = Group(self._progress(), Text(), self._figures()) if self._metrics else self._waiting()
-        return Panel(
-            body, title=Text(self._title, style="bold"), title_align="left", padding=(1, 2), expand=False
-        )
+        return Panel(body, title=Text(self._title, style="bold"), title_align="left", padding=(1, 2), expand=False)
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -105,12 +101,8 @@ class LiveView:
         row = Table.grid(padding=(0, 2))
         row.add_row(
             Text.assemble("step ", (str(step), "bold"), f" / {self._steps}"),
-            ProgressBar(
-                total=self._steps, completed=step, width=_WIDTH, complete_style="cyan", finished_style="green"
-            ),
-            Text.assemble(
-                (f"{_clock(self._left())} left", "bold"), f"  {_clock(monotonic() - self._began)} so far"
-            ),
+            ProgressBar(total=self._steps, completed=step, width=_WIDTH, complete_style="cyan", finished_style="green"),
+            Text.assemble((f"{_clock(self._left())} left", "bold"), f"  {_clock(monotonic() - self._began)} so far"),
         )
         return row
 

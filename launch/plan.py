@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.table import Table
 from safetensors import safe_open
-from teacher_service.identity import check_checkpoint, compare, tokenizer_identity
 
 from launch.config import RunConfig
 from launch.data import read_rows
@@ -17,6 +16,7 @@ from learner.config import Dtype
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Sources
 from opd.types import HiddenScores, Prompt, VocabularyScores
+from teacher_service.identity import check_checkpoint, compare, tokenizer_identity
 
 GIB = 2**30
 ADAM_BYTES = 12  # float32 gradient and two moments per parameter

@@ -114,17 +114,13 @@ def _subtitle(data: RunData) -> str:
     return f"{data.summary.method}, {data.summary.steps} steps in {_duration(data.summary.wall_s)}"
 
 
-def _columns(
-    first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: EvaluationPoint | None
-) -> list[str]:
+def _columns(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: EvaluationPoint | None) -> list[str]:
     if first is None or last is None:
         return []
     return [f"step {first.step}", f"step {last.step}", *(["teacher", "gap closed"] if teacher else [])]
 
 
-def _rows(
-    first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: EvaluationPoint | None
-) -> list[_Row]:
+def _rows(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: EvaluationPoint | None) -> list[_Row]:
     """Start, end and teacher; for accuracies also how much of the distance between them is gone."""
     if first is None or last is None:
         return []

@@ -58,8 +58,7 @@ class RunDirectory:
         """An existing run, to resume it or to write its report again."""
         if not (path / "config.yaml").is_file():
             raise ConfigurationError(
-                f"{path} is no run directory (it has no config.yaml); give the path of one, "
-                "e.g. runs/<run_name>"
+                f"{path} is no run directory (it has no config.yaml); give the path of one, e.g. runs/<run_name>"
             )
         return cls(path)
 

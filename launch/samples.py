@@ -48,9 +48,7 @@ class Sample:
     def from_json(cls, values: Mapping[str, Any]) -> "Sample":
         """The inverse of `as_json`."""
         gaps = values["gaps"]
-        return cls(
-            **{**values, "tokens": tuple(values["tokens"]), "gaps": None if gaps is None else tuple(gaps)}
-        )
+        return cls(**{**values, "tokens": tuple(values["tokens"]), "gaps": None if gaps is None else tuple(gaps)})
 
 
 def samples_of(record: StepRecord, decode: Decode, count: int) -> list[Sample]:

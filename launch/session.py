@@ -7,17 +7,16 @@ from typing import Any
 from actors.config import StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
-from learner.learner import LearnerRank
-from teacher_service.backends.torch_forward import TorchTeacher
-from teacher_service.config import environment as teacher_environment
-
 from launch.cluster import Actors, fetch, store
 from launch.grading import MathGrader, ShopGrader
 from launch.learner_group import LearnerGroup
 from launch.plan import Plan
 from launch.pool import StudentPool, TeacherPool, within
 from learner.config import environment as learner_environment
+from learner.learner import LearnerRank
 from opd.ports import Engines, TextEngine
+from teacher_service.backends.torch_forward import TorchTeacher
+from teacher_service.config import environment as teacher_environment
 
 CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
 
@@ -56,7 +55,12 @@ async def open_session(plan: Plan) -> Session:
     students = [_engine(actors, config.student, config.seed) for _ in range(config.student.replicas)]
     teachers = [
         actors.make(
-            TorchTeacher, "teacher", teacher_environment(config.teacher.device), config.teacher, store, concurrency=CALLS
+            TorchTeacher,
+            "teacher",
+            teacher_environment(config.teacher.device),
+            config.teacher,
+            store,
+            concurrency=CALLS,
         )
         for _ in range(config.teacher.replicas)
     ]
@@ -68,7 +72,10 @@ async def open_session(plan: Plan) -> Session:
         for actor in (*students, *teachers)
     ]
     writer = _writer(actors, plan) if config.method.rollout.needs_writer else None
-    _, *_, = await asyncio.gather(learner.setup(), *starting)
+    (
+        _,
+        *_,
+    ) = await asyncio.gather(learner.setup(), *starting)
     writers = {"default": await writer} if writer is not None else {}
     engines = Engines(
         student=StudentPool(students, config.student.deadline_s),

@@ -42,7 +42,9 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
     """
     check_token()
     if not Path(options.working_dir).is_dir():
-        raise ConfigurationError(f"working_dir {options.working_dir!r} is no folder; give the one with your code and data")
+        raise ConfigurationError(
+            f"working_dir {options.working_dir!r} is no folder; give the one with your code and data"
+        )
     arguments = list(command)
     if not any(part.startswith(("cluster=", "cluster.address=")) for part in arguments):
         arguments.append("cluster=existing")
@@ -66,7 +68,7 @@ async def _follow(client: JobSubmissionClient, job: str, console: Console) -> in
     """Print the log until the job ends."""
     async for text in client.tail_job_logs(job):
         console.print(text, end="", markup=False, highlight=False)
-    while (status := client.get_job_status(job)) in (JobStatus.PENDING, JobStatus.RUNNING):
+    while (status := client.get_job_status(job)) in (JobStatus.PENDING, JobStatus.RUNNING):  # noqa: ASYNC110 (it can only be polled)
         await asyncio.sleep(0.5)
     info = client.get_job_info(job)
     if status is JobStatus.SUCCEEDED:

@@ -69,6 +69,4 @@ class RunSummary:
             changed: dict[str, Any] = {"outcome": Outcome(values["outcome"]), "notes": tuple(values["notes"])}
             return cls(**(values | points | changed))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} is no run summary ({error}); remove it, the report can do without"
-            ) from error
+            raise DataError(f"{path} is no run summary ({error}); remove it, the report can do without") from error

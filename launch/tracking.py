@@ -239,9 +239,7 @@ class WandbTracker:
             )
         else:
             self._guarded(
-                lambda run: run.log(
-                    {"step": step} | {f"eval/{name}": value for name, value in measured.items()}
-                )
+                lambda run: run.log({"step": step} | {f"eval/{name}": value for name, value in measured.items()})
             )
 
     def __exit__(

@@ -182,9 +182,7 @@ class _Run:
         )
         return [stack.enter_context(tracker) for tracker in made]
 
-    async def _train(
-        self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: _Cpu
-    ) -> Ledger:
+    async def _train(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: _Cpu) -> Ledger:
         config = self._config
 
         async def remember(record: StepRecord) -> None:

@@ -103,9 +103,7 @@ async def train(
     return ledger
 
 
-async def _rollout_and_score(
-    method: Method, asked: Sequence[Prompt], engines: Engines, ledger: Ledger
-) -> _Collected:
+async def _rollout_and_score(method: Method, asked: Sequence[Prompt], engines: Engines, ledger: Ledger) -> _Collected:
     """Every group is rolled out, then scored at once, in a task of its own."""
     began = perf_counter()
     last_rollout = began

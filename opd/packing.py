@@ -93,9 +93,7 @@ def pack(
 def _inputs(item: Scored[S]) -> int:
     prompt = item.trajectory.prompt
     if len(prompt.student_ids) == 0:
-        raise DataError(
-            f"prompt {prompt.id!r} is empty; a completion needs a token to follow, mend the prompts"
-        )
+        raise DataError(f"prompt {prompt.id!r} is empty; a completion needs a token to follow, mend the prompts")
     return len(prompt.student_ids) + len(item.trajectory) - 1
 
 

@@ -247,9 +247,7 @@ class Learner(Protocol):
         """Forward, backward and one optimizer step over `batches[rank][micro-batch]`."""
         ...
 
-    async def evaluate(
-        self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective
-    ) -> Mapping[str, float]:
+    async def evaluate(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> Mapping[str, float]:
         """The objective's loss (`loss`) and metrics without a gradient."""
         ...
 

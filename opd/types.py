@@ -67,9 +67,7 @@ class RemoteRows:
         cuts = np.flatnonzero(np.diff(owner)) + 1
         starts = np.concatenate([[0], cuts]) if len(index) else np.zeros(0, dtype=np.int64)
         parts = np.split(rows, cuts) if len(index) else []
-        return RemoteRows(
-            pieces=tuple((self.pieces[owner[s]][0], part) for s, part in zip(starts, parts, strict=True))
-        )
+        return RemoteRows(pieces=tuple((self.pieces[owner[s]][0], part) for s, part in zip(starts, parts, strict=True)))
 
     @staticmethod
     def concat(values: Sequence["RemoteRows"]) -> "RemoteRows":

@@ -41,14 +41,11 @@ def load(folder: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def accuracy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[ShopProblem]
-) -> Accuracy:
+def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[ShopProblem]) -> Accuracy:
     """Grade one greedy and one sampled completion per problem."""
     torch.manual_seed(0)
     shares = {
-        sample: _share_solved(complete(model, tokenizer, problems, sample=sample), problems)
-        for sample in (False, True)
+        sample: _share_solved(complete(model, tokenizer, problems, sample=sample), problems) for sample in (False, True)
     }
     return Accuracy(greedy=shares[False], sampled=shares[True])
 
@@ -65,9 +62,7 @@ def complete(
     inputs = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)
     limit = ShopTask().max_completion_words
-    sampling = (
-        {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    )
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     # The ignore: transformers types `generate` for a protocol that its own models do not satisfy.
     generate = model.generate  # pyright: ignore[reportAttributeAccessIssue]
     written = generate(**inputs, max_new_tokens=limit, **sampling)[:, inputs["input_ids"].shape[1] :]
@@ -99,9 +94,7 @@ def rejection(
                 text = " ".join((problem.prompt, *before_result, *f"{result:02d}"))
                 logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
                 chances[result == step.after].append(logits.softmax(-1)[no].item())
-    return Rejection(
-        wrong=sum(chances[False]) / len(chances[False]), right=sum(chances[True]) / len(chances[True])
-    )
+    return Rejection(wrong=sum(chances[False]) / len(chances[False]), right=sum(chances[True]) / len(chances[True]))
 
 
 def _share_solved(completions: Sequence[str | None], problems: Sequence[ShopProblem]) -> float:

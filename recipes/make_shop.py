@@ -55,14 +55,10 @@ TARGETS = {
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One word, one token; texts are split and joined at spaces, and <bos> is written in front."""
-    tokenizer = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>")
-    )
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.add_special_tokens([*SPECIAL_WORDS, "<unk>"])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     wrapped = wrap_tokenizer(tokenizer)
     wrapped.unk_token = "<unk>"
     return wrapped
@@ -103,9 +99,7 @@ MAKERS = {"teacher": make_teacher, "student": make_student}
 def check(output: Path, names: Sequence[str]) -> bool:
     """Compare the files with SHA256SUMS, measure the checkpoints, and say whether all is as it should be."""
     if not (output / DIGESTS).is_file():
-        sys.exit(
-            f"make_shop --check needs {output / DIGESTS}, but there is none: make the checkpoints first."
-        )
+        sys.exit(f"make_shop --check needs {output / DIGESTS}, but there is none: make the checkpoints first.")
     problems = held_out_problems(500)
     within = (output / DIGESTS).read_text(encoding="utf-8") == digest_lines(output)
     print(f"{DIGESTS}: {'good' if within else 'DIFFERS from the files'}")

@@ -87,9 +87,7 @@ def build_model(shape: Shape, seed: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def train(
-    model: Qwen3ForCausalLM, batches: Iterator[Sequence[Example]], schedule: Schedule, label: str
-) -> None:
+def train(model: Qwen3ForCausalLM, batches: Iterator[Sequence[Example]], schedule: Schedule, label: str) -> None:
     """Minimise the mean cross-entropy of the learned tokens; one batch per step."""
     muon, adamw = _optimizers(model)
     started, smooth_loss = time.process_time(), 0.0
@@ -141,9 +139,7 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder`, by its relative path: ``{"teacher/config.json": "9f..."}``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

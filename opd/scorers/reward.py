@@ -16,9 +16,7 @@ async def task_rewards(trajectories: Sequence[Trajectory], engines: Engines) -> 
     for task in {t.prompt.task for t in trajectories}:
         mine = [i for i, t in enumerate(trajectories) if t.prompt.task == task]
         answers = [trajectories[i].prompt.answer for i in mine]
-        for i, reward in zip(
-            mine, await engines.graders[task].grade([texts[i] for i in mine], answers), strict=True
-        ):
+        for i, reward in zip(mine, await engines.graders[task].grade([texts[i] for i in mine], answers), strict=True):
             graded[i] = reward if trajectories[i].stop is Stop.END else 0.0
     return graded
 

@@ -11,9 +11,7 @@ from opd.scorers.testimony import verify
 from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 
-async def ask(
-    trajectories: Sequence[Trajectory], wants: Sequence[Want], engines: Engines
-) -> Sequence[TokenScores]:
+async def ask(trajectories: Sequence[Trajectory], wants: Sequence[Want], engines: Engines) -> Sequence[TokenScores]:
     """Ask the prompts' teacher (one per group) and verify the answer."""
     requests = [
         ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, want=want)

@@ -44,9 +44,7 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
             if isinstance(request.want, TopK) and arrays["topk_logprobs"].shape[-1] != request.want.k:
                 return f"asked for k={request.want.k}, got k={arrays['topk_logprobs'].shape[-1]}"
             if np.shape(answer.topk_ids) != arrays["topk_logprobs"].shape:
-                return (
-                    f"{np.shape(answer.topk_ids)} ids have {arrays['topk_logprobs'].shape} log-probabilities"
-                )
+                return f"{np.shape(answer.topk_ids)} ids have {arrays['topk_logprobs'].shape} log-probabilities"
     for name, values in arrays.items():
         if len(values) != tokens:
             return f"expected {tokens} rows of {name}, got {len(values)}"

@@ -147,9 +147,7 @@ class ShopTask:
             words += [day, rng.choice(VERBS[step.sign]), str(step.amount)]
             steps.append(step)
             value = step.after
-        return ShopProblem(
-            prompt=" ".join([*words, "?"]), answer=" ".join(_digits(value)), steps=tuple(steps)
-        )
+        return ShopProblem(prompt=" ".join([*words, "?"]), answer=" ".join(_digits(value)), steps=tuple(steps))
 
     def solution(self, problem: ShopProblem, rng: random.Random, mistakes: float = 0.0) -> Working:
         """Write the true solution, with `mistakes` for a teacher to learn to repair.

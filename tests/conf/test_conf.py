@@ -33,7 +33,8 @@ def test_every_method_has_a_row_in_the_docs_and_says_where_it_comes_from(name: s
 
 
 @pytest.mark.parametrize(
-    "choice", [f"{group}={o}" for group, options in groups().items() if group not in ("method", "experiment") for o in options]
+    "choice",
+    [f"{group}={o}" for group, options in groups().items() if group not in ("method", "experiment") for o in options],
 )
 def test_every_option_builds(choice: str) -> None:
     run_config([choice, *NEEDED.get(choice, [])])
@@ -60,11 +61,20 @@ def test_every_experiment_builds(name: str) -> None:
         (["method=grpo"], r"GroupAdvantage.*needs prompts\.group_size >= 2, but got 1"),
         (["max_staleness=-1"], r"max_staleness.*>= 0"),
         (["student=hf"], r"student\.path is not set"),
-        (["method.scorer._target_=os.path.join"], r"method\.scorer\._target_ is 'os\.path\.join', but only parts below opd\."),
+        (
+            ["method.scorer._target_=os.path.join"],
+            r"method\.scorer\._target_ is 'os\.path\.join', but only parts below opd\.",
+        ),
         (["method.scorer._target_=opd.scorers.nothing.X"], r"cannot be imported"),
         (["method.scorer._target_=opd.scorers.teacher.ask"], r"is no dataclass"),
-        (["method.scorer._target_=opd.scorers.teacher.WrittenTokens"], r"FullReverseKL needs VocabularyScores.*WrittenTokens produces TokenScores"),
-        (["method=student_topk_reverse_kl", "method.rollout.record_topk=0"], r"needs TopKScores from the writer.*set rollout\.record_topk"),
+        (
+            ["method.scorer._target_=opd.scorers.teacher.WrittenTokens"],
+            r"FullReverseKL needs VocabularyScores.*WrittenTokens produces TokenScores",
+        ),
+        (
+            ["method=student_topk_reverse_kl", "method.rollout.record_topk=0"],
+            r"needs TopKScores from the writer.*set rollout\.record_topk",
+        ),
         (["method=jensen_shannon", "method.objective.beta=0"], r"0 < beta < 1.*FullForwardKL"),
         (["prompts.prompts_per_step=0"], r"prompts_per_step >= 1"),
         (["evaluation.samples=0"], r"evaluation needs.*samples"),

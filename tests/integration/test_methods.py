@@ -77,7 +77,9 @@ def test_the_published_example_of_a_new_method_trains(
     monkeypatch.syspath_prepend(str(tmp_path))
     described = yaml.safe_load(blocks["conf/method/squared.yaml"])
     overrides = [f"method.name={described['name']}"]
-    overrides += [f"method.{part}._target_={described[part]['_target_']}" for part in ("rollout", "scorer", "objective")]
+    overrides += [
+        f"method.{part}._target_={described[part]['_target_']}" for part in ("rollout", "scorer", "objective")
+    ]
     config = run_config([*SMALL, *overrides, "allow_targets=[my_methods.]"])
     assert type(config.method.objective).__name__ == "SquaredLogRatio"
     opened, _ = session

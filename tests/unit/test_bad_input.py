@@ -191,7 +191,12 @@ def test_a_pathological_expression_costs_its_own_reward_only() -> None:
 )
 def test_the_program_exits_non_zero_with_one_sentence(arguments: list[str], code: int, says: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr

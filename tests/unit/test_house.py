@@ -44,9 +44,7 @@ def imports(tree: ast.Module) -> set[str]:
 def pins(lock: str) -> dict[str, str]:
     """Name -> version in a lock, as in {"ray": "2.60.0"}."""
     text = (ROOT / f"requirements/{lock}.lock").read_text()
-    return {
-        canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.M)
-    }
+    return {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.M)}
 
 
 def test_import_rules_hold() -> None:
@@ -63,9 +61,7 @@ def test_import_rules_hold() -> None:
 
 def test_the_library_imports_nothing_but_torch_and_numpy() -> None:
     allowed = sys.stdlib_module_names | {"opd", "torch", "numpy", "jaxtyping"}
-    strangers = {
-        f"{path} imports {name}" for path, _, tree in sources("opd") for name in imports(tree) - allowed
-    }
+    strangers = {f"{path} imports {name}" for path, _, tree in sources("opd") for name in imports(tree) - allowed}
     assert not strangers
 
 

@@ -23,22 +23,14 @@ from opd.types import (
     Trajectory,
 )
 
-OPD = Costs(
-    student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=True
-)
-GRPO = Costs(
-    student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=False
-)
-SFT = Costs(
-    student_params=10, teacher_params=100, student_writes=False, teacher_writes=True, teacher_reads=False
-)
+OPD = Costs(student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=True)
+GRPO = Costs(student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=False)
+SFT = Costs(student_params=10, teacher_params=100, student_writes=False, teacher_writes=True, teacher_reads=False)
 SECONDS = {"rollout": 0.2, "score": 0.1, "wait": 0.3, "train": 0.15, "publish": 0.05, "step": 0.5}
 
 
 def scored(length: int, version: int, scores: Scores, stop: Stop = Stop.END, hint: int = 0) -> Scored[Any]:
-    prompt = Prompt(
-        id="p", student_ids=np.arange(4, dtype=np.int32), teacher_ids=np.arange(4 + hint, dtype=np.int32)
-    )
+    prompt = Prompt(id="p", student_ids=np.arange(4, dtype=np.int32), teacher_ids=np.arange(4 + hint, dtype=np.int32))
     trajectory = Trajectory(
         prompt=prompt, sample=0, token_ids=np.arange(length, dtype=np.int32),
         behavior=TokenScores(logprobs=np.full(length, -1.0, dtype=np.float32)),
@@ -128,9 +120,7 @@ def test_a_step_that_took_no_time_divides_by_nothing() -> None:
     assert "perf/throughput" not in metrics
 
 
-@pytest.mark.parametrize(
-    ("costs", "per_token"), [(OPD, 8 * 10 + 2 * 100), (GRPO, 8 * 10), (SFT, 6 * 10 + 2 * 100)]
-)
+@pytest.mark.parametrize(("costs", "per_token"), [(OPD, 8 * 10 + 2 * 100), (GRPO, 8 * 10), (SFT, 6 * 10 + 2 * 100)])
 def test_operations_per_token(costs: Costs, per_token: int) -> None:
     scored_tokens = 50 if costs.teacher_reads else 0
     tokens = StepTokens(prompt=20, completion=30, scored=scored_tokens, learned=50, trained=30)

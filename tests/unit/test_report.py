@@ -163,10 +163,7 @@ def test_what_models_write_is_text_and_nothing_else(written: RunDirectory) -> No
 
 def test_tokens_are_coloured_by_what_the_teacher_thinks(written: RunDirectory) -> None:
     raw = " ".join(written.report.read_text().split())
-    assert (
-        f'<span class="down strongly" style="--a:0.50" title="teacher minus student: -2.50 nats">{ESCAPED}'
-        in raw
-    )
+    assert f'<span class="down strongly" style="--a:0.50" title="teacher minus student: -2.50 nats">{ESCAPED}' in raw
     assert '<span class="up" style="--a:0.08" title="teacher minus student: +0.40 nats">ok</span>' in raw
     assert '<p class="text">Mon <span' in raw  # an equal opinion has no colour, a space neither
 
@@ -213,9 +210,7 @@ def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
         ("distill/reverse_kl", {}, "Loss"),
     ],
 )
-def test_the_signal_is_what_the_method_has(
-    tmp_path: Path, absent: str, added: dict[str, float], title: str
-) -> None:
+def test_the_signal_is_what_the_method_has(tmp_path: Path, absent: str, added: dict[str, float], title: str) -> None:
     directory = RunDirectory.create(tmp_path, "first")
     directory.write_config("steps: 3\n")
     for step in (1, 2, 3):
@@ -297,9 +292,7 @@ def test_the_page_of_a_comparison_stands_alone(tmp_path: Path) -> None:
 
 
 def test_a_sweep_of_many_arms_is_drawn(tmp_path: Path) -> None:
-    labels = [
-        f"{method}_{rate}" for method in ("opd", "grpo", "sft") for rate in ("5e-4", "1e-3", "2e-3", "4e-3")
-    ]
+    labels = [f"{method}_{rate}" for method in ("opd", "grpo", "sft") for rate in ("5e-4", "1e-3", "2e-3", "4e-3")]
     arms = []
     for seed, label in enumerate(labels):
         arms.append(arm(tmp_path, label, seed, {0: 0.3, 50: 0.3 + seed / 20}))

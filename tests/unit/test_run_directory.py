@@ -166,9 +166,7 @@ def test_a_foreign_summary_is_refused(directory: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1, 5])
-def test_a_full_disk_takes_back_the_line(
-    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, room: int
-) -> None:
+def test_a_full_disk_takes_back_the_line(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     append_json(directory.metrics, {"step": 1})
     FullDisk(monkeypatch, room)
     with pytest.raises(OpdError, match="No space left on device") as caught:
@@ -178,9 +176,7 @@ def test_a_full_disk_takes_back_the_line(
 
 
 @pytest.mark.parametrize("room", [0, 1, 40])
-def test_a_full_disk_leaves_the_old_file(
-    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, room: int
-) -> None:
+def test_a_full_disk_leaves_the_old_file(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     summary().write(directory)
     before = directory.summary.read_bytes()
     FullDisk(monkeypatch, room)
@@ -190,9 +186,7 @@ def test_a_full_disk_leaves_the_old_file(
     assert not list(directory.path.glob(".*.part"))
 
 
-def test_a_full_disk_leaves_no_first_summary(
-    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_first_summary(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -233,9 +227,7 @@ for write in (lambda: write_json(folder / "summary.json", {{"new": "x" * 3000}})
         print(error)
 """
     root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
-    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert [("summary" in line, "File too large" in line) for line in result.stdout.splitlines()] == [
         (True, True), (False, True),
     ]  # fmt: skip

@@ -76,9 +76,7 @@ def test_the_true_solution_is_graded_one_and_is_learned_whole(seed: int) -> None
 
 
 @given(seeds, shares)
-def test_injected_mistakes_are_kept_from_the_loss_and_everything_else_is_learned(
-    seed: int, mistakes: float
-) -> None:
+def test_injected_mistakes_are_kept_from_the_loss_and_everything_else_is_learned(seed: int, mistakes: float) -> None:
     problem, rng = drawn(seed)
     working = ShopTask().solution(problem, rng, mistakes)
     assert len(working.words) == len(working.loss_mask)
@@ -145,9 +143,7 @@ def test_the_pupil_errs_as_often_as_it_is_told_to() -> None:
         (12, "-", 2, 10, None),
     ],
 )
-def test_a_forgotten_carry_by_hand(
-    before: int, sign: str, amount: int, after: int, forgotten: int | None
-) -> None:
+def test_a_forgotten_carry_by_hand(before: int, sign: str, amount: int, after: int, forgotten: int | None) -> None:
     step = Step(day="Mon", before=before, sign="+" if sign == "+" else "-", amount=amount, after=after)
     assert without_carry(step) == forgotten
 

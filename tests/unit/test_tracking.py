@@ -40,9 +40,7 @@ from opd.ports import PublishReport
 from opd.types import AdvantageScores, Prompt, Scored, Scores, StepReport, Stop, TokenScores, Trajectory
 
 STEPS = 20
-COSTS = Costs(
-    student_params=10, teacher_params=20, student_writes=True, teacher_writes=False, teacher_reads=True
-)
+COSTS = Costs(student_params=10, teacher_params=20, student_writes=True, teacher_writes=False, teacher_reads=True)
 
 
 def decode(ids: np.ndarray) -> str:
@@ -126,9 +124,7 @@ def test_the_configuration_is_a_schema() -> None:
         OmegaConf.merge(OmegaConf.structured(TrackerConfig), {"modus": "ONLINE"})
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"samples": -1}, {"samples_every": 0}, {"print_every": 0}, {"project": ""}]
-)
+@pytest.mark.parametrize("wrong", [{"samples": -1}, {"samples_every": 0}, {"print_every": 0}, {"project": ""}])
 def test_a_field_out_of_range_is_a_sentence(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="tracker needs samples >= 0"):
         TrackerConfig(**wrong)
@@ -137,9 +133,7 @@ def test_a_field_out_of_range_is_a_sentence(wrong: dict[str, Any]) -> None:
 # -- files
 
 
-def test_lines_for_steps_evaluations_and_due_samples(
-    directory: RunDirectory, meter: Meter, plan: RunPlan
-) -> None:
+def test_lines_for_steps_evaluations_and_due_samples(directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
     config = TrackerConfig(samples=2, samples_every=8)
     with JsonlTracker(config, directory, meter, plan) as tracker:
         tell(tracker, *range(1, STEPS + 1))
@@ -162,9 +156,7 @@ def test_no_samples_wanted_none_kept(directory: RunDirectory, meter: Meter, plan
     assert not directory.samples.exists()
 
 
-def test_a_reward_is_kept_where_nobody_read_the_tokens(
-    directory: RunDirectory, meter: Meter, plan: RunPlan
-) -> None:
+def test_a_reward_is_kept_where_nobody_read_the_tokens(directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
     asyncio.run(JsonlTracker(TrackerConfig(), directory, meter, plan)(record(1, reward=1.0)))
     line = read_jsonl(directory.samples)[0]
     assert (line["reward"], line["gaps"]) == (1.0, None)
