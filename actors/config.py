@@ -1,27 +1,9 @@
 """What a rollout actor is told: plain types, so that OmegaConf can check them; nothing here imports vLLM."""
 
 from dataclasses import dataclass
-from enum import Enum
 
-import torch
-
+from opd.devices import Device, Dtype, on_gpu
 from opd.errors import ConfigurationError
-
-
-class Device(Enum):
-    """Where a model runs. `AUTO` is a GPU where there is one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    GPU = "gpu"
-
-
-class Dtype(Enum):
-    """The numbers of weights and activations. `AUTO` is bfloat16 on a GPU and float32 on a CPU."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,26 +42,6 @@ class StudentConfig:
             raise ConfigurationError(f"student.deadline_s needs a positive number of seconds, got {self.deadline_s}")
 
 
-def resolve_device(device: Device) -> Device:
-    """`CPU` or `GPU`. Raises `ConfigurationError` if a GPU was asked for and this process sees none."""
-    present = torch.cuda.is_available()
-    if device is Device.AUTO:
-        return Device.GPU if present else Device.CPU
-    if device is Device.GPU and not present:
-        raise ConfigurationError(
-            "student.device is GPU, but this process sees no CUDA device; set student.device=AUTO, or "
-            "cluster.gpus_per_engine so that the actor is given one"
-        )
-    return device
-
-
-def resolve_dtype(dtype: Dtype, device: Device) -> Dtype:
-    """`FLOAT32` or `BFLOAT16` on a resolved `device`."""
-    if dtype is not Dtype.AUTO:
-        return dtype
-    return Dtype.BFLOAT16 if device is Device.GPU else Dtype.FLOAT32
-
-
 def environment(device: Device) -> dict[str, str]:
     """Environment variables of an engine's process; they must be set before it imports vLLM.
 
@@ -94,7 +56,7 @@ def environment(device: Device) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    if device is Device.GPU or (device is Device.AUTO and torch.cuda.is_available()):
+    if on_gpu(device):
         return common
     return common | {
         "OMP_NUM_THREADS": "1",

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.config import Device, StudentConfig, resolve_device, resolve_dtype
+from actors.config import StudentConfig
+from opd.devices import resolve_device, resolve_dtype
 from opd.errors import ConfigurationError, DataError
 from opd.ports import GenerateRequest, Sampling, Sentinel
 
@@ -125,11 +126,11 @@ def build(config: StudentConfig) -> "LLMEngine":
 
     from actors.weights_in import BACKEND, EXTENSION
 
-    device = resolve_device(config.device)
-    cpu = device is Device.CPU
+    device = resolve_device(config.device, "student")
+    cpu = device.type == "cpu"
     arguments = EngineArgs(
         model=config.path,
-        dtype=resolve_dtype(config.dtype, device).value,
+        dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         tensor_parallel_size=config.tensor_parallel,

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from launch.config import RunConfig
 from launch.data import read_rows
 from launch.tokenizer import HuggingFaceTokenizer
-from learner.config import Dtype
+from opd.devices import Dtype
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Sources
 from opd.types import HiddenScores, Prompt, VocabularyScores

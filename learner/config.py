@@ -5,22 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
+from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError
-
-
-class Dtype(Enum):
-    """In what the student computes and is published (a bfloat16 one is optimised in float32)."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-class Device(Enum):
-    """Where a rank computes. AUTO is a GPU if the process sees one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    GPU = "gpu"
 
 
 class Schedule(Enum):
@@ -35,6 +21,7 @@ class Schedule(Enum):
 class LearnerConfig:
     """How the student is trained.
 
+    `dtype` is what the student computes and is published in; bfloat16 keeps float32 master weights in the optimizer.
     `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the
     optimizer's state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens
     of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once; neither changes the
@@ -83,6 +70,10 @@ class LearnerConfig:
         ):
             if not fine:
                 raise ConfigurationError(f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it")
+        if self.dtype is Dtype.AUTO:
+            raise ConfigurationError(
+                "learner.dtype decides what is published and must be FLOAT32 or BFLOAT16, got AUTO; choose one"
+            )
         if self.dtype is Dtype.BFLOAT16 and self.zero_stage == 0:
             raise ConfigurationError(
                 "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but "

@@ -13,8 +13,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from jaxtyping import Float64, Int64
 from torch import Tensor, distributed, nn
 
-from learner.config import Dtype, LearnerConfig
+from learner.config import LearnerConfig
 from learner.model import Student
+from opd.devices import Dtype
 
 _GATHER_ELEMENTS = 256 * 2**20  # parameters made whole at once under ZeRO-3 while publishing
 

@@ -8,7 +8,7 @@ times vocabulary has to exist. Parameters keep their Hugging Face names.
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from opd.attention import Packing, packed_attention
+from opd.attention import NAME, Packing, attend
 from opd.errors import ConfigurationError, DataError
 
 Use = Callable[[Float[Tensor, "L H"], Float[Tensor, "V H"]], Tensor]
 
-_ATTENTION = "opd_packed"
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats; a wrong mask is off by far more
 
 
@@ -52,7 +51,7 @@ class Student(nn.Module):
                 "choose a model whose lm_head is a linear layer without bias"
             )
         causal.set_output_embeddings(Head(cast(nn.Parameter, head.weight)))
-        causal.set_attn_implementation(_ATTENTION)
+        causal.set_attn_implementation(NAME)
         for module in causal.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the policy that is trained must be the policy that wrote
@@ -115,7 +114,7 @@ def load_student(path: str, dtype: torch.dtype, gradient_checkpointing: bool) ->
         ConfigurationError: its layers do not read packed sequences exactly, or its weights are stored under
             other names than its modules have (an engine could then not receive them).
     """
-    AttentionInterface.register(_ATTENTION, _attend)
+    AttentionInterface.register(NAME, attend)
     causal = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True
     )
@@ -162,36 +161,6 @@ def load_head(path: str, dtype: torch.dtype, vocabulary: int) -> Float[Tensor, "
             f"{len(head)} rows and the student's {vocabulary}; use a top-k method or models of one family"
         )
     return head.to(dtype)
-
-
-def _attend(
-    module: nn.Module,  # noqa: ARG001 (transformers' signature)
-    query: Float[Tensor, "1 Hq N D"],
-    key: Float[Tensor, "1 Hk N D"],
-    value: Float[Tensor, "1 Hk N D"],
-    attention_mask: Tensor | None,
-    *,
-    packing: Packing,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,  # what other kernels want (dropout, position ids, ...)
-) -> tuple[Tensor, None]:
-    """transformers' attention signature. It has no mask function of this name, so it passes no mask."""
-    assert attention_mask is None
-    if softcap is not None or s_aux is not None:
-        raise ConfigurationError(
-            "the student's attention has soft-capping or sinks, but packed attention is plain; choose a "
-            "model without them"
-        )
-    longest = max(group.longest for group in packing.classes)
-    if sliding_window is not None and longest > sliding_window:
-        raise ConfigurationError(
-            f"the student reads a window of {sliding_window} tokens, but a sequence has {longest}; "
-            "lower max_tokens, shorten the prompts, or choose a model with full attention"
-        )
-    return packed_attention(query, key, value, packing, scaling), None
 
 
 def _check_names(causal: PreTrainedModel, path: str) -> None:

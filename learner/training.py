@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from learner import checkpoint, engine
-from learner.config import Device, Dtype, LearnerConfig, learning_rate
+from learner.config import LearnerConfig, learning_rate
 from learner.model import Student, load_head, load_student, sentinel_ids
 from learner.publishing import Publisher
-from opd.errors import ConfigurationError, DataError
+from opd.devices import resolve_device, resolve_dtype
+from opd.errors import DataError
 from opd.logits import StudentLogits, chunked_loss, read
 from opd.method import Objective
 from opd.ports import Sentinel, Weights
@@ -45,8 +46,8 @@ class Training:
 
     def __init__(self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int) -> None:
         self._config, self._rank, self._steps, self._updates = config, rank, steps, 0
-        self._device = _device(config.device)
-        self._dtype = torch.float32 if config.dtype is Dtype.FLOAT32 else torch.bfloat16
+        self._device = resolve_device(config.device, "learner")
+        self._dtype = resolve_dtype(config.dtype, self._device)
         if self._device.type == "cpu":
             torch.set_num_threads(1)
         torch.manual_seed(seed)
@@ -249,16 +250,6 @@ class _Sums:
         loss, *sums, tokens, trained = engine.sum_over_ranks(torch.cat([torch.stack(values), counts])).tolist()
         self.tokens, self.trained_tokens = int(tokens), int(trained)
         return loss, {name: total / trained for name, total in zip(names, sums, strict=True)}
-
-
-def _device(asked: Device) -> torch.device:
-    seen = torch.cuda.is_available()
-    if asked is Device.GPU and not seen:
-        raise ConfigurationError(
-            "learner.device=GPU needs a CUDA device, but this process sees none; set "
-            "cluster.gpus_per_learner=1 or learner.device=CPU"
-        )
-    return torch.device("cuda", 0) if seen and asked is not Device.CPU else torch.device("cpu")
 
 
 def _random_state(device: torch.device) -> np.ndarray:

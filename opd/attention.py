@@ -6,11 +6,17 @@ padded in classes of similar length, so that one long sequence does not make the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from opd.errors import ConfigurationError
+
+NAME = "opd_packed"
+"""Under which transformers knows `attend`."""
 
 _WASTE = 1.4  # measured on CPU for 64 sequences of 44..95 tokens: 1.2 .. 1.5 are equally fast, 2 is slower
 
@@ -130,3 +136,29 @@ def packed_attention(
         total = part if total is None else total + part
     assert isinstance(total, Tensor)
     return total[None]
+
+
+def attend(
+    module: nn.Module,  # noqa: ARG001 (the signature of transformers' attention functions)
+    query: Float[Tensor, "1 Hq N D"],
+    key: Float[Tensor, "1 Hk N D"],
+    value: Float[Tensor, "1 Hk N D"],
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,  # what other kernels want (dropout, position ids, ...)
+) -> tuple[Float[Tensor, "1 N Hq D"], None]:
+    """`packed_attention` as transformers calls it, to be registered as `NAME`.
+
+    transformers has no mask function of that name, so it passes no mask; `packing` arrives as a model argument.
+    """
+    assert attention_mask is None
+    longest = max(group.longest for group in packing.classes)
+    if sliding_window is not None and longest > sliding_window:
+        raise ConfigurationError(
+            f"the model attends to a window of {sliding_window} tokens, but a sequence has {longest} and all of it "
+            "would be read; shorten prompts or max_tokens, or choose a model with full attention"
+        )
+    return packed_attention(query, key, value, packing, scaling), None

@@ -1,27 +1,9 @@
 """What a teacher actor is told: plain types, so that OmegaConf can check them."""
 
 from dataclasses import dataclass
-from enum import Enum
 
-import torch
-
+from opd.devices import Device, Dtype, on_gpu
 from opd.errors import ConfigurationError
-
-
-class Device(Enum):
-    """Where a teacher runs. `AUTO` is a GPU where there is one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    GPU = "gpu"
-
-
-class Dtype(Enum):
-    """The numbers of weights and activations. `AUTO` is bfloat16 on a GPU and float32 on a CPU."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,23 +34,6 @@ class TeacherConfig:
             )
 
 
-def resolve_device(device: Device) -> torch.device:
-    """The device to load onto. Raises `ConfigurationError` if a GPU was asked for and none is visible."""
-    present = torch.cuda.is_available()
-    if device is Device.GPU and not present:
-        raise ConfigurationError(
-            "teacher.device is GPU, but this process sees no CUDA device; set teacher.device=AUTO, or "
-            "cluster.gpus_per_teacher so that the actor is given one"
-        )
-    return torch.device("cpu" if device is Device.CPU or not present else "cuda")
-
-
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype to load with."""
-    wide = dtype is Dtype.FLOAT32 or (dtype is Dtype.AUTO and device.type == "cpu")
-    return torch.float32 if wide else torch.bfloat16
-
-
 def environment(device: Device) -> dict[str, str]:
     """Environment variables of a teacher's process, set before it imports torch.
 
@@ -76,5 +41,4 @@ def environment(device: Device) -> dict[str, str]:
     none.
     """
     common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    gpu = device is Device.GPU or (device is Device.AUTO and torch.cuda.is_available())
-    return common if gpu else common | {"OMP_NUM_THREADS": "1"}
+    return common if on_gpu(device) else common | {"OMP_NUM_THREADS": "1"}

@@ -1,7 +1,6 @@
 """A Hugging Face causal model that reads packed sequences: one row, attention within each."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,10 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from opd.attention import Packing, packed_attention
+from opd.attention import NAME, Packing, attend
 from opd.errors import ConfigurationError
 
-ATTENTION = "opd_packed"
 _TOLERANCE = {
     torch.float32: 1e-3,
     torch.bfloat16: 0.5,
@@ -76,7 +74,7 @@ def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PackedMo
     ids = torch.arange(1, 24).remainder(model.vocabulary)
     with torch.inference_mode():
         plain = causal(input_ids=ids[None].to(device), use_cache=False).logits[0].float().log_softmax(-1)
-        causal.set_attn_implementation(ATTENTION)
+        causal.set_attn_implementation(NAME)
         packed = model.logits(model.hidden([ids[:9], ids])[9:]).log_softmax(-1)
     gap = float((plain - packed).abs().max())
     if not gap <= _TOLERANCE[dtype]:
@@ -88,27 +86,4 @@ def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PackedMo
     return model
 
 
-def _attend(
-    module: nn.Module,  # noqa: ARG001 (transformers' signature)
-    query: Float[Tensor, "1 Hq N D"],
-    key: Float[Tensor, "1 Hk N D"],
-    value: Float[Tensor, "1 Hk N D"],
-    attention_mask: Tensor | None,
-    *,
-    packing: Packing,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,  # what other kernels want (dropout, position ids, ...)
-) -> tuple[Float[Tensor, "1 N Hq D"], None]:
-    """transformers' signature around `packed_attention`; it knows no mask of that name, so it makes none."""
-    assert attention_mask is None
-    longest = max(group.longest for group in packing.classes)
-    if sliding_window is not None and longest > sliding_window:
-        raise ConfigurationError(
-            f"the teacher attends to a window of {sliding_window} tokens, but a sequence has {longest}, and "
-            "all of it would be read; shorten prompts and completions, or choose a model with full attention"
-        )
-    return packed_attention(query, key, value, packing, scaling), None
-
-
-AttentionInterface.register(ATTENTION, _attend)
+AttentionInterface.register(NAME, attend)

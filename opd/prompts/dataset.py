@@ -64,8 +64,8 @@ class DatasetPrompts:
 
     def _prompt(self, number: int, row: Row, sources: Sources) -> Prompt:
         tokenizer = sources.tokenizer
-        plain = isinstance(row.prompt, str)
-        ids = tokenizer.encode(row.prompt + self.suffix) if plain else tokenizer.chat(row.prompt)
+        said = row.prompt
+        ids = tokenizer.encode(said + self.suffix) if isinstance(said, str) else tokenizer.chat(said)
         if len(ids) == 0:
             raise DataError(f"prompts {self.path}: row {number + 1} has an empty prompt; remove the row")
         ids = np.asarray(ids, dtype=np.int32)

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError, OpdError
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
-from teacher_service.config import TeacherConfig, resolve_device, resolve_dtype
+from teacher_service.config import TeacherConfig
 from teacher_service.identity import check_checkpoint
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def _load(config: TeacherConfig) -> "PackedModel":
         load_packed,
     )  # seconds of transformers, which the driver can spare
 
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, "teacher")
     return load_packed(config.path, resolve_dtype(config.dtype, device), device)
 
 

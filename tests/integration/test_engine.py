@@ -2,7 +2,8 @@
 
 import os
 
-from actors.config import Device, Dtype, StudentConfig, environment
+from actors.config import StudentConfig, environment
+from opd.devices import Device, Dtype
 
 os.environ |= environment(Device.CPU)  # before anything imports vLLM
 

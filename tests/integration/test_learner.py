@@ -19,9 +19,10 @@ import xxhash
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from learner.config import Device, Dtype, LearnerConfig, Schedule, environment
+from learner.config import LearnerConfig, Schedule, environment
 from learner.learner import LearnerRank
 from learner.publishing import unpack
+from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError
 from opd.logits import StudentLogits
 from opd.packing import TokenMean, pack

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, Want, WrittenToken
 from opd.scorers.testimony import verify
 from opd.types import HiddenScores, TokenScores, TopKScores
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
-from teacher_service.config import Device, Dtype, TeacherConfig
+from teacher_service.config import TeacherConfig
 
 VOCABULARY = 160
 POSITIONS = 64

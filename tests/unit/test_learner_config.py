@@ -8,8 +8,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from learner.config import Device, Dtype, LearnerConfig, Schedule, environment, learning_rate
+from learner.config import LearnerConfig, Schedule, environment, learning_rate
 from learner.learner import LearnerRank
+from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError
 
 
@@ -56,7 +57,7 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="as many as configured"):
         rank_of(LearnerConfig()).setup(0, 2, "localhost", 1)
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigurationError, match="needs a CUDA device"):
+        with pytest.raises(ConfigurationError, match="sees no CUDA device"):
             rank_of(LearnerConfig(device=Device.GPU)).setup(0, 1, "localhost", 1)
 
 
