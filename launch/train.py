@@ -21,7 +21,6 @@ from launch.evaluation_point import EvaluationPoint
 from launch.export import export_student
 from launch.metrics import Meter
 from launch.plan import Plan, make_plan
-from launch.report import write_report
 from launch.run_directory import RunDirectory
 from launch.sentences import find_own
 from launch.session import Session, open_session
@@ -91,8 +90,14 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
         raise
     finally:
         run.summary(outcome, problem).write(directory)
-    write_report(directory)
+        _report(directory)
     return directory
+
+
+def _report(directory: RunDirectory) -> None:
+    from launch.report import write_report  # matplotlib takes a second, which a run need not wait for
+
+    write_report(directory)
 
 
 def _run_until_stopped(work: Any) -> Any:
@@ -135,7 +140,7 @@ class _Run:
     def __init__(self, plan: Plan, directory: RunDirectory, console: Console) -> None:
         self._plan, self._directory, self._console = plan, directory, console
         self._config: RunConfig = plan.config
-        self._started = float(os.environ.get("OPD_STARTED", time()))
+        self._started = float(os.environ.pop("OPD_STARTED", time()))  # the first run counts the start of the program
         self._start: EvaluationPoint | None = None
         self._end: EvaluationPoint | None = None
         self._teacher: EvaluationPoint | None = None

@@ -6,7 +6,7 @@ second phase, with many, teaches it that, and a teacher is judged by what it say
 lines. The student (0.3 M parameters) imitates pupils who forget every second carry: it knows every fact, with
 a systematic misconception on top.
 
-About 8 minutes on one core. ``--check`` trains nothing: it compares the files with SHA256SUMS and measures
+About 9 minutes on one core. ``--check`` trains nothing: it compares the files with SHA256SUMS and measures
 both checkpoints on 500 held-out problems.
 """
 
