@@ -68,7 +68,11 @@ async def open_session(plan: Plan) -> Session:
     learner = LearnerGroup(ranks, config.learner)
     graders: dict[str, ShopGrader | MathGrader] = {"shop": ShopGrader(), "math": MathGrader()}
     starting = [
-        within(config.cluster.start_deadline_s, "an actor (start-up)", actor.ready.remote())
+        within(
+            config.cluster.start_deadline_s,
+            "an actor that was to start (does the cluster have the CPUs and GPUs for it?)",
+            actor.ready.remote(),
+        )
         for actor in (*students, *teachers)
     ]
     writer = _writer(actors, plan) if config.method.rollout.needs_writer else None

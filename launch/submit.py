@@ -1,17 +1,25 @@
-"""`opd submit`: the same command on a running Ray cluster, through Ray's jobs API."""
+"""`opd submit`: the same command on a running Ray cluster, through Ray's jobs API.
+
+Ray reads its token settings when it is imported, so it is imported after they are made.
+"""
 
 import asyncio
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
 
-from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from opd.errors import ConfigurationError, OpdError
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+AGENT_DEADLINE_S = 90.0
 EXCLUDES = ["runs/", ".venv/", ".git/", "wandb/", "outputs/", "**/__pycache__/"]
 
 
@@ -48,14 +56,15 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
     arguments = list(command)
     if not any(part.startswith(("cluster=", "cluster.address=")) for part in arguments):
         arguments.append("cluster=existing")
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
     entrypoint = shlex.join(["python", "-m", "launch.cli", *arguments])
+    runtime_env = {"working_dir": options.working_dir, "excludes": EXCLUDES, "env_vars": options.env}
     try:
         client = JobSubmissionClient(options.address)
-        job = client.submit_job(
-            entrypoint=entrypoint,
-            runtime_env={"working_dir": options.working_dir, "excludes": EXCLUDES, "env_vars": options.env},
-        )
-    except (ConnectionError, RuntimeError) as error:
+        job = _accepted(lambda: client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+    except (ConnectionError, RuntimeError, RayError) as error:
         raise OpdError(
             f"the cluster at {options.address} did not take the job ({_first(error)}); check the address (the "
             "dashboard's, e.g. http://127.0.0.1:8265) and the token"
@@ -64,17 +73,31 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
     return asyncio.run(_follow(client, job, console)) if options.follow else 0
 
 
-async def _follow(client: JobSubmissionClient, job: str, console: Console) -> int:
+def _accepted(submit_job: Callable[[], str]) -> str:
+    """The job's id. A head that has just started answers before the agent that takes jobs is there."""
+    deadline = monotonic() + AGENT_DEADLINE_S
+    while True:
+        try:
+            return submit_job()
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or monotonic() > deadline:
+                raise
+            sleep(1)
+
+
+async def _follow(client: "JobSubmissionClient", job: str, console: Console) -> int:
     """Print the log until the job ends."""
+    from ray.job_submission import JobStatus
+
     async for text in client.tail_job_logs(job):
-        console.print(text, end="", markup=False, highlight=False)
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
     while (status := client.get_job_status(job)) in (JobStatus.PENDING, JobStatus.RUNNING):  # noqa: ASYNC110 (it can only be polled)
         await asyncio.sleep(0.5)
     info = client.get_job_info(job)
     if status is JobStatus.SUCCEEDED:
         console.print(f"job {job} succeeded")
         return 0
-    console.print(f"job {job} {status.value.lower()}: {info.message}", markup=False)
+    console.print(f"job {job} {status.value.lower()}: {info.message}", markup=False, soft_wrap=True)
     return info.driver_exit_code or 1
 
 

@@ -51,9 +51,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     port, dashboard = free_port(), free_port()
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     env.pop("RAY_AUTH_TOKEN", None)
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # as in an activated environment
     ray = str(Path(sys.executable).parent / "ray")
     command = [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # its default belongs to the first Ray on a machine
     command += ["--ray-client-server-port", str(free_port() % 1000 + 20100)]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -88,7 +90,7 @@ def submit(head: Head, token: Path | None, *command: str) -> subprocess.Complete
 
 
 SMALL = ["experiment=shop", "steps=2", "prompts.prompts_per_step=16", "evaluation.prompts.prompts_per_step=8"]
-SMALL += ["evaluation.samples=1", "evaluation.reverse_kl_prompts=4"]
+SMALL += ["evaluation.samples=1", "evaluation.reverse_kl_prompts=4", "cluster.cpus_per_actor=0.1"]
 
 
 @pytest.mark.ray
