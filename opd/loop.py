@@ -79,7 +79,6 @@ async def train(
             report = await method.update(learner, batches, method.objective)
             updated = perf_counter()
             published = await learner.publish(engines.student, step + 1)  # new weights are live ...
-            slots.release()  # ... before the next rollout may start
             ended = perf_counter()
             _account(ledger, weights)
             record = StepRecord(
@@ -98,8 +97,9 @@ async def train(
                     "step": ended - began,
                 },
             )
-            for observer in observers:
+            for observer in observers:  # an evaluation must not share engines, or its bill, with training
                 await observer(record)
+            slots.release()  # ... before the next rollout may start
     return ledger
 
 
