@@ -34,8 +34,8 @@ def store(array: np.ndarray) -> Any:
 
 @cache
 def _local_token() -> str:
-    """One token per process: Ray keeps the first it sees, also for the sessions of later runs."""
-    return secrets.token_hex(32)
+    """One token per process, inherited or new: Ray keeps the first it sees, also for the sessions of later runs."""
+    return os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
 
 
 @contextmanager

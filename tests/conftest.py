@@ -1,6 +1,8 @@
 """Shared by all tests: the shapes and types of `opd` are enforced, and torch repeats itself exactly."""
 
+import os
 import random
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -14,6 +16,9 @@ from beartype.door import is_bearable
 from beartype.roar import BeartypeDecorHintException
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+# Ray reads these when it is imported, which vLLM does on the way.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _can_be_checked(hint: Any) -> bool:
