@@ -2,9 +2,9 @@
 
     python benchmarks/step_breakdown.py [steps] [OVERRIDE ...]
 
-Prints, beside the limits of the project: seconds from process start to the first step, CPU-seconds of training to
-90 % accuracy at T=1, the share of a steady step outside rollout, scoring and training (as the engines themselves
-measured them), and Ray calls per sample.
+Prints, beside the limits of the project: seconds from process start to the first step, CPU-seconds per step, the
+share of a steady step outside rollout, scoring and training (as the engines themselves measured them), and Ray calls
+per sample (counted from the code, not measured).
 """
 
 import asyncio
@@ -79,7 +79,7 @@ def report(ready: float, marks: list, records: list, count: int) -> None:
         table.add_row(f"share of a step: {name}", f"{share:.1%}", "")
     table.add_row("share of a step: everything else", f"{1 - sum(shares):.1%}", "15 %")
     calls = 5  # generate, score, step, weights, receive: one each per actor of the smallest layout
-    table.add_row("Ray calls per sample", f"{calls / samples:.3f}", "0.1")
+    table.add_row("Ray calls per sample (counted from the code)", f"{calls / samples:.3f}", "0.1")
     for phase in ("rollout", "score", "train", "publish"):
         mean = sum(r.seconds[phase] for r in records) / len(records)
         table.add_row(f"seconds per step as the driver sees it: {phase}", f"{mean:.3f}", "")

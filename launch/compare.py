@@ -11,7 +11,6 @@ from rich.console import Console
 from launch.comparison import Arm, write_comparison
 from launch.config import compose, run_config
 from launch.plan import Plan, make_plan
-from launch.run_directory import RunDirectory
 from launch.train import train_once
 from opd.errors import ConfigurationError
 
@@ -78,12 +77,3 @@ def _read(overrides: Sequence[str]) -> tuple[Comparison, list[str], bool]:
     )
     own = ("experiment=", "comparison.", "run_name=", "output_dir=", "dry_run=")
     return comparison, [o for o in overrides if not o.lstrip("+").startswith(own)], bool(node.dry_run)
-
-
-def rewrite(root: Path, reference: str, console: Console) -> None:
-    """Draw an existing comparison again from its run directories."""
-    runs = []
-    for path in sorted(p for p in root.iterdir() if (p / "config.yaml").is_file()):
-        label, _, seed = path.name.rpartition("-seed")
-        runs.append(Arm(label=label, seed=int(seed), directory=RunDirectory.open(path).path))
-    write_comparison(root, runs, reference, console)
