@@ -9,14 +9,14 @@ import numpy as np
 from launch.accounting import Totals
 from launch.config import EvaluationConfig
 from launch.evaluation_point import EvaluationPoint, Examinee
-from opd.method import weigh
+from opd.method import Scorer, weigh
 from opd.objectives.vocabulary import FullReverseKL
 from opd.packing import TokenMean, pack
 from opd.ports import Engines, Learner, Sampling, Sources, TextEngine
 from opd.rollouts.student import write
 from opd.scorers.reward import task_rewards
 from opd.scorers.teacher import TeacherHidden, WrittenTokens
-from opd.types import Prompt, Scored, Stop, TokenScores, Trajectory
+from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +88,13 @@ class Evaluator:
         ]
         return float(np.concatenate(gaps).mean())
 
-    async def _score(self, trajectories: Sequence[Trajectory], scorer: TeacherHidden | WrittenTokens):
+    async def _score(self, trajectories: Sequence[Trajectory], scorer: Scorer) -> list[Scores]:
         """One call per teacher: a scorer is given trajectories of one route at a time."""
-        scores: list = [None] * len(trajectories)
-        for name in {t.prompt.teacher for t in trajectories}:
+        scores: dict[int, Scores] = {}
+        for name in sorted({t.prompt.teacher for t in trajectories}):
             mine = [i for i, t in enumerate(trajectories) if t.prompt.teacher == name]
-            for i, s in zip(mine, await scorer([trajectories[i] for i in mine], self._engines), strict=True):
-                scores[i] = s
-        return scores
+            scores |= zip(mine, await scorer([trajectories[i] for i in mine], self._engines), strict=True)
+        return [scores[i] for i in range(len(trajectories))]
 
     async def _point(
         self,

@@ -57,6 +57,8 @@ def step_metrics(record: StepRecord, context: StepContext) -> dict[str, float]:
 
 def _learning(record: StepRecord) -> dict[str, float]:
     report = record.report
+    if not report.trained_tokens:  # the step was skipped
+        return {}
     said = {OBJECTIVE_NAMES.get(name, f"distill/{name}"): value for name, value in report.metrics.items()}
     # Where an objective reports `loss`, it is the unweighted mean; what is minimised is `report.loss`.
     said.pop("distill/loss", None)

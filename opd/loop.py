@@ -16,6 +16,8 @@ from opd.packing import pack
 from opd.ports import Engines, Learner, Observer, PromptSource, PublishReport, Sources
 from opd.types import Prompt, Scored, StepReport
 
+_EMPTY_STEPS = 3  # so many in a row with nothing to train are no accident of a filter
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
@@ -56,9 +58,10 @@ async def train(
     """Train from step `start` (0 = new) to `steps`; returns the account of all trajectories.
 
     Collecting may run ahead of training by `max_staleness` steps; 0 is strictly on-policy. A slot is freed only
-    when the new weights are live, so no rollout starts staler than allowed. A failure anywhere stops everything.
+    when the new weights are live, so no rollout starts staler than allowed. A step without a token to train is
+    skipped, several in a row are an error. A failure anywhere stops everything.
     """
-    slots, ledger = asyncio.Semaphore(1 + max_staleness), Ledger()
+    slots, ledger, empty = asyncio.Semaphore(1 + max_staleness), Ledger(), 0
     ready: asyncio.Queue[asyncio.Task[_Collected]] = asyncio.Queue()
 
     async with asyncio.TaskGroup() as tasks:
@@ -69,14 +72,20 @@ async def train(
                 asked = prompts(step, sources)
                 ready.put_nowait(tasks.create_task(_rollout_and_score(method, asked, engines, ledger)))
 
+        # The engines repeat the learner's weights before the first token is written, not only after the first update.
+        await learner.publish(engines.student, start)
         tasks.create_task(collect())
         for step in range(start, steps):
             began = perf_counter()
             collected = await (await ready.get())  # admitted by ordinal, not by who finished first
             waited = perf_counter()
             weights = weigh(method.weights, collected.scored)  # 0 = not trained
-            batches = pack(collected.scored, weights, learner.layout, method.normalizer)
-            report = await method.update(learner, batches, method.objective)
+            empty = 0 if any(w.any() for w in weights) else empty + 1
+            if 0 < empty < _EMPTY_STEPS:  # a filter took everything: the student stays as it is
+                report = StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
+            else:
+                batches = pack(collected.scored, weights, learner.layout, method.normalizer)
+                report = await method.update(learner, batches, method.objective)
             updated = perf_counter()
             published = await learner.publish(engines.student, step + 1)  # new weights are live ...
             ended = perf_counter()

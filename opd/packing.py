@@ -74,6 +74,12 @@ def pack(
                 f"prompt {item.trajectory.prompt.id!r}: weights must be one finite number >= 0 per token, got "
                 f"{weight!r} for {len(item.trajectory)} tokens; correct the weight part"
             )
+        if len(item.trajectory.behavior.logprobs) != len(item.trajectory):
+            raise DataError(
+                f"prompt {item.trajectory.prompt.id!r}: the writer's testimony has "
+                f"{len(item.trajectory.behavior.logprobs)} logprobs for {len(item.trajectory)} tokens; it must have "
+                "one for each: correct the rollout part"
+            )
     kept = [i for i, weight in enumerate(weights) if weight.any()]
     if not kept:
         raise DataError(

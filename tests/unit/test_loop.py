@@ -5,6 +5,7 @@ hidden state is that row's number as a one-hot vector, so packing, weighing, chu
 """
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -306,7 +307,8 @@ def test_steps_are_admitted_by_ordinal_and_published_by_number(make: Any, max_st
     asyncio.run(bench.run(SHORT, 6, start=2, max_staleness=max_staleness))
     assert (finished != sorted(finished)) == (max_staleness > 0)
     assert bench.prompts.asked == [2, 3, 4, 5]
-    assert bench.learner.published == [record.step for record in bench.records] == [3, 4, 5, 6]
+    assert [record.step for record in bench.records] == [3, 4, 5, 6]
+    assert bench.learner.published == [2, 3, 4, 5, 6], "the engines did not repeat the learner before the first token"
     for record in bench.records:
         assert record.published.version == record.step
         assert {s.trajectory.prompt.id.split("/")[0] for s in record.scored} == {str(record.step - 1)}
@@ -364,7 +366,7 @@ def test_a_failure_anywhere_stops_everything_at_once(make: Any, place: str) -> N
 
     async def fail(where: str) -> None:
         calls[where] += 1
-        if where == place and calls[where] == {"scorer": 5, "learner": 3, "publish": 3}.get(where, 1):
+        if where == place and calls[where] == {"scorer": 5, "learner": 3, "publish": 4}.get(where, 1):
             raise boom
         if where.startswith("rollout 3") or (where == "rollout 2/5" and place == "rollout 2/4"):
             await asyncio.Event().wait()
@@ -385,14 +387,38 @@ def test_a_failure_anywhere_stops_everything_at_once(make: Any, place: str) -> N
     assert asyncio.run(run()) == set()
 
 
-def test_a_step_without_a_trainable_token_is_an_error_that_says_so(make: Any) -> None:
-    class Nothing:
-        consumes = Scores
+@dataclass
+class Nothing:
+    """No token counts in the calls named by `calls` (from 0)."""
 
-        def __call__(self, scored: Sequence[Any]) -> list[np.ndarray]:
-            return [np.zeros(len(s.trajectory)) for s in scored]
+    calls: Sequence[int]
+    called: int = -1
+    consumes = Scores
 
-    chosen = method(WrittenTokens(), SampledReverseKL(), weights={"nothing": Nothing()})
+    def __call__(self, scored: Sequence[Any]) -> list[np.ndarray]:
+        self.called += 1
+        return [np.full(len(s.trajectory), float(self.called not in self.calls)) for s in scored]
+
+
+def test_a_step_without_a_trainable_token_is_skipped_and_accounted_for(make: Any) -> None:
+    chosen = method(WrittenTokens(), SampledReverseKL(), weights={"nothing": Nothing([0, 2, 3, 5])})
+    bench = Bench(make)
+    tables = [bench.learner.table]
+
+    async def look(record: StepRecord) -> None:
+        tables.append(bench.learner.table)
+
+    ledger = asyncio.run(bench.run(chosen, 6, look))
+    assert [r.report.trained_tokens > 0 for r in bench.records] == [False, True, False, False, True, False]
+    assert bench.learner.steps == 2 and bench.learner.published == [0, 1, 2, 3, 4, 5, 6]
+    moved = [not torch.equal(old, new) for old, new in itertools.pairwise(tables)]
+    assert moved == [False, True, False, False, True, False]
+    assert ledger.trained == 2 * 2 * GROUP and ledger.dropped["weight 0"] == 4 * 2 * GROUP
+
+
+def test_several_steps_without_a_trainable_token_are_an_error_that_says_so(make: Any) -> None:
+    chosen = method(WrittenTokens(), SampledReverseKL(), weights={"nothing": Nothing([1, 2, 3])})
+    bench = Bench(make)
     with pytest.raises(BaseExceptionGroup) as caught:
-        asyncio.run(Bench(make).run(chosen, 2))
-    assert "no token to train" in str(leaves(caught.value)[0])
+        asyncio.run(bench.run(chosen, 9))
+    assert "no token to train" in str(leaves(caught.value)[0]) and len(bench.records) == 3

@@ -289,6 +289,13 @@ def test_a_sequence_that_cannot_fit_says_what_to_raise(make: Any) -> None:
     assert pack([make.scored([1, 2], [3, 4, 5])], [np.ones(3)], layout, TokenMean())
 
 
+def test_a_writer_that_says_too_little_about_its_tokens_is_refused(make: Any) -> None:
+    item = make.scored([1, 2], [3, 4, 5])
+    short = replace(item.trajectory, behavior=TokenScores(logprobs=np.zeros(2, dtype=np.float32)))
+    with pytest.raises(DataError, match="2 logprobs for 3 tokens"):
+        pack([replace(item, trajectory=short)], [np.ones(3)], Layout(ranks=1, tokens_per_microbatch=9), TokenMean())
+
+
 BAD_WEIGHTS = ([1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0], [1.0], [1.0, 1.0, 1.0])
 
 
