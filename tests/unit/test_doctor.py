@@ -1,0 +1,256 @@
+"""The doctor passes a good teacher and refuses each planted fault with the sentence that names it.
+
+Models are tables of logits behind the ports: the last two tokens predict the next one.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd.doctor import Finding, Patient, Verdict, examine, teacher_gain
+from opd.logits import StudentLogits, read
+from opd.ports import (
+    AtIds,
+    Completion,
+    GenerateRequest,
+    LastHidden,
+    Layout,
+    ScoreRequest,
+    TopK,
+    WrittenToken,
+)
+from opd.types import Batch, HiddenScores, RemoteRows, Stop, TokenScores, TopKScores
+
+V, EOS = 12, 2
+ALL = frozenset({WrittenToken, TopK, AtIds, LastHidden})
+Answers = list[TokenScores]
+
+
+def log_softmax(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(torch.from_numpy(rows).log_softmax(-1), dtype=np.float32)
+
+
+@dataclass
+class Table:
+    """Log-probabilities `[V * V, V]` by the last two tokens; it writes, reads, and may be told to lie."""
+
+    logits: np.ndarray
+    lie: Callable[[Sequence[ScoreRequest], Answers], Answers] = lambda requests, answers: answers
+    head: np.ndarray = field(default_factory=lambda: np.eye(V, dtype=np.float32))
+
+    def rows(self, context: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        text = np.concatenate([[0, 0], context, ids]).astype(int)
+        return self.logits[text[len(context) : -2] * V + text[len(context) + 1 : -1]]
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> Answers:
+        return self.lie(requests, [self._answer(r) for r in requests])
+
+    def _answer(self, request: ScoreRequest) -> TokenScores:
+        logits = self.rows(request.context_ids, request.token_ids)
+        full = log_softmax(logits)
+        logprobs = full[np.arange(len(full)), request.token_ids]
+        match request.want:
+            case TopK(k=k):
+                ids = np.argsort(-full, axis=-1)[:, :k].astype(np.int32)
+                return TopKScores(logprobs=logprobs, topk_ids=ids, topk_logprobs=np.take_along_axis(full, ids, -1))
+            case LastHidden():
+                rows = RemoteRows(pieces=((logits.astype(np.float32), np.arange(len(full))),))
+                return HiddenScores(logprobs=logprobs, hidden=rows)
+            case _:
+                return TokenScores(logprobs=logprobs)
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        return [self._write(r, np.random.default_rng(i)) for i, r in enumerate(requests)]
+
+    def _write(self, request: GenerateRequest, draw: np.random.Generator) -> Completion:
+        ids, rows = np.zeros(0, dtype=np.int32), []
+        while len(ids) < request.sampling.max_tokens and (not len(ids) or ids[-1] != EOS):
+            full = log_softmax(self.rows(request.context_ids, np.append(ids, 0).astype(np.int32)))[-1]
+            rows.append(full)
+            ids = np.append(ids, draw.choice(V, p=np.exp(full) / np.exp(full).sum())).astype(np.int32)
+        full = np.stack(rows)
+        best = np.argsort(-full, axis=-1)[:, : request.sampling.topk].astype(np.int32)
+        behavior = TopKScores(
+            logprobs=full[np.arange(len(ids)), ids],
+            topk_ids=best,
+            topk_logprobs=np.take_along_axis(full, best, -1),
+        )
+        stop = Stop.END if ids[-1] == EOS else Stop.LENGTH
+        return Completion(token_ids=ids, behavior=behavior, versions=np.zeros(len(ids), np.int32), stop=stop)
+
+
+@dataclass
+class Reader:
+    """The learner's half that a doctor needs: losses of a table at packed positions."""
+
+    logits: np.ndarray
+    head: np.ndarray
+    layout: Layout = field(default=Layout(ranks=1, tokens_per_microbatch=10_000))
+
+    async def evaluate(self, batches: Sequence[Sequence[Batch[Any]]], objective: Any) -> dict[str, float]:
+        sums, count = {"gap": 0.0}, 0
+        for batch in (b.to("cpu", lambda handle: handle) for rank in batches for b in rank):
+            before = torch.where(batch.position_ids > 0, batch.input_ids.roll(1), 0)
+            states = before * V + batch.input_ids
+            logits = torch.from_numpy(self.logits)[states][batch.predict_at]
+            said = objective(StudentLogits(logits=logits), read(batch, torch.from_numpy(self.head)))
+            sums["gap"] += float(said.metrics["gap"].sum())
+            count += len(batch)
+        return {"gap": sums["gap"] / count}
+
+
+def tables() -> tuple[np.ndarray, np.ndarray]:
+    """A student and a teacher that are alike but not the same, and end texts with `EOS`."""
+    draw = np.random.default_rng(0)
+    student = draw.normal(size=(V * V, V)).astype(np.float32)
+    student[:, EOS] += 0.5
+    return student, (student + 0.5 * draw.normal(size=student.shape)).astype(np.float32)
+
+
+def patient(**changes: Any) -> Patient:
+    student, teacher = tables()
+    engine, reader = Table(student), Table(teacher)
+    whole: dict[str, Any] = {
+        "name": "default",
+        "student": engine,
+        "learner": Reader(student, np.eye(V, dtype=np.float32)),
+        "teacher": reader,
+        "replicas": [reader],
+        "answers": ALL,
+        "vocabulary": V,
+        "support": 4,
+    }
+    return Patient(**(whole | changes))
+
+
+def examined(make: Any, sick: Patient) -> dict[str, Finding]:
+    prompts = [make.prompt([1, 3 + i % 4], id=f"p{i}") for i in range(12)]
+    return {f.check: f for f in asyncio.run(examine(sick, prompts, 8))}
+
+
+def test_a_good_pair_passes_every_check(make: Any) -> None:
+    teacher = Table(tables()[1])
+    found = examined(make, patient(replicas=[teacher, Table(tables()[1])]))
+    assert {f.verdict for f in found.values()} == {Verdict.FINE}, found
+    assert len(found) == 11 and all(f.measured and not f.sentence for f in found.values())
+
+
+def test_what_a_backend_cannot_answer_is_not_asked(make: Any) -> None:
+    found = examined(make, patient(answers=frozenset({WrittenToken})))
+    assert not {"overlap", "full softmax", "hidden states"} & found.keys() and len(found) == 7
+
+
+def early(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
+    """Says of every token what belongs to the next one."""
+    return [replace(a, logprobs=np.append(np.asarray(a.logprobs)[1:], np.float32(-1))) for a in answers]
+
+
+def late(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
+    """Says of every token what belongs to the one before."""
+    return [replace(a, logprobs=np.insert(np.asarray(a.logprobs)[:-1], 0, np.float32(-1))) for a in answers]
+
+
+def renormalized(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
+    return [
+        replace(a, topk_logprobs=log_softmax(np.asarray(a.topk_logprobs))) if isinstance(a, TopKScores) else a
+        for a in answers
+    ]
+
+
+def unordered(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
+    """The right answers, in the order of the written text: swapped whenever the caller's order is another."""
+    return [replace(a, logprobs=np.asarray(a.logprobs) - 0.01 * i) for i, a in enumerate(answers)]
+
+
+def other_ids(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
+    return [replace(a, topk_ids=(np.asarray(a.topk_ids) + 1) % V) if isinstance(a, TopKScores) else a for a in answers]
+
+
+def poisoned(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
+    return [replace(answers[0], logprobs=np.full_like(answers[0].logprobs, np.nan)), *answers[1:]]
+
+
+def lying(lie: Callable[[Sequence[ScoreRequest], Answers], Answers]) -> Patient:
+    teacher = Table(tables()[1], lie)
+    return patient(teacher=teacher, replicas=[teacher])
+
+
+def biased(column: int, by: float, rows: slice = slice(None)) -> np.ndarray:
+    logits = tables()[1].copy()
+    logits[rows, column] += by
+    return logits
+
+
+def hot() -> Patient:
+    """A student that was sampled at another temperature than the learner's."""
+    return patient(student=Table(tables()[0] / 0.7))
+
+
+def stranger_among_replicas() -> Patient:
+    return patient(replicas=[Table(tables()[1]), Table(tables()[0])])
+
+
+def unending() -> Patient:
+    return patient(teacher=Table(biased(EOS, -30.0)))
+
+
+def other_template() -> Patient:
+    """After the prompt's last tokens (context states 1, 3..6) the teacher expects only token 9."""
+    logits = tables()[1].copy()
+    for last in range(3, 7):
+        logits[V + last] = np.where(np.arange(V) == 9, 40.0, logits[V + last])
+    return patient(teacher=Table(logits))
+
+
+def padded() -> Patient:
+    """Tokens 10 and 11 are padding, and the teacher writes them."""
+    return patient(vocabulary=10, teacher=Table(biased(11, 4.0)))
+
+
+FAULTS: dict[str, tuple[Callable[[], Patient], str, str]] = {
+    "one position early": (lambda: lying(early), "alignment", "one position early"),
+    "one position late": (lambda: lying(late), "alignment", "teacher 'default' is late"),
+    "company changes answers": (lambda: lying(unordered), "steadiness", "in another order or alone"),
+    "renormalised top-k": (lambda: lying(renormalized), "full softmax", "renormalises its top-k"),
+    "ids mixed up": (lambda: lying(other_ids), "full softmax", "two things of one token"),
+    "not a number": (lambda: lying(poisoned), "answers", "NaN"),
+    "another replica": (stranger_among_replicas, "replicas", "replica 1 serves another checkpoint"),
+    "another output matrix": (
+        lambda: patient(learner=Reader(tables()[0], 0.8 * np.eye(V, dtype=np.float32))),
+        "hidden states",
+        "another checkpoint, a temperature or a final norm",
+    ),
+    "engine hotter than learner": (hot, "own teacher", "sampling is not at temperature 1"),
+    "template ends elsewhere": (other_template, "first token", "chat template or thinking mode"),
+    "another end of text": (unending, "end of text", "would learn never to stop"),
+    "padding that speaks": (padded, "padding", "ids that are no tokens"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_planted_fault_is_refused_with_its_sentence(make: Any, fault: str) -> None:
+    sick, check, sentence = FAULTS[fault]
+    found = examined(make, sick())
+    assert found[check].verdict is Verdict.REFUSED, found
+    assert sentence in found[check].sentence and found[check].measured
+
+
+def test_strangers_are_advised_a_cold_start(make: Any) -> None:
+    other = np.random.default_rng(9).normal(size=(V * V, V)).astype(np.float32)
+    other[:, EOS] += 0.5
+    found = examined(make, patient(teacher=Table(other), replicas=[Table(other)]))
+    assert found["overlap"].verdict is Verdict.WARNING and "method=sft" in found["overlap"].sentence
+    assert {f.verdict for f in found.values()} == {Verdict.FINE, Verdict.WARNING}
+
+
+def test_a_teacher_that_ends_no_better_is_a_warning(make: Any) -> None:
+    written = [make.trajectory([1], [2])]
+    better = teacher_gain(written, {"student": [0.0, 1.0], "teacher": [1.0, 1.0]})
+    equal = teacher_gain(written, {"student": [0.0, 1.0], "teacher": [1.0, 0.0]})
+    assert better.verdict is Verdict.FINE and "student 50.0%, teacher 100.0%" in better.measured
+    assert equal.verdict is Verdict.WARNING and "little to learn" in equal.sentence
