@@ -14,8 +14,9 @@ from launch.data import read_rows
 from launch.tokenizer import HuggingFaceTokenizer
 from opd.devices import Dtype
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Sources
+from opd.ports import LastHidden, Sources
 from opd.types import HiddenScores, Prompt, VocabularyScores
+from teacher_service.config import REMOTE, check_answers
 from teacher_service.identity import check_checkpoint, compare, tokenizer_identity
 
 GIB = 2**30
@@ -25,7 +26,11 @@ TASKS = ("shop", "math")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run will be made of. `exact_kl` = student and teacher have equal vocabularies of logits."""
+    """What a run will be made of.
+
+    `exact_kl` = the exact divergence can be measured: equal vocabularies of logits, a teacher that gives hidden
+    states, and its output matrix here. `teacher_params` is 0 for a remote teacher without weights here.
+    """
 
     config: RunConfig
     sources: Sources
@@ -87,12 +92,12 @@ def vocabulary_rows(path: str) -> int:
 def make_plan(config: RunConfig) -> Plan:
     """Check checkpoints, tokenizers, prompts and sizes; raises one sentence about the first thing wrong."""
     check_checkpoint(config.student.path, "student")
-    check_checkpoint(config.teacher.path, "teacher")
+    _check_teacher(config)
     compare(tokenizer_identity(config.student.path), tokenizer_identity(config.teacher.path))
     rows = {role: vocabulary_rows(getattr(config, role).path) for role in ("student", "teacher")}
-    exact_kl = rows["student"] == rows["teacher"]
+    same_rows = rows["student"] == rows["teacher"]
     said = config.method.scorer.produces
-    if not exact_kl and issubclass(said, HiddenScores) and config.method.objective.consumes is VocabularyScores:
+    if not same_rows and issubclass(said, HiddenScores) and config.method.objective.consumes is VocabularyScores:
         raise ConfigurationError(
             f"method {config.method.name} compares whole vocabularies, but the student's output has "
             f"{rows['student']} rows and the teacher's {rows['teacher']} (padded differently); use a top-k method "
@@ -102,14 +107,23 @@ def make_plan(config: RunConfig) -> Plan:
     asked = [*config.prompts(0, sources), *config.evaluation.prompts(0, sources)]
     longest = _check_lengths(config, asked)
     _check_tasks(asked)
+    teacher_params = parameter_count(config.teacher.path)
     return Plan(
         config=config,
         sources=sources,
         student_params=parameter_count(config.student.path),
-        teacher_params=parameter_count(config.teacher.path),
+        teacher_params=teacher_params,
         longest=longest,
-        exact_kl=exact_kl,
+        exact_kl=same_rows and LastHidden in config.teacher.answers and teacher_params > 0,
     )
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
+    asks, remote = config.method.scorer.asks, config.teacher.backend in REMOTE
+    check_answers(config.teacher, asks, f"method {config.method.name}")
+    if not remote or LastHidden in asks or config.method.rollout.needs_writer:
+        check_checkpoint(config.teacher.path, "teacher")
 
 
 def _check_lengths(config: RunConfig, prompts: Sequence[Prompt]) -> int:

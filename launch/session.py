@@ -1,6 +1,7 @@
 """The running parts of a run: engines, teachers and learner as actors, behind the ports of `opd`."""
 
 import asyncio
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from launch.pool import StudentPool, TeacherPool, within
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
 from opd.ports import Engines, TextEngine
-from teacher_service.backends.torch_forward import TorchTeacher
+from teacher_service.backends import backend
+from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
 from teacher_service.config import environment as teacher_environment
 
 CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
@@ -53,17 +55,7 @@ async def open_session(plan: Plan) -> Session:
     }
     actors = Actors(config.cluster, bundles)
     students = [_engine(actors, config.student, config.seed) for _ in range(config.student.replicas)]
-    teachers = [
-        actors.make(
-            TorchTeacher,
-            "teacher",
-            teacher_environment(config.teacher.device),
-            config.teacher,
-            store,
-            concurrency=CALLS,
-        )
-        for _ in range(config.teacher.replicas)
-    ]
+    teachers = [_teacher(actors, config.teacher) for _ in range(config.teacher.replicas)]
     ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
     learner = LearnerGroup(ranks, config.learner)
     graders: dict[str, ShopGrader | MathGrader] = {"shop": ShopGrader(), "math": MathGrader()}
@@ -94,6 +86,13 @@ async def open_session(plan: Plan) -> Session:
 def _engine(actors: Actors, config: StudentConfig, seed: int) -> Any:
     environment = engine_environment(config.device)
     return actors.make(VLLMEngine, "engine", environment, config, seed, fetch, concurrency=CALLS)
+
+
+def _teacher(actors: Actors, config: TeacherConfig) -> Any:
+    """A scoring actor of the config's backend; a remote teacher's is a client, which is told the server's token."""
+    environment = teacher_environment(config.device, config.backend)
+    token = (os.environ.get(TOKEN_VARIABLE, ""),) if config.backend in REMOTE else ()
+    return actors.make(backend(config.backend), "teacher", environment, config, store, *token, concurrency=CALLS)
 
 
 async def _writer(actors: Actors, plan: Plan) -> TextEngine:

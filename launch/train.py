@@ -165,7 +165,8 @@ class _Run:
                 self._first_step_s = time() - self._started
                 await self._train(session, evaluator, trackers, cpu)
                 await self._measure_student(evaluator, trackers, cpu, config.steps, config.evaluation.samples)
-                await self._measure_teacher(session, evaluator, trackers)
+                if plan.teacher_params:  # it writes here, so its weights must be here
+                    await self._measure_teacher(session, evaluator, trackers)
             await session.learner.save(self._directory.checkpoints / f"step_{config.steps}", config.steps)
             await export_student(session.learner, self._directory, self._facts(), self._end)
         finally:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from opd.errors import ConfigurationError, DataError
 from opd.packing import Normalizer, TokenMean
-from opd.ports import Engines, Learner, PromptSource
+from opd.ports import Engines, Kinds, Learner, PromptSource
 from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, TokenScores, Trajectory
 from opd.updates.optimizer import OptimizerStep
 
@@ -48,6 +48,11 @@ class Scorer(Protocol):
     @property
     def produces(self) -> type[Scores]:
         """The testimony returned."""
+        ...
+
+    @property
+    def asks(self) -> Kinds:
+        """The kinds of requests it sends to teachers; a backend that cannot answer them is refused when planned."""
         ...
 
     @property

@@ -81,6 +81,8 @@ class LastHidden:
 
 
 Want = WrittenToken | TopK | AtIds | LastHidden
+Kinds = frozenset[type[WrittenToken] | type[TopK] | type[AtIds] | type[LastHidden]]
+"""Kinds of requests: what a scorer `asks`, what a teacher backend `answers`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,21 +1,66 @@
-"""What a teacher actor is told: plain types, so that OmegaConf can check them."""
+"""What a teacher is told: plain types, so that OmegaConf can check them; and what each backend can answer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from opd.devices import Device, Dtype, on_gpu
 from opd.errors import ConfigurationError
+from opd.ports import AtIds, Kinds, LastHidden, TopK, WrittenToken
+
+
+class Backend(Enum):
+    """Who computes a teacher's answers; one file each in `teacher_service/backends/`."""
+
+    TORCH = "torch"  # a plain forward pass in the teacher's actor
+    VLLM = "vllm"  # vLLM's pooling runner gives hidden states, our own head does the rest
+    VLLM_LOGPROBS = "vllm_logprobs"  # vLLM's flat prompt_logprobs
+    HTTP = "http"  # our own server (`opd serve-teacher`), anywhere
+    OPENAI = "openai"  # any OpenAI-compatible endpoint that gives prompt_logprobs
+
+
+ANSWERS: Mapping[Backend, Kinds] = {
+    Backend.TORCH: frozenset({WrittenToken, TopK, AtIds, LastHidden}),
+    Backend.VLLM: frozenset({WrittenToken, TopK, AtIds, LastHidden}),
+    Backend.VLLM_LOGPROBS: frozenset({WrittenToken, TopK}),
+    Backend.HTTP: frozenset({WrittenToken, TopK, AtIds, LastHidden}),
+    Backend.OPENAI: frozenset({WrittenToken, TopK}),
+}
+REMOTE = frozenset({Backend.HTTP, Backend.OPENAI})
+TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
+
+_ASKED = {
+    WrittenToken: "log-probabilities of written tokens",
+    TopK: "the teacher's own top-k",
+    AtIds: "log-probabilities at ids the student chose",
+    LastHidden: "the whole vocabulary (last hidden states)",
+}
+_WHY = {
+    Backend.VLLM_LOGPROBS: "vLLM's prompt_logprobs rank the teacher's own tokens and score no ids it is given",
+    Backend.OPENAI: "prompt_logprobs rank the teacher's own tokens, and no such endpoint gives hidden states",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
     """One teacher and how many of it.
 
-    `path` is a Hugging Face folder. `max_batch_tokens` bounds one forward (sequences times the longest of
-    them), `head_chunk` the rows that have logits over the vocabulary at the same time, `max_k` what a scorer
-    may ask for per token, `deadline_s` every wait. Example: `TeacherConfig(path="assets/shop/teacher")`.
+    `path` is a Hugging Face folder; a remote teacher needs only its config.json and tokenizer here, or the
+    weights too where a method reads the whole vocabulary (the learner applies the head). `max_batch_tokens`
+    bounds one forward (sequences times the longest of them), `head_chunk` the rows that have logits over the
+    vocabulary at the same time, `max_k` what a scorer may ask for per token, `deadline_s` every wait.
+
+    vLLM: `kv_cache_bytes` is used on CPUs, `gpu_memory_utilization` (of the whole device) on GPUs;
+    `max_model_len=0` is the model's own limit. Remote: `url` is the server's root, `model` the name an
+    OpenAI-compatible endpoint serves, `fingerprint` the model digest that `opd serve-teacher` printed ("" takes
+    the digest of the weights in `path`, or else what the server says first), `connect_s` and `read_s` bound one
+    attempt, `retries` the further ones (waits start at `backoff_s` and double), `strikes` the wrong answers in a
+    row after which the teacher is not asked again. The token is read from the environment variable
+    OPD_TEACHER_TOKEN and never from here. Example: `TeacherConfig(path="assets/shop/teacher")`.
     """
 
     path: str
+    backend: Backend = Backend.TORCH
     device: Device = Device.AUTO
     dtype: Dtype = Dtype.AUTO
     replicas: int = 1
@@ -23,22 +68,74 @@ class TeacherConfig:
     head_chunk: int = 1024
     max_k: int = 1024
     deadline_s: float = 600.0
+    max_model_len: int = 0
+    kv_cache_bytes: int = 64 << 20
+    gpu_memory_utilization: float = 0.85
+    url: str = ""
+    model: str = ""
+    fingerprint: str = ""
+    connect_s: float = 10.0
+    read_s: float = 120.0
+    retries: int = 6
+    backoff_s: float = 0.5
+    strikes: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "max_batch_tokens", "head_chunk", "max_k"):
+        for name in ("replicas", "max_batch_tokens", "head_chunk", "max_k", "kv_cache_bytes", "strikes"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"teacher.{name} needs at least 1, got {getattr(self, name)}; raise it")
-        if self.deadline_s <= 0:
+        for name in ("retries", "max_model_len"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"teacher.{name} needs at least 0, got {getattr(self, name)}; raise it")
+        for name in ("deadline_s", "connect_s", "read_s", "backoff_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigurationError(
+                    f"teacher.{name} needs a positive number of seconds, got {getattr(self, name)}; raise it"
+                )
+        if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigurationError(
-                f"teacher.deadline_s needs a positive number of seconds, got {self.deadline_s}; raise it"
+                "teacher.gpu_memory_utilization is a share of the device in (0, 1], got "
+                f"{self.gpu_memory_utilization}; correct it"
+            )
+        if self.backend in REMOTE and not self.url.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"teacher.backend={self.backend.name} needs teacher.url=http://HOST:PORT, got {self.url!r}; set it"
+            )
+        if self.backend is Backend.OPENAI and not self.model:
+            raise ConfigurationError(
+                "teacher.backend=OPENAI needs teacher.model, the name under which the endpoint serves it; set it"
             )
 
+    @property
+    def answers(self) -> Kinds:
+        """The kinds of requests this teacher's backend can answer."""
+        return ANSWERS[self.backend]
 
-def environment(device: Device) -> dict[str, str]:
+
+def check_answers(config: TeacherConfig, asks: Kinds, who: str) -> None:
+    """Raise `ConfigurationError` if `who` asks the teacher what its backend cannot answer; says why."""
+    lacking = [kind for kind in _ASKED if kind in asks - config.answers]
+    if lacking:
+        able = [b.name for b in Backend if asks <= ANSWERS[b]]
+        raise ConfigurationError(
+            f"{who} asks for {_ASKED[lacking[0]]}, which teacher.backend={config.backend.name} cannot answer "
+            f"({_WHY[config.backend]}); set teacher.backend to one of {', '.join(able)}, or choose another method"
+        )
+
+
+def environment(device: Device, backend: Backend = Backend.TORCH) -> dict[str, str]:
     """Environment variables of a teacher's process, set before it imports torch.
 
     One thread on a CPU: actors share the cores, and threads that spin against each other are slower than
-    none.
+    none. vLLM's: the engine lives in the teacher's own process, compiles nothing on a CPU, and is not pinned.
     """
     common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if backend in (Backend.VLLM, Backend.VLLM_LOGPROBS):
+        common |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
+        if not on_gpu(device):
+            common |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return common if on_gpu(device) else common | {"OMP_NUM_THREADS": "1"}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd.ports import Engines
+from opd.ports import Engines, Kinds
 from opd.types import AdvantageScores, Scores, Stop, TokenScores, Trajectory
 
 
@@ -38,6 +38,10 @@ class GroupAdvantage:
     @property
     def produces(self) -> type[Scores]:
         return AdvantageScores
+
+    @property
+    def asks(self) -> Kinds:
+        return frozenset()
 
     @property
     def min_group(self) -> int:

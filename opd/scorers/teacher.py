@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd.errors import ConfigurationError
-from opd.ports import AtIds, Engines, LastHidden, ScoreRequest, TopK, Want, WrittenToken
+from opd.ports import AtIds, Engines, Kinds, LastHidden, ScoreRequest, TopK, Want, WrittenToken
 from opd.scorers.testimony import verify
 from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
@@ -49,6 +49,10 @@ class WrittenTokens(_TeacherScorer):
     def produces(self) -> type[Scores]:
         return TokenScores
 
+    @property
+    def asks(self) -> Kinds:
+        return frozenset({WrittenToken})
+
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await ask(trajectories, [WrittenToken()] * len(trajectories), engines)
 
@@ -67,6 +71,10 @@ class TeacherTopK(_TeacherScorer):
     def produces(self) -> type[Scores]:
         return TopKScores
 
+    @property
+    def asks(self) -> Kinds:
+        return frozenset({TopK})
+
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await ask(trajectories, [TopK(k=self.k)] * len(trajectories), engines)
 
@@ -82,6 +90,10 @@ class StudentTopK(_TeacherScorer):
     @property
     def produces(self) -> type[Scores]:
         return TopKScores
+
+    @property
+    def asks(self) -> Kinds:
+        return frozenset({AtIds})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         wants: list[Want] = []
@@ -99,6 +111,10 @@ class TeacherHidden(_TeacherScorer):
     def produces(self) -> type[Scores]:
         return HiddenScores
 
+    @property
+    def asks(self) -> Kinds:
+        return frozenset({LastHidden})
+
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await ask(trajectories, [LastHidden()] * len(trajectories), engines)
 
@@ -110,6 +126,10 @@ class Unscored(_TeacherScorer):
     @property
     def produces(self) -> type[Scores]:
         return Scores
+
+    @property
+    def asks(self) -> Kinds:
+        return frozenset()
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return [Scores() for _ in trajectories]

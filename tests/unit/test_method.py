@@ -219,9 +219,11 @@ def test_teachers_read_their_own_context_and_answer_what_was_wanted(make: Any) -
         (said,) = asyncio.run(scorer([written], engines(teacher)))
         assert type(said) is scorer.produces
         assert isinstance(teacher.asked[0].want, want)
+        assert scorer.asks == {want}
         assert teacher.asked[0].context_ids.tolist() == [7, 8, 9]
         assert teacher.asked[0].token_ids.tolist() == [3, 4]
     assert asyncio.run(Unscored()([written], engines())) == [Scores()]
+    assert Unscored().asks == GroupAdvantage().asks == frozenset()
     stranger = make.trajectory([1], [2], prompt=make.prompt([1], teacher="nobody"))
     with pytest.raises(ConfigurationError, match=r"asks for teacher 'nobody', but the run has \['default'\]; name one"):
         asyncio.run(WrittenTokens()([stranger], engines()))
