@@ -1,11 +1,11 @@
 """Makes the second specialist and the student of two teachers: ``python -m recipes.make_peak``.
 
 The specialist (0.5 M parameters, narrower and deeper than the shop's teacher) learns true solutions of the peak task
-with mistakes that are rejected and repaired; it never sees a shop problem. The student (0.3 M parameters) imitates the
-pupils of both tasks: it forgets every second carry in the shop and compares only last digits in every second line of
-the peak task where that matters. Both weaknesses are put there on purpose.
+with mistakes that are rejected and repaired; it never sees a shop problem. The student (0.3 M parameters) is the
+shop's, which goes on to imitate the pupils of both tasks: it forgets every second carry in the shop and compares only
+last digits in every second line of the peak task where that matters. Both weaknesses are put there on purpose.
 
-The tokenizer is the shop's, so all four checkpoints can work together. About 6 minutes on one core. ``--check``
+The tokenizer is the shop's, so all checkpoints can work together. About 6 minutes on one core. ``--check``
 trains nothing: it compares the files with SHA256SUMS and measures the checkpoints on 500 held-out problems a task.
 """
 
@@ -23,10 +23,8 @@ from recipes.evaluate_task import Accuracy, accuracy, held_out_problems, load
 from recipes.make_shop import BATCH, DIGESTS, VOCAB_ROWS, digest_lines, example, make_tokenizer
 from recipes.pretrain import Example, Schedule, Shape, build_model, make_reproducible, save_model, train
 
-SHAPES = {
-    "teacher": Shape(vocab=VOCAB_ROWS, hidden=96, layers=4, heads=4, kv_heads=2, ffn=320),
-    "student": Shape(vocab=VOCAB_ROWS, hidden=96, layers=3, heads=3, kv_heads=1, ffn=256),
-}
+TEACHER = Shape(vocab=VOCAB_ROWS, hidden=96, layers=4, heads=4, kv_heads=2, ffn=320)
+SHOP_STUDENT = Path("assets/shop/student")
 
 # Lowest and highest share of solved problems per checkpoint and task.
 TARGETS = {
@@ -59,15 +57,15 @@ def student_batches(seed: int) -> Iterator[list[Example]]:
 
 
 def make_teacher(folder: Path) -> None:
-    model = build_model(SHAPES["teacher"], seed=3)
+    model = build_model(TEACHER, seed=3)
     train(model, teacher_batches(0.3, seed=31), Schedule(steps=700, lr=1.5e-3), "specialist")
     save_model(model, make_tokenizer(), folder)
 
 
 def make_student(folder: Path) -> None:
-    model = build_model(SHAPES["student"], seed=4)
-    train(model, student_batches(seed=41), Schedule(steps=800, lr=1.5e-3), "student")
-    save_model(model, make_tokenizer(), folder)
+    model, tokenizer = load(SHOP_STUDENT)
+    train(model, student_batches(seed=41), Schedule(steps=300, lr=1e-3), "student")
+    save_model(model, tokenizer, folder)
 
 
 MAKERS = {"teacher": make_teacher, "student": make_student}
