@@ -1,11 +1,12 @@
 """What training costs: tokens, floating-point operations and processor seconds."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import psutil
 
 from opd.loop import StepRecord
+from opd.types import Trajectory
 
 FORWARD = 2  # operations per parameter and token: one multiplication, one addition
 TRAIN = 6  # forward (2) and backward (4)
@@ -15,11 +16,11 @@ TRAIN = 6  # forward (2) and backward (4)
 class Costs:
     """Sizes of the models, and who does what with every token.
 
-    With `Ns` and `Nt` parameters, a token (of prompt or completion) costs `8 Ns + 2 Nt` in on-policy
-    distillation (student writes and learns, teacher reads), `8 Ns` in GRPO (no teacher) and `6 Ns + 2 Nt` in
-    SFT on teacher text (teacher writes, student learns). Attention over long contexts, shared prefixes and
-    probes of an update are not counted. Example: `Costs(student_params=310_000, teacher_params=620_000,
-    student_writes=True, teacher_writes=False, teacher_reads=True)`.
+    With `Ns` and `Nt` parameters, a token (of prompt or completion) costs `8 Ns + 2 Nt` in on-policy distillation
+    (student writes and learns, teacher reads), `8 Ns` in GRPO (no teacher) and `6 Ns + 2 Nt` in SFT on teacher text
+    (teacher writes, student learns). Attention over long contexts, shared prefixes and probes of an update are not
+    counted. `by_teacher` has the sizes of several teachers by name. Example: `Costs(student_params=310_000,
+    teacher_params=620_000, student_writes=True, teacher_writes=False, teacher_reads=True)`.
     """
 
     student_params: int
@@ -27,6 +28,15 @@ class Costs:
     student_writes: bool
     teacher_writes: bool
     teacher_reads: bool
+    by_teacher: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, trajectories: Sequence[Trajectory]) -> "Costs":
+        """These costs for one step: `Nt` becomes the mean over its tokens, each with its prompt's teacher."""
+        tokens = [len(t.prompt.teacher_ids) + len(t) for t in trajectories]
+        if not self.by_teacher or not sum(tokens):
+            return self
+        spent = sum(n * self.by_teacher[t.prompt.teacher] for n, t in zip(tokens, trajectories, strict=True))
+        return replace(self, teacher_params=round(spent / sum(tokens)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

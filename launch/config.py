@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -29,6 +30,7 @@ from opd.method import Method, check_prompts
 from opd.ports import PromptSource
 from teacher_service.config import TeacherConfig
 
+DEFAULT = "default"  # the teacher of prompts that name none
 _HERE = Path(__file__).resolve().parent
 
 
@@ -82,7 +84,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A whole run, typed; `text` is the resolved YAML it came from."""
+    """A whole run, typed; `text` is the resolved YAML it came from.
+
+    `teachers` has them by name: `default` is the group `teacher`, the others stand under `teachers` in the YAML
+    (`teachers.NAME.path=...`). Their order numbers the output matrices (`HiddenScores.head`).
+    """
 
     run_name: str
     output_dir: str
@@ -96,7 +102,7 @@ class RunConfig:
     method: Method
     prompts: PromptSource
     student: StudentConfig
-    teacher: TeacherConfig
+    teachers: Mapping[str, TeacherConfig]
     learner: LearnerConfig
     evaluation: EvaluationConfig
     cluster: ClusterConfig
@@ -115,16 +121,32 @@ class RunConfig:
             )
         check_prompts(self.method, self.prompts)
 
+    @property
+    def teacher(self) -> TeacherConfig:
+        """The teacher of prompts that name none."""
+        return self.teachers[DEFAULT]
+
 
 _SECTIONS: Mapping[str, type] = {
     "student": StudentConfig,
-    "teacher": TeacherConfig,
     "learner": LearnerConfig,
     "cluster": ClusterConfig,
     "tracker": TrackerConfig,
 }
 _PLAIN = ("run_name", "output_dir", "seed", "steps", "max_tokens", "max_staleness", "checkpoint_every", "dry_run")
-_ROOT = {*_SECTIONS, *_PLAIN, "notes", "method", "prompts", "evaluation", "allow_targets", "comparison", "data"}
+_ROOT = {
+    *_SECTIONS,
+    *_PLAIN,
+    "teacher",
+    "teachers",
+    "notes",
+    "method",
+    "prompts",
+    "evaluation",
+    "allow_targets",
+    "comparison",
+    "data",
+}
 
 
 def groups(own: str = "") -> dict[str, list[str]]:
@@ -272,9 +294,28 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
     return RunConfig(
         **plain,
         **sections,
+        teachers=_teachers(node),
         notes=[" ".join(str(n).split()) for n in node.notes],
         method=_construct(Method, dict(node.method.items()), "method", allowed),
         prompts=build(node.prompts, "prompts", allowed),
         evaluation=_construct(EvaluationConfig, dict(node.evaluation.items()), "evaluation", allowed),
         text=text,
     )
+
+
+def _teachers(node: DictConfig) -> dict[str, TeacherConfig]:
+    """All teachers by name, the default first; each is checked against `TeacherConfig`."""
+    more = {str(name): value for name, value in (node.teachers or {}).items()}
+    for name, value in more.items():
+        if name == DEFAULT or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ConfigurationError(
+                f"teachers.{name}: a further teacher needs a name of small letters, digits and _ other than "
+                f"{DEFAULT!r} (which is the group `teacher`); rename it"
+            )
+        if not isinstance(value, DictConfig):
+            raise ConfigurationError(
+                f"teachers.{name} needs fields such as path, got {value!r}; set teachers.{name}.path"
+            )
+    nodes = {DEFAULT: node.teacher} | more
+    where = {name: "teacher" if name == DEFAULT else f"teachers.{name}" for name in nodes}
+    return {name: _construct(TeacherConfig, dict(n.items()), where[name]) for name, n in nodes.items()}

@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Row
+from opd.ports import Columns, Row
 
 
 @cache
-def read_rows(path: str, prompt_column: str, answer_column: str) -> tuple[Row, ...]:
+def read_rows(path: str, columns: Columns) -> tuple[Row, ...]:
     """All rows of `path`, checked; the first bad one is named by its line (counted from 1).
 
     Raises:
@@ -23,9 +24,7 @@ def read_rows(path: str, prompt_column: str, answer_column: str) -> tuple[Row, .
         raise ConfigurationError(
             f"prompts.path {path!r} does not exist; set it to a .jsonl or .parquet file or a dataset folder"
         )
-    rows = tuple(
-        _row(record, f"{path} line {number}", prompt_column, answer_column) for number, record in _records(source)
-    )
+    rows = tuple(_row(record, f"{path} line {number}", columns) for number, record in _records(source))
     if not rows:
         raise DataError(f"{path} has no rows; a prompt file needs at least one")
     return rows
@@ -63,24 +62,41 @@ def _json_lines(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield number, record
 
 
-def _row(record: Mapping[str, Any], where: str, prompt_column: str, answer_column: str) -> Row:
-    for column in filter(None, (prompt_column, answer_column)):
-        if column not in record:
+def _row(record: Mapping[str, Any], where: str, columns: Columns) -> Row:
+    for f in fields(columns):
+        column = getattr(columns, f.name)
+        if column and column not in record:
             raise DataError(
-                f"{where} has no column {column!r} (has {sorted(record)}); set prompts.prompt_column and "
-                "prompts.answer_column"
+                f"{where} has no column {column!r} (has {sorted(record)}); set prompts.{f.name}_column to one of them"
             )
-    prompt = record[prompt_column]
+    teacher = str(record[columns.teacher]) if columns.teacher else ""
+    if columns.teacher and not teacher:
+        raise DataError(f"{where} names no teacher in {columns.teacher!r}; fill it in or clear prompts.teacher_column")
+    return Row(
+        prompt=_prompt(record, where, columns.prompt),
+        answer=str(record[columns.answer]) if columns.answer else "",
+        teacher=teacher,
+        teacher_prompt=_prompt(record, where, columns.teacher_prompt) if columns.teacher_prompt else "",
+        weight=_weight(record[columns.weight], where, columns.weight) if columns.weight else 1.0,
+    )
+
+
+def _prompt(record: Mapping[str, Any], where: str, column: str) -> str | tuple[Mapping[str, str], ...]:
+    prompt = record[column]
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise DataError(f"{where} has an empty prompt; remove the row")
-        checked: str | tuple[Mapping[str, str], ...] = prompt
-    elif (
+            raise DataError(f"{where} has an empty {column}; remove the row")
+        return prompt
+    if (
         isinstance(prompt, list)
         and prompt
         and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
     ):
-        checked = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in prompt)
-    else:
-        raise DataError(f"{where}: {prompt_column!r} must be text or a list of messages with role and content")
-    return Row(prompt=checked, answer=str(record[answer_column]) if answer_column else "")
+        return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in prompt)
+    raise DataError(f"{where}: {column!r} must be text or a list of messages with role and content")
+
+
+def _weight(value: Any, where: str, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise DataError(f"{where}: {column!r} must be a finite number >= 0, got {value!r}; correct the row")
+    return float(value)

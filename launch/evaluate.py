@@ -1,8 +1,9 @@
 """What a model can do on held-out prompts: accuracy, exact reverse KL to the teacher, lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from opd.rollouts.student import write
 from opd.scorers.reward import task_rewards
 from opd.scorers.teacher import TeacherHidden, WrittenTokens
 from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,7 @@ class Evaluator:
         self._config = config
         self._exact_kl = exact_kl
         self._prompts = list(config.prompts(0, sources))
+        self.teachers = sorted({prompt.teacher for prompt in self._prompts})
         self._engines = engines
         self._learner = learner
 
@@ -50,25 +55,34 @@ class Evaluator:
         divergence = await measure(some)
         return await self._point(Examinee.STUDENT, step, greedy, sampled, divergence, began, spent)
 
-    async def teacher(self, writer: TextEngine) -> EvaluationPoint:
-        """The teacher as a writer, with the same settings.
+    async def teacher(self, writers: Mapping[str, TextEngine]) -> EvaluationPoint:
+        """The teachers as writers with the same settings, each on its own prompts (`writers` has `self.teachers`).
 
-        Its `reverse_kl` is the sampled divergence between the engine that wrote and the service that reads the
+        Their `reverse_kl` is the sampled divergence between the engine that wrote and the service that reads the
         same checkpoint: it must be about 0, and checks the alignment of the whole scoring path.
         """
         began = perf_counter()
-        greedy = await self._answers(writer, 0.0, 1)
-        sampled = await self._answers(writer, 1.0, self._config.samples)
+        greedy = await self._answers(writers, 0.0, 1)
+        sampled = await self._answers(writers, 1.0, self._config.samples)
         some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
         divergence = await self._sampled_reverse_kl(some)
         nothing = Spent(totals=Totals(), cpu_s=0.0)
         return await self._point(Examinee.TEACHER, 0, greedy, sampled, divergence, began, nothing)
 
-    async def _answers(self, engine: TextEngine, temperature: float, samples: int) -> list[list[Trajectory]]:
-        """`samples` trajectories for every prompt; the prompt's id and the sample number seed them."""
+    async def _answers(
+        self, engine: TextEngine | Mapping[str, TextEngine], temperature: float, samples: int
+    ) -> list[list[Trajectory]]:
+        """`samples` trajectories for every prompt by one engine, or by its own teacher's."""
         sampling = Sampling(max_tokens=self._config.max_tokens, temperature=temperature)
         flat: list[Prompt] = self._prompts * samples
-        written = await write(flat, engine, sampling)
+        if isinstance(engine, Mapping):
+
+            async def by_teacher(name: str, prompts: list[Prompt]) -> Sequence[Trajectory]:
+                return await write(prompts, engine[name], sampling, as_teacher=True)
+
+            written = await _each_route(flat, [p.teacher for p in flat], by_teacher)
+        else:
+            written = await write(flat, engine, sampling)
         count = len(self._prompts)
         return [[written[s * count + i] for s in range(samples)] for i in range(count)]
 
@@ -90,11 +104,11 @@ class Evaluator:
 
     async def _score(self, trajectories: Sequence[Trajectory], scorer: Scorer) -> list[Scores]:
         """One call per teacher: a scorer is given trajectories of one route at a time."""
-        scores: dict[int, Scores] = {}
-        for name in sorted({t.prompt.teacher for t in trajectories}):
-            mine = [i for i, t in enumerate(trajectories) if t.prompt.teacher == name]
-            scores |= zip(mine, await scorer([trajectories[i] for i in mine], self._engines), strict=True)
-        return [scores[i] for i in range(len(trajectories))]
+
+        async def score(_: str, mine: list[Trajectory]) -> Sequence[Scores]:
+            return await scorer(mine, self._engines)
+
+        return await _each_route(trajectories, [t.prompt.teacher for t in trajectories], score)
 
     async def _point(
         self,
@@ -109,6 +123,8 @@ class Evaluator:
         solved_greedy = await task_rewards([t for group in greedy for t in group], self._engines)
         flat = [t for group in sampled for t in group]
         solved = np.asarray(await task_rewards(flat, self._engines)).reshape(len(sampled), -1)
+        tasks = sorted({p.task for p in self._prompts})
+        places = {task: [i for i, p in enumerate(self._prompts) if p.task == task] for task in tasks[len(tasks) == 1 :]}
         return EvaluationPoint(
             examinee=examinee,
             step=step,
@@ -123,4 +139,17 @@ class Evaluator:
             tokens=spent.totals.completion,
             flops=spent.totals.flops,
             cpu_s=spent.cpu_s,
+            greedy_by_task={task: float(np.mean([solved_greedy[i] for i in at])) for task, at in places.items()},
+            mean_at_k_by_task={task: float(solved[at].mean()) for task, at in places.items()},
         )
+
+
+async def _each_route(
+    items: Sequence[Item], names: Sequence[str], call: Callable[[str, list[Item]], Awaitable[Sequence[Answer]]]
+) -> list[Answer]:
+    """`call(name, its items)` for every name, and all answers in the order of `items`."""
+    answers: dict[int, Answer] = {}
+    for name in sorted(set(names)):
+        mine = [i for i, n in enumerate(names) if n == name]
+        answers |= zip(mine, await call(name, [items[i] for i in mine]), strict=True)
+    return [answers[i] for i in range(len(items))]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -20,11 +20,11 @@ class Examinee(Enum):
 class EvaluationPoint:
     """Results on held-out prompts after `step` steps of training; None = not measured.
 
-    `greedy` is the share solved at temperature 0, `mean_at_k` the mean share solved over `k` samples at
-    temperature 1 (the same quantity for every `k`, less noisy for a larger one), `pass_at_k` the share
-    solved by at least one of them. `reverse_kl` is in nats per token of
-    the student's own answers, `length_mean` in tokens. `seconds` is what the evaluation took. `tokens`
-    (completion tokens), `flops` and `cpu_s` are what *training* had spent so far: the axes of a comparison.
+    `greedy` is the share solved at temperature 0, `mean_at_k` the mean share solved over `k` samples at temperature 1
+    (the same quantity for every `k`, less noisy for a larger one), `pass_at_k` the share solved by at least one of
+    them. `reverse_kl` is in nats per token of the student's own answers, `length_mean` in tokens. `seconds` is what
+    the evaluation took. `tokens` (completion tokens), `flops` and `cpu_s` are what *training* had spent so far: the
+    axes of a comparison. `greedy_by_task` and `mean_at_k_by_task` are empty where all prompts are of one task.
 
     Example: `EvaluationPoint(step=40, greedy=0.87, mean_at_k=0.78, pass_at_k=0.93, k=4, reverse_kl=0.031,
     length_mean=48.7, truncation_rate=0.01, seconds=2.1, tokens=138_000, flops=7.2e11, cpu_s=16.4)`.
@@ -43,6 +43,8 @@ class EvaluationPoint:
     flops: float
     cpu_s: float
     examinee: Examinee = Examinee.STUDENT
+    greedy_by_task: Mapping[str, float] = field(default_factory=dict)
+    mean_at_k_by_task: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """A plain mapping; what was not measured (None, NaN) is null."""

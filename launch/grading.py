@@ -1,20 +1,21 @@
-"""Graders of finished completions: the shop task's own, and mathematical answers by math-verify."""
+"""Graders of finished completions: the embedded tasks' own, and mathematical answers by math-verify."""
 
 import asyncio
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from opd.tasks import shop
 
+class TaskGrader:
+    """A pure function of completion and answer, e.g. `TaskGrader(shop.grade)`."""
 
-class ShopGrader:
-    """Exact comparison of the last line with the true stock."""
+    def __init__(self, one: Callable[[str, str], float]) -> None:
+        self._one = one
 
     async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """1.0 where the completion ends in `# d d` with the right digits."""
-        return [shop.grade(c, a) for c, a in zip(completions, answers, strict=True)]
+        """Rewards in order."""
+        return [self._one(c, a) for c, a in zip(completions, answers, strict=True)]
 
     def close(self) -> None:
         """Nothing to release."""

@@ -169,6 +169,7 @@ def _accuracy(result: EvaluationPoint) -> str:
         for label, value in (("greedy", result.greedy), ("sampled", result.mean_at_k))
         if value is not None
     ]
+    said += [f"{task} {value:.1%}" for task, value in result.mean_at_k_by_task.items()]
     return ", ".join(said) or "not measured"
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from launch.accounting import Costs, Totals, process_tree_cpu_seconds, step_tokens
 from opd.loop import StepRecord
+from opd.routing import teacher_means
 from opd.types import AdvantageScores, Stop, Trajectory
 
 OBJECTIVE_NAMES = {
@@ -59,7 +60,7 @@ def _learning(record: StepRecord) -> dict[str, float]:
     report = record.report
     if not report.trained_tokens:  # the step was skipped
         return {}
-    said = {OBJECTIVE_NAMES.get(name, f"distill/{name}"): value for name, value in report.metrics.items()}
+    said = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in teacher_means(report.metrics).items()}
     # Where an objective reports `loss`, it is the unweighted mean; what is minimised is `report.loss`.
     said.pop("distill/loss", None)
     return {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **said}
@@ -143,7 +144,8 @@ class Meter:
     def __call__(self, record: StepRecord) -> Mapping[str, float]:
         """The step's metrics. Asking again for the same step counts nothing twice."""
         if record.step != self._step:
-            self._totals = self._totals.plus(step_tokens(record, self._costs), self._costs)
+            costs = self._costs.of([item.trajectory for item in record.scored])
+            self._totals = self._totals.plus(step_tokens(record, costs), costs)
             context = StepContext(
                 totals=self._totals, cpu_s=self.cpu_seconds(), student_writes=self._costs.student_writes
             )

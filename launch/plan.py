@@ -9,33 +9,35 @@ from pathlib import Path
 from rich.table import Table
 from safetensors import safe_open
 
-from launch.config import RunConfig
+from launch.config import DEFAULT, RunConfig
 from launch.data import read_rows
 from launch.tokenizer import HuggingFaceTokenizer
 from opd.devices import Dtype
 from opd.errors import ConfigurationError, DataError
-from opd.ports import LastHidden, Sources
-from opd.types import HiddenScores, Prompt, VocabularyScores
-from teacher_service.config import REMOTE, check_answers
+from opd.ports import LastHidden, Routed, Sources
+from opd.scorers.ensemble import Ensemble
+from opd.types import Prompt, VocabularyScores
+from teacher_service.config import REMOTE, TeacherConfig, check_answers
 from teacher_service.identity import check_checkpoint, compare, tokenizer_identity
 
 GIB = 2**30
 ADAM_BYTES = 12  # float32 gradient and two moments per parameter
-TASKS = ("shop", "math")
+TASKS = ("shop", "peak", "math")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a run will be made of.
 
-    `exact_kl` = the exact divergence can be measured: equal vocabularies of logits, a teacher that gives hidden
-    states, and its output matrix here. `teacher_params` is 0 for a remote teacher without weights here.
+    `exact_kl` = the exact divergence can be measured: student and all teachers have equal vocabularies of logits, and
+    every teacher gives hidden states and has its output matrix here. A remote teacher without weights here counts 0
+    parameters.
     """
 
     config: RunConfig
     sources: Sources
     student_params: int
-    teacher_params: int
+    teacher_params: Mapping[str, int]
     longest: int
     exact_kl: bool
 
@@ -45,11 +47,13 @@ class Plan:
         width = 2 if config.learner.dtype is Dtype.BFLOAT16 else 4
         shards = config.learner.ranks if config.learner.zero_stage == 3 else 1
         vocabulary = vocabulary_rows(config.student.path)
+        heads = sum(vocabulary * hidden_width(t.path) * width for t in config.teachers.values()) * self.exact_kl
         return {
             "rollout actor": self.student_params * width + config.student.kv_cache_bytes,
-            "teacher actor": self.teacher_params * width,
+            **{_role(name): params * width for name, params in self.teacher_params.items()},
             "learner rank": self.student_params * (width + ADAM_BYTES + 4 * (width == 2)) // shards
-            + 4 * 4 * config.learner.head_chunk * vocabulary,
+            + 4 * 4 * config.learner.head_chunk * vocabulary
+            + heads,
         }
 
     def table(self) -> Table:
@@ -60,7 +64,10 @@ class Plan:
             table.add_column(heading)
         rows = [
             ("rollout actor", config.student.replicas, f"vLLM, {self.student_params / 1e6:.2f}M parameters"),
-            ("teacher actor", config.teacher.replicas, f"{self.teacher_params / 1e6:.2f}M parameters"),
+            *(
+                (_role(name), config.teachers[name].replicas, f"{params / 1e6:.2f}M parameters")
+                for name, params in self.teacher_params.items()
+            ),
             ("learner rank", config.learner.ranks, f"DeepSpeed ZeRO-{config.learner.zero_stage}"),
         ]
         for role, count, what in rows:
@@ -85,45 +92,83 @@ def parameter_count(path: str) -> int:
 
 def vocabulary_rows(path: str) -> int:
     """Rows of the output matrix, padding included."""
+    return _size(path, "vocab_size")
+
+
+def hidden_width(path: str) -> int:
+    """Columns of the output matrix."""
+    return _size(path, "hidden_size")
+
+
+def _size(path: str, name: str) -> int:
     config = json.loads((Path(path) / "config.json").read_text())
-    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    return int(config.get(name) or config["text_config"][name])
+
+
+def _role(teacher: str) -> str:
+    return "teacher actor" if teacher == DEFAULT else f"teacher actor {teacher!r}"
 
 
 def make_plan(config: RunConfig) -> Plan:
     """Check checkpoints, tokenizers, prompts and sizes; raises one sentence about the first thing wrong."""
     check_checkpoint(config.student.path, "student")
-    _check_teacher(config)
-    compare(tokenizer_identity(config.student.path), tokenizer_identity(config.teacher.path))
-    rows = {role: vocabulary_rows(getattr(config, role).path) for role in ("student", "teacher")}
-    same_rows = rows["student"] == rows["teacher"]
-    said = config.method.scorer.produces
-    if not same_rows and issubclass(said, HiddenScores) and config.method.objective.consumes is VocabularyScores:
-        raise ConfigurationError(
-            f"method {config.method.name} compares whole vocabularies, but the student's output has "
-            f"{rows['student']} rows and the teacher's {rows['teacher']} (padded differently); use a top-k method "
-            "such as method=topk_reverse_kl"
-        )
+    exact_kl = _check_teachers(config)
     sources = Sources(tokenizer=HuggingFaceTokenizer(config.student.path), rows=read_rows)
     asked = [*config.prompts(0, sources), *config.evaluation.prompts(0, sources)]
     longest = _check_lengths(config, asked)
     _check_tasks(asked)
-    teacher_params = parameter_count(config.teacher.path)
+    _check_routes(config, sources, asked)
     return Plan(
         config=config,
         sources=sources,
         student_params=parameter_count(config.student.path),
-        teacher_params=teacher_params,
+        teacher_params={name: parameter_count(t.path) for name, t in config.teachers.items()},
         longest=longest,
-        exact_kl=same_rows and LastHidden in config.teacher.answers and teacher_params > 0,
+        exact_kl=exact_kl,
     )
 
 
-def _check_teacher(config: RunConfig) -> None:
+def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:
     """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
-    asks, remote = config.method.scorer.asks, config.teacher.backend in REMOTE
-    check_answers(config.teacher, asks, f"method {config.method.name}")
+    asks, remote = config.method.scorer.asks, teacher.backend in REMOTE
+    check_answers(teacher, asks, f"method {config.method.name}")
     if not remote or LastHidden in asks or config.method.rollout.needs_writer:
-        check_checkpoint(config.teacher.path, "teacher")
+        check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
+
+
+def _check_teachers(config: RunConfig) -> bool:
+    """Refuse a teacher whose tokens are not the student's; whether all have the student's vocabulary of logits."""
+    student, rows = tokenizer_identity(config.student.path), vocabulary_rows(config.student.path)
+    said, wanted = config.method.scorer.produces, config.method.objective.consumes
+    exact = True
+    for name, teacher in config.teachers.items():
+        _check_teacher(config, name, teacher)
+        compare(student, tokenizer_identity(teacher.path))
+        theirs = vocabulary_rows(teacher.path)
+        exact &= theirs == rows and LastHidden in teacher.answers and parameter_count(teacher.path) > 0
+        if theirs != rows and wanted is VocabularyScores and not issubclass(said, VocabularyScores):
+            whose = "the teacher's" if name == DEFAULT else f"that of teacher {name!r}"
+            raise ConfigurationError(
+                f"method {config.method.name} compares whole vocabularies, but the student's output has {rows} rows "
+                f"and {whose} {theirs} (padded differently); use a top-k method such as method=topk_reverse_kl"
+            )
+    return exact
+
+
+def _check_routes(config: RunConfig, sources: Sources, asked: Sequence[Prompt]) -> None:
+    """Refuse a teacher that somebody asks for and the run does not have, before anything is started."""
+    first = {p.teacher: f"prompt {p.id!r}" for p in reversed(asked)}
+    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+        if isinstance(source, Routed):
+            first = dict.fromkeys(source.routes(sources), place) | first
+    if isinstance(config.method.scorer, Ensemble):
+        first |= dict.fromkeys(config.method.scorer.shares, "method.scorer")
+    unknown = sorted(first.keys() - config.teachers.keys())
+    if unknown:
+        raise ConfigurationError(
+            f"{first[unknown[0]]} asks for teacher {unknown[0]!r}, but the run has {sorted(config.teachers)}; name one "
+            f"of those, or add it with teachers.{unknown[0]}.path=..."
+        )
 
 
 def _check_lengths(config: RunConfig, prompts: Sequence[Prompt]) -> int:

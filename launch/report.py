@@ -133,9 +133,14 @@ def _rows(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: 
         ("truncation_rate", "Cut by the token limit", ".1%"),
     )
     rows = []
-    for field, name, form in wanted:
-        start, end = getattr(first, field), getattr(last, field)
-        goal = None if teacher is None else getattr(teacher, field)
+    tasks = [
+        (f"{field}_by_task.{task}", f"{name}: {task}", ".1%")
+        for field, name in (("greedy", "Solved, greedy"), ("mean_at_k", "Solved, sampled"))
+        for task in last.greedy_by_task
+    ]
+    for field, name, form in (*wanted, *tasks):
+        start, end = _value(first, field), _value(last, field)
+        goal = None if teacher is None else _value(teacher, field)
         if start is None and end is None:
             continue
         cells = [_format(start, form), _format(end, form)]
@@ -143,6 +148,12 @@ def _rows(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: 
             cells += [_format(goal, form), _closed(start, end, goal) if form == ".1%" else ""]
         rows.append(_Row(name=name, cells=tuple(cells)))
     return rows
+
+
+def _value(point: EvaluationPoint, field: str) -> float | None:
+    """A field, or one task's share: `greedy`, `greedy_by_task.shop`."""
+    name, _, task = field.partition(".")
+    return getattr(point, name).get(task) if task else getattr(point, name)
 
 
 def _format(value: float | None, form: str) -> str:

@@ -3,19 +3,21 @@
 import asyncio
 import os
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from actors.config import StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from launch.cluster import Actors, fetch, store
-from launch.grading import MathGrader, ShopGrader
+from launch.grading import MathGrader, TaskGrader
 from launch.learner_group import LearnerGroup
 from launch.plan import Plan
 from launch.pool import StudentPool, TeacherPool, within
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
 from opd.ports import Engines, TextEngine
+from opd.tasks import peak, shop
 from teacher_service.backends import backend
 from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
 from teacher_service.config import environment as teacher_environment
@@ -31,12 +33,12 @@ class Session:
     actors: Actors
     engines: Engines
     learner: LearnerGroup
-    graders: dict[str, ShopGrader | MathGrader]
+    graders: dict[str, TaskGrader | MathGrader]
 
-    async def teacher_writer(self) -> TextEngine:
-        """The teacher as a writer; started now if no part of the method needed it before."""
-        known = self.engines.writers.get("default")
-        return known or await _writer(self.actors, self.plan)
+    async def teacher_writer(self, name: str) -> TextEngine:
+        """A teacher as a writer; started now if no part of the method needed it before."""
+        known = self.engines.writers.get(name)
+        return known or await _writer(self.actors, self.plan, name)
 
     def close(self) -> None:
         """Release graders and placement."""
@@ -49,33 +51,34 @@ async def open_session(plan: Plan) -> Session:
     """Start every actor at once and wait until all are ready."""
     config = plan.config
     bundles = {
-        "engine": config.student.replicas + 1,  # one more for the teacher as a writer
-        "teacher": config.teacher.replicas,
+        "engine": config.student.replicas + len(config.teachers),  # each teacher may have to write, too
+        "teacher": sum(teacher.replicas for teacher in config.teachers.values()),
         "learner": config.learner.ranks,
     }
     actors = Actors(config.cluster, bundles)
     students = [_engine(actors, config.student, config.seed) for _ in range(config.student.replicas)]
-    teachers = [_teacher(actors, config.teacher) for _ in range(config.teacher.replicas)]
+    teachers = {name: [_teacher(actors, t) for _ in range(t.replicas)] for name, t in config.teachers.items()}
     ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
     learner = LearnerGroup(ranks, config.learner)
-    graders: dict[str, ShopGrader | MathGrader] = {"shop": ShopGrader(), "math": MathGrader()}
+    graders: dict[str, TaskGrader | MathGrader] = {
+        "shop": TaskGrader(shop.grade),
+        "peak": TaskGrader(peak.grade),
+        "math": MathGrader(),
+    }
     starting = [
         within(
             config.cluster.start_deadline_s,
             "an actor that was to start (does the cluster have the CPUs and GPUs for it?)",
             actor.ready.remote(),
         )
-        for actor in (*students, *teachers)
+        for actor in chain(students, *teachers.values())
     ]
-    writer = _writer(actors, plan) if config.method.rollout.needs_writer else None
-    (
-        _,
-        *_,
-    ) = await asyncio.gather(learner.setup(), *starting)
-    writers = {"default": await writer} if writer is not None else {}
+    await asyncio.gather(learner.setup(), *starting)
+    writing = list(config.teachers) if config.method.rollout.needs_writer else []
+    writers = {name: await _writer(actors, plan, name) for name in writing}
     engines = Engines(
         student=StudentPool(students, config.student.deadline_s),
-        teachers={"default": TeacherPool(teachers, config.teacher.deadline_s)},
+        teachers={name: TeacherPool(made, config.teachers[name].deadline_s) for name, made in teachers.items()},
         writers=writers,
         graders=graders,
         tokenizer=plan.sources.tokenizer,
@@ -95,17 +98,17 @@ def _teacher(actors: Actors, config: TeacherConfig) -> Any:
     return actors.make(backend(config.backend), "teacher", environment, config, store, *token, concurrency=CALLS)
 
 
-async def _writer(actors: Actors, plan: Plan) -> TextEngine:
+async def _writer(actors: Actors, plan: Plan, name: str) -> TextEngine:
     config = plan.config
-    as_student = replace(config.student, path=config.teacher.path, replicas=1)
+    as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
     actor = _engine(actors, as_student, config.seed)
-    await within(config.cluster.start_deadline_s, "the teacher as a writer (start-up)", actor.ready.remote())
+    await within(config.cluster.start_deadline_s, f"teacher {name!r} as a writer (start-up)", actor.ready.remote())
     return StudentPool([actor], config.student.deadline_s)
 
 
 def _rank(actors: Actors, plan: Plan) -> Any:
     config = plan.config
-    head = config.teacher.path if plan.exact_kl else None
+    heads = tuple(teacher.path for teacher in config.teachers.values()) if plan.exact_kl else ()
     environment = learner_environment(config.learner.device)
-    arguments = (config.learner, config.student.path, head, config.steps, config.seed, fetch, store)
+    arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, store)
     return actors.make(LearnerRank, "learner", environment, *arguments, concurrency=2)

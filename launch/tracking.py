@@ -230,7 +230,7 @@ class WandbTracker:
 
     def evaluated(self, result: EvaluationPoint) -> None:
         """Log as `eval/*` at the step that was evaluated; the teacher, who has no steps, in the summary."""
-        measured = {name: value for name, value in result.as_json().items() if value is not None}
+        measured = {name: value for name, value in result.as_json().items() if value not in (None, {})}
         del measured["examinee"]
         step = measured.pop("step")
         if result.examinee is Examinee.TEACHER:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from launch.accounting import Costs, process_tree_cpu_seconds
 from launch.cluster import connected
-from launch.config import RunConfig, run_config
+from launch.config import DEFAULT, RunConfig, run_config
 from launch.environment import package_versions
 from launch.evaluate import Evaluator, Spent
 from launch.evaluation_point import EvaluationPoint
@@ -28,6 +28,7 @@ from launch.summary import Outcome, RunSummary
 from launch.tracking import RunPlan, Tracker, check_login, make_trackers
 from opd.ledger import Ledger
 from opd.loop import StepRecord, train
+from opd.scorers.ensemble import Ensemble
 from opd.types import TokenScores
 
 
@@ -226,19 +227,24 @@ class _Run:
         _tell(trackers, self._end)
 
     async def _measure_teacher(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker]) -> None:
-        self._teacher = await evaluator.teacher(await session.teacher_writer())
+        writers = {name: await session.teacher_writer(name) for name in evaluator.teachers}
+        self._teacher = await evaluator.teacher(writers)
         _tell(trackers, self._teacher)
 
     def _facts(self) -> dict[str, str]:
         plan, config = self._plan, self._config
+        teachers = sum(teacher.replicas for teacher in config.teachers.values())
         return {
             "method": config.method.name,
             "student": f"{plan.student_params / 1e6:.2f}M parameters",
-            "teacher": f"{plan.teacher_params / 1e6:.2f}M parameters",
+            **{
+                "teacher" if name == DEFAULT else f"teacher {name}": f"{params / 1e6:.2f}M parameters"
+                for name, params in plan.teacher_params.items()
+            },
             "prompts": type(config.prompts).__name__,
             "seed": str(config.seed),
             "learning rate": f"{config.learner.lr:g}",
-            "processes": f"{config.student.replicas} rollout, {config.teacher.replicas} teacher, "
+            "processes": f"{config.student.replicas} rollout, {teachers} teacher, "
             f"{config.learner.ranks} learner (ZeRO-{config.learner.zero_stage})",
         }
 
@@ -278,10 +284,12 @@ def _evaluator(plan: Plan, session: Session) -> Evaluator:
 
 
 def _costs(plan: Plan) -> Costs:
-    rollout, scorer = plan.config.method.rollout, plan.config.method.scorer
+    rollout, scorer, params = plan.config.method.rollout, plan.config.method.scorer, plan.teacher_params
+    members = list(scorer.shares) if isinstance(scorer, Ensemble) else []
     return Costs(
         student_params=plan.student_params,
-        teacher_params=plan.teacher_params,
+        teacher_params=sum(params[name] for name in members) if members else params[DEFAULT],
+        by_teacher={} if members or len(params) == 1 else params,
         student_writes=not rollout.needs_writer,
         teacher_writes=rollout.needs_writer,
         teacher_reads=issubclass(scorer.produces, TokenScores),

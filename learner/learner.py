@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 class LearnerRank:
     """A rank of the learner: all ranks get the same calls, each with its own batches.
 
-    `fetch` resolves the handles of remote rows. `store` puts a published buffer where engines can read it and
-    must copy it, because the buffer is used again. `steps` is the planned number of updates, for the
-    learning-rate schedule; `teacher_head_path` is needed when batches carry hidden states. After an exception
-    out of `step` the rank must not be used any more.
+    `fetch` resolves the handles of remote rows. `store` puts a published buffer where engines can read it and must
+    copy it, because the buffer is used again. `steps` is the planned number of updates, for the learning-rate
+    schedule; `teacher_head_paths` are the checkpoints that hold the output matrices, in the order of
+    `HiddenScores.head`, and are needed when batches carry hidden states. After an exception out of `step` the rank
+    must not be used any more.
 
-    Example, alone: `rank = LearnerRank(config, "student", None, 100, 0, fetch, np.copy)`, then
+    Example, alone: `rank = LearnerRank(config, "student", (), 100, 0, fetch, np.copy)`, then
     `rank.setup(0, 1, *rank.address())` and `rank.step([batch], objective)`.
     """
 
@@ -37,13 +38,13 @@ class LearnerRank:
         self,
         config: LearnerConfig,
         student_path: str,
-        teacher_head_path: str | None,
+        teacher_head_paths: Sequence[str],
         steps: int,
         seed: int,
         fetch: Fetch,
         store: "Store",
     ) -> None:
-        self._config, self._student_path, self._teacher_head_path = config, student_path, teacher_head_path
+        self._config, self._student_path, self._teacher_head_paths = config, student_path, teacher_head_paths
         self._steps, self._seed, self._fetch, self._store = steps, seed, fetch, store
         self._training: Training | None = None
         self._busy_s = 0.0
@@ -74,7 +75,7 @@ class LearnerRank:
         from learner.training import Training
 
         self._training = Training(self._config, rank, host, port, self._seed, self._steps)
-        self._training.load_models(self._student_path, self._teacher_head_path, self._fetch, self._store)
+        self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._store)
 
     def step(self, batches: Sequence[Batch[Scores]], objective: "Objective") -> StepReport:
         """One update from this rank's micro-batches; all ranks bring the same number and get the same report.

@@ -24,6 +24,7 @@ from opd.errors import DataError
 from opd.logits import StudentLogits, chunked_loss, read
 from opd.method import Objective
 from opd.ports import Sentinel, Weights
+from opd.routing import by_teacher
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
 Store = Callable[[np.ndarray], Any]
@@ -60,14 +61,12 @@ class Training:
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         engine.join(rank, config.ranks, host, port, self._device, config.deadline_s)
 
-    def load_models(self, student_path: str, teacher_head_path: str | None, fetch: Fetch, store: Store) -> None:
-        """Load the student and, if given, the teacher's output matrix."""
+    def load_models(self, student_path: str, teacher_head_paths: Sequence[str], fetch: Fetch, store: Store) -> None:
+        """Load the student and the output matrices of its teachers."""
         self._student_path, self._fetch, self._store = student_path, fetch, store
         self._student = load_student(student_path, self._dtype, self._config.gradient_checkpointing)
         vocabulary = self._student.vocabulary
-        self._teacher_head = None
-        if teacher_head_path is not None:
-            self._teacher_head = load_head(teacher_head_path, self._dtype, vocabulary).to(self._device)
+        self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = sentinel_ids(vocabulary)
         self._engine = engine.share(self._student, self._config, self._device)
         named = list(self._student.named())
@@ -185,7 +184,8 @@ class Training:
         here = batch.to(self._device, self._fetch)
 
         def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
-            return objective(student, read(here.rows(start, stop), self._teacher_head))
+            rows = here.rows(start, stop)
+            return by_teacher(objective(student, read(rows, self._heads)), rows)
 
         def use(hidden: Tensor, matrix: Tensor) -> Tensor:
             total, metrics = chunked_loss(hidden, matrix, here.weights, evaluate, self._config.head_chunk)

@@ -4,7 +4,7 @@ A vocabulary-wide tensor exists for one chunk only: the gradient with respect to
 computed in the forward pass, chunk by chunk, so peak memory does not grow with the number of tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.errors import ConfigurationError
-from opd.types import Batch, HiddenScores, Scores, TokenLoss, VocabularyScores
+from opd.types import Batch, EnsembleScores, HiddenScores, Scores, TokenLoss, VocabularyScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +42,66 @@ class StudentLogits:
             return -(self.logprobs.exp() * self.logprobs).sum(-1)
 
 
-def vocabulary_scores(scores: HiddenScores, head: Float[Tensor, "V H"]) -> VocabularyScores:
-    """The teacher's exact distribution from its hidden states and its own output matrix; no gradient."""
-    with torch.no_grad():
-        hidden = torch.as_tensor(scores.hidden).to(head.dtype)
-        logits = hidden @ head.T
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return VocabularyScores(logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=wide.log_softmax(-1))
+@torch.no_grad()
+def vocabulary_scores(scores: HiddenScores | EnsembleScores, heads: Sequence[Float[Tensor, "V _"]]) -> VocabularyScores:
+    """The exact distribution from hidden states and the teachers' own output matrices; no gradient.
+
+    Rows are grouped by `scores.head`; matrices may have different widths. An ensemble's is the logarithm of the
+    weighted mean of its members' probabilities, added up one member at a time.
+    """
+    if isinstance(scores, HiddenScores):
+        return VocabularyScores(logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=_logprobs(scores, heads))
+    total = None
+    for member, share in zip(scores.members, torch.as_tensor(scores.shares).T, strict=True):
+        weighted = _logprobs(member, heads)
+        weighted += share.log().to(weighted.dtype)[:, None]
+        total = weighted if total is None else torch.logaddexp(total, weighted, out=total)
+    assert total is not None
+    return VocabularyScores(logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=total)
 
 
-def read(batch: Batch[Scores], teacher_head: Tensor | None) -> Batch[Scores]:
-    """`batch` with hidden states turned into vocabulary log-probabilities (call it on a chunk of rows)."""
-    if not isinstance(batch.scores, HiddenScores):
+def _logprobs(scores: HiddenScores, heads: Sequence[Float[Tensor, "V _"]]) -> Float[Tensor, "n V"]:
+    hidden = torch.as_tensor(scores.hidden)
+    if len(heads) == 1:  # no need to ask the device which rows are whose
+        return _read(hidden, heads[0])
+    owner = torch.as_tensor(scores.head, device=hidden.device)
+    present = owner.unique().tolist()
+    if present and present[-1] >= len(heads):
+        raise ConfigurationError(
+            f"hidden states name output matrix {present[-1]}, but the learner was given {len(heads)}; pass the "
+            "checkpoint of every teacher to the learner, in the order of the run's teachers"
+        )
+    if len(present) == 1:
+        return _read(hidden, heads[present[0]])
+    rows = {number: (owner == number).nonzero()[:, 0] for number in present}
+    wide = torch.float64 if heads[0].dtype == torch.float64 else torch.float32
+    logprobs = torch.empty(len(hidden), len(heads[0]), dtype=wide, device=hidden.device)
+    for number, mine in rows.items():
+        logprobs[mine] = _read(hidden[mine], heads[number])
+    return logprobs
+
+
+def _read(hidden: Float[Tensor, "n H"], head: Float[Tensor, "V W"]) -> Float[Tensor, "n V"]:
+    """Log-probabilities of rows that one matrix reads; what stands beyond its width is padding."""
+    logits = hidden[:, : head.shape[1]].to(head.dtype) @ head.T
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def read(batch: Batch[Scores], heads: Tensor | Sequence[Tensor] | None) -> Batch[Scores]:
+    """`batch` with hidden states turned into vocabulary log-probabilities (call it on a chunk of rows).
+
+    `heads` are the teachers' output matrices `[V, H]`, by the number that `HiddenScores.head` names; of a single
+    teacher also the matrix itself.
+    """
+    if not isinstance(batch.scores, HiddenScores | EnsembleScores):
         return batch
-    if teacher_head is None:
+    given = [heads] if isinstance(heads, Tensor) else heads
+    if not given:
         raise ConfigurationError(
             "hidden states of a teacher need its output matrix to become probabilities, but the learner was "
             "given none; pass the teacher's checkpoint to the learner"
         )
-    return replace(batch, scores=vocabulary_scores(batch.scores, teacher_head))
+    return replace(batch, scores=vocabulary_scores(batch.scores, given))
 
 
 Evaluate = Callable[[StudentLogits, int, int], TokenLoss]

@@ -89,8 +89,9 @@ def pack(
     lengths = {i: _inputs(scored[i]) for i in kept}
     bins = _fill(lengths, layout)
     spare = kept[0]
+    routes = tuple(sorted({item.trajectory.prompt.teacher for item in scored}))  # of the step, alike in all batches
     batches = [
-        _batch([scored[i] for i in b or [spare]], [weights[i] * bool(b) for i in b or [spare]], denominator)
+        _batch([scored[i] for i in b or [spare]], [weights[i] * bool(b) for i in b or [spare]], denominator, routes)
         for b in bins
     ]
     return [batches[rank :: layout.ranks] for rank in range(layout.ranks)]
@@ -125,8 +126,11 @@ def _fill(lengths: dict[int, int], layout: Layout) -> list[list[int]]:
         rounds += 1
 
 
-def _batch(items: list[Scored[S]], weights: list[TokenWeights], denominator: float) -> Batch[S]:
+def _batch(
+    items: list[Scored[S]], weights: list[TokenWeights], denominator: float, routes: tuple[str, ...]
+) -> Batch[S]:
     inputs, positions, predict_at, targets, behavior, kept_weights, scores = [], [], [], [], [], [], []
+    owners = []
     offset, boundaries = 0, [0]
     for item, weight in zip(items, weights, strict=True):
         trajectory = item.trajectory
@@ -139,6 +143,8 @@ def _batch(items: list[Scored[S]], weights: list[TokenWeights], denominator: flo
         behavior.append(trajectory.behavior.logprobs[trained])
         kept_weights.append(weight[trained])
         scores.append(item.scores.take(trained))
+        if len(routes) > 1:
+            owners.append(np.full(len(trained), routes.index(trajectory.prompt.teacher), dtype=np.int32))
         offset += len(inputs[-1])
         boundaries.append(offset)
     return Batch(
@@ -151,4 +157,6 @@ def _batch(items: list[Scored[S]], weights: list[TokenWeights], denominator: flo
         weights=np.concatenate(kept_weights).astype(np.float32, copy=False),
         scores=type(items[0].scores).concat(scores),
         denominator=denominator,
+        routes=routes,
+        route=np.concatenate(owners) if owners else np.zeros(0, dtype=np.int32),
     )

@@ -196,18 +196,35 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of a prompt file: `prompt` is plain text or chat messages."""
+    """One line of a prompt file: a prompt is plain text or chat messages.
+
+    What has no column is "" (`teacher_prompt`: the teacher's own prompt; `teacher`: whom to ask) or 1 (`weight`).
+    """
 
     prompt: str | tuple[Mapping[str, str], ...]
     answer: str
+    teacher: str = ""
+    teacher_prompt: str | tuple[Mapping[str, str], ...] = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Where in a prompt file the parts of a `Row` stand; "" = nowhere."""
+
+    prompt: str
+    answer: str = ""
+    teacher: str = ""
+    teacher_prompt: str = ""
+    weight: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What prompt sources read from: the tokenizer, and files as rows `(path, prompt_column, answer_column)`."""
+    """What prompt sources read from: the tokenizer, and files as rows."""
 
     tokenizer: Tokenizer
-    rows: Callable[[str, str, str], Sequence[Row]]
+    rows: Callable[[str, Columns], Sequence[Row]]
 
 
 @runtime_checkable
@@ -221,9 +238,21 @@ class PromptSource(Protocol):
         ...
 
 
+@runtime_checkable
+class Routed(Protocol):
+    """A prompt source that knows beforehand whom its prompts will ask, so that a wrong name is found at the start."""
+
+    def routes(self, sources: Sources) -> frozenset[str]:
+        """The names of all teachers that any prompt may ask."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """Everything the parts of a method may call."""
+    """Everything the parts of a method may call.
+
+    The order of `teachers` numbers their output matrices (`HiddenScores.head`), in the learner too.
+    """
 
     student: StudentEngine
     teachers: Mapping[str, LogprobTeacher]

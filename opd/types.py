@@ -7,7 +7,7 @@ stages return new values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
@@ -35,8 +35,9 @@ class Prompt:
     """What is asked, and what the teacher may know about it.
 
     `teacher_ids` equals `student_ids` unless the teacher is privileged. Prompts of one step that share an
-    `id` form a group. Example: `Prompt(id="shop/17", student_ids=[1, 40, 6], teacher_ids=[1, 40, 6],
-    teacher="default", task="shop", answer="2 4")`.
+    `id` form a group. `weight` >= 0 is how much the prompt counts where a method asks for it
+    (`opd.weights.teachers.PromptWeight`). Example: `Prompt(id="shop/17", student_ids=[1, 40, 6],
+    teacher_ids=[1, 40, 6], teacher="default", task="shop", answer="2 4")`.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Prompt:
     teacher: str = "default"
     task: str = ""
     answer: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,23 +77,50 @@ class RemoteRows:
         return RemoteRows(pieces=tuple(piece for value in values for piece in value.pieces))
 
     def fetch(self, get: Fetch) -> Tensor:
-        """The rows themselves, `[rows, H]`; each array is fetched once. 16-bit words are bfloat16."""
+        """The rows themselves, `[rows, H]`; each array is fetched once. 16-bit words are bfloat16.
+
+        Arrays of several teachers may differ in width and dtype: `H` is the widest, narrower rows end in zeros
+        (which no output matrix looks at), and the dtype is one that holds all values exactly.
+        """
         handles = {id(handle): handle for handle, _ in self.pieces}
         arrays = {key: get(handle) for key, handle in handles.items()}
-        rows = np.concatenate([arrays[id(handle)][rows] for handle, rows in self.pieces])
-        tensor = torch.from_numpy(rows)
-        return tensor.view(torch.bfloat16) if rows.dtype == np.uint16 else tensor
+        kinds = {(array.shape[1], array.dtype) for array in arrays.values()}
+        if len(kinds) == 1:
+            return _tensor(np.concatenate([arrays[id(handle)][rows] for handle, rows in self.pieces]))
+        parts = [_tensor(arrays[id(handle)][rows]) for handle, rows in self.pieces]
+        width = max(part.shape[1] for part in parts)
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def _tensor(rows: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(rows)
+    return tensor.view(torch.bfloat16) if rows.dtype == np.uint16 else tensor
 
 
 def _take(value: Any, index: np.ndarray) -> Any:
-    return value.take(index) if isinstance(value, RemoteRows) else value[index]
+    if isinstance(value, tuple):
+        return tuple(_take(v, index) for v in value)
+    return value.take(index) if isinstance(value, RemoteRows | Scores) else value[index]
+
+
+def _rows(value: Any, start: int, stop: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_rows(v, start, stop) for v in value)
+    return value.rows(start, stop) if isinstance(value, Scores) else value[start:stop]
 
 
 def _concat(values: Sequence[Any]) -> Any:
-    return RemoteRows.concat(values) if isinstance(values[0], RemoteRows) else np.concatenate(values)
+    first = values[0]
+    if isinstance(first, tuple):
+        return tuple(_concat(parts) for parts in zip(*values, strict=True))
+    return type(first).concat(values) if isinstance(first, RemoteRows | Scores) else np.concatenate(values)
 
 
-def _to(value: Any, device: torch.device | str, get: Fetch) -> Tensor:
+def _to(value: Any, device: torch.device | str, get: Fetch) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_to(v, device, get) for v in value)
+    if isinstance(value, Scores):
+        return value.to(device, get)
     tensor = value.fetch(get) if isinstance(value, RemoteRows) else torch.as_tensor(value)
     return tensor.to(device)
 
@@ -100,6 +129,7 @@ def _to(value: Any, device: torch.device | str, get: Fetch) -> Tensor:
 class Scores:
     """What a model says about tokens. Every field has the token axis first, so the verbs are written once.
 
+    A field is an array, `RemoteRows`, other scores about the same tokens, or a tuple of those.
     The base class itself is the testimony of nobody (SFT needs none): `Scores()`.
     """
 
@@ -109,7 +139,7 @@ class Scores:
 
     def rows(self, start: int, stop: int) -> Self:
         """The tokens `start:stop`, as views (no copy)."""
-        return replace(self, **{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+        return replace(self, **{f.name: _rows(getattr(self, f.name), start, stop) for f in fields(self)})
 
     def to(self, device: torch.device | str, get: Fetch) -> Self:
         """All fields as tensors on `device`; `get` resolves handles of remote rows."""
@@ -155,12 +185,34 @@ class VocabularyScores(TokenScores):
 class HiddenScores(TokenScores):
     """Last hidden states (after the final norm); with the teacher's head they are `VocabularyScores`.
 
-    Travels as `RemoteRows`. Example: `HiddenScores(logprobs=[-0.1], hidden=RemoteRows(...))`.
+    Travels as `RemoteRows`. `head` is the number of the output matrix that reads each row: the place of the teacher
+    in `Engines.teachers`, filled in by the scorer; left out by a teacher, who does not know it, it is 0. Where rows
+    of several teachers meet, `H` is the widest of them, and a matrix reads as many columns as it has.
+    Example: `HiddenScores(logprobs=[-0.1], hidden=RemoteRows(...), head=[0])`.
     """
 
     reads_as: ClassVar[type[Scores]] = VocabularyScores
 
     hidden: RemoteRows | Float[Array, "T H"]
+    head: Int[Array, " T"] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+
+    def __post_init__(self) -> None:
+        if not len(self.head):
+            object.__setattr__(self, "head", np.zeros(len(self.logprobs), dtype=np.int32))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsembleScores(TokenScores):
+    """Several teachers about the same tokens, to be read as one: the mixture `sum_m shares[m] * p_m`.
+
+    `logprobs` is already that of the mixture. Example, of two members: `EnsembleScores(logprobs=[-0.1],
+    members=(HiddenScores(...), HiddenScores(...)), shares=[[0.5, 0.5]])`.
+    """
+
+    reads_as: ClassVar[type[Scores]] = VocabularyScores
+
+    members: tuple[HiddenScores, ...]
+    shares: Float[Array, "T M"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +265,9 @@ class Batch(Generic[S]):
 
     `predict_at` picks the hidden states that predict the trained tokens *before* the vocabulary projection.
     `denominator` is global (all micro-batches, all ranks) and known before the first backward, so a loss is
-    `sum(weights * loss) / denominator` and adds up over any split.
+    `sum(weights * loss) / denominator` and adds up over any split. `routes` names the teachers that the prompts of
+    the step ask, and `route` is the number of each trained token's; with a single one `route` is empty (`R` is 0
+    or `L`).
     """
 
     input_ids: Int[Array, " N"]
@@ -225,8 +279,10 @@ class Batch(Generic[S]):
     weights: Float[Array, " L"]
     scores: S
     denominator: float
+    routes: tuple[str, ...] = ("default",)
+    route: Int[Array, " R"] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
-    _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = ("predict_at", "target_ids", "behavior_logprobs", "weights")
+    _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = ("predict_at", "target_ids", "behavior_logprobs", "weights", "route")
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -241,7 +297,7 @@ class Batch(Generic[S]):
         moved = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("scores", "denominator"):
+            if f.name in ("scores", "denominator", "routes"):
                 continue
             tensor = torch.as_tensor(value)
             moved[f.name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)

@@ -1,16 +1,18 @@
-"""Measures a checkpoint on held-out shop problems: how many it solves, and whether it rejects wrong lines."""
+"""Measures a checkpoint on held-out problems: how many it solves, and whether it rejects wrong lines."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from opd.tasks.shop import ShopProblem, ShopTask, grade, without_carry
+from opd.tasks.shop import ShopProblem, ShopTask, without_carry
 
 HELD_OUT_SEED = 1_000_000
+Grade = Callable[[str, str], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +31,31 @@ class Rejection:
     right: float
 
 
-def held_out_problems(count: int) -> list[ShopProblem]:
+class Problem(Protocol):
+    """What can be asked and graded."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+
+P = TypeVar("P", covariant=True)
+
+
+class Drawer(Protocol[P]):
+    """A task that draws problems: `ShopTask()`, `PeakTask()`."""
+
+    def problem(self, rng: random.Random) -> P:
+        """One problem."""
+        ...
+
+
+def held_out_problems(count: int, task: Drawer[P]) -> list[P]:
     """Always the same problems, from a seed that no recipe trains on."""
     rng = random.Random(HELD_OUT_SEED)
-    return [ShopTask().problem(rng) for _ in range(count)]
+    return [task.problem(rng) for _ in range(count)]
 
 
 def load(folder: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
@@ -41,11 +64,14 @@ def load(folder: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[ShopProblem]) -> Accuracy:
+def accuracy(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], grade: Grade
+) -> Accuracy:
     """Grade one greedy and one sampled completion per problem."""
     torch.manual_seed(0)
     shares = {
-        sample: _share_solved(complete(model, tokenizer, problems, sample=sample), problems) for sample in (False, True)
+        sample: _share_solved(complete(model, tokenizer, problems, sample=sample), problems, grade)
+        for sample in (False, True)
     }
     return Accuracy(greedy=shares[False], sampled=shares[True])
 
@@ -54,7 +80,7 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, proble
 def complete(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[ShopProblem],
+    problems: Sequence[Problem],
     *,
     sample: bool,
 ) -> list[str | None]:
@@ -97,7 +123,7 @@ def rejection(
     return Rejection(wrong=sum(chances[False]) / len(chances[False]), right=sum(chances[True]) / len(chances[True]))
 
 
-def _share_solved(completions: Sequence[str | None], problems: Sequence[ShopProblem]) -> float:
+def _share_solved(completions: Sequence[str | None], problems: Sequence[Problem], grade: Grade) -> float:
     grades = [
         0.0 if completion is None else grade(completion, problem.answer)
         for completion, problem in zip(completions, problems, strict=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from opd.tasks.shop import SPECIAL_WORDS, VOCABULARY, ShopProblem, ShopTask, Working
+from opd.tasks.shop import SPECIAL_WORDS, VOCABULARY, ShopTask, Working, grade
 from recipes.evaluate_task import Accuracy, accuracy, held_out_problems, load, rejection
 from recipes.pretrain import (
     BOS,
@@ -69,7 +69,7 @@ def teacher_batches(mistakes: float, seed: int) -> Iterator[list[Example]]:
     task, rng = ShopTask(), random.Random(seed)
     while True:
         problems = [task.problem(rng) for _ in range(BATCH)]
-        yield [_example(problem, task.solution(problem, rng, mistakes)) for problem in problems]
+        yield [example(problem.prompt, task.solution(problem, rng, mistakes)) for problem in problems]
 
 
 def student_batches(seed: int) -> Iterator[list[Example]]:
@@ -77,7 +77,7 @@ def student_batches(seed: int) -> Iterator[list[Example]]:
     task, rng = ShopTask(), random.Random(seed)
     while True:
         problems = [task.problem(rng) for _ in range(BATCH)]
-        yield [_example(problem, task.pupil_solution(problem, rng)) for problem in problems]
+        yield [example(problem.prompt, task.pupil_solution(problem, rng)) for problem in problems]
 
 
 def make_teacher(folder: Path) -> None:
@@ -100,12 +100,12 @@ def check(output: Path, names: Sequence[str]) -> bool:
     """Compare the files with SHA256SUMS, measure the checkpoints, and say whether all is as it should be."""
     if not (output / DIGESTS).is_file():
         sys.exit(f"make_shop --check needs {output / DIGESTS}, but there is none: make the checkpoints first.")
-    problems = held_out_problems(500)
+    problems = held_out_problems(500, ShopTask())
     within = (output / DIGESTS).read_text(encoding="utf-8") == digest_lines(output)
     print(f"{DIGESTS}: {'good' if within else 'DIFFERS from the files'}")
     for name in names:
         model, tokenizer = load(output / name)
-        share, (low, high) = accuracy(model, tokenizer, problems), TARGETS[name]
+        share, (low, high) = accuracy(model, tokenizer, problems, grade), TARGETS[name]
         says_no = rejection(model, tokenizer, problems[:100])
         good = low.greedy <= share.greedy <= high.greedy and low.sampled <= share.sampled <= high.sampled
         within &= good
@@ -144,11 +144,11 @@ def main() -> None:
     sys.exit(0 if check(arguments.output, names) else 1)
 
 
-def _example(problem: ShopProblem, working: Working) -> Example:
+def example(prompt: str, working: Working) -> Example:
     """Prompt and solution as token ids; the prompt is read, not learned."""
-    prompt = (BOS, *(_ID_OF[word] for word in problem.prompt.split()))
+    context = (BOS, *(_ID_OF[word] for word in prompt.split()))
     completion = (*(_ID_OF[word] for word in working.words), EOS)
-    return Example(ids=prompt + completion, loss_mask=(False,) * len(prompt) + (*working.loss_mask, True))
+    return Example(ids=context + completion, loss_mask=(False,) * len(context) + (*working.loss_mask, True))
 
 
 _ID_OF = {word: index for index, word in enumerate(VOCABULARY)}

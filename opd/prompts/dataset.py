@@ -1,12 +1,12 @@
 """Prompts from a file of the user's own: JSONL, parquet or a saved `datasets` directory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Row, Sources
+from opd.ports import Columns, Row, Sources
 from opd.prompts.order import draw
 from opd.types import Prompt
 
@@ -16,14 +16,19 @@ class DatasetPrompts:
     """Rows of `path`, `prompts_per_step` a step, each `group_size` times, in a new order every epoch.
 
     `prompt_column` holds plain text or chat messages; `answer_column` ("" = none) holds what the grader `task`
-    compares with. `suffix` is added to plain prompts (e.g. a newline). A prompt longer than `max_tokens` tokens is
-    an error that names the row, unless `skip_long` leaves such rows out.
+    compares with. `teacher_column` names each row's teacher ("" = `teacher` for all), `teacher_prompt_column` holds
+    what a privileged teacher is shown instead of the prompt (e.g. with the solution in it), and `weight_column` how
+    much a row counts (with the weight part `PromptWeight`). `suffix` is added to plain prompts (e.g. a newline). A
+    prompt longer than `max_tokens` tokens is an error that names the row, unless `skip_long` leaves such rows out.
     """
 
     path: str
     prompts_per_step: int
     prompt_column: str = "prompt"
     answer_column: str = ""
+    teacher_column: str = ""
+    teacher_prompt_column: str = ""
+    weight_column: str = ""
     task: str = "math"
     suffix: str = ""
     seed: int = 0
@@ -42,7 +47,7 @@ class DatasetPrompts:
             )
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
-        rows = sources.rows(self.path, self.prompt_column, self.answer_column)
+        rows = self._rows(sources)
         size = min(self.limit or len(rows), len(rows))
         wanted = self.prompts_per_step
         prompts: list[Prompt] = []
@@ -62,18 +67,37 @@ class DatasetPrompts:
             )
         return prompts
 
+    def routes(self, sources: Sources) -> frozenset[str]:
+        """All teachers that a row names (see `opd.ports.Routed`)."""
+        if not self.teacher_column:
+            return frozenset([self.teacher])
+        return frozenset(row.teacher for row in self._rows(sources))
+
+    def _rows(self, sources: Sources) -> Sequence[Row]:
+        columns = Columns(
+            prompt=self.prompt_column,
+            answer=self.answer_column,
+            teacher=self.teacher_column,
+            teacher_prompt=self.teacher_prompt_column,
+            weight=self.weight_column,
+        )
+        return sources.rows(self.path, columns)
+
     def _prompt(self, number: int, row: Row, sources: Sources) -> Prompt:
-        tokenizer = sources.tokenizer
-        said = row.prompt
-        ids = tokenizer.encode(said + self.suffix) if isinstance(said, str) else tokenizer.chat(said)
-        if len(ids) == 0:
-            raise DataError(f"prompts {self.path}: row {number + 1} has an empty prompt; remove the row")
-        ids = np.asarray(ids, dtype=np.int32)
+        ids = self._ids(number, row.prompt, sources)
         return Prompt(
             id=f"{self.path}/{number}",
             student_ids=ids,
-            teacher_ids=ids,
-            teacher=self.teacher,
+            teacher_ids=self._ids(number, row.teacher_prompt, sources) if row.teacher_prompt else ids,
+            teacher=row.teacher or self.teacher,
             task=self.task,
             answer=row.answer,
+            weight=row.weight,
         )
+
+    def _ids(self, number: int, said: str | tuple[Mapping[str, str], ...], sources: Sources) -> np.ndarray:
+        tokenizer = sources.tokenizer
+        ids = tokenizer.encode(said + self.suffix) if isinstance(said, str) else tokenizer.chat(said)
+        if len(ids) == 0:
+            raise DataError(f"prompts {self.path}: row {number + 1} has an empty prompt; remove the row")
+        return np.asarray(ids, dtype=np.int32)

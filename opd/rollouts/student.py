@@ -9,9 +9,11 @@ from opd.ports import Completion, Engines, GenerateRequest, Sampling, TextEngine
 from opd.types import Prompt, TokenScores, TopKScores, Trajectory
 
 
-def _requests(group: Sequence[Prompt], sampling: Sampling) -> list[GenerateRequest]:
+def _requests(group: Sequence[Prompt], sampling: Sampling, *, as_teacher: bool) -> list[GenerateRequest]:
     return [
-        GenerateRequest(prompt_id=p.id, sample=i, context_ids=p.student_ids, sampling=sampling)
+        GenerateRequest(
+            prompt_id=p.id, sample=i, context_ids=p.teacher_ids if as_teacher else p.student_ids, sampling=sampling
+        )
         for i, p in enumerate(group)
     ]
 
@@ -30,9 +32,14 @@ def trajectory(prompt: Prompt, sample: int, completion: Completion) -> Trajector
     )
 
 
-async def write(group: Sequence[Prompt], engine: TextEngine, sampling: Sampling) -> list[Trajectory]:
-    """One trajectory per prompt; a prompt that stands n times in the group gets n different samples."""
-    completions = await engine.generate(_requests(group, sampling))
+async def write(
+    group: Sequence[Prompt], engine: TextEngine, sampling: Sampling, *, as_teacher: bool = False
+) -> list[Trajectory]:
+    """One trajectory per prompt; a prompt that stands n times in the group gets n different samples.
+
+    `as_teacher` writes in the teacher's context, which a privileged teacher needs.
+    """
+    completions = await engine.generate(_requests(group, sampling, as_teacher=as_teacher))
     return [trajectory(p, i, c) for i, (p, c) in enumerate(zip(group, completions, strict=True))]
 
 
@@ -69,7 +76,7 @@ class StudentRollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRollout:
-    """The prompt's teacher writes: off-policy data for sequence-level distillation.
+    """The prompt's teacher writes, in its own context: off-policy data for sequence-level distillation.
 
     A teacher never changes, so a prompt that comes again (a fixed prompt set) gets the same text again: "one
     teacher sample per prompt" is what a fixed set means.
@@ -89,4 +96,4 @@ class TeacherRollout:
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)
-        return await write(group, engines.writers[group[0].teacher], sampling)
+        return await write(group, engines.writers[group[0].teacher], sampling, as_teacher=True)

@@ -1,7 +1,7 @@
 """A teacher reads what was written: written tokens, its own top-k, the student's top-k, or hidden states."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 
 async def ask(trajectories: Sequence[Trajectory], wants: Sequence[Want], engines: Engines) -> Sequence[TokenScores]:
-    """Ask the prompts' teacher (one per group) and verify the answer."""
+    """Ask the prompts' teacher (one per group), verify the answer, and note whose output matrix reads it."""
     requests = [
         ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, want=want)
         for t, want in zip(trajectories, wants, strict=True)
@@ -25,7 +25,11 @@ async def ask(trajectories: Sequence[Trajectory], wants: Sequence[Want], engines
         )
     answers = await engines.teachers[name].score(requests)
     verify(requests, answers)
-    return answers
+    number = list(engines.teachers).index(name)
+    return [
+        replace(a, head=np.full(len(a.logprobs), number, dtype=np.int32)) if isinstance(a, HiddenScores) else a
+        for a in answers
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

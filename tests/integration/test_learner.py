@@ -128,8 +128,8 @@ def batches_of(
 
 def rank_of(config: LearnerConfig, student: Path, teacher: Path | None = None) -> LearnerRank:
     """A rank that has yet to be set up."""
-    head = str(teacher) if teacher else None
-    return LearnerRank(config, str(student), head, STEPS, 0, lambda handle: handle, np.copy)
+    heads = [str(teacher)] if teacher else []
+    return LearnerRank(config, str(student), heads, STEPS, 0, lambda handle: handle, np.copy)
 
 
 def parameters(weights: Weights | None) -> dict[str, Tensor]:

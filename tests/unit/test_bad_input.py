@@ -127,7 +127,7 @@ def test_a_malformed_row_is_named_by_its_line(line: str, says: str, tmp_path: Pa
     rows = tmp_path / "p.jsonl"
     rows.write_text('{"prompt": "fine", "answer": "1"}\n' + line + "\n")
     with pytest.raises(OpdError) as caught:
-        read_rows(str(rows), "prompt", "answer")
+        read_rows(str(rows), Columns(prompt="prompt", answer="answer"))
     assert re.search(says, sentence(caught))
 
 
@@ -136,7 +136,7 @@ def test_other_bad_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "prompts.csv").write_text("a,b")
     for name, says in {"nothing.jsonl": "does not exist", "empty.jsonl": "no rows", "prompts.csv": "ending"}.items():
         with pytest.raises(OpdError) as caught:
-            read_rows(str(tmp_path / name), "prompt", "")
+            read_rows(str(tmp_path / name), Columns(prompt="prompt"))
         assert says in sentence(caught)
 
 
@@ -150,7 +150,10 @@ def test_parquet_datasets_and_chat_rows_are_read_alike(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(records[0]) + "\n")
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
     Dataset.from_list(records).save_to_disk(str(tmp_path / "a"))
-    read = [read_rows(str(tmp_path / name), "messages", "answer") for name in ("a.jsonl", "a.parquet", "a")]
+    read = [
+        read_rows(str(tmp_path / name), Columns(prompt="messages", answer="answer"))
+        for name in ("a.jsonl", "a.parquet", "a")
+    ]
     assert read[0] == read[1] == read[2]
     assert read[0][0].answer == "4" and read[0][0].prompt == tuple(chat)
 

@@ -15,7 +15,7 @@ from opd.errors import ConfigurationError
 
 
 def rank_of(config: LearnerConfig) -> LearnerRank:
-    return LearnerRank(config, "nowhere", None, 1, 0, lambda handle: handle, np.copy)
+    return LearnerRank(config, "nowhere", (), 1, 0, lambda handle: handle, np.copy)
 
 
 def test_the_schedule_warms_up_and_ends_where_it_says() -> None:

@@ -207,7 +207,7 @@ class Bench:
         self.records.append(record)
 
     async def run(self, method: Method, steps: int, *observers: Any, start: int = 0, max_staleness: int = 0) -> Ledger:
-        sources = ports.Sources(tokenizer=Threes(), rows=lambda path, prompt, answer: ())
+        sources = ports.Sources(tokenizer=Threes(), rows=lambda path, columns: ())
         told = [self.observe, *observers]
         keywords: Any = {"start": start, "steps": steps, "max_staleness": max_staleness}
         return await train(method, self.prompts, sources, self.engines, self.learner, told, **keywords)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Row, Sources
+from opd.ports import Columns, Row, Sources
 from opd.prompts.dataset import DatasetPrompts
 from opd.prompts.order import draw
 from opd.prompts.shop import ShopPrompts
@@ -64,8 +64,8 @@ class Letters:
 
 
 def sources(*prompts: Any) -> Sources:
-    def rows(path: str, prompt_column: str, answer_column: str) -> list[Row]:
-        assert (path, prompt_column, answer_column) == ("data.jsonl", "prompt", "solution")
+    def rows(path: str, columns: Columns) -> list[Row]:
+        assert (path, columns) == ("data.jsonl", Columns(prompt="prompt", answer="solution"))
         return [Row(prompt=prompt, answer=f"answer {i}") for i, prompt in enumerate(prompts)]
 
     return Sources(tokenizer=Letters(), rows=rows)

@@ -1,0 +1,82 @@
+"""Several teachers about one sample, read as their mixture."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from opd.errors import ConfigurationError
+from opd.ports import Engines
+from opd.scorers.teacher import StudentTopK, TeacherHidden, WrittenTokens
+from opd.types import EnsembleScores, HiddenScores, Scores, TokenScores, TopKScores, Trajectory
+
+Reader = WrittenTokens | StudentTopK | TeacherHidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ensemble:
+    """All teachers of `shares` read every trajectory and testify as one: `p = sum_m shares[m] * p_m`.
+
+    That is the mixture of distributions (a mean of probabilities), not their product (a mean of log-probabilities).
+    `shares` are positive and divided by their sum. `reader` says what each is asked: written tokens, the student's
+    top-k (`StudentTopK`) or hidden states, for which the mixture is exact at every id. A teacher's own top-k has no
+    mixture, because each teacher would name other ids. Prompts may still name a teacher: it counts for metrics and
+    balance only. Example: `Ensemble(shares={"default": 1, "peak": 1})`.
+    """
+
+    shares: Mapping[str, float]
+    reader: Reader = field(default_factory=TeacherHidden)
+
+    def __post_init__(self) -> None:
+        if not self.shares or not all(0 < share < float("inf") for share in self.shares.values()):
+            raise ConfigurationError(
+                f"scorer Ensemble needs a share > 0 for each of its teachers, but got {dict(self.shares)}; set "
+                "scorer.shares"
+            )
+        if not isinstance(self.reader, Reader):
+            raise ConfigurationError(
+                f"scorer Ensemble mixes what {Reader} say, but scorer.reader is {type(self.reader).__name__}, whose "
+                "ids differ between teachers; choose one of those"
+            )
+
+    @property
+    def needs(self) -> type[Scores]:
+        return self.reader.needs
+
+    @property
+    def produces(self) -> type[Scores]:
+        return EnsembleScores if isinstance(self.reader, TeacherHidden) else self.reader.produces
+
+    @property
+    def min_group(self) -> int:
+        return 1
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        def rerouted(name: str) -> list[Trajectory]:
+            return [replace(t, prompt=replace(t.prompt, teacher=name)) for t in trajectories]
+
+        said = await asyncio.gather(*[self.reader(rerouted(name), engines) for name in self.shares])
+        shares = np.asarray(list(self.shares.values()), dtype=np.float64)
+        return [_mixture(members, shares / shares.sum()) for members in zip(*said, strict=True)]
+
+
+def _mixture(members: Sequence[Scores], shares: np.ndarray) -> TokenScores:
+    """What the mixture says about one trajectory; every member was asked the same."""
+    tokens = [m for m in members if isinstance(m, TokenScores)]
+    logprobs = _log_mean([np.asarray(m.logprobs) for m in tokens], shares)
+    hidden = tuple(m for m in tokens if isinstance(m, HiddenScores))
+    if hidden:
+        each = np.broadcast_to(shares.astype(np.float32), (len(logprobs), len(shares)))
+        return EnsembleScores(logprobs=logprobs, members=hidden, shares=each)
+    supports = [m for m in tokens if isinstance(m, TopKScores)]
+    if supports:
+        at = _log_mean([np.asarray(m.topk_logprobs) for m in supports], shares)
+        return TopKScores(logprobs=logprobs, topk_ids=supports[0].topk_ids, topk_logprobs=at)
+    return TokenScores(logprobs=logprobs)
+
+
+def _log_mean(logprobs: Sequence[np.ndarray], shares: np.ndarray) -> np.ndarray:
+    """`log sum_m shares[m] exp(logprobs[m])`, in float64 inside."""
+    terms = [p.astype(np.float64) + np.log(share) for p, share in zip(logprobs, shares, strict=True)]
+    return np.logaddexp.reduce(terms).astype(np.float32)
