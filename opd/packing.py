@@ -126,7 +126,7 @@ def _fill(lengths: dict[int, int], layout: Layout) -> list[list[int]]:
 
 
 def _batch(items: list[Scored[S]], weights: list[TokenWeights], denominator: float) -> Batch[S]:
-    inputs, positions, predict_at, targets, behavior, kept_weights, scores = [], [], [], [], [], [], []
+    inputs, positions, predict_at, targets, behavior, kept_weights, depth, scores = [], [], [], [], [], [], [], []
     offset, boundaries = 0, [0]
     for item, weight in zip(items, weights, strict=True):
         trajectory = item.trajectory
@@ -138,6 +138,7 @@ def _batch(items: list[Scored[S]], weights: list[TokenWeights], denominator: flo
         targets.append(trajectory.token_ids[trained])
         behavior.append(trajectory.behavior.logprobs[trained])
         kept_weights.append(weight[trained])
+        depth.append(trained)
         scores.append(item.scores.take(trained))
         offset += len(inputs[-1])
         boundaries.append(offset)
@@ -149,6 +150,7 @@ def _batch(items: list[Scored[S]], weights: list[TokenWeights], denominator: flo
         target_ids=np.concatenate(targets),
         behavior_logprobs=np.concatenate(behavior).astype(np.float32, copy=False),
         weights=np.concatenate(kept_weights).astype(np.float32, copy=False),
+        depth=np.concatenate(depth).astype(np.int32),
         scores=type(items[0].scores).concat(scores),
         denominator=denominator,
     )

@@ -213,7 +213,8 @@ class Batch(Generic[S]):
 
     `predict_at` picks the hidden states that predict the trained tokens *before* the vocabulary projection.
     `denominator` is global (all micro-batches, all ranks) and known before the first backward, so a loss is
-    `sum(weights * loss) / denominator` and adds up over any split.
+    `sum(weights * loss) / denominator` and adds up over any split. `depth` is a token's place in its completion,
+    from 0; tokens of weight 0 count as places.
     """
 
     input_ids: Int[Array, " N"]
@@ -223,10 +224,11 @@ class Batch(Generic[S]):
     target_ids: Int[Array, " L"]
     behavior_logprobs: Float[Array, " L"]
     weights: Float[Array, " L"]
+    depth: Int[Array, " L"]
     scores: S
     denominator: float
 
-    _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = ("predict_at", "target_ids", "behavior_logprobs", "weights")
+    _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = ("predict_at", "target_ids", "behavior_logprobs", "weights", "depth")
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -250,7 +252,11 @@ class Batch(Generic[S]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLoss:
-    """An unreduced loss, so that the learner may evaluate it in chunks; metrics are per token, detached."""
+    """An unreduced loss, so that the learner may evaluate it in chunks; metrics are per token, detached.
+
+    NaN in a metric means "not defined at this token" (an empty overlap, another position bucket): means are taken
+    over the tokens where it is defined. A NaN in `loss` is an error that the learner reports.
+    """
 
     loss: Float[Tensor, " L"]
     metrics: Mapping[str, Float[Tensor, " L"]]
@@ -258,7 +264,8 @@ class TokenLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one optimizer step did. `metrics` are means over trained tokens of the whole batch."""
+    """What one optimizer step did. `metrics` are means over those trained tokens of the whole batch at which they
+    are defined (`opd.tally`); one that was defined nowhere is absent."""
 
     loss: float
     grad_norm: float
