@@ -138,6 +138,13 @@ def sum_over_ranks(values: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
     return values
 
 
+def max_over_ranks(values: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+    """The greatest over all ranks, on every rank."""
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return values
+
+
 def sum_integers(values: Int64[np.ndarray, " n"], device: torch.device) -> Int64[np.ndarray, " n"]:
     """The same for 64-bit integers (digests travel this way: all ranks but one add zero)."""
     tensor = torch.from_numpy(values.copy()).to(device)

@@ -5,7 +5,8 @@ import math
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from opd.logits import StudentLogits, chunked_loss, read
 from opd.method import Objective
 from opd.ports import Sentinel, Weights
 from opd.routing import by_teacher
+from opd.tally import Tally
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
 Store = Callable[[np.ndarray], Any]
@@ -234,22 +236,23 @@ class _Sums:
         # A batch without weights is there only because ranks must go along with each other.
         self.tokens = sum(len(batch.input_ids) for batch, n in zip(batches, trained, strict=True) if n)
         self._loss: list[Tensor] = []
-        self._metrics: dict[str, list[Tensor]] = {}
+        self._metrics: list[Tally] = []
 
-    def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """A micro-batch's share of the loss, and sums of its metrics."""
+    def add(self, loss: Tensor, metrics: Tally) -> None:
+        """A micro-batch's share of the loss, and the tally of its metrics."""
         self._loss.append(loss)
-        for name, value in metrics.items():
-            self._metrics.setdefault(name, []).append(value)
+        self._metrics.append(metrics)
 
     def means(self, device: torch.device) -> tuple[float, dict[str, float]]:
         """The loss and mean metrics of all ranks, which all must ask for; counts become global too."""
-        names = sorted(self._metrics.keys() - {"loss"})  # the unweighted loss is a metric nobody asked for
-        values = [torch.stack(self._loss).sum(), *(torch.stack(self._metrics[name]).sum() for name in names)]
-        counts = torch.tensor([self.tokens, self.trained_tokens], dtype=torch.float64, device=device)
-        loss, *sums, tokens, trained = engine.sum_over_ranks(torch.cat([torch.stack(values), counts])).tolist()
-        self.tokens, self.trained_tokens = int(tokens), int(trained)
-        return loss, {name: total / trained for name, total in zip(names, sums, strict=True)}
+        own = reduce(Tally.plus, self._metrics)
+        tokens = torch.tensor([self.tokens, self.trained_tokens], dtype=torch.float64, device=device)
+        loss = torch.stack(self._loss).sum()[None]
+        sums = engine.sum_over_ranks(torch.cat([loss, tokens, own.totals, own.counts]))
+        value, self.tokens, self.trained_tokens = float(sums[0]), int(sums[1]), int(sums[2])
+        totals, counts = sums[3:].chunk(2)
+        greatest = engine.max_over_ranks(own.greatest)
+        return value, Tally(names=own.names, totals=totals, counts=counts, greatest=greatest).means()
 
 
 def _random_state(device: torch.device) -> np.ndarray:

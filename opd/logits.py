@@ -4,15 +4,16 @@ A vocabulary-wide tensor exists for one chunk only: the gradient with respect to
 computed in the forward pass, chunk by chunk, so peak memory does not grow with the number of tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.errors import ConfigurationError
+from opd.tally import Tally
 from opd.types import Batch, EnsembleScores, HiddenScores, Scores, TokenLoss, VocabularyScores
 
 
@@ -143,17 +144,15 @@ def _weighted(
     evaluate: Evaluate,
     start: int,
     stop: int,
-    metrics: dict[str, Tensor],
+    metrics: list[Tally],
 ) -> Float[Tensor, ""]:
-    """The weighted loss of one chunk; adds its sums to `metrics` without waiting for the device."""
+    """The weighted loss of one chunk; appends its sums to `metrics` without waiting for the device."""
     logits = rows @ matrix.T
     student = StudentLogits(logits=logits if logits.dtype == torch.float64 else logits.float())
     result = evaluate(student, start, stop)
     weight = weights[start:stop]
     active = weight > 0
-    for name, per_token in {"loss": result.loss, **result.metrics}.items():
-        part = torch.where(active, per_token.detach(), 0.0).sum(dtype=torch.float64)
-        metrics[name] = metrics[name] + part if name in metrics else part
+    metrics.append(Tally.of(result.metrics, active))
     # `where`, not the product alone: a token of weight 0 may have an infinite loss.
     return (weight * torch.where(active, result.loss, 0.0)).sum()
 
@@ -164,20 +163,19 @@ def chunked_loss(
     weights: Float[Tensor, " L"],
     evaluate: Evaluate,
     chunk: int,
-) -> tuple[Float[Tensor, ""], Mapping[str, Float[Tensor, ""]]]:
-    """The weighted sum of a per-token loss (float64 scalar with gradient) and sums of its metrics (float64).
+) -> tuple[Float[Tensor, ""], Tally]:
+    """The weighted sum of a per-token loss (float64 scalar with gradient) and the tally of its metrics.
 
-    `evaluate(student, start, stop)` is the loss of rows `start:stop`. Metrics are sums over rows of weight
-    above 0; `loss` is among them. Peak memory: `chunk * V` whatever `L` is. Without gradients enabled nothing
-    is stored.
+    `evaluate(student, start, stop)` is the loss of rows `start:stop`. Metrics count rows of weight above 0.
+    Peak memory: `chunk * V` whatever `L` is. Without gradients enabled nothing is stored.
     """
-    metrics: dict[str, Tensor] = {}
+    metrics: list[Tally] = []
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         total = _ChunkedLoss.apply(hidden, head, weights, evaluate, chunk, metrics)
         assert isinstance(total, Tensor)
-        return total, metrics
-    total = hidden.new_zeros((), dtype=torch.float64)
-    for start in range(0, len(hidden), chunk):
-        stop = min(start + chunk, len(hidden))
-        total += _weighted(hidden[start:stop], head, weights, evaluate, start, stop, metrics)
-    return total, metrics
+    else:
+        total = hidden.new_zeros((), dtype=torch.float64)
+        for start in range(0, len(hidden), chunk):
+            stop = min(start + chunk, len(hidden))
+            total += _weighted(hidden[start:stop], head, weights, evaluate, start, stop, metrics)
+    return total, reduce(Tally.plus, metrics)

@@ -129,7 +129,7 @@ def _fill(lengths: dict[int, int], layout: Layout) -> list[list[int]]:
 def _batch(
     items: list[Scored[S]], weights: list[TokenWeights], denominator: float, routes: tuple[str, ...]
 ) -> Batch[S]:
-    inputs, positions, predict_at, targets, behavior, kept_weights, scores = [], [], [], [], [], [], []
+    inputs, positions, predict_at, targets, behavior, kept_weights, depth, scores = [], [], [], [], [], [], [], []
     owners = []
     offset, boundaries = 0, [0]
     for item, weight in zip(items, weights, strict=True):
@@ -142,6 +142,7 @@ def _batch(
         targets.append(trajectory.token_ids[trained])
         behavior.append(trajectory.behavior.logprobs[trained])
         kept_weights.append(weight[trained])
+        depth.append(trained)
         scores.append(item.scores.take(trained))
         if len(routes) > 1:
             owners.append(np.full(len(trained), routes.index(trajectory.prompt.teacher), dtype=np.int32))
@@ -155,6 +156,7 @@ def _batch(
         target_ids=np.concatenate(targets),
         behavior_logprobs=np.concatenate(behavior).astype(np.float32, copy=False),
         weights=np.concatenate(kept_weights).astype(np.float32, copy=False),
+        depth=np.concatenate(depth).astype(np.int32),
         scores=type(items[0].scores).concat(scores),
         denominator=denominator,
         routes=routes,

@@ -265,9 +265,9 @@ class Batch(Generic[S]):
 
     `predict_at` picks the hidden states that predict the trained tokens *before* the vocabulary projection.
     `denominator` is global (all micro-batches, all ranks) and known before the first backward, so a loss is
-    `sum(weights * loss) / denominator` and adds up over any split. `routes` names the teachers that the prompts of
-    the step ask, and `route` is the number of each trained token's; with a single one `route` is empty (`R` is 0
-    or `L`).
+    `sum(weights * loss) / denominator` and adds up over any split. `depth` is a token's place in its completion,
+    from 0; tokens of weight 0 count as places. `routes` names the teachers that the prompts of the step ask, and
+    `route` is the number of each trained token's; with a single one `route` is empty (`R` is 0 or `L`).
     """
 
     input_ids: Int[Array, " N"]
@@ -277,12 +277,20 @@ class Batch(Generic[S]):
     target_ids: Int[Array, " L"]
     behavior_logprobs: Float[Array, " L"]
     weights: Float[Array, " L"]
+    depth: Int[Array, " L"]
     scores: S
     denominator: float
     routes: tuple[str, ...] = ("default",)
     route: Int[Array, " R"] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
-    _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = ("predict_at", "target_ids", "behavior_logprobs", "weights", "route")
+    _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
+        "predict_at",
+        "target_ids",
+        "behavior_logprobs",
+        "weights",
+        "depth",
+        "route",
+    )
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -306,7 +314,11 @@ class Batch(Generic[S]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLoss:
-    """An unreduced loss, so that the learner may evaluate it in chunks; metrics are per token, detached."""
+    """An unreduced loss, so that the learner may evaluate it in chunks; metrics are per token, detached.
+
+    NaN in a metric means "not defined at this token" (an empty overlap, another position bucket): means are taken
+    over the tokens where it is defined. A NaN in `loss` is an error that the learner reports.
+    """
 
     loss: Float[Tensor, " L"]
     metrics: Mapping[str, Float[Tensor, " L"]]
@@ -314,7 +326,8 @@ class TokenLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one optimizer step did. `metrics` are means over trained tokens of the whole batch."""
+    """What one optimizer step did. `metrics` are means over those trained tokens of the whole batch at which they
+    are defined (`opd.tally`); one that was defined nowhere is absent."""
 
     loss: float
     grad_norm: float

@@ -84,6 +84,7 @@ def every_token(w: World, scores: Scores) -> Batch[Any]:
         target_ids=every,
         behavior_logprobs=w.mu,
         weights=w.mu.exp(),
+        depth=every,
         scores=scores,
         denominator=1.0,
     )

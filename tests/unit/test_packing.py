@@ -92,6 +92,8 @@ def test_every_weighted_token_is_trained_once_where_it_belongs(make: Any, case: 
         np.testing.assert_array_equal(on_device.scores.logprobs, -numbers(batch.target_ids))
         np.testing.assert_array_equal(batch.behavior_logprobs, -numbers(batch.target_ids) - 1)
         owners, places = np.divmod(batch.target_ids, 1000)
+        np.testing.assert_array_equal(batch.depth, [p - case.shapes[i][0] for i, p in zip(owners, places, strict=True)])
+        assert batch.depth.dtype == np.int32 and on_device.depth.dtype == torch.int64
         expected = [case.weights[i][place - case.shapes[i][0]] for i, place in zip(owners, places, strict=True)]
         idle = not batch.weights.any()  # a rank without work repeats a sequence with weight 0
         np.testing.assert_array_equal(batch.weights, np.zeros(len(batch)) if idle else expected)
