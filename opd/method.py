@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from opd.divergences import Promise
 from opd.errors import ConfigurationError, DataError
 from opd.packing import Normalizer, TokenMean
 from opd.ports import Engines, Kinds, Learner, PromptSource
@@ -30,6 +31,11 @@ class Rollout(Protocol):
     @property
     def needs_writer(self) -> bool:
         """Whether a teacher must write (`engines.writers`)."""
+        ...
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every trained token was drawn from the student (of this or a recent version)."""
         ...
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
@@ -86,6 +92,16 @@ class Objective(Protocol):
         """The testimony it needs in the batch."""
         ...
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether it is an estimate over tokens the student drew, and wrong on anybody else's text."""
+        ...
+
+    @property
+    def promise(self) -> Promise:
+        """The exact per-state quantity whose gradient its expected gradient is (`opd certify` checks it)."""
+        ...
+
     def __call__(self, student: Any, batch: Batch[Any]) -> TokenLoss:
         """Unreduced loss at the batch's trained tokens; `student` is an `opd.logits.StudentLogits`."""
         ...
@@ -119,6 +135,13 @@ class Method:
             raise ConfigurationError(
                 f"scorer {_name(self.scorer)} needs {self.scorer.needs.__name__} from the writer, but rollout "
                 f"{_name(self.rollout)} records {self.rollout.records.__name__}; set rollout.record_topk"
+            )
+        # Declared, not assumed: a rollout that does not say so is not on-policy.
+        if getattr(self.objective, "on_policy", False) and not getattr(self.rollout, "on_policy", False):
+            raise ConfigurationError(
+                f"objective {_name(self.objective)} estimates from tokens that the student drew, but rollout "
+                f"{_name(self.rollout)} has text of somebody else's; choose rollout StudentRollout, or an objective "
+                "over distributions such as FullReverseKL"
             )
         readers = {"objective": self.objective} | {f"weight {k!r}": w for k, w in self.weights.items()}
         for role, reader in readers.items():

@@ -6,6 +6,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from opd import divergences as exact
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
@@ -49,6 +50,17 @@ class SampledReverseKL:
     def consumes(self) -> type[Scores]:
         return TokenScores
 
+    @property
+    def on_policy(self) -> bool:
+        return True
+
+    @property
+    def promise(self) -> exact.Promise:
+        said: exact.Promise = exact.ReverseKL()
+        if self.signal is Speaker.BEHAVIOR:
+            said = exact.Sum((said, exact.Weighted(weight=-1.0, of=exact.FromBehavior())))
+        return said if self.coefficient == 1 else exact.Weighted(weight=self.coefficient, of=said)
+
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
         own = batch.behavior_logprobs if self.signal is Speaker.BEHAVIOR else logprobs.detach()
@@ -65,6 +77,14 @@ class Likelihood:
     @property
     def consumes(self) -> type[Scores]:
         return Scores
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.CrossEntropy()
 
     def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
@@ -91,6 +111,14 @@ class ClippedPolicyGradient:
     @property
     def consumes(self) -> type[Scores]:
         return AdvantageScores
+
+    @property
+    def on_policy(self) -> bool:
+        return True
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ClippedCredit(low=self.clip_low, high=self.clip_high)
 
     def __call__(self, student: StudentLogits, batch: Batch[AdvantageScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)

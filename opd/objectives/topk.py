@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd import divergences as exact
 from opd.logits import StudentLogits
 from opd.objectives.sampled import mismatch
 from opd.objectives.vocabulary import divergence
@@ -48,6 +49,14 @@ class HeadTailReverseKL:
     def consumes(self) -> type[Scores]:
         return TopKScores
 
+    @property
+    def on_policy(self) -> bool:
+        return True
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ReverseKL()
+
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
         written = student.at(batch.target_ids)
@@ -72,6 +81,14 @@ class TailBucketReverseKL:
     def consumes(self) -> type[Scores]:
         return TopKScores
 
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.Coarsened(of=exact.ReverseKL(), support=exact.Testified())
+
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
         p_tail, q_tail = tail(p), tail(q)
@@ -90,6 +107,14 @@ class RenormalizedReverseKL:
     @property
     def consumes(self) -> type[Scores]:
         return TopKScores
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.Renormalized(of=exact.ReverseKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         full = student.at_support(batch.scores.topk_ids)

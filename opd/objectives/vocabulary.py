@@ -6,6 +6,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from opd import divergences as exact
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.objectives.sampled import mismatch
@@ -41,6 +42,14 @@ class FullReverseKL:
     def consumes(self) -> type[Scores]:
         return VocabularyScores
 
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ReverseKL()
+
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
         return TokenLoss(loss=divergence(p, p, q), metrics=_metrics(student, batch))
@@ -53,6 +62,14 @@ class FullForwardKL:
     @property
     def consumes(self) -> type[Scores]:
         return VocabularyScores
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ForwardKL()
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
@@ -79,6 +96,14 @@ class JensenShannon:
     @property
     def consumes(self) -> type[Scores]:
         return VocabularyScores
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.JensenShannon(self.beta)
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs

@@ -64,6 +64,10 @@ class StudentRollout:
     def needs_writer(self) -> bool:
         return False
 
+    @property
+    def on_policy(self) -> bool:
+        return True
+
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(
             max_tokens=self.max_tokens,
@@ -93,6 +97,10 @@ class TeacherRollout:
     @property
     def needs_writer(self) -> bool:
         return True
+
+    @property
+    def on_policy(self) -> bool:
+        return False
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)

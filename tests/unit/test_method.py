@@ -64,6 +64,23 @@ def test_the_students_topk_must_have_been_recorded(rollout: Any) -> None:
         Method(name="m", rollout=rollout, scorer=StudentTopK(), objective=HeadTailReverseKL())
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda part: part.__name__)
+def test_an_estimate_over_the_students_own_tokens_is_refused_on_somebody_elses_text(objective: type) -> None:
+    (scorer, *_) = (s for s, meaningful in MEANINGFUL.items() if objective in meaningful)
+    if isinstance(scorer, StudentTopK):
+        scorer = TeacherTopK(k=4)
+    parts: Any = {"name": "m", "scorer": scorer, "objective": objective()}
+    assert objective().on_policy == (objective in {SampledReverseKL, HeadTailReverseKL, ClippedPolicyGradient})
+    if not objective().on_policy:
+        assert Method(**parts, rollout=TeacherRollout(max_tokens=8))
+        return
+    sentence = (
+        f"objective {objective.__name__} estimates from tokens that the student drew, but rollout Teacher.*; choose"
+    )
+    with pytest.raises(ConfigurationError, match=sentence):
+        Method(**parts, rollout=TeacherRollout(max_tokens=8))
+
+
 @dataclass(frozen=True)
 class Reading:
     """A weight that reads testimony of type `consumes`; gives `factor` to every token."""
