@@ -97,6 +97,7 @@ class RunConfig:
     max_tokens: int
     max_staleness: int
     checkpoint_every: int
+    doctor: bool
     dry_run: bool
     notes: Sequence[str]
     method: Method
@@ -133,7 +134,17 @@ _SECTIONS: Mapping[str, type] = {
     "cluster": ClusterConfig,
     "tracker": TrackerConfig,
 }
-_PLAIN = ("run_name", "output_dir", "seed", "steps", "max_tokens", "max_staleness", "checkpoint_every", "dry_run")
+_PLAIN = (
+    "run_name",
+    "output_dir",
+    "seed",
+    "steps",
+    "max_tokens",
+    "max_staleness",
+    "checkpoint_every",
+    "doctor",
+    "dry_run",
+)
 _ROOT = {
     *_SECTIONS,
     *_PLAIN,

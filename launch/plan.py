@@ -31,7 +31,7 @@ class Plan:
 
     `exact_kl` = the exact divergence can be measured: student and all teachers have equal vocabularies of logits, and
     every teacher gives hidden states and has its output matrix here. A remote teacher without weights here counts 0
-    parameters.
+    parameters. `vocabulary` counts the ids of the tokenizer, without the model's padding.
     """
 
     config: RunConfig
@@ -39,6 +39,7 @@ class Plan:
     student_params: int
     teacher_params: Mapping[str, int]
     longest: int
+    vocabulary: int
     exact_kl: bool
 
     def memory_bytes(self) -> Mapping[str, int]:
@@ -124,6 +125,7 @@ def make_plan(config: RunConfig) -> Plan:
         student_params=parameter_count(config.student.path),
         teacher_params={name: parameter_count(t.path) for name, t in config.teachers.items()},
         longest=longest,
+        vocabulary=1 + max(tokenizer_identity(config.student.path).tokens.values()),
         exact_kl=exact_kl,
     )
 

@@ -57,7 +57,7 @@ async def open_session(plan: Plan) -> Session:
     }
     actors = Actors(config.cluster, bundles)
     students = [_engine(actors, config.student, config.seed) for _ in range(config.student.replicas)]
-    teachers = {name: [_teacher(actors, t) for _ in range(t.replicas)] for name, t in config.teachers.items()}
+    teachers = {name: [teacher_actor(actors, t) for _ in range(t.replicas)] for name, t in config.teachers.items()}
     ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
     learner = LearnerGroup(ranks, config.learner)
     graders: dict[str, TaskGrader | MathGrader] = {
@@ -91,7 +91,7 @@ def _engine(actors: Actors, config: StudentConfig, seed: int) -> Any:
     return actors.make(VLLMEngine, "engine", environment, config, seed, fetch, concurrency=CALLS)
 
 
-def _teacher(actors: Actors, config: TeacherConfig) -> Any:
+def teacher_actor(actors: Actors, config: TeacherConfig) -> Any:
     """A scoring actor of the config's backend; a remote teacher's is a client, which is told the server's token."""
     environment = teacher_environment(config.device, config.backend)
     token = (os.environ.get(TOKEN_VARIABLE, ""),) if config.backend in REMOTE else ()

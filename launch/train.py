@@ -2,12 +2,10 @@
 
 import asyncio
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import strftime, time
-from typing import Any
 
 import yaml
 from rich.console import Console
@@ -15,13 +13,15 @@ from rich.console import Console
 from launch.accounting import Costs, process_tree_cpu_seconds
 from launch.cluster import connected
 from launch.config import DEFAULT, RunConfig, run_config
+from launch.doctor import as_json, consult
 from launch.environment import package_versions
 from launch.evaluate import Evaluator, Spent
 from launch.evaluation_point import EvaluationPoint
 from launch.export import export_student
 from launch.metrics import Meter
 from launch.plan import Plan, make_plan
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, write_text
+from launch.running import run_until_stopped
 from launch.sentences import find_own
 from launch.session import Session, open_session
 from launch.summary import Outcome, RunSummary
@@ -65,7 +65,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
             session.close()
 
     with connected(config.cluster):
-        point = _run_until_stopped(measure())
+        point = run_until_stopped(measure())
     for name, value in point.as_json().items():
         console.print(f"{name:16} {value}", highlight=False)
     return 0
@@ -81,7 +81,7 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
     outcome, problem = Outcome.FAILED, ""
     try:
         with connected(config.cluster):
-            _run_until_stopped(run.everything())
+            run_until_stopped(run.everything())
         outcome = Outcome.FINISHED
     except (KeyboardInterrupt, asyncio.CancelledError):
         outcome = Outcome.STOPPED
@@ -99,21 +99,6 @@ def _report(directory: RunDirectory) -> None:
     from launch.report import write_report  # matplotlib takes a second, which a run need not wait for
 
     write_report(directory)
-
-
-def _run_until_stopped(work: Any) -> Any:
-    """`work` in an event loop that SIGINT and SIGTERM cancel, so that everything is closed in order."""
-
-    async def main() -> Any:
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await work
-
-    try:
-        return asyncio.run(main())
-    except asyncio.CancelledError as error:  # SIGTERM; SIGINT arrives as KeyboardInterrupt already
-        raise KeyboardInterrupt from error
 
 
 class _Cpu:
@@ -156,6 +141,7 @@ class _Run:
         session = await open_session(plan)
         try:
             self._ready_s = time() - self._started
+            await self._see_doctor(session)
             cpu = _Cpu()
             self._meter = Meter(_costs(plan), read_cpu=cpu)
             with ExitStack() as stack:
@@ -172,6 +158,13 @@ class _Run:
             await export_student(session.learner, self._directory, self._facts(), self._end)
         finally:
             session.close()
+
+    async def _see_doctor(self, session: Session) -> None:
+        if not self._config.doctor:
+            self._console.print("doctor: skipped (doctor=false); nothing says that this teacher fits")
+            return
+        findings = await consult(session, self._console)
+        write_text(self._directory.path / "doctor.json", as_json(findings))
 
     def _trackers(self, stack: ExitStack) -> list[Tracker]:
         config = self._config

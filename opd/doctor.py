@@ -18,8 +18,22 @@ from opd.errors import DataError
 from opd.logits import StudentLogits
 from opd.method import weigh
 from opd.packing import TokenMean, pack
-from opd.ports import LastHidden, Learner, LogprobTeacher, Sampling, ScoreRequest, TextEngine, TopK, Want, WrittenToken
+from opd.ports import (
+    Engines,
+    Kinds,
+    LastHidden,
+    Learner,
+    LogprobTeacher,
+    Sampling,
+    ScoreRequest,
+    TextEngine,
+    TopK,
+    Want,
+    WrittenToken,
+)
 from opd.rollouts.student import write
+from opd.scorers.reward import task_rewards
+from opd.scorers.teacher import TeacherHidden
 from opd.scorers.testimony import verify
 from opd.types import (
     Batch,
@@ -73,21 +87,27 @@ class Thresholds:
 class Patient:
     """A student, its learner and one teacher, as the run will use them.
 
-    `replicas` are the teacher's members one by one, `vocabulary` counts the tokenizer's tokens (columns beyond are
-    padding), `answers` are the request kinds the teacher can answer, `support` the k of top-k probes; `exact` says
-    that hidden states can be read with the teacher's output matrix by the learner.
+    `replicas` are the teacher's members one by one (and, to compare backends, the same teacher on another one);
+    `answers` are the request kinds it can answer; `vocabulary` counts the tokenizer's tokens (columns beyond are
+    padding); `twin` is a teacher of the same backend made from the student's checkpoint; `support` is the k of top-k
+    probes; `exact` says that the learner can read hidden states with the teacher's output matrix.
     """
 
     name: str
-    student: TextEngine
+    engines: Engines
     learner: Learner
-    teacher: LogprobTeacher
     replicas: Sequence[LogprobTeacher]
-    answers: frozenset[type[Want]]
+    answers: Kinds
     vocabulary: int
+    twin: LogprobTeacher | None = None
     support: int = 16
     exact: bool = True
     thresholds: Thresholds = Thresholds()
+
+    @property
+    def teacher(self) -> LogprobTeacher:
+        """The teacher as the run asks it."""
+        return self.engines.teachers[self.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +124,7 @@ Check = Callable[[Patient, Evidence], Awaitable[Finding]]
 async def examine(patient: Patient, prompts: Sequence[Prompt], max_tokens: int) -> list[Finding]:
     """All findings about `patient`; stops after the first check if the teacher's answers cannot be read at all."""
     sampling = Sampling(max_tokens=max_tokens, topk=min(patient.support, patient.vocabulary))
-    written = await write(prompts, patient.student, sampling)
+    written = await write(prompts, patient.engines.student, sampling)
     try:
         said = await _ask(patient.teacher, written, WrittenToken())
     except DataError as error:
@@ -120,6 +140,8 @@ def _checks(patient: Patient) -> Sequence[Check]:
         checks += [full_softmax, padding, overlap]
     if LastHidden in patient.answers and patient.exact:
         checks += [hidden_states]
+    if patient.twin is not None:
+        checks += [own_teacher]
     return [*checks, engine_equals_learner, first_token, end_of_text]
 
 
@@ -283,8 +305,7 @@ class _HeadGap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _WriterGap:
-    """|learner - engine| logprob of the written token, as a metric; its mean is the KL of a student that is its own
-    teacher, with the sign taken away."""
+    """|learner - engine| logprob of the written token, as a metric."""
 
     @property
     def consumes(self) -> type[Scores]:
@@ -297,7 +318,7 @@ class _WriterGap:
 
 async def hidden_states(patient: Patient, evidence: Evidence) -> Finding:
     """Hidden states, read with the output matrix that the learner loaded, repeat the teacher's own logprobs."""
-    said = await _ask(patient.teacher, evidence.written, LastHidden())
+    said = await TeacherHidden()(evidence.written, patient.engines)
     gap = (await _evaluated(patient, evidence.written, said, _HeadGap()))["gap"]
     measured = f"{gap:.2g} nats between logprobs and hidden states"
     if gap > patient.thresholds.tolerance:
@@ -311,18 +332,18 @@ async def hidden_states(patient: Patient, evidence: Evidence) -> Finding:
 
 
 async def engine_equals_learner(patient: Patient, evidence: Evidence) -> Finding:
-    """The student as its own teacher: what the learner says of what the engine wrote has KL 0."""
+    """What the learner says of what the engine wrote is what the engine said: the learner as the student's teacher."""
     nothing = [Scores() for _ in evidence.written]
     gap = (await _evaluated(patient, evidence.written, nothing, _WriterGap()))["gap"]
     measured = f"{gap:.2g} nats between engine and learner"
     if gap > patient.thresholds.tolerance:
         return _refused(
-            "own teacher",
+            "engine and learner",
             measured,
             "the student's engine and the learner disagree about what the engine wrote; sampling is not at temperature "
             "1, or one of them holds another checkpoint or dtype: make student.path and dtypes agree",
         )
-    return _fine("own teacher", measured)
+    return _fine("engine and learner", measured)
 
 
 async def first_token(patient: Patient, evidence: Evidence) -> Finding:
@@ -361,17 +382,41 @@ async def end_of_text(patient: Patient, evidence: Evidence) -> Finding:
     return _fine("end of text", measured)
 
 
-def teacher_gain(
-    written: Sequence[Trajectory],
-    continued: Mapping[str, Sequence[float]],
-) -> Finding:
-    """Does the teacher end better than the student from the middle of the student's own texts?
+async def own_teacher(patient: Patient, evidence: Evidence) -> Finding:
+    """A teacher of the same backend that holds the student's checkpoint says what the student said: KL 0."""
+    assert patient.twin is not None
+    said = await _ask(patient.twin, evidence.written, WrittenToken())
+    gap = max(_gap(t.behavior, s) for t, s in zip(evidence.written, said, strict=True))
+    measured = f"{gap:.2g} nats from its own text"
+    if gap > patient.thresholds.tolerance:
+        return _refused(
+            "own teacher",
+            measured,
+            f"a student that is its own teacher would still be moved: the backend of teacher {patient.name!r} reads "
+            "the student's checkpoint otherwise than the rollout engine; use equal dtypes, or another teacher.backend",
+        )
+    return _fine("own teacher", measured)
 
-    `continued` has the rewards of `"student"` and `"teacher"`, each writing on from the same prefixes
-    (arXiv 2604.13016, section 6.1).
+
+async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[Prompt], max_tokens: int) -> Finding:
+    """Does the teacher end the student's half-written texts better than the student (arXiv 2604.13016, 6.1)?
+
+    Both write on from the middle of the student's own completions; the task's grader judges the whole texts.
     """
-    student, teacher = float(np.mean(continued["student"])), float(np.mean(continued["teacher"]))
-    measured = f"from {len(written)} half-written texts: student {student:.1%}, teacher {teacher:.1%}"
+    sampling = Sampling(max_tokens=max_tokens)
+    written = await write(prompts, engines.student, sampling)
+    halves = [t.token_ids[: len(t) // 2] for t in written]
+    begun = [
+        replace(p, id=f"{p.id}/gain", student_ids=np.concatenate([p.student_ids, half]))
+        for p, half in zip(prompts, halves, strict=True)
+    ]
+    shares = []
+    for engine in (engines.student, writer):
+        ended = await write(begun, engine, sampling)
+        whole = [_after(half, t) for half, t in zip(halves, ended, strict=True)]
+        shares.append(float(np.mean(await task_rewards(whole, engines))))
+    student, teacher = shares
+    measured = f"from {len(prompts)} half-written texts: student {student:.1%}, teacher {teacher:.1%}"
     if teacher <= student:
         return _warned(
             "teacher gain",
@@ -379,6 +424,14 @@ def teacher_gain(
             "the teacher does not end the student's texts better than the student; there is little to learn on-policy",
         )
     return _fine("teacher gain", measured)
+
+
+def _after(half: np.ndarray, rest: Trajectory) -> Trajectory:
+    """A text in two parts, for a grader: what was said of its tokens is left out."""
+    ids = np.concatenate([half, rest.token_ids]).astype(np.int32)
+    nothing = TokenScores(logprobs=np.zeros(len(ids), dtype=np.float32))
+    versions, mask = np.zeros(len(ids), dtype=np.int32), np.ones(len(ids), dtype=bool)
+    return replace(rest, token_ids=ids, behavior=nothing, versions=versions, loss_mask=mask)
 
 
 async def _ask(teacher: LogprobTeacher, written: Sequence[Trajectory], want: Want) -> list[TokenScores]:

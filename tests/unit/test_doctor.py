@@ -17,6 +17,7 @@ from opd.logits import StudentLogits, read
 from opd.ports import (
     AtIds,
     Completion,
+    Engines,
     GenerateRequest,
     LastHidden,
     Layout,
@@ -67,6 +68,9 @@ class Table:
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         return [self._write(r, np.random.default_rng(i)) for i, r in enumerate(requests)]
 
+    async def receive(self, weights: Any) -> float:
+        raise NotImplementedError
+
     def _write(self, request: GenerateRequest, draw: np.random.Generator) -> Completion:
         ids, rows = np.zeros(0, dtype=np.int32), []
         while len(ids) < request.sampling.max_tokens and (not len(ids) or ids[-1] != EOS):
@@ -104,6 +108,24 @@ class Reader:
         return {"gap": sums["gap"] / count}
 
 
+class Sum:
+    """A task that is solved by a text without token 3."""
+
+    eos_id = EOS
+
+    async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [float("3" not in text.split()) for text in completions]
+
+    def encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def chat(self, messages: Any) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, ids: np.ndarray) -> str:
+        return " ".join(map(str, ids))
+
+
 def tables() -> tuple[np.ndarray, np.ndarray]:
     """A student and a teacher that are alike but not the same, and end texts with `EOS`."""
     draw = np.random.default_rng(0)
@@ -114,12 +136,14 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
 
 def patient(**changes: Any) -> Patient:
     student, teacher = tables()
-    engine, reader = Table(student), Table(teacher)
+    engine = changes.pop("student", Table(student))
+    reader = changes.pop("teacher", Table(teacher))
     whole: dict[str, Any] = {
         "name": "default",
-        "student": engine,
+        "engines": Engines(
+            student=engine, teachers={"default": reader}, writers={}, graders={"t": Sum()}, tokenizer=Sum()
+        ),
         "learner": Reader(student, np.eye(V, dtype=np.float32)),
-        "teacher": reader,
         "replicas": [reader],
         "answers": ALL,
         "vocabulary": V,
@@ -176,8 +200,7 @@ def poisoned(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
 
 
 def lying(lie: Callable[[Sequence[ScoreRequest], Answers], Answers]) -> Patient:
-    teacher = Table(tables()[1], lie)
-    return patient(teacher=teacher, replicas=[teacher])
+    return patient(teacher=Table(tables()[1], lie))
 
 
 def biased(column: int, by: float, rows: slice = slice(None)) -> np.ndarray:
@@ -225,7 +248,7 @@ FAULTS: dict[str, tuple[Callable[[], Patient], str, str]] = {
         "hidden states",
         "another checkpoint, a temperature or a final norm",
     ),
-    "engine hotter than learner": (hot, "own teacher", "sampling is not at temperature 1"),
+    "engine hotter than learner": (hot, "engine and learner", "sampling is not at temperature 1"),
     "template ends elsewhere": (other_template, "first token", "chat template or thinking mode"),
     "another end of text": (unending, "end of text", "would learn never to stop"),
     "padding that speaks": (padded, "padding", "ids that are no tokens"),
@@ -243,14 +266,21 @@ def test_each_planted_fault_is_refused_with_its_sentence(make: Any, fault: str) 
 def test_strangers_are_advised_a_cold_start(make: Any) -> None:
     other = np.random.default_rng(9).normal(size=(V * V, V)).astype(np.float32)
     other[:, EOS] += 0.5
-    found = examined(make, patient(teacher=Table(other), replicas=[Table(other)]))
+    found = examined(make, patient(teacher=Table(other)))
     assert found["overlap"].verdict is Verdict.WARNING and "method=sft" in found["overlap"].sentence
     assert {f.verdict for f in found.values()} == {Verdict.FINE, Verdict.WARNING}
 
 
+def test_a_student_is_its_own_teacher_or_the_backend_is_refused(make: Any) -> None:
+    same = examined(make, patient(twin=Table(tables()[0])))
+    assert same["own teacher"].verdict is Verdict.FINE
+    other = examined(make, patient(twin=Table(tables()[0] * 0.9)))
+    assert other["own teacher"].verdict is Verdict.REFUSED and "its own teacher" in other["own teacher"].sentence
+
+
 def test_a_teacher_that_ends_no_better_is_a_warning(make: Any) -> None:
-    written = [make.trajectory([1], [2])]
-    better = teacher_gain(written, {"student": [0.0, 1.0], "teacher": [1.0, 1.0]})
-    equal = teacher_gain(written, {"student": [0.0, 1.0], "teacher": [1.0, 0.0]})
-    assert better.verdict is Verdict.FINE and "student 50.0%, teacher 100.0%" in better.measured
-    assert equal.verdict is Verdict.WARNING and "little to learn" in equal.sentence
+    prompts = [make.prompt([1, 4], id=f"p{i}", task="t") for i in range(40)]
+    better, worse = Table(biased(3, -30.0)), Table(biased(3, 5.0))
+    found = [asyncio.run(teacher_gain(patient().engines, writer, prompts, 8)) for writer in (better, worse)]
+    assert [f.verdict for f in found] == [Verdict.FINE, Verdict.WARNING], found
+    assert "little to learn" in found[1].sentence

@@ -1,0 +1,139 @@
+"""`opd doctor`, and the same examination before every training run: may this teacher teach this student?"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.config import run_config
+from launch.plan import Plan, make_plan
+from launch.pool import TeacherPool, within
+from launch.running import run_until_stopped
+from launch.session import Session, open_session, teacher_actor
+from opd.devices import Dtype, on_gpu
+from opd.doctor import Finding, Patient, Thresholds, Verdict, examine, teacher_gain
+from opd.errors import DataError
+from opd.ports import LogprobTeacher
+from opd.types import Prompt
+from teacher_service.config import REMOTE, Backend, TeacherConfig
+
+PROMPTS, TOKENS, GAIN_PROMPTS = 16, 48, 64
+BFLOAT16_TOLERANCE = 0.5  # nats; kernels of two engines differ by up to 0.3 on sharp models
+
+
+async def consult(session: Session, console: Console) -> list[Finding]:
+    """Examine every teacher of a session; shows what is not fine.
+
+    Raises:
+        DataError: training would be wrong; the sentence of the first finding that says so.
+    """
+    findings = [f for name in session.plan.config.teachers for f in await _examine(session, name, [], None)]
+    for finding in findings:
+        if finding.verdict is not Verdict.FINE:
+            console.print(f"doctor: {finding.check}: {finding.sentence} ({finding.measured})", soft_wrap=True)
+    refuse(findings)
+    console.print(f"doctor: {len(findings)} checks, none against training")
+    return findings
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raise `DataError` with the first finding that forbids training."""
+    wrong = [f for f in findings if f.verdict is Verdict.REFUSED]
+    if wrong:
+        more = f" ({len(wrong) - 1} more findings against it; see opd doctor)" if len(wrong) > 1 else ""
+        raise DataError(f"{wrong[0].sentence} [{wrong[0].measured}]{more}; doctor=false trains all the same")
+
+
+def run_doctor(overrides: Sequence[str], output: str) -> int:
+    """The whole examination, with what needs further engines: another backend, a twin, the teacher's gain."""
+    config = run_config(overrides)
+    plan = make_plan(config)
+    console = Console()
+
+    async def everything() -> list[Finding]:
+        session = await open_session(plan)
+        try:
+            findings: list[Finding] = []
+            for name, teacher in config.teachers.items():
+                here = teacher.backend not in REMOTE
+                reference = [await _second(session, replace(teacher, backend=Backend.TORCH, replicas=1))]
+                twin = await _second(session, replace(teacher, path=config.student.path, replicas=1)) if here else None
+                others = reference if teacher.backend is not Backend.TORCH and plan.teacher_params[name] else []
+                findings += await _examine(session, name, others, twin)
+                if plan.teacher_params[name]:
+                    prompts = _prompts(plan, name, GAIN_PROMPTS)
+                    writer = await session.teacher_writer(name)
+                    findings.append(await teacher_gain(session.engines, writer, prompts, config.max_tokens))
+            return findings
+        finally:
+            session.close()
+
+    from launch.cluster import connected
+
+    with connected(config.cluster):
+        findings = run_until_stopped(everything())
+    console.print(table(findings))
+    if output:
+        Path(output).write_text(as_json(findings))
+    refuse(findings)
+    return 0
+
+
+async def _examine(
+    session: Session, name: str, others: Sequence[LogprobTeacher], twin: LogprobTeacher | None
+) -> list[Finding]:
+    plan, config = session.plan, session.plan.config
+    teacher, pool = config.teachers[name], session.engines.teachers[name]
+    assert isinstance(pool, TeacherPool)
+    parts = (config.learner, teacher, config.student)
+    narrow = any(p.dtype is Dtype.BFLOAT16 or (p.dtype is Dtype.AUTO and on_gpu(p.device)) for p in parts)
+    patient = Patient(
+        name=name,
+        engines=session.engines,
+        learner=session.learner,
+        replicas=[*(TeacherPool([actor], teacher.deadline_s) for actor in pool.actors), *others],
+        answers=teacher.answers,
+        vocabulary=plan.vocabulary,
+        twin=twin,
+        support=min(16, plan.vocabulary, teacher.max_k),
+        exact=plan.exact_kl,
+        thresholds=Thresholds(tolerance=BFLOAT16_TOLERANCE) if narrow else Thresholds(),
+    )
+    return await examine(patient, _prompts(plan, name, PROMPTS), min(TOKENS, config.max_tokens))
+
+
+def _prompts(plan: Plan, name: str, count: int) -> list[Prompt]:
+    """The first held-out prompts that ask teacher `name`; if none does, training prompts."""
+    config = plan.config
+    held_out = [p for p in config.evaluation.prompts(0, plan.sources) if p.teacher == name]
+    asked = held_out or [p for p in config.prompts(0, plan.sources) if p.teacher == name]
+    everybody = asked or [replace(p, teacher=name) for p in config.prompts(0, plan.sources)]
+    return everybody[:count]
+
+
+async def _second(session: Session, config: TeacherConfig) -> LogprobTeacher:
+    """One more teacher actor, for comparison."""
+    actor = teacher_actor(session.actors, config)
+    await within(session.plan.config.cluster.start_deadline_s, "a teacher for comparison", actor.ready.remote())
+    return TeacherPool([actor], config.deadline_s)
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """All findings for people."""
+    shown = Table("check", "verdict", "measured", "what to do", title="doctor")
+    colours = {Verdict.FINE: "green", Verdict.WARNING: "yellow", Verdict.REFUSED: "bold red"}
+    for finding in findings:
+        colour = colours[finding.verdict]
+        shown.add_row(finding.check, f"[{colour}]{finding.verdict.value}[/]", finding.measured, finding.sentence)
+    return shown
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """All findings as a JSON list."""
+    rows = [
+        {"check": f.check, "verdict": f.verdict.value, "measured": f.measured, "sentence": f.sentence} for f in findings
+    ]
+    return json.dumps(rows, indent=1) + "\n"
