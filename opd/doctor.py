@@ -5,6 +5,7 @@ sentence that says why and what to do. Nothing here needs a second model to comp
 unsteady teacher contradicts itself. The probes cost a few short completions and a dozen teacher calls.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -412,8 +413,9 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
     ]
     shares = []
     for engine in (engines.student, writer):
-        ended = await write(begun, engine, sampling)
-        whole = [_after(half, t) for half, t in zip(halves, ended, strict=True)]
+        rests = [Sampling(max_tokens=max(1, max_tokens - len(half))) for half in halves]
+        ended = await asyncio.gather(*[write([p], engine, rest) for p, rest in zip(begun, rests, strict=True)])
+        whole = [_after(half, t) for half, (t,) in zip(halves, ended, strict=True)]
         shares.append(float(np.mean(await task_rewards(whole, engines))))
     student, teacher = shares
     measured = f"from {len(prompts)} half-written texts: student {student:.1%}, teacher {teacher:.1%}"
