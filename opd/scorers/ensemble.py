@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from opd.ports import Engines
 from opd.scorers.teacher import StudentTopK, TeacherHidden, WrittenTokens
 from opd.types import EnsembleScores, HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
-Reader = WrittenTokens | StudentTopK | TeacherHidden
+READERS = (WrittenTokens, StudentTopK, TeacherHidden)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +26,8 @@ class Ensemble:
     balance only. Example: `Ensemble(shares={"default": 1, "peak": 1})`.
     """
 
-    shares: Mapping[str, float]
-    reader: Reader = field(default_factory=TeacherHidden)
+    shares: Mapping[str, float | int]
+    reader: Any = field(default_factory=TeacherHidden)
 
     def __post_init__(self) -> None:
         if not self.shares or not all(0 < share < float("inf") for share in self.shares.values()):
@@ -34,10 +35,10 @@ class Ensemble:
                 f"scorer Ensemble needs a share > 0 for each of its teachers, but got {dict(self.shares)}; set "
                 "scorer.shares"
             )
-        if not isinstance(self.reader, Reader):
+        if not isinstance(self.reader, READERS):
             raise ConfigurationError(
-                f"scorer Ensemble mixes what {Reader} say, but scorer.reader is {type(self.reader).__name__}, whose "
-                "ids differ between teachers; choose one of those"
+                f"scorer Ensemble mixes what {', '.join(r.__name__ for r in READERS)} say, but scorer.reader is "
+                f"{type(self.reader).__name__}, whose ids differ between teachers; choose one of those"
             )
 
     @property
@@ -67,7 +68,7 @@ def _mixture(members: Sequence[Scores], shares: np.ndarray) -> TokenScores:
     logprobs = _log_mean([np.asarray(m.logprobs) for m in tokens], shares)
     hidden = tuple(m for m in tokens if isinstance(m, HiddenScores))
     if hidden:
-        each = np.broadcast_to(shares.astype(np.float32), (len(logprobs), len(shares)))
+        each = np.tile(shares.astype(np.float32), (len(logprobs), 1))
         return EnsembleScores(logprobs=logprobs, members=hidden, shares=each)
     supports = [m for m in tokens if isinstance(m, TopKScores)]
     if supports:

@@ -117,6 +117,7 @@ class PeakTask:
         writer, record = _Writer(), problem.entries[0]
         for entry in problem.entries:
             right, wrong = _compare(record, entry)
+            written = right
             for attempt in range(_RETRIES + 1):
                 written = wrong if rng.random() < self._chance_of_error(record, entry, right) else right
                 noticed = written != right and attempt < _RETRIES and rng.random() < self.notice

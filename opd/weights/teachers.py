@@ -37,7 +37,7 @@ class TeacherBalance:
     Example: `TeacherBalance(shares={"default": 2, "peak": 1}, filters={"whole": SkipTruncated()})`.
     """
 
-    shares: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float | int] = field(default_factory=dict)
     filters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
