@@ -1,4 +1,4 @@
-"""`opd`: one program with the verbs train, eval, submit, export and env; each takes Hydra overrides."""
+"""`opd`: one program with the verbs train, eval, submit, export, serve-teacher and env; each takes Hydra overrides."""
 
 import os
 import sys
@@ -20,6 +20,7 @@ usage: opd COMMAND [OVERRIDE ...]
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
   opd export run=DIR output=DIR          copy a run's student out as a Hugging Face folder
   opd submit address=URL [working_dir=DIR] COMMAND [...]   the same on a running Ray cluster
+  opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN
   opd env                                versions, devices, and what is missing
 
 Overrides are Hydra's: group=option or key=value. Groups and options: opd train --help"""
@@ -41,6 +42,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         "doctor": _doctor,
         "submit": _submit,
         "export": _export,
+        "serve-teacher": _serve_teacher,
         "env": _env,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -107,6 +109,13 @@ def _export(arguments: Sequence[str]) -> int:
         raise ConfigurationError("opd export needs run=RUN_DIRECTORY output=NEW_FOLDER and nothing else")
     print(export_run(own["run"], own["output"]))
     return 0
+
+
+def _serve_teacher(arguments: Sequence[str]) -> int:
+    from launch.serve_teacher import serve_teacher
+
+    own, rest = _split(arguments, ("host", "port"))
+    return serve_teacher(own, rest, Console())
 
 
 def _env(arguments: Sequence[str]) -> int:

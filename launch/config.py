@@ -284,6 +284,19 @@ def _typed(spec: dataclasses.Field[Any], value: Any, where: str) -> Any:
         ) from error
 
 
+def teacher_config(overrides: Sequence[str]) -> TeacherConfig:
+    """The teacher that `overrides` describe, without the rest of a run."""
+    node = compose(overrides).teacher
+    try:
+        OmegaConf.resolve(node)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"the teacher cannot be resolved: {_first(error)}") from error
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        raise ConfigurationError(f"teacher.{missing[0]} is not set; add teacher.{missing[0]}=... to the command")
+    return _construct(TeacherConfig, dict(node.items()), "teacher")
+
+
 def run_config(overrides: Sequence[str]) -> RunConfig:
     """The typed run that `overrides` describe. No `DictConfig` leaves this function."""
     node = compose(overrides)

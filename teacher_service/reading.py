@@ -19,12 +19,22 @@ Store = Callable[[np.ndarray], Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherStats:
-    """Since the start: requests, completion tokens scored, tokens read (contexts too), seconds of both."""
+    """Since the start: requests, completion tokens scored, tokens read (contexts too), seconds of both.
+
+    Of a remote teacher also: attempts that brought no answer (`unanswered`), and answers that were refused and
+    thrown away (`quarantined`).
+    """
 
     requests: int
     scored: int
     read: int
     busy_s: float
+    unanswered: int = 0
+    quarantined: int = 0
+
+
+class Unreadable(DataError):
+    """A request that this teacher cannot read, whoever asks and however often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +51,11 @@ class Bounds:
     limits: str
 
     def check(self, requests: Sequence[ScoreRequest]) -> None:
-        """Raise `DataError` about the first request that cannot be read."""
+        """Raise `Unreadable` about the first request that cannot be read."""
         for number, request in enumerate(requests):
             problem = _problem(request, self)
             if problem:
-                raise DataError(f"score request {number} cannot be read by the teacher: {problem}")
+                raise Unreadable(f"score request {number} cannot be read by the teacher: {problem}")
 
 
 def testify(

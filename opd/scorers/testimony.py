@@ -9,6 +9,7 @@ from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
 from opd.types import HiddenScores, RemoteRows, Scores, TokenScores, TopKScores
 
 ROUNDING = 1e-3  # a log-probability may exceed 0 by this much (bfloat16 logits, float32 sums)
+MASS = 1e-2  # the probabilities of distinct tokens may sum to 1 plus this
 
 
 def verify(requests: Sequence[ScoreRequest], answers: Sequence[Scores]) -> None:
@@ -50,4 +51,21 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
             return f"expected {tokens} rows of {name}, got {len(values)}"
         if not np.isfinite(values).all() or (values > ROUNDING).any():  # -inf: an infinite KL, a NaN gradient
             return f"{name} contains NaN, an infinity or a value above 0"
+    return _contradiction(request, answer) if isinstance(answer, TopKScores) else ""
+
+
+def _contradiction(request: ScoreRequest, answer: TopKScores) -> str:
+    """What a support says about the written token must be what is said of it alone: rows shifted by one do not."""
+    ids, values, written = np.asarray(answer.topk_ids), np.asarray(answer.topk_logprobs), np.asarray(answer.logprobs)
+    same = ids == request.token_ids[:, None]
+    if (np.abs(values - written[:, None])[same] > ROUNDING).any():
+        return "a written token has one log-probability by itself and another in its support (shifted rows?)"
+    if not isinstance(request.want, TopK):
+        return ""
+    if (written > values.min(axis=1, initial=np.inf) + ROUNDING)[~same.any(axis=1)].any():
+        return "a written token is likelier than the top-k that does not contain it (shifted rows?)"
+    if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+        return "a top-k names a token twice"
+    if (np.exp(values.astype(np.float64)).sum(axis=1) > 1 + MASS).any():
+        return "the probabilities of a top-k sum to more than 1"
     return ""

@@ -1,0 +1,234 @@
+"""A teacher behind our own server (`opd serve-teacher`): binary frames, retried within a budget, never believed unread.
+
+An answer counts only if its frame is whole, names this call and this model, is about exactly the requests that were
+sent, passes `opd.scorers.testimony.verify`, and answers a control question that tells shifted rows from right ones.
+Whatever does not is thrown away and asked again.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from opd.errors import ConfigurationError, DataError, OpdError
+from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
+from opd.scorers.testimony import verify
+from opd.types import HiddenScores, RemoteRows, TokenScores
+from teacher_service.alignment import aligned, control
+from teacher_service.config import TeacherConfig
+from teacher_service.fingerprint import Identity, model_digest, parse_identity
+from teacher_service.identity import tokenizer_identity
+from teacher_service.reading import Store, TeacherStats, length
+from teacher_service.remote import NoAnswer, Patience, WrongAnswer, fetch, session
+from teacher_service.wire import (
+    DIGEST_BYTES,
+    FrameError,
+    Limits,
+    Question,
+    TooLarge,
+    decode_reply,
+    encode_question,
+    request_digest,
+)
+
+IDENTITY_BYTES = 1 << 16
+AT_ONCE = 4  # frames under way per call
+NOISE = {"float32": 1e-3}  # nats between two forwards of one text; 16-bit models differ by more
+COARSE = 0.25
+
+
+class HttpTeacher:
+    """`opd.ports.LogprobTeacher` over the network. `store` keeps the hidden states that arrive."""
+
+    def __init__(self, config: TeacherConfig, store: Store, token: str) -> None:
+        self._config, self._store, self._token = config, store, token
+        self._patience = Patience(config)
+        self._known: Identity | None = None
+        self._greeting = asyncio.Lock()
+        self._requests = self._scored = self._read = 0
+        self._busy_s = 0.0
+
+    async def ready(self) -> None:
+        """Return when the server has said who it is. Raises `ConfigurationError` if it is another than expected."""
+        await self._within(self._identity(), "saying who it is")
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        """Testimony per request, in order. Raises `OpdError` when the server gives no believable one."""
+        start = perf_counter()
+        answers = await self._within(self._score(requests), f"scoring {len(requests)} completions")
+        self._busy_s += perf_counter() - start
+        self._requests += len(requests)
+        self._scored += sum(len(r.token_ids) for r in requests)
+        self._read += sum(length(r) for r in requests)
+        return answers
+
+    async def stats(self) -> TeacherStats:
+        """What this client has had scored, and what it had to retry or throw away."""
+        return TeacherStats(
+            requests=self._requests,
+            scored=self._scored,
+            read=self._read,
+            busy_s=self._busy_s,
+            unanswered=self._patience.unanswered,
+            quarantined=self._patience.quarantined,
+        )
+
+    async def _within(self, work: Any, what: str) -> Any:
+        try:
+            return await asyncio.wait_for(work, self._config.deadline_s)
+        except TimeoutError as error:
+            raise OpdError(
+                f"the teacher at {self._config.url} did not finish {what} within {self._config.deadline_s:.0f} s; "
+                "raise teacher.deadline_s, or add servers"
+            ) from error
+
+    async def _identity(self) -> Identity:
+        async with self._greeting:
+            if self._known is None:
+                async with session(self._config, self._token) as client:
+
+                    async def ask(_: int) -> bytes:
+                        return await fetch(client, "GET", self._url("/v1/identity"), IDENTITY_BYTES)
+
+                    said = parse_identity((await self._patience(ask)).decode(errors="replace"))
+                await asyncio.to_thread(_check_identity, said, self._config)
+                self._known = said
+            return self._known
+
+    def _url(self, path: str) -> str:
+        return self._config.url.rstrip("/") + path
+
+    async def _score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        if not requests:
+            return []
+        identity = await self._identity()
+        gate = asyncio.Semaphore(AT_ONCE)
+        async with session(self._config, self._token) as client:
+
+            async def one(part: list[ScoreRequest]) -> list[TokenScores]:
+                async with gate:
+                    return await self._patience(lambda number: self._attempt(client, identity, part, number))
+
+            parts = list(frames(requests, identity.limits))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    running = [tasks.create_task(one(part)) for part in parts]
+            except* OpdError as group:
+                raise group.exceptions[0] from None  # one sentence; the others say the same
+        return [self._stored(answer) for task in running for answer in task.result()]
+
+    async def _attempt(
+        self, client: aiohttp.ClientSession, identity: Identity, part: list[ScoreRequest], number: int
+    ) -> list[TokenScores]:
+        check = control(part, number)
+        asked = [*part, *([check.question] if check else [])]
+        call = secrets.token_bytes(DIGEST_BYTES)
+        frame = await asyncio.to_thread(encode_question, Question(call=call, requests=tuple(asked)))
+        url = self._url("/v1/score")
+        body = await fetch(client, "POST", url, identity.limits.frame_bytes, data=frame)
+        said = await asyncio.to_thread(_believed, body, call, asked, identity)
+        if check is not None:
+            noise = NOISE.get(identity.dtype, COARSE)
+            if not aligned(np.asarray(said[check.about].logprobs), np.asarray(said[-1].logprobs), noise):
+                raise WrongAnswer("the control question shows that its rows are not those of the tokens (shifted?)")
+        return said[: len(part)]
+
+    def _stored(self, answer: TokenScores) -> TokenScores:
+        if not isinstance(answer, HiddenScores):
+            return answer
+        assert isinstance(answer.hidden, RemoteRows)
+        pieces = tuple((self._store(array), rows) for array, rows in answer.hidden.pieces)
+        return replace(answer, hidden=RemoteRows(pieces=pieces))
+
+
+def frames(requests: Sequence[ScoreRequest], limits: Limits) -> Iterator[list[ScoreRequest]]:
+    """`requests` in parts that fit the server's limits, with room for a control question."""
+    part: list[ScoreRequest] = []
+    tokens = answered = 0
+    for request in requests:
+        read, back = len(request.context_ids) + len(request.token_ids), _answer_bytes(request)
+        full = len(part) + 2 > limits.requests or 2 * (tokens + read) > limits.tokens
+        if part and (full or 2 * (answered + back) > limits.frame_bytes):
+            yield part
+            part, tokens, answered = [], 0, 0
+        part.append(request)
+        tokens, answered = tokens + read, answered + back
+    if part:
+        yield part
+
+
+def _answer_bytes(request: ScoreRequest) -> int:
+    """Roughly what is sent for `request`, the larger of both ways (a hidden state is taken as 8,192 float32)."""
+    match request.want:
+        case TopK(k=k):
+            per_token = 4 + 8 * k
+        case AtIds(ids=ids):
+            per_token = 4 + 8 * ids.shape[1]
+        case LastHidden():
+            per_token = 4 + 4 * 8192
+        case _:
+            per_token = 4
+    return 64 + 4 * len(request.context_ids) + (4 + per_token) * len(request.token_ids)
+
+
+def _believed(body: bytes, call: bytes, asked: Sequence[ScoreRequest], identity: Identity) -> list[TokenScores]:
+    """The answers in `body`, or `NoAnswer` for a damaged frame and `WrongAnswer` for one that must not be used."""
+    try:
+        reply = decode_reply(body, identity.limits)
+    except TooLarge as error:
+        raise WrongAnswer(str(error)) from error
+    except FrameError as error:
+        raise NoAnswer(str(error)) from error
+    if reply.model.hex() != identity.model:
+        raise WrongAnswer(f"another model answered ({reply.model.hex()} in place of {identity.model})")
+    if reply.call != call or reply.digests != tuple(request_digest(r) for r in asked):
+        raise WrongAnswer("it answered other requests than were sent")
+    try:
+        verify(asked, reply.answers)
+    except DataError as error:
+        raise WrongAnswer(str(error)) from error
+    for answer in reply.answers:
+        _check_values(answer, identity)
+    return list(reply.answers)
+
+
+def _check_values(answer: TokenScores, identity: Identity) -> None:
+    """What `verify` cannot know: the vocabulary, and the insides of hidden states."""
+    ids = getattr(answer, "topk_ids", None)
+    if ids is not None and ids.size and (ids.min() < 0 or ids.max() >= identity.rows):
+        raise WrongAnswer(f"it names ids outside its vocabulary of {identity.rows}")
+    if isinstance(answer, HiddenScores):
+        assert isinstance(answer.hidden, RemoteRows)
+        if not all(_finite(array) for array, _ in answer.hidden.pieces):
+            raise WrongAnswer("its hidden states contain NaN or infinity")
+
+
+def _finite(array: np.ndarray) -> bool:
+    if array.dtype == np.uint16:  # bfloat16 words: all exponent bits set is no number
+        return not bool(((array & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(array).all())
+
+
+def _check_identity(said: Identity, config: TeacherConfig) -> None:
+    """Raise `ConfigurationError` if the server's model is not the one this run is about."""
+    ours = tokenizer_identity(config.path)
+    who = f"the teacher at {config.url}"
+    if (said.vocabulary, said.rows) != (ours.digest, ours.rows):
+        raise ConfigurationError(
+            f"{who} has another vocabulary ({said.vocabulary}, {said.rows} rows) than teacher.path {config.path!r} "
+            f"({ours.digest}, {ours.rows} rows); serve that model, or correct teacher.path"
+        )
+    expected = config.fingerprint or model_digest(config.path)
+    if expected and expected != said.model:
+        raise ConfigurationError(
+            f"{who} is model {said.model}, but {expected} is expected "
+            f"({'teacher.fingerprint' if config.fingerprint else f'the weights in {config.path!r}'}); serve that one, "
+            "or correct the setting"
+        )
+    if not said.model:
+        raise ConfigurationError(f"{who} has no weights to be known by; serve a folder with safetensors")
