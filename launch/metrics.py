@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from launch.accounting import Costs, Totals, process_tree_cpu_seconds, step_tokens
+from opd.diagnostics import compression, repetition
 from opd.loop import StepRecord
 from opd.types import AdvantageScores, Stop, Trajectory
 
@@ -15,8 +16,13 @@ OBJECTIVE_NAMES = {
     "ratio": "training/ratio",
     "probs_diff": "training/rollout_probs_diff_mean",
     "probs_diff_max": "training/rollout_probs_diff_max",
+    "logprob_gap": "training/rollout_logprob_gap_mean",
+    "logprob_gap_max": "training/rollout_logprob_gap_max",
 }
 """Metrics of an objective that have a well-known name; any other `x` becomes `distill/x`."""
+
+REPETITIVE = 10.0
+"""The compression ratio above which a completion counts as repetitive (StableOPD, arXiv 2604.08527)."""
 
 PHASE_NAMES = {
     "rollout": "timing_s/gen",
@@ -44,6 +50,7 @@ def step_metrics(record: StepRecord, context: StepContext) -> dict[str, float]:
         **_learning(record),
         **(_staleness(record.step, trajectories) if context.student_writes else {}),
         **_lengths(trajectories),
+        **_repetition(trajectories),
         **_rewards(record),
         **_speed(record.seconds, sum(len(t) for t in trajectories)),
         "weights/version": record.published.version,
@@ -81,6 +88,19 @@ def _lengths(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(max(lengths)),
         "response_length/clip_ratio": float(np.mean([t.stop is Stop.LENGTH for t in trajectories])),
+    }
+
+
+def _repetition(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over completions, and the share of them that a compressor calls repetitive."""
+    written = [t.token_ids for t in trajectories if len(t)]
+    if not written:
+        return {}
+    ratios = [compression(ids) for ids in written]
+    return {
+        "repetition/trigram_mean": float(np.mean([repetition(ids) for ids in written])),
+        "repetition/compression_mean": float(np.mean(ratios)),
+        "repetition/rate": float(np.mean([ratio > REPETITIVE for ratio in ratios])),
     }
 
 
