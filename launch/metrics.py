@@ -1,11 +1,13 @@
 """A finished step as named numbers; where other trainers have a name for a number, it is kept."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from launch.accounting import Costs, Totals, process_tree_cpu_seconds, step_tokens
+from opd.alarms import Alarm, Thresholds, raised
 from opd.diagnostics import compression, repetition
 from opd.loop import StepRecord
 from opd.types import AdvantageScores, Stop, Trajectory
@@ -133,6 +135,9 @@ class Meter:
     Share one meter among the trackers of a run. A resumed run passes the last kept line of its metrics file
     as `before`, so that totals and processor seconds go on from there. `read_cpu` decides what counts as the
     run's processor time; by default it is all that this process and its descendants have used.
+
+    It also watches for the patterns of `opd.alarms`: `alarms` are those of the last step read (each also the metric
+    `alarm/<name>` = 1), `news` those that were not raised at the step before, `ever` all of the run with their step.
     """
 
     def __init__(
@@ -140,6 +145,7 @@ class Meter:
         costs: Costs,
         before: Mapping[str, float] | None = None,
         read_cpu: Callable[[], float] = process_tree_cpu_seconds,
+        thresholds: Thresholds | None = None,
     ) -> None:
         self._costs = costs
         self._read_cpu = read_cpu
@@ -149,6 +155,11 @@ class Meter:
         self._cpu_s = self._cpu_before
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
+        self._thresholds = thresholds or Thresholds()
+        self._history: deque[Mapping[str, float]] = deque(maxlen=2 * self._thresholds.window)
+        self.alarms: Sequence[Alarm] = ()
+        self.news: Sequence[Alarm] = ()
+        self.ever: dict[str, str] = {}
 
     @property
     def totals(self) -> Totals:
@@ -169,4 +180,14 @@ class Meter:
             )
             self._metrics = step_metrics(record, context)
             self._step = record.step
+            self._watch()
         return self._metrics
+
+    def _watch(self) -> None:
+        self._history.append(self._metrics)
+        before = {alarm.name for alarm in self.alarms}
+        self.alarms = raised(list(self._history), self._thresholds)
+        self.news = [alarm for alarm in self.alarms if alarm.name not in before]
+        for alarm in self.alarms:
+            self.ever.setdefault(alarm.name, f"step {self._step}: {alarm.sentence}")
+            self._metrics[f"alarm/{alarm.name}"] = 1.0
