@@ -35,7 +35,8 @@ class LiveView:
     """Shows step, signal, accuracy, speed, seconds per phase and time left.
 
     On a terminal it is a panel that stays at the bottom while other output scrolls above it. Elsewhere (a log
-    file, a pipe) it prints a line every `print_every` steps, at the first and last one and per evaluation.
+    file, a pipe) it prints a line every `print_every` steps, at the first and last one and per evaluation. Alarms
+    (`opd.alarms`) stand in the panel while they last, elsewhere as a line when they begin.
     """
 
     def __init__(self, *, title: str, steps: int, meter: Meter, console: Console, print_every: int = 10) -> None:
@@ -62,6 +63,9 @@ class LiveView:
             self._live.update(self)
         elif record.step in (1, self._steps) or record.step % self._print_every == 0:
             self._print(self._line())
+        if self._live is None:
+            for alarm in self._meter.news:
+                self._print(f"alarm at step {record.step}: {alarm.sentence}")
 
     def evaluated(self, result: EvaluationPoint) -> None:
         """Show the newest accuracy (the teacher's stays beside it)."""
@@ -130,6 +134,8 @@ class LiveView:
             f"{_si(metrics['tokens/completion'])} tokens, {_si(metrics['flops/total'])}FLOP, "
             f"{metrics['cpu/total_s']:,.0f} cpu s",
         )
+        for alarm in self._meter.alarms:
+            rows.add_row(Text("alarm", style="bold red"), Text(alarm.sentence, style="red"))
         return rows
 
     def _accuracies(self) -> Text:

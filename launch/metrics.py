@@ -1,11 +1,14 @@
 """A finished step as named numbers; where other trainers have a name for a number, it is kept."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from launch.accounting import Costs, Totals, process_tree_cpu_seconds, step_tokens
+from opd.alarms import Alarm, Thresholds, raised
+from opd.diagnostics import compression, repetition
 from opd.loop import StepRecord
 from opd.routing import teacher_means
 from opd.types import AdvantageScores, Stop, Trajectory
@@ -16,8 +19,13 @@ OBJECTIVE_NAMES = {
     "ratio": "training/ratio",
     "probs_diff": "training/rollout_probs_diff_mean",
     "probs_diff_max": "training/rollout_probs_diff_max",
+    "logprob_gap": "training/rollout_logprob_gap_mean",
+    "logprob_gap_max": "training/rollout_logprob_gap_max",
 }
 """Metrics of an objective that have a well-known name; any other `x` becomes `distill/x`."""
+
+REPETITIVE = 10.0
+"""The compression ratio above which a completion counts as repetitive (StableOPD, arXiv 2604.08527)."""
 
 PHASE_NAMES = {
     "rollout": "timing_s/gen",
@@ -45,6 +53,7 @@ def step_metrics(record: StepRecord, context: StepContext) -> dict[str, float]:
         **_learning(record),
         **(_staleness(record.step, trajectories) if context.student_writes else {}),
         **_lengths(trajectories),
+        **_repetition(trajectories),
         **_rewards(record),
         **_speed(record.seconds, sum(len(t) for t in trajectories)),
         "weights/version": record.published.version,
@@ -85,6 +94,19 @@ def _lengths(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
+def _repetition(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over completions, and the share of them that a compressor calls repetitive."""
+    written = [t.token_ids for t in trajectories if len(t)]
+    if not written:
+        return {}
+    ratios = [compression(ids) for ids in written]
+    return {
+        "repetition/trigram_mean": float(np.mean([repetition(ids) for ids in written])),
+        "repetition/compression_mean": float(np.mean(ratios)),
+        "repetition/rate": float(np.mean([ratio > REPETITIVE for ratio in ratios])),
+    }
+
+
 def _rewards(record: StepRecord) -> dict[str, float]:
     """The mean over trajectories (a long one counts once); only where the scorer gave rewards."""
     rewards = [
@@ -114,6 +136,9 @@ class Meter:
     Share one meter among the trackers of a run. A resumed run passes the last kept line of its metrics file
     as `before`, so that totals and processor seconds go on from there. `read_cpu` decides what counts as the
     run's processor time; by default it is all that this process and its descendants have used.
+
+    It also watches for the patterns of `opd.alarms`: `alarms` are those of the last step read (each also the metric
+    `alarm/<name>` = 1), `news` those that were not raised at the step before, `ever` all of the run with their step.
     """
 
     def __init__(
@@ -121,6 +146,7 @@ class Meter:
         costs: Costs,
         before: Mapping[str, float] | None = None,
         read_cpu: Callable[[], float] = process_tree_cpu_seconds,
+        thresholds: Thresholds | None = None,
     ) -> None:
         self._costs = costs
         self._read_cpu = read_cpu
@@ -130,6 +156,11 @@ class Meter:
         self._cpu_s = self._cpu_before
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
+        self._thresholds = thresholds or Thresholds()
+        self._history: deque[Mapping[str, float]] = deque(maxlen=2 * self._thresholds.window)
+        self.alarms: Sequence[Alarm] = ()
+        self.news: Sequence[Alarm] = ()
+        self.ever: dict[str, str] = {}
 
     @property
     def totals(self) -> Totals:
@@ -151,4 +182,14 @@ class Meter:
             )
             self._metrics = step_metrics(record, context)
             self._step = record.step
+            self._watch()
         return self._metrics
+
+    def _watch(self) -> None:
+        self._history.append(self._metrics)
+        before = {alarm.name for alarm in self.alarms}
+        self.alarms = raised(list(self._history), self._thresholds)
+        self.news = [alarm for alarm in self.alarms if alarm.name not in before]
+        for alarm in self.alarms:
+            self.ever.setdefault(alarm.name, f"step {self._step}: {alarm.sentence}")
+            self._metrics[f"alarm/{alarm.name}"] = 1.0

@@ -14,6 +14,7 @@ from launch.page import render_report
 from launch.run_data import RunData
 from launch.run_directory import RunDirectory, write_bytes, write_text
 from launch.samples import Sample
+from opd.alarms import first_raised
 
 STRONGLY = 2.0  # nats from which a token's gap is underlined
 _VISIBLE = 0.05  # nats below which a token is not coloured
@@ -86,7 +87,7 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
             "outcome": summary.outcome.value if summary else "running",
             "subtitle": _subtitle(data),
             "error": summary.error if summary else "",
-            "notes": [*notes, *(summary.notes if summary else ())],
+            "notes": [*notes, *(summary.notes if summary else ()), *_alarms(data)],
             "columns": _columns(first, last, data.teacher),
             "rows": _rows(first, last, data.teacher),
             "facts": list(summary.facts.items()) if summary else [],
@@ -101,6 +102,11 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
         }
     )
     write_text(directory.report, page)
+
+
+def _alarms(data: RunData) -> list[str]:
+    """From the metrics, not from the summary, so that a run that was killed shows them too."""
+    return [f"Alarm at step {step}: {alarm.sentence}." for step, alarm in first_raised(data.metrics)]
 
 
 def _draw_alone(panel: Panel, figure: Figure) -> None:

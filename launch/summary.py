@@ -28,7 +28,8 @@ class RunSummary:
 
     `wall_s` counts from the start of the program, `ready_s` until all actors answered, `first_step_s` until
     the first training step began. `cpu_s`, `tokens` (of completions) and `flops` are those of training:
-    start-up, evaluation and export apart. An evaluation that was not reached is None.
+    start-up, evaluation and export apart. An evaluation that was not
+    reached is None. `alarms` are the sentences of `opd.alarms`, each with its first step.
 
     Example: `RunSummary(run_name="shop", method="full_reverse_kl", outcome=Outcome.FINISHED, steps=100,
     seed=0, wall_s=151.0, ready_s=21.0, first_step_s=33.0, cpu_s=48.0, tokens=346_000, flops=1.8e12, ...)`.
@@ -52,6 +53,7 @@ class RunSummary:
     ledger: Mapping[str, int]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    alarms: tuple[str, ...] = ()
     error: str = ""
 
     def write(self, directory: RunDirectory) -> None:
@@ -67,6 +69,7 @@ class RunSummary:
             values: dict[str, Any] = json.loads(path.read_text())
             points: dict[str, Any] = {n: values[n] and EvaluationPoint.from_json(values[n]) for n in _POINTS}
             changed: dict[str, Any] = {"outcome": Outcome(values["outcome"]), "notes": tuple(values["notes"])}
+            changed["alarms"] = tuple(values.get("alarms", ()))  # absent from runs before there were alarms
             return cls(**(values | points | changed))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no run summary ({error}); remove it, the report can do without") from error

@@ -20,6 +20,7 @@ from launch.metrics import Meter
 from launch.redaction import redacted
 from launch.run_directory import RunDirectory, append_json, write_text
 from launch.samples import Decode, Sample, samples_of
+from opd.alarms import Alarm
 from opd.errors import ConfigurationError, OpdError
 from opd.loop import StepRecord
 
@@ -168,7 +169,7 @@ _FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
 
 class WandbTracker:
-    """Sends metrics, evaluations and sample tables to wandb.
+    """Sends metrics, evaluations, sample tables and alarms (as wandb alerts) to wandb.
 
     wandb writes through a process of its own, which keeps everything in the run directory and, online, sends
     what it can when it can: a server that is down or slow does not reach training. Should that process itself
@@ -227,6 +228,8 @@ class WandbTracker:
         if samples_are_due(self._config, record.step, self._plan.steps):
             values["samples"] = self._table(samples_of(record, self._plan.decode, self._config.samples))
         self._guarded(lambda run: run.log(values))
+        for alarm in self._meter.news:
+            self._alert(alarm, record.step)
 
     def evaluated(self, result: EvaluationPoint) -> None:
         """Log as `eval/*` at the step that was evaluated; the teacher, who has no steps, in the summary."""
@@ -250,6 +253,12 @@ class WandbTracker:
         self._run = None
         for name in self._set:  # the next run of this process has a directory of its own
             os.environ.pop(name, None)
+
+    def _alert(self, alarm: Alarm, step: int) -> None:
+        import wandb
+
+        title, text = f"{self._plan.method}: {alarm.name.replace('_', ' ')}", f"step {step}: {alarm.sentence}"
+        self._guarded(lambda run: run.alert(title=title, text=text, level=wandb.AlertLevel.WARN))
 
     def _table(self, samples: Sequence[Sample]) -> Any:
         import wandb

@@ -263,6 +263,7 @@ class _Run:
             ledger=self._last.ledger if self._last else Ledger().summary(),
             versions=package_versions(),
             notes=tuple(self._config.notes),
+            alarms=tuple(self._meter.ever.values()),
             error=problem,
         )
 

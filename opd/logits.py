@@ -19,14 +19,23 @@ from opd.types import Batch, EnsembleScores, HiddenScores, Scores, TokenLoss, Vo
 
 @dataclass(frozen=True, kw_only=True)
 class StudentLogits:
-    """The student at `n` trained tokens, before the softmax (float32 or float64, temperature 1)."""
+    """The student at `n` trained tokens, before the softmax (float32 or float64, temperature 1).
+
+    Diagnostics compare its `overlap_k` likeliest tokens with the teacher's (Rethinking OPD uses 16; 0: none).
+    """
 
     logits: Float[Tensor, "n V"]
+    overlap_k: int = 16
 
     @cached_property
     def logprobs(self) -> Float[Tensor, "n V"]:
         """Full log-softmax."""
         return self.logits.log_softmax(-1)
+
+    @cached_property
+    def probs(self) -> Float[Tensor, "n V"]:
+        """Probabilities, detached (for diagnostics)."""
+        return self.logprobs.detach().exp()
 
     def at(self, ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Log-probability of one id per token."""
@@ -39,8 +48,27 @@ class StudentLogits:
     @cached_property
     def entropy(self) -> Float[Tensor, " n"]:
         """Entropy in nats, detached (a diagnostic)."""
-        with torch.no_grad():
-            return -(self.logprobs.exp() * self.logprobs).sum(-1)
+        return -(self.probs * self.logprobs.detach()).sum(-1)
+
+
+_BLOCK = 128  # columns; about sqrt(V / k) is best, and nothing depends on it
+
+
+def likeliest(values: Float[Tensor, "n V"], k: int) -> Int[Tensor, "n k"]:
+    """Ids of the `k` greatest values per row, greatest first; of equal ones any.
+
+    Exact, in one cheap pass: the k greatest lie in the k blocks of columns with the greatest maxima. A tenth of the
+    time of `topk` at 152k columns.
+    """
+    blocks = values.shape[-1] // _BLOCK
+    if blocks <= k:
+        return values.topk(k).indices
+    body = values[:, : blocks * _BLOCK].unflatten(-1, (blocks, _BLOCK))
+    best = body.amax(-1).topk(k).indices[:, :, None]
+    columns = (best * _BLOCK + torch.arange(_BLOCK, device=values.device)).flatten(1)
+    rest = torch.arange(blocks * _BLOCK, values.shape[-1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, rest], dim=-1)
+    return columns.gather(-1, values.gather(-1, columns).topk(k).indices)
 
 
 @torch.no_grad()

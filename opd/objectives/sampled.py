@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor
 
 from opd import divergences as exact
+from opd.diagnostics import mismatch
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
@@ -17,15 +17,6 @@ class Speaker(Enum):
 
     BEHAVIOR = "behavior"  # the writer's own, as recorded
     STUDENT = "student"  # the current student's: right also when the rollout is stale
-
-
-def mismatch(student_logprobs: Tensor, batch: Batch[Scores]) -> dict[str, Tensor]:
-    """Diagnostics every objective reports: importance ratio and |p - mu| at the written token, detached."""
-    detached = student_logprobs.detach()
-    return {
-        "ratio": (detached - batch.behavior_logprobs).exp(),
-        "probs_diff": (detached.exp() - batch.behavior_logprobs.exp()).abs(),
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,20 +10,10 @@ import torch
 from torch import Tensor
 
 from opd import divergences as exact
+from opd.diagnostics import topk_metrics
 from opd.logits import StudentLogits
-from opd.objectives.sampled import mismatch
 from opd.objectives.vocabulary import divergence
 from opd.types import Batch, Scores, TokenLoss, TopKScores
-
-
-def _metrics(student: StudentLogits, batch: Batch[TopKScores], p: Tensor) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {
-            "student_mass": p.exp().sum(-1),
-            "teacher_mass": batch.scores.topk_logprobs.exp().sum(-1),
-            "entropy": student.entropy,
-            **mismatch(student.at(batch.target_ids), batch),
-        }
 
 
 def tail(logprobs: Tensor) -> Tensor:
@@ -65,7 +55,7 @@ class HeadTailReverseKL:
         ratio = (written - batch.behavior_logprobs).exp()
         sampled = ratio * (written.detach() - batch.scores.logprobs)
         loss = head + torch.where(outside, sampled, torch.zeros_like(sampled))
-        metrics = {"reverse_kl": loss.detach(), **_metrics(student, batch, p)}
+        metrics = {"reverse_kl": loss.detach(), **topk_metrics(student, batch)}
         return TokenLoss(loss=loss, metrics=metrics)
 
 
@@ -93,7 +83,7 @@ class TailBucketReverseKL:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
         p_tail, q_tail = tail(p), tail(q)
         loss = divergence(p, p, q) + p_tail.exp() * (p_tail - q_tail)
-        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **_metrics(student, batch, p)})
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,4 +110,4 @@ class RenormalizedReverseKL:
         full = student.at_support(batch.scores.topk_ids)
         p, q = full.log_softmax(-1), batch.scores.topk_logprobs.log_softmax(-1)
         loss = divergence(p, p, q)
-        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **_metrics(student, batch, full)})
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})

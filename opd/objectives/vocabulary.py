@@ -7,28 +7,15 @@ import torch
 from torch import Tensor
 
 from opd import divergences as exact
+from opd.diagnostics import vocabulary_metrics
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
-from opd.objectives.sampled import mismatch
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 
 def divergence(weight_logprobs: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """`sum_v exp(weight) * (p - q)` over the last axis, in log-probabilities."""
     return (weight_logprobs.exp() * (p - q)).sum(-1)
-
-
-def _metrics(student: StudentLogits, batch: Batch[VocabularyScores]) -> dict[str, Tensor]:
-    """Both exact KLs, both entropies and the mismatch, detached: one pass serves loss and diagnostics."""
-    with torch.no_grad():
-        p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        return {
-            "reverse_kl": divergence(p, p, q),
-            "forward_kl": divergence(q, q, p),
-            "entropy": student.entropy,
-            "teacher_entropy": -(q.exp() * q).sum(-1),
-            **mismatch(student.at(batch.target_ids), batch),
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +39,7 @@ class FullReverseKL:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        return TokenLoss(loss=divergence(p, p, q), metrics=_metrics(student, batch))
+        return TokenLoss(loss=divergence(p, p, q), metrics=vocabulary_metrics(student, batch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +60,7 @@ class FullForwardKL:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        return TokenLoss(loss=divergence(q, q, p), metrics=_metrics(student, batch))
+        return TokenLoss(loss=divergence(q, q, p), metrics=vocabulary_metrics(student, batch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,4 +96,4 @@ class JensenShannon:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
         m = torch.logaddexp(p + log(1 - self.beta), q + log(self.beta))
         loss = self.beta * divergence(q, q, m) + (1 - self.beta) * divergence(p, p, m)
-        return TokenLoss(loss=loss, metrics={"jsd": loss.detach(), **_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics={"jsd": loss.detach(), **vocabulary_metrics(student, batch)})

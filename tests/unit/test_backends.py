@@ -47,7 +47,7 @@ def test_a_remote_teacher_needs_its_weights_here_only_where_they_are_read_here(t
     (folder / "model.safetensors").unlink()
     here = ["experiment=shop", f"teacher.path={folder}"]
     plan = make_plan(run_config([*here, *REMOTE, "method=topk_reverse_kl"]))
-    assert (plan.teacher_params, plan.exact_kl) == (0, False)
+    assert (plan.teacher_params, plan.exact_kl) == ({"default": 0}, False)
     served = ["teacher.backend=http", "teacher.url=http://127.0.0.1:1"]
     for refused in ([*served, "method=full_reverse_kl"], [*served, "method=sft"], ["method=topk_reverse_kl"]):
         with pytest.raises(Exception, match="needs safetensors"):

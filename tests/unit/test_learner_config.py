@@ -41,6 +41,7 @@ def test_the_schedule_warms_up_and_ends_where_it_says() -> None:
         {"beta2": 1.0},
         {"final_lr_fraction": 2.0},
         {"head_chunk": 0},
+        {"overlap_k": -1},
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(wrong: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ from opd.types import (
 OPD = Costs(student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=True)
 GRPO = Costs(student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=False)
 SFT = Costs(student_params=10, teacher_params=100, student_writes=False, teacher_writes=True, teacher_reads=False)
+REPEATS = (
+    40 / len(zlib.compress(np.arange(10, dtype="<i4"))) + 80 / len(zlib.compress(np.arange(20, dtype="<i4")))
+) / 2
 SECONDS = {"rollout": 0.2, "score": 0.1, "wait": 0.3, "train": 0.15, "publish": 0.05, "step": 0.5}
 
 
@@ -75,7 +79,10 @@ def context(student_writes: bool = True) -> StepContext:
 def test_every_number_of_a_distillation_step() -> None:
     step = record(
         scored(10, 4, said(10)), scored(20, 2, said(20), Stop.LENGTH),
-        metrics={"reverse_kl": 0.3, "entropy": 0.2, "ratio": 1.01, "probs_diff": 0.02, "teacher_mass": 0.9},
+        metrics={
+            "reverse_kl": 0.3, "entropy": 0.2, "ratio": 1.01, "probs_diff": 0.02, "teacher_mass": 0.9,
+            "logprob_gap": 0.1, "logprob_gap_max": 0.4,
+        },
     )  # fmt: skip
     assert step_metrics(step, context()) == pytest.approx(
         {
@@ -83,8 +90,11 @@ def test_every_number_of_a_distillation_step() -> None:
             "actor/loss": 0.7, "actor/grad_norm": 1.5, "actor/lr": 2e-3, "actor/entropy": 0.2,
             "distill/reverse_kl": 0.3, "distill/teacher_mass": 0.9,
             "training/ratio": 1.01, "training/rollout_probs_diff_mean": 0.02,
+            "training/rollout_logprob_gap_mean": 0.1, "training/rollout_logprob_gap_max": 0.4,
             "sample/staleness_mean": 20 * 2 / 30, "sample/staleness_max": 2,
             "response_length/mean": 15, "response_length/max": 20, "response_length/clip_ratio": 0.5,
+            "repetition/trigram_mean": 0, "repetition/rate": 0,
+            "repetition/compression_mean": REPEATS,
             "perf/step_s": 0.5, "perf/throughput": 60, "trainer/idle_ratio": 0.6,
             "timing_s/gen": 0.2, "timing_s/score": 0.1, "timing_s/update_actor": 0.15,
             "timing_s/param_sync": 0.05, "timing_s/wait": 0.3,
@@ -165,3 +175,11 @@ def test_processor_seconds_of_children_count_also_when_they_have_ended() -> None
     before = process_tree_cpu_seconds()
     subprocess.run([sys.executable, "-c", burn], check=True)
     assert process_tree_cpu_seconds() - before >= 0.25
+
+
+def test_a_completion_that_loops_is_counted_as_repetitive() -> None:
+    looping = scored(400, 4, said(400))
+    object.__setattr__(looping.trajectory, "token_ids", np.tile(np.arange(4, dtype=np.int32), 100))
+    metrics = step_metrics(record(looping, scored(100, 4, said(100)), scored(90, 4, said(90))), context())
+    assert metrics["repetition/rate"] == pytest.approx(1 / 3)
+    assert metrics["repetition/trigram_mean"] == pytest.approx((1 - 4 / 398) / 3)

@@ -334,3 +334,13 @@ def test_a_running_mean_keeps_a_constant_and_the_ends(count: int) -> None:
     at = thinned(count)
     assert (at[0], at[-1]) == (0, count - 1)
     assert len(at) == min(count, 400)
+
+
+def test_alarms_are_shown_also_where_a_run_was_killed(tmp_path: Path) -> None:
+    directory = finished(tmp_path)
+    directory.summary.unlink()
+    for step in range(21, 121):
+        append_json(directory.metrics, step_line(step, **{"response_length/clip_ratio": 0.4}))
+    write_report(directory)
+    page = directory.report.read_text()
+    assert page.count("Alarm at step") == 1 and "40% of the completions are cut by the token limit" in page

@@ -34,6 +34,7 @@ from launch.tracking import (
     check_login,
     make_trackers,
 )
+from opd.alarms import Thresholds
 from opd.errors import ConfigurationError
 from opd.loop import StepRecord
 from opd.ports import PublishReport
@@ -225,6 +226,43 @@ def test_the_signal_is_what_the_method_has(meter: Meter) -> None:
     assert "reward 0.2500" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def cut_short(step: int) -> StepRecord:
+    """A step whose completions all ran into the token limit."""
+    plain = record(step)
+    items = [replace(item, trajectory=replace(item.trajectory, stop=Stop.LENGTH)) for item in plain.scored]
+    return replace(plain, scored=items)
+
+
+def tell_cut_short(tracker: Any, steps: int) -> None:
+    for step in range(1, steps + 1):
+        asyncio.run(tracker(cut_short(step)))
+
+
+def test_an_alarm_is_a_line_when_it_begins_and_a_metric_while_it_lasts(directory: RunDirectory, plan: RunPlan) -> None:
+    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=Thresholds(window=2))
+    console = Console(file=io.StringIO(), force_terminal=False, width=60)
+    with LiveView(title="first · opd", steps=STEPS, meter=meter, console=console) as view:
+        tell_cut_short(view, 6)
+        files = JsonlTracker(TrackerConfig(samples=0), directory, meter, plan)
+        asyncio.run(files(cut_short(6)))
+        for step in range(7, 11):
+            asyncio.run(view(record(step)))
+    said = [line for line in console.file.getvalue().splitlines() if "alarm" in line]  # type: ignore[attr-defined]
+    assert len(said) == 1 and said[0].startswith("alarm at step 4: 100% of the completions are cut by the token limit")
+    assert read_jsonl(directory.metrics)[-1]["alarm/truncation"] == 1.0
+    assert not meter.alarms, "the completions end by themselves again"
+    assert [sentence.split(": ")[0] for sentence in meter.ever.values()] == ["step 4"]
+
+
+def test_an_alarm_stands_in_the_panel(directory: RunDirectory) -> None:
+    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=Thresholds(window=2))
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
+    view = LiveView(title="first", steps=STEPS, meter=meter, console=console)
+    tell_cut_short(view, 4)
+    console.print(view)
+    assert "100% of the completions are cut by the token limit" in console.export_text()
+
+
 # -- wandb
 
 
@@ -304,6 +342,19 @@ def test_wandb_offline_for_real_and_resumed(
     assert [any("samples" in name for name in row) for row in history] == [False, True, False, False, False]
     assert len(list(directory.path.rglob("*.table.json"))) == 1
     assert not any(b"geheim" in path.read_bytes() for path in directory.path.rglob("*") if path.is_file())
+
+
+def test_an_alarm_is_a_wandb_alert_once(directory: RunDirectory, plan: RunPlan, no_login: Path) -> None:
+    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=Thresholds(window=2))
+    with WandbTracker(TrackerConfig(samples=0), directory, meter, plan) as tracker:
+        tell_cut_short(tracker, 6)
+    (log,) = directory.path.glob("wandb/offline-run-*/*.wandb")
+    deadline = monotonic() + 60
+    while not any(r.HasField("exit") for r in _records(log)) and monotonic() < deadline:
+        sleep(0.1)
+    (alert,) = (r.alert for r in _records(log) if r.HasField("alert"))
+    assert (alert.title, alert.level) == ("opd: truncation", "WARN")
+    assert alert.text.startswith("step 4: 100% of the completions are cut")
 
 
 def test_a_run_survives_the_death_of_wandb(directory: RunDirectory, no_login: Path) -> None:

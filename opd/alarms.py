@@ -1,0 +1,202 @@
+"""Known ways in which a run goes wrong, recognised from its metrics: a sentence or nothing.
+
+Pure functions of the history of step metrics (the newest last, under their logged names). The patterns are
+published; the thresholds are ours, chosen to be quiet on healthy runs, and fields of `Thresholds`. A pattern whose
+metrics a method does not log is never raised.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from opd.errors import ConfigurationError
+
+Line = Mapping[str, float | int | None]
+
+_OVERLAP = ("distill/overlap_ratio", "distill/support_overlap")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """When an alarm is raised. All defaults are ours; only `truncation` has been used elsewhere (5 %).
+
+    Means of the last `window` steps are compared with the `window` steps before them. `overlap_fall` is absolute
+    (0.05: from 0.90 to 0.85), `*_rise` are factors. Floors keep small numbers from counting: `length_floor` in
+    tokens, `gap_floor`, `entropy_floor` and `reverse_kl_floor` in nats per token. A truncation rate below
+    `still_falling` times that of before is mending itself. `repetition` is the share of repetitive completions.
+    """
+
+    window: int = 20
+    overlap_fall: float = 0.05
+    entropy_rise: float = 1.2
+    grad_norm_rise: float = 1.5
+    length_rise: float = 1.3
+    length_floor: float = 16.0
+    truncation: float = 0.05
+    still_falling: float = 0.8
+    repetition: float = 0.05
+    gap_rise: float = 2.0
+    gap_floor: float = 0.02
+    entropy_floor: float = 0.02
+    reverse_kl_rise: float = 1.2
+    reverse_kl_floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or min(self.entropy_rise, self.grad_norm_rise, self.length_rise, self.gap_rise) <= 1:
+            raise ConfigurationError(f"alarms need window >= 1 and rises above 1 (they are factors), but got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """A pattern that is there now. `sentence` says what is seen, what it usually means, and what to do."""
+
+    name: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Change:
+    before: float
+    now: float
+
+    @property
+    def factor(self) -> float:
+        return self.now / self.before if self.before > 0 else 1.0
+
+
+def raised(history: Sequence[Line], limits: Thresholds | None = None) -> list[Alarm]:
+    """The alarms at the newest step of `history`; of it the last `2 * window` steps are looked at."""
+    limits = limits or Thresholds()
+    seen = history[-2 * limits.window :]
+    found = [(name, pattern(seen, limits)) for name, pattern in _PATTERNS.items()]
+    return [Alarm(name=name, sentence=sentence) for name, sentence in found if sentence is not None]
+
+
+def first_raised(history: Sequence[Line], limits: Thresholds | None = None) -> list[tuple[int, Alarm]]:
+    """Every alarm of a whole run with the step at which it was first raised."""
+    limits, found = limits or Thresholds(), dict[str, tuple[int, Alarm]]()
+    for end in range(1, len(history) + 1):
+        for alarm in raised(history[max(0, end - 2 * limits.window) : end], limits):
+            found.setdefault(alarm.name, (int(history[end - 1].get("step") or end), alarm))
+    return list(found.values())
+
+
+def _values(lines: Sequence[Line], name: str) -> list[float]:
+    return [value for line in lines if (value := line.get(name)) is not None and isfinite(value)]
+
+
+def _change(history: Sequence[Line], name: str, window: int) -> _Change | None:
+    """Means of the older and the newer window; None unless both are known at half of their steps at least."""
+    older, newer = _values(history[:-window], name), _values(history[-window:], name)
+    if len(history) < 2 * window or 2 * min(len(older), len(newer)) < window:
+        return None
+    return _Change(before=sum(older) / len(older), now=sum(newer) / len(newer))
+
+
+def _mean(history: Sequence[Line], name: str, window: int) -> float | None:
+    """The mean of the last window; None before it is full."""
+    values = _values(history[-window:], name)
+    return sum(values) / window if len(values) == window else None
+
+
+def _collapse(history: Sequence[Line], limits: Thresholds) -> str | None:
+    """Rethinking OPD (arXiv 2604.13016): late collapse shows as falling overlap, rising entropy and gradient norm."""
+    changes = (_change(history, name, limits.window) for name in _OVERLAP)
+    overlap = next((change for change in changes if change is not None), None)
+    entropy = _change(history, "actor/entropy", limits.window)
+    norm = _change(history, "actor/grad_norm", limits.window)
+    if overlap is None or entropy is None or norm is None:
+        return None
+    fell = overlap.before - overlap.now >= limits.overlap_fall
+    if not fell or entropy.factor < limits.entropy_rise or norm.factor < limits.grad_norm_rise:
+        return None
+    return (
+        f"student and teacher come apart: the overlap of their likeliest tokens fell from {overlap.before:.2f} to "
+        f"{overlap.now:.2f} while entropy rose {entropy.factor:.1f}-fold and the gradient norm {norm.factor:.1f}-fold; "
+        "this usually precedes a collapse on long completions: stop, go back to an earlier checkpoint, shorten "
+        "max_tokens or lower learner.lr"
+    )
+
+
+def _inflation(history: Sequence[Line], limits: Thresholds) -> str | None:
+    """StableOPD (arXiv 2604.08527): abrupt length inflation, then truncation, then repetition."""
+    length = _change(history, "response_length/mean", limits.window)
+    if length is None or length.factor < limits.length_rise or length.now - length.before < limits.length_floor:
+        return None
+    return (
+        f"completions grow: from {length.before:.0f} to {length.now:.0f} tokens in {2 * limits.window} steps; "
+        "length inflation usually ends in truncated and repetitive text: look at samples.jsonl, mix in reference "
+        "completions or keep the student close to its start, and do not let long answers dilute the loss"
+    )
+
+
+def _truncation(history: Sequence[Line], limits: Thresholds) -> str | None:
+    """Above the limit and not on its way down: a student that has yet to learn to stop is no news."""
+    cut = _change(history, "response_length/clip_ratio", limits.window)
+    if cut is None or cut.now <= limits.truncation or cut.now < limits.still_falling * cut.before:
+        return None
+    return (
+        f"{cut.now:.0%} of the completions are cut by the token limit (alarm above {limits.truncation:.0%}); the "
+        "student then learns from texts without an end: raise max_tokens, shorten the prompts' task, or give cut "
+        "completions weight 0"
+    )
+
+
+def _repetition(history: Sequence[Line], limits: Thresholds) -> str | None:
+    rate = _mean(history, "repetition/rate", limits.window)
+    if rate is None or rate <= limits.repetition:
+        return None
+    return (
+        f"{rate:.0%} of the completions repeat themselves; teachers often find repetition likely, so the loss will not "
+        "punish it: look at samples.jsonl, filter such completions, train from an earlier checkpoint"
+    )
+
+
+def _mismatch(history: Sequence[Line], limits: Thresholds) -> str | None:
+    gap = _change(history, "training/rollout_logprob_gap_mean", limits.window)
+    if gap is None or gap.factor < limits.gap_rise or gap.now < limits.gap_floor:
+        return None
+    return (
+        f"engine and learner drift apart: the mean |log p - log mu| of written tokens grew from {gap.before:.3g} to "
+        f"{gap.now:.3g} nats; weights may be stale or the engine's numerics differ where the student now is: check "
+        "weights/version and weights/sentinel_gap, lower max_staleness, or use the same dtype in both"
+    )
+
+
+def _determinism(history: Sequence[Line], limits: Thresholds) -> str | None:
+    """A student that always writes the same and is wrong: too high a learning rate does it (docs/log.md)."""
+    entropy = _change(history, "actor/entropy", limits.window)
+    divergence = _change(history, "distill/reverse_kl", limits.window)
+    if entropy is None or divergence is None:
+        return None
+    wrong = divergence.now >= limits.reverse_kl_floor and divergence.factor >= limits.reverse_kl_rise
+    if entropy.now > limits.entropy_floor or entropy.factor >= 1 or not wrong:
+        return None
+    return (
+        f"the student becomes deterministic and wrong: entropy fell from {entropy.before:.3g} to {entropy.now:.3g} "
+        f"nats per token while the reverse KL rose from {divergence.before:.3g} to {divergence.now:.3g}; lower "
+        "learner.lr, warm up longer, or use a mass-covering loss (forward KL, JSD)"
+    )
+
+
+def _skipped(history: Sequence[Line], limits: Thresholds) -> str | None:
+    """A step without a token to train has no loss."""
+    recent = history[-limits.window :]
+    count = sum("actor/loss" not in line for line in recent)
+    if not count:
+        return None
+    return (
+        f"{count} of the last {len(recent)} steps trained nothing, because no token had a weight above 0; generation "
+        "and scoring were spent for nothing: loosen the filter in method.weights or ask more prompts per step"
+    )
+
+
+_PATTERNS: Mapping[str, Callable[[Sequence[Line], Thresholds], str | None]] = {
+    "collapse": _collapse,
+    "length_inflation": _inflation,
+    "truncation": _truncation,
+    "repetition": _repetition,
+    "engine_learner_gap": _mismatch,
+    "determinism": _determinism,
+    "skipped_steps": _skipped,
+}
