@@ -10,7 +10,7 @@ any divergence below, so the same few formulas serve the whole vocabulary, a ren
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -340,3 +340,31 @@ class ClippedCredit:
         ratio = (states.student - torch.where(written > 0, states.behavior, _nothing(written))).exp()
         gain = torch.where(states.credit > 0, ratio.clamp(max=1 + self.high), ratio.clamp(min=1 - self.low))
         return -(written * gain * states.credit).sum(-1)
+
+
+def whole(promise: Promise) -> Promise:
+    """What `promise` becomes when its support is the whole vocabulary."""
+    match promise:
+        case Renormalized(of=of) | Coarsened(of=of) | Truncated(of=of) | PerMass(of=of):
+            return whole(of)
+        case Weighted(weight=weight, of=of):
+            return Weighted(weight=weight, of=whole(of))
+        case WhereUncertain(of=of, threshold=threshold):
+            return WhereUncertain(of=whole(of), threshold=threshold)
+        case Sum(of=parts):
+            return Sum(tuple(whole(part) for part in parts))
+    return promise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """A limiting case of an objective: `objective`'s expected gradient, times `scale`, tends to that of `promise`.
+
+    `tolerance` is relative, and as wide as the distance from the limit. Objectives list theirs as `limits`.
+    """
+
+    name: str
+    objective: Any
+    promise: Promise
+    scale: float = 1.0
+    tolerance: float = 1e-3
