@@ -124,8 +124,8 @@ def test_a_wrong_teacher_is_named(overrides: list[str], says: str) -> None:
 def test_an_unknown_route_is_refused_before_anything_starts() -> None:
     """By a generated source, by a column of a file whose first step does not show it, and by an ensemble."""
     for overrides, place in (
-        (["prompts.teacher=nobody"], r"prompts asks for teacher 'nobody', but the run has \['default'\]"),
-        (["evaluation.prompts.teacher=nobody"], r"evaluation.prompts asks for teacher 'nobody'"),
+        (["prompts.teacher=nobody"], r"'shop/0/0' asks for teacher 'nobody', but the run has \['default'\]"),
+        (["evaluation.prompts.teacher=nobody"], r"'shop/1000000/0' asks for teacher 'nobody'"),
         (
             ["method.scorer={_target_: opd.scorers.ensemble.Ensemble, shares: {default: 1, nobody: 1}}"],
             r"method.scorer asks for teacher 'nobody'.*teachers.nobody.path=",
