@@ -1,11 +1,13 @@
 """Every YAML in conf/ builds, and a wrong request gets one sentence that names what is wrong."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from launch.config import groups, run_config
+from launch.plan import make_plan
 from opd.errors import ConfigurationError
 
 METHODS = groups()["method"]
@@ -91,3 +93,61 @@ def test_any_field_can_be_overridden_even_when_the_yaml_does_not_mention_it() ->
     config = run_config(["method=sampled_reverse_kl", "method.objective.signal=BEHAVIOR", "learner.weight_decay=0.1"])
     assert config.method.objective.signal.name == "BEHAVIOR"  # pyright: ignore
     assert config.learner.weight_decay == 0.1
+
+
+def test_further_teachers_stand_beside_the_default() -> None:
+    config = run_config(["teachers.maths.path=x", "teachers.maths.replicas=2", "teacher.path=y"])
+    assert {name: (t.path, t.replicas) for name, t in config.teachers.items()} == {
+        "default": ("y", 1),
+        "maths": ("x", 2),
+    }
+    assert config.teacher is config.teachers["default"]
+    copy = run_config(["teacher.path=${student.path}"])  # a teacher that is the student as it was at the start
+    assert copy.teacher.path == copy.student.path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["teachers.default.path=x"], r"teachers.default: .* other than 'default' \(which is the group `teacher`\)"),
+        (["teachers.Big.path=x"], r"teachers.Big: .*small letters"),
+        (["teachers.b.paht=x"], r"teachers.b.paht: TeacherConfig has no such field; did you mean 'path'\?"),
+        (["teachers.b.replicas=2"], r"teachers.b.path is not set"),
+        (["teachers.b=x"], r"teachers.b needs fields such as path, got 'x'"),
+    ],
+)
+def test_a_wrong_teacher_is_named(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        run_config(overrides)
+
+
+def test_an_unknown_route_is_refused_before_anything_starts() -> None:
+    """By a generated source, by a column of a file whose first step does not show it, and by an ensemble."""
+    for overrides, place in (
+        (["prompts.teacher=nobody"], r"'shop/0/0' asks for teacher 'nobody', but the run has \['default'\]"),
+        (["evaluation.prompts.teacher=nobody"], r"'shop/1000000/0' asks for teacher 'nobody'"),
+        (
+            ["method.scorer={_target_: opd.scorers.ensemble.Ensemble, shares: {default: 1, nobody: 1}}"],
+            r"method.scorer asks for teacher 'nobody'.*teachers.nobody.path=",
+        ),
+    ):
+        with pytest.raises(ConfigurationError, match=place):
+            make_plan(run_config(["experiment=shop", *overrides]))
+
+
+def test_an_unknown_route_far_down_a_file_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "has 3 7 ; Mon buys 1 ?", "who": "default"}] * 99 + [{"prompt": "has 3 7 ?", "who": "nobody"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    mine = ["prompts=dataset", f"prompts.path={tmp_path / 'rows.jsonl'}", "prompts.teacher_column=who"]
+    with pytest.raises(ConfigurationError, match="prompts asks for teacher 'nobody'"):
+        make_plan(run_config([*mine, "prompts.shuffle=false", "prompts.prompts_per_step=4", "prompts.task=shop"]))
+
+
+def test_the_plan_shows_every_teacher() -> None:
+    plan = make_plan(run_config(["experiment=two_teachers"]))
+    memory = plan.memory_bytes()
+    assert set(plan.teacher_params) == {"default", "peak"}
+    assert memory["teacher actor"] > memory["teacher actor 'peak'"] > 0
+    alone = make_plan(run_config(["experiment=two_teachers", "~teachers.peak", "prompts.teachers={}"])).memory_bytes()
+    assert memory["learner rank"] - alone["learner rank"] == 64 * 96 * 4  # the second output matrix
+    assert any("'peak'" in str(cell) for cell in plan.table().columns[0].cells)

@@ -17,6 +17,7 @@ from launch.data import read_rows
 from launch.grading import MathGrader
 from launch.plan import make_plan
 from opd.errors import OpdError
+from opd.ports import Columns
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOP = ROOT / "assets" / "shop"

@@ -1,8 +1,10 @@
 """Prompts are a pure function of the step: every item once an epoch, groups together, bad rows named."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.data import read_rows
+from launch.tokenizer import HuggingFaceTokenizer
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Columns, Row, Sources
 from opd.prompts.dataset import DatasetPrompts
+from opd.prompts.mixed import MixedPrompts
 from opd.prompts.order import draw
+from opd.prompts.peak import PeakPrompts
 from opd.prompts.shop import ShopPrompts
 from opd.types import Prompt
 
@@ -159,3 +165,62 @@ def test_shop_prompts_are_fresh_forever_or_a_fixed_set() -> None:
 
 def fresh_set(problems: int) -> Sequence[Prompt]:
     return ShopPrompts(prompts_per_step=problems)(0, sources())
+
+
+def written(tmp_path: Path, *rows: dict[str, Any]) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_a_column_routes_each_row_to_its_teacher_and_says_what_it_weighs(tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": "a", "who": "b", "w": 2}, {"prompt": "c", "who": "default", "w": 0.5})
+    source = dataset(path=path, answer_column="", teacher_column="who", weight_column="w", teacher="never")
+    real = Sources(tokenizer=Letters(), rows=read_rows)
+    assert [(p.teacher, p.weight) for p in source(0, real)] == [("b", 2.0), ("default", 0.5)]
+    assert source.routes(real) == {"b", "default"}
+    assert dataset(path=path, answer_column="", teacher="t").routes(real) == {"t"}
+
+
+def test_a_privileged_teacher_is_shown_another_column(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hint"}]
+    path = written(tmp_path, {"prompt": "a", "hint": "a hint"}, {"prompt": "c", "hint": chat})
+    source = dataset(path=path, answer_column="", teacher_prompt_column="hint", suffix="!")
+    first, second = source(0, Sources(tokenizer=Letters(), rows=read_rows))
+    assert texts([first, second]) == ["a!", "c!"]
+    assert Letters().decode(first.teacher_ids) == "a hint!"
+    assert second.teacher_ids.tolist() == [1, *map(ord, "hint"), 2]
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"teacher_column": "who"}, r"line 1 names no teacher in 'who'"),
+        ({"teacher_column": "nowhere"}, r"line 1 has no column 'nowhere'.*set prompts.teacher_column"),
+        ({"teacher_prompt_column": "who"}, r"line 1 has an empty who"),
+        ({"weight_column": "w"}, r"'w' must be a finite number >= 0, got -1"),
+    ],
+)
+def test_a_bad_route_hint_or_weight_is_named_by_its_line(columns: dict, says: str, tmp_path: Path) -> None:
+    source = dataset(path=written(tmp_path, {"prompt": "a", "who": "", "w": -1}), answer_column="", **columns)
+    with pytest.raises(DataError, match=says):
+        source(0, Sources(tokenizer=Letters(), rows=read_rows))
+
+
+def test_a_mixture_has_the_prompts_of_every_source_and_routes_by_task() -> None:
+    words = HuggingFaceTokenizer("assets/shop/student")
+    parts = {
+        "shop": ShopPrompts(prompts_per_step=2, group_size=3),
+        "peak": PeakPrompts(prompts_per_step=3, group_size=2),
+    }
+    mixed = MixedPrompts(sources=parts, teachers={"peak": "comparer"})
+    sources_ = Sources(tokenizer=words, rows=read_rows)
+    prompts = mixed(4, sources_)
+    assert [p.id for p in prompts] == [p.id for part in parts.values() for p in part(4, sources_)]
+    assert {(p.task, p.teacher) for p in prompts} == {("shop", "default"), ("peak", "comparer")}
+    assert mixed.group_size == 2
+    twice = MixedPrompts(sources={"a": parts["shop"], "b": parts["shop"]})
+    with pytest.raises(ConfigurationError, match=r"'a' and 'b' both have prompt 'shop/0/0'"):
+        twice(0, sources_)
+    with pytest.raises(ConfigurationError, match="at least one source"):
+        MixedPrompts(sources={})
