@@ -10,7 +10,6 @@ from launch.accounting import Costs, Totals, process_tree_cpu_seconds, step_toke
 from opd.alarms import Alarm, Thresholds, raised
 from opd.diagnostics import compression, repetition
 from opd.loop import StepRecord
-from opd.routing import teacher_means
 from opd.types import AdvantageScores, Stop, Trajectory
 
 OBJECTIVE_NAMES = {
@@ -69,7 +68,7 @@ def _learning(record: StepRecord) -> dict[str, float]:
     report = record.report
     if not report.trained_tokens:  # the step was skipped
         return {}
-    said = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in teacher_means(report.metrics).items()}
+    said = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in report.metrics.items()}
     # Where an objective reports `loss`, it is the unweighted mean; what is minimised is `report.loss`.
     said.pop("distill/loss", None)
     return {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **said}

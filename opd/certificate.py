@@ -359,9 +359,7 @@ def _draws(case: _Case) -> Iterator[Finding]:
     ((batch,),) = pack(seen.scored, weights, Layout(ranks=1, tokens_per_microbatch=_ALL), TokenMean())
     here = batch.to("cpu", lambda rows: rows)
     model = seen.world.student
-    student = StudentLogits(
-        logits=model.hidden(here.input_ids, here.position_ids)[here.predict_at] @ model.head.T
-    )
+    student = StudentLogits(logits=model.hidden(here.input_ids, here.position_ids)[here.predict_at] @ model.head.T)
     ids = case.method.objective.draw(student, read(here.rows(0, len(here)), seen.world.teacher.head))
     p = student.logprobs.exp()
     drawn = torch.zeros_like(p).scatter_add(-1, ids, torch.ones_like(ids, dtype=p.dtype)).sum(0)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from opd.logits import StudentLogits, read
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.packing import TokenMean, pack
 from opd.ports import AtIds, Engines, LastHidden, Layout, ScoreRequest
-from opd.routing import by_teacher, teacher_means
+from opd.routing import by_teacher
 from opd.scorers.ensemble import Ensemble
 from opd.scorers.teacher import StudentTopK, TeacherHidden, TeacherTopK, WrittenTokens
+from opd.tally import Tally
 from opd.types import (
     Batch,
     EnsembleScores,
@@ -79,7 +81,7 @@ def batch_of(scores: Scores, rows: int) -> Batch[Any]:
     every = torch.arange(rows)
     return Batch(
         input_ids=every, position_ids=every, cu_seqlens=torch.tensor([0, rows]), predict_at=every,
-        target_ids=every % V, behavior_logprobs=-torch.ones(rows), weights=torch.ones(rows), scores=scores,
+        target_ids=every % V, behavior_logprobs=-torch.ones(rows), weights=torch.ones(rows), depth=every, scores=scores,
         denominator=1.0,
     )  # fmt: skip
 
@@ -308,7 +310,7 @@ def test_the_metric_of_a_teacher_is_the_mean_over_its_own_tokens(case: list, ran
         scored.append(Scored(trajectory=trajectory(str(i), n, name), scores=TokenScores(logprobs=said)))
         values.setdefault(name, []).append(said)
     layout = Layout(ranks=ranks, tokens_per_microbatch=budget)
-    sums: dict[str, float] = {}
+    tallies: list[Tally] = []
     for batch in [b for r in pack(scored, [np.ones(n) for _, n, _ in case], layout, TokenMean()) for b in r]:
         here = batch.to("cpu", fetch)
         result = TokenLoss(loss=-here.scores.logprobs, metrics={"reverse_kl": here.scores.logprobs})
@@ -318,10 +320,9 @@ def test_the_metric_of_a_teacher_is_the_mean_over_its_own_tokens(case: list, ran
             part = TokenLoss(
                 loss=result.loss[slice(*cut)], metrics={k: v[slice(*cut)] for k, v in result.metrics.items()}
             )
-            for key, value in by_teacher(part, rows).metrics.items():
-                sums[key] = sums.get(key, 0.0) + float((value * (rows.weights > 0)).sum())
+            tallies.append(Tally.of(by_teacher(part, rows).metrics, rows.weights > 0))
     total = sum(n for _, n, _ in case)
-    means = teacher_means({key: value / total for key, value in sums.items()})
+    means = reduce(Tally.plus, tallies).means()
     for name, said in values.items() if len(values) > 1 else ():
         assert means[f"{name}/reverse_kl"] == pytest.approx(float(np.concatenate(said).mean()), rel=1e-5)
         assert means[f"{name}/share"] == pytest.approx(sum(map(len, said)) / total)
