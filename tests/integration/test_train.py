@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -66,6 +68,39 @@ def test_the_run_directory_is_the_products_memory(run: Path) -> None:
     for name in ("config.yaml", "report.html", "curves.png", "export/model.safetensors", "export/README.md"):
         assert (run / name).stat().st_size > 0
     assert (run / "checkpoints" / "step_3").is_dir()
+
+
+@pytest.mark.ray
+def test_the_doctor_was_asked_before_the_first_step(run: Path) -> None:
+    findings = json.loads((run / "doctor.json").read_text())
+    assert {f["verdict"] for f in findings} == {"fine"}
+    assert {"alignment", "full softmax", "hidden states", "engine and learner"} <= {f["check"] for f in findings}
+
+
+@pytest.mark.ray
+def test_the_doctor_refuses_a_pair_that_would_train_wrongly(run: Path) -> None:
+    """Planted: a teacher that never ends a text."""
+    wrong = _never_ending(run.parent / "wrong")
+    done = opd("train", *SMALL, f"teacher.path={wrong}", f"output_dir={run.parent}", "run_name=refused")
+    assert done.returncode == 1 and "would learn never to stop" in done.stderr, done.stderr
+    assert not (run.parent / "refused" / "metrics.jsonl").exists(), "it was trained all the same"
+    whole = opd("doctor", "experiment=shop", f"teacher.path={wrong}", f"output={run.parent / 'findings.json'}")
+    assert whole.returncode == 1
+    table = {f["check"]: f["verdict"] for f in json.loads((run.parent / "findings.json").read_text())}
+    assert table["end of text"] == "refused" and table["own teacher"] == table["alignment"] == "fine"
+    assert "teacher gain" in table
+
+
+def _never_ending(folder: Path) -> Path:
+    """The shop's teacher with the end-of-text row of its (tied) matrix turned round: it writes that token no more."""
+    shutil.copytree(ROOT / "assets" / "shop" / "teacher", folder)
+    eos = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in ("lm_head.weight", "model.embed_tokens.weight") if n in tensors)
+    tensors[name] = tensors[name].clone()
+    tensors[name][eos] *= -1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.mark.ray
