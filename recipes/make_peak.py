@@ -5,7 +5,7 @@ with mistakes that are rejected and repaired; it never sees a shop problem. The 
 the pupils of both tasks: it forgets every second carry in the shop and compares only last digits in every second line
 of the peak task where that matters. Both weaknesses are put there on purpose.
 
-The tokenizer is the shop's, so all checkpoints can work together. About 6 minutes on one core. ``--check``
+The tokenizer is the shop's, so all checkpoints can work together. About 7 minutes on one core. ``--check``
 trains nothing: it compares the files with SHA256SUMS and measures the checkpoints on 500 held-out problems a task.
 """
 

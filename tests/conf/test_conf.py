@@ -17,6 +17,7 @@ NEEDED = {
     "student=hf": ["student.path=x"],
     "teacher=hf": ["teacher.path=x"],
     "prompts=dataset": ["prompts.path=x"],
+    "evaluation=shop_and_peak": ["prompts=shop_and_peak"],
     "evaluation=dataset": ["prompts=dataset", "prompts.path=x", "evaluation.prompts.path=y"],
 }
 
