@@ -100,7 +100,7 @@ def decode_question(frame: bytes, limits: Limits) -> Question:
         raise TooDeep(f"a request asks for {ks.max()} log-probabilities per token, but {limits.k} are allowed; lower k")
     _small_enough(int(contexts.sum() + tokens.sum()), limits)
     at = np.where(kinds == _AT_IDS, tokens * ks, 0)
-    ids = body.take([*contexts, *tokens, *at], _INT)
+    ids = body.take([*contexts, *tokens, *at], _INT, own=True)
     body.end()
     count = len(table)
     return Question(
@@ -173,14 +173,15 @@ class _Body:
     def __init__(self, frame: bytes, start: int) -> None:
         self._frame, self._at, self._end = frame, start, len(frame) - DIGEST_BYTES
 
-    def take(self, sizes: Sequence[int], dtype: np.dtype) -> list[np.ndarray]:
-        """Arrays of `sizes` elements, as read-only views."""
+    def take(self, sizes: Sequence[int], dtype: np.dtype, *, own: bool = False) -> list[np.ndarray]:
+        """Arrays of `sizes` elements, as read-only views; as copies that may be written with `own`."""
         bounds = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64))])
         stop = self._at + int(bounds[-1]) * dtype.itemsize
         if stop > self._end or (bounds[1:] < bounds[:-1]).any():
             raise FrameError("the frame is shorter than its table says; send it again")
         flat = np.frombuffer(self._frame, dtype, int(bounds[-1]), self._at)
         self._at = stop
+        flat = flat.copy() if own else flat
         return [flat[a:b] for a, b in pairwise(bounds.tolist())]
 
     def end(self) -> None:
