@@ -12,7 +12,8 @@ The digest finds accidents (a flipped bit, half a body); it is no signature. Who
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -26,7 +27,7 @@ _HEADER = struct.Struct("<4sBBHIQ16s16s")
 _MAGIC, _VERSION = b"OPDs", 1
 _REQUEST, _ANSWER = 1, 2
 _WRITTEN, _TOPK, _AT_IDS, _HIDDEN = range(4)
-_INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
+_INT, _FLOAT, _DIGEST = np.dtype("<i4"), np.dtype("<f4"), np.dtype("V16")
 NOBODY = bytes(16)
 
 
@@ -94,13 +95,13 @@ def decode_question(frame: bytes, limits: Limits) -> Question:
     """The requests in `frame`. Raises `FrameError`, `TooLarge` or `TooDeep`; ids are not checked for their range."""
     head, table, body = _open(frame, _REQUEST, limits)
     contexts, tokens, kinds, ks = table.astype(np.int64).T
-    if ((kinds > _HIDDEN) | ((ks == 0) != np.isin(kinds, (_WRITTEN, _HIDDEN)))).any():
+    if ((kinds > _HIDDEN) | ((ks == 0) != ((kinds == _WRITTEN) | (kinds == _HIDDEN)))).any():
         raise FrameError("the frame asks for kinds of testimony that do not exist; use the client of this version")
     if (ks > limits.k).any():
         raise TooDeep(f"a request asks for {ks.max()} log-probabilities per token, but {limits.k} are allowed; lower k")
     _small_enough(int(contexts.sum() + tokens.sum()), limits)
     at = np.where(kinds == _AT_IDS, tokens * ks, 0)
-    ids = body.take([*contexts, *tokens, *at], _INT)
+    ids = body.take(np.concatenate([contexts, tokens, at]).tolist(), _INT, own=True)
     body.end()
     count = len(table)
     return Question(
@@ -122,7 +123,7 @@ def encode_reply(reply: Reply) -> bytes:
     hidden = [_hidden_rows(a) for a in said]
     table = np.array([_answer_row(a, h) for a, h in zip(said, hidden, strict=True)], dtype="<u4")
     top = [a for a in said if isinstance(a, TopKScores)]
-    parts = [b"".join(reply.digests), *(_raw(a.logprobs, _FLOAT) for a in said)]
+    parts = [np.frombuffer(b"".join(reply.digests), np.uint8), *(_raw(a.logprobs, _FLOAT) for a in said)]
     parts += [_raw(a.topk_ids, _INT) for a in top]
     parts += [_raw(a.topk_logprobs, _FLOAT) for a in top]
     parts += [_raw(h, h.dtype.newbyteorder("<")) for h in hidden if h is not None]
@@ -133,19 +134,18 @@ def decode_reply(frame: bytes, limits: Limits) -> Reply:
     """The answers in `frame`, as views of it. Raises `FrameError` or `TooLarge`; values are not judged here."""
     head, table, body = _open(frame, _ANSWER, limits)
     tokens, kinds, widths, itemsizes = table.astype(np.int64).T
-    plain = kinds == _WRITTEN
-    if (~np.isin(kinds, (_WRITTEN, _TOPK, _HIDDEN)) | (plain != (widths == 0))).any():
+    states = kinds == _HIDDEN
+    if ((kinds > _HIDDEN) | (kinds == _AT_IDS) | ((kinds == _WRITTEN) != (widths == 0))).any():
         raise FrameError("the frame holds kinds of testimony that do not exist; use the server of this version")
-    if (~np.isin(itemsizes, (2, 4)) & (kinds == _HIDDEN)).any() or (itemsizes[kinds != _HIDDEN] != 0).any():
+    if (np.where(states, (itemsizes != 2) & (itemsizes != 4), itemsizes != 0)).any():
         raise FrameError("the frame's hidden states are neither float32 nor bfloat16; use the server of this version")
     _small_enough(int(tokens.sum()), limits)
-    cells = np.where(kinds == _TOPK, tokens * widths, 0)
-    digests = body.take([DIGEST_BYTES] * len(table), np.dtype("u1"))
-    logprobs = body.take([*tokens], _FLOAT)
-    ids, values = body.take([*cells], _INT), body.take([*cells], _FLOAT)
+    cells = np.where(kinds == _TOPK, tokens * widths, 0).tolist()
+    (digests,) = body.take([len(table)], _DIGEST)
+    logprobs = body.take(tokens.tolist(), _FLOAT)
+    ids, values = body.take(cells, _INT), body.take(cells, _FLOAT)
     answers: list[TokenScores] = []
-    for i, kind in enumerate(kinds):
-        shape = (int(tokens[i]), int(widths[i]))
+    for i, (kind, *shape) in enumerate(zip(kinds.tolist(), tokens.tolist(), widths.tolist(), strict=True)):
         if kind == _TOPK:
             answers.append(
                 TopKScores(logprobs=logprobs[i], topk_ids=ids[i].reshape(shape), topk_logprobs=values[i].reshape(shape))
@@ -158,7 +158,7 @@ def decode_reply(frame: bytes, limits: Limits) -> Reply:
         else:
             answers.append(TokenScores(logprobs=logprobs[i]))
     body.end()
-    return Reply(call=head.call, model=head.model, digests=tuple(d.tobytes() for d in digests), answers=tuple(answers))
+    return Reply(call=head.call, model=head.model, digests=tuple(digests.tolist()), answers=tuple(answers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,15 +173,16 @@ class _Body:
     def __init__(self, frame: bytes, start: int) -> None:
         self._frame, self._at, self._end = frame, start, len(frame) - DIGEST_BYTES
 
-    def take(self, sizes: Sequence[int], dtype: np.dtype) -> list[np.ndarray]:
-        """Arrays of `sizes` elements, as read-only views."""
-        bounds = np.concatenate([[0], np.cumsum(np.asarray(sizes, dtype=np.int64))])
-        stop = self._at + int(bounds[-1]) * dtype.itemsize
-        if stop > self._end or (bounds[1:] < bounds[:-1]).any():
+    def take(self, sizes: Sequence[int], dtype: np.dtype, *, own: bool = False) -> list[np.ndarray]:
+        """Arrays of `sizes` elements, as read-only views; as copies that may be written with `own`."""
+        bounds = list(accumulate(sizes, initial=0))
+        stop = self._at + bounds[-1] * dtype.itemsize
+        if stop > self._end:
             raise FrameError("the frame is shorter than its table says; send it again")
-        flat = np.frombuffer(self._frame, dtype, int(bounds[-1]), self._at)
+        flat = np.frombuffer(self._frame, dtype, bounds[-1], self._at)
         self._at = stop
-        return [flat[a:b] for a, b in pairwise(bounds.tolist())]
+        flat = flat.copy() if own else flat
+        return [flat[a:b] for a, b in pairwise(bounds)]
 
     def end(self) -> None:
         """Raise `FrameError` if bytes are left."""
@@ -189,14 +190,14 @@ class _Body:
             raise FrameError(f"the frame has {self._end - self._at} bytes more than its table says; send it again")
 
 
-def _frame(kind: int, call: bytes, model: bytes, table: np.ndarray, parts: Iterable[bytes | memoryview]) -> bytes:
-    pieces: list[bytes | memoryview] = [table.tobytes(), *parts]
-    size = _HEADER.size + sum(len(p) for p in pieces) + DIGEST_BYTES
-    pieces.insert(0, _HEADER.pack(_MAGIC, _VERSION, kind, 0, len(table), size, call, model))
+def _frame(kind: int, call: bytes, model: bytes, table: np.ndarray, parts: Iterable[np.ndarray]) -> bytes:
+    arrays = [table, *parts]
+    size = _HEADER.size + sum(a.nbytes for a in arrays) + DIGEST_BYTES
+    pieces: list[Any] = [_HEADER.pack(_MAGIC, _VERSION, kind, 0, len(table), size, call, model), *arrays]
     hasher = xxhash.xxh3_128()
     for piece in pieces:
         hasher.update(piece)
-    return b"".join([*pieces, hasher.digest()])
+    return b"".join([*pieces, hasher.digest()])  # the one copy
 
 
 def _open(frame: bytes, kind: int, limits: Limits) -> tuple[_Head, np.ndarray, _Body]:
@@ -222,8 +223,8 @@ def _small_enough(tokens: int, limits: Limits) -> None:
         raise TooLarge(f"a frame has {tokens} tokens, but {limits.tokens} are allowed; send fewer requests")
 
 
-def _raw(array: np.ndarray, dtype: np.dtype) -> memoryview:
-    return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data
+def _raw(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=dtype)
 
 
 def _asked_ids(want: Want) -> tuple[np.ndarray, ...]:

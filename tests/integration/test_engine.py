@@ -18,48 +18,23 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from actors.engine import VLLMEngine
 from actors.engine_thread import EngineLoop, EngineStopped
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Manifest, Sampling, Sentinel, Weights
 from opd.types import Stop, TopKScores
+from tests.tiny_models import EOS, VOCABULARY, logprobs, tiny_model
 
-VOCABULARY = 160
 LONGEST = 96
-EOS = 2
 SEED = 11
 T = TypeVar("T")
 
 
 def student(seed: int, tied: bool) -> Qwen3ForCausalLM:
-    """A tiny random model with opinions: its next-token distributions are far from flat."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=LONGEST,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=EOS,
-    )
-    model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            parameter.normal_(std=0.25)
-    return model
-
-
-def logprobs(model: Qwen3ForCausalLM, ids: np.ndarray) -> torch.Tensor:
-    """Full logprobs `[len(ids), V]` of the next token at every position."""
-    with torch.no_grad():
-        return model(torch.from_numpy(ids).long()[None]).logits[0].float().log_softmax(-1)
+    """A tiny student."""
+    return tiny_model(seed, tied=tied, positions=LONGEST)
 
 
 def written(model: Qwen3ForCausalLM, ids: np.ndarray, start: int) -> np.ndarray:

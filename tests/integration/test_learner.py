@@ -40,6 +40,7 @@ from opd.types import (
     Trajectory,
     VocabularyScores,
 )
+from tests.tiny_models import tiny_model
 
 VOCABULARY, STEPS = 61, 6
 HERE = Path(__file__).resolve()
@@ -82,11 +83,9 @@ class Likelihood:
 
 def tiny(path: Path, *, tied: bool, seed: int, width: int = 32) -> Path:
     """A random Qwen3 with sharp logits, saved in `path`."""
-    torch.manual_seed(seed)
-    shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    shape = {"hidden_size": width, "intermediate_size": 48, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen3Config(vocab_size=VOCABULARY, **shape, **heads, tie_word_embeddings=tied, initializer_range=0.15)
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    tiny_model(seed, tied=tied, std=0.15, vocab_size=VOCABULARY, **shape, **heads).save_pretrained(path)
     (path / "tokenizer.json").write_text("{}")
     return path
 

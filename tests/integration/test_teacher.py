@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -19,8 +19,8 @@ from opd.scorers.testimony import verify
 from opd.types import HiddenScores, TokenScores, TopKScores
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
 from teacher_service.config import TeacherConfig
+from tests.tiny_models import VOCABULARY, completion_logprobs, tiny_model
 
-VOCABULARY = 160
 POSITIONS = 64
 T = TypeVar("T")
 
@@ -47,23 +47,8 @@ def run(work: Awaitable[T]) -> T:
 
 def checkpoint(folder: Path, tied: bool = True, **changes: Any) -> Qwen3ForCausalLM:
     """A tiny random model with opinions, saved to `folder`."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=tied,
-        **changes,
-    )
-    model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            parameter.normal_(std=0.15)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_model(tied=tied, positions=POSITIONS, std=0.15, **heads, **changes)
     model.save_pretrained(folder)
     return model
 
@@ -84,10 +69,7 @@ class School:
 
     def expected(self, request: ScoreRequest) -> torch.Tensor:
         """Full logprobs `[T, V]` from one unpadded, unpacked forward."""
-        ids = torch.from_numpy(np.concatenate([request.context_ids, request.token_ids])).long()
-        with torch.no_grad():
-            logits = self.plain(ids[None]).logits[0].float()
-        return logits.log_softmax(-1)[len(request.context_ids) - 1 : -1]
+        return completion_logprobs(self.plain, request)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -210,7 +210,7 @@ def engines(teacher: Any = None) -> Engines:
 
 
 def floats(*shape: int) -> np.ndarray:
-    return np.full(shape, -1.0, dtype=np.float32)
+    return np.full(shape, -2.0, dtype=np.float32)
 
 
 def answer(want: Want, n: int) -> TokenScores:

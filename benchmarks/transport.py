@@ -1,0 +1,127 @@
+"""P1: what a scored token costs on the wire, in bytes and CPU: our frame, base64 in JSON, lists in JSON.
+
+    python benchmarks/transport.py [rounds]
+
+Each arm encodes the same answers (float32 log-probabilities, int32 ids) and decodes them back to arrays, both ends in
+this process; arms take turns, the median and the spread (smallest to largest) of CPU time are printed. The floor is
+what the arrays alone weigh, K ids and log-probabilities and one written token: 8 K + 4 bytes per token. Limits of the
+project: at most 1.05 of the floor; at k=64 at least 50 times less CPU than base64 in JSON, 1,000 than lists.
+"""
+
+import base64
+import json
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import process_time_ns
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from opd.types import TokenScores, TopKScores
+from teacher_service.wire import Limits, Reply, decode_reply, encode_reply
+
+REQUESTS, TOKENS = 16, 256
+LIMITS = Limits()
+FIELDS = ("logprobs", "topk_ids", "topk_logprobs")
+
+
+def answers(k: int) -> tuple[TopKScores, ...]:
+    """Random testimony about `REQUESTS` completions of `TOKENS` tokens."""
+    random = np.random.default_rng(k)
+
+    def one() -> TopKScores:
+        values = -np.sort(random.exponential(3.0, (TOKENS, k)).astype(np.float32), axis=1)
+        ids = random.integers(0, 152_000, (TOKENS, k)).astype(np.int32)
+        return TopKScores(logprobs=values[:, 0].copy(), topk_ids=ids, topk_logprobs=values)
+
+    return tuple(one() for _ in range(REQUESTS))
+
+
+def frame(said: Sequence[TokenScores]) -> bytes:
+    digests = tuple(bytes(16) for _ in said)
+    return encode_reply(Reply(call=bytes(16), model=bytes(16), digests=digests, answers=tuple(said)))
+
+
+def unframe(body: bytes) -> Sequence[TokenScores]:
+    return decode_reply(body, LIMITS).answers
+
+
+def base64_json(said: Sequence[TokenScores]) -> bytes:
+    def packed(array: np.ndarray) -> dict[str, Any]:
+        data = base64.b64encode(array.tobytes()).decode()
+        return {"data": data, "dtype": array.dtype.str, "shape": array.shape}
+
+    return json.dumps([{f: packed(getattr(a, f)) for f in FIELDS} for a in said]).encode()
+
+
+def unbase64_json(body: bytes) -> Sequence[TokenScores]:
+    def unpacked(value: dict[str, Any]) -> np.ndarray:
+        return np.frombuffer(base64.b64decode(value["data"]), value["dtype"]).reshape(value["shape"])
+
+    return [TopKScores(**{f: unpacked(a[f]) for f in FIELDS}) for a in json.loads(body)]
+
+
+def list_json(said: Sequence[TokenScores]) -> bytes:
+    return json.dumps([{f: getattr(a, f).tolist() for f in FIELDS} for a in said]).encode()
+
+
+def unlist_json(body: bytes) -> Sequence[TokenScores]:
+    types = {"logprobs": np.float32, "topk_ids": np.int32, "topk_logprobs": np.float32}
+    return [TopKScores(**{f: np.asarray(a[f], types[f]) for f in FIELDS}) for a in json.loads(body)]
+
+
+Arm = tuple[Callable[[Sequence[TokenScores]], bytes], Callable[[bytes], Sequence[TokenScores]]]
+ARMS: dict[str, Arm] = {
+    "frame": (frame, unframe),
+    "base64 in JSON": (base64_json, unbase64_json),
+    "lists in JSON": (list_json, unlist_json),
+}
+
+
+def measure(k: int, rounds: int) -> dict[str, tuple[int, list[float]]]:
+    """Per arm: bytes of the message, and CPU nanoseconds per token of encoding plus decoding, once per round."""
+    said = answers(k)
+    sizes, spent = dict.fromkeys(ARMS, 0), {name: [] for name in ARMS}
+    for turn in range(rounds + 1):
+        for name, (encode, decode) in ARMS.items():
+            repeats = 100 if name == "frame" else 1  # one frame is shorter than the clock's tick is reliable
+            start = process_time_ns()
+            for _ in range(repeats):
+                body = encode(said)
+                back = decode(body)
+            used = (process_time_ns() - start) / repeats / (REQUESTS * TOKENS)
+            sizes[name] = len(body)
+            _same(said, back)
+            if turn:  # the first is warm-up
+                spent[name].append(used)
+    return {name: (sizes[name], spent[name]) for name in ARMS}
+
+
+def _same(said: Sequence[Any], back: Sequence[Any]) -> None:
+    for a, b in zip(said, back, strict=True):
+        assert all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS), "an arm changed the numbers"
+
+
+def main() -> None:
+    """Measure at three depths and print."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
+    table = Table(title=f"P1: {REQUESTS} x {TOKENS} tokens, {rounds} rounds, arms in turn")
+    for heading in ("k", "arm", "bytes/token", "of the floor", "CPU ns/token (median, spread)", "CPU of a frame's"):
+        table.add_column(heading, justify="right")
+    for k in (1, 16, 64):
+        measured = measure(k, rounds)
+        floor, ours = 8 * k + 4, median(measured["frame"][1])
+        for name, (size, used) in measured.items():
+            per_token = size / (REQUESTS * TOKENS)
+            spread = f"{median(used):,.1f} ({min(used):,.1f} to {max(used):,.1f})"
+            limit = {"base64 in JSON": " (limit 50)", "lists in JSON": " (limit 1,000)"}.get(name, "") if k == 64 else ""
+            share = f"{per_token / floor:.3f}" + (" (limit 1.05)" if name == "frame" else "")
+            table.add_row(str(k), name, f"{per_token:.2f}", share, spread, f"{median(used) / ours:,.1f}x{limit}")
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

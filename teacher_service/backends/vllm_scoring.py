@@ -1,0 +1,231 @@
+"""A teacher that vLLM runs, in this process: by hidden states and our own head, or by flat `prompt_logprobs`.
+
+`HiddenTeacher` asks vLLM's pooling runner for the states after the final norm and does the rest itself, so it answers
+everything. `PromptLogprobsTeacher` lets vLLM's sampler rank each position: no ids of the caller's choice, no hidden
+states (vLLM 0.32 has `prompt_logprob_token_ids`, but only in its second model runner, which needs a GPU). Sequences
+are never cut over two engine steps, which bounds vLLM's transient `[tokens, vocabulary]` block by
+`teacher.max_batch_tokens`.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from opd.devices import resolve_device, resolve_dtype
+from opd.errors import DataError, OpdError
+from opd.ports import ScoreRequest, TopK
+from opd.types import TokenScores, TopKScores
+from teacher_service.backends.torch_forward import microbatches
+from teacher_service.config import TeacherConfig, check_answers
+from teacher_service.head import load_head, text_config
+from teacher_service.identity import check_checkpoint
+from teacher_service.reading import Bounds, Store, TeacherStats, completion_rows, length, testify
+
+if TYPE_CHECKING:
+    from vllm import PoolingParams, SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+
+class _VLLMTeacher(ABC):
+    """What both share: one engine, and one thread that touches it."""
+
+    spare: int  # tokens of the model's length that vLLM needs besides those that are read
+
+    def __init__(self, config: TeacherConfig, store: Store) -> None:
+        check_checkpoint(config.path, "teacher")
+        self._config, self._store = config, store
+        self._device = resolve_device(config.device, "teacher")
+        self._dtype = resolve_dtype(config.dtype, self._device)
+        model = text_config(config.path)
+        positions = config.max_model_len or int(model.get("max_position_embeddings") or config.max_batch_tokens)
+        self._positions = min(positions, config.max_batch_tokens)
+        self._bounds = Bounds(
+            vocabulary=int(model["vocab_size"]),
+            longest=self._positions - self.spare,
+            max_k=config.max_k,
+            limits="one forward (the smallest of the model's positions, teacher.max_model_len and "
+            "teacher.max_batch_tokens); shorten it or raise the limit",
+        )
+        self._requests = self._scored = self._read = self._number = 0
+        self._busy_s = 0.0
+        self._thread = ThreadPoolExecutor(1, "vllm-teacher")
+        self._engine: Future[LLMEngine] = self._thread.submit(self._start)
+
+    async def ready(self) -> None:
+        """Return when vLLM is loaded."""
+        await self._within(asyncio.wrap_future(self._engine), "starting vLLM")
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        """Testimony per request, in order: float32 logprobs under the full softmax at temperature 1.
+
+        Raises `Unreadable` for a request that cannot be read, `ConfigurationError` for a kind it cannot answer.
+        """
+        check_answers(self._config, frozenset(type(r.want) for r in requests), "a scorer")
+        self._bounds.check(requests)
+        work = asyncio.wrap_future(self._thread.submit(self._scores, list(requests)))
+        return await self._within(work, f"scoring {len(requests)} completions")
+
+    async def stats(self) -> TeacherStats:
+        """What this teacher has done so far."""
+        return TeacherStats(requests=self._requests, scored=self._scored, read=self._read, busy_s=self._busy_s)
+
+    async def close(self) -> None:
+        """End the engine; nothing can be scored afterwards."""
+        engine = await asyncio.wrap_future(self._engine)
+        await asyncio.wrap_future(self._thread.submit(engine.engine_core.shutdown))
+        self._thread.shutdown()
+
+    async def _within(self, work: Any, what: str) -> Any:
+        try:
+            return await asyncio.wait_for(work, self._config.deadline_s)
+        except TimeoutError as error:
+            raise OpdError(
+                f"the teacher did not finish {what} within {self._config.deadline_s:.0f} s; raise "
+                "teacher.deadline_s, or add teacher.replicas"
+            ) from error
+
+    def _start(self) -> "LLMEngine":
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        cpu = self._device.type == "cpu"
+        arguments: dict[str, Any] = {
+            "model": self._config.path,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "max_model_len": self._positions,
+            "max_num_batched_tokens": max(self._config.max_batch_tokens, self._positions),
+            "enable_chunked_prefill": False,
+            "enable_prefix_caching": False,  # whoever scores every position reads no cache
+            "enforce_eager": cpu,
+            "gpu_memory_utilization": self._config.gpu_memory_utilization,
+            "skip_tokenizer_init": True,
+            "trust_remote_code": False,
+            "disable_log_stats": True,
+            **({"kv_cache_memory_bytes": self._config.kv_cache_bytes} if cpu else {}),
+            **self._arguments(),
+        }
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+    def _run(self, asked: "Sequence[tuple[list[int], SamplingParams | PoolingParams]]") -> list[Any]:
+        """vLLM's outputs, in order; nothing stays in the engine if one fails."""
+        engine = self._engine.result()
+        names = [str(self._number + i) for i in range(len(asked))]
+        self._number += len(asked)
+        outputs: dict[str, Any] = {}
+        try:
+            for name, (ids, params) in zip(names, asked, strict=True):
+                engine.add_request(name, {"type": "token", "prompt_token_ids": ids}, params)
+            while engine.has_unfinished_requests():
+                outputs |= {o.request_id: o for o in engine.step() if o.finished}
+        except Exception as error:
+            engine.abort_request(names)
+            raise OpdError(
+                f"vLLM cannot score as the teacher ({type(error).__name__}: {error}); see its log"
+            ) from error
+        return [outputs[name] for name in names]
+
+    def _scores(self, requests: list[ScoreRequest]) -> list[TokenScores]:
+        start = perf_counter()
+        answers: list[TokenScores | None] = [None] * len(requests)
+        for members in microbatches([length(r) for r in requests], self._config.max_batch_tokens):
+            for i, answer in zip(members, self._microbatch([requests[i] for i in members]), strict=True):
+                answers[i] = answer
+        self._busy_s += perf_counter() - start
+        self._requests += len(requests)
+        self._scored += sum(len(r.token_ids) for r in requests)
+        self._read += sum(length(r) for r in requests)
+        return [answer for answer in answers if answer is not None]
+
+    @abstractmethod
+    def _arguments(self) -> Mapping[str, Any]:
+        """Engine arguments of its own."""
+
+    @abstractmethod
+    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
+        """Answers to requests of one forward, in order."""
+
+
+class HiddenTeacher(_VLLMTeacher):
+    """vLLM's hidden states, our head: any kind of testimony (`opd.ports.LogprobTeacher`)."""
+
+    spare = 0
+
+    def __init__(self, config: TeacherConfig, store: Store) -> None:
+        super().__init__(config, store)
+        self._head = load_head(config.path, self._dtype, self._device)
+
+    def _arguments(self) -> Mapping[str, Any]:
+        from vllm.config import PoolerConfig
+
+        # "embed" with no activation: the states as they leave the final norm, not normalised to length 1
+        pooler = PoolerConfig(task="token_embed", use_activation=False)
+        return {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
+
+    @torch.inference_mode()
+    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
+        from vllm import PoolingParams
+
+        params = PoolingParams(task="token_embed", use_activation=False)
+        sequences, _ = completion_rows(requests)
+        outputs = self._run([(ids.tolist(), params.clone()) for ids in sequences])
+        states = [o.outputs.data[-len(r.token_ids) :] for o, r in zip(outputs, requests, strict=True)]
+        if any(len(s) != len(r.token_ids) for s, r in zip(states, requests, strict=True)):
+            raise DataError("vLLM gave fewer hidden states than tokens; use teacher.backend=TORCH and report this")
+        hidden = torch.cat(states).to(device=self._device, dtype=self._dtype)
+        return testify(
+            requests, hidden, lambda h: F.linear(h, self._head).float(), self._config.head_chunk, self._store
+        )
+
+
+class PromptLogprobsTeacher(_VLLMTeacher):
+    """vLLM's own `prompt_logprobs`: written tokens and the teacher's top-k (`opd.ports.LogprobTeacher`)."""
+
+    spare = 2  # the last token is part of the prompt here, and vLLM insists on writing one more
+
+    def _arguments(self) -> Mapping[str, Any]:
+        return {"max_logprobs": -1, "generation_config": "vllm", "logprobs_mode": "raw_logprobs"}
+
+    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        asked: list[tuple[list[int], SamplingParams | PoolingParams]] = [
+            (
+                [*r.context_ids.tolist(), *r.token_ids.tolist()],
+                SamplingParams(
+                    max_tokens=1,
+                    temperature=0.0,
+                    prompt_logprobs=r.want.k if isinstance(r.want, TopK) else 0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+            for r in requests
+        ]
+        outputs = self._run(asked)
+        return (_answer(r, o.prompt_logprobs) for r, o in zip(requests, outputs, strict=True))
+
+
+def _answer(request: ScoreRequest, flat: Any) -> TokenScores:
+    """From parallel lists of `(1 + k)` entries per position: the prompt's own token, then the likeliest."""
+    k = request.want.k if isinstance(request.want, TopK) else 0
+    tokens, first = len(request.token_ids), flat.start_indices[len(request.context_ids)]
+    ids = np.asarray(flat.token_ids[first:], dtype=np.int32)
+    values = np.asarray(flat.logprobs[first:], dtype=np.float32)
+    if len(ids) != tokens * (1 + k) or not np.array_equal(ids[:: 1 + k], request.token_ids):
+        raise DataError(
+            f"vLLM gave {len(ids)} prompt_logprobs for {tokens} tokens at k={k}, or of other tokens; use "
+            "teacher.backend=VLLM and report this"
+        )
+    ids, values = ids.reshape(tokens, 1 + k), values.reshape(tokens, 1 + k)
+    if not k:
+        return TokenScores(logprobs=values[:, 0])
+    return TopKScores(logprobs=values[:, 0].copy(), topk_ids=ids[:, 1:].copy(), topk_logprobs=values[:, 1:].copy())
