@@ -1,4 +1,4 @@
-"""`opd`: one program with the verbs train, eval, submit, export and env; each takes Hydra overrides."""
+"""`opd`: one program with the verbs train, eval, certify, submit, export and env; most take Hydra overrides."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ usage: opd COMMAND [OVERRIDE ...]
              experiment=shop             the embedded demo;  experiment=compare  OPD, GRPO and SFT side by side
              dry_run=true                check everything, print the plan, start nothing
   opd eval   [checkpoint=DIR] [...]      measure a student (a run's export/ or any Hugging Face folder)
+  opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
   opd export run=DIR output=DIR          copy a run's student out as a Hugging Face folder
   opd submit address=URL [working_dir=DIR] COMMAND [...]   the same on a running Ray cluster
   opd env                                versions, devices, and what is missing
@@ -37,6 +38,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     commands: Mapping[str, Callable[[Sequence[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "certify": _certify,
         "submit": _submit,
         "export": _export,
         "env": _env,
@@ -75,6 +77,13 @@ def _eval(overrides: Sequence[str]) -> int:
     if "checkpoint" in own:
         rest = [*rest, f"student.path={own['checkpoint']}"]
     return run_evaluation(rest)
+
+
+def _certify(overrides: Sequence[str]) -> int:
+    from launch.certify import certify_methods
+
+    own, rest = _split(overrides, ("output",))
+    return certify_methods(rest, own.get("output", ""), Console())
 
 
 def _submit(arguments: Sequence[str]) -> int:
