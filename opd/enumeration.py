@@ -25,6 +25,7 @@ from opd.types import (
     Scored,
     Stop,
     TokenScores,
+    TopKReturnScores,
     TopKScores,
     Trajectory,
 )
@@ -309,8 +310,10 @@ class Enumerated:
 
 def _credit(scores: Any, place: int) -> float:
     """Signed credit of a token: an advantage, or a return; nothing where nobody gives one."""
-    given = scores.advantages if isinstance(scores, AdvantageScores) else getattr(scores, "returns", None)
-    return 0.0 if given is None else float(given[place])
+    match scores:
+        case AdvantageScores(advantages=given) | TopKReturnScores(returns=given):
+            return float(given[place])
+    return 0.0
 
 
 async def enumerate_world(rollout: Any, scorer: Any, world: World) -> Enumerated:
