@@ -7,7 +7,6 @@ gradient in expectation) and direct k3 (the forward KL's) do not exist here.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from opd import divergences as exact
@@ -36,6 +35,13 @@ def _result(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> 
     return TokenLoss(
         loss=loss, metrics={"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
     )
+
+
+def _rewarded(student: StudentLogits, batch: Batch[TokenScores], baseline: Tensor) -> Tensor:
+    """Policy gradient with importance ratio; log-ratio and baseline are detached."""
+    logprobs = student.at(batch.target_ids)
+    cost = logprobs.detach() - batch.scores.logprobs - baseline
+    return (logprobs - batch.behavior_logprobs).exp() * cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +96,8 @@ class BaselinedReverseKL(_OnWrittenTokens):
         return VocabularyScores
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        with torch.no_grad():
-            p, q = student.logprobs, batch.scores.vocabulary_logprobs
-            baseline = divergence(p, p, q)
-            log_ratio = student.at(batch.target_ids) - batch.scores.logprobs
-        ratio = (student.at(batch.target_ids) - batch.behavior_logprobs).exp()
-        return _result(student, batch, ratio * (log_ratio - baseline))
+        p, q = student.logprobs.detach(), batch.scores.vocabulary_logprobs
+        return _result(student, batch, _rewarded(student, batch, divergence(p, p, q)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +109,5 @@ class TopKBaselinedReverseKL(_OnWrittenTokens):
         return TopKScores
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        with torch.no_grad():
-            p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
-            baseline = divergence(p, p, q)
-            log_ratio = student.at(batch.target_ids) - batch.scores.logprobs
-        ratio = (student.at(batch.target_ids) - batch.behavior_logprobs).exp()
-        return _result(student, batch, ratio * (log_ratio - baseline))
+        p, q = student.at_support(batch.scores.topk_ids).detach(), batch.scores.topk_logprobs
+        return _result(student, batch, _rewarded(student, batch, divergence(p, p, q)))

@@ -71,8 +71,9 @@ class MonteCarloReverseKL:
 
     def draw(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> Int[Tensor, "n m"]:
         """Ids by inversion of the student's cumulative distribution."""
+        logprobs = student.logprobs.detach()  # computed once, with its graph, then detached
         with torch.no_grad():
-            total = student.logprobs.double().exp().cumsum(-1)
+            total = logprobs.double().exp().cumsum(-1)
             at = uniform(batch, self.samples, self.seed) * total[:, -1:]
             return torch.searchsorted(total, at, right=True).clamp(max=total.shape[1] - 1)
 

@@ -66,8 +66,8 @@ def promised(direction: exact.Promise, support: exact.Support, outside: Outside)
 
 def chosen(support: exact.Support, student: StudentLogits, batch: Batch[VocabularyScores]) -> Bool[Tensor, "n V"]:
     """The support at every row, detached."""
+    p, q = student.logprobs.detach(), batch.scores.vocabulary_logprobs  # computed once, with its graph, then detached
     with torch.no_grad():
-        p, q = student.logprobs.detach(), batch.scores.vocabulary_logprobs
         everything = torch.ones_like(p, dtype=torch.bool)
         return support(exact.States(student=p, teacher=q, behavior=p, support=everything, credit=p))
 
