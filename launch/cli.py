@@ -1,4 +1,4 @@
-"""`opd`: one program with the verbs train, eval, submit, export, serve-teacher and env; each takes Hydra overrides."""
+"""`opd`: one program; its verbs are in `USAGE`, and most take Hydra overrides."""
 
 import os
 import sys
@@ -18,6 +18,7 @@ usage: opd COMMAND [OVERRIDE ...]
              dry_run=true                check everything, print the plan, start nothing
   opd eval   [checkpoint=DIR] [...]      measure a student (a run's export/ or any Hugging Face folder)
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
+  opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
   opd export run=DIR output=DIR          copy a run's student out as a Hugging Face folder
   opd submit address=URL [working_dir=DIR] COMMAND [...]   the same on a running Ray cluster
   opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN
@@ -40,6 +41,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         "train": _train,
         "eval": _eval,
         "doctor": _doctor,
+        "certify": _certify,
         "submit": _submit,
         "export": _export,
         "serve-teacher": _serve_teacher,
@@ -86,6 +88,13 @@ def _doctor(overrides: Sequence[str]) -> int:
 
     own, rest = _split(overrides, ("output",))
     return run_doctor(rest, own.get("output", ""))
+
+
+def _certify(overrides: Sequence[str]) -> int:
+    from launch.certify import certify_methods
+
+    own, rest = _split(overrides, ("output",))
+    return certify_methods(rest, own.get("output", ""), Console())
 
 
 def _submit(arguments: Sequence[str]) -> int:

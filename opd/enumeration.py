@@ -25,10 +25,12 @@ from opd.types import (
     Scored,
     Stop,
     TokenScores,
+    TopKReturnScores,
     TopKScores,
     Trajectory,
 )
 
+Text = tuple[np.ndarray, np.ndarray]
 CONTEXTS = ((3, 5), (2, 7, 4))
 LENGTH = 3
 WIDTH = 8
@@ -49,14 +51,17 @@ class TinyModel:
             total = total + seen * 0.5**back
         return total.tanh()
 
-    def reading(self, context: np.ndarray, written: np.ndarray) -> Float[Tensor, "T H"]:
-        """The hidden states that predict each written token."""
-        ids = torch.as_tensor(np.concatenate([context, written[:-1]])).long()
-        return self.hidden(ids, torch.arange(len(ids)))[len(context) - 1 :]
+    def readings(self, texts: Sequence[Text]) -> list[Float[Tensor, "_T H"]]:
+        """For every `(context, written)` the hidden states that predict its written tokens."""
+        packed = [np.concatenate([context, written[:-1]]) for context, written in texts]
+        lengths = [len(ids) for ids in packed]
+        positions = torch.as_tensor(np.concatenate([np.arange(n) for n in lengths]))
+        states = self.hidden(torch.as_tensor(np.concatenate(packed)).long(), positions).split(lengths)
+        return [h[len(context) - 1 :] for h, (context, _) in zip(states, texts, strict=True)]
 
-    def logprobs(self, context: np.ndarray, written: np.ndarray) -> Float[Tensor, "T V"]:
-        """The distribution at each written token."""
-        return (self.reading(context, written) @ self.head.T).log_softmax(-1)
+    def logprobs(self, texts: Sequence[Text]) -> list[Float[Tensor, "_T V"]]:
+        """The distribution at each written token of every text."""
+        return [(h @ self.head.T).log_softmax(-1) for h in self.readings(texts)]
 
 
 def _model(draw: torch.Generator, vocabulary: int) -> TinyModel:
@@ -143,29 +148,35 @@ class _Writer:
     world: World
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        return [self._write(request) for request in requests]
-
-    def _write(self, request: GenerateRequest) -> Completion:
-        name, _, number = request.prompt_id.partition("/")
-        paths = self.world.paths(int(number)) if name == "state" and number.isdigit() else np.zeros((0, 1))
-        if request.sample >= len(paths):
-            raise ConfigurationError(
-                f"the certificate can enumerate rollouts that write once for every prompt of a group, but this one "
-                f"asked for sample {request.sample} of {request.prompt_id!r}; certify its objective in a method with "
-                "rollout StudentRollout"
-            )
-        written = paths[request.sample]
+        paths = {name: self._paths(name) for name in {r.prompt_id for r in requests}}
+        for r in requests:
+            if r.sample >= len(paths[r.prompt_id]):
+                raise ConfigurationError(
+                    "the certificate can enumerate rollouts that write once for every prompt of a group, but this "
+                    f"one asked for sample {r.sample} of {r.prompt_id!r}; certify its objective in a method with "
+                    "rollout StudentRollout"
+                )
+        texts = [(r.context_ids, paths[r.prompt_id][r.sample]) for r in requests]
         with torch.no_grad():
-            drawn = _sampled(self.model.logprobs(request.context_ids, written), request.sampling)
-        return Completion(
-            token_ids=written,
-            behavior=_said(drawn, written, request.sampling.topk),
-            versions=np.zeros(len(written), dtype=np.int32),
-            stop=Stop.END,
-        )
+            rows = self.model.logprobs(texts)
+        return [_write(x, written, r.sampling) for x, (_, written), r in zip(rows, texts, requests, strict=True)]
+
+    def _paths(self, prompt_id: str) -> np.ndarray:
+        name, _, number = prompt_id.partition("/")
+        known = name == "state" and number.isdigit() and int(number) < len(CONTEXTS)
+        return self.world.paths(int(number)) if known else np.zeros((0, LENGTH), dtype=np.int32)
 
     async def receive(self, weights: Any) -> float:
         raise NotImplementedError("nothing is published in an enumerated world")
+
+
+def _write(logprobs: Float[Tensor, "T V"], written: np.ndarray, sampling: Sampling) -> Completion:
+    return Completion(
+        token_ids=written,
+        behavior=_said(_sampled(logprobs, sampling), written, sampling.topk),
+        versions=np.zeros(len(written), dtype=np.int32),
+        stop=Stop.END,
+    )
 
 
 def _sampled(logprobs: Float[Tensor, "T V"], sampling: Sampling) -> Float[Tensor, "T V"]:
@@ -200,10 +211,10 @@ class _Reader:
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         with torch.no_grad():
-            return [self._read(request) for request in requests]
+            hidden = self.model.readings([(r.context_ids, r.token_ids) for r in requests])
+            return [self._read(h.roll(self.shift, 0), r) for h, r in zip(hidden, requests, strict=True)]
 
-    def _read(self, request: ScoreRequest) -> TokenScores:
-        hidden = self.model.reading(request.context_ids, request.token_ids).roll(self.shift, 0)
+    def _read(self, hidden: Float[Tensor, "T H"], request: ScoreRequest) -> TokenScores:
         logprobs = (hidden @ self.model.head.T).log_softmax(-1)
         match request.want:
             case TopK(k=k):
@@ -273,11 +284,8 @@ class Enumerated:
         places = self.place[:: self.world.vocabulary]
 
         def at(model: TinyModel) -> Tensor:
-            rows = [
-                model.logprobs(s.trajectory.prompt.student_ids, s.trajectory.token_ids)[p]
-                for s, p in zip(firsts, places, strict=True)
-            ]
-            return torch.stack(rows)
+            rows = model.logprobs([(s.trajectory.prompt.student_ids, s.trajectory.token_ids) for s in firsts])
+            return torch.stack([row[p] for row, p in zip(rows, places, strict=True)])
 
         chances = torch.from_numpy(self.chances).reshape(len(firsts), -1)
         return States(
@@ -297,13 +305,15 @@ class Enumerated:
         return marks.reshape(-1, self.world.vocabulary, self.world.vocabulary)
 
     def _credit(self) -> np.ndarray:
-        return np.asarray([_credit(s.scores, p) for s, p in zip(self.scored, self.place, strict=True)])
+        return np.asarray([_credit(s.scores, int(p)) for s, p in zip(self.scored, self.place, strict=True)])
 
 
 def _credit(scores: Any, place: int) -> float:
     """Signed credit of a token: an advantage, or a return; nothing where nobody gives one."""
-    given = scores.advantages if isinstance(scores, AdvantageScores) else getattr(scores, "returns", None)
-    return 0.0 if given is None else float(given[place])
+    match scores:
+        case AdvantageScores(advantages=given) | TopKReturnScores(returns=given):
+            return float(given[place])
+    return 0.0
 
 
 async def enumerate_world(rollout: Any, scorer: Any, world: World) -> Enumerated:

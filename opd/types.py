@@ -172,6 +172,16 @@ class TopKScores(TokenScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TopKReturnScores(TopKScores):
+    """A support, and the return of every written token: what the tokens after it earned.
+
+    Example: `TopKReturnScores(logprobs=[-0.1], topk_ids=[[7]], topk_logprobs=[[-0.1]], returns=[0.3])`.
+    """
+
+    returns: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyScores(TokenScores):
     """Log-probabilities of the whole vocabulary: what objectives over exact distributions consume.
 

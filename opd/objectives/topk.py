@@ -1,4 +1,4 @@
-"""Reverse KL on a support of `K` tokens per state: three estimators, three different promises.
+"""KL on a support of `K` tokens per state: several estimators, several different promises.
 
 The raw sum `sum_S p (log p - log q)` is none of them: differentiated fully it moves a student that already equals
 its teacher (by the gradient of the mass on S), so it does not exist here.
@@ -111,3 +111,111 @@ class RenormalizedReverseKL:
         p, q = full.log_softmax(-1), batch.scores.topk_logprobs.log_softmax(-1)
         loss = divergence(p, p, q)
         return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OnTestifiedSupport:
+    """What the divergences on the scorer's support share: they read no written token."""
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TopKScores
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopGradientReverseKL(_OnTestifiedSupport):
+    """KL(student||teacher) on S as `sum_S p sg(log p - log q)` (Many Faces, arXiv 2605.11182 eq. 12).
+
+    Direction: reverse. Support: top-k, not renormalised; probabilities of the full softmax. The log-ratio is detached,
+    the weight is not: gradient `sum_S p l grad log p`, which is that of `GeneralizedReverseKL`; outside S no signal.
+    """
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.Testified())
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+        loss = divergence(p, p.detach(), q)
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneralizedReverseKL(_OnTestifiedSupport):
+    """`sum_S p log(p/q) - p + q`: the reverse KL of masses that need not sum to 1 (MOPD, arXiv 2606.30406 eq. 5).
+
+    Direction: reverse. Support: top-k, not renormalised. Every term is >= 0 and 0 only where p = q. Fully
+    differentiated; the gradient is that of `StopGradientReverseKL`.
+    """
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.Testified())
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+        loss = divergence(p, p, q) + (q.exp() - p.exp()).sum(-1)
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedReverseKL(_OnTestifiedSupport):
+    """`sum_S sg(p / P_S) r sg(l)`, r = p / sg(p): the code released with Rethinking OPD (arXiv 2604.13016).
+
+    Direction: reverse. Support: top-k; weights renormalised on S and detached, log-ratio of the full softmax. It is a
+    policy gradient over the ids of S with ratio 1 (one update per batch, so nothing is clipped). It is *not* the
+    paper's eq. 5 (that is `RenormalizedReverseKL` on the student's top-k) but differs by `mean l * grad log P_S`. What
+    it descends is the generalized KL on S, every state weighted with 1 / P_S.
+    """
+
+    @property
+    def promise(self) -> exact.Promise:
+        said = exact.Testified()
+        return exact.PerMass(of=exact.Truncated(of=exact.GeneralizedReverseKL(), support=said), support=said)
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+        old = p.detach()
+        loss = ((p - old).exp() * old.log_softmax(-1).exp() * (old - q)).sum(-1)
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailBucketForwardKL(_OnTestifiedSupport):
+    """KL(teacher||student) of the distributions coarsened to S plus one bucket for everything else.
+
+    Direction: forward. Support: top-k and a tail bucket; on the teacher's top-k nearly all its mass. Fully
+    differentiated; a lower bound of the full forward KL.
+    """
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.Coarsened(of=exact.ForwardKL(), support=exact.Testified())
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+        p_tail, q_tail = tail(p), tail(q)
+        loss = divergence(q, q, p) + q_tail.exp() * (q_tail - p_tail)
+        return TokenLoss(loss=loss, metrics={"forward_kl": loss.detach(), **topk_metrics(student, batch)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenormalizedForwardKL(_OnTestifiedSupport):
+    """KL(teacher||student) of both distributions renormalised on S; the mass on S gets no signal.
+
+    Direction: forward. Support: top-k, renormalised. Fully differentiated.
+    """
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.Renormalized(of=exact.ForwardKL(), support=exact.Testified())
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        full = student.at_support(batch.scores.topk_ids)
+        p, q = full.log_softmax(-1), batch.scores.topk_logprobs.log_softmax(-1)
+        loss = divergence(q, q, p)
+        return TokenLoss(loss=loss, metrics={"forward_kl": loss.detach(), **topk_metrics(student, batch)})

@@ -92,8 +92,103 @@ class JensenShannon:
     def promise(self) -> exact.Promise:
         return exact.JensenShannon(self.beta)
 
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        near, far = JensenShannon(beta=1e-6), JensenShannon(beta=1 - 1e-6)
+        return (
+            exact.Limit(
+                name="beta -> 0 is beta times the forward KL", objective=near, promise=exact.ForwardKL(), scale=1e6
+            ),
+            exact.Limit(
+                name="beta -> 1 is 1 - beta times the reverse KL", objective=far, promise=exact.ReverseKL(), scale=1e6
+            ),
+        )
+
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
         m = torch.logaddexp(p + log(1 - self.beta), q + log(self.beta))
         loss = self.beta * divergence(q, q, m) + (1 - self.beta) * divergence(p, p, m)
         return TokenLoss(loss=loss, metrics={"jsd": loss.detach(), **vocabulary_metrics(student, batch)})
+
+
+def _skew(alpha: float, part: str) -> None:
+    if not 0 < alpha < 1:
+        raise ConfigurationError(
+            f"objective {part} needs 0 < alpha < 1, got {alpha}; without skew choose FullReverseKL or FullForwardKL"
+        )
+
+
+def _mixed(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """`log((1 - share) a + share b)` of log-probabilities."""
+    return torch.logaddexp(a + log(1 - share), b + log(share))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkewedReverseKL:
+    """KL(p || (1 - alpha) q + alpha p), p the student: bounded by -log alpha (skew KL, arXiv 2402.03898).
+
+    Direction: reverse. Support: the whole vocabulary. Fully differentiated, through the mixture too. alpha -> 0 is
+    `FullReverseKL`.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _skew(self.alpha, "SkewedReverseKL")
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return VocabularyScores
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.SkewedReverseKL(self.alpha)
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        near = SkewedReverseKL(alpha=1e-6)
+        return (exact.Limit(name="alpha -> 0 is the reverse KL", objective=near, promise=exact.ReverseKL()),)
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        p, q = student.logprobs, batch.scores.vocabulary_logprobs
+        loss = divergence(p, p, _mixed(q, p, self.alpha))
+        return TokenLoss(loss=loss, metrics={"skewed_kl": loss.detach(), **vocabulary_metrics(student, batch)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkewedForwardKL:
+    """KL(q || (1 - alpha) p + alpha q), q the teacher: bounded by -log alpha (skew KL, arXiv 2402.03898).
+
+    Direction: forward. Support: the whole vocabulary. alpha -> 0 is `FullForwardKL`.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _skew(self.alpha, "SkewedForwardKL")
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return VocabularyScores
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.SkewedForwardKL(self.alpha)
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        near = SkewedForwardKL(alpha=1e-6)
+        return (exact.Limit(name="alpha -> 0 is the forward KL", objective=near, promise=exact.ForwardKL()),)
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        p, q = student.logprobs, batch.scores.vocabulary_logprobs
+        loss = divergence(q, q, _mixed(p, q, self.alpha))
+        return TokenLoss(loss=loss, metrics={"skewed_kl": loss.detach(), **vocabulary_metrics(student, batch)})

@@ -155,7 +155,12 @@ def liar(
 
 
 def client(tiny: Tiny, url: str, shelf: Shelf | None = None, **fields: Any) -> HttpTeacher:
-    config = config_of(tiny, backend=Backend.HTTP, url=url, **({"read_s": 1.0, "retries": 9, "strikes": 9, "backoff_s": 0.002} | fields))
+    config = config_of(
+        tiny,
+        backend=Backend.HTTP,
+        url=url,
+        **({"read_s": 1.0, "retries": 9, "strikes": 9, "backoff_s": 0.002} | fields),
+    )
     return HttpTeacher(config, (shelf or Shelf()).store, TOKEN)
 
 

@@ -1,0 +1,125 @@
+"""The parts of the broken methods. Every `promise` is what the method's name makes people believe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from opd import divergences as exact
+from opd.logits import StudentLogits
+from opd.objectives.sampled import mismatch
+from opd.objectives.vocabulary import divergence
+from opd.ports import Engines
+from opd.scorers.teacher import WrittenTokens
+from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Trajectory, VocabularyScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SoldAsReverseKL:
+    @property
+    def consumes(self) -> type[Scores]:
+        return TokenScores
+
+    @property
+    def on_policy(self) -> bool:
+        return True
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ReverseKL()
+
+
+def _written(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
+    logprobs = student.at(batch.target_ids)
+    log_ratio = (logprobs - batch.scores.logprobs).detach()
+    return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **mismatch(logprobs, batch)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectK1(_SoldAsReverseKL):
+    """`log p - log q` as a loss: an unbiased value of the reverse KL whose gradient is the score, 0 in expectation."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        return _written(student, batch, student.at(batch.target_ids) - batch.scores.logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointK1(_SoldAsReverseKL):
+    """The same under an importance weight that is not differentiated: the teacher still drops out of the gradient."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        weight = (logprobs.detach() - batch.behavior_logprobs).exp()
+        return _written(student, batch, weight * (logprobs - batch.scores.logprobs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectK3(_SoldAsReverseKL):
+    """`q/p - 1 + log p - log q` as a loss: its expected gradient is that of the forward KL."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        back = batch.scores.logprobs - student.at(batch.target_ids)
+        return _written(student, batch, back.exp() - 1 - back)
+
+
+def _raw(student: StudentLogits, batch: Batch[TopKScores]) -> Tensor:
+    p = student.at_support(batch.scores.topk_ids)
+    return divergence(p, p, batch.scores.topk_logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawTopK(_SoldAsReverseKL):
+    """`sum_S p (log p - log q)` with nothing detached and nothing renormalised. Its promise is honest: that sum.
+
+    The sum is no divergence, so training keeps the promise and still pushes a student that equals its teacher.
+    """
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TopKScores
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.Truncated(of=exact.ReverseKL(), support=exact.Testified())
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        return _written(student, batch, _raw(student, batch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTailAsPublished(_SoldAsReverseKL):
+    """Raw head and sampled tail: unbiased in value, biased in gradient by that of the mass on S."""
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TopKScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        written = student.at(batch.target_ids)
+        outside = (batch.scores.topk_ids != batch.target_ids[:, None]).all(-1)
+        ratio = (written - batch.behavior_logprobs).exp()
+        tail = ratio * (written.detach() - batch.scores.logprobs) * outside
+        return _written(student, batch, _raw(student, batch) + tail)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicrobatchMean(_SoldAsReverseKL):
+    """The exact reverse KL, averaged over whatever tokens happen to lie in the same micro-batch."""
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return VocabularyScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        p, q = student.logprobs, batch.scores.vocabulary_logprobs
+        return _written(student, batch, divergence(p, p, q) / len(batch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShiftedWrittenTokens(WrittenTokens):
+    """The teacher's log-probabilities, one position late."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await WrittenTokens()(trajectories, engines)
+        return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in said if isinstance(s, TokenScores)]

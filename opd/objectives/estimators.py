@@ -1,0 +1,113 @@
+"""More estimators of the reverse KL on the written token: squared, ratio-weighted, and with a baseline.
+
+All have the expected gradient of the exact per-state reverse KL; they differ in variance and in what they must know.
+`k1`, `k2`, `k3` of log-ratio l = log p - log q are l, l^2 / 2 and q/p - 1 + l (arXiv 2506.09477). Direct k1 (no
+gradient in expectation) and direct k3 (the forward KL's) do not exist here.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from opd import divergences as exact
+from opd.diagnostics import mismatch
+from opd.logits import StudentLogits
+from opd.objectives.vocabulary import divergence
+from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OnWrittenTokens:
+    """What all estimators over the student's own tokens share."""
+
+    @property
+    def on_policy(self) -> bool:
+        return True
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ReverseKL()
+
+
+def _result(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
+    logprobs = student.at(batch.target_ids)
+    log_ratio = (logprobs - batch.scores.logprobs).detach()
+    return TokenLoss(
+        loss=loss, metrics={"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
+    )
+
+
+def _rewarded(student: StudentLogits, batch: Batch[TokenScores], baseline: Tensor) -> Tensor:
+    """Policy gradient with importance ratio; log-ratio and baseline are detached."""
+    logprobs = student.at(batch.target_ids)
+    cost = logprobs.detach() - batch.scores.logprobs - baseline
+    return (logprobs - batch.behavior_logprobs).exp() * cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SquaredReverseKL(_OnWrittenTokens):
+    """KL(student||teacher) on the written token as `sg(p / mu) l^2 / 2` (k2 as a loss; KDRL, arXiv 2506.02208).
+
+    Direction: reverse. Support: the written token. The importance ratio is detached; gradient `p/mu l grad log p`.
+    Its value is no estimate of the KL, its gradient is.
+    """
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TokenScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        ratio = (logprobs.detach() - batch.behavior_logprobs).exp()
+        return _result(student, batch, ratio * 0.5 * (logprobs - batch.scores.logprobs).square())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatioReverseKL(_OnWrittenTokens):
+    """KL(student||teacher) on the written token as `p / mu (q/p - 1 + l)`, ratio and k3 both differentiated.
+
+    Direction: reverse. Support: the written token. Value and gradient are unbiased, also with a stale writer; per
+    sample the gradient is that of `SquaredReverseKL` (DeepSeek-V3.2's use of k3, as reported).
+    """
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TokenScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        back = batch.scores.logprobs - logprobs
+        ratio = (logprobs - batch.behavior_logprobs).exp()
+        # p/mu * q/p is q/mu: written so, a token the student finds all but impossible does not overflow.
+        taught = (batch.scores.logprobs - batch.behavior_logprobs).exp()
+        return _result(student, batch, taught - ratio * (1 + back))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselinedReverseKL(_OnWrittenTokens):
+    """KL(student||teacher) on the written token, less the exact KL of the state as a baseline (vOPD, arXiv 2605.07865).
+
+    Direction: reverse. Support: the written token; the baseline reads the whole vocabulary, detached. Policy gradient
+    with reward `-(l - KL)`: the baseline removes variance and, because the score has mean 0, no signal.
+    """
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return VocabularyScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        p, q = student.logprobs.detach(), batch.scores.vocabulary_logprobs
+        return _result(student, batch, _rewarded(student, batch, divergence(p, p, q)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKBaselinedReverseKL(_OnWrittenTokens):
+    """The same with the baseline summed over the scorer's top-k alone: less variance removed, nothing else changed."""
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return TopKScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids).detach(), batch.scores.topk_logprobs
+        return _result(student, batch, _rewarded(student, batch, divergence(p, p, q)))

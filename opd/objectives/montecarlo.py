@@ -1,0 +1,89 @@
+"""Reverse KL on tokens that the learner draws itself: several per state, from the current student."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd import divergences as exact
+from opd.diagnostics import mismatch
+from opd.errors import ConfigurationError
+from opd.logits import StudentLogits
+from opd.types import Batch, Scores, TokenLoss, VocabularyScores
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed word
+_FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # splitmix64
+
+
+def _mix(words: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """splitmix64's finaliser; int64 wraps as an unsigned word would, and shifts are made logical by masks."""
+    words = (words ^ ((words >> 30) & (2**34 - 1))) * _FIRST
+    words = (words ^ ((words >> 27) & (2**37 - 1))) * _SECOND
+    return words ^ ((words >> 31) & (2**33 - 1))
+
+
+def uniform(batch: Batch[Scores], count: int, seed: int) -> Float[Tensor, "n m"]:
+    """Numbers in [0, 1) that depend on a row's own content and nothing else: position, token, who wrote it how likely.
+
+    The same row gets the same numbers in whatever micro-batch, chunk or rank it lies, and others after every update,
+    because the writer's log-probabilities change with the weights.
+    """
+    position = batch.position_ids[batch.predict_at].long()
+    bits = batch.behavior_logprobs.float().contiguous().view(torch.int32).long()
+    key = torch.full_like(position, seed)
+    for part in (position, batch.target_ids.long(), bits):
+        key = _mix((key ^ part) + _GOLDEN)
+    counter = torch.arange(1, count + 1, device=key.device) * _GOLDEN
+    words = _mix(key[:, None] + counter)
+    return ((words >> 11) & (2**53 - 1)).double() / 2**53
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonteCarloReverseKL:
+    """KL(student||teacher) from `samples` tokens per state that the learner draws from the current student.
+
+    Direction: reverse. Support: m drawn tokens. Estimator: `1/m sum_i r_i sg(log p_i - log q_i)`, r = p / sg(p); the
+    expected gradient is exact whoever wrote the text, because only the state is taken from it. (AsyncOPD, arXiv
+    2606.24143, finds m = 4 as good as 64.) Noise is counter-based, so packing does not change it.
+    """
+
+    samples: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ConfigurationError(
+                f"objective MonteCarloReverseKL needs samples >= 1, but got {self.samples}; set objective.samples"
+            )
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return VocabularyScores
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ReverseKL()
+
+    def draw(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> Int[Tensor, "n m"]:
+        """Ids by inversion of the student's cumulative distribution."""
+        logprobs = student.logprobs.detach()  # computed once, with its graph, then detached
+        with torch.no_grad():
+            total = logprobs.double().exp().cumsum(-1)
+            at = uniform(batch, self.samples, self.seed) * total[:, -1:]
+            return torch.searchsorted(total, at, right=True).clamp(max=total.shape[1] - 1)
+
+    def given(self, ids: Int[Tensor, "n m"], student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        """The loss if `ids` were drawn."""
+        p, q = student.at_support(ids), batch.scores.vocabulary_logprobs.gather(-1, ids)
+        old = p.detach()
+        loss = ((p - old).exp() * (old - q)).mean(-1)
+        metrics = {"reverse_kl": loss.detach(), "entropy": student.entropy}
+        return TokenLoss(loss=loss, metrics={**metrics, **mismatch(student.at(batch.target_ids), batch)})
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        return self.given(self.draw(student, batch), student, batch)

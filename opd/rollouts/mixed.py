@@ -1,0 +1,115 @@
+"""Text from two sources: the student's own, and a fixed set (GKD's lambda)."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from opd.errors import ConfigurationError, DataError
+from opd.ports import Completion, Engines
+from opd.rollouts.student import StudentRollout, trajectory
+from opd.types import Prompt, Stop, TokenScores, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerRollout:
+    """Nobody writes: the data set's own answer is the completion, followed by the end-of-text token.
+
+    A data set has no log-probabilities; it is taken to have been certain (0 everywhere), which only diagnostics read.
+    """
+
+    max_tokens: int
+
+    @property
+    def records(self) -> type[TokenScores]:
+        return TokenScores
+
+    @property
+    def needs_writer(self) -> bool:
+        return False
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+        start = engines.tokenizer.encode("")  # what a template puts before every text
+        return [self._one(prompt, i, len(start), engines) for i, prompt in enumerate(group)]
+
+    def _one(self, prompt: Prompt, sample: int, skip: int, engines: Engines) -> Trajectory:
+        if not prompt.answer:
+            raise DataError(
+                f"rollout AnswerRollout needs an answer for every prompt, but {prompt.id!r} has none; set "
+                "prompts.answer_column or choose rollout TeacherRollout"
+            )
+        ids = np.append(engines.tokenizer.encode(prompt.answer)[skip:], engines.tokenizer.eos_id).astype(np.int32)
+        kept = ids[: self.max_tokens]
+        said = Completion(
+            token_ids=kept,
+            behavior=TokenScores(logprobs=np.zeros(len(kept), dtype=np.float32)),
+            versions=np.zeros(len(kept), dtype=np.int32),
+            stop=Stop.END if len(kept) == len(ids) else Stop.LENGTH,
+        )
+        return trajectory(prompt, sample, said)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureLimit:
+    """At the end of a mixture's range its text is that of `equals`."""
+
+    name: str
+    rollout: "Mixed"
+    equals: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixed:
+    """With probability `fraction` the student writes for a group, otherwise `fixed` does (GKD, arXiv 2306.13649).
+
+    `fraction` is the paper's lambda, the share of on-policy text. Which source a group gets is a pure function of the
+    seed and its prompt's id: runs repeat, ranks agree, and a prompt that comes again gets the same source again. (The
+    paper flips one coin per step; a group is the unit here, because a rollout does not know the step.)
+    """
+
+    student: StudentRollout
+    fixed: Any  # an `opd.method.Rollout`, of which parts know nothing
+    fraction: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= 1:
+            raise ConfigurationError(
+                f"rollout Mixed needs 0 <= fraction <= 1 (GKD's lambda), got {self.fraction}; "
+                "the paper uses 0, 0.5 and 1"
+            )
+
+    @property
+    def records(self) -> type[TokenScores]:
+        mine, its = self.student.records, self.fixed.records
+        return its if issubclass(mine, its) else TokenScores
+
+    @property
+    def needs_writer(self) -> bool:
+        return self.fixed.needs_writer
+
+    @property
+    def on_policy(self) -> bool:
+        return self.fraction == 1
+
+    @property
+    def limits(self) -> tuple[MixtureLimit, ...]:
+        return (
+            MixtureLimit(name="lambda = 0 is the fixed set", rollout=replace(self, fraction=0.0), equals=self.fixed),
+            MixtureLimit(name="lambda = 1 is the student", rollout=replace(self, fraction=1.0), equals=self.student),
+        )
+
+    def student_writes(self, prompt_id: str) -> bool:
+        """Which side of the coin a group has."""
+        digest = hashlib.blake2b(f"{self.seed}\x1f{prompt_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64 < self.fraction
+
+    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+        source = self.student if self.student_writes(group[0].id) else self.fixed
+        return await source(group, engines)

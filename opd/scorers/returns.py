@@ -1,0 +1,67 @@
+"""What a token leads to: the teacher's testimony about all later tokens, summed up (MiniLLM)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.errors import ConfigurationError
+from opd.ports import Engines
+from opd.scorers.teacher import TeacherTopK
+from opd.types import Scores, TokenScores, TopKReturnScores, TopKScores, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithReturns:
+    """The teacher's top-k, plus the return of every token: discounted rewards of the tokens after it.
+
+    Reward of a token: `log q - log mu`, times `reward_scale`. With `length_normalized` a return is divided by the
+    number of tokens that remain (MiniLLM, arXiv 2306.08543). The writer's log-probability stands for the student's,
+    which is the same while rollouts are fresh. Published in code: discount 0.95, reward scale 0.5.
+    """
+
+    k: int = 16
+    discount: float = 1.0
+    length_normalized: bool = True
+    reward_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.discount <= 1 or self.reward_scale <= 0:
+            raise ConfigurationError(
+                f"scorer WithReturns needs 0 <= discount <= 1 and reward_scale > 0, got {self}; correct scorer.*"
+            )
+
+    @property
+    def needs(self) -> type[Scores]:
+        return TokenScores
+
+    @property
+    def produces(self) -> type[Scores]:
+        return TopKReturnScores
+
+    @property
+    def min_group(self) -> int:
+        return 1
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await TeacherTopK(k=self.k)(trajectories, engines)
+        return [self._with(t, s) for t, s in zip(trajectories, said, strict=True) if isinstance(s, TopKScores)]
+
+    def _with(self, trajectory: Trajectory, said: TopKScores) -> TopKReturnScores:
+        rewards = (said.logprobs - trajectory.behavior.logprobs) * self.reward_scale
+        return TopKReturnScores(
+            logprobs=said.logprobs,
+            topk_ids=said.topk_ids,
+            topk_logprobs=said.topk_logprobs,
+            returns=returns(np.asarray(rewards), self.discount, self.length_normalized),
+        )
+
+
+def returns(rewards: Float[np.ndarray, " T"], discount: float, length_normalized: bool) -> Float[np.ndarray, " T"]:
+    """`sum_{t' > t} discount^(t' - t - 1) r_{t'}`, divided by the number of its terms if asked; 0 at the last token."""
+    total = np.zeros_like(rewards)
+    for t in range(len(rewards) - 2, -1, -1):
+        total[t] = rewards[t + 1] + discount * total[t + 1]
+    remaining = np.maximum(np.arange(len(rewards))[::-1], 1)
+    return (total / remaining if length_normalized else total).astype(rewards.dtype)
