@@ -22,11 +22,11 @@ from learner.model import Student, load_head, load_student, sentinel_ids
 from learner.publishing import Publisher
 from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError
-from opd.logits import StudentLogits, chunked_loss, read
+from opd.logits import Evaluate, flat_loss, read
 from opd.method import Objective
 from opd.ports import Sentinel, Weights
 from opd.tally import Tally
-from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
+from opd.types import Batch, Fetch, Scores, StepReport
 
 Store = Callable[[np.ndarray], Any]
 
@@ -186,11 +186,13 @@ class Training:
         """The weighted sum of the objective over a micro-batch, noted in `sums`."""
         here = batch.to(self._device, self._fetch)
 
-        def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
-            return objective(student, read(here.rows(start, stop), self._teacher_head))
+        def prepare(first: int, last: int) -> Evaluate:
+            rows = read(here.rows(first, last), self._teacher_head)
+            return lambda student, start, stop: objective(student, rows.rows(start - first, stop - first))
 
         def use(hidden: Tensor, matrix: Tensor) -> Tensor:
-            total, metrics = chunked_loss(hidden, matrix, here.weights, evaluate, self._config.head_chunk)
+            chunk, k = self._config.head_chunk, self._config.overlap_k
+            total, metrics = flat_loss(hidden, matrix, here.weights, prepare, chunk=chunk, overlap_k=k)
             sums.add(total.detach() / batch.denominator, metrics)
             return total
 
