@@ -24,10 +24,11 @@ class LearnerConfig:
     `dtype` is what the student computes and is published in; bfloat16 keeps float32 master weights in the optimizer.
     `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the
     optimizer's state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens
-    of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once; neither changes the
-    result. Diagnostics compare the `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0:
-    none). `sentinel_tolerance` is the largest allowed |engine - learner| logprob after a publication, in
-    nats (0: 1e-4 for float32, 0.5 for bfloat16). `deadline_s` bounds every wait for another rank.
+    of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once (0: 64 MiB of them on a CPU,
+    512 MiB on a GPU); neither changes the result. Diagnostics compare the `overlap_k` likeliest tokens of student
+    and teacher (16 in the literature; 0: none). `sentinel_tolerance` is the largest allowed |engine - learner|
+    logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for bfloat16). `deadline_s` bounds every wait
+    for another rank.
 
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
     """
@@ -46,7 +47,7 @@ class LearnerConfig:
     schedule: Schedule = Schedule.CONSTANT
     final_lr_fraction: float = 0.1
     tokens_per_microbatch: int = 8192
-    head_chunk: int = 1024
+    head_chunk: int = 0
     overlap_k: int = 16
     gradient_checkpointing: bool = False
     sentinel_tolerance: float = 0.0
@@ -66,7 +67,7 @@ class LearnerConfig:
             ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
             ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]"),
             ("tokens_per_microbatch", self.tokens_per_microbatch >= 1, "at least 1"),
-            ("head_chunk", self.head_chunk >= 1, "at least 1"),
+            ("head_chunk", self.head_chunk >= 0, "0 (by memory) or more"),
             ("overlap_k", self.overlap_k >= 0, "0 (no overlap is measured) or more"),
             ("sentinel_tolerance", self.sentinel_tolerance >= 0, "0 (by dtype) or more"),
             ("deadline_s", self.deadline_s > 0, "above 0"),

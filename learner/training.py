@@ -22,7 +22,7 @@ from learner.model import Student, load_head, load_student, sentinel_ids
 from learner.publishing import Publisher
 from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError
-from opd.logits import StudentLogits, chunked_loss, read
+from opd.logits import Evaluate, StudentLogits, flat_loss, read
 from opd.method import Objective
 from opd.ports import Sentinel, Weights
 from opd.routing import by_teacher
@@ -185,12 +185,18 @@ class Training:
         """The weighted sum of the objective over a micro-batch, noted in `sums`."""
         here = batch.to(self._device, self._fetch)
 
-        def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
-            rows = here.rows(start, stop)
-            return by_teacher(objective(student, read(rows, self._heads)), rows)
+        def prepare(first: int, last: int) -> Evaluate:
+            rows = read(here.rows(first, last), self._heads)
+
+            def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
+                block = rows.rows(start - first, stop - first)
+                return by_teacher(objective(student, block), block)
+
+            return evaluate
 
         def use(hidden: Tensor, matrix: Tensor) -> Tensor:
-            total, metrics = chunked_loss(hidden, matrix, here.weights, evaluate, self._config.head_chunk)
+            chunk, k = self._config.head_chunk, self._config.overlap_k
+            total, metrics = flat_loss(hidden, matrix, here.weights, prepare, chunk=chunk, overlap_k=k)
             sums.add(total.detach() / batch.denominator, metrics)
             return total
 

@@ -1,12 +1,13 @@
 """The student's distribution at the trained tokens, a chunk of rows at a time.
 
 A vocabulary-wide tensor exists for one chunk only: the gradient with respect to hidden states and head is
-computed in the forward pass, chunk by chunk, so peak memory does not grow with the number of tokens.
+computed in the forward pass, chunk by chunk, so peak memory does not grow with the number of tokens. Chunks are
+large, for the matrix products; within them the objective sees blocks of few rows, which stay in a CPU's cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -79,14 +80,10 @@ def vocabulary_scores(scores: HiddenScores | EnsembleScores, heads: Sequence[Flo
     weighted mean of its members' probabilities, added up one member at a time.
     """
     if isinstance(scores, HiddenScores):
-        return VocabularyScores(logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=_logprobs(scores, heads))
-    total = None
-    for member, share in zip(scores.members, torch.as_tensor(scores.shares).T, strict=True):
-        weighted = _logprobs(member, heads)
-        weighted += share.log().to(weighted.dtype)[:, None]
-        total = weighted if total is None else torch.logaddexp(total, weighted, out=total)
-    assert total is not None
-    return VocabularyScores(logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=total)
+        logprobs = _logprobs(scores, heads)
+    else:
+        logprobs = mixture((_logprobs(m, heads) for m in scores.members), list(torch.as_tensor(scores.shares).T))
+    return VocabularyScores(logprobs=torch.as_tensor(scores.logprobs), vocabulary_logprobs=logprobs)
 
 
 def _logprobs(scores: HiddenScores, heads: Sequence[Float[Tensor, "V _"]]) -> Float[Tensor, "n V"]:
@@ -112,8 +109,7 @@ def _logprobs(scores: HiddenScores, heads: Sequence[Float[Tensor, "V _"]]) -> Fl
 
 def _read(hidden: Float[Tensor, "n H"], head: Float[Tensor, "V W"]) -> Float[Tensor, "n V"]:
     """Log-probabilities of rows that one matrix reads; what stands beyond its width is padding."""
-    logits = hidden[:, : head.shape[1]].to(head.dtype) @ head.T
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return log_softmax_(_logits(hidden[:, : head.shape[1]].to(head.dtype), head))
 
 
 def read(batch: Batch[Scores], heads: Tensor | Sequence[Tensor] | None) -> Batch[Scores]:
@@ -133,56 +129,161 @@ def read(batch: Batch[Scores], heads: Tensor | Sequence[Tensor] | None) -> Batch
     return replace(batch, scores=vocabulary_scores(batch.scores, given))
 
 
+def log_softmax_(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+    """Log-softmax in place, a block of rows at a time: a whole second `[n, V]` never exists. Without gradient."""
+    block = _block_rows(logits)
+    for start in range(0, len(logits), block):
+        rows = logits[start : start + block]
+        rows.copy_(rows.log_softmax(-1))
+    return logits
+
+
+def mixture(
+    members: Iterable[Float[Tensor, "n V"]], shares: Sequence[Float[Tensor, " n"] | float]
+) -> Float[Tensor, "n V"]:
+    """`log sum_m shares[m] exp(members[m])`: several teachers as one, in the memory of two of them.
+
+    `members` are log-probabilities, read one after another (give a generator); they are overwritten.
+    """
+    total: Tensor | None = None
+    for member, share in zip(members, shares, strict=True):
+        member += torch.as_tensor(share, dtype=member.dtype, device=member.device).log()[..., None]
+        total = member if total is None else torch.logaddexp(total, member, out=total)
+    if total is None:
+        raise ConfigurationError("a mixture of teachers needs at least one, but got none; name the teachers")
+    return total
+
+
 Evaluate = Callable[[StudentLogits, int, int], TokenLoss]
+Prepare = Callable[[int, int], Evaluate]
+
+_HOST_CHUNK, _DEVICE_CHUNK, _HOST_BLOCK = 2**26, 2**29, 2**22  # bytes of logits
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """`sum(weights * loss)` over chunks of rows, with both gradients ready when the forward pass ends."""
+def _block_rows(logits: Tensor) -> int:
+    """How many rows to work on at once: on a CPU so few that what is computed of them stays in its cache."""
+    if logits.device.type != "cpu":
+        return max(1, len(logits))
+    return max(1, _HOST_BLOCK // (logits.shape[-1] * logits.element_size()))
+
+
+def chunk_rows(head: Float[Tensor, "V H"]) -> int:
+    """How many rows of logits to have at once: 64 MiB of them on a CPU, 512 MiB on a GPU.
+
+    Fewer make the matrix products slow, more only need memory.
+    """
+    size = _HOST_CHUNK if head.device.type == "cpu" else _DEVICE_CHUNK
+    return max(1, size // (len(head) * (8 if head.dtype == torch.float64 else 4)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """How a loss is evaluated; `found` collects the metrics of its blocks, in order."""
+
+    prepare: Prepare
+    weights: Float[Tensor, " L"]
+    chunk: int
+    in_blocks: bool
+    overlap_k: int
+    found: list[Mapping[str, Tensor]]
+
+    def loss(self, logits: Float[Tensor, "n V"], start: int, stop: int, evaluate: Evaluate) -> Float[Tensor, ""]:
+        """The weighted loss of rows `start:stop`, whose logits are given."""
+        result = evaluate(StudentLogits(logits=logits, overlap_k=self.overlap_k), start, stop)
+        self.found.append(result.metrics)
+        weight = self.weights[start:stop]
+        # `where`, not the product alone: a token of weight 0 may have an infinite loss.
+        return (weight * torch.where(weight > 0, result.loss, 0.0)).sum()
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, int]]:
+        return ((start, min(start + self.chunk, rows)) for start in range(0, rows, self.chunk))
+
+    def blocks(self, logits: Tensor) -> Iterator[slice]:
+        size = _block_rows(logits) if self.in_blocks else len(logits)
+        return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+def _logits(rows: Float[Tensor, "n H"], head: Float[Tensor, "V H"]) -> Float[Tensor, "n V"]:
+    logits = rows @ head.T
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _FlatLoss(torch.autograd.Function):
+    """`sum(weights * loss)` over chunks of rows, with both gradients ready when the forward pass ends.
+
+    The gradient with respect to logits takes their place, block by block, so a chunk exists once for the student
+    and once for its teacher; from there two matrix products lead to both gradients.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, head, weights, evaluate, chunk, metrics):
+    def forward(ctx, hidden, head, plan):
         total = hidden.new_zeros((), dtype=torch.float64)
-        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         # Many chunks add up here; a 16-bit sum would forget the small ones.
         wide = head.dtype if head.dtype == torch.float64 else torch.float32
-        grad_head = torch.zeros_like(head, dtype=wide)
-        for start in range(0, len(hidden), chunk):
-            stop = min(start + chunk, len(hidden))
-            with torch.enable_grad():
-                rows = hidden[start:stop].detach().requires_grad_()
-                matrix = head.detach().requires_grad_()
-                value = _weighted(rows, matrix, weights, evaluate, start, stop, metrics)
-                part_hidden, part_head = torch.autograd.grad(value, (rows, matrix))
-            grad_hidden[start:stop] = part_hidden
-            grad_head += part_head
-            total += value.detach()
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        grad_head = torch.zeros_like(head, dtype=wide) if head.requires_grad else None
+        for start, stop in plan.chunks(len(hidden)):
+            total += _chunk(hidden.detach(), head.detach(), plan, start, stop, grad_hidden, grad_head)
+        ctx.gradients = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         return total
 
     @staticmethod
     def backward(ctx, *grads):
-        (grad,), (grad_hidden, grad_head) = grads, ctx.saved_tensors
-        return grad_hidden * grad, grad_head * grad, None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a flat loss are given away by the first backward; compute it again")
+        gradients, ctx.gradients = ctx.gradients, None  # ours alone, so they are scaled in place
+        return *(g if g is None else g.mul_(grads[0]) for g in gradients), None
 
 
-def _weighted(
-    rows: Float[Tensor, "n H"],
-    matrix: Float[Tensor, "V H"],
-    weights: Float[Tensor, " L"],
-    evaluate: Evaluate,
+def _chunk(
+    hidden: Float[Tensor, "L H"],
+    head: Float[Tensor, "V H"],
+    plan: _Plan,
     start: int,
     stop: int,
-    metrics: list[Tally],
+    grad_hidden: Float[Tensor, "L H"] | None,
+    grad_head: Float[Tensor, "V H"] | None,
 ) -> Float[Tensor, ""]:
-    """The weighted loss of one chunk; appends its sums to `metrics` without waiting for the device."""
-    logits = rows @ matrix.T
-    student = StudentLogits(logits=logits if logits.dtype == torch.float64 else logits.float())
-    result = evaluate(student, start, stop)
-    weight = weights[start:stop]
-    active = weight > 0
-    metrics.append(Tally.of(result.metrics, active))
-    # `where`, not the product alone: a token of weight 0 may have an infinite loss.
-    return (weight * torch.where(active, result.loss, 0.0)).sum()
+    """The loss of one chunk; adds to both gradients."""
+    evaluate = plan.prepare(start, stop)  # first, so that reading the teacher and the student's logits do not meet
+    logits = _logits(hidden[start:stop], head)
+    total = hidden.new_zeros((), dtype=torch.float64)
+    for block in plan.blocks(logits):
+        rows = logits[block]
+        with torch.enable_grad():
+            leaf = rows.detach().requires_grad_()
+            value = plan.loss(leaf, start + block.start, start + block.start + len(rows), evaluate)
+            (grad,) = torch.autograd.grad(value, leaf)
+        rows.copy_(grad)
+        total += value.detach()
+    grads = logits.to(head.dtype)
+    if grad_hidden is not None:
+        torch.mm(grads, head, out=grad_hidden[start:stop])
+    if grad_head is not None and grad_head.dtype == grads.dtype:
+        grad_head.addmm_(grads.T, hidden[start:stop])
+    elif grad_head is not None:
+        grad_head += grads.T @ hidden[start:stop]
+    return total
+
+
+def flat_loss(
+    hidden: Float[Tensor, "L H"],
+    head: Float[Tensor, "V H"],
+    weights: Float[Tensor, " L"],
+    prepare: Prepare,
+    *,
+    chunk: int = 0,
+    overlap_k: int = 16,
+) -> tuple[Float[Tensor, ""], Tally]:
+    """The weighted sum of a per-token loss (float64 scalar with gradient) and the tally of its metrics.
+
+    For every chunk of rows `prepare(start, stop)` is called once (a teacher's logits are made here), and what it
+    returns is called as `evaluate(student, i, j)` for blocks of rows `start <= i < j <= stop`, in order. The result
+    does not depend on chunks and blocks. Memory beyond the gradients: `chunk * V` logits of student and teacher
+    (`chunk` = 0: see `chunk_rows`) and what the objective makes of one block, whatever `L` is. The gradients can be
+    asked for once. Metrics count rows of weight above 0. Without gradients enabled nothing is stored.
+    """
+    return _flat(hidden, head, weights, prepare, chunk or chunk_rows(head), overlap_k, in_blocks=True)
 
 
 def chunked_loss(
@@ -192,18 +293,26 @@ def chunked_loss(
     evaluate: Evaluate,
     chunk: int,
 ) -> tuple[Float[Tensor, ""], Tally]:
-    """The weighted sum of a per-token loss (float64 scalar with gradient) and the tally of its metrics.
+    """`flat_loss` in its simple form: `evaluate(student, start, stop)` is called once per chunk."""
+    return _flat(hidden, head, weights, lambda *_: evaluate, chunk, 16, in_blocks=False)
 
-    `evaluate(student, start, stop)` is the loss of rows `start:stop`. Metrics count rows of weight above 0.
-    Peak memory: `chunk * V` whatever `L` is. Without gradients enabled nothing is stored.
-    """
-    metrics: list[Tally] = []
+
+def _flat(
+    hidden: Tensor, head: Tensor, weights: Tensor, prepare: Prepare, chunk: int, overlap_k: int, in_blocks: bool
+) -> tuple[Tensor, Tally]:
+    found: list[Mapping[str, Tensor]] = []
+    plan = _Plan(
+        prepare=prepare, weights=weights, chunk=chunk, in_blocks=in_blocks, overlap_k=overlap_k, found=found
+    )  # fmt: skip
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        total = _ChunkedLoss.apply(hidden, head, weights, evaluate, chunk, metrics)
+        total = _FlatLoss.apply(hidden, head, plan)
         assert isinstance(total, Tensor)
     else:
         total = hidden.new_zeros((), dtype=torch.float64)
-        for start in range(0, len(hidden), chunk):
-            stop = min(start + chunk, len(hidden))
-            total += _weighted(hidden[start:stop], head, weights, evaluate, start, stop, metrics)
-    return total, reduce(Tally.plus, metrics)
+        for start, stop in plan.chunks(len(hidden)):
+            evaluate = prepare(start, stop)
+            logits = _logits(hidden[start:stop], head)
+            for block in plan.blocks(logits):
+                rows = logits[block]
+                total += plan.loss(rows, start + block.start, start + block.start + len(rows), evaluate)
+    return total, Tally.joined(found, weights > 0)

@@ -1,6 +1,6 @@
 """Sums and counts of per-token metrics that add up over chunks, micro-batches and ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -12,6 +12,10 @@ from opd.errors import DataError
 
 MAXIMA = ("probs_diff", "logprob_gap")
 """Metrics of which the greatest value is reported too, as `<name>_max`: one wrong token disappears in a mean."""
+
+
+_DIFFERENT = "metrics of one step must have the same names in every chunk and micro-batch, got"
+_ADVICE = "an objective reports NaN where a metric is not defined, instead of leaving it out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,19 @@ class Tally:
             greatest=torch.cat([least, torch.where(defined, values, -inf)], dim=-1).amax(-1),
         )
 
+    @staticmethod
+    def joined(blocks: Sequence[Mapping[str, Float[Tensor, " _l"]]], active: Bool[Tensor, " L"]) -> "Tally":
+        """The tally of metrics that are given in blocks of rows, one after another.
+
+        Raises:
+            DataError: the blocks do not have the same metrics.
+        """
+        names = {tuple(sorted(block)) for block in blocks}
+        if len(names) > 1:
+            raise DataError(f"{_DIFFERENT} {' and '.join(map(str, sorted(names)))}; {_ADVICE}")
+        found = blocks[0] if blocks else {}
+        return Tally.of({name: torch.cat([block[name].detach() for block in blocks]) for name in found}, active)
+
     def plus(self, other: "Tally") -> "Tally":
         """Both together.
 
@@ -50,10 +67,7 @@ class Tally:
             DataError: they are of different metrics, so a mean would be of neither.
         """
         if self.names != other.names:
-            raise DataError(
-                f"metrics of one step must have the same names in every micro-batch, got {self.names} and "
-                f"{other.names}; an objective reports NaN where a metric is not defined, instead of leaving it out"
-            )
+            raise DataError(f"{_DIFFERENT} {self.names} and {other.names}; {_ADVICE}")
         return Tally(
             names=self.names,
             totals=self.totals + other.totals,

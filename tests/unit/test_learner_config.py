@@ -40,7 +40,7 @@ def test_the_schedule_warms_up_and_ends_where_it_says() -> None:
         {"lr": 0.0},
         {"beta2": 1.0},
         {"final_lr_fraction": 2.0},
-        {"head_chunk": 0},
+        {"head_chunk": -1},
         {"overlap_k": -1},
     ],
 )

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opd.errors import ConfigurationError
-from opd.logits import StudentLogits, chunked_loss, read
+from opd.logits import StudentLogits, chunked_loss, flat_loss, log_softmax_, mixture, read
 from opd.objectives.sampled import SampledReverseKL
-from opd.objectives.vocabulary import FullReverseKL, JensenShannon
+from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
+from opd.tally import Tally
 from opd.types import Batch, HiddenScores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 
 H, V = 5, 11
@@ -71,6 +72,72 @@ def test_any_chunk_gives_the_plain_loss_gradients_and_metrics(rows: int, chunk: 
             assert (name in got) == bool(len(counted))
             if len(counted):
                 assert got[name] == pytest.approx(counted.mean().item(), abs=1e-12)
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 9), chunk=st.integers(1, 10), block=st.integers(1, 10),
+    objective=st.sampled_from([FullReverseKL(), FullForwardKL(), JensenShannon(), SampledReverseKL()]),
+)  # fmt: skip
+def test_chunks_and_blocks_within_them_give_the_plain_loss(rows: int, chunk: int, block: int, objective: Any) -> None:
+    batch, teacher_head = batch_of(rows), torch.randn(V, 3).double()
+    hidden, head = (torch.randn(n, H).double().requires_grad_() for n in (rows, V))
+    plain = objective(StudentLogits(logits=hidden @ head.T), read(batch, teacher_head))
+    expected = (batch.weights * plain.loss).sum()
+    expected_gradients = torch.autograd.grad(expected / 7, (hidden, head))
+    asked: list[tuple[int, int]] = []
+
+    def prepare(first: int, last: int) -> Any:
+        asked.append((first, last))
+        part = read(batch.rows(first, last), teacher_head)
+        return lambda student, start, stop: objective(student, part.rows(start - first, stop - first))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opd.logits._HOST_BLOCK", block * V * 8)
+        total, metrics = flat_loss(hidden, head, batch.weights, prepare, chunk=chunk)
+        with torch.no_grad():
+            silent, same = flat_loss(hidden, head, batch.weights, prepare, chunk=chunk)
+    gradients = torch.autograd.grad(total / 7, (hidden, head))
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(silent, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=1e-12)
+    assert asked == 2 * [(at, min(at + chunk, rows)) for at in range(0, rows, chunk)], "a teacher is read once a chunk"
+    whole = Tally.of(plain.metrics, batch.weights > 0).means()
+    assert metrics.means() == pytest.approx(whole, abs=1e-12) and same.means() == pytest.approx(whole, abs=1e-12)
+
+
+def test_gradients_are_given_away_once() -> None:
+    batch, teacher_head = batch_of(4), torch.randn(V, 3).double()
+    hidden, head = (torch.randn(n, H).double().requires_grad_() for n in (4, V))
+    total, _ = chunked_loss(hidden, head, batch.weights, evaluate_with(FullReverseKL(), batch, teacher_head), 2)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="given away by the first backward"):
+        total.backward()
+
+
+def test_log_softmax_in_place_is_log_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.logits._HOST_BLOCK", 3 * V * 8)
+    logits = torch.randn(8, V).double() * 9
+    expected = logits.log_softmax(-1)
+    assert log_softmax_(logits) is logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_mixture_is_the_weighted_mean_of_probabilities(count: int) -> None:
+    members = [torch.randn(6, V).double().log_softmax(-1) for _ in range(count)]
+    shares = torch.rand(count, 6).double() + 0.1
+    shares /= shares.sum(0)
+    expected = sum(share[:, None] * member.exp() for share, member in zip(shares, members, strict=True))
+    got = mixture((m.clone() for m in members), list(shares))
+    torch.testing.assert_close(got.exp(), expected)
+    same = mixture((m.clone() for m in members), [1 / count] * count)
+    torch.testing.assert_close(same.exp(), torch.stack(members).exp().mean(0))
+
+
+def test_a_mixture_of_nobody_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="at least one"):
+        mixture([], [])
 
 
 def test_only_what_asks_for_a_gradient_gets_one() -> None:
