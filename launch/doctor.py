@@ -14,8 +14,9 @@ from launch.pool import TeacherPool, within
 from launch.running import run_until_stopped
 from launch.session import Session, open_session, teacher_actor
 from opd.devices import Dtype, on_gpu
-from opd.doctor import Finding, Patient, Thresholds, Verdict, examine, teacher_gain
+from opd.doctor import examine, teacher_gain
 from opd.errors import DataError
+from opd.examination import Finding, Patient, Thresholds, Verdict
 from opd.ports import LogprobTeacher
 from opd.types import Prompt
 from teacher_service.config import REMOTE, Backend, TeacherConfig

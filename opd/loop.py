@@ -97,19 +97,24 @@ async def train(
                 report=report,
                 published=published,
                 ledger=ledger.summary(),
-                seconds={
-                    "rollout": collected.rollout_s,
-                    "score": collected.score_s,
-                    "wait": waited - began,
-                    "train": updated - waited,
-                    "publish": ended - updated,
-                    "step": ended - began,
-                },
+                seconds=_seconds(collected, began, waited, updated, ended),
             )
             for observer in observers:  # an evaluation must not share engines, or its bill, with training
                 await observer(record)
             slots.release()  # ... before the next rollout may start
     return ledger
+
+
+def _seconds(collected: _Collected, began: float, waited: float, updated: float, ended: float) -> dict[str, float]:
+    """See `StepRecord.seconds`."""
+    return {
+        "rollout": collected.rollout_s,
+        "score": collected.score_s,
+        "wait": waited - began,
+        "train": updated - waited,
+        "publish": ended - updated,
+        "step": ended - began,
+    }
 
 
 async def _rollout_and_score(method: Method, asked: Sequence[Prompt], engines: Engines, ledger: Ledger) -> _Collected:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd.doctor import Finding, Patient, Verdict, examine, teacher_gain
+from opd.doctor import examine, teacher_gain
+from opd.examination import Finding, Patient, Verdict
 from opd.logits import StudentLogits, read
 from opd.ports import (
     AtIds,
@@ -180,10 +181,16 @@ def late(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
 
 
 def renormalized(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
-    return [
-        replace(a, topk_logprobs=log_softmax(np.asarray(a.topk_logprobs))) if isinstance(a, TopKScores) else a
-        for a in answers
-    ]
+    """Logprobs among the k alone, of the written token too: each answer is at one with itself."""
+
+    def among(answer: TokenScores) -> TokenScores:
+        if not isinstance(answer, TopKScores):
+            return answer
+        mass = torch.from_numpy(np.asarray(answer.topk_logprobs)).logsumexp(-1, keepdim=True).numpy()
+        written = np.minimum(np.asarray(answer.logprobs) - mass[:, 0], 0)
+        return replace(answer, topk_logprobs=answer.topk_logprobs - mass, logprobs=written)
+
+    return [among(answer) for answer in answers]
 
 
 def unordered(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
@@ -240,7 +247,7 @@ FAULTS: dict[str, tuple[Callable[[], Patient], str, str]] = {
     "one position late": (lambda: lying(late), "alignment", "teacher 'default' is late"),
     "company changes answers": (lambda: lying(unordered), "steadiness", "in another order or alone"),
     "renormalised top-k": (lambda: lying(renormalized), "full softmax", "renormalises its top-k"),
-    "ids mixed up": (lambda: lying(other_ids), "full softmax", "two things of one token"),
+    "ids mixed up": (lambda: lying(other_ids), "full softmax", "another in its support"),
     "not a number": (lambda: lying(poisoned), "answers", "NaN"),
     "another replica": (stranger_among_replicas, "replicas", "replica 1 serves another checkpoint"),
     "another output matrix": (
