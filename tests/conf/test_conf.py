@@ -149,6 +149,8 @@ def test_the_plan_shows_every_teacher() -> None:
     memory = plan.memory_bytes()
     assert set(plan.teacher_params) == {"default", "peak"}
     assert memory["teacher actor"] > memory["teacher actor 'peak'"] > 0
-    alone = make_plan(run_config(["experiment=two_teachers", "~teachers.peak", "prompts.teachers={}"])).memory_bytes()
+    alone = make_plan(
+        run_config(["experiment=two_teachers", "~teachers.peak", "prompts.teachers.peak=default"])
+    ).memory_bytes()
     assert memory["learner rank"] - alone["learner rank"] == 64 * 96 * 4  # the second output matrix
     assert any("'peak'" in str(cell) for cell in plan.table().columns[0].cells)
