@@ -25,6 +25,7 @@ from teacher_service.wire import Limits, Reply, decode_reply, encode_reply
 
 REQUESTS, TOKENS = 16, 256
 LIMITS = Limits()
+LIMIT_AT_64 = {"base64 in JSON": " (limit 50)", "lists in JSON": " (limit 1,000)"}
 FIELDS = ("logprobs", "topk_ids", "topk_logprobs")
 
 
@@ -117,9 +118,7 @@ def main() -> None:
         for name, (size, used) in measured.items():
             per_token = size / (REQUESTS * TOKENS)
             spread = f"{median(used):,.1f} ({min(used):,.1f} to {max(used):,.1f})"
-            limit = (
-                {"base64 in JSON": " (limit 50)", "lists in JSON": " (limit 1,000)"}.get(name, "") if k == 64 else ""
-            )
+            limit = LIMIT_AT_64.get(name, "") if k == 64 else ""
             share = f"{per_token / floor:.3f}" + (" (limit 1.05)" if name == "frame" else "")
             table.add_row(str(k), name, f"{per_token:.2f}", share, spread, f"{median(used) / ours:,.1f}x{limit}")
     Console(width=140).print(table)

@@ -68,7 +68,8 @@ def testify(
     """
     testimony = _Testimony(requests)
     for at in range(0, len(hidden), head_chunk):
-        testimony.add(at, _logprobs(logits(hidden[at : at + head_chunk])))
+        rows = logits(hidden[at : at + head_chunk])
+        testimony.add(at, rows, _normalizer(rows))
     return testimony.answers(_kept(requests, hidden, store))
 
 
@@ -85,14 +86,14 @@ def length(request: ScoreRequest) -> int:
     return len(request.context_ids) + len(request.token_ids) - 1  # nothing follows the last token
 
 
-def _logprobs(logits: Float[Tensor, "rows V"]) -> Float[Tensor, "rows V"]:
+def _normalizer(logits: Float[Tensor, "rows V"]) -> Float[Tensor, "rows 1"]:
     total = logits.logsumexp(-1, keepdim=True)
     if not bool(total.isfinite().all()):
         raise DataError(
             "the teacher's logits are not finite; its checkpoint is damaged or its dtype too narrow: check "
             "the file, or set teacher.dtype=FLOAT32"
         )
-    return logits.sub_(total)
+    return total
 
 
 def _kept(requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"], store: Store) -> Iterator[RemoteRows]:
@@ -111,7 +112,7 @@ def _kept(requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"], sto
 
 
 class _Testimony:
-    """Collects the answers to a micro-batch while its completion tokens come by in chunks of logprobs."""
+    """Collects the answers to a micro-batch while its completion tokens come by in chunks of logits."""
 
     def __init__(self, requests: Sequence[ScoreRequest]) -> None:
         self._requests = requests
@@ -123,26 +124,26 @@ class _Testimony:
         self._topk_logprobs = [np.empty(size, dtype=np.float32) for size in sizes]
         self._topk_ids = [np.empty(size, dtype=np.int32) for size in sizes]
 
-    def add(self, at: int, logprobs: Float[Tensor, "rows V"]) -> None:
-        """The completion tokens `at .. at + rows` of the micro-batch."""
-        end = at + len(logprobs)
-        written = self._written[at:end, None].to(logprobs.device)
-        self._logprobs[at:end] = logprobs.gather(1, written)[:, 0].cpu().numpy()
+    def add(self, at: int, logits: Float[Tensor, "rows V"], total: Float[Tensor, "rows 1"]) -> None:
+        """The completion tokens `at .. at + rows` of the micro-batch; `total` is subtracted only where it is asked."""
+        end = at + len(logits)
+        written = self._written[at:end, None].to(logits.device)
+        self._logprobs[at:end] = (logits.gather(1, written) - total)[:, 0].cpu().numpy()
         touched = range(int(np.searchsorted(self._stops, at, "right")), len(self._requests))
         present = [i for i in touched if self._stops[i] - len(self._requests[i].token_ids) < end]
         deepest = max((w.k for i in present if isinstance(w := self._requests[i].want, TopK)), default=0)
-        best = logprobs.topk(deepest) if deepest else None
+        best = logits.topk(deepest) if deepest else None
         for i in present:
             first = int(self._stops[i]) - len(self._requests[i].token_ids)
             low, high = max(first, at), min(int(self._stops[i]), end)
             mine, here = slice(low - first, high - first), slice(low - at, high - at)
             match self._requests[i].want:
                 case TopK(k=k) if best is not None:
-                    self._topk_logprobs[i][mine] = best.values[here, :k].cpu().numpy()
+                    self._topk_logprobs[i][mine] = (best.values[here, :k] - total[here]).cpu().numpy()
                     self._topk_ids[i][mine] = best.indices[here, :k].cpu().numpy()
                 case AtIds(ids=ids):
-                    asked = torch.from_numpy(ids[mine]).long().to(logprobs.device)
-                    self._topk_logprobs[i][mine] = logprobs[here].gather(1, asked).cpu().numpy()
+                    asked = torch.from_numpy(ids[mine]).long().to(logits.device)
+                    self._topk_logprobs[i][mine] = (logits[here].gather(1, asked) - total[here]).cpu().numpy()
                     self._topk_ids[i][mine] = ids[mine]
 
     def answers(self, kept: Iterator[RemoteRows]) -> Iterator[TokenScores]:

@@ -96,7 +96,8 @@ def config_of(tiny: Tiny, **fields: Any) -> TeacherConfig:
     """Small batches, so that requests are cut and packed in many ways, and little patience."""
     few = {"max_batch_tokens": 200, "head_chunk": 7, "max_k": 50, "deadline_s": 60, "kv_cache_bytes": 16 << 20}
     quick = {"connect_s": 2.0, "read_s": 10.0, "retries": 4, "backoff_s": 0.01}
-    return TeacherConfig(**({"path": str(tiny.path)} | few | quick | fields))
+    every: dict[str, Any] = {"path": str(tiny.path)} | few | quick | fields
+    return TeacherConfig(**every)
 
 
 def made_server(tiny: Tiny, cls: type[TeacherServer] = TeacherServer, **limits: int) -> TeacherServer:

@@ -184,7 +184,7 @@ def wrong_rows(tiny: Tiny, asked: list[ScoreRequest], answers: list[TokenScores]
         if isinstance(answer, TopKScores):
             bad |= (np.abs(full[rows[:, None], answer.topk_ids] - answer.topk_logprobs) > 2e-5).any(1)
         if isinstance(answer, HiddenScores) and isinstance(answer.hidden, RemoteRows):
-            head = tiny.plain.get_output_embeddings().weight
+            head = tiny.plain.lm_head.weight
             states = answer.hidden.fetch(shelf.fetch)
             bad |= np.abs((states @ head.T).log_softmax(-1).numpy() - full).max(1) > 2e-5
         wrong += int(bad.sum())
@@ -276,11 +276,12 @@ def test_another_model_or_vocabulary_is_noticed_before_anything_is_asked(
     tiny: Tiny, liar: Any, loop: Any, tmp_path: Any
 ) -> None:
     _, url = liar
-    for fields, says in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"fingerprint": "0" * 32}, r"is model [0-9a-f]{32}, but 0{32} is expected \(teacher\.fingerprint\)"),
         ({"path": str(make_tiny(tmp_path / "other", 5, tied=False).path)}, r"is expected \(the weights in"),
         ({"path": str(wider(tmp_path / "wide"))}, r"another vocabulary .*161 rows\); serve that model"),
-    ):
+    ]
+    for fields, says in cases:
         with pytest.raises(ConfigurationError, match=says):
             loop.run_until_complete(client(tiny, url, **fields).ready())
     with pytest.raises(DataError, match="does not say who it is"):
@@ -378,7 +379,7 @@ def test_refusals_are_not_retried(tiny: Tiny, loop: Any) -> None:
     with pytest.raises(DataError, match="status 422"):
         loop.run_until_complete(deep.score([make_request(1, 0)]))
     stranger = HttpTeacher(config_of(tiny, backend=Backend.HTTP, url=url), Shelf().store, "wrong" * 5)
-    with pytest.raises(ConfigurationError, match="refuses our token.*OPD_TEACHER_TOKEN"):
+    with pytest.raises(ConfigurationError, match=r"refuses our token.*OPD_TEACHER_TOKEN"):
         loop.run_until_complete(stranger.ready())
     assert loop.run_until_complete(deep.stats()).unanswered == 0
     loop.run_until_complete(server.close())

@@ -44,7 +44,7 @@ def test_every_kind_of_testimony_is_the_model_s_own(school: Class) -> None:
                 worst = max(worst, gap(answer.topk_logprobs, full.gather(1, torch.from_numpy(named).long())))
             case LastHidden():
                 assert isinstance(answer, HiddenScores)
-                head = school.plain.get_output_embeddings().weight
+                head = school.plain.lm_head.weight
                 rebuilt = (answer.hidden.fetch(school.shelf.fetch) @ head.T).log_softmax(-1)
                 worst = max(worst, gap(rebuilt, full))
             case WrittenToken():
