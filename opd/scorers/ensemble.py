@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from opd.errors import ConfigurationError
-from opd.ports import Engines
+from opd.ports import Engines, Kinds
 from opd.scorers.teacher import StudentTopK, TeacherHidden, WrittenTokens
 from opd.types import EnsembleScores, HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
@@ -48,6 +48,10 @@ class Ensemble:
     @property
     def produces(self) -> type[Scores]:
         return EnsembleScores if isinstance(self.reader, TeacherHidden) else self.reader.produces
+
+    @property
+    def asks(self) -> Kinds:
+        return self.reader.asks
 
     @property
     def min_group(self) -> int:
