@@ -88,7 +88,8 @@ def measure(k: int, rounds: int) -> dict[str, tuple[int, list[float]]]:
     sizes, spent = dict.fromkeys(ARMS, 0), {name: [] for name in ARMS}
     for turn in range(rounds + 1):
         for name, (encode, decode) in ARMS.items():
-            repeats = 100 if name == "frame" else 1  # one frame is shorter than the clock's tick is reliable
+            repeats = 100 if name == "frame" else 1  # one frame takes less than the clock can tell
+            body, back = b"", said
             start = process_time_ns()
             for _ in range(repeats):
                 body = encode(said)

@@ -78,7 +78,7 @@ def request_digest(request: ScoreRequest) -> bytes:
     """16 bytes over what is asked: context, completion, kind, and k or ids."""
     hasher = xxhash.xxh3_128(np.array(_request_row(request), dtype="<u4").tobytes())
     for array in (request.context_ids, request.token_ids, *_asked_ids(request.want)):
-        hasher.update(_raw(array, _INT))
+        hasher.update(_raw(array, _INT).data)
     return hasher.digest()
 
 
