@@ -15,6 +15,8 @@ from opd.logits import StudentLogits
 from opd.objectives.vocabulary import divergence
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 
+_LARGEST = 80.0  # exp of it is finite in float32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OnWrittenTokens:
@@ -78,8 +80,8 @@ class RatioReverseKL(_OnWrittenTokens):
         logprobs = student.at(batch.target_ids)
         back = batch.scores.logprobs - logprobs
         ratio = (logprobs - batch.behavior_logprobs).exp()
-        # p/mu * q/p is q/mu: written so, a token the student finds all but impossible does not overflow.
-        taught = (batch.scores.logprobs - batch.behavior_logprobs).exp()
+        # p/mu * q/p is q/mu, a constant: it is part of the value alone, and bounded so that float32 holds it.
+        taught = (batch.scores.logprobs - batch.behavior_logprobs).clamp(max=_LARGEST).exp()
         return _result(student, batch, taught - ratio * (1 + back))
 
 

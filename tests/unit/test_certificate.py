@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from launch.certify import certify_methods
 from launch.config import groups, run_config
 from opd.certificate import Bound, Certificate, Row, certify
 from opd.errors import ConfigurationError
+from opd.types import TokenLoss
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = ROOT / "benchmarks" / "broken" / "conf"
@@ -98,6 +101,25 @@ def test_the_command_prints_a_table_writes_json_and_exits_non_zero_on_failure(
         certify_methods(["method=sft"], str(tmp_path / "no" / "c.json"), console)
     with pytest.raises(ConfigurationError, match=r"method=sft,grpo names several"):
         certify_methods(["method=sft,grpo"], "", console)
+
+
+def test_the_published_example_of_a_new_method_is_certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/adding_a_method.md prints it; without its importance ratio it is refused."""
+    page = (ROOT / "docs" / "adding_a_method.md").read_text()
+    for name, text in re.findall(r"```\w+ file=(\S+)\n(.*?)```", page, flags=re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method = run_config([f"conf={tmp_path / 'my_conf'}", "allow_targets=[my_methods.]", "method=squared"]).method
+    assert certify(method).passed
+
+    @dataclass(frozen=True)
+    class WithoutRatio(type(method.objective)):
+        def __call__(self, student: Any, batch: Any) -> TokenLoss:
+            logprobs = student.at(batch.target_ids)
+            return TokenLoss(loss=0.5 * (logprobs - batch.scores.logprobs).square(), metrics={})
+
+    assert certify(replace(method, objective=WithoutRatio())).failures == [STALE]
 
 
 def test_an_objective_without_a_promise_is_not_certified() -> None:

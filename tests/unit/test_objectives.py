@@ -18,10 +18,31 @@ import torch
 from torch import Tensor
 
 import opd.objectives
+from opd import divergences
+from opd.divergences import States
+from opd.errors import ConfigurationError
 from opd.logits import StudentLogits, read
+from opd.objectives.estimators import (
+    BaselinedReverseKL,
+    RatioReverseKL,
+    SquaredReverseKL,
+    TopKBaselinedReverseKL,
+)
+from opd.objectives.montecarlo import MonteCarloReverseKL, uniform
+from opd.objectives.returns import MiniLLM
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
-from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
-from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
+from opd.objectives.support import EntropyAwareKL, Outside, SupportForwardKL, SupportReverseKL
+from opd.objectives.topk import (
+    GeneralizedReverseKL,
+    HeadTailReverseKL,
+    RenormalizedForwardKL,
+    RenormalizedReverseKL,
+    StopGradientReverseKL,
+    TailBucketForwardKL,
+    TailBucketReverseKL,
+    WeightedReverseKL,
+)
+from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.types import (
     AdvantageScores,
     Batch,
@@ -29,6 +50,7 @@ from opd.types import (
     Scores,
     TokenLoss,
     TokenScores,
+    TopKReturnScores,
     TopKScores,
     VocabularyScores,
 )
@@ -63,9 +85,11 @@ def world(seed: int, k: int = 3, *, stale: bool = False, at_teacher: bool = Fals
 
 def said(kind: type[Scores], w: World) -> Scores:
     """What an objective that consumes `kind` is told about the state, once per written token."""
-    if kind is TopKScores:
+    if issubclass(kind, TopKScores):
         support = w.support.expand(V, -1)
-        return TopKScores(logprobs=w.q, topk_ids=support, topk_logprobs=w.q.expand(V, -1).gather(-1, support))
+        on = {"topk_ids": support, "topk_logprobs": w.q.expand(V, -1).gather(-1, support)}
+        more = {"returns": w.advantages} if kind is TopKReturnScores else {}
+        return kind(logprobs=w.q, **on, **more)
     if kind is VocabularyScores:
         return VocabularyScores(logprobs=w.q, vocabulary_logprobs=w.q.expand(V, -1))
     if kind is AdvantageScores:
@@ -162,6 +186,19 @@ def surrogate(w: World) -> Tensor:
     return total
 
 
+def promised(objective: Any) -> Callable[[World], Tensor]:
+    """What the objective promises (`tests/unit/test_divergences.py` checks the promises themselves)."""
+
+    def exact(w: World) -> Tensor:
+        members = torch.zeros(V, dtype=torch.bool)
+        members[w.support] = True
+        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": w.advantages}
+        here = States(student=w.z.log_softmax(-1)[None], **{name: row[None] for name, row in rows.items()})
+        return objective.promise(here).sum()
+
+    return exact
+
+
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """`objective`'s expected gradient is that of `exact`, also when the writer is not the student if `stale`."""
@@ -191,8 +228,40 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(objective=Likelihood(), exact=cross_entropy, zero_at_teacher=False),
     Claim(objective=ClippedPolicyGradient(), exact=surrogate),
 )
+CLAIMS += tuple(
+    Claim(objective=part, exact=exact)
+    for part, exact in {
+        SquaredReverseKL(): reverse_kl,
+        RatioReverseKL(): reverse_kl,
+        BaselinedReverseKL(): reverse_kl,
+        TopKBaselinedReverseKL(): reverse_kl,
+        StopGradientReverseKL(): promised(StopGradientReverseKL()),
+        GeneralizedReverseKL(): promised(GeneralizedReverseKL()),
+        WeightedReverseKL(): promised(WeightedReverseKL()),
+        TailBucketForwardKL(): promised(TailBucketForwardKL()),
+        RenormalizedForwardKL(): promised(RenormalizedForwardKL()),
+        SkewedReverseKL(): promised(SkewedReverseKL()),
+        SkewedForwardKL(alpha=0.3): promised(SkewedForwardKL(alpha=0.3)),
+        MiniLLM(): promised(MiniLLM()),
+        MiniLLM(long_weight=0.0): reverse_kl,
+        EntropyAwareKL(k=3): promised(EntropyAwareKL(k=3)),
+        EntropyAwareKL(threshold=0.0, k=V, forward_weight=2.0): lambda w: reverse_kl(w) + 2 * forward_kl(w),
+        **{
+            part: promised(part)
+            for support in (divergences.Union(k=2), divergences.Intersection(k=5), divergences.StudentTop(k=2))
+            for part in (
+                *(SupportReverseKL(support=support, outside=outside) for outside in Outside),
+                SupportForwardKL(support=support),
+                SupportForwardKL(support=support, outside=Outside.RENORMALIZED),
+            )
+        },
+    }.items()
+)
+DRAWING = {MonteCarloReverseKL}  # their own noise is enumerated by `opd.certificate`
 DISTILLING = tuple(claim for claim in CLAIMS if claim.zero_at_teacher)
-ON_SUPPORT = tuple(claim for claim in CLAIMS if claim.objective.consumes is TopKScores)
+ON_SUPPORT = tuple(
+    c for c in CLAIMS if type(c.objective) in {HeadTailReverseKL, TailBucketReverseKL, RenormalizedReverseKL}
+)
 FULL = tuple(claim for claim in CLAIMS if claim.objective.consumes is VocabularyScores)
 
 
@@ -200,10 +269,11 @@ def test_every_objective_of_the_package_has_a_declared_expectation() -> None:
     found = set()
     for module in pkgutil.walk_packages(opd.objectives.__path__, "opd.objectives."):
         for part in vars(importlib.import_module(module.name)).values():
-            if isinstance(part, type) and is_dataclass(part) and part.__module__ == module.name:
+            mine = isinstance(part, type) and is_dataclass(part) and part.__module__ == module.name
+            if mine and not part.__name__.startswith("_"):
                 found.add(part)
     assert len(found) >= 9
-    missing = found - {type(claim.objective) for claim in CLAIMS}
+    missing = found - {type(claim.objective) for claim in CLAIMS} - DRAWING
     assert not missing, f"add what the docstring of {missing} claims to CLAIMS in {__file__}"
 
 
@@ -401,3 +471,90 @@ def test_p5_the_raw_sum_is_wrong_by_the_gradient_of_the_mass_on_the_support() ->
         mass = gradient(at_teacher.z.softmax(-1)[at_teacher.support].sum(), at_teacher)
         torch.testing.assert_close(expected_gradient(raw, at_teacher), mass)
         torch.testing.assert_close(expected_gradient(Planted(loss=k3), w), gradient(forward_kl(w), w))
+
+
+def test_the_stop_gradient_and_mopds_correction_have_one_gradient_per_sample() -> None:
+    """And k2 and ratio times k3, which share the gradient `p/mu l grad log p`."""
+    for pair in ((StopGradientReverseKL(), GeneralizedReverseKL()), (SquaredReverseKL(), RatioReverseKL())):
+        w = world(0, stale=True)
+        for losses in zip(*(outcome(objective, w).loss for objective in pair), strict=True):
+            torch.testing.assert_close(*(gradient(loss, w) for loss in losses), rtol=0, atol=1e-12)
+
+
+def test_rethinkings_code_and_its_equation_5_differ_by_the_mean_log_ratio_times_the_gradient_of_the_mass() -> None:
+    for seed in SEEDS:
+        w = world(seed)
+        code, equation = (expected_gradient(part, w) for part in (WeightedReverseKL(), RenormalizedReverseKL()))
+        p = w.z.softmax(-1)[w.support]
+        mean = (p / p.sum() * (p.log() - w.q[w.support])).sum().detach()
+        torch.testing.assert_close(code - equation, mean * gradient(p.sum().log(), w), rtol=0, atol=1e-12)
+        assert float((code - equation).abs().max()) > 1e-3
+    one = world(0, k=1)
+    assert per_sample(RenormalizedReverseKL(), one) == 0 and per_sample(WeightedReverseKL(), one) > 1e-3
+
+
+def spread(objective: Any, w: World) -> float:
+    """Trace of the covariance of the gradient over written tokens."""
+    each = torch.stack([gradient(loss, w) for loss in outcome(objective, w).loss])
+    weight = w.mu.exp()[:, None]
+    return float((weight * (each - (weight * each).sum(0)) ** 2).sum())
+
+
+def test_a_baseline_changes_the_variance_and_not_the_expectation() -> None:
+    plain, exact, topk = SampledReverseKL(), BaselinedReverseKL(), TopKBaselinedReverseKL()
+    mean = {part: sum(spread(part, world(seed, k=5)) for seed in range(20)) for part in (plain, exact, topk)}
+    assert mean[exact] < mean[plain] and mean[topk] < mean[plain]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, float("nan")])
+def test_meaningless_fields_are_refused(alpha: float) -> None:
+    for part in (SkewedReverseKL, SkewedForwardKL):
+        with pytest.raises(ConfigurationError, match=f"objective {part.__name__} needs 0 < alpha < 1, got"):
+            part(alpha=alpha)
+    with pytest.raises(ConfigurationError, match=r"NOTHING: the forward KL summed over a part .* choose BUCKET"):
+        SupportForwardKL(outside=Outside.NOTHING)
+    with pytest.raises(ConfigurationError, match=r"EntropyAwareKL needs k >= 1 and outside=RENORM"):
+        EntropyAwareKL(k=0)
+    with pytest.raises(ConfigurationError, match=r"MonteCarloReverseKL needs samples >= 1, but got 0"):
+        MonteCarloReverseKL(samples=0)
+    with pytest.raises(ConfigurationError, match=r"teacher-mixed sampling \(alpha=0.2\).*decoding loop.*set alpha=0"):
+        MiniLLM(alpha=0.2)
+
+
+def test_drawn_tokens_follow_the_current_student_and_depend_on_the_row_alone() -> None:
+    w, n = world(1), 20_000
+    rows = torch.arange(n)
+    batch = replace(
+        every_token(w, VocabularyScores(logprobs=w.q, vocabulary_logprobs=w.q.expand(V, -1))),
+        input_ids=rows,
+        position_ids=rows % 97,
+        predict_at=rows,
+        target_ids=rows % V,
+        behavior_logprobs=-torch.rand(n),
+        weights=torch.ones(n),
+        scores=VocabularyScores(logprobs=torch.zeros(n), vocabulary_logprobs=w.q.expand(n, V)),
+    )
+    student = StudentLogits(logits=w.z.detach().expand(n, V))
+    ids = MonteCarloReverseKL(samples=3).draw(student, batch)
+    p = student.logprobs[0].exp()
+    for column in ids.T:
+        share = torch.bincount(column, minlength=V) / n
+        assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+    pairs = (
+        torch.bincount(ids[:, 0] * V + ids[:, 1], minlength=V * V).reshape(V, V) / n
+    )  # one draw says nothing of the next
+    assert ((pairs - p[:, None] * p).abs() < 5 * (p[:, None] * p / n).sqrt() + 1e-3).all()
+    noise = uniform(batch, 3, 0)
+    assert torch.equal(noise[50:90], uniform(batch.rows(50, 90), 3, 0)) and not torch.equal(noise, uniform(batch, 3, 1))
+    assert noise.min().item() >= 0 and noise.max().item() < 1
+
+
+def test_many_drawn_tokens_average_to_few() -> None:
+    """The loss of several draws is the mean of the losses of each: what lets a certificate enumerate one."""
+    w = world(0)
+    batch = every_token(w, said(VocabularyScores, w))
+    student = StudentLogits(logits=w.z.expand(V, V))
+    ids = torch.randint(0, V, (V, 4))
+    several = MonteCarloReverseKL(samples=4).given(ids, student, batch).loss
+    single = [MonteCarloReverseKL(samples=1).given(ids[:, i : i + 1], student, batch).loss for i in range(4)]
+    torch.testing.assert_close(several, torch.stack(single).mean(0))
