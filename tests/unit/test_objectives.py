@@ -532,6 +532,7 @@ def test_drawn_tokens_follow_the_current_student_and_depend_on_the_row_alone() -
         target_ids=rows % V,
         behavior_logprobs=-torch.rand(n),
         weights=torch.ones(n),
+        depth=rows % 97,
         scores=VocabularyScores(logprobs=torch.zeros(n), vocabulary_logprobs=w.q.expand(n, V)),
     )
     student = StudentLogits(logits=w.z.detach().expand(n, V))
