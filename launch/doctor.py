@@ -44,7 +44,7 @@ def refuse(findings: Sequence[Finding]) -> None:
     """Raise `DataError` with the first finding that forbids training."""
     wrong = [f for f in findings if f.verdict is Verdict.REFUSED]
     if wrong:
-        more = f" ({len(wrong) - 1} more findings against it; see opd doctor)" if len(wrong) > 1 else ""
+        more = f" ({len(wrong)} findings against it; see opd doctor)" if len(wrong) > 1 else ""
         raise DataError(f"{wrong[0].sentence} [{wrong[0].measured}]{more}; doctor=false trains all the same")
 
 

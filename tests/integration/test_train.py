@@ -79,20 +79,20 @@ def test_the_doctor_was_asked_before_the_first_step(run: Path) -> None:
 
 @pytest.mark.ray
 def test_the_doctor_refuses_a_pair_that_would_train_wrongly(run: Path) -> None:
-    """Planted: a teacher that never ends a text."""
+    """Planted: a teacher that writes padding where it should end a text."""
     wrong = _never_ending(run.parent / "wrong")
     done = opd("train", *SMALL, f"teacher.path={wrong}", f"output_dir={run.parent}", "run_name=refused")
-    assert done.returncode == 1 and "would learn never to stop" in done.stderr, done.stderr
+    assert done.returncode == 1 and "findings against it; see opd doctor" in done.stderr, done.stderr
     assert not (run.parent / "refused" / "metrics.jsonl").exists(), "it was trained all the same"
     whole = opd("doctor", "experiment=shop", f"teacher.path={wrong}", f"output={run.parent / 'findings.json'}")
     assert whole.returncode == 1
     table = {f["check"]: f["verdict"] for f in json.loads((run.parent / "findings.json").read_text())}
-    assert table["end of text"] == "refused" and table["own teacher"] == table["alignment"] == "fine"
+    assert table["end of text"] == table["padding"] == "refused" and table["own teacher"] == table["alignment"] == "fine"
     assert "teacher gain" in table
 
 
 def _never_ending(folder: Path) -> Path:
-    """The shop's teacher with the end-of-text row of its (tied) matrix turned round: it writes that token no more."""
+    """The shop's teacher with the end-of-text row of its (tied) matrix turned round: it ends texts no more."""
     shutil.copytree(ROOT / "assets" / "shop" / "teacher", folder)
     eos = json.loads((folder / "config.json").read_text())["eos_token_id"]
     tensors = load_file(folder / "model.safetensors")
