@@ -5,7 +5,7 @@ computed in the forward pass, chunk by chunk, so peak memory does not grow with 
 large, for the matrix products; within them the objective sees blocks of few rows, which stay in a CPU's cache.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.errors import ConfigurationError
-from opd.tally import Tally
+from opd.tally import Table, Tally
 from opd.types import Batch, EnsembleScores, HiddenScores, Scores, TokenLoss, VocabularyScores
 
 
@@ -49,7 +49,7 @@ class StudentLogits:
     @cached_property
     def entropy(self) -> Float[Tensor, " n"]:
         """Entropy in nats, detached (a diagnostic)."""
-        return -(self.probs * self.logprobs.detach()).sum(-1)
+        return -torch.linalg.vecdot(self.probs, self.logprobs.detach())
 
 
 _BLOCK = 128  # columns; about sqrt(V / k) is best, and nothing depends on it
@@ -157,7 +157,7 @@ def mixture(
 Evaluate = Callable[[StudentLogits, int, int], TokenLoss]
 Prepare = Callable[[int, int], Evaluate]
 
-_HOST_CHUNK, _DEVICE_CHUNK, _HOST_BLOCK = 2**26, 2**29, 2**22  # bytes of logits
+_HOST_CHUNK, _DEVICE_CHUNK, _HOST_BLOCK = 2**26, 2**29, 2**23  # bytes of logits
 
 
 def _block_rows(logits: Tensor) -> int:
@@ -178,19 +178,19 @@ def chunk_rows(head: Float[Tensor, "V H"]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """How a loss is evaluated; `found` collects the metrics of its blocks, in order."""
+    """How a loss is evaluated, and where the metrics of its blocks are noted."""
 
     prepare: Prepare
     weights: Float[Tensor, " L"]
     chunk: int
     in_blocks: bool
     overlap_k: int
-    found: list[Mapping[str, Tensor]]
+    found: Table
 
     def loss(self, logits: Float[Tensor, "n V"], start: int, stop: int, evaluate: Evaluate) -> Float[Tensor, ""]:
         """The weighted loss of rows `start:stop`, whose logits are given."""
         result = evaluate(StudentLogits(logits=logits, overlap_k=self.overlap_k), start, stop)
-        self.found.append(result.metrics)
+        self.found.write(start, result.metrics)
         weight = self.weights[start:stop]
         # `where`, not the product alone: a token of weight 0 may have an infinite loss.
         return (weight * torch.where(weight > 0, result.loss, 0.0)).sum()
@@ -254,7 +254,10 @@ def _chunk(
             leaf = rows.detach().requires_grad_()
             value = plan.loss(leaf, start + block.start, start + block.start + len(rows), evaluate)
             (grad,) = torch.autograd.grad(value, leaf)
-        rows.copy_(grad)
+        if len(rows) == len(logits):
+            logits = grad
+        else:
+            rows.copy_(grad)
         total += value.detach()
     grads = logits.to(head.dtype)
     if grad_hidden is not None:
@@ -300,7 +303,7 @@ def chunked_loss(
 def _flat(
     hidden: Tensor, head: Tensor, weights: Tensor, prepare: Prepare, chunk: int, overlap_k: int, in_blocks: bool
 ) -> tuple[Tensor, Tally]:
-    found: list[Mapping[str, Tensor]] = []
+    found = Table(rows=len(hidden), device=hidden.device)
     plan = _Plan(
         prepare=prepare, weights=weights, chunk=chunk, in_blocks=in_blocks, overlap_k=overlap_k, found=found
     )  # fmt: skip
@@ -315,4 +318,4 @@ def _flat(
             for block in plan.blocks(logits):
                 rows = logits[block]
                 total += plan.loss(rows, start + block.start, start + block.start + len(rows), evaluate)
-    return total, Tally.joined(found, weights > 0)
+    return total, found.tally(weights > 0)

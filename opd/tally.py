@@ -1,6 +1,6 @@
 """Sums and counts of per-token metrics that add up over chunks, micro-batches and ranks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -35,30 +35,9 @@ class Tally:
     @staticmethod
     def of(metrics: Mapping[str, Float[Tensor, " L"]], active: Bool[Tensor, " L"]) -> "Tally":
         """Count the `active` tokens; NaN means "not defined at this token" and is left out."""
-        names = tuple(sorted(metrics))
-        empty = torch.zeros((0, len(active)), dtype=torch.float64, device=active.device)
-        values = torch.stack([metrics[name].detach().double() for name in names]) if names else empty
-        defined = active & ~values.isnan()
-        least = values.new_full((len(names), 1), -inf)  # so that no tokens at all have a greatest value
-        return Tally(
-            names=names,
-            totals=torch.where(defined, values, 0.0).sum(-1),
-            counts=defined.sum(-1, dtype=torch.float64),
-            greatest=torch.cat([least, torch.where(defined, values, -inf)], dim=-1).amax(-1),
-        )
-
-    @staticmethod
-    def joined(blocks: Sequence[Mapping[str, Float[Tensor, " _l"]]], active: Bool[Tensor, " L"]) -> "Tally":
-        """The tally of metrics that are given in blocks of rows, one after another.
-
-        Raises:
-            DataError: the blocks do not have the same metrics.
-        """
-        names = {tuple(sorted(block)) for block in blocks}
-        if len(names) > 1:
-            raise DataError(f"{_DIFFERENT} {' and '.join(map(str, sorted(names)))}; {_ADVICE}")
-        found = blocks[0] if blocks else {}
-        return Tally.of({name: torch.cat([block[name].detach() for block in blocks]) for name in found}, active)
+        table = Table(rows=len(active), device=active.device)
+        table.write(0, metrics)
+        return table.tally(active)
 
     def plus(self, other: "Tally") -> "Tally":
         """Both together.
@@ -88,3 +67,44 @@ class Tally:
                 if name in MAXIMA:
                     found[f"{name}_max"] = greatest
         return found
+
+
+class Table:
+    """The metrics of `rows` tokens, filled block by block; what the blocks made can be freed at once.
+
+    One array from the start: many small ones, kept between the large ones that come and go, would cut the heap into
+    pieces that no large one fits in any more, and the process would grow with every block.
+    """
+
+    def __init__(self, *, rows: int, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._names: tuple[str, ...] | None = None
+        self._values = torch.empty((0, rows), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def write(self, start: int, metrics: Mapping[str, Float[Tensor, " _n"]]) -> None:
+        """The metrics of rows `start` to `start + n`.
+
+        Raises:
+            DataError: other blocks had other metrics.
+        """
+        names = tuple(sorted(metrics))
+        if self._names is None:
+            self._names = names
+            self._values = torch.full((len(names), self._rows), torch.nan, dtype=torch.float64, device=self._device)
+        if names != self._names:
+            raise DataError(f"{_DIFFERENT} {self._names} and {names}; {_ADVICE}")
+        if names:
+            block = torch.stack([metrics[name] for name in names])
+            self._values[:, start : start + block.shape[1]] = block
+
+    def tally(self, active: Bool[Tensor, " L"]) -> Tally:
+        """Sums and counts over the `active` rows."""
+        defined = active & ~self._values.isnan()
+        least = self._values.new_full((len(self._values), 1), -inf)  # so that no tokens at all have a greatest value
+        return Tally(
+            names=self._names or (),
+            totals=torch.where(defined, self._values, 0.0).sum(-1),
+            counts=defined.sum(-1, dtype=torch.float64),
+            greatest=torch.cat([least, torch.where(defined, self._values, -inf)], dim=-1).amax(-1),
+        )

@@ -1,6 +1,11 @@
 """The chunked loss is the plain one, in any chunk and in bounded memory; and shapes are enforced in these tests."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,7 @@ from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShanno
 from opd.tally import Tally
 from opd.types import Batch, HiddenScores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 
+ROOT = Path(__file__).parents[2]
 H, V = 5, 11
 
 
@@ -196,6 +202,17 @@ def test_no_tensor_is_as_large_as_tokens_times_vocabulary(train: bool) -> None:
             total.backward()
     assert plain.numel == rows * vocabulary
     assert chunked.numel == max(chunk * vocabulary, vocabulary * H)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_process_does_not_grow_with_tokens() -> None:
+    """What a test of tensor sizes cannot see: small metrics kept between large blocks once cut the heap in pieces."""
+    peaks = []
+    for rows in ("256", "1024"):
+        command = [sys.executable, "benchmarks/loss.py", "arm", "ours", rows, "151936", "16"]
+        ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, check=True)
+        peaks.append(json.loads(ran.stdout)["bytes"])
+    assert peaks[1] < 1.15 * peaks[0]
 
 
 def test_hidden_states_read_through_the_teachers_head_are_its_distribution() -> None:

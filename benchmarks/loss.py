@@ -1,0 +1,249 @@
+"""Memory and time of full-vocabulary losses against what others do (P3): loss, and both gradients, in float32.
+
+    python benchmarks/loss.py memory TOKENS VOCABULARY WIDTH [ARM ...]        peak memory, a fresh process per arm
+    python benchmarks/loss.py time TOKENS VOCABULARY WIDTH ROUNDS [ARM ...]   arms interleaved in one process
+
+Arms: `naive` (reverse KL from whole logits, autograd), `trl` (the formula of TRL's `generalized_jsd_loss`, transcribed
+from its published code, beta 0.5), `liger` (`LigerFusedLinearJSDLoss`, its torch path without compilation, if
+liger-kernel can be imported: `pip install --no-deps --target FOLDER liger-kernel`, then `PYTHONPATH=.:FOLDER`), `ours`
+(`flat_loss` as the learner calls it, diagnostics included) and `bare` (the same without diagnostics). `*_jsd` arms
+compute JSD(0.5), the others reverse KL. One thread; times are CPU seconds of the process, which a busy machine disturbs
+less than the clock. The allocator is set as in a learner's process. Memory is the growth of the peak resident set
+beyond the inputs; both gradients are part of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import process_time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from learner.config import environment
+from opd.devices import Device
+from opd.logits import Evaluate, StudentLogits, flat_loss, read
+from opd.objectives.vocabulary import FullReverseKL, JensenShannon
+from opd.types import Batch, HiddenScores, TokenLoss
+
+MEMORY_LIMIT, TIME_LIMIT = 12.0, 1.05
+REFERENCE = {"ours": "naive", "bare": "naive", "ours_jsd": "trl_jsd", "bare_jsd": "trl_jsd", "liger_jsd": "trl_jsd"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Hidden states `[L, H]` and output matrices `[V, H]` of student and teacher; the student's want gradients."""
+
+    hidden: Tensor
+    head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    targets: Tensor
+
+    @staticmethod
+    def make(tokens: int, vocabulary: int, width: int) -> "Case":
+        draw = torch.Generator().manual_seed(0)
+
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, width, generator=draw)
+
+        return Case(
+            hidden=normal(tokens).requires_grad_(),
+            head=(normal(vocabulary) * 2 / width**0.5).requires_grad_(),
+            teacher_hidden=normal(tokens),
+            teacher_head=normal(vocabulary) * 2 / width**0.5,
+            targets=torch.randint(vocabulary, (tokens,), generator=draw),
+        )
+
+
+Arm = Callable[[Case], Tensor]
+
+
+def whole_logits(case: Case) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        teacher = case.teacher_hidden @ case.teacher_head.T
+    return case.hidden @ case.head.T, teacher
+
+
+def naive(case: Case) -> Tensor:
+    student, teacher = whole_logits(case)
+    p, q = student.log_softmax(-1), teacher.log_softmax(-1)
+    weights = torch.ones(len(p))
+    return (weights * (p.exp() * (p - q)).sum(-1)).sum() / len(p)
+
+
+def trl_jsd(case: Case, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+    student, teacher = (logits / temperature for logits in whole_logits(case))
+    p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    share = torch.tensor(beta, dtype=p.dtype)
+    mixture = torch.logsumexp(torch.stack([p + torch.log1p(-share), q + torch.log(share)]), dim=0)
+    to_teacher = F.kl_div(mixture, q, reduction="none", log_target=True)
+    to_student = F.kl_div(mixture, p, reduction="none", log_target=True)
+    return (share * to_teacher + (1 - share) * to_student).sum() / len(student)
+
+
+def liger_jsd(case: Case) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
+    return loss(case.hidden, case.head, case.teacher_hidden, case.teacher_head, case.targets)
+
+
+def flat(objective: Any, diagnostics: bool) -> Arm:
+    def arm(case: Case) -> Tensor:
+        every = torch.arange(len(case.targets))
+        logprobs = torch.full((len(every),), -1.0)
+        batch = Batch(
+            input_ids=every, position_ids=every, cu_seqlens=torch.tensor([0, len(every)]), predict_at=every,
+            target_ids=case.targets, behavior_logprobs=logprobs, weights=torch.ones(len(every)), depth=every,
+            scores=HiddenScores(logprobs=logprobs, hidden=case.teacher_hidden), denominator=float(len(every)),
+        )  # fmt: skip
+
+        def prepare(first: int, last: int) -> Evaluate:
+            rows = read(batch.rows(first, last), case.teacher_head)
+
+            def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
+                part = rows.rows(start - first, stop - first)
+                return objective(student, part) if diagnostics else loss_alone(objective, student, part)
+
+            return evaluate
+
+        return flat_loss(case.hidden, case.head, batch.weights, prepare)[0] / batch.denominator
+
+    return arm
+
+
+def loss_alone(objective: Any, student: StudentLogits, batch: Any) -> TokenLoss:
+    """The objective's loss as its own lines compute it, without the diagnostics it reports."""
+    from opd.objectives import vocabulary
+
+    kept = vocabulary.vocabulary_metrics
+    vocabulary.vocabulary_metrics = lambda *_: {}
+    try:
+        return replace(objective(student, batch), metrics={})
+    finally:
+        vocabulary.vocabulary_metrics = kept
+
+
+ARMS: dict[str, Arm] = {
+    "naive": naive,
+    "ours": flat(FullReverseKL(), diagnostics=True),
+    "bare": flat(FullReverseKL(), diagnostics=False),
+    "trl_jsd": trl_jsd,
+    "liger_jsd": liger_jsd,
+    "ours_jsd": flat(JensenShannon(), diagnostics=True),
+    "bare_jsd": flat(JensenShannon(), diagnostics=False),
+}
+
+
+def run(arm: Arm, case: Case) -> tuple[float, float]:
+    """(CPU seconds, loss) of one loss with both gradients."""
+    case.hidden.grad = case.head.grad = None
+    began = process_time()
+    loss = arm(case)
+    loss.backward()
+    return process_time() - began, loss.item()
+
+
+def resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def measure_peak(name: str, sizes: list[int]) -> None:
+    """In a process of its own: growth of the peak resident set while the arm runs for the first time."""
+    run(ARMS[name], Case.make(2, 16, 4))  # imports and first-use allocations of libraries
+    case = Case.make(*sizes)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    before = resident("VmRSS")
+    seconds, loss = run(ARMS[name], case)
+    print(json.dumps({"bytes": resident("VmHWM") - before, "seconds": seconds, "loss": loss}))
+
+
+def has_liger() -> bool:
+    try:
+        import liger_kernel.chunked_loss  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def chosen(names: list[str]) -> list[str]:
+    return names or [name for name in ARMS if name != "liger_jsd" or has_liger()]
+
+
+def memory(names: list[str], tokens: int, vocabulary: int, width: int) -> None:
+    table = Table(
+        "arm", "peak MB", "of which gradients", "logits [L, V] would be", "times less", "limit", "CPU s", "loss"
+    )
+    peaks: dict[str, int] = {}
+    gradients = 4 * width * (tokens + vocabulary)
+    for name in names:
+        sizes = [str(tokens), str(vocabulary), str(width)]
+        ran = subprocess.run(
+            [sys.executable, __file__, "arm", name, *sizes], capture_output=True, text=True, check=False
+        )
+        if ran.returncode:
+            table.add_row(name, f"failed: {ran.stderr.splitlines()[-1] if ran.stderr else ran.returncode}")
+            continue
+        found = json.loads(ran.stdout)
+        peaks[name] = found["bytes"]
+        reference = peaks.get(REFERENCE.get(name, ""))
+        table.add_row(
+            name, f"{found['bytes'] / 1e6:,.0f}", f"{gradients / 1e6:,.0f}", f"{4e-6 * tokens * vocabulary:,.0f}",
+            f"{reference / found['bytes']:.1f}" if reference else "", f">= {MEMORY_LIMIT:g}" if reference else "",
+            f"{found['seconds']:.1f}", f"{found['loss']:.6f}",
+        )  # fmt: skip
+    Console(width=140).print(f"peak memory: {tokens} tokens, vocabulary {vocabulary}, width {width}", table)
+
+
+def time(names: list[str], tokens: int, vocabulary: int, width: int, rounds: int) -> None:
+    case = Case.make(tokens, vocabulary, width)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for at in range(rounds + 1):
+        for name, found in seconds.items():
+            spent, _ = run(ARMS[name], case)
+            if at:  # the first round warms up
+                found.append(spent)
+    table = Table("arm", "median CPU ms", "spread (min to max)", "against its reference", "limit")
+    for name, found in seconds.items():
+        reference = seconds.get(REFERENCE.get(name, ""))
+        ratio = median(a / b for a, b in zip(found, reference, strict=True)) if reference else None
+        table.add_row(
+            name, f"{1e3 * median(found):,.2f}", f"{1e3 * min(found):,.2f} to {1e3 * max(found):,.2f}",
+            f"{ratio:.2f}" if ratio else "", f"<= {TIME_LIMIT:g}" if ratio else "",
+        )  # fmt: skip
+    Console(width=140).print(f"time: {tokens} tokens, vocabulary {vocabulary}, width {width}, {rounds} rounds", table)
+    for full, bare in (("ours", "bare"), ("ours_jsd", "bare_jsd")):
+        if {full, bare} <= seconds.keys():
+            share = median(1 - b / a for a, b in zip(seconds[full], seconds[bare], strict=True))
+            print(f"share of diagnostics in `{full}`: {share:.1%}")
+
+
+def main() -> None:
+    wanted = environment(Device.GPU) | environment(Device.CPU)
+    if any(os.environ.get(name) != value for name, value in wanted.items()):  # read once, when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+    torch.set_num_threads(1)
+    what, *rest = sys.argv[1:] or ["help"]
+    if what == "arm":
+        measure_peak(rest[0], [int(value) for value in rest[1:]])
+    elif what == "memory" and len(rest) >= 3:
+        memory(chosen(rest[3:]), *(int(value) for value in rest[:3]))
+    elif what == "time" and len(rest) >= 4:
+        time(chosen(rest[4:]), *(int(value) for value in rest[:4]))
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
