@@ -87,7 +87,9 @@ def test_the_doctor_refuses_a_pair_that_would_train_wrongly(run: Path) -> None:
     whole = opd("doctor", "experiment=shop", f"teacher.path={wrong}", f"output={run.parent / 'findings.json'}")
     assert whole.returncode == 1
     table = {f["check"]: f["verdict"] for f in json.loads((run.parent / "findings.json").read_text())}
-    assert table["end of text"] == table["padding"] == "refused" and table["own teacher"] == table["alignment"] == "fine"
+    assert (
+        table["end of text"] == table["padding"] == "refused" and table["own teacher"] == table["alignment"] == "fine"
+    )
     assert "teacher gain" in table
 
 
