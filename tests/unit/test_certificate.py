@@ -26,6 +26,7 @@ STALE = "gradient of the promise, stale writer"
 ZERO = "zero where the student equals its teacher"
 TEACHER = "the teacher matters"
 CUT = "invariance: micro-batch size"
+pytestmark = pytest.mark.timeout(600)  # half a minute of one processor, which may be shared
 SHIPPED = groups()["method"]
 ALL_BROKEN = [f"conf={BROKEN}", "allow_targets=[broken.]"]
 DEFECTS = {
@@ -48,7 +49,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         command = [sys.executable, "-m", "launch.cli", "certify", *arguments, f"output={folder / name}"]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
         )
         assert done.returncode == (name == "broken"), done.stdout + done.stderr
         said[name] = {c["method"]: c for c in json.loads((folder / name).read_text())}
