@@ -2,12 +2,12 @@
 
     python benchmarks/teachers_loss.py [TOKENS WIDTH ROUNDS]      (default 512 64 3)
 
-Several teachers are read as their mixture (`opd.logits.mixture`), one after another within a chunk; the naive arm holds
-the stacked log-probabilities of all. Memory: a fresh process per arm, growth of the peak resident set beyond inputs, with
-an allocator that gives back what is freed (arrays from 4 MiB are mapped): with the learner's, which keeps it, the layout
-of the heap moves the same figures by up to a quarter, in both directions.
-Time: one process, interleaved, CPU seconds; the slope per teacher is printed as a multiple of what its matrix product
-and softmax alone take for the same rows.
+Several teachers are read as their mixture (`opd.logits.mixture`), one after another within a chunk; the naive arm
+holds the stacked log-probabilities of all. Memory: a fresh process per arm, growth of the peak resident set beyond
+inputs, with an allocator that gives back what is freed (arrays from 4 MiB are mapped): with the learner's, which keeps
+it, the layout of the heap moves the same figures by up to a quarter, in both directions. Time: one process, arms
+interleaved, CPU seconds; the slope per teacher is printed as a multiple of what its matrix product and softmax alone
+take for the same rows.
 """
 
 import json
