@@ -19,8 +19,8 @@ DEPTHS = (64, 256, 1024)
 """Edges of the position buckets: a token's place in its completion. Ours; the paper's are a figure's axis."""
 
 OVERLAP_EVERY = 4
-"""The overlap is measured at every fourth place of a completion (NaN between them): finding the likeliest tokens is most
-of what diagnostics cost. By place and not by row, so that the result does not depend on how tokens are packed."""
+"""The overlap is measured at every fourth place of a completion (NaN between them): finding the likeliest tokens is
+most of what diagnostics cost. By place and not by row, so that packing does not matter."""
 
 TAIL_TOKENS = 2500
 """How much of a completion's end is looked at for repetition: about the 10,000 characters of StableOPD (inferred)."""
