@@ -18,6 +18,10 @@ from opd.types import Batch, Scores, TopKScores, VocabularyScores
 DEPTHS = (64, 256, 1024)
 """Edges of the position buckets: a token's place in its completion. Ours; the paper's are a figure's axis."""
 
+OVERLAP_EVERY = 4
+"""The overlap is measured at every fourth place of a completion (NaN between them): finding the likeliest tokens is
+most of what diagnostics cost. By place and not by row, so that packing does not matter."""
+
 TAIL_TOKENS = 2500
 """How much of a completion's end is looked at for repetition: about the 10,000 characters of StableOPD (inferred)."""
 
@@ -77,13 +81,15 @@ def vocabulary_metrics(student: StudentLogits, batch: Batch[VocabularyScores]) -
     }
     if not student.overlap_k:
         return metrics
-    found = overlap(p, q, min(student.overlap_k, p.shape[-1]))
-    return metrics | {
+    some = _measured(batch)
+    found = overlap(p[some], q[some], min(student.overlap_k, p.shape[-1]))
+    said = {
         "overlap_ratio": found.ratio,
         "overlap_token_advantage": found.advantage,
         "overlap_student_mass": found.student_mass,
         "overlap_teacher_mass": found.teacher_mass,
     }
+    return metrics | {name: _spread(value, some, len(batch)) for name, value in said.items()}
 
 
 @torch.no_grad()
@@ -105,11 +111,24 @@ def topk_metrics(student: StudentLogits, batch: Batch[TopKScores]) -> Metrics:
     }
     if not student.overlap_k:
         return metrics
-    own = likeliest(student.logprobs, min(student.overlap_k, ids.shape[-1]))
-    same = own[:, :, None] == ids[:, None, :]
-    teacher = torch.where(same, q[:, None, :], -torch.inf).amax(-1)  # what it says about the student's tokens
-    found = _overlap(student.at_support(own), teacher, same.any(-1))
-    return metrics | {"support_overlap": found.ratio, "support_token_advantage": found.advantage}
+    some = _measured(batch)
+    logprobs = student.logprobs[some]
+    own = likeliest(logprobs, min(student.overlap_k, ids.shape[-1]))
+    same = own[:, :, None] == ids[some][:, None, :]
+    teacher = torch.where(same, q[some][:, None, :], -torch.inf).amax(-1)  # what it says about the student's tokens
+    found = _overlap(logprobs.gather(-1, own), teacher, same.any(-1))
+    said = {"support_overlap": found.ratio, "support_token_advantage": found.advantage}
+    return metrics | {name: _spread(value, some, len(batch)) for name, value in said.items()}
+
+
+def _measured(batch: Batch[Scores]) -> Int[Tensor, " m"]:
+    """The rows at which the overlap is measured."""
+    return (batch.depth % OVERLAP_EVERY == 0).nonzero()[:, 0]
+
+
+def _spread(values: Float[Tensor, " m"], rows: Int[Tensor, " m"], count: int) -> Float[Tensor, " n"]:
+    """`values` at `rows`, NaN at all others."""
+    return values.new_full((count,), torch.nan).index_copy(0, rows, values)
 
 
 def _dot(a: Float[Tensor, "n V"], b: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:

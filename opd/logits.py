@@ -144,13 +144,24 @@ def mixture(
     """`log sum_m shares[m] exp(members[m])`: several teachers as one, in the memory of two of them.
 
     `members` are log-probabilities, read one after another (give a generator); they are overwritten.
+
+    Raises:
+        ConfigurationError: there are no members, or not one for each share.
     """
-    total: Tensor | None = None
-    for member, share in zip(members, shares, strict=True):
+    source, total, count = iter(members), None, 0
+    for share in shares:  # no zip: it would hold the last member while the next one is being made
+        member = next(source, None)
+        if member is None:
+            break
+        count += 1
         member += torch.as_tensor(share, dtype=member.dtype, device=member.device).log()[..., None]
         total = member if total is None else torch.logaddexp(total, member, out=total)
-    if total is None:
-        raise ConfigurationError("a mixture of teachers needs at least one, but got none; name the teachers")
+        del member
+    if total is None or count < len(shares) or next(source, None) is not None:
+        raise ConfigurationError(
+            f"a mixture of teachers needs one member for each of {len(shares)} shares and at least one, but got "
+            f"{count if count < len(shares) else 'more'}; give as many shares as teachers"
+        )
     return total
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd.diagnostics import by_depth, compression, overlap, repetition, topk_metrics, vocabulary_metrics
+from opd.diagnostics import OVERLAP_EVERY, by_depth, compression, overlap, repetition, topk_metrics, vocabulary_metrics
 from opd.logits import StudentLogits, likeliest
 from opd.types import Batch, Scores, TopKScores, VocabularyScores
 
@@ -27,8 +27,8 @@ def batch_of(rows: int, scores: Scores, depth: Any = None) -> Batch[Any]:
     return Batch(
         input_ids=every, position_ids=every, cu_seqlens=torch.tensor([0, rows]), predict_at=every,
         target_ids=torch.zeros(rows, dtype=torch.int64), behavior_logprobs=torch.full((rows,), -1.0).double(),
-        weights=torch.ones(rows).double(), depth=every if depth is None else torch.tensor(depth), scores=scores,
-        denominator=1.0,
+        weights=torch.ones(rows).double(), scores=scores, denominator=1.0,
+        depth=OVERLAP_EVERY * every if depth is None else torch.tensor(depth),
     )  # fmt: skip
 
 
@@ -138,6 +138,20 @@ def test_overlap_can_be_left_out() -> None:
     metrics = vocabulary_metrics(student, batch_of(6, whole(q)))
     metrics |= topk_metrics(student, batch_of(6, on_support(q, q.topk(3).indices)))
     assert "entropy" in metrics and not [name for name in metrics if "overlap" in name or "advantage" in name]
+
+
+def test_the_overlap_is_measured_at_every_fourth_place_however_rows_are_cut() -> None:
+    p, q, depth = draw(9, seed=1), draw(9, seed=2), [0, 1, 2, 3, 4, 8, 0, 5, 7]
+    scores = {vocabulary_metrics: whole(q), topk_metrics: on_support(q, q.topk(16).indices)}
+    for measure, said in scores.items():
+        batch = batch_of(9, said, depth)
+        name = "overlap_ratio" if measure is vocabulary_metrics else "support_overlap"
+        full = measure(StudentLogits(logits=p), batch)[name]
+        assert (~full.isnan()).tolist() == [place % OVERLAP_EVERY == 0 for place in depth]
+        parts = [measure(StudentLogits(logits=p[a:b]), batch.rows(a, b))[name] for a, b in ((0, 2), (2, 4), (4, 9))]
+        torch.testing.assert_close(torch.cat(parts), full, equal_nan=True)
+        every = measure(StudentLogits(logits=p), batch_of(9, said))[name]
+        torch.testing.assert_close(full[~full.isnan()], every[~full.isnan()])
 
 
 def test_every_token_is_in_one_position_bucket() -> None:

@@ -141,9 +141,10 @@ def test_a_mixture_is_the_weighted_mean_of_probabilities(count: int) -> None:
     torch.testing.assert_close(same.exp(), torch.stack(members).exp().mean(0))
 
 
-def test_a_mixture_of_nobody_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="at least one"):
-        mixture([], [])
+@pytest.mark.parametrize(("members", "shares"), [(0, 0), (0, 1), (1, 2), (2, 1)])
+def test_a_mixture_with_a_share_too_many_or_too_few_is_refused(members: int, shares: int) -> None:
+    with pytest.raises(ConfigurationError, match="one member for each"):
+        mixture([torch.zeros(1, V)] * members, [0.5] * shares)
 
 
 def test_only_what_asks_for_a_gradient_gets_one() -> None:
