@@ -24,7 +24,7 @@ from teacher_service.config import TeacherConfig
 from teacher_service.fingerprint import Identity, model_digest, parse_identity
 from teacher_service.identity import tokenizer_identity
 from teacher_service.reading import Store, TeacherStats, length
-from teacher_service.remote import NoAnswer, Patience, WrongAnswer, fetch, session
+from teacher_service.remote import NoAnswer, Patience, WrongAnswer, fetch, session, together
 from teacher_service.wire import (
     DIGEST_BYTES,
     FrameError,
@@ -114,13 +114,8 @@ class HttpTeacher:
                 async with gate:
                     return await self._patience(lambda number: self._attempt(client, identity, part, number))
 
-            parts = list(frames(requests, identity.limits))
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    running = [tasks.create_task(one(part)) for part in parts]
-            except* OpdError as group:
-                raise group.exceptions[0] from None  # one sentence; the others say the same
-        return [self._stored(answer) for task in running for answer in task.result()]
+            answers = await together([one(part) for part in frames(requests, identity.limits)])
+        return [self._stored(answer) for part in answers for answer in part]
 
     async def _attempt(
         self, client: aiohttp.ClientSession, identity: Identity, part: list[ScoreRequest], number: int

@@ -21,7 +21,7 @@ from opd.types import TokenScores, TopKScores
 from teacher_service.config import TeacherConfig, check_answers
 from teacher_service.identity import tokenizer_identity
 from teacher_service.reading import Bounds, Store, TeacherStats, length
-from teacher_service.remote import NoAnswer, Patience, WrongAnswer, fetch, session
+from teacher_service.remote import NoAnswer, Patience, WrongAnswer, fetch, session, together
 
 PROMPTS = 64  # per exchange
 ROW_BYTES = 160  # of JSON per log-probability, generously
@@ -93,12 +93,7 @@ class OpenAITeacher:
             for place, answer in zip(places, said, strict=True):
                 answers[place] = answer
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for places in exchanges(requests, self._config.max_batch_tokens):
-                    tasks.create_task(one(places))
-        except* OpdError as group:
-            raise group.exceptions[0] from None
+        await together([one(places) for places in exchanges(requests, self._config.max_batch_tokens)])
         return [answer for answer in answers if answer is not None]
 
     async def _attempt(self, client: aiohttp.ClientSession, part: Sequence[ScoreRequest]) -> list[TokenScores]:
