@@ -102,7 +102,8 @@ def measure_peak(name: str, tokens: int, vocabulary: int, width: int, teachers: 
 
 def peak(name: str, *sizes: int) -> tuple[float, float]:
     command = [sys.executable, __file__, "arm", name, *map(str, sizes)]
-    own = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**22)}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    own["MALLOC_MMAP_THRESHOLD_"] = str(2**22)
     found = json.loads(subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout)
     return found["bytes"] / 1e6, found["loss"]
 
