@@ -1,6 +1,8 @@
 """`opd`: one program; its verbs are in `USAGE`, and most take Hydra overrides."""
 
+import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from time import time
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
+    faulthandler.register(signal.SIGUSR1)  # kill -USR1 PID: where every thread of a run that seems to hang stands
     console = Console(stderr=True)
     with sentences(console):
         sys.exit(_dispatch(arguments))

@@ -48,6 +48,17 @@ def wait_until(condition, seconds: float, what: str) -> None:
         time.sleep(0.3)
 
 
+def end_of(driver: subprocess.Popen[str]) -> str:
+    """What it printed; if it does not end within a minute, where it stands."""
+    try:
+        return driver.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired:
+        os.kill(driver.pid, signal.SIGUSR1)
+        time.sleep(2)
+        driver.kill()
+        pytest.fail(f"the driver did not end: {driver.communicate(timeout=10)[0]}")
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("how", ["ctrl-c", "term", "kill"])
 def test_stopping_a_run_leaves_no_process(how: str, tmp_path: Path) -> None:
@@ -61,7 +72,7 @@ def test_stopping_a_run_leaves_no_process(how: str, tmp_path: Path) -> None:
             os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: to the whole foreground group
         else:
             os.kill(driver.pid, signal.SIGTERM if how == "term" else signal.SIGKILL)
-        output, _ = driver.communicate(timeout=60)
+        output = end_of(driver)
         wait_until(lambda: not family(mark), 30, f"left: {[p.cmdline()[:3] for p in family(mark)]}")
     finally:
         for process in family(mark):
