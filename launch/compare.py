@@ -1,23 +1,31 @@
 """`experiment=compare`: several methods from the same start, one run per arm and seed, and one picture."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import strftime
 
+import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from launch.comparison import Arm, write_comparison
 from launch.config import compose, run_config
 from launch.plan import Plan, make_plan
+from launch.redaction import redacted
+from launch.summary import Outcome
 from launch.train import train_once
 from opd.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Arms as overrides on top of `base`; `reference` is the arm whose final accuracy the others must reach."""
+    """Arms as overrides on top of `base`; `reference` is the arm whose final accuracy the others must reach.
+
+    `resume` goes on with a comparison that was stopped, or shares it with another process: finished runs are kept,
+    runs that ended otherwise are moved aside and run again, and a run that has no summary is somebody else's.
+    """
 
     name: str
     output_dir: str
@@ -25,6 +33,7 @@ class Comparison:
     seeds: Sequence[int]
     reference: str
     arms: Mapping[str, Sequence[str]]
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if self.reference not in self.arms or not self.seeds:
@@ -53,17 +62,43 @@ def run_comparison(overrides: Sequence[str]) -> int:
         for arm in plans:
             console.print(plans[arm][0].table())
         return 0
-    if root.exists():
+    if root.exists() and not comparison.resume:
         raise ConfigurationError(
-            f"comparison directory {root} exists and is never overwritten; choose another run_name=..."
+            f"comparison directory {root} exists and is never overwritten; choose another run_name=..., or go on with "
+            "comparison.resume=true"
         )
     runs = [
-        Arm(label=arm, seed=plan.config.seed, directory=train_once(plan, console).path)
+        Arm(label=arm, seed=plan.config.seed, directory=directory)
         for arm, of_arm in plans.items()
         for plan in of_arm
+        if (directory := run_once(root, plan, console))
     ]
+    if missing := sum(map(len, plans.values())) - len(runs):
+        console.print(f"{missing} runs belong to another process; call again with comparison.resume=true when it ends")
+        return 0
     write_comparison(root, runs, comparison.reference, console)
     return 0
+
+
+def run_once(root: Path, plan: Plan, console: Console) -> Path | None:
+    """The directory of a finished run of `plan`, now or before; None if another process is at it.
+
+    Raises:
+        ConfigurationError: it was finished with other settings.
+    """
+    path = root / plan.config.run_name
+    if not path.exists():
+        return train_once(plan, console).path
+    if not (path / "summary.json").exists():
+        return None
+    if json.loads((path / "summary.json").read_text())["outcome"] != Outcome.FINISHED.value:
+        path.rename(path.with_name(f"{path.name}.ended-{strftime('%Y%m%d-%H%M%S')}"))
+        return train_once(plan, console).path
+    if yaml.safe_load((path / "config.yaml").read_text()) != redacted(yaml.safe_load(plan.config.text)):
+        raise ConfigurationError(
+            f"{path} was finished with other settings; choose another run_name=... for this comparison"
+        )
+    return path
 
 
 def _read(overrides: Sequence[str]) -> tuple[Comparison, list[str], bool]:

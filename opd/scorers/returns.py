@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.errors import ConfigurationError
-from opd.ports import Engines
+from opd.ports import Engines, Kinds, TopK
 from opd.scorers.teacher import TeacherTopK
 from opd.types import Scores, TokenScores, TopKReturnScores, TopKScores, Trajectory
 
@@ -39,6 +39,10 @@ class WithReturns:
     @property
     def produces(self) -> type[Scores]:
         return TopKReturnScores
+
+    @property
+    def asks(self) -> Kinds:
+        return frozenset({TopK})
 
     @property
     def min_group(self) -> int:

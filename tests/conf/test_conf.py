@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.compare import is_comparison
 from launch.config import groups, run_config
 from launch.plan import make_plan
 from opd.errors import ConfigurationError
 
 METHODS = groups()["method"]
-EXPERIMENTS = [name for name in groups()["experiment"] if not name.startswith("compare")]
+EXPERIMENTS = [name for name in groups()["experiment"] if not is_comparison([f"experiment={name}"])]
 GROUP_OF_TWO = {"grpo": ["prompts.group_size=2"]}
 NEEDED = {
     "student=hf": ["student.path=x"],
@@ -41,6 +42,12 @@ def test_every_method_has_a_row_in_the_docs_and_says_where_it_comes_from(name: s
 )
 def test_every_option_builds(choice: str) -> None:
     run_config([choice, *NEEDED.get(choice, [])])
+
+
+@pytest.mark.parametrize("name", groups()["method"])
+def test_every_method_can_be_planned(name: str) -> None:
+    plan = make_plan(run_config([f"method={name}", *GROUP_OF_TWO.get(name, [])]))
+    assert plan.config.method.scorer.asks <= plan.config.teacher.answers
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

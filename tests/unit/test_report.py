@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from launch.compare import run_once
 from launch.comparison import Arm, read_arms, table, write_comparison
+from launch.config import run_config
 from launch.curves import panels
 from launch.evaluation_point import EvaluationPoint, Examinee
 from launch.figures import smooth, spread, thinned
+from launch.plan import make_plan
 from launch.report import write_report
 from launch.run_data import RunData
 from launch.run_directory import RunDirectory, append_json
@@ -344,3 +347,16 @@ def test_alarms_are_shown_also_where_a_run_was_killed(tmp_path: Path) -> None:
     write_report(directory)
     page = directory.report.read_text()
     assert page.count("Alarm at step") == 1 and "40% of the completions are cut by the token limit" in page
+
+
+def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+    """A finished run is kept, one without a summary is somebody else's, one with other settings is refused."""
+    plan = make_plan(run_config(["experiment=shop", "run_name=a-seed0", f"output_dir={tmp_path}"]))
+    directory = RunDirectory.create(tmp_path, "a-seed0")
+    assert run_once(tmp_path, plan, Console()) is None
+    directory.write_config(plan.config.text)
+    directory.summary.write_text('{"outcome": "finished"}')
+    assert run_once(tmp_path, plan, Console()) == tmp_path / "a-seed0"
+    other = make_plan(run_config(["experiment=shop", "run_name=a-seed0", f"output_dir={tmp_path}", "steps=7"]))
+    with pytest.raises(ConfigurationError, match="was finished with other settings"):
+        run_once(tmp_path, other, Console())
