@@ -1,54 +1,15 @@
 """Prompts of the embedded peak task, generated on demand."""
 
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from opd.errors import ConfigurationError
-from opd.ports import Sources
-from opd.prompts.order import draw
+from opd.prompts.generated import GeneratedPrompts
 from opd.tasks.peak import PeakTask
-from opd.types import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeakPrompts:
-    """`prompts_per_step` problems a step, each `group_size` times.
+class PeakPrompts(GeneratedPrompts):
+    """Problems of `opd.tasks.peak`; fields as in `GeneratedPrompts`."""
 
-    `problems` = 0 makes fresh problems forever; otherwise a fixed set of that many is gone through in epochs.
-    Sets with different seeds are different problems.
-    """
-
-    prompts_per_step: int
-    seed: int = 0
-    group_size: int = 1
-    problems: int = 0
-    teacher: str = "default"
-
-    def __post_init__(self) -> None:
-        if self.prompts_per_step < 1 or self.group_size < 1 or self.problems < 0:
-            raise ConfigurationError(
-                "prompts PeakPrompts needs prompts_per_step >= 1, group_size >= 1 and problems >= 0, "
-                f"but got {self}; correct the field that is out of range"
-            )
-
-    def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
-        start = step * self.prompts_per_step
-        numbers = (
-            draw(self.seed, self.problems, start, self.prompts_per_step, shuffle=True)
-            if self.problems
-            else range(start, start + self.prompts_per_step)
-        )
-        return [p for n in numbers for p in [self._prompt(n, sources)] * self.group_size]
-
-    def _prompt(self, number: int, sources: Sources) -> Prompt:
-        problem = PeakTask().problem(random.Random(f"peak/{self.seed}/{number}"))
-        ids = sources.tokenizer.encode(problem.prompt)
-        return Prompt(
-            id=f"peak/{self.seed}/{number}",
-            student_ids=ids,
-            teacher_ids=ids,
-            teacher=self.teacher,
-            task="peak",
-            answer=problem.answer,
-        )
+    task: ClassVar[str] = "peak"
+    make: ClassVar = PeakTask().problem

@@ -1,0 +1,68 @@
+"""Prompts of an embedded task, generated on demand: what the tasks' sources share."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from opd.errors import ConfigurationError
+from opd.ports import Sources
+from opd.prompts.order import draw
+from opd.types import Prompt
+
+
+class Problem(Protocol):
+    """What is asked and what is right."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedPrompts:
+    """`prompts_per_step` problems a step, each `group_size` times.
+
+    `problems` = 0 makes fresh problems forever; otherwise a fixed set of that many is gone through in epochs.
+    Sets with different seeds are different problems. A task's source names the task and who makes its problems.
+    """
+
+    task: ClassVar[str]
+    make: ClassVar[Callable[[random.Random], Problem]]
+
+    prompts_per_step: int
+    seed: int = 0
+    group_size: int = 1
+    problems: int = 0
+    teacher: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_step < 1 or self.group_size < 1 or self.problems < 0:
+            raise ConfigurationError(
+                f"prompts {type(self).__name__} needs prompts_per_step >= 1, group_size >= 1 and problems >= 0, "
+                f"but got {self}; correct the field that is out of range"
+            )
+
+    def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
+        start = step * self.prompts_per_step
+        numbers = (
+            draw(self.seed, self.problems, start, self.prompts_per_step, shuffle=True)
+            if self.problems
+            else range(start, start + self.prompts_per_step)
+        )
+        return [p for n in numbers for p in [self._prompt(n, sources)] * self.group_size]
+
+    def _prompt(self, number: int, sources: Sources) -> Prompt:
+        name = f"{self.task}/{self.seed}/{number}"
+        problem = type(self).make(random.Random(name))
+        ids = sources.tokenizer.encode(problem.prompt)
+        return Prompt(
+            id=name,
+            student_ids=ids,
+            teacher_ids=ids,
+            teacher=self.teacher,
+            task=self.task,
+            answer=problem.answer,
+        )
