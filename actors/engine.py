@@ -15,6 +15,7 @@ from actors.config import StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import Limits, build, read_limits
 from opd.errors import DataError, OpdError
+from opd.manifest import checked
 from opd.ports import Completion, GenerateRequest, Sampling, Sentinel, Weights
 from opd.seeds import sampling_seed
 from opd.types import Stop, TokenScores, TopKScores
@@ -118,10 +119,8 @@ class VLLMEngine:
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
 
     def _fetched(self, weights: Weights) -> "torch.Tensor":
-        from actors.weights_in import checked  # imports vLLM
-
         held = isinstance(weights.buffer, np.ndarray)
-        return checked(weights, weights.buffer if held else self._fetch(weights.buffer))
+        return checked(weights, weights.buffer if held else self._fetch(weights.buffer), "the student engine")
 
     def _load(self, weights: Weights, buffer: "torch.Tensor", loop: EngineLoop) -> float:
         from actors.weights_in import transfer

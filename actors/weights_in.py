@@ -5,15 +5,12 @@ tensor-parallel engines, and the import is what registers the transfer backend t
 """
 
 import logging
-import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-import xxhash
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -24,7 +21,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from opd.errors import DataError
-from opd.ports import Manifest, Weights
+from opd.manifest import unpack
+from opd.ports import Manifest
 
 BACKEND = "opd-buffer"
 EXTENSION = f"{__name__}.WorkerExtension"
@@ -33,47 +31,9 @@ EXTENSION = f"{__name__}.WorkerExtension"
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
-def checked(weights: Weights, array: np.ndarray) -> torch.Tensor:
-    """The buffer as a uint8 tensor `[nbytes]`, once it is certain to be what the learner sent.
-
-    Raises `DataError` before anything is loaded: wrong length, wrong digest, or a manifest that does not add
-    up.
-    """
-    who = f"student engine refuses weights version {weights.version} and keeps its own"
-    buffer = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    if buffer.nbytes != weights.manifest.nbytes:
-        raise DataError(
-            f"{who}: the manifest says {weights.manifest.nbytes} bytes, but {buffer.nbytes} came; publish again"
-        )
-    expected = sum(_nbytes(*entry) for entry in zip(weights.manifest.dtypes, weights.manifest.shapes, strict=True))
-    if expected != weights.manifest.nbytes or len(weights.manifest.names) != len(weights.manifest.shapes):
-        raise DataError(
-            f"{who}: its manifest lists {len(weights.manifest.names)} tensors of {expected} bytes but says "
-            f"{weights.manifest.nbytes}; check how the learner packs its parameters"
-        )
-    digest = xxhash.xxh3_64_hexdigest(buffer.data)
-    if digest != weights.digest:
-        raise DataError(
-            f"{who}: the buffer's xxh3_64 is {digest}, not {weights.digest} as sent; it was damaged on the "
-            "way, publish again"
-        )
-    return torch.from_numpy(buffer)
-
-
 def transfer(manifest: Manifest, buffer: torch.Tensor) -> dict[str, Any]:
     """What `update_weights` of vLLM's worker is given."""
-    return {"names": manifest.names, "dtypes": manifest.dtypes, "shapes": manifest.shapes, "buffer": buffer}
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise DataError(f"a weights manifest names the dtype {name!r}, which torch does not have; check the learner")
-    return dtype
-
-
-def _nbytes(dtype: str, shape: Sequence[int]) -> int:
-    return math.prod(shape) * _dtype(dtype).itemsize
+    return {"manifest": manifest, "buffer": buffer}
 
 
 @dataclass
@@ -85,22 +45,12 @@ class BufferInit(WeightTransferInitInfo):
 class BufferUpdate(WeightTransferUpdateInfo):
     """All parameters of one version: `buffer` holds them one after the other, uint8 `[nbytes]`."""
 
-    names: Sequence[str] = ()
-    dtypes: Sequence[str] = ()
-    shapes: Sequence[Sequence[int]] = ()
+    manifest: Manifest = field(default_factory=lambda: Manifest(names=(), dtypes=(), shapes=(), nbytes=0))
     buffer: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every parameter, as views."""
-        start = 0
-        for name, dtype, shape in zip(self.names, self.dtypes, self.shapes, strict=True):
-            wide = _dtype(dtype)
-            stop = start + _nbytes(dtype, shape)
-            part = self.buffer[start:stop]
-            if start % wide.itemsize:  # mixed dtypes: this one does not begin where its words could
-                part = part.clone()
-            yield name, part.view(wide).view(*shape)
-            start = stop
+        yield from unpack(self.manifest, self.buffer)
 
 
 class BufferTransfer(WeightTransferEngine[BufferInit, BufferUpdate]):

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from launch.cluster import fetch
 from opd.errors import OpdError
-from opd.ports import Completion, GenerateRequest, ScoreRequest, Weights
+from opd.ports import Completion, GenerateRequest, ScoreRequest, StudentEngine, Weights
 from opd.types import TokenScores
 
 Request = TypeVar("Request")
@@ -117,6 +118,23 @@ class StudentPool:
         return max(await asyncio.gather(*calls))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Follower:
+    """The actors of a teacher that follows the student, and at which versions (every so many) it does."""
+
+    actors: Sequence[Any]
+    every: int
+    deadline_s: float
+
+    async def follow(self, weights: Weights) -> None:
+        """Hand `weights` to every replica."""
+        calls = [
+            within(self.deadline_s, f"teacher actor {i} (weights)", actor.follow.remote(weights, fetch))
+            for i, actor in enumerate(self.actors)
+        ]
+        await asyncio.gather(*calls)
+
+
 class TeacherPool:
     """Several scoring actors that look like one (`opd.ports.LogprobTeacher`)."""
 
@@ -129,3 +147,20 @@ class TeacherPool:
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         """Testimony per request, in order."""
         return await self._score(requests)
+
+
+class FollowedStudent:
+    """A student whose new weights some teachers take in, too (`TeacherConfig.mixup`)."""
+
+    def __init__(self, student: StudentEngine, followers: Sequence[Follower]) -> None:
+        self._student, self._followers = student, followers
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """As the student itself."""
+        return await self._student.generate(requests)
+
+    async def receive(self, weights: Weights) -> float:
+        """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
+        due = [follower for follower in self._followers if weights.version and not weights.version % follower.every]
+        await asyncio.gather(*[follower.follow(weights) for follower in due])
+        return await self._student.receive(weights)

@@ -13,7 +13,7 @@ from launch.cluster import Actors, fetch, store
 from launch.grading import MathGrader, TaskGrader
 from launch.learner_group import LearnerGroup
 from launch.plan import Plan
-from launch.pool import StudentPool, TeacherPool, within
+from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool, within
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
 from opd.ports import Engines, TextEngine
@@ -76,8 +76,14 @@ async def open_session(plan: Plan) -> Session:
     await asyncio.gather(learner.setup(), *starting)
     writing = list(config.teachers) if config.method.rollout.needs_writer else []
     writers = {name: await _writer(actors, plan, name) for name in writing}
+    followers = [
+        Follower(actors=teachers[name], every=teacher.mixup_every, deadline_s=teacher.deadline_s)
+        for name, teacher in config.teachers.items()
+        if teacher.mixup
+    ]
+    student = StudentPool(students, config.student.deadline_s)
     engines = Engines(
-        student=StudentPool(students, config.student.deadline_s),
+        student=FollowedStudent(student, followers) if followers else student,
         teachers={name: TeacherPool(made, config.teachers[name].deadline_s) for name, made in teachers.items()},
         writers=writers,
         graders=graders,

@@ -152,7 +152,7 @@ class _Run:
                 self._first_step_s = time() - self._started
                 await self._train(session, evaluator, trackers, cpu)
                 await self._measure_student(evaluator, trackers, cpu, config.steps, config.evaluation.samples)
-                if plan.teacher_params:  # it writes here, so its weights must be here
+                if plan.teacher_params and not any(t.mixup for t in config.teachers.values()):  # its weights are here
                     await self._measure_teacher(session, evaluator, trackers)
             await session.learner.save(self._directory.checkpoints / f"step_{config.steps}", config.steps)
             await export_student(session.learner, self._directory, self._facts(), self._end)

@@ -1,6 +1,6 @@
-"""A model's parameters as one flat byte buffer, and back."""
+"""A model's parameters as one flat byte buffer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ import xxhash
 from jaxtyping import UInt8
 from torch import Tensor
 
-from opd.errors import DataError
+from opd.manifest import unpack
 from opd.ports import Manifest
 
 
@@ -58,22 +58,3 @@ class Publisher:
         if self._bytes.is_pinned():
             torch.cuda.synchronize()
         return xxhash.xxh3_64_hexdigest(self.buffer.data)
-
-
-def unpack(manifest: Manifest, buffer: Tensor | UInt8[np.ndarray, " nbytes"]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, as views into the buffer.
-
-    Raises:
-        DataError: the buffer has another size than the manifest says.
-    """
-    flat = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
-    if len(flat) != manifest.nbytes:
-        raise DataError(
-            f"weights need the {manifest.nbytes} bytes of their manifest, but there are {len(flat)}; publish again"
-        )
-    start = 0
-    for name, dtype, shape in zip(manifest.names, manifest.dtypes, manifest.shapes, strict=True):
-        kind: torch.dtype = getattr(torch, dtype)
-        stop = start + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-        yield name, flat[start:stop].view(kind).view(shape)
-        start = stop

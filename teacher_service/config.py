@@ -56,7 +56,12 @@ class TeacherConfig:
     the digest of the weights in `path`, or else what the server says first), `connect_s` and `read_s` bound one
     attempt, `retries` the further ones (waits start at `backoff_s` and double), `strikes` the wrong answers in a
     row after which the teacher is not asked again. The token is read from the environment variable
-    OPD_TEACHER_TOKEN and never from here. Example: `TeacherConfig(path="assets/shop/teacher")`.
+    OPD_TEACHER_TOKEN and never from here.
+
+    A teacher that follows its student: at every `mixup_every`-th published version its weights become
+    `mixup` times the student's plus `1 - mixup` times its own (TRL's `ref_model_mixup_alpha` and
+    `ref_model_sync_steps`; a moving average with decay `1 - mixup`). 0 is a teacher that never changes.
+    Example: `TeacherConfig(path="assets/shop/teacher")`.
     """
 
     path: str
@@ -79,9 +84,11 @@ class TeacherConfig:
     retries: int = 6
     backoff_s: float = 0.5
     strikes: int = 5
+    mixup: float = 0.0
+    mixup_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "max_batch_tokens", "head_chunk", "max_k", "kv_cache_bytes", "strikes"):
+        for name in ("replicas", "max_batch_tokens", "head_chunk", "max_k", "kv_cache_bytes", "strikes", "mixup_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"teacher.{name} needs at least 1, got {getattr(self, name)}; raise it")
         for name in ("retries", "max_model_len"):
@@ -97,6 +104,16 @@ class TeacherConfig:
                 "teacher.gpu_memory_utilization is a share of the device in (0, 1], got "
                 f"{self.gpu_memory_utilization}; correct it"
             )
+        if not 0 <= self.mixup <= 1:
+            raise ConfigurationError(
+                f"teacher.mixup is the student's share of the teacher's new weights, 0 to 1, got {self.mixup}; "
+                "correct it"
+            )
+        if self.mixup and self.backend is not Backend.TORCH:
+            raise ConfigurationError(
+                f"teacher.mixup={self.mixup} makes the teacher follow the student, which teacher.backend="
+                f"{self.backend.name} cannot; set teacher.backend=TORCH or teacher.mixup=0"
+            )
         if self.backend in REMOTE and not self.url.startswith(("http://", "https://")):
             raise ConfigurationError(
                 f"teacher.backend={self.backend.name} needs teacher.url=http://HOST:PORT, got {self.url!r}; set it"
@@ -108,14 +125,23 @@ class TeacherConfig:
 
     @property
     def answers(self) -> Kinds:
-        """The kinds of requests this teacher's backend can answer."""
-        return ANSWERS[self.backend]
+        """The kinds of requests this teacher can answer.
+
+        One that follows the student gives no hidden states: the learner's copy of its output matrix would stay behind.
+        """
+        return ANSWERS[self.backend] - ({LastHidden} if self.mixup else set())
 
 
 def check_answers(config: TeacherConfig, asks: Kinds, who: str) -> None:
     """Raise `ConfigurationError` if `who` asks the teacher what its backend cannot answer; says why."""
     lacking = [kind for kind in _ASKED if kind in asks - config.answers]
     if lacking:
+        if config.mixup:
+            raise ConfigurationError(
+                f"{who} asks for {_ASKED[lacking[0]]}, but a teacher that follows the student "
+                f"(teacher.mixup={config.mixup}) changes its output matrix, of which the learner has a fixed copy; "
+                "choose a method over a top-k or the written token, or set teacher.mixup=0"
+            )
         able = [b.name for b in Backend if asks <= ANSWERS[b]]
         raise ConfigurationError(
             f"{who} asks for {_ASKED[lacking[0]]}, which teacher.backend={config.backend.name} cannot answer "

@@ -1,6 +1,6 @@
 """A Hugging Face causal model that reads packed sequences: one row, attention within each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from opd.attention import NAME, Packing, attend
-from opd.errors import ConfigurationError
+from opd.errors import ConfigurationError, DataError
 
 _TOLERANCE = {
     torch.float32: 1e-3,
@@ -35,6 +35,29 @@ class PackedModel:
         self.device = causal.device
         self.vocabulary = len(head.weight)
         self.positions = int(getattr(causal.config.get_text_config(), "max_position_embeddings", 0)) or None
+
+    def mix_in(self, tensors: Iterable[tuple[str, Tensor]], share: float) -> None:
+        """Every parameter becomes `share` times the one given plus `1 - share` times its own, in place.
+
+        Raises:
+            DataError: names or shapes are not this model's; nothing is changed then.
+        """
+        own, given = dict(self._causal.named_parameters()), dict(tensors)
+        # A tied output matrix has one name here and may come under both.
+        extra = {name for name in given if name not in own} - {name for name, _ in self._tied()}
+        wrong = sorted(extra | {n for n in own if n not in given or given[n].shape != own[n].shape})
+        if wrong:
+            raise DataError(
+                f"a teacher that follows the student needs the student's architecture, but {wrong[0]} differs between "
+                "them; set teacher.path to a copy of the student's checkpoint, or teacher.mixup=0"
+            )
+        for name, parameter in own.items():
+            parameter.lerp_(given[name].to(parameter), share)
+
+    def _tied(self) -> list[tuple[str, Tensor]]:
+        every = self._causal.named_parameters(remove_duplicate=False)
+        own = dict(self._causal.named_parameters())
+        return [(name, parameter) for name, parameter in every if name not in own]
 
     def hidden(self, sequences: Sequence[Int[Tensor, " n"]]) -> Float[Tensor, "N H"]:
         """Hidden states after the final norm at every token of `sequences`, one after the other."""

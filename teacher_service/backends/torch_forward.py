@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opd.devices import resolve_device, resolve_dtype
-from opd.errors import OpdError
-from opd.ports import ScoreRequest
-from opd.types import TokenScores
+from opd.errors import ConfigurationError, OpdError
+from opd.manifest import checked, unpack
+from opd.ports import ScoreRequest, Weights
+from opd.types import Fetch, TokenScores
 from teacher_service.config import TeacherConfig
 from teacher_service.identity import check_checkpoint
 from teacher_service.reading import Bounds, Store, TeacherStats, completion_rows, length, testify
@@ -46,6 +47,20 @@ class TorchTeacher:
         `DataError` for a request that cannot be read, and for a model that answers with NaN or infinity.
         """
         return await self._within(asyncio.to_thread(self._scores, requests), f"scoring {len(requests)} completions")
+
+    async def follow(self, weights: Weights, get: Fetch) -> None:
+        """Take the student's published weights in (`TeacherConfig.mixup`); what is scored from now on sees them.
+
+        Raises:
+            DataError: they are damaged, or of another architecture; the teacher keeps its own.
+        """
+        await self._within(asyncio.to_thread(self._follow, weights, get), f"following version {weights.version}")
+
+    def _follow(self, weights: Weights, get: Fetch) -> None:
+        model = self._loaded()
+        buffer = checked(weights, get(weights.buffer), "the teacher")
+        with self._lock, torch.inference_mode():
+            model.mix_in(unpack(weights.manifest, buffer), self._config.mixup)
 
     async def stats(self) -> TeacherStats:
         """What this teacher has done so far."""
@@ -112,7 +127,13 @@ def _load(config: TeacherConfig) -> "PackedModel":
     )  # seconds of transformers, which the driver can spare
 
     device = resolve_device(config.device, "teacher")
-    return load_packed(config.path, resolve_dtype(config.dtype, device), device)
+    dtype = resolve_dtype(config.dtype, device)
+    if 0 < config.mixup < 1 and dtype is not torch.float32:
+        raise ConfigurationError(
+            f"a moving average needs float32 (a small share of a change vanishes in {dtype}), but the teacher with "
+            f"teacher.mixup={config.mixup} computes in that; set teacher.dtype=FLOAT32"
+        )
+    return load_packed(config.path, dtype, device)
 
 
 def _bounds(model: "PackedModel", config: TeacherConfig) -> Bounds:

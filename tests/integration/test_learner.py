@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from learner.config import LearnerConfig, Schedule, environment
 from learner.learner import LearnerRank
-from learner.publishing import unpack
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError
 from opd.logits import StudentLogits
+from opd.manifest import unpack
 from opd.packing import TokenMean, pack
 from opd.ports import Layout, Weights
 from opd.types import (

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
+from learner.publishing import Publisher
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, Want, WrittenToken
+from opd.ports import AtIds, LastHidden, ScoreRequest, Sentinel, TopK, Want, Weights, WrittenToken
 from opd.scorers.testimony import verify
 from opd.types import HiddenScores, TokenScores, TopKScores
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
@@ -45,10 +47,10 @@ def run(work: Awaitable[T]) -> T:
     return asyncio.run(asyncio.wait_for(work, 60))
 
 
-def checkpoint(folder: Path, tied: bool = True, **changes: Any) -> Qwen3ForCausalLM:
+def checkpoint(folder: Path, tied: bool = True, seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
     """A tiny random model with opinions, saved to `folder`."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = tiny_model(tied=tied, positions=POSITIONS, std=0.15, **heads, **changes)
+    model = tiny_model(seed, tied=tied, positions=POSITIONS, std=0.15, **heads, **changes)
     model.save_pretrained(folder)
     return model
 
@@ -66,6 +68,10 @@ class School:
         answers = run(self.teacher.score(requests))
         verify(requests, answers)
         return answers
+
+    def twin(self) -> Qwen3ForCausalLM:
+        """A copy of the plain model, to be changed."""
+        return deepcopy(self.plain)
 
     def expected(self, request: ScoreRequest) -> torch.Tensor:
         """Full logprobs `[T, V]` from one unpadded, unpacked forward."""
@@ -195,6 +201,62 @@ def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
     refused("k=0", want=TopK(k=0))
     refused("shape", want=AtIds(ids=np.zeros((tokens + 1, 2), dtype=np.int32)))
     refused("asks at ids outside", want=AtIds(ids=np.full((tokens, 2), VOCABULARY, dtype=np.int32)))
+
+
+def published(model: Qwen3ForCausalLM, version: int = 1) -> Weights:
+    """The weights of `model` as the learner hands them out."""
+    tensors = dict(model.named_parameters())
+    shapes, dtypes = [tuple(t.shape) for t in tensors.values()], [t.dtype for t in tensors.values()]
+    publisher = Publisher(list(tensors), shapes, dtypes, pin=False)
+    publisher.write(0, [tensors[name].detach() for name in publisher.manifest.names])
+    nothing = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
+    return Weights(
+        version=version,
+        manifest=publisher.manifest,
+        digest=publisher.digest(),
+        buffer=publisher.buffer.copy(),
+        sentinel=nothing,
+    )
+
+
+def test_a_teacher_that_follows_is_the_moving_average_of_its_students(school: School, tmp_path: Path) -> None:
+    tied = bool(school.plain.config.tie_word_embeddings)
+    teacher = TorchTeacher(TeacherConfig(path=str(school.path), mixup=0.25, deadline_s=60), school.shelf.store)
+    twin = school.twin()
+    for seed in (1, 2):
+        student = checkpoint(tmp_path / str(seed), tied=tied, seed=seed)
+        run(teacher.follow(published(student), np.asarray))
+        with torch.no_grad():
+            for own, new in zip(twin.parameters(), student.parameters(), strict=True):
+                own.copy_(0.75 * own + 0.25 * new)
+    asked = [request(WANTS[1], seed) for seed in range(4)]
+    for one, answer in zip(asked, run(teacher.score(asked)), strict=True):
+        expected = completion_logprobs(twin, one).gather(1, torch.from_numpy(one.token_ids).long()[:, None])
+        np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
+
+
+def test_a_teacher_keeps_its_weights_when_what_it_should_follow_is_wrong(school: School, tmp_path: Path) -> None:
+    teacher = TorchTeacher(TeacherConfig(path=str(school.path), mixup=1.0, deadline_s=60), school.shelf.store)
+    asked = [request(WANTS[0], 0)]
+    before = run(teacher.score(asked))[0].logprobs
+    tied = bool(school.plain.config.tie_word_embeddings)
+    good = published(checkpoint(tmp_path / "wide", tied=tied, seed=9))
+    damaged = good.buffer.copy()
+    damaged[len(damaged) // 2] ^= 1
+    with pytest.raises(DataError, match=r"the teacher refuses weights version 1.*damaged"):
+        run(teacher.follow(replace(good, buffer=damaged), np.asarray))
+    other = published(checkpoint(tmp_path / "narrow", intermediate_size=48))
+    with pytest.raises(DataError, match=r"needs the student's architecture, but .* differs"):
+        run(teacher.follow(other, np.asarray))
+    assert np.array_equal(run(teacher.score(asked))[0].logprobs, before)
+    run(teacher.follow(good, np.asarray))
+    assert not np.allclose(run(teacher.score(asked))[0].logprobs, before)
+
+
+def test_a_moving_average_in_bfloat16_is_refused(school: School) -> None:
+    config = TeacherConfig(path=str(school.path), mixup=0.01, dtype=Dtype.BFLOAT16, deadline_s=60)
+    with pytest.raises(ConfigurationError, match=r"moving average needs float32.*teacher\.dtype=FLOAT32"):
+        run(TorchTeacher(config, school.shelf.store).ready())
 
 
 def test_a_damaged_model_does_not_testify(school: School, tmp_path: Path) -> None:

@@ -127,6 +127,21 @@ def test_two_ranks_and_two_actors_give_the_same_losses(run: Path) -> None:
 
 
 @pytest.mark.ray
+def test_a_teacher_that_follows_the_student_entirely_has_nothing_left_to_teach(tmp_path: Path) -> None:
+    """From the second step on it is the student; before, it is a student whose final norm was scaled."""
+    teacher = shutil.copytree(ROOT / "assets" / "shop" / "student", tmp_path / "teacher")
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"] *= 0.8
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    follow = ["method=topk_reverse_kl", f"teacher.path={teacher}", "teacher.mixup=1", "doctor=false"]
+    done = opd("train", *SMALL, *follow, f"output_dir={tmp_path}", "run_name=follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    divergence = [m["actor/loss"] for m in lines(tmp_path / "follow" / "metrics.jsonl")]
+    assert abs(divergence[0]) > 1e-3
+    assert max(map(abs, divergence[1:])) < 1e-5
+
+
+@pytest.mark.ray
 def test_an_existing_run_is_never_overwritten(run: Path) -> None:
     before = (run / "summary.json").read_bytes()
     done = opd("train", *SMALL, f"output_dir={run.parent}", "run_name=first")

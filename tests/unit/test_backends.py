@@ -54,6 +54,13 @@ def test_a_remote_teacher_needs_its_weights_here_only_where_they_are_read_here(t
             make_plan(run_config([*here, *refused]))
 
 
+def test_a_teacher_that_follows_the_student_gives_no_hidden_states() -> None:
+    following = ["experiment=shop", "teacher.path=${student.path}", "teacher.mixup=0.05"]
+    assert not make_plan(run_config([*following, "method=topk_reverse_kl"])).exact_kl
+    with pytest.raises(ConfigurationError, match=r"whole vocabulary.*follows the student \(teacher\.mixup=0\.05\)"):
+        make_plan(run_config([*following, "method=full_reverse_kl"]))
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -63,6 +70,9 @@ def test_a_remote_teacher_needs_its_weights_here_only_where_they_are_read_here(t
         ({"retries": -1}, r"teacher\.retries needs at least 0"),
         ({"read_s": 0.0}, r"teacher\.read_s needs a positive"),
         ({"gpu_memory_utilization": 1.5}, r"share of the device"),
+        ({"mixup": 1.5}, r"mixup is the student's share .* got 1.5"),
+        ({"mixup": 0.1, "backend": Backend.VLLM}, r"backend=VLLM cannot; set teacher\.backend=TORCH"),
+        ({"mixup_every": 0}, r"mixup_every needs at least 1"),
     ],
 )
 def test_a_wrong_teacher_configuration_is_one_sentence(fields: dict[str, Any], says: str) -> None:
