@@ -65,10 +65,14 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured: the source's step 0 is the held-out set."""
+    """What is measured: the source's step 0 is the held-out set.
+
+    `teacher` also measures the teacher itself, once at the end, for which an engine of its size is started.
+    """
 
     prompts: PromptSource
     every: int = 0
+    teacher: bool = True
     samples: int = 1
     max_tokens: int = 256
     reverse_kl_prompts: int = 128

@@ -152,7 +152,7 @@ class _Run:
                 self._first_step_s = time() - self._started
                 await self._train(session, evaluator, trackers, cpu)
                 await self._measure_student(evaluator, trackers, cpu, config.steps, config.evaluation.samples)
-                if plan.teacher_params and not any(t.mixup for t in config.teachers.values()):  # its weights are here
+                if _teacher_can_be_measured(plan):
                     await self._measure_teacher(session, evaluator, trackers)
             await session.learner.save(self._directory.checkpoints / f"step_{config.steps}", config.steps)
             await export_student(session.learner, self._directory, self._facts(), self._end)
@@ -266,6 +266,12 @@ class _Run:
             alarms=tuple(self._meter.ever.values()),
             error=problem,
         )
+
+
+def _teacher_can_be_measured(plan: Plan) -> bool:
+    """It is wanted, and what stands in its folder is the teacher that taught."""
+    fixed = not any(teacher.mixup for teacher in plan.config.teachers.values())
+    return plan.config.evaluation.teacher and fixed and bool(plan.teacher_params)
 
 
 def _tell(trackers: Sequence[Tracker], point: EvaluationPoint) -> None:
