@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from opd.ledger import Ledger
 from opd.method import Method, weigh
 from opd.packing import pack
 from opd.ports import Engines, Learner, Observer, PromptSource, PublishReport, Sources
+from opd.spans import Role, Span
 from opd.types import Prompt, Scored, StepReport
 
 _EMPTY_STEPS = 3  # so many in a row with nothing to train are no accident of a filter
@@ -24,7 +24,8 @@ class StepRecord:
     """Everything about a finished step; `step` counts from 1 and equals the published version.
 
     `seconds` has `rollout` (first request to last completion), `score` (what scoring took beyond that),
-    `wait` (learner idle), `train` (with packing), `publish` and `step` (all of it).
+    `wait` (learner idle), `train` (with packing), `publish` and `step` (all of it). `spans` says who worked for this
+    step when: one span of rollout and teacher per group, one of learner and publish.
     """
 
     step: int
@@ -34,11 +35,13 @@ class StepRecord:
     published: PublishReport
     ledger: Mapping[str, int]
     seconds: Mapping[str, float]
+    spans: Sequence[Span] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Collected:
     scored: list[Scored[Any]]
+    spans: list[Span]
     rollout_s: float
     score_s: float
 
@@ -61,6 +64,7 @@ async def train(
     when the new weights are live, so no rollout starts staler than allowed. A step without a token to train is
     skipped, several in a row are an error. A failure anywhere stops everything.
     """
+    now = asyncio.get_running_loop().time  # a simulation brings its own
     slots, ledger, empty = asyncio.Semaphore(1 + max_staleness), Ledger(), 0
     ready: asyncio.Queue[asyncio.Task[_Collected]] = asyncio.Queue()
 
@@ -70,15 +74,15 @@ async def train(
             for step in range(start, steps):
                 await slots.acquire()
                 asked = prompts(step, sources)
-                ready.put_nowait(tasks.create_task(_rollout_and_score(method, asked, engines, ledger)))
+                ready.put_nowait(tasks.create_task(_rollout_and_score(step + 1, method, asked, engines, ledger)))
 
         # The engines repeat the learner's weights before the first token is written, not only after the first update.
         await learner.publish(engines.student, start)
         tasks.create_task(collect())
         for step in range(start, steps):
-            began = perf_counter()
+            began = now()
             collected = await (await ready.get())  # admitted by ordinal, not by who finished first
-            waited = perf_counter()
+            waited = now()
             weights = weigh(method.weights, collected.scored)  # 0 = not trained
             empty = 0 if any(w.any() for w in weights) else empty + 1
             if 0 < empty < _EMPTY_STEPS:  # a filter took everything: the student stays as it is
@@ -86,9 +90,9 @@ async def train(
             else:
                 batches = pack(collected.scored, weights, learner.layout, method.normalizer)
                 report = await method.update(learner, batches, method.objective)
-            updated = perf_counter()
+            updated = now()
             published = await learner.publish(engines.student, step + 1)  # new weights are live ...
-            ended = perf_counter()
+            ended = now()
             _account(ledger, weights)
             record = StepRecord(
                 step=step + 1,
@@ -98,6 +102,11 @@ async def train(
                 published=published,
                 ledger=ledger.summary(),
                 seconds=_seconds(collected, began, waited, updated, ended),
+                spans=[
+                    *collected.spans,
+                    Span(role=Role.LEARNER, step=step + 1, start=waited, end=updated),
+                    Span(role=Role.PUBLISH, step=step + 1, start=updated, end=ended),
+                ],
             )
             for observer in observers:  # an evaluation must not share engines, or its bill, with training
                 await observer(record)
@@ -117,26 +126,31 @@ def _seconds(collected: _Collected, began: float, waited: float, updated: float,
     }
 
 
-async def _rollout_and_score(method: Method, asked: Sequence[Prompt], engines: Engines, ledger: Ledger) -> _Collected:
+async def _rollout_and_score(
+    step: int, method: Method, asked: Sequence[Prompt], engines: Engines, ledger: Ledger
+) -> _Collected:
     """Every group is rolled out, then scored at once, in a task of its own."""
-    began = perf_counter()
-    last_rollout = began
+    now = asyncio.get_running_loop().time
+    began = now()
+    spans: list[Span] = []
     ledger.issued += len(asked)
 
     async def one(group: list[Prompt]) -> list[Scored[Any]]:
-        nonlocal last_rollout
         trajectories = await method.rollout(group, engines)
         ledger.generated += len(trajectories)
-        last_rollout = perf_counter()
+        written = now()
         scores = await method.scorer(trajectories, engines)
         ledger.scored += len(trajectories)
+        spans.append(Span(role=Role.ROLLOUT, step=step, start=began, end=written))
+        spans.append(Span(role=Role.TEACHER, step=step, start=written, end=now()))
         return [Scored(trajectory=t, scores=s) for t, s in zip(trajectories, scores, strict=True)]
 
     groups = [list(group) for _, group in groupby(asked, key=lambda prompt: prompt.id)]
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one(group)) for group in groups]
     scored = [item for task in running for item in task.result()]
-    return _Collected(scored=scored, rollout_s=last_rollout - began, score_s=perf_counter() - last_rollout)
+    written = max((span.end for span in spans if span.role is Role.ROLLOUT), default=began)
+    return _Collected(scored=scored, spans=spans, rollout_s=written - began, score_s=now() - written)
 
 
 def _account(ledger: Ledger, weights: Sequence[Float[np.ndarray, " _T"]]) -> None:

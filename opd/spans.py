@@ -1,0 +1,26 @@
+"""Who worked when: the record from which utilisation, bubbles and traces are computed."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Role(Enum):
+    """Who can be busy. Publishing occupies learner and engines at once and is therefore a role of its own."""
+
+    ROLLOUT = "rollout"
+    TEACHER = "teacher"
+    LEARNER = "learner"
+    PUBLISH = "publish"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """`role` had work of `step` (counted from 1) from `start` to `end`: seconds of the event loop's clock.
+
+    Work asked for and not answered counts, whoever it waits for inside the role. Spans of one role may overlap.
+    """
+
+    role: Role
+    step: int
+    start: float
+    end: float
