@@ -5,11 +5,12 @@ BIN := .venv/bin
 ARGS ?=
 export PYTHON
 
-.PHONY: help train env test lint format clean
+.PHONY: help train env test test-faults lint format clean
 help:
 	echo "make train   the shop experiment, on this machine's CPU    ARGS=\"steps=20\" passes options on"
 	echo "make env     what is installed, and what this machine has"
 	echo "make test    all tests but the slow and GPU ones            ARGS=\"-k packing\""
+	echo "make test-faults  what is killed, hung, damaged, repeated     ARGS=\"-k ledger\""
 	echo "make lint    formatting, lint, types, import rules"
 	echo "make format  rewrite the code the way make lint wants it"
 	echo "make clean   remove caches and builds (runs/ and .venv stay)"
@@ -25,6 +26,10 @@ env:
 test:
 	scripts/install.sh dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults:
+	scripts/install.sh dev
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 # All four always run, so that one call shows all there is to mend.
 lint:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import psutil
 
 from opd.loop import StepRecord
-from opd.types import Trajectory
+from opd.types import NOBODY, Trajectory
 
 FORWARD = 2  # operations per parameter and token: one multiplication, one addition
 TRAIN = 6  # forward (2) and backward (4)
@@ -19,13 +19,13 @@ class Costs:
     With `Ns` and `Nt` parameters, a token (of prompt or completion) costs `8 Ns + 2 Nt` in on-policy distillation
     (student writes and learns, teacher reads), `8 Ns` in GRPO (no teacher) and `6 Ns + 2 Nt` in SFT on teacher text
     (teacher writes, student learns). Attention over long contexts, shared prefixes and probes of an update are not
-    counted. `by_teacher` has the sizes of several teachers by name. Example: `Costs(student_params=310_000,
-    teacher_params=620_000, student_writes=True, teacher_writes=False, teacher_reads=True)`.
+    counted. `teacher_writes`: what the student did not write, a teacher did (otherwise it comes from a data set).
+    `by_teacher` has the sizes of several teachers by name. Example: `Costs(student_params=310_000,
+    teacher_params=620_000, teacher_writes=False, teacher_reads=True)`.
     """
 
     student_params: int
     teacher_params: int
-    student_writes: bool
     teacher_writes: bool
     teacher_reads: bool
     by_teacher: Mapping[str, int] = field(default_factory=dict)
@@ -41,11 +41,13 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """Tokens of one step: `prompt` and `completion` as written, `scored` = all the teacher read (its own
-    context included), `learned` = all that went through the learner, `trained` = those with a loss."""
+    """Tokens of one step: `prompt` and `completion` as written, `student` = those of both in what the student wrote,
+    `scored` = all the teacher read (its own context included), `learned` = all that went through the learner,
+    `trained` = those with a loss."""
 
     prompt: int
     completion: int
+    student: int
     scored: int
     learned: int
     trained: int
@@ -101,6 +103,7 @@ def step_tokens(record: StepRecord, costs: Costs) -> StepTokens:
     return StepTokens(
         prompt=sum(len(t.prompt.student_ids) for t in trajectories),
         completion=completion,
+        student=sum(len(t.prompt.student_ids) + len(t) for t in trajectories if (t.versions != NOBODY).any()),
         scored=read if costs.teacher_reads else 0,
         learned=record.report.tokens,
         trained=record.report.trained_tokens,
@@ -109,10 +112,9 @@ def step_tokens(record: StepRecord, costs: Costs) -> StepTokens:
 
 def step_flops(tokens: StepTokens, costs: Costs) -> float:
     """Operations of one step: 2N per token and forward pass, 6N per token that is learned from."""
-    written = tokens.prompt + tokens.completion
-    writers = costs.student_params * costs.student_writes + costs.teacher_params * costs.teacher_writes
+    by_teacher = (tokens.prompt + tokens.completion - tokens.student) * costs.teacher_writes
     return float(
-        FORWARD * writers * written
+        FORWARD * (costs.student_params * tokens.student + costs.teacher_params * by_teacher)
         + FORWARD * costs.teacher_params * tokens.scored
         + TRAIN * costs.student_params * tokens.learned
     )

@@ -27,6 +27,7 @@ from launch.tracking import TrackerConfig
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError
 from opd.method import Method, check_prompts
+from opd.pipeline import Pipeline, WeightUpdate
 from opd.ports import PromptSource
 from teacher_service.config import TeacherConfig
 
@@ -100,6 +101,9 @@ class RunConfig:
     steps: int
     max_tokens: int
     max_staleness: int
+    weight_update: WeightUpdate
+    deterministic: bool
+    max_buffer_bytes: int
     checkpoint_every: int
     doctor: bool
     dry_run: bool
@@ -119,12 +123,23 @@ class RunConfig:
             raise ConfigurationError(
                 f"steps is {self.steps}, but a run needs at least 1; set steps=1 or more (opd eval only measures)"
             )
-        if self.max_staleness < 0 or self.checkpoint_every < 0:
+        if self.checkpoint_every < 0:
             raise ConfigurationError(
-                f"max_staleness and checkpoint_every must be >= 0, got {self.max_staleness} and "
-                f"{self.checkpoint_every}; use 0 for strictly on-policy and for only the last checkpoint"
+                f"checkpoint_every must be >= 0, got {self.checkpoint_every}; use 0 for only the last checkpoint"
             )
+        _ = self.pipeline
         check_prompts(self.method, self.prompts)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """How far collecting runs ahead. Raises `ConfigurationError` where that makes no sense."""
+        return Pipeline(
+            max_staleness=self.max_staleness,
+            update=self.weight_update,
+            deterministic=self.deterministic,
+            max_buffer_bytes=self.max_buffer_bytes,
+            barrier_every=self.checkpoint_every,
+        )
 
     @property
     def teacher(self) -> TeacherConfig:
@@ -145,6 +160,9 @@ _PLAIN = (
     "steps",
     "max_tokens",
     "max_staleness",
+    "weight_update",
+    "deterministic",
+    "max_buffer_bytes",
     "checkpoint_every",
     "doctor",
     "dry_run",

@@ -37,7 +37,7 @@ class LearnerGroup:
         """Gather the weights, hand them to the engines, and have the sentinel compared there."""
         weights: Weights = (await self._all([a.weights.remote(version) for a in self.actors]))[0]
         gap = await student.receive(weights)
-        return PublishReport(version=version, gap=gap, nbytes=weights.manifest.nbytes)
+        return PublishReport(version=version, gap=gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
 
     async def save(self, directory: Path, step: int) -> None:
         """A checkpoint in `directory`, visible only when complete."""

@@ -10,7 +10,7 @@ from launch.accounting import Costs, Totals, process_tree_cpu_seconds, step_toke
 from opd.alarms import Alarm, Thresholds, raised
 from opd.diagnostics import compression, repetition
 from opd.loop import StepRecord
-from opd.types import AdvantageScores, Stop, Trajectory
+from opd.types import NOBODY, AdvantageScores, Stop, Trajectory
 
 OBJECTIVE_NAMES = {
     "entropy": "actor/entropy",
@@ -37,11 +37,10 @@ PHASE_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
-    """What a step's own record does not say: totals up to and including it, processor seconds, who wrote."""
+    """What a step's own record does not say: totals up to and including it, and processor seconds."""
 
     totals: Totals
     cpu_s: float
-    student_writes: bool
 
 
 def step_metrics(record: StepRecord, context: StepContext) -> dict[str, float]:
@@ -50,7 +49,7 @@ def step_metrics(record: StepRecord, context: StepContext) -> dict[str, float]:
     return {
         "step": record.step,
         **_learning(record),
-        **(_staleness(record.step, trajectories) if context.student_writes else {}),
+        **_staleness(record.step, trajectories),
         **_lengths(trajectories),
         **_repetition(trajectories),
         **_rewards(record),
@@ -75,10 +74,11 @@ def _learning(record: StepRecord) -> dict[str, float]:
 
 
 def _staleness(step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Step `s` trains version `s - 1`; a token written by an earlier version is stale by the difference."""
-    if not any(len(t) for t in trajectories):
+    """Step `s` trains version `s - 1`; a token the student wrote at an earlier version is stale by the difference."""
+    versions = np.concatenate([t.versions for t in trajectories]) if trajectories else np.zeros(0)
+    gaps = (step - 1) - versions[versions != NOBODY]
+    if not len(gaps):
         return {}
-    gaps = (step - 1) - np.concatenate([t.versions for t in trajectories])
     return {"sample/staleness_mean": float(gaps.mean()), "sample/staleness_max": float(gaps.max())}
 
 
@@ -176,9 +176,7 @@ class Meter:
         if record.step != self._step:
             costs = self._costs.of([item.trajectory for item in record.scored])
             self._totals = self._totals.plus(step_tokens(record, costs), costs)
-            context = StepContext(
-                totals=self._totals, cpu_s=self.cpu_seconds(), student_writes=self._costs.student_writes
-            )
+            context = StepContext(totals=self._totals, cpu_s=self.cpu_seconds())
             self._metrics = step_metrics(record, context)
             self._step = record.step
             self._watch()

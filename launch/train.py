@@ -208,7 +208,7 @@ class _Run:
             [remember, *trackers, measure, checkpoint],
             start=0,
             steps=config.steps,
-            max_staleness=config.max_staleness,
+            pipeline=config.pipeline,
         )
 
     async def _measure_student(
@@ -290,7 +290,6 @@ def _costs(plan: Plan) -> Costs:
         student_params=plan.student_params,
         teacher_params=sum(params[name] for name in members) if members else params[DEFAULT],
         by_teacher={} if members or len(params) == 1 else params,
-        student_writes=not rollout.needs_writer,
         teacher_writes=rollout.needs_writer,
         teacher_reads=issubclass(scorer.produces, TokenScores),
     )

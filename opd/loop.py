@@ -3,20 +3,22 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from opd.ledger import Ledger
+from opd.collecting import Collected, Collector, names_of, refused
+from opd.ledger import Entry, Ledger, State
 from opd.method import Method, weigh
 from opd.packing import pack
+from opd.pipeline import Pipeline
 from opd.ports import Engines, Learner, Observer, PromptSource, PublishReport, Sources
 from opd.spans import Role, Span
-from opd.types import Prompt, Scored, StepReport
+from opd.types import Scored, StepReport
 
 _EMPTY_STEPS = 3  # so many in a row with nothing to train are no accident of a filter
+_ON_POLICY = Pipeline()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +40,6 @@ class StepRecord:
     spans: Sequence[Span] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Collected:
-    scored: list[Scored[Any]]
-    spans: list[Span]
-    rollout_s: float
-    score_s: float
-
-
 async def train(
     method: Method,
     prompts: PromptSource,
@@ -56,44 +50,40 @@ async def train(
     *,
     start: int,
     steps: int,
-    max_staleness: int = 0,
+    pipeline: Pipeline = _ON_POLICY,
+    ledger: Ledger | None = None,
 ) -> Ledger:
     """Train from step `start` (0 = new) to `steps`; returns the account of all trajectories.
 
-    Collecting may run ahead of training by `max_staleness` steps; 0 is strictly on-policy. A slot is freed only
-    when the new weights are live, so no rollout starts staler than allowed. A step without a token to train is
-    skipped, several in a row are an error. A failure anywhere stops everything.
+    `pipeline` says how far collecting may run ahead of training; the default is strictly on-policy. `ledger` is that of
+    the run that is gone on with. A step without a token to train is skipped, several in a row are an error. A failure
+    anywhere stops everything.
     """
     now = asyncio.get_running_loop().time  # a simulation brings its own
-    slots, ledger, empty = asyncio.Semaphore(1 + max_staleness), Ledger(), 0
-    ready: asyncio.Queue[asyncio.Task[_Collected]] = asyncio.Queue()
+    ledger, empty = ledger or Ledger(), 0
+    ledger.begin(start)
+    collector = Collector(method, prompts, sources, engines, ledger, pipeline, start, steps)
+    # The engines repeat the learner's weights before the first token is written, not only after the first update.
+    published = await learner.publish(engines.student, start)
+    digests = {published.version: published.digest}
 
     async with asyncio.TaskGroup() as tasks:
-
-        async def collect() -> None:
-            for step in range(start, steps):
-                await slots.acquire()
-                asked = prompts(step, sources)
-                ready.put_nowait(tasks.create_task(_rollout_and_score(step + 1, method, asked, engines, ledger)))
-
-        # The engines repeat the learner's weights before the first token is written, not only after the first update.
-        await learner.publish(engines.student, start)
-        tasks.create_task(collect())
+        tasks.create_task(collector.run())
         for step in range(start, steps):
             began = now()
-            collected = await (await ready.get())  # admitted by ordinal, not by who finished first
+            collected = await collector.take(step)
+            await _lease(collector, collected, pipeline, digests, ledger)
             waited = now()
             weights = weigh(method.weights, collected.scored)  # 0 = not trained
             empty = 0 if any(w.any() for w in weights) else empty + 1
-            if 0 < empty < _EMPTY_STEPS:  # a filter took everything: the student stays as it is
-                report = StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
-            else:
-                batches = pack(collected.scored, weights, learner.layout, method.normalizer)
-                report = await method.update(learner, batches, method.objective)
+            report = await _update(method, learner, collected.scored, weights, empty)
             updated = now()
-            published = await learner.publish(engines.student, step + 1)  # new weights are live ...
+            await collector.drained(step + 1)
+            drained = now()
+            published = await learner.publish(engines.student, step + 1)
+            digests[published.version] = published.digest
             ended = now()
-            _account(ledger, weights)
+            _account(ledger, step, collected.scored, weights)
             record = StepRecord(
                 step=step + 1,
                 scored=collected.scored,
@@ -101,60 +91,72 @@ async def train(
                 report=report,
                 published=published,
                 ledger=ledger.summary(),
-                seconds=_seconds(collected, began, waited, updated, ended),
+                seconds={
+                    "rollout": collected.written - collected.began,
+                    "score": max(collected.read - collected.written, 0.0),
+                    "wait": waited - began + drained - updated,
+                    "train": updated - waited,
+                    "publish": ended - drained,
+                    "step": ended - began,
+                },
                 spans=[
                     *collected.spans,
                     Span(role=Role.LEARNER, step=step + 1, start=waited, end=updated),
-                    Span(role=Role.PUBLISH, step=step + 1, start=updated, end=ended),
+                    Span(role=Role.PUBLISH, step=step + 1, start=drained, end=ended),
                 ],
             )
             for observer in observers:  # an evaluation must not share engines, or its bill, with training
                 await observer(record)
-            slots.release()  # ... before the next rollout may start
+            await collector.advance(step + 1, collected)
     return ledger
 
 
-def _seconds(collected: _Collected, began: float, waited: float, updated: float, ended: float) -> dict[str, float]:
-    """See `StepRecord.seconds`."""
-    return {
-        "rollout": collected.rollout_s,
-        "score": collected.score_s,
-        "wait": waited - began,
-        "train": updated - waited,
-        "publish": ended - updated,
-        "step": ended - began,
-    }
+async def _lease(
+    collector: Collector, collected: Collected, pipeline: Pipeline, digests: Mapping[int, str], ledger: Ledger
+) -> None:
+    """Hand a step to the learner: text that is too old, or of weights nobody published, is written again, once.
+
+    With the pipeline's own schedule there is none; it takes an engine that missed an update. What comes back like that
+    a second time is dropped.
+    """
+    reasons = refused(collected, pipeline, digests)
+    which = [i for i, g in enumerate(collected.groups) if any(n in reasons for n in _names(collected.step, g))]
+    for i in which:
+        names = _names(collected.step, collected.groups[i])
+        ledger.requeue(names, next(reasons[name] for name in names if name in reasons))
+    if which:
+        await collector.again(collected, which)
+        reasons = refused(collected, pipeline, digests)
+        for name, reason in reasons.items():
+            ledger.move([name], State.DROPPED, reason)
+        collected.groups = [
+            [item for name, item in zip(_names(collected.step, group), group, strict=True) if name not in reasons]
+            for group in collected.groups
+        ]
+    ledger.move(_names(collected.step, collected.scored), State.LEASED)
 
 
-async def _rollout_and_score(
-    step: int, method: Method, asked: Sequence[Prompt], engines: Engines, ledger: Ledger
-) -> _Collected:
-    """Every group is rolled out, then scored at once, in a task of its own."""
-    now = asyncio.get_running_loop().time
-    began = now()
-    spans: list[Span] = []
-    ledger.issued += len(asked)
-
-    async def one(group: list[Prompt]) -> list[Scored[Any]]:
-        trajectories = await method.rollout(group, engines)
-        ledger.generated += len(trajectories)
-        written = now()
-        scores = await method.scorer(trajectories, engines)
-        ledger.scored += len(trajectories)
-        spans.append(Span(role=Role.ROLLOUT, step=step, start=began, end=written))
-        spans.append(Span(role=Role.TEACHER, step=step, start=written, end=now()))
-        return [Scored(trajectory=t, scores=s) for t, s in zip(trajectories, scores, strict=True)]
-
-    groups = [list(group) for _, group in groupby(asked, key=lambda prompt: prompt.id)]
-    async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(one(group)) for group in groups]
-    scored = [item for task in running for item in task.result()]
-    written = max((span.end for span in spans if span.role is Role.ROLLOUT), default=began)
-    return _Collected(scored=scored, spans=spans, rollout_s=written - began, score_s=now() - written)
+async def _update(
+    method: Method,
+    learner: Learner,
+    scored: Sequence[Scored[Any]],
+    weights: Sequence[Float[np.ndarray, " _T"]],
+    empty: int,
+) -> StepReport:
+    if 0 < empty < _EMPTY_STEPS:  # a filter took everything: the student stays as it is
+        return StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
+    return await method.update(learner, pack(scored, weights, learner.layout, method.normalizer), method.objective)
 
 
-def _account(ledger: Ledger, weights: Sequence[Float[np.ndarray, " _T"]]) -> None:
-    trained = sum(bool(w.any()) for w in weights)
-    ledger.trained += trained
-    if trained < len(weights):
-        ledger.dropped["weight 0"] += len(weights) - trained
+def _names(step: int, scored: Sequence[Scored[Any]]) -> list[Entry]:
+    return names_of(step, [item.trajectory for item in scored])
+
+
+def _account(
+    ledger: Ledger, step: int, scored: Sequence[Scored[Any]], weights: Sequence[Float[np.ndarray, " _T"]]
+) -> None:
+    names = _names(step, scored)
+    has_weight = [bool(w.any()) for w in weights]
+    ledger.move([name for name, has in zip(names, has_weight, strict=True) if has], State.TRAINED)
+    ledger.move([name for name, has in zip(names, has_weight, strict=True) if not has], State.DROPPED, "weight 0")
+    ledger.check()

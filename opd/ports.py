@@ -126,11 +126,12 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """`gap` is the largest |engine - learner| logprob on the sentinel over all engines (nats)."""
+    """`gap`: the largest |engine - learner| logprob on the sentinel over all engines (nats); `digest`: the weights'."""
 
     version: int
     gap: float
     nbytes: int
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

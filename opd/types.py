@@ -22,6 +22,9 @@ else:
     Array = np.ndarray | Tensor
 Fetch = Callable[[Any], np.ndarray]
 
+NOBODY = -1
+"""The version of tokens that no policy of the run wrote: a teacher's text, or text of a data set."""
+
 
 class Stop(Enum):
     """Why a completion ended."""
@@ -58,6 +61,7 @@ class RemoteRows:
     """
 
     pieces: tuple[tuple[Any, Int[np.ndarray, " _rows"]], ...]
+    row_nbytes: int = 0  # of one row, where it is held; 0 = not said
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.pieces)
@@ -69,12 +73,14 @@ class RemoteRows:
         cuts = np.flatnonzero(np.diff(owner)) + 1
         starts = np.concatenate([[0], cuts]) if len(index) else np.zeros(0, dtype=np.int64)
         parts = np.split(rows, cuts) if len(index) else []
-        return RemoteRows(pieces=tuple((self.pieces[owner[s]][0], part) for s, part in zip(starts, parts, strict=True)))
+        pieces = tuple((self.pieces[owner[s]][0], part) for s, part in zip(starts, parts, strict=True))
+        return RemoteRows(pieces=pieces, row_nbytes=self.row_nbytes)
 
     @staticmethod
     def concat(values: Sequence["RemoteRows"]) -> "RemoteRows":
         """One after the other."""
-        return RemoteRows(pieces=tuple(piece for value in values for piece in value.pieces))
+        widest = max((value.row_nbytes for value in values), default=0)
+        return RemoteRows(pieces=tuple(piece for value in values for piece in value.pieces), row_nbytes=widest)
 
     def fetch(self, get: Fetch) -> Tensor:
         """The rows themselves, `[rows, H]`; each array is fetched once. 16-bit words are bfloat16.
@@ -240,9 +246,9 @@ class AdvantageScores(Scores):
 class Trajectory:
     """A prompt and what was written for it.
 
-    `behavior` is the testimony of the policy that wrote (the *actual* sampling distribution, after
-    temperature and truncation); `versions` says which policy version wrote each token; `loss_mask` is False
-    where a token is context only. `sample` is its number within the group.
+    `behavior` is the testimony of the policy that wrote (the *actual* sampling distribution, after temperature and
+    truncation); `versions` says which policy version wrote each token (`NOBODY`: somebody else did); `loss_mask` is
+    False where a token is context only. `sample` is its number within the group.
     """
 
     prompt: Prompt
@@ -267,6 +273,19 @@ class Scored(Generic[S]):
 
     trajectory: Trajectory
     scores: S
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of all arrays within a value of this module, those held elsewhere included."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.nbytes
+    if isinstance(value, RemoteRows):
+        return len(value) * value.row_nbytes
+    if isinstance(value, tuple):
+        return sum(map(nbytes, value))
+    if isinstance(value, Prompt | Scores | Trajectory | Scored):
+        return sum(nbytes(getattr(value, f.name)) for f in fields(value))
+    return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,11 +103,11 @@ def _kept(requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"], sto
         return
     kept = hidden[torch.from_numpy(wanted).to(hidden.device)].cpu().contiguous()
     handle = store((kept.view(torch.uint16) if kept.dtype == torch.bfloat16 else kept).numpy())
-    start = 0
+    row_nbytes, start = kept.shape[1] * kept.itemsize, 0
     for request in requests:
         if isinstance(request.want, LastHidden):
             stop = start + len(request.token_ids)
-            yield RemoteRows(pieces=((handle, np.arange(start, stop)),))
+            yield RemoteRows(pieces=((handle, np.arange(start, stop)),), row_nbytes=row_nbytes)
             start = stop
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Completion, Engines
 from opd.rollouts.student import StudentRollout, trajectory
-from opd.types import Prompt, Stop, TokenScores, Trajectory
+from opd.types import NOBODY, Prompt, Stop, TokenScores, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class AnswerRollout:
         said = Completion(
             token_ids=kept,
             behavior=TokenScores(logprobs=np.zeros(len(kept), dtype=np.float32)),
-            versions=np.zeros(len(kept), dtype=np.int32),
+            versions=np.full(len(kept), NOBODY, dtype=np.int32),
             stop=Stop.END if len(kept) == len(ids) else Stop.LENGTH,
         )
         return trajectory(prompt, sample, said)

@@ -1,12 +1,12 @@
 """Trajectories written by somebody: the student itself (on-policy) or a teacher (the SFT baseline)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from opd.ports import Completion, Engines, GenerateRequest, Sampling, TextEngine
-from opd.types import Prompt, TokenScores, TopKScores, Trajectory
+from opd.types import NOBODY, Prompt, TokenScores, TopKScores, Trajectory
 
 
 def _requests(group: Sequence[Prompt], sampling: Sampling, *, as_teacher: bool) -> list[GenerateRequest]:
@@ -104,4 +104,5 @@ class TeacherRollout:
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)
-        return await write(group, engines.writers[group[0].teacher], sampling, as_teacher=True)
+        written = await write(group, engines.writers[group[0].teacher], sampling, as_teacher=True)
+        return [replace(t, versions=np.full(len(t), NOBODY, dtype=np.int32)) for t in written]

@@ -138,7 +138,8 @@ class HttpTeacher:
             return answer
         assert isinstance(answer.hidden, RemoteRows)
         pieces = tuple((self._store(array), rows) for array, rows in answer.hidden.pieces)
-        return replace(answer, hidden=RemoteRows(pieces=pieces))
+        width = max((array.shape[1] * array.itemsize for array, _ in answer.hidden.pieces), default=0)
+        return replace(answer, hidden=RemoteRows(pieces=pieces, row_nbytes=width))
 
 
 def frames(requests: Sequence[ScoreRequest], limits: Limits) -> Iterator[list[ScoreRequest]]:

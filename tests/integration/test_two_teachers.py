@@ -79,7 +79,7 @@ def test_each_teacher_has_metrics_and_half_of_the_budget(record: tuple[StepRecor
     for item, weight in zip(step.scored, step.weights, strict=True):
         budget[item.trajectory.prompt.teacher] += weight.sum()
     assert budget["default"] == pytest.approx(budget["peak"])
-    metrics = step_metrics(step, StepContext(totals=Totals(), cpu_s=0.0, student_writes=True))
+    metrics = step_metrics(step, StepContext(totals=Totals(), cpu_s=0.0))
     shares = {name: metrics[f"distill/{name}/share"] for name in paths}
     tokens = {
         name: sum(len(i.trajectory) for i in step.scored if i.trajectory.prompt.teacher == name) for name in paths

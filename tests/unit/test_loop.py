@@ -24,6 +24,7 @@ from opd.method import Method
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
 from opd.objectives.topk import HeadTailReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
+from opd.pipeline import Pipeline
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import StudentTopK, TeacherHidden, TeacherTopK, Unscored, WrittenTokens
@@ -206,10 +207,14 @@ class Bench:
     async def observe(self, record: StepRecord) -> None:
         self.records.append(record)
 
-    async def run(self, method: Method, steps: int, *observers: Any, start: int = 0, max_staleness: int = 0) -> Ledger:
+    async def run(
+        self, method: Method, steps: int, *observers: Any, start: int = 0, ledger: Any = None, **pipeline: Any
+    ) -> Ledger:
         sources = ports.Sources(tokenizer=Threes(), rows=lambda path, columns: ())
         told = [self.observe, *observers]
-        keywords: Any = {"start": start, "steps": steps, "max_staleness": max_staleness}
+        self.ledger = ledger or Ledger()
+        keywords: Any = {"start": start, "steps": steps, "ledger": self.ledger}
+        keywords["pipeline"] = Pipeline(**({"deterministic": False} | pipeline))
         return await train(method, self.prompts, sources, self.engines, self.learner, told, **keywords)
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from launch.metrics import Meter, StepContext, step_metrics
 from opd.loop import StepRecord
 from opd.ports import PublishReport
 from opd.types import (
+    NOBODY,
     AdvantageScores,
     Prompt,
     Scored,
@@ -24,9 +26,9 @@ from opd.types import (
     Trajectory,
 )
 
-OPD = Costs(student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=True)
-GRPO = Costs(student_params=10, teacher_params=100, student_writes=True, teacher_writes=False, teacher_reads=False)
-SFT = Costs(student_params=10, teacher_params=100, student_writes=False, teacher_writes=True, teacher_reads=False)
+OPD = Costs(student_params=10, teacher_params=100, teacher_writes=False, teacher_reads=True)
+GRPO = Costs(student_params=10, teacher_params=100, teacher_writes=False, teacher_reads=False)
+SFT = Costs(student_params=10, teacher_params=100, teacher_writes=True, teacher_reads=False)
 REPEATS = (
     40 / len(zlib.compress(np.arange(10, dtype="<i4"))) + 80 / len(zlib.compress(np.arange(20, dtype="<i4")))
 ) / 2
@@ -72,8 +74,8 @@ def record(
     )  # fmt: skip
 
 
-def context(student_writes: bool = True) -> StepContext:
-    return StepContext(totals=Totals(completion=30, flops=1e6), cpu_s=12.0, student_writes=student_writes)
+def context() -> StepContext:
+    return StepContext(totals=Totals(completion=30, flops=1e6), cpu_s=12.0)
 
 
 def test_every_number_of_a_distillation_step() -> None:
@@ -114,7 +116,7 @@ def test_rewards_count_a_trajectory_once_however_long() -> None:
 
 
 def test_what_does_not_exist_is_absent() -> None:
-    metrics = step_metrics(record(scored(10, 0, Scores())), context(student_writes=False))
+    metrics = step_metrics(record(scored(10, NOBODY, Scores())), context())
     assert not [name for name in metrics if name.startswith(("sample/", "reward/", "distill/", "training/"))]
 
 
@@ -132,9 +134,18 @@ def test_a_step_that_took_no_time_divides_by_nothing() -> None:
 
 @pytest.mark.parametrize(("costs", "per_token"), [(OPD, 8 * 10 + 2 * 100), (GRPO, 8 * 10), (SFT, 6 * 10 + 2 * 100)])
 def test_operations_per_token(costs: Costs, per_token: int) -> None:
-    scored_tokens = 50 if costs.teacher_reads else 0
-    tokens = StepTokens(prompt=20, completion=30, scored=scored_tokens, learned=50, trained=30)
+    scored_tokens, student = 50 * costs.teacher_reads, 50 * (not costs.teacher_writes)
+    tokens = StepTokens(prompt=20, completion=30, student=student, scored=scored_tokens, learned=50, trained=30)
     assert step_flops(tokens, costs) == 50 * per_token
+
+
+def test_of_mixed_text_only_the_student_s_is_written_by_it_and_ages() -> None:
+    mixed = record(scored(10, 2, said(10)), scored(30, NOBODY, said(30)), step=5)
+    assert step_metrics(mixed, context())["sample/staleness_mean"] == 2
+    for costs, others in ((OPD, 0), (replace(OPD, teacher_writes=True), 34 * 2 * 100)):
+        meter = Meter(costs, read_cpu=lambda: 0.0)
+        meter(mixed)
+        assert meter.totals.flops == 14 * 2 * 10 + others + 48 * 2 * 100 + 48 * 6 * 10
 
 
 def test_a_privileged_teacher_reads_its_own_context() -> None:

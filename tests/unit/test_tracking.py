@@ -41,7 +41,7 @@ from opd.ports import PublishReport
 from opd.types import AdvantageScores, Prompt, Scored, Scores, StepReport, Stop, TokenScores, Trajectory
 
 STEPS = 20
-COSTS = Costs(student_params=10, teacher_params=20, student_writes=True, teacher_writes=False, teacher_reads=True)
+COSTS = Costs(student_params=10, teacher_params=20, teacher_writes=False, teacher_reads=True)
 
 
 def decode(ids: np.ndarray) -> str:

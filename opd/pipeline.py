@@ -1,0 +1,70 @@
+"""How far collecting runs ahead of training: bounds and schedules as functions of step numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from opd.errors import ConfigurationError
+from opd.types import NOBODY, Trajectory
+
+
+class WeightUpdate(Enum):
+    """What becomes of text that is being written when new weights arrive."""
+
+    IN_FLIGHT = "in_flight"  # it goes on with the new weights; every token knows its version
+    DRAIN = "drain"  # it is finished first, and nothing new is begun meanwhile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """When a step's text may be written, and by which policy version.
+
+    Version `v` is the student after `v` updates; step `s` (from 0) updates version `s`. No token that is trained at
+    step `s` was written by a version below `s - max_staleness`. `max_buffer_bytes` bounds what waits to be trained:
+    while more is held or expected (what is being written counts like the largest step so far), no step is begun.
+
+    `deterministic` makes all of it a function of step numbers: the text of step `s` is written by version `writer(s)`
+    alone, whatever the speed of the engines, and is read by the teacher when the whole step is written. It implies
+    `DRAIN`; `max_buffer_bytes` is not looked at. With `barrier_every` (steps between checkpoints; 0 = never) no text is
+    written across a checkpoint, so a run that goes on from one writes what the uninterrupted run wrote.
+    """
+
+    max_staleness: int = 0
+    update: WeightUpdate = WeightUpdate.IN_FLIGHT
+    deterministic: bool = True
+    max_buffer_bytes: int = 4 << 30
+    barrier_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_staleness < 0 or self.barrier_every < 0 or self.max_buffer_bytes < 1:
+            raise ConfigurationError(
+                "the pipeline needs max_staleness >= 0 and max_buffer_bytes >= 1, got "
+                f"max_staleness={self.max_staleness} and max_buffer_bytes={self.max_buffer_bytes}; use max_staleness=0 "
+                "for strictly on-policy"
+            )
+
+    @property
+    def drains(self) -> bool:
+        """Is text finished before new weights arrive?"""
+        return self.deterministic or self.update is WeightUpdate.DRAIN
+
+    def writer(self, step: int, start: int = 0) -> int:
+        """The oldest version that may write for `step`, which begins when it is live, in a run from step `start` on."""
+        oldest = max(start, step - self.max_staleness)
+        if self.deterministic and self.barrier_every:
+            oldest = max(oldest, step - step % self.barrier_every)
+        return oldest
+
+    def refusal(self, trajectory: Trajectory, step: int, published: Mapping[int, str]) -> str:
+        """Why `trajectory` must not be trained at `step`; "" if it may. `published` has the digest of every version.
+
+        Text of somebody else than the student (`NOBODY`) has no age.
+        """
+        versions = trajectory.versions[trajectory.versions != NOBODY]
+        if not len(versions):
+            return ""
+        if int(versions.min()) < step - self.max_staleness:
+            return "stale"
+        if unknown := set(versions.tolist()) - published.keys():
+            return f"unknown version {min(unknown)}"
+        return ""

@@ -1,0 +1,237 @@
+"""Asynchrony on the real loop: bounded per token, repeatable if asked, and nothing is lost when an engine lags."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd import ports
+from opd.errors import ConfigurationError
+from opd.ledger import Ledger
+from opd.objectives.vocabulary import FullReverseKL
+from opd.pipeline import Pipeline, WeightUpdate
+from opd.rollouts.student import TeacherRollout
+from opd.scorers.teacher import TeacherHidden, Unscored
+from opd.types import NOBODY
+from tests.unit.test_loop import GROUP, SHORT, Bench, Likelihood, Model, Pause, log_softmax, method
+
+FULL = method(TeacherHidden(), FullReverseKL())
+
+
+@given(
+    staleness=st.integers(0, 5), start=st.integers(0, 9), every=st.integers(0, 7), step=st.integers(0, 60),
+    deterministic=st.booleans(),
+)  # fmt: skip
+def test_the_schedule_is_bounded_and_never_waits_for_itself(
+    staleness: int, start: int, every: int, step: int, deterministic: bool
+) -> None:
+    pipeline = Pipeline(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
+    step += start
+    writer = pipeline.writer(step, start)
+    assert start <= writer <= step and step - writer <= staleness
+    assert writer <= pipeline.writer(step + 1, start)
+    if (
+        deterministic and every
+    ):  # no text is written across a checkpoint, and what is written does not depend on `start`
+        last = max(step - step % every, start)
+        assert writer >= last
+        assert writer == pipeline.writer(step, last)
+    elif step - staleness >= start:
+        assert writer == step - staleness
+
+
+def test_a_pipeline_without_room_is_refused() -> None:
+    wrongs: list[Any] = [{"max_staleness": -1}, {"max_buffer_bytes": 0}, {"barrier_every": -1}]
+    for wrong in wrongs:
+        with pytest.raises(ConfigurationError, match="the pipeline needs"):
+            Pipeline(**wrong)
+
+
+def gaps(bench: Bench) -> list[int]:
+    """How far behind every token was when it was trained."""
+    return [
+        record.step - 1 - int(version)
+        for record in bench.records
+        for item in record.scored
+        for version in item.trajectory.versions
+    ]
+
+
+@dataclass
+class InFlight(Model):
+    """Writes a few tokens, gives way, and goes on with whatever weights it has then, as an engine does."""
+
+    async def generate(self, requests: Sequence[ports.GenerateRequest]) -> list[ports.Completion]:
+        pieces: list[list[ports.Completion]] = []
+        sampling, left = requests[0].sampling, requests[0].sampling.max_tokens
+        for _ in range(4):
+            now = [replace(r, sampling=replace(sampling, max_tokens=left // 4)) for r in requests]
+            pieces.append(await super().generate(now))
+            requests = [
+                replace(r, context_ids=np.append(r.context_ids, c.token_ids))
+                for r, c in zip(requests, pieces[-1], strict=True)
+            ]
+        return [
+            replace(
+                parts[-1],
+                token_ids=np.concatenate([p.token_ids for p in parts]),
+                versions=np.concatenate([p.versions for p in parts]),
+                behavior=type(parts[0].behavior).concat([p.behavior for p in parts]),
+            )
+            for parts in zip(*pieces, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("update", list(WeightUpdate))
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
+@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.faults)])
+def test_over_steps_of_random_delays_no_token_is_staler_than_allowed(
+    make: Any, steps: int, max_staleness: int, update: WeightUpdate
+) -> None:
+    bench = Bench(make, wait=Pause(max_staleness, turns=6), lr=0.0)
+    bench.prompts.prompts_per_step, bench.prompts.group_size = 2, 2
+    if update is WeightUpdate.IN_FLIGHT:
+        student = InFlight(bench.student.table, wait=Pause(7, turns=4))
+        bench.engines = replace(bench.engines, student=student)
+    ledger = asyncio.run(bench.run(SHORT, steps, max_staleness=max_staleness, update=update))
+    found = gaps(bench)
+    assert min(found) >= 0 and max(found) == max_staleness
+    mixed = [len(set(i.trajectory.versions.tolist())) > 1 for r in bench.records for i in r.scored]
+    assert any(mixed) == (update is WeightUpdate.IN_FLIGHT and max_staleness > 0), "drained text has one version"
+    assert ledger.trained == 2 * 2 * steps and not ledger.requeued and not ledger.dropped
+
+
+def losses(bench: Bench) -> list[float]:
+    return [record.report.loss for record in bench.records]
+
+
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
+def test_deterministic_runs_are_bit_equal_whatever_the_speeds(make: Any, max_staleness: int, every: int) -> None:
+    runs = []
+    for seed in range(4):
+        bench = Bench(make, wait=Pause(seed, turns=40), lr=4.0)
+        asyncio.run(bench.run(SHORT, 12, deterministic=True, max_staleness=max_staleness, barrier_every=every))
+        runs.append((losses(bench), bench.learner.table))
+        assert max(gaps(bench)) == min(max_staleness, every - 1 if every else max_staleness)
+        versions = [{int(v) for i in r.scored for v in i.trajectory.versions} for r in bench.records]
+        assert all(len(of_step) == 1 for of_step in versions)
+    for other, table in runs[1:]:
+        assert other == runs[0][0]
+        assert bool((table == runs[0][1]).all())
+
+
+def test_without_it_they_differ(make: Any) -> None:
+    """The witness of the test above: the same delays do change an asynchronous run that is not deterministic."""
+    runs = set()
+    for seed in range(6):
+        bench = Bench(make, wait=Pause(seed, turns=40), lr=4.0)
+        asyncio.run(bench.run(SHORT, 12, deterministic=False, max_staleness=2))
+        runs.add(tuple(losses(bench)))
+    assert len(runs) > 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_run_that_is_stopped_at_any_step_and_resumed_is_the_uninterrupted_run(make: Any, max_staleness: int) -> None:
+    every, steps = 2, 20
+    options = {"deterministic": True, "max_staleness": max_staleness, "barrier_every": every}
+    whole = Bench(make, wait=Pause(0), lr=4.0)
+    ledger = asyncio.run(whole.run(FULL, steps, **options))
+    for kill in range(1, steps + 1):
+        first, saved = Bench(make, wait=Pause(kill), lr=4.0), {}
+
+        async def save(record: Any, first: Bench = first, saved: dict = saved, kill: int = kill) -> None:
+            if record.step % every == 0:
+                saved[0] = (record.step, first.learner.table.clone(), first.ledger.to_json())
+            if record.step == kill:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(first.run(FULL, steps, save, **options))
+        second = Bench(make, wait=Pause(100 + kill), lr=4.0)
+        start, account = 0, Ledger()
+        if saved:
+            start, second.learner.table, text = saved[0]
+            second.student.table = log_softmax(second.learner.table)
+            account = Ledger.from_json(text)
+            account.reopen()
+        end = asyncio.run(second.run(FULL, steps, start=start, ledger=account, **options))
+        assert losses(first)[:start] + losses(second) == losses(whole), f"killed after step {kill}"
+        assert bool((second.learner.table == whole.learner.table).all())
+        assert (end.issued, end.trained, end.outstanding) == (ledger.issued, ledger.trained, 0)
+
+
+@dataclass
+class Laggard(Model):
+    """An engine that says it took the new weights and did not: it serves those of `behind` updates ago."""
+
+    behind: int = 0
+    until: int = 10**9
+    asked: int = 0
+
+    async def generate(self, requests: Sequence[ports.GenerateRequest]) -> list[ports.Completion]:
+        self.asked += 1
+        behind = self.behind if self.asked <= self.until and self.version else 0  # there is none before the first
+        return [replace(c, versions=c.versions - behind) for c in await super().generate(requests)]
+
+
+def bench_with(make: Any, student: Callable[[Bench], Model]) -> Bench:
+    bench = Bench(make)
+    bench.engines = replace(bench.engines, student=student(bench))
+    return bench
+
+
+def test_text_of_an_engine_that_missed_an_update_is_written_again(make: Any) -> None:
+    def lagging_for_a_while(bench: Bench) -> Laggard:
+        return Laggard(bench.student.table, behind=1, until=5)
+
+    bench = bench_with(make, lagging_for_a_while)
+    ledger = asyncio.run(bench.run(SHORT, 5))
+    assert max(gaps(bench)) == 0
+    assert ledger.requeued["stale"] == 2 * GROUP  # the second step's two groups ...
+    assert ledger.dropped["stale"] == 1 * GROUP  # ... of which one came back stale once more
+    assert ledger.trained == 5 * 2 * GROUP - GROUP and ledger.outstanding == 0
+
+
+def test_text_that_comes_back_stale_is_dropped_with_the_reason_and_never_trained(make: Any) -> None:
+    bench = bench_with(make, lambda bench: Laggard(bench.student.table, behind=1))
+    with pytest.raises(BaseExceptionGroup):  # three steps without anything to train are an error
+        asyncio.run(bench.run(SHORT, 5))
+    assert bench.learner.steps == 1, "the first step, before which there was nothing to miss"
+    assert bench.ledger.dropped["stale"] == bench.ledger.requeued["stale"] == 3 * 2 * GROUP
+
+
+def test_text_of_weights_that_nobody_published_is_dropped(make: Any) -> None:
+    bench = bench_with(make, lambda bench: Laggard(bench.student.table, behind=-7))
+    with pytest.raises(BaseExceptionGroup):
+        asyncio.run(bench.run(SHORT, 5))
+    assert bench.learner.steps == 1 and bench.ledger.dropped["unknown version 8"]
+
+
+def test_a_teacher_s_text_has_no_age(make: Any) -> None:
+    bench = Bench(make)
+    asyncio.run(bench.run(method(Unscored(), Likelihood(), rollout=TeacherRollout(max_tokens=8)), 4))
+    assert {int(v) for r in bench.records for i in r.scored for v in i.trajectory.versions} == {NOBODY}
+    assert bench.learner.steps == 4
+
+
+def test_backpressure_holds_back_what_staleness_would_allow(make: Any) -> None:
+    asked = {}
+    for limit in (1, 4 << 30):
+        bench = Bench(make, wait=Pause(1))
+        ahead: list[int] = []
+
+        async def look(record: Any, bench: Bench = bench, ahead: list[int] = ahead) -> None:
+            for _ in range(60):
+                await asyncio.sleep(0)
+            ahead.append(max(bench.prompts.asked) + 1 - record.step)
+
+        asyncio.run(bench.run(SHORT, 12, look, max_staleness=4, max_buffer_bytes=limit))
+        asked[limit] = max(ahead[5:8])  # before, the size of a step was not known
+    assert asked == {1: 0, 4 << 30: 4}
