@@ -1,7 +1,7 @@
 """The student as a writer: vLLM in this process behind `opd.ports.StudentEngine`."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 Result = TypeVar("Result")
+SMALLEST_PART = 32  # completions worth a message of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,20 +75,39 @@ class VLLMEngine:
         completion that ended itself includes its end-of-text token. Raises `DataError` for a request that
         cannot be written, naming its prompt.
         """
+        answers: dict[int, Completion] = {}
+        async for positions, completions in self.generate_in_parts(requests):
+            answers |= zip(positions, completions, strict=True)
+        return [answers[i] for i in range(len(requests))]
+
+    async def generate_in_parts(
+        self, requests: Sequence[GenerateRequest]
+    ) -> AsyncIterator[tuple[list[int], list[Completion]]]:
+        """As `generate`, but completions come with their positions as they are done.
+
+        A part is an eighth of the call, or `SMALLEST_PART` completions: parts cost a message each. Where they are cut
+        depends on how many are done and not on time, so a call that is repeated alone is cut alike.
+        """
         for request in requests:
             self._limits.check(request)
         if not requests:
-            return []
+            return
         await self.ready()
-        call = Call()
+        loop, parts = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        call = Call(partial(loop.call_soon_threadsafe, parts.put_nowait), max(SMALLEST_PART, len(requests) // 8))
+        call.future.add_done_callback(lambda done: loop.call_soon_threadsafe(parts.put_nowait, done.exception()))
         self._thread.watch(call.future)
+        left = len(requests)
         try:
             await self._within(self._thread.run(partial(self._admit, call, requests)), "admitting requests")
-            outputs = await self._within(call.future, f"writing {len(requests)} completions")
-        except (asyncio.CancelledError, OpdError):
+            while left:
+                part = await self._soon(parts.get(), f"writing {left} of {len(requests)} completions")
+                if isinstance(part, BaseException):
+                    raise part
+                yield [slot for slot, _ in part], [_completion(o, requests[slot].sampling) for slot, o in part]
+                left -= len(part)
+        finally:
             self._drop(call)
-            raise
-        return [_completion(output, request.sampling) for output, request in zip(outputs, requests, strict=True)]
 
     def _admit(self, call: Call, requests: Sequence[GenerateRequest], loop: EngineLoop) -> None:
         if self._refusal is not None:
@@ -183,8 +203,11 @@ class VLLMEngine:
         await asyncio.to_thread(self._thread.close)
 
     async def _within(self, future: Future[Result], what: str) -> Result:
+        return await self._soon(asyncio.wrap_future(future), what)
+
+    async def _soon(self, work: Awaitable[Result], what: str) -> Result:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._config.deadline_s)
+            return await asyncio.wait_for(work, self._config.deadline_s)
         except TimeoutError as error:
             raise OpdError(
                 f"the student engine did not finish {what} within {self._config.deadline_s:.0f} s; raise "

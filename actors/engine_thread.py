@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opd.errors import OpdError
+from opd.errors import OpdError, ServiceLost
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -21,16 +21,19 @@ Result = TypeVar("Result")
 JOIN_S = 30.0  # what a step in progress may still take when the engine is closed
 
 
-class EngineStopped(OpdError):
+class EngineStopped(ServiceLost):
     """The engine of this process is gone; only a new process can serve again."""
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """The requests of one `generate` call and what has come back for them."""
+    """The requests of one `generate` call. What they wrote goes to `deliver` in parts of at least `part`, with the
+    position of each; `future` is done when all have."""
 
-    future: "Future[list[RequestOutput]]" = field(default_factory=Future)
-    outputs: "list[RequestOutput | None]" = field(default_factory=list)
+    deliver: "Callable[[list[tuple[int, RequestOutput]]], None]"
+    part: int
+    future: "Future[None]" = field(default_factory=Future)
+    finished: "list[tuple[int, RequestOutput]]" = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     missing: int = 0
 
@@ -51,7 +54,7 @@ class EngineLoop:
 
     def admit(self, call: Call, requests: "Sequence[tuple[list[int], SamplingParams]]") -> None:
         """Add all requests of a call, in order, in one go; if one is refused by vLLM, none stays."""
-        call.outputs, call.missing = [None] * len(requests), len(requests)
+        call.missing = len(requests)
         try:
             for slot, (ids, params) in enumerate(requests):
                 name = self._add(ids, params)
@@ -100,12 +103,15 @@ class EngineLoop:
             call, slot = self._calls.pop(output.request_id, (None, 0))  # FINAL_ONLY: every output is the last
             if call is None:
                 continue
-            call.outputs[slot] = output
+            call.finished.append((slot, output))
             self.requests += 1
             self.tokens += len(output.outputs[0].token_ids)
             call.missing -= 1
+            if not call.missing or len(call.finished) >= call.part:
+                part, call.finished = call.finished, []
+                call.deliver(part)
             if not call.missing:
-                call.future.set_result([o for o in call.outputs if o is not None])
+                call.future.set_result(None)
 
     def finish(self, ids: list[int], params: "SamplingParams") -> "RequestOutput":
         """Run one request to its end. Others go on, but what they finish is held back until `release`."""

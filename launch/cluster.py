@@ -7,7 +7,7 @@ token of a local session first.
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from launch.config import ClusterConfig, Placement
-from opd.errors import OpdError
+from opd.errors import OpdError, ServiceLost
 
 
 def fetch(handle: Any) -> np.ndarray:
@@ -30,6 +30,32 @@ def store(array: np.ndarray) -> Any:
     import ray
 
     return ray.put(array)
+
+
+async def once(method: Any, requests: Sequence[Any]) -> AsyncIterator[tuple[Sequence[int], Sequence[Any]]]:
+    """All answers of an actor's method, in one part."""
+    yield range(len(requests)), await method.remote(requests)
+
+
+async def streamed(method: Any, requests: Sequence[Any]) -> AsyncIterator[tuple[Sequence[int], Sequence[Any]]]:
+    """The parts that an actor's generator method yields, as they come."""
+    async for part in method.remote(requests):
+        yield await part
+
+
+def end(actor: Any) -> None:
+    """Kill an actor; it does not come back by itself."""
+    import ray
+
+    ray.kill(actor, no_restart=True)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Does `error` say that an actor is gone (rather than that it refused what it was asked)?"""
+    import ray
+
+    gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ServiceLost)
+    return isinstance(error, gone)
 
 
 @cache

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actors.config import StudentConfig
+from launch.supervision import Care
 from launch.tracking import TrackerConfig
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError
@@ -53,7 +54,11 @@ class Placement(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """Where actors run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined."""
+    """Where actors run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined.
+
+    `restarts`: how many rollout actors, and how many of each teacher, are replaced in a run before it ends.
+    `hedge_quantile` > 0 asks a second actor, too, when a call takes longer than this quantile of those before.
+    """
 
     address: str = "local"
     cpus_per_actor: float = 0.5
@@ -62,6 +67,17 @@ class ClusterConfig:
     gpus_per_learner: float = 0.0
     placement: Placement = Placement.NONE
     start_deadline_s: float = 300.0
+    restarts: int = 8
+    hedge_quantile: float = 0.0
+
+    def care(self, deadline_s: float) -> Care:
+        """How the replicas of a pool whose answers have `deadline_s` are looked after."""
+        return Care(
+            deadline_s=deadline_s,
+            start_deadline_s=self.start_deadline_s,
+            restarts=self.restarts,
+            hedge_quantile=self.hedge_quantile,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

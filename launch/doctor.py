@@ -10,7 +10,7 @@ from rich.table import Table
 
 from launch.config import run_config
 from launch.plan import Plan, make_plan
-from launch.pool import TeacherPool, within
+from launch.pool import TeacherPool
 from launch.running import run_until_stopped
 from launch.session import Session, open_session, teacher_actor
 from opd.devices import Dtype, on_gpu
@@ -89,13 +89,14 @@ async def _examine(
     plan, config = session.plan, session.plan.config
     teacher, pool = config.teachers[name], session.engines.teachers[name]
     assert isinstance(pool, TeacherPool)
+    care = pool.replicas.care
     parts = (config.learner, teacher, config.student)
     narrow = any(p.dtype is Dtype.BFLOAT16 or (p.dtype is Dtype.AUTO and on_gpu(p.device)) for p in parts)
     patient = Patient(
         name=name,
         engines=session.engines,
         learner=session.learner,
-        replicas=[*(TeacherPool([actor], teacher.deadline_s) for actor in pool.actors), *others],
+        replicas=[*(TeacherPool.of([replica.actor], care) for replica in pool.replicas.serving), *others],
         answers=teacher.answers,
         vocabulary=plan.vocabulary,
         twin=twin,
@@ -119,7 +120,7 @@ async def _second(session: Session, config: TeacherConfig) -> LogprobTeacher:
     """One more teacher actor, for comparison."""
     actor = teacher_actor(session.actors, config)
     await within(session.plan.config.cluster.start_deadline_s, "a teacher for comparison", actor.ready.remote())
-    return TeacherPool([actor], config.deadline_s)
+    return TeacherPool.of([actor], session.plan.config.cluster.care(config.deadline_s))
 
 
 def table(findings: Sequence[Finding]) -> Table:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.pool import within
+from launch.supervision import within
 from learner.config import LearnerConfig
 from opd.ports import Layout, Objective, PublishReport, StudentEngine, Weights
 from opd.types import Batch, Scores, StepReport

@@ -1,108 +1,43 @@
-"""One pool for engines of any kind, with the protocol of its members.
-
-Calls that arrive in the same turn of the event loop travel together: a step asks for tens of groups at once, and
-a Ray call costs about a millisecond, so the pool turns them into one call per replica.
-"""
+"""Replicas of an engine that look like one: the student's, and each teacher's."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from launch.cluster import fetch
+from launch.cluster import end, fetch, is_lost, once, streamed
+from launch.dispatch import Dispatcher
+from launch.supervision import Care, Fault, Faulty, Replica, Replicas, within
 from opd.errors import OpdError
 from opd.ports import Completion, GenerateRequest, ScoreRequest, StudentEngine, Weights
+from opd.rollouts.testimony import verify as verify_completions
+from opd.scorers.testimony import verify as verify_scores
 from opd.types import TokenScores
 
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
-Call = Callable[[list[Any]], Awaitable[list[Any]]]
 
-SMALLEST_SHARE = 16  # requests worth a call of their own
+async def _ready(actor: Any) -> None:
+    await actor.ready.remote()
 
 
-async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer:
-    """`work`, or a sentence after `deadline_s` seconds."""
-    try:
-        async with asyncio.timeout(deadline_s):
-            return await work
-    except TimeoutError as error:
-        raise OpdError(
-            f"{who} did not answer within {deadline_s:.0f} s; look at its log, or raise its deadline_s"
-        ) from error
-
-
-@dataclass(slots=True)
-class Dispatcher(Generic[Request, Answer]):
-    """Coalesces concurrent calls and splits them over replicas, in order, least loaded first."""
-
-    replicas: Sequence[Call]
-    deadline_s: float
-    who: str
-    _waiting: list[tuple[list[Request], asyncio.Future[list[Answer]]]] = field(default_factory=list)
-    _load: list[int] = field(default_factory=list)
-    _running: set[asyncio.Task[None]] = field(default_factory=set)
-
-    async def __call__(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers in the order of `requests`."""
-        if not requests:
-            return []
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Answer]] = loop.create_future()
-        if not self._waiting:
-            loop.call_soon(self._flush)
-        self._waiting.append((list(requests), future))
-        return await future
-
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        task = asyncio.get_running_loop().create_task(self._serve(waiting))
-        self._running.add(task)  # the loop keeps only a weak reference
-        task.add_done_callback(self._running.discard)
-
-    async def _serve(self, waiting: list[tuple[list[Request], asyncio.Future[list[Answer]]]]) -> None:
-        merged = [request for requests, _ in waiting for request in requests]
-        try:
-            answers = await self._split(merged)
-        except Exception as error:  # noqa: BLE001 (every caller gets it)
-            for _, future in waiting:
-                if not future.done():
-                    future.set_exception(error)
-            return
-        start = 0
-        for requests, future in waiting:
-            if not future.done():  # a caller may have been cancelled
-                future.set_result(answers[start : start + len(requests)])
-            start += len(requests)
-
-    async def _split(self, requests: list[Request]) -> list[Answer]:
-        self._load = self._load or [0] * len(self.replicas)
-        shares = min(len(self.replicas), max(1, len(requests) // SMALLEST_SHARE))
-        bounds = [len(requests) * i // shares for i in range(shares + 1)]
-        chosen = sorted(range(len(self.replicas)), key=lambda i: (self._load[i], i))[:shares]
-
-        async def one(replica: int, part: list[Request]) -> list[Answer]:
-            self._load[replica] += len(part)
-            try:
-                return await within(self.deadline_s, f"{self.who} {replica}", self.replicas[replica](part))
-            finally:
-                self._load[replica] -= len(part)
-
-        async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(one(replica, requests[bounds[i] : bounds[i + 1]])) for i, replica in enumerate(chosen)
-            ]
-        return [answer for task in running for answer in task.result()]
+async def _nothing_to_do(actor: Any) -> None:
+    """A teacher's weights never change."""
 
 
 class StudentPool:
-    """Several rollout engines that look like one (`opd.ports.StudentEngine`)."""
+    """Several rollout engines that look like one (`opd.ports.StudentEngine`).
 
-    def __init__(self, actors: Sequence[Any], deadline_s: float) -> None:
-        self.actors = actors
-        self._deadline_s = deadline_s
+    A new engine is given the newest published weights before it serves.
+    """
+
+    def __init__(self, care: Care, make: Any = None) -> None:
+        self._weights: Weights | None = None
+        self._gap = 0.0  # the largest sentinel gap of engines that took `_weights`
+        self.replicas = Replicas(who="rollout actor", care=care, ready=_ready, prime=self._prime, end=end, make=make)
         self._generate: Dispatcher[GenerateRequest, Completion] = Dispatcher(
-            replicas=[actor.generate.remote for actor in actors], deadline_s=deadline_s, who="rollout actor"
+            replicas=self.replicas,
+            ask=lambda actor, requests: streamed(actor.generate_in_parts, requests),
+            check=verify_completions,
+            lost=is_lost,
         )
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -110,39 +45,84 @@ class StudentPool:
         return await self._generate(requests)
 
     async def receive(self, weights: Weights) -> float:
-        """Make `weights` live in every engine; the largest sentinel gap."""
-        calls = [
-            within(self._deadline_s, f"rollout actor {i} (weights)", actor.receive.remote(weights))
-            for i, actor in enumerate(self.actors)
-        ]
-        return max(await asyncio.gather(*calls))
+        """Make `weights` live in every engine; the largest sentinel gap.
+
+        An engine that does not take them is replaced; if none takes them, the weights are at fault and that is raised.
+        Returns when one engine at least has them.
+        """
+        self._weights, self._gap = weights, 0.0
+        refusals = await asyncio.gather(*[self._give(replica) for replica in list(self.replicas.serving)])
+        if refusals and all(refusals):
+            raise next(error for error in refusals if error is not None)
+        await self.replicas.acquire()  # if all are gone: the first replacement, which has them
+        return self._gap
+
+    async def _give(self, replica: Replica) -> OpdError | None:
+        """Why `replica` refuses the weights, if it does; one that died or hangs does not refuse them."""
+        refusal: OpdError | None = None
+        try:
+            who = f"rollout actor {replica.number} (weights)"
+            await within(self.replicas.care.deadline_s, who, self._prime(replica.actor))
+            return None
+        except Faulty as error:
+            fault = error
+        except OpdError as error:
+            refusal = None if is_lost(error) else error
+            fault = Faulty(Fault.DIED if is_lost(error) else Fault.LIED, str(error))
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            fault = Faulty(Fault.DIED, f"{type(error).__name__}: {error}")
+        await self.replicas.report(replica, fault)
+        return refusal
+
+    async def _prime(self, actor: Any) -> None:
+        """Give `actor` the newest weights; again, if newer ones came meanwhile."""
+        while (weights := self._weights) is not None:
+            gap = await actor.receive.remote(weights)
+            if weights is self._weights:
+                self._gap = max(self._gap, gap)
+                return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Follower:
     """The actors of a teacher that follows the student, and at which versions (every so many) it does."""
 
-    actors: Sequence[Any]
+    replicas: Replicas
     every: int
     deadline_s: float
 
     async def follow(self, weights: Weights) -> None:
         """Hand `weights` to every replica."""
         calls = [
-            within(self.deadline_s, f"teacher actor {i} (weights)", actor.follow.remote(weights, fetch))
-            for i, actor in enumerate(self.actors)
+            within(self.deadline_s, f"teacher actor {r.number} (weights)", r.actor.follow.remote(weights, fetch))
+            for r in self.replicas.serving
         ]
         await asyncio.gather(*calls)
 
 
 class TeacherPool:
-    """Several scoring actors that look like one (`opd.ports.LogprobTeacher`)."""
+    """Several scoring actors that look like one (`opd.ports.LogprobTeacher`).
 
-    def __init__(self, actors: Sequence[Any], deadline_s: float) -> None:
-        self.actors = actors
+    What they say is checked here, where it is known who said it.
+    """
+
+    def __init__(self, care: Care, make: Any = None) -> None:
+        self.replicas = Replicas(who="teacher actor", care=care, ready=_ready, prime=_nothing_to_do, end=end, make=make)
         self._score: Dispatcher[ScoreRequest, TokenScores] = Dispatcher(
-            replicas=[actor.score.remote for actor in actors], deadline_s=deadline_s, who="teacher actor"
+            replicas=self.replicas,
+            ask=lambda actor, requests: once(actor.score, requests),
+            check=verify_scores,
+            lost=is_lost,
         )
+
+    @classmethod
+    def of(cls, actors: Sequence[Any], care: Care) -> "TeacherPool":
+        """A pool of actors that are ready and are not replaced."""
+        pool = cls(care)
+        pool.replicas.adopt(list(actors))
+        return pool
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         """Testimony per request, in order."""

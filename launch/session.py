@@ -3,17 +3,18 @@
 import asyncio
 import os
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from typing import Any
 
 from actors.config import StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from launch.cluster import Actors, fetch, store
+from launch.config import ClusterConfig
 from launch.grading import MathGrader, TaskGrader
 from launch.learner_group import LearnerGroup
 from launch.plan import Plan
-from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool, within
+from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
 from opd.ports import Engines, TextEngine
@@ -56,8 +57,10 @@ async def open_session(plan: Plan) -> Session:
         "learner": config.learner.ranks,
     }
     actors = Actors(config.cluster, bundles)
-    students = [_engine(actors, config.student, config.seed) for _ in range(config.student.replicas)]
-    teachers = {name: [teacher_actor(actors, t) for _ in range(t.replicas)] for name, t in config.teachers.items()}
+    student = StudentPool(
+        config.cluster.care(config.student.deadline_s), partial(_engine, actors, config.student, config.seed)
+    )
+    teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
     ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
     learner = LearnerGroup(ranks, config.learner)
     graders: dict[str, TaskGrader | MathGrader] = {
@@ -65,31 +68,33 @@ async def open_session(plan: Plan) -> Session:
         "peak": TaskGrader(peak.grade),
         "math": MathGrader(),
     }
-    starting = [
-        within(
-            config.cluster.start_deadline_s,
-            "an actor that was to start (does the cluster have the CPUs and GPUs for it?)",
-            actor.ready.remote(),
-        )
-        for actor in chain(students, *teachers.values())
-    ]
-    await asyncio.gather(learner.setup(), *starting)
+    await asyncio.gather(
+        learner.setup(),
+        student.replicas.start(config.student.replicas),
+        *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
+    )
     writing = list(config.teachers) if config.method.rollout.needs_writer else []
     writers = {name: await _writer(actors, plan, name) for name in writing}
     followers = [
-        Follower(actors=teachers[name], every=teacher.mixup_every, deadline_s=teacher.deadline_s)
+        Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
         for name, teacher in config.teachers.items()
         if teacher.mixup
     ]
-    student = StudentPool(students, config.student.deadline_s)
     engines = Engines(
         student=FollowedStudent(student, followers) if followers else student,
-        teachers={name: TeacherPool(made, config.teachers[name].deadline_s) for name, made in teachers.items()},
+        teachers=dict(teachers),
         writers=writers,
         graders=graders,
         tokenizer=plan.sources.tokenizer,
     )
     return Session(plan=plan, actors=actors, engines=engines, learner=learner, graders=graders)
+
+
+def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig) -> TeacherPool:
+    care = cluster.care(teacher.deadline_s)
+    if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
+        care = replace(care, restarts=0)
+    return TeacherPool(care, partial(teacher_actor, actors, teacher))
 
 
 def _engine(actors: Actors, config: StudentConfig, seed: int) -> Any:
@@ -107,9 +112,9 @@ def teacher_actor(actors: Actors, config: TeacherConfig) -> Any:
 async def _writer(actors: Actors, plan: Plan, name: str) -> TextEngine:
     config = plan.config
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
-    actor = _engine(actors, as_student, config.seed)
-    await within(config.cluster.start_deadline_s, f"teacher {name!r} as a writer (start-up)", actor.ready.remote())
-    return StudentPool([actor], config.student.deadline_s)
+    pool = StudentPool(config.cluster.care(as_student.deadline_s), partial(_engine, actors, as_student, config.seed))
+    await pool.replicas.start(1)
+    return pool
 
 
 def _rank(actors: Actors, plan: Plan) -> Any:

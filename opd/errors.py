@@ -11,3 +11,7 @@ class ConfigurationError(OpdError):
 
 class DataError(OpdError):
     """A prompt, a checkpoint or a testimony is not what it claims to be."""
+
+
+class ServiceLost(OpdError):
+    """Whoever should have answered is gone; the request was not at fault, and another may be asked."""

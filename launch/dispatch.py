@@ -1,0 +1,205 @@
+"""Requests on their way through a pool: coalesced, split, streamed back, and given to another replica if one fails.
+
+Calls that arrive in the same turn of the event loop travel together: a step asks for tens of groups at once, and a Ray
+call costs about a millisecond. Answers come back in parts, so that who waits for the first few need not wait for all.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from launch.supervision import Fault, Faulty, Replica, Replicas, within
+from opd.errors import DataError, OpdError
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+Part = tuple[Sequence[int], Sequence[Any]]  # positions in the call, and their answers
+Ask = Callable[[Any, list[Any]], AsyncIterator[Part]]
+Lost = Callable[[BaseException], bool]
+
+SMALLEST_SHARE = 16  # requests worth a call of their own
+_HISTORY = 20  # calls before a quantile of their durations means anything
+
+
+@dataclass(slots=True, eq=False)
+class _Caller:
+    """Somebody who waits for all answers to his requests."""
+
+    future: "asyncio.Future[list[Any]]"
+    answers: list[Any]
+    missing: int
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One request, whose it is, and where its answer belongs."""
+
+    request: Any
+    caller: _Caller
+    slot: int
+    answered: bool = False
+
+    @property
+    def wanted(self) -> bool:
+        return not self.answered and not self.caller.future.done()
+
+    def answer(self, value: Any) -> bool:
+        """False if it was answered before (a hedge came second) or nobody waits any more."""
+        if not self.wanted:
+            return False
+        self.answered = True
+        self.caller.answers[self.slot] = value
+        self.caller.missing -= 1
+        if not self.caller.missing:
+            self.caller.future.set_result(self.caller.answers)
+        return True
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatcher(Generic[Request, Answer]):
+    """Asks replicas. `ask(actor, requests)` yields parts of the answers; `check(requests, answers)` raises `DataError`
+    for answers that cannot be true; `lost(error)` tells a dead replica from a wrong request.
+
+    `late` counts answers that came after another replica's, `hedged` the calls that two replicas were given.
+    """
+
+    replicas: Replicas
+    ask: Ask
+    check: Callable[[Sequence[Any], Sequence[Any]], None]
+    lost: Lost
+    late: int = 0
+    hedged: int = 0
+    _waiting: list[_Item] = field(default_factory=list)
+    _running: set[asyncio.Task[None]] = field(default_factory=set)
+    _durations: deque[float] = field(default_factory=lambda: deque(maxlen=200))
+
+    async def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers in the order of `requests`."""
+        if not requests:
+            return []
+        loop = asyncio.get_running_loop()
+        caller = _Caller(future=loop.create_future(), answers=[None] * len(requests), missing=len(requests))
+        if not self._waiting:
+            loop.call_soon(self._flush)
+        self._waiting += [_Item(request=r, caller=caller, slot=i) for i, r in enumerate(requests)]
+        return await caller.future
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        shares = min(max(len(self.replicas.serving), 1), max(1, len(waiting) // SMALLEST_SHARE))
+        bounds = [len(waiting) * i // shares for i in range(shares + 1)]
+        for i in range(shares):
+            task = asyncio.get_running_loop().create_task(self._serve(waiting[bounds[i] : bounds[i + 1]]))
+            self._running.add(task)  # the loop keeps only a weak reference
+            task.add_done_callback(self._running.discard)
+
+    async def _serve(self, items: list[_Item]) -> None:
+        """Have `items` answered; what a failing replica leaves unanswered goes to another."""
+        try:
+            for _ in range(self.replicas.care.attempts):
+                left = [item for item in items if item.wanted]
+                if not left:
+                    return
+                replica = await self.replicas.acquire()
+                assert replica is not None
+                try:
+                    await self._hedged(replica, left)
+                    return
+                except Faulty as fault:
+                    last = fault
+            kind = DataError if last.fault is Fault.LIED else OpdError
+            raise kind(
+                f"{self.replicas.who}: {sum(i.wanted for i in items)} requests were given to "
+                f"{self.replicas.care.attempts} replicas one after another and all failed; the last one "
+                f"{last.fault.value}: {last}"
+            )
+        except Exception as error:  # noqa: BLE001 (every caller gets it)
+            for item in items:
+                if not item.caller.future.done():
+                    item.caller.future.set_exception(error)
+
+    async def _hedged(self, replica: Replica, items: list[_Item]) -> None:
+        """Ask `replica`, and a second one when it takes unusually long; returns when all are answered."""
+        first = asyncio.ensure_future(self._ask(replica, items))
+        try:
+            done, _ = await asyncio.wait({first}, timeout=self._patience())
+            second = None if done else await self.replicas.acquire(replica, wait=False)
+            if second is None or second.load:
+                return await first
+            self.hedged += 1
+            other = asyncio.ensure_future(self._ask(second, [item for item in items if item.wanted]))
+            try:
+                await _first_good(first, other)
+            finally:
+                await _end(other)
+        finally:
+            await _end(first)
+
+    def _patience(self) -> float | None:
+        quantile = self.replicas.care.hedge_quantile
+        if not quantile or len(self._durations) < _HISTORY:
+            return None
+        return float(np.quantile(self._durations, quantile))
+
+    async def _ask(self, replica: Replica, items: list[_Item]) -> None:
+        """All answers of one replica; a fault of it is reported, and raised."""
+        care, who = self.replicas.care, f"{self.replicas.who} {replica.number}"
+        replica.load += len(items)
+        left, now = len(items), asyncio.get_running_loop().time
+        began = now()
+        try:
+            async with aclosing(self.ask(replica.actor, [item.request for item in items])) as parts:
+                while left:
+                    positions, answers = await within(care.deadline_s, who, anext(parts))
+                    self._take([items[i] for i in positions], answers)
+                    left -= len(positions)
+            self._durations.append(now() - began)
+        except StopAsyncIteration as error:
+            reason = f"{left} of {len(items)} answers did not come"
+            raise await self._fault(replica, Fault.LIED, reason, error) from error
+        except Faulty as fault:
+            await self.replicas.report(replica, fault)
+            raise
+        except Exception as error:
+            if not self.lost(error):
+                raise
+            raise await self._fault(replica, Fault.DIED, f"{type(error).__name__}: {error}", error) from error
+        finally:
+            replica.load -= len(items)
+
+    def _take(self, items: list[_Item], answers: Sequence[Any]) -> None:
+        try:
+            if len(items) != len(answers):
+                raise DataError(f"{len(answers)} answers came for {len(items)} requests")
+            self.check([item.request for item in items], answers)
+        except DataError as error:
+            raise Faulty(Fault.LIED, str(error)) from error
+        self.late += sum(not item.answer(value) for item, value in zip(items, answers, strict=True))
+        self.replicas.answered()
+
+    async def _fault(self, replica: Replica, kind: Fault, reason: str, error: BaseException) -> Faulty:
+        fault = Faulty(kind, reason)
+        fault.__cause__ = error
+        await self.replicas.report(replica, fault)
+        return fault
+
+
+async def _first_good(first: "asyncio.Future[None]", other: "asyncio.Future[None]") -> None:
+    """Return when one of the two has all answers; raise only if both fail."""
+    done, pending = await asyncio.wait({first, other}, return_when=asyncio.FIRST_COMPLETED)
+    if all(task.exception() for task in done) and pending:
+        await asyncio.wait(pending)
+        done |= pending
+    failures = [task.exception() for task in done]
+    if all(failures):
+        raise next(error for error in failures if error is not None)
+
+
+async def _end(task: "asyncio.Future[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

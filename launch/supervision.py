@@ -1,0 +1,195 @@
+"""Replicas of one service, watched: what dies, hangs or lies is replaced, and never serves before it is up to date."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from opd.errors import ConfigurationError, DataError, OpdError
+
+Answer = TypeVar("Answer")
+
+
+class Fault(Enum):
+    """What was wrong with a replica."""
+
+    DIED = "died"
+    HUNG = "hung"
+    LIED = "lied"
+
+
+class Faulty(OpdError):
+    """A replica failed, not the request: somebody else may be asked."""
+
+    def __init__(self, fault: Fault, reason: str) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Care:
+    """How much trouble is borne before a run ends.
+
+    `deadline_s` bounds every wait for an answer, `start_deadline_s` that for a new replica. A request is tried on at
+    most `attempts` replicas; `restarts` replicas are started anew in a run, in each pool. After `strikes` faults in a
+    row without an answer between them nobody is asked for `cooldown_s` seconds, twice as long each time (a breaker).
+    `hedge_quantile` > 0: a call that takes longer than this quantile of those before is given to a second replica,
+    too, and the first answer counts.
+    """
+
+    deadline_s: float
+    start_deadline_s: float = 300.0
+    attempts: int = 4
+    restarts: int = 8
+    strikes: int = 5
+    cooldown_s: float = 1.0
+    hedge_quantile: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hedge_quantile < 1 or self.attempts < 1 or self.restarts < 0 or self.strikes < 1:
+            raise ConfigurationError(
+                f"care needs attempts and strikes >= 1, restarts >= 0 and 0 <= hedge_quantile < 1, got {self}; correct "
+                "the field that is out of range"
+            )
+
+
+async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer:
+    """`work`, or a sentence after `deadline_s` seconds."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await work
+    except TimeoutError as error:
+        raise Faulty(
+            Fault.HUNG,
+            f"{who} did not answer within {deadline_s:.0f} s; look at its log, or raise its deadline_s",
+        ) from error
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One that serves. `load` counts its open requests."""
+
+    number: int
+    actor: Any
+    load: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Replicas:
+    """Makes replicas, hands out the least loaded, and replaces those that are reported.
+
+    `make` starts an actor, `ready` waits until it can work, `prime` brings it up to date (returns when it is), `end`
+    kills it. Without `make` nothing is replaced: a fault is final.
+    """
+
+    who: str
+    care: Care
+    ready: Callable[[Any], Awaitable[None]]
+    prime: Callable[[Any], Awaitable[None]]
+    end: Callable[[Any], None]
+    make: Callable[[], Any] | None = None
+    serving: list[Replica] = field(default_factory=list)
+    faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(Fault, 0))
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _starting: set[asyncio.Task[None]] = field(default_factory=set)
+    _restarts: int = 0
+    _in_a_row: int = 0
+    _broken: OpdError | None = None
+
+    async def start(self, count: int) -> None:
+        """The first replicas, all at once; one that cannot start is an error."""
+        assert self.make is not None
+        actors = [self.make() for _ in range(count)]
+        who = f"{self.who} that was to start (does the cluster have the CPUs and GPUs for it?)"
+        await asyncio.gather(*[within(self.care.start_deadline_s, who, self.ready(actor)) for actor in actors])
+        self.adopt(actors)
+
+    def adopt(self, actors: list[Any]) -> None:
+        """Actors that are ready serve from now on."""
+        self.serving += [Replica(number=i, actor=actor) for i, actor in enumerate(actors, len(self.serving))]
+
+    async def acquire(self, other_than: Replica | None = None, *, wait: bool = True) -> Replica | None:
+        """The least loaded replica; waits until there is one, or returns None if it should not.
+
+        Raises:
+            OpdError: there is none and will be none.
+        """
+        if wait and self._in_a_row >= self.care.strikes:  # the breaker is open: one try after a pause
+            rounds = self._in_a_row - self.care.strikes
+            await asyncio.sleep(min(self.care.cooldown_s * 2**rounds, self.care.deadline_s))
+
+        def free() -> list[Replica]:
+            return [replica for replica in self.serving if replica is not other_than]
+
+        if not wait:
+            return min(free(), key=_order, default=None)
+        async with self._changed:
+            while not free():
+                if self._broken is not None:
+                    raise self._broken
+                await self._changed.wait()
+            return min(free(), key=_order)
+
+    def answered(self) -> None:
+        """Somebody gave a good answer: the breaker closes."""
+        self._in_a_row = 0
+
+    async def report(self, replica: Replica, fault: Faulty) -> None:
+        """`replica` is not to be trusted any more: end it, and start another. Reporting twice changes nothing."""
+        if replica not in self.serving:
+            return
+        self.serving.remove(replica)
+        self.faults[fault.fault] += 1
+        self._in_a_row += 1
+        self.end(replica.actor)
+        if self.make is None or self._restarts >= self.care.restarts:
+            await self._break(fault)
+            return
+        self._restarts += 1
+        task = asyncio.get_running_loop().create_task(self._replace(replica.number))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+
+    async def close(self) -> None:
+        """Stop starting replicas."""
+        for task in list(self._starting):
+            task.cancel()
+        await asyncio.gather(*self._starting, return_exceptions=True)
+
+    async def _replace(self, number: int) -> None:
+        assert self.make is not None
+        who = f"{self.who} {number} (its replacement)"
+        while True:
+            actor = self.make()
+            try:
+                await within(self.care.start_deadline_s, who, self.ready(actor))
+                await within(self.care.deadline_s, who, self.prime(actor))
+            except asyncio.CancelledError:
+                self.end(actor)
+                raise
+            except Exception as error:  # noqa: BLE001 (whatever it is, this replica cannot serve)
+                self.end(actor)
+                if self._restarts >= self.care.restarts:
+                    await self._break(Faulty(Fault.DIED, str(error)))
+                    return
+                self._restarts += 1
+                continue
+            self.serving.append(Replica(number=number, actor=actor))  # no await since `prime`: it is up to date
+            async with self._changed:
+                self._changed.notify_all()
+            return
+
+    async def _break(self, fault: Faulty) -> None:
+        """Nothing is replaced any more; who still serves goes on, and if nobody does, everybody is told."""
+        kind = DataError if fault.fault is Fault.LIED else OpdError
+        self._broken = kind(
+            f"{self.who}: no replica is left after {self._restarts} restarts (allowed: {self.care.restarts}); the last "
+            f"one {fault.fault.value}: {fault}"
+        )
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def _order(replica: Replica) -> tuple[int, int]:
+    return replica.load, replica.number

@@ -1,0 +1,296 @@
+"""Pools under fire, in virtual time: stand-in replicas die, hang, lie and lag; nothing is lost, repeated or wrong."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.virtual_time import simulate
+from launch.dispatch import SMALLEST_SHARE, Dispatcher
+from launch.supervision import Care, Fault, Replicas
+from opd.errors import ConfigurationError, DataError, OpdError, ServiceLost
+
+FAULTS = ("die before", "die between", "hang", "lie", "say too little", "say nothing more")
+
+
+@dataclass
+class Actor:
+    """Answers `request -> 10 * request`, four at a time; its `plan` says what goes wrong at which call."""
+
+    shop: "Shop"
+    number: int
+    version: int = -1
+    alive: bool = True
+
+    async def ask(self, requests: Sequence[int]) -> AsyncIterator[tuple[Sequence[int], Sequence[Any]]]:
+        fault = self.shop.next_fault()
+        self.shop.open += 1
+        try:
+            if fault == "die before":
+                self.fall(fault)
+            if self.version != self.shop.version:
+                self.shop.stale += 1
+            for start in range(0, len(requests), 4):
+                await asyncio.sleep(self.shop.delay() if self.number != self.shop.slow else 0.5)
+                part = range(start, min(start + 4, len(requests)))
+                said = [10 * requests[i] for i in part]
+                if fault == "hang":
+                    self.shop.fired[fault] += 1
+                    await asyncio.Event().wait()
+                if fault == "lie":
+                    self.shop.fired[fault] += 1
+                    said[-1] += 1
+                if fault == "say too little":
+                    self.shop.fired[fault] += 1
+                    said.pop()
+                if fault == "say nothing more" and start:
+                    self.shop.fired[fault] += 1
+                    return
+                self.shop.answered.update(requests[i] for i in part)
+                yield part, said
+                if fault == "die between":
+                    self.fall(fault)
+        finally:
+            self.shop.open -= 1
+
+    def fall(self, fault: str) -> None:
+        self.shop.fired[fault] += 1
+        self.alive = False
+        raise ServiceLost("killed")
+
+
+@dataclass
+class Shop:
+    """Makes actors, and knows what happened to them."""
+
+    faults: list[str] = field(default_factory=list)  # of the calls, in order; "" = none
+    seed: int = 0
+    version: int = 0
+    slow: int = -1
+    made: list[Actor] = field(default_factory=list)
+    ended: list[Actor] = field(default_factory=list)
+    fired: Counter[str] = field(default_factory=Counter)
+    answered: Counter[int] = field(default_factory=Counter)
+    open: int = 0
+    stale: int = 0
+    breaks_at_start: int = 0
+
+    def __post_init__(self) -> None:
+        self.draw = np.random.default_rng(self.seed)
+
+    def delay(self) -> float:
+        return float(self.draw.choice([0.0, 0.0, 0.001]))
+
+    def next_fault(self) -> str:
+        return self.faults.pop(0) if self.faults else ""
+
+    def make(self) -> Actor:
+        self.made.append(Actor(self, len(self.made)))
+        return self.made[-1]
+
+    async def ready(self, actor: Actor) -> None:
+        await asyncio.sleep(0)
+        if self.breaks_at_start and actor.number:
+            self.breaks_at_start -= 1
+            raise ServiceLost("died while it started")
+
+    async def prime(self, actor: Actor) -> None:
+        while actor.version != self.version:
+            version = self.version
+            await asyncio.sleep(0)
+            actor.version = version
+
+    async def pool(self, count: int = 2, **care: Any) -> Dispatcher[int, int]:
+        settings: Any = {"deadline_s": 0.2, "restarts": 1000, "cooldown_s": 0.001} | care
+        replicas = Replicas(
+            who="worker", care=Care(**settings), ready=self.ready, prime=self.prime, end=self.ended.append,
+            make=self.make,
+        )  # fmt: skip
+        await replicas.start(count)
+        for actor in self.made:
+            await self.prime(actor)
+        return Dispatcher(replicas=replicas, ask=lambda actor, r: actor.ask(r), check=check, lost=is_lost)
+
+
+def check(requests: Sequence[int], answers: Sequence[int]) -> None:
+    if any(a != 10 * r for r, a in zip(requests, answers, strict=True)):
+        raise DataError("an answer is wrong")
+
+
+def is_lost(error: BaseException) -> bool:
+    return isinstance(error, ServiceLost)
+
+
+async def ask_groups(pool: Dispatcher[int, int], groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    return await asyncio.wait_for(asyncio.gather(*[pool(group) for group in groups]), 30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    faults=st.lists(st.sampled_from(["", "", *FAULTS]), max_size=12), sizes=st.lists(st.integers(0, 30), max_size=8),
+    count=st.integers(1, 4), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_every_caller_gets_its_own_answers_whatever_goes_wrong(
+    faults: list[str], sizes: list[int], count: int, seed: int
+) -> None:
+    async def run() -> None:
+        shop = Shop(faults=list(faults), seed=seed)
+        pool = await shop.pool(count, attempts=len(faults) + 1, deadline_s=0.05)
+        groups = [[1000 * i + j for j in range(size)] for i, size in enumerate(sizes)]
+        assert await ask_groups(pool, groups) == [[10 * r for r in group] for group in groups]
+        await asyncio.sleep(0.01)  # a caller has his answers before the call is put away
+        reported, fired = sum(pool.replicas.faults.values()), sum(shop.fired.values())
+        assert bool(fired) == bool(reported) and reported <= fired, "two calls may find the same replica dead"
+        assert all(not replica.load for replica in pool.replicas.serving)
+        await pool.replicas.close()
+        assert not shop.open, "a call was left open"
+        assert len(shop.ended) >= reported
+        assert not {id(r.actor) for r in pool.replicas.serving} & {id(actor) for actor in shop.ended}
+
+    simulate(run(), 1e6)
+
+
+@pytest.mark.faults
+def test_two_hundred_kills_lose_and_repeat_nothing() -> None:
+    """Steps of 64 requests while something dies, hangs or lies at every second call, until 200 faults have fired."""
+
+    async def run() -> Shop:
+        draw = np.random.default_rng(0)
+        shop = Shop()
+        pool = await shop.pool(4, attempts=20, restarts=10_000, deadline_s=0.05)
+        step = 0
+        while sum(shop.fired.values()) < 200:
+            shop.faults = [str(draw.choice(["", *FAULTS])) for _ in range(8)]
+            shop.version = step
+            for replica in list(pool.replicas.serving):
+                await shop.prime(replica.actor)
+            groups = [[step * 1000 + 8 * g + i for i in range(8)] for g in range(8)]
+            assert await ask_groups(pool, groups) == [[10 * r for r in group] for group in groups]
+            step += 1
+        await pool.replicas.close()
+        assert not shop.open
+        return shop
+
+    shop = simulate(run(), 1e6)
+    assert sum(shop.fired.values()) >= 200 and set(shop.fired) == set(FAULTS)
+    assert shop.stale == 0, "a replica served with weights that were not the newest"
+
+
+def test_a_replacement_serves_only_with_the_newest_weights() -> None:
+    async def run() -> None:
+        shop = Shop(faults=["die before"], version=3)
+        pool = await shop.pool(1)
+        shop.version = 4  # published while nobody could take it
+        assert await ask_groups(pool, [[1, 2]]) == [[10, 20]]
+        assert [actor.version for actor in shop.made] == [3, 4]
+        assert shop.stale == 0 and shop.fired["die before"] == 1
+
+    simulate(run(), 1e6)
+
+
+def test_what_was_answered_before_a_death_is_not_asked_again() -> None:
+    async def run() -> None:
+        shop = Shop(faults=["die between"])
+        pool = await shop.pool(1)
+        assert await ask_groups(pool, [list(range(12))]) == [[10 * r for r in range(12)]]
+        assert set(shop.answered.values()) == {1}
+
+    simulate(run(), 1e6)
+
+
+def test_the_breaker_pauses_and_closes_again() -> None:
+    async def run() -> list[float]:
+        shop = Shop(faults=["die before"] * 6)
+        shop.delay = lambda: 0.0
+        pool = await shop.pool(1, strikes=3, attempts=10, cooldown_s=1.0, deadline_s=3.0)
+        took = []
+        for _ in range(2):
+            began = asyncio.get_running_loop().time()
+            await ask_groups(pool, [[1]])
+            took.append(asyncio.get_running_loop().time() - began)
+        assert pool.replicas.faults[Fault.DIED] == 6
+        return took
+
+    first, second = simulate(run(), 1e6)
+    assert first == pytest.approx(1 + 2 + 3 + 3, abs=0.01)  # after faults 3, 4, 5 and 6; a pause ends at the deadline
+    assert second == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("lie", DataError), ("die before", OpdError)])
+def test_a_service_that_always_fails_ends_in_one_sentence(fault: str, kind: type[Exception]) -> None:
+    async def run() -> None:
+        pool = await Shop(faults=[fault] * 99).pool(2, attempts=3)
+        with pytest.raises(kind, match=r"worker: 1 requests were given to 3 replicas .* all failed; the last one"):
+            await ask_groups(pool, [[1]])
+        scarce = await Shop(faults=[fault] * 99).pool(2, attempts=30, restarts=2)
+        with pytest.raises(kind, match=r"worker: no replica is left after 2 restarts"):
+            await ask_groups(scarce, [[1]])
+
+    simulate(run(), 1e6)
+
+
+def test_replacements_that_do_not_start_are_tried_within_the_budget() -> None:
+    async def run() -> None:
+        shop = Shop(faults=["die before"], breaks_at_start=3)
+        pool = await shop.pool(1, restarts=4)
+        assert await ask_groups(pool, [[7]]) == [[70]]
+        assert len(shop.ended) == 4
+
+    simulate(run(), 1e6)
+
+
+def test_a_wrong_request_is_nobody_s_fault() -> None:
+    async def run() -> None:
+        shop = Shop()
+        pool = await shop.pool(2)
+
+        async def refuse(actor: Any, requests: Any) -> AsyncIterator[Any]:
+            raise DataError("prompt 'p' is too long")
+            yield
+
+        pool.ask = refuse
+        with pytest.raises(DataError, match="too long"):
+            await ask_groups(pool, [[1]])
+        assert len(pool.replicas.serving) == 2 and not shop.ended
+
+    simulate(run(), 1e6)
+
+
+def test_a_slow_replica_is_hedged_and_the_second_answer_is_not_counted_twice() -> None:
+    async def run() -> None:
+        shop = Shop()
+        pool = await shop.pool(2, hedge_quantile=0.95, deadline_s=5)
+        for i in range(25):
+            await ask_groups(pool, [[i]])
+        assert pool.hedged <= 10
+        before, shop.slow = pool.hedged, 0
+        assert await asyncio.wait_for(pool([1, 2, 3]), 0.4) == [10, 20, 30]
+        await asyncio.sleep(0.01)
+        assert pool.hedged == before + 1 and not sum(pool.replicas.faults.values())
+        assert not shop.open, "the slow one is still being asked"
+
+    simulate(run(), 1e6)
+
+
+def test_one_call_per_replica_and_turn() -> None:
+    async def run() -> None:
+        shop = Shop()
+        pool = await shop.pool(2)
+        await ask_groups(pool, [[i] for i in range(2 * SMALLEST_SHARE)])
+        assert sorted(len(s) for s in [shop.answered]) == [2 * SMALLEST_SHARE]
+        assert len(pool._durations) == 2
+
+    simulate(run(), 1e6)
+
+
+def test_care_out_of_range_is_refused() -> None:
+    for wrong in ({"attempts": 0}, {"restarts": -1}, {"hedge_quantile": 1.0}, {"strikes": 0}):
+        fields: Any = {"deadline_s": 1.0} | wrong
+        with pytest.raises(ConfigurationError, match="care needs"):
+            Care(**fields)
