@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from launch.cluster import fetch
 from opd.errors import OpdError
-from opd.ports import Completion, GenerateRequest, ScoreRequest, StudentEngine, Weights
+from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
 from opd.types import TokenScores
 
 Request = TypeVar("Request")
@@ -34,11 +34,16 @@ async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer
 
 @dataclass(slots=True)
 class Dispatcher(Generic[Request, Answer]):
-    """Coalesces concurrent calls and splits them over replicas, in order, least loaded first."""
+    """Coalesces concurrent calls and splits them over replicas, in order, least loaded first.
+
+    A replica that is `close`d is asked for nothing until it is `open`ed; calls wait for one that is open.
+    """
 
     replicas: Sequence[Call]
     deadline_s: float
     who: str
+    _closed: set[int] = field(default_factory=set)
+    _opened: asyncio.Event = field(default_factory=asyncio.Event)
     _waiting: list[tuple[list[Request], asyncio.Future[list[Answer]]]] = field(default_factory=list)
     _load: list[int] = field(default_factory=list)
     _running: set[asyncio.Task[None]] = field(default_factory=set)
@@ -75,11 +80,31 @@ class Dispatcher(Generic[Request, Answer]):
                 future.set_result(answers[start : start + len(requests)])
             start += len(requests)
 
+    def close(self, replica: int) -> None:
+        """Ask this replica for nothing more; what it was asked for already goes on."""
+        self._closed.add(replica)
+        self._opened.clear()
+
+    def open(self, replica: int) -> None:
+        """Ask this replica again."""
+        self._closed.discard(replica)
+        self._opened.set()
+
+    async def _ready(self) -> list[int]:
+        """The replicas that may be asked, when there is one."""
+        while len(self._closed) == len(self.replicas):
+            self._opened.clear()
+            await self._opened.wait()
+        return [i for i in range(len(self.replicas)) if i not in self._closed]
+
     async def _split(self, requests: list[Request]) -> list[Answer]:
         self._load = self._load or [0] * len(self.replicas)
-        shares = min(len(self.replicas), max(1, len(requests) // SMALLEST_SHARE))
+        ready = await within(
+            self.deadline_s, f"any {self.who} (none has the weights it should write with)", self._ready()
+        )
+        shares = min(len(ready), max(1, len(requests) // SMALLEST_SHARE))
         bounds = [len(requests) * i // shares for i in range(shares + 1)]
-        chosen = sorted(range(len(self.replicas)), key=lambda i: (self._load[i], i))[:shares]
+        chosen = sorted(ready, key=lambda i: (self._load[i], i))[:shares]
 
         async def one(replica: int, part: list[Request]) -> list[Answer]:
             self._load[replica] += len(part)
@@ -96,11 +121,16 @@ class Dispatcher(Generic[Request, Answer]):
 
 
 class StudentPool:
-    """Several rollout engines that look like one (`opd.ports.StudentEngine`)."""
+    """Several rollout engines that look like one (`opd.ports.StudentEngine`).
+
+    From the moment new weights are to be received, an engine is asked for text only after it has acknowledged exactly
+    those, by version and digest; requests that come meanwhile wait for the first engine that has.
+    """
 
     def __init__(self, actors: Sequence[Any], deadline_s: float) -> None:
         self.actors = actors
         self._deadline_s = deadline_s
+        self._wanted: tuple[int, str] | None = None
         self._generate: Dispatcher[GenerateRequest, Completion] = Dispatcher(
             replicas=[actor.generate.remote for actor in actors], deadline_s=deadline_s, who="rollout actor"
         )
@@ -109,13 +139,34 @@ class StudentPool:
         """One completion per request, in order."""
         return await self._generate(requests)
 
-    async def receive(self, weights: Weights) -> float:
-        """Make `weights` live in every engine; the largest sentinel gap."""
-        calls = [
-            within(self._deadline_s, f"rollout actor {i} (weights)", actor.receive.remote(weights))
-            for i, actor in enumerate(self.actors)
-        ]
-        return max(await asyncio.gather(*calls))
+    async def receive(self, weights: Weights) -> Receipt:
+        """Make `weights` live in every engine; with the largest sentinel gap.
+
+        Raises what the first engine raised that failed, when all have answered.
+        """
+        self._wanted = (weights.version, weights.digest)
+        for engine in range(len(self.actors)):
+            self._generate.close(engine)
+        handing = [self._hand(engine, weights) for engine in range(len(self.actors))]
+        answers = await asyncio.gather(*handing, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        gap = max(answer.gap for answer in answers if isinstance(answer, Receipt))
+        return Receipt(version=weights.version, digest=weights.digest, gap=gap)
+
+    async def _hand(self, engine: int, weights: Weights) -> Receipt:
+        who = f"rollout actor {engine} (weights)"
+        receipt: Receipt = await within(self._deadline_s, who, self.actors[engine].receive.remote(weights))
+        said, sent = (receipt.version, receipt.digest), (weights.version, weights.digest)
+        if said != sent:
+            raise OpdError(
+                f"{who} acknowledges version {said[0]} with digest {said[1]}, but version {sent[0]} with {sent[1]} was "
+                "published; it is asked for nothing until it has that: publish again, or start a new actor"
+            )
+        if sent == self._wanted:  # a late answer must not open it for weights that came after
+            self._generate.open(engine)
+        return receipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +210,7 @@ class FollowedStudent:
         """As the student itself."""
         return await self._student.generate(requests)
 
-    async def receive(self, weights: Weights) -> float:
+    async def receive(self, weights: Weights) -> Receipt:
         """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
         due = [follower for follower in self._followers if weights.version and not weights.version % follower.every]
         await asyncio.gather(*[follower.follow(weights) for follower in due])

@@ -1,0 +1,171 @@
+"""Whom a pool of students asks while weights are on their way."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.pool import StudentPool
+from launch.transports import check_places
+from opd.errors import ConfigurationError, DataError, OpdError
+from opd.ports import Completion, GenerateRequest, Manifest, Receipt, Sampling, Sentinel, Weights
+from opd.types import Stop, TokenScores
+
+
+def weights(version: int, digest: str) -> Weights:
+    sentinel = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
+    manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
+    return Weights(version=version, manifest=manifest, chunks=(), digest=digest, sentinel=sentinel)
+
+
+def requests(count: int) -> list[GenerateRequest]:
+    ids, sampling = np.ones(1, np.int32), Sampling(max_tokens=1)
+    return [GenerateRequest(prompt_id="p", sample=i, context_ids=ids, sampling=sampling) for i in range(count)]
+
+
+@dataclass
+class Engine:
+    """An actor that answers at once, and acknowledges weights when it is let, with what it is told to."""
+
+    number: int
+    holds: tuple[int, str] = (0, "")
+    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+    answer: Callable[[Weights], Receipt] = lambda w: Receipt(version=w.version, digest=w.digest, gap=0.25)
+    asked: int = 0
+
+    async def write(self, asked: Sequence[GenerateRequest]) -> list[Completion]:
+        self.asked += len(asked)
+        version, digest = self.holds
+        one = np.full(1, self.number, np.int32)
+        said = TokenScores(logprobs=np.zeros(1, np.float32))
+        versions, digests = np.full(1, version, np.int32), {version: digest}
+        done = Completion(token_ids=one, behavior=said, versions=versions, stop=Stop.END, digests=digests)
+        return [done] * len(asked)
+
+    async def take(self, sent: Weights) -> Receipt:
+        await self.may_answer.wait()
+        self.may_answer.clear()
+        receipt = self.answer(sent)
+        self.holds = (receipt.version, receipt.digest)
+        return receipt
+
+    @property
+    def actor(self) -> Any:
+        """As Ray shows it."""
+        return SimpleNamespace(generate=SimpleNamespace(remote=self.write), receive=SimpleNamespace(remote=self.take))
+
+
+def scene(work: Callable[[StudentPool, list[Engine]], Any], deadline_s: float = 5.0, engines: int = 2) -> None:
+    async def play() -> None:
+        made = [Engine(i) for i in range(engines)]
+        await work(StudentPool([e.actor for e in made], deadline_s), made)
+
+    asyncio.run(asyncio.wait_for(play(), 20))
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_before_the_first_publication_every_engine_is_asked() -> None:
+    async def work(pool: StudentPool, engines: list[Engine]) -> None:
+        await pool.generate(requests(40))
+        assert [e.asked for e in engines] == [20, 20]
+
+    scene(work)
+
+
+def test_only_engines_that_acknowledged_are_asked_and_requests_wait_for_the_first() -> None:
+    async def work(pool: StudentPool, engines: list[Engine]) -> None:
+        receiving = asyncio.create_task(pool.receive(weights(1, "aa")))
+        await settle()
+        writing = asyncio.create_task(pool.generate(requests(40)))
+        await settle()
+        assert not writing.done() and engines[0].asked == engines[1].asked == 0
+        engines[1].may_answer.set()
+        written = await writing
+        assert {int(c.token_ids[0]) for c in written} == {1} and {c.digests[1] for c in written} == {"aa"}
+        assert not receiving.done()
+        engines[0].may_answer.set()
+        assert await receiving == Receipt(version=1, digest="aa", gap=0.25)
+        assert {int(c.token_ids[0]) for c in await pool.generate(requests(40))} == {0, 1}
+
+    scene(work)
+
+
+@pytest.mark.parametrize(("version", "digest"), [(1, "bb"), (0, "aa"), (2, "aa")])
+def test_an_engine_that_acknowledges_something_else_is_never_asked(version: int, digest: str) -> None:
+    async def work(pool: StudentPool, engines: list[Engine]) -> None:
+        engines[0].answer = lambda w: Receipt(version=version, digest=digest, gap=0.0)
+        for engine in engines:
+            engine.may_answer.set()
+        with pytest.raises(OpdError, match=f"rollout actor 0 .* acknowledges version {version} with digest {digest}"):
+            await pool.receive(weights(1, "aa"))
+        await pool.generate(requests(40))
+        assert [e.asked for e in engines] == [0, 40]
+
+    scene(work)
+
+
+def test_an_engine_that_refuses_is_asked_again_after_it_has_taken_the_next() -> None:
+    async def work(pool: StudentPool, engines: list[Engine]) -> None:
+        def refuse(sent: Weights) -> Receipt:
+            raise DataError("damaged")
+
+        good, engines[0].answer = engines[0].answer, refuse
+        for engine in engines:
+            engine.may_answer.set()
+        with pytest.raises(DataError, match="damaged"):
+            await pool.receive(weights(1, "aa"))
+        await pool.generate(requests(40))
+        assert [e.asked for e in engines] == [0, 40]
+        engines[0].answer = good
+        for engine in engines:
+            engine.may_answer.set()
+        await pool.receive(weights(2, "bb"))
+        await pool.generate(requests(40))
+        assert [e.asked for e in engines] == [20, 60]
+
+    scene(work)
+
+
+def test_a_late_acknowledgement_of_older_weights_opens_nothing() -> None:
+    async def work(pool: StudentPool, engines: list[Engine]) -> None:
+        first = asyncio.create_task(pool.receive(weights(1, "aa")))
+        await settle()
+        second = asyncio.create_task(pool.receive(weights(2, "bb")))
+        await settle()
+        engines[0].may_answer.set()  # wakes both calls of this engine; it holds what the last of them said
+        engines[0].answer = lambda w: Receipt(version=1, digest="aa", gap=0.0)
+        await settle()
+        writing = asyncio.create_task(pool.generate(requests(1)))
+        await settle()
+        assert not writing.done()
+        for task in (first, second, writing):
+            task.cancel()
+        await asyncio.gather(first, second, writing, return_exceptions=True)
+
+    scene(work)
+
+
+def test_waiting_for_an_engine_has_a_deadline() -> None:
+    async def work(pool: StudentPool, engines: list[Engine]) -> None:
+        receiving = asyncio.create_task(pool.receive(weights(1, "aa")))
+        await settle()
+        with pytest.raises(OpdError, match=r"none has the weights it should write with.* did not answer within 0 s"):
+            await pool.generate(requests(3))
+        with pytest.raises(OpdError, match=r"rollout actor 0 .* did not answer"):
+            await receiving
+
+    scene(work, deadline_s=0.05)
+
+
+def test_shared_memory_across_machines_is_refused_by_name() -> None:
+    check_places({"learner rank 0": "a", "rollout actor 0": "a"})
+    with pytest.raises(ConfigurationError, match=r"learner rank 0 and rollout actor 1 are on different .*OBJECT_STORE"):
+        check_places({"learner rank 0": "a", "rollout actor 0": "a", "rollout actor 1": "b"})
