@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from launch.pool import StudentPool
-from launch.transports import check_places
-from opd.errors import ConfigurationError, DataError, OpdError
+from opd.errors import DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Manifest, Receipt, Sampling, Sentinel, Weights
 from opd.types import Stop, TokenScores
 
@@ -163,9 +162,3 @@ def test_waiting_for_an_engine_has_a_deadline() -> None:
             await receiving
 
     scene(work, deadline_s=0.05)
-
-
-def test_shared_memory_across_machines_is_refused_by_name() -> None:
-    check_places({"learner rank 0": "a", "rollout actor 0": "a"})
-    with pytest.raises(ConfigurationError, match=r"learner rank 0 and rollout actor 1 are on different .*OBJECT_STORE"):
-        check_places({"learner rank 0": "a", "rollout actor 0": "a", "rollout actor 1": "b"})
