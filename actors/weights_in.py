@@ -5,7 +5,6 @@ tensor-parallel engines, and the import is what registers the transfer backend t
 """
 
 import logging
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +23,6 @@ from opd.ports import Manifest
 
 BACKEND = "opd-chunks"
 EXTENSION = f"{__name__}.WorkerExtension"
-
-# A buffer from an object store is read-only, and it is only read.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 def transfer(delivered: Delivered) -> dict[str, Any]:

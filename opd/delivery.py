@@ -5,6 +5,7 @@ anything is wrong, whoever receives keeps the weights it has. Nothing here touch
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from opd.errors import DataError
 from opd.manifest import digest, flat_bytes, sizes, unpack
 from opd.ports import Chunk, Manifest, Share, Weights
 from opd.types import Trajectory
+
+# Chunks out of object stores and shared memory are read-only, and are only read.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 _READERS = 4  # chunks fetched and hashed at once; both leave Python's lock to others
 
