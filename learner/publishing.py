@@ -11,7 +11,7 @@ from torch import Tensor
 from opd.manifest import cut, digest, nbytes
 from opd.ports import Chunk, Fill, Manifest, Outlet
 
-_PIECE = 512 << 10  # bytes; a second-level cache holds the source and the copy
+_PIECE = 1 << 20  # bytes; small enough to be hashed out of a cache
 
 
 class Publisher:

@@ -8,6 +8,7 @@ containers make small. Readers must run as the same user and see the writer's pr
 import mmap
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ class Segment:
     nbytes: int
 
 
+@cache
 def place() -> str:
     """What processes that can share memory have in common: the machine since its start, and the PID namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -93,19 +95,43 @@ def read(segment: Segment) -> UInt8[np.ndarray, " nbytes"]:
             "containers); set learner.transport=OBJECT_STORE"
         )
     try:
-        descriptor = os.open(f"/proc/{segment.pid}/fd/{segment.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataError(
-            f"the shared memory of process {segment.pid} cannot be opened ({error.strerror}): the learner has ended, "
-            "or runs as another user; publish again"
-        ) from error
-    try:
-        about = os.fstat(descriptor)
+        about = os.stat(_path(segment))
         if (about.st_ino, about.st_size) != (segment.inode, max(1, segment.nbytes)):
             raise DataError(
                 f"the shared memory of process {segment.pid} is not the one that was published; publish again"
             )
+        view = _mapped.get(segment)
+        if view is None:
+            _forget_the_dead()
+            view = _mapped[segment] = _map(segment)
+    except OSError as error:
+        _forget_the_dead()
+        raise DataError(
+            f"the shared memory of process {segment.pid} cannot be opened ({error.strerror}): the learner has ended, "
+            "or runs as another user; publish again"
+        ) from error
+    return view
+
+
+# Mapping anew costs more than reading, because the kernel is asked for every page again; turns use few segments.
+_mapped: dict[Segment, UInt8[np.ndarray, " _nbytes"]] = {}
+
+
+def _path(segment: Segment) -> str:
+    return f"/proc/{segment.pid}/fd/{segment.descriptor}"
+
+
+def _map(segment: Segment) -> UInt8[np.ndarray, " nbytes"]:
+    descriptor = os.open(_path(segment), os.O_RDONLY | os.O_CLOEXEC)
+    try:
         view = mmap.mmap(descriptor, max(1, segment.nbytes), prot=mmap.PROT_READ)
     finally:
         os.close(descriptor)
     return np.frombuffer(view, dtype=np.uint8)[: segment.nbytes]
+
+
+def _forget_the_dead() -> None:
+    """Let go of memory whose writer is gone, so that a learner that is started again does not double it."""
+    for segment in list(_mapped):
+        if not Path(_path(segment)).exists():
+            _mapped.pop(segment, None)

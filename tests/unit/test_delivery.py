@@ -29,9 +29,9 @@ def model(seed: int) -> dict[str, torch.Tensor]:
     return {f"p{i}": v.to(kind) for i, (v, kind) in enumerate(zip(values, KINDS, strict=True))}
 
 
-def shares(version: int, seed: int, chunk_bytes: int = 40, ranks: int = 2) -> list[Share]:
+def shares(version: int, seed: int, chunk_bytes: int = 40, ranks: int = 2, device: str = "cpu") -> list[Share]:
     """What `ranks` ranks that all hold `model(seed)` publish; a handle is the bytes."""
-    named = model(seed)
+    named = {name: value.to(device) for name, value in model(seed).items()}
     made = []
     for rank in range(ranks):
         publisher = Publisher(
@@ -49,7 +49,7 @@ def shares(version: int, seed: int, chunk_bytes: int = 40, ranks: int = 2) -> li
     return made
 
 
-def weights(version: int, seed: int, **how: int) -> Weights:
+def weights(version: int, seed: int, **how: Any) -> Weights:
     return assemble(shares(version, seed, **how))
 
 
@@ -72,6 +72,13 @@ def test_any_cut_on_any_number_of_ranks_gives_the_same_parameters(chunk_bytes: i
     assert max(counts) - min(counts) <= 1, "ownership is not round robin"
     assert [c.owner for c in whole.chunks] == [i % ranks for i in range(len(whole.chunks))]
     assert whole.digest == weights(4, 1, chunk_bytes=chunk_bytes).digest, "the digest depends on ranks or version"
+
+
+@pytest.mark.gpu
+def test_weights_on_a_gpu_are_published_as_those_on_a_cpu() -> None:
+    there, here = weights(1, 1, device="cuda"), weights(1, 1)
+    assert there.digest == here.digest
+    assert all(np.array_equal(a.handle, b.handle) for a, b in zip(there.chunks, here.chunks, strict=True))
 
 
 @given(most=st.integers(1, 200), counts=st.lists(st.integers(1, 100), min_size=1, max_size=20))
