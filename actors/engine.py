@@ -14,14 +14,13 @@ import numpy as np
 from actors.config import StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import Limits, build, read_limits
+from opd.delivery import Delivered, collect
 from opd.errors import DataError, OpdError
-from opd.manifest import checked
-from opd.ports import Completion, GenerateRequest, Sampling, Sentinel, Weights
+from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Weights
 from opd.seeds import sampling_seed
 from opd.types import Stop, TokenScores, TopKScores
 
 if TYPE_CHECKING:
-    import torch
     from vllm import RequestOutput, SamplingParams
 
 Result = TypeVar("Result")
@@ -32,7 +31,7 @@ SMALLEST_PART = 32  # completions worth a message of their own
 class EngineStats:
     """Since the start: finished completions and their tokens, engine steps, weight updates, seconds in both.
 
-    `version` is the policy version that writes now.
+    `version` is the policy version that writes now, `digest` names its weights (`opd.ports.Weights.digest`).
     """
 
     requests: int
@@ -42,13 +41,14 @@ class EngineStats:
     updates: int
     update_s: float
     version: int
+    digest: str
 
 
 class VLLMEngine:
     """A vLLM engine that writes completions and takes new weights; several calls may be open at once.
 
-    `fetch` turns a handle (of a weights buffer) into the array behind it. Until the first `receive` the
-    engine writes with the checkpoint's own weights, as version 0.
+    `fetch` turns a handle (of a chunk of weights) into the bytes behind it. Until the first `receive` the
+    engine writes with the checkpoint's own weights, as version 0 with the digest "".
     """
 
     def __init__(self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray]) -> None:
@@ -56,7 +56,7 @@ class VLLMEngine:
         self._run_seed = run_seed
         self._fetch = fetch
         self._limits: Limits = read_limits(config)
-        self._version = 0
+        self._version, self._digest = 0, ""
         self._refusal: str | None = None
         self._receiving = asyncio.Lock()
         self._updates, self._update_s = 0, 0.0
@@ -123,58 +123,55 @@ class VLLMEngine:
             with suppress(OpdError):  # an engine that is gone has dropped it already
                 self._thread.run(lambda loop: loop.abort(call))
 
-    async def receive(self, weights: Weights) -> float:
-        """Make `weights` live for all tokens written from now on; the largest sentinel gap in nats.
+    async def receive(self, weights: Weights) -> Receipt:
+        """Make `weights` live for all tokens written from now on.
 
-        A damaged buffer is refused before the model is touched, and the old weights go on serving. If the
-        loaded model does not repeat the sentinel, everything being written fails, and the engine refuses to
+        Chunks that are damaged or lost are found before the model is touched, and the old weights go on serving. If
+        the loaded model does not repeat the sentinel, everything being written fails, and the engine refuses to
         write until a good `receive`: both raise `DataError`. Requests in flight are continued by the new
         weights (their caches are computed anew), and their tokens say which version wrote them.
         """
         self._limits.check_sentinel(weights.sentinel)
         async with self._receiving:
             await self.ready()
-            buffer = await asyncio.wait_for(asyncio.to_thread(self._fetched, weights), timeout=self._config.deadline_s)
-            job = partial(self._load, weights, buffer)
+            collecting = asyncio.to_thread(collect, weights, self._fetch, "the student engine")
+            delivered = await self._soon(collecting, f"fetching weights version {weights.version}")
+            job = partial(self._load, delivered, weights.sentinel)
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
 
-    def _fetched(self, weights: Weights) -> "torch.Tensor":
-        held = isinstance(weights.buffer, np.ndarray)
-        return checked(weights, weights.buffer if held else self._fetch(weights.buffer), "the student engine")
-
-    def _load(self, weights: Weights, buffer: "torch.Tensor", loop: EngineLoop) -> float:
+    def _load(self, delivered: Delivered, sentinel: Sentinel, loop: EngineLoop) -> Receipt:
         from actors.weights_in import transfer
 
         start = perf_counter()
         workers = loop.engine.collective_rpc
         try:
             workers("start_weight_update")
-            workers("update_weights", kwargs={"update_info": transfer(weights.manifest, buffer)})
+            workers("update_weights", kwargs={"update_info": transfer(delivered)})
             workers("finish_weight_update")
         except Exception as error:
             self._refusal = (
-                f"the student engine holds no usable weights: version {weights.version} does not load "
+                f"the student engine holds no usable weights: version {delivered.version} does not load "
                 f"({type(error).__name__}: {error}); publish again, and check that learner and engine start "
                 "from the same checkpoint"
             )
             loop.fail(DataError(self._refusal))
             raise DataError(self._refusal) from error
-        loop.engine.set_weight_version(str(weights.version))
+        loop.engine.set_weight_version(_label(delivered.version, delivered.digest))
         # Running requests included: vLLM resets nothing while one of them holds a block, and does not fail.
         loop.engine.reset_prefix_cache(reset_running_requests=True)
-        gap = self._gap(weights.sentinel, loop)
-        if not gap <= weights.sentinel.tolerance:  # a NaN is no agreement
+        gap = self._gap(sentinel, loop)
+        if not gap <= sentinel.tolerance:  # a NaN is no agreement
             self._refusal = (
-                f"the student engine has a half-loaded model: version {weights.version} differs from the "
-                f"learner by {gap:.3g} nats on the sentinel (tolerance {weights.sentinel.tolerance:.3g}); "
+                f"the student engine has a half-loaded model: version {delivered.version} differs from the "
+                f"learner by {gap:.3g} nats on the sentinel (tolerance {sentinel.tolerance:.3g}); "
                 "publish again, and check dtypes and tied weights if it stays"
             )
             loop.fail(DataError(self._refusal))
             raise DataError(self._refusal)
-        self._refusal, self._version = None, weights.version
+        self._refusal, self._version, self._digest = None, delivered.version, delivered.digest
         self._updates += 1
         self._update_s += perf_counter() - start
-        return gap
+        return Receipt(version=delivered.version, digest=delivered.digest, gap=gap)
 
     def _gap(self, sentinel: Sentinel, loop: EngineLoop) -> float:
         output = loop.finish(sentinel.ids.tolist(), self._limits.reading())
@@ -196,6 +193,7 @@ class VLLMEngine:
             updates=self._updates,
             update_s=self._update_s,
             version=self._version,
+            digest=self._digest,
         )
 
     async def close(self) -> None:
@@ -225,12 +223,26 @@ def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
     if sampling.topk:
         ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(tokens, width)
         behavior = TopKScores(logprobs=behavior.logprobs, topk_ids=ids[:, 1:], topk_logprobs=logprobs[:, 1:])
-    versions = np.empty(tokens, dtype=np.int32)
+    versions, digests = np.empty(tokens, dtype=np.int32), dict[int, str]()
     for span in written.weight_versions or ():
-        versions[span.start : span.end] = int(span.version)
+        version, digest = _read_label(span.version)
+        versions[span.start : span.end] = version
+        # One number for two contents (a learner that was set back): the sum is no published digest.
+        digests[version] = digest if digests.get(version, digest) == digest else f"{digests[version]}+{digest}"
     return Completion(
         token_ids=np.asarray(written.token_ids, dtype=np.int32),
         behavior=behavior,
         versions=versions,
         stop=Stop.LENGTH if written.finish_reason == "length" else Stop.END,
+        digests=digests,
     )
+
+
+def _label(version: int, digest: str) -> str:
+    """What vLLM calls the weights: it hands this back with every run of tokens that they wrote."""
+    return f"{version}:{digest}"
+
+
+def _read_label(label: str) -> tuple[int, str]:
+    version, _, digest = label.partition(":")
+    return int(version), digest

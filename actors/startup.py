@@ -152,7 +152,7 @@ def build(config: StudentConfig) -> "LLMEngine":
     )
     engine = LLMEngine.from_engine_args(arguments)
     engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
-    engine.set_weight_version("0")
+    engine.set_weight_version("0:")
     return engine
 
 

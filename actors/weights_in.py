@@ -1,16 +1,13 @@
-"""New weights enter a vLLM worker: one flat byte buffer, checked as a whole, loaded layer by layer.
+"""New weights enter a vLLM worker: chunks of bytes, all verified beforehand, loaded layer by layer.
 
 vLLM imports this module in every worker (it is named by `worker_extension_cls`), also in worker processes of
 tensor-parallel engines, and the import is what registers the transfer backend there.
 """
 
 import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -20,46 +17,43 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from opd.delivery import Delivered
 from opd.errors import DataError
-from opd.manifest import unpack
 from opd.ports import Manifest
 
-BACKEND = "opd-buffer"
+BACKEND = "opd-chunks"
 EXTENSION = f"{__name__}.WorkerExtension"
 
-# A buffer from an object store is read-only, and it is only read.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-
-def transfer(manifest: Manifest, buffer: torch.Tensor) -> dict[str, Any]:
+def transfer(delivered: Delivered) -> dict[str, Any]:
     """What `update_weights` of vLLM's worker is given."""
-    return {"manifest": manifest, "buffer": buffer}
+    return {"delivered": delivered}
+
+
+_NOTHING = Delivered(
+    version=0, digest="", manifest=Manifest(names=(), dtypes=(), shapes=(), nbytes=0), runs=(), buffers=()
+)
 
 
 @dataclass
-class BufferInit(WeightTransferInitInfo):
+class ChunksInit(WeightTransferInitInfo):
     """Nothing needs to be agreed on beforehand."""
 
 
 @dataclass
-class BufferUpdate(WeightTransferUpdateInfo):
-    """All parameters of one version: `buffer` holds them one after the other, uint8 `[nbytes]`."""
+class ChunksUpdate(WeightTransferUpdateInfo):
+    """All parameters of one version, verified."""
 
-    manifest: Manifest = field(default_factory=lambda: Manifest(names=(), dtypes=(), shapes=(), nbytes=0))
-    buffer: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every parameter, as views."""
-        yield from unpack(self.manifest, self.buffer)
+    delivered: Delivered = field(default_factory=lambda: _NOTHING)
 
 
-class BufferTransfer(WeightTransferEngine[BufferInit, BufferUpdate]):
-    """Loads a buffer into this worker's model through the model's own checkpoint loader."""
+class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
+    """Loads chunks into this worker's model through the model's own checkpoint loader."""
 
-    init_info_cls = BufferInit
-    update_info_cls = BufferUpdate
+    init_info_cls = ChunksInit
+    update_info_cls = ChunksUpdate
 
-    def init_transfer_engine(self, init_info: BufferInit) -> None:
+    def init_transfer_engine(self, init_info: ChunksInit) -> None:
         """Nothing to agree on; quiet a warning about every layer that a checkpoint has no tensors for.
 
         (Rotary tables, tied heads; `receive_weights` raises where something is really missing.) Not at
@@ -73,11 +67,11 @@ class BufferTransfer(WeightTransferEngine[BufferInit, BufferUpdate]):
         self._expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: BufferUpdate) -> None:
+    def receive_weights(self, update_info: ChunksUpdate) -> None:
         """Load every parameter. Raises `DataError` if the model has parameters that did not come."""
         try:
             load: Any = self.model.load_weights
-            loaded = load(update_info.tensors())
+            loaded = load(update_info.delivered.tensors())
         except BaseException:
             # Leave no layer in loading state: the next update would take it for half done and mix versions.
             finalize_layerwise_reload(self.model, self.model_config)
@@ -103,4 +97,4 @@ class WorkerExtension:
     """Adds nothing to a worker; naming it makes the worker import this module."""
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, BufferTransfer)
+WeightTransferEngineFactory.register_engine(BACKEND, ChunksTransfer)

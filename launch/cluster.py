@@ -16,10 +16,13 @@ import numpy as np
 
 from launch.config import ClusterConfig, Placement
 from opd.errors import OpdError, ServiceLost
+from opd.shared_memory import Segment, place, read
 
 
 def fetch(handle: Any) -> np.ndarray:
-    """The array behind a handle (called inside actors)."""
+    """The array behind a handle, which says itself where that is (called inside actors)."""
+    if isinstance(handle, Segment):
+        return read(handle)
     import ray
 
     return ray.get(handle, timeout=300)
@@ -56,6 +59,15 @@ def is_lost(error: BaseException) -> bool:
 
     gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ServiceLost)
     return isinstance(error, gone)
+
+
+def place_of(actor: Any) -> Any:
+    """A reference to where an actor's process runs (`opd.shared_memory.place`)."""
+    return actor.__ray_call__.remote(_place)
+
+
+def _place(_: Any) -> str:
+    return place()
 
 
 @cache

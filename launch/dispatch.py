@@ -91,7 +91,7 @@ class Dispatcher(Generic[Request, Answer]):
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
-        shares = min(max(len(self.replicas.serving), 1), max(1, len(waiting) // SMALLEST_SHARE))
+        shares = min(max(sum(r.open for r in self.replicas.serving), 1), max(1, len(waiting) // SMALLEST_SHARE))
         bounds = [len(waiting) * i // shares for i in range(shares + 1)]
         for i in range(shares):
             task = asyncio.get_running_loop().create_task(self._serve(waiting[bounds[i] : bounds[i + 1]]))
@@ -105,8 +105,7 @@ class Dispatcher(Generic[Request, Answer]):
                 left = [item for item in items if item.wanted]
                 if not left:
                     return
-                replica = await self.replicas.acquire()
-                assert replica is not None
+                replica = await self.replicas.acquire(len(left))
                 try:
                     await self._hedged(replica, left)
                     return
@@ -128,11 +127,13 @@ class Dispatcher(Generic[Request, Answer]):
         first = asyncio.ensure_future(self._ask(replica, items))
         try:
             done, _ = await asyncio.wait({first}, timeout=self._patience())
-            second = None if done else await self.replicas.acquire(replica, wait=False)
-            if second is None or second.load:
+            second = None if done else self.replicas.idle()
+            if second is None:
                 return await first
             self.hedged += 1
-            other = asyncio.ensure_future(self._ask(second, [item for item in items if item.wanted]))
+            again = [item for item in items if item.wanted]
+            second.load += len(again)
+            other = asyncio.ensure_future(self._ask(second, again))
             try:
                 await _first_good(first, other)
             finally:
@@ -147,9 +148,8 @@ class Dispatcher(Generic[Request, Answer]):
         return float(np.quantile(self._durations, quantile))
 
     async def _ask(self, replica: Replica, items: list[_Item]) -> None:
-        """All answers of one replica; a fault of it is reported, and raised."""
+        """All answers of one replica, whose load they are; a fault of it is reported, and raised."""
         care, who = self.replicas.care, f"{self.replicas.who} {replica.number}"
-        replica.load += len(items)
         left, now = len(items), asyncio.get_running_loop().time
         began = now()
         try:

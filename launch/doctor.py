@@ -96,7 +96,7 @@ async def _examine(
         name=name,
         engines=session.engines,
         learner=session.learner,
-        replicas=[*(TeacherPool.of([replica.actor], care) for replica in pool.replicas.serving), *others],
+        replicas=[*(TeacherPool.of([actor], care) for actor in pool.replicas.actors), *others],
         answers=teacher.answers,
         vocabulary=plan.vocabulary,
         twin=twin,

@@ -7,7 +7,8 @@ from typing import Any
 
 from launch.supervision import within
 from learner.config import LearnerConfig
-from opd.ports import Layout, Objective, PublishReport, StudentEngine, Weights
+from opd.delivery import assemble
+from opd.ports import Layout, Objective, PublishReport, StudentEngine
 from opd.types import Batch, Scores, StepReport
 
 
@@ -34,10 +35,10 @@ class LearnerGroup:
         return (await self._all([a.evaluate.remote(b, objective) for a, b in self._pairs(batches)]))[0]
 
     async def publish(self, student: StudentEngine, version: int) -> PublishReport:
-        """Gather the weights, hand them to the engines, and have the sentinel compared there."""
-        weights: Weights = (await self._all([a.weights.remote(version) for a in self.actors]))[0]
-        gap = await student.receive(weights)
-        return PublishReport(version=version, gap=gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
+        """Have every rank lay out its chunks, hand all to the engines, and have the sentinel compared there."""
+        weights = assemble(await self._all([a.share.remote(version) for a in self.actors]))
+        receipt = await student.receive(weights)
+        return PublishReport(version=version, gap=receipt.gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
 
     async def save(self, directory: Path, step: int) -> None:
         """A checkpoint in `directory`, visible only when complete."""

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from launch.config import DEFAULT, RunConfig
 from launch.data import read_rows
 from launch.tokenizer import HuggingFaceTokenizer
+from launch.transports import check_transport
 from opd.devices import Dtype
 from opd.errors import ConfigurationError, DataError
 from opd.ports import LastHidden, Routed, Sources
@@ -112,6 +113,7 @@ def _role(teacher: str) -> str:
 
 def make_plan(config: RunConfig) -> Plan:
     """Check checkpoints, tokenizers, prompts and sizes; raises one sentence about the first thing wrong."""
+    check_transport(config)
     check_checkpoint(config.student.path, "student")
     exact_kl = _check_teachers(config)
     sources = Sources(tokenizer=HuggingFaceTokenizer(config.student.path), rows=read_rows)

@@ -1,15 +1,15 @@
 """Replicas of an engine that look like one: the student's, and each teacher's."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from launch.cluster import end, fetch, is_lost, once, streamed
 from launch.dispatch import Dispatcher
 from launch.supervision import Care, Fault, Faulty, Replica, Replicas, within
-from opd.errors import OpdError
-from opd.ports import Completion, GenerateRequest, ScoreRequest, StudentEngine, Weights
+from opd.errors import DataError, OpdError
+from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
 from opd.rollouts.testimony import verify as verify_completions
 from opd.scorers.testimony import verify as verify_scores
 from opd.types import TokenScores
@@ -26,10 +26,11 @@ async def _nothing_to_do(actor: Any) -> None:
 class StudentPool:
     """Several rollout engines that look like one (`opd.ports.StudentEngine`).
 
-    A new engine is given the newest published weights before it serves.
+    From the moment new weights are to be received, an engine is asked for text only after it has acknowledged exactly
+    those, by version and digest; requests that come meanwhile wait for the first engine that has. So does a new engine.
     """
 
-    def __init__(self, care: Care, make: Any = None) -> None:
+    def __init__(self, care: Care, make: Callable[[], Any] | None = None, end: Callable[[Any], None] = end) -> None:
         self._weights: Weights | None = None
         self._gap = 0.0  # the largest sentinel gap of engines that took `_weights`
         self.replicas = Replicas(who="rollout actor", care=care, ready=_ready, prime=self._prime, end=end, make=make)
@@ -44,18 +45,21 @@ class StudentPool:
         """One completion per request, in order."""
         return await self._generate(requests)
 
-    async def receive(self, weights: Weights) -> float:
-        """Make `weights` live in every engine; the largest sentinel gap.
+    async def receive(self, weights: Weights) -> Receipt:
+        """Make `weights` live in every engine; with the largest sentinel gap.
 
         An engine that does not take them is replaced; if none takes them, the weights are at fault and that is raised.
-        Returns when one engine at least has them.
+        Returns when every engine has answered, and one at least has them.
         """
         self._weights, self._gap = weights, 0.0
-        refusals = await asyncio.gather(*[self._give(replica) for replica in list(self.replicas.serving)])
+        before = list(self.replicas.serving)
+        for replica in before:
+            replica.open = False
+        refusals = await asyncio.gather(*[self._give(replica) for replica in before])
         if refusals and all(refusals):
             raise next(error for error in refusals if error is not None)
-        await self.replicas.acquire()  # if all are gone: the first replacement, which has them
-        return self._gap
+        await self.replicas.acquire(0)  # if all are gone: the first replacement, which has them
+        return Receipt(version=weights.version, digest=weights.digest, gap=self._gap)
 
     async def _give(self, replica: Replica) -> OpdError | None:
         """Why `replica` refuses the weights, if it does; one that died or hangs does not refuse them."""
@@ -63,6 +67,7 @@ class StudentPool:
         try:
             who = f"rollout actor {replica.number} (weights)"
             await within(self.replicas.care.deadline_s, who, self._prime(replica.actor))
+            await self.replicas.reopen(replica)
             return None
         except Faulty as error:
             fault = error
@@ -79,9 +84,15 @@ class StudentPool:
     async def _prime(self, actor: Any) -> None:
         """Give `actor` the newest weights; again, if newer ones came meanwhile."""
         while (weights := self._weights) is not None:
-            gap = await actor.receive.remote(weights)
+            receipt: Receipt = await actor.receive.remote(weights)
+            said, sent = (receipt.version, receipt.digest), (weights.version, weights.digest)
+            if said != sent:
+                raise DataError(
+                    f"a rollout actor acknowledges version {said[0]} with digest {said[1]}, but version {sent[0]} with "
+                    f"{sent[1]} was published; look at its log"
+                )
             if weights is self._weights:
-                self._gap = max(self._gap, gap)
+                self._gap = max(self._gap, receipt.gap)
                 return
 
 
@@ -139,7 +150,7 @@ class FollowedStudent:
         """As the student itself."""
         return await self._student.generate(requests)
 
-    async def receive(self, weights: Weights) -> float:
+    async def receive(self, weights: Weights) -> Receipt:
         """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
         due = [follower for follower in self._followers if weights.version and not weights.version % follower.every]
         await asyncio.gather(*[follower.follow(weights) for follower in due])

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from actors.config import StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
-from launch.cluster import Actors, fetch, store
+from launch.cluster import Actors, fetch, place_of, store
 from launch.config import ClusterConfig
 from launch.grading import MathGrader, TaskGrader
 from launch.learner_group import LearnerGroup
 from launch.plan import Plan
 from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool
+from launch.supervision import within
+from launch.transports import check_places, outlet
+from learner.config import Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
 from opd.ports import Engines, TextEngine
@@ -73,6 +77,9 @@ async def open_session(plan: Plan) -> Session:
         student.replicas.start(config.student.replicas),
         *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
     )
+    if config.learner.transport is Transport.SHARED_MEMORY:
+        following = [a for name, pool in teachers.items() if config.teachers[name].mixup for a in pool.replicas.actors]
+        check_places(await _places(config.cluster.start_deadline_s, ranks, student.replicas.actors, following))
     writing = list(config.teachers) if config.method.rollout.needs_writer else []
     writers = {name: await _writer(actors, plan, name) for name in writing}
     followers = [
@@ -95,6 +102,16 @@ def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         care = replace(care, restarts=0)
     return TeacherPool(care, partial(teacher_actor, actors, teacher))
+
+
+async def _places(
+    deadline_s: float, ranks: Sequence[Any], students: Sequence[Any], teachers: Sequence[Any]
+) -> Mapping[str, str]:
+    """Where each of these actors runs, by name."""
+    roles = {"learner rank": ranks, "rollout actor": students, "teacher actor": teachers}
+    actors = {f"{role} {i}": actor for role, made in roles.items() for i, actor in enumerate(made)}
+    places = await asyncio.gather(*[within(deadline_s, name, place_of(actor)) for name, actor in actors.items()])
+    return dict(zip(actors, places, strict=True))
 
 
 def _engine(actors: Actors, config: StudentConfig, seed: int) -> Any:
@@ -121,5 +138,6 @@ def _rank(actors: Actors, plan: Plan) -> Any:
     config = plan.config
     heads = tuple(teacher.path for teacher in config.teachers.values()) if plan.exact_kl else ()
     environment = learner_environment(config.learner.device)
-    arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, store)
+    make = outlet(config.learner.transport)
+    arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, make)
     return actors.make(LearnerRank, "learner", environment, *arguments, concurrency=2)

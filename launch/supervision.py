@@ -68,11 +68,12 @@ async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One that serves. `load` counts its open requests."""
+    """One that serves. `load` counts its open requests; while it is not `open` it is asked for nothing new."""
 
     number: int
     actor: Any
     load: int = 0
+    open: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,27 +110,46 @@ class Replicas:
         """Actors that are ready serve from now on."""
         self.serving += [Replica(number=i, actor=actor) for i, actor in enumerate(actors, len(self.serving))]
 
-    async def acquire(self, other_than: Replica | None = None, *, wait: bool = True) -> Replica | None:
-        """The least loaded replica; waits until there is one, or returns None if it should not.
+    async def acquire(self, requests: int) -> Replica:
+        """The least loaded replica, `requests` added to its load; waits until there is one.
 
         Raises:
-            OpdError: there is none and will be none.
+            OpdError: there is none and will be none, or none came up in time.
         """
-        if wait and self._in_a_row >= self.care.strikes:  # the breaker is open: one try after a pause
+        if self._in_a_row >= self.care.strikes:  # the breaker is open: one try after a pause
             rounds = self._in_a_row - self.care.strikes
             await asyncio.sleep(min(self.care.cooldown_s * 2**rounds, self.care.deadline_s))
+        patience = self.care.start_deadline_s + self.care.deadline_s
+        who = f"any {self.who} (none is ready, or none has the weights it should work with)"
+        return await within(patience, who, self._soon(requests))
 
-        def free() -> list[Replica]:
-            return [replica for replica in self.serving if replica is not other_than]
+    def idle(self) -> Replica | None:
+        """One that has nothing to do."""
+        return next((replica for replica in self._open() if not replica.load), None)
 
-        if not wait:
-            return min(free(), key=_order, default=None)
+    async def _soon(self, requests: int) -> Replica:
         async with self._changed:
-            while not free():
-                if self._broken is not None:
+            while not self._open():
+                if self._broken is not None and not self.serving:
                     raise self._broken
                 await self._changed.wait()
-            return min(free(), key=_order)
+            chosen = min(self._open(), key=lambda replica: (replica.load, replica.number))
+            chosen.load += requests
+            return chosen
+
+    def _open(self) -> list[Replica]:
+        return [replica for replica in self.serving if replica.open]
+
+    async def reopen(self, replica: Replica) -> None:
+        """It has what it should work with, and is asked again."""
+        replica.open = True
+        async with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def actors(self) -> list[Any]:
+        """Those that serve."""
+        return [replica.actor for replica in self.serving]
 
     def answered(self) -> None:
         """Somebody gave a good answer: the breaker closes."""
@@ -189,7 +209,3 @@ class Replicas:
         )
         async with self._changed:
             self._changed.notify_all()
-
-
-def _order(replica: Replica) -> tuple[int, int]:
-    return replica.load, replica.number

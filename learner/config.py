@@ -17,6 +17,13 @@ class Schedule(Enum):
     COSINE = "cosine"
 
 
+class Transport(Enum):
+    """How published chunks reach the engines (docs/publishing.md)."""
+
+    OBJECT_STORE = "object_store"  # Ray's, on any number of machines
+    SHARED_MEMORY = "shared_memory"  # read where the learner wrote it: one machine
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     """How the student is trained.
@@ -27,8 +34,9 @@ class LearnerConfig:
     of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once (0: 64 MiB of them on a CPU,
     512 MiB on a GPU); neither changes the result. Diagnostics compare the `overlap_k` likeliest tokens of student
     and teacher (16 in the literature; 0: none). `sentinel_tolerance` is the largest allowed |engine - learner|
-    logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for bfloat16). `deadline_s` bounds every wait
-    for another rank.
+    logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for bfloat16). Weights are published by `transport`
+    in chunks of whole parameters, `publish_chunk_bytes` or less each (a larger parameter is a chunk of its own), which
+    is also what a rank makes whole at once under ZeRO-3. `deadline_s` bounds every wait for another rank.
 
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
     """
@@ -51,6 +59,8 @@ class LearnerConfig:
     overlap_k: int = 16
     gradient_checkpointing: bool = False
     sentinel_tolerance: float = 0.0
+    publish_chunk_bytes: int = 256 << 20
+    transport: Transport = Transport.OBJECT_STORE
     deadline_s: float = 600.0
     deterministic: bool = False
 
@@ -70,6 +80,7 @@ class LearnerConfig:
             ("head_chunk", self.head_chunk >= 0, "0 (by memory) or more"),
             ("overlap_k", self.overlap_k >= 0, "0 (no overlap is measured) or more"),
             ("sentinel_tolerance", self.sentinel_tolerance >= 0, "0 (by dtype) or more"),
+            ("publish_chunk_bytes", self.publish_chunk_bytes >= 1, "at least 1 byte"),
             ("deadline_s", self.deadline_s > 0, "above 0"),
         ):
             if not fine:

@@ -1,6 +1,7 @@
 """Everything that knows DeepSpeed and torch.distributed: joining ranks, sharing a model, gathering it."""
 
 import contextlib
+import faulthandler
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -16,21 +17,47 @@ from torch import Tensor, distributed, nn
 from learner.config import LearnerConfig
 from learner.model import Student
 from opd.devices import Dtype
+from opd.errors import OpdError
 
-_GATHER_ELEMENTS = 256 * 2**20  # parameters made whole at once under ZeRO-3 while publishing
+_GRACE_S = 30.0  # what the library's own timeouts may be late by
 
 
 def join(rank: int, world: int, host: str, port: int, device: torch.device, deadline_s: float) -> None:
-    """Enter the process group of all ranks; every later wait in it ends after `deadline_s` seconds."""
+    """Enter the process group of all ranks; every wait in it, this one included, ends after `deadline_s` seconds.
+
+    Raises `OpdError` if the others do not come; a wait that cannot be interrupted ends the process.
+    """
     # One device is visible to a process (Ray hides the others), hence local rank 0 everywhere.
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
     # DeepSpeed would compile this op on CPU (44 s, and it needs a compiler); gloo does the same job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=deadline_s),
-        verbose=False,
-    )
+    with _ending_within(deadline_s + _GRACE_S):
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=deadline_s),
+                verbose=False,
+            )
+        except RuntimeError as error:  # torch's own classes for stores and networks derive from it
+            raise OpdError(
+                f"learner rank {rank} of {world} could not meet the other ranks at {host}:{port} within "
+                f"{deadline_s:.0f} s ({str(error).splitlines()[0]}); look at their logs, or raise learner.deadline_s"
+            ) from error
+
+
+@contextlib.contextmanager
+def _ending_within(seconds: float) -> Iterator[None]:
+    """End this process, with the stacks of all threads on stderr, if the block takes longer.
+
+    The store's timeout covers a peer that never comes. On GPUs DeepSpeed also binds the group to a device, and then
+    NCCL connects at once, in a call that has no timeout of its own and that no exception can interrupt: a peer that
+    dies in it would leave this rank there for ever.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def share(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
@@ -112,18 +139,6 @@ def whole(parameters: Sequence[nn.Parameter], zero_stage: int) -> Iterator[list[
             yield [p.data for p in parameters]
     else:
         yield [p.data for p in parameters]
-
-
-def portions(parameters: Sequence[nn.Parameter], zero_stage: int) -> Iterator[slice]:
-    """Runs of parameters that may be made whole together without much memory."""
-    start, size = 0, 0
-    for i, parameter in enumerate(parameters):
-        numel = int(getattr(parameter, "ds_numel", parameter.numel()))
-        if zero_stage == 3 and size and size + numel > _GATHER_ELEMENTS:
-            yield slice(start, i)
-            start, size = i, 0
-        size += numel
-    yield slice(start, len(parameters))
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -13,24 +13,23 @@ from typing import TYPE_CHECKING
 
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError
-from opd.ports import Weights
+from opd.ports import Share
 from opd.types import Batch, Fetch, Scores, StepReport
 
 if TYPE_CHECKING:
-    from learner.training import Store, Training
+    from learner.training import MakeOutlet, Training
     from opd.method import Objective
 
 
 class LearnerRank:
     """A rank of the learner: all ranks get the same calls, each with its own batches.
 
-    `fetch` resolves the handles of remote rows. `store` puts a published buffer where engines can read it and must
-    copy it, because the buffer is used again. `steps` is the planned number of updates, for the learning-rate
-    schedule; `teacher_head_paths` are the checkpoints that hold the output matrices, in the order of
-    `HiddenScores.head`, and are needed when batches carry hidden states. After an exception out of `step` the rank
-    must not be used any more.
+    `fetch` resolves the handles of remote rows, `outlet` makes the place where published chunks are laid. `steps` is
+    the planned number of updates, for the learning-rate schedule; `teacher_head_paths` are the checkpoints that hold
+    the output matrices, in the order of `HiddenScores.head`, and are needed when batches carry hidden states. After an
+    exception out of `step` the rank must not be used any more.
 
-    Example, alone: `rank = LearnerRank(config, "student", (), 100, 0, fetch, np.copy)`, then
+    Example, alone: `rank = LearnerRank(config, "student", (), 100, 0, fetch, lambda: Staged(np.copy))`, then
     `rank.setup(0, 1, *rank.address())` and `rank.step([batch], objective)`.
     """
 
@@ -42,10 +41,10 @@ class LearnerRank:
         steps: int,
         seed: int,
         fetch: Fetch,
-        store: "Store",
+        outlet: "MakeOutlet",
     ) -> None:
         self._config, self._student_path, self._teacher_head_paths = config, student_path, teacher_head_paths
-        self._steps, self._seed, self._fetch, self._store = steps, seed, fetch, store
+        self._steps, self._seed, self._fetch, self._outlet = steps, seed, fetch, outlet
         self._training: Training | None = None
         self._busy_s = 0.0
 
@@ -75,7 +74,7 @@ class LearnerRank:
         from learner.training import Training
 
         self._training = Training(self._config, rank, host, port, self._seed, self._steps)
-        self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._store)
+        self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._outlet)
 
     def step(self, batches: Sequence[Batch[Scores]], objective: "Objective") -> StepReport:
         """One update from this rank's micro-batches; all ranks bring the same number and get the same report.
@@ -91,10 +90,13 @@ class LearnerRank:
         with self._busy() as training:
             return training.evaluate(batches, objective)
 
-    def weights(self, version: int) -> Weights | None:
-        """The student as `version`, with a sentinel to check it by. All must call, only rank 0 returns it."""
+    def share(self, version: int) -> Share:
+        """This rank's chunks of the student as `version`, and a sentinel to check it by. All ranks must call.
+
+        The last two shares can be read at any time; older ones may not be there any more.
+        """
         with self._busy() as training:
-            return training.weights(version)
+            return training.share(version)
 
     def save(self, directory: str | Path, step: int) -> None:
         """Write weights, optimizer, schedule and random state; the checkpoint appears whole or not at all."""

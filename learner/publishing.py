@@ -1,19 +1,21 @@
-"""A model's parameters as one flat byte buffer."""
+"""A model's parameters in chunks, each laid out by the rank that owns it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import UInt8
 from torch import Tensor
 
-from opd.manifest import unpack
-from opd.ports import Manifest
+from opd.manifest import cut, digest, nbytes
+from opd.ports import Chunk, Fill, Manifest, Outlet
+
+_PIECE = 1 << 20  # bytes; small enough to be hashed out of a cache
 
 
 class Publisher:
-    """Packs parameters into one buffer that is allocated once; whoever keeps its bytes must copy them.
+    """Lays the chunks that rank `rank` of `ranks` owns into `outlet`: every `ranks`-th of `chunk_bytes` or less.
 
     Wide dtypes lie first, so that every tensor starts at a multiple of its item size.
     """
@@ -24,37 +26,88 @@ class Publisher:
         shapes: Sequence[Sequence[int]],
         dtypes: Sequence[torch.dtype],
         *,
-        pin: bool,
+        chunk_bytes: int,
+        rank: int,
+        ranks: int,
+        outlet: Outlet,
     ) -> None:
-        order = sorted(range(len(names)), key=lambda i: -dtypes[i].itemsize)
-        sizes = {i: int(np.prod(shapes[i], dtype=np.int64)) * dtypes[i].itemsize for i in order}
-        self.order = order
+        self.order = sorted(range(len(names)), key=lambda i: -dtypes[i].itemsize)
+        kinds = tuple(str(dtypes[i]).removeprefix("torch.") for i in self.order)
+        sides = tuple(tuple(shapes[i]) for i in self.order)
         self.manifest = Manifest(
-            names=tuple(names[i] for i in order),
-            dtypes=tuple(str(dtypes[i]).removeprefix("torch.") for i in order),
-            shapes=tuple(tuple(shapes[i]) for i in order),
-            nbytes=sum(sizes.values()),
+            names=tuple(names[i] for i in self.order),
+            dtypes=kinds,
+            shapes=sides,
+            nbytes=sum(nbytes(kind, shape) for kind, shape in zip(kinds, sides, strict=True)),
         )
-        self._bytes = torch.empty(self.manifest.nbytes, dtype=torch.uint8, pin_memory=pin)
-        self._views = [tensor for _, tensor in unpack(self.manifest, self._bytes)]
+        self.runs = cut(self.manifest, chunk_bytes)
+        self._rank, self._ranks, self._outlet, self._turn = rank, ranks, outlet, 0
 
-    @property
-    def buffer(self) -> UInt8[np.ndarray, " nbytes"]:
-        """The bytes as they are now (no copy)."""
-        return self._bytes.numpy()
+    def chunks(self, whole: Callable[[int, int], Any]) -> tuple[Chunk, ...]:
+        """This rank's chunks of the current weights; all ranks must call.
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """Name -> tensor, as views into the buffer."""
-        return dict(zip(self.manifest.names, self._views, strict=True))
+        `whole(first, last)` is a context in which those parameters (in the manifest's order) are complete on this
+        rank; it is entered for every chunk, because making parameters whole may take all ranks.
+        """
+        self._turn += 1
+        return tuple(self._own(whole))
 
-    def write(self, start: int, tensors: Sequence[Tensor]) -> None:
-        """Copy `tensors` to places `start, start + 1, ...` of the manifest's order."""
-        views = self._views[start : start + len(tensors)]
-        torch._foreach_copy_(views, list(tensors), non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
+    def _own(self, whole: Callable[[int, int], Any]) -> Iterator[Chunk]:
+        for number, (first, last) in enumerate(self.runs):
+            with whole(first, last) as tensors:
+                if number % self._ranks == self._rank:
+                    yield self._lay(number, first, last, tensors)
 
-    def digest(self) -> str:
-        """xxh3_64 of the buffer, hexadecimal. Waits for copies from a GPU first."""
-        if self._bytes.is_pinned():
-            torch.cuda.synchronize()
-        return xxhash.xxh3_64_hexdigest(self.buffer.data)
+    def _lay(self, number: int, first: int, last: int, tensors: Sequence[Tensor]) -> Chunk:
+        seal = ""
+
+        def fill(buffer: np.ndarray) -> None:
+            nonlocal seal
+            on_gpu = any(tensor.is_cuda for tensor in tensors)
+            seal = (_copy_from_gpu if on_gpu else _copy)(tensors, torch.from_numpy(buffer))
+
+        entries = zip(self.manifest.dtypes[first:last], self.manifest.shapes[first:last], strict=True)
+        size = sum(nbytes(*entry) for entry in entries)
+        handle = self._outlet.put(self._turn, number, size, fill)
+        return Chunk(first=first, last=last, nbytes=size, digest=seal, owner=self._rank, handle=handle)
+
+
+def _copy(tensors: Sequence[Tensor], room: Tensor) -> str:
+    """Lay the tensors' bytes one after the other; the digest of all, read while a piece is still in the cache."""
+    hasher, start = xxhash.xxh3_64(), 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        for piece in flat.split(_PIECE):
+            part = room[start : start + len(piece)]
+            part.copy_(piece)
+            hasher.update(part.numpy().data)
+            start += len(piece)
+    return hasher.hexdigest()
+
+
+def _copy_from_gpu(tensors: Sequence[Tensor], room: Tensor) -> str:
+    """The same, all copies under way at once."""
+    start = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        room[start : start + len(flat)].copy_(flat, non_blocking=True)
+        start += len(flat)
+    torch.cuda.synchronize()  # the last byte must be there before it is counted
+    return digest(room.numpy())
+
+
+class Staged:
+    """An `opd.ports.Outlet` with one buffer, whose bytes `store` must copy (into an object store): it is used again."""
+
+    def __init__(self, store: Callable[[np.ndarray], Any]) -> None:
+        self._store = store
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Any:
+        """See `opd.ports.Outlet`."""
+        if len(self._buffer) < nbytes:
+            # Pinned where the weights come from a GPU, which copies from nowhere else at full speed.
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+        array = self._buffer[:nbytes].numpy()
+        fill(array)
+        return self._store(array)

@@ -6,9 +6,9 @@ import resource
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError
 from opd.logits import Evaluate, StudentLogits, flat_loss, read
 from opd.method import Objective
-from opd.ports import Sentinel, Weights
+from opd.ports import Outlet, Sentinel, Share
 from opd.routing import by_teacher
 from opd.tally import Tally
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
-Store = Callable[[np.ndarray], Any]
+MakeOutlet = Callable[[], Outlet]
 
 _STATE = "state"  # DeepSpeed's files within a checkpoint
 _TOKENIZER_FILES = (
@@ -63,9 +63,11 @@ class Training:
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         engine.join(rank, config.ranks, host, port, self._device, config.deadline_s)
 
-    def load_models(self, student_path: str, teacher_head_paths: Sequence[str], fetch: Fetch, store: Store) -> None:
+    def load_models(
+        self, student_path: str, teacher_head_paths: Sequence[str], fetch: Fetch, outlet: MakeOutlet
+    ) -> None:
         """Load the student and the output matrices of its teachers."""
-        self._student_path, self._fetch, self._store = student_path, fetch, store
+        self._student_path, self._fetch = student_path, fetch
         self._student = load_student(student_path, self._dtype, self._config.gradient_checkpointing)
         vocabulary = self._student.vocabulary
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
@@ -76,7 +78,10 @@ class Training:
             [name for name, _ in named],
             [engine.full_shape(p) for _, p in named],
             [p.dtype for _, p in named],
-            pin=self._device.type == "cuda",
+            chunk_bytes=self._config.publish_chunk_bytes,
+            rank=self._rank,
+            ranks=self._config.ranks,
+            outlet=outlet(),
         )
         self._ordered = [named[i][1] for i in self._publisher.order]
 
@@ -112,17 +117,15 @@ class Training:
         loss, metrics = sums.means(self._device)
         return {**metrics, "loss": loss}
 
-    def weights(self, version: int) -> Weights | None:
-        """See `LearnerRank.weights`."""
-        self._pack()
+    @torch.no_grad()
+    def share(self, version: int) -> Share:
+        """See `LearnerRank.share`."""
+        chunks = self._publisher.chunks(self._whole)
         logprobs = self._student.logprobs(torch.from_numpy(self._sentinel_ids).long().to(self._device))
-        if self._rank:
-            return None
-        return Weights(
+        return Share(
             version=version,
             manifest=self._publisher.manifest,
-            digest=self._publisher.digest(),
-            buffer=self._store(self._publisher.buffer),
+            chunks=chunks,
             sentinel=Sentinel(
                 ids=self._sentinel_ids, logprobs=logprobs.cpu().numpy(), tolerance=self._config.tolerance
             ),
@@ -156,12 +159,11 @@ class Training:
 
     def export(self, directory: Path) -> None:
         """See `LearnerRank.export`."""
-        self._pack()
+        state = self._state()
         if self._rank == 0:
-            self._publisher.digest()  # waits until the last byte is there
             checkpoint.start(directory)
             temporary = checkpoint.partial(directory)
-            self._student.causal.save_pretrained(temporary, state_dict=self._publisher.state)
+            self._student.causal.save_pretrained(temporary, state_dict=state)
             for name in _TOKENIZER_FILES:
                 source = cached_file(self._student_path, name, _raise_exceptions_for_missing_entries=False)
                 if source is not None:
@@ -202,14 +204,20 @@ class Training:
 
         return model(here.input_ids, here.position_ids, here.cu_seqlens, here.predict_at, use)
 
+    def _whole(self, first: int, last: int) -> AbstractContextManager[list[Tensor]]:
+        """The parameters `first` .. `last - 1` of the manifest, complete; all ranks must enter."""
+        return engine.whole(self._ordered[first:last], self._config.zero_stage)
+
     @torch.no_grad()
-    def _pack(self) -> None:
-        """Write the current weights into the publisher's buffer (rank 0); all ranks must call."""
-        stage = self._config.zero_stage
-        for portion in engine.portions(self._ordered, stage):
-            with engine.whole(self._ordered[portion], stage) as tensors:
+    def _state(self) -> dict[str, Tensor]:
+        """Name -> value in host memory on rank 0, for an export; nothing elsewhere. All ranks must call."""
+        state: dict[str, Tensor] = {}
+        for first, last in self._publisher.runs:
+            with self._whole(first, last) as tensors:
                 if self._rank == 0:
-                    self._publisher.write(portion.start, tensors)
+                    names = self._publisher.manifest.names[first:last]
+                    state |= {n: t.to("cpu", copy=True) for n, t in zip(names, tensors, strict=True)}
+        return state
 
     def _facts(self, step: int) -> checkpoint.Facts:
         model = hashlib.sha256(repr(self._publisher.manifest).encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd.divergences import States
 from opd.errors import ConfigurationError, DataError
-from opd.ports import AtIds, Completion, Engines, GenerateRequest, LastHidden, Sampling, ScoreRequest, TopK
+from opd.ports import AtIds, Completion, Engines, GenerateRequest, LastHidden, Receipt, Sampling, ScoreRequest, TopK
 from opd.types import (
     AdvantageScores,
     HiddenScores,
@@ -166,7 +166,7 @@ class _Writer:
         known = name == "state" and number.isdigit() and int(number) < len(CONTEXTS)
         return self.world.paths(int(number)) if known else np.zeros((0, LENGTH), dtype=np.int32)
 
-    async def receive(self, weights: Any) -> float:
+    async def receive(self, weights: Any) -> Receipt:
         raise NotImplementedError("nothing is published in an enumerated world")
 
 

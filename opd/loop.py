@@ -91,24 +91,37 @@ async def train(
                 report=report,
                 published=published,
                 ledger=ledger.summary(),
-                seconds={
-                    "rollout": collected.written - collected.began,
-                    "score": max(collected.read - collected.written, 0.0),
-                    "wait": waited - began + drained - updated,
-                    "train": updated - waited,
-                    "publish": ended - drained,
-                    "step": ended - began,
-                },
-                spans=[
-                    *collected.spans,
-                    Span(role=Role.LEARNER, step=step + 1, start=waited, end=updated),
-                    Span(role=Role.PUBLISH, step=step + 1, start=drained, end=ended),
-                ],
+                seconds=_seconds(collected, began, waited, updated, drained, ended),
+                spans=_spans(collected, waited, updated, drained, ended),
             )
             for observer in observers:  # an evaluation must not share engines, or its bill, with training
                 await observer(record)
             await collector.advance(step + 1, collected)
     return ledger
+
+
+def _seconds(
+    collected: Collected, began: float, waited: float, updated: float, drained: float, ended: float
+) -> dict[str, float]:
+    """See `StepRecord.seconds`."""
+    return {
+        "rollout": collected.written - collected.began,
+        "score": max(collected.read - collected.written, 0.0),
+        "wait": waited - began + drained - updated,
+        "train": updated - waited,
+        "publish": ended - drained,
+        "step": ended - began,
+    }
+
+
+def _spans(collected: Collected, waited: float, updated: float, drained: float, ended: float) -> list[Span]:
+    """See `StepRecord.spans`."""
+    step = collected.step + 1
+    return [
+        *collected.spans,
+        Span(role=Role.LEARNER, step=step, start=waited, end=updated),
+        Span(role=Role.PUBLISH, step=step, start=drained, end=ended),
+    ]
 
 
 async def _lease(

@@ -1,4 +1,4 @@
-"""A model's parameters in a flat byte buffer: is it what the learner sent, and what lies in it?"""
+"""A model's parameters as bytes: how many, where they are cut, what lies in a run of them, and their digest."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,59 +6,76 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import xxhash
+from jaxtyping import UInt8
 from torch import Tensor
 
 from opd.errors import DataError
-from opd.ports import Manifest, Weights
+from opd.ports import Manifest
 
 
-def checked(weights: Weights, array: np.ndarray, who: str) -> Tensor:
-    """The buffer as a uint8 tensor `[nbytes]`, once it is certain to be what the learner sent.
+def sizes(manifest: Manifest) -> list[int]:
+    """Bytes of every parameter, in order.
 
     Raises:
-        DataError: before anything is loaded, in the name of `who`: wrong length, wrong digest, or a manifest that does
-            not add up.
+        DataError: its lists differ in length, it names a dtype that torch does not have, or the sum is not `nbytes`.
     """
-    who = f"{who} refuses weights version {weights.version} and keeps its own"
-    buffer = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    manifest = weights.manifest
-    if buffer.nbytes != manifest.nbytes:
-        raise DataError(f"{who}: the manifest says {manifest.nbytes} bytes, but {buffer.nbytes} came; publish again")
-    expected = sum(nbytes(*entry) for entry in zip(manifest.dtypes, manifest.shapes, strict=True))
-    if expected != manifest.nbytes or len(manifest.names) != len(manifest.shapes):
+    if not len(manifest.names) == len(manifest.dtypes) == len(manifest.shapes):
         raise DataError(
-            f"{who}: its manifest lists {len(manifest.names)} tensors of {expected} bytes but says {manifest.nbytes}; "
-            "check how the learner packs its parameters"
+            f"a weights manifest lists {len(manifest.names)} names, {len(manifest.dtypes)} dtypes and "
+            f"{len(manifest.shapes)} shapes; check how the learner packs its parameters"
         )
-    digest = xxhash.xxh3_64_hexdigest(buffer.data)
-    if digest != weights.digest:
+    each = [nbytes(*entry) for entry in zip(manifest.dtypes, manifest.shapes, strict=True)]
+    if sum(each) != manifest.nbytes:
         raise DataError(
-            f"{who}: the buffer's xxh3_64 is {digest}, not {weights.digest} as sent; it was damaged on the way, "
-            "publish again"
+            f"a weights manifest lists {len(each)} tensors of {sum(each)} bytes but says {manifest.nbytes}; check how "
+            "the learner packs its parameters"
         )
-    return torch.from_numpy(buffer)
+    return each
 
 
-def unpack(manifest: Manifest, buffer: Tensor | np.ndarray) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, as views into the buffer of bytes.
+def cut(manifest: Manifest, most: int) -> list[tuple[int, int]]:
+    """Runs `(first, last)` of parameters, each of at most `most` bytes; a larger parameter is a run of its own."""
+    runs: list[tuple[int, int]] = []
+    start = held = 0
+    for i, size in enumerate(sizes(manifest)):
+        if i > start and held + size > most:
+            runs.append((start, i))
+            start, held = i, 0
+        held += size
+    return [*runs, (start, len(manifest.names))]
+
+
+def unpack(manifest: Manifest, first: int, last: int, buffer: Tensor | np.ndarray) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the parameters `first` .. `last - 1`, as views into their bytes.
 
     Raises:
         DataError: the buffer has another size than the manifest says.
     """
     flat = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
-    if len(flat) != manifest.nbytes:
+    each = [nbytes(*e) for e in zip(manifest.dtypes[first:last], manifest.shapes[first:last], strict=True)]
+    if len(flat) != sum(each):
         raise DataError(
-            f"weights need the {manifest.nbytes} bytes of their manifest, but there are {len(flat)}; publish again"
+            f"parameters {first} to {last - 1} need the {sum(each)} bytes of their manifest, but there are "
+            f"{len(flat)}; publish again"
         )
     start = 0
-    for name, dtype, shape in zip(manifest.names, manifest.dtypes, manifest.shapes, strict=True):
-        kind = _kind(dtype)
-        stop = start + nbytes(dtype, shape)
-        part = flat[start:stop]
+    for i, size in zip(range(first, last), each, strict=True):
+        kind = _kind(manifest.dtypes[i])
+        part = flat[start : start + size]
         if start % kind.itemsize:  # mixed dtypes: this one does not begin where its words could
             part = part.clone()
-        yield name, part.view(kind).view(*shape)
-        start = stop
+        yield manifest.names[i], part.view(kind).view(manifest.shapes[i])
+        start += size
+
+
+def flat_bytes(array: np.ndarray) -> UInt8[np.ndarray, " nbytes"]:
+    """The array's bytes, without a copy where they lie together."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def digest(array: np.ndarray) -> str:
+    """xxh3_64 of the array's bytes, hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(flat_bytes(array).data)
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from opd.delivery import unknown_weights
 from opd.errors import ConfigurationError
 from opd.types import NOBODY, Trajectory
 
@@ -65,6 +66,5 @@ class Pipeline:
             return ""
         if int(versions.min()) < step - self.max_staleness:
             return "stale"
-        if unknown := set(versions.tolist()) - published.keys():
-            return f"unknown version {min(unknown)}"
-        return ""
+        strange = not published.keys() >= set(versions.tolist()) or unknown_weights(trajectory, published)
+        return "unknown weights" if strange else ""

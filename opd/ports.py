@@ -5,7 +5,7 @@ engines has the same protocol as one engine, so nothing here can tell them apart
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,12 +48,17 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine wrote for a request; `behavior` is a `TopKScores` when `sampling.topk` > 0."""
+    """What an engine wrote for a request; `behavior` is a `TopKScores` when `sampling.topk` > 0.
+
+    `digests` says for every policy version that wrote here which weights the engine held under that number (see
+    `Weights.digest`; "" is a checkpoint's own weights, which nobody published).
+    """
 
     token_ids: Int32[np.ndarray, " T"]
     behavior: TokenScores
     versions: Int32[np.ndarray, " T"]
     stop: Stop
+    digests: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +101,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Names, dtypes and shapes of a model's parameters in the order they lie in a flat byte buffer."""
+    """Names, dtypes and shapes of a model's parameters in the order their `nbytes` bytes are published."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -114,19 +119,73 @@ class Sentinel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """One version of the student. `buffer` is a handle of a uint8 array (or the array itself)."""
+class Chunk:
+    """The parameters `first` .. `last - 1` of a manifest, one after the other in `nbytes` bytes.
+
+    `digest` is their xxh3_64 (hexadecimal), `owner` the learner rank that holds them, and `handle` what a receiver's
+    `fetch` turns into the bytes. Example: `Chunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
+    """
+
+    first: int
+    last: int
+    nbytes: int
+    digest: str
+    owner: int
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one learner rank publishes of a version: the chunks it owns."""
 
     version: int
     manifest: Manifest
-    digest: str
-    buffer: Any
+    chunks: tuple[Chunk, ...]
     sentinel: Sentinel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """One version of the student: all its chunks, in the order of the manifest.
+
+    `digest` covers the manifest and the digests of the chunks (`opd.delivery.digest_of`), so it names the content:
+    two versions with the same bytes, cut alike, have the same one.
+    """
+
+    version: int
+    manifest: Manifest
+    chunks: tuple[Chunk, ...]
+    digest: str
+    sentinel: Sentinel
+
+
+Fill = Callable[[np.ndarray], None]
+
+
+class Outlet(Protocol):
+    """Where a learner rank lays its chunks for receivers to fetch: one side of a transport."""
+
+    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Any:
+        """The handle of `nbytes` bytes, which `fill` writes into the array it is given.
+
+        `turn` counts publications, `number` chunks. What was put stays readable until the second turn after it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """An engine's word that it writes with exactly these weights; `gap`: see `PublishReport`."""
+
+    version: int
+    digest: str
+    gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """`gap`: the largest |engine - learner| logprob on the sentinel over all engines (nats); `digest`: the weights'."""
+    """`gap` is the largest |engine - learner| logprob on the sentinel over all engines (nats); `digest` names what
+    was published, and what the engines' completions must name (`opd.delivery.unknown_weights`)."""
 
     version: int
     gap: float
@@ -155,8 +214,8 @@ class TextEngine(Protocol):
 class StudentEngine(TextEngine, Protocol):
     """The student as a writer whose weights can be replaced."""
 
-    async def receive(self, weights: Weights) -> float:
-        """Make `weights` live everywhere; return the sentinel gap. Raises and keeps refusing work if it is wrong."""
+    async def receive(self, weights: Weights) -> Receipt:
+        """Make `weights` live everywhere. Raises and keeps refusing work if the loaded model is wrong."""
         ...
 
 

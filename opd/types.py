@@ -248,7 +248,8 @@ class Trajectory:
 
     `behavior` is the testimony of the policy that wrote (the *actual* sampling distribution, after temperature and
     truncation); `versions` says which policy version wrote each token (`NOBODY`: somebody else did); `loss_mask` is
-    False where a token is context only. `sample` is its number within the group.
+    False where a token is context only. `sample` is its number within the group. `digests` names the published weights
+    behind each of those versions (`Completion.digests`); it is empty for text that no student engine wrote.
     """
 
     prompt: Prompt
@@ -259,6 +260,7 @@ class Trajectory:
     versions: Int32[np.ndarray, " T"]
     stop: Stop
     rewards: Mapping[str, float]
+    digests: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -29,6 +29,7 @@ def trajectory(prompt: Prompt, sample: int, completion: Completion) -> Trajector
         versions=completion.versions,
         stop=completion.stop,
         rewards={},
+        digests=completion.digests,
     )
 
 
@@ -40,6 +41,8 @@ async def write(
     `as_teacher` writes in the teacher's context, which a privileged teacher needs.
     """
     completions = await engine.generate(_requests(group, sampling, as_teacher=as_teacher))
+    if as_teacher:  # whatever weights a teacher writes with, no learner published them
+        completions = [replace(c, digests={}) for c in completions]
     return [trajectory(p, i, c) for i, (p, c) in enumerate(zip(group, completions, strict=True))]
 
 

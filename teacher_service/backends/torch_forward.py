@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from opd.delivery import collect
 from opd.devices import resolve_device, resolve_dtype
 from opd.errors import ConfigurationError, OpdError
-from opd.manifest import checked, unpack
 from opd.ports import ScoreRequest, Weights
 from opd.types import Fetch, TokenScores
 from teacher_service.config import TeacherConfig
@@ -58,9 +58,9 @@ class TorchTeacher:
 
     def _follow(self, weights: Weights, get: Fetch) -> None:
         model = self._loaded()
-        buffer = checked(weights, get(weights.buffer), "the teacher")
+        delivered = collect(weights, get, "the teacher")
         with self._lock, torch.inference_mode():
-            model.mix_in(unpack(weights.manifest, buffer), self._config.mixup)
+            model.mix_in(delivered.tensors(), self._config.mixup)
 
     async def stats(self) -> TeacherStats:
         """What this teacher has done so far."""

@@ -9,21 +9,24 @@ os.environ |= environment(Device.CPU)  # before anything imports vLLM
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
-import xxhash
 from transformers import Qwen3ForCausalLM
 
 from actors.engine import VLLMEngine
 from actors.engine_thread import EngineLoop, EngineStopped
+from learner.publishing import Publisher, Staged
+from opd.delivery import assemble, digest_of
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import Completion, GenerateRequest, Manifest, Sampling, Sentinel, Weights
+from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Share, Weights
 from opd.types import Stop, TopKScores
 from tests.tiny_models import EOS, VOCABULARY, logprobs, tiny_model
 
@@ -43,23 +46,39 @@ def written(model: Qwen3ForCausalLM, ids: np.ndarray, start: int) -> np.ndarray:
     return full.gather(1, torch.from_numpy(ids[start:]).long()[:, None])[:, 0].numpy()
 
 
-def weights(model: Qwen3ForCausalLM, version: int, tolerance: float = 1e-3) -> Weights:
-    """What a learner holding `model` would publish."""
-    named = list(model.named_parameters())  # tied ones once
-    buffer = np.concatenate([p.detach().numpy().reshape(-1).view(np.uint8) for _, p in named])
-    ids = np.random.default_rng(5).integers(3, VOCABULARY, 24).astype(np.int32)
-    return Weights(
-        version=version,
-        manifest=Manifest(
-            names=tuple(n for n, _ in named),
-            dtypes=tuple("float32" for _ in named),
-            shapes=tuple(tuple(p.shape) for _, p in named),
-            nbytes=buffer.nbytes,
-        ),
-        digest=xxhash.xxh3_64_hexdigest(buffer.tobytes()),
-        buffer=buffer,
-        sentinel=Sentinel(ids=ids, logprobs=written(model, ids, 1), tolerance=tolerance),
+def weights(model: Qwen3ForCausalLM, version: int, tolerance: float = 1e-3, without: str = "-") -> Weights:
+    """What a learner holding `model` would publish in small chunks; a handle gives their bytes when called.
+
+    Parameters with `without` in their names are left out.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if without not in n]  # tied ones once
+    publisher = Publisher(
+        [n for n, _ in named],
+        [tuple(p.shape) for _, p in named],
+        [p.dtype for _, p in named],
+        chunk_bytes=20_000,
+        rank=0,
+        ranks=1,
+        outlet=Staged(lambda array: partial(frozen, array.copy())),
     )
+    values = [named[i][1].detach() for i in publisher.order]
+    ids = np.random.default_rng(5).integers(3, VOCABULARY, 24).astype(np.int32)
+    return assemble(
+        [
+            Share(
+                version=version,
+                manifest=publisher.manifest,
+                chunks=publisher.chunks(lambda first, last: nullcontext(values[first:last])),
+                sentinel=Sentinel(ids=ids, logprobs=written(model, ids, 1), tolerance=tolerance),
+            )
+        ]
+    )
+
+
+def with_handle(value: Weights, number: int, handle: Callable[[], np.ndarray]) -> Weights:
+    """`value` whose chunk `number` is somewhere else; what is announced stays the same."""
+    chunks = [replace(c, handle=handle) if i == number else c for i, c in enumerate(value.chunks)]
+    return replace(value, chunks=tuple(chunks))
 
 
 def requests(sampling: Sampling, prompts: int = 4, samples: int = 3) -> list[GenerateRequest]:
@@ -90,7 +109,9 @@ class House:
         return self.run(self.engine.generate(asked))
 
     def receive(self, value: Weights) -> float:
-        return self.run(self.engine.receive(value))
+        receipt = self.run(self.engine.receive(value))
+        assert (receipt.version, receipt.digest) == (value.version, value.digest)
+        return receipt.gap
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -118,6 +139,7 @@ def test_writes_with_the_checkpoint_s_weights_as_version_0(house: House) -> None
         expected = written(house.origin, ids, len(request.context_ids))
         np.testing.assert_allclose(answer.behavior.logprobs, expected, atol=1e-4)
         assert set(answer.versions.tolist()) == {0}
+        assert answer.digests == {0: ""}, "nobody published these"
         assert answer.token_ids.dtype == answer.versions.dtype == np.int32
         ended = answer.token_ids[-1] == EOS
         assert answer.stop is (Stop.END if ended else Stop.LENGTH)
@@ -199,15 +221,17 @@ def test_received_weights_write(house: House) -> None:
     for version in (7, 8):
         model = student(version, house.tied)
         held = weights(model, version)
-        gap = house.receive(replace(held, buffer=lambda array=held.buffer: frozen(array)))
+        assert len(held.chunks) > 5
+        gap = house.receive(held)
         assert 0 <= gap < 1e-4
         for request, answer in zip(asked, house.generate(asked), strict=True):
             ids = np.concatenate([request.context_ids, answer.token_ids])
             expected = written(model, ids, len(request.context_ids))
             np.testing.assert_allclose(answer.behavior.logprobs, expected, atol=1e-4)
             assert set(answer.versions.tolist()) == {version}
+            assert answer.digests == {version: held.digest}
     stats = house.run(house.engine.stats())
-    assert stats.version == 8
+    assert (stats.version, stats.digest) == (8, held.digest)
     assert stats.updates >= 2
     assert stats.tokens > stats.requests > 0
     assert stats.busy_s > 0
@@ -221,7 +245,8 @@ def frozen(array: np.ndarray) -> np.ndarray:
 
 def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
     old, new = student(20, house.tied), student(21, house.tied)
-    house.receive(weights(old, 20))
+    first = weights(old, 20)
+    house.receive(first)
     held = weights(new, 21)
     asked = requests(Sampling(max_tokens=64), prompts=6)
     before = house.run(house.engine.stats()).steps
@@ -230,14 +255,14 @@ def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
         while True:
             stats = asyncio.run_coroutine_threadsafe(house.engine.stats(), house.loop).result(20)
             if stats.steps >= before + 10:
-                return held.buffer
+                return held.chunks[3].handle()
 
-    async def both() -> tuple[list[Completion], float]:
-        late = replace(held, buffer=arrive_after_ten_steps)
+    async def both() -> tuple[list[Completion], Receipt]:
+        late = with_handle(held, 3, arrive_after_ten_steps)
         return await asyncio.gather(house.engine.generate(asked), house.engine.receive(late))
 
-    answers, gap = house.run(both())
-    assert gap < 1e-4
+    answers, receipt = house.run(both())
+    assert receipt.gap < 1e-4
     crossed = [(r, a) for r, a in zip(asked, answers, strict=True) if set(a.versions.tolist()) == {20, 21}]
     assert len(crossed) > 2
     for request, answer in crossed:
@@ -246,27 +271,44 @@ def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
         expected = np.where(answer.versions == 20, written(old, ids, start), written(new, ids, start))
         np.testing.assert_allclose(answer.behavior.logprobs, expected, atol=1e-4)
         assert (np.diff(answer.versions) >= 0).all()
+        assert answer.digests == {20: first.digest, 21: held.digest}
 
 
-def test_a_damaged_buffer_is_refused_and_the_old_weights_serve_on(house: House) -> None:
+def test_chunks_that_are_damaged_lost_or_mixed_up_are_refused_and_the_old_weights_serve_on(house: House) -> None:
     good = weights(student(30, house.tied), 30)
     house.receive(good)
     asked = requests(Sampling(max_tokens=12))
     before = house.generate(asked)
     bad = weights(student(31, house.tied), 31)
-    damaged = bad.buffer.copy()
-    damaged[1000] ^= 1
-    cut = replace(bad, manifest=replace(bad.manifest, nbytes=bad.manifest.nbytes - 4))
+
+    def flipped(number: int, bit: int) -> Callable[[], np.ndarray]:
+        data = bad.chunks[number].handle().copy()
+        data[bit // 8] ^= 1 << bit % 8
+        return lambda: data
+
+    def lost() -> np.ndarray:
+        raise DataError("the learner has ended")
+
+    last = len(bad.chunks) - 1
     for wrong, why in (
-        (replace(bad, buffer=damaged), "xxh3_64"),
-        (replace(bad, buffer=bad.buffer[:-4]), "bytes, but"),
-        (replace(cut, buffer=bad.buffer[:-4]), "manifest lists"),
+        (with_handle(bad, last, flipped(last, 7)), f"chunk {last} is .* damaged"),
+        (with_handle(bad, 0, flipped(0, 8 * 1000 + 3)), "chunk 0 is .* damaged"),
+        (with_handle(bad, 1, lambda: bad.chunks[1].handle()[:-4]), "bytes, but"),
+        (with_handle(bad, 2, bad.chunks[3].handle), "chunk 2"),  # in another's place
+        (with_handle(bad, 2, good.chunks[2].handle), "chunk 2 is .* damaged"),  # of the version before
+        (with_handle(bad, 2, lost), "the learner has ended"),
+        (replace(bad, chunks=(*bad.chunks, bad.chunks[-1])), "overlaps"),  # repeated
+        (replace(bad, chunks=bad.chunks[::-1]), "leaves out"),  # reordered in the announcement
+        (replace(bad, chunks=bad.chunks[:-1]), "its chunks end at"),
+        (replace(bad, manifest=replace(bad.manifest, nbytes=bad.manifest.nbytes - 4)), "manifest lists"),
+        (replace(bad, digest=good.digest), "calls itself"),
     ):
         with pytest.raises(DataError, match=why):
             house.receive(wrong)
     after = house.generate(asked)
     assert all(np.array_equal(a.token_ids, b.token_ids) for a, b in zip(before, after, strict=True))
-    assert set(after[0].versions.tolist()) == {30}
+    assert after[0].digests == {30: good.digest}
+    assert house.receive(bad) < 1e-4, "the same version, undamaged, is welcome"
 
 
 def test_wrong_weights_are_found_and_nothing_is_written_until_good_ones_come(house: House) -> None:
@@ -289,21 +331,11 @@ def test_wrong_weights_are_found_and_nothing_is_written_until_good_ones_come(hou
 
 def test_weights_of_another_model_are_refused_and_the_next_good_ones_load(house: House) -> None:
     good = weights(student(50, house.tied), 50)
-    names = list(good.manifest.names)
-    renamed = ["model.layers.0.mlp.gate_projection.weight" if "0.mlp.gate" in n else n for n in names]
-    odd = names.index("model.layers.1.self_attn.q_norm.weight")
-    start = sum(4 * int(np.prod(s)) for s in good.manifest.shapes[:odd])
-    short = np.delete(good.buffer, np.s_[start : start + 4 * 32])
-    missing = Manifest(
-        names=tuple(names[:odd] + names[odd + 1 :]),
-        dtypes=good.manifest.dtypes[1:],
-        shapes=good.manifest.shapes[:odd] + good.manifest.shapes[odd + 1 :],
-        nbytes=short.nbytes,
-    )
-    for wrong, why in (
-        (replace(good, manifest=replace(good.manifest, names=tuple(renamed))), "does not load"),
-        (replace(good, manifest=missing, buffer=short, digest=xxhash.xxh3_64_hexdigest(short)), "q_norm"),
-    ):
+    renamed = tuple(n.replace("0.mlp.gate_proj", "0.mlp.gate_projection") for n in good.manifest.names)
+    manifest = replace(good.manifest, names=renamed)
+    foreign = replace(good, manifest=manifest, digest=digest_of(manifest, good.chunks))
+    missing = weights(student(50, house.tied), 50, without="layers.1.self_attn.q_norm")
+    for wrong, why in ((foreign, "does not load"), (missing, "q_norm")):
         with pytest.raises(DataError, match=why):
             house.receive(wrong)
         with pytest.raises(DataError, match="no usable weights"):

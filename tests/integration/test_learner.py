@@ -8,25 +8,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import xxhash
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from learner.config import LearnerConfig, Schedule, environment
 from learner.learner import LearnerRank
+from learner.publishing import Staged
+from opd.delivery import assemble, collect
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError
 from opd.logits import StudentLogits
-from opd.manifest import unpack
 from opd.packing import TokenMean, pack
-from opd.ports import Layout, Weights
+from opd.ports import Chunk, Layout, Outlet, Share, Weights
+from opd.shared_memory import SharedMemory, read
 from opd.types import (
     Batch,
     HiddenScores,
@@ -125,16 +126,22 @@ def batches_of(
     return pack(scored, weights, layout, TokenMean())
 
 
-def rank_of(config: LearnerConfig, student: Path, teacher: Path | None = None) -> LearnerRank:
+def copies() -> Staged:
+    """The plainest outlet: a handle is a copy of the bytes."""
+    return Staged(np.copy)
+
+
+def rank_of(
+    config: LearnerConfig, student: Path, teacher: Path | None = None, outlet: Callable[[], Outlet] = copies
+) -> LearnerRank:
     """A rank that has yet to be set up."""
     heads = [str(teacher)] if teacher else []
-    return LearnerRank(config, str(student), heads, STEPS, 0, lambda handle: handle, np.copy)
+    return LearnerRank(config, str(student), heads, STEPS, 0, lambda handle: handle, outlet)
 
 
-def parameters(weights: Weights | None) -> dict[str, Tensor]:
-    """Published weights by name."""
-    assert weights is not None
-    return dict(unpack(weights.manifest, weights.buffer))
+def parameters(*shares: Share) -> dict[str, Tensor]:
+    """Published weights by name, out of what all ranks published."""
+    return dict(collect(assemble(shares), np.asarray, "a test").tensors())
 
 
 # ---- one rank, in this process ----
@@ -160,8 +167,8 @@ def start() -> Iterator[Start]:
     before, made = dict(os.environ), []
     os.environ.update(environment(Device.CPU))
 
-    def make(config: LearnerConfig, student: Path, teacher: Path | None = None) -> LearnerRank:
-        rank = rank_of(config, student, teacher)
+    def make(config: LearnerConfig, student: Path, teacher: Path | None = None, **more: Any) -> LearnerRank:
+        rank = rank_of(config, student, teacher, **more)
         rank.setup(0, 1, *rank.address())
         made.append(rank)
         return rank
@@ -232,7 +239,7 @@ def test_a_step_is_the_naive_one_whatever_the_stage_and_micro_batch(
     report = rank.step(batches, ReverseKL())
     model = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)
     assert report.loss == pytest.approx(naive_step(model, 1, testify), abs=1e-5)
-    weights = rank.weights(1)
+    weights = rank.share(1)
     ours, theirs = parameters(weights), dict(model.named_parameters())
     assert ours.keys() == theirs.keys() and ("lm_head.weight" in ours) == (kind == "untied")
     for name, value in theirs.items():
@@ -293,7 +300,7 @@ def test_a_window_shorter_than_the_sequences_is_refused(start: Start, models: di
 def test_masked_tokens_do_not_move_anything(models: dict[str, Path], start: Start) -> None:
     rank = start(SMOOTH, models["tied"])
     (batch,) = batches_of(1, SMOOTH)[0]
-    before = parameters(rank.weights(0))
+    before = parameters(rank.share(0))
     masked = replace(batch, weights=np.zeros_like(batch.weights))
     half = replace(batch, weights=np.where(np.arange(len(batch)) % 2, batch.weights, 0))
     spoilt = replace(half, behavior_logprobs=np.where(half.weights > 0, half.behavior_logprobs, -np.inf))
@@ -304,7 +311,7 @@ def test_masked_tokens_do_not_move_anything(models: dict[str, Path], start: Star
     second = start(SMOOTH, models["tied"]).step([half], Likelihood())
     assert (first.loss, first.grad_norm) == pytest.approx((second.loss, second.grad_norm), rel=1e-6)
     assert first.tokens == second.tokens
-    assert any(not torch.equal(before[n], p) for n, p in parameters(rank.weights(1)).items())
+    assert any(not torch.equal(before[n], p) for n, p in parameters(rank.share(1)).items())
 
 
 @pytest.mark.parametrize("scale", [float("nan"), 3e38], ids=["loss", "gradient"])
@@ -313,19 +320,20 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights(
     stage: int, scale: float, models: dict[str, Path], start: Start
 ) -> None:
     rank = start(replace(SMOOTH, zero_stage=stage), models["tied"])
-    before = parameters(rank.weights(0))
+    before = parameters(rank.share(0))
     with pytest.raises(DataError, match="finite"):
         rank.step(batches_of(1, SMOOTH)[0], Likelihood(scale=scale))
-    assert all(torch.equal(before[n], p) for n, p in parameters(rank.weights(0)).items())
+    assert all(torch.equal(before[n], p) for n, p in parameters(rank.share(0)).items())
 
 
 def test_weights_and_export_are_the_model(models: dict[str, Path], start: Start, tmp_path: Path) -> None:
     rank = start(SMOOTH, models["untied"])
     rank.step(batches_of(1, SMOOTH)[0], Likelihood())
-    weights = rank.weights(7)
-    assert weights is not None and weights.version == 7 and weights.sentinel.tolerance == 1e-4
-    assert weights.digest == xxhash.xxh3_64_hexdigest(weights.buffer)
-    assert rank.weights(7).buffer is not weights.buffer
+    weights = rank.share(7)
+    assert weights.version == 7 and weights.sentinel.tolerance == 1e-4
+    again = rank.share(7)
+    assert assemble([again]).digest == assemble([weights]).digest
+    assert again.chunks[0].handle is not weights.chunks[0].handle
     rank.export(tmp_path / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     assert (tmp_path / "model" / "tokenizer.json").read_text() == "{}"
@@ -336,8 +344,6 @@ def test_weights_and_export_are_the_model(models: dict[str, Path], start: Start,
     with torch.no_grad():
         logprobs = exported(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     torch.testing.assert_close(torch.from_numpy(weights.sentinel.logprobs), logprobs, rtol=0, atol=1e-5)
-    with pytest.raises(DataError, match="need the"):
-        next(unpack(weights.manifest, weights.buffer[:-1]))
 
 
 def test_a_learner_continues_from_its_checkpoint_bit_by_bit(
@@ -385,20 +391,43 @@ def _check_refusals(start: Start, models: dict[str, Path], config: LearnerConfig
 # ---- two ranks, in processes of their own ----
 
 
+SMALL = 3000  # bytes of a chunk: many chunks in a tiny model
 STAGES = [(stage, Dtype.FLOAT32) for stage in range(4)] + [(stage, Dtype.BFLOAT16) for stage in (1, 2, 3)]
 
 
-def _shared(ranks: int, stage: int, dtype: Dtype) -> LearnerConfig:
-    return replace(SMOOTH, ranks=ranks, zero_stage=stage, dtype=dtype, eps=1e-8, lr=1e-2, tokens_per_microbatch=40)
+def _shared(ranks: int, stage: int, dtype: Dtype, **more: int) -> LearnerConfig:
+    shape = {"ranks": ranks, "zero_stage": stage, "dtype": dtype, "eps": 1e-8, "lr": 1e-2, "tokens_per_microbatch": 40}
+    return replace(SMOOTH, **shape | more)
+
+
+def lay_down(share: Share, folder: Path) -> None:
+    """Write what a rank published where another process finds it."""
+    folder.mkdir(exist_ok=True)
+    for chunk in share.chunks:
+        np.save(folder / f"{chunk.first}.npy", chunk.handle)
+        (folder / f"{chunk.first}.json").write_text(json.dumps(asdict(replace(chunk, handle=f"{chunk.first}.npy"))))
+    (folder / "manifest").write_text(json.dumps(asdict(share.manifest)))
+
+
+def pick_up(folder: Path, like: Share) -> Weights:
+    """What all ranks have laid down there, as one version with the sentinel of `like`."""
+    chunks = [Chunk(**json.loads(file.read_text())) for file in folder.glob("*.json")]
+    named = json.loads((folder / "manifest").read_text())
+    shapes = tuple(map(tuple, named["shapes"]))
+    manifest = replace(like.manifest, names=tuple(named["names"]), dtypes=tuple(named["dtypes"]), shapes=shapes)
+    manifest = replace(manifest, nbytes=named["nbytes"])
+    held = tuple(replace(c, handle=np.load(folder / c.handle)) for c in chunks)
+    return assemble([replace(like, manifest=manifest, chunks=held)])
 
 
 def run_stages(rank: int, world: int, port: int, folder: Path) -> dict[str, Any]:
     """Three steps under every ZeRO stage and dtype, with a checkpoint in between; what this rank saw."""
     seen: dict[str, Any] = {}
     for stage, dtype in STAGES:
-        config, name = _shared(world, stage, dtype), f"{stage} {dtype.name}"
+        config, name = _shared(world, stage, dtype, publish_chunk_bytes=SMALL), f"{stage} {dtype.name}"
         learner = rank_of(config, folder / "student")
         learner.setup(rank, world, "127.0.0.1", port)
+        lay_down(learner.share(0), folder / f"first {name}")
         reports = []
         for step in range(3):
             if step == 2:
@@ -407,8 +436,7 @@ def run_stages(rank: int, world: int, port: int, folder: Path) -> dict[str, Any]
                 learner.setup(rank, world, "127.0.0.1", port)
                 assert learner.load(folder / f"checkpoint {name}") == step
             reports.append(learner.step(batches_of(step, config)[rank], Likelihood()))
-        weights = learner.weights(3)
-        assert (weights is None) == (rank > 0)
+        lay_down(learner.share(3), folder / f"last {name}")
         learner.export(folder / f"export {name}")
         seen[name] = {
             "losses": [r.loss for r in reports],
@@ -416,7 +444,6 @@ def run_stages(rank: int, world: int, port: int, folder: Path) -> dict[str, Any]
             "metrics": [dict(r.metrics) for r in reports],
             "tokens": [[r.tokens, r.trained_tokens] for r in reports],
             "evaluated": learner.evaluate(batches_of(5, config)[rank], Likelihood()),
-            "weights": [float(p.double().norm()) for p in parameters(weights).values()] if weights else None,
         }
     learner.close()
     return seen
@@ -431,28 +458,77 @@ def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path
     try:
         config = _shared(1, 0, Dtype.FLOAT32)
         alone = start(config, student)
+        first_share = alone.share(0)
         reports = [alone.step(batches_of(step, config)[0], Likelihood()) for step in range(3)]
         evaluated = alone.evaluate(batches_of(5, config)[0], Likelihood())
-        norms = [float(p.double().norm()) for p in parameters(alone.weights(3)).values()]
+        norms = {n: float(p.double().norm()) for n, p in parameters(alone.share(3)).items()}
         assert [rank.wait(timeout=250) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
     first, second = (json.loads((tmp_path / f"seen_{r}").read_text()) for r in range(2))
     for name, seen in first.items():
-        common = seen.keys() - {"weights"}
-        assert {k: seen[k] for k in common} == {k: second[name][k] for k in common}, "ranks disagree"
+        assert seen == second[name], "ranks disagree"
+        whole = pick_up(tmp_path / f"first {name}", first_share)
+        _check_chunks(whole, SMALL)
+        untrained = collect(whole, np.asarray, name).tensors()
+        start_of = parameters(first_share)
+        assert all(torch.equal(value, start_of[n].to(value.dtype)) for n, value in untrained), name
+        published = dict(collect(pick_up(tmp_path / f"last {name}", first_share), np.asarray, name).tensors())
+        own = {n: float(p.double().norm()) for n, p in published.items()}
         exact = "FLOAT32" in name.split()
         close: dict[str, float] = {"abs": 1e-4} if exact else {"rel": 2e-2}
         assert seen["tokens"] == [[r.tokens, r.trained_tokens] for r in reports]
         assert seen["losses"] == pytest.approx([r.loss for r in reports], **close), name
         assert seen["evaluated"] == pytest.approx(evaluated, **close), name
         assert seen["norms"] == pytest.approx([r.grad_norm for r in reports], rel=1e-3 if exact else 2e-2), name
-        assert seen["weights"] == pytest.approx(norms, rel=1e-4 if exact else 1e-2), name
+        assert own == pytest.approx(norms, rel=1e-4 if exact else 1e-2), name
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"export {name}", dtype="auto")
         assert str(exported.dtype) == f"torch.{name.split()[1].lower()}"
-        own = sorted(float(p.detach().double().norm()) for p in exported.parameters())
-        assert own == pytest.approx(sorted(seen["weights"]), rel=1e-12)
+        assert all(torch.equal(published[n], p) for n, p in exported.named_parameters()), name
+
+
+def _check_chunks(whole: Weights, most: int) -> None:
+    """Both ranks own about half of many small chunks, in turn."""
+    assert len(whole.chunks) > 8
+    assert [chunk.owner for chunk in whole.chunks] == [i % 2 for i in range(len(whole.chunks))]
+    assert all(chunk.nbytes <= most or chunk.last == chunk.first + 1 for chunk in whole.chunks)
+
+
+def test_the_digest_names_the_content_whoever_published_it(models: dict[str, Path], start: Start) -> None:
+    """... and another step is other weights."""
+    config = replace(SMOOTH, publish_chunk_bytes=SMALL)
+    first, second = start(config, models["tied"]), start(replace(config, zero_stage=3), models["tied"])
+    before = assemble([first.share(0)])
+    assert assemble([second.share(5)]).digest == before.digest
+    first.step(batches_of(1, SMOOTH)[0], Likelihood())
+    assert assemble([first.share(1)]).digest != before.digest
+
+
+def test_shared_memory_carries_two_turns(models: dict[str, Path], start: Start) -> None:
+    rank = start(replace(SMOOTH, publish_chunk_bytes=SMALL), models["tied"], outlet=SharedMemory)
+    one = assemble([rank.share(1)])
+    kept = {n: p.clone() for n, p in collect(one, read, "a test").tensors()}
+    rank.step(batches_of(1, SMOOTH)[0], Likelihood())
+    two = assemble([rank.share(2)])
+    assert all(torch.equal(p, kept[n]) for n, p in collect(one, read, "a test").tensors()), "the turn before is kept"
+    assert any(not torch.equal(p, kept[n]) for n, p in collect(two, read, "a test").tensors())
+    rank.share(3)
+    with pytest.raises(DataError, match="damaged"):  # its memory holds version 3 now: found, and not loaded
+        collect(one, read, "a test")
+
+
+def test_a_rank_whose_peer_never_comes_gives_up() -> None:
+    """One rank of two, alone: the join ends within its deadline, in a process that then ends."""
+    port = rank_of(SMOOTH, HERE).address()[1]
+    code = (
+        "from tests.integration.test_learner import *; config = replace(SMOOTH, ranks=2, deadline_s=3.0); "
+        f"rank_of(config, HERE).setup(1, 2, '127.0.0.1', {port})"
+    )
+    variables = os.environ | environment(Device.CPU) | {"PYTHONPATH": str(HERE.parents[2])}
+    ended = subprocess.run([sys.executable, "-c", code], env=variables, timeout=200, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "the other ranks" in ended.stderr
 
 
 def main(rank: int, world: int, port: int, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
-from learner.publishing import Publisher
+from learner.publishing import Publisher, Staged
+from opd.delivery import assemble
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import AtIds, LastHidden, ScoreRequest, Sentinel, TopK, Want, Weights, WrittenToken
+from opd.ports import AtIds, LastHidden, ScoreRequest, Sentinel, Share, TopK, Want, Weights, WrittenToken
 from opd.scorers.testimony import verify
 from opd.types import HiddenScores, TokenScores, TopKScores
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
@@ -207,16 +209,11 @@ def published(model: Qwen3ForCausalLM, version: int = 1) -> Weights:
     """The weights of `model` as the learner hands them out."""
     tensors = dict(model.named_parameters())
     shapes, dtypes = [tuple(t.shape) for t in tensors.values()], [t.dtype for t in tensors.values()]
-    publisher = Publisher(list(tensors), shapes, dtypes, pin=False)
-    publisher.write(0, [tensors[name].detach() for name in publisher.manifest.names])
+    publisher = Publisher(list(tensors), shapes, dtypes, chunk_bytes=5000, rank=0, ranks=1, outlet=Staged(np.copy))
+    ordered = [tensors[name].detach() for name in publisher.manifest.names]
+    chunks = publisher.chunks(lambda first, last: nullcontext(ordered[first:last]))
     nothing = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
-    return Weights(
-        version=version,
-        manifest=publisher.manifest,
-        digest=publisher.digest(),
-        buffer=publisher.buffer.copy(),
-        sentinel=nothing,
-    )
+    return assemble([Share(version=version, manifest=publisher.manifest, chunks=chunks, sentinel=nothing)])
 
 
 def test_a_teacher_that_follows_is_the_moving_average_of_its_students(school: School, tmp_path: Path) -> None:
@@ -241,10 +238,11 @@ def test_a_teacher_keeps_its_weights_when_what_it_should_follow_is_wrong(school:
     before = run(teacher.score(asked))[0].logprobs
     tied = bool(school.plain.config.tie_word_embeddings)
     good = published(checkpoint(tmp_path / "wide", tied=tied, seed=9))
-    damaged = good.buffer.copy()
+    damaged = good.chunks[2].handle.copy()
     damaged[len(damaged) // 2] ^= 1
+    chunks = (*good.chunks[:2], replace(good.chunks[2], handle=damaged), *good.chunks[3:])
     with pytest.raises(DataError, match=r"the teacher refuses weights version 1.*damaged"):
-        run(teacher.follow(replace(good, buffer=damaged), np.asarray))
+        run(teacher.follow(replace(good, chunks=chunks), np.asarray))
     other = published(checkpoint(tmp_path / "narrow", intermediate_size=48))
     with pytest.raises(DataError, match=r"needs the student's architecture, but .* differs"):
         run(teacher.follow(other, np.asarray))

@@ -22,6 +22,9 @@ SMALL = [
 ]
 
 
+TRANSPORTS = {2: "OBJECT_STORE", 3: "SHARED_MEMORY"}  # by ZeRO stage: both carry many small chunks of two ranks
+
+
 def opd(*arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     """`opd ...` as a user runs it."""
     return subprocess.run(
@@ -120,6 +123,7 @@ def test_two_ranks_and_two_actors_give_the_same_losses(run: Path) -> None:
     for stage in (2, 3):
         layout = ["learner.ranks=2", f"learner.zero_stage={stage}", "student.replicas=2", "teacher.replicas=1"]
         layout += ["learner.tokens_per_microbatch=300", "evaluation.every=0", "evaluation.samples=1"]
+        layout += ["learner.publish_chunk_bytes=20000", f"learner.transport={TRANSPORTS[stage]}"]
         done = opd("train", *SMALL, *layout, f"output_dir={run.parent}", f"run_name=zero{stage}")
         assert done.returncode == 0, done.stderr
         losses = [m["actor/loss"] for m in lines(run.parent / f"zero{stage}" / "metrics.jsonl")]

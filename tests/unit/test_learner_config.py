@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -12,10 +11,11 @@ from learner.config import LearnerConfig, Schedule, environment, learning_rate
 from learner.learner import LearnerRank
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError
+from opd.shared_memory import SharedMemory
 
 
 def rank_of(config: LearnerConfig) -> LearnerRank:
-    return LearnerRank(config, "nowhere", (), 1, 0, lambda handle: handle, np.copy)
+    return LearnerRank(config, "nowhere", (), 1, 0, lambda handle: handle, SharedMemory)
 
 
 def test_the_schedule_warms_up_and_ends_where_it_says() -> None:
@@ -54,7 +54,7 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="float32 master weights"):
         LearnerConfig(zero_stage=0, dtype=Dtype.BFLOAT16)
     with pytest.raises(ConfigurationError, match="needs setup"):
-        rank_of(LearnerConfig()).weights(0)
+        rank_of(LearnerConfig()).share(0)
     with pytest.raises(ConfigurationError, match="as many as configured"):
         rank_of(LearnerConfig()).setup(0, 2, "localhost", 1)
     if not torch.cuda.is_available():
