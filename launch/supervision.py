@@ -1,6 +1,7 @@
 """Replicas of one service, watched: what dies, hangs or lies is replaced, and never serves before it is up to date."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 from opd.errors import ConfigurationError, DataError, OpdError
 
 Answer = TypeVar("Answer")
+logger = logging.getLogger(__name__)
 
 
 class Fault(Enum):
@@ -92,6 +94,7 @@ class Replicas:
     make: Callable[[], Any] | None = None
     serving: list[Replica] = field(default_factory=list)
     faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(Fault, 0))
+    history: list[str] = field(default_factory=list)  # a sentence per fault
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _starting: set[asyncio.Task[None]] = field(default_factory=set)
     _restarts: int = 0
@@ -161,6 +164,8 @@ class Replicas:
             return
         self.serving.remove(replica)
         self.faults[fault.fault] += 1
+        self.history.append(f"{self.who} {replica.number} {fault.fault.value} and is replaced: {fault}")
+        logger.warning(self.history[-1])
         self._in_a_row += 1
         self.end(replica.actor)
         if self.make is None or self._restarts >= self.care.restarts:

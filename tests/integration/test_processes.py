@@ -50,10 +50,10 @@ def wait_until(condition, seconds: float, what: str) -> None:
         time.sleep(0.3)
 
 
-def end_of(driver: subprocess.Popen[str]) -> str:
-    """What it printed; if it does not end within a minute, where it stands."""
+def end_of(driver: subprocess.Popen[str], seconds: float = 60) -> str:
+    """What it printed; if it does not end in time, where it stands."""
     try:
-        return driver.communicate(timeout=60)[0]
+        return driver.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         os.kill(driver.pid, signal.SIGUSR1)
         time.sleep(2)
