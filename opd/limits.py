@@ -88,7 +88,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Tokens of one step's sequences: `prompt[i]` and `response[i]`; `group` sequences share each prompt."""
+    """Tokens of one step's sequences: `prompt[i]` and `response[i]`; `group` of them share each prompt."""
 
     prompt: Int[np.ndarray, " _n"]
     response: Int[np.ndarray, " _n"]
@@ -96,10 +96,11 @@ class Lengths:
 
     def __post_init__(self) -> None:
         wrong = len(self.prompt) != len(self.response) or not len(self.prompt) or self.group < 1
-        if wrong or self.prompt.min() < 0 or self.response.min() < 0 or len(self.prompt) % self.group:
+        if wrong or self.prompt.min() < 0 or self.response.min() < 0:
             raise ConfigurationError(
-                f"lengths need as many prompts as responses, all >= 0, in whole groups, but got {len(self.prompt)} "
-                f"prompts and {len(self.response)} responses in groups of {self.group}; correct what differs"
+                "lengths need as many prompts as responses, all >= 0, in groups of at least 1, but got "
+                f"{len(self.prompt)} prompts and {len(self.response)} responses in groups of {self.group}; correct "
+                "what differs"
             )
 
     @property

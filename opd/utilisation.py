@@ -199,7 +199,7 @@ def verdict(usage: Usage, staffing: Staffing) -> str:
     overlap = gain_of_overlap(usage) if not staffing.ahead else 1.0
     if max(another, overlap) < WORTH:
         share = f"{usage.utilisation(role):.0%}".replace("%", " %")
-        return f"balanced: {role.value}, the busiest, worked {share} of the time, and no single step up gives {WORTH}x"
+        return f"balanced: {role.value}, the busiest, worked {share} of the time; another would give less than {WORTH}x"
     if overlap > another:
         help_ = f"letting rollouts run ahead (max_staleness=1 or more) would give at most {overlap:.1f}x"
     else:

@@ -1,6 +1,7 @@
 """The limit model: the worked example, numbers by hand, and what must hold for any lengths."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import accounting
+from launch.limit import StepLimit, model_shape
+from launch.plan import parameter_count
 from opd import limits
 from opd.errors import ConfigurationError
 from opd.limits import Decoding, Floors, Hardware, Lengths, ModelShape, Training
@@ -208,10 +211,37 @@ def test_overlapping_saves_at_most_the_number_of_roles() -> None:
         lambda: lengths([1], [1, 2]),
         lambda: lengths([], []),
         lambda: lengths([1, 1], [1, -1]),
-        lambda: lengths([1, 1, 1], [1, 1, 1], group=2),
+        lambda: lengths([1], [1], group=0),
         lambda: limits.best_split([1.0, 2.0], 1),
     ],
 )
 def test_bad_input_is_one_sentence(wrong: object) -> None:
     with pytest.raises(ConfigurationError, match=r"need.* but got"):
         wrong()  # type: ignore[operator]
+
+
+def test_the_limit_of_a_run_has_every_role_do_its_own_part(make: Any) -> None:
+    """Two teachers, each reading what names it; the ensemble's members read all."""
+    mine, other = make.prompt([1, 2], teacher="default"), make.prompt([1, 2, 3], teacher="other")
+    written = [make.trajectory([], [5] * n, prompt=p) for p, n in ((mine, 4), (other, 7), (other, 1))]
+    run = StepLimit(
+        hardware=SLOW, writer=TINY, engines=2, student=TINY, teachers={"default": TINY, "other": TINY},
+        replicas={"default": 1, "other": 3}, members=(), sends_hidden=False, group=1,
+        decoding=Decoding(slots=8), training=Training(),
+    )  # fmt: skip
+    every = lengths([2, 3, 3], [4, 7, 1])
+    apart = limits.teacher(TINY, lengths([2], [4]), SLOW), limits.teacher(TINY, lengths([3, 3], [7, 1]), SLOW, 3)
+    assert run.floors(written, 60) == Floors(
+        rollout=limits.rollout(TINY, every, SLOW, Decoding(slots=8), 2).seconds,
+        teacher=max(apart),
+        learner=limits.learner(TINY, every, SLOW, Training()),
+        push=limits.push(60.0, SLOW, 2),
+    )
+    assert replace(run, members=("default",)).floors(written, 60).teacher == limits.teacher(TINY, every, SLOW)
+
+
+def test_shapes_are_read_from_the_embedded_checkpoints() -> None:
+    shape = model_shape("assets/shop/student")
+    assert shape is not None and (shape.layers, shape.width, shape.heads, shape.kv_heads) == (3, 96, 3, 1)
+    assert shape.head_params < shape.params == parameter_count("assets/shop/student")
+    assert model_shape("assets/shop") is None

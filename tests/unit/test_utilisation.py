@@ -162,7 +162,7 @@ def staffing(ahead: int, rollout: int = 1, teacher: int = 1, learner: int = 1) -
         (
             overlapped(100, 100, 100),
             staffing(1),
-            "balanced: rollout, the busiest, worked 100 % of the time, and no single step up gives 1.05x",
+            "balanced: rollout, the busiest, worked 100 % of the time; another would give less than 1.05x",
         ),
         (Usage(), staffing(0), ""),
     ],
