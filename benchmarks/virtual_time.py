@@ -1,0 +1,61 @@
+"""An asyncio event loop whose clock jumps: a cluster's hour in a second, the same every time.
+
+While something can run, virtual time stands still; when nothing can, the clock jumps to the next timer. Code that asks
+`asyncio.get_running_loop().time()` and waits with `asyncio.sleep`, timeouts or `call_later` runs unchanged. Threads and
+sockets have no place here: nothing would wait for them.
+"""
+
+import asyncio
+import math
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Stalled(RuntimeError):
+    """All tasks wait for something that no timer will bring, or time ran past the horizon."""
+
+
+class _Jumping(selectors.DefaultSelector):
+    """Where a real loop would sleep, time is moved on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.advance: Callable[[float], None] = lambda _: None
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        """What is ready now; if that is nothing and the loop would wait `timeout` seconds, the clock jumps by it."""
+        ready = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            return ready
+        if timeout is None:
+            raise Stalled("every task waits, and no timer is set that could wake one")
+        self.advance(timeout)
+        return ready
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """Starts at 0 s; raises `Stalled` beyond `horizon_s`, so that a deadlock among timers that repeat is found, too."""
+
+    def __init__(self, horizon_s: float = math.inf) -> None:
+        self._now, self._horizon_s = 0.0, horizon_s
+        selector = _Jumping()
+        selector.advance = self._advance
+        super().__init__(selector)
+
+    def time(self) -> float:
+        """Virtual seconds."""
+        return self._now
+
+    def _advance(self, seconds: float) -> None:
+        self._now += seconds
+        if self._now > self._horizon_s:
+            raise Stalled(f"nothing came to an end within {self._horizon_s:g} virtual seconds")
+
+
+def simulate(main: Coroutine[Any, Any, T], horizon_s: float = math.inf) -> T:
+    """Run `main` in virtual time; its result."""
+    with asyncio.Runner(loop_factory=lambda: VirtualTimeLoop(horizon_s)) as runner:
+        return runner.run(main)
