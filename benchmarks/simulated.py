@@ -68,12 +68,14 @@ class Workload:
 class Faults:
     """Every actor loses what it is doing about `rate` times in `every_s` seconds, and is back after `restart_s`.
 
-    The learner, whose ranks stop together, fails in a step with probability `rate` as a whole.
+    The learner, whose ranks stop together, fails in a step with probability `learner`, does that part of the step again
+    and takes as long to restart.
     """
 
     rate: float = 0.0
     every_s: float = 1.0
     restart_s: float = 0.0
+    learner: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,7 +301,7 @@ class SimulatedLearner:
         seconds = self.computing_s(max(loads) * len(loads))
         self.busy.useful += self.computing_s(total) * self.cluster.learner
         lost = 0.0
-        if self.faults.rate and self._draw.random() < self.faults.rate:
+        if self._draw.random() < self.faults.learner:
             self.failures += 1
             lost = self._draw.random() * seconds + self.faults.restart_s
             self.busy.lost += lost * self.cluster.learner

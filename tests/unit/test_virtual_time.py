@@ -111,7 +111,7 @@ def test_a_failure_really_happens_and_costs_what_it_must() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize("arm", [ARMS[0], AHEAD], ids=lambda arm: arm.name)
 def test_a_run_repeats_bit_for_bit(arm: Arm, rate: float) -> None:
-    faults = Faults(rate=rate, every_s=100.0, restart_s=10.0)
+    faults = Faults(rate=rate, every_s=100.0, restart_s=10.0, learner=rate)
     one, two = (run(CLUSTER, SMALL, arm, 3, faults) for _ in range(2))
     assert one.digest == two.digest and one.marks == two.marks
     assert (one.failures > 0) == (rate > 0)
@@ -128,7 +128,6 @@ def test_overlap_hides_the_other_roles_and_lock_step_does_not() -> None:
     assert ahead.eta > 0.9 > 0.6 > lock.eta
     assert lock.step_s / ahead.step_s > 2
     counts = dict(zip(STAFFED, (3, 2, 2), strict=True))
-    assert ahead.usage.whole().bubble(counts) < lock.usage.whole().bubble(counts)
     for made in (lock, ahead):
         assert made.usage.whole().bubble(counts) <= made.bubble + 0.05, "spans see a lower bound"
 
