@@ -238,10 +238,10 @@ def overlap(devices: int = 32, steps: int = 24) -> None:
         console.print(table)
 
 
-def cluster(sizes: Sequence[int] = (64, 512, 4096), steps: int = 8, ahead: int = 4) -> None:
+def cluster(sizes: Sequence[int] = (64, 512, 4096), steps: int = 4, ahead: int = 4) -> None:
     """P12: the same work per device, without failures, with them, and in lock-step."""
     console = Console(width=170)
-    slots, per_slot = 4, 3
+    slots, per_slot = 2, 3
     table = Table("devices", "arm", "step, s", "sequences/s a device", "weak scaling (0.95)", "effective time (0.90)",
                   "failures", "virtual s a CPU s")  # fmt: skip
     first: dict[str, float] = {}
@@ -265,12 +265,13 @@ def cluster(sizes: Sequence[int] = (64, 512, 4096), steps: int = 8, ahead: int =
             healthy = healthy or step_s
             speed = load.sequences / step_s / devices
             first.setdefault(name, speed)
-            console.print(f"{devices} devices, {name}: {made.cpu_s:.0f} CPU s", highlight=False)
-            table.add_row(
+            row = (
                 str(devices), name, f"{step_s:.1f}", f"{speed:.4f}", f"{speed / first[name]:.3f}",
                 f"{healthy / step_s:.3f}" if rate else "", str(made.failures),
                 f"{made.marks[-1].at / made.cpu_s:,.0f}",
             )  # fmt: skip
+            console.print(" | ".join(row), highlight=False)
+            table.add_row(*row)
             if rate and devices == min(sizes):
                 again = run(best, load, arm, steps, faults, filling=ahead + 1)
                 console.print(f"{name}, run again: {'bit-equal' if again.digest == made.digest else 'NOT EQUAL'}")

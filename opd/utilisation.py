@@ -83,8 +83,11 @@ class Usage:
 
 def step_usage(start: float, end: float, spans: Sequence[Span], limit_s: float = 0.0) -> Usage:
     """The step from `start` to `end`, given every span that touches it (others do no harm)."""
-    of = {role: [(s.start, s.end) for s in spans if s.role is role] for role in Role}
-    cut = {role: _merged([(max(a, start), min(b, end)) for a, b in of[role]]) for role in Role}
+    touching: dict[Role, list[tuple[float, float]]] = {role: [] for role in Role}
+    for span in spans:
+        if span.start < end and span.end > start:
+            touching[span.role].append((max(span.start, start), min(span.end, end)))
+    cut = {role: _merged(touching[role]) for role in Role}
 
     def together(roles: Sequence[Role]) -> float:
         return _length(_merged([interval for role in roles for interval in cut[role]]))
