@@ -39,6 +39,7 @@ from opd.method import Method
 from opd.objectives.sampled import SampledReverseKL
 from opd.rollouts.student import StudentRollout
 from opd.scorers.teacher import WrittenTokens
+from opd.spans import Role
 from opd.utilisation import STAFFED, UsageLog
 
 RESTART_S = 35.0  # until what failed works again: the project's own limits, 5 s to notice and 30 s to recover
@@ -228,7 +229,9 @@ def overlap(devices: int = 32, steps: int = 24) -> None:
             made = run(cluster, load, arm, steps)
             step_s = made.step_s
             lock = lock or step_s
-            counts = dict(zip(STAFFED, (cluster.rollout, cluster.teacher, cluster.learner), strict=True))
+            counts: dict[Role, int] = dict(
+                zip(STAFFED, (cluster.rollout, cluster.teacher, cluster.learner), strict=True)
+            )
             table.add_row(
                 arm.name, f"{step_s:.1f}", f"{lock / step_s:.2f}x", f"{lock / step_s / bound:.3f}",
                 f"{made.eta:.3f}", f"{made.bubble:.1%}",
