@@ -5,11 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import psutil
 
+from opd.limits import FORWARD, TRAIN
 from opd.loop import StepRecord
 from opd.types import NOBODY, Trajectory
-
-FORWARD = 2  # operations per parameter and token: one multiplication, one addition
-TRAIN = 6  # forward (2) and backward (4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +17,9 @@ class Costs:
     With `Ns` and `Nt` parameters, a token (of prompt or completion) costs `8 Ns + 2 Nt` in on-policy distillation
     (student writes and learns, teacher reads), `8 Ns` in GRPO (no teacher) and `6 Ns + 2 Nt` in SFT on teacher text
     (teacher writes, student learns). Attention over long contexts, shared prefixes and probes of an update are not
-    counted. `teacher_writes`: what the student did not write, a teacher did (otherwise it comes from a data set).
-    `by_teacher` has the sizes of several teachers by name. Example: `Costs(student_params=310_000,
-    teacher_params=620_000, teacher_writes=False, teacher_reads=True)`.
+    counted (`opd.limits` counts the first two, and needs the models' shapes for it). `teacher_writes`: what the student
+    did not write, a teacher did (otherwise it comes from a data set). `by_teacher` has the sizes of several teachers by
+    name. Example: `Costs(student_params=310_000, teacher_params=620_000, teacher_writes=False, teacher_reads=True)`.
     """
 
     student_params: int

@@ -27,6 +27,7 @@ from launch.supervision import Care
 from launch.tracking import TrackerConfig
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError
+from opd.limits import Hardware
 from opd.method import Method, check_prompts
 from opd.pipeline import Pipeline, WeightUpdate
 from opd.ports import PromptSource
@@ -81,6 +82,27 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareConfig:
+    """What one device can do at most, for `perf/fraction_of_limit`: operations, memory bytes and link bytes per second.
+
+    0 = not told. Example, an H200 on a 400 Gbit/s network: `HardwareConfig(flops=989e12, memory=4.8e12, link=50e9)`.
+    """
+
+    flops: float = 0.0
+    memory: float = 0.0
+    link: float = 0.0
+
+    def hardware(self) -> Hardware | None:
+        """None where nothing is told; all three rates or none."""
+        if not self.flops and not self.memory and not self.link:
+            return None
+        return Hardware(flops=self.flops, memory=self.memory, link=self.link)
+
+    def __post_init__(self) -> None:
+        self.hardware()  # refuses a part of the three
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
     """What is measured: the source's step 0 is the held-out set.
 
@@ -122,6 +144,7 @@ class RunConfig:
     max_buffer_bytes: int
     checkpoint_every: int
     doctor: bool
+    trace: bool
     dry_run: bool
     notes: Sequence[str]
     method: Method
@@ -131,6 +154,7 @@ class RunConfig:
     learner: LearnerConfig
     evaluation: EvaluationConfig
     cluster: ClusterConfig
+    hardware: HardwareConfig
     tracker: TrackerConfig
     text: str = field(repr=False)
 
@@ -167,6 +191,7 @@ _SECTIONS: Mapping[str, type] = {
     "student": StudentConfig,
     "learner": LearnerConfig,
     "cluster": ClusterConfig,
+    "hardware": HardwareConfig,
     "tracker": TrackerConfig,
 }
 _PLAIN = (
@@ -181,6 +206,7 @@ _PLAIN = (
     "max_buffer_bytes",
     "checkpoint_every",
     "doctor",
+    "trace",
     "dry_run",
 )
 _ROOT = {

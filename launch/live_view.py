@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.evaluation_point import EvaluationPoint, Examinee
-from launch.metrics import PHASE_NAMES, Meter
+from launch.metrics import PHASE_NAMES, UTILISATION, Meter
 from opd.loop import StepRecord
 
 SIGNALS = {"distill/reverse_kl": "reverse KL", "reward/mean": "reward", "actor/loss": "loss"}
@@ -129,6 +129,8 @@ class LiveView:
         )
         rows.add_row("a step", _phase_bar(metrics))
         rows.add_row("", _phase_words(metrics))
+        if busy := busy_words(metrics):
+            rows.add_row("busy", busy)
         rows.add_row(
             "so far",
             f"{_si(metrics['tokens/completion'])} tokens, {_si(metrics['flops/total'])}FLOP, "
@@ -202,6 +204,16 @@ def _phase_words(metrics: Mapping[str, float]) -> Text:
         text.append(", " if position else "")
         text.append(f"{label} {seconds[phase]:.2f}", style=colour)
     return text
+
+
+def busy_words(metrics: Mapping[str, float]) -> str:
+    """Example: `rollout 97 %, teacher 41 %, learner 55 %, publish 2 %, bubbles 34 %`; "" where it is not known."""
+    shares = {role.value: metrics[name] for role, name in UTILISATION.items() if name in metrics}
+    if "perf/bubble_frac" in metrics:
+        shares["bubbles"] = metrics["perf/bubble_frac"]
+    if "perf/fraction_of_limit" in metrics:
+        shares["of the limit"] = metrics["perf/fraction_of_limit"]
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
 
 
 def _sparkline(values: Sequence[float] | deque[float]) -> str:

@@ -10,7 +10,9 @@ from launch.accounting import Costs, Totals, process_tree_cpu_seconds, step_toke
 from opd.alarms import Alarm, Thresholds, raised
 from opd.diagnostics import compression, repetition
 from opd.loop import StepRecord
+from opd.spans import Role
 from opd.types import NOBODY, AdvantageScores, Stop, Trajectory
+from opd.utilisation import Staffing, Usage, UsageLog, verdict
 
 OBJECTIVE_NAMES = {
     "entropy": "actor/entropy",
@@ -33,6 +35,8 @@ PHASE_NAMES = {
     "publish": "timing_s/param_sync",
     "wait": "timing_s/wait",
 }
+
+UTILISATION = {role: f"perf/utilisation_{role.value}" for role in Role}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +133,19 @@ def _speed(seconds: Mapping[str, float], completion_tokens: int) -> dict[str, fl
     }
 
 
+def usage_metrics(usage: Usage, staffing: Staffing) -> dict[str, float]:
+    """Who was busy (`opd.utilisation`); nothing before there is a step to tell of."""
+    if usage.wall_s <= 0:
+        return {}
+    return {
+        **{name: usage.utilisation(role) for role, name in UTILISATION.items()},
+        "rollouter/idle_ratio": usage.idle(Role.ROLLOUT),
+        "perf/bubble_frac": usage.bubble(staffing.actors),
+        "perf/overlap_efficiency": usage.overlap_efficiency,
+        **({"perf/fraction_of_limit": usage.fraction_of_limit} if usage.limit_s else {}),
+    }
+
+
 class Meter:
     """Reads every step once for all who want its metrics, and keeps the totals between steps.
 
@@ -138,6 +155,10 @@ class Meter:
 
     It also watches for the patterns of `opd.alarms`: `alarms` are those of the last step read (each also the metric
     `alarm/<name>` = 1), `news` those that were not raised at the step before, `ever` all of the run with their step.
+
+    And it watches who is busy: every step has the figures of the last 20 settled steps, `usage` those of all, with
+    `verdict` as a sentence. `limit` says how many seconds a step takes at least, where that is known. A resumed run
+    begins anew here: its clock is another.
     """
 
     def __init__(
@@ -146,6 +167,8 @@ class Meter:
         before: Mapping[str, float] | None = None,
         read_cpu: Callable[[], float] = process_tree_cpu_seconds,
         thresholds: Thresholds | None = None,
+        staffing: Staffing | None = None,
+        limit: Callable[[StepRecord], float] | None = None,
     ) -> None:
         self._costs = costs
         self._read_cpu = read_cpu
@@ -156,6 +179,9 @@ class Meter:
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
         self._thresholds = thresholds or Thresholds()
+        self._staffing = staffing or Staffing()
+        self._limit = limit
+        self._usage = UsageLog(self._staffing.ahead)
         self._history: deque[Mapping[str, float]] = deque(maxlen=2 * self._thresholds.window)
         self.alarms: Sequence[Alarm] = ()
         self.news: Sequence[Alarm] = ()
@@ -165,6 +191,16 @@ class Meter:
     def totals(self) -> Totals:
         """What has been spent up to the last step read."""
         return self._totals
+
+    @property
+    def usage(self) -> dict[str, float]:
+        """Who was busy in all steps so far, under the names of the metrics; empty before the first."""
+        return usage_metrics(self._usage.whole(), self._staffing)
+
+    @property
+    def verdict(self) -> str:
+        """What all steps so far say about the schedule, in a sentence; "" before the first."""
+        return verdict(self._usage.whole(), self._staffing)
 
     def cpu_seconds(self) -> float:
         """Processor seconds of the run so far; never decreases."""
@@ -177,10 +213,19 @@ class Meter:
             costs = self._costs.of([item.trajectory for item in record.scored])
             self._totals = self._totals.plus(step_tokens(record, costs), costs)
             context = StepContext(totals=self._totals, cpu_s=self.cpu_seconds())
-            self._metrics = step_metrics(record, context)
+            self._clock(record)
+            self._metrics = step_metrics(record, context) | usage_metrics(self._usage.recent, self._staffing)
             self._step = record.step
             self._watch()
         return self._metrics
+
+    def _clock(self, record: StepRecord) -> None:
+        """A step ends when its weights are live, which is when the span of publishing ends."""
+        if record.spans:
+            end = max(span.end for span in record.spans)
+            self._usage.add(
+                end - record.seconds["step"], end, record.spans, self._limit(record) if self._limit else 0.0
+            )
 
     def _watch(self) -> None:
         self._history.append(self._metrics)

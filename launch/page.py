@@ -147,8 +147,10 @@ stronger, the more. Underlined: by more than {{ strongly }} nats. Hover for the 
 {% endfor %}{% endif %}
 <h2>Account</h2>
 <div class="thirds">
-{{ numbers("Spent", spent) }}{{ numbers("Trajectories", ledger) }}{{ numbers("Versions", versions) }}
+{{ numbers("Spent", spent) }}{{ numbers("Trajectories", ledger) }}{{ numbers("Busy", busy) }}
+{{- numbers("Versions", versions) }}
 </div>
+{% if verdict %}<p class="sub">{{ verdict }}</p>{% endif %}
 <h2>Configuration</h2>
 <details class="card"><summary>resolved, without secrets</summary><pre>{{ config }}</pre></details>
 {% endblock %}

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from launch.curves import draw_sheet, panels
 from launch.evaluation_point import EvaluationPoint
 from launch.figures import Margins, Panel, short_number, to_png, to_svg
+from launch.metrics import UTILISATION
 from launch.page import render_report
 from launch.run_data import RunData
 from launch.run_directory import RunDirectory, write_bytes, write_text
@@ -95,6 +96,8 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
             "samples": [_shown(sample) for sample in samples],
             "has_gaps": any(sample.gaps for sample in samples),
             "strongly": f"{STRONGLY:g}",
+            "verdict": summary.verdict if summary else "",
+            "busy": _busy(data),
             "spent": _spent(data),
             "ledger": _ledger(data),
             "versions": list(summary.versions.items()) if summary else [],
@@ -227,6 +230,19 @@ def _spent(data: RunData) -> list[tuple[str, str]]:
         for label, value, unit in spent
         if value is not None
     ]
+
+
+def _busy(data: RunData) -> list[tuple[str, str]]:
+    """Over the run; while it goes on, over its last steps."""
+    known = data.summary.utilisation if data.summary else {}
+    wanted = (
+        *((f"{role.value} busy", name) for role, name in UTILISATION.items()),
+        ("bubbles", "perf/bubble_frac"),
+        ("overlap efficiency", "perf/overlap_efficiency"),
+        ("of the limit", "perf/fraction_of_limit"),
+    )
+    found = [(label, known.get(name, data.last(name))) for label, name in wanted]
+    return [(label, f"{value:.1%}") for label, value in found if value is not None]
 
 
 def _ledger(data: RunData) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +169,24 @@ def append_json(path: Path, value: Mapping[str, Any]) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def append_events(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
+    """Add to a JSON array, one event a line, by one write over its closing bracket."""
+    if not events:
+        return
+    lines = ",\n".join(_line(event).rstrip("\n") for event in events)
+    with _writing(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(handle).st_size
+            os.lseek(handle, max(0, size - len(_END)), os.SEEK_SET)
+            _write_all(handle, ((",\n" if size else "[\n") + lines + _END).encode())
+        finally:
+            os.close(handle)
+
+
+_END = "\n]\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class RunSummary:
     `wall_s` counts from the start of the program, `ready_s` until all actors answered, `first_step_s` until
     the first training step began. `cpu_s`, `tokens` (of completions) and `flops` are those of training:
     start-up, evaluation and export apart. An evaluation that was not
-    reached is None. `alarms` are the sentences of `opd.alarms`, each with its first step.
+    reached is None. `alarms` are the sentences of `opd.alarms`, each with its first step. `utilisation` has the figures
+    of `opd.utilisation` over all steps under the names of the metrics, `verdict` its sentence.
 
     Example: `RunSummary(run_name="shop", method="full_reverse_kl", outcome=Outcome.FINISHED, steps=100,
     seed=0, wall_s=151.0, ready_s=21.0, first_step_s=33.0, cpu_s=48.0, tokens=346_000, flops=1.8e12, ...)`.
@@ -55,6 +56,8 @@ class RunSummary:
     notes: tuple[str, ...] = ()
     alarms: tuple[str, ...] = ()
     error: str = ""
+    utilisation: Mapping[str, float] = field(default_factory=dict)
+    verdict: str = ""
 
     def write(self, directory: RunDirectory) -> None:
         """Replace the directory's summary at once."""

@@ -18,6 +18,8 @@ from launch.environment import package_versions
 from launch.evaluate import Evaluator, Spent
 from launch.evaluation_point import EvaluationPoint
 from launch.export import export_student
+from launch.limit import staffing, step_limit
+from launch.live_view import busy_words
 from launch.metrics import Meter
 from launch.plan import Plan, make_plan
 from launch.run_directory import RunDirectory, write_text
@@ -25,6 +27,7 @@ from launch.running import run_until_stopped
 from launch.sentences import find_own
 from launch.session import Session, open_session
 from launch.summary import Outcome, RunSummary
+from launch.trace import TraceTracker
 from launch.tracking import RunPlan, Tracker, check_login, make_trackers
 from opd.ledger import Ledger
 from opd.loop import StepRecord, train
@@ -90,8 +93,13 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
         problem = str(find_own(error) or f"{type(error).__name__}: {error}")[:2000]
         raise
     finally:
-        run.summary(outcome, problem).write(directory)
+        summary = run.summary(outcome, problem)
+        summary.write(directory)
         _report(directory)
+        if summary.verdict:
+            console.print(
+                f"busy: {busy_words(summary.utilisation)}\n{summary.verdict}", soft_wrap=True, highlight=False
+            )
     return directory
 
 
@@ -143,7 +151,8 @@ class _Run:
             self._ready_s = time() - self._started
             await self._see_doctor(session)
             cpu = _Cpu()
-            self._meter = Meter(_costs(plan), read_cpu=cpu)
+            costs = _costs(plan)
+            self._meter = Meter(costs, read_cpu=cpu, staffing=staffing(plan), limit=step_limit(plan, costs))
             with ExitStack() as stack:
                 trackers = self._trackers(stack)
                 evaluator = _evaluator(plan, session)
@@ -180,7 +189,8 @@ class _Run:
             ),
             self._console,
         )
-        return [stack.enter_context(tracker) for tracker in made]
+        traced = [TraceTracker(self._directory)] if config.trace else []
+        return [stack.enter_context(tracker) for tracker in (*made, *traced)]
 
     async def _train(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: _Cpu) -> Ledger:
         config = self._config
@@ -265,6 +275,8 @@ class _Run:
             notes=tuple(self._config.notes),
             alarms=tuple(self._meter.ever.values()),
             error=problem,
+            utilisation=self._meter.usage,
+            verdict=self._meter.verdict,
         )
 
 

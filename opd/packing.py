@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Protocol
 
 import numpy as np
@@ -116,12 +117,12 @@ def _fill(lengths: dict[int, int], layout: Layout) -> list[list[int]]:
     rounds = -(-sum(lengths.values()) // (budget * layout.ranks))
     while True:
         bins: list[list[int]] = [[] for _ in range(rounds * layout.ranks)]
-        loads = [0] * len(bins)
+        loads = [(0, b) for b in range(len(bins))]  # a heap: a step of a thousand ranks has thousands of bins
         for i in order:
-            best = min(range(len(bins)), key=lambda b: (loads[b], b))
+            load, best = loads[0]
             bins[best].append(i)
-            loads[best] += lengths[i]
-        if max(loads) <= budget:
+            heapreplace(loads, (load + lengths[i], best))
+        if max(loads)[0] <= budget:
             return [sorted(b) for b in bins]
         rounds += 1
 

@@ -1,5 +1,6 @@
 """Metrics and accounting: the right names, the right numbers, and nothing counted twice."""
 
+import itertools
 import subprocess
 import sys
 import zlib
@@ -14,6 +15,7 @@ from launch.accounting import Costs, StepTokens, Totals, process_tree_cpu_second
 from launch.metrics import Meter, StepContext, step_metrics
 from opd.loop import StepRecord
 from opd.ports import PublishReport
+from opd.spans import Role, Span
 from opd.types import (
     NOBODY,
     AdvantageScores,
@@ -25,6 +27,7 @@ from opd.types import (
     TokenScores,
     Trajectory,
 )
+from opd.utilisation import Staffing
 
 OPD = Costs(student_params=10, teacher_params=100, teacher_writes=False, teacher_reads=True)
 GRPO = Costs(student_params=10, teacher_params=100, teacher_writes=False, teacher_reads=False)
@@ -107,6 +110,40 @@ def test_every_number_of_a_distillation_step() -> None:
             "flops/total": 1e6, "cpu/total_s": 12.0,
         }
     )  # fmt: skip
+
+
+def working(step: int, start: float) -> StepRecord:
+    """10 s from `start`: 4 of rollout, 2 of teacher, 3 of learner, 1 of publishing."""
+    ends = list(itertools.accumulate([4.0, 2.0, 3.0, 1.0], initial=start))
+    spans = [
+        Span(role=role, step=step, start=a, end=b) for role, (a, b) in zip(Role, itertools.pairwise(ends), strict=True)
+    ]
+    plain = record(scored(10, step - 1, said(10)), step=step, seconds=SECONDS | {"step": 10.0})
+    return replace(plain, spans=spans)
+
+
+def test_who_was_busy_is_a_metric_of_every_step_and_a_sentence_at_the_end() -> None:
+    meter = Meter(OPD, read_cpu=lambda: 0.0, limit=lambda record: 2.5)
+    assert meter.usage == {} and meter.verdict == ""
+    for step in (1, 2, 3):
+        metrics = meter(working(step, 100.0 * step))  # 90 s between steps are nobody's
+    busy = {name: value for name, value in metrics.items() if name in meter.usage}
+    assert busy == pytest.approx(meter.usage)
+    assert busy == pytest.approx(
+        {
+            "perf/utilisation_rollout": 0.4, "perf/utilisation_teacher": 0.2, "perf/utilisation_learner": 0.3,
+            "perf/utilisation_publish": 0.1, "rollouter/idle_ratio": 0.5, "perf/bubble_frac": 1 - (5 + 2 + 4) / 30,
+            "perf/overlap_efficiency": 0.4, "perf/fraction_of_limit": 0.25,
+        }
+    )  # fmt: skip
+    assert meter.verdict.startswith("rollout-bound: the learner waited 60 % of the time")
+
+
+def test_figures_of_a_run_ahead_wait_until_all_work_is_known() -> None:
+    meter = Meter(OPD, read_cpu=lambda: 0.0, staffing=Staffing(ahead=2))
+    seen = ["perf/bubble_frac" in meter(working(step, 10.0 * step)) for step in (1, 2, 3)]
+    assert seen == [False, False, True]
+    assert "perf/fraction_of_limit" not in meter.usage
 
 
 def test_rewards_count_a_trajectory_once_however_long() -> None:

@@ -71,6 +71,7 @@ def summary(name: str, outcome: Outcome = Outcome.FINISHED, **changes: Any) -> R
         "student_start": point(0, 0.3), "student_end": point(20, 0.9), "teacher": None,
         "facts": {"student": "0.31M parameters"}, "ledger": {"issued": 1280}, "versions": {"torch": "2.13"},
         "notes": ("The student was made weak on purpose.",),
+        "utilisation": {"perf/utilisation_rollout": 0.612, "perf/bubble_frac": 0.345}, "verdict": "rollout-bound: go",
     }  # fmt: skip
     return RunSummary(**{**values, **changes})
 
@@ -150,7 +151,8 @@ def test_a_finished_run(written: RunDirectory) -> None:
         "The student was made weak on purpose.", "step 0", "step 20", "teacher", "gap closed",
         "30.0%", "90.0%", "97.7%", "89%", "0.31M parameters", "torch", "1,280", "60 k", "20 GFLOP",
         "Accuracy", "Reverse KL to the teacher", "Completion length", "Completions cut by the token limit",
-        "Seconds per step", "Entropy of the student", "reward 1", "<redacted>",
+        "Seconds per step", "rollout busy", "61.2%", "34.5%", "rollout-bound: go", "Entropy of the student",
+        "reward 1", "<redacted>",
     ):  # fmt: skip
         assert expected in page.text, expected
     assert "geheim" not in written.report.read_text()

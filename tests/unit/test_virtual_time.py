@@ -1,0 +1,166 @@
+"""Virtual time and the simulated cluster: clocks jump, nothing is lost, and everything repeats bit for bit."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.schedule import ARMS, Arm, best_cluster, floors, run
+from benchmarks.simulated import Cluster, Faults, Servers, SimulatedStudent, Workload
+from benchmarks.virtual_time import Stalled, simulate
+from opd.utilisation import STAFFED
+
+SMALL = Workload(sequences=32, grain=2048, median=6000.0, sigma=0.8, prompt=2048)
+CLUSTER = Cluster(rollout=3, teacher=2, learner=2, slots=4)
+AHEAD = Arm(name="ahead", ahead=4)
+
+
+def test_a_month_passes_at_once_and_in_order() -> None:
+    woken: list[tuple[float, str]] = []
+
+    async def sleeper(name: str, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        woken.append((asyncio.get_running_loop().time(), name))
+
+    async def main() -> float:
+        await asyncio.gather(sleeper("month", 2_592_000.0), sleeper("second", 1.0), sleeper("day", 86_400.0))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(5.0):
+                await asyncio.Event().wait()
+        return asyncio.get_running_loop().time()
+
+    began = time.perf_counter()
+    assert simulate(main()) == pytest.approx(2_592_005.0)
+    assert time.perf_counter() - began < 60
+    assert woken == [
+        (pytest.approx(1.0), "second"),
+        (pytest.approx(86_400), "day"),
+        (pytest.approx(2_592_000), "month"),
+    ]
+
+
+def test_time_stands_still_while_there_is_work() -> None:
+    async def main() -> float:
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        return asyncio.get_running_loop().time()
+
+    assert simulate(main()) == 0.0
+
+
+def test_a_deadlock_is_found() -> None:
+    async def waits() -> None:
+        await asyncio.Event().wait()
+
+    async def waits_beside_a_clock() -> None:
+        def tick() -> None:
+            asyncio.get_running_loop().call_later(1.0, tick)
+
+        tick()
+        await asyncio.Event().wait()
+
+    with pytest.raises(Stalled, match="no timer is set"):
+        simulate(waits())
+    with pytest.raises(Stalled, match="within 100 virtual seconds"):
+        simulate(waits_beside_a_clock(), horizon_s=100.0)
+
+
+def served(jobs: list[float], actors: int, width: int, faults: Faults) -> tuple[float, Servers]:
+    async def main() -> tuple[float, Servers]:
+        servers = Servers(actors, width, faults, seed=5)
+        await asyncio.gather(*[servers.work([seconds]) for seconds in jobs])
+        return asyncio.get_running_loop().time(), servers
+
+    return simulate(main(), horizon_s=1e6)
+
+
+JOBS = st.lists(st.floats(0.5, 20.0), min_size=1, max_size=30)
+
+
+@given(JOBS, st.integers(1, 3), st.integers(1, 3))
+def test_servers_never_idle_while_work_waits(jobs: list[float], actors: int, width: int) -> None:
+    """Greedy queues end within `work/places + longest`, and not before `work/places` nor the longest."""
+    took, servers = served(jobs, actors, width, Faults())
+    places = actors * width
+    assert max(sum(jobs) / places, max(jobs)) <= took + 1e-6
+    assert took <= sum(jobs) / places + max(jobs) + 1e-6
+    assert servers.busy.useful == pytest.approx(sum(jobs) / width) and servers.busy.lost == 0
+
+
+@given(JOBS, st.integers(1, 3))
+def test_failures_lose_time_and_no_work(jobs: list[float], actors: int) -> None:
+    faults = Faults(rate=1.0, every_s=60.0, restart_s=7.0)
+    took, servers = served(jobs, actors, 2, faults)
+    healthy, _ = served(jobs, actors, 2, Faults())
+    assert servers.busy.useful == pytest.approx(sum(jobs) / 2)
+    if not servers.failures:
+        assert took == pytest.approx(healthy)
+    assert servers.busy.lost >= 0
+
+
+def test_a_failure_really_happens_and_costs_what_it_must() -> None:
+    took, servers = served([50.0], 1, 1, Faults(rate=1.0, every_s=40.0, restart_s=3.0))
+    assert servers.failures >= 1
+    assert took == pytest.approx(50.0 + servers.busy.lost + 3.0 * servers.failures)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("arm", [ARMS[0], AHEAD], ids=lambda arm: arm.name)
+def test_a_run_repeats_bit_for_bit(arm: Arm, rate: float) -> None:
+    faults = Faults(rate=rate, every_s=100.0, restart_s=10.0, learner=rate)
+    one, two = (run(CLUSTER, SMALL, arm, 3, faults) for _ in range(2))
+    assert one.digest == two.digest and one.marks == two.marks
+    assert (one.failures > 0) == (rate > 0)
+    assert run(CLUSTER, replace(SMALL, seed=1), arm, 3, faults).digest != one.digest
+    assert one.staleness <= arm.ahead
+
+
+def test_overlap_hides_the_other_roles_and_lock_step_does_not() -> None:
+    """The arms do the same work; no schedule beats its floor, and running ahead comes close to it."""
+    lock, ahead = run(CLUSTER, SMALL, ARMS[0], 12), run(CLUSTER, SMALL, AHEAD, 12)
+    least, work = floors(CLUSTER, SMALL, 12)
+    assert lock.step_s > 0.97 * least.lock_step, "means of different steps differ a little"
+    assert ahead.step_s > 0.97 * max(work, least.teacher, least.learner + least.push)
+    assert ahead.eta > 0.9 > 0.6 > lock.eta
+    assert lock.step_s / ahead.step_s > 2
+    counts = dict(zip(STAFFED, (3, 2, 2), strict=True))
+    for made in (lock, ahead):
+        assert made.usage.whole().bubble(counts) <= made.bubble + 0.05, "spans see a lower bound"
+
+
+def test_the_best_split_gives_every_role_its_share() -> None:
+    best = best_cluster(24, SMALL, 4)
+    assert best.devices == 24
+    least, work = floors(best, SMALL, 4)
+    parts = [work, least.teacher, least.learner]
+    assert max(parts) / min(parts) < 1.6, "no role has twice the devices it needs"
+
+
+def test_lengths_have_the_mean_that_is_said() -> None:
+    load = Workload(sequences=4000, grain=64)
+    assert load.lengths(0).response.mean() == pytest.approx(load.mean, rel=0.06)
+    assert load.lengths(0).response.max() <= load.most
+    assert (load.lengths(0).response == load.lengths(0).response).all()
+    assert (load.lengths(0).response != load.lengths(1).response).any()
+
+
+def test_a_token_knows_the_version_it_was_written_by() -> None:
+    """Weights go live every 3.5 tokens: a response of 12 tokens is by several versions, oldest first."""
+
+    async def main() -> np.ndarray:
+        student = SimulatedStudent(CLUSTER, SMALL, Faults())
+        for version in range(40):
+            asyncio.get_running_loop().call_later(
+                3.5 * student.token_s * version, student._lived.append, (3.5 * student.token_s * version, version)
+            )
+        await asyncio.sleep(student.token_s)
+        began = len(student._lived) - 1
+        await asyncio.sleep(student.seconds(12))
+        return student._completion(12, began).versions
+
+    versions = simulate(main())
+    assert (np.diff(versions) >= 0).all() and len(set(versions.tolist())) in (4, 5)
