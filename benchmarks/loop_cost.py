@@ -1,8 +1,8 @@
 """P10: what the loop itself costs per sample, from 8 to 1,024 actors, on the processor's clock.
 
 Engines are pools (`launch.dispatch.Dispatcher`) of stubs that answer at once, half of them rollout actors, a quarter
-each teachers and learner ranks; ledger, weighing and packing are the real ones. Responses are short, so what is counted is
-work per sample, not per token. Arms are run in turn, several times; the figure is the median.
+each teachers and learner ranks; ledger, weighing and packing are the real ones. Responses are short, so what is counted
+is work per sample, not per token. Arms are run in turn, several times; the figure is the median.
 """
 
 import asyncio
