@@ -101,6 +101,10 @@ class RunConfig:
     max_tokens: int
     max_staleness: int
     checkpoint_every: int
+    checkpoint_keep: int
+    checkpoint_keep_every: int
+    grace_s: float
+    resume: str
     doctor: bool
     dry_run: bool
     notes: Sequence[str]
@@ -124,6 +128,11 @@ class RunConfig:
                 f"max_staleness and checkpoint_every must be >= 0, got {self.max_staleness} and "
                 f"{self.checkpoint_every}; use 0 for strictly on-policy and for only the last checkpoint"
             )
+        if self.checkpoint_keep < 1 or self.checkpoint_keep_every < 0 or self.grace_s < 0:
+            raise ConfigurationError(
+                "checkpoint_keep must be >= 1, checkpoint_keep_every and grace_s >= 0, got "
+                f"{self.checkpoint_keep}, {self.checkpoint_keep_every} and {self.grace_s}; correct the one out of range"
+            )
         check_prompts(self.method, self.prompts)
 
     @property
@@ -146,6 +155,10 @@ _PLAIN = (
     "max_tokens",
     "max_staleness",
     "checkpoint_every",
+    "checkpoint_keep",
+    "checkpoint_keep_every",
+    "grace_s",
+    "resume",
     "doctor",
     "dry_run",
 )

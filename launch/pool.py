@@ -5,8 +5,9 @@ a Ray call costs about a millisecond, so the pool turns them into one call per r
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from launch.cluster import fetch
@@ -134,6 +135,18 @@ class Follower:
         ]
         await asyncio.gather(*calls)
 
+    async def save(self, path: Path) -> str:
+        """Write the weights, which all replicas share, to `path`; returns their digest."""
+        return await within(self.deadline_s, "teacher actor 0 (saving)", self.actors[0].save.remote(str(path)))
+
+    async def restore(self, path: Path) -> None:
+        """Take back what `save` wrote."""
+        calls = [
+            within(self.deadline_s, f"teacher actor {i} (loading)", actor.restore.remote(str(path)))
+            for i, actor in enumerate(self.actors)
+        ]
+        await asyncio.gather(*calls)
+
 
 class TeacherPool:
     """Several scoring actors that look like one (`opd.ports.LogprobTeacher`)."""
@@ -150,10 +163,14 @@ class TeacherPool:
 
 
 class FollowedStudent:
-    """A student whose new weights some teachers take in, too (`TeacherConfig.mixup`)."""
+    """A student whose new weights some teachers take in, too (`TeacherConfig.mixup`).
 
-    def __init__(self, student: StudentEngine, followers: Sequence[Follower]) -> None:
-        self._student, self._followers = student, followers
+    `seen` is the version up to which they have done so: a resumed run publishes that one again.
+    """
+
+    def __init__(self, student: StudentEngine, followers: Mapping[str, Follower]) -> None:
+        self._student, self.followers = student, followers
+        self.seen = 0
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """As the student itself."""
@@ -161,6 +178,8 @@ class FollowedStudent:
 
     async def receive(self, weights: Weights) -> float:
         """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
-        due = [follower for follower in self._followers if weights.version and not weights.version % follower.every]
+        new = weights.version > self.seen
+        due = [follower for follower in self.followers.values() if new and not weights.version % follower.every]
         await asyncio.gather(*[follower.follow(weights) for follower in due])
+        self.seen = max(self.seen, weights.version)
         return await self._student.receive(weights)

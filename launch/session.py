@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from actors.config import StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
+from launch.checkpoints import LEARNER
 from launch.cluster import Actors, fetch, store
 from launch.grading import MathGrader, TaskGrader
 from launch.learner_group import LearnerGroup
@@ -39,6 +42,20 @@ class Session:
         """A teacher as a writer; started now if no part of the method needed it before."""
         known = self.engines.writers.get(name)
         return known or await _writer(self.actors, self.plan, name)
+
+    @property
+    def followers(self) -> Mapping[str, Follower]:
+        """Teachers that follow the student, by name."""
+        student = self.engines.student
+        return student.followers if isinstance(student, FollowedStudent) else {}
+
+    async def restore(self, checkpoint: Path, followers: Mapping[str, str]) -> None:
+        """Take over the learner's state, and the weights of teachers that follow the student (name -> file)."""
+        step = await self.learner.load(checkpoint / LEARNER)
+        student = self.engines.student
+        if isinstance(student, FollowedStudent):
+            student.seen = step
+        await asyncio.gather(*[self.followers[name].restore(checkpoint / file) for name, file in followers.items()])
 
     def close(self) -> None:
         """Release graders and placement."""
@@ -76,11 +93,11 @@ async def open_session(plan: Plan) -> Session:
     await asyncio.gather(learner.setup(), *starting)
     writing = list(config.teachers) if config.method.rollout.needs_writer else []
     writers = {name: await _writer(actors, plan, name) for name in writing}
-    followers = [
-        Follower(actors=teachers[name], every=teacher.mixup_every, deadline_s=teacher.deadline_s)
+    followers = {
+        name: Follower(actors=teachers[name], every=teacher.mixup_every, deadline_s=teacher.deadline_s)
         for name, teacher in config.teachers.items()
         if teacher.mixup
-    ]
+    }
     student = StudentPool(students, config.student.deadline_s)
     engines = Engines(
         student=FollowedStudent(student, followers) if followers else student,

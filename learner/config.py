@@ -28,7 +28,8 @@ class LearnerConfig:
     512 MiB on a GPU); neither changes the result. Diagnostics compare the `overlap_k` likeliest tokens of student
     and teacher (16 in the literature; 0: none). `sentinel_tolerance` is the largest allowed |engine - learner|
     logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for bfloat16). `deadline_s` bounds every wait
-    for another rank.
+    for another rank. An update whose loss or gradient norm is not finite is skipped, weights and optimizer untouched;
+    more than `max_skipped_steps` of them in a row end the run.
 
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
     """
@@ -52,6 +53,7 @@ class LearnerConfig:
     gradient_checkpointing: bool = False
     sentinel_tolerance: float = 0.0
     deadline_s: float = 600.0
+    max_skipped_steps: int = 3
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +73,7 @@ class LearnerConfig:
             ("overlap_k", self.overlap_k >= 0, "0 (no overlap is measured) or more"),
             ("sentinel_tolerance", self.sentinel_tolerance >= 0, "0 (by dtype) or more"),
             ("deadline_s", self.deadline_s > 0, "above 0"),
+            ("max_skipped_steps", self.max_skipped_steps >= 0, "0 (the first one is fatal) or more"),
         ):
             if not fine:
                 raise ConfigurationError(f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it")

@@ -1,7 +1,9 @@
 """What became of every trajectory: nothing is lost without a reason."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -34,3 +36,14 @@ class Ledger:
             "dropped": self.dropped.total(),
             "outstanding": self.outstanding,
         } | reasons
+
+    def to_json(self) -> dict[str, Any]:
+        """What is settled, for a checkpoint; whoever resumes asks again for what was outstanding."""
+        settled = self.trained + self.dropped.total()
+        return {"settled": settled, "trained": self.trained, "dropped": dict(self.dropped)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Ledger":
+        """The inverse of `to_json`, with nothing outstanding."""
+        settled, dropped = int(values["settled"]), Counter[str](values["dropped"])
+        return cls(issued=settled, generated=settled, scored=settled, trained=int(values["trained"]), dropped=dropped)

@@ -57,15 +57,16 @@ async def train(
     start: int,
     steps: int,
     max_staleness: int = 0,
+    ledger: Ledger | None = None,
 ) -> Ledger:
     """Train from step `start` (0 = new) to `steps`; returns the account of all trajectories.
 
     Collecting may run ahead of training by `max_staleness` steps; 0 is strictly on-policy. A slot is freed only
     when the new weights are live, so no rollout starts staler than allowed. A step without a token to train is
-    skipped, several in a row are an error. A failure anywhere stops everything.
+    skipped, several in a row are an error. A failure anywhere stops everything. `ledger` is the account to go on with.
     """
     now = asyncio.get_running_loop().time  # a simulation brings its own
-    slots, ledger, empty = asyncio.Semaphore(1 + max_staleness), Ledger(), 0
+    slots, ledger, empty = asyncio.Semaphore(1 + max_staleness), ledger or Ledger(), 0
     ready: asyncio.Queue[asyncio.Task[_Collected]] = asyncio.Queue()
 
     async with asyncio.TaskGroup() as tasks:
