@@ -14,6 +14,7 @@ from tests.integration.test_processes import MARK, end_of, family, wait_until
 from tests.integration.test_train import ROOT, SMALL, lines, opd
 
 OWN = [*SMALL, "steps=6", "evaluation.every=2", "learner.deterministic=true", "checkpoint_every=2"]
+OWN += ["learner.schedule=CONSTANT"]  # so that `steps` may differ until it is killed
 
 
 def interrupted(how: signal.Signals, when: int, runs: Path, *arguments: str) -> tuple[int, str]:
@@ -49,6 +50,7 @@ def interrupted(how: signal.Signals, when: int, runs: Path, *arguments: str) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1200)  # several runs, one after the other
 def test_a_killed_run_ends_bit_by_bit_as_one_that_was_not(tmp_path: Path) -> None:
     follow = ["method=topk_reverse_kl", "teacher.mixup=0.1", "teacher.mixup_every=2", "doctor=false"]
     follow += [f"teacher.path={ROOT / 'assets' / 'shop' / 'student'}"]
@@ -105,8 +107,9 @@ def _refusals(run: Path, own: list[str]) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1200)  # several runs, one after the other
 def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path) -> None:
-    """Exit code 75; a damaged newest checkpoint is passed over; two ranks go on where one stopped, in the same order."""
+    """Exit code 75; a damaged checkpoint is passed over; two ranks go on where one stopped, in the same order."""
     code, output = interrupted(signal.SIGTERM, 5, tmp_path, *OWN, "steps=200", "evaluation.every=0")
     assert code == 75 and "resume=latest goes on" in output, output
     run = tmp_path / "cut"
