@@ -1,6 +1,7 @@
 """A teacher as a plain forward pass: exact, any ids, any k; the vocabulary only where it is asked."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ class TorchTeacher:
             state = model.state()
         try:
             save_file(state, path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
             return file_digest(path)
         except (OSError, SafetensorError) as error:
             raise OpdError(
