@@ -57,7 +57,7 @@ def test_a_killed_run_ends_bit_by_bit_as_one_that_was_not(tmp_path: Path) -> Non
     own = [*OWN, *follow]
     done = opd("train", *own, f"output_dir={tmp_path}", "run_name=whole")
     assert done.returncode == 0, done.stdout + done.stderr
-    slow = [*own, "steps=200"]  # harmless, and keeps it from ending before it is killed
+    slow = [*own, "steps=500", "checkpoint_keep=500"]  # harmless, and keeps it from ending before it is killed
     interrupted(signal.SIGKILL, 3, tmp_path, *slow)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert not (cut / "summary.json").exists()
