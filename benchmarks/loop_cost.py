@@ -112,7 +112,7 @@ def spent(actors: int, load: Workload) -> tuple[float, float]:
 def ray_call_s() -> float:
     """Seconds of a call of a Ray actor that does nothing, on this machine, now: the unit."""
     from launch.cluster import connected
-    from launch.config import ClusterConfig
+    from launch.settings import ClusterConfig
 
     with connected(ClusterConfig()):
         import ray

@@ -41,7 +41,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from launch.cluster import connected, fetch, store
-from launch.config import ClusterConfig
+from launch.settings import ClusterConfig
 from learner.publishing import Publisher, Staged
 from opd.delivery import assemble, collect
 from opd.ports import GenerateRequest, Outlet, Sampling, Sentinel, Share, Weights

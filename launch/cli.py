@@ -17,6 +17,7 @@ usage: opd COMMAND [OVERRIDE ...]
 
   opd train  [OVERRIDE ...]              train a student, e.g. opd train method=topk_reverse_kl steps=50
              experiment=shop             the embedded demo;  experiment=compare  OPD, GRPO and SFT side by side
+             resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint)
              dry_run=true                check everything, print the plan, start nothing
   opd eval   [checkpoint=DIR] [...]      measure a student (a run's export/ or any Hugging Face folder)
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
@@ -30,7 +31,8 @@ Overrides are Hydra's: group=option or key=value. Groups and options: opd train 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted."""
+    """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted, 75 when SIGTERM left a
+    checkpoint to go on from."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
     faulthandler.register(signal.SIGUSR1)  # kill -USR1 PID: where every thread of a run that seems to hang stands

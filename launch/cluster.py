@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.config import ClusterConfig, Placement
+from launch.settings import ClusterConfig, Placement
 from opd.errors import OpdError, ServiceLost
 from opd.shared_memory import Segment, place, read
 

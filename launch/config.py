@@ -23,11 +23,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actors.config import StudentConfig
-from launch.supervision import Care
+from launch.settings import ClusterConfig, EvaluationConfig, HardwareConfig
 from launch.tracking import TrackerConfig
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError
-from opd.limits import Hardware
 from opd.method import Method, check_prompts
 from opd.pipeline import Pipeline, WeightUpdate
 from opd.ports import PromptSource
@@ -43,86 +42,6 @@ def _shipped(name: str) -> Path:
         if (parent / name).is_dir():
             return parent / name
     raise ConfigurationError(f"the folder {name}/ is missing from this installation; reinstall the project")
-
-
-class Placement(Enum):
-    """How actors are spread over the nodes of a cluster."""
-
-    NONE = "none"
-    PACK = "PACK"
-    SPREAD = "SPREAD"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig:
-    """Where actors run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined.
-
-    `restarts`: how many rollout actors, and how many of each teacher, are replaced in a run before it ends.
-    `hedge_quantile` > 0 asks a second actor, too, when a call takes longer than this quantile of those before.
-    """
-
-    address: str = "local"
-    cpus_per_actor: float = 0.5
-    gpus_per_engine: float = 0.0
-    gpus_per_teacher: float = 0.0
-    gpus_per_learner: float = 0.0
-    placement: Placement = Placement.NONE
-    start_deadline_s: float = 300.0
-    restarts: int = 8
-    hedge_quantile: float = 0.0
-
-    def care(self, deadline_s: float) -> Care:
-        """How the replicas of a pool whose answers have `deadline_s` are looked after."""
-        return Care(
-            deadline_s=deadline_s,
-            start_deadline_s=self.start_deadline_s,
-            restarts=self.restarts,
-            hedge_quantile=self.hedge_quantile,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HardwareConfig:
-    """What one device can do at most, for `perf/fraction_of_limit`: operations, memory bytes and link bytes per second.
-
-    0 = not told. Example, an H200 on a 400 Gbit/s network: `HardwareConfig(flops=989e12, memory=4.8e12, link=50e9)`.
-    """
-
-    flops: float = 0.0
-    memory: float = 0.0
-    link: float = 0.0
-
-    def hardware(self) -> Hardware | None:
-        """None where nothing is told; all three rates or none."""
-        if not self.flops and not self.memory and not self.link:
-            return None
-        return Hardware(flops=self.flops, memory=self.memory, link=self.link)
-
-    def __post_init__(self) -> None:
-        self.hardware()  # refuses a part of the three
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
-    """What is measured: the source's step 0 is the held-out set.
-
-    `teacher` also measures the teacher itself, once at the end, for which an engine of its size is started.
-    """
-
-    prompts: PromptSource
-    every: int = 0
-    teacher: bool = True
-    samples: int = 1
-    max_tokens: int = 256
-    reverse_kl_prompts: int = 128
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.samples < 1 or self.max_tokens < 1 or self.reverse_kl_prompts < 1:
-            raise ConfigurationError(
-                "evaluation needs every >= 0 and samples, max_tokens, reverse_kl_prompts >= 1, got "
-                f"every={self.every}, samples={self.samples}, max_tokens={self.max_tokens}, "
-                f"reverse_kl_prompts={self.reverse_kl_prompts}; correct the field that is out of range"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +62,10 @@ class RunConfig:
     deterministic: bool
     max_buffer_bytes: int
     checkpoint_every: int
+    checkpoint_keep: int
+    checkpoint_keep_every: int
+    grace_s: float
+    resume: str
     doctor: bool
     trace: bool
     dry_run: bool
@@ -168,6 +91,11 @@ class RunConfig:
                 f"checkpoint_every must be >= 0, got {self.checkpoint_every}; use 0 for only the last checkpoint"
             )
         _ = self.pipeline
+        if self.checkpoint_keep < 1 or self.checkpoint_keep_every < 0 or self.grace_s < 0:
+            raise ConfigurationError(
+                "checkpoint_keep must be >= 1, checkpoint_keep_every and grace_s >= 0, got "
+                f"{self.checkpoint_keep}, {self.checkpoint_keep_every} and {self.grace_s}; correct the one out of range"
+            )
         check_prompts(self.method, self.prompts)
 
     @property
@@ -205,6 +133,10 @@ _PLAIN = (
     "deterministic",
     "max_buffer_bytes",
     "checkpoint_every",
+    "checkpoint_keep",
+    "checkpoint_keep_every",
+    "grace_s",
+    "resume",
     "doctor",
     "trace",
     "dry_run",

@@ -13,6 +13,7 @@ from launch.plan import Plan, make_plan
 from launch.pool import TeacherPool
 from launch.running import run_until_stopped
 from launch.session import Session, open_session, teacher_actor
+from launch.supervision import within
 from opd.devices import Dtype, on_gpu
 from opd.doctor import examine, teacher_gain
 from opd.errors import DataError

@@ -8,8 +8,8 @@ from typing import TypeVar
 import numpy as np
 
 from launch.accounting import Totals
-from launch.config import EvaluationConfig
 from launch.evaluation_point import EvaluationPoint, Examinee
+from launch.settings import EvaluationConfig
 from opd.method import Scorer, weigh
 from opd.objectives.vocabulary import FullReverseKL
 from opd.packing import TokenMean, pack

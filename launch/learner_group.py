@@ -41,8 +41,16 @@ class LearnerGroup:
         return PublishReport(version=version, gap=receipt.gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
 
     async def save(self, directory: Path, step: int) -> None:
-        """A checkpoint in `directory`, visible only when complete."""
+        """Copy the state of now and begin to write it into the existing `directory`; `written` waits for it."""
         await self._all([a.save.remote(str(directory), step) for a in self.actors])
+
+    async def written(self) -> dict[str, str]:
+        """Names and digests of the files that `save` began, once they are on the disk."""
+        return dict(await self._all([a.written.remote() for a in self.actors]))
+
+    async def load(self, directory: Path) -> int:
+        """Take over what `save` wrote, whoever wrote it; returns its step."""
+        return (await self._all([a.load.remote(str(directory)) for a in self.actors]))[0]
 
     async def export(self, directory: Path) -> None:
         """The student as a Hugging Face folder."""

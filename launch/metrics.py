@@ -74,7 +74,8 @@ def _learning(record: StepRecord) -> dict[str, float]:
     said = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in report.metrics.items()}
     # Where an objective reports `loss`, it is the unweighted mean; what is minimised is `report.loss`.
     said.pop("distill/loss", None)
-    return {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **said}
+    learned = {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **said}
+    return learned | {"actor/skipped": 1.0} if report.skipped else learned
 
 
 def _staleness(step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -186,6 +187,16 @@ class Meter:
         self.alarms: Sequence[Alarm] = ()
         self.news: Sequence[Alarm] = ()
         self.ever: dict[str, str] = {}
+
+    def recall(self, lines: Sequence[Mapping[str, float]]) -> None:
+        """Know the alarms of a run that is resumed, from its kept lines of metrics."""
+        for line in lines:
+            self._metrics, self._step = dict(line), int(line["step"])
+            self._watch()
+
+    def as_before(self) -> dict[str, float]:
+        """What a later meter takes as `before`."""
+        return {**self._totals.as_metrics(), "cpu/total_s": self.cpu_seconds()}
 
     @property
     def totals(self) -> Totals:

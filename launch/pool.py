@@ -1,8 +1,9 @@
 """Replicas of an engine that look like one: the student's, and each teacher's."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from launch.cluster import end, fetch, is_lost, once, streamed
@@ -112,6 +113,18 @@ class Follower:
         ]
         await asyncio.gather(*calls)
 
+    async def save(self, path: Path) -> str:
+        """Write the weights, which all replicas share, to `path`; returns their digest."""
+        return await within(self.deadline_s, "a teacher actor (saving)", self.replicas.actors[0].save.remote(str(path)))
+
+    async def restore(self, path: Path) -> None:
+        """Take back what `save` wrote."""
+        calls = [
+            within(self.deadline_s, f"teacher actor {r.number} (loading)", r.actor.restore.remote(str(path)))
+            for r in self.replicas.serving
+        ]
+        await asyncio.gather(*calls)
+
 
 class TeacherPool:
     """Several scoring actors that look like one (`opd.ports.LogprobTeacher`).
@@ -141,17 +154,23 @@ class TeacherPool:
 
 
 class FollowedStudent:
-    """A student whose new weights some teachers take in, too (`TeacherConfig.mixup`)."""
+    """A student whose new weights some teachers take in, too (`TeacherConfig.mixup`).
 
-    def __init__(self, student: StudentEngine, followers: Sequence[Follower]) -> None:
-        self._student, self._followers = student, followers
+    `seen` is the version up to which they have done so: a resumed run publishes that one again.
+    """
+
+    def __init__(self, student: StudentEngine, followers: Mapping[str, Follower]) -> None:
+        self.student, self.followers = student, followers
+        self.seen = 0
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """As the student itself."""
-        return await self._student.generate(requests)
+        return await self.student.generate(requests)
 
     async def receive(self, weights: Weights) -> Receipt:
         """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
-        due = [follower for follower in self._followers if weights.version and not weights.version % follower.every]
+        new = weights.version > self.seen
+        due = [follower for follower in self.followers.values() if new and not weights.version % follower.every]
         await asyncio.gather(*[follower.follow(weights) for follower in due])
-        return await self._student.receive(weights)
+        self.seen = max(self.seen, weights.version)
+        return await self.student.receive(weights)

@@ -117,11 +117,16 @@ class RunDirectory:
         safe = redacted(yaml.safe_load(text) or {})
         write_text(self.config, yaml.safe_dump(safe, sort_keys=False, allow_unicode=True))
 
-    def rewind(self, step: int) -> None:
-        """Forget what came after `step`: a run that resumes from its checkpoint writes those steps again."""
+    def rewind(self, step: int, steps: int) -> None:
+        """Forget what came after `step`: a run that resumes from its checkpoint writes that again.
+
+        What is measured when all `steps` are done (the student once more, the teacher) comes again, too.
+        """
         for path in (self.metrics, self.evaluations, self.samples):
             if path.exists():
                 kept = [line for line in read_jsonl(path) if line["step"] <= step]
+                if path == self.evaluations:
+                    kept = [line for line in kept if line["step"] < steps and line["examinee"] == "student"]
                 write_text(path, "".join(_line(line) for line in kept))
         self.summary.unlink(missing_ok=True)
 

@@ -2,16 +2,48 @@
 
 import asyncio
 import signal
+from collections.abc import Callable
 from typing import Any
 
+from opd.errors import OpdError
 
-def run_until_stopped(work: Any) -> Any:
-    """`work` in an event loop that SIGINT and SIGTERM cancel, so that everything is closed in order."""
+
+class Preempted(OpdError):
+    """SIGTERM came, and the state of the last finished step was saved: the same command with resume=latest goes on."""
+
+
+class Stop:
+    """Whether somebody asked (by SIGTERM) for the run to stop at the next step boundary.
+
+    That can wait only while `waits` is set, when steps follow each other and a checkpoint can be written; at any other
+    time, at a second signal, or after `grace_s` seconds the run is cancelled at once.
+    """
+
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self.waits = False
+        self.asked = False
+
+    def signal(self, cancel: Callable[[], object]) -> None:
+        """SIGTERM has come."""
+        if self.asked or not self.waits:
+            cancel()
+            return
+        self.asked = True
+        asyncio.get_running_loop().call_later(self._grace_s, cancel)
+
+
+def run_until_stopped(work: Any, stop: Stop | None = None) -> Any:
+    """`work` in an event loop that SIGINT and SIGTERM cancel, so that everything is closed in order.
+
+    With `stop`, SIGTERM asks there first.
+    """
+    polite = stop or Stop(0.0)
 
     async def main() -> Any:
         task = asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, polite.signal, task.cancel)
         return await work
 
     try:

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from launch.running import Preempted
 from opd.errors import ConfigurationError, OpdError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 @contextmanager
@@ -23,6 +25,9 @@ def sentences(console: Console) -> Iterator[None]:
         ours = find_own(error)
         if ours is None:
             raise
+        if isinstance(ours, Preempted):
+            console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
+            sys.exit(PREEMPTED)
         console.print(f"[bold red]error:[/] {type(ours).__name__}: ", end="")
         console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(ours, ConfigurationError) else 1)

@@ -5,17 +5,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from actors.config import StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
+from launch.checkpoints import LEARNER
 from launch.cluster import Actors, fetch, place_of, store
-from launch.config import ClusterConfig
 from launch.grading import MathGrader, TaskGrader
 from launch.learner_group import LearnerGroup
 from launch.plan import Plan
 from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool
+from launch.settings import ClusterConfig
 from launch.supervision import within
 from launch.transports import check_places, outlet
 from learner.config import Transport
@@ -44,6 +46,27 @@ class Session:
         """A teacher as a writer; started now if no part of the method needed it before."""
         known = self.engines.writers.get(name)
         return known or await _writer(self.actors, self.plan, name)
+
+    @property
+    def followers(self) -> Mapping[str, Follower]:
+        """Teachers that follow the student, by name."""
+        student = self.engines.student
+        return student.followers if isinstance(student, FollowedStudent) else {}
+
+    @property
+    def faults(self) -> list[str]:
+        """What died, hung or lied, and was replaced: a sentence each."""
+        student = self.engines.student
+        pools = [student.student if isinstance(student, FollowedStudent) else student, *self.engines.teachers.values()]
+        return [line for pool in pools if isinstance(pool, StudentPool | TeacherPool) for line in pool.replicas.history]
+
+    async def restore(self, checkpoint: Path, followers: Mapping[str, str]) -> None:
+        """Take over the learner's state, and the weights of teachers that follow the student (name -> file)."""
+        step = await self.learner.load(checkpoint / LEARNER)
+        student = self.engines.student
+        if isinstance(student, FollowedStudent):
+            student.seen = step
+        await asyncio.gather(*[self.followers[name].restore(checkpoint / file) for name, file in followers.items()])
 
     def close(self) -> None:
         """Release graders and placement."""
@@ -82,11 +105,11 @@ async def open_session(plan: Plan) -> Session:
         check_places(await _places(config.cluster.start_deadline_s, ranks, student.replicas.actors, following))
     writing = list(config.teachers) if config.method.rollout.needs_writer else []
     writers = {name: await _writer(actors, plan, name) for name in writing}
-    followers = [
-        Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
+    followers = {
+        name: Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
         for name, teacher in config.teachers.items()
         if teacher.mixup
-    ]
+    }
     engines = Engines(
         student=FollowedStudent(student, followers) if followers else student,
         teachers=dict(teachers),

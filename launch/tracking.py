@@ -175,8 +175,9 @@ class WandbTracker:
     what it can when it can: a server that is down or slow does not reach training. Should that process itself
     die, one warning says so and the run goes on without wandb; `metrics.jsonl` has everything.
 
-    The horizontal axis is our own `step`, so a resumed run or an evaluation after a step goes on where it
-    should. The run's id is kept in the run directory: resuming continues the same wandb run.
+    The horizontal axis is our own `step`, and wandb's internal one is the same: an evaluation stands in the row of its
+    step, and of the steps that a killed run had logged after its checkpoint and logs again, a server keeps one. The
+    run's id is kept in the run directory: resuming continues the same wandb run.
     """
 
     _COLUMNS: tuple[str, ...] = (
@@ -227,7 +228,7 @@ class WandbTracker:
         values: dict[str, Any] = dict(self._meter(record))
         if samples_are_due(self._config, record.step, self._plan.steps):
             values["samples"] = self._table(samples_of(record, self._plan.decode, self._config.samples))
-        self._guarded(lambda run: run.log(values))
+        self._guarded(lambda run: run.log(values, step=record.step))
         for alarm in self._meter.news:
             self._alert(alarm, record.step)
 
@@ -242,7 +243,9 @@ class WandbTracker:
             )
         else:
             self._guarded(
-                lambda run: run.log({"step": step} | {f"eval/{name}": value for name, value in measured.items()})
+                lambda run: run.log(
+                    {"step": step} | {f"eval/{name}": value for name, value in measured.items()}, step=step
+                )
             )
 
     def __exit__(

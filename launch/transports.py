@@ -8,7 +8,8 @@ from functools import partial
 from typing import assert_never
 
 from launch.cluster import store
-from launch.config import Placement, RunConfig
+from launch.config import RunConfig
+from launch.settings import Placement
 from learner.config import Transport
 from learner.publishing import Staged
 from opd.errors import ConfigurationError

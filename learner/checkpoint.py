@@ -1,37 +1,208 @@
-"""Directories that are either whole or not there, and prove it: a manifest with the digest of every file.
+"""What a learner leaves on disk: one safetensors file per rank, readable by any number of ranks and any ZeRO stage.
 
-DeepSpeed writes pickles. They are opened only after their digests were compared with the manifest, which
-guards against truncation and mix-ups; it is no protection from somebody who may write to the directory.
+A file holds pieces of the flattened float32 master weights and of Adam's two moments, under the name
+`<key>/<start>/<parameter>`; the pieces of all files together cover every parameter. No pickle is written or read.
+Also here: how directories and files come into being whole or not at all.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 import xxhash
-from jaxtyping import Int64
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from opd.errors import ConfigurationError, DataError
+from opd.errors import ConfigurationError, DataError, OpdError
 
-MANIFEST = "manifest.json"
-_FORMAT = "opd learner checkpoint 1"
-
-SumOverRanks = Callable[[Int64[np.ndarray, " n"]], Int64[np.ndarray, " n"]]
+FORMAT = "opd learner shard 2"
+MASTER, KEYS = "master", ("master", "exp_avg", "exp_avg_sq")
+RANDOM = "random"
+_PIECE = 16 << 20
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a checkpoint is of. `updates` is the place in the schedule, `model` a digest of shapes."""
+    """What a checkpoint is of. `updates` is the place in the schedule, `model` a digest of names, shapes and dtypes,
+    `skipped` the number of updates in a row that were skipped just before, `device` whose random state it has."""
 
     step: int
     updates: int
+    skipped: int
+    rank: int
     ranks: int
     zero_stage: int
-    dtype: str
     model: str
+    device: str
+
+
+def shard_name(rank: int) -> str:
+    """The file of a rank. Example: `rank_0.safetensors`."""
+    return f"rank_{rank}.safetensors"
+
+
+def piece_name(key: str, start: int, parameter: str) -> str:
+    """The tensor's name within a file. Example: `exp_avg/4096/model.norm.weight`."""
+    return f"{key}/{start}/{parameter}"
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], facts: Facts) -> str:
+    """Write host tensors as safetensors, flushed to the disk; returns the file's xxh3_128 (hexadecimal).
+
+    Written piece by piece, so that a training thread gets its turn, and digested from memory: a disk that keeps
+    something else is found out when the checkpoint is read.
+
+    Raises:
+        OpdError: the disk is full or cannot be written; one sentence.
+    """
+    hasher = xxhash.xxh3_128()
+    try:
+        with path.open("wb", buffering=0) as file:
+            for data in _serialized(tensors, facts):
+                hasher.update(data)
+                written = 0
+                while written < len(data):  # a nearly full disk takes less than it is given
+                    written += file.write(data[written:]) or 0
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return hasher.hexdigest()
+
+
+def _serialized(tensors: Mapping[str, Tensor], facts: Facts) -> Iterable[memoryview]:
+    header: dict[str, object] = {"__metadata__": {"format": FORMAT, "facts": json.dumps(asdict(facts))}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        for begin in range(0, len(data), _PIECE):
+            yield data[begin : begin + _PIECE]
+
+
+class ShardWriter:
+    """Writes a rank's file in a thread of its own, one at a time."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[tuple[str, str]] | None = None
+
+    def begin(self, path: Path, tensors: Mapping[str, Tensor], facts: Facts) -> None:
+        """Start; the tensors must not change any more."""
+
+        def work() -> tuple[str, str]:
+            return path.name, write_shard(path, tensors, facts)
+
+        self._running = self._pool.submit(work)
+
+    def finish(self, deadline_s: float) -> tuple[str, str]:
+        """Name and digest of the file begun last, once it is on the disk. Raises what went wrong."""
+        if self._running is None:
+            raise OpdError("no checkpoint was begun, so none can be waited for; call save(...) first")
+        try:
+            return self._running.result(deadline_s)
+        except TimeoutError as error:
+            raise OpdError(
+                f"a checkpoint was not on the disk within {deadline_s:.0f} s; choose a faster disk for output_dir, or "
+                "raise learner.deadline_s"
+            ) from error
+
+    def close(self) -> None:
+        """End the thread, after the file it is at."""
+        self._pool.shutdown()
+
+
+class Shards:
+    """All files of a checkpoint, for reading any part of any parameter.
+
+    Raises:
+        DataError: a file is missing, foreign or cut off, or files of different checkpoints lie together.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        first, _ = _opened(directory / shard_name(0))
+        opened = [_opened(directory / shard_name(rank)) for rank in range(first.ranks)]
+        self.facts: Sequence[Facts] = [facts for facts, _ in opened]
+        for rank, facts in enumerate(self.facts):
+            if (facts.rank, facts.ranks, facts.step, facts.model) != (rank, first.ranks, first.step, first.model):
+                raise DataError(
+                    f"{directory / shard_name(rank)} is rank {facts.rank} of {facts.ranks} at step {facts.step}, but "
+                    f"rank {rank} of {first.ranks} at step {first.step} belongs there; take another checkpoint"
+                )
+        self._files = [file for _, file in opened]
+        self._where: dict[tuple[str, str], list[tuple[int, int, int]]] = {}  # pieces: start, stop, rank
+        for rank, file in enumerate(self._files):
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                key, _, rest = name.partition("/")
+                start, _, parameter = rest.partition("/")
+                if key in KEYS:
+                    begin = int(start)
+                    length = file.get_slice(name).get_shape()[0]
+                    self._where.setdefault((key, parameter), []).append((begin, begin + length, rank))
+
+    def read(self, key: str, parameter: str, start: int, stop: int) -> Tensor:
+        """Elements `start:stop` of a flattened parameter's float32 `key`.
+
+        Raises:
+            DataError: no file has all of them.
+        """
+        out = torch.empty(stop - start, dtype=torch.float32)
+        at = start
+        for begin, end, rank in sorted(self._where.get((key, parameter), [])):
+            first, last = max(at, begin), min(stop, end)
+            if first < last and first == at:
+                piece = self._files[rank].get_slice(piece_name(key, begin, parameter))[first - begin : last - begin]
+                out[first - start : last - start] = piece
+                at = last
+        if at < stop:
+            raise DataError(
+                f"the checkpoint {self.directory} has {key} of {parameter} only up to element {at} of {stop}; take "
+                "another checkpoint"
+            )
+        return out
+
+    def random_state(self, rank: int, device: str) -> Tensor | None:
+        """The generator's state of `rank` on this kind of device, if one was kept."""
+        if rank >= len(self.facts) or self.facts[rank].device != device:
+            return None
+        return self._files[rank].get_tensor(RANDOM)
+
+
+def _opened(path: Path) -> tuple[Facts, "safe_open"]:
+    if not path.is_file():
+        raise DataError(f"the checkpoint {path.parent} lacks {path.name}; it is foreign or was cut off, take another")
+    try:
+        file = safe_open(str(path), framework="pt")
+        said = file.metadata() or {}
+        if said.get("format") != FORMAT:
+            raise ValueError(f"its format is {said.get('format')!r}")
+        return Facts(**json.loads(said["facts"])), file
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no {FORMAT!r} ({error}); take another checkpoint") from error
+
+
+def check_model(directory: Path, saved: Facts, model: str) -> None:
+    """Refuse a checkpoint of another model; the number of ranks and the ZeRO stage are free."""
+    if saved.model != model:
+        raise ConfigurationError(
+            f"the checkpoint {directory} needs a student with model={saved.model} (names, shapes and dtypes of its "
+            f"parameters), but this one has model={model}; set student.path and learner.dtype back"
+        )
+
+
+# ---- whole or not at all ----
 
 
 def partial(final: Path) -> Path:
@@ -39,81 +210,56 @@ def partial(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+def replaced(final: Path) -> Path:
+    """Where an older `final` waits while the new one takes its place."""
+    return final.with_name(f".{final.name}.old")
+
+
 def start(final: Path) -> None:
     """Make an empty `partial(final)`, whatever an interrupted run has left there."""
-    shutil.rmtree(partial(final), ignore_errors=True)
-    partial(final).mkdir(parents=True)
+    try:
+        shutil.rmtree(partial(final), ignore_errors=True)
+        partial(final).mkdir(parents=True)
+    except OSError as error:
+        raise unwritable(final, error) from error
 
 
 def commit(final: Path) -> None:
-    """Rename `partial(final)` to `final`; an older `final` is moved out of the way first, then removed."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial(final).rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def digests(directory: Path, rank: int, ranks: int, total: SumOverRanks) -> dict[str, str]:
-    """File name -> xxh3_64 of all files but the manifest; each rank reads its share and all get the whole."""
-    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    own = np.zeros(len(names), dtype=np.uint64)
-    for i in range(rank, len(names), ranks):
-        own[i] = _digest(directory / names[i])
-    words = total(own.view(np.int64)).view(np.uint64)
-    return {name: f"{int(word):016x}" for name, word in zip(names, words, strict=True)}
-
-
-def write_manifest(directory: Path, facts: Facts, files: dict[str, str]) -> None:
-    """The last file of a checkpoint."""
-    content = {"format": _FORMAT, **asdict(facts), "files": files}
-    (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read_manifest(directory: Path) -> tuple[Facts, dict[str, str]]:
-    """What a checkpoint claims to be, and the digests of its files.
-
-    Raises:
-        DataError: there is no manifest, or it is not one of ours.
-    """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise DataError(f"the checkpoint {directory} has no {MANIFEST}; it is foreign or was cut off, so take another")
+    """Flush the directory and rename `partial(final)` to `final`; an older `final` is moved out of the way first."""
     try:
-        content = json.loads(path.read_text())
-        if content.pop("format") != _FORMAT:
-            raise ValueError("another format")
-        files = content.pop("files")
-        return Facts(**content), files
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a manifest of {_FORMAT!r} ({error}); take another checkpoint") from error
+        for folder in [partial(final), *(p for p in partial(final).rglob("*") if p.is_dir())]:
+            flush_directory(folder)
+        shutil.rmtree(replaced(final), ignore_errors=True)
+        if final.exists():
+            final.rename(replaced(final))
+        partial(final).rename(final)
+        flush_directory(final.parent)
+        shutil.rmtree(replaced(final), ignore_errors=True)
+    except OSError as error:
+        raise unwritable(final, error) from error
 
 
-def check_facts(directory: Path, saved: Facts, own: Facts) -> None:
-    """Refuse a checkpoint of another model or another way of sharing it (`step` and `updates` are free)."""
-    for name in ("model", "ranks", "zero_stage", "dtype"):
-        was, now = getattr(saved, name), getattr(own, name)
-        if was != now:
-            raise ConfigurationError(
-                f"the checkpoint {directory} needs a learner with {name}={was}, but this one has "
-                f"{name}={now}; set it back, or start a new run from an exported model"
-            )
+def flush_directory(folder: Path) -> None:
+    """Make names in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def check_files(directory: Path, claimed: dict[str, str], found: dict[str, str]) -> None:
-    """Refuse a checkpoint with a file missing, added or changed."""
-    for name in sorted(claimed.keys() | found.keys()):
-        if claimed.get(name) != found.get(name):
-            raise DataError(
-                f"the checkpoint {directory} is damaged: {name} has digest {found.get(name, 'none')}, but "
-                f"its manifest says {claimed.get(name, 'none')}; take another checkpoint"
-            )
+def unwritable(path: Path, error: OSError) -> OpdError:
+    """The sentence for a disk that is full, read-only or gone."""
+    return OpdError(
+        f"cannot write {path}: {error.strerror or error}; the checkpoints before it are intact, make room or choose "
+        "another output_dir and resume"
+    )
 
 
-def _digest(path: Path) -> int:
-    state = xxhash.xxh3_64()
+def digest(path: Path) -> str:
+    """xxh3_128 of a file, hexadecimal."""
+    hasher = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            state.update(block)
-    return state.intdigest()
+        while block := file.read(_PIECE):
+            hasher.update(block)
+    return hasher.hexdigest()

@@ -36,7 +36,9 @@ class LearnerConfig:
     and teacher (16 in the literature; 0: none). `sentinel_tolerance` is the largest allowed |engine - learner|
     logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for bfloat16). Weights are published by `transport`
     in chunks of whole parameters, `publish_chunk_bytes` or less each (a larger parameter is a chunk of its own), which
-    is also what a rank makes whole at once under ZeRO-3. `deadline_s` bounds every wait for another rank.
+    is also what a rank makes whole at once under ZeRO-3. `deadline_s` bounds every wait for another rank. An update
+    whose loss or gradient norm is not finite is skipped, weights and optimizer untouched; more than
+    `max_skipped_steps` of them in a row end the run.
 
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
     """
@@ -62,6 +64,7 @@ class LearnerConfig:
     publish_chunk_bytes: int = 256 << 20
     transport: Transport = Transport.OBJECT_STORE
     deadline_s: float = 600.0
+    max_skipped_steps: int = 3
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -82,6 +85,7 @@ class LearnerConfig:
             ("sentinel_tolerance", self.sentinel_tolerance >= 0, "0 (by dtype) or more"),
             ("publish_chunk_bytes", self.publish_chunk_bytes >= 1, "at least 1 byte"),
             ("deadline_s", self.deadline_s > 0, "above 0"),
+            ("max_skipped_steps", self.max_skipped_steps >= 0, "0 (the first one is fatal) or more"),
         ):
             if not fine:
                 raise ConfigurationError(f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it")

@@ -2,16 +2,16 @@
 
 import contextlib
 import faulthandler
+import math
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
 import deepspeed
-import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor, distributed, nn
 
 from learner.config import LearnerConfig
@@ -111,13 +111,15 @@ def _settings(config: LearnerConfig, numel: int) -> dict[str, Any]:
 def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
     """Clip, take the optimizer's step at rate `lr`, clear the gradients; returns the norm before clipping.
 
-    A norm that is not finite leaves the weights as they were.
+    A norm that is not finite leaves weights and optimizer as they were.
     """
     optimizer: Any = engine.optimizer  # a wrapper of ours, or ours itself
     for group in optimizer.param_groups:
         group["lr"] = lr
     if config.zero_stage:
         engine.step()
+        if optimizer.overflow:  # and DeepSpeed has dropped the step
+            return math.inf
         known = engine.get_global_grad_norm()
         assert known is not None, "DeepSpeed computes the norm under every ZeRO stage"
         return float(known)
@@ -126,8 +128,10 @@ def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
     if config.grad_clip:
         nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
     value = float(norm)
-    if np.isfinite(value):
+    if math.isfinite(value):
         engine.step()
+    else:
+        optimizer.zero_grad(set_to_none=True)
     return value
 
 
@@ -158,13 +162,6 @@ def max_over_ranks(values: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
     if distributed.get_world_size() > 1:
         distributed.all_reduce(values, distributed.ReduceOp.MAX)
     return values
-
-
-def sum_integers(values: Int64[np.ndarray, " n"], device: torch.device) -> Int64[np.ndarray, " n"]:
-    """The same for 64-bit integers (digests travel this way: all ranks but one add zero)."""
-    tensor = torch.from_numpy(values.copy()).to(device)
-    distributed.all_reduce(tensor)
-    return tensor.cpu().numpy()
 
 
 def barrier() -> None:

@@ -80,7 +80,9 @@ class LearnerRank:
         """One update from this rank's micro-batches; all ranks bring the same number and get the same report.
 
         Raises:
-            DataError: the loss or the gradient is not finite; the weights are still those of before.
+            DataError: the loss or the gradient was not finite too often in a row (before that, the report says
+                `skipped`); the weights are still those of before.
+            OpdError: memory does not suffice even for half a micro-batch.
         """
         with self._busy() as training:
             return training.step(batches, objective)
@@ -99,16 +101,27 @@ class LearnerRank:
             return training.share(version)
 
     def save(self, directory: str | Path, step: int) -> None:
-        """Write weights, optimizer, schedule and random state; the checkpoint appears whole or not at all."""
+        """Copy weights, optimizer, schedule and random state, and begin to write them into the existing `directory`.
+
+        Returns when training may go on. Every rank writes a file of its own; `written` says when it is there.
+        """
         with self._busy() as training:
             training.save(Path(directory), step)
 
-    def load(self, directory: str | Path) -> int:
-        """Restore what `save` wrote; returns its `step`.
+    def written(self) -> tuple[str, str]:
+        """Name and xxh3_128 of the file that `save` began, once it is on the disk.
 
         Raises:
-            DataError: the checkpoint is foreign, cut off or damaged.
-            ConfigurationError: it was written by a learner of another shape.
+            OpdError: it could not be written; one sentence.
+        """
+        return self._ready().written()
+
+    def load(self, directory: str | Path) -> int:
+        """Restore what all ranks' `save` wrote, however many they were and whatever they shared; returns its `step`.
+
+        Raises:
+            DataError: the checkpoint is foreign, cut off or incomplete.
+            ConfigurationError: it is of another model.
         """
         with self._busy() as training:
             return training.load(Path(directory))
@@ -129,12 +142,15 @@ class LearnerRank:
             self._training.close()
             self._training = None
 
-    @contextmanager
-    def _busy(self) -> "Iterator[Training]":
+    def _ready(self) -> "Training":
         if self._training is None:
             raise ConfigurationError("a learner rank needs setup(...) before it can work; call it on every rank")
-        began = perf_counter()
+        return self._training
+
+    @contextmanager
+    def _busy(self) -> "Iterator[Training]":
+        training, began = self._ready(), perf_counter()
         try:
-            yield self._training
+            yield training
         finally:
             self._busy_s += perf_counter() - began

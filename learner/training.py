@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from learner import checkpoint, engine
+from learner import checkpoint, engine, fragments
 from learner.config import LearnerConfig, learning_rate
 from learner.model import Student, load_head, load_student, sentinel_ids
 from learner.publishing import Publisher
 from opd.devices import resolve_device, resolve_dtype
-from opd.errors import DataError
+from opd.errors import DataError, OpdError
 from opd.logits import Evaluate, StudentLogits, flat_loss, read
 from opd.method import Objective
+from opd.packing import halves
 from opd.ports import Outlet, Sentinel, Share
 from opd.routing import by_teacher
 from opd.tally import Tally
@@ -31,7 +33,6 @@ from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
 MakeOutlet = Callable[[], Outlet]
 
-_STATE = "state"  # DeepSpeed's files within a checkpoint
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,7 +49,9 @@ class Training:
     """The student under DeepSpeed, on one of `config.ranks` ranks. Making one joins the others."""
 
     def __init__(self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int) -> None:
-        self._config, self._rank, self._steps, self._updates = config, rank, steps, 0
+        self._config, self._rank, self._steps = config, rank, steps
+        self._updates = self._skipped = 0  # applied; skipped in a row
+        self._writer = checkpoint.ShardWriter()
         self._device = resolve_device(config.device, "learner")
         self._dtype = resolve_dtype(config.dtype, self._device)
         if self._device.type == "cpu":
@@ -73,7 +76,7 @@ class Training:
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = sentinel_ids(vocabulary)
         self._engine = engine.share(self._student, self._config, self._device)
-        named = list(self._student.named())
+        self._named = named = list(self._student.named())
         self._publisher = Publisher(
             [name for name, _ in named],
             [engine.full_shape(p) for _, p in named],
@@ -89,16 +92,15 @@ class Training:
         """See `LearnerRank.step`."""
         sums = _Sums(batches)
         for i, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            total = self._loss(self._engine, batch, objective, sums)
-            # DeepSpeed averages gradients over ranks, and the denominator is global already.
-            self._engine.backward(total * (self._config.ranks / batch.denominator), scale_wrt_gas=False)
+            self._learn(batch, objective, sums, last=i == len(batches) - 1)
         loss, metrics = sums.means(self._device)
-        self._check_finite("loss", loss)
         lr = learning_rate(self._config, self._updates, self._steps)
         norm = engine.apply(self._engine, self._config, lr)
-        self._check_finite("gradient norm", norm)
-        self._updates += 1
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))  # of all ranks, so all agree
+        if skipped:
+            self._skip(loss, norm)
+        else:
+            self._updates, self._skipped = self._updates + 1, 0
         return StepReport(
             loss=loss,
             grad_norm=norm,
@@ -106,6 +108,7 @@ class Training:
             tokens=sums.tokens,
             trained_tokens=sums.trained_tokens,
             metrics=metrics,
+            skipped=skipped,
         )
 
     @torch.no_grad()
@@ -113,7 +116,7 @@ class Training:
         """See `LearnerRank.evaluate`."""
         sums = _Sums(batches)
         for batch in batches:
-            self._loss(self._student, batch, objective, sums)
+            sums.add(self._forward(self._student, batch, objective))
         loss, metrics = sums.means(self._device)
         return {**metrics, "loss": loss}
 
@@ -132,29 +135,27 @@ class Training:
         )
 
     def save(self, directory: Path, step: int) -> None:
-        """See `LearnerRank.save`. All ranks must see the same file system."""
-        temporary = checkpoint.partial(directory)
-        if self._rank == 0:
-            checkpoint.start(directory)
-        engine.barrier()
-        self._engine.save_checkpoint(str(temporary), tag=_STATE, save_latest=False)
-        np.save(temporary / f"random_{self._rank}.npy", _random_state(self._device), allow_pickle=False)
-        engine.barrier()
-        files = checkpoint.digests(temporary, self._rank, self._config.ranks, self._sum_integers)
-        if self._rank == 0:
-            checkpoint.write_manifest(temporary, self._facts(step), files)
-            checkpoint.commit(directory)
-        engine.barrier()
+        """See `LearnerRank.save`."""
+        held = fragments.fragments(self._engine, self._named, self._config.zero_stage)
+        pieces = fragments.own_share(held, self._config.zero_stage, self._rank, self._config.ranks)
+        pieces[checkpoint.RANDOM] = _random_state(self._device)
+        self._writer.begin(directory / checkpoint.shard_name(self._rank), pieces, self._facts(step))
+
+    def written(self) -> tuple[str, str]:
+        """See `LearnerRank.written`."""
+        return self._writer.finish(self._config.deadline_s)
 
     def load(self, directory: Path) -> int:
         """See `LearnerRank.load`."""
-        saved, claimed = checkpoint.read_manifest(directory)
-        checkpoint.check_facts(directory, saved, self._facts(0))
-        found = checkpoint.digests(directory, self._rank, self._config.ranks, self._sum_integers)
-        checkpoint.check_files(directory, claimed, found)
-        self._engine.load_checkpoint(str(directory), tag=_STATE)
-        _set_random_state(np.load(directory / f"random_{self._rank}.npy", allow_pickle=False), self._device)
-        self._updates = saved.updates
+        shards, own = checkpoint.Shards(directory), self._facts(0)
+        saved = shards.facts[0]
+        checkpoint.check_model(directory, saved, own.model)
+        fragments.fill(self._engine, self._named, self._config.zero_stage, shards, saved.updates)
+        state = shards.random_state(self._rank, self._device.type)
+        if state is not None:
+            _set_random_state(state, self._device)
+        self._updates, self._skipped = saved.updates, saved.skipped
+        engine.barrier()  # nobody goes on while another still reads
         return saved.step
 
     def export(self, directory: Path) -> None:
@@ -179,12 +180,79 @@ class Training:
 
     def close(self) -> None:
         """See `LearnerRank.close`."""
+        self._writer.close()
         engine.leave(self._engine)
 
-    def _loss(
-        self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: Objective, sums: "_Sums"
-    ) -> Tensor:
-        """The weighted sum of the objective over a micro-batch, noted in `sums`."""
+    def _learn(self, batch: Batch[Scores], objective: Objective, sums: "_Sums", *, last: bool) -> None:
+        """Forward and backward of a micro-batch, in two halves if memory does not suffice for it as a whole."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        seen = self._try(batch, objective)
+        if not self._anywhere(seen is None):
+            assert seen is not None
+            self._backward(seen, sums, last=last)
+            return
+        short, seen = seen is None, None  # the failed pass is given up before the next begins
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        parts = halves(batch)
+        if parts is None and not short:  # another rank must halve: go along with it
+            parts = (batch, replace(batch, weights=np.zeros_like(batch.weights)))
+        if parts is None:
+            raise self._too_large(batch)
+        for i, part in enumerate(parts):
+            self._engine.set_gradient_accumulation_boundary(last and i == 1)
+            seen = self._try(part, objective)
+            if self._anywhere(seen is None) or seen is None:
+                raise self._too_large(part)
+            self._backward(seen, sums, last=last and i == 1)
+
+    def _try(self, batch: Batch[Scores], objective: Objective) -> "_Seen | None":
+        """The forward pass, or None if memory does not suffice."""
+        try:
+            return self._forward(self._engine, batch, objective)
+        except torch.OutOfMemoryError as error:
+            if self._config.zero_stage == 3 and self._config.ranks > 1:  # the others wait for this rank's parameters
+                raise self._too_large(batch) from error
+            return None
+
+    def _anywhere(self, here: bool) -> bool:
+        """Is it so on any rank? All must ask."""
+        if self._config.ranks == 1:
+            return here
+        return bool(engine.max_over_ranks(torch.tensor([float(here)], dtype=torch.float64, device=self._device))[0])
+
+    def _backward(self, seen: "_Seen", sums: "_Sums", *, last: bool) -> None:
+        sums.add(seen)
+        # DeepSpeed averages gradients over ranks, and the denominator is global already.
+        total = seen.total * (self._config.ranks / seen.denominator)
+        if last and not math.isfinite(sums.means(self._device)[0]):
+            total = total * math.nan  # whatever its gradient is: the optimizer's own check now drops the step
+        try:
+            self._engine.backward(total, scale_wrt_gas=False)
+        except torch.OutOfMemoryError as error:  # some gradients are in, some are not: no second try
+            raise OpdError(
+                "the learner ran out of memory in a backward pass; lower learner.tokens_per_microbatch, or set "
+                "learner.gradient_checkpointing=true, and resume"
+            ) from error
+
+    def _too_large(self, batch: Batch[Scores]) -> OpdError:
+        return OpdError(
+            f"the learner ran out of memory on a micro-batch of {len(batch.input_ids)} tokens that cannot be halved "
+            "(again); lower learner.tokens_per_microbatch, or set learner.gradient_checkpointing=true, and resume"
+        )
+
+    def _skip(self, loss: float, norm: float) -> None:
+        self._skipped += 1
+        if self._skipped > self._config.max_skipped_steps:
+            raise DataError(
+                f"update {self._updates} needs a finite loss and gradient norm, but they are {loss} and {norm}, and "
+                f"{self._skipped - 1} updates before it were skipped (learner.max_skipped_steps="
+                f"{self._config.max_skipped_steps}); the weights are those of before: look at this step's scores, "
+                "lower learner.lr, or resume from a checkpoint"
+            )
+
+    def _forward(self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: Objective) -> "_Seen":
+        """The weighted sum of the objective over a micro-batch."""
         here = batch.to(self._device, self._fetch)
 
         def prepare(first: int, last: int) -> Evaluate:
@@ -196,13 +264,16 @@ class Training:
 
             return evaluate
 
+        tallies: list[Tally] = []
+
         def use(hidden: Tensor, matrix: Tensor) -> Tensor:
             chunk, k = self._config.head_chunk, self._config.overlap_k
             total, metrics = flat_loss(hidden, matrix, here.weights, prepare, chunk=chunk, overlap_k=k)
-            sums.add(total.detach() / batch.denominator, metrics)
+            tallies.append(metrics)
             return total
 
-        return model(here.input_ids, here.position_ids, here.cu_seqlens, here.predict_at, use)
+        total = model(here.input_ids, here.position_ids, here.cu_seqlens, here.predict_at, use)
+        return _Seen(total=total, metrics=tallies[-1], denominator=batch.denominator)
 
     def _whole(self, first: int, last: int) -> AbstractContextManager[list[Tensor]]:
         """The parameters `first` .. `last - 1` of the manifest, complete; all ranks must enter."""
@@ -224,21 +295,22 @@ class Training:
         return checkpoint.Facts(
             step=step,
             updates=self._updates,
+            skipped=self._skipped,
+            rank=self._rank,
             ranks=self._config.ranks,
             zero_stage=self._config.zero_stage,
-            dtype=self._config.dtype.name,
             model=model,
+            device=self._device.type,
         )
 
-    def _sum_integers(self, values: np.ndarray) -> np.ndarray:
-        return engine.sum_integers(values, self._device)
 
-    def _check_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise DataError(
-                f"update {self._updates} needs a finite {what}, but it is {value}; the weights are those of "
-                "before: look at this step's scores, lower learner.lr, or resume from a checkpoint"
-            )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """A micro-batch after its forward pass: the undivided sum of its losses, with a gradient."""
+
+    total: Tensor
+    metrics: Tally
+    denominator: float
 
 
 class _Sums:
@@ -251,14 +323,20 @@ class _Sums:
         self.tokens = sum(len(batch.input_ids) for batch, n in zip(batches, trained, strict=True) if n)
         self._loss: list[Tensor] = []
         self._metrics: list[Tally] = []
+        self._means: tuple[float, dict[str, float]] | None = None
 
-    def add(self, loss: Tensor, metrics: Tally) -> None:
+    def add(self, seen: _Seen) -> None:
         """A micro-batch's share of the loss, and the tally of its metrics."""
-        self._loss.append(loss)
-        self._metrics.append(metrics)
+        self._loss.append(seen.total.detach() / seen.denominator)
+        self._metrics.append(seen.metrics)
 
     def means(self, device: torch.device) -> tuple[float, dict[str, float]]:
-        """The loss and mean metrics of all ranks, which all must ask for; counts become global too."""
+        """The loss and mean metrics of all ranks, which all must ask for after the last `add`; counts become global."""
+        if self._means is None:
+            self._means = self._over_ranks(device)
+        return self._means
+
+    def _over_ranks(self, device: torch.device) -> tuple[float, dict[str, float]]:
         own = reduce(Tally.plus, self._metrics)
         tokens = torch.tensor([self.tokens, self.trained_tokens], dtype=torch.float64, device=device)
         loss = torch.stack(self._loss).sum()[None]
@@ -269,13 +347,12 @@ class _Sums:
         return value, Tally(names=own.names, totals=totals, counts=counts, greatest=greatest).means()
 
 
-def _random_state(device: torch.device) -> np.ndarray:
-    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return own.numpy()
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_state(state: np.ndarray, device: torch.device) -> None:
+def _set_random_state(state: Tensor, device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.set_rng_state(torch.from_numpy(state), device)
+        torch.cuda.set_rng_state(state, device)
     else:
-        torch.set_rng_state(torch.from_numpy(state))
+        torch.set_rng_state(state)

@@ -1,7 +1,7 @@
 """A model's parameters as bytes: how many, where they are cut, what lies in a run of them, and their digest."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,14 +35,19 @@ def sizes(manifest: Manifest) -> list[int]:
 
 def cut(manifest: Manifest, most: int) -> list[tuple[int, int]]:
     """Runs `(first, last)` of parameters, each of at most `most` bytes; a larger parameter is a run of its own."""
-    runs: list[tuple[int, int]] = []
-    start = held = 0
-    for i, size in enumerate(sizes(manifest)):
-        if i > start and held + size > most:
-            runs.append((start, i))
-            start, held = i, 0
+    return runs(sizes(manifest), most)
+
+
+def runs(sizes: Iterable[int], most: int) -> list[tuple[int, int]]:
+    """Runs `(first, last)` of neighbours whose sizes add up to at most `most`; a larger one is a run of its own."""
+    found: list[tuple[int, int]] = []
+    start = held = i = 0
+    for i, size in enumerate(sizes, 1):
+        if i - 1 > start and held + size > most:
+            found.append((start, i - 1))
+            start, held = i - 1, 0
         held += size
-    return [*runs, (start, len(manifest.names))]
+    return [*found, (start, i)]
 
 
 def unpack(manifest: Manifest, first: int, last: int, buffer: Tensor | np.ndarray) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Weighted trajectories to micro-batches: the only place where tokens are shifted, padded or dropped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapreplace
 from typing import Protocol
 
@@ -96,6 +96,37 @@ def pack(
         for b in bins
     ]
     return [batches[rank :: layout.ranks] for rank in range(layout.ranks)]
+
+
+def halves(batch: Batch[S]) -> tuple[Batch[S], Batch[S]] | None:
+    """A packed micro-batch as two, cut between the sequences nearest to the middle of its tokens.
+
+    Losses and gradients of the two add up to the whole's, since the denominator is global. None if there is no
+    boundary with trained tokens on both sides.
+    """
+    ends = np.asarray(batch.cu_seqlens)
+    trained = np.searchsorted(np.asarray(batch.predict_at), ends)  # predict_at ascends with the sequences
+    fit = [i for i in range(1, len(ends) - 1) if 0 < trained[i] < len(batch)]
+    if not fit:
+        return None
+    cut = min(fit, key=lambda i: abs(2 * int(ends[i]) - int(ends[-1])))
+    tokens, rows = int(ends[cut]), int(trained[cut])
+    first, second = batch.rows(0, rows), batch.rows(rows, len(batch))
+    return (
+        replace(
+            first,
+            input_ids=batch.input_ids[:tokens],
+            position_ids=batch.position_ids[:tokens],
+            cu_seqlens=batch.cu_seqlens[: cut + 1],
+        ),
+        replace(
+            second,
+            input_ids=batch.input_ids[tokens:],
+            position_ids=batch.position_ids[tokens:],
+            cu_seqlens=batch.cu_seqlens[cut:] - tokens,
+            predict_at=second.predict_at - tokens,
+        ),
+    )
 
 
 def _inputs(item: Scored[S]) -> int:

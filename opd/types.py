@@ -358,7 +358,8 @@ class TokenLoss:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """What one optimizer step did. `metrics` are means over those trained tokens of the whole batch at which they
-    are defined (`opd.tally`); one that was defined nowhere is absent."""
+    are defined (`opd.tally`); one that was defined nowhere is absent. `skipped`: the loss or the gradient norm was not
+    finite, so weights and optimizer are those of before."""
 
     loss: float
     grad_norm: float
@@ -366,3 +367,4 @@ class StepReport:
     tokens: int
     trained_tokens: int
     metrics: Mapping[str, float]
+    skipped: bool = False

@@ -66,10 +66,21 @@ def model_digest(path: str) -> str:
     hasher = xxhash.xxh3_128()
     for file in files:
         hasher.update(f"{file.name}:{file.stat().st_size};".encode())
-        with file.open("rb") as stream:
-            while piece := stream.read(_PIECE):
-                hasher.update(piece)
+        _feed(hasher, file)
     return hasher.hexdigest() if files else ""
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 (hex) of one file."""
+    hasher = xxhash.xxh3_128()
+    _feed(hasher, path)
+    return hasher.hexdigest()
+
+
+def _feed(hasher: xxhash.xxh3_128, path: Path) -> None:
+    with path.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            hasher.update(piece)
 
 
 def identity_of(config: TeacherConfig, dtype: str, limits: Limits) -> Identity:

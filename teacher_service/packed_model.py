@@ -54,6 +54,10 @@ class PackedModel:
         for name, parameter in own.items():
             parameter.lerp_(given[name].to(parameter), share)
 
+    def state(self) -> dict[str, Tensor]:
+        """Host copies of all parameters by name (tied ones once)."""
+        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self._causal.named_parameters()}
+
     def _tied(self) -> list[tuple[str, Tensor]]:
         every = self._causal.named_parameters(remove_duplicate=False)
         own = dict(self._causal.named_parameters())

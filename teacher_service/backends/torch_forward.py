@@ -1,12 +1,16 @@
 """A teacher as a plain forward pass: exact, any ids, any k; the vocabulary only where it is asked."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from opd.delivery import collect
 from opd.devices import resolve_device, resolve_dtype
@@ -14,6 +18,7 @@ from opd.errors import ConfigurationError, OpdError
 from opd.ports import ScoreRequest, Weights
 from opd.types import Fetch, TokenScores
 from teacher_service.config import TeacherConfig
+from teacher_service.fingerprint import file_digest
 from teacher_service.identity import check_checkpoint
 from teacher_service.reading import Bounds, Store, TeacherStats, completion_rows, length, testify
 
@@ -61,6 +66,42 @@ class TorchTeacher:
         delivered = collect(weights, get, "the teacher")
         with self._lock, torch.inference_mode():
             model.mix_in(delivered.tensors(), self._config.mixup)
+
+    async def save(self, path: str) -> str:
+        """Write the weights of now (of a teacher that follows the student) as safetensors; returns xxh3_128, hex.
+
+        Raises:
+            OpdError: the disk is full or cannot be written.
+        """
+        return await self._within(asyncio.to_thread(self._save, Path(path)), "saving its weights")
+
+    def _save(self, path: Path) -> str:
+        model = self._loaded()
+        with self._lock:
+            state = model.state()
+        try:
+            save_file(state, path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            return file_digest(path)
+        except (OSError, SafetensorError) as error:
+            raise OpdError(
+                f"cannot write {path}: {error}; the checkpoints before it are intact, make room or choose another "
+                "output_dir and resume"
+            ) from error
+
+    async def restore(self, path: str) -> None:
+        """Take back the weights that `save` wrote.
+
+        Raises:
+            DataError: they are of another architecture; the teacher keeps its own.
+        """
+        await self._within(asyncio.to_thread(self._restore, Path(path)), "loading its weights")
+
+    def _restore(self, path: Path) -> None:
+        model, state = self._loaded(), load_file(path)
+        with self._lock, torch.inference_mode():
+            model.mix_in(state.items(), 1.0)
 
     async def stats(self) -> TeacherStats:
         """What this teacher has done so far."""

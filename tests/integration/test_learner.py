@@ -7,8 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,166 +18,40 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from learner.config import LearnerConfig, Schedule, environment
-from learner.learner import LearnerRank
-from learner.publishing import Staged
+from learner import engine
+from learner.config import LearnerConfig, environment
 from opd.delivery import assemble, collect
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError
-from opd.logits import StudentLogits
-from opd.packing import TokenMean, pack
-from opd.ports import Chunk, Layout, Outlet, Share, Weights
+from opd.ports import Weights
 from opd.shared_memory import SharedMemory, read
 from opd.types import (
-    Batch,
     HiddenScores,
-    Prompt,
     RemoteRows,
-    Scored,
-    Scores,
-    Stop,
-    TokenLoss,
-    TokenScores,
     Trajectory,
     VocabularyScores,
 )
-from tests.tiny_models import tiny_model
-
-VOCABULARY, STEPS = 61, 6
-HERE = Path(__file__).resolve()
-# Smooth in the gradient (plain AdamW divides it by its size), so weights can be compared as gradients can.
-SMOOTH = LearnerConfig(
-    zero_stage=0,
-    dtype=Dtype.FLOAT32,
-    device=Device.CPU,
-    lr=1.0,
-    eps=1.0,
-    grad_clip=0.05,
-    head_chunk=7,
-    warmup_steps=0,
-    deadline_s=240,
+from tests.small_learner import (
+    SMOOTH,
+    STAGES,
+    VOCABULARY,
+    Likelihood,
+    ReverseKL,
+    Start,
+    batches_of,
+    data,
+    keep,
+    lay_down,
+    parameters,
+    pick_up,
+    rank_of,
+    tiny,
 )
 
-
-@dataclass(frozen=True)
-class ReverseKL:
-    """KL(student||teacher) over the whole vocabulary."""
-
-    consumes = VocabularyScores
-
-    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
-        p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        return TokenLoss(loss=(p.exp() * (p - q)).sum(-1), metrics={"entropy": student.entropy})
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """-log p of the written token; `scale` spoils it on request."""
-
-    scale: float = 1.0
-    consumes = Scores
-
-    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
-        logprobs = student.at(batch.target_ids)
-        return TokenLoss(loss=-self.scale * logprobs, metrics={"behavior": batch.behavior_logprobs})
-
-
-def tiny(path: Path, *, tied: bool, seed: int, width: int = 32) -> Path:
-    """A random Qwen3 with sharp logits, saved in `path`."""
-    shape = {"hidden_size": width, "intermediate_size": 48, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    tiny_model(seed, tied=tied, std=0.15, vocab_size=VOCABULARY, **shape, **heads).save_pretrained(path)
-    (path / "tokenizer.json").write_text("{}")
-    return path
-
-
-def data(step: int, sequences: int = 9) -> tuple[list[Trajectory], list[np.ndarray]]:
-    """Trajectories of many lengths, and weights of which some are zero and some are no whole numbers."""
-    rng = np.random.default_rng(step)
-    trajectories = []
-    for i in range(sequences):
-        context, tokens = (rng.integers(0, VOCABULARY, rng.integers(*r)).astype(np.int32) for r in ((1, 9), (1, 23)))
-        n = len(tokens)
-        trajectories.append(
-            Trajectory(
-                prompt=Prompt(id=str(i), student_ids=context, teacher_ids=context),
-                sample=0,
-                token_ids=tokens,
-                behavior=TokenScores(logprobs=-rng.random(n, dtype=np.float32)),
-                loss_mask=np.ones(n, dtype=bool),
-                versions=np.zeros(n, dtype=np.int32),
-                stop=Stop.END,
-                rewards={},
-            )
-        )
-    weights = [rng.choice([0.0, 0.5, 1.0, 2.0], len(t)) for t in trajectories]
-    weights[0][:] = 0
-    weights[-1][:] = 1
-    return trajectories, weights
-
-
-def batches_of(
-    step: int, config: LearnerConfig, testify: Callable[[Trajectory], Scores] = lambda _: Scores()
-) -> list[list[Batch[Any]]]:
-    """`data(step)` in micro-batches per rank."""
-    trajectories, weights = data(step)
-    scored = [Scored(trajectory=t, scores=testify(t)) for t in trajectories]
-    layout = Layout(ranks=config.ranks, tokens_per_microbatch=config.tokens_per_microbatch)
-    return pack(scored, weights, layout, TokenMean())
-
-
-def copies() -> Staged:
-    """The plainest outlet: a handle is a copy of the bytes."""
-    return Staged(np.copy)
-
-
-def rank_of(
-    config: LearnerConfig, student: Path, teacher: Path | None = None, outlet: Callable[[], Outlet] = copies
-) -> LearnerRank:
-    """A rank that has yet to be set up."""
-    heads = [str(teacher)] if teacher else []
-    return LearnerRank(config, str(student), heads, STEPS, 0, lambda handle: handle, outlet)
-
-
-def parameters(*shares: Share) -> dict[str, Tensor]:
-    """Published weights by name, out of what all ranks published."""
-    return dict(collect(assemble(shares), np.asarray, "a test").tensors())
+HERE = Path(__file__).resolve()
 
 
 # ---- one rank, in this process ----
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "tied": tiny(root / "tied", tied=True, seed=1),
-        "untied": tiny(root / "untied", tied=False, seed=2),
-        "teacher": tiny(root / "teacher", tied=True, seed=3, width=40),
-        "untied teacher": tiny(root / "untied_teacher", tied=False, seed=4, width=24),
-    }
-
-
-Start = Callable[..., LearnerRank]
-
-
-@pytest.fixture(scope="module")
-def start() -> Iterator[Start]:
-    """Makes learners of one rank; they share a process group, which is given up at the end."""
-    before, made = dict(os.environ), []
-    os.environ.update(environment(Device.CPU))
-
-    def make(config: LearnerConfig, student: Path, teacher: Path | None = None, **more: Any) -> LearnerRank:
-        rank = rank_of(config, student, teacher, **more)
-        rank.setup(0, 1, *rank.address())
-        made.append(rank)
-        return rank
-
-    yield make
-    for rank in made:
-        rank.close()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def read_by(path: Path) -> Callable[[Trajectory], VocabularyScores]:
@@ -314,18 +188,6 @@ def test_masked_tokens_do_not_move_anything(models: dict[str, Path], start: Star
     assert any(not torch.equal(before[n], p) for n, p in parameters(rank.share(1)).items())
 
 
-@pytest.mark.parametrize("scale", [float("nan"), 3e38], ids=["loss", "gradient"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights(
-    stage: int, scale: float, models: dict[str, Path], start: Start
-) -> None:
-    rank = start(replace(SMOOTH, zero_stage=stage), models["tied"])
-    before = parameters(rank.share(0))
-    with pytest.raises(DataError, match="finite"):
-        rank.step(batches_of(1, SMOOTH)[0], Likelihood(scale=scale))
-    assert all(torch.equal(before[n], p) for n, p in parameters(rank.share(0)).items())
-
-
 def test_weights_and_export_are_the_model(models: dict[str, Path], start: Start, tmp_path: Path) -> None:
     rank = start(SMOOTH, models["untied"])
     rank.step(batches_of(1, SMOOTH)[0], Likelihood())
@@ -346,78 +208,15 @@ def test_weights_and_export_are_the_model(models: dict[str, Path], start: Start,
     torch.testing.assert_close(torch.from_numpy(weights.sentinel.logprobs), logprobs, rtol=0, atol=1e-5)
 
 
-def test_a_learner_continues_from_its_checkpoint_bit_by_bit(
-    models: dict[str, Path], start: Start, tmp_path: Path
-) -> None:
-    config = replace(SMOOTH, eps=1e-8, lr=1e-2, schedule=Schedule.LINEAR)
-    first = start(config, models["tied"])
-    losses = []
-    for step in range(4):
-        losses.append(first.step(batches_of(step, config)[0], Likelihood()))
-        if step == 1:
-            first.save(tmp_path / "step_2", 2)
-            first.save(tmp_path / "step_2", 2)  # again, over the first: a resumed run does that
-    second = start(config, models["tied"])
-    assert second.load(tmp_path / "step_2") == 2
-    assert [second.step(batches_of(step, config)[0], Likelihood()) for step in (2, 3)] == losses[2:]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_2"]
-    _check_refusals(start, models, config, tmp_path)
-
-
-def _check_refusals(start: Start, models: dict[str, Path], config: LearnerConfig, root: Path) -> None:
-    rank, directory = start(config, models["tied"]), root / "step_2"
-    with pytest.raises(ConfigurationError, match="model="):
-        start(config, models["untied"]).load(directory)
-    with pytest.raises(ConfigurationError, match="zero_stage=0"):
-        start(replace(config, zero_stage=1), models["tied"]).load(directory)
-    (victim,) = directory.rglob("*model_states.pt")
-    content = victim.read_bytes()
-    for changed in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
-        victim.write_bytes(changed)
-        with pytest.raises(DataError, match=r"damaged: state/.*model_states\.pt"):
-            rank.load(directory)
-    victim.write_bytes(content)
-    (directory / "stranger.pt").write_bytes(b"")
-    with pytest.raises(DataError, match=r"stranger\.pt"):
-        rank.load(directory)
-    (directory / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match="not a manifest"):
-        rank.load(directory)
-    (directory / "manifest.json").unlink()
-    with pytest.raises(DataError, match="has no manifest"):
-        rank.load(directory)
-
-
 # ---- two ranks, in processes of their own ----
 
 
 SMALL = 3000  # bytes of a chunk: many chunks in a tiny model
-STAGES = [(stage, Dtype.FLOAT32) for stage in range(4)] + [(stage, Dtype.BFLOAT16) for stage in (1, 2, 3)]
 
 
 def _shared(ranks: int, stage: int, dtype: Dtype, **more: int) -> LearnerConfig:
     shape = {"ranks": ranks, "zero_stage": stage, "dtype": dtype, "eps": 1e-8, "lr": 1e-2, "tokens_per_microbatch": 40}
     return replace(SMOOTH, **shape | more)
-
-
-def lay_down(share: Share, folder: Path) -> None:
-    """Write what a rank published where another process finds it."""
-    folder.mkdir(exist_ok=True)
-    for chunk in share.chunks:
-        np.save(folder / f"{chunk.first}.npy", chunk.handle)
-        (folder / f"{chunk.first}.json").write_text(json.dumps(asdict(replace(chunk, handle=f"{chunk.first}.npy"))))
-    (folder / "manifest").write_text(json.dumps(asdict(share.manifest)))
-
-
-def pick_up(folder: Path, like: Share) -> Weights:
-    """What all ranks have laid down there, as one version with the sentinel of `like`."""
-    chunks = [Chunk(**json.loads(file.read_text())) for file in folder.glob("*.json")]
-    named = json.loads((folder / "manifest").read_text())
-    shapes = tuple(map(tuple, named["shapes"]))
-    manifest = replace(like.manifest, names=tuple(named["names"]), dtypes=tuple(named["dtypes"]), shapes=shapes)
-    manifest = replace(manifest, nbytes=named["nbytes"])
-    held = tuple(replace(c, handle=np.load(folder / c.handle)) for c in chunks)
-    return assemble([replace(like, manifest=manifest, chunks=held)])
 
 
 def run_stages(rank: int, world: int, port: int, folder: Path) -> dict[str, Any]:
@@ -428,22 +227,32 @@ def run_stages(rank: int, world: int, port: int, folder: Path) -> dict[str, Any]
         learner = rank_of(config, folder / "student")
         learner.setup(rank, world, "127.0.0.1", port)
         lay_down(learner.share(0), folder / f"first {name}")
-        reports = []
-        for step in range(3):
-            if step == 2:
-                learner.save(folder / f"checkpoint {name}", step)
-                learner = rank_of(config, folder / "student")
-                learner.setup(rank, world, "127.0.0.1", port)
-                assert learner.load(folder / f"checkpoint {name}") == step
-            reports.append(learner.step(batches_of(step, config)[rank], Likelihood()))
-        lay_down(learner.share(3), folder / f"last {name}")
+        reports = [learner.step(batches_of(step, config)[rank], Likelihood()) for step in range(2)]
+        keep(learner, folder / f"checkpoint {name}", 2)
+        engine.barrier()
+        straight, then = learner.step(batches_of(2, config)[rank], Likelihood()), learner.share(3)
+        learner = rank_of(config, folder / "student")
+        learner.setup(rank, world, "127.0.0.1", port)
+        assert learner.load(folder / f"checkpoint {name}") == 2
+        reports.append(learner.step(batches_of(2, config)[rank], Likelihood()))
+        assert straight == reports[-1], f"{name}: another step than without a checkpoint"
+        weights = learner.share(3)
+        assert [c.digest for c in then.chunks] == [c.digest for c in weights.chunks], f"{name}: other weights"
+        lay_down(weights, folder / f"last {name}")
         learner.export(folder / f"export {name}")
+        evaluated = learner.evaluate(batches_of(5, config)[rank], Likelihood())
+        foreign = []
+        if dtype is Dtype.FLOAT32:  # a checkpoint of one rank without ZeRO, read by two with it
+            assert learner.load(folder / "alone") == 2
+            foreign = [learner.step(batches_of(2, config)[rank], Likelihood()).loss]
+            foreign.append(learner.evaluate(batches_of(5, config)[rank], Likelihood())["loss"])
         seen[name] = {
+            "foreign": foreign,
             "losses": [r.loss for r in reports],
             "norms": [r.grad_norm for r in reports],
             "metrics": [dict(r.metrics) for r in reports],
             "tokens": [[r.tokens, r.trained_tokens] for r in reports],
-            "evaluated": learner.evaluate(batches_of(5, config)[rank], Likelihood()),
+            "evaluated": evaluated,
         }
     learner.close()
     return seen
@@ -454,12 +263,14 @@ def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path
     port = rank_of(SMOOTH, HERE).address()[1]
     variables = os.environ | environment(Device.CPU) | {"PYTHONPATH": str(HERE.parents[2])}
     arguments = [[sys.executable, str(HERE), str(r), "2", str(port), str(tmp_path)] for r in range(2)]
+    config = _shared(1, 0, Dtype.FLOAT32)
+    alone = start(config, student)
+    first_share = alone.share(0)
+    reports = [alone.step(batches_of(step, config)[0], Likelihood()) for step in range(2)]
+    keep(alone, tmp_path / "alone", 2)
     ranks = [subprocess.Popen(a, env=variables) for a in arguments]
     try:
-        config = _shared(1, 0, Dtype.FLOAT32)
-        alone = start(config, student)
-        first_share = alone.share(0)
-        reports = [alone.step(batches_of(step, config)[0], Likelihood()) for step in range(3)]
+        reports.append(alone.step(batches_of(2, config)[0], Likelihood()))
         evaluated = alone.evaluate(batches_of(5, config)[0], Likelihood())
         norms = {n: float(p.double().norm()) for n, p in parameters(alone.share(3)).items()}
         assert [rank.wait(timeout=250) for rank in ranks] == [0, 0]
@@ -483,6 +294,12 @@ def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path
         assert seen["evaluated"] == pytest.approx(evaluated, **close), name
         assert seen["norms"] == pytest.approx([r.grad_norm for r in reports], rel=1e-3 if exact else 2e-2), name
         assert own == pytest.approx(norms, rel=1e-4 if exact else 1e-2), name
+        if exact:
+            assert seen["foreign"] == pytest.approx([reports[2].loss, evaluated["loss"]], abs=1e-5), name
+            # ... and the other way: what two ranks of this stage wrote, read by one without ZeRO
+            assert alone.load(tmp_path / f"checkpoint {name}") == 2
+            assert alone.step(batches_of(2, config)[0], Likelihood()).loss == pytest.approx(reports[2].loss, abs=1e-5)
+            assert alone.evaluate(batches_of(5, config)[0], Likelihood()) == pytest.approx(evaluated, abs=1e-4)
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"export {name}", dtype="auto")
         assert str(exported.dtype) == f"torch.{name.split()[1].lower()}"
         assert all(torch.equal(published[n], p) for n, p in exported.named_parameters()), name

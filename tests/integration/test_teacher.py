@@ -23,6 +23,7 @@ from opd.scorers.testimony import verify
 from opd.types import HiddenScores, TokenScores, TopKScores
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
 from teacher_service.config import TeacherConfig
+from teacher_service.fingerprint import file_digest
 from tests.tiny_models import VOCABULARY, completion_logprobs, tiny_model
 
 POSITIONS = 64
@@ -230,6 +231,25 @@ def test_a_teacher_that_follows_is_the_moving_average_of_its_students(school: Sc
     for one, answer in zip(asked, run(teacher.score(asked)), strict=True):
         expected = completion_logprobs(twin, one).gather(1, torch.from_numpy(one.token_ids).long()[:, None])
         np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
+
+
+def test_a_teacher_that_followed_goes_on_from_its_file(school: School, tmp_path: Path) -> None:
+    config = TeacherConfig(path=str(school.path), mixup=0.25, deadline_s=60)
+    first, second = TorchTeacher(config, school.shelf.store), TorchTeacher(config, school.shelf.store)
+    tied = bool(school.plain.config.tie_word_embeddings)
+    students = [published(checkpoint(tmp_path / str(seed), tied=tied, seed=seed)) for seed in (1, 2)]
+    asked = [request(WANTS[1], seed) for seed in range(4)]
+    run(first.follow(students[0], np.asarray))
+    digest = run(first.save(str(tmp_path / "teacher.safetensors")))
+    assert digest == file_digest(tmp_path / "teacher.safetensors")
+    run(second.restore(str(tmp_path / "teacher.safetensors")))
+    for teacher in (first, second):
+        run(teacher.follow(students[1], np.asarray))
+    for one, other in zip(run(first.score(asked)), run(second.score(asked)), strict=True):
+        assert np.array_equal(one.logprobs, other.logprobs)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OpdError, match="cannot write"):
+        run(first.save(str(tmp_path / "file" / "teacher.safetensors")))
 
 
 def test_a_teacher_keeps_its_weights_when_what_it_should_follow_is_wrong(school: School, tmp_path: Path) -> None:

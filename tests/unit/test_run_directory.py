@@ -145,7 +145,7 @@ def test_rewinding_forgets_what_will_be_written_again(directory: RunDirectory) -
         append_json(directory.metrics, {"step": step})
         append_json(directory.samples, {"step": step})
     summary().write(directory)
-    directory.rewind(3)
+    directory.rewind(3, 10)
     assert [line["step"] for line in read_jsonl(directory.metrics)] == [1, 2, 3]
     assert [line["step"] for line in read_jsonl(directory.samples)] == [1, 2, 3]
     assert not directory.summary.exists()

@@ -1,0 +1,126 @@
+"""Where a run goes on: finds the checkpoint that `resume=` means, and refuses what would not be the same run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import strftime
+
+from rich.console import Console
+
+from launch.checkpoint_store import CheckpointStore, verify
+from launch.checkpoints import (
+    LATEST,
+    Change,
+    DriverState,
+    changes,
+    check_changes,
+    check_steps,
+    check_teachers,
+    described,
+    newest_first,
+)
+from launch.config import RunConfig
+from launch.run_directory import RunDirectory, read_jsonl
+from launch.run_lock import check_not_running
+from launch.summary import Outcome, RunSummary
+from opd.errors import ConfigurationError
+from teacher_service.fingerprint import model_digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """A verified checkpoint; `same_run` if its run goes on, otherwise a new run starts from it."""
+
+    checkpoint: Path
+    state: DriverState
+    same_run: bool
+
+
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """The digest of each teacher's weights by name; of one whose weights are elsewhere, what the settings say."""
+    return {name: model_digest(t.path) or t.fingerprint for name, t in config.teachers.items()}
+
+
+def resumption(config: RunConfig, console: Console) -> Resumption | None:
+    """What `resume=` means, or None for a run from the start. Changes nothing but leftovers of a crash.
+
+    Raises:
+        ConfigurationError: there is no such checkpoint, the run is still running or finished, or the settings or the
+            teacher would train something else.
+        DataError: the checkpoint is foreign, cut off or damaged.
+    """
+    if not config.resume:
+        return None
+    place, state, same_run = _found(config, console)
+    found = changes(state.config, described(config))
+    check_changes(str(place), found)
+    check_teachers(str(place), state.teachers, fingerprints(config))
+    check_steps(str(place), state.step, config.steps)
+    if same_run:
+        _check_unfinished(RunDirectory(place.parent.parent), state.step, config.steps)
+    for sentence in _remarks(config, found):
+        console.print(sentence, soft_wrap=True)
+    return Resumption(checkpoint=place, state=state, same_run=same_run)
+
+
+def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool]:
+    if config.resume != LATEST and not config.resume.isdecimal():
+        path = Path(config.resume)
+        if not newest_first([path.name]):
+            raise ConfigurationError(
+                f"resume={config.resume} is neither {LATEST!r}, nor a step, nor the path of a checkpoint such as "
+                "runs/<run_name>/checkpoints/step_40; give one of these"
+            )
+        return path, verify(path), False
+    if not config.run_name:
+        raise ConfigurationError(f"resume={config.resume} needs run_name=... to say which run in {config.output_dir}")
+    directory = RunDirectory.open(Path(config.output_dir) / config.run_name)
+    check_not_running(directory.path)
+    store = CheckpointStore(directory.checkpoints)
+    store.recover()
+    if config.resume == LATEST:
+        place, state, skipped = store.newest_whole()
+        for sentence in skipped:
+            console.print(f"skipped: {sentence}", soft_wrap=True)
+        return place, state, True
+    step = int(config.resume)
+    if step not in store.steps():
+        have = ", ".join(map(str, store.steps())) or "none"
+        raise ConfigurationError(f"{store.folder} has no checkpoint of step {step} (have: {have}); choose one of these")
+    return store.path(step), verify(store.path(step)), True
+
+
+def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
+    if step < steps or not directory.summary.exists():
+        return
+    if RunSummary.read(directory.summary).outcome is Outcome.FINISHED:
+        raise ConfigurationError(f"the run {directory.path} has finished its {steps} steps; raise steps to go on")
+
+
+def _remarks(config: RunConfig, found: list[Change]) -> list[str]:
+    said = {change.name: change for change in found}
+    if "steps" in said and config.learner.schedule.name != "CONSTANT":
+        return [
+            f"note: steps was {said['steps'].before} and is {config.steps} now, so the learning rate's schedule "
+            f"({config.learner.schedule.name}) ends elsewhere from here on"
+        ]
+    return []
+
+
+def open_directory(config: RunConfig, resumed: Resumption | None) -> RunDirectory:
+    """The directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off."""
+    if resumed is None or not resumed.same_run:
+        name = config.run_name or f"{config.method.name}-{strftime('%Y%m%d-%H%M%S')}"
+        return RunDirectory.create(Path(config.output_dir), name)
+    return RunDirectory.open(Path(config.output_dir) / config.run_name)
+
+
+def rewind(directory: RunDirectory, resumed: Resumption, steps: int) -> None:
+    """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended."""
+    directory.rewind(resumed.state.step, steps)
+    CheckpointStore(directory.checkpoints).forget_after(resumed.state.step)
+
+
+def history(directory: RunDirectory) -> list[Mapping[str, float]]:
+    """The kept lines of metrics, for alarms that look back; what was no number is left out."""
+    return [{k: v for k, v in line.items() if v is not None} for line in read_jsonl(directory.metrics)]

@@ -1,0 +1,307 @@
+"""One run while it lasts: start everything, train, evaluate, save, export, stop everything."""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from time import time
+
+import yaml
+from rich.console import Console
+
+from launch.accounting import Costs, process_tree_cpu_seconds
+from launch.checkpoint_store import CheckpointStore
+from launch.checkpoints import DriverState, described
+from launch.config import DEFAULT, RunConfig
+from launch.doctor import as_json, consult
+from launch.environment import package_versions
+from launch.evaluate import Evaluator, Spent
+from launch.evaluation_point import EvaluationPoint
+from launch.export import export_student
+from launch.limit import staffing, step_limit
+from launch.metrics import Meter
+from launch.plan import Plan
+from launch.resuming import Resumption, fingerprints, history
+from launch.run_data import RunData
+from launch.run_directory import RunDirectory, write_text
+from launch.running import Preempted, Stop
+from launch.saving import Retention, Saver
+from launch.session import Session, open_session
+from launch.summary import Outcome, RunSummary
+from launch.trace import TraceTracker
+from launch.tracking import RunPlan, Tracker, make_trackers
+from opd.ledger import Ledger
+from opd.loop import StepRecord, train
+from opd.scorers.ensemble import Ensemble
+from opd.types import TokenScores
+
+
+class _Cpu:
+    """Processor seconds of training: start-up, evaluation and export apart."""
+
+    def __init__(self) -> None:
+        self._apart = process_tree_cpu_seconds()
+
+    def __call__(self) -> float:
+        return process_tree_cpu_seconds() - self._apart
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What happens inside is not counted."""
+        before = process_tree_cpu_seconds()
+        try:
+            yield
+        finally:
+            self._apart += process_tree_cpu_seconds() - before
+
+
+class Run:
+    """The state of one run while it lasts: what is known so far, for the summary."""
+
+    def __init__(
+        self, plan: Plan, directory: RunDirectory, console: Console, stop: Stop, resumed: Resumption | None
+    ) -> None:
+        self._plan, self._directory, self._console = plan, directory, console
+        self._config: RunConfig = plan.config
+        self._stop, self._resumed = stop, resumed
+        self._before = resumed.state if resumed else None
+        self._first = self._before.step if self._before else 0  # steps that are done
+        self._ledger = Ledger.from_json(self._before.ledger) if self._before else Ledger()
+        self._ledger.reopen()  # what was outstanding is asked for again
+        self._fingerprints: asyncio.Task[dict[str, str]] | None = None
+        self._started = float(os.environ.pop("OPD_STARTED", time()))  # the first run counts the start of the program
+        self._start: EvaluationPoint | None = None
+        self._end: EvaluationPoint | None = None
+        self._teacher: EvaluationPoint | None = None
+        self._last: StepRecord | None = None
+        self._session: Session | None = None
+        self._meter = self._new_meter(lambda: 0.0)
+        self._ready_s = self._first_step_s = 0.0
+
+    def _new_meter(self, read_cpu: Callable[[], float]) -> Meter:
+        spending = costs(self._plan)
+        meter = Meter(
+            spending,
+            before=self._before.totals if self._before else None,
+            read_cpu=read_cpu,
+            staffing=staffing(self._plan),
+            limit=step_limit(self._plan, spending),
+        )
+        meter.recall(history(self._directory))
+        return meter
+
+    async def everything(self) -> None:
+        """Start, measure, train, measure again, export."""
+        plan, config = self._plan, self._config
+        self._console.print(f"run {self._directory.path}: starting {config.method.name} ...")
+        # Read meanwhile; a large teacher takes minutes. Known already where a checkpoint was compared with them.
+        self._fingerprints = asyncio.create_task(asyncio.to_thread(fingerprints, config))
+        session = self._session = await open_session(plan)
+        try:
+            self._ready_s = time() - self._started
+            await self._see_doctor(session)
+            if self._resumed is not None:
+                await session.restore(self._resumed.checkpoint, self._resumed.state.followers)
+            cpu = _Cpu()
+            self._meter = self._new_meter(cpu)
+            with ExitStack() as stack:
+                trackers = self._trackers(stack)
+                evaluator = make_evaluator(plan, session)
+                await self._measure_start(session, evaluator, trackers, cpu)
+                self._first_step_s = time() - self._started
+                await self._train(session, evaluator, trackers, cpu)
+                await self._measure_student(evaluator, trackers, cpu, config.steps, config.evaluation.samples)
+                if _teacher_can_be_measured(plan):
+                    await self._measure_teacher(session, evaluator, trackers)
+            await export_student(session.learner, self._directory, self._facts(), self._end)
+        finally:
+            self._fingerprints.cancel()
+            session.close()
+
+    async def _measure_start(
+        self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: "_Cpu"
+    ) -> None:
+        """The student before the first step of this directory; of a run that goes on, what was measured then."""
+        known = RunData.read(self._directory).student
+        if known:
+            self._start, self._end = known[0], known[-1]
+            return
+        if self._first:  # another run's student: no step of this one has published it yet
+            await session.learner.publish(session.engines.student, self._first)
+        await self._measure_student(evaluator, trackers, cpu, self._first, self._config.evaluation.samples)
+        self._start = self._end
+
+    async def _see_doctor(self, session: Session) -> None:
+        if not self._config.doctor:
+            self._console.print("doctor: skipped (doctor=false); nothing says that this teacher fits")
+            return
+        findings = await consult(session, self._console)
+        write_text(self._directory.path / "doctor.json", as_json(findings))
+
+    def _trackers(self, stack: ExitStack) -> list[Tracker]:
+        config = self._config
+        made = make_trackers(
+            config.tracker,
+            self._directory,
+            self._meter,
+            RunPlan(
+                method=config.method.name,
+                steps=config.steps,
+                resolved=yaml.safe_load(config.text),
+                decode=self._plan.sources.tokenizer.decode,
+            ),
+            self._console,
+        )
+        traced = [TraceTracker(self._directory)] if config.trace else []
+        return [stack.enter_context(tracker) for tracker in (*made, *traced)]
+
+    async def _train(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: "_Cpu") -> None:
+        config = self._config
+        store = CheckpointStore(self._directory.checkpoints)
+        retention = Retention(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
+        saver = Saver(store, session.learner, session.followers, retention)
+
+        async def remember(record: StepRecord) -> None:
+            self._last = record
+
+        async def measure(record: StepRecord) -> None:
+            due = config.evaluation.every and record.step % config.evaluation.every == 0
+            if due and record.step < config.steps:
+                await self._measure_student(evaluator, trackers, cpu, record.step, 1)
+
+        async def checkpoint(record: StepRecord) -> None:
+            saver.check()
+            due = config.checkpoint_every and record.step % config.checkpoint_every == 0
+            if due or record.step == config.steps or self._stop.asked:
+                state = self._state(record.step, await self._known())
+                with cpu.apart():
+                    await saver.begin(state)
+            if self._stop.asked:
+                await saver.finish()
+                raise Preempted(
+                    f"stopped by SIGTERM after step {record.step}, with a checkpoint; the same command with "
+                    f"run_name={self._directory.name} resume=latest goes on"
+                )
+
+        self._stop.waits = True
+        try:
+            await train(
+                config.method,
+                config.prompts,
+                self._plan.sources,
+                session.engines,
+                session.learner,
+                [remember, *trackers, measure, checkpoint],
+                start=self._first,
+                steps=config.steps,
+                pipeline=config.pipeline,
+                ledger=self._ledger,
+            )
+        finally:
+            self._stop.waits = False
+        await saver.finish()
+
+    async def _known(self) -> dict[str, str]:
+        assert self._fingerprints is not None
+        return await self._fingerprints
+
+    def _state(self, step: int, teachers: Mapping[str, str]) -> DriverState:
+        return DriverState(
+            run_name=self._directory.name,
+            step=step,
+            ledger=self._ledger.to_json(),
+            totals=self._meter.as_before(),
+            wall_s=self._wall_s(),
+            teachers=teachers,
+            config=described(self._config),
+        )
+
+    def _wall_s(self) -> float:
+        return time() - self._started + (self._before.wall_s if self._before else 0.0)
+
+    async def _measure_student(
+        self, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: _Cpu, step: int, samples: int
+    ) -> None:
+        spent = Spent(totals=self._meter.totals, cpu_s=cpu())
+        with cpu.apart():
+            self._end = await evaluator.student(step, samples, spent)
+        _tell(trackers, self._end)
+
+    async def _measure_teacher(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker]) -> None:
+        writers = {name: await session.teacher_writer(name) for name in evaluator.teachers}
+        self._teacher = await evaluator.teacher(writers)
+        _tell(trackers, self._teacher)
+
+    def _facts(self) -> dict[str, str]:
+        plan, config = self._plan, self._config
+        teachers = sum(teacher.replicas for teacher in config.teachers.values())
+        return {
+            "method": config.method.name,
+            "student": f"{plan.student_params / 1e6:.2f}M parameters",
+            **{
+                "teacher" if name == DEFAULT else f"teacher {name}": f"{params / 1e6:.2f}M parameters"
+                for name, params in plan.teacher_params.items()
+            },
+            "prompts": type(config.prompts).__name__,
+            "seed": str(config.seed),
+            "learning rate": f"{config.learner.lr:g}",
+            "processes": f"{config.student.replicas} rollout, {teachers} teacher, "
+            f"{config.learner.ranks} learner (ZeRO-{config.learner.zero_stage})",
+        }
+
+    def summary(self, outcome: Outcome, problem: str) -> RunSummary:
+        """What is known now."""
+        totals = self._meter.totals
+        return RunSummary(
+            run_name=self._directory.name,
+            method=self._config.method.name,
+            outcome=outcome,
+            steps=self._last.step if self._last else self._first,
+            seed=self._config.seed,
+            wall_s=self._wall_s(),
+            ready_s=self._ready_s,
+            first_step_s=self._first_step_s,
+            cpu_s=self._meter.cpu_seconds(),
+            tokens=totals.completion,
+            flops=totals.flops,
+            student_start=self._start,
+            student_end=self._end if self._start is not None else None,
+            teacher=self._teacher,
+            facts=self._facts(),
+            ledger=self._last.ledger if self._last else self._ledger.summary(),
+            versions=package_versions(),
+            notes=tuple(self._config.notes),
+            alarms=(*self._meter.ever.values(), *(self._session.faults if self._session else ())),
+            error=problem,
+            utilisation=self._meter.usage,
+            verdict=self._meter.verdict,
+        )
+
+
+def _teacher_can_be_measured(plan: Plan) -> bool:
+    """It is wanted, and what stands in its folder is the teacher that taught."""
+    fixed = not any(teacher.mixup for teacher in plan.config.teachers.values())
+    return plan.config.evaluation.teacher and fixed and bool(plan.teacher_params)
+
+
+def _tell(trackers: Sequence[Tracker], point: EvaluationPoint) -> None:
+    for tracker in trackers:
+        tracker.evaluated(point)
+
+
+def make_evaluator(plan: Plan, session: Session) -> Evaluator:
+    """Measures students and teachers of this session."""
+    return Evaluator(plan.config.evaluation, plan.sources, session.engines, session.learner, exact_kl=plan.exact_kl)
+
+
+def costs(plan: Plan) -> Costs:
+    """Who does what with every token, and how large they are."""
+    rollout, scorer, params = plan.config.method.rollout, plan.config.method.scorer, plan.teacher_params
+    members = list(scorer.shares) if isinstance(scorer, Ensemble) else []
+    return Costs(
+        student_params=plan.student_params,
+        teacher_params=sum(params[name] for name in members) if members else params[DEFAULT],
+        by_teacher={} if members or len(params) == 1 else params,
+        teacher_writes=rollout.needs_writer,
+        teacher_reads=issubclass(scorer.produces, TokenScores),
+    )

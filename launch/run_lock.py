@@ -1,0 +1,72 @@
+"""One run, one process: who is writing into a run directory, as long as it lives on this machine."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from opd.errors import ConfigurationError
+
+LOCK = "running.json"
+
+
+@contextmanager
+def running(directory: Path) -> Iterator[None]:
+    """Note this process in `directory` while the block lasts.
+
+    A process that was killed leaves its note behind, which counts only while a process of that number and age lives
+    on this host. A note of another host cannot be checked and does not count.
+
+    Raises:
+        ConfigurationError: another living process is at this run.
+    """
+    path = directory / LOCK
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # held for this moment only: of two that start together, one reads the other
+        file.seek(0)
+        _refuse(directory, file.read())
+        file.truncate(0)
+        here = psutil.Process()
+        file.write(json.dumps({"pid": here.pid, "started": here.create_time(), "host": socket.gethostname()}))
+        file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_not_running(directory: Path) -> None:
+    """Raise `ConfigurationError` if a living process of this host is at the run in `directory`."""
+    path = directory / LOCK
+    if path.exists():
+        _refuse(directory, path.read_text())
+
+
+def _refuse(directory: Path, text: str) -> None:
+    holder = _holder(text)
+    if holder is not None:
+        raise ConfigurationError(
+            f"the run {directory} is still running (process {holder} on this host); wait for it or stop it"
+        )
+
+
+def _holder(text: str) -> int | None:
+    """The living process on this host that `text` names, if it is not this one."""
+    try:
+        note = json.loads(text)
+        pid, started, host = int(note["pid"]), float(note["started"]), str(note["host"])
+    except (ValueError, KeyError, TypeError):  # empty, or cut off by a crash
+        return None
+    if host != socket.gethostname() or pid == os.getpid():
+        return None
+    try:
+        process = psutil.Process(pid)
+        alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1
+    except psutil.Error:
+        return None
+    return pid if alive else None

@@ -1,0 +1,77 @@
+"""When a run's checkpoint is due, and how it gets to the disk while training goes on."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from launch.checkpoint_store import CheckpointStore
+from launch.checkpoints import LEARNER, DriverState
+from launch.learner_group import LearnerGroup
+from launch.pool import Follower
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """The newest `keep` checkpoints stay, and every multiple of `keep_every` steps (0: no milestones)."""
+
+    keep: int
+    keep_every: int
+
+
+class Saver:
+    """Writes a run's checkpoints. `begin` returns once the state is copied; the files follow in the background.
+
+    One at a time: the next waits for the one before. What goes wrong in the background is raised by the next `begin`,
+    `check` or `finish`; it leaves no half checkpoint, and the one before stays.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, learner: LearnerGroup, followers: Mapping[str, Follower], retention: Retention
+    ) -> None:
+        self._store, self._learner, self._followers, self._retention = store, learner, followers, retention
+        self._writing: asyncio.Task[None] | None = None
+
+    async def begin(self, state: DriverState) -> None:
+        """Save the learner as it is now, and `state`."""
+        await self.finish()
+        step = state.step
+        folder = self._store.begin(step)
+        try:
+            (folder / LEARNER).mkdir()
+            await self._learner.save(folder / LEARNER, step)
+            # Copied and written at once: a teacher that follows the student has no copy to spare.
+            files = {name: f"teacher_{name}.safetensors" for name in self._followers}
+            digests = {
+                files[name]: await follower.save(folder / files[name]) for name, follower in self._followers.items()
+            }
+        except BaseException:
+            self._store.abandon(step)
+            raise
+        self._writing = asyncio.create_task(self._finish(replace(state, followers=files), digests))
+
+    async def _finish(self, state: DriverState, digests: Mapping[str, str]) -> None:
+        try:
+            shards = {f"{LEARNER}/{name}": digest for name, digest in (await self._learner.written()).items()}
+            await asyncio.to_thread(self._store.commit, state, {**digests, **shards})
+        except BaseException:
+            self._store.abandon(state.step)
+            raise
+        try:
+            await asyncio.to_thread(self._store.prune, self._retention.keep, self._retention.keep_every)
+        except OSError as error:  # an old checkpoint too many does not make the new one worse
+            _log.warning("an old checkpoint could not be removed (%s)", error)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background so far."""
+        if self._writing is not None and self._writing.done():
+            done, self._writing = self._writing, None
+            done.result()
+
+    async def finish(self) -> None:
+        """Wait until the checkpoint begun last is on the disk."""
+        if self._writing is not None:
+            running, self._writing = self._writing, None
+            await running

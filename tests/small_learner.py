@@ -1,0 +1,162 @@
+"""A small learner for tests: a tiny student, data of many lengths, objectives, and the calls around a rank."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from learner.config import LearnerConfig
+from learner.learner import LearnerRank
+from learner.publishing import Staged
+from opd.delivery import assemble, collect
+from opd.devices import Device, Dtype
+from opd.logits import StudentLogits
+from opd.packing import TokenMean, pack
+from opd.ports import Chunk, Layout, Outlet, Share, Weights
+from opd.types import (
+    Batch,
+    Prompt,
+    Scored,
+    Scores,
+    Stop,
+    TokenLoss,
+    TokenScores,
+    Trajectory,
+    VocabularyScores,
+)
+from tests.tiny_models import tiny_model
+
+VOCABULARY, STEPS = 61, 6
+STAGES = [(stage, Dtype.FLOAT32) for stage in range(4)] + [(stage, Dtype.BFLOAT16) for stage in (1, 2, 3)]
+# Smooth in the gradient (plain AdamW divides it by its size), so weights can be compared as gradients can.
+SMOOTH = LearnerConfig(
+    zero_stage=0,
+    dtype=Dtype.FLOAT32,
+    device=Device.CPU,
+    lr=1.0,
+    eps=1.0,
+    grad_clip=0.05,
+    head_chunk=7,
+    warmup_steps=0,
+    deadline_s=240,
+)
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """KL(student||teacher) over the whole vocabulary."""
+
+    consumes = VocabularyScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+        p, q = student.logprobs, batch.scores.vocabulary_logprobs
+        return TokenLoss(loss=(p.exp() * (p - q)).sum(-1), metrics={"entropy": student.entropy})
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """-log p of the written token; `scale` spoils it on request."""
+
+    scale: float = 1.0
+    consumes = Scores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        return TokenLoss(loss=-self.scale * logprobs, metrics={"behavior": batch.behavior_logprobs})
+
+
+def tiny(path: Path, *, tied: bool, seed: int, width: int = 32) -> Path:
+    """A random Qwen3 with sharp logits, saved in `path`."""
+    shape = {"hidden_size": width, "intermediate_size": 48, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_model(seed, tied=tied, std=0.15, vocab_size=VOCABULARY, **shape, **heads).save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def data(step: int, sequences: int = 9) -> tuple[list[Trajectory], list[np.ndarray]]:
+    """Trajectories of many lengths, and weights of which some are zero and some are no whole numbers."""
+    rng = np.random.default_rng(step)
+    trajectories = []
+    for i in range(sequences):
+        context, tokens = (rng.integers(0, VOCABULARY, rng.integers(*r)).astype(np.int32) for r in ((1, 9), (1, 23)))
+        n = len(tokens)
+        trajectories.append(
+            Trajectory(
+                prompt=Prompt(id=str(i), student_ids=context, teacher_ids=context),
+                sample=0,
+                token_ids=tokens,
+                behavior=TokenScores(logprobs=-rng.random(n, dtype=np.float32)),
+                loss_mask=np.ones(n, dtype=bool),
+                versions=np.zeros(n, dtype=np.int32),
+                stop=Stop.END,
+                rewards={},
+            )
+        )
+    weights = [rng.choice([0.0, 0.5, 1.0, 2.0], len(t)) for t in trajectories]
+    weights[0][:] = 0
+    weights[-1][:] = 1
+    return trajectories, weights
+
+
+def batches_of(
+    step: int, config: LearnerConfig, testify: Callable[[Trajectory], Scores] = lambda _: Scores()
+) -> list[list[Batch[Any]]]:
+    """`data(step)` in micro-batches per rank."""
+    trajectories, weights = data(step)
+    scored = [Scored(trajectory=t, scores=testify(t)) for t in trajectories]
+    layout = Layout(ranks=config.ranks, tokens_per_microbatch=config.tokens_per_microbatch)
+    return pack(scored, weights, layout, TokenMean())
+
+
+def copies() -> Staged:
+    """The plainest outlet: a handle is a copy of the bytes."""
+    return Staged(np.copy)
+
+
+def rank_of(
+    config: LearnerConfig, student: Path, teacher: Path | None = None, outlet: Callable[[], Outlet] = copies
+) -> LearnerRank:
+    """A rank that has yet to be set up."""
+    heads = [str(teacher)] if teacher else []
+    return LearnerRank(config, str(student), heads, STEPS, 0, lambda handle: handle, outlet)
+
+
+def parameters(*shares: Share) -> dict[str, Tensor]:
+    """Published weights by name, out of what all ranks published."""
+    return dict(collect(assemble(shares), np.asarray, "a test").tensors())
+
+
+def lay_down(share: Share, folder: Path) -> None:
+    """Write what a rank published where another process finds it."""
+    folder.mkdir(exist_ok=True)
+    for chunk in share.chunks:
+        np.save(folder / f"{chunk.first}.npy", chunk.handle)
+        (folder / f"{chunk.first}.json").write_text(json.dumps(asdict(replace(chunk, handle=f"{chunk.first}.npy"))))
+    (folder / "manifest").write_text(json.dumps(asdict(share.manifest)))
+
+
+def pick_up(folder: Path, like: Share) -> Weights:
+    """What all ranks have laid down there, as one version with the sentinel of `like`."""
+    chunks = [Chunk(**json.loads(file.read_text())) for file in folder.glob("*.json")]
+    named = json.loads((folder / "manifest").read_text())
+    shapes = tuple(map(tuple, named["shapes"]))
+    manifest = replace(like.manifest, names=tuple(named["names"]), dtypes=tuple(named["dtypes"]), shapes=shapes)
+    manifest = replace(manifest, nbytes=named["nbytes"])
+    held = tuple(replace(c, handle=np.load(folder / c.handle)) for c in chunks)
+    return assemble([replace(like, manifest=manifest, chunks=held)])
+
+
+def keep(rank: LearnerRank, directory: Path, step: int) -> Path:
+    """What one rank has, on the disk."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rank.save(directory, step)
+    rank.written()
+    return directory
+
+
+Start = Callable[..., LearnerRank]

@@ -1,0 +1,233 @@
+"""Checkpoints of a run as values and on the disk: names, policy, what may change, and what is never read."""
+
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.checkpoint_store import CheckpointStore, verify
+from launch.checkpoints import (
+    DriverState,
+    changes,
+    check_changes,
+    check_steps,
+    check_teachers,
+    described,
+    expired,
+    leftovers,
+    name_of,
+    newest_first,
+)
+from launch.config import run_config
+from learner import checkpoint
+from opd.errors import ConfigurationError, DataError, OpdError
+from opd.ledger import Ledger
+
+STEPS = st.sets(st.integers(0, 400), max_size=12)
+
+
+@given(STEPS)
+def test_names_are_ordered_by_step_and_strangers_are_none(steps: set[int]) -> None:
+    names = [*map(name_of, steps), ".step_3.partial", ".step_4.old", "step_x", "step_5.part", "best"]
+    assert newest_first(names) == sorted(steps, reverse=True)
+
+
+@given(STEPS, st.integers(1, 5), st.integers(0, 50))
+def test_the_policy_keeps_the_newest_and_the_milestones(steps: set[int], keep: int, every: int) -> None:
+    gone = expired(steps, keep, every)
+    kept = steps - set(gone)
+    assert set(gone) <= steps and len(gone) == len(set(gone))
+    assert set(sorted(steps)[-keep:]) <= kept
+    assert all(step in kept for step in steps if every and step % every == 0)
+    assert len(kept) <= keep + sum(bool(every) and step % every == 0 for step in steps)
+    assert not expired(kept, keep, every), "a second look removes more"
+
+
+@given(STEPS, STEPS, STEPS)
+def test_leftovers_never_cost_a_whole_checkpoint(whole: set[int], partial: set[int], old: set[int]) -> None:
+    names = [*map(name_of, whole), *(f".step_{s}.partial" for s in partial), *(f".step_{s}.old" for s in old)]
+    found = leftovers(names)
+    assert dict(found.back) == {f".step_{s}.old": name_of(s) for s in old - whole}
+    assert set(found.remove) == {n for n in names if n.startswith(".")} - set(dict(found.back))
+
+
+def state(step: int, **changed: object) -> DriverState:
+    values: dict = {
+        "run_name": "r", "step": step, "ledger": Ledger(trained=3).to_json(), "totals": {"tokens/prompt": 7.0},
+        "wall_s": 1.5, "teachers": {"default": "abc"}, "config": {"seed": 0}, "followers": {},
+    }  # fmt: skip
+    return DriverState(**(values | changed))
+
+
+def write(store: CheckpointStore, step: int) -> Path:
+    folder = store.begin(step)
+    (folder / "learner").mkdir()
+    (folder / "learner" / "rank_0.safetensors").write_bytes(os.urandom(64))
+    digest = checkpoint.digest(folder / "learner" / "rank_0.safetensors")
+    store.commit(state(step), {"learner/rank_0.safetensors": digest})
+    return store.path(step)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    made = CheckpointStore(tmp_path / "checkpoints")
+    made.folder.mkdir()
+    return made
+
+
+def test_what_was_written_comes_back(store: CheckpointStore) -> None:
+    for step in (2, 10, 4):
+        write(store, step)
+    assert store.steps() == [10, 4, 2]
+    assert verify(store.path(4)) == state(4)
+    assert store.newest_whole() == (store.path(10), state(10), [])
+    store.prune(1, 4)
+    assert store.steps() == [10, 4]
+    store.forget_after(4)
+    assert [p.name for p in store.folder.iterdir()] == ["step_4"]
+
+
+def test_the_same_step_again_replaces_it(store: CheckpointStore) -> None:
+    first = (write(store, 2) / "learner" / "rank_0.safetensors").read_bytes()
+    assert (write(store, 2) / "learner" / "rank_0.safetensors").read_bytes() != first
+    assert [p.name for p in store.folder.iterdir()] == ["step_2"]
+    assert verify(store.path(2)).step == 2
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a missing manifest": lambda p: (p / "manifest.json").unlink(),
+    "a foreign manifest": lambda p: (p / "manifest.json").write_text("{}"),
+    "no JSON": lambda p: (p / "manifest.json").write_text("["),
+    "a list of nothing": lambda p: (p / "manifest.json").write_text('{"format": "opd run checkpoint 1", "files": {}}'),
+    "a missing shard": lambda p: (p / "learner" / "rank_0.safetensors").unlink(),
+    "a missing state": lambda p: (p / "state.json").unlink(),
+    "a stranger": lambda p: (p / "more").write_bytes(b""),
+    "an edited state": lambda p: (p / "state.json").write_text((p / "state.json").read_text().replace("1.5", "1.6")),
+    "a link to nowhere": lambda p: [(p / "state.json").unlink(), (p / "state.json").symlink_to(p / "no")],
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_latest_passes_over_what_is_not_whole_and_says_why(store: CheckpointStore, what: str) -> None:
+    write(store, 2)
+    DAMAGE[what](write(store, 4))
+    with pytest.raises(DataError) as caught:
+        verify(store.path(4))
+    place, found, skipped = store.newest_whole()
+    assert (place, found.step, skipped) == (store.path(2), 2, [str(caught.value)])
+    DAMAGE[what](store.path(2))
+    with pytest.raises(ConfigurationError, match="no checkpoint to go on from") as caught:
+        store.newest_whole()
+    assert "\n" not in str(caught.value)
+
+
+@given(st.data())
+def test_every_flipped_bit_and_every_cut_is_found(data: st.DataObject) -> None:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        store = CheckpointStore(Path(folder))
+        path = write(store, 2)
+        victim = path / data.draw(st.sampled_from(["learner/rank_0.safetensors", "state.json", "manifest.json"]))
+        content = bytearray(victim.read_bytes())
+        place = data.draw(st.integers(0, len(content) - 1))
+        if data.draw(st.booleans()):
+            content[place] ^= 1 << data.draw(st.integers(0, 7))
+            victim.write_bytes(content)
+        else:
+            victim.write_bytes(content[:place])
+        try:
+            found = verify(path)
+        except DataError:
+            return
+        # White space of the manifest's JSON carries nothing; everything else is found.
+        assert victim.name == "manifest.json" and found == state(2)
+
+
+def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(store: CheckpointStore) -> None:
+    """Each place at which `commit` may stop, then what the next start finds."""
+    write(store, 2)
+    os.rename(store.path(2), checkpoint.replaced(store.path(2)))  # between the two renames of a second step 2
+    (checkpoint.partial(store.path(2))).mkdir()
+    store.begin(4)  # cut off while it was written
+    assert store.steps() == []
+    store.recover()
+    assert store.newest_whole()[1].step == 2
+    assert [p.name for p in store.folder.iterdir()] == ["step_2"]
+
+
+def test_a_full_disk_leaves_the_one_before(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, 2)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OpdError, match="No space left on device") as caught:
+        write(store, 4)
+    assert "\n" not in str(caught.value)
+    store.abandon(4)
+    assert [p.name for p in store.folder.iterdir()] == ["step_2"] and verify(store.path(2)).step == 2
+
+
+SMALL = ["experiment=shop"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps=7", "evaluation.every=3", "tracker.samples=1", "student.replicas=2", "learner.ranks=2",
+     "learner.zero_stage=3", "checkpoint_every=5", "checkpoint_keep=9", "cluster.cpus_per_actor=1",
+     "run_name=other", "notes=[a]", "learner.tokens_per_microbatch=4096", "teacher.replicas=2"],
+)  # fmt: skip
+def test_what_trains_the_same_may_change(override: str) -> None:
+    before, now = (described(run_config([*SMALL, *more])) for more in ([], [override]))
+    found = changes(before, now)
+    assert found, "nothing changed"
+    check_changes("c", found)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "student.path=assets/shop/teacher", "method=topk_reverse_kl", "prompts.prompts_per_step=3",
+     "learner.lr=1e-4", "learner.schedule=CONSTANT", "learner.warmup_steps=1", "max_tokens=76", "max_staleness=1",
+     "learner.weight_decay=0.1", "method.rollout.temperature=0.9", "learner.beta2=0.9"],
+)  # fmt: skip
+def test_what_would_train_something_else_is_refused(override: str) -> None:
+    before, now = (described(run_config([*SMALL, *more])) for more in ([], [override]))
+    with pytest.raises(
+        ConfigurationError, match=r"was made with .* but this run has .* train something else"
+    ) as caught:
+        check_changes("c", changes(before, now))
+    assert override.split("=")[0].split(".")[-1] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_description_survives_json_and_names_every_default() -> None:
+    own = described(run_config(SMALL))
+    assert json.loads(json.dumps(own)) == own
+    assert own["learner.deterministic"] is False and own["learner.dtype"] == "FLOAT32"  # one is in no YAML
+    assert own["teachers.default.path"].endswith("assets/shop/teacher")
+    assert "text" not in own
+
+
+def test_another_teacher_and_too_few_steps_are_refused() -> None:
+    check_teachers("c", {"default": "a", "far": ""}, {"default": "a", "far": ""})
+    for now in ({"default": "b"}, {}, {"default": "a", "more": "c"}):
+        with pytest.raises(ConfigurationError, match="fingerprint"):
+            check_teachers("c", {"default": "a"}, now)
+    check_steps("c", 4, 4)
+    with pytest.raises(ConfigurationError, match="is of step 4, but steps=3"):
+        check_steps("c", 4, 3)
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    values = state(2).as_json()
+    assert DriverState.from_json(values) == state(2)
+    with pytest.raises(DataError, match="another version"):
+        DriverState.from_json({**values, "mood": "good"})
+    assert dataclasses.is_dataclass(DriverState)

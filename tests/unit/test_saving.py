@@ -1,0 +1,139 @@
+"""A checkpoint reaches the disk beside training: one at a time, whole or not at all, and no error is lost."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.checkpoint_store import CheckpointStore, verify
+from launch.checkpoints import DriverState
+from launch.pool import FollowedStudent, Follower
+from launch.saving import Retention, Saver
+from learner import checkpoint
+from opd.errors import OpdError
+from opd.ports import Manifest, Receipt, Sentinel, Weights
+
+
+class Ranks:
+    """A learner whose file is there when it is told so."""
+
+    def __init__(self) -> None:
+        self.done, self.error = asyncio.Event(), None
+        self.saved: list[int] = []
+        self._folder = Path()
+
+    async def save(self, directory: Path, step: int) -> None:
+        self.saved.append(step)
+        self._folder = directory
+
+    async def written(self) -> dict[str, str]:
+        await self.done.wait()
+        if self.error is not None:
+            raise self.error
+        path = self._folder / "rank_0.safetensors"
+        path.write_bytes(b"weights")
+        return {path.name: checkpoint.digest(path)}
+
+
+def state(step: int) -> DriverState:
+    return DriverState(run_name="r", step=step, ledger="", totals={}, wall_s=0.0, teachers={}, config={})
+
+
+async def _check(saver: Saver) -> None:
+    saver.check()
+
+
+def run(folder: Path, work: Callable[[Saver, Ranks, CheckpointStore], Awaitable[None]], keep: int = 2) -> None:
+    async def main() -> None:
+        ranks, store = Ranks(), CheckpointStore(folder)
+        saver = Saver(store, ranks, {}, Retention(keep=keep, keep_every=0))  # type: ignore[arg-type]
+        await work(saver, ranks, store)
+
+    asyncio.run(main())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    async def work(saver: Saver, ranks: Ranks, store: CheckpointStore) -> None:
+        await saver.begin(state(2))  # returns, although nothing is on the disk
+        saver.check()
+        assert store.steps() == [] and ranks.saved == [2]
+        second = asyncio.create_task(saver.begin(state(4)))
+        await asyncio.sleep(0.01)
+        assert ranks.saved == [2], "the next save did not wait"
+        ranks.done.set()
+        await second
+        assert verify(store.path(2)).step == 2 and ranks.saved == [2, 4]
+        await saver.begin(state(6))
+        await saver.finish()
+        assert store.steps() == [6, 4]
+
+    run(tmp_path, work)
+
+
+@pytest.mark.parametrize("how", ["check", "finish", "begin"])
+def test_what_goes_wrong_in_the_background_is_raised_and_leaves_nothing(tmp_path: Path, how: str) -> None:
+    async def work(saver: Saver, ranks: Ranks, store: CheckpointStore) -> None:
+        ranks.done.set()
+        await saver.begin(state(2))
+        await saver.finish()
+        ranks.error = OpdError("cannot write it: No space left on device")
+        await saver.begin(state(4))
+        await asyncio.sleep(0.01)
+        ask = {"check": _check, "finish": Saver.finish, "begin": lambda saver: saver.begin(state(6))}[how]
+        with pytest.raises(OpdError, match="No space left"):
+            await ask(saver)
+        assert [p.name for p in store.folder.iterdir()] == ["step_2"] and verify(store.path(2)).step == 2
+        await saver.finish()  # it is said once
+
+    run(tmp_path, work)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    async def work(saver: Saver, ranks: Ranks, store: CheckpointStore) -> None:
+        with pytest.raises(OpdError, match=r"cannot write .*make room or choose another output_dir"):
+            await saver.begin(state(2))
+        assert ranks.saved == []
+
+    run(tmp_path / "file" / "checkpoints", work)
+
+
+class Engine:
+    """Takes any weights."""
+
+    async def generate(self, requests: list) -> list:
+        return []
+
+    async def receive(self, weights: Weights) -> Receipt:
+        return Receipt(version=weights.version, digest=weights.digest, gap=0.0)
+
+
+class CountingFollower(Follower):
+    """Notes the versions it is told, where its replicas would be."""
+
+    async def follow(self, weights: Weights) -> None:
+        told: Any = self.replicas
+        told.append(weights.version)
+
+
+def test_a_follower_takes_a_version_in_once_also_when_a_run_goes_on() -> None:
+    def weights(version: int) -> Weights:
+        nothing = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
+        manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
+        return Weights(version=version, manifest=manifest, chunks=(), digest="", sentinel=nothing)
+
+    async def main(seen: int, versions: list[int]) -> list[int]:
+        versions_told: Any = []
+        told = CountingFollower(replicas=versions_told, every=2, deadline_s=1.0)
+        student = FollowedStudent(Engine(), {"default": told})
+        student.seen = seen
+        for version in versions:
+            await student.receive(weights(version))
+        return list(versions_told)
+
+    assert asyncio.run(main(0, [0, 1, 2, 3, 4])) == [2, 4]
+    assert asyncio.run(main(2, [2, 3, 4])) == [4]  # resumed after step 2, whose version is published again
