@@ -154,7 +154,7 @@ class Collector:
         began = asyncio.get_running_loop().time()
         written = await self._method.rollout(group, self._engines)
         collected.spans.append(self._span(Role.ROLLOUT, collected.step, began))
-        names = names_of(collected.step, written)
+        names = _names(collected.step, written)
         asked = entries_of(collected.step, [group])[0]
         self._ledger.move(names, State.GENERATED)
         self._ledger.move(sorted(set(asked) - set(names)), State.DROPPED, "not written")
@@ -164,15 +164,19 @@ class Collector:
         began = asyncio.get_running_loop().time()
         scores = await self._method.scorer(written, self._engines) if written else []
         collected.spans.append(self._span(Role.TEACHER, collected.step, began))
-        self._ledger.move(names_of(collected.step, written), State.SCORED)
+        self._ledger.move(_names(collected.step, written), State.SCORED)
         return [Scored(trajectory=t, scores=s) for t, s in zip(written, scores, strict=True)]
 
     def _span(self, role: Role, step: int, began: float) -> Span:
         return Span(role=role, step=step + 1, start=began, end=asyncio.get_running_loop().time())
 
 
-def names_of(step: int, trajectories: Sequence[Trajectory]) -> list[Entry]:
+def names_of(step: int, group: Sequence[Scored[Any]]) -> list[Entry]:
     """What the ledger calls them."""
+    return _names(step, [item.trajectory for item in group])
+
+
+def _names(step: int, trajectories: Sequence[Trajectory]) -> list[Entry]:
     return [Entry(step, t.prompt.id, t.sample) for t in trajectories]
 
 
@@ -181,7 +185,7 @@ def refused(collected: Collected, pipeline: Pipeline, published: Mapping[int, st
     reasons = {
         name: pipeline.refusal(item.trajectory, collected.step, published)
         for group in collected.groups
-        for name, item in zip(names_of(collected.step, [i.trajectory for i in group]), group, strict=True)
+        for name, item in zip(names_of(collected.step, group), group, strict=True)
     }
     return {name: reason for name, reason in reasons.items() if reason}
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.collecting import Collected, Collector, names_of, refused
-from opd.ledger import Entry, Ledger, State
+from opd.ledger import Ledger, State
 from opd.method import Method, weigh
 from opd.packing import pack
 from opd.pipeline import Pipeline
@@ -133,9 +133,9 @@ async def _lease(
     a second time is dropped.
     """
     reasons = refused(collected, pipeline, digests)
-    which = [i for i, g in enumerate(collected.groups) if any(n in reasons for n in _names(collected.step, g))]
+    which = [i for i, g in enumerate(collected.groups) if any(n in reasons for n in names_of(collected.step, g))]
     for i in which:
-        names = _names(collected.step, collected.groups[i])
+        names = names_of(collected.step, collected.groups[i])
         ledger.requeue(names, next(reasons[name] for name in names if name in reasons))
     if which:
         await collector.again(collected, which)
@@ -143,10 +143,10 @@ async def _lease(
         for name, reason in reasons.items():
             ledger.move([name], State.DROPPED, reason)
         collected.groups = [
-            [item for name, item in zip(_names(collected.step, group), group, strict=True) if name not in reasons]
+            [item for name, item in zip(names_of(collected.step, group), group, strict=True) if name not in reasons]
             for group in collected.groups
         ]
-    ledger.move(_names(collected.step, collected.scored), State.LEASED)
+    ledger.move(names_of(collected.step, collected.scored), State.LEASED)
 
 
 async def _update(
@@ -161,14 +161,10 @@ async def _update(
     return await method.update(learner, pack(scored, weights, learner.layout, method.normalizer), method.objective)
 
 
-def _names(step: int, scored: Sequence[Scored[Any]]) -> list[Entry]:
-    return names_of(step, [item.trajectory for item in scored])
-
-
 def _account(
     ledger: Ledger, step: int, scored: Sequence[Scored[Any]], weights: Sequence[Float[np.ndarray, " _T"]]
 ) -> None:
-    names = _names(step, scored)
+    names = names_of(step, scored)
     has_weight = [bool(w.any()) for w in weights]
     ledger.move([name for name, has in zip(names, has_weight, strict=True) if has], State.TRAINED)
     ledger.move([name for name, has in zip(names, has_weight, strict=True) if not has], State.DROPPED, "weight 0")
