@@ -50,6 +50,14 @@ def _enforce_types() -> None:
 _enforce_types()
 
 from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory  # noqa: E402 (after the hook)
+from tests.fault_matrix import (  # noqa: E402, F401 (hooks and a fixture, which pytest finds here)
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    witness,
+)
 
 settings.register_profile("opd", deadline=None, derandomize=True, database=None)
 settings.load_profile("opd")

@@ -1,0 +1,152 @@
+"""`python -m tests.faulty_run train ...`: `opd train` whose processes do what a plan of faults says (`fault_plan.py`).
+
+Actors are subclasses of the real ones that only look into the plan at places of their code; everything else is the
+product's own.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from actors.engine import VLLMEngine
+from learner import checkpoint
+from learner.learner import LearnerRank
+from opd.ports import Receipt, Weights
+from teacher_service.backends.torch_forward import TorchTeacher
+from tests.fault_plan import at, claimed, present
+
+
+class FaultyEngine(VLLMEngine):
+    """Places: `engine starting` (vLLM is being built), `decoding` (between two steps), `receiving` (weights are copied,
+    layers not finished), `acknowledging` (deeds `skip N` pushes, or `lie` about the digest)."""
+
+    _skips = 0
+
+    def __init__(self, *arguments: Any) -> None:
+        present("engine")
+        _between_steps()
+        super().__init__(*arguments)
+        at("engine starting")
+
+    async def receive(self, weights: Weights) -> Receipt:
+        """As the real one, unless the plan wants it to pretend."""
+        how = claimed("engine acknowledging")
+        if how.startswith("skip"):
+            self._skips = int(how.split()[1])
+        if self._skips:
+            self._skips -= 1
+            return Receipt(version=weights.version, digest=weights.digest, gap=0.0)
+        receipt = await super().receive(weights)
+        return replace(receipt, digest="0" * 16) if how == "lie" else receipt
+
+    def _load(self, delivered: Any, sentinel: Any, loop: Any) -> Receipt:
+        real = loop.engine.collective_rpc
+
+        def workers(method: str, **arguments: Any) -> Any:
+            if method == "finish_weight_update":
+                at("engine receiving")
+            return real(method, **arguments)
+
+        loop.engine.collective_rpc = workers
+        try:
+            return super()._load(delivered, sentinel, loop)
+        finally:
+            loop.engine.collective_rpc = real
+
+
+def _between_steps() -> None:
+    from actors.engine_thread import EngineLoop
+
+    real = EngineLoop.step
+
+    def step(self: EngineLoop) -> None:
+        real(self)
+        if self.engine.has_unfinished_requests():
+            at("engine decoding")
+
+    EngineLoop.step = step
+
+
+class FaultyTeacher(TorchTeacher):
+    """Places: `teacher scoring` (before every forward), `teacher answering` (all is scored, nothing said yet)."""
+
+    def __init__(self, *arguments: Any) -> None:
+        present("teacher")
+        super().__init__(*arguments)
+
+    def _microbatch(self, *arguments: Any) -> Any:
+        at("teacher scoring")
+        return super()._microbatch(*arguments)
+
+    async def score(self, requests: Sequence[Any]) -> Any:
+        """As the real one."""
+        answers = await super().score(requests)
+        at("teacher answering")
+        return answers
+
+
+class FaultyRank(LearnerRank):
+    """Places: `learner beginning` (a step), `forward`, `optimizing` (gradients are there), `optimized`, `writing` (a
+    shard's header is in the file), `opening` (deed `full`: the shard is to be written to a full disk)."""
+
+    def setup(self, *arguments: Any) -> None:
+        """As the real one, with the places in its modules."""
+        _in_the_learner()
+        super().setup(*arguments)
+        training: Any = self._training
+        training._try = _before("learner forward", training._try)
+
+    def step(self, *arguments: Any) -> Any:
+        """As the real one."""
+        at("learner beginning")
+        return super().step(*arguments)
+
+
+def _in_the_learner() -> None:
+    from learner import engine
+
+    apply, write, serialized = engine.apply, checkpoint.write_shard, checkpoint._serialized
+
+    def applied(*arguments: Any) -> Any:
+        at("learner optimizing")
+        done = apply(*arguments)
+        at("learner optimized")
+        return done
+
+    def written(path: Any, *arguments: Any) -> str:
+        if claimed("learner opening") == "full":
+            path.symlink_to("/dev/full")
+        return write(path, *arguments)
+
+    def pieces(*arguments: Any) -> Iterator[memoryview]:
+        header, *tensors = serialized(*arguments)
+        yield header
+        at("learner writing")
+        yield from tensors
+
+    engine.apply, checkpoint.write_shard, checkpoint._serialized = applied, written, pieces
+
+
+def _before(place: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        at(place)
+        return real(*arguments)
+
+    return call
+
+
+def main() -> None:
+    """`opd`, with faulty actors and the place `driver committing` (a checkpoint is written, not renamed)."""
+    from launch import cli, session
+
+    wiring: Any = session
+    wiring.VLLMEngine, wiring.LearnerRank, wiring.backend = FaultyEngine, FaultyRank, lambda chosen: FaultyTeacher
+    checkpoint.commit = _before("driver committing", checkpoint.commit)
+    cli.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    from tests.faulty_run import main as importable  # by its name, so that actors find these classes by it
+
+    importable()
