@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from launch.settings import ClusterConfig, Placement
+from launch.stacks import Stacks
+from launch.supervision import Look, unseen
 from opd.errors import OpdError, ServiceLost
 from opd.shared_memory import Segment, place, read
 
@@ -113,9 +115,9 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 class Actors:
     """Makes the run's actors, within one placement group where the cluster asks for it."""
 
-    def __init__(self, config: ClusterConfig, bundles: Mapping[str, int]) -> None:
-        """`bundles` counts the actors per role, e.g. `{"engine": 2, "teacher": 1, "learner": 1}`."""
-        self._config = config
+    def __init__(self, config: ClusterConfig, bundles: Mapping[str, int], stacks: Stacks | None = None) -> None:
+        """`bundles` counts the actors per role, e.g. `{"engine": 2, "teacher": 1, "learner": 1}`; `stacks` watches."""
+        self._config, self._stacks = config, stacks
         self._gpus = {
             "engine": config.gpus_per_engine,
             "teacher": config.gpus_per_teacher,
@@ -150,7 +152,15 @@ class Actors:
         }
         if self._group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=self._group)
-        return ray.remote(cls).options(**options).remote(*args)
+        actor = ray.remote(cls).options(**options).remote(*args)
+        if self._stacks is not None:
+            self._stacks.watch(role, actor)
+        return actor
+
+    @property
+    def look(self) -> Look:
+        """Writes down where actors stand, if somebody watches them."""
+        return self._stacks.look if self._stacks is not None else unseen
 
     def close(self) -> None:
         """Give the placement group back."""

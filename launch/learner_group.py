@@ -5,24 +5,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.supervision import within
+from launch.cluster import is_lost
+from launch.supervision import Faulty, Look, unseen, within
 from learner.config import LearnerConfig
 from opd.delivery import assemble
+from opd.errors import OpdError
 from opd.ports import Layout, Objective, PublishReport, StudentEngine
 from opd.types import Batch, Scores, StepReport
+
+_NEWS_S = 5.0  # what the news of a rank's death may take, once its partners are disturbed
 
 
 class LearnerGroup:
     """Calls every rank at once, because ranks meet in collectives; the answer of rank 0 stands for all."""
 
-    def __init__(self, actors: Sequence[Any], config: LearnerConfig) -> None:
-        self.actors = actors
+    def __init__(self, actors: Sequence[Any], config: LearnerConfig, look: Look = unseen) -> None:
+        self.actors, self._look = actors, look
         self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
         self._deadline_s = config.deadline_s
 
     async def setup(self) -> None:
         """Let the ranks find each other and load the model."""
-        host, port = await self._within(self.actors[0].address.remote())
+        ((host, port),) = await self._all([self.actors[0].address.remote()])
         world = len(self.actors)
         await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)])
 
@@ -60,7 +64,29 @@ class LearnerGroup:
         return zip(self.actors, batches, strict=True)
 
     async def _all(self, calls: Sequence[Any]) -> list[Any]:
-        return await asyncio.gather(*[self._within(call) for call in calls])
+        """All answers. A rank that dies or hangs ends the run: the others cannot go on without it.
 
-    async def _within(self, call: Any) -> Any:
-        return await within(self._deadline_s, "a learner rank", call)
+        Raises:
+            OpdError: one of them did; in one sentence.
+        """
+        tasks = [asyncio.ensure_future(within(self._deadline_s, "a learner rank", call)) for call in calls]
+        try:
+            return await asyncio.gather(*tasks)
+        except OpdError as error:
+            if isinstance(error, Faulty):
+                raise Faulty(error.fault, f"{error}{await self._look(*self.actors)}") from error
+            raise
+        except Exception as error:
+            # Its partners may be told first, as a connection that breaks off.
+            await asyncio.wait(tasks, timeout=_NEWS_S)
+            outcomes = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+            lost = next((e for e in outcomes if e is not None and is_lost(e)), None)
+            if lost is None:
+                raise
+            raise OpdError(
+                f"a learner rank died ({type(lost).__name__}: {str(lost).strip().splitlines()[0]}) and nobody can take "
+                "its place; the same command with run_name=... resume=latest goes on from the newest checkpoint"
+            ) from error
+        finally:
+            for task in tasks:
+                task.cancel()

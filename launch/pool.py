@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.cluster import end, fetch, is_lost, once, streamed
 from launch.dispatch import Dispatcher
-from launch.supervision import Care, Fault, Faulty, Replica, Replicas, within
+from launch.supervision import Care, Fault, Faulty, Look, Replica, Replicas, unseen, within
 from opd.errors import DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
 from opd.rollouts.testimony import verify as verify_completions
@@ -31,10 +31,14 @@ class StudentPool:
     those, by version and digest; requests that come meanwhile wait for the first engine that has. So does a new engine.
     """
 
-    def __init__(self, care: Care, make: Callable[[], Any] | None = None, end: Callable[[Any], None] = end) -> None:
+    def __init__(
+        self, care: Care, make: Callable[[], Any] | None = None, end: Callable[[Any], None] = end, look: Look = unseen
+    ) -> None:
         self._weights: Weights | None = None
         self._gap = 0.0  # the largest sentinel gap of engines that took `_weights`
-        self.replicas = Replicas(who="rollout actor", care=care, ready=_ready, prime=self._prime, end=end, make=make)
+        self.replicas = Replicas(
+            who="rollout actor", care=care, ready=_ready, prime=self._prime, end=end, make=make, look=look
+        )
         self._generate: Dispatcher[GenerateRequest, Completion] = Dispatcher(
             replicas=self.replicas,
             ask=lambda actor, requests: streamed(actor.generate_in_parts, requests),
@@ -132,8 +136,10 @@ class TeacherPool:
     What they say is checked here, where it is known who said it.
     """
 
-    def __init__(self, care: Care, make: Any = None) -> None:
-        self.replicas = Replicas(who="teacher actor", care=care, ready=_ready, prime=_nothing_to_do, end=end, make=make)
+    def __init__(self, care: Care, make: Any = None, look: Look = unseen) -> None:
+        self.replicas = Replicas(
+            who="teacher actor", care=care, ready=_ready, prime=_nothing_to_do, end=end, make=make, look=look
+        )
         self._score: Dispatcher[ScoreRequest, TokenScores] = Dispatcher(
             replicas=self.replicas,
             ask=lambda actor, requests: once(actor.score, requests),

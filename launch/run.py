@@ -27,6 +27,7 @@ from launch.run_directory import RunDirectory, write_text
 from launch.running import Preempted, Stop
 from launch.saving import Retention, Saver
 from launch.session import Session, open_session
+from launch.stacks import Stacks
 from launch.summary import Outcome, RunSummary
 from launch.trace import TraceTracker
 from launch.tracking import RunPlan, Tracker, make_trackers
@@ -96,7 +97,7 @@ class Run:
         self._console.print(f"run {self._directory.path}: starting {config.method.name} ...")
         # Read meanwhile; a large teacher takes minutes. Known already where a checkpoint was compared with them.
         self._fingerprints = asyncio.create_task(asyncio.to_thread(fingerprints, config))
-        session = self._session = await open_session(plan)
+        session = self._session = await open_session(plan, Stacks(self._directory.stacks))
         try:
             self._ready_s = time() - self._started
             await self._see_doctor(session)

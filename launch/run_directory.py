@@ -103,6 +103,11 @@ class RunDirectory:
         return self.path / "curves.png"
 
     @property
+    def stacks(self) -> Path:
+        """Where processes stood that did not answer; absent while all do."""
+        return self.path / "stacks"
+
+    @property
     def checkpoints(self) -> Path:
         """Where the learner saves."""
         return self.path / "checkpoints"

@@ -18,6 +18,7 @@ from launch.learner_group import LearnerGroup
 from launch.plan import Plan
 from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool
 from launch.settings import ClusterConfig
+from launch.stacks import Stacks
 from launch.supervision import within
 from launch.transports import check_places, outlet
 from learner.config import Transport
@@ -75,21 +76,23 @@ class Session:
         self.actors.close()
 
 
-async def open_session(plan: Plan) -> Session:
-    """Start every actor at once and wait until all are ready."""
+async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
+    """Start every actor at once and wait until all are ready; `stacks` writes down where one stands that hangs."""
     config = plan.config
     bundles = {
         "engine": config.student.replicas + len(config.teachers),  # each teacher may have to write, too
         "teacher": sum(teacher.replicas for teacher in config.teachers.values()),
         "learner": config.learner.ranks,
     }
-    actors = Actors(config.cluster, bundles)
+    actors = Actors(config.cluster, bundles, stacks)
     student = StudentPool(
-        config.cluster.care(config.student.deadline_s), partial(_engine, actors, config.student, config.seed)
+        config.cluster.care(config.student.deadline_s),
+        partial(_engine, actors, config.student, config.seed),
+        look=actors.look,
     )
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
     ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
-    learner = LearnerGroup(ranks, config.learner)
+    learner = LearnerGroup(ranks, config.learner, actors.look)
     graders: dict[str, TaskGrader | MathGrader] = {
         "shop": TaskGrader(shop.grade),
         "peak": TaskGrader(peak.grade),
@@ -124,7 +127,7 @@ def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig
     care = cluster.care(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         care = replace(care, restarts=0)
-    return TeacherPool(care, partial(teacher_actor, actors, teacher))
+    return TeacherPool(care, partial(teacher_actor, actors, teacher), actors.look)
 
 
 async def _places(

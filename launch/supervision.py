@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from opd.errors import ConfigurationError, DataError, OpdError
 
 Answer = TypeVar("Answer")
+Look = Callable[..., Awaitable[str]]  # where these actors stand: the end of a sentence
 logger = logging.getLogger(__name__)
 
 
@@ -68,6 +69,11 @@ async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer
         ) from error
 
 
+async def unseen(*_: Any) -> str:
+    """Nobody looks where actors stand that do not answer (`launch.stacks.Stacks.look` does)."""
+    return ""
+
+
 @dataclass(slots=True, eq=False)
 class Replica:
     """One that serves. `load` counts its open requests; while it is not `open` it is asked for nothing new."""
@@ -83,7 +89,8 @@ class Replicas:
     """Makes replicas, hands out the least loaded, and replaces those that are reported.
 
     `make` starts an actor, `ready` waits until it can work, `prime` brings it up to date (returns when it is), `end`
-    kills it. Without `make` nothing is replaced: a fault is final.
+    kills it. Without `make` nothing is replaced: a fault is final. `look` is asked where one stands that hangs, before
+    it is killed.
     """
 
     who: str
@@ -92,6 +99,7 @@ class Replicas:
     prime: Callable[[Any], Awaitable[None]]
     end: Callable[[Any], None]
     make: Callable[[], Any] | None = None
+    look: Look = unseen
     serving: list[Replica] = field(default_factory=list)
     faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(Fault, 0))
     history: list[str] = field(default_factory=list)  # a sentence per fault
@@ -106,7 +114,10 @@ class Replicas:
         assert self.make is not None
         actors = [self.make() for _ in range(count)]
         who = f"{self.who} that was to start (does the cluster have the CPUs and GPUs for it?)"
-        await asyncio.gather(*[within(self.care.start_deadline_s, who, self.ready(actor)) for actor in actors])
+        try:
+            await asyncio.gather(*[within(self.care.start_deadline_s, who, self.ready(actor)) for actor in actors])
+        except Faulty as fault:
+            raise Faulty(fault.fault, f"{fault}{await self.look(*actors)}") from fault
         self.adopt(actors)
 
     def adopt(self, actors: list[Any]) -> None:
@@ -164,17 +175,35 @@ class Replicas:
             return
         self.serving.remove(replica)
         self.faults[fault.fault] += 1
+        self._in_a_row += 1
+        # Whoever reports may be cancelled meanwhile (a hedge has answered); the replica is ended all the same.
+        await asyncio.shield(self._keep(self._retire(replica, fault)))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._starting.add(task)  # the loop keeps only a weak reference
+        task.add_done_callback(self._starting.discard)
+        return task
+
+    async def _retire(self, replica: Replica, fault: Faulty) -> None:
+        try:
+            fault = await self._seen(replica.actor, fault)
+        finally:
+            self.end(replica.actor)
         self.history.append(f"{self.who} {replica.number} {fault.fault.value} and is replaced: {fault}")
         logger.warning(self.history[-1])
-        self._in_a_row += 1
-        self.end(replica.actor)
         if self.make is None or self._restarts >= self.care.restarts:
             await self._break(fault)
             return
         self._restarts += 1
-        task = asyncio.get_running_loop().create_task(self._replace(replica.number))
-        self._starting.add(task)
-        task.add_done_callback(self._starting.discard)
+        self._keep(self._replace(replica.number))
+
+    async def _seen(self, actor: Any, error: Exception) -> Faulty:
+        """`error` of `actor`; if it hangs, with where it stands."""
+        fault = error if isinstance(error, Faulty) else Faulty(Fault.DIED, str(error))
+        if fault.fault is not Fault.HUNG:
+            return fault
+        return Faulty(fault.fault, f"{fault}{await self.look(actor)}")
 
     async def close(self) -> None:
         """Stop starting replicas."""
@@ -194,9 +223,10 @@ class Replicas:
                 self.end(actor)
                 raise
             except Exception as error:  # noqa: BLE001 (whatever it is, this replica cannot serve)
+                fault = await self._seen(actor, error)
                 self.end(actor)
                 if self._restarts >= self.care.restarts:
-                    await self._break(Faulty(Fault.DIED, str(error)))
+                    await self._break(fault)
                     return
                 self._restarts += 1
                 continue

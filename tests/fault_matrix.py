@@ -1,9 +1,9 @@
 """The fault matrix: every kind of fault that is injected, who proved that it fired, and the table at the end.
 
-A test that injects faults is marked `@pytest.mark.faults("kind", ...)` with kinds of the catalogue, asks for the fixture
-`witness`, and calls `witness("kind", count)` when the fault has really fired: a signal delivered, bytes really flipped, a
-chunk really withheld. A marked test that passes without a witness of each of its kinds fails, and so does a run of the
-whole matrix in which a kind of the catalogue has none.
+A test that injects faults is marked `@pytest.mark.faults("kind", ...)` with kinds of the catalogue, asks for the
+fixture `witness`, and calls `witness("kind", count)` when the fault has really fired: a signal delivered, bytes really
+flipped, a chunk really withheld. A marked test that passes without a witness of each of its kinds fails, and so does a
+run of the whole matrix in which a kind of the catalogue has none.
 """
 
 from collections import Counter
@@ -137,18 +137,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-def table() -> tuple[list[str], list[str]]:
-    """The matrix as lines, and the kinds of the catalogue that nothing stood up to."""
+def table(*, whole: bool) -> tuple[list[str], list[str]]:
+    """The matrix as lines, and the kinds that did not hold: of the whole catalogue, or of those that were tried."""
     rows, missing = [f"{'kind':37} {'role':15} {'cases':>5} {'fired':>9}  verdict"], []
     for kind in CATALOGUE:
         cases = _cases.get(kind.name, {})
+        if not cases and not whole:
+            continue
         fired = sum(n for (_, name), n in _witness.fired.items() if name == kind.name)
         held = bool(cases) and bool(fired) and set(cases.values()) == {"passed"}
         verdict = "held" if held else "NOT RUN" if not cases else "BROKEN"
         rows.append(f"{kind.name:37} {kind.role:15} {len(cases):5} {fired:9,}  {verdict}")
         missing += [] if held else [kind.name]
     total = sum(_witness.fired.values())
-    rows.append(f"{len(CATALOGUE) - len(missing)} of {len(CATALOGUE)} kinds held, {total:,} faults fired")
+    held_of = f"{len(rows) - 1 - len(missing)} of {len(rows) - 1} kinds held"
+    rows.append(f"{held_of}, {total:,} faults fired; the catalogue has {len(CATALOGUE)}")
     return rows, missing
 
 
@@ -160,7 +163,7 @@ def is_whole(config: pytest.Config) -> bool:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The whole matrix with a kind that did not hold is a failure."""
-    if is_whole(session.config) and table()[1]:
+    if is_whole(session.config) and table(whole=True)[1]:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -168,5 +171,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table, if faults were injected."""
     if _cases:
         terminalreporter.section("fault matrix")
-        for row in table()[0]:
+        for row in table(whole=is_whole(terminalreporter.config))[0]:
             terminalreporter.write_line(row)
