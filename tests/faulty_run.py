@@ -87,8 +87,8 @@ class FaultyTeacher(TorchTeacher):
 
 
 class FaultyRank(LearnerRank):
-    """Places: `learner beginning` (a step), `forward`, `optimizing` (gradients are there), `optimized`, `writing` (a
-    shard's header is in the file), `opening` (deed `full`: the shard is to be written to a full disk)."""
+    """Places: `learner beginning` (a step), `forward` (before a micro-batch), `optimizing` (gradients are there),
+    `writing` (a shard's header is in the file), `opening` (deed `full`: the shard gets a full disk)."""
 
     def setup(self, *arguments: Any) -> None:
         """As the real one, with the places in its modules."""
@@ -110,9 +110,7 @@ def _in_the_learner() -> None:
 
     def applied(*arguments: Any) -> Any:
         at("learner optimizing")
-        done = apply(*arguments)
-        at("learner optimized")
-        return done
+        return apply(*arguments)
 
     def written(path: Any, *arguments: Any) -> str:
         if claimed("learner opening") == "full":

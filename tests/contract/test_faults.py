@@ -23,6 +23,7 @@ from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.wire import Question, Reply, decode_question, encode_question, encode_reply, request_digest
 from tests.contract.conftest import TOKEN, Shelf, Tiny, config_of, made_server, make_request, make_requests, make_tiny
 from tests.contract.endpoint import CompletionsEndpoint
+from tests.fault_matrix import Witness
 from tests.tiny_models import VOCABULARY, completion_logprobs, tiny_model
 
 Spoil = Callable[[list[TokenScores]], list[TokenScores]]
@@ -191,7 +192,11 @@ def wrong_rows(tiny: Tiny, asked: list[ScoreRequest], answers: list[TokenScores]
     return wrong
 
 
-def test_no_wrong_row_gets_through(tiny: Tiny, liar: tuple[LyingServer, str], loop: Any) -> None:
+@pytest.mark.faults(
+    "teacher server breaks off", "teacher server lies", "teacher server mixes answers up",
+    "teacher server changes its model",
+)  # fmt: skip
+def test_no_wrong_row_gets_through(tiny: Tiny, liar: tuple[LyingServer, str], loop: Any, witness: Witness) -> None:
     server, url = liar
     server.done = Counter()
     random = np.random.default_rng(0)
@@ -217,6 +222,10 @@ def test_no_wrong_row_gets_through(tiny: Tiny, liar: tuple[LyingServer, str], lo
     assert {name: server.done[name] for name in (*LIES, *ACCIDENTS)} == dict.fromkeys((*LIES, *ACCIDENTS), ROUNDS)
     assert stats.quarantined == ROUNDS * (len(LIES) + len(STRANGE))  # each was noticed
     assert stats.unanswered >= ROUNDS * (len(ACCIDENTS) - len(STRANGE))  # and a busy machine may be slow by itself
+    witness("teacher server lies", sum(server.done[name] for name in LIES))
+    witness("teacher server mixes answers up", server.done["replay"] + server.done["swapped"])
+    witness("teacher server changes its model", server.done["another model"])
+    witness("teacher server breaks off", sum(server.done[name] for name in ACCIDENTS if name not in STRANGE))
 
 
 @pytest.mark.parametrize("lie", ["shifted left", "shifted right", "nan"])
@@ -251,7 +260,8 @@ def test_giving_up_is_one_sentence(tiny: Tiny, liar: Any, loop: Any, fault: str,
     assert server.done[fault] == (3 if "not asked" in says else 10)
 
 
-def test_a_server_that_restarts_is_waited_for(tiny: Tiny, loop: Any) -> None:
+@pytest.mark.faults("teacher server restarts")
+def test_a_server_that_restarts_is_waited_for(tiny: Tiny, loop: Any, witness: Witness) -> None:
     first = made_server(tiny)
     url = loop.run_until_complete(first.start())
     teacher, asked, shelf = client(tiny, url, retries=12, backoff_s=0.05), [make_request(1, 2)], Shelf()
@@ -269,6 +279,7 @@ def test_a_server_that_restarts_is_waited_for(tiny: Tiny, loop: Any) -> None:
     answers = loop.run_until_complete(scene())
     assert wrong_rows(tiny, asked, answers, shelf) == 0
     assert loop.run_until_complete(teacher.stats()).unanswered > 0
+    witness("teacher server restarts")
     loop.run_until_complete(again.close())
 
 

@@ -28,6 +28,7 @@ from opd.delivery import assemble, digest_of
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Share, Weights
 from opd.types import Stop, TopKScores
+from tests.fault_matrix import Witness
 from tests.tiny_models import EOS, VOCABULARY, logprobs, tiny_model
 
 LONGEST = 96
@@ -274,7 +275,10 @@ def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
         assert answer.digests == {20: first.digest, 21: held.digest}
 
 
-def test_chunks_that_are_damaged_lost_or_mixed_up_are_refused_and_the_old_weights_serve_on(house: House) -> None:
+@pytest.mark.faults("chunk damaged", "chunk lost", "chunk repeated or reordered")
+def test_chunks_that_are_damaged_lost_or_mixed_up_are_refused_and_the_old_weights_serve_on(
+    house: House, witness: Witness
+) -> None:
     good = weights(student(30, house.tied), 30)
     house.receive(good)
     asked = requests(Sampling(max_tokens=12))
@@ -290,21 +294,23 @@ def test_chunks_that_are_damaged_lost_or_mixed_up_are_refused_and_the_old_weight
         raise DataError("the learner has ended")
 
     last = len(bad.chunks) - 1
-    for wrong, why in (
-        (with_handle(bad, last, flipped(last, 7)), f"chunk {last} is .* damaged"),
-        (with_handle(bad, 0, flipped(0, 8 * 1000 + 3)), "chunk 0 is .* damaged"),
-        (with_handle(bad, 1, lambda: bad.chunks[1].handle()[:-4]), "bytes, but"),
-        (with_handle(bad, 2, bad.chunks[3].handle), "chunk 2"),  # in another's place
-        (with_handle(bad, 2, good.chunks[2].handle), "chunk 2 is .* damaged"),  # of the version before
-        (with_handle(bad, 2, lost), "the learner has ended"),
-        (replace(bad, chunks=(*bad.chunks, bad.chunks[-1])), "overlaps"),  # repeated
-        (replace(bad, chunks=bad.chunks[::-1]), "leaves out"),  # reordered in the announcement
-        (replace(bad, chunks=bad.chunks[:-1]), "its chunks end at"),
-        (replace(bad, manifest=replace(bad.manifest, nbytes=bad.manifest.nbytes - 4)), "manifest lists"),
-        (replace(bad, digest=good.digest), "calls itself"),
+    damaged, absent, mixed = "chunk damaged", "chunk lost", "chunk repeated or reordered"
+    for kind, wrong, why in (
+        (damaged, with_handle(bad, last, flipped(last, 7)), f"chunk {last} is .* damaged"),
+        (damaged, with_handle(bad, 0, flipped(0, 8 * 1000 + 3)), "chunk 0 is .* damaged"),
+        (damaged, with_handle(bad, 1, lambda: bad.chunks[1].handle()[:-4]), "bytes, but"),
+        (mixed, with_handle(bad, 2, bad.chunks[3].handle), "chunk 2"),  # in another's place
+        (mixed, with_handle(bad, 2, good.chunks[2].handle), "chunk 2 is .* damaged"),  # of the version before
+        (absent, with_handle(bad, 2, lost), "the learner has ended"),
+        (mixed, replace(bad, chunks=(*bad.chunks, bad.chunks[-1])), "overlaps"),  # repeated
+        (mixed, replace(bad, chunks=bad.chunks[::-1]), "leaves out"),  # reordered in the announcement
+        (absent, replace(bad, chunks=bad.chunks[:-1]), "its chunks end at"),
+        (damaged, replace(bad, manifest=replace(bad.manifest, nbytes=bad.manifest.nbytes - 4)), "manifest lists"),
+        (damaged, replace(bad, digest=good.digest), "calls itself"),
     ):
         with pytest.raises(DataError, match=why):
             house.receive(wrong)
+        witness(kind)
     after = house.generate(asked)
     assert all(np.array_equal(a.token_ids, b.token_ids) for a, b in zip(before, after, strict=True))
     assert after[0].digests == {30: good.digest}

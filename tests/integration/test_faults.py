@@ -198,6 +198,33 @@ def test_answers_of_an_engine_that_stopped_are_given_by_another_and_count_once(s
     scene.accounts(steps, staleness=0)
 
 
+@pytest.mark.faults("disk read-only")
+def test_a_place_that_cannot_be_written_is_one_sentence_before_anything_starts(scene: Scene, witness: Witness) -> None:
+    read_only = Path("/sys") if os.geteuid() == 0 else scene.folder / "runs"  # root may write whatever the mode says
+    if os.geteuid():
+        read_only.mkdir(mode=0o555)
+    with pytest.raises(OSError, match=r"Read-only|Permission denied|not permitted"):
+        (read_only / "r").mkdir()
+    witness("disk read-only")
+    scene.start(*TWO_OF_EACH, f"output_dir={read_only}")
+    output = scene.ends(1)
+    assert re.search(rf"error: OpdError: cannot write {read_only}/r: .*; what was written before is intact", output)
+    assert "Traceback" not in output and "starting" not in output, output
+
+
+@pytest.mark.faults("raylet killed", "GCS killed")
+@pytest.mark.parametrize(("kind", "name"), [("raylet killed", "raylet"), ("GCS killed", "gcs_server")])
+def test_without_ray_a_run_ends_and_leaves_nothing(scene: Scene, witness: Witness, kind: str, name: str) -> None:
+    scene.start("steps=100000", *TWO_OF_EACH)
+    scene.reach(lambda: scene.steps() >= 2, "two steps")
+    (victim,) = (p for p in family(scene.mark) if Path(p.cmdline()[0]).name == name)
+    victim.kill()
+    witness(kind)
+    assert scene.driver is not None
+    print(end_of(scene.driver, 200), scene.driver.returncode)
+    wait_until(lambda: not family(scene.mark), 60, "processes are left")
+
+
 @pytest.mark.faults("engine skips pushes", "engine holds other weights", "slow learner", "slow engine")
 def test_old_weights_and_slow_actors_train_nothing_stale(scene: Scene, witness: Witness) -> None:
     """A buffer of a byte: what staleness would allow is held back as soon as the size of a step is known."""

@@ -13,6 +13,7 @@ from opd.devices import Dtype
 from opd.errors import DataError, OpdError
 from opd.logits import StudentLogits
 from opd.types import Batch, Scores, TokenLoss
+from tests.fault_matrix import Witness
 from tests.small_learner import SMOOTH, STAGES, Likelihood, Start, batches_of, keep, parameters
 
 
@@ -59,10 +60,11 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.faults("loss is no number")
 @pytest.mark.parametrize("objective", ["loss nan", "loss inf", "gradient"])
 @pytest.mark.parametrize(("stage", "dtype"), STAGES, ids=str)
 def test_an_update_that_is_no_number_is_skipped_and_leaves_no_trace(
-    stage: int, dtype: Dtype, objective: str, models: dict[str, Path], start: Start, tmp_path: Path
+    stage: int, dtype: Dtype, objective: str, models: dict[str, Path], start: Start, tmp_path: Path, witness: Witness
 ) -> None:
     spoilt = {
         "loss nan": SpoiltOnce(value=float("nan")),
@@ -76,6 +78,7 @@ def test_an_update_that_is_no_number_is_skipped_and_leaves_no_trace(
     before = content(rank, tmp_path / "before")
     report = rank.step(batches_of(1, config)[0], spoilt)
     assert report.skipped
+    witness("loss is no number")
     assert equal(content(rank, tmp_path / "after"), before)
     # ... and the next update is the one there would have been without it
     last = [learner.step(batches_of(2, config)[0], Likelihood()) for learner in (rank, straight)]
@@ -103,10 +106,11 @@ def test_too_many_skipped_updates_in_a_row_are_an_error(models: dict[str, Path],
         start(replace(SMOOTH, max_skipped_steps=0), models["tied"]).step(batches, bad)
 
 
+@pytest.mark.faults("learner out of memory")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("tokens", [4096, 70], ids=["one micro-batch", "several"])
 def test_a_micro_batch_that_does_not_fit_is_halved(
-    stage: int, tokens: int, models: dict[str, Path], start: Start
+    stage: int, tokens: int, models: dict[str, Path], start: Start, witness: Witness
 ) -> None:
     """The optimizer is smooth here, so equal weights mean equal gradients."""
     config: LearnerConfig = replace(SMOOTH, zero_stage=stage, tokens_per_microbatch=tokens)
@@ -115,6 +119,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved(
     halved, whole = start(config, models["tied"]), start(config, models["tied"])
     ours, theirs = halved.step(batches, hungry), whole.step(batches, plain)
     assert len(hungry.calls) > len(plain.calls), "it was not halved"
+    witness("learner out of memory")
     assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-6)
     assert (ours.tokens, ours.trained_tokens) == (theirs.tokens, theirs.trained_tokens)
     weights = parameters(whole.share(1))

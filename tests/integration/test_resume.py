@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.fault_matrix import Witness
 from tests.integration.test_processes import MARK, end_of, family, wait_until
 from tests.integration.test_train import ROOT, SMALL, lines, opd
 
@@ -107,11 +108,13 @@ def _refusals(run: Path, own: list[str]) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.faults("driver told to stop", "another layout resumes", "checkpoint damaged")
 @pytest.mark.timeout(1200)  # several runs, one after the other
-def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path) -> None:
+def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path, witness: Witness) -> None:
     """Exit code 75; a damaged checkpoint is passed over; two ranks go on where one stopped, in the same order."""
     code, output = interrupted(signal.SIGTERM, 5, tmp_path, *OWN, "steps=200", "evaluation.every=0")
     assert code == 75 and "resume=latest goes on" in output, output
+    witness("driver told to stop")
     run = tmp_path / "cut"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["outcome"] == "stopped" and not summary["error"]
@@ -128,6 +131,8 @@ def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path) -> None:
     done = opd("train", *OWN, *layout, f"output_dir={tmp_path}", "run_name=cut", "resume=latest")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped: " in done.stdout and "rank_0.safetensors has digest" in done.stdout
+    witness("checkpoint damaged")
+    witness("another layout resumes")
     again = lines(run / "metrics.jsonl")
     assert [m["step"] for m in again] == list(range(1, newest + 1))
     assert [m["actor/loss"] for m in again[older:]] == pytest.approx([m["actor/loss"] for m in straight], abs=1e-4)

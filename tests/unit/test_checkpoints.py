@@ -28,6 +28,7 @@ from launch.config import run_config
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ledger import Ledger
+from tests.fault_matrix import Witness
 
 STEPS = st.sets(st.integers(0, 400), max_size=12)
 
@@ -113,22 +114,25 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.faults("checkpoint foreign or incomplete")
 @pytest.mark.parametrize("what", DAMAGE)
-def test_latest_passes_over_what_is_not_whole_and_says_why(store: CheckpointStore, what: str) -> None:
+def test_latest_passes_over_what_is_not_whole_and_says_why(store: CheckpointStore, what: str, witness: Witness) -> None:
     write(store, 2)
     DAMAGE[what](write(store, 4))
     with pytest.raises(DataError) as caught:
         verify(store.path(4))
     place, found, skipped = store.newest_whole()
     assert (place, found.step, skipped) == (store.path(2), 2, [str(caught.value)])
+    witness("checkpoint foreign or incomplete")
     DAMAGE[what](store.path(2))
     with pytest.raises(ConfigurationError, match="no checkpoint to go on from") as caught:
         store.newest_whole()
     assert "\n" not in str(caught.value)
 
 
-@given(st.data())
-def test_every_flipped_bit_and_every_cut_is_found(data: st.DataObject) -> None:
+@pytest.mark.faults("checkpoint damaged")
+@given(data=st.data())
+def test_every_flipped_bit_and_every_cut_is_found(witness: Witness, data: st.DataObject) -> None:
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
@@ -142,6 +146,7 @@ def test_every_flipped_bit_and_every_cut_is_found(data: st.DataObject) -> None:
             victim.write_bytes(content)
         else:
             victim.write_bytes(content[:place])
+        witness("checkpoint damaged")
         try:
             found = verify(path)
         except DataError:
@@ -150,22 +155,28 @@ def test_every_flipped_bit_and_every_cut_is_found(data: st.DataObject) -> None:
         assert victim.name == "manifest.json" and found == state(2)
 
 
-def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(store: CheckpointStore) -> None:
+@pytest.mark.faults("checkpoint half renamed")
+def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(store: CheckpointStore, witness: Witness) -> None:
     """Each place at which `commit` may stop, then what the next start finds."""
     write(store, 2)
     os.rename(store.path(2), checkpoint.replaced(store.path(2)))  # between the two renames of a second step 2
     (checkpoint.partial(store.path(2))).mkdir()
     store.begin(4)  # cut off while it was written
     assert store.steps() == []
+    witness("checkpoint half renamed")
     store.recover()
     assert store.newest_whole()[1].step == 2
     assert [p.name for p in store.folder.iterdir()] == ["step_2"]
 
 
-def test_a_full_disk_leaves_the_one_before(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.faults("disk full elsewhere")
+def test_a_full_disk_leaves_the_one_before(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, witness: Witness
+) -> None:
     write(store, 2)
 
     def full(handle: int) -> None:
+        witness("disk full elsewhere")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)

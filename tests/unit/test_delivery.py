@@ -16,6 +16,7 @@ from opd.delivery import Receiver, assemble, collect, digest_of, unknown_weights
 from opd.errors import DataError
 from opd.manifest import cut, sizes
 from opd.ports import Chunk, Manifest, Sentinel, Share, Weights
+from tests.fault_matrix import Witness
 
 SENTINEL = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
 SHAPES = [(3, 4), (5,), (), (2, 2, 3), (7,), (1, 9), (6,)]
@@ -153,8 +154,11 @@ def test_no_history_commits_wrong_bytes_and_after_any_the_right_ones_commit(hist
     assert committed is not None and same(committed, model(2))
 
 
+@pytest.mark.faults("chunk lost", "chunk repeated or reordered", "chunk damaged")
 @given(order=st.permutations(range(CHUNKS)), data=st.data())
-def test_order_and_repetition_are_nothing_and_loss_and_damage_are_everything(order: list[int], data: Any) -> None:
+def test_order_and_repetition_are_nothing_and_loss_and_damage_are_everything(
+    witness: Witness, order: list[int], data: Any
+) -> None:
     repeated = data.draw(st.lists(st.sampled_from(order)))
     damaged, lost = data.draw(st.sampled_from(order)), data.draw(st.sampled_from(order))
     receiver = Receiver("a test")
@@ -173,9 +177,13 @@ def test_order_and_repetition_are_nothing_and_loss_and_damage_are_everything(ord
     assert committed is not None and same(committed, model(1))
     with pytest.raises(DataError, match="not begun"):
         deliver(receiver, Message("commit", 1))
+    witness("chunk lost")
+    witness("chunk damaged", 2)
+    witness("chunk repeated or reordered", len(repeated) + len(order))
 
 
-def test_every_single_bit_of_every_chunk_counts() -> None:
+@pytest.mark.faults("chunk damaged")
+def test_every_single_bit_of_every_chunk_counts(witness: Witness) -> None:
     receiver = Receiver("a test")
     receiver.begin(PUBLISHED[1])
     flips = [(n, bit) for n, chunk in enumerate(PUBLISHED[1].chunks) for bit in range(8 * chunk.nbytes)]
@@ -183,6 +191,7 @@ def test_every_single_bit_of_every_chunk_counts() -> None:
     for number, bit in flips:
         with pytest.raises(DataError, match="damaged"):
             deliver(receiver, Message("chunk", 1, number, flip=bit))
+    witness("chunk damaged", len(flips))
 
 
 def test_what_does_not_belong_is_refused_by_name() -> None:

@@ -15,6 +15,7 @@ from launch.redaction import HIDDEN, redacted
 from launch.run_directory import RunDirectory, append_json, read_jsonl, write_bytes, write_json, write_text
 from launch.summary import Outcome, RunSummary
 from opd.errors import ConfigurationError, DataError, OpdError
+from tests.fault_matrix import Witness
 
 
 @pytest.fixture
@@ -29,10 +30,12 @@ class FullDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int, most: int = 1 << 20) -> None:
         self._room, self._most, self._write = room, most, os.write
+        self.refused = 0
         monkeypatch.setattr(os, "write", self)
 
     def __call__(self, handle: int, data: memoryview) -> int:
         if self._room <= 0:
+            self.refused += 1
             raise OSError(errno.ENOSPC, "No space left on device")
         written = self._write(handle, data[: min(self._room, self._most)])
         self._room -= written
@@ -167,23 +170,31 @@ def test_a_foreign_summary_is_refused(directory: RunDirectory) -> None:
         RunSummary.read(directory.summary)
 
 
+@pytest.mark.faults("disk full elsewhere")
 @pytest.mark.parametrize("room", [0, 1, 5])
-def test_a_full_disk_takes_back_the_line(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+def test_a_full_disk_takes_back_the_line(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, room: int, witness: Witness
+) -> None:
     append_json(directory.metrics, {"step": 1})
-    FullDisk(monkeypatch, room)
+    disk = FullDisk(monkeypatch, room)
     with pytest.raises(OpdError, match="No space left on device") as caught:
         append_json(directory.metrics, {"step": 2})
+    witness("disk full elsewhere", disk.refused)
     assert str(caught.value).count("\n") == 0
     assert directory.metrics.read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.faults("disk full elsewhere")
 @pytest.mark.parametrize("room", [0, 1, 40])
-def test_a_full_disk_leaves_the_old_file(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+def test_a_full_disk_leaves_the_old_file(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, room: int, witness: Witness
+) -> None:
     summary().write(directory)
     before = directory.summary.read_bytes()
-    FullDisk(monkeypatch, room)
+    disk = FullDisk(monkeypatch, room)
     with pytest.raises(OpdError, match=r"cannot write .*summary\.json: No space left"):
         summary(steps=4).write(directory)
+    witness("disk full elsewhere", disk.refused)
     assert directory.summary.read_bytes() == before
     assert not list(directory.path.glob(".*.part"))
 
@@ -210,7 +221,8 @@ def test_a_disk_that_takes_a_byte_at_a_time_gets_everything(
     assert (directory.report.read_text(), directory.curves.read_bytes()) == ("page", b"\x89PNG")
 
 
-def test_a_real_limit_of_the_system_is_one_sentence(directory: RunDirectory) -> None:
+@pytest.mark.faults("disk full elsewhere")
+def test_a_real_limit_of_the_system_is_one_sentence(directory: RunDirectory, witness: Witness) -> None:
     """The kernel itself refuses to let a file grow: nothing is simulated."""
     write_json(directory.summary, {"old": True})
     program = f"""
@@ -233,6 +245,7 @@ for write in (lambda: write_json(folder / "summary.json", {{"new": "x" * 3000}})
     assert [("summary" in line, "File too large" in line) for line in result.stdout.splitlines()] == [
         (True, True), (False, True),
     ]  # fmt: skip
+    witness("disk full elsewhere", 2)
     assert json.loads(directory.summary.read_text()) == {"old": True}
     assert directory.metrics.read_bytes().endswith(b"\n")
     kept = [line["step"] for line in read_jsonl(directory.metrics)]

@@ -15,6 +15,7 @@ from benchmarks.virtual_time import simulate
 from launch.dispatch import SMALLEST_SHARE, Dispatcher
 from launch.supervision import Care, Fault, Replicas
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceLost
+from tests.fault_matrix import Witness
 
 FAULTS = ("die before", "die between", "hang", "lie", "say too little", "say nothing more")
 
@@ -156,8 +157,8 @@ def test_every_caller_gets_its_own_answers_whatever_goes_wrong(
     simulate(run(), 1e6)
 
 
-@pytest.mark.faults
-def test_two_hundred_kills_lose_and_repeat_nothing() -> None:
+@pytest.mark.faults("everything at once")
+def test_two_hundred_kills_lose_and_repeat_nothing(witness: Witness) -> None:
     """Steps of 64 requests while something dies, hangs or lies at every second call, until 200 faults have fired."""
 
     async def run() -> Shop:
@@ -180,6 +181,7 @@ def test_two_hundred_kills_lose_and_repeat_nothing() -> None:
     shop = simulate(run(), 1e6)
     assert sum(shop.fired.values()) >= 200 and set(shop.fired) == set(FAULTS)
     assert shop.stale == 0, "a replica served with weights that were not the newest"
+    witness("everything at once", sum(shop.fired.values()))
 
 
 def test_a_replacement_serves_only_with_the_newest_weights() -> None:
@@ -262,7 +264,8 @@ def test_a_wrong_request_is_nobody_s_fault() -> None:
     simulate(run(), 1e6)
 
 
-def test_a_slow_replica_is_hedged_and_the_second_answer_is_not_counted_twice() -> None:
+@pytest.mark.faults("answers come late or twice")
+def test_a_slow_replica_is_hedged_and_the_second_answer_is_not_counted_twice(witness: Witness) -> None:
     async def run() -> None:
         shop = Shop()
         pool = await shop.pool(2, hedge_quantile=0.95, deadline_s=5)
@@ -273,6 +276,7 @@ def test_a_slow_replica_is_hedged_and_the_second_answer_is_not_counted_twice() -
         assert await asyncio.wait_for(pool([1, 2, 3]), 0.4) == [10, 20, 30]
         await asyncio.sleep(0.01)
         assert pool.hedged == before + 1 and not sum(pool.replicas.faults.values())
+        witness("answers come late or twice", pool.hedged)
         assert not shop.open, "the slow one is still being asked"
 
     simulate(run(), 1e6)

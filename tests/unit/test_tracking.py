@@ -4,6 +4,7 @@ import ast
 import asyncio
 import io
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from opd.errors import ConfigurationError
 from opd.loop import StepRecord
 from opd.ports import PublishReport
 from opd.types import AdvantageScores, Prompt, Scored, Scores, StepReport, Stop, TokenScores, Trajectory
+from tests.fault_matrix import Witness
 
 STEPS = 20
 COSTS = Costs(student_params=10, teacher_params=20, teacher_writes=False, teacher_reads=True)
@@ -358,7 +360,8 @@ def test_an_alarm_is_a_wandb_alert_once(directory: RunDirectory, plan: RunPlan, 
     assert alert.text.startswith("step 4: 100% of the completions are cut")
 
 
-def test_a_run_survives_the_death_of_wandb(directory: RunDirectory, no_login: Path) -> None:
+@pytest.mark.faults("wandb killed")
+def test_a_run_survives_the_death_of_wandb(directory: RunDirectory, no_login: Path, witness: Witness) -> None:
     """In a process of its own: wandb keeps one service per process, which would be dead for later tests."""
     program = """
 import logging, sys, time, psutil
@@ -393,6 +396,47 @@ print(said)
     (warning,) = ast.literal_eval(result.stdout)
     assert warning.startswith("wandb stopped (")
     assert "the run goes on without it" in warning
+    witness("wandb killed")
+
+
+@pytest.mark.faults("wandb down")
+@pytest.mark.parametrize("how", ["refuses", "hangs"])
+def test_a_server_that_cannot_be_reached_is_one_sentence_before_the_first_step(
+    directory: RunDirectory, no_login: Path, how: str, witness: Witness
+) -> None:
+    """In a process of its own, because wandb reads the address once."""
+    program = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from launch import tracking
+from test_tracking import COSTS, Meter, RunDirectory, RunPlan, TrackerConfig, WandbMode, WandbTracker, decode
+tracking._START_S = 5
+plan = RunPlan(method="opd", steps=9, resolved={}, decode=decode)
+config = TrackerConfig(mode=WandbMode.ONLINE)
+try:
+    WandbTracker(config, RunDirectory(Path(sys.argv[1])), Meter(COSTS), plan).__enter__()
+except tracking.OpdError as error:
+    print(error)
+"""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if how == "hangs":
+            server.listen()  # the kernel accepts; nobody answers
+        address = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
+        own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | address
+        arguments = [sys.executable, "-c", program, str(directory.path), str(Path(__file__).parent)]
+        result = subprocess.run(
+            arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], env=own
+        )
+        (sentence,) = result.stdout.splitlines()
+        assert sentence.startswith("wandb did not start (") and "check the login and the network, or use" in sentence
+        if how == "hangs":
+            server.settimeout(10)
+            server.accept()[0].close()  # it was asked
+        else:
+            assert "refused" in sentence
+        witness("wandb down")
 
 
 def _records(path: Path) -> Any:

@@ -1,17 +1,22 @@
 """Frames come back as they went, and not one of ten thousand damaged ones is accepted."""
 
+import pickle
 import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learner import checkpoint
+from opd.errors import DataError
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 from teacher_service.wire import (
@@ -27,6 +32,7 @@ from teacher_service.wire import (
     encode_reply,
     request_digest,
 )
+from tests.fault_matrix import Witness
 
 LIMITS = Limits(requests=9, tokens=400, k=8, frame_bytes=1 << 16)
 CALL, MODEL = bytes(range(16)), bytes(range(16, 32))
@@ -116,10 +122,13 @@ def mutated(frame: bytes, random: np.random.Generator) -> bytes:
     return choices[int(random.integers(len(choices)))]
 
 
+@pytest.mark.faults("frame damaged")
 @pytest.mark.parametrize(
     ("frame", "decode"), [(encode_question(question(1)), decode_question), (encode_reply(reply(1)), decode_reply)]
 )
-def test_none_of_ten_thousand_damaged_frames_is_accepted(frame: bytes, decode: Callable[..., Any]) -> None:
+def test_none_of_ten_thousand_damaged_frames_is_accepted(
+    frame: bytes, decode: Callable[..., Any], witness: Witness
+) -> None:
     random = np.random.default_rng(0)
     accepted = refused = 0
     while refused + accepted < 10_000:
@@ -132,6 +141,48 @@ def test_none_of_ten_thousand_damaged_frames_is_accepted(frame: bytes, decode: C
         except FrameError:
             refused += 1
     assert (accepted, refused) == (0, 10_000)
+    witness("frame damaged", refused)
+
+
+class Payload:
+    """What a pickle does to whoever reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def pickled(path: Path) -> bytes:
+    """A pickle that makes `path` when it is read; tried once, so that it is known to bite."""
+    data = pickle.dumps(Payload(path))
+    pickle.loads(data)  # noqa: S301 (our own)
+    assert path.exists()
+    path.unlink()
+    return data
+
+
+@pytest.mark.faults("pickle from outside")
+def test_a_pickle_where_a_frame_or_a_shard_belongs_is_refused_and_not_read(tmp_path: Path, witness: Witness) -> None:
+    bite = pickled(tmp_path / "bitten")
+    header = encode_reply(reply(1))[:64]
+    for decode in (decode_question, decode_reply):
+        for frame in (bite, header + bite):
+            witness("pickle from outside")
+            with pytest.raises(FrameError):
+                decode(frame, LIMITS)
+    shard = tmp_path / "learner" / checkpoint.shard_name(0)
+    shard.parent.mkdir()
+    shard.write_bytes(bite)
+    witness("pickle from outside")
+    with pytest.raises(DataError, match="is no 'opd learner shard"):
+        checkpoint.Shards(shard.parent)
+    torch.save({"weight": Payload(tmp_path / "bitten")}, shard)
+    witness("pickle from outside")
+    with pytest.raises(DataError, match="is no 'opd learner shard"):
+        checkpoint.Shards(shard.parent)
+    assert not (tmp_path / "bitten").exists()
 
 
 def test_every_single_bit_counts() -> None:

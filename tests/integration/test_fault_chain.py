@@ -1,0 +1,77 @@
+"""One training run that is broken at five places and resumed each time ends bit by bit as one that was not broken."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.fault_matrix import Witness
+from tests.fault_plan import plan
+from tests.integration.test_faults import Scene, lines, scene
+
+__all__ = ["scene"]  # the fixture
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]  # seven starts of a run, one after the other
+STEPS = 10
+OWN = [
+    f"steps={STEPS}", "prompts.prompts_per_step=16", "learner.ranks=2", "learner.zero_stage=2", "doctor=false",
+    "learner.deterministic=true", "learner.schedule=CONSTANT", "checkpoint_every=2", "checkpoint_keep=9",
+    "evaluation.every=0", "evaluation.teacher=false", "tracker.mode=DISABLED",
+]  # fmt: skip
+DIED = "error: OpdError: a learner rank died"
+
+# Kind, place and deed; how the run ends and what it says. The others wait in a collective for a rank that is gone.
+CHAIN = [
+    ("learner killed in the optimizer", "learner optimizing", "SIGKILL", 1, DIED),
+    ("driver killed in a checkpoint", "driver committing", "SIGKILL", -signal.SIGKILL, ""),
+    ("learner exits in a forward", "learner forward", "exit", 1, DIED),
+    ("learner killed writing a checkpoint", "learner writing", "SIGKILL", 1, DIED),
+    ("disk full in a checkpoint", "learner opening", "full", 1, "No space left on device; the checkpoints before"),
+]
+
+
+@pytest.mark.faults(*[kind for kind, *_ in CHAIN])
+def test_a_run_broken_at_five_places_ends_as_one_that_was_not(scene: Scene, witness: Witness) -> None:
+    checkpoints = scene.run / "checkpoints"
+
+    def saved(step: int) -> bool:
+        return (checkpoints / f"step_{step}" / "manifest.json").exists()
+
+    for number, (kind, place, deed, code, says) in enumerate(CHAIN):
+        scene.start(*OWN, *(["resume=latest"] if number else []))
+        if place == "learner optimizing":
+            scene.reach(lambda: saved(2), "a checkpoint")
+        elif place == "learner forward":
+            scene.reach(lambda: saved(4), "another one")
+        plan(scene.plan, place, deed)
+        output = scene.ends(code)
+        assert says in output and "Traceback" not in output, output
+        assert [f.place for f in scene.fired()] == [place for _, place, *_ in CHAIN[: number + 1]], output
+        if place == "driver committing":
+            (begun,) = checkpoints.glob(".step_*.partial")
+            assert (begun / "manifest.json").exists(), "it was killed before everything was written"
+        elif place == "learner opening":
+            assert not list(checkpoints.glob(".*")), "a half checkpoint is left"
+        witness(kind)
+    scene.start(*OWN, "resume=latest")
+    scene.ends(0)
+    broken = scene.run.rename(scene.run.with_name("broken"))
+    scene.start(*OWN)
+    scene.ends(0)
+    _are_equal(broken, scene.run)
+
+
+def _are_equal(broken: Path, whole: Path) -> None:
+    """Every step once; the same losses, trajectories, weights and moments, to the bit."""
+    first, second = lines(whole / "metrics.jsonl"), lines(broken / "metrics.jsonl")
+    assert [m["step"] for m in second] == list(range(1, STEPS + 1)) == [m["weights/version"] for m in second]
+    exact = [k for k in first[0] if k.startswith(("actor/", "distill/", "tokens/", "ledger/", "response", "sample/"))]
+    assert len(exact) > 15
+    for ours, theirs in zip(second, first, strict=True):
+        assert {k: ours[k] for k in exact} == {k: theirs[k] for k in exact}
+    assert first[-1]["ledger/trained"] == STEPS * 16 and not first[-1]["ledger/outstanding"]
+    places = [Path("export") / "model.safetensors"]
+    places += [Path("checkpoints") / f"step_{STEPS}" / "learner" / f"rank_{rank}.safetensors" for rank in (0, 1)]
+    for place in places:
+        assert (broken / place).read_bytes() == (whole / place).read_bytes(), place
+    assert not [name for name in os.listdir(broken / "checkpoints") if name.startswith(".")]
