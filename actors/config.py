@@ -11,9 +11,9 @@ class StudentConfig:
     """One rollout engine and how many of them.
 
     `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens, `deadline_s`
-    bounds every single wait. `kv_cache_bytes` is used on CPUs, `gpu_memory_utilization` (of the whole device)
-    on GPUs; `enforce_eager` (no graph capture, no compilation) is always on where there is no GPU. Example:
-    `StudentConfig(path="assets/shop/student", max_model_len=128)`.
+    bounds every single wait (starting vLLM: 300 s at least). `kv_cache_bytes` is used on CPUs,
+    `gpu_memory_utilization` (of the whole device) on GPUs; `enforce_eager` (no graph capture, no compilation)
+    is always on where there is no GPU. Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
     """
 
     path: str

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 SMALLEST_PART = 32  # completions worth a message of their own
+_START_S = 300.0  # a model may take as long to load, however soon its answers are due
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class VLLMEngine:
 
     async def ready(self) -> None:
         """Return when the engine can write. Raises why it cannot, if it cannot."""
-        await self._within(self._thread.started, "starting vLLM")
+        await self._soon(asyncio.wrap_future(self._thread.started), "starting vLLM", at_least=_START_S)
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """One completion per request, in order, when all are done.
@@ -203,12 +204,13 @@ class VLLMEngine:
     async def _within(self, future: Future[Result], what: str) -> Result:
         return await self._soon(asyncio.wrap_future(future), what)
 
-    async def _soon(self, work: Awaitable[Result], what: str) -> Result:
+    async def _soon(self, work: Awaitable[Result], what: str, at_least: float = 0.0) -> Result:
+        deadline_s = max(self._config.deadline_s, at_least)
         try:
-            return await asyncio.wait_for(work, self._config.deadline_s)
+            return await asyncio.wait_for(work, deadline_s)
         except TimeoutError as error:
             raise OpdError(
-                f"the student engine did not finish {what} within {self._config.deadline_s:.0f} s; raise "
+                f"the student engine did not finish {what} within {deadline_s:.0f} s; raise "
                 "student.deadline_s, or ask for less at once"
             ) from error
 

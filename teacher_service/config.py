@@ -28,6 +28,7 @@ ANSWERS: Mapping[Backend, Kinds] = {
 }
 REMOTE = frozenset({Backend.HTTP, Backend.OPENAI})
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
+START_S = 300.0  # a model may take as long to load, however soon its answers are due
 
 _ASKED = {
     WrittenToken: "log-probabilities of written tokens",
@@ -48,7 +49,8 @@ class TeacherConfig:
     `path` is a Hugging Face folder; a remote teacher needs only its config.json and tokenizer here, or the
     weights too where a method reads the whole vocabulary (the learner applies the head). `max_batch_tokens`
     bounds one forward (sequences times the longest of them), `head_chunk` the rows that have logits over the
-    vocabulary at the same time, `max_k` what a scorer may ask for per token, `deadline_s` every wait.
+    vocabulary at the same time, `max_k` what a scorer may ask for per token, `deadline_s` every wait (loading
+    a model: 300 s at least).
 
     vLLM: `kv_cache_bytes` is used on CPUs, `gpu_memory_utilization` (of the whole device) on GPUs;
     `max_model_len=0` is the model's own limit. Remote: `url` is the server's root, `model` the name an

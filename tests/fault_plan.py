@@ -32,7 +32,7 @@ def plan(folder: Path, place: str, how: str, *, entry: int = 1, after: int = 0) 
 def fired(folder: Path) -> list[Fired]:
     """In the order they fired."""
     found = sorted(folder.glob("fired~*"), key=lambda path: path.stat().st_ctime_ns)
-    return [Fired(place, how, int(pid)) for _, place, how, pid in (path.name.split("~") for path in found)]
+    return [Fired(place, how, int(pid)) for _, place, how, pid, _ in (path.name.split("~") for path in found)]
 
 
 def entries(folder: Path, place: str) -> int:
@@ -60,7 +60,7 @@ def claimed(place: str) -> str:
         if already < int(after) or entry < int(first):
             continue
         try:
-            path.rename(folder / f"fired~{place}~{how}~{os.getpid()}")
+            path.rename(folder / f"fired~{place}~{how}~{os.getpid()}~{entry}")
         except FileNotFoundError:  # another process was faster
             continue
         return how

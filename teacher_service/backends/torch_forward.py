@@ -17,7 +17,7 @@ from opd.devices import resolve_device, resolve_dtype
 from opd.errors import ConfigurationError, OpdError
 from opd.ports import ScoreRequest, Weights
 from opd.types import Fetch, TokenScores
-from teacher_service.config import TeacherConfig
+from teacher_service.config import START_S, TeacherConfig
 from teacher_service.fingerprint import file_digest
 from teacher_service.identity import check_checkpoint
 from teacher_service.reading import Bounds, Store, TeacherStats, completion_rows, length, testify
@@ -43,7 +43,7 @@ class TorchTeacher:
 
     async def ready(self) -> None:
         """Return when the model is loaded. Raises `ConfigurationError` if it cannot be used."""
-        await self._within(asyncio.to_thread(self._loaded), "loading its model")
+        await self._within(asyncio.to_thread(self._loaded), "loading its model", at_least=START_S)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         """Testimony per request, in order: float32 logprobs under the full softmax at temperature 1.
@@ -107,12 +107,13 @@ class TorchTeacher:
         """What this teacher has done so far."""
         return TeacherStats(requests=self._requests, scored=self._scored, read=self._read, busy_s=self._busy_s)
 
-    async def _within(self, work: Any, what: str) -> Any:
+    async def _within(self, work: Any, what: str, at_least: float = 0.0) -> Any:
+        deadline_s = max(self._config.deadline_s, at_least)
         try:
-            return await asyncio.wait_for(work, self._config.deadline_s)
+            return await asyncio.wait_for(work, deadline_s)
         except TimeoutError as error:
             raise OpdError(
-                f"the teacher did not finish {what} within {self._config.deadline_s:.0f} s; raise "
+                f"the teacher did not finish {what} within {deadline_s:.0f} s; raise "
                 "teacher.deadline_s, or add teacher.replicas"
             ) from error
 

@@ -23,7 +23,7 @@ from opd.errors import DataError, OpdError
 from opd.ports import ScoreRequest, TopK
 from opd.types import TokenScores, TopKScores
 from teacher_service.backends.torch_forward import microbatches
-from teacher_service.config import TeacherConfig, check_answers
+from teacher_service.config import START_S, TeacherConfig, check_answers
 from teacher_service.head import load_head, text_config
 from teacher_service.identity import check_checkpoint
 from teacher_service.reading import Bounds, Store, TeacherStats, completion_rows, length, testify
@@ -60,7 +60,7 @@ class _VLLMTeacher(ABC):
 
     async def ready(self) -> None:
         """Return when vLLM is loaded."""
-        await self._within(asyncio.wrap_future(self._engine), "starting vLLM")
+        await self._within(asyncio.wrap_future(self._engine), "starting vLLM", at_least=START_S)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         """Testimony per request, in order: float32 logprobs under the full softmax at temperature 1.
@@ -82,12 +82,13 @@ class _VLLMTeacher(ABC):
         await asyncio.wrap_future(self._thread.submit(engine.engine_core.shutdown))
         self._thread.shutdown()
 
-    async def _within(self, work: Any, what: str) -> Any:
+    async def _within(self, work: Any, what: str, at_least: float = 0.0) -> Any:
+        deadline_s = max(self._config.deadline_s, at_least)
         try:
-            return await asyncio.wait_for(work, self._config.deadline_s)
+            return await asyncio.wait_for(work, deadline_s)
         except TimeoutError as error:
             raise OpdError(
-                f"the teacher did not finish {what} within {self._config.deadline_s:.0f} s; raise "
+                f"the teacher did not finish {what} within {deadline_s:.0f} s; raise "
                 "teacher.deadline_s, or add teacher.replicas"
             ) from error
 
