@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.ray_node import Node
 from launch.settings import ClusterConfig, Placement
 from launch.stacks import Stacks
 from launch.supervision import Look, unseen
@@ -79,7 +80,7 @@ def _local_token() -> str:
 
 
 @contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
+def connected(config: ClusterConfig) -> Iterator[Node]:
     """A Ray session for the run: started and stopped here if local, joined and left otherwise.
 
     A local session gets a token of its own, so nobody else on the machine can reach it.
@@ -106,10 +107,12 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             f"no Ray session at cluster.address={config.address!r} ({error}); start one with `ray start --head`, or "
             "use cluster=local"
         ) from error
+    node = Node.started_here() if local else Node()
     try:
-        yield
+        yield node
     finally:
         ray.shutdown()
+        node.end_orphans()
 
 
 class Actors:

@@ -2,10 +2,12 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from opd.errors import OpdError
+
+Result = TypeVar("Result")
 
 
 class Preempted(OpdError):
@@ -31,6 +33,20 @@ class Stop:
             return
         self.asked = True
         asyncio.get_running_loop().call_later(self._grace_s, cancel)
+
+
+async def beside(work: Coroutine[Any, Any, Result], guard: Coroutine[Any, Any, None]) -> Result:
+    """What `work` returns, unless `guard` raises first: then `work` is cancelled, and that is raised."""
+    working, guarding = asyncio.ensure_future(work), asyncio.ensure_future(guard)
+    try:
+        await asyncio.wait({working, guarding}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            guarding.result()
+        return await working
+    finally:
+        for task in (working, guarding):
+            task.cancel()
+        await asyncio.gather(working, guarding, return_exceptions=True)
 
 
 def run_until_stopped(work: Any, stop: Stop | None = None) -> Any:

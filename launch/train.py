@@ -16,7 +16,7 @@ from launch.resuming import Resumption, open_directory, resumption, rewind
 from launch.run import Run, costs, make_evaluator
 from launch.run_directory import RunDirectory
 from launch.run_lock import running
-from launch.running import Preempted, Stop, run_until_stopped
+from launch.running import Preempted, Stop, beside, run_until_stopped
 from launch.sentences import find_own
 from launch.session import open_session
 from launch.summary import Outcome
@@ -81,8 +81,8 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
     run = Run(plan, directory, console, stop, resumed)
     outcome, problem = Outcome.FAILED, ""
     try:
-        with connected(plan.config.cluster):
-            run_until_stopped(run.everything(), stop)
+        with connected(plan.config.cluster) as node:
+            run_until_stopped(beside(run.everything(), node.watch()), stop)
         outcome = Outcome.FINISHED
     except (KeyboardInterrupt, asyncio.CancelledError):
         outcome = Outcome.STOPPED
