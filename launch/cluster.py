@@ -32,15 +32,10 @@ def fetch(handle: Any) -> np.ndarray:
 
 
 def store(array: np.ndarray) -> Any:
-    """A handle of an array put into the object store (called inside actors)."""
+    """A handle of an array put into the object store (called inside actors); it is lost with the actor."""
     import ray
 
     return ray.put(array)
-
-
-async def once(method: Any, requests: Sequence[Any]) -> AsyncIterator[tuple[Sequence[int], Sequence[Any]]]:
-    """All answers of an actor's method, in one part."""
-    yield range(len(requests)), await method.remote(requests)
 
 
 async def streamed(method: Any, requests: Sequence[Any]) -> AsyncIterator[tuple[Sequence[int], Sequence[Any]]]:
@@ -62,6 +57,13 @@ def is_lost(error: BaseException) -> bool:
 
     gone = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ServiceLost)
     return isinstance(error, gone)
+
+
+def has_died(error: BaseException) -> bool:
+    """Does `error` say that an actor is gone (and not that an object is)?"""
+    import ray
+
+    return isinstance(error, ray.exceptions.RayActorError)
 
 
 def place_of(actor: Any) -> Any:

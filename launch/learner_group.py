@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import is_lost
+from launch.cluster import has_died
 from launch.supervision import Faulty, Look, unseen, within
 from learner.config import LearnerConfig
 from opd.delivery import assemble
@@ -80,12 +80,12 @@ class LearnerGroup:
             # Its partners may be told first, as a connection that breaks off.
             await asyncio.wait(tasks, timeout=_NEWS_S)
             outcomes = [task.exception() for task in tasks if task.done() and not task.cancelled()]
-            lost = next((e for e in outcomes if e is not None and is_lost(e)), None)
+            lost = next((e for e in outcomes if e is not None and has_died(e)), None)
             if lost is None:
                 raise
             raise OpdError(
-                f"a learner rank died ({type(lost).__name__}: {str(lost).strip().splitlines()[0]}) and nobody can take "
-                "its place; the same command with run_name=... resume=latest goes on from the newest checkpoint"
+                f"a learner rank died ({type(lost).__name__}) and nobody can take its place; the same command with "
+                "run_name=... resume=latest goes on from the newest checkpoint"
             ) from error
         finally:
             for task in tasks:

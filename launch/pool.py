@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import end, fetch, is_lost, once, streamed
+from launch.cluster import end, fetch, is_lost, streamed
 from launch.dispatch import Dispatcher
+from launch.handover import taken_over
 from launch.supervision import Care, Fault, Faulty, Look, Replica, Replicas, unseen, within
 from opd.errors import DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
@@ -142,7 +143,7 @@ class TeacherPool:
         )
         self._score: Dispatcher[ScoreRequest, TokenScores] = Dispatcher(
             replicas=self.replicas,
-            ask=lambda actor, requests: once(actor.score, requests),
+            ask=lambda actor, requests: taken_over(actor.hand_over, requests),
             check=verify_scores,
             lost=is_lost,
         )

@@ -12,8 +12,9 @@ from actors.config import StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from launch.checkpoints import LEARNER
-from launch.cluster import Actors, fetch, place_of, store
+from launch.cluster import Actors, fetch, place_of
 from launch.grading import MathGrader, TaskGrader
+from launch.handover import handing_over, keep
 from launch.learner_group import LearnerGroup
 from launch.plan import Plan
 from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool
@@ -149,7 +150,8 @@ def teacher_actor(actors: Actors, config: TeacherConfig) -> Any:
     """A scoring actor of the config's backend; a remote teacher's is a client, which is told the server's token."""
     environment = teacher_environment(config.device, config.backend)
     token = (os.environ.get(TOKEN_VARIABLE, ""),) if config.backend in REMOTE else ()
-    return actors.make(backend(config.backend), "teacher", environment, config, store, *token, concurrency=CALLS)
+    cls = handing_over(backend(config.backend))
+    return actors.make(cls, "teacher", environment, config, keep, *token, concurrency=CALLS)
 
 
 async def _writer(actors: Actors, plan: Plan, name: str) -> TextEngine:

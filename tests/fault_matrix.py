@@ -37,7 +37,12 @@ CATALOGUE = (
     Kind("engine holds other weights", "rollout actor", "acknowledges another digest", "receiving; itself"),
     Kind("slow engine", "rollout actor", "sleeps", "between two decoding steps; itself"),
     Kind("teacher killed", "teacher", "SIGKILL", "any, from outside"),
-    Kind("teacher killed while idle", "teacher", "SIGKILL", "idle: the learner does it in its step"),
+    Kind(
+        "teacher killed after its answer",
+        "teacher",
+        "SIGKILL",
+        "idle, its arrays unread: the learner does it, waits 5 s",
+    ),
     Kind("teacher killed while scoring", "teacher", "SIGKILL", "before a forward of its model; itself"),
     Kind("teacher killed before its answer", "teacher", "SIGKILL", "scored, not answered; itself"),
     Kind("teacher exits while scoring", "teacher", "_exit(3)", "before a forward of its model; itself"),

@@ -91,11 +91,12 @@ def _signal(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-def _kill(role: str, most: str = "99") -> None:
-    """SIGKILL to living processes of another role."""
+def _kill(role: str, most: str = "99", wait_s: str = "0") -> None:
+    """SIGKILL to living processes of another role, and time for the news to spread."""
     alive = [pid for pid in processes(_folder(), role) if Path(f"/proc/{pid}").exists()]
     for pid in alive[: int(most)]:
         os.kill(pid, signal.SIGKILL)
+    time.sleep(float(wait_s))
 
 
 DEEDS: dict[str, Callable[..., None]] = {

@@ -144,13 +144,13 @@ def test_an_asynchronous_run_survives_deaths_in_every_state(scene: Scene, witnes
 
 
 @pytest.mark.faults(
-    "all engines killed while idle", "teacher killed while idle", "teacher hangs while scoring",
+    "all engines killed while idle", "teacher killed after its answer", "teacher hangs while scoring",
     "engine killed", "teacher killed",
 )  # fmt: skip
 def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, witness: Witness) -> None:
     steps = 14
     plan(scene.plan, "learner beginning", "kill engine", entry=3)
-    plan(scene.plan, "learner beginning", "kill teacher 1", entry=5, after=1)
+    plan(scene.plan, "learner beginning", "kill teacher 1 5", entry=5, after=1)
     plan(scene.plan, "teacher scoring", "SIGSTOP", after=2)
     scene.start(f"steps={steps}", *TWO_OF_EACH)
     scene.reach(lambda: len(scene.fired()) == 3, "three faults")
@@ -170,7 +170,7 @@ def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, w
         witness,
         [
             ("all engines killed while idle", "learner beginning"),
-            ("teacher killed while idle", "learner beginning"),
+            ("teacher killed after its answer", "learner beginning"),
             ("teacher hangs while scoring", "teacher scoring"),
         ],
     )

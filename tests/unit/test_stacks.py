@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launch.stacks import Listener, Stacks, describe
@@ -66,13 +67,15 @@ def test_a_process_that_is_stuck_says_where_and_goes_on(stuck: Listener) -> None
 
 def test_of_a_process_that_is_stopped_there_is_what_the_kernel_says(stuck: Listener) -> None:
     os.kill(stuck.pid, signal.SIGSTOP)
+    while psutil.Process(stuck.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     told = describe(stuck)
     assert "printed nothing within" in told and "T (stopped)" in told, told
 
 
 def test_of_a_process_that_is_gone_there_is_that(stuck: Listener) -> None:
     os.kill(stuck.pid, signal.SIGKILL)
-    while b"Z" not in Path(f"/proc/{stuck.pid}/stat").read_bytes().rpartition(b")")[2]:
+    while psutil.Process(stuck.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     assert "cannot be asked" in describe(stuck) or "Z (zombie)" in describe(stuck)
 
