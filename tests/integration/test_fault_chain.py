@@ -11,7 +11,7 @@ from tests.fault_plan import plan
 from tests.integration.test_faults import Scene, lines, scene
 
 __all__ = ["scene"]  # the fixture
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]  # seven starts of a run, one after the other
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]  # seven starts of a run, one after the other
 STEPS = 10
 OWN = [
     f"steps={STEPS}", "prompts.prompts_per_step=16", "learner.ranks=2", "learner.zero_stage=2", "doctor=false",

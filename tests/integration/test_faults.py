@@ -18,7 +18,7 @@ from tests.fault_matrix import Witness
 from tests.fault_plan import FOLDER, Fired, entries, fired, plan, processes
 from tests.integration.test_processes import end_of, family, start, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 PROMPTS = 32
 TWO_OF_EACH = [
     f"prompts.prompts_per_step={PROMPTS}", "student.replicas=2", "teacher.replicas=2", "doctor=false",
@@ -55,7 +55,7 @@ class Scene:
         environment = {FOLDER: str(self.plan)} | environment
         self.driver = start(self.mark, self.folder / "runs", *options, module="tests.faulty_run", **environment)
 
-    def ends(self, code: int, seconds: float = 400) -> str:
+    def ends(self, code: int, seconds: float = 900) -> str:
         """Wait for its end, which leaves no process behind; what it printed."""
         assert self.driver is not None
         self.output = end_of(self.driver, seconds)
@@ -66,7 +66,7 @@ class Scene:
     def steps(self) -> int:
         return len(lines(self.run / "metrics.jsonl"))
 
-    def reach(self, condition: Any, what: str, seconds: float = 300) -> None:
+    def reach(self, condition: Any, what: str, seconds: float = 600) -> None:
         def reached() -> bool:
             assert self.driver is not None
             assert self.driver.poll() is None, f"{what}: the run has ended: {self.driver.communicate()[0]}"
@@ -231,7 +231,7 @@ def test_without_ray_a_run_ends_and_leaves_nothing(scene: Scene, witness: Witnes
     (victim,) = (p for p in family(scene.mark) if p.name() == name)
     victim.kill()
     witness(kind)
-    output = scene.ends(1, 120)
+    output = scene.ends(1, 300)
     assert "error: OpdError: a process of Ray itself" in output and "Traceback" not in output, output
     assert scene.summary()["outcome"] == "failed" and scene.summary()["steps"] >= 2
 
