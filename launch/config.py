@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -328,7 +327,7 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
 
 
 def _truncated(method: Method, max_ratio: float) -> Method:
-    if max_ratio == inf:
+    if max_ratio == 0:
         return method
     return replace(method, objective=TruncatedRatio(of=method.objective, max_ratio=max_ratio))
 

@@ -32,12 +32,12 @@ class TruncatedRatio:
         name = type(self.of).__name__
         if not 1 <= self.max_ratio < inf:
             raise ConfigurationError(
-                f"max_ratio bounds importance ratios and needs to be 1 or more, got {self.max_ratio}; .inf leaves them"
+                f"max_ratio bounds importance ratios and needs to be 1 or more, got {self.max_ratio}; 0 leaves them"
             )
         if not getattr(self.of, "on_policy", False):
             raise ConfigurationError(
                 f"max_ratio={self.max_ratio} bounds importance ratios, but objective {name} has none: it compares "
-                "distributions; leave max_ratio=.inf"
+                "distributions; leave max_ratio=0"
             )
         if isinstance(self.of, SampledReverseKL) and self.of.signal is Speaker.BEHAVIOR:
             raise ConfigurationError(
