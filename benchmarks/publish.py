@@ -1,6 +1,6 @@
 """P7, P9: what publishing a version costs: against one memcpy, against the number of receivers, and in rollout time.
 
-    python benchmarks/publish.py [rounds] [megabytes]
+    python benchmarks/publish.py [rounds] [megabytes] [completions]
 
 P7. A version of float32 tensors of 4 MiB in chunks of 32 MiB is laid out (copied and hashed), announced, fetched and
 verified; nothing is loaded. The memcpy is of the same bytes between two buffers that were touched before. Receivers
@@ -8,8 +8,8 @@ are processes of this machine that all verify every byte; the time ends when the
 fewer cores than receivers, the CPU time of the publisher plus that of a (median) receiver says what it would be with a
 core each. Limits of the project: 1.5 of a memcpy for one receiver with the digest, and 1.2 from 1 to 16 receivers.
 
-P9. A real engine (vLLM, the shop's student) writes a step's worth of completions while a version arrives in the middle
-(in-flight swap), after which everything goes on; or the version waits until all have been written (drain and swap,
+P9. A real engine (vLLM, the shop's student) writes completions (256, about a step's worth) while a version arrives
+(in-flight swap, halfway), after which all goes on; or the version waits until all have been written (drain and swap,
 two halves); or none comes. The stall is the time in which the engine's thread loads, over the whole; limit 0.01.
 
 All arms of a table take turns in this process; medians, and smallest to largest in brackets.
@@ -176,7 +176,7 @@ def to_many(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
     return table
 
 
-async def rollout_stall(rounds: int) -> Table:
+async def rollout_stall(rounds: int, completions: int) -> Table:
     """What a version that arrives costs a step of writing."""
     from transformers import AutoModelForCausalLM
 
@@ -192,7 +192,7 @@ async def rollout_stall(rounds: int) -> Table:
     engine = VLLMEngine(config, 0, read)
     await engine.ready()
     random = np.random.default_rng(0)
-    contexts = [random.integers(3, 40, 12).astype(np.int32) for _ in range(256)]
+    contexts = [random.integers(3, 40, 12).astype(np.int32) for _ in range(completions)]
     sampling = Sampling(max_tokens=64)
     asked = [
         GenerateRequest(prompt_id=str(i), sample=0, context_ids=c, sampling=sampling) for i, c in enumerate(contexts)
@@ -211,9 +211,9 @@ async def rollout_stall(rounds: int) -> Table:
         await writing
 
     async def drained() -> None:
-        await engine.generate(asked[:128])
+        await engine.generate(asked[: completions // 2])
         await engine.receive(source.publish(sentinel))
-        await engine.generate(asked[128:])
+        await engine.generate(asked[completions // 2 :])
 
     arms = {"none arrives": none, "in-flight swap": in_flight, "drain and swap": drained}
     seconds: Times = {name: [] for name in arms}
@@ -229,16 +229,17 @@ async def rollout_stall(rounds: int) -> Table:
                 loads[name].append((await engine.stats()).update_s - before)
     await engine.close()
     table = Table(title=f"P9: {len(asked)} completions of up to {sampling.max_tokens} tokens")
-    for column in ("arm", "seconds", "of none", "stall: loading / all"):
+    for column in ("arm", "seconds", "of none", "loading, seconds", "stall: loading / all"):
         table.add_column(column)
     for name, values in seconds.items():
         limit = " (limit 0.01)" if name == "in-flight swap" else ""
         stall = ratio(loads[name], values, limit)
-        table.add_row(name, f"{median(values):.2f}", ratio(values, seconds["none arrives"]), stall)
+        loading = f"{median(loads[name]):.3f}"
+        table.add_row(name, f"{median(values):.2f}", ratio(values, seconds["none arrives"]), loading, stall)
     return table
 
 
-def main(rounds: int = 9, megabytes: int = 256) -> None:
+def main(rounds: int = 9, megabytes: int = 256, completions: int = 256) -> None:
     torch.set_num_threads(1)
     random = torch.Generator().manual_seed(0)
     tensors = {f"p{i}": torch.rand(TENSOR // 4, generator=random) for i in range(max(1, (megabytes << 20) // TENSOR))}
@@ -246,7 +247,7 @@ def main(rounds: int = 9, megabytes: int = 256) -> None:
     console.print(to_many(tensors, rounds))  # first: its processes are forked before Ray and vLLM start threads
     with connected(ClusterConfig()):
         console.print(against_memcpy(tensors, rounds))
-    console.print(asyncio.run(rollout_stall(rounds)))
+    console.print(asyncio.run(rollout_stall(rounds, completions)))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ HARMLESS = (
         "learner.transport",
         "learner.max_skipped_steps",
         "learner.deterministic",
+        "learner.loss_kernel",
         "learner.device",
         "student.device",
     ),

@@ -67,10 +67,11 @@ def run_comparison(overrides: Sequence[str]) -> int:
             f"comparison directory {root} exists and is never overwritten; choose another run_name=..., or go on with "
             "comparison.resume=true"
         )
+    # Arms take turns, so that what else the machine does meets all of them alike.
     runs = [
         Arm(label=arm, seed=plan.config.seed, directory=directory)
-        for arm, of_arm in plans.items()
-        for plan in of_arm
+        for round_ in zip(*plans.values(), strict=True)
+        for arm, plan in zip(plans, round_, strict=True)
         if (directory := run_once(root, plan, console))
     ]
     if missing := sum(map(len, plans.values())) - len(runs):

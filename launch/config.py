@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from launch.tracking import TrackerConfig
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError
 from opd.method import Method, check_prompts
+from opd.objectives.truncated import TruncatedRatio
 from opd.pipeline import Pipeline, WeightUpdate
 from opd.ports import PromptSource
 from teacher_service.config import TeacherConfig
@@ -58,6 +59,7 @@ class RunConfig:
     steps: int
     max_tokens: int
     max_staleness: int
+    max_ratio: float
     weight_update: WeightUpdate
     deterministic: bool
     max_buffer_bytes: int
@@ -129,6 +131,7 @@ _PLAIN = (
     "steps",
     "max_tokens",
     "max_staleness",
+    "max_ratio",
     "weight_update",
     "deterministic",
     "max_buffer_bytes",
@@ -316,11 +319,17 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
         **sections,
         teachers=_teachers(node),
         notes=[" ".join(str(n).split()) for n in node.notes],
-        method=_construct(Method, dict(node.method.items()), "method", allowed),
+        method=_truncated(_construct(Method, dict(node.method.items()), "method", allowed), plain["max_ratio"]),
         prompts=build(node.prompts, "prompts", allowed),
         evaluation=_construct(EvaluationConfig, dict(node.evaluation.items()), "evaluation", allowed),
         text=text,
     )
+
+
+def _truncated(method: Method, max_ratio: float) -> Method:
+    if max_ratio == 0:
+        return method
+    return replace(method, objective=TruncatedRatio(of=method.objective, max_ratio=max_ratio))
 
 
 def _teachers(node: DictConfig) -> dict[str, TeacherConfig]:

@@ -18,6 +18,7 @@ OBJECTIVE_NAMES = {
     "entropy": "actor/entropy",
     "pg_clipfrac": "actor/pg_clipfrac",
     "ratio": "training/ratio",
+    "ratio_truncated": "training/ratio_truncated",
     "probs_diff": "training/rollout_probs_diff_mean",
     "probs_diff_max": "training/rollout_probs_diff_max",
     "logprob_gap": "training/rollout_logprob_gap_mean",

@@ -13,6 +13,7 @@ from launch.config import DEFAULT, RunConfig
 from launch.data import read_rows
 from launch.tokenizer import HuggingFaceTokenizer
 from launch.transports import check_transport
+from learner.liger import with_kernel
 from opd.devices import Dtype
 from opd.errors import ConfigurationError, DataError
 from opd.ports import LastHidden, Routed, Sources
@@ -114,6 +115,7 @@ def _role(teacher: str) -> str:
 def make_plan(config: RunConfig) -> Plan:
     """Check checkpoints, tokenizers, prompts and sizes; raises one sentence about the first thing wrong."""
     check_transport(config)
+    with_kernel(config.learner.loss_kernel, config.method.objective)
     check_checkpoint(config.student.path, "student")
     exact_kl = _check_teachers(config)
     sources = Sources(tokenizer=HuggingFaceTokenizer(config.student.path), rows=read_rows)

@@ -59,7 +59,8 @@ class Session:
     def faults(self) -> list[str]:
         """What died, hung or lied, and was replaced: a sentence each."""
         student = self.engines.student
-        pools = [student.student if isinstance(student, FollowedStudent) else student, *self.engines.teachers.values()]
+        of_student = student.student if isinstance(student, FollowedStudent) else student
+        pools = [of_student, *self.engines.teachers.values(), *self.engines.writers.values()]
         return [line for pool in pools if isinstance(pool, StudentPool | TeacherPool) for line in pool.replicas.history]
 
     async def restore(self, checkpoint: Path, followers: Mapping[str, str]) -> None:

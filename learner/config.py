@@ -17,6 +17,13 @@ class Schedule(Enum):
     COSINE = "cosine"
 
 
+class LossKernel(Enum):
+    """What computes a divergence over the whole vocabulary; the loss is the same."""
+
+    TORCH = "torch"
+    LIGER = "liger"  # liger-kernel's fused Triton kernel: a GPU and FullReverseKL, FullForwardKL or JensenShannon
+
+
 class Transport(Enum):
     """How published chunks reach the engines (docs/publishing.md)."""
 
@@ -32,12 +39,13 @@ class LearnerConfig:
     `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the
     optimizer's state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens
     of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once (0: 64 MiB of them on a CPU,
-    512 MiB on a GPU); neither changes the result. Diagnostics compare the `overlap_k` likeliest tokens of student
-    and teacher (16 in the literature; 0: none). `sentinel_tolerance` is the largest allowed |engine - learner|
-    logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for bfloat16). Weights are published by `transport`
-    in chunks of whole parameters, `publish_chunk_bytes` or less each (a larger parameter is a chunk of its own), which
-    is also what a rank makes whole at once under ZeRO-3. `deadline_s` bounds every wait for another rank. An update
-    whose loss or gradient norm is not finite is skipped, weights and optimizer untouched; more than
+    512 MiB on a GPU), `loss_kernel` is what computes on them; none of these changes the result. Diagnostics compare
+    the `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
+    the largest allowed |engine - learner| logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for
+    bfloat16). Weights are published by `transport` in chunks of whole parameters, `publish_chunk_bytes` or less each
+    (a larger parameter is a chunk of its own), which is also what a rank makes whole at once under ZeRO-3.
+    `deadline_s` bounds every wait for another rank. An update whose loss or gradient norm is not finite is skipped,
+    weights and optimizer untouched; more than
     `max_skipped_steps` of them in a row end the run.
 
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
@@ -58,6 +66,7 @@ class LearnerConfig:
     final_lr_fraction: float = 0.1
     tokens_per_microbatch: int = 8192
     head_chunk: int = 0
+    loss_kernel: LossKernel = LossKernel.TORCH
     overlap_k: int = 16
     gradient_checkpointing: bool = False
     sentinel_tolerance: float = 0.0

@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 
 from learner import checkpoint, engine, fragments
 from learner.config import LearnerConfig, learning_rate
+from learner.liger import check_kernel, with_kernel
 from learner.model import Student, load_head, load_student, sentinel_ids
 from learner.publishing import Publisher
 from opd.devices import resolve_device, resolve_dtype
@@ -54,6 +55,7 @@ class Training:
         self._writer = checkpoint.ShardWriter()
         self._device = resolve_device(config.device, "learner")
         self._dtype = resolve_dtype(config.dtype, self._device)
+        check_kernel(config.loss_kernel, self._device)
         if self._device.type == "cpu":
             torch.set_num_threads(1)
         torch.manual_seed(seed)
@@ -253,7 +255,7 @@ class Training:
 
     def _forward(self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: Objective) -> "_Seen":
         """The weighted sum of the objective over a micro-batch."""
-        here = batch.to(self._device, self._fetch)
+        here, objective = batch.to(self._device, self._fetch), with_kernel(self._config.loss_kernel, objective)
 
         def prepare(first: int, last: int) -> Evaluate:
             rows = read(here.rows(first, last), self._heads)

@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from learner import engine
-from learner.config import LearnerConfig, environment
+from learner.config import LearnerConfig, LossKernel, environment
 from opd.delivery import assemble, collect
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError
+from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Weights
 from opd.shared_memory import SharedMemory, read
 from opd.types import (
@@ -150,6 +151,21 @@ def test_hidden_states_and_whole_distributions_train_alike(teacher: str, models:
     assert report.loss == pytest.approx(whole.loss, abs=1e-5)
     assert report.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
     assert rank.evaluate(by_hidden, ReverseKL())["loss"] < report.loss
+
+
+@pytest.mark.gpu
+def test_the_liger_kernel_trains_alike(models: dict[str, Path], start: Start) -> None:
+    """On a GPU, or with TRITON_INTERPRET=1 on a CPU."""
+    plain = replace(SMOOTH, device=Device.CPU if os.environ.get("TRITON_INTERPRET") else Device.GPU)
+    reports = []
+    for kernel in LossKernel:
+        rank = start(replace(plain, loss_kernel=kernel), models["tied"])
+        batches = batches_of(1, plain, read_by(models["teacher"]))[0]
+        reports.append([rank.step(batches, FullReverseKL()) for _ in range(3)])
+    for torch_report, liger_report in zip(*reports, strict=True):
+        assert liger_report.loss == pytest.approx(torch_report.loss, rel=1e-5)
+        assert liger_report.grad_norm == pytest.approx(torch_report.grad_norm, rel=1e-4)
+        assert liger_report.metrics == pytest.approx(torch_report.metrics, rel=1e-3, abs=1e-5)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(models: dict[str, Path], start: Start, tmp_path: Path) -> None:

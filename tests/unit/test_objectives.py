@@ -42,6 +42,7 @@ from opd.objectives.topk import (
     TailBucketReverseKL,
     WeightedReverseKL,
 )
+from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.types import (
     AdvantageScores,
@@ -256,6 +257,11 @@ CLAIMS += tuple(
             )
         },
     }.items()
+)
+# Where no ratio exceeds the bound, what it wraps; where some do, see the tests of truncation.
+CLAIMS += tuple(
+    Claim(objective=TruncatedRatio(of=part, max_ratio=1e9), exact=reverse_kl)
+    for part in (SquaredReverseKL(), RatioReverseKL(), HeadTailReverseKL(), SampledReverseKL(signal=Speaker.STUDENT))
 )
 DRAWING = {MonteCarloReverseKL}  # their own noise is enumerated by `opd.certificate`
 DISTILLING = tuple(claim for claim in CLAIMS if claim.zero_at_teacher)
@@ -559,3 +565,41 @@ def test_many_drawn_tokens_average_to_few() -> None:
     several = MonteCarloReverseKL(samples=4).given(ids, student, batch).loss
     single = [MonteCarloReverseKL(samples=1).given(ids[:, i : i + 1], student, batch).loss for i in range(4)]
     torch.testing.assert_close(several, torch.stack(single).mean(0))
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.5])
+@pytest.mark.parametrize(
+    "part",
+    [SampledReverseKL(signal=Speaker.STUDENT), SquaredReverseKL(), RatioReverseKL(), BaselinedReverseKL()],
+    ids=str,
+)
+def test_a_truncated_ratio_scales_the_tokens_above_the_bound_and_no_other(part: Any, cap: float) -> None:
+    """Per written token: the gradient is `min(p/mu, cap) / (p/mu)` of the whole one."""
+    for seed in SEEDS:
+        w = world(seed, stale=True)
+        ratio = (w.z.detach().log_softmax(-1) - w.mu).exp()
+        whole, bounded = (outcome(o, w) for o in (part, TruncatedRatio(of=part, max_ratio=cap)))
+        for v in range(V):
+            expected = gradient(whole.loss[v], w) * float(min(1.0, cap / ratio[v]))
+            torch.testing.assert_close(gradient(bounded.loss[v], w), expected, rtol=0, atol=1e-12)
+        assert bounded.metrics["ratio_truncated"].tolist() == (ratio > cap).double().tolist()
+        torch.testing.assert_close(bounded.metrics["ratio"], whole.metrics["ratio"])
+        assert (ratio > cap).any() and (ratio < cap).any()
+
+
+def test_the_exact_part_of_an_objective_is_not_truncated() -> None:
+    """Only the sampled tail of a head-and-tail objective has a ratio."""
+    for seed in SEEDS:
+        w = world(seed, stale=True)
+        whole, bounded = (outcome(o, w).loss for o in (HeadTailReverseKL(), TruncatedRatio(of=HeadTailReverseKL())))
+        for v in w.support.tolist():
+            torch.testing.assert_close(bounded[v], whole[v], rtol=0, atol=0)
+
+
+def test_truncation_is_refused_where_it_means_nothing() -> None:
+    with pytest.raises(ConfigurationError, match="FullReverseKL has none"):
+        TruncatedRatio(of=FullReverseKL())
+    with pytest.raises(ConfigurationError, match="signal=STUDENT"):
+        TruncatedRatio(of=SampledReverseKL())
+    with pytest.raises(ConfigurationError, match=r"1 or more, got 0\.5"):
+        TruncatedRatio(of=SquaredReverseKL(), max_ratio=0.5)

@@ -1,0 +1,68 @@
+"""Importance ratios that are not believed beyond a bound, for text that an older student wrote."""
+
+from dataclasses import dataclass, replace
+from math import inf, log
+from typing import Any
+
+import torch
+
+from opd import divergences as exact
+from opd.diagnostics import mismatch
+from opd.errors import ConfigurationError
+from opd.logits import StudentLogits
+from opd.objectives.sampled import SampledReverseKL, Speaker
+from opd.types import Batch, Scores, TokenLoss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TruncatedRatio:
+    """`of`, an objective over written tokens, with `min(p / mu, max_ratio)` for its importance ratio `p / mu`.
+
+    Truncated importance sampling (Ionides 2008; in reinforcement learning of language models with `max_ratio` 2): the
+    gradient of a token is `max_ratio / ratio` of what it was where the ratio is larger, so one token that the writer
+    found unlikely cannot decide a step. Variance for bias: the expected gradient is that of `of` only while no ratio is
+    above the bound, as it is on-policy. AsyncOPD (arXiv 2606.24143) found untruncated ratios best for reverse KL, which
+    is the default here. Reports `ratio_truncated`, the share of tokens where the bound acts.
+    """
+
+    of: Any
+    max_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        name = type(self.of).__name__
+        if not 1 <= self.max_ratio < inf:
+            raise ConfigurationError(
+                f"max_ratio bounds importance ratios and needs to be 1 or more, got {self.max_ratio}; 0 leaves them"
+            )
+        if not getattr(self.of, "on_policy", False):
+            raise ConfigurationError(
+                f"max_ratio={self.max_ratio} bounds importance ratios, but objective {name} has none: it compares "
+                "distributions; leave max_ratio=0"
+            )
+        if isinstance(self.of, SampledReverseKL) and self.of.signal is Speaker.BEHAVIOR:
+            raise ConfigurationError(
+                f"max_ratio={self.max_ratio} is for stale text, on which objective {name} with signal=BEHAVIOR has the "
+                "wrong expected gradient in any case; set method.objective.signal=STUDENT"
+            )
+
+    @property
+    def consumes(self) -> type[Scores]:
+        return self.of.consumes
+
+    @property
+    def on_policy(self) -> bool:
+        return True
+
+    @property
+    def promise(self) -> exact.Promise:
+        return self.of.promise
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+        own = student.at(batch.target_ids)
+        # p / max(mu, p / c) is min(p / mu, c), in value and, the bound being detached, in the gradient's factor.
+        bound = own.detach() - log(self.max_ratio)
+        truncated = (bound > batch.behavior_logprobs).to(own.dtype)
+        believed = replace(batch, behavior_logprobs=torch.maximum(batch.behavior_logprobs, bound))
+        result = self.of(student, believed)
+        whole = {name: value for name, value in mismatch(own, batch).items() if name in result.metrics}
+        return replace(result, metrics={**result.metrics, **whole, "ratio_truncated": truncated})
