@@ -158,7 +158,8 @@ def teacher_actor(actors: Actors, config: TeacherConfig) -> Any:
 async def _writer(actors: Actors, plan: Plan, name: str) -> TextEngine:
     config = plan.config
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
-    pool = StudentPool(config.cluster.care(as_student.deadline_s), partial(_engine, actors, as_student, config.seed))
+    make = partial(_engine, actors, as_student, config.seed)
+    pool = StudentPool(config.cluster.care(as_student.deadline_s), make, look=actors.look)
     await pool.replicas.start(1)
     return pool
 

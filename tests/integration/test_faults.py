@@ -28,6 +28,11 @@ TWO_OF_EACH = [
 ASYNCHRONOUS = ["deterministic=false", "max_staleness=1"]
 
 
+def actors(mark: str, name: str) -> list[psutil.Process]:
+    """Processes of the run whose Ray title says that they are an actor of class `name`."""
+    return sorted((p for p in family(mark) if f"ray::{name}" in " ".join(p.cmdline())), key=lambda p: p.pid)
+
+
 def lines(path: Path) -> list[dict]:
     """The whole lines of a file that somebody may be writing."""
     whole = path.read_text().rpartition("\n")[0] if path.exists() else ""

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.fault_matrix import Witness
 from tests.integration.test_faults import actors
 from tests.integration.test_processes import MARK, end_of, family, wait_until
 from tests.integration.test_train import ROOT, SMALL, lines, opd
@@ -85,9 +86,9 @@ def pause(mark: str, stop: threading.Event, seed: int) -> list[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.faults
+@pytest.mark.faults("actors held up")
 @pytest.mark.timeout(900)
-def test_two_runs_that_run_ahead_are_bit_equal_whatever_their_speed(whole: Path) -> None:
+def test_two_runs_that_run_ahead_are_bit_equal_whatever_their_speed(whole: Path, witness: Witness) -> None:
     run, stop, paused = whole.parent / "uneven", threading.Event(), list[str]()
     driver = start(run)
     disturber = threading.Thread(target=lambda: paused.extend(pause(str(run), stop, seed=1)))
@@ -101,6 +102,7 @@ def test_two_runs_that_run_ahead_are_bit_equal_whatever_their_speed(whole: Path)
             process.kill()
     assert driver.returncode == 0, output
     assert len(paused) >= 5 and len(set(paused)) >= 3, "not every actor was held up"
+    witness("actors held up", len(paused))
     assert_same(run, whole)
 
 
@@ -139,14 +141,17 @@ def kill_after(run: Path, step: int) -> int:
 @pytest.mark.parametrize(
     "kills",
     [
-        pytest.param((3, 6, 11), marks=pytest.mark.faults, id="three times"),
+        pytest.param((3, 6, 11), marks=pytest.mark.faults("driver killed again and again"), id="three times"),
         pytest.param(tuple(range(1, STEPS + 1)), marks=pytest.mark.slow, id="at every step"),
     ],
 )
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(kills: tuple[int, ...], whole: Path) -> None:
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
+    kills: tuple[int, ...], whole: Path, witness: Witness
+) -> None:
     run = whole.parent / f"killed-{len(kills)}"
     done = [kill_after(run, step) for step in kills]
     assert all(step <= n <= step + 2 for step, n in zip(kills, done, strict=True)), f"too late: {done} for {kills}"
+    witness("driver killed again and again", len(kills))
     ended = opd("train", *AHEAD, f"output_dir={run.parent}", f"run_name={run.name}", *newest(run, STEPS))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert_same(run, whole)

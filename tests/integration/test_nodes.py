@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fault_matrix import Witness
 from tests.integration.test_faults import lines
 from tests.integration.test_processes import MARK, end_of, family, wait_until
 from tests.integration.test_submit import free_port
@@ -47,9 +48,9 @@ def node(log: Path, *arguments: str, environment: dict[str, str]) -> Iterator[su
 
 
 @pytest.mark.ray
-@pytest.mark.faults
+@pytest.mark.faults("machine lost")
 @pytest.mark.timeout(900)
-def test_a_run_survives_the_loss_of_a_machine(tmp_path: Path) -> None:
+def test_a_run_survives_the_loss_of_a_machine(tmp_path: Path, witness: Witness) -> None:
     """Two Ray nodes with one (pretended) GPU each, so that each has one of the two rollout actors."""
     mark = f"nodes-{os.getpid()}-{time.monotonic_ns()}"
     token = tmp_path / "token"
@@ -93,6 +94,7 @@ def test_a_run_survives_the_loss_of_a_machine(tmp_path: Path) -> None:
         assert before < STEPS, "it was all over when the machine went"
         summary = json.loads((tmp_path / "r" / "summary.json").read_text())
         assert re.search(r"rollout actor \d died", " ".join(summary["alarms"])), f"nobody was lost: {summary['alarms']}"
+        witness("machine lost")
         ledger = summary["ledger"]
         assert ledger["issued"] == ledger["trained"] == STEPS * PROMPTS and ledger["outstanding"] == 0
         assert [line["step"] for line in lines(metrics)] == list(range(1, STEPS + 1))
