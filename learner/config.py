@@ -22,6 +22,8 @@ class Transport(Enum):
 
     OBJECT_STORE = "object_store"  # Ray's, on any number of machines
     SHARED_MEMORY = "shared_memory"  # read where the learner wrote it: one machine
+    NCCL = "nccl"  # from GPU to GPU, on any number of machines
+    CUDA_IPC = "cuda_ipc"  # read in the learner's GPU memory: one GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

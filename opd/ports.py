@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
+from torch import Tensor
 
 from opd.errors import ConfigurationError
 from opd.types import Batch, Prompt, Scores, StepReport, Stop, TokenLoss, TokenScores
@@ -122,8 +123,9 @@ class Sentinel:
 class Chunk:
     """The parameters `first` .. `last - 1` of a manifest, one after the other in `nbytes` bytes.
 
-    `digest` is their xxh3_64 (hexadecimal), `owner` the learner rank that holds them, and `handle` what a receiver's
-    `fetch` turns into the bytes. Example: `Chunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
+    `digest` names their content (`opd.manifest.digest`), `owner` is the learner rank that holds them, and `handle` what
+    a receiver's `fetch` turns into the bytes.
+    Example: `Chunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
     """
 
     first: int
@@ -159,14 +161,15 @@ class Weights:
     sentinel: Sentinel
 
 
-Fill = Callable[[np.ndarray], None]
+Fill = Callable[[np.ndarray | Tensor], None]
 
 
 class Outlet(Protocol):
     """Where a learner rank lays its chunks for receivers to fetch: one side of a transport."""
 
     def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Any:
-        """The handle of `nbytes` bytes, which `fill` writes into the array it is given.
+        """The handle of `nbytes` bytes, which `fill` writes into what it is given: an array of host memory, or a tensor
+        where the model is.
 
         `turn` counts publications, `number` chunks. What was put stays readable until the second turn after it.
         """
