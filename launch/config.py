@@ -250,7 +250,10 @@ def _construct(cls: type, values: Mapping[str, Any], where: str, allowed: Sequen
             )
     built: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, DictConfig | ListConfig):
+        kind = fields[name].type
+        if isinstance(value, DictConfig) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            built[name] = _construct(kind, dict(value.items()), f"{where}.{name}", allowed)
+        elif isinstance(value, DictConfig | ListConfig):
             built[name] = build(value, f"{where}.{name}", allowed)
         else:
             built[name] = _typed(fields[name], value, f"{where}.{name}")

@@ -30,6 +30,7 @@ class Publisher:
         rank: int,
         ranks: int,
         outlet: Outlet,
+        lora_scale: float = 0.0,
     ) -> None:
         self.order = sorted(range(len(names)), key=lambda i: -dtypes[i].itemsize)
         kinds = tuple(str(dtypes[i]).removeprefix("torch.") for i in self.order)
@@ -39,6 +40,7 @@ class Publisher:
             dtypes=kinds,
             shapes=sides,
             nbytes=sum(nbytes(kind, shape) for kind, shape in zip(kinds, sides, strict=True)),
+            lora_scale=lora_scale,
         )
         self.runs = cut(self.manifest, chunk_bytes)
         self._rank, self._ranks, self._outlet, self._turn = rank, ranks, outlet, 0

@@ -45,7 +45,7 @@ class Delivered:
 
 def digest_of(manifest: Manifest, chunks: Sequence[Chunk]) -> str:
     """The digest of a whole version: xxh3_64 of its manifest and of what each chunk is and contains."""
-    named = [manifest.names, manifest.dtypes, manifest.shapes, manifest.nbytes]
+    named = [manifest.names, manifest.dtypes, manifest.shapes, manifest.nbytes, manifest.lora_scale]
     content = [[chunk.first, chunk.last, chunk.nbytes, chunk.digest] for chunk in chunks]
     return xxhash.xxh3_64_hexdigest(json.dumps([named, content]).encode())
 

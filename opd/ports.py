@@ -102,12 +102,17 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Names, dtypes and shapes of a model's parameters in the order their `nbytes` bytes are published."""
+    """Names, dtypes and shapes of a model's parameters in the order their `nbytes` bytes are published.
+
+    `lora_scale` is 0 for whole parameters; otherwise they are adapters on the checkpoint that the receiver started from
+    (`opd.adapters`).
+    """
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     nbytes: int
+    lora_scale: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
