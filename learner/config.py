@@ -1,7 +1,6 @@
 """What a user sets about training. Imports neither torch nor DeepSpeed, so a driver can read it."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import assert_never
@@ -32,15 +31,15 @@ class LoraConfig:
     """Low-rank adapters in place of whole parameters (docs/lora.md); the names are PEFT's. `r=0`: none.
 
     What an adapter adds is scaled by `lora_alpha / r`. `target_modules` are names of linear layers, or PEFT's
-    `all-linear` (all but the output matrix). There is no dropout: the policy that is trained must be the one that
+    `all-linear` alone (all but the output matrix). There is no dropout: the policy that is trained must be the one that
     wrote.
 
-    Example: `LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])`.
+    Example: `LoraConfig(r=16, lora_alpha=32, target_modules=("q_proj", "v_proj"))`.
     """
 
     r: int = 0
     lora_alpha: float = 16.0
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: tuple[str, ...] = ("all-linear",)
 
     def __post_init__(self) -> None:
         if self.r < 0 or not 0 < self.lora_alpha < math.inf or not self.target_modules:

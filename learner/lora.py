@@ -62,11 +62,12 @@ def save_adapter(folder: Path, config: LoraConfig, adapters: Mapping[str, Tensor
 
 
 def _peft(config: LoraConfig) -> PeftConfig:
-    chosen = config.target_modules
+    # What YAML gives may be a list, or one name alone.
+    chosen = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
     return PeftConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it, and says int
-        target_modules=chosen if isinstance(chosen, str) else list(chosen),
+        target_modules="all-linear" if chosen == ["all-linear"] else chosen,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
