@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -25,13 +26,13 @@ class BaseWeights:
             with safe_open(path, framework="pt") as file:
                 self._files |= dict.fromkeys(file.keys(), path)
 
-    def tensors(self, delivered: Delivered) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of the layers that the delivered adapters touch, merged.
+    def tensors(self, delivered: Delivered, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the layers that the delivered adapters touch, merged on `device`.
 
         Raises:
             DataError: there are no such layers here, or other shapes.
         """
-        adapters = pairs(delivered.tensors())
+        adapters = pairs((name, value.to(device)) for name, value in delivered.tensors())
         strange = sorted(layer for layer in adapters if f"{layer}.weight" not in self._files)
         if strange:
             raise DataError(

@@ -79,7 +79,7 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
         adapters = bool(delivered.manifest.lora_scale)
         try:
             load: Any = self.model.load_weights
-            loaded = load(self._base().tensors(delivered) if adapters else delivered.tensors())
+            loaded = load(self._base().tensors(delivered, self.device) if adapters else delivered.tensors())
         except BaseException:
             # Leave no layer in loading state: the next update would take it for half done and mix versions.
             finalize_layerwise_reload(self.model, self.model_config)
