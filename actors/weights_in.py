@@ -6,6 +6,7 @@ tensor-parallel engines, and the import is what registers the transfer backend t
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm.distributed.weight_transfer.base import (
@@ -17,6 +18,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.base_weights import BaseWeights
 from opd.delivery import Delivered
 from opd.errors import DataError
 from opd.ports import Manifest
@@ -52,6 +54,7 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
 
     init_info_cls = ChunksInit
     update_info_cls = ChunksUpdate
+    _checkpoint: BaseWeights | None = None
 
     def init_transfer_engine(self, init_info: ChunksInit) -> None:
         """Nothing to agree on; quiet a warning about every layer that a checkpoint has no tensors for.
@@ -68,18 +71,29 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ChunksUpdate) -> None:
-        """Load every parameter. Raises `DataError` if the model has parameters that did not come."""
+        """Load every parameter, or the layers that adapters touch, merged with the checkpoint's own.
+
+        Raises `DataError` if the model has parameters that did not come.
+        """
+        delivered = update_info.delivered
+        adapters = bool(delivered.manifest.lora_scale)
         try:
             load: Any = self.model.load_weights
-            loaded = load(update_info.delivered.tensors())
+            loaded = load(self._base().tensors(delivered, self.device) if adapters else delivered.tensors())
         except BaseException:
             # Leave no layer in loading state: the next update would take it for half done and mix versions.
             finalize_layerwise_reload(self.model, self.model_config)
             raise
-        missing = sorted(self._expected - set(loaded)) if loaded is not None else []
+        missing = sorted(self._expected - set(loaded)) if loaded is not None and not adapters else []
         if missing:
             finalize_layerwise_reload(self.model, self.model_config)
             raise DataError(f"{len(missing)} parameters of the engine's model did not come, the first is {missing[0]}")
+
+    def _base(self) -> BaseWeights:
+        if self._checkpoint is None:
+            fused = getattr(self.model, "packed_modules_mapping", {})
+            self._checkpoint = BaseWeights(Path(self.model_config.model), fused)
+        return self._checkpoint
 
     def finish_weight_update(self) -> None:
         """Make the loaded weights what the layers compute with."""

@@ -13,19 +13,26 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from launch.ray_node import Node
 from launch.settings import ClusterConfig, Placement
 from launch.stacks import Stacks
 from launch.supervision import Look, unseen
+from opd.device_memory import DeviceSegment, read_device
 from opd.errors import OpdError, ServiceLost
+from opd.pull import Shelved, pull
 from opd.shared_memory import Segment, place, read
 
 
-def fetch(handle: Any) -> np.ndarray:
-    """The array behind a handle, which says itself where that is (called inside actors)."""
+def fetch(handle: Any) -> np.ndarray | Tensor:
+    """The array (weights on a GPU: the tensor) behind a handle, which says itself where that is (called in actors)."""
     if isinstance(handle, Segment):
         return read(handle)
+    if isinstance(handle, DeviceSegment):
+        return read_device(handle)
+    if isinstance(handle, Shelved):
+        return pull(handle)
     import ray
 
     return ray.get(handle, timeout=300)

@@ -253,7 +253,11 @@ def _construct(cls: type, values: Mapping[str, Any], where: str, allowed: Sequen
             )
     built: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, DictConfig | ListConfig):
+        kind = fields[name].type
+        plain = isinstance(value, DictConfig) and "_target_" not in value
+        if plain and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            built[name] = _construct(kind, dict(value.items()), f"{where}.{name}", allowed)
+        elif isinstance(value, DictConfig | ListConfig):
             built[name] = build(value, f"{where}.{name}", allowed)
         else:
             built[name] = _typed(fields[name], value, f"{where}.{name}")

@@ -49,12 +49,14 @@ class Plan:
         config = self.config
         width = 2 if config.learner.dtype is Dtype.BFLOAT16 else 4
         shards = config.learner.ranks if config.learner.zero_stage == 3 else 1
+        # Of adapters' own state nothing is counted: it is a percent or so of the model's.
+        state = 0 if config.learner.lora.r else ADAM_BYTES + 4 * (width == 2)
         vocabulary = vocabulary_rows(config.student.path)
         heads = sum(vocabulary * hidden_width(t.path) * width for t in config.teachers.values()) * self.exact_kl
         return {
             "rollout actor": self.student_params * width + config.student.kv_cache_bytes,
             **{_role(name): params * width for name, params in self.teacher_params.items()},
-            "learner rank": self.student_params * (width + ADAM_BYTES + 4 * (width == 2)) // shards
+            "learner rank": self.student_params * (width + state) // shards
             + 4 * 4 * config.learner.head_chunk * vocabulary
             + heads,
         }
@@ -62,6 +64,7 @@ class Plan:
     def table(self) -> Table:
         """The plan for people."""
         config, memory = self.config, self.memory_bytes()
+        adapters = f", adapters of rank {config.learner.lora.r}" if config.learner.lora.r else ""
         table = Table(title=f"plan: {config.method.name}, {config.steps} steps", show_header=True)
         for heading in ("role", "processes", "what", "memory each (estimate)"):
             table.add_column(heading)
@@ -71,7 +74,7 @@ class Plan:
                 (_role(name), config.teachers[name].replicas, f"{params / 1e6:.2f}M parameters")
                 for name, params in self.teacher_params.items()
             ),
-            ("learner rank", config.learner.ranks, f"DeepSpeed ZeRO-{config.learner.zero_stage}"),
+            ("learner rank", config.learner.ranks, f"DeepSpeed ZeRO-{config.learner.zero_stage}{adapters}"),
         ]
         for role, count, what in rows:
             table.add_row(role, str(count), what, f"{memory[role] / GIB:.3f} GiB")
@@ -116,6 +119,7 @@ def make_plan(config: RunConfig) -> Plan:
     """Check checkpoints, tokenizers, prompts and sizes; raises one sentence about the first thing wrong."""
     check_transport(config)
     with_kernel(config.learner.loss_kernel, config.method.objective)
+    _check_adapters(config)
     check_checkpoint(config.student.path, "student")
     exact_kl = _check_teachers(config)
     sources = Sources(tokenizer=HuggingFaceTokenizer(config.student.path), rows=read_rows)
@@ -132,6 +136,15 @@ def make_plan(config: RunConfig) -> Plan:
         vocabulary=1 + max(tokenizer_identity(config.student.path).tokens.values()),
         exact_kl=exact_kl,
     )
+
+
+def _check_adapters(config: RunConfig) -> None:
+    following = [name for name, teacher in config.teachers.items() if teacher.mixup]
+    if config.learner.lora.r and following:
+        raise ConfigurationError(
+            f"teacher {following[0]!r} follows the student's weights (mixup), but with learner.lora.r="
+            f"{config.learner.lora.r} only adapters are published; set its mixup to 0, or learner.lora.r=0"
+        )
 
 
 def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:

@@ -105,9 +105,10 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         student.replicas.start(config.student.replicas),
         *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
     )
-    if config.learner.transport is Transport.SHARED_MEMORY:
+    if config.learner.transport in (Transport.SHARED_MEMORY, Transport.CUDA_IPC):
         following = [a for name, pool in teachers.items() if config.teachers[name].mixup for a in pool.replicas.actors]
-        check_places(await _places(config.cluster.start_deadline_s, ranks, student.replicas.actors, following))
+        places = await _places(config.cluster.start_deadline_s, ranks, student.replicas.actors, following)
+        check_places(config.learner.transport, places)
     writing = list(config.teachers) if config.method.rollout.needs_writer else []
     writers = {name: await _writer(actors, plan, name) for name in writing}
     followers = {
@@ -168,6 +169,6 @@ def _rank(actors: Actors, plan: Plan) -> Any:
     config = plan.config
     heads = tuple(teacher.path for teacher in config.teachers.values()) if plan.exact_kl else ()
     environment = learner_environment(config.learner.device)
-    make = outlet(config.learner.transport)
+    make = outlet(config.learner.transport, config.learner.deadline_s)
     arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, make)
     return actors.make(LearnerRank, "learner", environment, *arguments, concurrency=2)

@@ -1,7 +1,7 @@
 """What a user sets about training. Imports neither torch nor DeepSpeed, so a driver can read it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import assert_never
 
@@ -29,6 +29,36 @@ class Transport(Enum):
 
     OBJECT_STORE = "object_store"  # Ray's, on any number of machines
     SHARED_MEMORY = "shared_memory"  # read where the learner wrote it: one machine
+    NCCL = "nccl"  # from GPU to GPU, on any number of machines
+    CUDA_IPC = "cuda_ipc"  # read in the learner's GPU memory: one GPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters in place of whole parameters (docs/lora.md); the names are PEFT's. `r=0`: none.
+
+    What an adapter adds is scaled by `lora_alpha / r`. `target_modules` are names of linear layers, or PEFT's
+    `all-linear` alone (all but the output matrix). There is no dropout: the policy that is trained must be the one that
+    wrote.
+
+    Example: `LoraConfig(r=16, lora_alpha=32, target_modules=("q_proj", "v_proj"))`.
+    """
+
+    r: int = 0
+    lora_alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+
+    def __post_init__(self) -> None:
+        if self.r < 0 or not 0 < self.lora_alpha < math.inf or not self.target_modules:
+            raise ConfigurationError(
+                "learner.lora needs r >= 0 (0: none), lora_alpha > 0 and at least one of target_modules, got "
+                f"r={self.r}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r}; correct it"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by; 0 where there are none."""
+        return self.lora_alpha / self.r if self.r else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +73,9 @@ class LearnerConfig:
     the `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
     the largest allowed |engine - learner| logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for
     bfloat16). Weights are published by `transport` in chunks of whole parameters, `publish_chunk_bytes` or less each
-    (a larger parameter is a chunk of its own), which is also what a rank makes whole at once under ZeRO-3.
-    `deadline_s` bounds every wait for another rank. An update whose loss or gradient norm is not finite is skipped,
-    weights and optimizer untouched; more than
+    (a larger parameter is a chunk of its own), which is also what a rank makes whole at once under ZeRO-3. With
+    `lora.r` > 0 only adapters are trained and published. `deadline_s` bounds every wait for another rank. An update
+    whose loss or gradient norm is not finite is skipped, weights and optimizer untouched; more than
     `max_skipped_steps` of them in a row end the run.
 
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
@@ -75,6 +105,7 @@ class LearnerConfig:
     deadline_s: float = 600.0
     max_skipped_steps: int = 3
     deterministic: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         for name, fine, needed in (

@@ -63,8 +63,9 @@ def _ending_within(seconds: float) -> Iterator[None]:
 def share(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
     """The student under DeepSpeed: optimizer, ZeRO, mixed precision. Moves it to `device`."""
     student.to(device)
-    matrices = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]
+    trained = [p for p in student.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     if config.weight_decay:  # gains and biases are not decayed; otherwise one group, which is cheaper
         groups = [
             {"params": matrices, "weight_decay": config.weight_decay},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError
 from opd.ports import Share
+from opd.pull import own_host
 from opd.types import Batch, Fetch, Scores, StepReport
 
 if TYPE_CHECKING:
@@ -50,15 +51,9 @@ class LearnerRank:
 
     def address(self) -> tuple[str, int]:
         """This machine as other machines see it, and a port that is free now: where the ranks can meet."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(("10.255.255.255", 1))  # sends nothing; asks which interface faces the others
-                host = str(probe.getsockname()[0])
-            except OSError:  # there is no network but this machine
-                host = "127.0.0.1"
         with socket.socket() as listener:
             listener.bind(("", 0))
-            return host, int(listener.getsockname()[1])
+            return own_host(), int(listener.getsockname()[1])
 
     def setup(self, rank: int, world: int, host: str, port: int) -> None:
         """Meet the other ranks at `host:port` and load the student; returns when all have.

@@ -24,6 +24,7 @@ from opd.errors import ConfigurationError, DataError
 
 Use = Callable[[Float[Tensor, "L H"], Float[Tensor, "V H"]], Tensor]
 
+ADAPTER = "learner"  # what PEFT calls the only adapter that we have
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats; a wrong mask is off by far more
 
 
@@ -98,8 +99,20 @@ class Student(nn.Module):
             )
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters under their Hugging Face names; a tied head is the embedding and does not appear."""
-        yield from self.causal.named_parameters()
+        """What is trained, under Hugging Face names; a tied head is the embedding and does not appear.
+
+        Adapters have the names of `opd.adapters`; beside them nothing is trained.
+        """
+        return ((_plain(name), p) for name, p in self.causal.named_parameters() if p.requires_grad)
+
+    def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The rest: what adapters are added to."""
+        return ((_plain(name), p) for name, p in self.causal.named_parameters() if not p.requires_grad)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what PEFT puts between when a layer gets an adapter."""
+    return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.weight", ".weight")
 
 
 def sentinel_ids(vocabulary: int, length: int = 24) -> Int[np.ndarray, " S"]:

@@ -30,6 +30,7 @@ class Publisher:
         rank: int,
         ranks: int,
         outlet: Outlet,
+        lora_scale: float = 0.0,
     ) -> None:
         self.order = sorted(range(len(names)), key=lambda i: -dtypes[i].itemsize)
         kinds = tuple(str(dtypes[i]).removeprefix("torch.") for i in self.order)
@@ -39,6 +40,7 @@ class Publisher:
             dtypes=kinds,
             shapes=sides,
             nbytes=sum(nbytes(kind, shape) for kind, shape in zip(kinds, sides, strict=True)),
+            lora_scale=lora_scale,
         )
         self.runs = cut(self.manifest, chunk_bytes)
         self._rank, self._ranks, self._outlet, self._turn = rank, ranks, outlet, 0
@@ -61,10 +63,13 @@ class Publisher:
     def _lay(self, number: int, first: int, last: int, tensors: Sequence[Tensor]) -> Chunk:
         seal = ""
 
-        def fill(buffer: np.ndarray) -> None:
+        def fill(room: np.ndarray | Tensor) -> None:
             nonlocal seal
+            if isinstance(room, Tensor):
+                seal = _copy_where_it_is(tensors, room)
+                return
             on_gpu = any(tensor.is_cuda for tensor in tensors)
-            seal = (_copy_from_gpu if on_gpu else _copy)(tensors, torch.from_numpy(buffer))
+            seal = (_copy_from_gpu if on_gpu else _copy)(tensors, torch.from_numpy(room))
 
         entries = zip(self.manifest.dtypes[first:last], self.manifest.shapes[first:last], strict=True)
         size = sum(nbytes(*entry) for entry in entries)
@@ -94,6 +99,13 @@ def _copy_from_gpu(tensors: Sequence[Tensor], room: Tensor) -> str:
         start += len(flat)
     torch.cuda.synchronize()  # the last byte must be there before it is counted
     return digest(room.numpy())
+
+
+def _copy_where_it_is(tensors: Sequence[Tensor], room: Tensor) -> str:
+    """The same, without a byte leaving the device; the digest is `opd.checksum`."""
+    flat = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
+    torch.cat(flat, out=room)
+    return digest(room)
 
 
 class Staged:

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import resource
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,10 +14,10 @@ import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
-from transformers.utils.hub import cached_file
 
 from learner import checkpoint, engine, fragments
 from learner.config import LearnerConfig, learning_rate
+from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, load_head, load_student, sentinel_ids
 from learner.publishing import Publisher
@@ -34,23 +33,12 @@ from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
 MakeOutlet = Callable[[], Outlet]
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 
 class Training:
     """The student under DeepSpeed, on one of `config.ranks` ranks. Making one joins the others."""
 
     def __init__(self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int) -> None:
-        self._config, self._rank, self._steps = config, rank, steps
+        self._config, self._rank, self._steps, self._seed = config, rank, steps, seed
         self._updates = self._skipped = 0  # applied; skipped in a row
         self._writer = checkpoint.ShardWriter()
         self._device = resolve_device(config.device, "learner")
@@ -74,6 +62,11 @@ class Training:
         """Load the student and the output matrices of its teachers."""
         self._student_path, self._fetch = student_path, fetch
         self._student = load_student(student_path, self._dtype, self._config.gradient_checkpointing)
+        lora = self._config.lora
+        if lora.r:
+            from learner.lora import adapt
+
+            adapt(self._student.causal, lora, self._seed)
         vocabulary = self._student.vocabulary
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = sentinel_ids(vocabulary)
@@ -87,6 +80,7 @@ class Training:
             rank=self._rank,
             ranks=self._config.ranks,
             outlet=outlet(),
+            lora_scale=lora.scale,
         )
         self._ordered = [named[i][1] for i in self._publisher.order]
 
@@ -162,17 +156,7 @@ class Training:
 
     def export(self, directory: Path) -> None:
         """See `LearnerRank.export`."""
-        state = self._state()
-        if self._rank == 0:
-            checkpoint.start(directory)
-            temporary = checkpoint.partial(directory)
-            self._student.causal.save_pretrained(temporary, state_dict=state)
-            for name in _TOKENIZER_FILES:
-                source = cached_file(self._student_path, name, _raise_exceptions_for_missing_entries=False)
-                if source is not None:
-                    shutil.copyfile(source, temporary / name)
-            checkpoint.commit(directory)
-        engine.barrier()
+        export(self._student, self._config, self._student_path, self._rank, directory)
 
     def peak_memory_bytes(self) -> int:
         """The most memory the device (on CPU: the process) has held."""
@@ -280,17 +264,6 @@ class Training:
     def _whole(self, first: int, last: int) -> AbstractContextManager[list[Tensor]]:
         """The parameters `first` .. `last - 1` of the manifest, complete; all ranks must enter."""
         return engine.whole(self._ordered[first:last], self._config.zero_stage)
-
-    @torch.no_grad()
-    def _state(self) -> dict[str, Tensor]:
-        """Name -> value in host memory on rank 0, for an export; nothing elsewhere. All ranks must call."""
-        state: dict[str, Tensor] = {}
-        for first, last in self._publisher.runs:
-            with self._whole(first, last) as tensors:
-                if self._rank == 0:
-                    names = self._publisher.manifest.names[first:last]
-                    state |= {n: t.to("cpu", copy=True) for n, t in zip(names, tensors, strict=True)}
-        return state
 
     def _facts(self, step: int) -> checkpoint.Facts:
         model = hashlib.sha256(repr(self._publisher.manifest).encode()).hexdigest()[:16]

@@ -45,7 +45,7 @@ class Delivered:
 
 def digest_of(manifest: Manifest, chunks: Sequence[Chunk]) -> str:
     """The digest of a whole version: xxh3_64 of its manifest and of what each chunk is and contains."""
-    named = [manifest.names, manifest.dtypes, manifest.shapes, manifest.nbytes]
+    named = [manifest.names, manifest.dtypes, manifest.shapes, manifest.nbytes, manifest.lora_scale]
     content = [[chunk.first, chunk.last, chunk.nbytes, chunk.digest] for chunk in chunks]
     return xxhash.xxh3_64_hexdigest(json.dumps([named, content]).encode())
 
@@ -99,8 +99,8 @@ class Receiver:
         if not again:
             self._open, self._parts = weights, {}
 
-    def chunk(self, version: int, number: int, data: np.ndarray) -> None:
-        """Take in chunk `number` of `version`.
+    def chunk(self, version: int, number: int, data: np.ndarray | Tensor) -> None:
+        """Take in chunk `number` of `version`: an array, or the bytes (uint8) on a device.
 
         Raises:
             DataError: no such version was begun, it has no such chunk, or the bytes are not those announced.
@@ -108,7 +108,7 @@ class Receiver:
         who, chunks = self._refusing(version), self._announced(version).chunks
         if not 0 <= number < len(chunks):
             raise DataError(f"{who}: chunk {number} came, but it announced {len(chunks)}; check the learner")
-        said, buffer = chunks[number], flat_bytes(data)
+        said, buffer = chunks[number], data if isinstance(data, Tensor) else flat_bytes(data)
         if buffer.nbytes != said.nbytes:
             raise DataError(
                 f"{who}: chunk {number} should have {said.nbytes} bytes, but {buffer.nbytes} came; publish again"
@@ -116,10 +116,10 @@ class Receiver:
         found = digest(buffer)
         if found != said.digest:
             raise DataError(
-                f"{who}: the xxh3_64 of chunk {number} is {found}, not {said.digest} as announced; it was damaged on "
+                f"{who}: the digest of chunk {number} is {found}, not {said.digest} as announced; it was damaged on "
                 "the way, publish again"
             )
-        self._parts.setdefault(number, torch.from_numpy(buffer))
+        self._parts.setdefault(number, buffer if isinstance(buffer, Tensor) else torch.from_numpy(buffer))
 
     def commit(self, version: int, digest: str) -> Delivered:
         """All of `version`, verified.
@@ -161,7 +161,7 @@ class Receiver:
         return self._open
 
 
-def collect(weights: Weights, fetch: Callable[[Any], np.ndarray], who: str) -> Delivered:
+def collect(weights: Weights, fetch: Callable[[Any], np.ndarray | Tensor], who: str) -> Delivered:
     """Fetch and verify all chunks, several at once; `fetch` turns a handle into its bytes and bounds its own wait.
 
     Raises:

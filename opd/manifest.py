@@ -9,6 +9,7 @@ import xxhash
 from jaxtyping import UInt8
 from torch import Tensor
 
+from opd.checksum import checksum
 from opd.errors import DataError
 from opd.ports import Manifest
 
@@ -78,9 +79,9 @@ def flat_bytes(array: np.ndarray) -> UInt8[np.ndarray, " nbytes"]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def digest(array: np.ndarray) -> str:
-    """xxh3_64 of the array's bytes, hexadecimal."""
-    return xxhash.xxh3_64_hexdigest(flat_bytes(array).data)
+def digest(data: np.ndarray | Tensor) -> str:
+    """Names the bytes: xxh3_64 (hexadecimal) of an array in host memory, `opd.checksum` of a tensor where it lies."""
+    return checksum(data) if isinstance(data, Tensor) else xxhash.xxh3_64_hexdigest(flat_bytes(data).data)
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
+from torch import Tensor
 
 from opd.errors import ConfigurationError
 from opd.types import Batch, Prompt, Scores, StepReport, Stop, TokenLoss, TokenScores
@@ -101,12 +102,17 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Names, dtypes and shapes of a model's parameters in the order their `nbytes` bytes are published."""
+    """Names, dtypes and shapes of a model's parameters in the order their `nbytes` bytes are published.
+
+    `lora_scale` is 0 for whole parameters; otherwise they are adapters on the checkpoint that the receiver started from
+    (`opd.adapters`).
+    """
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     nbytes: int
+    lora_scale: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +128,9 @@ class Sentinel:
 class Chunk:
     """The parameters `first` .. `last - 1` of a manifest, one after the other in `nbytes` bytes.
 
-    `digest` is their xxh3_64 (hexadecimal), `owner` the learner rank that holds them, and `handle` what a receiver's
-    `fetch` turns into the bytes. Example: `Chunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
+    `digest` names their content (`opd.manifest.digest`), `owner` is the learner rank that holds them, and `handle` what
+    a receiver's `fetch` turns into the bytes.
+    Example: `Chunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
     """
 
     first: int
@@ -159,14 +166,15 @@ class Weights:
     sentinel: Sentinel
 
 
-Fill = Callable[[np.ndarray], None]
+Fill = Callable[[np.ndarray | Tensor], None]
 
 
 class Outlet(Protocol):
     """Where a learner rank lays its chunks for receivers to fetch: one side of a transport."""
 
     def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Any:
-        """The handle of `nbytes` bytes, which `fill` writes into the array it is given.
+        """The handle of `nbytes` bytes, which `fill` writes into what it is given: an array of host memory, or a tensor
+        where the model is.
 
         `turn` counts publications, `number` chunks. What was put stays readable until the second turn after it.
         """

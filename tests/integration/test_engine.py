@@ -36,9 +36,9 @@ SEED = 11
 T = TypeVar("T")
 
 
-def student(seed: int, tied: bool) -> Qwen3ForCausalLM:
+def student(seed: int, tied: bool, **changes: int) -> Qwen3ForCausalLM:
     """A tiny student."""
-    return tiny_model(seed, tied=tied, positions=LONGEST)
+    return tiny_model(seed, tied=tied, positions=LONGEST, **changes)
 
 
 def written(model: Qwen3ForCausalLM, ids: np.ndarray, start: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from learner import engine
 from learner.config import LearnerConfig, LossKernel, environment
+from learner.training import MakeOutlet
 from opd.delivery import assemble, collect
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError
 from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Weights
+from opd.pull import Shelf, Wire, pull
 from opd.shared_memory import SharedMemory, read
 from opd.types import (
     HiddenScores,
@@ -338,8 +341,18 @@ def test_the_digest_names_the_content_whoever_published_it(models: dict[str, Pat
     assert assemble([first.share(1)]).digest != before.digest
 
 
-def test_shared_memory_carries_two_turns(models: dict[str, Path], start: Start) -> None:
-    rank = start(replace(SMOOTH, publish_chunk_bytes=SMALL), models["tied"], outlet=SharedMemory)
+@pytest.mark.parametrize(
+    ("outlet", "read", "refusal"),
+    [
+        (SharedMemory, read, "damaged"),  # its memory holds version 3 now: found, and not loaded
+        (partial(Shelf, Wire.GLOO, 60.0), pull, "not with the learner any more"),
+    ],
+    ids=["shared memory", "pulled"],
+)
+def test_a_transport_carries_two_turns(
+    models: dict[str, Path], start: Start, outlet: MakeOutlet, read: Callable[[Any], Any], refusal: str
+) -> None:
+    rank = start(replace(SMOOTH, publish_chunk_bytes=SMALL), models["tied"], outlet=outlet)
     one = assemble([rank.share(1)])
     kept = {n: p.clone() for n, p in collect(one, read, "a test").tensors()}
     rank.step(batches_of(1, SMOOTH)[0], Likelihood())
@@ -347,7 +360,7 @@ def test_shared_memory_carries_two_turns(models: dict[str, Path], start: Start) 
     assert all(torch.equal(p, kept[n]) for n, p in collect(one, read, "a test").tensors()), "the turn before is kept"
     assert any(not torch.equal(p, kept[n]) for n, p in collect(two, read, "a test").tensors())
     rank.share(3)
-    with pytest.raises(DataError, match="damaged"):  # its memory holds version 3 now: found, and not loaded
+    with pytest.raises(DataError, match=refusal):
         collect(one, read, "a test")
 
 

@@ -131,6 +131,27 @@ def test_two_ranks_and_two_actors_give_the_same_losses(run: Path) -> None:
 
 
 @pytest.mark.ray
+def test_adapters_are_all_that_is_published_and_their_export_is_a_student(run: Path) -> None:
+    """On two ranks of ZeRO-3 and two actors: rank 4 on the 28 linear layers of the shop's student, in float32."""
+    layout = ["learner.ranks=2", "learner.zero_stage=3", "student.replicas=2", "learner.publish_chunk_bytes=20000"]
+    adapters = ["learner.lora.r=4", "learner.lora.lora_alpha=8", "learner.lr=1e-2", "evaluation.every=0"]
+    done = opd("train", *SMALL, *layout, *adapters, f"output_dir={run.parent}", "run_name=lora")
+    assert done.returncode == 0, done.stderr
+    metrics, export = lines(run.parent / "lora" / "metrics.jsonl"), run.parent / "lora" / "export"
+    assert all(m["weights/sentinel_gap"] < 1e-4 for m in metrics)
+    adapter = load_file(export / "adapter" / "adapter_model.safetensors")
+    assert {m["weights/nbytes"] for m in metrics} == {sum(4 * t.numel() for t in adapter.values())}
+    losses = [m["actor/loss"] for m in metrics]
+    assert losses[0] == pytest.approx(lines(run / "metrics.jsonl")[0]["actor/loss"], abs=1e-4), "step 0 is the base"
+    assert max(float(t.abs().max()) for name, t in adapter.items() if "lora_B" in name) > 1e-3
+    evaluated = opd("eval", f"checkpoint={export}", *SMALL)
+    assert evaluated.returncode == 0, evaluated.stderr
+    greedy = float(re.search(r"^greedy +(\S+)$", evaluated.stdout, flags=re.MULTILINE)[1])  # type: ignore[index]
+    end = json.loads((run.parent / "lora" / "summary.json").read_text())["student_end"]
+    assert greedy == end["greedy"]
+
+
+@pytest.mark.ray
 def test_a_teacher_that_follows_the_student_entirely_has_nothing_left_to_teach(tmp_path: Path) -> None:
     """From the second step on it is the student; before, it is a student whose final norm was scaled."""
     teacher = shutil.copytree(ROOT / "assets" / "shop" / "student", tmp_path / "teacher")

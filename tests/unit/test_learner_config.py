@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from learner.config import LearnerConfig, Schedule, environment, learning_rate
+from learner.config import LearnerConfig, LoraConfig, Schedule, environment, learning_rate
 from learner.learner import LearnerRank
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError
@@ -48,6 +48,17 @@ def test_a_value_out_of_range_is_refused_by_name(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ConfigurationError, match=f"learner.{name} must be"):
         LearnerConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"r": -1}, {"lora_alpha": 0.0}, {"target_modules": ()}])
+def test_an_adapter_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=rf"learner\.lora needs .*{next(iter(wrong))}="):
+        LoraConfig(**wrong)
+
+
+def test_no_adapter_has_no_scale() -> None:
+    assert LearnerConfig().lora == LoraConfig() and LoraConfig().scale == 0.0
+    assert LoraConfig(r=8, lora_alpha=16).scale == 2.0
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -1,0 +1,56 @@
+"""The checkpoint an engine was started from, as the matrices that published adapters are added to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from opd.adapters import pairs, with_adapters
+from opd.delivery import Delivered
+from opd.errors import DataError
+
+
+class BaseWeights:
+    """Reads from the files each time: the page cache keeps them, and the engine no second copy.
+
+    `fused` are the runs of layers that the engine's model keeps as one, as in `{"qkv_proj": ["q_proj", ...]}`: they can
+    only be loaded together.
+    """
+
+    def __init__(self, folder: Path, fused: Mapping[str, Sequence[str]]) -> None:
+        self._fused = fused
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+
+    def tensors(self, delivered: Delivered, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the layers that the delivered adapters touch, merged on `device`.
+
+        Raises:
+            DataError: there are no such layers here, or other shapes.
+        """
+        adapters = pairs((name, value.to(device)) for name, value in delivered.tensors())
+        strange = sorted(layer for layer in adapters if f"{layer}.weight" not in self._files)
+        if strange:
+            raise DataError(
+                f"{len(strange)} adapters are for layers that the engine's checkpoint does not have, the first is "
+                f"{strange[0]}; give learner and engine the same student.path"
+            )
+        layers = {sibling for layer in adapters for sibling in self._siblings(layer)}
+        yield from with_adapters(self._read(layers), adapters, delivered.manifest.lora_scale)
+
+    def _siblings(self, layer: str) -> Iterator[str]:
+        parent, _, own = layer.rpartition(".")
+        yield layer
+        for together in self._fused.values():
+            if own in together:
+                yield from (f"{parent}.{other}" for other in together)
+
+    def _read(self, layers: set[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, path in self._files.items():
+            if name.rpartition(".")[0] in layers:
+                with safe_open(path, framework="pt") as file:
+                    yield name, file.get_tensor(name)
