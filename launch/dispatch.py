@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from launch.supervision import Fault, Faulty, Replica, Replicas, within
+from launch.supervision import Fault, Faulty, Replica, Replicas, brief, within
 from opd.errors import DataError, OpdError
 
 Request = TypeVar("Request")
@@ -168,7 +168,7 @@ class Dispatcher(Generic[Request, Answer]):
         except Exception as error:
             if not self.lost(error):
                 raise
-            raise await self._fault(replica, Fault.DIED, f"{type(error).__name__}: {error}", error) from error
+            raise await self._fault(replica, Fault.DIED, brief(error), error) from error
         finally:
             replica.load -= len(items)
 
