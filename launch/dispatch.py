@@ -126,8 +126,10 @@ class Dispatcher(Generic[Request, Answer]):
         """Ask `replica`, and a second one when it takes unusually long; returns when all are answered."""
         first = asyncio.ensure_future(self._ask(replica, items))
         try:
-            done, _ = await asyncio.wait({first}, timeout=self._patience())
-            second = None if done else self.replicas.idle()
+            patience, done, second = self._patience(), set[Any](), None
+            while not done and second is None:  # whoever is busy now may be idle later
+                done, _ = await asyncio.wait({first}, timeout=patience)
+                second = None if done else self.replicas.idle()
             if second is None:
                 return await first
             self.hedged += 1
