@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from launch.supervision import Fault, Faulty, Replica, Replicas, within
+from launch.supervision import Fault, Faulty, Replica, Replicas, brief, within
 from opd.errors import DataError, OpdError
 
 Request = TypeVar("Request")
@@ -126,8 +126,10 @@ class Dispatcher(Generic[Request, Answer]):
         """Ask `replica`, and a second one when it takes unusually long; returns when all are answered."""
         first = asyncio.ensure_future(self._ask(replica, items))
         try:
-            done, _ = await asyncio.wait({first}, timeout=self._patience())
-            second = None if done else self.replicas.idle()
+            patience, done, second = self._patience(), set[Any](), None
+            while not done and second is None:  # whoever is busy now may be idle later
+                done, _ = await asyncio.wait({first}, timeout=patience)
+                second = None if done else self.replicas.idle()
             if second is None:
                 return await first
             self.hedged += 1
@@ -168,7 +170,7 @@ class Dispatcher(Generic[Request, Answer]):
         except Exception as error:
             if not self.lost(error):
                 raise
-            raise await self._fault(replica, Fault.DIED, f"{type(error).__name__}: {error}", error) from error
+            raise await self._fault(replica, Fault.DIED, brief(error), error) from error
         finally:
             replica.load -= len(items)
 

@@ -9,7 +9,7 @@ from typing import Any
 from launch.cluster import end, fetch, is_lost, streamed
 from launch.dispatch import Dispatcher
 from launch.handover import taken_over
-from launch.supervision import Care, Fault, Faulty, Look, Replica, Replicas, unseen, within
+from launch.supervision import Care, Fault, Faulty, Look, Replica, Replicas, brief, unseen, within
 from opd.errors import DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
 from opd.rollouts.testimony import verify as verify_completions
@@ -83,7 +83,7 @@ class StudentPool:
         except Exception as error:
             if not is_lost(error):
                 raise
-            fault = Faulty(Fault.DIED, f"{type(error).__name__}: {error}")
+            fault = Faulty(Fault.DIED, brief(error))
         await self.replicas.report(replica, fault)
         return refusal
 

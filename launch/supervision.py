@@ -69,6 +69,11 @@ async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer
         ) from error
 
 
+def brief(error: BaseException) -> str:
+    """What kind of error, and its first line: Ray adds a page about what may have killed a process."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 async def unseen(*_: Any) -> str:
     """Nobody looks where actors stand that do not answer (`launch.stacks.Stacks.look` does)."""
     return ""

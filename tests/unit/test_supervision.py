@@ -282,6 +282,24 @@ def test_a_slow_replica_is_hedged_and_the_second_answer_is_not_counted_twice(wit
     simulate(run(), 1e6)
 
 
+def test_a_slow_replica_is_hedged_as_soon_as_another_is_idle() -> None:
+    """When its patience ends, the other one is busy with the other half of the step."""
+
+    async def run() -> None:
+        shop = Shop()
+        pool = await shop.pool(2, hedge_quantile=0.95, deadline_s=5)
+        for i in range(25):
+            await ask_groups(pool, [[i]])
+        before, shop.slow = pool.hedged, 0
+        shop.delay = lambda: 0.01
+        many = list(range(2 * SMALLEST_SHARE))
+        assert await asyncio.wait_for(pool(many), 0.4) == [10 * r for r in many]
+        await asyncio.sleep(0.01)
+        assert pool.hedged == before + 1 and not shop.open
+
+    simulate(run(), 1e6)
+
+
 def test_one_call_per_replica_and_turn() -> None:
     async def run() -> None:
         shop = Shop()
