@@ -158,6 +158,7 @@ class Dispatcher(Generic[Request, Answer]):
                     positions, answers = await within(care.deadline_s, who, anext(parts))
                     self._take([items[i] for i in positions], answers)
                     left -= len(positions)
+                    replica.load -= len(positions)
             self._durations.append(now() - began)
         except StopAsyncIteration as error:
             reason = f"{left} of {len(items)} answers did not come"
@@ -170,7 +171,7 @@ class Dispatcher(Generic[Request, Answer]):
                 raise
             raise await self._fault(replica, Fault.DIED, f"{type(error).__name__}: {error}", error) from error
         finally:
-            replica.load -= len(items)
+            replica.load -= left
 
     def _take(self, items: list[_Item], answers: Sequence[Any]) -> None:
         try:

@@ -131,7 +131,7 @@ def halves(batch: Batch[S]) -> tuple[Batch[S], Batch[S]] | None:
 
 
 def _good(weight: np.ndarray) -> bool:
-    return np.count_nonzero((weight >= 0) & (weight < np.inf)) == len(weight)
+    return bool(np.count_nonzero((weight >= 0) & (weight < np.inf)) == len(weight))
 
 
 def _inputs(item: Scored[S]) -> int:
