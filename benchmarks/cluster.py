@@ -3,6 +3,7 @@
 An actor is a node of eight H200s: a 72B student, a teacher of 405B. The work per node is the same at every size.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,9 +14,9 @@ from benchmarks.schedule import ARMS, Arm, Run, best_cluster, run
 from benchmarks.simulated import NODE, Cluster, Workload
 from benchmarks.stand_ins import Faults
 
-SLOTS, PER_SLOT, AHEAD = 32, 3, 4
+SLOTS, PER_SLOT = 32, 3
 GUESS = Workload(sequences=2048)
-OURS = Arm(name="ahead", ahead=AHEAD)
+OURS, NARROW = Arm(name="ahead 8", ahead=8), Arm(name="ahead 4", ahead=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +57,28 @@ def limits_of(healthy: Run, failed: Run) -> tuple[float, float]:
     return max(needed) / max(lost), max(needed) / max(away)
 
 
+def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
+    """What is run at a size: every arm first without failures, so that others can be compared with it."""
+    failing = plans(best, steps)
+    few = [(OURS.name, OURS, None), *((plan.name, OURS, plan) for plan in failing[:3])]
+    if best.devices > 512:
+        return few
+    return [
+        *few,
+        *([(failing[3].name, OURS, failing[3])] if best.devices <= 64 else []),
+        (NARROW.name, NARROW, None),
+        *((f"{plan.name}, ahead 4", NARROW, plan) for plan in failing[:2]),
+        ("one step ahead, whole steps", ARMS[2], None),
+        ("lock-step", ARMS[0], None),
+    ]
+
+
 def cluster(sizes: Sequence[int], steps: int = 60) -> None:
     """The table, a row at a time."""
+    logging.getLogger("launch.supervision").setLevel(logging.ERROR)  # a sentence for every failure
     console = Console(width=200)
-    table = Table("devices", "arm", "step, s", "weak scaling (0.95)", "effective time (0.90)", "at most, with what was lost",
-                  "if nothing written were lost", "failures (of them the learner)", "oldest token", "virtual s a CPU s",
+    table = Table("devices", "arm", "step, s", "weak scaling (0.95)", "effective time (0.90)",
+                  "at most, with what was lost", "if nothing written were lost", "failures (of them the learner)", "oldest token", "virtual s a CPU s",
                   "CPU us a sample")  # fmt: skip
     first: dict[str, float] = {}
     for devices in sizes:
@@ -68,17 +86,14 @@ def cluster(sizes: Sequence[int], steps: int = 60) -> None:
         rough = best_cluster(nodes, GUESS, SLOTS, NODE)
         load = replace(GUESS, sequences=PER_SLOT * rough.rollout * SLOTS // 4 * 4)
         best = best_cluster(nodes, load, SLOTS, NODE)
-        rows = [(OURS.name, OURS, None), *((plan.name, OURS, plan) for plan in plans(best, steps))]
-        if devices <= 512:
-            rows += [("one step ahead, whole steps", ARMS[2], None), ("lock-step", ARMS[0], None)]
-        healthy: Run | None = None
-        for name, arm, plan in rows:
-            faults = plan.faults(healthy.all_s / steps) if plan and healthy else Faults()
+        healthy: dict[Arm, Run] = {}
+        for name, arm, plan in rows(best, steps):
+            faults = plan.faults(healthy[arm].all_s / steps) if plan else Faults()
             made = run(best, load, arm, steps - 1, faults, filling=0, checkpoint_every=1 if faults.learner else 0)
-            healthy = healthy or made
+            healthy.setdefault(arm, made)
             speed = load.sequences * steps / made.all_s / devices
             first.setdefault(name, speed)
-            effective, bounds = healthy.all_s / made.all_s, limits_of(healthy, made)
+            effective, bounds = healthy[arm].all_s / made.all_s, limits_of(healthy[arm], made)
             row = (
                 str(devices), name, f"{made.all_s / steps:.1f}", f"{speed / first[name]:.3f}",
                 *((f"{effective:.3f}", *(f"{bound:.3f}" for bound in bounds)) if plan else ("", "", "")),

@@ -136,6 +136,7 @@ def loop_cost(samples: int = 1024, *, with_ray: bool = False) -> None:
     """The table, and the slope of cost in actors."""
     load = Workload(sequences=samples, group=4, prompt=512, most=TOKENS * 256)
     spent(8, load)  # imports and first calls
+    gc.freeze()  # as a run does when everything has started
     rounds = [[spent(actors, load) for actors in ACTORS] for _ in range(ROUNDS)]
     cost = [median(done[i][0] for done in rounds) for i in range(len(ACTORS))]
     unit = ray_call_s() if with_ray else math.nan

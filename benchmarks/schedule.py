@@ -2,7 +2,7 @@
 
     python benchmarks/schedule.py overlap  [devices] [steps]
     python benchmarks/schedule.py loop     [samples] [ray]
-    python benchmarks/schedule.py cluster  [devices ...]
+    python benchmarks/schedule.py cluster  [devices ...] [steps=60]
 
 `overlap` and `cluster` run the real loop, ledger, packing and pools in virtual time on simulated H200s (`simulated.py`)
 with response lengths that are log-normal; `loop` runs them in real time on engines that answer at once. Every figure
@@ -256,7 +256,9 @@ def floors(cluster: Cluster, load: Workload, steps: int) -> tuple[Floors, float]
         slot_s = student.prefill_s + lengths.r / load.grain * student.token_s
         work = slot_s.sum() / (cluster.rollout * cluster.slots)
         read = teacher.seconds(lengths.response) / cluster.teacher
-        trained = cluster.kind.student.forward_flops(np.zeros_like(lengths.p), lengths.p + lengths.r, float(lengths.r.sum()))
+        trained = cluster.kind.student.forward_flops(
+            np.zeros_like(lengths.p), lengths.p + lengths.r, float(lengths.r.sum())
+        )
         parts.append((work, max(work, float(slot_s.max())), read, learner.computing_s(trained)))
     work, longest, read, learned = np.mean(parts, axis=0)
     return Floors(rollout=float(longest), teacher=float(read), learner=float(learned), push=learner.push_s), float(work)
@@ -323,7 +325,8 @@ def main() -> None:
     else:
         from benchmarks.cluster import cluster
 
-        cluster(rest or (64, 512, 4096))
+        steps = next((int(a[6:]) for a in sys.argv[2:] if a.startswith("steps=")), 60)
+        cluster(rest or (64, 512, 4096), steps)
 
 
 if __name__ == "__main__":

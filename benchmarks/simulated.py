@@ -1,9 +1,9 @@
 """Simulated engines behind the real ports: they wait as long as the limit model says, and answer.
 
-The loop, the method, the ledger, the packing and the pools with their supervision are the real ones; actors are stand-ins
-(`stand_ins.py`). One simulated token stands for `grain` real ones. An engine of the student writes in `slots`: a request
-holds one for its prefill and, per token, for the time of a decode step of a full engine. A teacher reads a call at a
-time, the learner's ranks work until the last one is done.
+The loop, the method, the ledger, the packing and the pools with their supervision are the real ones; actors are
+stand-ins (`stand_ins.py`). One simulated token stands for `grain` real ones. An engine of the student writes in
+`slots`: a request holds one for its prefill and, per token, for the time of a decode step of a full engine. A teacher
+reads a call at a time, the learner's ranks work until the last one is done.
 """
 
 import asyncio
@@ -59,6 +59,9 @@ NODE = Kind(
 )
 
 
+_NORMAL = NormalDist()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What is asked in a step: `sequences` in groups, with log-normal response lengths cut at `most` (real tokens)."""
@@ -75,13 +78,13 @@ class Workload:
     def response(self, prompt_id: str, sample: int) -> int:
         """Simulated tokens of a response: a function of what is asked, whoever writes it and however often."""
         share = (sampling_seed(self.seed, prompt_id, sample, 0) + 0.5) / 2**63
-        real = self.median * math.exp(self.sigma * NormalDist().inv_cdf(share))
+        real = self.median * math.exp(self.sigma * _NORMAL.inv_cdf(share))
         return max(1, round(min(real, self.most) / self.grain))
 
     @property
     def mean(self) -> float:
         """The mean response in real tokens, of a large sample."""
-        normal, cut = NormalDist(), math.log(self.most / self.median) / self.sigma
+        normal, cut = _NORMAL, math.log(self.most / self.median) / self.sigma
         kept = math.exp(self.sigma**2 / 2) * normal.cdf(cut - self.sigma)
         return self.median * kept + self.most * (1 - normal.cdf(cut))
 
@@ -226,7 +229,10 @@ class SimulatedTeacher:
         return [self.seconds(np.array([len(r.token_ids) * self._load.grain for r in requests], dtype=np.int64))]
 
     def _heard(
-        self, worker: Worker, requests: Sequence[ports.ScoreRequest], done: Sequence[int]  # noqa: ARG002
+        self,
+        worker: Worker,
+        requests: Sequence[ports.ScoreRequest],
+        done: Sequence[int],
     ) -> list[TokenScores]:
         return [_said(len(requests[i].token_ids), -0.5) for i in done]
 

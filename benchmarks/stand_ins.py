@@ -15,7 +15,8 @@ from typing import Any
 from launch.supervision import Care
 from opd.errors import ServiceLost
 
-CARE = Care(deadline_s=1e6, start_deadline_s=1e6, restarts=1_000_000)  # everything else is what a run has
+# As a run has it, but with as many tries and replacements as it takes (a run has 4 and 8).
+CARE = Care(deadline_s=1e6, start_deadline_s=1e6, attempts=50, restarts=1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +24,9 @@ class Faults:
     """An actor dies `rate` times in `every_s` seconds on average; that is noticed after `notice_s`, and its replacement
     works `restart_s` later.
 
-    The learner, whose ranks stop together, dies in a step with probability `learner`. `resume`: that ends the run, which
-    goes on from its last checkpoint with nothing of what was in flight (as runs do); otherwise only the learner starts
-    anew and does the step again.
+    The learner, whose ranks stop together, dies in a step with probability `learner`. `resume`: that ends the run,
+    which goes on from its last checkpoint with nothing of what was in flight (as runs do); otherwise only the learner
+    starts anew and does the step again.
     """
 
     rate: float = 0.0
@@ -156,14 +157,15 @@ class Crew:
         self.busy, self.failures = Busy(), 0
         self._width, self._faults, self._draw = width, faults, Random(seed)
         self._workers: dict[Worker, asyncio.TimerHandle | None] = {}
-        self._replacing = 0
+        self._died: deque[float] = deque()  # when those died who have no replacement yet
 
     def make(self) -> Worker:
         """A new worker: ready at once, unless it takes the place of one that died."""
-        late = self._replacing > 0
-        self._replacing -= late
+        now, late = asyncio.get_running_loop().time(), len(self._died) > 0
         worker = Worker(self._width, self.busy, ready_s=self._faults.restart_s if late else 0.0)
         self._workers[worker] = None
+        if late:
+            self.busy.down += now - self._died.popleft() + worker.ready_s
         if self._faults.rate:
             wait = worker.ready_s + self._draw.expovariate(self._faults.rate / self._faults.every_s)
             self._workers[worker] = asyncio.get_running_loop().call_later(wait, self._die, worker)
@@ -171,8 +173,7 @@ class Crew:
 
     def _die(self, worker: Worker) -> None:
         self.failures += 1
-        self.busy.down += self._faults.notice_s + self._faults.restart_s
-        self._replacing += 1
+        self._died.append(asyncio.get_running_loop().time())
         del self._workers[worker]
         worker.kill(self._faults.notice_s)
 
@@ -183,7 +184,7 @@ class Crew:
                 timer.cancel()
             worker.kill()
         self._workers.clear()
-        self._replacing = 0
+        self._died.clear()
 
 
 async def _now(value: Any) -> Any:

@@ -132,9 +132,7 @@ class TeacherPool:
     What they say is checked here, where it is known who said it.
     """
 
-    def __init__(
-        self, care: Care, make: Callable[[], Any] | None = None, end: Callable[[Any], None] = end
-    ) -> None:
+    def __init__(self, care: Care, make: Callable[[], Any] | None = None, end: Callable[[Any], None] = end) -> None:
         self.replicas = Replicas(who="teacher actor", care=care, ready=_ready, prime=_nothing_to_do, end=end, make=make)
         self._score: Dispatcher[ScoreRequest, TokenScores] = Dispatcher(
             replicas=self.replicas,

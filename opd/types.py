@@ -299,7 +299,8 @@ def nbytes(value: Any) -> int:
     if isinstance(value, tuple):
         return sum(map(nbytes, value))
     if isinstance(value, Prompt | Scores | Trajectory | Scored):
-        return sum([nbytes(getattr(value, name)) for name in _large(type(value))])
+        parts = [getattr(value, name) for name in _large(type(value))]
+        return sum([part.nbytes if isinstance(part, np.ndarray) else nbytes(part) for part in parts])
     return 0
 
 
