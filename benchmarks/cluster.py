@@ -77,9 +77,10 @@ def cluster(sizes: Sequence[int], steps: int = 60) -> None:
     """The table, a row at a time."""
     logging.getLogger("launch.supervision").setLevel(logging.ERROR)  # a sentence for every failure
     console = Console(width=200)
-    table = Table("devices", "arm", "step, s", "weak scaling (0.95)", "effective time (0.90)",
-                  "at most, with what was lost", "if nothing written were lost", "failures (of them the learner)", "oldest token", "virtual s a CPU s",
-                  "CPU us a sample")  # fmt: skip
+    table = Table(
+        "devices", "arm", "step, s", "weak scaling (0.95)", "effective time (0.90)", "at most, with what was lost",
+        "if nothing written were lost", "failures (resumed)", "oldest token", "virtual s a CPU s", "CPU us a sample",
+    )  # fmt: skip
     first: dict[str, float] = {}
     for devices in sizes:
         nodes = devices // NODE.devices
