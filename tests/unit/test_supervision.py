@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.virtual_time import simulate
@@ -279,6 +279,7 @@ def test_a_slow_replica_is_hedged_and_the_second_answer_is_not_counted_twice() -
     simulate(run(), 1e6)
 
 
+@example(count=2048, loads=[0] * 200)
 @given(count=st.integers(1, 5000), loads=st.lists(st.integers(0, 300), max_size=200))
 def test_shares_level_the_replicas_and_are_worth_a_call(count: int, loads: list[int]) -> None:
     bounds = share_bounds(count, loads)
