@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 Result = TypeVar("Result")
-SMALLEST_PART = 32  # completions worth a message of their own
+SMALLEST_PART = 16  # completions worth a message of their own; who waits for the last of more idles meanwhile
 _START_S = 300.0  # a model may take as long to load, however soon its answers are due
 
 

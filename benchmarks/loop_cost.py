@@ -22,6 +22,7 @@ from benchmarks.simulated import Workload
 from launch.dispatch import Dispatcher
 from launch.supervision import Care, Replicas
 from opd import ports
+from opd.ledger import Ledger
 from opd.rollouts.testimony import verify as verify_completions
 from opd.scorers.testimony import verify as verify_scores
 from opd.types import StepReport, Stop, TokenScores
@@ -104,7 +105,7 @@ def spent(actors: int, load: Workload) -> tuple[float, float]:
 
     gc.collect()
     began = time.process_time()
-    asyncio.run(go(load, engines, StubLearner(actors // 4, inputs), observe, STEPS, AHEAD))
+    asyncio.run(go(load, engines, StubLearner(actors // 4, inputs), [observe], 0, STEPS, AHEAD, Ledger()))
     samples = load.sequences * STEPS
     return (time.process_time() - began) / samples, student.calls / samples
 
@@ -135,6 +136,7 @@ def loop_cost(samples: int = 1024, *, with_ray: bool = False) -> None:
     """The table, and the slope of cost in actors."""
     load = Workload(sequences=samples, group=4, prompt=512, most=TOKENS * 256)
     spent(8, load)  # imports and first calls
+    gc.freeze()  # as a run does when everything has started
     rounds = [[spent(actors, load) for actors in ACTORS] for _ in range(ROUNDS)]
     cost = [median(done[i][0] for done in rounds) for i in range(len(ACTORS))]
     unit = ray_call_s() if with_ray else math.nan

@@ -2,13 +2,14 @@
 
     python benchmarks/schedule.py overlap  [devices] [steps]
     python benchmarks/schedule.py loop     [samples] [ray]
-    python benchmarks/schedule.py cluster  [devices ...]
+    python benchmarks/schedule.py cluster  [devices ...] [steps=60]
 
-`overlap` and `cluster` run the real loop, ledger and packing in virtual time on simulated H200s (`simulated.py`), a 32B
-teacher and an 8B student whose response lengths are log-normal; `loop` runs it in real time on engines that answer at
-once. Every figure has its limit beside it.
+`overlap` and `cluster` run the real loop, ledger, packing and pools in virtual time on simulated H200s (`simulated.py`)
+with response lengths that are log-normal; `loop` runs them in real time on engines that answer at once. Every figure
+has its limit beside it.
 """
 
+import asyncio
 import hashlib
 import sys
 import time
@@ -21,18 +22,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.simulated import (
-    H200,
-    STUDENT,
+    DEVICE,
     Cluster,
-    Faults,
+    Kind,
+    LearnerLost,
     Prompts,
     SimulatedLearner,
     SimulatedStudent,
     SimulatedTeacher,
     Workload,
 )
+from benchmarks.stand_ins import Busy, Faults
 from benchmarks.virtual_time import simulate
 from opd import limits, ports
+from opd.ledger import Ledger
 from opd.limits import Floors
 from opd.loop import StepRecord, train
 from opd.method import Method
@@ -43,7 +46,6 @@ from opd.scorers.teacher import WrittenTokens
 from opd.spans import Role
 from opd.utilisation import STAFFED, UsageLog
 
-RESTART_S = 35.0  # until what failed works again: the project's own limits, 5 s to notice and 30 s to recover
 HORIZON_S = 1e8  # virtual seconds after which a run counts as hung
 
 
@@ -69,7 +71,7 @@ ARMS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What was known when a step ended: the time, and useful device-seconds of the roles of `STAFFED`."""
+    """What was known when a step ended: the time, and useful actor-seconds of the roles of `STAFFED`."""
 
     at: float
     busy: tuple[float, float, float]
@@ -83,11 +85,17 @@ class Run:
     filling: int  # steps at either end that are not measured
     marks: list[Mark] = field(default_factory=list)
     usage: UsageLog = field(default_factory=lambda: UsageLog(0))
+    busy: tuple[Busy, ...] = ()  # of the roles of `STAFFED`, over the whole run
     digest: str = ""
     staleness: int = 0
     failures: int = 0
-    lost: float = 0.0
+    resumed: int = 0
     cpu_s: float = 0.0
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Actors of the roles of `STAFFED`."""
+        return self.cluster.rollout, self.cluster.teacher, self.cluster.learner
 
     def steady(self) -> tuple[Mark, Mark, int]:
         """First and last mark of the steps between filling and draining the pipeline, and how many they are."""
@@ -101,11 +109,15 @@ class Run:
         return (last.at - first.at) / count
 
     @property
+    def all_s(self) -> float:
+        """Seconds of the whole run."""
+        return self.marks[-1].at
+
+    @property
     def alone_s(self) -> tuple[float, ...]:
         """Seconds a step that each role needs for the work it did, if nobody made it wait."""
         first, last, count = self.steady()
-        counts = (self.cluster.rollout, self.cluster.teacher, self.cluster.learner)
-        return tuple((b - a) / count / n for a, b, n in zip(first.busy, last.busy, counts, strict=True))
+        return tuple((b - a) / count / n for a, b, n in zip(first.busy, last.busy, self.counts, strict=True))
 
     @property
     def eta(self) -> float:
@@ -115,44 +127,89 @@ class Run:
     @property
     def bubble(self) -> float:
         """`1 - sum busy device-seconds / sum device-seconds`."""
-        counts = (self.cluster.rollout, self.cluster.teacher, self.cluster.learner)
-        useful = sum(n * alone for n, alone in zip(counts, self.alone_s, strict=True))
-        return 1 - useful / (self.cluster.devices * self.step_s)
+        useful = sum(n * alone for n, alone in zip(self.counts, self.alone_s, strict=True))
+        return 1 - useful / (self.cluster.actors * self.step_s)
 
 
-def run(cluster: Cluster, load: Workload, arm: Arm, steps: int, faults: Faults | None = None, filling: int = 9) -> Run:
-    """Simulate `steps` steps and, at either end, as many more as the pipeline takes to fill and to drain."""
-    faults, steps = faults or Faults(), steps + 2 * filling + 1
-    began = time.process_time()
-    made = Run(cluster=cluster, filling=filling, usage=UsageLog(arm.ahead))
-    digest = hashlib.sha256()
+@dataclass
+class _Player:
+    """A run in virtual time: it ends when the learner dies, and is resumed until all steps are done."""
 
-    async def main() -> None:
-        student = SimulatedStudent(cluster, load, faults)
-        teacher = SimulatedTeacher(cluster, load, faults, whole=load.sequences if arm.whole else 0)
-        learner = SimulatedLearner(cluster, load, faults)
+    made: Run
+    load: Workload
+    arm: Arm
+    steps: int
+    faults: Faults
+    checkpoint_every: int
+    saved: tuple[int, str] = field(default_factory=lambda: (0, Ledger().to_json()))
+    digest: Any = field(default_factory=hashlib.sha256)
 
-        async def observe(record: StepRecord) -> None:
-            end = max(span.end for span in record.spans)
-            made.usage.add(end - record.seconds["step"], end, record.spans)
-            busy = (student.servers.busy.useful, teacher.servers.busy.useful, learner.busy.useful)
-            made.marks.append(Mark(at=end, busy=busy))
-            made.failures = student.servers.failures + teacher.servers.failures + learner.failures
-            made.lost = student.servers.busy.lost + teacher.servers.busy.lost + learner.busy.lost
-            oldest = min(int(item.trajectory.versions.min()) for item in record.scored)
-            made.staleness = max(made.staleness, record.step - 1 - oldest)
-            names = [(s.trajectory.prompt.id, s.trajectory.sample, len(s.trajectory)) for s in record.scored]
-            times = [(span.role.value, span.start.hex(), span.end.hex()) for span in record.spans]
-            versions = b"".join(item.trajectory.versions.tobytes() for item in record.scored)
-            digest.update(repr((record.step, record.ledger, names, times)).encode() + versions)
+    async def play(self) -> None:
+        cluster, load = self.made.cluster, self.load
+        self.student = SimulatedStudent(cluster, load, self.faults)
+        self.teacher = SimulatedTeacher(cluster, load, self.faults, whole=load.sequences if self.arm.whole else 0)
+        self.learner = SimulatedLearner(cluster, load, self.faults)
+        self.made.busy = self.student.crew.busy, self.teacher.crew.busy, self.learner.busy
+        while self.saved[0] < self.steps:
+            try:
+                await self._session()
+            except* LearnerLost:
+                self._fall_back()
+
+    async def _session(self) -> None:
+        first, ledger = self.saved[0], Ledger.from_json(self.saved[1])
+        ledger.reopen()
+        await asyncio.gather(self.student.start(), self.teacher.start())
+
+        async def checkpoint(record: StepRecord) -> None:
+            last = record.step == self.steps
+            if last or (self.checkpoint_every and record.step % self.checkpoint_every == 0):
+                await asyncio.sleep(0.0 if last else self.learner.copy_s)
+                self.saved = record.step, ledger.to_json()
 
         engines = ports.Engines(
-            student=student, teachers={"default": teacher}, writers={}, graders={}, tokenizer=NOBODY
+            student=self.student, teachers={"default": self.teacher}, writers={}, graders={}, tokenizer=NOBODY
         )
-        await go(load, engines, learner, observe, steps, arm.ahead)
+        try:
+            await go(
+                self.load, engines, self.learner, [self._observe, checkpoint], first, self.steps, self.arm.ahead, ledger
+            )
+        finally:
+            await self.student.stop()
+            await self.teacher.stop()
 
-    simulate(main(), HORIZON_S)
-    made.digest, made.cpu_s = digest.hexdigest(), time.process_time() - began
+    def _fall_back(self) -> None:
+        """Nothing after the checkpoint counts; while the run started anew, nobody worked."""
+        away = self.faults.notice_s + self.faults.restart_s
+        self.made.resumed += 1
+        del self.made.marks[self.saved[0] :]
+        for crew, count in ((self.student.crew, self.made.counts[0]), (self.teacher.crew, self.made.counts[1])):
+            crew.busy.down += away * count
+
+    async def _observe(self, record: StepRecord) -> None:
+        made, end = self.made, max(span.end for span in record.spans)
+        made.usage.add(end - record.seconds["step"], end, record.spans)
+        rollout, teacher, learner = made.busy
+        made.marks.append(Mark(at=end, busy=(rollout.useful, teacher.useful, learner.useful)))
+        made.failures = self.student.crew.failures + self.teacher.crew.failures + self.learner.failures
+        oldest = min(int(item.trajectory.versions.min()) for item in record.scored)
+        made.staleness = max(made.staleness, record.step - 1 - oldest)
+        names = [(s.trajectory.prompt.id, s.trajectory.sample, len(s.trajectory)) for s in record.scored]
+        times = [(span.role.value, span.start.hex(), span.end.hex()) for span in record.spans]
+        versions = b"".join(item.trajectory.versions.tobytes() for item in record.scored)
+        self.digest.update(repr((record.step, record.ledger, names, times)).encode() + versions)
+
+
+def run(
+    cluster: Cluster, load: Workload, arm: Arm, steps: int, faults: Faults | None = None, filling: int = 9,
+    checkpoint_every: int = 0,
+) -> Run:  # fmt: skip
+    """Simulate `steps` steps and, at either end, as many more as the pipeline takes to fill and to drain."""
+    began = time.process_time()
+    made = Run(cluster=cluster, filling=filling, usage=UsageLog(arm.ahead))
+    player = _Player(made, load, arm, steps + 2 * filling + 1, faults or Faults(), checkpoint_every)
+    simulate(player.play(), HORIZON_S)
+    made.digest, made.cpu_s = player.digest.hexdigest(), time.process_time() - began
     return made
 
 
@@ -160,7 +217,10 @@ NOBODY: Any = None  # nothing here reads text
 SOURCES = ports.Sources(tokenizer=NOBODY, rows=lambda path, columns: ())  # noqa: ARG005
 
 
-async def go(load: Workload, engines: ports.Engines, learner: Any, observe: Any, steps: int, ahead: int) -> None:
+async def go(
+    load: Workload, engines: ports.Engines, learner: Any, observers: Sequence[Any], start: int, steps: int, ahead: int,
+    ledger: Ledger,
+) -> None:  # fmt: skip
     """The real loop with the simplest method that asks a teacher."""
     method = Method(
         name="simulated",
@@ -168,16 +228,17 @@ async def go(load: Workload, engines: ports.Engines, learner: Any, observe: Any,
         scorer=WrittenTokens(),
         objective=SampledReverseKL(),
     )
-    ledger = await train(
+    await train(
         method,
         Prompts(load=load),
         SOURCES,
         engines,
         learner,
-        [observe],
-        start=0,
+        observers,
+        start=start,
         steps=steps,
         pipeline=Pipeline(max_staleness=ahead, deterministic=False),
+        ledger=ledger,
     )
     lost = load.sequences * steps - ledger.summary()["trained"]
     if lost:
@@ -195,20 +256,22 @@ def floors(cluster: Cluster, load: Workload, steps: int) -> tuple[Floors, float]
         slot_s = student.prefill_s + lengths.r / load.grain * student.token_s
         work = slot_s.sum() / (cluster.rollout * cluster.slots)
         read = teacher.seconds(lengths.response) / cluster.teacher
-        trained = STUDENT.forward_flops(np.zeros_like(lengths.p), lengths.p + lengths.r, float(lengths.r.sum()))
+        trained = cluster.kind.student.forward_flops(
+            np.zeros_like(lengths.p), lengths.p + lengths.r, float(lengths.r.sum())
+        )
         parts.append((work, max(work, float(slot_s.max())), read, learner.computing_s(trained)))
     work, longest, read, learned = np.mean(parts, axis=0)
     return Floors(rollout=float(longest), teacher=float(read), learner=float(learned), push=learner.push_s), float(work)
 
 
-def best_cluster(devices: int, load: Workload, slots: int) -> Cluster:
-    """The split of `devices` with the fastest overlapped step; the learner's part includes its push."""
-    even = Cluster(rollout=devices, teacher=devices, learner=devices, slots=slots)
+def best_cluster(actors: int, load: Workload, slots: int, kind: Kind = DEVICE) -> Cluster:
+    """The split of so many actors with the fastest overlapped step; the learner's part includes its push."""
+    even = Cluster(rollout=actors, teacher=actors, learner=actors, slots=slots, kind=kind)
     least, work = floors(even, load, 4)
-    optimizer = limits.ADAM_BYTES * STUDENT.params / (devices * H200.memory)
+    optimizer = limits.ADAM_BYTES * kind.student.params / (actors * kind.hardware.memory)
     parts = [work, least.teacher, least.learner - optimizer]
-    rollout, teacher, learner = limits.best_split([devices * part for part in parts], devices)
-    return Cluster(rollout=rollout, teacher=teacher, learner=learner, slots=slots)
+    rollout, teacher, learner = limits.best_split([actors * part for part in parts], actors)
+    return Cluster(rollout=rollout, teacher=teacher, learner=learner, slots=slots, kind=kind)
 
 
 def overlap(devices: int = 32, steps: int = 24) -> None:
@@ -238,9 +301,7 @@ def overlap(devices: int = 32, steps: int = 24) -> None:
             made = run(cluster, load, arm, steps)
             step_s = made.step_s
             lock = lock or step_s
-            counts: dict[Role, int] = dict(
-                zip(STAFFED, (cluster.rollout, cluster.teacher, cluster.learner), strict=True)
-            )
+            counts: dict[Role, int] = dict(zip(STAFFED, made.counts, strict=True))
             table.add_row(
                 arm.name, f"{step_s:.1f}", f"{lock / step_s:.2f}x", f"{lock / step_s / bound:.3f}",
                 f"{made.eta:.3f}", f"{made.bubble:.1%}",
@@ -248,46 +309,6 @@ def overlap(devices: int = 32, steps: int = 24) -> None:
                 f"{made.marks[-1].at / made.cpu_s:,.0f}",
             )  # fmt: skip
         console.print(table)
-
-
-def cluster(sizes: Sequence[int] = (64, 512, 4096), steps: int = 4, ahead: int = 4) -> None:
-    """P12: the same work per device, without failures, with them, and in lock-step."""
-    console = Console(width=170)
-    slots, per_slot = 2, 3
-    table = Table("devices", "arm", "step, s", "sequences/s a device", "weak scaling (0.95)", "effective time (0.90)",
-                  "failures", "virtual s a CPU s")  # fmt: skip
-    first: dict[str, float] = {}
-    for devices in sizes:
-        guess = Workload(sequences=2048)
-        rough = best_cluster(devices, guess, slots)
-        load = replace(guess, sequences=per_slot * rough.rollout * slots // 4 * 4)
-        best = best_cluster(devices, load, slots)
-        healthy, total = 0.0, steps + 2 * (ahead + 1) + 1
-        actors, share = best.rollout + best.teacher, best.learner / devices
-        for name, arm, rate, learner in (
-            ("no failures", Arm(name="ahead", ahead=ahead), 0.0, 0.0),
-            ("one in 10 % of steps", Arm(name="ahead", ahead=ahead), 0.1 * (1 - share) / actors, 0.1 * share),
-            ("10 % of actors once", Arm(name="ahead", ahead=ahead), 0.1 / total, 1 / total),
-            ("every actor, 10 % of steps", Arm(name="ahead", ahead=ahead), 0.1, 0.1),
-            ("lock-step, no failures", ARMS[0], 0.0, 0.0),
-        ):
-            faults = Faults(rate=rate, every_s=healthy or 1.0, restart_s=RESTART_S, learner=learner)
-            made = run(best, load, arm, steps, faults, filling=ahead + 1)
-            step_s = made.marks[-1].at / len(made.marks)  # of the whole run: a failure may hit any step
-            healthy = healthy or step_s
-            speed = load.sequences / step_s / devices
-            first.setdefault(name, speed)
-            row = (
-                str(devices), name, f"{step_s:.1f}", f"{speed:.4f}", f"{speed / first[name]:.3f}",
-                f"{healthy / step_s:.3f}" if rate else "", str(made.failures),
-                f"{made.marks[-1].at / made.cpu_s:,.0f}",
-            )  # fmt: skip
-            console.print(" | ".join(row), highlight=False)
-            table.add_row(*row)
-            if rate and devices == min(sizes):
-                again = run(best, load, arm, steps, faults, filling=ahead + 1)
-                console.print(f"{name}, run again: {'bit-equal' if again.digest == made.digest else 'NOT EQUAL'}")
-    console.print(table)
 
 
 def main() -> None:
@@ -302,7 +323,10 @@ def main() -> None:
 
         loop_cost(*rest, with_ray="ray" in sys.argv)
     else:
-        cluster(rest or (64, 512, 4096))
+        from benchmarks.cluster import cluster
+
+        steps = next((int(a[6:]) for a in sys.argv[2:] if a.startswith("steps=")), 60)
+        cluster(rest or (64, 512, 4096), steps)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ Ask = Callable[[Any, list[Any]], AsyncIterator[Part]]
 Lost = Callable[[BaseException], bool]
 
 SMALLEST_SHARE = 16  # requests worth a call of their own
+MANY_CALLS = 32
 _HISTORY = 20  # calls before a quantile of their durations means anything
 
 
@@ -91,10 +93,9 @@ class Dispatcher(Generic[Request, Answer]):
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
-        shares = min(max(sum(r.open for r in self.replicas.serving), 1), max(1, len(waiting) // SMALLEST_SHARE))
-        bounds = [len(waiting) * i // shares for i in range(shares + 1)]
-        for i in range(shares):
-            task = asyncio.get_running_loop().create_task(self._serve(waiting[bounds[i] : bounds[i + 1]]))
+        bounds = share_bounds(len(waiting), [r.load for r in self.replicas.serving if r.open])
+        for first, last in pairwise(bounds):
+            task = asyncio.get_running_loop().create_task(self._serve(waiting[first:last]))
             self._running.add(task)  # the loop keeps only a weak reference
             task.add_done_callback(self._running.discard)
 
@@ -160,6 +161,7 @@ class Dispatcher(Generic[Request, Answer]):
                     positions, answers = await within(care.deadline_s, who, anext(parts))
                     self._take([items[i] for i in positions], answers)
                     left -= len(positions)
+                    replica.load -= len(positions)
             self._durations.append(now() - began)
         except StopAsyncIteration as error:
             reason = f"{left} of {len(items)} answers did not come"
@@ -172,7 +174,7 @@ class Dispatcher(Generic[Request, Answer]):
                 raise
             raise await self._fault(replica, Fault.DIED, brief(error), error) from error
         finally:
-            replica.load -= len(items)
+            replica.load -= left
 
     def _take(self, items: list[_Item], answers: Sequence[Any]) -> None:
         try:
@@ -189,6 +191,24 @@ class Dispatcher(Generic[Request, Answer]):
         fault.__cause__ = error
         await self.replicas.report(replica, fault)
         return fault
+
+
+def share_bounds(count: int, loads: Sequence[int]) -> list[int]:
+    """Where to cut `count` requests so that replicas with so many open ones are level afterwards, the least loaded (who
+    is asked first) having the most.
+
+    A share has at least `SMALLEST_SHARE` requests, and twice as many if there are more than `MANY_CALLS` shares: what
+    calls cost the driver is then bounded per request.
+    """
+    lowest = sorted(loads) or [0]
+    most = max(1, min(len(lowest), count // SMALLEST_SHARE, max(MANY_CALLS, count // (2 * SMALLEST_SHARE))))
+    below = list(accumulate(lowest[:most]))
+    # A share fewer raises the level that the others are filled to: take the most shares whose smallest is large enough.
+    shares = next(
+        k for k in range(most, 0, -1) if k == 1 or count + below[k - 1] >= k * (lowest[k - 1] + SMALLEST_SHARE)
+    )
+    level = count + below[shares - 1]
+    return [0, *(level * k // shares - below[k - 1] for k in range(1, shares + 1))]
 
 
 async def _first_good(first: "asyncio.Future[None]", other: "asyncio.Future[None]") -> None:

@@ -137,7 +137,13 @@ class TeacherPool:
     What they say is checked here, where it is known who said it.
     """
 
-    def __init__(self, care: Care, make: Any = None, look: Look = unseen) -> None:
+    def __init__(
+        self,
+        care: Care,
+        make: Callable[[], Any] | None = None,
+        end: Callable[[Any], None] = end,
+        look: Look = unseen,
+    ) -> None:
         self.replicas = Replicas(
             who="teacher actor", care=care, ready=_ready, prime=_nothing_to_do, end=end, make=make, look=look
         )

@@ -1,6 +1,7 @@
 """One run while it lasts: start everything, train, evaluate, save, export, stop everything."""
 
 import asyncio
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -98,6 +99,7 @@ class Run:
         # Read meanwhile; a large teacher takes minutes. Known already where a checkpoint was compared with them.
         self._fingerprints = asyncio.create_task(asyncio.to_thread(fingerprints, config))
         session = self._session = await open_session(plan, Stacks(self._directory.stacks))
+        gc.freeze()  # what start-up made stays: nobody need look for garbage in it at every step
         try:
             self._ready_s = time() - self._started
             await self._see_doctor(session)

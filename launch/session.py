@@ -130,7 +130,7 @@ def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig
     care = cluster.care(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         care = replace(care, restarts=0)
-    return TeacherPool(care, partial(teacher_actor, actors, teacher), actors.look)
+    return TeacherPool(care, partial(teacher_actor, actors, teacher), look=actors.look)
 
 
 async def _places(

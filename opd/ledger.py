@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd.errors import DataError
 
@@ -35,8 +35,7 @@ _NEXT: Mapping[State, frozenset[State]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Entry:
+class Entry(NamedTuple):
     """One trajectory's name within a run: the step that asked for it (from 0), its prompt, its number in the group."""
 
     step: int

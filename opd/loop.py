@@ -165,7 +165,7 @@ def _account(
     ledger: Ledger, step: int, scored: Sequence[Scored[Any]], weights: Sequence[Float[np.ndarray, " _T"]]
 ) -> None:
     names = names_of(step, scored)
-    has_weight = [bool(w.any()) for w in weights]
+    has_weight = [np.count_nonzero(w) > 0 for w in weights]
     ledger.move([name for name, has in zip(names, has_weight, strict=True) if has], State.TRAINED)
     ledger.move([name for name, has in zip(names, has_weight, strict=True) if not has], State.DROPPED, "weight 0")
     ledger.check()

@@ -69,8 +69,9 @@ def pack(
         DataError: nothing has a weight, a weight is negative or not finite, or a prompt to train on is empty.
         ConfigurationError: a sequence is longer than the token budget.
     """
+    finite = bool(weights) and _good(np.concatenate(weights))  # all at once: a check of each costs more than the rest
     for item, weight in zip(scored, weights, strict=True):
-        if len(weight) != len(item.trajectory) or not np.isfinite(weight).all() or (weight < 0).any():
+        if len(weight) != len(item.trajectory) or not (finite or _good(weight)):
             raise DataError(
                 f"prompt {item.trajectory.prompt.id!r}: weights must be one finite number >= 0 per token, got "
                 f"{weight!r} for {len(item.trajectory)} tokens; correct the weight part"
@@ -81,7 +82,7 @@ def pack(
                 f"{len(item.trajectory.behavior.logprobs)} logprobs for {len(item.trajectory)} tokens; it must have "
                 "one for each: correct the rollout part"
             )
-    kept = [i for i, weight in enumerate(weights) if weight.any()]
+    kept = [i for i, weight in enumerate(weights) if np.count_nonzero(weight)]
     if not kept:
         raise DataError(
             "the step has no token to train: every weight is 0; check loss masks, filters and the weight parts"
@@ -129,6 +130,10 @@ def halves(batch: Batch[S]) -> tuple[Batch[S], Batch[S]] | None:
     )
 
 
+def _good(weight: np.ndarray) -> bool:
+    return bool(np.count_nonzero((weight >= 0) & (weight < np.inf)) == len(weight))
+
+
 def _inputs(item: Scored[S]) -> int:
     prompt = item.trajectory.prompt
     if len(prompt.student_ids) == 0:
@@ -167,15 +172,18 @@ def _batch(
     for item, weight in zip(items, weights, strict=True):
         trajectory = item.trajectory
         context = trajectory.prompt.student_ids
-        trained = np.flatnonzero(weight) if weight.any() else np.arange(len(trajectory))
+        count = np.count_nonzero(weight)
+        some = 0 < count < len(trajectory)
+        trained = np.flatnonzero(weight) if some else np.arange(len(trajectory))
+        rows = trained if some else slice(None)  # most often all: a view instead of a copy that is copied once more
         inputs.append(np.concatenate([context, trajectory.token_ids[:-1]]))
         positions.append(np.arange(len(inputs[-1]), dtype=np.int32))
         predict_at.append(offset + len(context) - 1 + trained)
-        targets.append(trajectory.token_ids[trained])
-        behavior.append(trajectory.behavior.logprobs[trained])
-        kept_weights.append(weight[trained])
+        targets.append(trajectory.token_ids[rows])
+        behavior.append(trajectory.behavior.logprobs[rows])
+        kept_weights.append(weight[rows])
         depth.append(trained)
-        scores.append(item.scores.take(trained))
+        scores.append(item.scores.take(trained) if some else item.scores)
         if len(routes) > 1:
             owners.append(np.full(len(trained), routes.index(trajectory.prompt.teacher), dtype=np.int32))
         offset += len(inputs[-1])

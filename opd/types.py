@@ -9,6 +9,7 @@ stages return new values.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
@@ -141,11 +142,11 @@ class Scores:
 
     def take(self, index: np.ndarray) -> Self:
         """The tokens `index`, in that order."""
-        return replace(self, **{f.name: _take(getattr(self, f.name), index) for f in fields(self)})
+        return replace(self, **{name: _take(getattr(self, name), index) for name in _names(type(self))})
 
     def rows(self, start: int, stop: int) -> Self:
         """The tokens `start:stop`, as views (no copy)."""
-        return replace(self, **{f.name: _rows(getattr(self, f.name), start, stop) for f in fields(self)})
+        return replace(self, **{name: _rows(getattr(self, name), start, stop) for name in _names(type(self))})
 
     def to(self, device: torch.device | str, get: Fetch) -> Self:
         """All fields as tensors on `device`; `get` resolves handles of remote rows."""
@@ -154,7 +155,7 @@ class Scores:
     @classmethod
     def concat(cls, values: Sequence[Self]) -> Self:
         """Testimony about several trajectories as one, in order. `values` must not be empty."""
-        joined = {f.name: _concat([getattr(v, f.name) for v in values]) for f in fields(values[0])}
+        joined = {name: _concat([getattr(v, name) for v in values]) for name in _names(type(values[0]))}
         return replace(values[0], **joined)
 
 
@@ -277,6 +278,18 @@ class Scored(Generic[S]):
     scores: S
 
 
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    """The fields of a dataclass; `dataclasses.fields` builds them anew at every call, which every sample would pay."""
+    return tuple(f.name for f in fields(kind))
+
+
+@cache
+def _large(kind: type) -> tuple[str, ...]:
+    """Those of its fields that may hold arrays."""
+    return tuple(f.name for f in fields(kind) if f.type not in (str, int, float, Stop))
+
+
 def nbytes(value: Any) -> int:
     """Bytes of all arrays within a value of this module, those held elsewhere included."""
     if isinstance(value, np.ndarray | Tensor):
@@ -286,7 +299,8 @@ def nbytes(value: Any) -> int:
     if isinstance(value, tuple):
         return sum(map(nbytes, value))
     if isinstance(value, Prompt | Scores | Trajectory | Scored):
-        return sum(nbytes(getattr(value, f.name)) for f in fields(value))
+        parts = [getattr(value, name) for name in _large(type(value))]
+        return sum([part.nbytes if isinstance(part, np.ndarray) else nbytes(part) for part in parts])
     return 0
 
 

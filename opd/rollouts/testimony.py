@@ -25,7 +25,7 @@ def _problem(request: GenerateRequest, completion: Completion) -> str:
     tokens = len(completion.token_ids)
     if not 0 < tokens <= request.sampling.max_tokens:
         return f"asked for 1 to {request.sampling.max_tokens} tokens, got {tokens}"
-    if (np.asarray(completion.token_ids) < 0).any():
+    if np.count_nonzero(np.asarray(completion.token_ids) < 0):
         return "a token id is negative"
     rows = {"logprobs": completion.behavior.logprobs, "versions": completion.versions}
     if request.sampling.topk:
@@ -35,6 +35,6 @@ def _problem(request: GenerateRequest, completion: Completion) -> str:
     for name, values in rows.items():
         if len(values) != tokens:
             return f"expected {tokens} rows of {name}, got {len(values)}"
-    if np.isnan(np.asarray(completion.behavior.logprobs)).any():
+    if np.count_nonzero(np.isnan(completion.behavior.logprobs)):
         return "a log-probability is NaN"
     return ""

@@ -49,7 +49,8 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
     for name, values in arrays.items():
         if len(values) != tokens:
             return f"expected {tokens} rows of {name}, got {len(values)}"
-        if not np.isfinite(values).all() or (values > ROUNDING).any():  # -inf: an infinite KL, a NaN gradient
+        # -inf: an infinite KL, a NaN gradient; a NaN compares as false. `count_nonzero` costs a tenth of `all`.
+        if np.count_nonzero((values <= ROUNDING) & (values > -np.inf)) < values.size:
             return f"{name} contains NaN, an infinity or a value above 0"
     return _contradiction(request, answer) if isinstance(answer, TopKScores) else ""
 

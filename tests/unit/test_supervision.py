@@ -1,6 +1,7 @@
 """Pools under fire, in virtual time: stand-in replicas die, hang, lie and lag; nothing is lost, repeated or wrong."""
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -8,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.virtual_time import simulate
-from launch.dispatch import SMALLEST_SHARE, Dispatcher
+from launch.dispatch import MANY_CALLS, SMALLEST_SHARE, Dispatcher, share_bounds
 from launch.supervision import Care, Fault, Replicas
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceLost
 from tests.fault_matrix import Witness
@@ -298,6 +299,46 @@ def test_a_slow_replica_is_hedged_as_soon_as_another_is_idle() -> None:
         assert pool.hedged == before + 1 and not shop.open
 
     simulate(run(), 1e6)
+
+
+@example(count=2048, loads=[0] * 200)
+@given(count=st.integers(1, 5000), loads=st.lists(st.integers(0, 300), max_size=200))
+def test_shares_level_the_replicas_and_are_worth_a_call(count: int, loads: list[int]) -> None:
+    bounds = share_bounds(count, loads)
+    sizes = [last - first for first, last in itertools.pairwise(bounds)]
+    assert bounds[0] == 0 and bounds[-1] == count and len(sizes) <= max(1, len(loads))
+    if len(sizes) > 1:
+        assert min(sizes) >= SMALLEST_SHARE
+    assert len(sizes) <= MANY_CALLS or count >= 2 * SMALLEST_SHARE * len(sizes)
+    after = [load + size for load, size in zip(sorted(loads), sizes, strict=False)]
+    if after:
+        assert max(after) - min(after) <= 1, "those who are asked are level"
+        few = len(sizes) < min(MANY_CALLS, count // SMALLEST_SHARE)
+        for load in sorted(loads)[len(sizes) :] if few else []:
+            assert load > max(after) - 2 * SMALLEST_SHARE, "who is not asked has little less to do than the others"
+
+
+def test_who_has_less_to_do_is_given_more() -> None:
+    """A replica that has answered half of what it was asked counts as having the other half to do."""
+
+    async def run() -> list[int]:
+        shop, asked = Shop(slow=0), list[int]()
+        pool = await shop.pool(2, deadline_s=50)
+        inner = pool.ask
+
+        def ask(actor: Actor, requests: list[int]) -> Any:
+            asked.append(len(requests))
+            return inner(actor, requests)
+
+        pool.ask = ask
+        first = asyncio.ensure_future(pool(list(range(64))))
+        await asyncio.sleep(2.1)  # one part of four every half second; the other replica is done
+        second = asyncio.ensure_future(pool(list(range(100, 164))))
+        assert await asyncio.gather(first, second)
+        assert all(not replica.load for replica in pool.replicas.serving)
+        return asked
+
+    assert simulate(run(), 1e6) == [32, 32, 40, 24]
 
 
 def test_one_call_per_replica_and_turn() -> None:
