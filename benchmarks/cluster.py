@@ -44,10 +44,11 @@ def plans(cluster: Cluster, steps: int) -> list[Plan]:
     ]
 
 
-def limits_of(healthy: Run, failed: Run) -> tuple[float, float]:
-    """The most effective time that can be had: given all that was lost, and if only the waits for replacements were.
+def not_lost(healthy: Run, failed: Run) -> tuple[float, float]:
+    """Which share of the busiest role's time was not lost: of all, and if no text were, but only the time away.
 
-    Per role: the work of the run, what was done in vain (or again) and the time away, over its actors.
+    Per role: the work of the run, what was done in vain (or again) and the time away, over its actors. Without idle
+    time effective time cannot be more than that; a run that waits anyway can lose some for nothing.
     """
     needed, lost, away = [], [], []
     for base, now, count in zip(healthy.busy, failed.busy, failed.counts, strict=True):
@@ -78,8 +79,8 @@ def cluster(sizes: Sequence[int], steps: int = 60) -> None:
     logging.getLogger("launch.supervision").setLevel(logging.ERROR)  # a sentence for every failure
     console = Console(width=200)
     table = Table(
-        "devices", "arm", "step, s", "weak scaling (0.95)", "effective time (0.90)", "at most, with what was lost",
-        "if nothing written were lost", "failures (resumed)", "oldest token", "virtual s a CPU s", "CPU us a sample",
+        "devices", "arm", "step, s", "weak scaling (0.95)", "effective time (0.90)", "not lost",
+        "if no text were", "failures (resumed)", "oldest token", "virtual s a CPU s", "CPU us a sample",
     )  # fmt: skip
     first: dict[str, float] = {}
     for devices in sizes:
@@ -94,10 +95,10 @@ def cluster(sizes: Sequence[int], steps: int = 60) -> None:
             healthy.setdefault(arm, made)
             speed = load.sequences * steps / made.all_s / devices
             first.setdefault(name, speed)
-            effective, bounds = healthy[arm].all_s / made.all_s, limits_of(healthy[arm], made)
+            effective, shares = healthy[arm].all_s / made.all_s, not_lost(healthy[arm], made)
             row = (
                 str(devices), name, f"{made.all_s / steps:.1f}", f"{speed / first[name]:.3f}",
-                *((f"{effective:.3f}", *(f"{bound:.3f}" for bound in bounds)) if plan else ("", "", "")),
+                *((f"{effective:.3f}", *(f"{share:.3f}" for share in shares)) if plan else ("", "", "")),
                 f"{made.failures} ({made.resumed})", str(made.staleness), f"{made.all_s / made.cpu_s:,.0f}",
                 f"{made.cpu_s / load.sequences / steps * 1e6:.0f}",
             )  # fmt: skip
