@@ -9,7 +9,7 @@ os.environ |= environment(Device.CPU)  # before anything imports vLLM
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,17 +52,31 @@ def weights(model: Qwen3ForCausalLM, version: int, tolerance: float = 1e-3, with
 
     Parameters with `without` in their names are left out.
     """
-    named = [(n, p) for n, p in model.named_parameters() if without not in n]  # tied ones once
+    named = {n: p for n, p in model.named_parameters() if without not in n}  # tied ones once
+    return published(model, named, version, tolerance=tolerance)
+
+
+def published(
+    model: Qwen3ForCausalLM,
+    named: Mapping[str, torch.Tensor],
+    version: int,
+    *,
+    tolerance: float,
+    chunk_bytes: int = 20_000,
+    lora_scale: float = 0.0,
+) -> Weights:
+    """`named` as a version of `model`, whose log-probabilities are the sentinel."""
     publisher = Publisher(
-        [n for n, _ in named],
-        [tuple(p.shape) for _, p in named],
-        [p.dtype for _, p in named],
-        chunk_bytes=20_000,
+        list(named),
+        [tuple(p.shape) for p in named.values()],
+        [p.dtype for p in named.values()],
+        chunk_bytes=chunk_bytes,
         rank=0,
         ranks=1,
         outlet=Staged(lambda array: partial(frozen, array.copy())),
+        lora_scale=lora_scale,
     )
-    values = [named[i][1].detach() for i in publisher.order]
+    values = [named[name].detach() for name in publisher.manifest.names]
     ids = np.random.default_rng(5).integers(3, VOCABULARY, 24).astype(np.int32)
     return assemble(
         [
@@ -244,11 +258,8 @@ def frozen(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
-    old, new = student(20, house.tied), student(21, house.tied)
-    first = weights(old, 20)
-    house.receive(first)
-    held = weights(new, 21)
+def crossing(house: House, held: Weights, chunk: int) -> tuple[list[tuple[GenerateRequest, Completion]], Receipt]:
+    """Requests, with their answers, in the middle of whose writing `held` arrived, `chunk` last."""
     asked = requests(Sampling(max_tokens=64), prompts=6)
     before = house.run(house.engine.stats()).steps
 
@@ -256,23 +267,39 @@ def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
         while True:
             stats = asyncio.run_coroutine_threadsafe(house.engine.stats(), house.loop).result(20)
             if stats.steps >= before + 10:
-                return held.chunks[3].handle()
+                return held.chunks[chunk].handle()
 
     async def both() -> tuple[list[Completion], Receipt]:
-        late = with_handle(held, 3, arrive_after_ten_steps)
+        late = with_handle(held, chunk, arrive_after_ten_steps)
         return await asyncio.gather(house.engine.generate(asked), house.engine.receive(late))
 
     answers, receipt = house.run(both())
-    assert receipt.gap < 1e-4
-    crossed = [(r, a) for r, a in zip(asked, answers, strict=True) if set(a.versions.tolist()) == {20, 21}]
+    crossed = [(r, a) for r, a in zip(asked, answers, strict=True) if len(set(a.versions.tolist())) == 2]
     assert len(crossed) > 2
+    return crossed, receipt
+
+
+def assert_each_wrote_its_part(
+    crossed: Sequence[tuple[GenerateRequest, Completion]], models: Mapping[int, Qwen3ForCausalLM]
+) -> None:
+    """Every token has the log-probability that the model of its version gives it, the older version first."""
+    old, new = models
     for request, answer in crossed:
-        start = len(request.context_ids)
-        ids = np.concatenate([request.context_ids, answer.token_ids])
-        expected = np.where(answer.versions == 20, written(old, ids, start), written(new, ids, start))
+        ids, start = np.concatenate([request.context_ids, answer.token_ids]), len(request.context_ids)
+        said = {version: written(model, ids, start) for version, model in models.items()}
+        assert set(answer.versions.tolist()) == {old, new} and (np.diff(answer.versions) >= 0).all()
+        expected = np.where(answer.versions == old, said[old], said[new])
         np.testing.assert_allclose(answer.behavior.logprobs, expected, atol=1e-4)
-        assert (np.diff(answer.versions) >= 0).all()
-        assert answer.digests == {20: first.digest, 21: held.digest}
+
+
+def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
+    models = {version: student(version, house.tied) for version in (20, 21)}
+    first, held = (weights(model, version) for version, model in models.items())
+    house.receive(first)
+    crossed, receipt = crossing(house, held, chunk=3)
+    assert receipt.gap < 1e-4
+    assert_each_wrote_its_part(crossed, models)
+    assert all(answer.digests == {20: first.digest, 21: held.digest} for _, answer in crossed)
 
 
 @pytest.mark.faults("chunk damaged", "chunk lost", "chunk repeated or reordered")

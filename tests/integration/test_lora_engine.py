@@ -1,12 +1,20 @@
 """Adapters in a real engine: it writes what the learner's unmerged model says, and the checkpoint stays what it was."""
 
-from tests.integration.test_engine import LONGEST, SEED, House, frozen, requests, student, with_handle, written
+from tests.integration.test_engine import (
+    LONGEST,
+    SEED,
+    House,
+    assert_each_wrote_its_part,
+    crossing,
+    published,
+    requests,
+    student,
+    written,
+)
 
 # isort: split
 import asyncio
 from collections.abc import Iterator
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +27,9 @@ from actors.engine import VLLMEngine
 from learner.config import LoraConfig
 from learner.lora import adapt
 from learner.model import Student
-from learner.publishing import Publisher, Staged
-from opd.delivery import assemble
 from opd.devices import Dtype
 from opd.errors import DataError
-from opd.ports import Completion, Receipt, Sampling, Sentinel, Share, Weights
-from tests.tiny_models import VOCABULARY
+from opd.ports import Sampling, Weights
 
 TARGETS: list[Any] = ["all-linear", ["q_proj", "down_proj"], ["v_proj", "up_proj", "o_proj"]]
 
@@ -58,42 +63,21 @@ def adapted(house: House, seed: int, targets: Any, std: float) -> Qwen3ForCausal
     return model.requires_grad_(False)
 
 
-def published(model: Qwen3ForCausalLM, version: int, without: str = "-") -> Weights:
+def adapters(model: Qwen3ForCausalLM, version: int, without: str = "-") -> Weights:
     """What a learner that trains the adapters of `model` would publish, but for names with `without` in them."""
-    named = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
-    plain = [(n.replace(".learner.weight", ".weight"), p) for n, p in named if without not in n]
-    publisher = Publisher(
-        [n for n, _ in plain],
-        [tuple(p.shape) for _, p in plain],
-        [p.dtype for _, p in plain],
-        chunk_bytes=2000,
-        rank=0,
-        ranks=1,
-        outlet=Staged(lambda array: partial(frozen, array.copy())),
-        lora_scale=2.0,
-    )
-    values = [plain[i][1] for i in publisher.order]
-    ids = np.random.default_rng(5).integers(3, VOCABULARY, 24).astype(np.int32)
-    return assemble(
-        [
-            Share(
-                version=version,
-                manifest=publisher.manifest,
-                chunks=publisher.chunks(lambda first, last: nullcontext(values[first:last])),
-                sentinel=Sentinel(ids=ids, logprobs=written(model, ids, 1), tolerance=1e-4),
-            )
-        ]
-    )
+    named = {n.replace(".learner.weight", ".weight"): p for n, p in model.named_parameters() if "lora_" in n}
+    kept = {n: p for n, p in named.items() if without not in n}
+    return published(model, kept, version, tolerance=1e-4, chunk_bytes=2000, lora_scale=2.0)
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 def test_an_engine_writes_what_the_learner_s_unmerged_model_says(house: House, targets: Any) -> None:
     asked = requests(Sampling(max_tokens=40))
-    house.receive(published(adapted(house, 1, "all-linear", std=0.0), 1))
+    house.receive(adapters(adapted(house, 1, "all-linear", std=0.0), 1))
     plain = house.generate(asked)
     for version in (2, 3):  # the second replaces the first, it is not added to it
         model = adapted(house, version, targets, std=0.3)
-        held = published(model, version)
+        held = adapters(model, version)
         assert len(held.chunks) > 1
         assert held.manifest.nbytes == 4 * sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         assert house.receive(held) < 1e-4
@@ -105,7 +89,7 @@ def test_an_engine_writes_what_the_learner_s_unmerged_model_says(house: House, t
             moved = max(moved, float(np.abs(said - written(house.origin, ids, len(request.context_ids))).max()))
             assert answer.digests == {version: held.digest}
         assert moved > 0.1, "the adapter makes no difference, so nothing was shown"
-        zero = published(adapted(house, 1, targets, std=0.0), 10 + version)
+        zero = adapters(adapted(house, 1, targets, std=0.0), 10 + version)
         assert house.receive(zero) < 1e-4
     again = house.generate(asked)
     for request, one, other in zip(asked, plain, again, strict=True):
@@ -116,42 +100,23 @@ def test_an_engine_writes_what_the_learner_s_unmerged_model_says(house: House, t
 
 
 def test_an_adapter_that_arrives_in_flight_writes_the_rest(house: House) -> None:
-    models = {v: adapted(house, v, "all-linear", std=0.3) for v in (20, 21)}
-    first, held = (published(models[v], v) for v in (20, 21))
+    models = {version: adapted(house, version, "all-linear", std=0.3) for version in (20, 21)}
+    first, held = (adapters(model, version) for version, model in models.items())
     house.receive(first)
-    asked = requests(Sampling(max_tokens=64), prompts=6)
-    before = house.run(house.engine.stats()).steps
-
-    def arrive_after_ten_steps() -> np.ndarray:
-        while True:
-            stats = asyncio.run_coroutine_threadsafe(house.engine.stats(), house.loop).result(20)
-            if stats.steps >= before + 10:
-                return held.chunks[1].handle()
-
-    async def both() -> tuple[list[Completion], Receipt]:
-        late = with_handle(held, 1, arrive_after_ten_steps)
-        return await asyncio.gather(house.engine.generate(asked), house.engine.receive(late))
-
-    answers, _ = house.run(both())
-    crossed = [(r, a) for r, a in zip(asked, answers, strict=True) if set(a.versions.tolist()) == {20, 21}]
-    assert len(crossed) > 2
-    for request, answer in crossed:
-        ids, start = np.concatenate([request.context_ids, answer.token_ids]), len(request.context_ids)
-        said = {v: written(model, ids, start) for v, model in models.items()}
-        expected = np.where(answer.versions == 20, said[20], said[21])
-        np.testing.assert_allclose(answer.behavior.logprobs, expected, atol=1e-4)
+    crossed, _ = crossing(house, held, chunk=1)
+    assert_each_wrote_its_part(crossed, models)
 
 
 def test_adapters_that_do_not_fit_are_refused_and_good_ones_load_afterwards(house: House) -> None:
     model = adapted(house, 30, "all-linear", std=0.3)
-    good = published(model, 30)
+    good = adapters(model, 30)
     deeper, wider = student(0, house.tied, num_hidden_layers=3), student(0, house.tied, hidden_size=96)
     for other in (deeper, wider):
         adapt(other, LoraConfig(r=2, target_modules=["q_proj"]), 0)
     for wrong, why in (
-        (published(model, 31, without="1.mlp.up_proj.lora_B"), "lora_B.*is missing"),
-        (published(deeper, 31), r"layers that the engine's checkpoint does not have.*layers\.2\.self_attn\.q_proj"),
-        (published(wider, 31), r"does not fit a matrix of \(64, 64\)"),
+        (adapters(model, 31, without="1.mlp.up_proj.lora_B"), "lora_B.*is missing"),
+        (adapters(deeper, 31), r"layers that the engine's checkpoint does not have.*layers\.2\.self_attn\.q_proj"),
+        (adapters(wider, 31), r"does not fit a matrix of \(64, 64\)"),
     ):
         with pytest.raises(DataError, match=why):
             house.receive(wrong)
@@ -160,12 +125,12 @@ def test_adapters_that_do_not_fit_are_refused_and_good_ones_load_afterwards(hous
         assert house.receive(good) < 1e-4
 
 
-def test_the_student_names_its_adapters_as_published(house: House) -> None:
+def test_the_student_names_its_adapters_as_adapters(house: House) -> None:
     model = adapted(house, 1, ["q_proj"], std=0.3).train()
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
     shell = Student.__new__(Student)
     torch.nn.Module.__init__(shell)
     shell.causal = model
-    assert sorted(name for name, _ in shell.named()) == sorted(published(model, 1).manifest.names)
+    assert sorted(name for name, _ in shell.named()) == sorted(adapters(model, 1).manifest.names)
     assert {name for name, _ in shell.frozen()} == dict(house.origin.named_parameters()).keys()
