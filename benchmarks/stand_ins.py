@@ -191,6 +191,25 @@ async def _now(value: Any) -> Any:
     return value
 
 
+class _HandOver:
+    """Answers without arrays, as `launch.handover` takes them over."""
+
+    def __init__(self, answers: Awaitable[Any]) -> None:
+        self._answers, self._taken = answers, False
+
+    async def completed(self) -> None:
+        self._said = await self._answers
+
+    def __aiter__(self) -> "_HandOver":
+        return self
+
+    async def __anext__(self) -> Awaitable[Any]:
+        if self._taken:
+            raise StopAsyncIteration
+        self._taken = True
+        return _now(self._said)
+
+
 Answer = Callable[[Worker, Sequence[Any], Sequence[int]], Sequence[Any]]
 
 
@@ -207,15 +226,23 @@ def actor(
         async for done in worker.work(seconds(requests), part(len(requests))):
             yield _now((done, answer(worker, requests, done)))
 
-    async def hand_over(requests: Sequence[Any]) -> AsyncIterator[Any]:
+    async def score(requests: Sequence[Any]) -> Sequence[Any]:
         async for _ in worker.work(seconds(requests), 1):
             pass
-        yield _now(answer(worker, requests, range(len(requests))))
+        return answer(worker, requests, range(len(requests)))
 
     async def ready() -> None:
         await asyncio.sleep(worker.ready_s)
 
-    methods = {"generate_in_parts": in_parts, "hand_over": hand_over, "receive": receive, "ready": ready}
+    def hand_over(requests: Sequence[Any]) -> _HandOver:
+        return _HandOver(score(requests))
+
+    methods = {
+        "generate_in_parts": in_parts,
+        "hand_over": hand_over,
+        "receive": receive,
+        "ready": ready,
+    }
     return SimpleNamespace(worker=worker, **{name: SimpleNamespace(remote=method) for name, method in methods.items()})
 
 

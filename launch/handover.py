@@ -39,16 +39,22 @@ def handing_over(cls: type) -> type:
                 return Following(list(arrays).index(id(array)))
 
             yield [_with_handles(answer, name) for answer in await self.score(requests)]
-            for array in arrays.values():
-                yield array
+            while arrays:  # let go of one by one, so that they are not all here and in the object store
+                yield arrays.pop(next(iter(arrays)))
 
     HandingOver.__name__ = HandingOver.__qualname__ = cls.__name__  # Ray shows it
     return HandingOver
 
 
 async def taken_over(method: Any, requests: Sequence[ScoreRequest]) -> AsyncIterator[tuple[Sequence[int], list[Any]]]:
-    """All answers of an actor's `hand_over`, in one part; their handles are references that this process owns."""
+    """All answers of an actor's `hand_over`, in one part; their handles are references that this process owns.
+
+    Raises what Ray raises if the actor dies before the last array is handed over.
+    """
     parts = method.remote(requests)
+    # Before that an array may be missing, which its reference would only tell to whoever reads it; and waiting for
+    # references one by one would make Ray fetch what they name.
+    await parts.completed()
     answers = await (await anext(parts))
     arrays = [reference async for reference in parts]
     yield range(len(requests)), [_with_handles(answer, lambda held: arrays[held.number]) for answer in answers]

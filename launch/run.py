@@ -99,6 +99,7 @@ class Run:
         # Read meanwhile; a large teacher takes minutes. Known already where a checkpoint was compared with them.
         self._fingerprints = asyncio.create_task(asyncio.to_thread(fingerprints, config))
         session = self._session = await open_session(plan, Stacks(self._directory.stacks))
+        gc.collect()
         gc.freeze()  # what start-up made stays: nobody need look for garbage in it at every step
         try:
             self._ready_s = time() - self._started
@@ -118,6 +119,7 @@ class Run:
                     await self._measure_teacher(session, evaluator, trackers)
             await export_student(session.learner, self._directory, self._facts(), self._end)
         finally:
+            gc.unfreeze()
             self._fingerprints.cancel()
             session.close()
 

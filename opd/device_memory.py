@@ -5,6 +5,7 @@ nothing is pickled that could run code when it is read. Not run on a GPU by this
 """
 
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,15 +116,17 @@ def read_device(segment: DeviceSegment) -> UInt8[Tensor, " nbytes"]:
             f"CUDA IPC needs learner and receiver on one GPU, but the learner's is {segment.gpu} and the receiver's "
             f"{have}; set learner.transport=NCCL or OBJECT_STORE"
         )
-    for other in [s for s in _opened if not _alive(s)]:
-        del _opened[other]
-    if not _alive(segment):
-        raise DataError(f"the GPU memory of process {segment.pid} is gone: the learner has ended; publish again")
-    if segment not in _opened:
-        _opened[segment] = _open(segment)
-    return _opened[segment]
+    with _opening:  # chunks are read by several threads
+        for other in [s for s in _opened if not _alive(s)]:
+            del _opened[other]
+        if not _alive(segment):
+            raise DataError(f"the GPU memory of process {segment.pid} is gone: the learner has ended; publish again")
+        if segment not in _opened:
+            _opened[segment] = _open(segment)
+        return _opened[segment]
 
 
+_opening = threading.Lock()
 # torch counts one reader per opening, and opening costs a call into the driver: once per segment, not once per turn.
 _opened: dict[DeviceSegment, UInt8[Tensor, " _nbytes"]] = {}
 

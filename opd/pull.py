@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -87,7 +88,7 @@ class Shelf:
         self._filled.pop((turn - 2, number), None)
         fill(room)
         if room.is_cuda:
-            torch.cuda.synchronize(room.device)
+            torch.cuda.current_stream(room.device).synchronize()  # not all streams: a receiver may be at work on one
         self._filled[turn, number] = room
         return Shelved(
             host=self._host,
@@ -113,8 +114,13 @@ class Shelf:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed
-                return
+            except OSError as error:
+                if self._listener.fileno() < 0:  # closed
+                    return
+                logging.getLogger(__name__).warning("no receiver of weights can connect: %s", error)
+                time.sleep(1.0)
+                continue
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # idle between publications
             number = len(self._served) + 1
             thread = threading.Thread(target=self._serve, args=(connection, number), name="weights-link", daemon=True)
             self._served.append((connection, thread))
@@ -191,15 +197,14 @@ def pull(handle: Shelved) -> UInt8[Tensor, " nbytes"]:
         if not where.lock.acquire(timeout=handle.deadline_s):
             raise TimeoutError("others wait for it, too")
         try:
-            where.link = where.link or _Link(handle)
-            found = where.link.pull(handle)
-        except BaseException:
-            if where.link is not None:
-                where.link.close()
-            where.link = None
-            raise
+            found = _pulled(where, handle)
         finally:
             where.lock.release()
+    except torch.OutOfMemoryError as error:
+        raise OpdError(
+            f"chunk {handle.number} of the new weights needs {handle.nbytes} bytes on the engine's GPU, which has no "
+            "room for them beside its own; lower student.gpu_memory_utilization, or set learner.transport=OBJECT_STORE"
+        ) from error
     except _ERRORS as error:
         raise OpdError(
             f"chunk {handle.number} did not come from the learner rank at {handle.host}:{handle.port} within "
@@ -211,6 +216,21 @@ def pull(handle: Shelved) -> UInt8[Tensor, " nbytes"]:
             f"chunk {handle.number} of publication {handle.turn} is not with the learner any more; publish again"
         )
     return found
+
+
+def _pulled(where: _Place, handle: Shelved) -> UInt8[Tensor, " nbytes"] | None:
+    """Through the link there is; if that broke while nobody used it, once more through a new one."""
+    kept = where.link is not None
+    try:
+        where.link = where.link or _Link(handle)
+        return where.link.pull(handle)
+    except BaseException as error:
+        if where.link is not None:
+            where.link.close()
+        where.link = None
+        if not kept or not isinstance(error, _ERRORS) or isinstance(error, torch.OutOfMemoryError):
+            raise
+    return _pulled(where, handle)
 
 
 def _device(wire: Wire) -> torch.device:
@@ -233,17 +253,19 @@ def _group(wire: Wire, store: tuple[str, int], link: int, rank: int, deadline_s:
         return distributed.ProcessGroupGloo(own, rank, 2, timeout=timeout)
     # By default torch ends the whole process when a peer is lost. A lost engine must not end the learner: here
     # every wait has a deadline and every loss is an exception of `pull` or `_serve`. It is read when a group is made.
-    before = os.environ.get(_ON_ERROR)
-    os.environ[_ON_ERROR] = "0"
-    try:
-        options = distributed.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        return distributed.ProcessGroupNCCL(own, rank, 2, options)
-    finally:
-        os.environ.pop(_ON_ERROR) if before is None else os.environ.update({_ON_ERROR: before})
+    with _environment:
+        before = os.environ.get(_ON_ERROR)
+        os.environ[_ON_ERROR] = "0"
+        try:
+            options = distributed.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            return distributed.ProcessGroupNCCL(own, rank, 2, options)
+        finally:
+            os.environ.pop(_ON_ERROR) if before is None else os.environ.update({_ON_ERROR: before})
 
 
 _ON_ERROR = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_environment = threading.Lock()  # all links of a process set and unset the same variable
 
 
 def _pass(group: Any, room: UInt8[Tensor, " nbytes"], deadline_s: float) -> None:
@@ -252,10 +274,13 @@ def _pass(group: Any, room: UInt8[Tensor, " nbytes"], deadline_s: float) -> None
         return
     options = distributed.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    if not group.broadcast([room], options).wait(timedelta(seconds=deadline_s)):
-        raise TimeoutError("the transfer did not end")
-    if room.is_cuda:
-        torch.cuda.current_stream(room.device).synchronize()
+    # Waiting for NCCL holds up the stream that waits: it must not be the one that trains.
+    side = torch.cuda.Stream(room.device) if room.is_cuda else None
+    with torch.cuda.stream(side):
+        if not group.broadcast([room], options).wait(timedelta(seconds=deadline_s)):
+            raise TimeoutError("the transfer did not end")
+    if side is not None:
+        side.synchronize()
 
 
 def _say(lines: Any, message: dict[str, Any]) -> None:

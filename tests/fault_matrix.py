@@ -45,6 +45,7 @@ CATALOGUE = (
     ),
     Kind("teacher killed while scoring", "teacher", "SIGKILL", "before a forward of its model; itself"),
     Kind("teacher killed before its answer", "teacher", "SIGKILL", "scored, not answered; itself"),
+    Kind("teacher killed handing over", "teacher", "SIGKILL", "answers said, one array of two; itself"),
     Kind("teacher exits while scoring", "teacher", "_exit(3)", "before a forward of its model; itself"),
     Kind("teacher hangs while scoring", "teacher", "SIGSTOP", "before a forward of its model; itself"),
     Kind("teacher server breaks off", "remote teacher", "429, 500, half a body, dead, slow, no frame", "answering"),

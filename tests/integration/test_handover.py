@@ -10,8 +10,8 @@ import numpy as np
 import psutil
 import pytest
 
-from launch.cluster import connected, fetch, store
-from launch.handover import handing_over, keep, taken_over
+from launch.cluster import connected, fetch, is_lost, store
+from launch.handover import Following, handing_over, keep, taken_over
 from launch.settings import ClusterConfig
 from opd.types import HiddenScores, RemoteRows, TokenScores
 from tests.fault_matrix import Witness
@@ -39,6 +39,16 @@ class Learner:
         return [float(a.hidden.fetch(fetch)[1, 0]) for a in answers if isinstance(a.hidden, RemoteRows)]
 
 
+class Dying(Teacher):
+    """Its process is gone when its answers and one of two arrays have been handed over."""
+
+    async def hand_over(self, requests: Sequence[float]) -> AsyncIterator[Any]:
+        rows = [RemoteRows(pieces=((Following(i), np.arange(2)),)) for i, _ in enumerate(requests)]
+        yield [HiddenScores(logprobs=np.zeros(2, np.float32), hidden=row) for row in rows]
+        yield np.full((4000, 100), requests[0], np.float32)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 async def put(method: Any, requests: Sequence[float]) -> AsyncIterator[Any]:
     """As it was before: handles of objects that belong to the teacher."""
     yield range(len(requests)), await method.remote(requests)
@@ -58,11 +68,28 @@ def test_what_was_said_outlives_who_said_it(witness: Witness) -> None:
         try:
             while True:
                 await teacher.pid.remote()
-        except ray.exceptions.RayActorError:  # the news has spread
+        except ray.exceptions.RayActorError:
             witness("teacher killed after its answer")
+        await asyncio.sleep(5)  # until the news has reached the learner
         return await learner.read.remote(answers)
 
     with connected(ClusterConfig()):
         assert asyncio.run(play(keep, taken_over, "hand_over")) == [3.0, 4.0]
         with pytest.raises(Exception, match="OwnerDied"):  # so the news was there
             asyncio.run(play(store, put, "score"))
+
+
+@pytest.mark.ray
+@pytest.mark.faults("teacher killed handing over")
+def test_an_answer_without_its_arrays_is_a_death_and_no_answer(witness: Witness) -> None:
+    async def ask() -> list[Any]:
+        import ray
+
+        teacher = ray.remote(Dying).options(num_cpus=0.1).remote(keep)
+        return [part async for part in taken_over(teacher.hand_over, [3.0, 4.0])]
+
+    with connected(ClusterConfig()):
+        with pytest.raises(Exception, match="died") as raised:
+            asyncio.run(ask())
+        assert is_lost(raised.value)
+    witness("teacher killed handing over")

@@ -314,7 +314,7 @@ def test_models_that_cannot_be_packed_are_refused(school: School, tmp_path: Path
         run(teacher.score([ScoreRequest(context_ids=ids, token_ids=ids, want=WrittenToken())]))
 
 
-def test_ready_says_what_is_missing(tmp_path: Path) -> None:
+def test_ready_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ready(config: TeacherConfig) -> None:
         run(TorchTeacher(config, lambda array: array).ready())
 
@@ -326,6 +326,7 @@ def test_ready_says_what_is_missing(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigurationError, match=r"teacher\.device is GPU"):
             ready(TeacherConfig(path=str(tmp_path), device=Device.GPU))
+    monkeypatch.setattr("teacher_service.backends.torch_forward.START_S", 1e-6)
     with pytest.raises(OpdError, match="did not finish loading its model within"):
         ready(TeacherConfig(path=str(tmp_path), deadline_s=1e-6))
 
