@@ -202,6 +202,9 @@ class Run:
                 pipeline=config.pipeline,
                 ledger=self._ledger,
             )
+        except BaseException as error:
+            await saver.give_up(at_once=not isinstance(error, Exception))
+            raise
         finally:
             self._stop.waits = False
         await saver.finish()

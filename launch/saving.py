@@ -75,3 +75,14 @@ class Saver:
         if self._writing is not None:
             running, self._writing = self._writing, None
             await running
+
+    async def give_up(self, *, at_once: bool) -> None:
+        """The run has failed: a checkpoint that is being written is finished, if it can be, or left (`at_once`)."""
+        if self._writing is None:
+            return
+        running, self._writing = self._writing, None
+        if at_once:
+            running.cancel()
+        (error,) = await asyncio.gather(running, return_exceptions=True)
+        if isinstance(error, Exception):  # what the run failed of may be the reason; it is told apart from this
+            _log.warning("the checkpoint under way could not be finished (%s)", error)

@@ -91,6 +91,25 @@ def test_what_goes_wrong_in_the_background_is_raised_and_leaves_nothing(tmp_path
     run(tmp_path, work)
 
 
+@pytest.mark.parametrize("how", ["finished", "failed", "at once"])
+def test_a_run_that_fails_keeps_the_checkpoint_under_way_if_it_can(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(saver: Saver, ranks: Ranks, store: CheckpointStore) -> None:
+        await saver.begin(state(2))
+        if how != "at once":
+            ranks.done.set()
+        if how == "failed":
+            ranks.error = OpdError("a learner rank died")
+        await saver.give_up(at_once=how == "at once")
+        assert store.steps() == ([2] if how == "finished" else [])
+        saver.check()
+        await saver.finish()
+
+    run(tmp_path, work)
+    assert ("could not be finished (a learner rank died)" in caplog.text) == (how == "failed")
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
