@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.evaluation_point import EvaluationPoint
-from launch.learner_group import LearnerGroup
+from launch.learner_restart import RestartingLearner
 from launch.run_directory import RunDirectory, write_text
 from opd.errors import ConfigurationError
 from teacher_service.identity import check_checkpoint
 
 
 async def export_student(
-    learner: LearnerGroup, directory: RunDirectory, facts: Mapping[str, str], end: EvaluationPoint | None
+    learner: RestartingLearner, directory: RunDirectory, facts: Mapping[str, str], end: EvaluationPoint | None
 ) -> None:
     """Write `export/` of a run: weights, config, tokenizer, and the card."""
     await learner.export(directory.export)

@@ -5,19 +5,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import has_died
-from launch.supervision import Faulty, Look, unseen, within
+from launch.cluster import end, has_died, place_of
+from launch.supervision import Fault, Faulty, Look, unseen, within
 from learner.config import LearnerConfig
 from opd.delivery import assemble
 from opd.errors import OpdError
-from opd.ports import Layout, Objective, PublishReport, StudentEngine
+from opd.ports import Layout, Objective, PublishReport, StudentEngine, Weights
 from opd.types import Batch, Scores, StepReport
 
 _NEWS_S = 5.0  # what the news of a rank's death may take, once its partners are disturbed
 
 
+class RanksLost(Faulty):
+    """A rank died or hangs: the others cannot go on without it, so none of them is of use any more."""
+
+
 class LearnerGroup:
-    """Calls every rank at once, because ranks meet in collectives; the answer of rank 0 stands for all."""
+    """Calls every rank at once, because ranks meet in collectives; the answer of rank 0 stands for all.
+
+    Whatever is asked raises `RanksLost` if a rank dies or hangs; `launch.learner_restart` makes others.
+    """
 
     def __init__(self, actors: Sequence[Any], config: LearnerConfig, look: Look = unseen) -> None:
         self.actors, self._look = actors, look
@@ -40,9 +47,17 @@ class LearnerGroup:
 
     async def publish(self, student: StudentEngine, version: int) -> PublishReport:
         """Have every rank lay out its chunks, hand all to the engines, and have the sentinel compared there."""
-        weights = assemble(await self._all([a.share.remote(version) for a in self.actors]))
-        receipt = await student.receive(weights)
+        weights = await self.share(version)
+        try:
+            receipt = await student.receive(weights)
+        except OpdError:
+            await self._all([a.stats.remote() for a in self.actors])  # nobody can read what a dead rank has laid out
+            raise
         return PublishReport(version=version, gap=receipt.gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
+
+    async def share(self, version: int) -> Weights:
+        """Have every rank lay out its chunks of the weights as they are now."""
+        return assemble(await self._all([a.share.remote(version) for a in self.actors]))
 
     async def save(self, directory: Path, step: int) -> None:
         """Copy the state of now and begin to write it into the existing `directory`; `written` waits for it."""
@@ -60,21 +75,30 @@ class LearnerGroup:
         """The student as a Hugging Face folder."""
         await self._all([a.export.remote(str(directory)) for a in self.actors])
 
+    async def places(self) -> list[str]:
+        """Where each rank runs (`opd.shared_memory.place`)."""
+        return await self._all([place_of(a) for a in self.actors])
+
+    def end(self) -> None:
+        """Kill every rank."""
+        for actor in self.actors:
+            end(actor)
+
     def _pairs(self, batches: Sequence[Sequence[Batch[Scores]]]) -> Any:
         return zip(self.actors, batches, strict=True)
 
     async def _all(self, calls: Sequence[Any]) -> list[Any]:
-        """All answers. A rank that dies or hangs ends the run: the others cannot go on without it.
+        """All answers.
 
         Raises:
-            OpdError: one of them did; in one sentence.
+            RanksLost: a rank died, or does not answer.
         """
         tasks = [asyncio.ensure_future(within(self._deadline_s, "a learner rank", call)) for call in calls]
         try:
             return await asyncio.gather(*tasks)
         except OpdError as error:
             if isinstance(error, Faulty):
-                raise Faulty(error.fault, f"{error}{await self._look(*self.actors)}") from error
+                raise RanksLost(error.fault, f"{error}{await self._look(*self.actors)}") from error
             raise
         except Exception as error:
             # Its partners may be told first, as a connection that breaks off.
@@ -83,10 +107,7 @@ class LearnerGroup:
             lost = next((e for e in outcomes if e is not None and has_died(e)), None)
             if lost is None:
                 raise
-            raise OpdError(
-                f"a learner rank died ({type(lost).__name__}) and nobody can take its place; the same command with "
-                "run_name=... resume=latest goes on from the newest checkpoint"
-            ) from error
+            raise RanksLost(Fault.DIED, f"a learner rank died ({type(lost).__name__})") from error
         finally:
             for task in tasks:
                 task.cancel()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import end, fetch, is_lost, streamed
+from launch.cluster import end, fetch, has_died, is_lost, streamed
 from launch.dispatch import Dispatcher
 from launch.handover import taken_over
 from launch.supervision import Care, Fault, Faulty, Look, Replica, Replicas, brief, unseen, within
@@ -67,6 +67,15 @@ class StudentPool:
         await self.replicas.acquire(0)  # if all are gone: the first replacement, which has them
         return Receipt(version=weights.version, digest=weights.digest, gap=self._gap)
 
+    def renew(self, weights: Weights) -> None:
+        """The weights that are live lie here now: engines that start later fetch them from there.
+
+        Engines that serve hold the same bytes already and are not disturbed.
+        """
+        known = self._weights
+        if known is not None and (known.version, known.digest) == (weights.version, weights.digest):
+            self._weights = weights
+
     async def _give(self, replica: Replica) -> OpdError | None:
         """Why `replica` refuses the weights, if it does; one that died or hangs does not refuse them."""
         refusal: OpdError | None = None
@@ -83,6 +92,8 @@ class StudentPool:
         except Exception as error:
             if not is_lost(error):
                 raise
+            if not has_died(error):  # the weights are gone with the learner that held them, not the engine: it waits
+                return OpdError(f"a rollout actor cannot read new weights ({brief(error)}); publish them again")
             fault = Faulty(Fault.DIED, brief(error))
         await self.replicas.report(replica, fault)
         return refusal
@@ -174,7 +185,7 @@ class FollowedStudent:
 
     def __init__(self, student: StudentEngine, followers: Mapping[str, Follower]) -> None:
         self.student, self.followers = student, followers
-        self.seen = 0
+        self.seen = self._begun = 0
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """As the student itself."""
@@ -184,6 +195,12 @@ class FollowedStudent:
         """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
         new = weights.version > self.seen
         due = [follower for follower in self.followers.values() if new and not weights.version % follower.every]
+        if due and weights.version <= self._begun:  # the learner was lost while they did
+            raise OpdError(
+                f"teachers that follow the student may have taken in version {weights.version} in part and cannot do "
+                "so twice; the same command with run_name=... resume=latest goes on from the newest checkpoint"
+            )
+        self._begun = max(self._begun, weights.version)
         await asyncio.gather(*[follower.follow(weights) for follower in due])
         self.seen = max(self.seen, weights.version)
         return await self.student.receive(weights)

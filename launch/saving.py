@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 from launch.checkpoint_store import CheckpointStore
 from launch.checkpoints import LEARNER, DriverState
-from launch.learner_group import LearnerGroup
+from launch.learner_group import RanksLost
+from launch.learner_restart import RestartingLearner
 from launch.pool import Follower
+from opd.errors import OpdError
 
 _log = logging.getLogger(__name__)
 
@@ -25,18 +27,25 @@ class Saver:
     """Writes a run's checkpoints. `begin` returns once the state is copied; the files follow in the background.
 
     One at a time: the next waits for the one before. What goes wrong in the background is raised by the next `begin`,
-    `check` or `finish`; it leaves no half checkpoint, and the one before stays.
+    `check` or `finish`; it leaves no half checkpoint, and the one before stays. A checkpoint whose writers are
+    lost and replaced is given up, and training goes on.
     """
 
     def __init__(
-        self, store: CheckpointStore, learner: LearnerGroup, followers: Mapping[str, Follower], retention: Retention
+        self,
+        store: CheckpointStore,
+        learner: RestartingLearner,
+        followers: Mapping[str, Follower],
+        retention: Retention,
     ) -> None:
         self._store, self._learner, self._followers, self._retention = store, learner, followers, retention
-        self._writing: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[bool] | None = None
+        self._begun: DriverState | None = None
 
     async def begin(self, state: DriverState) -> None:
         """Save the learner as it is now, and `state`."""
-        await self.finish()
+        await self._settled()
+        self._begun = state
         step = state.step
         folder = self._store.begin(step)
         try:
@@ -52,17 +61,24 @@ class Saver:
             raise
         self._writing = asyncio.create_task(self._finish(replace(state, followers=files), digests))
 
-    async def _finish(self, state: DriverState, digests: Mapping[str, str]) -> None:
+    async def _finish(self, state: DriverState, digests: Mapping[str, str]) -> bool:
+        """Is it on the disk?"""
         try:
             shards = {f"{LEARNER}/{name}": digest for name, digest in (await self._learner.written()).items()}
             await asyncio.to_thread(self._store.commit, state, {**digests, **shards})
+        except RanksLost as lost:
+            self._store.abandon(state.step)
+            _log.warning("the checkpoint of step %d is given up with the ranks that wrote it (%s)", state.step, lost)
+            return False
         except BaseException:
             self._store.abandon(state.step)
             raise
+        await self._learner.kept(self._store.path(state.step) / LEARNER)
         try:
             await asyncio.to_thread(self._store.prune, self._retention.keep, self._retention.keep_every)
         except OSError as error:  # an old checkpoint too many does not make the new one worse
             _log.warning("an old checkpoint could not be removed (%s)", error)
+        return True
 
     def check(self) -> None:
         """Raise what went wrong in the background so far."""
@@ -71,10 +87,27 @@ class Saver:
             done.result()
 
     async def finish(self) -> None:
-        """Wait until the checkpoint begun last is on the disk."""
-        if self._writing is not None:
-            running, self._writing = self._writing, None
-            await running
+        """Wait until the checkpoint begun last is on the disk; nothing was trained since.
+
+        If its writers are lost it is written by those that take their place, once.
+        """
+        if await self._settled():
+            return
+        assert self._begun is not None
+        await self.begin(self._begun)
+        if not await self._settled():
+            raise OpdError(
+                f"the checkpoint of step {self._begun.step} needs ranks that live until it is written, but they were "
+                "lost twice while they wrote it; the same command with run_name=... resume=latest goes on from the "
+                "newest checkpoint"
+            )
+
+    async def _settled(self) -> bool:
+        """Wait for the checkpoint under way; False if it was given up."""
+        if self._writing is None:
+            return True
+        running, self._writing = self._writing, None
+        return await running
 
     async def give_up(self, *, at_once: bool) -> None:
         """The run has failed: a checkpoint that is being written is finished, if it can be, or left (`at_once`)."""

@@ -16,6 +16,7 @@ from launch.cluster import Actors, fetch, place_of
 from launch.grading import MathGrader, TaskGrader
 from launch.handover import handing_over, keep
 from launch.learner_group import LearnerGroup
+from launch.learner_restart import Recipe, RestartingLearner
 from launch.plan import Plan
 from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool
 from launch.settings import ClusterConfig
@@ -41,7 +42,7 @@ class Session:
     plan: Plan
     actors: Actors
     engines: Engines
-    learner: LearnerGroup
+    learner: RestartingLearner
     graders: dict[str, TaskGrader | MathGrader]
 
     async def teacher_writer(self, name: str) -> TextEngine:
@@ -61,7 +62,8 @@ class Session:
         student = self.engines.student
         of_student = student.student if isinstance(student, FollowedStudent) else student
         pools = [of_student, *self.engines.teachers.values(), *self.engines.writers.values()]
-        return [line for pool in pools if isinstance(pool, StudentPool | TeacherPool) for line in pool.replicas.history]
+        of_pools = [pool.replicas.history for pool in pools if isinstance(pool, StudentPool | TeacherPool)]
+        return [line for lines in (*of_pools, self.learner.history) for line in lines]
 
     async def restore(self, checkpoint: Path, followers: Mapping[str, str]) -> None:
         """Take over the learner's state, and the weights of teachers that follow the student (name -> file)."""
@@ -93,8 +95,7 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         look=actors.look,
     )
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
-    ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
-    learner = LearnerGroup(ranks, config.learner, actors.look)
+    learner = _learner(actors, plan, student, teachers)
     graders: dict[str, TaskGrader | MathGrader] = {
         "shop": TaskGrader(shop.grade),
         "peak": TaskGrader(peak.grade),
@@ -105,10 +106,7 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         student.replicas.start(config.student.replicas),
         *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
     )
-    if config.learner.transport in (Transport.SHARED_MEMORY, Transport.CUDA_IPC):
-        following = [a for name, pool in teachers.items() if config.teachers[name].mixup for a in pool.replicas.actors]
-        places = await _places(config.cluster.start_deadline_s, ranks, student.replicas.actors, following)
-        check_places(config.learner.transport, places)
+    await learner.see()
     writing = list(config.teachers) if config.method.rollout.needs_writer else []
     writers = {name: await _writer(actors, plan, name) for name in writing}
     followers = {
@@ -133,11 +131,9 @@ def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig
     return TeacherPool(care, partial(teacher_actor, actors, teacher), look=actors.look)
 
 
-async def _places(
-    deadline_s: float, ranks: Sequence[Any], students: Sequence[Any], teachers: Sequence[Any]
-) -> Mapping[str, str]:
+async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence[Any]) -> dict[str, str]:
     """Where each of these actors runs, by name."""
-    roles = {"learner rank": ranks, "rollout actor": students, "teacher actor": teachers}
+    roles = {"rollout actor": students, "teacher actor": teachers}
     actors = {f"{role} {i}": actor for role, made in roles.items() for i, actor in enumerate(made)}
     places = await asyncio.gather(*[within(deadline_s, name, place_of(actor)) for name, actor in actors.items()])
     return dict(zip(actors, places, strict=True))
@@ -163,6 +159,32 @@ async def _writer(actors: Actors, plan: Plan, name: str) -> TextEngine:
     pool = StudentPool(config.cluster.care(as_student.deadline_s), make, look=actors.look)
     await pool.replicas.start(1)
     return pool
+
+
+def _learner(
+    actors: Actors, plan: Plan, student: StudentPool, teachers: Mapping[str, TeacherPool]
+) -> RestartingLearner:
+    """The learner, whose ranks start anew in the same places of the cluster as long as `cluster.restarts` allows it."""
+    config = plan.config
+    following = [pool for name, pool in teachers.items() if config.teachers[name].mixup]
+
+    def make() -> LearnerGroup:
+        ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
+        return LearnerGroup(ranks, config.learner, actors.look)
+
+    others: dict[str, str] = {}  # where everybody else runs
+
+    async def ready(group: LearnerGroup) -> None:
+        if config.learner.transport not in (Transport.SHARED_MEMORY, Transport.CUDA_IPC):
+            return
+        if not others:  # later ranks are compared with it alone: others may be dying when ranks start anew
+            receivers = [actor for pool in following for actor in pool.replicas.actors]
+            others.update(await _places(config.cluster.start_deadline_s, student.replicas.actors, receivers))
+        ranks = {f"learner rank {i}": where for i, where in enumerate(await group.places())}
+        check_places(config.learner.transport, {**ranks, **others})
+
+    recipe = Recipe(make=make, ready=ready, renew=student.renew)
+    return RestartingLearner(recipe, config.cluster.restarts, config.cluster.journal_bytes)
 
 
 def _rank(actors: Actors, plan: Plan) -> Any:

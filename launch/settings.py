@@ -21,7 +21,9 @@ class Placement(Enum):
 class ClusterConfig:
     """Where actors run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined.
 
-    `restarts`: how many rollout actors, and how many of each teacher, are replaced in a run before it ends.
+    `restarts`: how many rollout actors, and how many of each teacher, are replaced in a run before it ends, and how
+    often the learner's ranks start anew in place. For the ranks the driver holds on to what was trained since the
+    newest checkpoint, up to `journal_bytes`, hidden states in the object store included.
     `hedge_quantile` > 0 asks a second actor, too, when a call takes longer than this quantile of those before.
     """
 
@@ -33,7 +35,15 @@ class ClusterConfig:
     placement: Placement = Placement.NONE
     start_deadline_s: float = 300.0
     restarts: int = 8
+    journal_bytes: int = 4 << 30
     hedge_quantile: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.journal_bytes < 0:
+            raise ConfigurationError(
+                f"cluster.journal_bytes must be at least 0, got {self.journal_bytes}; use 0 if a learner that "
+                "dies is to end the run"
+            )
 
     def care(self, deadline_s: float) -> Care:
         """How the replicas of a pool whose answers have `deadline_s` are looked after."""

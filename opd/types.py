@@ -298,7 +298,7 @@ def nbytes(value: Any) -> int:
         return len(value) * value.row_nbytes
     if isinstance(value, tuple):
         return sum(map(nbytes, value))
-    if isinstance(value, Prompt | Scores | Trajectory | Scored):
+    if isinstance(value, Prompt | Scores | Trajectory | Scored | Batch):
         parts = [getattr(value, name) for name in _large(type(value))]
         return sum([part.nbytes if isinstance(part, np.ndarray) else nbytes(part) for part in parts])
     return 0

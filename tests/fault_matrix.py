@@ -56,6 +56,7 @@ CATALOGUE = (
     Kind("learner exits in a forward", "learner", "_exit(3) of a rank", "before a micro-batch; itself"),
     Kind("learner killed in the optimizer", "learner", "SIGKILL of a rank", "gradients there, step not taken; itself"),
     Kind("learner killed writing a checkpoint", "learner", "SIGKILL of a rank", "header written, no tensor; itself"),
+    Kind("learner hangs in a forward", "learner", "SIGSTOP of a rank", "before a micro-batch; itself"),
     Kind("slow learner", "learner", "sleeps", "before a step; itself"),
     Kind("loss is no number", "learner", "NaN, infinity, gradient overflow", "in an update"),
     Kind("learner out of memory", "learner", "a planted allocation failure", "in a forward"),

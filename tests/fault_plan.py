@@ -87,8 +87,12 @@ def _count(path: Path) -> int:
         os.close(handle)
 
 
-def _signal(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+def _signal(number: int) -> Callable[..., None]:
+    def deed(wait_s: str = "0") -> None:
+        time.sleep(float(wait_s))
+        os.kill(os.getpid(), number)
+
+    return deed
 
 
 def _kill(role: str, most: str = "99", wait_s: str = "0") -> None:

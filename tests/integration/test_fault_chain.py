@@ -1,14 +1,16 @@
-"""One training run that is broken at five places and resumed each time ends bit by bit as one that was not broken."""
+"""One training run that is broken at five places and resumed each time, and one whose learner is lost at four places
+and starts anew beside a driver that goes on: both end bit by bit as one that was not broken."""
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fault_matrix import Witness
 from tests.fault_plan import plan
-from tests.integration.test_faults import Scene, lines, scene
+from tests.integration.test_faults import Scene, lines, placed, scene
 
 __all__ = ["scene"]  # the fixture
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]  # seven starts of a run, one after the other
@@ -16,7 +18,7 @@ STEPS = 10
 OWN = [
     f"steps={STEPS}", "prompts.prompts_per_step=16", "learner.ranks=2", "learner.zero_stage=2", "doctor=false",
     "learner.deterministic=true", "learner.schedule=CONSTANT", "checkpoint_every=2", "checkpoint_keep=9",
-    "evaluation.every=0", "evaluation.teacher=false", "tracker.mode=DISABLED",
+    "max_staleness=1", "evaluation.every=0", "evaluation.teacher=false", "tracker.mode=DISABLED",
 ]  # fmt: skip
 DIED = "error: OpdError: a learner rank died"
 
@@ -29,20 +31,37 @@ CHAIN = [
     ("disk full in a checkpoint", "learner opening", "full", 1, "No space left on device; the checkpoints before"),
 ]
 
+# In place: kind, place and deed, and the checkpoint that is on the disk when it is planned (0: none will be).
+IN_PLACE = [
+    ("learner killed in the optimizer", "learner optimizing", "SIGKILL", 0),
+    ("learner exits in a forward", "learner forward", "exit", 2),
+    ("learner killed writing a checkpoint", "learner writing", "SIGKILL 1", 4),  # training goes on for a second
+    ("learner hangs in a forward", "learner forward", "SIGSTOP", 8),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run that nobody disturbed."""
+    with placed(tmp_path_factory.mktemp("whole")) as scene:
+        scene.start(*OWN)
+        scene.ends(0)
+        yield scene.run
+
+
+def saved(run: Path, step: int) -> bool:
+    return (run / "checkpoints" / f"step_{step}" / "manifest.json").exists()
+
 
 @pytest.mark.faults(*[kind for kind, *_ in CHAIN])
-def test_a_run_broken_at_five_places_ends_as_one_that_was_not(scene: Scene, witness: Witness) -> None:
+def test_a_run_broken_at_five_places_ends_as_one_that_was_not(scene: Scene, witness: Witness, whole: Path) -> None:
     checkpoints = scene.run / "checkpoints"
-
-    def saved(step: int) -> bool:
-        return (checkpoints / f"step_{step}" / "manifest.json").exists()
-
     for number, (kind, place, deed, code, says) in enumerate(CHAIN):
-        scene.start(*OWN, *(["resume=latest"] if number else []))
+        scene.start(*OWN, "cluster.restarts=0", *(["resume=latest"] if number else []))
         if place == "learner optimizing":
-            scene.reach(lambda: saved(2), "a checkpoint")
+            scene.reach(lambda: saved(scene.run, 2), "a checkpoint")
         elif place == "learner forward":
-            scene.reach(lambda: saved(4), "another one")
+            scene.reach(lambda: saved(scene.run, 4), "another one")
         plan(scene.plan, place, deed)
         output = scene.ends(code)
         assert says in output and "Traceback" not in output, output
@@ -55,10 +74,29 @@ def test_a_run_broken_at_five_places_ends_as_one_that_was_not(scene: Scene, witn
         witness(kind)
     scene.start(*OWN, "resume=latest")
     scene.ends(0)
-    broken = scene.run.rename(scene.run.with_name("broken"))
-    scene.start(*OWN)
-    scene.ends(0)
-    _are_equal(broken, scene.run)
+    _are_equal(scene.run, whole)
+
+
+@pytest.mark.faults(*[kind for kind, *_ in IN_PLACE])
+def test_a_run_whose_learner_is_lost_at_four_places_goes_on_by_itself(
+    scene: Scene, witness: Witness, whole: Path
+) -> None:
+    """Before there is any checkpoint, after one, while one is written, and before the last one; nothing is resumed."""
+    plan(scene.plan, "learner optimizing", "SIGKILL", entry=4)  # both ranks have taken a step
+    scene.start(*OWN, "learner.deadline_s=30")
+    for number, (_, place, deed, after) in enumerate(IN_PLACE[1:], 1):
+        scene.reach(lambda after=after: saved(scene.run, after), f"the checkpoint of step {after}")
+        plan(scene.plan, place, deed, after=number)
+    output = scene.ends(0)
+    assert [f.place for f in scene.fired()] == [place for _, place, *_ in IN_PLACE], output
+    for kind, *_ in IN_PLACE:
+        witness(kind)
+    assert output.count("all ranks start anew from") == len(IN_PLACE), output
+    assert "start anew from the student they began with (steps to repeat: 1)" in scene.alarms()
+    assert "start anew from step_2 (" in scene.alarms() and "did not answer within 30 s" in scene.alarms()
+    assert "the checkpoint of step 6 is given up with the ranks that wrote it (a learner rank died" in output
+    assert "Traceback" not in output, output
+    _are_equal(scene.run, whole)
 
 
 def _are_equal(broken: Path, whole: Path) -> None:

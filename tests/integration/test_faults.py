@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,22 @@ class Scene:
         assert max(line["sample/staleness_max"] for line in metrics) <= staleness
 
 
+@contextmanager
+def placed(folder: Path) -> Iterator[Scene]:
+    """A scene in `folder`, of which no process is left afterwards."""
+    made = Scene(folder, f"faults-{os.getpid()}-{time.monotonic_ns()}")
+    made.plan.mkdir()
+    try:
+        yield made
+    finally:
+        for process in family(made.mark):
+            process.kill()
+
+
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
-    made = Scene(tmp_path, f"faults-{os.getpid()}-{time.monotonic_ns()}")
-    made.plan.mkdir()
-    yield made
-    for process in family(made.mark):
-        process.kill()
+    with placed(tmp_path) as made:
+        yield made
 
 
 def bear_witness(scene: Scene, witness: Witness, kinds: list[tuple[str, str]]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import OwnerDiedError
 
 from benchmarks.virtual_time import simulate
 from launch.pool import StudentPool
-from launch.supervision import Care
+from launch.supervision import Care, Fault, Faulty
 from opd.errors import DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Manifest, Receipt, Sampling, Sentinel, Weights
 from opd.types import Stop, TokenScores
@@ -217,3 +218,51 @@ def test_waiting_for_an_engine_has_a_deadline() -> None:
                 await task
 
     scene(work)
+
+
+def test_an_engine_that_cannot_read_what_a_lost_learner_laid_out_waits_for_the_next_weights() -> None:
+    """It is not at fault, and another in its place could not read them either."""
+
+    def gone(_: Weights) -> Receipt:
+        raise OwnerDiedError("0" * 56, None, "")  # type: ignore[arg-type]
+
+    async def work(pool: StudentPool, engines: list[Engine]) -> None:
+        for engine in engines:
+            engine.may_answer.set()
+        engines[0].answer = gone
+        await pool.receive(weights(1, "one"))
+        await pool.generate(requests(40))
+        assert [e.asked for e in engines] == [0, 40] and len(engines) == 2
+        engines[1].answer = gone
+        for engine in engines:
+            engine.may_answer.set()
+        with pytest.raises(OpdError, match=r"cannot read new weights \(OwnerDiedError.*publish them again"):
+            await pool.receive(weights(2, "two"))
+        for engine in engines:
+            engine.answer = Engine(0).answer
+            engine.may_answer.set()
+        await pool.receive(weights(2, "two"))  # from ranks that live
+        await pool.generate(requests(40))
+        assert [e.holds for e in engines] == [(2, "two")] * 2 and [e.asked for e in engines] == [20, 60]
+
+    scene(work, restarts=5)
+
+
+def test_an_engine_that_starts_fetches_live_weights_from_where_they_lie_now() -> None:
+    async def work(pool: StudentPool, engines: list[Engine]) -> None:
+        engines[0].may_answer.set()
+        await pool.receive(weights(1, "one"))
+        moved, other = weights(1, "one"), weights(1, "another")
+        pool.renew(other)
+        pool.renew(moved)
+        pool.renew(weights(2, "two"))
+        taken: list[Weights] = []
+        await pool.replicas.report(pool.replicas.serving[0], Faulty(Fault.DIED, "killed"))
+        await settle()
+        engines[1].answer = lambda w: taken.append(w) or Receipt(version=w.version, digest=w.digest, gap=0.0)
+        engines[1].may_answer.set()
+        await pool.generate(requests(1))
+        assert taken == [moved] and taken[0] is moved
+        assert engines[0].holds == (1, "one"), "one that serves was disturbed"
+
+    scene(work, engines=1, restarts=1)

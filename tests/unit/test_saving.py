@@ -10,8 +10,10 @@ import pytest
 
 from launch.checkpoint_store import CheckpointStore, verify
 from launch.checkpoints import DriverState
+from launch.learner_group import RanksLost
 from launch.pool import FollowedStudent, Follower
 from launch.saving import Retention, Saver
+from launch.supervision import Fault
 from learner import checkpoint
 from opd.errors import OpdError
 from opd.ports import Manifest, Receipt, Sentinel, Weights
@@ -22,7 +24,9 @@ class Ranks:
 
     def __init__(self) -> None:
         self.done, self.error = asyncio.Event(), None
+        self.errors: list[Exception] = []  # of the next calls
         self.saved: list[int] = []
+        self.kept_in: list[str] = []
         self._folder = Path()
 
     async def save(self, directory: Path, step: int) -> None:
@@ -31,11 +35,17 @@ class Ranks:
 
     async def written(self) -> dict[str, str]:
         await self.done.wait()
+        if self.errors:
+            raise self.errors.pop()
         if self.error is not None:
             raise self.error
         path = self._folder / "rank_0.safetensors"
         path.write_bytes(b"weights")
         return {path.name: checkpoint.digest(path)}
+
+    async def kept(self, directory: Path) -> None:
+        assert (directory / "rank_0.safetensors").exists()
+        self.kept_in.append(directory.parent.name)
 
 
 def state(step: int) -> DriverState:
@@ -68,7 +78,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         assert verify(store.path(2)).step == 2 and ranks.saved == [2, 4]
         await saver.begin(state(6))
         await saver.finish()
-        assert store.steps() == [6, 4]
+        assert store.steps() == [6, 4] and ranks.kept_in == ["step_2", "step_4", "step_6"]
 
     run(tmp_path, work)
 
@@ -110,6 +120,31 @@ def test_a_run_that_fails_keeps_the_checkpoint_under_way_if_it_can(
     assert ("could not be finished (a learner rank died)" in caplog.text) == (how == "failed")
 
 
+@pytest.mark.parametrize("how", ["training goes on", "last", "lost twice"])
+def test_a_checkpoint_is_given_up_with_the_ranks_that_wrote_it(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(saver: Saver, ranks: Ranks, store: CheckpointStore) -> None:
+        ranks.done.set()
+        ranks.errors = [RanksLost(Fault.DIED, "a learner rank died")] * (2 if how == "lost twice" else 1)
+        await saver.begin(state(2))
+        if how == "training goes on":
+            await asyncio.sleep(0.01)
+            saver.check()
+            assert list(store.folder.iterdir()) == [] and ranks.kept_in == []
+            await saver.begin(state(4))
+        if how == "lost twice":
+            with pytest.raises(OpdError, match=r"checkpoint of step 2 needs ranks that live .* lost twice"):
+                await saver.finish()
+        else:
+            await saver.finish()
+        assert store.steps() == {"training goes on": [4], "last": [2], "lost twice": []}[how]
+        assert ranks.saved == ([2, 4] if how == "training goes on" else [2, 2])
+
+    run(tmp_path, work)
+    assert "the checkpoint of step 2 is given up with the ranks that wrote it (a learner rank died)" in caplog.text
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
@@ -139,20 +174,41 @@ class CountingFollower(Follower):
         told.append(weights.version)
 
 
-def test_a_follower_takes_a_version_in_once_also_when_a_run_goes_on() -> None:
-    def weights(version: int) -> Weights:
-        nothing = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
-        manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
-        return Weights(version=version, manifest=manifest, chunks=(), digest="", sentinel=nothing)
+def published(version: int) -> Weights:
+    nothing = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
+    manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
+    return Weights(version=version, manifest=manifest, chunks=(), digest="", sentinel=nothing)
 
+
+def test_a_follower_takes_a_version_in_once_also_when_a_run_goes_on() -> None:
     async def main(seen: int, versions: list[int]) -> list[int]:
         versions_told: Any = []
         told = CountingFollower(replicas=versions_told, every=2, deadline_s=1.0)
         student = FollowedStudent(Engine(), {"default": told})
         student.seen = seen
         for version in versions:
-            await student.receive(weights(version))
+            await student.receive(published(version))
         return list(versions_told)
 
     assert asyncio.run(main(0, [0, 1, 2, 3, 4])) == [2, 4]
     assert asyncio.run(main(2, [2, 3, 4])) == [4]  # resumed after step 2, whose version is published again
+
+
+def test_a_follower_does_not_take_a_version_in_twice_when_the_learner_was_lost_meanwhile() -> None:
+    class Broken(CountingFollower):
+        """The learner is lost while it reads."""
+
+        async def follow(self, weights: Weights) -> None:
+            await super().follow(weights)
+            raise OpdError("the learner is gone")
+
+    async def main() -> None:
+        versions: Any = []
+        student = FollowedStudent(Engine(), {"default": Broken(replicas=versions, every=1, deadline_s=1.0)})
+        with pytest.raises(OpdError, match="the learner is gone"):
+            await student.receive(published(1))
+        with pytest.raises(OpdError, match=r"may have taken in version 1 in part and cannot do so twice"):
+            await student.receive(published(1))
+        assert versions == [1]
+
+    asyncio.run(main())
