@@ -26,7 +26,7 @@ class Plan:
     name: str
     actors: float
     learner: float
-    resume: bool = True
+    resume: bool = False
 
     def faults(self, step_s: float) -> Faults:
         """For steps that take so long when nothing fails."""
@@ -34,11 +34,11 @@ class Plan:
 
 
 def plans(cluster: Cluster, steps: int) -> list[Plan]:
-    """Three readings of "10 % failures", and the first without the restart of everything when the learner dies."""
+    """Three readings of "10 % failures", and the first with the restart of everything when the learner dies."""
     each, learner = 0.1 / cluster.actors, 0.1 * cluster.learner / cluster.actors
     return [
         Plan(name="one in 10 % of steps", actors=each, learner=learner),
-        Plan(name="the same, learner in place", actors=each, learner=learner, resume=False),
+        Plan(name="the same, the run resumed", actors=each, learner=learner, resume=True),
         Plan(name="10 % of actors, learner once", actors=0.1 / steps, learner=1 / steps),
         Plan(name="each actor in 10 % of steps", actors=0.1, learner=0.0),
     ]
@@ -76,7 +76,8 @@ def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
 
 def cluster(sizes: Sequence[int], steps: int = 60) -> None:
     """The table, a row at a time."""
-    logging.getLogger("launch.supervision").setLevel(logging.ERROR)  # a sentence for every failure
+    for name in ("launch.supervision", "launch.learner_restart"):  # a sentence for every failure
+        logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(width=200)
     table = Table(
         "devices", "arm", "step, s", "weak scaling (0.95)", "effective time (0.90)", "not lost",

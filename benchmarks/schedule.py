@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,15 @@ from benchmarks.simulated import (
     DEVICE,
     Cluster,
     Kind,
-    LearnerLost,
     Prompts,
-    SimulatedLearner,
     SimulatedStudent,
     SimulatedTeacher,
     Workload,
 )
+from benchmarks.simulated_learner import SimulatedLearner
 from benchmarks.stand_ins import Busy, Faults
 from benchmarks.virtual_time import simulate
+from launch.learner_group import RanksLost
 from opd import limits, ports
 from opd.ledger import Ledger
 from opd.limits import Floors
@@ -133,7 +134,7 @@ class Run:
 
 @dataclass
 class _Player:
-    """A run in virtual time: it ends when the learner dies, and is resumed until all steps are done."""
+    """A run in virtual time: if it ends when the learner dies, it is resumed until all steps are done."""
 
     made: Run
     load: Workload
@@ -153,18 +154,25 @@ class _Player:
         while self.saved[0] < self.steps:
             try:
                 await self._session()
-            except* LearnerLost:
-                self._fall_back()
+            except* RanksLost:
+                await self._fall_back()
 
     async def _session(self) -> None:
         first, ledger = self.saved[0], Ledger.from_json(self.saved[1])
         ledger.reopen()
         await asyncio.gather(self.student.start(), self.teacher.start())
 
+        learner, restarting = self.learner.learner(), not self.faults.resume
+
         async def checkpoint(record: StepRecord) -> None:
             last = record.step == self.steps
-            if last or (self.checkpoint_every and record.step % self.checkpoint_every == 0):
-                await asyncio.sleep(0.0 if last else self.learner.copy_s)
+            if not last and self.checkpoint_every and record.step % self.checkpoint_every == 0:
+                folder = Path(f"step_{record.step}")
+                await learner.save(folder, record.step)
+                if restarting:
+                    await learner.kept(folder)
+                self.saved = record.step, ledger.to_json()
+            elif last:
                 self.saved = record.step, ledger.to_json()
 
         engines = ports.Engines(
@@ -172,14 +180,16 @@ class _Player:
         )
         try:
             await go(
-                self.load, engines, self.learner, [self._observe, checkpoint], first, self.steps, self.arm.ahead, ledger
+                self.load, engines, learner, [self._observe, checkpoint], first, self.steps, self.arm.ahead, ledger
             )
         finally:
             await self.student.stop()
             await self.teacher.stop()
 
-    def _fall_back(self) -> None:
+    async def _fall_back(self) -> None:
         """Nothing after the checkpoint counts; while the run started anew, nobody worked."""
+        self.learner.done = self.saved[0]
+        await asyncio.sleep(self.faults.restart_s)
         away = self.faults.notice_s + self.faults.restart_s
         self.made.resumed += 1
         del self.made.marks[self.saved[0] :]

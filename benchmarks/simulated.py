@@ -3,30 +3,27 @@
 The loop, the method, the ledger, the packing and the pools with their supervision are the real ones; actors are
 stand-ins (`stand_ins.py`). One simulated token stands for `grain` real ones. An engine of the student writes in
 `slots`: a request holds one for its prefill and, per token, for the time of a decode step of a full engine. A teacher
-reads a call at a time, the learner's ranks work until the last one is done.
+reads a call at a time. The learner is in `simulated_learner.py`.
 """
 
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
-from random import Random
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from actors.engine import SMALLEST_PART
-from benchmarks.stand_ins import CARE, Busy, Crew, Faults, Worker, actor, end
+from benchmarks.stand_ins import CARE, Crew, Faults, Worker, actor, end
 from launch.pool import StudentPool, TeacherPool
 from opd import limits, ports
-from opd.errors import OpdError
-from opd.limits import Decoding, Hardware, Lengths, ModelShape, Training
+from opd.limits import Decoding, Hardware, Lengths, ModelShape
 from opd.seeds import sampling_seed
-from opd.types import Prompt, StepReport, Stop, TokenScores
+from opd.types import Prompt, Stop, TokenScores
 
-CHECKPOINT_BYTES = 12  # of a parameter: float32 weight and two moments
 STUDENT = ModelShape(
     params=7_570_000_000, layers=36, width=4096, vocabulary=151_936, heads=32, kv_heads=8, head_dim=128
 )
@@ -253,98 +250,6 @@ def _part(requests: int) -> int:
 
 async def _nothing(_: Any) -> None:
     """A teacher takes no weights."""
-
-
-class LearnerLost(OpdError):
-    """The learner died, and with it the run."""
-
-
-@dataclass(slots=True)
-class SimulatedLearner:
-    """`cluster.learner` ranks that wait for the slowest, and push their weights (`opd.ports.Learner`)."""
-
-    cluster: Cluster
-    load: Workload
-    faults: Faults
-    busy: Busy = field(default_factory=Busy)
-    failures: int = 0
-    layout: ports.Layout = field(init=False)
-    _draw: Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        longest = (self.load.prompt + self.load.most) // self.load.grain + 1
-        self.layout = ports.Layout(ranks=self.cluster.learner, tokens_per_microbatch=2 * longest)
-        self._draw = Random(self.load.seed + 3)
-
-    @property
-    def push_s(self) -> float:
-        """Seconds until all engines have new weights."""
-        kind = self.cluster.kind
-        return limits.push(limits.dense_bytes(kind.student), kind.hardware, self.cluster.rollout, chunks=4096)
-
-    @property
-    def training(self) -> Training:
-        """Ranks with recomputed activations."""
-        return Training(ranks=self.cluster.learner, stage=2, recompute=True)
-
-    async def step(self, batches: Sequence[Sequence[Any]], objective: Any) -> StepReport:
-        """As long as the slowest rank takes; a failure repeats what was done."""
-        loads = [self._flops(rank) for rank in batches]
-        total = sum(loads)
-        seconds = self.computing_s(max(loads) * len(loads))
-        self.busy.useful += self.computing_s(total) * self.cluster.learner
-        if self._draw.random() < self.faults.learner:
-            await self._die(seconds)
-        await asyncio.sleep(seconds)
-        tokens = sum(len(b.input_ids) for rank in batches for b in rank)
-        return StepReport(loss=1.0, grad_norm=1.0, lr=1.0, tokens=tokens, trained_tokens=tokens, metrics={})
-
-    async def _die(self, seconds: float) -> None:
-        """At some moment of a step that takes `seconds`."""
-        done, away = self._draw.random() * seconds, self.faults.notice_s + self.faults.restart_s
-        self.failures += 1
-        self.busy.lost += done * self.cluster.learner
-        self.busy.down += away * self.cluster.learner
-        await asyncio.sleep(done + away)
-        if self.faults.resume:
-            raise LearnerLost("a rank died")
-
-    def _flops(self, rank: Sequence[Any]) -> float:
-        read = np.concatenate([np.diff(b.cu_seqlens) + 1.0 for b in rank]) * self.load.grain
-        logits = float(sum(len(b) for b in rank) * self.load.grain)
-        return self.cluster.kind.student.forward_flops(np.zeros_like(read), read, logits)
-
-    def computing_s(self, flops: float) -> float:
-        """Of so many operations of the forward pass, shared evenly by all ranks."""
-        passes = limits.TRAIN // limits.FORWARD + self.training.recompute
-        kind, ranks = self.cluster.kind, self.cluster.learner
-        optimizer = limits.ADAM_BYTES * kind.student.params / (ranks * kind.hardware.memory)
-        return passes * flops / (ranks * kind.hardware.flops) + optimizer
-
-    @property
-    def copy_s(self) -> float:
-        """Seconds until master weights and moments are in the hosts' memory, which is what a checkpoint waits for."""
-        kind = self.cluster.kind
-        return CHECKPOINT_BYTES * kind.student.params / (self.cluster.learner * kind.hardware.link)
-
-    async def publish(self, student: ports.StudentEngine, version: int) -> ports.PublishReport:
-        """Push, then live."""
-        await asyncio.sleep(self.push_s)
-        self.busy.useful += self.push_s * self.cluster.learner
-        await student.receive(_weights(version))
-        nbytes = round(limits.dense_bytes(self.cluster.kind.student))
-        return ports.PublishReport(version=version, gap=0.0, nbytes=nbytes)
-
-
-def _weights(version: int) -> ports.Weights:
-    nothing = np.zeros(0, dtype=np.float32)
-    return ports.Weights(
-        version=version,
-        manifest=ports.Manifest(names=(), dtypes=(), shapes=(), nbytes=0),
-        chunks=(),
-        digest="",
-        sentinel=ports.Sentinel(ids=np.zeros(1, dtype=np.int32), logprobs=nothing, tolerance=1.0),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,9 +24,9 @@ class Faults:
     """An actor dies `rate` times in `every_s` seconds on average; that is noticed after `notice_s`, and its replacement
     works `restart_s` later.
 
-    The learner, whose ranks stop together, dies in a step with probability `learner`. `resume`: that ends the run,
-    which goes on from its last checkpoint with nothing of what was in flight (as runs do); otherwise only the learner
-    starts anew and does the step again.
+    The learner, whose ranks stop together, dies in a step with probability `learner`; its ranks start anew beside the
+    driver. `resume`: that ends the run instead (`cluster.restarts=0`), which goes on from its last checkpoint with
+    nothing of what was in flight.
     """
 
     rate: float = 0.0
@@ -34,7 +34,7 @@ class Faults:
     notice_s: float = 5.0
     restart_s: float = 30.0
     learner: float = 0.0
-    resume: bool = True
+    resume: bool = False
 
 
 @dataclass(slots=True)

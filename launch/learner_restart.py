@@ -55,6 +55,11 @@ async def _fine(_: Any) -> None:
     """Nothing to ask new ranks."""
 
 
+async def verified(directory: Path) -> None:
+    """Raise if the checkpoint with the learner's files in `directory` is not whole: every byte of it is read."""
+    await asyncio.to_thread(verify, directory.parent)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How ranks come into being.
@@ -66,7 +71,7 @@ class Recipe:
     make: Callable[[], Ranks]
     ready: Callable[[Any], Awaitable[None]] = _fine
     renew: Callable[[Weights], None] = lambda weights: None  # noqa: ARG005
-    check: Callable[[Path], Any] = lambda folder: verify(folder.parent)
+    check: Callable[[Path], Awaitable[None]] = verified
 
 
 class RestartingLearner:
@@ -205,7 +210,7 @@ class RestartingLearner:
         await self._once("setting up", lambda ranks: ranks.setup())
         await self._once("setting up", self._recipe.ready)
         if base is not None:
-            await asyncio.to_thread(self._recipe.check, base)
+            await self._recipe.check(base)
             await self._once("loading", lambda ranks: ranks.load(base))
         for number, taken in enumerate(self._journal.steps, first):
             try:

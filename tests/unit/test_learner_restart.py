@@ -63,8 +63,11 @@ class World:
         return Recipe(
             make=self.make,
             renew=lambda weights: self.renewed.append((weights.version, weights.digest)),
-            check=lambda folder: self.checked.append(folder.name),
+            check=self.check,
         )
+
+    async def check(self, folder: Path) -> None:
+        self.checked.append(folder.name)
 
     @property
     def calls(self) -> list[list[str]]:

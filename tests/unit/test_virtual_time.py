@@ -151,14 +151,14 @@ def test_parts_come_when_they_are_full_and_what_was_not_delivered_is_lost_with_t
     assert busy.lost == pytest.approx((2.5 + 2.5) / 2), "3 had ended at 4.5 s, 4 had begun at 4 s"
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(("rate", "resume"), [(0.0, False), (0.2, False), (0.2, True)])
 @pytest.mark.parametrize("arm", [ARMS[0], AHEAD], ids=lambda arm: arm.name)
-def test_a_run_repeats_bit_for_bit(arm: Arm, rate: float) -> None:
-    faults = Faults(rate=rate, every_s=100.0, restart_s=10.0, learner=rate)
+def test_a_run_repeats_bit_for_bit(arm: Arm, rate: float, resume: bool) -> None:
+    faults = Faults(rate=rate, every_s=100.0, restart_s=10.0, learner=rate / 2, resume=resume)
     one, two = (run(CLUSTER, SMALL, arm, 3, faults, checkpoint_every=2) for _ in range(2))
     assert one.digest == two.digest and one.marks == two.marks
-    assert (one.failures > 0) == (one.resumed > 0) == (rate > 0)
-    assert run(CLUSTER, replace(SMALL, seed=1), arm, 3, faults).digest != one.digest
+    assert (one.failures > 0) == (rate > 0) and (one.resumed > 0) == resume
+    assert run(CLUSTER, replace(SMALL, seed=1), arm, 3, faults, checkpoint_every=2).digest != one.digest
     assert one.staleness <= arm.ahead
 
 
