@@ -143,9 +143,9 @@ class RestartingLearner:
         try:
             return await ranks.written()
         except RanksLost as lost:
-            if ranks is self._ranks:
+            if ranks is self._ranks:  # nobody has noticed yet; whoever asks next starts others
+                self._check_restart(lost)
                 self._lost = self._lost or lost
-            self._check_restart(lost)
             raise
 
     async def kept(self, directory: Path) -> None:

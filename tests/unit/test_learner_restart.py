@@ -222,6 +222,30 @@ def test_a_checkpoint_that_is_being_written_is_no_checkpoint() -> None:
     assert len(learner.history) == 2
 
 
+def test_a_checkpoint_is_given_up_also_when_its_writers_took_the_last_restart() -> None:
+    world = World(["step 2"])
+
+    async def work(learner: RestartingLearner) -> None:
+        await steps(learner, 1)
+        await learner.save(Path("step_1"), 1)
+        gate = asyncio.Event()
+
+        async def written(ranks: FakeRanks = world.generations[0]) -> dict[str, str]:
+            await gate.wait()
+            return await FakeRanks.written(ranks)
+
+        world.generations[0].written = written  # type: ignore[method-assign]
+        writing = asyncio.create_task(learner.written())
+        await asyncio.sleep(0)
+        await steps(learner, 2)  # the one restart there is
+        gate.set()
+        with pytest.raises(RanksLost):
+            await writing
+        await steps(learner, 3)
+
+    assert len(play(world, work, restarts=1).history) == 1
+
+
 def test_a_resumed_learner_begins_again_where_it_was_resumed() -> None:
     world = World(["step 8"], disk={"step_6": (1, 2, 3, 4, 5, 6)})
 
