@@ -153,7 +153,7 @@ def test_an_asynchronous_run_survives_deaths_in_every_state(scene: Scene, witnes
     "engine killed", "teacher killed",
 )  # fmt: skip
 def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, witness: Witness) -> None:
-    steps = 14
+    steps = 40
     plan(scene.plan, "learner beginning", "kill engine", entry=3)
     plan(scene.plan, "learner beginning", "kill teacher 1 5", entry=5, after=1)
     plan(scene.plan, "teacher scoring", "SIGSTOP", after=2)
