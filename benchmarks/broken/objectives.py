@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -17,17 +18,9 @@ from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Traject
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SoldAsReverseKL:
-    @property
-    def consumes(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.ReverseKL()
+    consumes: ClassVar[type[Scores]] = TokenScores
+    on_policy: ClassVar[bool] = True
+    promise: ClassVar[exact.Promise] = exact.ReverseKL()
 
 
 def _written(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
@@ -75,13 +68,8 @@ class RawTopK(_SoldAsReverseKL):
     The sum is no divergence, so training keeps the promise and still pushes a student that equals its teacher.
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.Truncated(of=exact.ReverseKL(), support=exact.Testified())
+    consumes: ClassVar[type[Scores]] = TopKScores
+    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.ReverseKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         return _written(student, batch, _raw(student, batch))
@@ -91,9 +79,7 @@ class RawTopK(_SoldAsReverseKL):
 class HeadTailAsPublished(_SoldAsReverseKL):
     """Raw head and sampled tail: unbiased in value, biased in gradient by that of the mass on S."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
+    consumes: ClassVar[type[Scores]] = TopKScores
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         written = student.at(batch.target_ids)
@@ -107,9 +93,7 @@ class HeadTailAsPublished(_SoldAsReverseKL):
 class MicrobatchMean(_SoldAsReverseKL):
     """The exact reverse KL, averaged over whatever tokens happen to lie in the same micro-batch."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
+    consumes: ClassVar[type[Scores]] = VocabularyScores
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs

@@ -1,6 +1,7 @@
 """Reverse KL on tokens that the learner draws itself: several per state, from the current student."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +49,10 @@ class MonteCarloReverseKL:
     2606.24143, finds m = 4 as good as 64.) Noise is counter-based, so packing does not change it.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.ReverseKL()
+
     samples: int = 4
     seed: int = 0
 
@@ -56,18 +61,6 @@ class MonteCarloReverseKL:
             raise ConfigurationError(
                 f"objective MonteCarloReverseKL needs samples >= 1, but got {self.samples}; set objective.samples"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.ReverseKL()
 
     def draw(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> Int[Tensor, "n m"]:
         """Ids by inversion of the student's cumulative distribution."""

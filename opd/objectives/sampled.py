@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 import torch
 
@@ -34,16 +35,11 @@ class SampledReverseKL:
     token (`top_p=1`).
     """
 
+    consumes: ClassVar[type[Scores]] = TokenScores
+    on_policy: ClassVar[bool] = True
+
     coefficient: float = 1.0
     signal: Speaker = Speaker.BEHAVIOR
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
 
     @property
     def promise(self) -> exact.Promise:
@@ -65,17 +61,9 @@ class SampledReverseKL:
 class Likelihood:
     """Negative log-likelihood of the written token: SFT, and sequence-level distillation on teacher text."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return Scores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.CrossEntropy()
+    consumes: ClassVar[type[Scores]] = Scores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.CrossEntropy()
 
     def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
@@ -89,6 +77,9 @@ class ClippedPolicyGradient:
     `r = p / mu`. With one update per batch and fresh rollouts `r` is 1 and nothing is clipped.
     """
 
+    consumes: ClassVar[type[Scores]] = AdvantageScores
+    on_policy: ClassVar[bool] = True
+
     clip_low: float = 0.2
     clip_high: float = 0.2
 
@@ -98,14 +89,6 @@ class ClippedPolicyGradient:
                 f"objective ClippedPolicyGradient needs 0 < clip_low <= 1 and clip_high > 0, got {self}; "
                 "the published value of both is 0.2"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return AdvantageScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
 
     @property
     def promise(self) -> exact.Promise:

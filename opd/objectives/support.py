@@ -6,6 +6,7 @@ the current student. Cheaper on the wire, and fixed when the scorer asks, are th
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -94,16 +95,11 @@ class SupportReverseKL:
     log-ratio is detached); which ids are members is not differentiated.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
     support: exact.Support = field(default_factory=exact.Union)
     outside: Outside = Outside.RENORMALIZED
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     @property
     def promise(self) -> exact.Promise:
@@ -123,6 +119,9 @@ class SupportForwardKL:
     divergence (it can be negative, and falls without bound in the mass of S), so NOTHING is refused.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
     support: exact.Support = field(default_factory=exact.Union)
     outside: Outside = Outside.BUCKET
 
@@ -132,14 +131,6 @@ class SupportForwardKL:
                 "objective SupportForwardKL needs outside=RENORMALIZED or BUCKET, got NOTHING: the forward KL summed "
                 "over a part of the vocabulary is no divergence; choose BUCKET"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     @property
     def promise(self) -> exact.Promise:
@@ -161,6 +152,9 @@ class EntropyAwareKL:
     (`outside`) and its weight (`forward_weight`). The published PPO clip never acts with one update per batch.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = True
+
     threshold: float = 0.8
     k: int = 16
     outside: Outside = Outside.RENORMALIZED
@@ -172,14 +166,6 @@ class EntropyAwareKL:
                 f"objective EntropyAwareKL needs k >= 1 and outside=RENORMALIZED or BUCKET, got {self}; "
                 "published is k=16"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
 
     @property
     def promise(self) -> exact.Promise:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -54,6 +55,9 @@ class StudentRollout:
     the student's support.
     """
 
+    needs_writer: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = True
+
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
@@ -62,14 +66,6 @@ class StudentRollout:
     @property
     def records(self) -> type[TokenScores]:
         return TopKScores if self.record_topk else TokenScores
-
-    @property
-    def needs_writer(self) -> bool:
-        return False
-
-    @property
-    def on_policy(self) -> bool:
-        return True
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(
@@ -89,21 +85,13 @@ class TeacherRollout:
     teacher sample per prompt" is what a fixed set means.
     """
 
+    records: ClassVar[type[TokenScores]] = TokenScores
+    needs_writer: ClassVar[bool] = True
+    on_policy: ClassVar[bool] = False
+
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-
-    @property
-    def records(self) -> type[TokenScores]:
-        return TokenScores
-
-    @property
-    def needs_writer(self) -> bool:
-        return True
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)

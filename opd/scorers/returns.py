@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -21,6 +22,11 @@ class WithReturns:
     which is the same while rollouts are fresh. Published in code: discount 0.95, reward scale 0.5.
     """
 
+    needs: ClassVar[type[Scores]] = TokenScores
+    produces: ClassVar[type[Scores]] = TopKReturnScores
+    asks: ClassVar[Kinds] = frozenset({TopK})
+    min_group: ClassVar[int] = 1
+
     k: int = 16
     discount: float = 1.0
     length_normalized: bool = True
@@ -31,22 +37,6 @@ class WithReturns:
             raise ConfigurationError(
                 f"scorer WithReturns needs 0 <= discount <= 1 and reward_scale > 0, got {self}; correct scorer.*"
             )
-
-    @property
-    def needs(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def produces(self) -> type[Scores]:
-        return TopKReturnScores
-
-    @property
-    def asks(self) -> Kinds:
-        return frozenset({TopK})
-
-    @property
-    def min_group(self) -> int:
-        return 1
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await TeacherTopK(k=self.k)(trajectories, engines)

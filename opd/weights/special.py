@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -19,11 +19,9 @@ class SkipFirst:
     without ids nothing is skipped.
     """
 
-    token_ids: Sequence[int] = ()
+    consumes: ClassVar[type[Scores]] = Scores
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return Scores
+    token_ids: Sequence[int] = ()
 
     def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
         return [self._weights(s.trajectory.token_ids) for s in scored]
