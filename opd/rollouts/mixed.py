@@ -34,6 +34,10 @@ class AnswerRollout:
     def on_policy(self) -> bool:
         return False
 
+    @property
+    def truncated(self) -> bool:
+        return True
+
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         start = engines.tokenizer.encode("")  # what a template puts before every text
         return [self._one(prompt, i, len(start), engines) for i, prompt in enumerate(group)]
@@ -97,6 +101,10 @@ class Mixed:
     @property
     def on_policy(self) -> bool:
         return self.fraction == 1
+
+    @property
+    def truncated(self) -> bool:
+        return self.student.truncated or (self.fraction < 1 and self.fixed.truncated)
 
     @property
     def limits(self) -> tuple[MixtureLimit, ...]:
