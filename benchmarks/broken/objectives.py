@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from opd import divergences as exact
+from opd.diagnostics import mismatch
 from opd.logits import StudentLogits
-from opd.objectives.sampled import mismatch
 from opd.objectives.vocabulary import divergence
 from opd.ports import Engines
 from opd.rollouts.student import StudentRollout

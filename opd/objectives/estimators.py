@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import known
 from opd.logits import StudentLogits
 from opd.objectives.vocabulary import divergence
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
@@ -32,11 +32,8 @@ class _OnWrittenTokens:
 
 
 def _result(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
-    logprobs = student.at(batch.target_ids)
-    log_ratio = (logprobs - batch.scores.logprobs).detach()
-    return TokenLoss(
-        loss=loss, metrics={"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
-    )
+    log_ratio = (student.at(batch.target_ids) - batch.scores.logprobs).detach()
+    return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **known(student, batch)})
 
 
 def _rewarded(student: StudentLogits, batch: Batch[TokenScores], baseline: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from enum import Enum
 import torch
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import by_depth, known
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
@@ -57,7 +57,7 @@ class SampledReverseKL:
         own = batch.behavior_logprobs if self.signal is Speaker.BEHAVIOR else logprobs.detach()
         log_ratio = own - batch.scores.logprobs
         ratio = (logprobs - batch.behavior_logprobs).exp()
-        metrics = {"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
+        metrics = {"reverse_kl": log_ratio, **known(student, batch)}
         return TokenLoss(loss=ratio * (self.coefficient * log_ratio), metrics=metrics)
 
 
@@ -79,7 +79,7 @@ class Likelihood:
 
     def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
-        return TokenLoss(loss=-logprobs, metrics={"entropy": student.entropy})
+        return TokenLoss(loss=-logprobs, metrics=by_depth({"entropy": student.entropy}, batch.depth))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,5 +118,5 @@ class ClippedPolicyGradient:
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
         was_clipped = (clipped * advantages < ratio * advantages).to(loss.dtype).detach()
-        metrics = {"pg_clipfrac": was_clipped, "entropy": student.entropy, **mismatch(logprobs, batch)}
+        metrics = {"pg_clipfrac": was_clipped, **known(student, batch)}
         return TokenLoss(loss=loss, metrics=metrics)
