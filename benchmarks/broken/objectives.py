@@ -8,10 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from opd import divergences as exact
+from opd.diagnostics import mismatch
 from opd.logits import StudentLogits
-from opd.objectives.sampled import mismatch
 from opd.objectives.vocabulary import divergence
 from opd.ports import Engines
+from opd.rollouts.student import StudentRollout
 from opd.scorers.teacher import WrittenTokens
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Trajectory, VocabularyScores
 
@@ -107,3 +108,10 @@ class ShiftedWrittenTokens(WrittenTokens):
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await WrittenTokens()(trajectories, engines)
         return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in said if isinstance(s, TokenScores)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilentNucleus(StudentRollout):
+    """Text cut to the nucleus that does not say so; `Method` would refuse it otherwise."""
+
+    truncated: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import known
 from opd.logits import StudentLogits
 from opd.objectives.vocabulary import divergence
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
@@ -28,11 +28,8 @@ class _OnWrittenTokens:
 
 
 def _result(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
-    logprobs = student.at(batch.target_ids)
-    log_ratio = (logprobs - batch.scores.logprobs).detach()
-    return TokenLoss(
-        loss=loss, metrics={"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
-    )
+    log_ratio = (student.at(batch.target_ids) - batch.scores.logprobs).detach()
+    return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **known(student, batch)})
 
 
 def _rewarded(student: StudentLogits, batch: Batch[TokenScores], baseline: Tensor) -> Tensor:

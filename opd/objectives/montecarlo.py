@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import known
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
@@ -75,8 +75,7 @@ class MonteCarloReverseKL:
         p, q = student.at_support(ids), batch.scores.vocabulary_logprobs.gather(-1, ids)
         old = p.detach()
         loss = ((p - old).exp() * (old - q)).mean(-1)
-        metrics = {"reverse_kl": loss.detach(), "entropy": student.entropy}
-        return TokenLoss(loss=loss, metrics={**metrics, **mismatch(student.at(batch.target_ids), batch)})
+        return TokenLoss(loss=loss, metrics=known(student, batch))
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         return self.given(self.draw(student, batch), student, batch)

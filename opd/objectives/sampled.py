@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import by_depth, known
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
@@ -53,7 +53,7 @@ class SampledReverseKL:
         own = batch.behavior_logprobs if self.signal is Speaker.BEHAVIOR else logprobs.detach()
         log_ratio = own - batch.scores.logprobs
         ratio = (logprobs - batch.behavior_logprobs).exp()
-        metrics = {"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
+        metrics = {"reverse_kl": log_ratio, **known(student, batch)}
         return TokenLoss(loss=ratio * (self.coefficient * log_ratio), metrics=metrics)
 
 
@@ -67,7 +67,7 @@ class Likelihood:
 
     def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
-        return TokenLoss(loss=-logprobs, metrics={"entropy": student.entropy})
+        return TokenLoss(loss=-logprobs, metrics=by_depth({"entropy": student.entropy}, batch.depth))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,5 +101,5 @@ class ClippedPolicyGradient:
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
         was_clipped = (clipped * advantages < ratio * advantages).to(loss.dtype).detach()
-        metrics = {"pg_clipfrac": was_clipped, "entropy": student.entropy, **mismatch(logprobs, batch)}
+        metrics = {"pg_clipfrac": was_clipped, **known(student, batch)}
         return TokenLoss(loss=loss, metrics=metrics)

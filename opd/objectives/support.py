@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import vocabulary_metrics
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
@@ -77,12 +77,10 @@ def _metrics(student: StudentLogits, batch: Batch[VocabularyScores], members: Bo
     with torch.no_grad():
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
         return {
-            "reverse_kl": (p.exp() * (p - q)).sum(-1),
             "support_size": members.sum(-1).to(p.dtype),
             "student_mass": (p.exp() * members).sum(-1),
             "teacher_mass": (q.exp() * members).sum(-1),
-            "entropy": student.entropy,
-            **mismatch(student.at(batch.target_ids), batch),
+            **vocabulary_metrics(student, batch),
         }
 
 
@@ -181,7 +179,6 @@ class EntropyAwareKL:
         gated = torch.where(entropy > self.threshold, forward, torch.zeros_like(forward))
         reverse = (written - batch.behavior_logprobs).exp() * (written.detach() - batch.scores.logprobs)
         metrics = {
-            "teacher_entropy": entropy,
             "uncertain_share": (entropy > self.threshold).to(q.dtype),
             **_metrics(student, batch, members),
         }

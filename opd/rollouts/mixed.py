@@ -23,6 +23,7 @@ class AnswerRollout:
     records: ClassVar[type[TokenScores]] = TokenScores
     needs_writer: ClassVar[bool] = False
     on_policy: ClassVar[bool] = False
+    truncated: ClassVar[bool] = True
 
     max_tokens: int
 
@@ -89,6 +90,10 @@ class Mixed:
     @property
     def on_policy(self) -> bool:
         return self.fraction == 1
+
+    @property
+    def truncated(self) -> bool:
+        return self.student.truncated or (self.fraction < 1 and self.fixed.truncated)
 
     @property
     def limits(self) -> tuple[MixtureLimit, ...]:

@@ -19,7 +19,8 @@ class WithReturns:
 
     Reward of a token: `log q - log mu`, times `reward_scale`. With `length_normalized` a return is divided by the
     number of tokens that remain (MiniLLM, arXiv 2306.08543). The writer's log-probability stands for the student's,
-    which is the same while rollouts are fresh. Published in code: discount 0.95, reward scale 0.5.
+    which is the same while rollouts are fresh. Published in code: discount 0.95, and rewards divided by 0.5 before the
+    advantages are whitened, which undoes it; the paper's equation has `reward_scale` 1.
     """
 
     needs: ClassVar[type[Scores]] = TokenScores
