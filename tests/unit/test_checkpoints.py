@@ -101,6 +101,24 @@ def test_the_same_step_again_replaces_it(store: CheckpointStore) -> None:
     assert verify(store.path(2)).step == 2
 
 
+@pytest.mark.faults("checkpoint foreign or incomplete")
+def test_a_checkpoint_under_another_step_s_name_is_none(store: CheckpointStore, witness: Witness) -> None:
+    """Every digest is right; taken for step 6, it would be removed as one that comes after the step it goes on from."""
+    write(store, 2)
+    os.rename(write(store, 4), store.path(6))
+    witness("checkpoint foreign or incomplete")
+    place, found, skipped = store.newest_whole()
+    assert (place, found.step) == (store.path(2), 2)
+    assert len(skipped) == 1 and "step_6 is of step 4" in skipped[0] and "\n" not in skipped[0]
+
+
+def test_a_run_whose_checkpoints_were_removed_has_none(tmp_path: Path) -> None:
+    gone = CheckpointStore(tmp_path / "checkpoints")
+    gone.recover()
+    with pytest.raises(ConfigurationError, match="no checkpoint to go on from"):
+        gone.newest_whole()
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a missing manifest": lambda p: (p / "manifest.json").unlink(),
     "a foreign manifest": lambda p: (p / "manifest.json").write_text("{}"),
