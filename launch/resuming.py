@@ -116,9 +116,12 @@ def open_directory(config: RunConfig, resumed: Resumption | None) -> RunDirector
 
 
 def rewind(directory: RunDirectory, resumed: Resumption, steps: int) -> None:
-    """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended."""
-    directory.rewind(resumed.state.step, steps)
+    """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended.
+
+    Checkpoints go first: one whose lines are gone would leave a hole if a crash came between.
+    """
     CheckpointStore(directory.checkpoints).forget_after(resumed.state.step)
+    directory.rewind(resumed.state.step, steps)
 
 
 def history(directory: RunDirectory) -> list[Mapping[str, float]]:

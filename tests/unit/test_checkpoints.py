@@ -25,6 +25,8 @@ from launch.checkpoints import (
     newest_first,
 )
 from launch.config import run_config
+from launch.resuming import Resumption, rewind
+from launch.run_directory import RunDirectory, append_json, read_jsonl
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ledger import Ledger
@@ -110,6 +112,29 @@ def test_a_checkpoint_under_another_step_s_name_is_none(store: CheckpointStore, 
     place, found, skipped = store.newest_whole()
     assert (place, found.step) == (store.path(2), 2)
     assert len(skipped) == 1 and "step_6 is of step 4" in skipped[0] and "\n" not in skipped[0]
+
+
+def test_a_crash_while_a_run_is_rewound_leaves_no_checkpoint_without_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`resume=2` of a run that has come to step 4, cut off at its first and its second removal."""
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number, victim in enumerate((CheckpointStore, RunDirectory)):
+        directory = RunDirectory.create(tmp_path, f"r{number}")
+        store = CheckpointStore(directory.checkpoints)
+        for step in (1, 2, 3, 4):
+            append_json(directory.metrics, {"step": step})
+        write(store, 2), write(store, 4)
+        resumed = Resumption(checkpoint=store.path(2), state=state(2), same_run=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(victim, "forget_after" if victim is CheckpointStore else "rewind", crash)
+            with pytest.raises(KeyboardInterrupt):
+                rewind(directory, resumed, 6)
+        newest = store.newest_whole()[1].step
+        assert len(read_jsonl(directory.metrics)) >= newest, "steps that no line tells of"
 
 
 def test_a_run_whose_checkpoints_were_removed_has_none(tmp_path: Path) -> None:
