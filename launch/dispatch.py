@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from launch.supervision import Fault, Faulty, Replica, Replicas, brief, within
+from launch.supervision import Fault, Faulty, Replica, Replicas, brief, how_lost, within
 from opd.errors import DataError, OpdError
 
 Request = TypeVar("Request")
@@ -172,7 +172,7 @@ class Dispatcher(Generic[Request, Answer]):
         except Exception as error:
             if not self.lost(error):
                 raise
-            raise await self._fault(replica, Fault.DIED, brief(error), error) from error
+            raise await self._fault(replica, how_lost(error), brief(error), error) from error
         finally:
             replica.load -= left
 

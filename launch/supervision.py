@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
-from opd.errors import ConfigurationError, DataError, OpdError
+from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 
 Answer = TypeVar("Answer")
 Look = Callable[..., Awaitable[str]]  # where these actors stand: the end of a sentence
@@ -72,6 +72,11 @@ async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer
 def brief(error: BaseException) -> str:
     """What kind of error, and its first line: Ray adds a page about what may have killed a process."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def how_lost(error: BaseException) -> Fault:
+    """What was wrong with a replica that is lost with this error."""
+    return Fault.HUNG if isinstance(error, ServiceHung) else Fault.DIED
 
 
 async def unseen(*_: Any) -> str:
