@@ -21,7 +21,18 @@ from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung, Ser
 from teacher_service.backends.torch_forward import TorchTeacher
 from tests.fault_matrix import Witness
 
-FAULTS = ("die before", "die between", "hang", "say to be stuck", "lie", "say too little", "say nothing more")
+FAULTS = (
+    "die before",
+    "die between",
+    "hang",
+    "say to be stuck",
+    "lie",
+    "say too little",
+    "say nothing more",
+    "answer twice",
+    "answer what nobody asked",
+    "say nothing at all",
+)
 
 
 @dataclass
@@ -57,10 +68,14 @@ class Actor:
                 if fault == "say too little":
                     self.shop.fired[fault] += 1
                     said.pop()
+                if fault in ("answer twice", "answer what nobody asked", "say nothing at all"):
+                    self.shop.fired[fault] += 1
+                    part = {"answer twice": [start, start], "say nothing at all": []}.get(fault, [len(requests)])
+                    said = [10 * requests[start]] * len(part)
                 if fault == "say nothing more" and start:
                     self.shop.fired[fault] += 1
                     return
-                self.shop.answered.update(requests[i] for i in part)
+                self.shop.answered.update(requests[i] for i in part if i < len(requests))
                 yield part, said
                 if fault == "die between":
                     self.fall(fault)
