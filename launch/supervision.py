@@ -116,6 +116,7 @@ class Replicas:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _starting: set[asyncio.Task[None]] = field(default_factory=set)
     _restarts: int = 0
+    _coming: int = 0  # replacements under way
     _in_a_row: int = 0
     _broken: OpdError | None = None
 
@@ -154,7 +155,7 @@ class Replicas:
     async def _soon(self, requests: int) -> Replica:
         async with self._changed:
             while not self._open():
-                if self._broken is not None and not self.serving:
+                if self._broken is not None and not self.serving and not self._coming:
                     raise self._broken
                 await self._changed.wait()
             chosen = min(self._open(), key=lambda replica: (replica.load, replica.number))
@@ -205,7 +206,7 @@ class Replicas:
         if self.make is None or self._restarts >= self.care.restarts:
             await self._break(fault)
             return
-        self._restarts += 1
+        self._restarts, self._coming = self._restarts + 1, self._coming + 1
         self._keep(self._replace(replica.number))
 
     async def _seen(self, actor: Any, error: Exception) -> Faulty:
@@ -236,10 +237,12 @@ class Replicas:
                 fault = await self._seen(actor, error)
                 self.end(actor)
                 if self._restarts >= self.care.restarts:
+                    self._coming -= 1
                     await self._break(fault)
                     return
                 self._restarts += 1
                 continue
+            self._coming -= 1
             self.serving.append(Replica(number=number, actor=actor))  # no await since `prime`: it is up to date
             async with self._changed:
                 self._changed.notify_all()

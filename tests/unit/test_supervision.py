@@ -288,6 +288,22 @@ def test_a_service_that_always_fails_ends_in_one_sentence(fault: str, kind: type
     simulate(run(), 1e6)
 
 
+def test_a_replacement_that_is_under_way_is_waited_for_when_no_other_may_be_started() -> None:
+    """Two replicas and one restart: the second dies while the first one's replacement starts."""
+
+    async def run() -> None:
+        shop = Shop(faults=["die before"] * 2)
+        pool = await shop.pool(2, restarts=1)
+        pool.replicas.ready = slow_start
+        assert await ask_groups(pool, [[i] for i in range(2 * SMALLEST_SHARE)])
+        assert len(shop.ended) == 2 and len(pool.replicas.serving) == 1
+
+    async def slow_start(actor: Actor) -> None:
+        await asyncio.sleep(0.1)
+
+    simulate(run(), 1e6)
+
+
 def test_replacements_that_do_not_start_are_tried_within_the_budget() -> None:
     async def run() -> None:
         shop = Shop(faults=["die before"], breaks_at_start=3)
