@@ -83,7 +83,7 @@ class Collector:
             collected.groups[i] = task.result()
 
     async def drained(self, version: int) -> None:
-        """Before `version` goes live: wait for the text that weights before it must finish."""
+        """Before `version` goes live: wait for the text that weights before it must finish (and have read)."""
         if not self._pipeline.drains:
             return
         if self._pipeline.deterministic:
@@ -93,6 +93,8 @@ class Collector:
             due = list(self._written)
         for step in due:
             await self._written[step].wait()
+            if self._pipeline.deterministic and self._pipeline.teacher_follows:
+                await asyncio.wait({self._ready[step]})
 
     async def advance(self, version: int, trained: Collected) -> None:
         """`version` is live, and the text of `trained` is not needed any more."""
