@@ -25,7 +25,7 @@ from launch.checkpoints import (
     newest_first,
 )
 from launch.config import run_config
-from launch.resuming import Resumption, rewind
+from launch.resuming import Resumption, _remarks, rewind
 from launch.run_directory import RunDirectory, append_json, read_jsonl
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -244,6 +244,22 @@ def test_what_trains_the_same_may_change(override: str) -> None:
     found = changes(before, now)
     assert found, "nothing changed"
     check_changes("c", found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["checkpoint_every=5"], []),
+        (["checkpoint_every=5", "max_staleness=1", "deterministic=false"], []),
+        (["checkpoint_every=5", "max_staleness=1"], ["checkpoint_every was 0 and is 5 now"]),
+        (["checkpoint_every=5", "max_staleness=1", "steps=7"], ["steps was", "checkpoint_every was 0"]),
+    ],
+)
+def test_what_may_change_but_is_not_without_effect_is_said(overrides: list[str], said: list[str]) -> None:
+    same = [o for o in overrides if not o.startswith(("checkpoint_every", "steps"))]
+    before, now = (run_config([*SMALL, *more]) for more in (same, overrides))
+    remarks = _remarks(now, changes(described(before), described(now)))
+    assert len(remarks) == len(said) and all(part in remark for part, remark in zip(said, remarks, strict=True))
 
 
 @pytest.mark.parametrize(
