@@ -228,12 +228,18 @@ def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
     if sampling.topk:
         ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(tokens, width)
         behavior = TopKScores(logprobs=behavior.logprobs, topk_ids=ids[:, 1:], topk_logprobs=logprobs[:, 1:])
-    versions, digests = np.empty(tokens, dtype=np.int32), dict[int, str]()
+    versions, digests, labelled = np.empty(tokens, dtype=np.int32), dict[int, str](), 0
     for span in written.weight_versions or ():
         version, digest = _read_label(span.version)
         versions[span.start : span.end] = version
+        labelled += span.start == labelled and span.end - span.start
         # One number for two contents (a learner that was set back): the sum is no published digest.
         digests[version] = digest if digests.get(version, digest) == digest else f"{digests[version]}+{digest}"
+    if labelled != tokens:
+        raise DataError(
+            f"vLLM wrote {tokens} tokens but says only of the first {labelled} which weights wrote them; install the "
+            "vLLM of requirements/"
+        )
     return Completion(
         token_ids=np.asarray(written.token_ids, dtype=np.int32),
         behavior=behavior,
