@@ -214,6 +214,20 @@ def test_answers_of_an_engine_that_stopped_are_given_by_another_and_count_once(s
     scene.accounts(steps, staleness=0)
 
 
+@pytest.mark.faults("engine stuck while decoding")
+def test_an_engine_that_is_stuck_while_its_actor_answers_is_replaced(scene: Scene, witness: Witness) -> None:
+    """The deadline of its call ends in the actor, too, which says so itself: about as often first as not."""
+    steps = 8
+    scene.start(f"steps={steps}", *TWO_OF_EACH, "student.deadline_s=60", "teacher.replicas=1")
+    scene.reach(lambda: scene.steps() >= 2, "two steps")
+    plan(scene.plan, "engine decoding", "sleep 3600")
+    scene.ends(0)
+    bear_witness(scene, witness, [("engine stuck while decoding", "engine decoding")])
+    stood = looked_at(scene, r"rollout actor \d hung .* \(where it stood: (\S+)\)")
+    assert "engine_thread.py" in stood and "died" not in scene.alarms()
+    scene.accounts(steps, staleness=0)
+
+
 @pytest.mark.faults("disk read-only")
 def test_a_place_that_cannot_be_written_is_one_sentence_before_anything_starts(scene: Scene, witness: Witness) -> None:
     read_only = Path("/sys") if os.geteuid() == 0 else scene.folder / "runs"  # root may write whatever the mode says
