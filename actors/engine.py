@@ -15,7 +15,7 @@ from actors.config import StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import Limits, build, read_limits
 from opd.delivery import Delivered, collect
-from opd.errors import DataError, OpdError
+from opd.errors import DataError, OpdError, ServiceHung
 from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Weights
 from opd.seeds import sampling_seed
 from opd.types import Stop, TokenScores, TopKScores
@@ -136,7 +136,8 @@ class VLLMEngine:
         async with self._receiving:
             await self.ready()
             collecting = asyncio.to_thread(collect, weights, self._fetch, "the student engine")
-            delivered = await self._soon(collecting, f"fetching weights version {weights.version}")
+            # Not the engine's own fault: who is stuck here waits for the learner.
+            delivered = await self._soon(collecting, f"fetching weights version {weights.version}", raises=OpdError)
             job = partial(self._load, delivered, weights.sentinel)
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
 
@@ -204,12 +205,14 @@ class VLLMEngine:
     async def _within(self, future: Future[Result], what: str) -> Result:
         return await self._soon(asyncio.wrap_future(future), what)
 
-    async def _soon(self, work: Awaitable[Result], what: str, at_least: float = 0.0) -> Result:
+    async def _soon(
+        self, work: Awaitable[Result], what: str, at_least: float = 0.0, raises: type[OpdError] = ServiceHung
+    ) -> Result:
         deadline_s = max(self._config.deadline_s, at_least)
         try:
             return await asyncio.wait_for(work, deadline_s)
         except TimeoutError as error:
-            raise OpdError(
+            raise raises(
                 f"the student engine did not finish {what} within {deadline_s:.0f} s; raise "
                 "student.deadline_s, or ask for less at once"
             ) from error
@@ -225,12 +228,18 @@ def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
     if sampling.topk:
         ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(tokens, width)
         behavior = TopKScores(logprobs=behavior.logprobs, topk_ids=ids[:, 1:], topk_logprobs=logprobs[:, 1:])
-    versions, digests = np.empty(tokens, dtype=np.int32), dict[int, str]()
+    versions, digests, labelled = np.empty(tokens, dtype=np.int32), dict[int, str](), 0
     for span in written.weight_versions or ():
         version, digest = _read_label(span.version)
         versions[span.start : span.end] = version
+        labelled += span.start == labelled and span.end - span.start
         # One number for two contents (a learner that was set back): the sum is no published digest.
         digests[version] = digest if digests.get(version, digest) == digest else f"{digests[version]}+{digest}"
+    if labelled != tokens:
+        raise DataError(
+            f"vLLM wrote {tokens} tokens but says only of the first {labelled} which weights wrote them; install the "
+            "vLLM of requirements/"
+        )
     return Completion(
         token_ids=np.asarray(written.token_ids, dtype=np.int32),
         behavior=behavior,

@@ -46,7 +46,7 @@ class CheckpointStore:
 
     def recover(self) -> None:
         """Clear up after a crash; only when no run writes here."""
-        found = leftovers(path.name for path in self.folder.iterdir())
+        found = leftovers(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else leftovers(())
         for now, then in found.back:
             (self.folder / now).rename(self.folder / then)
         for name in found.remove:
@@ -102,7 +102,13 @@ def verify(folder: Path) -> DriverState:
                 f"the checkpoint {folder} is damaged: {name} has digest {found.get(name, 'none')}, but its manifest "
                 f"says {claimed.get(name, 'none')}; take another checkpoint"
             )
-    return DriverState.from_json(json.loads((folder / STATE).read_text()))
+    state = DriverState.from_json(json.loads((folder / STATE).read_text()))
+    if folder.name != name_of(state.step):  # what comes after its step would be removed, and that is itself
+        raise DataError(
+            f"the checkpoint {folder} is of step {state.step}, so it was moved or copied; call it "
+            f"{name_of(state.step)} again, or take another"
+        )
+    return state
 
 
 def _digest(path: Path) -> str:

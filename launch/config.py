@@ -109,6 +109,7 @@ class RunConfig:
             deterministic=self.deterministic,
             max_buffer_bytes=self.max_buffer_bytes,
             barrier_every=self.checkpoint_every,
+            teacher_follows=any(teacher.mixup for teacher in self.teachers.values()),
         )
 
     @property

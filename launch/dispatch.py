@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from launch.supervision import Fault, Faulty, Replica, Replicas, brief, within
+from launch.supervision import Fault, Faulty, Replica, Replicas, brief, how_lost, within
 from opd.errors import DataError, OpdError
 
 Request = TypeVar("Request")
@@ -153,18 +153,18 @@ class Dispatcher(Generic[Request, Answer]):
     async def _ask(self, replica: Replica, items: list[_Item]) -> None:
         """All answers of one replica, whose load they are; a fault of it is reported, and raised."""
         care, who = self.replicas.care, f"{self.replicas.who} {replica.number}"
-        left, now = len(items), asyncio.get_running_loop().time
+        left, now = set(range(len(items))), asyncio.get_running_loop().time
         began = now()
         try:
             async with aclosing(self.ask(replica.actor, [item.request for item in items])) as parts:
                 while left:
                     positions, answers = await within(care.deadline_s, who, anext(parts))
-                    self._take([items[i] for i in positions], answers)
-                    left -= len(positions)
+                    self._take(items, left, positions, answers)
+                    left.difference_update(positions)
                     replica.load -= len(positions)
             self._durations.append(now() - began)
         except StopAsyncIteration as error:
-            reason = f"{left} of {len(items)} answers did not come"
+            reason = f"{len(left)} of {len(items)} answers did not come"
             raise await self._fault(replica, Fault.LIED, reason, error) from error
         except Faulty as fault:
             await self.replicas.report(replica, fault)
@@ -172,12 +172,15 @@ class Dispatcher(Generic[Request, Answer]):
         except Exception as error:
             if not self.lost(error):
                 raise
-            raise await self._fault(replica, Fault.DIED, brief(error), error) from error
+            raise await self._fault(replica, how_lost(error), brief(error), error) from error
         finally:
-            replica.load -= left
+            replica.load -= len(left)
 
-    def _take(self, items: list[_Item], answers: Sequence[Any]) -> None:
+    def _take(self, asked: list[_Item], left: set[int], positions: Sequence[int], answers: Sequence[Any]) -> None:
         try:
+            if not positions or len(set(positions)) < len(positions) or not left.issuperset(positions):
+                raise DataError(f"a part has answers {list(positions)}, but those to come are {sorted(left)}")
+            items = [asked[i] for i in positions]
             if len(items) != len(answers):
                 raise DataError(f"{len(answers)} answers came for {len(items)} requests")
             self.check([item.request for item in items], answers)

@@ -32,7 +32,7 @@ async def consult(session: Session, console: Console) -> list[Finding]:
     Raises:
         DataError: training would be wrong; the sentence of the first finding that says so.
     """
-    findings = [f for name in session.plan.config.teachers for f in await _examine(session, name, [], None)]
+    findings = [f for name in session.plan.config.teachers for f in await _examine(session, name)]
     for finding in findings:
         if finding.verdict is not Verdict.FINE:
             console.print(f"doctor: {finding.check}: {finding.sentence} ({finding.measured})", soft_wrap=True)
@@ -59,12 +59,9 @@ def run_doctor(overrides: Sequence[str], output: str) -> int:
         session = await open_session(plan)
         try:
             findings: list[Finding] = []
-            for name, teacher in config.teachers.items():
-                here = teacher.backend not in REMOTE
-                reference = [await _second(session, replace(teacher, backend=Backend.TORCH, replicas=1))]
-                twin = await _second(session, replace(teacher, path=config.student.path, replicas=1)) if here else None
-                others = reference if teacher.backend is not Backend.TORCH and plan.teacher_params[name] else []
-                findings += await _examine(session, name, others, twin)
+            for name in config.teachers:
+                reference, twin = [await _second(session, c) for c in seconds(plan, name)]
+                findings += await _examine(session, name, reference, twin)
                 if plan.teacher_params[name]:
                     prompts = _prompts(plan, name, GAIN_PROMPTS)
                     writer = await session.teacher_writer(name)
@@ -84,8 +81,21 @@ def run_doctor(overrides: Sequence[str], output: str) -> int:
     return 0
 
 
+def seconds(plan: Plan, name: str) -> tuple[TeacherConfig | None, TeacherConfig | None]:
+    """What teacher `name` is compared with: its checkpoint under a plain forward pass, and the student's checkpoint on
+    its own backend. None where there is nothing to compare with (no weights here, or a server that holds only its own).
+    """
+    teacher = plan.config.teachers[name]
+    plain = replace(teacher, backend=Backend.TORCH, replicas=1)
+    twin = replace(teacher, path=plan.config.student.path, replicas=1)
+    return (
+        plain if teacher.backend is not Backend.TORCH and plan.teacher_params[name] else None,
+        twin if teacher.backend not in REMOTE else None,
+    )
+
+
 async def _examine(
-    session: Session, name: str, others: Sequence[LogprobTeacher], twin: LogprobTeacher | None
+    session: Session, name: str, reference: LogprobTeacher | None = None, twin: LogprobTeacher | None = None
 ) -> list[Finding]:
     plan, config = session.plan, session.plan.config
     teacher, pool = config.teachers[name], session.engines.teachers[name]
@@ -97,9 +107,10 @@ async def _examine(
         name=name,
         engines=session.engines,
         learner=session.learner,
-        replicas=[*(TeacherPool.of([actor], care) for actor in pool.replicas.actors), *others],
+        replicas=[TeacherPool.of([actor], care) for actor in pool.replicas.actors],
         answers=teacher.answers,
         vocabulary=plan.vocabulary,
+        reference=reference,
         twin=twin,
         support=min(16, plan.vocabulary, teacher.max_k),
         exact=plan.exact_kl,
@@ -117,8 +128,10 @@ def _prompts(plan: Plan, name: str, count: int) -> list[Prompt]:
     return everybody[:count]
 
 
-async def _second(session: Session, config: TeacherConfig) -> LogprobTeacher:
+async def _second(session: Session, config: TeacherConfig | None) -> LogprobTeacher | None:
     """One more teacher actor, for comparison."""
+    if config is None:
+        return None
     actor = teacher_actor(session.actors, config)
     await within(session.plan.config.cluster.start_deadline_s, "a teacher for comparison", actor.ready.remote())
     return TeacherPool.of([actor], session.plan.config.cluster.care(config.deadline_s))

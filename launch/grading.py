@@ -40,12 +40,17 @@ class MathGrader:
     def __init__(self, deadline_s: float = 5.0) -> None:
         self._deadline_s = deadline_s
         self._pool: ProcessPoolExecutor | None = None
+        self._free = asyncio.Lock()
 
     async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Rewards in order; a completion that cannot be graded in time gets 0."""
         return [await self._one(c, a) for c, a in zip(completions, answers, strict=True)]
 
     async def _one(self, completion: str, answer: str) -> float:
+        async with self._free:  # groups are graded at once: whose turn it is not does not spend its deadline waiting
+            return await self._graded(completion, answer)
+
+    async def _graded(self, completion: str, answer: str) -> float:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
             warm_up = self._pool.submit(verify_math, "1", "1")  # importing sympy takes longer than a deadline

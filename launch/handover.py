@@ -55,9 +55,8 @@ async def taken_over(method: Any, requests: Sequence[ScoreRequest]) -> AsyncIter
     # Before that an array may be missing, which its reference would only tell to whoever reads it; and waiting for
     # references one by one would make Ray fetch what they name.
     await parts.completed()
-    answers = await (await anext(parts))
-    arrays = [reference async for reference in parts]
-    yield range(len(requests)), [_with_handles(answer, lambda held: arrays[held.number]) for answer in answers]
+    answers, *arrays = [reference async for reference in parts]
+    yield range(len(requests)), [_with_handles(answer, lambda held: arrays[held.number]) for answer in await answers]
 
 
 def _with_handles(answer: TokenScores, name: Callable[[Any], Any]) -> TokenScores:

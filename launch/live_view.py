@@ -21,6 +21,8 @@ from opd.loop import StepRecord
 SIGNALS = {"distill/reverse_kl": "reverse KL", "reward/mean": "reward", "actor/loss": "loss"}
 """What tells best whether a run learns: the first of these that the method has."""
 
+NOTHING = "nothing trained"
+
 PHASES = {
     "rollout": ("rollout", "blue"),
     "score": ("score", "yellow"),
@@ -57,8 +59,8 @@ class LiveView:
         self._metrics = self._meter(record)
         self._seen += 1
         self._last = monotonic()
-        name = _signal_name(self._metrics)
-        self._signal.append(self._metrics[name])
+        if name := _signal_name(self._metrics):
+            self._signal.append(self._metrics[name])
         if self._live is not None:
             self._live.update(self)
         elif record.step in (1, self._steps) or record.step % self._print_every == 0:
@@ -116,10 +118,8 @@ class LiveView:
         rows = Table.grid(padding=(0, 2))
         rows.add_column(style="dim", justify="right")
         rows.add_column(min_width=58)
-        rows.add_row(
-            SIGNALS[name],
-            Text.assemble((_number(metrics[name]), "bold"), "  ", (_sparkline(self._signal), "cyan")),
-        )
+        label, value = (SIGNALS[name], _number(metrics[name])) if name else ("loss", NOTHING)
+        rows.add_row(label, Text.assemble((value, "bold"), "  ", (_sparkline(self._signal), "cyan")))
         rows.add_row("accuracy", self._accuracies())
         rows.add_row(
             "completions",
@@ -153,7 +153,7 @@ class LiveView:
         name = _signal_name(metrics)
         parts = [
             f"step {int(metrics['step'])}/{self._steps}",
-            f"{SIGNALS[name]} {_number(metrics[name])}",
+            f"{SIGNALS[name]} {_number(metrics[name])}" if name else NOTHING,
             *([_accuracy(self._student)] if self._student else []),
             f"{metrics.get('perf/throughput', 0.0):,.0f} tokens/s",
             f"{_phase_words(metrics).plain}",
@@ -168,7 +168,8 @@ class LiveView:
 
 
 def _signal_name(metrics: Mapping[str, float]) -> str:
-    return next(name for name in SIGNALS if name in metrics)
+    """ "" for a step in which no token had a weight: it has no signal."""
+    return next((name for name in SIGNALS if name in metrics), "")
 
 
 def _accuracy(result: EvaluationPoint) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from launch.cluster import end, fetch, has_died, is_lost, streamed
 from launch.dispatch import Dispatcher
 from launch.handover import taken_over
-from launch.supervision import Care, Fault, Faulty, Look, Replica, Replicas, brief, unseen, within
+from launch.supervision import Care, Fault, Faulty, Look, Replica, Replicas, brief, how_lost, unseen, within
 from opd.errors import DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
 from opd.rollouts.testimony import verify as verify_completions
@@ -88,13 +88,13 @@ class StudentPool:
             fault = error
         except OpdError as error:
             refusal = None if is_lost(error) else error
-            fault = Faulty(Fault.DIED if is_lost(error) else Fault.LIED, str(error))
+            fault = Faulty(how_lost(error) if is_lost(error) else Fault.LIED, str(error))
         except Exception as error:
             if not is_lost(error):
                 raise
             if not has_died(error):  # the weights are gone with the learner that held them, not the engine: it waits
                 return OpdError(f"a rollout actor cannot read new weights ({brief(error)}); publish them again")
-            fault = Faulty(Fault.DIED, brief(error))
+            fault = Faulty(how_lost(error), brief(error))
         await self.replicas.report(replica, fault)
         return refusal
 

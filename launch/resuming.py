@@ -99,12 +99,18 @@ def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
 
 def _remarks(config: RunConfig, found: list[Change]) -> list[str]:
     said = {change.name: change for change in found}
+    remarks: list[str] = []
     if "steps" in said and config.learner.schedule.name != "CONSTANT":
-        return [
+        remarks.append(
             f"note: steps was {said['steps'].before} and is {config.steps} now, so the learning rate's schedule "
             f"({config.learner.schedule.name}) ends elsewhere from here on"
-        ]
-    return []
+        )
+    if "checkpoint_every" in said and config.deterministic and config.max_staleness:
+        remarks.append(
+            f"note: checkpoint_every was {said['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
+            "text is written across a checkpoint, so from here on other versions write than would have"
+        )
+    return remarks
 
 
 def open_directory(config: RunConfig, resumed: Resumption | None) -> RunDirectory:
@@ -116,9 +122,12 @@ def open_directory(config: RunConfig, resumed: Resumption | None) -> RunDirector
 
 
 def rewind(directory: RunDirectory, resumed: Resumption, steps: int) -> None:
-    """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended."""
-    directory.rewind(resumed.state.step, steps)
+    """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended.
+
+    Checkpoints go first: one whose lines are gone would leave a hole if a crash came between.
+    """
     CheckpointStore(directory.checkpoints).forget_after(resumed.state.step)
+    directory.rewind(resumed.state.step, steps)
 
 
 def history(directory: RunDirectory) -> list[Mapping[str, float]]:

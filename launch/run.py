@@ -174,6 +174,15 @@ class Run:
             if due and record.step < config.steps:
                 await self._measure_student(evaluator, trackers, cpu, record.step, 1)
 
+        async def stop_if_asked(step: int) -> None:
+            if self._stop.asked:
+                await saver.finish()
+                self._stop.met()
+                raise Preempted(
+                    f"stopped by SIGTERM after step {step}, with a checkpoint; the same command with "
+                    f"run_name={self._directory.name} resume=latest goes on"
+                )
+
         async def checkpoint(record: StepRecord) -> None:
             saver.check()
             due = config.checkpoint_every and record.step % config.checkpoint_every == 0
@@ -181,12 +190,7 @@ class Run:
                 state = self._state(record.step, await self._known())
                 with cpu.apart():
                     await saver.begin(state)
-            if self._stop.asked:
-                await saver.finish()
-                raise Preempted(
-                    f"stopped by SIGTERM after step {record.step}, with a checkpoint; the same command with "
-                    f"run_name={self._directory.name} resume=latest goes on"
-                )
+            await stop_if_asked(record.step)
 
         self._stop.waits = True
         try:
@@ -202,12 +206,13 @@ class Run:
                 pipeline=config.pipeline,
                 ledger=self._ledger,
             )
+            await saver.finish()
+            await stop_if_asked(config.steps)
         except BaseException as error:
             await saver.give_up(at_once=not isinstance(error, Exception))
             raise
         finally:
             self._stop.waits = False
-        await saver.finish()
 
     async def _known(self) -> dict[str, str]:
         assert self._fingerprints is not None

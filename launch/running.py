@@ -25,6 +25,7 @@ class Stop:
         self._grace_s = grace_s
         self.waits = False
         self.asked = False
+        self._late: asyncio.TimerHandle | None = None
 
     def signal(self, cancel: Callable[[], object]) -> None:
         """SIGTERM has come."""
@@ -32,7 +33,12 @@ class Stop:
             cancel()
             return
         self.asked = True
-        asyncio.get_running_loop().call_later(self._grace_s, cancel)
+        self._late = asyncio.get_running_loop().call_later(self._grace_s, cancel)
+
+    def met(self) -> None:
+        """The run has stopped where it was asked to, with its checkpoint: closing up is not cut short any more."""
+        if self._late is not None:
+            self._late.cancel()
 
 
 async def beside(work: Coroutine[Any, Any, Result], guard: Coroutine[Any, Any, None]) -> Result:

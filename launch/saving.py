@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from launch.checkpoint_store import CheckpointStore
 from launch.checkpoints import LEARNER, DriverState
@@ -65,7 +66,7 @@ class Saver:
         """Is it on the disk?"""
         try:
             shards = {f"{LEARNER}/{name}": digest for name, digest in (await self._learner.written()).items()}
-            await asyncio.to_thread(self._store.commit, state, {**digests, **shards})
+            await _to_its_end(self._store.commit, state, {**digests, **shards})
         except RanksLost as lost:
             self._store.abandon(state.step)
             _log.warning("the checkpoint of step %d is given up with the ranks that wrote it (%s)", state.step, lost)
@@ -119,3 +120,13 @@ class Saver:
         (error,) = await asyncio.gather(running, return_exceptions=True)
         if isinstance(error, Exception):  # what the run failed of may be the reason; it is told apart from this
             _log.warning("the checkpoint under way could not be finished (%s)", error)
+
+
+async def _to_its_end(work: Callable[..., None], *arguments: Any) -> None:
+    """`work` in a thread. A thread cannot be stopped, so whoever is cancelled meanwhile goes when it has ended."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.gather(running, return_exceptions=True)
+        raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
-from opd.errors import ConfigurationError, DataError, OpdError
+from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 
 Answer = TypeVar("Answer")
 Look = Callable[..., Awaitable[str]]  # where these actors stand: the end of a sentence
@@ -74,6 +74,11 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+def how_lost(error: BaseException) -> Fault:
+    """What was wrong with a replica that is lost with this error."""
+    return Fault.HUNG if isinstance(error, ServiceHung) else Fault.DIED
+
+
 async def unseen(*_: Any) -> str:
     """Nobody looks where actors stand that do not answer (`launch.stacks.Stacks.look` does)."""
     return ""
@@ -111,6 +116,7 @@ class Replicas:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _starting: set[asyncio.Task[None]] = field(default_factory=set)
     _restarts: int = 0
+    _coming: int = 0  # replacements under way
     _in_a_row: int = 0
     _broken: OpdError | None = None
 
@@ -149,7 +155,7 @@ class Replicas:
     async def _soon(self, requests: int) -> Replica:
         async with self._changed:
             while not self._open():
-                if self._broken is not None and not self.serving:
+                if self._broken is not None and not self.serving and not self._coming:
                     raise self._broken
                 await self._changed.wait()
             chosen = min(self._open(), key=lambda replica: (replica.load, replica.number))
@@ -200,7 +206,7 @@ class Replicas:
         if self.make is None or self._restarts >= self.care.restarts:
             await self._break(fault)
             return
-        self._restarts += 1
+        self._restarts, self._coming = self._restarts + 1, self._coming + 1
         self._keep(self._replace(replica.number))
 
     async def _seen(self, actor: Any, error: Exception) -> Faulty:
@@ -231,10 +237,12 @@ class Replicas:
                 fault = await self._seen(actor, error)
                 self.end(actor)
                 if self._restarts >= self.care.restarts:
+                    self._coming -= 1
                     await self._break(fault)
                     return
                 self._restarts += 1
                 continue
+            self._coming -= 1
             self.serving.append(Replica(number=number, actor=actor))  # no await since `prime`: it is up to date
             async with self._changed:
                 self._changed.notify_all()

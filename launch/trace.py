@@ -59,7 +59,7 @@ class Tracks:
 class TraceTracker:
     """Adds every step's spans to the run directory's `trace.json`, which is valid JSON after every step.
 
-    A resumed run has another clock, so it writes `trace_from_step_<n>.json` instead.
+    A resumed run has another clock, so it writes `trace_from_step_<n>.json` instead, anew each time it goes on there.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -71,6 +71,7 @@ class TraceTracker:
         if self._path is None:
             name = "trace.json" if record.step == 1 else f"trace_from_step_{record.step}.json"
             self._path = self._directory.path / name
+            self._path.unlink(missing_ok=True)
         append_events(self._path, self._tracks.events(record.spans))
 
     def evaluated(self, result: EvaluationPoint) -> None:

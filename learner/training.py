@@ -28,6 +28,7 @@ from opd.method import Objective
 from opd.packing import halves
 from opd.ports import Outlet, Sentinel, Share
 from opd.routing import by_teacher
+from opd.scorers.testimony import check_support
 from opd.tally import Tally
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
@@ -239,6 +240,7 @@ class Training:
 
     def _forward(self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: Objective) -> "_Seen":
         """The weighted sum of the objective over a micro-batch."""
+        check_support(batch.scores, self._student.vocabulary)
         here, objective = batch.to(self._device, self._fetch), with_kernel(self._config.loss_kernel, objective)
 
         def prepare(first: int, last: int) -> Evaluate:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from opd.errors import OpdError
 from opd.ledger import Entry, Ledger, State, entries_of
 from opd.method import Method
 from opd.pipeline import Pipeline
@@ -77,13 +78,12 @@ class Collector:
 
     async def again(self, collected: Collected, which: Sequence[int]) -> None:
         """Have the groups `which` written and read once more, by the weights that are live now."""
-        async with asyncio.TaskGroup() as tasks:
-            fresh = {i: tasks.create_task(self._through(collected, collected.asked[i])) for i in which}
-        for i, task in fresh.items():
-            collected.groups[i] = task.result()
+        fresh = await _all([self._through(collected, collected.asked[i]) for i in which])
+        for i, group in zip(which, fresh, strict=True):
+            collected.groups[i] = group
 
     async def drained(self, version: int) -> None:
-        """Before `version` goes live: wait for the text that weights before it must finish."""
+        """Before `version` goes live: wait for the text that weights before it must finish (and have read)."""
         if not self._pipeline.drains:
             return
         if self._pipeline.deterministic:
@@ -93,6 +93,8 @@ class Collector:
             due = list(self._written)
         for step in due:
             await self._written[step].wait()
+            if self._pipeline.deterministic and self._pipeline.teacher_follows:
+                await asyncio.wait({self._ready[step]})
 
     async def advance(self, version: int, trained: Collected) -> None:
         """`version` is live, and the text of `trained` is not needed any more."""
@@ -194,4 +196,9 @@ async def _all(work: Sequence[Any]) -> list[Any]:
     """The results, in order; the first failure ends the others."""
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one) for one in work]
+    if any(task.cancelled() for task in running):  # not by us; a group of tasks takes no notice, and the learner waits
+        raise OpdError(
+            "a part of the method was cancelled while it wrote or read, and says nothing more; this is a bug, please "
+            "report it"
+        )
     return [task.result() for task in running]

@@ -1,11 +1,12 @@
 """What every run logs about student and teacher, from the chunk of logits that the loss already has.
 
-`vocabulary_metrics` and `topk_metrics` are the only two helpers an objective calls. Everything here is per token,
-detached, in nats, and NaN where it is not defined; what cannot be known from the testimony at hand is absent.
+`known` gives an objective all that its testimony allows. Everything here is per token, detached, in nats, and NaN where
+it is not defined; what cannot be known from the testimony at hand is absent.
 """
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,18 @@ def _overlap(p: Float[Tensor, "n k"], q: Float[Tensor, "n k"], shared: Bool[Tens
         student_mass=torch.where(shared, p.exp(), 0.0).sum(-1),
         teacher_mass=torch.where(shared, q.exp(), 0.0).sum(-1),
     )
+
+
+def known(student: StudentLogits, batch: Batch[Any]) -> Metrics:
+    """All that can be said with the testimony in `batch`, whatever the objective makes of it: over the whole
+    vocabulary, on a support, or of the student alone (its entropy, also by depth, and the mismatch)."""
+    match batch.scores:
+        case VocabularyScores():
+            return vocabulary_metrics(student, batch)
+        case TopKScores():
+            return topk_metrics(student, batch)
+    alone = by_depth({"entropy": student.entropy}, batch.depth)
+    return {**alone, **mismatch(student.at(batch.target_ids), batch)}
 
 
 @torch.no_grad()

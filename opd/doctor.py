@@ -49,6 +49,8 @@ def _checks(patient: Patient) -> Mapping[str, Check]:
         "steadiness": probes.steadiness,
         "replicas": probes.replicas_agree,
     }
+    if patient.reference is not None:
+        checks |= {"backends": probes.backends_agree}
     if TopK in patient.answers:
         checks |= {"full softmax": probes.full_softmax, "padding": probes.padding, "overlap": probes.overlap}
     if LastHidden in patient.answers and patient.exact:
@@ -65,19 +67,26 @@ def _checks(patient: Patient) -> Mapping[str, Check]:
 async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[Prompt], max_tokens: int) -> Finding:
     """Does the teacher end the student's half-written texts better than the student (arXiv 2604.13016, 6.1)?
 
-    Both write on from the middle of the student's own completions; the task's grader judges the whole texts.
+    Both write on from the middle of the student's own completions, each in its own context (a privileged teacher knows
+    more); the task's grader judges the whole texts.
     """
     sampling = Sampling(max_tokens=max_tokens)
     written = await write(prompts, engines.student, sampling)
     halves = [t.token_ids[: len(t) // 2] for t in written]
     begun = [
-        replace(p, id=f"{p.id}/gain", student_ids=np.concatenate([p.student_ids, half]))
+        replace(
+            p,
+            id=f"{p.id}/gain",
+            student_ids=np.concatenate([p.student_ids, half]),
+            teacher_ids=np.concatenate([p.teacher_ids, half]),
+        )
         for p, half in zip(prompts, halves, strict=True)
     ]
     shares = []
-    for engine in (engines.student, writer):
+    for engine, as_teacher in ((engines.student, False), (writer, True)):
         rests = [Sampling(max_tokens=max(1, max_tokens - len(half))) for half in halves]
-        ended = await asyncio.gather(*[write([p], engine, rest) for p, rest in zip(begun, rests, strict=True)])
+        asked = [write([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
+        ended = await asyncio.gather(*asked)
         whole = [_after(half, t) for half, (t,) in zip(halves, ended, strict=True)]
         shares.append(float(np.mean(await task_rewards(whole, engines))))
     student, teacher = shares

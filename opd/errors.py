@@ -15,3 +15,7 @@ class DataError(OpdError):
 
 class ServiceLost(OpdError):
     """Whoever should have answered is gone; the request was not at fault, and another may be asked."""
+
+
+class ServiceHung(ServiceLost):
+    """Whoever should have answered says himself that he is stuck."""

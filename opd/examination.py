@@ -49,10 +49,10 @@ class Thresholds:
 class Patient:
     """A student, its learner and one teacher, as the run will use them.
 
-    `replicas` are the teacher's members one by one (and, to compare backends, the same teacher on another one);
-    `answers` are the request kinds it can answer; `vocabulary` counts the tokenizer's tokens (columns beyond are
-    padding); `twin` is a teacher of the same backend made from the student's checkpoint; `support` is the k of top-k
-    probes; `exact` says that the learner can read hidden states with the teacher's output matrix.
+    `replicas` are the teacher's members one by one; `reference` is its checkpoint on another backend; `answers` are the
+    request kinds it can answer; `vocabulary` counts the tokenizer's tokens (columns beyond are padding); `twin` is a
+    teacher of the same backend made from the student's checkpoint; `support` is the k of top-k probes; `exact` says
+    that the learner can read hidden states with the teacher's output matrix.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Patient:
     replicas: Sequence[LogprobTeacher]
     answers: Kinds
     vocabulary: int
+    reference: LogprobTeacher | None = None
     twin: LogprobTeacher | None = None
     support: int = 16
     exact: bool = True

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from opd.divergences import Promise
+from opd.divergences import ClippedCredit, Promise
 from opd.errors import ConfigurationError, DataError
 from opd.packing import Normalizer, TokenMean
 from opd.ports import Engines, Kinds, Learner, PromptSource
@@ -36,6 +36,11 @@ class Rollout(Protocol):
     @property
     def on_policy(self) -> bool:
         """Whether every trained token was drawn from the student (of this or a recent version)."""
+        ...
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the writer left out tokens that its distribution holds (top-p below 1, greedy writing)."""
         ...
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
@@ -143,6 +148,13 @@ class Method:
                 f"{_name(self.rollout)} has text of somebody else's; choose rollout StudentRollout, or an objective "
                 "over distributions such as FullReverseKL"
             )
+        if _estimates(self.objective) and getattr(self.rollout, "truncated", False):
+            raise ConfigurationError(
+                f"objective {_name(self.objective)} estimates from the written token and needs every token to have a "
+                f"chance of being written, but rollout {_name(self.rollout)} has top_p < 1 or temperature 0; set "
+                "rollout.top_p=1 and a temperature above 0, or choose an objective over distributions such as "
+                "FullReverseKL"
+            )
         readers = {"objective": self.objective} | {f"weight {k!r}": w for k, w in self.weights.items()}
         for role, reader in readers.items():
             if not issubclass(said, reader.consumes) and not (
@@ -152,6 +164,14 @@ class Method:
                     f"{role} {_name(reader)} needs {reader.consumes.__name__}, but scorer {_name(self.scorer)} "
                     f"produces {said.__name__}; choose a scorer that produces it or another {role}"
                 )
+
+
+def _estimates(objective: Any) -> bool:
+    """Whether the expected gradient needs tokens drawn from all of the student's distribution.
+
+    A clipped credit counts what was written and nothing else; its promise says so.
+    """
+    return getattr(objective, "on_policy", False) and not isinstance(getattr(objective, "promise", None), ClippedCredit)
 
 
 def check_prompts(method: Method, prompts: PromptSource) -> None:

@@ -27,7 +27,8 @@ class Pipeline:
     `deterministic` makes all of it a function of step numbers: the text of step `s` is written by version `writer(s)`
     alone, whatever the speed of the engines, and is read by the teacher when the whole step is written. It implies
     `DRAIN`; `max_buffer_bytes` is not looked at. With `barrier_every` (steps between checkpoints; 0 = never) no text is
-    written across a checkpoint, so a run that goes on from one writes what the uninterrupted run wrote.
+    written across a checkpoint, so a run that goes on from one writes what the uninterrupted run wrote. Where a teacher
+    changes with the student (`teacher_follows`) a step's text is also read before the weights after its own arrive.
     """
 
     max_staleness: int = 0
@@ -35,6 +36,7 @@ class Pipeline:
     deterministic: bool = True
     max_buffer_bytes: int = 4 << 30
     barrier_every: int = 0
+    teacher_follows: bool = False
 
     def __post_init__(self) -> None:
         if self.max_staleness < 0 or self.barrier_every < 0 or self.max_buffer_bytes < 1:

@@ -86,6 +86,23 @@ async def replicas_agree(patient: Patient, evidence: Evidence) -> Finding:
     return fine("replicas", f"{len(patient.replicas)} agree within {worst:.2g} nats")
 
 
+async def backends_agree(patient: Patient, evidence: Evidence) -> Finding:
+    """The same checkpoint, read by another backend, says the same."""
+    assert patient.reference is not None
+    said = await ask(patient.reference, evidence.written, WrittenToken())
+    gap = max(distance(a, b) for a, b in zip(evidence.said, said, strict=True))
+    measured = f"{gap:.2g} nats from the torch backend"
+    if gap > patient.thresholds.tolerance:
+        return refused(
+            "backends",
+            measured,
+            f"teacher {patient.name!r} does not say what its checkpoint says under a plain forward pass; its backend "
+            "or server holds other weights, applies a temperature, or computes in a narrower dtype: restart it with "
+            "the same path and dtype, or set teacher.backend=TORCH",
+        )
+    return fine("backends", measured)
+
+
 async def full_softmax(patient: Patient, evidence: Evidence) -> Finding:
     """Top-k logprobs are under the full softmax, not renormalised on the k, and know the written token."""
     wide = await topk(patient, evidence)

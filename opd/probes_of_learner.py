@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -19,9 +20,7 @@ from opd.types import Batch, Scored, Scores, TokenLoss, Trajectory, VocabularySc
 class _HeadGap:
     """|what the teacher said of the written token - what its hidden states say of it|, as a metric."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
+    consumes: ClassVar[type[Scores]] = VocabularyScores
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         read = torch.as_tensor(batch.scores.vocabulary_logprobs).gather(-1, batch.target_ids[:, None])[:, 0]
@@ -33,9 +32,7 @@ class _HeadGap:
 class _WriterGap:
     """|learner - engine| logprob of the written token, as a metric."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return Scores
+    consumes: ClassVar[type[Scores]] = Scores
 
     def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
         gap: Float[Tensor, " L"] = (student.at(batch.target_ids) - batch.behavior_logprobs).abs()

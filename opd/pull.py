@@ -166,7 +166,7 @@ class _Link:
         if int(_heard(self._lines)["nbytes"]) != handle.nbytes:
             return None
         room = torch.empty(handle.nbytes, dtype=torch.uint8, device=self._device)
-        _pass(self._group, room, handle.deadline_s)
+        _pass(self._group, room, handle.deadline_s, fresh=True)
         return room
 
     def close(self) -> None:
@@ -268,14 +268,19 @@ _ON_ERROR = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _environment = threading.Lock()  # all links of a process set and unset the same variable
 
 
-def _pass(group: Any, room: UInt8[Tensor, " nbytes"], deadline_s: float) -> None:
-    """Bytes from member 0 to member 1; they are there when this returns."""
+def _pass(group: Any, room: UInt8[Tensor, " nbytes"], deadline_s: float, *, fresh: bool = False) -> None:
+    """Bytes from member 0 to member 1; they are there when this returns.
+
+    `fresh` memory comes from this thread's stream, where kernels of its last owner may still be at work in it.
+    """
     if not len(room):
         return
     options = distributed.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     # Waiting for NCCL holds up the stream that waits: it must not be the one that trains.
     side = torch.cuda.Stream(room.device) if room.is_cuda else None
+    if side is not None and fresh:
+        side.wait_stream(torch.cuda.current_stream(room.device))
     with torch.cuda.stream(side):
         if not group.broadcast([room], options).wait(timedelta(seconds=deadline_s)):
             raise TimeoutError("the transfer did not end")

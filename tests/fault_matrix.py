@@ -32,6 +32,7 @@ CATALOGUE = (
     Kind("engine segfaults while decoding", "rollout actor", "a wild read", "between two decoding steps; itself"),
     Kind("engine exits while decoding", "rollout actor", "_exit(3)", "between two decoding steps; itself"),
     Kind("engine hangs while decoding", "rollout actor", "SIGSTOP", "between two decoding steps; itself"),
+    Kind("engine stuck while decoding", "rollout actor", "its thread sleeps", "between two decoding steps; itself"),
     Kind("engine stops and goes on", "rollout actor", "SIGSTOP, SIGCONT", "as before, woken when others had answered"),
     Kind("engine skips pushes", "rollout actor", "acknowledges, loads nothing", "receiving; itself"),
     Kind("engine holds other weights", "rollout actor", "acknowledges another digest", "receiving; itself"),

@@ -2,32 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from opd import divergences as exact
+from opd.diagnostics import mismatch
 from opd.logits import StudentLogits
-from opd.objectives.sampled import mismatch
 from opd.objectives.vocabulary import divergence
 from opd.ports import Engines
+from opd.rollouts.student import StudentRollout
 from opd.scorers.teacher import WrittenTokens
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Trajectory, VocabularyScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SoldAsReverseKL:
-    @property
-    def consumes(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.ReverseKL()
+    consumes: ClassVar[type[Scores]] = TokenScores
+    on_policy: ClassVar[bool] = True
+    promise: ClassVar[exact.Promise] = exact.ReverseKL()
 
 
 def _written(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
@@ -75,13 +69,8 @@ class RawTopK(_SoldAsReverseKL):
     The sum is no divergence, so training keeps the promise and still pushes a student that equals its teacher.
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.Truncated(of=exact.ReverseKL(), support=exact.Testified())
+    consumes: ClassVar[type[Scores]] = TopKScores
+    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.ReverseKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         return _written(student, batch, _raw(student, batch))
@@ -91,9 +80,7 @@ class RawTopK(_SoldAsReverseKL):
 class HeadTailAsPublished(_SoldAsReverseKL):
     """Raw head and sampled tail: unbiased in value, biased in gradient by that of the mass on S."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
+    consumes: ClassVar[type[Scores]] = TopKScores
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         written = student.at(batch.target_ids)
@@ -107,9 +94,7 @@ class HeadTailAsPublished(_SoldAsReverseKL):
 class MicrobatchMean(_SoldAsReverseKL):
     """The exact reverse KL, averaged over whatever tokens happen to lie in the same micro-batch."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
+    consumes: ClassVar[type[Scores]] = VocabularyScores
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
@@ -123,3 +108,10 @@ class ShiftedWrittenTokens(WrittenTokens):
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await WrittenTokens()(trajectories, engines)
         return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in said if isinstance(s, TokenScores)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilentNucleus(StudentRollout):
+    """Text cut to the nucleus that does not say so; `Method` would refuse it otherwise."""
+
+    truncated: ClassVar[bool] = False

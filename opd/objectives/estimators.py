@@ -6,11 +6,12 @@ gradient in expectation) and direct k3 (the forward KL's) do not exist here.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import known
 from opd.logits import StudentLogits
 from opd.objectives.vocabulary import divergence
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
@@ -22,21 +23,13 @@ _LARGEST = 80.0  # exp of it is finite in float32
 class _OnWrittenTokens:
     """What all estimators over the student's own tokens share."""
 
-    @property
-    def on_policy(self) -> bool:
-        return True
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.ReverseKL()
+    on_policy: ClassVar[bool] = True
+    promise: ClassVar[exact.Promise] = exact.ReverseKL()
 
 
 def _result(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
-    logprobs = student.at(batch.target_ids)
-    log_ratio = (logprobs - batch.scores.logprobs).detach()
-    return TokenLoss(
-        loss=loss, metrics={"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
-    )
+    log_ratio = (student.at(batch.target_ids) - batch.scores.logprobs).detach()
+    return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **known(student, batch)})
 
 
 def _rewarded(student: StudentLogits, batch: Batch[TokenScores], baseline: Tensor) -> Tensor:
@@ -54,9 +47,7 @@ class SquaredReverseKL(_OnWrittenTokens):
     Its value is no estimate of the KL, its gradient is.
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TokenScores
+    consumes: ClassVar[type[Scores]] = TokenScores
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
@@ -72,9 +63,7 @@ class RatioReverseKL(_OnWrittenTokens):
     sample the gradient is that of `SquaredReverseKL` (DeepSeek-V3.2's use of k3, as reported).
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TokenScores
+    consumes: ClassVar[type[Scores]] = TokenScores
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
@@ -93,9 +82,7 @@ class BaselinedReverseKL(_OnWrittenTokens):
     with reward `-(l - KL)`: the baseline removes variance and, because the score has mean 0, no signal.
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
+    consumes: ClassVar[type[Scores]] = VocabularyScores
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs.detach(), batch.scores.vocabulary_logprobs
@@ -106,9 +93,7 @@ class BaselinedReverseKL(_OnWrittenTokens):
 class TopKBaselinedReverseKL(_OnWrittenTokens):
     """The same with the baseline summed over the scorer's top-k alone: less variance removed, nothing else changed."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
+    consumes: ClassVar[type[Scores]] = TopKScores
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids).detach(), batch.scores.topk_logprobs

@@ -1,13 +1,14 @@
 """Reverse KL on tokens that the learner draws itself: several per state, from the current student."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import known
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
@@ -48,6 +49,10 @@ class MonteCarloReverseKL:
     2606.24143, finds m = 4 as good as 64.) Noise is counter-based, so packing does not change it.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.ReverseKL()
+
     samples: int = 4
     seed: int = 0
 
@@ -56,18 +61,6 @@ class MonteCarloReverseKL:
             raise ConfigurationError(
                 f"objective MonteCarloReverseKL needs samples >= 1, but got {self.samples}; set objective.samples"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.ReverseKL()
 
     def draw(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> Int[Tensor, "n m"]:
         """Ids by inversion of the student's cumulative distribution."""
@@ -82,8 +75,7 @@ class MonteCarloReverseKL:
         p, q = student.at_support(ids), batch.scores.vocabulary_logprobs.gather(-1, ids)
         old = p.detach()
         loss = ((p - old).exp() * (old - q)).mean(-1)
-        metrics = {"reverse_kl": loss.detach(), "entropy": student.entropy}
-        return TokenLoss(loss=loss, metrics={**metrics, **mismatch(student.at(batch.target_ids), batch)})
+        return TokenLoss(loss=loss, metrics=known(student, batch))
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         return self.given(self.draw(student, batch), student, batch)

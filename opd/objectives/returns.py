@@ -1,6 +1,7 @@
 """Reverse KL of whole sequences: the state's own term, and credit for what a token leads to (MiniLLM)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from opd import divergences as exact
 from opd.errors import ConfigurationError
@@ -22,6 +23,9 @@ class MiniLLM:
     model loss on pre-training text is not part of this objective.
     """
 
+    consumes: ClassVar[type[Scores]] = TopKReturnScores
+    on_policy: ClassVar[bool] = True
+
     alpha: float = 0.0
     long_weight: float = 1.0
 
@@ -31,14 +35,6 @@ class MiniLLM:
                 f"objective MiniLLM was asked for teacher-mixed sampling (alpha={self.alpha}), which needs the teacher "
                 "in the rollout engine's decoding loop, and no engine has it; set alpha=0"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKReturnScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
 
     @property
     def promise(self) -> exact.Promise:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 import torch
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import by_depth, known
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
@@ -34,16 +35,11 @@ class SampledReverseKL:
     token (`top_p=1`).
     """
 
+    consumes: ClassVar[type[Scores]] = TokenScores
+    on_policy: ClassVar[bool] = True
+
     coefficient: float = 1.0
     signal: Speaker = Speaker.BEHAVIOR
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
 
     @property
     def promise(self) -> exact.Promise:
@@ -57,7 +53,7 @@ class SampledReverseKL:
         own = batch.behavior_logprobs if self.signal is Speaker.BEHAVIOR else logprobs.detach()
         log_ratio = own - batch.scores.logprobs
         ratio = (logprobs - batch.behavior_logprobs).exp()
-        metrics = {"reverse_kl": log_ratio, "entropy": student.entropy, **mismatch(logprobs, batch)}
+        metrics = {"reverse_kl": log_ratio, **known(student, batch)}
         return TokenLoss(loss=ratio * (self.coefficient * log_ratio), metrics=metrics)
 
 
@@ -65,21 +61,13 @@ class SampledReverseKL:
 class Likelihood:
     """Negative log-likelihood of the written token: SFT, and sequence-level distillation on teacher text."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return Scores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.CrossEntropy()
+    consumes: ClassVar[type[Scores]] = Scores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.CrossEntropy()
 
     def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
-        return TokenLoss(loss=-logprobs, metrics={"entropy": student.entropy})
+        return TokenLoss(loss=-logprobs, metrics=by_depth({"entropy": student.entropy}, batch.depth))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +76,9 @@ class ClippedPolicyGradient:
 
     `r = p / mu`. With one update per batch and fresh rollouts `r` is 1 and nothing is clipped.
     """
+
+    consumes: ClassVar[type[Scores]] = AdvantageScores
+    on_policy: ClassVar[bool] = True
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -100,14 +91,6 @@ class ClippedPolicyGradient:
             )
 
     @property
-    def consumes(self) -> type[Scores]:
-        return AdvantageScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
-
-    @property
     def promise(self) -> exact.Promise:
         return exact.ClippedCredit(low=self.clip_low, high=self.clip_high)
 
@@ -118,5 +101,5 @@ class ClippedPolicyGradient:
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
         was_clipped = (clipped * advantages < ratio * advantages).to(loss.dtype).detach()
-        metrics = {"pg_clipfrac": was_clipped, "entropy": student.entropy, **mismatch(logprobs, batch)}
+        metrics = {"pg_clipfrac": was_clipped, **known(student, batch)}
         return TokenLoss(loss=loss, metrics=metrics)

@@ -6,13 +6,14 @@ the current student. Cheaper on the wire, and fixed when the scorer asks, are th
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from opd import divergences as exact
-from opd.diagnostics import mismatch
+from opd.diagnostics import vocabulary_metrics
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
@@ -76,12 +77,10 @@ def _metrics(student: StudentLogits, batch: Batch[VocabularyScores], members: Bo
     with torch.no_grad():
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
         return {
-            "reverse_kl": (p.exp() * (p - q)).sum(-1),
             "support_size": members.sum(-1).to(p.dtype),
             "student_mass": (p.exp() * members).sum(-1),
             "teacher_mass": (q.exp() * members).sum(-1),
-            "entropy": student.entropy,
-            **mismatch(student.at(batch.target_ids), batch),
+            **vocabulary_metrics(student, batch),
         }
 
 
@@ -94,16 +93,11 @@ class SupportReverseKL:
     log-ratio is detached); which ids are members is not differentiated.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
     support: exact.Support = field(default_factory=exact.Union)
     outside: Outside = Outside.RENORMALIZED
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     @property
     def promise(self) -> exact.Promise:
@@ -123,6 +117,9 @@ class SupportForwardKL:
     divergence (it can be negative, and falls without bound in the mass of S), so NOTHING is refused.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
     support: exact.Support = field(default_factory=exact.Union)
     outside: Outside = Outside.BUCKET
 
@@ -132,14 +129,6 @@ class SupportForwardKL:
                 "objective SupportForwardKL needs outside=RENORMALIZED or BUCKET, got NOTHING: the forward KL summed "
                 "over a part of the vocabulary is no divergence; choose BUCKET"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     @property
     def promise(self) -> exact.Promise:
@@ -161,6 +150,9 @@ class EntropyAwareKL:
     (`outside`) and its weight (`forward_weight`). The published PPO clip never acts with one update per batch.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = True
+
     threshold: float = 0.8
     k: int = 16
     outside: Outside = Outside.RENORMALIZED
@@ -172,14 +164,6 @@ class EntropyAwareKL:
                 f"objective EntropyAwareKL needs k >= 1 and outside=RENORMALIZED or BUCKET, got {self}; "
                 "published is k=16"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
 
     @property
     def promise(self) -> exact.Promise:
@@ -195,7 +179,6 @@ class EntropyAwareKL:
         gated = torch.where(entropy > self.threshold, forward, torch.zeros_like(forward))
         reverse = (written - batch.behavior_logprobs).exp() * (written.detach() - batch.scores.logprobs)
         metrics = {
-            "teacher_entropy": entropy,
             "uncertain_share": (entropy > self.threshold).to(q.dtype),
             **_metrics(student, batch, members),
         }

@@ -5,6 +5,7 @@ its teacher (by the gradient of the mass on S), so it does not exist here.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,17 +36,9 @@ class HeadTailReverseKL:
     log-ratio detached: without that it is biased by the gradient of the mass on S).
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def on_policy(self) -> bool:
-        return True
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.ReverseKL()
+    consumes: ClassVar[type[Scores]] = TopKScores
+    on_policy: ClassVar[bool] = True
+    promise: ClassVar[exact.Promise] = exact.ReverseKL()
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -67,17 +60,9 @@ class TailBucketReverseKL:
     distribution; what happens inside the tail gets no signal. Fully differentiated.
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.Coarsened(of=exact.ReverseKL(), support=exact.Testified())
+    consumes: ClassVar[type[Scores]] = TopKScores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ReverseKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -94,17 +79,9 @@ class RenormalizedReverseKL:
     student can satisfy it and still be far from its teacher. `k = 1` is always 0. Fully differentiated.
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.Renormalized(of=exact.ReverseKL(), support=exact.Testified())
+    consumes: ClassVar[type[Scores]] = TopKScores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ReverseKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         full = student.at_support(batch.scores.topk_ids)
@@ -117,13 +94,8 @@ class RenormalizedReverseKL:
 class _OnTestifiedSupport:
     """What the divergences on the scorer's support share: they read no written token."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
+    consumes: ClassVar[type[Scores]] = TopKScores
+    on_policy: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +106,7 @@ class StopGradientReverseKL(_OnTestifiedSupport):
     the weight is not: gradient `sum_S p l grad log p`, which is that of `GeneralizedReverseKL`; outside S no signal.
     """
 
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -152,9 +122,7 @@ class GeneralizedReverseKL(_OnTestifiedSupport):
     differentiated; the gradient is that of `StopGradientReverseKL`.
     """
 
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -192,9 +160,7 @@ class TailBucketForwardKL(_OnTestifiedSupport):
     differentiated; a lower bound of the full forward KL.
     """
 
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.Coarsened(of=exact.ForwardKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ForwardKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -210,9 +176,7 @@ class RenormalizedForwardKL(_OnTestifiedSupport):
     Direction: forward. Support: top-k, renormalised. Fully differentiated.
     """
 
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.Renormalized(of=exact.ForwardKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ForwardKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         full = student.at_support(batch.scores.topk_ids)

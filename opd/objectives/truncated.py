@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from math import inf, log
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,8 @@ class TruncatedRatio:
     above the bound, as it is on-policy. AsyncOPD (arXiv 2606.24143) found untruncated ratios best for reverse KL, which
     is the default here. Reports `ratio_truncated`, the share of tokens where the bound acts.
     """
+
+    on_policy: ClassVar[bool] = True
 
     of: Any
     max_ratio: float = 2.0
@@ -48,10 +50,6 @@ class TruncatedRatio:
     @property
     def consumes(self) -> type[Scores]:
         return self.of.consumes
-
-    @property
-    def on_policy(self) -> bool:
-        return True
 
     @property
     def promise(self) -> exact.Promise:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import log
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,17 +26,9 @@ class FullReverseKL:
     Gradient: autograd through the student's distribution, states held fixed (`p_v (l_v - KL)` w.r.t. logits).
     """
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.ReverseKL()
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.ReverseKL()
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
@@ -46,17 +39,9 @@ class FullReverseKL:
 class FullForwardKL:
     """KL(teacher||student), exact over the whole vocabulary; mode-covering (GKD, arXiv 2306.13649, beta -> 0)."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
-
-    @property
-    def promise(self) -> exact.Promise:
-        return exact.ForwardKL()
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.ForwardKL()
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
@@ -71,6 +56,9 @@ class JensenShannon:
     `FullForwardKL` and `FullReverseKL` (after dividing by beta or 1 - beta), which say what they are.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
     beta: float = 0.5
 
     def __post_init__(self) -> None:
@@ -79,14 +67,6 @@ class JensenShannon:
                 f"objective JensenShannon needs 0 < beta < 1, got {self.beta}; for 0 choose FullForwardKL, "
                 "for 1 FullReverseKL"
             )
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     @property
     def promise(self) -> exact.Promise:
@@ -131,18 +111,13 @@ class SkewedReverseKL:
     `FullReverseKL`.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
         _skew(self.alpha, "SkewedReverseKL")
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     @property
     def promise(self) -> exact.Promise:
@@ -166,18 +141,13 @@ class SkewedForwardKL:
     Direction: forward. Support: the whole vocabulary. alpha -> 0 is `FullForwardKL`.
     """
 
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
         _skew(self.alpha, "SkewedForwardKL")
-
-    @property
-    def consumes(self) -> type[Scores]:
-        return VocabularyScores
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     @property
     def promise(self) -> exact.Promise:

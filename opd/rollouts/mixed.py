@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,19 +20,12 @@ class AnswerRollout:
     A data set has no log-probabilities; it is taken to have been certain (0 everywhere), which only diagnostics read.
     """
 
+    records: ClassVar[type[TokenScores]] = TokenScores
+    needs_writer: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
+    truncated: ClassVar[bool] = True
+
     max_tokens: int
-
-    @property
-    def records(self) -> type[TokenScores]:
-        return TokenScores
-
-    @property
-    def needs_writer(self) -> bool:
-        return False
-
-    @property
-    def on_policy(self) -> bool:
-        return False
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         start = engines.tokenizer.encode("")  # what a template puts before every text
@@ -97,6 +90,10 @@ class Mixed:
     @property
     def on_policy(self) -> bool:
         return self.fraction == 1
+
+    @property
+    def truncated(self) -> bool:
+        return self.student.truncated or (self.fraction < 1 and self.fixed.truncated)
 
     @property
     def limits(self) -> tuple[MixtureLimit, ...]:

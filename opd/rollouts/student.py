@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
+from opd.errors import ConfigurationError
 from opd.ports import Completion, Engines, GenerateRequest, Sampling, TextEngine
 from opd.types import NOBODY, Prompt, TokenScores, TopKScores, Trajectory
 
@@ -51,25 +53,33 @@ class StudentRollout:
     """The student writes from its own context.
 
     `record_topk` > 0 also records the student's top-k while it writes, for scorers that ask the teacher about
-    the student's support.
+    the student's support. With `top_p` < 1 that is refused: what is recorded is the distribution that was sampled from,
+    in which all ids beyond the nucleus are alike.
     """
+
+    needs_writer: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = True
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     record_topk: int = 0
 
+    def __post_init__(self) -> None:
+        if self.record_topk and self.top_p < 1:
+            raise ConfigurationError(
+                f"rollout StudentRollout needs top_p=1 to record the student's top {self.record_topk}, but got "
+                f"{self.top_p}, which leaves nothing of the ids beyond the nucleus and would record any of them; set "
+                "rollout.top_p=1, or let the learner choose (objective SupportReverseKL with support StudentTop)"
+            )
+
     @property
     def records(self) -> type[TokenScores]:
         return TopKScores if self.record_topk else TokenScores
 
     @property
-    def needs_writer(self) -> bool:
-        return False
-
-    @property
-    def on_policy(self) -> bool:
-        return True
+    def truncated(self) -> bool:
+        return self.top_p < 1 or self.temperature == 0
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(
@@ -89,21 +99,17 @@ class TeacherRollout:
     teacher sample per prompt" is what a fixed set means.
     """
 
+    records: ClassVar[type[TokenScores]] = TokenScores
+    needs_writer: ClassVar[bool] = True
+    on_policy: ClassVar[bool] = False
+
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
 
     @property
-    def records(self) -> type[TokenScores]:
-        return TokenScores
-
-    @property
-    def needs_writer(self) -> bool:
-        return True
-
-    @property
-    def on_policy(self) -> bool:
-        return False
+    def truncated(self) -> bool:
+        return self.top_p < 1 or self.temperature == 0
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)

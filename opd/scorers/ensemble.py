@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class Ensemble:
     mixture, because each teacher would name other ids. Prompts may still name a teacher: it counts for metrics and
     balance only. Example: `Ensemble(shares={"default": 1, "peak": 1})`.
     """
+
+    min_group: ClassVar[int] = 1
 
     shares: Mapping[str, float | int]
     reader: Any = field(default_factory=TeacherHidden)
@@ -52,10 +54,6 @@ class Ensemble:
     @property
     def asks(self) -> Kinds:
         return self.reader.asks
-
-    @property
-    def min_group(self) -> int:
-        return 1
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         def rerouted(name: str) -> list[Trajectory]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -18,8 +19,14 @@ class WithReturns:
 
     Reward of a token: `log q - log mu`, times `reward_scale`. With `length_normalized` a return is divided by the
     number of tokens that remain (MiniLLM, arXiv 2306.08543). The writer's log-probability stands for the student's,
-    which is the same while rollouts are fresh. Published in code: discount 0.95, reward scale 0.5.
+    which is the same while rollouts are fresh. Published in code: discount 0.95, and rewards divided by 0.5 before the
+    advantages are whitened, which undoes it; the paper's equation has `reward_scale` 1.
     """
+
+    needs: ClassVar[type[Scores]] = TokenScores
+    produces: ClassVar[type[Scores]] = TopKReturnScores
+    asks: ClassVar[Kinds] = frozenset({TopK})
+    min_group: ClassVar[int] = 1
 
     k: int = 16
     discount: float = 1.0
@@ -31,22 +38,6 @@ class WithReturns:
             raise ConfigurationError(
                 f"scorer WithReturns needs 0 <= discount <= 1 and reward_scale > 0, got {self}; correct scorer.*"
             )
-
-    @property
-    def needs(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def produces(self) -> type[Scores]:
-        return TopKReturnScores
-
-    @property
-    def asks(self) -> Kinds:
-        return frozenset({TopK})
-
-    @property
-    def min_group(self) -> int:
-        return 1
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await TeacherTopK(k=self.k)(trajectories, engines)

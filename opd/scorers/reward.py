@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,24 +29,13 @@ class GroupAdvantage:
     `scale_by_std=False` is the Dr. GRPO variant (arXiv 2503.20783). A group of equal rewards has advantage 0.
     """
 
+    needs: ClassVar[type[Scores]] = TokenScores
+    produces: ClassVar[type[Scores]] = AdvantageScores
+    asks: ClassVar[Kinds] = frozenset()
+    min_group: ClassVar[int] = 2
+
     scale_by_std: bool = True
     epsilon: float = 1e-4
-
-    @property
-    def needs(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def produces(self) -> type[Scores]:
-        return AdvantageScores
-
-    @property
-    def asks(self) -> Kinds:
-        return frozenset()
-
-    @property
-    def min_group(self) -> int:
-        return 2
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         rewards = np.asarray(await task_rewards(trajectories, engines), dtype=np.float64)

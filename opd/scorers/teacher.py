@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -36,26 +37,16 @@ async def ask(trajectories: Sequence[Trajectory], wants: Sequence[Want], engines
 class _TeacherScorer:
     """What all scorers that ask one teacher about whole trajectories share."""
 
-    @property
-    def needs(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def min_group(self) -> int:
-        return 1
+    needs: ClassVar[type[Scores]] = TokenScores
+    min_group: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenTokens(_TeacherScorer):
     """The teacher's log-probability of each written token (one float per token)."""
 
-    @property
-    def produces(self) -> type[Scores]:
-        return TokenScores
-
-    @property
-    def asks(self) -> Kinds:
-        return frozenset({WrittenToken})
+    produces: ClassVar[type[Scores]] = TokenScores
+    asks: ClassVar[Kinds] = frozenset({WrittenToken})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await ask(trajectories, [WrittenToken()] * len(trajectories), engines)
@@ -65,19 +56,14 @@ class WrittenTokens(_TeacherScorer):
 class TeacherTopK(_TeacherScorer):
     """The teacher's own `k` likeliest tokens at every position."""
 
+    produces: ClassVar[type[Scores]] = TopKScores
+    asks: ClassVar[Kinds] = frozenset({TopK})
+
     k: int
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigurationError(f"scorer TeacherTopK needs k >= 1, but got {self.k}; set scorer.k")
-
-    @property
-    def produces(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def asks(self) -> Kinds:
-        return frozenset({TopK})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await ask(trajectories, [TopK(k=self.k)] * len(trajectories), engines)
@@ -87,17 +73,9 @@ class TeacherTopK(_TeacherScorer):
 class StudentTopK(_TeacherScorer):
     """The teacher's log-probabilities at the student's own top-k, which the student recorded while it wrote."""
 
-    @property
-    def needs(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def produces(self) -> type[Scores]:
-        return TopKScores
-
-    @property
-    def asks(self) -> Kinds:
-        return frozenset({AtIds})
+    needs: ClassVar[type[Scores]] = TopKScores
+    produces: ClassVar[type[Scores]] = TopKScores
+    asks: ClassVar[Kinds] = frozenset({AtIds})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         wants: list[Want] = []
@@ -111,13 +89,8 @@ class StudentTopK(_TeacherScorer):
 class TeacherHidden(_TeacherScorer):
     """The teacher's last hidden states: with its head, the exact distribution over the whole vocabulary."""
 
-    @property
-    def produces(self) -> type[Scores]:
-        return HiddenScores
-
-    @property
-    def asks(self) -> Kinds:
-        return frozenset({LastHidden})
+    produces: ClassVar[type[Scores]] = HiddenScores
+    asks: ClassVar[Kinds] = frozenset({LastHidden})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await ask(trajectories, [LastHidden()] * len(trajectories), engines)
@@ -127,13 +100,8 @@ class TeacherHidden(_TeacherScorer):
 class Unscored(_TeacherScorer):
     """Nobody testifies: likelihood training on the text alone."""
 
-    @property
-    def produces(self) -> type[Scores]:
-        return Scores
-
-    @property
-    def asks(self) -> Kinds:
-        return frozenset()
+    produces: ClassVar[type[Scores]] = Scores
+    asks: ClassVar[Kinds] = frozenset()
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return [Scores() for _ in trajectories]

@@ -25,6 +25,18 @@ def verify(requests: Sequence[ScoreRequest], answers: Sequence[Scores]) -> None:
             raise DataError(f"teacher scores are refused: {problem}; check the teacher's checkpoint and log")
 
 
+def check_support(scores: Scores, rows: int) -> None:
+    """Raise `DataError` if testimony names ids beyond the student's `rows` logits (a teacher padded further)."""
+    if not isinstance(scores, TopKScores) or not np.size(scores.topk_ids):
+        return
+    largest = int(np.max(np.asarray(scores.topk_ids)))
+    if largest >= rows:
+        raise DataError(
+            f"the teacher's top-k names id {largest}, but the student's output has {rows} rows (the teacher's is "
+            "padded further, and at this k its padding is among the likeliest); lower scorer.k"
+        )
+
+
 def _problem(request: ScoreRequest, answer: Scores) -> str:
     tokens = len(request.token_ids)
     if not isinstance(answer, TokenScores):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -14,9 +14,7 @@ from opd.types import Scored, Scores, Stop
 class SkipTruncated:
     """Completions that the token limit cut are not trained on."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return Scores
+    consumes: ClassVar[type[Scores]] = Scores
 
     def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
         return [np.full(len(s.trajectory), 0.0 if s.trajectory.stop is Stop.LENGTH else 1.0) for s in scored]

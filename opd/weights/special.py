@@ -1,8 +1,8 @@
 """Weights that depend on which token was written."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -15,15 +15,19 @@ class SkipFirst:
     """The first occurrence of each of `token_ids` in a completion is not trained; later ones are.
 
     For tokens on which student and teacher differ by template rather than by skill (Revisiting OPD, arXiv 2603.25562,
-    masks the first `<`, `think` and `<|im_end|>`). Ids are those of the run's tokenizer;
-    without ids nothing is skipped.
+    masks the first `<`, `think` and `<|im_end|>`). `tokens` are named as the vocabulary spells them; a run that is
+    planned looks up their ids (`known`), and until then nothing of them is skipped.
     """
 
-    token_ids: Sequence[int] = ()
+    consumes: ClassVar[type[Scores]] = Scores
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return Scores
+    token_ids: Sequence[int] = ()
+    tokens: Sequence[str] = ()
+
+    def known(self, vocabulary: Mapping[str, int]) -> "SkipFirst":
+        """The same by ids alone. A token that the vocabulary does not have cannot be written, so it is left out."""
+        ids = [vocabulary[token] for token in self.tokens if token in vocabulary]
+        return replace(self, token_ids=(*self.token_ids, *ids), tokens=())
 
     def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
         return [self._weights(s.trajectory.token_ids) for s in scored]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -15,9 +15,7 @@ from opd.types import Scored, Scores
 class PromptWeight:
     """Every token of a completion weighs what its prompt says (`Prompt.weight`, e.g. from a column)."""
 
-    @property
-    def consumes(self) -> type[Scores]:
-        return Scores
+    consumes: ClassVar[type[Scores]] = Scores
 
     def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
         return [np.full(len(s.trajectory), s.trajectory.prompt.weight) for s in scored]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from opd.delivery import collect
 from opd.devices import resolve_device, resolve_dtype
-from opd.errors import ConfigurationError, OpdError
+from opd.errors import ConfigurationError, OpdError, ServiceHung
 from opd.ports import ScoreRequest, Weights
 from opd.types import Fetch, TokenScores
 from teacher_service.config import START_S, TeacherConfig
@@ -112,7 +112,7 @@ class TorchTeacher:
         try:
             return await asyncio.wait_for(work, deadline_s)
         except TimeoutError as error:
-            raise OpdError(
+            raise ServiceHung(
                 f"the teacher did not finish {what} within {deadline_s:.0f} s; raise "
                 "teacher.deadline_s, or add teacher.replicas"
             ) from error

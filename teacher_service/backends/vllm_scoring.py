@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from opd.devices import resolve_device, resolve_dtype
-from opd.errors import DataError, OpdError
+from opd.errors import DataError, OpdError, ServiceHung
 from opd.ports import ScoreRequest, TopK
 from opd.types import TokenScores, TopKScores
 from teacher_service.backends.torch_forward import microbatches
@@ -87,7 +87,7 @@ class _VLLMTeacher(ABC):
         try:
             return await asyncio.wait_for(work, deadline_s)
         except TimeoutError as error:
-            raise OpdError(
+            raise ServiceHung(
                 f"the teacher did not finish {what} within {deadline_s:.0f} s; raise "
                 "teacher.deadline_s, or add teacher.replicas"
             ) from error

@@ -10,6 +10,10 @@ from launch.compare import is_comparison
 from launch.config import groups, run_config
 from launch.plan import make_plan
 from opd.errors import ConfigurationError
+from opd.objectives.returns import MiniLLM
+from opd.scorers.returns import WithReturns
+from opd.weights.special import SkipFirst
+from opd.weights.teachers import TeacherBalance
 
 METHODS = groups()["method"]
 EXPERIMENTS = [name for name in groups()["experiment"] if not is_comparison([f"experiment={name}"])]
@@ -48,6 +52,28 @@ def test_every_option_builds(choice: str) -> None:
 def test_every_method_can_be_planned(name: str) -> None:
     plan = make_plan(run_config([f"method={name}", *GROUP_OF_TWO.get(name, [])]))
     assert plan.config.method.scorer.asks <= plan.config.teacher.answers
+
+
+def test_minillm_weighs_what_follows_as_the_papers_equation_does() -> None:
+    """The long part is the gradient of what the short part leaves out only while both have the same scale."""
+    scorer, objective = run_config(["method=minillm"]).method.scorer, run_config(["method=minillm"]).method.objective
+    assert isinstance(scorer, WithReturns) and isinstance(objective, MiniLLM)
+    assert scorer.reward_scale * objective.long_weight == 1 and (scorer.discount, objective.alpha) == (0.95, 0)
+
+
+def test_a_plan_knows_the_ids_of_tokens_that_a_weight_names() -> None:
+    base = ["method=local_support_matching", "method.weights.special.tokens=['<eos>','<bos>',think]"]
+    special = make_plan(run_config(base)).config.method.weights["special"]
+    assert isinstance(special, SkipFirst) and tuple(special.token_ids) == (2, 1) and not special.tokens
+    shipped = run_config(base[:1]).method.weights["special"]
+    assert isinstance(shipped, SkipFirst) and list(shipped.tokens) == ["<", "think", "<|im_end|>"]
+    kept = [
+        "method=topk_reverse_kl",
+        "method.weights.balance={_target_: opd.weights.teachers.TeacherBalance, filters: {special: "
+        "{_target_: opd.weights.special.SkipFirst, tokens: ['<eos>']}}}",
+    ]
+    balance = make_plan(run_config(kept)).config.method.weights["balance"]
+    assert isinstance(balance, TeacherBalance) and tuple(balance.filters["special"].token_ids) == (2,)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

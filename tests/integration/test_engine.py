@@ -25,7 +25,7 @@ from actors.engine import VLLMEngine
 from actors.engine_thread import EngineLoop, EngineStopped
 from learner.publishing import Publisher, Staged
 from opd.delivery import assemble, digest_of
-from opd.errors import ConfigurationError, DataError, OpdError
+from opd.errors import ConfigurationError, DataError, ServiceHung
 from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Share, Weights
 from opd.types import Stop, TopKScores
 from tests.fault_matrix import Witness
@@ -413,7 +413,9 @@ def test_a_wait_has_a_deadline_and_what_nobody_waits_for_is_dropped(house: House
     config = house.engine._config
     house.engine._config = replace(config, deadline_s=0.05)
     try:
-        with pytest.raises(OpdError, match=r"did not finish (admitting requests|writing \d+ of 90 completions) within"):
+        with pytest.raises(
+            ServiceHung, match=r"did not finish (admitting requests|writing \d+ of 90 completions) within"
+        ):
             house.generate(requests(Sampling(max_tokens=64), prompts=6, samples=15))
     finally:
         house.engine._config = config

@@ -163,7 +163,7 @@ def test_an_asynchronous_run_survives_deaths_in_every_state(scene: Scene, witnes
     "engine killed", "teacher killed",
 )  # fmt: skip
 def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, witness: Witness) -> None:
-    steps = 14
+    steps = 40
     plan(scene.plan, "learner beginning", "kill engine", entry=3)
     plan(scene.plan, "learner beginning", "kill teacher 1 5", entry=5, after=1)
     plan(scene.plan, "teacher scoring", "SIGSTOP", after=2)
@@ -221,6 +221,20 @@ def test_answers_of_an_engine_that_stopped_are_given_by_another_and_count_once(s
     assert len(re.findall(r"rollout actor \d hung", scene.alarms())) == 1, scene.alarms()
     assert "T (stopped)" in looked_at(scene, r"rollout actor \d hung .* \(where it stood: (\S+)\)")
     assert "died" not in scene.alarms()
+    scene.accounts(steps, staleness=0)
+
+
+@pytest.mark.faults("engine stuck while decoding")
+def test_an_engine_that_is_stuck_while_its_actor_answers_is_replaced(scene: Scene, witness: Witness) -> None:
+    """The deadline of its call ends in the actor, too, which says so itself: about as often first as not."""
+    steps = 8
+    scene.start(f"steps={steps}", *TWO_OF_EACH, "student.deadline_s=60", "teacher.replicas=1")
+    scene.reach(lambda: scene.steps() >= 2, "two steps")
+    plan(scene.plan, "engine decoding", "sleep 3600")
+    scene.ends(0)
+    bear_witness(scene, witness, [("engine stuck while decoding", "engine decoding")])
+    stood = looked_at(scene, r"rollout actor \d hung .* \(where it stood: (\S+)\)")
+    assert "engine_thread.py" in stood and "died" not in scene.alarms()
     scene.accounts(steps, staleness=0)
 
 

@@ -25,16 +25,12 @@ from learner.training import MakeOutlet
 from opd.delivery import assemble, collect
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError, DataError
+from opd.objectives.topk import RenormalizedReverseKL
 from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Weights
 from opd.pull import Shelf, Wire, pull
 from opd.shared_memory import SharedMemory, read
-from opd.types import (
-    HiddenScores,
-    RemoteRows,
-    Trajectory,
-    VocabularyScores,
-)
+from opd.types import HiddenScores, RemoteRows, TopKScores, Trajectory, VocabularyScores
 from tests.small_learner import (
     SMOOTH,
     STAGES,
@@ -177,6 +173,18 @@ def test_a_teacher_with_another_vocabulary_is_refused(models: dict[str, Path], s
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match=r"equal vocabularies.* 64 rows.* 61"):
         start(SMOOTH, models["tied"], tmp_path)
+
+
+def test_a_top_k_that_names_padding_of_the_teacher_is_one_sentence(models: dict[str, Path], start: Start) -> None:
+    def said(largest: int, t: Trajectory) -> TopKScores:
+        ids = np.tile(np.array([0, largest], np.int32), (len(t), 1))
+        own, at = np.full(len(t), -1, np.float32), np.full(ids.shape, -1, np.float32)
+        return TopKScores(logprobs=own, topk_ids=ids, topk_logprobs=at)
+
+    rank, (last, beyond) = start(SMOOTH, models["tied"]), (VOCABULARY - 1, VOCABULARY)
+    rank.evaluate(batches_of(1, SMOOTH, partial(said, last))[0], RenormalizedReverseKL())
+    with pytest.raises(DataError, match=rf"names id {beyond}, but the student's output has {VOCABULARY} rows.*lower"):
+        rank.evaluate(batches_of(1, SMOOTH, partial(said, beyond))[0], RenormalizedReverseKL())
 
 
 def test_a_window_shorter_than_the_sequences_is_refused(start: Start, models: dict[str, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,28 @@ def test_a_pathological_expression_costs_its_own_reward_only() -> None:
 
     try:
         assert asyncio.run(grade()) == [1.0, 0.0, 1.0]
+    finally:
+        grader.close()
+
+
+def _endless(completion: str, answer: str) -> float:
+    """In the place of math-verify, in a child process."""
+    if completion == "endless":
+        time.sleep(600)
+    return float(completion == answer)
+
+
+def test_groups_that_are_graded_at_once_cost_each_other_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All wait for one child process: neither its start, nor another's deadline, nor its end is theirs."""
+    monkeypatch.setattr("launch.grading.verify_math", _endless)
+    grader = MathGrader(deadline_s=5.0)
+
+    async def grade() -> list[list[float]]:
+        groups = [["18", "endless"], ["18", "17"], ["17", "18"]]
+        return await asyncio.gather(*[grader.grade(group, ["18"] * 2) for group in groups])
+
+    try:
+        assert asyncio.run(grade()) == [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     finally:
         grader.close()
 

@@ -25,6 +25,8 @@ from launch.checkpoints import (
     newest_first,
 )
 from launch.config import run_config
+from launch.resuming import Resumption, _remarks, rewind
+from launch.run_directory import RunDirectory, append_json, read_jsonl
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ledger import Ledger
@@ -99,6 +101,47 @@ def test_the_same_step_again_replaces_it(store: CheckpointStore) -> None:
     assert (write(store, 2) / "learner" / "rank_0.safetensors").read_bytes() != first
     assert [p.name for p in store.folder.iterdir()] == ["step_2"]
     assert verify(store.path(2)).step == 2
+
+
+@pytest.mark.faults("checkpoint foreign or incomplete")
+def test_a_checkpoint_under_another_step_s_name_is_none(store: CheckpointStore, witness: Witness) -> None:
+    """Every digest is right; taken for step 6, it would be removed as one that comes after the step it goes on from."""
+    write(store, 2)
+    os.rename(write(store, 4), store.path(6))
+    witness("checkpoint foreign or incomplete")
+    place, found, skipped = store.newest_whole()
+    assert (place, found.step) == (store.path(2), 2)
+    assert len(skipped) == 1 and "step_6 is of step 4" in skipped[0] and "\n" not in skipped[0]
+
+
+def test_a_crash_while_a_run_is_rewound_leaves_no_checkpoint_without_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`resume=2` of a run that has come to step 4, cut off at its first and its second removal."""
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number, victim in enumerate((CheckpointStore, RunDirectory)):
+        directory = RunDirectory.create(tmp_path, f"r{number}")
+        store = CheckpointStore(directory.checkpoints)
+        for step in (1, 2, 3, 4):
+            append_json(directory.metrics, {"step": step})
+        write(store, 2), write(store, 4)
+        resumed = Resumption(checkpoint=store.path(2), state=state(2), same_run=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(victim, "forget_after" if victim is CheckpointStore else "rewind", crash)
+            with pytest.raises(KeyboardInterrupt):
+                rewind(directory, resumed, 6)
+        newest = store.newest_whole()[1].step
+        assert len(read_jsonl(directory.metrics)) >= newest, "steps that no line tells of"
+
+
+def test_a_run_whose_checkpoints_were_removed_has_none(tmp_path: Path) -> None:
+    gone = CheckpointStore(tmp_path / "checkpoints")
+    gone.recover()
+    with pytest.raises(ConfigurationError, match="no checkpoint to go on from"):
+        gone.newest_whole()
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -201,6 +244,22 @@ def test_what_trains_the_same_may_change(override: str) -> None:
     found = changes(before, now)
     assert found, "nothing changed"
     check_changes("c", found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["checkpoint_every=5"], []),
+        (["checkpoint_every=5", "max_staleness=1", "deterministic=false"], []),
+        (["checkpoint_every=5", "max_staleness=1"], ["checkpoint_every was 0 and is 5 now"]),
+        (["checkpoint_every=5", "max_staleness=1", "steps=7"], ["steps was", "checkpoint_every was 0"]),
+    ],
+)
+def test_what_may_change_but_is_not_without_effect_is_said(overrides: list[str], said: list[str]) -> None:
+    same = [o for o in overrides if not o.startswith(("checkpoint_every", "steps"))]
+    before, now = (run_config([*SMALL, *more]) for more in (same, overrides))
+    remarks = _remarks(now, changes(described(before), described(now)))
+    assert len(remarks) == len(said) and all(part in remark for part, remark in zip(said, remarks, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ Models are tables of logits behind the ports: the last two tokens predict the ne
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from launch.doctor import seconds
 from opd.doctor import examine, teacher_gain
 from opd.examination import Finding, Patient, Verdict
 from opd.logits import StudentLogits, read
@@ -27,6 +29,7 @@ from opd.ports import (
     WrittenToken,
 )
 from opd.types import Batch, HiddenScores, RemoteRows, Stop, TokenScores, TopKScores
+from teacher_service.config import Backend, TeacherConfig
 
 V, EOS = 12, 2
 ALL = frozenset({WrittenToken, TopK, AtIds, LastHidden})
@@ -160,9 +163,9 @@ def examined(make: Any, sick: Patient) -> dict[str, Finding]:
 
 def test_a_good_pair_passes_every_check(make: Any) -> None:
     teacher = Table(tables()[1])
-    found = examined(make, patient(replicas=[teacher, Table(tables()[1])]))
+    found = examined(make, patient(replicas=[teacher, Table(tables()[1])], reference=Table(tables()[1])))
     assert {f.verdict for f in found.values()} == {Verdict.FINE}, found
-    assert len(found) == 11 and all(f.measured and not f.sentence for f in found.values())
+    assert len(found) == 12 and all(f.measured and not f.sentence for f in found.values())
 
 
 def test_what_a_backend_cannot_answer_is_not_asked(make: Any) -> None:
@@ -250,6 +253,11 @@ FAULTS: dict[str, tuple[Callable[[], Patient], str, str]] = {
     "ids mixed up": (lambda: lying(other_ids), "full softmax", "another in its support"),
     "not a number": (lambda: lying(poisoned), "answers", "NaN"),
     "another replica": (stranger_among_replicas, "replicas", "replica 1 serves another checkpoint"),
+    "another backend says otherwise": (
+        lambda: patient(reference=Table(tables()[1] / 0.7)),
+        "backends",
+        "does not say what its checkpoint says under a plain forward pass",
+    ),
     "another output matrix": (
         lambda: patient(learner=Reader(tables()[0], 0.8 * np.eye(V, dtype=np.float32))),
         "hidden states",
@@ -291,3 +299,46 @@ def test_a_teacher_that_ends_no_better_is_a_warning(make: Any) -> None:
     found = [asyncio.run(teacher_gain(patient().engines, writer, prompts, 8)) for writer in (better, worse)]
     assert [f.verdict for f in found] == [Verdict.FINE, Verdict.WARNING], found
     assert "little to learn" in found[1].sentence
+
+
+@dataclass
+class Listening(Table):
+    """A table that keeps the contexts in which it was asked to write."""
+
+    contexts: list[list[int]] = field(default_factory=list)
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        self.contexts += [r.context_ids.tolist() for r in requests]
+        return await super().generate(requests)
+
+
+def test_a_privileged_teacher_writes_on_in_its_own_context(make: Any) -> None:
+    knows = np.array([5, 1, 4], dtype=np.int32)
+    prompts = [make.prompt([1, 4], id=f"p{i}", task="t", teacher_ids=knows) for i in range(4)]
+    student, writer = Listening(tables()[0]), Listening(tables()[1])
+    asyncio.run(teacher_gain(patient(student=student).engines, writer, prompts, 8))
+    own, theirs = student.contexts[len(prompts) :], writer.contexts
+    assert any(len(context) > 2 for context in own), "no text was half-written"
+    assert theirs == [[5, *context] for context in own]
+
+
+@pytest.mark.parametrize(
+    ("backend", "weights", "plain", "twin"),
+    [
+        (Backend.TORCH, 9, False, True),
+        (Backend.VLLM, 9, True, True),
+        (Backend.HTTP, 9, True, False),
+        (Backend.OPENAI, 0, False, False),
+    ],
+)
+def test_a_teacher_is_compared_only_with_what_is_here(backend: Backend, weights: int, plain: bool, twin: bool) -> None:
+    """An endpoint whose weights are elsewhere can be examined, too."""
+    teacher = TeacherConfig(path="t", backend=backend, url="http://127.0.0.1:1", model="m", replicas=2)
+    plan: Any = SimpleNamespace(
+        config=SimpleNamespace(teachers={"default": teacher}, student=SimpleNamespace(path="s")),
+        teacher_params={"default": weights},
+    )
+    reference, own = seconds(plan, "default")
+    assert (reference is not None, own is not None) == (plain, twin)
+    assert reference is None or (reference.backend, reference.path, reference.replicas) == (Backend.TORCH, "t", 1)
+    assert own is None or (own.backend, own.path, own.replicas) == (backend, "s", 1)

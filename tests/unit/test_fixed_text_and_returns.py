@@ -90,6 +90,12 @@ def test_the_first_occurrence_is_left_out_and_the_second_is_not(make: Any) -> No
     assert [w.tolist() for w in SkipFirst()(step)] == [[1] * 5, [1, 1]]
 
 
+def test_tokens_are_left_out_by_name_where_the_vocabulary_has_them(make: Any) -> None:
+    named = SkipFirst(token_ids=[2], tokens=["<", "think"]).known({"<": 7, "a": 5})
+    assert named == SkipFirst(token_ids=(2, 7))
+    assert [w.tolist() for w in named([make.scored([7], [5, 7, 7, 2])])] == [[1, 0, 1, 0]]
+
+
 def test_returns_are_what_comes_after() -> None:
     rewards = np.array([9.0, 1.0, 2.0, 4.0])
     assert returns(rewards, 1.0, False).tolist() == [7, 6, 4, 0]

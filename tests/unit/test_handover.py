@@ -26,24 +26,34 @@ class Teacher:
         return [said((self.shared, [0, 1])), plain, said((self.own, [0]), (self.shared, [3, 4]))][: len(requests)]
 
 
-def asked(teacher: Any, requests: list[int]) -> tuple[list[TokenScores], list[Any]]:
-    """What the driver gets, and what travelled, when references stand for arrays."""
-    travelled: list[Any] = []
+class References:
+    """What a streaming call of Ray gives: all parts are made before the first is read, each behind a name."""
 
-    async def references(parts: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async for part in parts:
+    def __init__(self, parts: AsyncIterator[Any]) -> None:
+        self._parts, self.travelled = parts, []
+
+    async def completed(self) -> None:
+        async for part in self._parts:
             future = asyncio.get_running_loop().create_future()
             future.set_result(part)
-            travelled.append(future)
+            self.travelled.append(future)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for future in self.travelled:
             yield future
 
-    async def ask() -> list[TokenScores]:
-        method = SimpleNamespace(remote=lambda given: references(teacher.hand_over(given)))
+
+def asked(teacher: Any, requests: list[int]) -> tuple[list[TokenScores], list[Any]]:
+    """What the driver gets, and what travelled, when references stand for arrays."""
+
+    async def ask() -> tuple[list[TokenScores], list[Any]]:
+        stream = References(teacher.hand_over(requests))
+        method = SimpleNamespace(remote=lambda _: stream)
         ((positions, answers),) = [part async for part in taken_over(method, requests)]
         assert list(positions) == list(range(len(requests)))
-        return answers
+        return answers, stream.travelled
 
-    return asyncio.run(ask()), travelled
+    return asyncio.run(ask())
 
 
 def test_arrays_travel_once_behind_the_answers_and_are_named_by_references() -> None:

@@ -392,6 +392,24 @@ def test_a_failure_anywhere_stops_everything_at_once(make: Any, place: str) -> N
     assert asyncio.run(run()) == set()
 
 
+@pytest.mark.parametrize("place", ["rollout 2/4", "scorer"])
+def test_a_part_that_is_cancelled_from_within_ends_the_run(make: Any, place: str) -> None:
+    """A task that ends as cancelled is no failure to a group of tasks: the learner waited for its step for ever."""
+    calls = Counter[str]()
+
+    async def give_up(where: str) -> None:
+        calls[where] += 1
+        if where == place and calls[where] == (5 if place == "scorer" else 1):
+            raise asyncio.CancelledError
+
+    async def run() -> None:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await asyncio.wait_for(Bench(make, wait=give_up).run(SHORT, 9, max_staleness=2), timeout=20)
+        assert all("was cancelled while it wrote or read" in str(leaf) for leaf in leaves(caught.value))
+
+    asyncio.run(run())
+
+
 @dataclass
 class Nothing:
     """No token counts in the calls named by `calls` (from 0)."""

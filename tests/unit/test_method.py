@@ -14,6 +14,7 @@ from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledRev
 from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import AtIds, Engines, LastHidden, Sampling, ScoreRequest, TopK, Want, WrittenToken
+from opd.rollouts.mixed import Mixed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import StudentTopK, TeacherHidden, TeacherTopK, Unscored, WrittenTokens
@@ -79,6 +80,35 @@ def test_an_estimate_over_the_students_own_tokens_is_refused_on_somebody_elses_t
     )
     with pytest.raises(ConfigurationError, match=sentence):
         Method(**parts, rollout=TeacherRollout(max_tokens=8))
+
+
+CUT = {"top-p": {"top_p": 0.9}, "greedy": {"temperature": 0.0}}
+
+
+@pytest.mark.parametrize("cut", CUT)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda part: part.__name__)
+def test_an_estimate_from_the_written_token_is_refused_where_tokens_cannot_be_written(
+    objective: type, cut: str
+) -> None:
+    (scorer, *_) = (s for s, meaningful in MEANINGFUL.items() if objective in meaningful)
+    rollout = StudentRollout(max_tokens=8, **CUT[cut])
+    parts: Any = {"name": "m", "scorer": scorer, "objective": objective()}
+    if objective not in {SampledReverseKL, HeadTailReverseKL}:
+        assert Method(**parts, rollout=rollout)
+        return
+    sentence = rf"objective {objective.__name__} .*every token to have a chance .*StudentRollout has top_p < 1.*; set"
+    for writer in (rollout, Mixed(student=rollout, fixed=TeacherRollout(max_tokens=8), fraction=1.0)):
+        with pytest.raises(ConfigurationError, match=sentence.replace("StudentRollout", type(writer).__name__)):
+            Method(**parts, rollout=writer)
+
+
+@pytest.mark.parametrize("top_p", [0.95, 0.1])
+def test_the_students_topk_is_not_recorded_from_a_nucleus(top_p: float) -> None:
+    """Beyond it all ids have -inf, and which of them an engine names is chance."""
+    with pytest.raises(
+        ConfigurationError, match=rf"needs top_p=1 to record the student's top 4, but got {top_p}.*; set"
+    ):
+        StudentRollout(max_tokens=8, record_topk=4, top_p=top_p)
 
 
 @dataclass(frozen=True)

@@ -359,6 +359,36 @@ def test_p10_a_fresh_writer_has_ratio_one_and_nothing_is_clipped(claim: Claim) -
     torch.testing.assert_close(metrics["entropy"], -(p * p.log()).sum().expand(V))
 
 
+BY_DEPTH = ("0_63", "64_255", "256_1023", "1024_up")
+OF_THE_STUDENT = {"entropy", *(f"entropy_{bucket}" for bucket in BY_DEPTH)}
+OF_BOTH = {f"{name}{end}" for name in ("entropy_gap", "teacher_entropy") for end in ("", *(f"_{b}" for b in BY_DEPTH))}
+OVERLAP = {"overlap_ratio", "overlap_token_advantage", "overlap_student_mass", "overlap_teacher_mass"}
+TOLD: dict[type[Scores], set[str]] = {
+    VocabularyScores: {"reverse_kl", "forward_kl"} | OF_BOTH | OVERLAP,
+    TopKScores: {"student_mass", "teacher_mass", "support_overlap", "support_token_advantage"},
+}
+
+
+@pytest.mark.parametrize("objective", [*(claim.objective for claim in CLAIMS), MonteCarloReverseKL()], ids=str)
+def test_every_objective_reports_all_that_its_testimony_allows(objective: Any) -> None:
+    w = world(0)
+    metrics = outcome(objective, w).metrics
+    told = next((names for kind, names in TOLD.items() if issubclass(objective.consumes, kind)), set[str]())
+    assert told | OF_THE_STUDENT <= metrics.keys()
+    assert ({"logprob_gap", "probs_diff"} <= metrics.keys()) != isinstance(objective, Likelihood)
+    if objective.consumes is VocabularyScores:
+        torch.testing.assert_close(metrics["reverse_kl"], reverse_kl(w).detach().expand(V))
+        torch.testing.assert_close(metrics["forward_kl"], forward_kl(w).detach().expand(V))
+
+
+def test_an_estimate_that_is_told_more_than_it_needs_reports_it() -> None:
+    """A sampled method logs the overlap if its scorer asks for a top-k."""
+    w = world(0)
+    batch = every_token(w, said(TopKScores, w))
+    metrics = SampledReverseKL()(StudentLogits(logits=w.z.expand(V, V)), batch).metrics
+    assert TOLD[TopKScores] | OF_THE_STUDENT | {"reverse_kl"} <= metrics.keys()
+
+
 def test_a_stale_writer_is_reported_and_clipped() -> None:
     w = world(1, stale=True)
     metrics = outcome(ClippedPolicyGradient(), w).metrics

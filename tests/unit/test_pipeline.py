@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opd import ports
 from opd.errors import ConfigurationError
 from opd.ledger import Ledger
+from opd.objectives.sampled import SampledReverseKL, Speaker
 from opd.objectives.vocabulary import FullReverseKL
 from opd.pipeline import Pipeline, WeightUpdate
 from opd.rollouts.student import TeacherRollout
-from opd.scorers.teacher import TeacherHidden, Unscored
+from opd.scorers.teacher import TeacherHidden, Unscored, WrittenTokens
 from opd.types import NOBODY
-from tests.unit.test_loop import GROUP, SHORT, Bench, Likelihood, Model, Pause, log_softmax, method
+from tests.unit.test_loop import GROUP, SHORT, Bench, Likelihood, Model, Pause, TableLearner, log_softmax, method
 
 FULL = method(TeacherHidden(), FullReverseKL())
 
@@ -126,6 +128,36 @@ def test_deterministic_runs_are_bit_equal_whatever_the_speeds(make: Any, max_sta
     for other, table in runs[1:]:
         assert other == runs[0][0]
         assert bool((table == runs[0][1]).all())
+
+
+@dataclass
+class FollowedLearner(TableLearner):
+    """Its teacher takes every version in, too, which changes what it says (as `teacher.mixup` does)."""
+
+    reader: Any = None
+
+    async def publish(self, student: Any, version: int) -> ports.PublishReport:
+        report = await super().publish(student, version)
+        self.reader.table = log_softmax(0.5 * torch.as_tensor(self.reader.table) + 0.5 * self.table)
+        return report
+
+
+@pytest.mark.parametrize("follows", [True, False])
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_what_a_teacher_says_that_follows_the_student_does_not_depend_on_speeds(
+    make: Any, max_staleness: int, follows: bool
+) -> None:
+    """`follows=False` is the witness: the pipeline is not told, and text is read before or after the teacher moves."""
+    runs = set()
+    for seed in range(4):
+        bench = Bench(make, wait=Pause(seed, turns=40), lr=4.0)
+        own, reader = bench.learner, bench.engines.teachers["default"]
+        bench.learner = FollowedLearner(own.table, own.teacher, own.lr, own.wait, reader=reader)
+        chosen = method(WrittenTokens(), SampledReverseKL(signal=Speaker.STUDENT))
+        options = {"max_staleness": max_staleness, "teacher_follows": follows}
+        asyncio.run(bench.run(chosen, 12, deterministic=True, **options))
+        runs.add(tuple(losses(bench)))
+    assert (len(runs) == 1) == follows
 
 
 def test_without_it_they_differ(make: Any) -> None:

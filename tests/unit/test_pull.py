@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from learner.publishing import Publisher
 from opd.delivery import Delivered, assemble, collect
 from opd.errors import DataError, OpdError
 from opd.ports import Chunk, Manifest, Sentinel, Share, Weights
-from opd.pull import Shelf, Shelved, Wire, pull
+from opd.pull import Shelf, Shelved, Wire, _pass, pull
 
 ROOT = Path(__file__).resolve().parents[2]
 SENTINEL = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
@@ -171,6 +172,38 @@ def test_bytes_that_are_not_those_announced_are_refused(wire: Wire) -> None:
 
         with pytest.raises(DataError, match=r"the digest of chunk \d is sum64:.*, not sum64:.* damaged on the way"):
             collect(weights, damaged, "a test")
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_receiver_lets_the_memory_s_last_owner_finish_and_a_sender_does_not_wait_for_training(
+    fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's allocator hands out memory whose kernels are still queued on the stream that asks. Streams are words."""
+    done: list[str] = []
+
+    class Side:
+        def __init__(self, device: torch.device) -> None:
+            """Of this device."""
+
+        def wait_stream(self, other: str) -> None:
+            done.append(f"after {other}")
+
+        def synchronize(self) -> None:
+            done.append("arrived")
+
+    class Group:
+        def broadcast(self, rooms: list[Any], options: Any) -> Any:
+            done.append("broadcast")
+            return SimpleNamespace(wait=lambda deadline: True)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "Stream", Side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the engine's")
+    _pass(Group(), torch.zeros(8, dtype=torch.uint8).as_subclass(OnGpu), 1.0, fresh=fresh)
+    assert done == [*(["after the engine's"] if fresh else []), "broadcast", "arrived"]
 
 
 def test_a_learner_that_dies_is_told_at_once_and_its_successor_is_found() -> None:

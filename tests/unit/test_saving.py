@@ -1,8 +1,11 @@
 """A checkpoint reaches the disk beside training: one at a time, whole or not at all, and no error is lost."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,9 @@ from launch.checkpoint_store import CheckpointStore, verify
 from launch.checkpoints import DriverState
 from launch.learner_group import RanksLost
 from launch.pool import FollowedStudent, Follower
+from launch.run import Run
+from launch.run_directory import RunDirectory
+from launch.running import Preempted, Stop
 from launch.saving import Retention, Saver
 from launch.supervision import Fault
 from learner import checkpoint
@@ -23,7 +29,7 @@ class Ranks:
     """A learner whose file is there when it is told so."""
 
     def __init__(self) -> None:
-        self.done, self.error = asyncio.Event(), None
+        self.begun, self.done, self.error = asyncio.Event(), asyncio.Event(), None
         self.errors: list[Exception] = []  # of the next calls
         self.saved: list[int] = []
         self.kept_in: list[str] = []
@@ -31,6 +37,7 @@ class Ranks:
 
     async def save(self, directory: Path, step: int) -> None:
         self.saved.append(step)
+        self.begun.set()
         self._folder = directory
 
     async def written(self) -> dict[str, str]:
@@ -143,6 +150,71 @@ def test_a_checkpoint_is_given_up_with_the_ranks_that_wrote_it(
 
     run(tmp_path, work)
     assert "the checkpoint of step 2 is given up with the ranks that wrote it (a learner rank died)" in caplog.text
+
+
+class SlowStore(CheckpointStore):
+    """Its `commit` has begun and waits until it is let go on."""
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    def commit(self, state: DriverState, files: Mapping[str, str]) -> None:
+        self.begun.set()
+        assert self.go_on.wait(30)
+        super().commit(state, files)
+
+
+def test_a_checkpoint_whose_commit_has_begun_is_not_removed_under_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        ranks, store = Ranks(), SlowStore(tmp_path)
+        saver = Saver(store, ranks, {}, Retention(keep=2, keep_every=0))  # type: ignore[arg-type]
+        ranks.done.set()
+        await saver.begin(state(2))
+        assert await asyncio.to_thread(store.begun.wait, 30)
+        ending = asyncio.create_task(saver.give_up(at_once=True))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        store.go_on.set()
+        await ending
+        assert store.steps() == [2] and verify(store.path(2)).step == 2
+
+    asyncio.run(main())
+
+
+def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is done; the evaluation and the export are left to the resumed run."""
+    cancelled: list[bool] = []
+
+    async def all_steps(*arguments: Any, **_: Any) -> None:
+        for observer in arguments[5]:
+            await observer(SimpleNamespace(step=3))
+
+    async def main() -> None:
+        ranks, run, stop = Ranks(), object.__new__(Run), Stop(60.0)
+        run._directory, run._stop, run._first = RunDirectory.create(tmp_path, "r"), stop, 0
+        run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
+        run._config = SimpleNamespace(  # type: ignore[assignment]
+            checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, steps=3, method=None, prompts=None,
+            pipeline=None, evaluation=SimpleNamespace(every=0),
+        )  # fmt: skip
+        session = SimpleNamespace(learner=ranks, followers={}, engines=None)
+        training = asyncio.create_task(run._train(session, None, [], SimpleNamespace(apart=nullcontext)))  # type: ignore[arg-type]
+        await ranks.begun.wait()
+        await asyncio.sleep(0.01)
+        stop.signal(lambda: cancelled.append(training.cancel()))
+        ranks.done.set()
+        with pytest.raises(Preempted, match="after step 3, with a checkpoint"):
+            await training
+        assert not cancelled and CheckpointStore(run._directory.checkpoints).steps() == [3]
+
+    async def nothing(_: Run) -> dict[str, str]:
+        return {}
+
+    monkeypatch.setattr("launch.run.train", all_steps)
+    monkeypatch.setattr(Run, "_known", nothing)
+    monkeypatch.setattr(Run, "_state", lambda run, step, teachers: state(step))
+    asyncio.run(main())
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

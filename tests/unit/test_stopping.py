@@ -91,3 +91,16 @@ def test_a_grace_that_ends_before_the_boundary_cancels() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_until_stopped(endless(stop := Stop(0.01)), stop)
     assert stop.asked
+
+
+def test_a_grace_that_ends_after_the_checkpoint_cuts_nothing_short() -> None:
+    async def work(stop: Stop) -> str:
+        stop.waits = True
+        task = asyncio.current_task()
+        assert task is not None
+        stop.signal(task.cancel)
+        stop.met()
+        await asyncio.sleep(0.2)  # trackers and actors are closed
+        return "closed"
+
+    assert run_until_stopped(work(stop := Stop(0.05)), stop) == "closed"

@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,26 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from actors.engine import VLLMEngine
 from benchmarks.virtual_time import simulate
 from launch.dispatch import MANY_CALLS, SMALLEST_SHARE, Dispatcher, share_bounds
 from launch.supervision import Care, Fault, Replicas
-from opd.errors import ConfigurationError, DataError, OpdError, ServiceLost
+from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung, ServiceLost
+from teacher_service.backends.torch_forward import TorchTeacher
 from tests.fault_matrix import Witness
 
-FAULTS = ("die before", "die between", "hang", "lie", "say too little", "say nothing more")
+FAULTS = (
+    "die before",
+    "die between",
+    "hang",
+    "say to be stuck",
+    "lie",
+    "say too little",
+    "say nothing more",
+    "answer twice",
+    "answer what nobody asked",
+    "say nothing at all",
+)
 
 
 @dataclass
@@ -45,16 +59,23 @@ class Actor:
                 if fault == "hang":
                     self.shop.fired[fault] += 1
                     await asyncio.Event().wait()
+                if fault == "say to be stuck":
+                    self.shop.fired[fault] += 1
+                    raise ServiceHung("the engine did not finish writing within 5 s")
                 if fault == "lie":
                     self.shop.fired[fault] += 1
                     said[-1] += 1
                 if fault == "say too little":
                     self.shop.fired[fault] += 1
                     said.pop()
+                if fault in ("answer twice", "answer what nobody asked", "say nothing at all"):
+                    self.shop.fired[fault] += 1
+                    part = {"answer twice": [start, start], "say nothing at all": []}.get(fault, [len(requests)])
+                    said = [10 * requests[start]] * len(part)
                 if fault == "say nothing more" and start:
                     self.shop.fired[fault] += 1
                     return
-                self.shop.answered.update(requests[i] for i in part)
+                self.shop.answered.update(requests[i] for i in part if i < len(requests))
                 yield part, said
                 if fault == "die between":
                     self.fall(fault)
@@ -207,6 +228,35 @@ def test_what_was_answered_before_a_death_is_not_asked_again() -> None:
     simulate(run(), 1e6)
 
 
+def test_a_replica_that_says_itself_that_it_is_stuck_hangs() -> None:
+    """Its own deadline may end before its caller's: the engine is looked at and replaced, and the run goes on."""
+
+    async def run() -> None:
+        shop, looked = Shop(faults=["say to be stuck"]), list[Any]()
+        pool = await shop.pool(1)
+
+        async def look(*actors: Any) -> str:
+            looked.extend(actors)
+            return ""
+
+        pool.replicas.look = look
+        assert await ask_groups(pool, [[1, 2]]) == [[10, 20]]
+        assert pool.replicas.faults == {Fault.DIED: 0, Fault.HUNG: 1, Fault.LIED: 0}
+        assert looked == shop.ended == shop.made[:1]
+
+    simulate(run(), 1e6)
+
+
+@pytest.mark.parametrize("actor", ["engine", "teacher"])
+def test_an_actor_whose_own_deadline_ends_says_that_it_is_stuck(actor: str) -> None:
+    config: Any = SimpleNamespace(deadline_s=0.01)
+    made: Any = object.__new__(VLLMEngine if actor == "engine" else TorchTeacher)
+    made._config = config
+    wait = made._soon if actor == "engine" else made._within
+    with pytest.raises(ServiceHung, match="did not finish writing within"):
+        asyncio.run(wait(asyncio.sleep(60), "writing"))
+
+
 def test_the_breaker_pauses_and_closes_again() -> None:
     async def run() -> list[float]:
         shop = Shop(faults=["die before"] * 6)
@@ -234,6 +284,22 @@ def test_a_service_that_always_fails_ends_in_one_sentence(fault: str, kind: type
         scarce = await Shop(faults=[fault] * 99).pool(2, attempts=30, restarts=2)
         with pytest.raises(kind, match=r"worker: no replica is left after 2 restarts"):
             await ask_groups(scarce, [[1]])
+
+    simulate(run(), 1e6)
+
+
+def test_a_replacement_that_is_under_way_is_waited_for_when_no_other_may_be_started() -> None:
+    """Two replicas and one restart: the second dies while the first one's replacement starts."""
+
+    async def run() -> None:
+        shop = Shop(faults=["die before"] * 2)
+        pool = await shop.pool(2, restarts=1)
+        pool.replicas.ready = slow_start
+        assert await ask_groups(pool, [[i] for i in range(2 * SMALLEST_SHARE)])
+        assert len(shop.ended) == 2 and len(pool.replicas.serving) == 1
+
+    async def slow_start(actor: Actor) -> None:
+        await asyncio.sleep(0.1)
 
     simulate(run(), 1e6)
 

@@ -95,7 +95,10 @@ def test_the_file_is_valid_after_every_step(tmp_path: Path) -> None:
 
 def test_a_resumed_run_writes_a_file_of_its_own(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path, "first")
-    asyncio.run(TraceTracker(directory)(record(8, [Span(role=Role.LEARNER, step=8, start=1.0, end=2.0)])))
+    for clock in (1.0, 0.5):  # killed before its next checkpoint, and resumed there once more
+        span = Span(role=Role.LEARNER, step=8, start=clock, end=clock + 1)
+        asyncio.run(TraceTracker(directory)(record(8, [span])))
+        assert len(check(json.loads((directory.path / "trace_from_step_8.json").read_text()))) == 1
     assert json.loads((directory.path / "trace_from_step_8.json").read_text())
     assert not (directory.path / "trace.json").exists()
 

@@ -228,6 +228,18 @@ def test_the_signal_is_what_the_method_has(meter: Meter) -> None:
     assert "reward 0.2500" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_step_that_trained_nothing_is_shown_and_the_run_goes_on(meter: Meter) -> None:
+    idle = StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
+    consoles = [Console(file=io.StringIO(), force_terminal=t, width=200, record=True) for t in (False, True)]
+    for console in consoles:
+        view = LiveView(title="opd", steps=STEPS, meter=meter, console=console, print_every=1)
+        for step in (1, 2, 3):
+            asyncio.run(view(replace(record(step), report=idle) if step != 2 else record(step)))
+            console.print(view)
+        text = console.export_text()
+        assert "nothing trained" in text and "reverse KL" in text
+
+
 def cut_short(step: int) -> StepRecord:
     """A step whose completions all ran into the token limit."""
     plain = record(step)
