@@ -23,19 +23,23 @@ class RanksLost(Faulty):
 class LearnerGroup:
     """Calls every rank at once, because ranks meet in collectives; the answer of rank 0 stands for all.
 
-    Whatever is asked raises `RanksLost` if a rank dies or hangs; `launch.learner_restart` makes others.
+    Whatever is asked raises `RanksLost` if a rank dies or hangs; `launch.learner_restart` makes others. How soon
+    answers are due does not bound how long ranks take to start: they have `start_deadline_s` at least.
     """
 
-    def __init__(self, actors: Sequence[Any], config: LearnerConfig, look: Look = unseen) -> None:
+    def __init__(
+        self, actors: Sequence[Any], config: LearnerConfig, look: Look = unseen, start_deadline_s: float = 300.0
+    ) -> None:
         self.actors, self._look = actors, look
         self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
         self._deadline_s = config.deadline_s
+        self._start_s = max(config.deadline_s, start_deadline_s)
 
     async def setup(self) -> None:
         """Let the ranks find each other and load the model."""
-        ((host, port),) = await self._all([self.actors[0].address.remote()])
+        ((host, port),) = await self._all([self.actors[0].address.remote()], self._start_s)
         world = len(self.actors)
-        await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)])
+        await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)], self._start_s)
 
     async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> StepReport:
         """One optimizer step; see `opd.ports.Learner`."""
@@ -87,13 +91,14 @@ class LearnerGroup:
     def _pairs(self, batches: Sequence[Sequence[Batch[Scores]]]) -> Any:
         return zip(self.actors, batches, strict=True)
 
-    async def _all(self, calls: Sequence[Any]) -> list[Any]:
-        """All answers.
+    async def _all(self, calls: Sequence[Any], deadline_s: float = 0.0) -> list[Any]:
+        """All answers, due within `deadline_s` seconds (0: those of every call).
 
         Raises:
             RanksLost: a rank died, or does not answer.
         """
-        tasks = [asyncio.ensure_future(within(self._deadline_s, "a learner rank", call)) for call in calls]
+        due_s = deadline_s or self._deadline_s
+        tasks = [asyncio.ensure_future(within(due_s, "a learner rank", call)) for call in calls]
         try:
             return await asyncio.gather(*tasks)
         except OpdError as error:

@@ -170,7 +170,7 @@ def _learner(
 
     def make() -> LearnerGroup:
         ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
-        return LearnerGroup(ranks, config.learner, actors.look)
+        return LearnerGroup(ranks, config.learner, actors.look, config.cluster.start_deadline_s)
 
     others: dict[str, str] = {}  # where everybody else runs
 

@@ -15,7 +15,7 @@ from learner.config import LearnerConfig
 from opd.errors import DataError, OpdError
 from opd.ports import Manifest, Receipt, Sentinel, Share, Weights
 
-DEADLINE_S = 0.2
+DEADLINE_S, START_S = 0.2, 1.0
 
 
 async def say(answer: Any = None, after_s: float = 0.0) -> Any:
@@ -36,7 +36,7 @@ def group(*ranks: Any) -> LearnerGroup:
     async def look(*actors: Any) -> str:
         return f" (where {len(actors)} stood)"
 
-    return LearnerGroup(ranks, LearnerConfig(ranks=len(ranks), deadline_s=DEADLINE_S), look)
+    return LearnerGroup(ranks, LearnerConfig(ranks=len(ranks), deadline_s=DEADLINE_S), look, START_S)
 
 
 def died() -> ActorDiedError:
@@ -58,6 +58,16 @@ def test_a_rank_that_hangs_is_looked_at_with_the_others_and_lost() -> None:
     with pytest.raises(RanksLost, match=r"a learner rank did not answer within .* \(where 2 stood\)$") as caught:
         asyncio.run(group(one, other).load(Any))  # type: ignore[arg-type]
     assert caught.value.fault is Fault.HUNG
+
+
+@pytest.mark.parametrize("seconds", [0.4, 9.0])
+def test_ranks_may_take_longer_to_start_than_to_answer(seconds: float) -> None:
+    one = rank(address=lambda: say(("host", 1)), setup=lambda: say(None, seconds))
+    if seconds < START_S:
+        asyncio.run(group(one).setup())
+        return
+    with pytest.raises(RanksLost, match=r"a learner rank did not answer within 1 s"):
+        asyncio.run(group(one).setup())
 
 
 @pytest.mark.parametrize("error", [DataError("no number"), OpdError("out of memory")])
