@@ -26,7 +26,7 @@ class Journal:
     Nothing is copied: the steps are the values that the learner was given. Beyond `most` bytes they are let go of, and
     steps are written down again from the next checkpoint on; until that one is whole there is nothing to start from.
 
-    Example: `journal = Journal(most=4 << 30)`, `journal.add(batches, objective)` after a step, `journal.saving()` when
+    Example: `journal = Journal(most=1 << 30)`, `journal.add(batches, objective)` after a step, `journal.saving()` when
     the state was copied for a checkpoint, `journal.kept(folder)` when that checkpoint is whole.
     """
 

@@ -35,7 +35,7 @@ class ClusterConfig:
     placement: Placement = Placement.NONE
     start_deadline_s: float = 300.0
     restarts: int = 8
-    journal_bytes: int = 4 << 30
+    journal_bytes: int = 1 << 30  # a part of the object store, which engines and teachers need too
     hedge_quantile: float = 0.0
 
     def __post_init__(self) -> None:
