@@ -78,7 +78,7 @@ def test_a_run_whose_learner_is_lost_at_four_places_goes_on_by_itself(
 ) -> None:
     """Before there is any checkpoint, after one, while one is written, and before the last one; nothing is resumed."""
     plan(scene.plan, "learner optimizing", "SIGKILL", entry=4)  # both ranks have taken a step
-    scene.start(*OWN, "learner.deadline_s=40")
+    scene.start(*OWN, "learner.deadline_s=25")
     for number, (_, place, deed, after) in enumerate(IN_PLACE[1:], 1):
         scene.reach(lambda after=after: saved(scene.run, after), f"the checkpoint of step {after}")
         plan(scene.plan, place, deed, after=number)
@@ -88,7 +88,7 @@ def test_a_run_whose_learner_is_lost_at_four_places_goes_on_by_itself(
         witness(kind)
     assert output.count("all ranks start anew from") == len(IN_PLACE), output
     assert "start anew from the student they began with (steps to repeat: 1)" in scene.alarms()
-    assert "start anew from step_2 (" in scene.alarms() and "did not answer within 40 s" in scene.alarms()
+    assert "start anew from step_2 (" in scene.alarms() and "did not answer within 25 s" in scene.alarms()
     assert "the checkpoint of step 6 is given up with the ranks that wrote it (a learner rank died" in output
     assert "Traceback" not in output, output
     _are_equal(scene.run, whole)

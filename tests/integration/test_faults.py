@@ -17,13 +17,13 @@ import pytest
 
 from tests.fault_matrix import Witness
 from tests.fault_plan import FOLDER, Fired, entries, fired, plan, processes
-from tests.integration.test_processes import end_of, family, start, wait_until
+from tests.integration.test_processes import command, end_of, family, nobody_is_left, start, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 PROMPTS = 32
 TWO_OF_EACH = [
     f"prompts.prompts_per_step={PROMPTS}", "student.replicas=2", "teacher.replicas=2", "doctor=false",
-    "evaluation.every=0", "evaluation.teacher=false", "student.deadline_s=120", "teacher.deadline_s=40",
+    "evaluation.every=0", "evaluation.teacher=false", "student.deadline_s=120", "teacher.deadline_s=25",
     "tracker.mode=DISABLED",
 ]  # fmt: skip
 ASYNCHRONOUS = ["deterministic=false", "max_staleness=1"]
@@ -31,7 +31,7 @@ ASYNCHRONOUS = ["deterministic=false", "max_staleness=1"]
 
 def actors(mark: str, name: str) -> list[psutil.Process]:
     """Processes of the run whose Ray title says that they are an actor of class `name`."""
-    return sorted((p for p in family(mark) if f"ray::{name}" in " ".join(p.cmdline())), key=lambda p: p.pid)
+    return sorted((p for p in family(mark) if f"ray::{name}" in " ".join(command(p))), key=lambda p: p.pid)
 
 
 def lines(path: Path) -> list[dict]:
@@ -66,7 +66,7 @@ class Scene:
         assert self.driver is not None
         self.output = end_of(self.driver, seconds)
         assert self.driver.returncode == code, self.output
-        wait_until(lambda: not family(self.mark), 40, f"left: {[p.cmdline()[:3] for p in family(self.mark)]}")
+        nobody_is_left(self.mark, 40)
         return self.output
 
     def steps(self) -> int:
@@ -201,7 +201,7 @@ def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, w
 def test_answers_of_an_engine_that_stopped_are_given_by_another_and_count_once(scene: Scene, witness: Witness) -> None:
     """The learner has the step that the stopped engine was writing for, before that one is woken."""
     steps = 22
-    options = ["cluster.hedge_quantile=0.95", "student.deadline_s=60", "teacher.replicas=1"]
+    options = ["cluster.hedge_quantile=0.95", "student.deadline_s=30", "teacher.replicas=1"]
     scene.start(f"steps={steps}", *TWO_OF_EACH, *options)
     scene.reach(lambda: scene.steps() >= 12, "enough calls for a quantile")
     plan(scene.plan, "engine decoding", "SIGSTOP")
@@ -228,7 +228,7 @@ def test_answers_of_an_engine_that_stopped_are_given_by_another_and_count_once(s
 def test_an_engine_that_is_stuck_while_its_actor_answers_is_replaced(scene: Scene, witness: Witness) -> None:
     """The deadline of its call ends in the actor, too, which says so itself: about as often first as not."""
     steps = 8
-    scene.start(f"steps={steps}", *TWO_OF_EACH, "student.deadline_s=60", "teacher.replicas=1")
+    scene.start(f"steps={steps}", *TWO_OF_EACH, "student.deadline_s=30", "teacher.replicas=1")
     scene.reach(lambda: scene.steps() >= 2, "two steps")
     plan(scene.plan, "engine decoding", "sleep 3600")
     scene.ends(0)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.fault_matrix import Witness
 from tests.integration.test_faults import lines
-from tests.integration.test_processes import MARK, end_of, family, wait_until
+from tests.integration.test_processes import MARK, end_of, family, nobody_is_left, wait_until
 from tests.integration.test_submit import free_port
 from tests.integration.test_train import ROOT
 
@@ -98,7 +98,7 @@ def test_a_run_survives_the_loss_of_a_machine(tmp_path: Path, witness: Witness) 
         ledger = summary["ledger"]
         assert ledger["issued"] == ledger["trained"] == STEPS * PROMPTS and ledger["outstanding"] == 0
         assert [line["step"] for line in lines(metrics)] == list(range(1, STEPS + 1))
-        wait_until(lambda: not family(mark), 40, "processes end")
+        nobody_is_left(mark, 40)
     finally:
         for process in family(mark):
             process.kill()

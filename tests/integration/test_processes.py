@@ -44,6 +44,22 @@ def family(mark: str) -> list[psutil.Process]:
     return found
 
 
+def command(process: psutil.Process) -> list[str]:
+    """Its command line; nothing if it has gone meanwhile."""
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
+def nobody_is_left(mark: str, seconds: float) -> None:
+    """Wait until no process of the marked run lives."""
+    deadline = time.monotonic() + seconds
+    while left := family(mark):
+        assert time.monotonic() < deadline, f"left after {seconds} s: {[command(p)[:3] for p in left]}"
+        time.sleep(0.3)
+
+
 def wait_until(condition, seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -76,7 +92,7 @@ def test_stopping_a_run_leaves_no_process(how: str, tmp_path: Path) -> None:
         else:
             os.kill(driver.pid, signal.SIGTERM if how == "term" else signal.SIGKILL)
         output = end_of(driver)
-        wait_until(lambda: not family(mark), 30, f"left: {[p.cmdline()[:3] for p in family(mark)]}")
+        nobody_is_left(mark, 30)
     finally:
         for process in family(mark):
             process.kill()
@@ -102,4 +118,4 @@ def test_a_failing_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     assert "error:" in output and "Traceback" not in output, output
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["outcome"] == "failed" and summary["error"]
-    wait_until(lambda: not family(mark), 30, "processes end")
+    nobody_is_left(mark, 30)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.fault_matrix import Witness
-from tests.integration.test_processes import MARK, end_of, family, wait_until
+from tests.integration.test_processes import MARK, end_of, family, nobody_is_left, wait_until
 from tests.integration.test_train import ROOT, SMALL, lines, opd
 
 OWN = [*SMALL, "steps=6", "evaluation.every=2", "learner.deterministic=true", "checkpoint_every=2"]
@@ -43,7 +43,7 @@ def interrupted(how: signal.Signals, when: int, runs: Path, *arguments: str) -> 
             assert refused.returncode == 2 and "is still running" in refused.stderr, refused.stderr
         os.kill(driver.pid, how)
         output = end_of(driver)
-        wait_until(lambda: not family(mark), 40, "processes end")
+        nobody_is_left(mark, 40)
     finally:
         for process in family(mark):
             process.kill()
