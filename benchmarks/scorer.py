@@ -119,7 +119,7 @@ def main() -> None:
             share = f"{median(spent['bare']) / median(used):.3f}"
             table.add_row(name, f"{median(used):.3f} ({min(used):.3f} to {max(used):.3f})", share, limit)
         console.print(table)
-        for times in (1, 2, 4):
+        for times in (1, 2, 4, 8, 16):
             peak = peak_bytes(lambda times=times: score(batch * times, 64))
             answers = batch * times * TOKENS * (8 * 64 + 4)
             console.print(
