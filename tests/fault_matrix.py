@@ -167,7 +167,8 @@ def table(*, whole: bool) -> tuple[list[str], list[str]]:
 
 def is_whole(config: pytest.Config) -> bool:
     """Is this the whole matrix, and not a part that somebody chose?"""
-    chosen = config.option.keyword or config.option.collectonly or config.getoption("deselect", None)
+    left_out = config.getoption("deselect", None) or config.getoption("ignore", None)
+    chosen = config.option.keyword or config.option.collectonly or left_out
     return config.option.markexpr == "faults" and not chosen and config.args_source.name == "TESTPATHS"
 
 

@@ -118,14 +118,8 @@ class Histories(RuleBasedStateMachine):
             action()
 
 
-class ManyHistories(Histories):
-    """The same, for long."""
-
-
-Histories.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
-ManyHistories.TestCase.settings = settings(max_examples=2000, stateful_step_count=30, deadline=None)
+Histories.TestCase.settings = settings(max_examples=2000, stateful_step_count=30, deadline=None)
 TestHistories = Histories.TestCase
-TestManyHistories = pytest.mark.faults(ManyHistories.TestCase)
 
 
 def test_memory_is_that_of_the_outstanding_steps() -> None:
