@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 from safetensors import safe_open
@@ -20,8 +19,7 @@ from opd.errors import ConfigurationError, DataError
 from opd.ports import LastHidden, Routed, Sources
 from opd.scorers.ensemble import Ensemble
 from opd.types import Prompt, VocabularyScores
-from opd.weights.special import SkipFirst
-from opd.weights.teachers import TeacherBalance
+from opd.weights.special import look_up
 from teacher_service.config import REMOTE, TeacherConfig, check_answers
 from teacher_service.identity import check_checkpoint, compare, tokenizer_identity
 
@@ -126,8 +124,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_checkpoint(config.student.path, "student")
     exact_kl = _check_teachers(config)
     tokens = tokenizer_identity(config.student.path).tokens
-    weights = {name: _with_ids(part, tokens) for name, part in config.method.weights.items()}
-    config = replace(config, method=replace(config.method, weights=weights))
+    config = replace(config, method=replace(config.method, weights=look_up(config.method.weights, tokens)))
     sources = Sources(tokenizer=HuggingFaceTokenizer(config.student.path), rows=read_rows)
     asked = [*config.prompts(0, sources), *config.evaluation.prompts(0, sources)]
     longest = _check_lengths(config, asked)
@@ -142,13 +139,6 @@ def make_plan(config: RunConfig) -> Plan:
         vocabulary=1 + max(tokens.values()),
         exact_kl=exact_kl,
     )
-
-
-def _with_ids(part: Any, tokens: Mapping[str, int]) -> Any:
-    """A weight part with the ids of the tokens that it names."""
-    if isinstance(part, TeacherBalance):
-        return replace(part, filters={name: _with_ids(f, tokens) for name, f in part.filters.items()})
-    return part.known(tokens) if isinstance(part, SkipFirst) else part
 
 
 def _check_adapters(config: RunConfig) -> None:

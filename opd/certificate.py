@@ -25,6 +25,7 @@ from opd.method import Method, weigh
 from opd.packing import Normalizer, TokenMean, pack
 from opd.ports import Layout
 from opd.types import Batch, Scored, TokenLoss
+from opd.weights.special import look_up
 
 EXACT = 1e-6  # behavior log-probabilities and weights travel in float32
 SAME = 1e-9  # two sums of the same float64 numbers
@@ -93,6 +94,7 @@ def certify(method: Method) -> Certificate:
         )
     rows, skipped = [], {}
     said, method = str(promise), _with_k(method, lambda k: min(k, _SUPPORT))
+    method = replace(method, weights=look_up(method.weights, {}))  # the ids of an enumerable world have no names
     promise = method.objective.promise
     worlds = [make_world(seed, VOCABULARY) for seed in SEEDS]
     cases = [_Case(method=method, promise=promise, world=w, fresh=_read(method, w)) for w in worlds]

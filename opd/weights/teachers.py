@@ -1,14 +1,15 @@
 """How much each prompt and each teacher counts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from jaxtyping import Float
 
 from opd.errors import ConfigurationError
 from opd.types import Scored, Scores
+from opd.weights.special import look_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,10 @@ class TeacherBalance:
     def consumes(self) -> type[Scores]:
         """The narrowest testimony that a filter reads."""
         return max((part.consumes for part in self.filters.values()), key=lambda t: len(t.__mro__), default=Scores)
+
+    def known(self, vocabulary: Mapping[str, int]) -> Self:
+        """The same, with the ids of the tokens that its filters name (`opd.weights.special.NamesTokens`)."""
+        return replace(self, filters=look_up(self.filters, vocabulary))
 
     def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
         kept = [s.trajectory.loss_mask.astype(np.float64) for s in scored]

@@ -36,7 +36,7 @@ def session() -> Iterator[tuple[Session, asyncio.Runner]]:
 @pytest.mark.parametrize("name", groups()["method"])
 def test_a_method_trains(name: str, session: tuple[Session, asyncio.Runner]) -> None:
     opened, runner = session
-    config = run_config([*SMALL, f"method={name}"])
+    config = make_plan(run_config([*SMALL, f"method={name}"])).config
     records: list[StepRecord] = []
 
     async def remember(record: StepRecord) -> None:

@@ -23,7 +23,9 @@ from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.returns import WithReturns, returns
 from opd.scorers.teacher import TeacherHidden, Unscored, WrittenTokens
 from opd.types import Scored, Stop, TokenScores, TopKReturnScores
-from opd.weights.special import SkipFirst
+from opd.weights.length import SkipTruncated
+from opd.weights.special import SkipFirst, look_up
+from opd.weights.teachers import TeacherBalance
 
 STUDENT, TEACHER = StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)
 
@@ -91,9 +93,21 @@ def test_the_first_occurrence_is_left_out_and_the_second_is_not(make: Any) -> No
 
 
 def test_tokens_are_left_out_by_name_where_the_vocabulary_has_them(make: Any) -> None:
-    named = SkipFirst(token_ids=[2], tokens=["<", "think"]).known({"<": 7, "a": 5})
-    assert named == SkipFirst(token_ids=(2, 7))
-    assert [w.tolist() for w in named([make.scored([7], [5, 7, 7, 2])])] == [[1, 0, 1, 0]]
+    named = SkipFirst(token_ids=[2], tokens=["<", "think"])
+    known = look_up({"special": named, "whole": SkipTruncated()}, {"<": 7, "a": 5})
+    assert known == {"special": SkipFirst(token_ids=(2, 7)), "whole": SkipTruncated()}
+    step = [make.scored([7], [5, 7, 7, 2])]
+    assert [w.tolist() for w in known["special"](step)] == [[1, 0, 1, 0]]
+    inside = look_up({"balance": TeacherBalance(filters={"special": named})}, {"<": 7})
+    assert inside == {"balance": TeacherBalance(filters={"special": SkipFirst(token_ids=(2, 7))})}
+
+
+def test_a_token_whose_id_was_not_looked_up_is_never_trained_by_mistake(make: Any) -> None:
+    step = [make.scored([7], [5, 7, 7, 2])]
+    named = SkipFirst(tokens=["<"])
+    for weight in (named, TeacherBalance(filters={"special": named})):
+        with pytest.raises(ConfigurationError, match=r"SkipFirst names tokens \['<'\] and needs their ids .*; look"):
+            weight(step)
 
 
 def test_returns_are_what_comes_after() -> None:
