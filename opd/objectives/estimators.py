@@ -1,8 +1,9 @@
-"""More estimators of the reverse KL on the written token: squared, ratio-weighted, and with a baseline.
+"""Estimators on the written token: of any direction by its slope; of the reverse KL also squared, ratio-weighted, and
+with a baseline.
 
-All have the expected gradient of the exact per-state reverse KL; they differ in variance and in what they must know.
-`k1`, `k2`, `k3` of log-ratio l = log p - log q are l, l^2 / 2 and q/p - 1 + l (arXiv 2506.09477). Direct k1 (no
-gradient in expectation) and direct k3 (the forward KL's) do not exist here.
+Those of the reverse KL have the expected gradient of the exact per-state one; they differ in variance and in what they
+must know. `k1`, `k2`, `k3` of log-ratio l = log p - log q are l, l^2 / 2 and q/p - 1 + l (arXiv 2506.09477). Direct k1
+(no gradient in expectation) and direct k3 (the forward KL's) do not exist here.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,8 @@ from torch import Tensor
 from opd import divergences as exact
 from opd.diagnostics import known
 from opd.logits import StudentLogits
-from opd.objectives.vocabulary import divergence
+from opd.objectives.vocabulary import LARGEST, Direction, divergence, limits_of
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
-
-_LARGEST = 80.0  # exp of it is finite in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +69,7 @@ class RatioReverseKL(_OnWrittenTokens):
         back = batch.scores.logprobs - logprobs
         ratio = (logprobs - batch.behavior_logprobs).exp()
         # p/mu * q/p is q/mu, a constant: it is part of the value alone, and bounded so that float32 holds it.
-        taught = (batch.scores.logprobs - batch.behavior_logprobs).clamp(max=_LARGEST).exp()
+        taught = (batch.scores.logprobs - batch.behavior_logprobs).clamp(max=LARGEST).exp()
         return _result(student, batch, taught - ratio * (1 + back))
 
 
@@ -98,3 +97,32 @@ class TopKBaselinedReverseKL(_OnWrittenTokens):
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids).detach(), batch.scores.topk_logprobs
         return _result(student, batch, _rewarded(student, batch, divergence(p, p, q)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledDivergence:
+    """Any direction on the written token as a policy gradient: `p / mu sg(slope)`.
+
+    Direction: `of`. Support: the written token. Estimator: the divergence's slope at the token is the cost of writing
+    it, detached; the gradient flows through the importance ratio, and its expectation is exact, also with a stale
+    writer. With `of=FullReverseKL()` it is `SampledReverseKL(signal=STUDENT)`. A forward KL has costs of the size of
+    `q / p`, so its variance is large where the student rarely writes what the teacher would.
+    """
+
+    consumes: ClassVar[type[Scores]] = TokenScores
+    on_policy: ClassVar[bool] = True
+
+    of: Direction
+
+    @property
+    def promise(self) -> exact.Promise:
+        return self.of.promise
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        return limits_of(self)
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        cost = self.of.slope(logprobs.detach(), batch.scores.logprobs)
+        return _result(student, batch, (logprobs - batch.behavior_logprobs).exp() * cost)

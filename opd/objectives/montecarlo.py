@@ -1,4 +1,4 @@
-"""Reverse KL on tokens that the learner draws itself: several per state, from the current student."""
+"""Divergences on tokens that the learner draws itself: several per state, from the current student."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,6 +11,7 @@ from opd import divergences as exact
 from opd.diagnostics import known
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
+from opd.objectives.vocabulary import Direction, limits_of
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed word
@@ -41,26 +42,35 @@ def uniform(batch: Batch[Scores], count: int, seed: int) -> Float[Tensor, "n m"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MonteCarloReverseKL:
-    """KL(student||teacher) from `samples` tokens per state that the learner draws from the current student.
+class MonteCarloDivergence:
+    """Any direction from `samples` tokens per state that the learner draws from the current student.
 
-    Direction: reverse. Support: m drawn tokens. Estimator: `1/m sum_i r_i sg(log p_i - log q_i)`, r = p / sg(p); the
-    expected gradient is exact whoever wrote the text, because only the state is taken from it. (AsyncOPD, arXiv
-    2606.24143, finds m = 4 as good as 64.) Noise is counter-based, so packing does not change it.
+    Direction: `of`. Support: m drawn tokens. Estimator: `1/m sum_i r_i sg(slope_i)`, r = p / sg(p), for the reverse KL
+    with the slope log p - log q; the expected gradient is exact whoever wrote the text, because only the state is taken
+    from it. (AsyncOPD, arXiv 2606.24143, has the reverse KL and finds m = 4 as good as 64.) Noise is counter-based, so
+    packing does not change it.
     """
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
-    promise: ClassVar[exact.Promise] = exact.ReverseKL()
 
+    of: Direction
     samples: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ConfigurationError(
-                f"objective MonteCarloReverseKL needs samples >= 1, but got {self.samples}; set objective.samples"
+                f"objective MonteCarloDivergence needs samples >= 1, but got {self.samples}; set objective.samples"
             )
+
+    @property
+    def promise(self) -> exact.Promise:
+        return self.of.promise
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        return limits_of(self)
 
     def draw(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> Int[Tensor, "n m"]:
         """Ids by inversion of the student's cumulative distribution."""
@@ -74,7 +84,7 @@ class MonteCarloReverseKL:
         """The loss if `ids` were drawn."""
         p, q = student.at_support(ids), batch.scores.vocabulary_logprobs.gather(-1, ids)
         old = p.detach()
-        loss = ((p - old).exp() * (old - q)).mean(-1)
+        loss = ((p - old).exp() * self.of.slope(old, q)).mean(-1)
         return TokenLoss(loss=loss, metrics=known(student, batch))
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:

@@ -1,4 +1,4 @@
-"""KL on a support that the learner chooses itself, from the current student's and the teacher's whole distributions.
+"""Divergences on a support of the learner's choice, from the current student's and the teacher's whole distributions.
 
 Union and intersection of both top-k's need both distributions at once; here they are known exactly and are those of
 the current student. Cheaper on the wire, and fixed when the scorer asks, are the supports of `opd.objectives.topk`.
@@ -6,7 +6,7 @@ the current student. Cheaper on the wire, and fixed when the scorer asks, are th
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -16,6 +16,7 @@ from opd import divergences as exact
 from opd.diagnostics import vocabulary_metrics
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
+from opd.objectives.vocabulary import Direction, FullForwardKL, FullReverseKL, limits_of
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 
@@ -27,35 +28,37 @@ class Outside(Enum):
     NOTHING = "nothing"  # left as they are, without signal: the stop-gradient form (reverse KL only)
 
 
+ABSENT = -80.0  # the log-probability of what both distributions leave out: its terms vanish, in float32 too
+
+
 def conditioned(logprobs: Tensor, members: Bool[Tensor, "n V"]) -> Tensor:
-    """Log-probabilities given membership, 0 outside; a state without members gets 0 everywhere."""
+    """Log-probabilities given membership, ABSENT outside; a state without members has nothing else."""
     someone = members.any(-1, keepdim=True)
     inside = logprobs.masked_fill(~members & someone, -torch.inf)
-    return torch.where(members, logprobs - inside.logsumexp(-1, keepdim=True), torch.zeros_like(logprobs))
+    return torch.where(members, logprobs - inside.logsumexp(-1, keepdim=True), ABSENT)
 
 
 def outside_mass(logprobs: Tensor, members: Bool[Tensor, "n V"]) -> Tensor:
-    """Log-mass of all ids that are no members, `[n]`; 0 where every id is one (it then stands for nothing)."""
+    """Log-mass of all ids that are no members, `[n]`; ABSENT where every id is one."""
     full = members.all(-1, keepdim=True)
     mass = logprobs.masked_fill(members & ~full, -torch.inf).logsumexp(-1)
-    return torch.where(full[:, 0], torch.zeros_like(mass), mass)
+    return torch.where(full[:, 0], ABSENT, mass)
 
 
-def kl(weight: Tensor, other: Tensor, members: Bool[Tensor, "n V"], outside: Outside) -> Tensor:
-    """KL(weight||other) on the support, `[n]`; arguments are full log-probabilities."""
-    if outside is Outside.RENORMALIZED:
-        a, b = conditioned(weight, members), conditioned(other, members)
-        return torch.where(members, a.exp() * (a - b), torch.zeros_like(a)).sum(-1)
-    ratio = weight.detach() - other if outside is Outside.NOTHING else weight - other
-    head = torch.where(members, weight.exp() * ratio, torch.zeros_like(weight)).sum(-1)
-    if outside is Outside.NOTHING:
-        return head
-    a, b = outside_mass(weight, members), outside_mass(other, members)
-    return head + a.exp() * (a - b)
+def on_support(of: Direction, p: Tensor, q: Tensor, members: Bool[Tensor, "n V"], outside: Outside) -> Tensor:
+    """`of` on the support, `[n]`; `p` and `q` are full log-probabilities of student and teacher."""
+    match outside:
+        case Outside.RENORMALIZED:
+            return of.between(conditioned(p, members), conditioned(q, members))
+        case Outside.BUCKET:
+            head = of.between(torch.where(members, p, ABSENT), torch.where(members, q, ABSENT))
+            return head + of.between(outside_mass(p, members)[:, None], outside_mass(q, members)[:, None])
+        case Outside.NOTHING:
+            return torch.where(members, p.exp() * of.slope(p.detach(), q), torch.zeros_like(p)).sum(-1)
 
 
 def promised(direction: exact.Promise, support: exact.Support, outside: Outside) -> exact.Promise:
-    """The exact counterpart of `kl`."""
+    """The exact counterpart of `on_support`."""
     match outside:
         case Outside.RENORMALIZED:
             return exact.Renormalized(of=direction, support=support)
@@ -63,6 +66,15 @@ def promised(direction: exact.Promise, support: exact.Support, outside: Outside)
             return exact.Coarsened(of=direction, support=support)
         case Outside.NOTHING:
             return exact.Truncated(of=exact.GeneralizedReverseKL(), support=support)
+
+
+def refuse_nothing(part: Any) -> None:
+    """Refuse a direction that is summed over a part of the vocabulary and is no divergence there."""
+    if part.outside is Outside.NOTHING:
+        raise ConfigurationError(
+            f"objective {type(part).__name__} needs outside=RENORMALIZED or BUCKET, got NOTHING: summed over a part of "
+            "the vocabulary it is no divergence; choose BUCKET"
+        )
 
 
 def chosen(support: exact.Support, student: StudentLogits, batch: Batch[VocabularyScores]) -> Bool[Tensor, "n V"]:
@@ -105,7 +117,8 @@ class SupportReverseKL:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         members = chosen(self.support, student, batch)
-        loss = kl(student.logprobs, batch.scores.vocabulary_logprobs, members, self.outside)
+        q = batch.scores.vocabulary_logprobs
+        loss = on_support(FullReverseKL(), student.logprobs, q, members, self.outside)
         return TokenLoss(loss=loss, metrics={"support_kl": loss.detach(), **_metrics(student, batch, members)})
 
 
@@ -124,11 +137,7 @@ class SupportForwardKL:
     outside: Outside = Outside.BUCKET
 
     def __post_init__(self) -> None:
-        if self.outside is Outside.NOTHING:
-            raise ConfigurationError(
-                "objective SupportForwardKL needs outside=RENORMALIZED or BUCKET, got NOTHING: the forward KL summed "
-                "over a part of the vocabulary is no divergence; choose BUCKET"
-            )
+        refuse_nothing(self)
 
     @property
     def promise(self) -> exact.Promise:
@@ -136,8 +145,41 @@ class SupportForwardKL:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         members = chosen(self.support, student, batch)
-        loss = kl(batch.scores.vocabulary_logprobs, student.logprobs, members, self.outside)
+        q = batch.scores.vocabulary_logprobs
+        loss = on_support(FullForwardKL(), student.logprobs, q, members, self.outside)
         return TokenLoss(loss=loss, metrics={"support_kl": loss.detach(), **_metrics(student, batch, members)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupportDivergence:
+    """Any direction on a support of the learner's choice; `outside` must be RENORMALIZED or BUCKET.
+
+    Direction: `of`. Support: `support`, by default the union of both top-16. Fully differentiated; which ids are
+    members is not. The two KLs have classes of their own, of which this is the general form.
+    """
+
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
+    of: Direction
+    support: exact.Support = field(default_factory=exact.Union)
+    outside: Outside = Outside.BUCKET
+
+    def __post_init__(self) -> None:
+        refuse_nothing(self)
+
+    @property
+    def promise(self) -> exact.Promise:
+        return promised(self.of.promise, self.support, self.outside)
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        return limits_of(self, lambda direction: promised(direction, self.support, self.outside))
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        members = chosen(self.support, student, batch)
+        loss = on_support(self.of, student.logprobs, batch.scores.vocabulary_logprobs, members, self.outside)
+        return TokenLoss(loss=loss, metrics={"support_divergence": loss.detach(), **_metrics(student, batch, members)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +217,7 @@ class EntropyAwareKL:
         q, written = batch.scores.vocabulary_logprobs, student.at(batch.target_ids)
         members = chosen(exact.TeacherTop(k=self.k), student, batch)
         entropy = -(q.exp() * q).sum(-1)
-        forward = kl(q, student.logprobs, members, self.outside)
+        forward = on_support(FullForwardKL(), student.logprobs, q, members, self.outside)
         gated = torch.where(entropy > self.threshold, forward, torch.zeros_like(forward))
         reverse = (written - batch.behavior_logprobs).exp() * (written.detach() - batch.scores.logprobs)
         metrics = {

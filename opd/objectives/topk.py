@@ -1,10 +1,11 @@
-"""KL on a support of `K` tokens per state: several estimators, several different promises.
+"""Divergences on a support of `K` tokens per state: several estimators, several different promises.
 
-The raw sum `sum_S p (log p - log q)` is none of them: differentiated fully it moves a student that already equals
-its teacher (by the gradient of the mass on S), so it does not exist here.
+`HeadTailDivergence` and `TopKDivergence` take any direction; the others are those of papers. The raw sum
+`sum_S p (log p - log q)` is none of them: differentiated fully it moves a student that already equals its teacher (by
+the gradient of the mass on S), so it does not exist here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from opd import divergences as exact
 from opd.diagnostics import topk_metrics
 from opd.logits import StudentLogits
-from opd.objectives.vocabulary import divergence
+from opd.objectives.support import Outside, promised, refuse_nothing
+from opd.objectives.vocabulary import Direction, FullForwardKL, FullReverseKL, divergence, limits_of
 from opd.types import Batch, Scores, TokenLoss, TopKScores
 
 
@@ -27,13 +29,44 @@ def tail(logprobs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadTailReverseKL:
-    """KL(student||teacher): exact on the support, sampled outside it; unbiased for the full reverse KL.
+class HeadTailDivergence:
+    """Any direction: exact on the support, sampled outside it; unbiased for the divergence of the whole vocabulary.
 
-    Direction: reverse. Support S: the scorer's top-k (teacher's or student's; any S fixed by the state).
-    Estimator: `sum_S p sg(l) + 1[y not in S] sg(l_y) p_y / mu_y` with `l = log p - log q`, `sg` stop-gradient.
-    The expected gradient is that of the full-vocabulary reverse KL (EMA-PG, arXiv 2602.04417, with the head's
-    log-ratio detached: without that it is biased by the gradient of the mass on S).
+    Direction: `of`. Support S: the scorer's top-k (teacher's or student's; any S fixed by the state).
+    Estimator: `sum_S p sg(slope) + 1[y not in S] sg(slope_y) p_y / mu_y`, `sg` stop-gradient; the slope of the reverse
+    KL is `log p - log q`.
+    """
+
+    consumes: ClassVar[type[Scores]] = TopKScores
+    on_policy: ClassVar[bool] = True
+
+    of: Direction
+
+    @property
+    def promise(self) -> exact.Promise:
+        return self.of.promise
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        return limits_of(self)
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+        written = student.at(batch.target_ids)
+        head = (p.exp() * self.of.slope(p.detach(), q)).sum(-1)
+        outside = (batch.scores.topk_ids != batch.target_ids[:, None]).all(-1)
+        ratio = (written - batch.behavior_logprobs).exp()
+        sampled = ratio * self.of.slope(written.detach(), batch.scores.logprobs)
+        loss = head + torch.where(outside, sampled, torch.zeros_like(sampled))
+        return TokenLoss(loss=loss, metrics=topk_metrics(student, batch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTailReverseKL:
+    """KL(student||teacher): `HeadTailDivergence` of the reverse KL, whose value is an estimate of it too.
+
+    EMA-PG (arXiv 2602.04417) with the head's log-ratio detached: without that it is biased by the gradient of the mass
+    on S.
     """
 
     consumes: ClassVar[type[Scores]] = TopKScores
@@ -41,53 +74,8 @@ class HeadTailReverseKL:
     promise: ClassVar[exact.Promise] = exact.ReverseKL()
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
-        written = student.at(batch.target_ids)
-        head = divergence(p, p.detach(), q)
-        outside = (batch.scores.topk_ids != batch.target_ids[:, None]).all(-1)
-        ratio = (written - batch.behavior_logprobs).exp()
-        sampled = ratio * (written.detach() - batch.scores.logprobs)
-        loss = head + torch.where(outside, sampled, torch.zeros_like(sampled))
-        metrics = {"reverse_kl": loss.detach(), **topk_metrics(student, batch)}
-        return TokenLoss(loss=loss, metrics=metrics)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TailBucketReverseKL:
-    """KL(student||teacher) of the distributions coarsened to S plus one bucket for everything else.
-
-    Direction: reverse. Support: top-k and a tail bucket. A lower bound of the full KL, exact for the coarsened
-    distribution; what happens inside the tail gets no signal. Fully differentiated.
-    """
-
-    consumes: ClassVar[type[Scores]] = TopKScores
-    on_policy: ClassVar[bool] = False
-    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ReverseKL(), support=exact.Testified())
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
-        p_tail, q_tail = tail(p), tail(q)
-        loss = divergence(p, p, q) + p_tail.exp() * (p_tail - q_tail)
-        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenormalizedReverseKL:
-    """KL(student||teacher) of both distributions renormalised on S (local support matching).
-
-    Direction: reverse. Support: top-k, renormalised; the mass on S and everything outside it get no signal, so a
-    student can satisfy it and still be far from its teacher. `k = 1` is always 0. Fully differentiated.
-    """
-
-    consumes: ClassVar[type[Scores]] = TopKScores
-    on_policy: ClassVar[bool] = False
-    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ReverseKL(), support=exact.Testified())
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        full = student.at_support(batch.scores.topk_ids)
-        p, q = full.log_softmax(-1), batch.scores.topk_logprobs.log_softmax(-1)
-        loss = divergence(p, p, q)
-        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
+        result = HeadTailDivergence(of=FullReverseKL())(student, batch)
+        return replace(result, metrics={"reverse_kl": result.loss.detach(), **result.metrics})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +84,72 @@ class _OnTestifiedSupport:
 
     consumes: ClassVar[type[Scores]] = TopKScores
     on_policy: ClassVar[bool] = False
+
+
+def _between(
+    of: Direction, outside: Outside, called: str, student: StudentLogits, batch: Batch[TopKScores]
+) -> TokenLoss:
+    """`of` between both distributions on the scorer's support, and reported under the name `called`."""
+    p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+    if outside is Outside.RENORMALIZED:
+        loss = of.between(p.log_softmax(-1), q.log_softmax(-1))
+    else:
+        loss = of.between(p, q) + of.between(tail(p)[:, None], tail(q)[:, None])
+    return TokenLoss(loss=loss, metrics={called: loss.detach(), **topk_metrics(student, batch)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKDivergence(_OnTestifiedSupport):
+    """Any direction on the scorer's top-k; `outside` must be RENORMALIZED or BUCKET.
+
+    Direction: `of`. Support: top-k, with one bucket for everything else (a lower bound of the whole divergence) or
+    renormalised (blind to the mass on it). Fully differentiated. The two KLs have classes of their own, below.
+    """
+
+    of: Direction
+    outside: Outside = Outside.BUCKET
+
+    def __post_init__(self) -> None:
+        refuse_nothing(self)
+
+    @property
+    def promise(self) -> exact.Promise:
+        return promised(self.of.promise, exact.Testified(), self.outside)
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        return limits_of(self, lambda direction: promised(direction, exact.Testified(), self.outside))
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        return _between(self.of, self.outside, "support_divergence", student, batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailBucketReverseKL(_OnTestifiedSupport):
+    """KL(student||teacher) of the distributions coarsened to S plus one bucket for everything else.
+
+    Direction: reverse. Support: top-k and a tail bucket. A lower bound of the full KL, exact for the coarsened
+    distribution; what happens inside the tail gets no signal. Fully differentiated.
+    """
+
+    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ReverseKL(), support=exact.Testified())
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        return _between(FullReverseKL(), Outside.BUCKET, "reverse_kl", student, batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenormalizedReverseKL(_OnTestifiedSupport):
+    """KL(student||teacher) of both distributions renormalised on S (local support matching).
+
+    Direction: reverse. Support: top-k, renormalised; the mass on S and everything outside it get no signal, so a
+    student can satisfy it and still be far from its teacher. `k = 1` is always 0. Fully differentiated.
+    """
+
+    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ReverseKL(), support=exact.Testified())
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        return _between(FullReverseKL(), Outside.RENORMALIZED, "reverse_kl", student, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,10 +217,7 @@ class TailBucketForwardKL(_OnTestifiedSupport):
     promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ForwardKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
-        p_tail, q_tail = tail(p), tail(q)
-        loss = divergence(q, q, p) + q_tail.exp() * (q_tail - p_tail)
-        return TokenLoss(loss=loss, metrics={"forward_kl": loss.detach(), **topk_metrics(student, batch)})
+        return _between(FullForwardKL(), Outside.BUCKET, "forward_kl", student, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +230,4 @@ class RenormalizedForwardKL(_OnTestifiedSupport):
     promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ForwardKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        full = student.at_support(batch.scores.topk_ids)
-        p, q = full.log_softmax(-1), batch.scores.topk_logprobs.log_softmax(-1)
-        loss = divergence(q, q, p)
-        return TokenLoss(loss=loss, metrics={"forward_kl": loss.detach(), **topk_metrics(student, batch)})
+        return _between(FullForwardKL(), Outside.RENORMALIZED, "forward_kl", student, batch)

@@ -1,8 +1,12 @@
-"""Objectives over the whole vocabulary: exact divergences, no sampling noise within a state."""
+"""Objectives over the whole vocabulary: exact divergences, no sampling noise within a state.
 
-from dataclasses import dataclass
+Each is also a `Direction`: what it sums and its slope, of which `opd.objectives.family` makes every other estimator.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import log
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +23,58 @@ def divergence(weight_logprobs: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return (weight_logprobs.exp() * (p - q)).sum(-1)
 
 
+def _skew(alpha: float, part: str) -> None:
+    if not 0 < alpha < 1:
+        raise ConfigurationError(
+            f"objective {part} needs 0 < alpha < 1, got {alpha}; without skew choose FullReverseKL or FullForwardKL"
+        )
+
+
+def _mixed(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """`log((1 - share) a + share b)` of log-probabilities."""
+    return torch.logaddexp(a + log(1 - share), b + log(share))
+
+
+class Direction(Protocol):
+    """A divergence between student and teacher, apart from where and how it is estimated.
+
+    Both functions take log-probabilities `p` of the student and `q` of the teacher.
+    """
+
+    @property
+    def promise(self) -> exact.Promise:
+        """The divergence of whole distributions."""
+        ...
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        """What it becomes at the ends of its fields."""
+        ...
+
+    def between(self, p: Tensor, q: Tensor) -> Tensor:
+        """The divergence over the last axis: a sum of one term per outcome, so parts of it can be added."""
+        ...
+
+    def slope(self, p: Tensor, q: Tensor) -> Tensor:
+        """Each term differentiated by the student's probability, less the constant that makes it 0 where p = q.
+
+        A constant changes no gradient of probabilities that sum to 1. So `sum p sg(slope)` has the divergence's
+        gradient, and so has its estimate from tokens that the student drew.
+        """
+        ...
+
+
+def limits_of(part: Any, said: Callable[[exact.Promise], exact.Promise] = lambda p: p) -> tuple[exact.Limit, ...]:
+    """The limits of `part.of` for an estimator `part` of it; `said` is what it makes of a divergence."""
+    return tuple(
+        replace(limit, objective=replace(part, of=limit.objective), promise=said(limit.promise))
+        for limit in part.of.limits
+    )
+
+
+LARGEST = 80.0  # exp of it is finite in float32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullReverseKL:
     """KL(student||teacher), exact over the whole vocabulary at every state the student visited.
@@ -28,11 +84,24 @@ class FullReverseKL:
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
-    promise: ClassVar[exact.Promise] = exact.ReverseKL()
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ReverseKL()
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        return ()
+
+    def between(self, p: Tensor, q: Tensor) -> Tensor:
+        return divergence(p, p, q)
+
+    def slope(self, p: Tensor, q: Tensor) -> Tensor:
+        return p - q
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        return TokenLoss(loss=divergence(p, p, q), metrics=vocabulary_metrics(student, batch))
+        loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
+        return TokenLoss(loss=loss, metrics=vocabulary_metrics(student, batch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +110,24 @@ class FullForwardKL:
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
-    promise: ClassVar[exact.Promise] = exact.ForwardKL()
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.ForwardKL()
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        return ()
+
+    def between(self, p: Tensor, q: Tensor) -> Tensor:
+        return divergence(q, q, p)
+
+    def slope(self, p: Tensor, q: Tensor) -> Tensor:
+        return 1 - (q - p).clamp(max=LARGEST).exp()
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        return TokenLoss(loss=divergence(q, q, p), metrics=vocabulary_metrics(student, batch))
+        loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
+        return TokenLoss(loss=loss, metrics=vocabulary_metrics(student, batch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,23 +166,16 @@ class JensenShannon:
             ),
         )
 
+    def between(self, p: Tensor, q: Tensor) -> Tensor:
+        m = _mixed(p, q, self.beta)
+        return self.beta * divergence(q, q, m) + (1 - self.beta) * divergence(p, p, m)
+
+    def slope(self, p: Tensor, q: Tensor) -> Tensor:
+        return (1 - self.beta) * (p - _mixed(p, q, self.beta))
+
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        m = torch.logaddexp(p + log(1 - self.beta), q + log(self.beta))
-        loss = self.beta * divergence(q, q, m) + (1 - self.beta) * divergence(p, p, m)
+        loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
         return TokenLoss(loss=loss, metrics={"jsd": loss.detach(), **vocabulary_metrics(student, batch)})
-
-
-def _skew(alpha: float, part: str) -> None:
-    if not 0 < alpha < 1:
-        raise ConfigurationError(
-            f"objective {part} needs 0 < alpha < 1, got {alpha}; without skew choose FullReverseKL or FullForwardKL"
-        )
-
-
-def _mixed(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """`log((1 - share) a + share b)` of log-probabilities."""
-    return torch.logaddexp(a + log(1 - share), b + log(share))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +203,15 @@ class SkewedReverseKL:
         near = SkewedReverseKL(alpha=1e-6)
         return (exact.Limit(name="alpha -> 0 is the reverse KL", objective=near, promise=exact.ReverseKL()),)
 
+    def between(self, p: Tensor, q: Tensor) -> Tensor:
+        return divergence(p, p, _mixed(q, p, self.alpha))
+
+    def slope(self, p: Tensor, q: Tensor) -> Tensor:
+        back = p - _mixed(q, p, self.alpha)
+        return back + self.alpha * (1 - back.exp())
+
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        loss = divergence(p, p, _mixed(q, p, self.alpha))
+        loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
         return TokenLoss(loss=loss, metrics={"skewed_kl": loss.detach(), **vocabulary_metrics(student, batch)})
 
 
@@ -158,7 +239,12 @@ class SkewedForwardKL:
         near = SkewedForwardKL(alpha=1e-6)
         return (exact.Limit(name="alpha -> 0 is the forward KL", objective=near, promise=exact.ForwardKL()),)
 
+    def between(self, p: Tensor, q: Tensor) -> Tensor:
+        return divergence(q, q, _mixed(p, q, self.alpha))
+
+    def slope(self, p: Tensor, q: Tensor) -> Tensor:
+        return (1 - self.alpha) * (1 - (q - _mixed(p, q, self.alpha)).exp())
+
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        loss = divergence(q, q, _mixed(p, q, self.alpha))
+        loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
         return TokenLoss(loss=loss, metrics={"skewed_kl": loss.detach(), **vocabulary_metrics(student, batch)})

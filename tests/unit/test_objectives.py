@@ -25,21 +25,31 @@ from opd.logits import StudentLogits, read
 from opd.objectives.estimators import (
     BaselinedReverseKL,
     RatioReverseKL,
+    SampledDivergence,
     SquaredReverseKL,
     TopKBaselinedReverseKL,
 )
-from opd.objectives.montecarlo import MonteCarloReverseKL, uniform
+from opd.objectives.montecarlo import MonteCarloDivergence, uniform
 from opd.objectives.returns import MiniLLM
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
-from opd.objectives.support import EntropyAwareKL, Outside, SupportForwardKL, SupportReverseKL
+from opd.objectives.support import (
+    ABSENT,
+    EntropyAwareKL,
+    Outside,
+    SupportDivergence,
+    SupportForwardKL,
+    SupportReverseKL,
+)
 from opd.objectives.topk import (
     GeneralizedReverseKL,
+    HeadTailDivergence,
     HeadTailReverseKL,
     RenormalizedForwardKL,
     RenormalizedReverseKL,
     StopGradientReverseKL,
     TailBucketForwardKL,
     TailBucketReverseKL,
+    TopKDivergence,
     WeightedReverseKL,
 )
 from opd.objectives.truncated import TruncatedRatio
@@ -258,12 +268,29 @@ CLAIMS += tuple(
         },
     }.items()
 )
+DIRECTIONS = (FullReverseKL(), FullForwardKL(), JensenShannon(beta=0.1), SkewedReverseKL(alpha=0.2), SkewedForwardKL())
+KEPT = (Outside.BUCKET, Outside.RENORMALIZED)
+CLAIMS += tuple(
+    Claim(objective=part, exact=promised(part))
+    for of in DIRECTIONS
+    for part in (
+        SampledDivergence(of=of),
+        HeadTailDivergence(of=of),
+        *(TopKDivergence(of=of, outside=outside) for outside in KEPT),
+        *(
+            SupportDivergence(of=of, support=support, outside=outside)
+            for support in (divergences.Union(k=2), divergences.Intersection(k=5))
+            for outside in KEPT
+        ),
+        TruncatedRatio(of=SampledDivergence(of=of), max_ratio=1e9),
+    )
+)
 # Where no ratio exceeds the bound, what it wraps; where some do, see the tests of truncation.
 CLAIMS += tuple(
     Claim(objective=TruncatedRatio(of=part, max_ratio=1e9), exact=reverse_kl)
     for part in (SquaredReverseKL(), RatioReverseKL(), HeadTailReverseKL(), SampledReverseKL(signal=Speaker.STUDENT))
 )
-DRAWING = {MonteCarloReverseKL}  # their own noise is enumerated by `opd.certificate`
+DRAWING = {MonteCarloDivergence}  # their own noise is enumerated by `opd.certificate`
 DISTILLING = tuple(claim for claim in CLAIMS if claim.zero_at_teacher)
 ON_SUPPORT = tuple(
     c for c in CLAIMS if type(c.objective) in {HeadTailReverseKL, TailBucketReverseKL, RenormalizedReverseKL}
@@ -369,7 +396,9 @@ TOLD: dict[type[Scores], set[str]] = {
 }
 
 
-@pytest.mark.parametrize("objective", [*(claim.objective for claim in CLAIMS), MonteCarloReverseKL()], ids=str)
+@pytest.mark.parametrize(
+    "objective", [*(claim.objective for claim in CLAIMS), MonteCarloDivergence(of=FullReverseKL())], ids=str
+)
 def test_every_objective_reports_all_that_its_testimony_allows(objective: Any) -> None:
     w = world(0)
     metrics = outcome(objective, w).metrics
@@ -536,6 +565,43 @@ def spread(objective: Any, w: World) -> float:
     return float((weight * (each - (weight * each).sum(0)) ** 2).sum())
 
 
+SAME = {
+    SampledDivergence(of=FullReverseKL()): SampledReverseKL(signal=Speaker.STUDENT),
+    HeadTailDivergence(of=FullReverseKL()): HeadTailReverseKL(),
+    TopKDivergence(of=FullReverseKL()): TailBucketReverseKL(),
+    TopKDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED): RenormalizedReverseKL(),
+    TopKDivergence(of=FullForwardKL()): TailBucketForwardKL(),
+    TopKDivergence(of=FullForwardKL(), outside=Outside.RENORMALIZED): RenormalizedForwardKL(),
+    SupportDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED): SupportReverseKL(),
+    SupportDivergence(of=FullForwardKL()): SupportForwardKL(),
+}
+
+
+@pytest.mark.parametrize(("general", "named"), SAME.items(), ids=str)
+def test_the_named_kls_are_the_general_forms_of_their_direction(general: Any, named: Any) -> None:
+    w = world(0, stale=True)
+    assert torch.equal(outcome(general, w).loss, outcome(named, w).loss)
+
+
+@pytest.mark.parametrize("of", DIRECTIONS, ids=str)
+def test_a_slope_is_the_derivative_of_the_sum_and_zero_where_student_and_teacher_agree(of: Any) -> None:
+    w = world(1)
+    p, q = w.z.detach().log_softmax(-1), w.q
+    probabilities = p.exp().requires_grad_()
+    (gradient,) = torch.autograd.grad(of.between(probabilities.log(), q), probabilities)
+    off = gradient - of.slope(p, q)
+    torch.testing.assert_close(off, off[:1].expand(V))
+    assert of.slope(q, q).abs().max() < 1e-12 and of.between(q, q).abs() < 1e-12
+    nothing = torch.full((200_000,), ABSENT)
+    assert of.between(nothing, nothing).abs() < 1e-25
+
+
+def test_a_sum_over_a_part_of_the_vocabulary_is_refused_where_it_is_no_divergence() -> None:
+    for part in (TopKDivergence, SupportDivergence):
+        with pytest.raises(ConfigurationError, match=rf"{part.__name__} needs outside=RENORMALIZED or BUCKET, got NO"):
+            part(of=JensenShannon(), outside=Outside.NOTHING)
+
+
 def test_a_baseline_changes_the_variance_and_not_the_expectation() -> None:
     plain, exact, topk = SampledReverseKL(), BaselinedReverseKL(), TopKBaselinedReverseKL()
     mean = {part: sum(spread(part, world(seed, k=5)) for seed in range(20)) for part in (plain, exact, topk)}
@@ -547,12 +613,12 @@ def test_meaningless_fields_are_refused(alpha: float) -> None:
     for part in (SkewedReverseKL, SkewedForwardKL):
         with pytest.raises(ConfigurationError, match=f"objective {part.__name__} needs 0 < alpha < 1, got"):
             part(alpha=alpha)
-    with pytest.raises(ConfigurationError, match=r"NOTHING: the forward KL summed over a part .* choose BUCKET"):
+    with pytest.raises(ConfigurationError, match=r"NOTHING: summed over a part .* choose BUCKET"):
         SupportForwardKL(outside=Outside.NOTHING)
     with pytest.raises(ConfigurationError, match=r"EntropyAwareKL needs k >= 1 and outside=RENORM"):
         EntropyAwareKL(k=0)
-    with pytest.raises(ConfigurationError, match=r"MonteCarloReverseKL needs samples >= 1, but got 0"):
-        MonteCarloReverseKL(samples=0)
+    with pytest.raises(ConfigurationError, match=r"MonteCarloDivergence needs samples >= 1, but got 0"):
+        MonteCarloDivergence(of=FullReverseKL(), samples=0)
     with pytest.raises(ConfigurationError, match=r"teacher-mixed sampling \(alpha=0.2\).*decoding loop.*set alpha=0"):
         MiniLLM(alpha=0.2)
 
@@ -572,7 +638,7 @@ def test_drawn_tokens_follow_the_current_student_and_depend_on_the_row_alone() -
         scores=VocabularyScores(logprobs=torch.zeros(n), vocabulary_logprobs=w.q.expand(n, V)),
     )
     student = StudentLogits(logits=w.z.detach().expand(n, V))
-    ids = MonteCarloReverseKL(samples=3).draw(student, batch)
+    ids = MonteCarloDivergence(of=FullReverseKL(), samples=3).draw(student, batch)
     p = student.logprobs[0].exp()
     for column in ids.T:
         share = torch.bincount(column, minlength=V) / n
@@ -592,8 +658,11 @@ def test_many_drawn_tokens_average_to_few() -> None:
     batch = every_token(w, said(VocabularyScores, w))
     student = StudentLogits(logits=w.z.expand(V, V))
     ids = torch.randint(0, V, (V, 4))
-    several = MonteCarloReverseKL(samples=4).given(ids, student, batch).loss
-    single = [MonteCarloReverseKL(samples=1).given(ids[:, i : i + 1], student, batch).loss for i in range(4)]
+    several = MonteCarloDivergence(of=FullReverseKL(), samples=4).given(ids, student, batch).loss
+    single = [
+        MonteCarloDivergence(of=FullReverseKL(), samples=1).given(ids[:, i : i + 1], student, batch).loss
+        for i in range(4)
+    ]
     torch.testing.assert_close(several, torch.stack(single).mean(0))
 
 
