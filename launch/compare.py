@@ -106,6 +106,12 @@ def _read(overrides: Sequence[str]) -> tuple[Comparison, list[str], bool]:
     node = compose(overrides)
     given = OmegaConf.to_container(node.comparison, resolve=True)
     assert isinstance(given, dict)
+    if given.get("resume") and not node.run_name:
+        begun = sorted(path.name for path in Path(str(node.output_dir)).glob("comparison-*"))
+        raise ConfigurationError(
+            "comparison.resume=true goes on with a comparison that has a name, and none was given; say which with "
+            f"run_name=... (in {node.output_dir}: {', '.join(begun) or 'no comparison without a name of its own'})"
+        )
     comparison = Comparison(
         name=str(node.run_name) or f"comparison-{strftime('%Y%m%d-%H%M%S')}",
         output_dir=str(node.output_dir),

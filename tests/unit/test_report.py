@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.compare import run_once
+from launch.compare import run_comparison, run_once
 from launch.comparison import Arm, read_arms, table, write_comparison
 from launch.config import run_config
 from launch.curves import panels
@@ -315,6 +315,15 @@ def test_a_run_without_samples_cannot_be_compared(tmp_path: Path) -> None:
     directory.write_config("steps: 1\n")
     with pytest.raises(DataError, match="has no evaluation with samples"):
         read_arms([Arm(label="opd", seed=0, directory=directory.path)], "opd")
+
+
+def test_going_on_with_a_comparison_says_with_which(tmp_path: Path) -> None:
+    (tmp_path / "comparison-20260101-000000").mkdir()
+    command = ["experiment=methods", "comparison.resume=true", f"output_dir={tmp_path}"]
+    with pytest.raises(ConfigurationError, match=r"say which with run_name=.*: comparison-20260101-000000\)"):
+        run_comparison(command)
+    assert run_comparison([*command, "run_name=methods", "dry_run=true"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison-20260101-000000"]
 
 
 # -- drawing
