@@ -18,7 +18,7 @@ from torch import Tensor
 from launch.ray_node import Node
 from launch.settings import ClusterConfig, Placement
 from launch.stacks import Stacks
-from launch.supervision import Look, unseen
+from launch.supervision import Look, brief, unseen
 from opd.device_memory import DeviceSegment, read_device
 from opd.errors import OpdError, ServiceLost
 from opd.pull import Shelved, pull
@@ -111,7 +111,11 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
             log_to_driver=False,
             **({"_node_ip_address": "127.0.0.1"} if local else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises this very class when its processes need more than 30 s
+        if local:
+            raise OpdError(
+                f"Ray did not start on this machine ({brief(error)}); free processors or memory, and start again"
+            ) from error
         raise OpdError(
             f"no Ray session at cluster.address={config.address!r} ({error}); start one with `ray start --head`, or "
             "use cluster=local"

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 
 Answer = TypeVar("Answer")
 Look = Callable[..., Awaitable[str]]  # where these actors stand: the end of a sentence
+_SLICES = 8
 logger = logging.getLogger(__name__)
 
 
@@ -57,10 +59,37 @@ class Care:
             )
 
 
+@asynccontextmanager
+async def awake(deadline_s: float) -> AsyncIterator[None]:
+    """`asyncio.timeout` of a clock that stands still while this process does.
+
+    It counts slices one after the other, so a driver that was stopped, or a machine that slept, loses one at most and
+    hears first what was answered meanwhile.
+    """
+    loop = asyncio.get_running_loop()
+
+    def count(left: int) -> asyncio.TimerHandle:
+        return loop.call_later(deadline_s / _SLICES, over, left - 1)
+
+    def over(left: int) -> None:
+        nonlocal slice_
+        if left:
+            slice_ = count(left)
+        else:
+            limit.reschedule(loop.time())
+
+    async with asyncio.timeout(None) as limit:
+        slice_ = count(_SLICES)
+        try:
+            yield
+        finally:
+            slice_.cancel()
+
+
 async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer:
     """`work`, or a sentence after `deadline_s` seconds."""
     try:
-        async with asyncio.timeout(deadline_s):
+        async with awake(deadline_s):
             return await work
     except TimeoutError as error:
         raise Faulty(

@@ -95,6 +95,11 @@ def _signal(number: int) -> Callable[..., None]:
     return deed
 
 
+def _segfault(wait_s: str = "0") -> None:
+    time.sleep(float(wait_s))
+    ctypes.string_at(0)
+
+
 def _kill(role: str, most: str = "99", wait_s: str = "0") -> None:
     """SIGKILL to living processes of another role, and time for the news to spread."""
     alive = [pid for pid in processes(_folder(), role) if Path(f"/proc/{pid}").exists()]
@@ -106,7 +111,7 @@ def _kill(role: str, most: str = "99", wait_s: str = "0") -> None:
 DEEDS: dict[str, Callable[..., None]] = {
     "SIGKILL": _signal(signal.SIGKILL),
     "SIGSTOP": _signal(signal.SIGSTOP),
-    "segfault": lambda: ctypes.string_at(0) and None,
+    "segfault": _segfault,
     "exit": lambda: os._exit(3),
     "sleep": lambda seconds: time.sleep(float(seconds)),
     "kill": _kill,

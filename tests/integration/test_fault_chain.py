@@ -32,7 +32,7 @@ CHAIN = [
 IN_PLACE = [
     ("learner killed in the optimizer", "learner optimizing", "SIGKILL", 0),
     ("learner exits in a forward", "learner forward", "exit", 2),
-    ("learner killed writing a checkpoint", "learner writing", "SIGKILL 1", 4),  # training goes on for a second
+    ("learner segfaults writing a checkpoint", "learner writing", "segfault 1", 4),  # training goes on for a second
     ("learner hangs in a forward", "learner forward", "SIGSTOP", 8),
 ]
 

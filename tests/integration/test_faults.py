@@ -135,7 +135,7 @@ def looked_at(scene: Scene, sentence: str) -> str:
 @pytest.mark.faults(
     "engine killed receiving weights", "engine killed while starting", "teacher killed while scoring",
     "engine segfaults while decoding", "teacher killed before its answer", "engine exits while decoding",
-    "teacher exits while scoring",
+    "teacher exits while scoring", "teacher segfaults while scoring",
 )  # fmt: skip
 def test_an_asynchronous_run_survives_deaths_in_every_state(scene: Scene, witness: Witness) -> None:
     steps = 30
@@ -147,6 +147,7 @@ def test_an_asynchronous_run_survives_deaths_in_every_state(scene: Scene, witnes
         ("teacher killed before its answer", "teacher answering", "SIGKILL", 1),
         ("engine exits while decoding", "engine decoding", "exit", 1),
         ("teacher exits while scoring", "teacher scoring", "exit", 1),
+        ("teacher segfaults while scoring", "teacher scoring", "segfault", 1),
     ]
     for after, (_, place, how, entry) in enumerate(chain):
         plan(scene.plan, place, how, entry=entry, after=after)
@@ -154,7 +155,7 @@ def test_an_asynchronous_run_survives_deaths_in_every_state(scene: Scene, witnes
     scene.ends(0)
     bear_witness(scene, witness, [(kind, place) for kind, place, _, _ in chain])
     assert len(re.findall(r"rollout actor \d died", scene.alarms())) == 3, "the replacement had not served yet"
-    assert len(re.findall(r"teacher actor \d died", scene.alarms())) == 3
+    assert len(re.findall(r"teacher actor \d died", scene.alarms())) == 4
     scene.accounts(steps, staleness=1)
 
 
@@ -235,6 +236,27 @@ def test_an_engine_that_is_stuck_while_its_actor_answers_is_replaced(scene: Scen
     bear_witness(scene, witness, [("engine stuck while decoding", "engine decoding")])
     stood = looked_at(scene, r"rollout actor \d hung .* \(where it stood: (\S+)\)")
     assert "engine_thread.py" in stood and "died" not in scene.alarms()
+    scene.accounts(steps, staleness=0)
+
+
+@pytest.mark.faults("driver stops and goes on")
+def test_a_driver_that_was_stopped_for_longer_than_its_deadlines_goes_on(scene: Scene, witness: Witness) -> None:
+    """As when a machine sleeps: what was answered meanwhile counts, and nobody is taken for hung."""
+    steps, deadline_s = 8, 8
+    one_of_each = ["student.replicas=1", "teacher.replicas=1"]
+    deadlines = [f"student.deadline_s={deadline_s}", f"teacher.deadline_s={deadline_s}", "learner.deadline_s=8"]
+    scene.start(f"steps={steps}", *TWO_OF_EACH, *one_of_each, *deadlines)
+    scene.reach(lambda: scene.steps() >= 2, "two steps")
+    assert scene.driver is not None
+    os.kill(scene.driver.pid, signal.SIGSTOP)
+    time.sleep(1)
+    assert psutil.Process(scene.driver.pid).status() == psutil.STATUS_STOPPED
+    assert scene.steps() < steps - 1, "it was all over when the fault came"
+    time.sleep(deadline_s + 2)
+    os.kill(scene.driver.pid, signal.SIGCONT)
+    witness("driver stops and goes on")
+    scene.ends(0)
+    assert not scene.alarms(), scene.alarms()
     scene.accounts(steps, staleness=0)
 
 

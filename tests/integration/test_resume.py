@@ -89,6 +89,18 @@ def test_a_killed_run_ends_bit_by_bit_as_one_that_was_not(tmp_path: Path) -> Non
     assert ids == {(cut / "wandb_id").read_text()}, "another wandb run"
     assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["step_4", "step_6"]  # checkpoint_keep=2
     _refusals(cut, own)
+    _a_new_run_from(cut / "checkpoints" / "step_6", own)
+
+
+def _a_new_run_from(place: Path, own: list[str]) -> None:
+    """It takes the next step of the run that the checkpoint belongs to, and is a run of its own."""
+    runs, cut = place.parents[2], place.parents[1]
+    done = opd("train", *own, "steps=7", f"output_dir={runs}", "run_name=next", f"resume={place}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = lines(runs / "next" / "metrics.jsonl")
+    assert line["step"] == 7
+    assert line["tokens/completion"] > lines(cut / "metrics.jsonl")[-1]["tokens/completion"]
+    assert yaml.safe_load((runs / "next" / "config.yaml").read_text())["resume"] == str(place)
 
 
 def _refusals(run: Path, own: list[str]) -> None:
@@ -138,11 +150,3 @@ def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path, witness: Witne
     assert [m["actor/loss"] for m in again[older:]] == pytest.approx([m["actor/loss"] for m in straight], abs=1e-4)
     assert again[older]["tokens/prompt"] == straight[0]["tokens/prompt"], "other prompts"
     assert not (run / "checkpoints" / ".step_1.partial").exists()
-
-    # ... and a new run may start from a checkpoint of this one
-    place = run / "checkpoints" / f"step_{newest}"
-    done = opd("train", *OWN, f"steps={newest + 1}", f"output_dir={tmp_path}", "run_name=next", f"resume={place}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [m["step"] for m in lines(tmp_path / "next" / "metrics.jsonl")] == [newest + 1]
-    assert lines(tmp_path / "next" / "metrics.jsonl")[0]["tokens/completion"] > again[-1]["tokens/completion"]
-    assert yaml.safe_load((tmp_path / "next" / "config.yaml").read_text())["resume"] == str(place)

@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
 
+from launch.cluster import connected
 from launch.ray_node import Node
 from launch.running import beside
+from launch.settings import ClusterConfig
 from opd.errors import OpdError
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -93,3 +96,25 @@ def test_workers_of_a_raylet_that_died_are_ended_and_no_others(ray: subprocess.P
         for process in (orphan, other):
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("local", r"Ray did not start on this machine \(Exception: The current node timed out during startup\); free"),
+        ("ray://far", r"no Ray session at cluster.address='ray://far' \(The current node timed out during startup"),
+    ],
+)
+def test_a_session_that_does_not_start_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, address: str, sentence: str
+) -> None:
+    """A busy machine: Ray gives its own processes 30 seconds."""
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup\nand more")
+
+    monkeypatch.setattr("ray.init", late)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    with pytest.raises(OpdError, match=sentence), connected(ClusterConfig(address=address)):
+        pass

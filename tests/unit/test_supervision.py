@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from actors.engine import VLLMEngine
 from benchmarks.virtual_time import simulate
 from launch.dispatch import MANY_CALLS, SMALLEST_SHARE, Dispatcher, share_bounds
-from launch.supervision import Care, Fault, Replicas
+from launch.supervision import Care, Fault, Faulty, Replicas, within
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung, ServiceLost
 from teacher_service.backends.torch_forward import TorchTeacher
 from tests.fault_matrix import Witness
@@ -416,6 +418,39 @@ def test_one_call_per_replica_and_turn() -> None:
         assert len(pool._durations) == 2
 
     simulate(run(), 1e6)
+
+
+def test_a_deadline_counts_only_while_the_driver_is_awake() -> None:
+    """Stopped for longer than the deadline, it hears what was said meanwhile; without an answer the time is up."""
+
+    async def answered(after_s: float) -> str:
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        said = threading.Timer(after_s, loop.call_soon_threadsafe, [answer.set_result, "said"])
+        said.start()
+        loop.call_soon(time.sleep, 0.5)  # nothing else of this process runs
+        try:
+            return await within(0.2, "somebody", answer)
+        finally:
+            said.cancel()
+
+    assert asyncio.run(answered(0.3)) == "said"
+    begun = time.monotonic()
+    with pytest.raises(Faulty, match=r"^somebody did not answer within 0 s"):
+        asyncio.run(answered(60))
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("deadline_s", [0.5, 8.0, 3600.0])
+def test_a_deadline_is_kept(deadline_s: float) -> None:
+    async def waited() -> float:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        with pytest.raises(Faulty):
+            await within(deadline_s, "somebody", loop.create_future())
+        return loop.time() - begun
+
+    assert simulate(waited()) == pytest.approx(deadline_s)
 
 
 def test_care_out_of_range_is_refused() -> None:
