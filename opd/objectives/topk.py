@@ -63,10 +63,11 @@ class HeadTailDivergence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTailReverseKL:
-    """KL(student||teacher): `HeadTailDivergence` of the reverse KL, whose value is an estimate of it too.
+    """KL(student||teacher): exact on the support, sampled outside it; unbiased for the full reverse KL.
 
-    EMA-PG (arXiv 2602.04417) with the head's log-ratio detached: without that it is biased by the gradient of the mass
-    on S.
+    Direction: reverse. Support and estimator: those of `HeadTailDivergence`, with the slope `l = log p - log q`; here the
+    value is an estimate of the KL, too. The expected gradient is that of the full-vocabulary reverse KL (EMA-PG, arXiv
+    2602.04417, with the head's log-ratio detached: without that it is biased by the gradient of the mass on S).
     """
 
     consumes: ClassVar[type[Scores]] = TopKScores
