@@ -65,7 +65,7 @@ class HeadTailDivergence:
 class HeadTailReverseKL:
     """KL(student||teacher): exact on the support, sampled outside it; unbiased for the full reverse KL.
 
-    Direction: reverse. Support and estimator: those of `HeadTailDivergence`, with the slope `l = log p - log q`; here the
+    Direction: reverse. Support and estimator: those of `HeadTailDivergence`, with the slope `l = log p - log q`; the
     value is an estimate of the KL, too. The expected gradient is that of the full-vocabulary reverse KL (EMA-PG, arXiv
     2602.04417, with the head's log-ratio detached: without that it is biased by the gradient of the mass on S).
     """

@@ -1,6 +1,6 @@
 """Objectives over the whole vocabulary: exact divergences, no sampling noise within a state.
 
-Each is also a `Direction`: what it sums and its slope. Of these the other modules make every estimator on every support.
+Each is also a `Direction`, a sum and its slope, of which the other modules make every estimator on every support.
 """
 
 from collections.abc import Callable
