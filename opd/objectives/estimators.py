@@ -14,7 +14,7 @@ from torch import Tensor
 from opd import divergences as exact
 from opd.diagnostics import known
 from opd.logits import StudentLogits
-from opd.objectives.vocabulary import LARGEST, Direction, divergence, limits_of
+from opd.objectives.vocabulary import LARGEST, Estimate, divergence
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 
 
@@ -100,7 +100,7 @@ class TopKBaselinedReverseKL(_OnWrittenTokens):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledDivergence:
+class SampledDivergence(Estimate):
     """Any direction on the written token as a policy gradient: `p / mu sg(slope)`.
 
     Direction: `of`. Support: the written token. Estimator: the divergence's slope at the token is the cost of writing
@@ -111,16 +111,6 @@ class SampledDivergence:
 
     consumes: ClassVar[type[Scores]] = TokenScores
     on_policy: ClassVar[bool] = True
-
-    of: Direction
-
-    @property
-    def promise(self) -> exact.Promise:
-        return self.of.promise
-
-    @property
-    def limits(self) -> tuple[exact.Limit, ...]:
-        return limits_of(self)
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)

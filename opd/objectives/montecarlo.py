@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd import divergences as exact
 from opd.diagnostics import known
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
-from opd.objectives.vocabulary import Direction, limits_of
+from opd.objectives.vocabulary import Estimate
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed word
@@ -42,7 +41,7 @@ def uniform(batch: Batch[Scores], count: int, seed: int) -> Float[Tensor, "n m"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MonteCarloDivergence:
+class MonteCarloDivergence(Estimate):
     """Any direction from `samples` tokens per state that the learner draws from the current student.
 
     Direction: `of`. Support: m drawn tokens. Estimator: `1/m sum_i r_i sg(slope_i)`, r = p / sg(p), for the reverse KL
@@ -54,7 +53,6 @@ class MonteCarloDivergence:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
-    of: Direction
     samples: int = 4
     seed: int = 0
 
@@ -63,14 +61,6 @@ class MonteCarloDivergence:
             raise ConfigurationError(
                 f"objective MonteCarloDivergence needs samples >= 1, but got {self.samples}; set objective.samples"
             )
-
-    @property
-    def promise(self) -> exact.Promise:
-        return self.of.promise
-
-    @property
-    def limits(self) -> tuple[exact.Limit, ...]:
-        return limits_of(self)
 
     def draw(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> Int[Tensor, "n m"]:
         """Ids by inversion of the student's cumulative distribution."""

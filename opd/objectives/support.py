@@ -123,39 +123,11 @@ class SupportReverseKL:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SupportForwardKL:
-    """KL(teacher||student) on a support of the learner's choice; `outside` must be RENORMALIZED or BUCKET.
-
-    Direction: forward. Support: `support`, by default the union of both top-16. The plain sum over a support is no
-    divergence (it can be negative, and falls without bound in the mass of S), so NOTHING is refused.
-    """
-
-    consumes: ClassVar[type[Scores]] = VocabularyScores
-    on_policy: ClassVar[bool] = False
-
-    support: exact.Support = field(default_factory=exact.Union)
-    outside: Outside = Outside.BUCKET
-
-    def __post_init__(self) -> None:
-        refuse_nothing(self)
-
-    @property
-    def promise(self) -> exact.Promise:
-        return promised(exact.ForwardKL(), self.support, self.outside)
-
-    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        members = chosen(self.support, student, batch)
-        q = batch.scores.vocabulary_logprobs
-        loss = on_support(FullForwardKL(), student.logprobs, q, members, self.outside)
-        return TokenLoss(loss=loss, metrics={"support_kl": loss.detach(), **_metrics(student, batch, members)})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SupportDivergence:
     """Any direction on a support of the learner's choice; `outside` must be RENORMALIZED or BUCKET.
 
     Direction: `of`. Support: `support`, by default the union of both top-16. Fully differentiated; which ids are
-    members is not. The two KLs have classes of their own, of which this is the general form.
+    members is not. `SupportReverseKL` has the form without a bucket or renormalisation, which no other direction has.
     """
 
     consumes: ClassVar[type[Scores]] = VocabularyScores

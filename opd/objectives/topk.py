@@ -15,7 +15,14 @@ from opd import divergences as exact
 from opd.diagnostics import topk_metrics
 from opd.logits import StudentLogits
 from opd.objectives.support import Outside, promised, refuse_nothing
-from opd.objectives.vocabulary import Direction, FullForwardKL, FullReverseKL, divergence, limits_of
+from opd.objectives.vocabulary import (
+    Direction,
+    Estimate,
+    FullForwardKL,
+    FullReverseKL,
+    divergence,
+    limits_of,
+)
 from opd.types import Batch, Scores, TokenLoss, TopKScores
 
 
@@ -29,7 +36,7 @@ def tail(logprobs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadTailDivergence:
+class HeadTailDivergence(Estimate):
     """Any direction: exact on the support, sampled outside it; unbiased for the divergence of the whole vocabulary.
 
     Direction: `of`. Support S: the scorer's top-k (teacher's or student's; any S fixed by the state).
@@ -39,16 +46,6 @@ class HeadTailDivergence:
 
     consumes: ClassVar[type[Scores]] = TopKScores
     on_policy: ClassVar[bool] = True
-
-    of: Direction
-
-    @property
-    def promise(self) -> exact.Promise:
-        return self.of.promise
-
-    @property
-    def limits(self) -> tuple[exact.Limit, ...]:
-        return limits_of(self)
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs

@@ -72,6 +72,21 @@ def limits_of(part: Any, said: Callable[[exact.Promise], exact.Promise] = lambda
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What all estimates of the whole `of` share: they promise what it promises."""
+
+    of: Direction
+
+    @property
+    def promise(self) -> exact.Promise:
+        return self.of.promise
+
+    @property
+    def limits(self) -> tuple[exact.Limit, ...]:
+        return limits_of(self)
+
+
 LARGEST = 80.0  # exp of it is finite in float32
 
 
