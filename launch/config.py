@@ -69,6 +69,7 @@ class RunConfig:
     grace_s: float
     resume: str
     doctor: bool
+    doctor_everything: bool
     trace: bool
     dry_run: bool
     notes: Sequence[str]
@@ -142,6 +143,7 @@ _PLAIN = (
     "grace_s",
     "resume",
     "doctor",
+    "doctor_everything",
     "trace",
     "dry_run",
 )

@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from launch.cluster import connected, end
 from launch.config import run_config
 from launch.plan import Plan, make_plan
-from launch.pool import TeacherPool
+from launch.pool import StudentPool, TeacherPool
 from launch.running import run_until_stopped
 from launch.session import Session, open_session, teacher_actor
 from launch.supervision import within
@@ -27,12 +28,14 @@ BFLOAT16_TOLERANCE = 0.5  # nats; kernels of two engines differ by up to 0.3 on 
 
 
 async def consult(session: Session, console: Console) -> list[Finding]:
-    """Examine every teacher of a session; shows what is not fine.
+    """Examine every teacher of a session, as far as `doctor` and `doctor_everything` say; shows what is not fine.
 
     Raises:
         DataError: training would be wrong; the sentence of the first finding that says so.
     """
-    findings = [f for name in session.plan.config.teachers for f in await _examine(session, name)]
+    config = session.plan.config
+    look = _everything if config.doctor_everything else _examine
+    findings = [f for name in config.teachers for f in await look(session, name)]
     for finding in findings:
         if finding.verdict is not Verdict.FINE:
             console.print(f"doctor: {finding.check}: {finding.sentence} ({finding.measured})", soft_wrap=True)
@@ -50,7 +53,7 @@ def refuse(findings: Sequence[Finding]) -> None:
 
 
 def run_doctor(overrides: Sequence[str], output: str) -> int:
-    """The whole examination, with what needs further engines: another backend, a twin, the teacher's gain."""
+    """The whole examination of every teacher."""
     config = run_config(overrides)
     plan = make_plan(config)
     console = Console()
@@ -58,19 +61,9 @@ def run_doctor(overrides: Sequence[str], output: str) -> int:
     async def everything() -> list[Finding]:
         session = await open_session(plan)
         try:
-            findings: list[Finding] = []
-            for name in config.teachers:
-                reference, twin = [await _second(session, c) for c in seconds(plan, name)]
-                findings += await _examine(session, name, reference, twin)
-                if plan.teacher_params[name]:
-                    prompts = _prompts(plan, name, GAIN_PROMPTS)
-                    writer = await session.teacher_writer(name)
-                    findings.append(await teacher_gain(session.engines, writer, prompts, config.max_tokens))
-            return findings
+            return [f for name in config.teachers for f in await _everything(session, name)]
         finally:
             session.close()
-
-    from launch.cluster import connected
 
     with connected(config.cluster):
         findings = run_until_stopped(everything())
@@ -92,6 +85,30 @@ def seconds(plan: Plan, name: str) -> tuple[TeacherConfig | None, TeacherConfig 
         plain if teacher.backend is not Backend.TORCH and plan.teacher_params[name] else None,
         twin if teacher.backend not in REMOTE else None,
     )
+
+
+async def _everything(session: Session, name: str) -> list[Finding]:
+    """All that is asked of one teacher, with what needs further engines: another backend, a twin, the teacher's gain.
+
+    The engines that are started for it end with it.
+    """
+    plan = session.plan
+    others = [await _second(session, config) for config in seconds(plan, name)]
+    findings = await _examine(session, name, *others)
+    _end([other for other in others if other])
+    if plan.teacher_params[name]:
+        writer = await session.teacher_writer(name)
+        prompts = _prompts(plan, name, GAIN_PROMPTS)
+        findings.append(await teacher_gain(session.engines, writer, prompts, plan.config.max_tokens))
+        _end([writer] if writer not in session.engines.writers.values() else [])
+    return findings
+
+
+def _end(pools: Sequence[object]) -> None:
+    for pool in pools:
+        assert isinstance(pool, TeacherPool | StudentPool)
+        for actor in pool.replicas.actors:
+            end(actor)
 
 
 async def _examine(

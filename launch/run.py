@@ -137,7 +137,7 @@ class Run:
         self._start = self._end
 
     async def _see_doctor(self, session: Session) -> None:
-        if not self._config.doctor:
+        if not (self._config.doctor or self._config.doctor_everything):
             self._console.print("doctor: skipped (doctor=false); nothing says that this teacher fits")
             return
         findings = await consult(session, self._console)

@@ -110,8 +110,11 @@ def _never_ending(folder: Path) -> Path:
 
 @pytest.mark.ray
 def test_the_same_seed_gives_the_same_losses(run: Path) -> None:
-    done = opd("train", *SMALL, f"output_dir={run.parent}", "run_name=again")
+    """Whatever the doctor asks before: here with further engines, which are gone when training begins."""
+    done = opd("train", *SMALL, "doctor_everything=true", f"output_dir={run.parent}", "run_name=again")
     assert done.returncode == 0, done.stderr
+    asked = {f["check"]: f["verdict"] for f in json.loads((run.parent / "again" / "doctor.json").read_text())}
+    assert asked["own teacher"] == asked["teacher gain"] == "fine", asked
     first, again = (lines(run.parent / name / "metrics.jsonl") for name in ("first", "again"))
     assert [m["actor/loss"] for m in first] == [m["actor/loss"] for m in again]
 
