@@ -67,18 +67,24 @@ def run_comparison(overrides: Sequence[str]) -> int:
             f"comparison directory {root} exists and is never overwritten; choose another run_name=..., or go on with "
             "comparison.resume=true"
         )
-    # Arms take turns, so that what else the machine does meets all of them alike.
-    runs = [
-        Arm(label=arm, seed=plan.config.seed, directory=directory)
-        for round_ in zip(*plans.values(), strict=True)
-        for arm, plan in zip(plans, round_, strict=True)
-        if (directory := run_once(root, plan, console))
-    ]
+    _run_all(root, plans, console)
+    runs = _run_all(root, plans, console)  # what another process was at may be finished by now: the last one draws
     if missing := sum(map(len, plans.values())) - len(runs):
         console.print(f"{missing} runs belong to another process; call again with comparison.resume=true when it ends")
         return 0
     write_comparison(root, runs, comparison.reference, console)
     return 0
+
+
+def _run_all(root: Path, plans: Mapping[str, Sequence[Plan]], console: Console) -> list[Arm]:
+    """Whatever is not there yet; all that is finished. Arms take turns, so that what else the machine does meets all
+    of them alike."""
+    return [
+        Arm(label=arm, seed=plan.config.seed, directory=directory)
+        for round_ in zip(*plans.values(), strict=True)
+        for arm, plan in zip(plans, round_, strict=True)
+        if (directory := run_once(root, plan, console))
+    ]
 
 
 def run_once(root: Path, plan: Plan, console: Console) -> Path | None:

@@ -17,7 +17,7 @@ from launch.config import run_config
 from launch.curves import panels
 from launch.evaluation_point import EvaluationPoint, Examinee
 from launch.figures import smooth, spread, thinned
-from launch.plan import make_plan
+from launch.plan import Plan, make_plan
 from launch.report import write_report
 from launch.run_data import RunData
 from launch.run_directory import RunDirectory, append_json
@@ -324,6 +324,26 @@ def test_going_on_with_a_comparison_says_with_which(tmp_path: Path) -> None:
         run_comparison(command)
     assert run_comparison([*command, "run_name=methods", "dry_run=true"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["comparison-20260101-000000"]
+
+
+def test_of_two_processes_that_share_a_comparison_the_last_one_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that another process was at when its turn came, and that is finished when the others are, counts."""
+    done, drawn = set[str](), list[Arm]()
+
+    def once(root: Path, plan: Plan, _: Console) -> Path | None:
+        if plan.config.run_name == "lock_step-seed0" and not done:
+            return None
+        done.add(plan.config.run_name)
+        return root / plan.config.run_name
+
+    monkeypatch.setattr("launch.compare.run_once", once)
+    monkeypatch.setattr("launch.compare.write_comparison", lambda root, runs, reference, console: drawn.extend(runs))
+    own = [f"output_dir={tmp_path}", "run_name=shared", "comparison.resume=true", "comparison.seeds=[0]"]
+    assert run_comparison(["experiment=compare_staleness", *own]) == 0
+    labels = ["lock_step", "staleness_1", "staleness_2", "staleness_1_deterministic"]
+    assert [arm.label for arm in drawn] == labels and len(done) == len(labels)
 
 
 # -- drawing
