@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from launch.accounting import Costs
+from launch.checks.models import parameter_count
 from launch.config import DEFAULT
-from launch.plan import Plan, parameter_count
+from launch.plan import Plan
 from opd import limits
 from opd.devices import Dtype
 from opd.limits import Decoding, Floors, Hardware, Lengths, ModelShape, Training

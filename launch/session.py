@@ -13,8 +13,8 @@ from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from launch.checkpoints import LEARNER
 from launch.cluster import Actors, fetch, place_of
-from launch.grading import MathGrader, TaskGrader
 from launch.handover import handing_over, keep
+from launch.inputs.graders import MathGrader, TaskGrader
 from launch.learner_group import LearnerGroup
 from launch.learner_restart import Recipe, RestartingLearner
 from launch.plan import Plan

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from launch.config import run_config
-from launch.data import read_rows
-from launch.grading import MathGrader
+from launch.inputs.graders import MathGrader
+from launch.inputs.prompt_files import read_rows
 from launch.plan import make_plan
 from learner.config import LoraConfig
 from opd.errors import OpdError
@@ -204,7 +204,7 @@ def _endless(completion: str, answer: str) -> float:
 
 def test_groups_that_are_graded_at_once_cost_each_other_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """All wait for one child process: neither its start, nor another's deadline, nor its end is theirs."""
-    monkeypatch.setattr("launch.grading.verify_math", _endless)
+    monkeypatch.setattr("launch.inputs.graders.verify_math", _endless)
     grader = MathGrader(deadline_s=5.0)
 
     async def grade() -> list[list[float]]:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import accounting
+from launch.checks.models import parameter_count
 from launch.limit import StepLimit, model_shape
-from launch.plan import parameter_count
 from opd import limits
 from opd.errors import ConfigurationError
 from opd.limits import Decoding, Floors, Hardware, Lengths, ModelShape, Training

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.data import read_rows
-from launch.tokenizer import HuggingFaceTokenizer
+from launch.inputs.prompt_files import read_rows
+from launch.inputs.tokenizer import HuggingFaceTokenizer
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Columns, Row, Sources
 from opd.prompts.dataset import DatasetPrompts

@@ -1,0 +1,1 @@
+"""What a plan checks before anything is started, one module per part of a run."""
