@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launch.config import groups, run_config
 from opd.certificate import Certificate, certify
@@ -43,16 +44,16 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
 
 def table(certificate: Certificate) -> Table:
     """The certificate for people."""
-    verdict = "[green]certified[/]" if certificate.passed else "[red]REFUSED[/]"
-    shown = Table(title=f"{certificate.method}: {verdict}", caption=f"promise: {certificate.promise}")
+    title = Text.assemble(f"{certificate.method}: ", _verdict(certificate), style="table.title")
+    shown = Table(title=title, caption=f"promise: {certificate.promise}")
     shown.add_column("property")
     for heading in ("measured", "bound", "verdict"):
         shown.add_column(heading, justify="right")
     for row in certificate.rows:
         bound = f"{row.bound.value} {row.tolerance:.3g}"
-        shown.add_row(row.name, f"{row.measured:.2e}", bound, "pass" if row.passed else "[red]FAIL[/]")
+        shown.add_row(row.name, f"{row.measured:.2e}", bound, "pass" if row.passed else Text("FAIL", style="red"))
     for name, why in certificate.skipped.items():
-        shown.add_row(f"[dim]{name}[/]", "", "", f"[dim]{why}[/]")
+        shown.add_row(name, "", "", why, style="dim")
     return shown
 
 
@@ -62,9 +63,12 @@ def summary(certificates: Sequence[Certificate]) -> Table:
     for heading in ("method", "verdict", "properties", "fails"):
         shown.add_column(heading)
     for c in certificates:
-        verdict = "certified" if c.passed else "[red]REFUSED[/]"
-        shown.add_row(c.method, verdict, str(len(c.rows)), "; ".join(c.failures))
+        shown.add_row(c.method, _verdict(c), str(len(c.rows)), "; ".join(c.failures))
     return shown
+
+
+def _verdict(certificate: Certificate) -> Text:
+    return Text("certified", style="green") if certificate.passed else Text("REFUSED", style="red")
 
 
 def as_json(certificate: Certificate) -> dict[str, Any]:

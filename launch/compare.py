@@ -10,6 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from launch import screen
 from launch.comparison import Arm, write_comparison
 from launch.config import compose, run_config
 from launch.plan import Plan, make_plan
@@ -52,7 +53,7 @@ def run_comparison(overrides: Sequence[str]) -> int:
     """Run every arm with every seed, one after another, then draw and print what came out."""
     comparison, passed_on, dry_run = _read(overrides)
     root = Path(comparison.output_dir) / comparison.name
-    console = Console()
+    console = screen.console()
     plans: dict[str, list[Plan]] = {}
     for arm, own in comparison.arms.items():
         for seed in comparison.seeds:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from launch import screen
 from launch.cluster import connected, end
 from launch.config import run_config
 from launch.plan import Plan, make_plan
@@ -56,7 +58,7 @@ def run_doctor(overrides: Sequence[str], output: str) -> int:
     """The whole examination of every teacher."""
     config = run_config(overrides)
     plan = make_plan(config)
-    console = Console()
+    console = screen.console()
 
     async def everything() -> list[Finding]:
         session = await open_session(plan)
@@ -160,7 +162,7 @@ def table(findings: Sequence[Finding]) -> Table:
     colours = {Verdict.FINE: "green", Verdict.WARNING: "yellow", Verdict.REFUSED: "bold red"}
     for finding in findings:
         colour = colours[finding.verdict]
-        shown.add_row(finding.check, f"[{colour}]{finding.verdict.value}[/]", finding.measured, finding.sentence)
+        shown.add_row(finding.check, Text(finding.verdict.value, style=colour), finding.measured, finding.sentence)
     return shown
 
 

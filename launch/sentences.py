@@ -28,7 +28,8 @@ def sentences(console: Console) -> Iterator[None]:
         if isinstance(ours, Preempted):
             console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
             sys.exit(PREEMPTED)
-        console.print(f"[bold red]error:[/] {type(ours).__name__}: ", end="")
+        console.print("error:", style="bold red", end=" ")
+        console.print(f"{type(ours).__name__}: ", end="", highlight=False)
         console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(ours, ConfigurationError) else 1)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from launch import screen
 from launch.cluster import connected
 from launch.config import run_config
 from launch.evaluate import Spent
@@ -28,7 +29,7 @@ def run_training(overrides: Sequence[str]) -> int:
     config = run_config(overrides)
     check_login(config.tracker)
     plan = make_plan(config)
-    console = Console()
+    console = screen.console()
     if config.dry_run:
         console.print(plan.table())
         return 0
@@ -41,7 +42,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     """`opd eval`: measure `student.path` on the held-out prompts, and print the figures."""
     config = run_config(overrides)
     plan = make_plan(config)
-    console = Console()
+    console = screen.console()
     if config.dry_run:
         console.print(plan.table())
         return 0

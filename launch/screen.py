@@ -1,0 +1,8 @@
+"""The consoles of the program: names, paths and sentences that are printed are text, never markup or emoji codes."""
+
+from rich.console import Console
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that prints `[red]x` and `:smile:` as they are; style is given by `rich.text.Text` alone."""
+    return Console(stderr=stderr, markup=False, emoji=False)
