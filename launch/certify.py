@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.config import groups, run_config
+from launch.compose import groups
+from launch.config import run_config
 from opd.certificate import Certificate, certify
 from opd.errors import ConfigurationError
 

@@ -64,7 +64,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _help() -> int:
-    from launch.config import groups
+    from launch.compose import groups
 
     print(USAGE)
     for group, options in groups().items():

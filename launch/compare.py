@@ -12,7 +12,8 @@ from rich.console import Console
 
 from launch import screen
 from launch.comparison import Arm, write_comparison
-from launch.config import compose, run_config
+from launch.compose import compose
+from launch.config import run_config
 from launch.plan import Plan, make_plan
 from launch.redaction import redacted
 from launch.summary import Outcome

@@ -1,28 +1,23 @@
-"""From YAML and overrides to typed objects: the only place that knows Hydra and OmegaConf.
+"""From a composed configuration to typed objects; beside `launch.compose` the only place that knows OmegaConf.
 
-`compose` reads `conf/` and the command line's overrides, `build` turns nodes into objects. A node's dataclass is
+`build` turns nodes into objects. A node's dataclass is
 its schema: every field can be overridden whether or not a YAML file mentions it, an unknown key or a wrong type is
 refused by name, and `_target_` may only point below `opd.` and packages the user lists.
 """
 
 import dataclasses
-import difflib
 import importlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any, cast
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actors.config import StudentConfig
+from launch.compose import PLAIN, ROOT, compose, first_line, nearest
 from launch.settings import ClusterConfig, EvaluationConfig, HardwareConfig
 from launch.tracking import TrackerConfig
 from learner.config import LearnerConfig
@@ -34,15 +29,6 @@ from opd.ports import PromptSource
 from teacher_service.config import TeacherConfig
 
 DEFAULT = "default"  # the teacher of prompts that name none
-_HERE = Path(__file__).resolve().parent
-
-
-def _shipped(name: str) -> Path:
-    """A folder of the project: beside `launch/` in a checkout, inside it in an installed wheel."""
-    for parent in (_HERE.parent, _HERE):
-        if (parent / name).is_dir():
-            return parent / name
-    raise ConfigurationError(f"the folder {name}/ is missing from this installation; reinstall the project")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,95 +112,6 @@ _SECTIONS: Mapping[str, type] = {
     "hardware": HardwareConfig,
     "tracker": TrackerConfig,
 }
-_PLAIN = (
-    "run_name",
-    "output_dir",
-    "seed",
-    "steps",
-    "max_tokens",
-    "max_staleness",
-    "max_ratio",
-    "weight_update",
-    "deterministic",
-    "max_buffer_bytes",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "checkpoint_keep_every",
-    "grace_s",
-    "resume",
-    "doctor",
-    "doctor_everything",
-    "trace",
-    "dry_run",
-)
-_ROOT = {
-    *_SECTIONS,
-    *_PLAIN,
-    "teacher",
-    "teachers",
-    "notes",
-    "method",
-    "prompts",
-    "evaluation",
-    "allow_targets",
-    "comparison",
-    "data",
-}
-
-
-def groups(own: str = "") -> dict[str, list[str]]:
-    """Config groups and their options, e.g. `{"method": ["full_reverse_kl", ...]}`; `own` is a folder of the user's."""
-    roots = [_shipped("conf"), *([Path(own)] if own else [])]
-    names = sorted({p.name for root in roots for p in root.iterdir() if p.is_dir()})
-    return {name: sorted({f.stem for root in roots for f in (root / name).glob("*.yaml")}) for name in names}
-
-
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """Read `conf/config.yaml` with Hydra `overrides`. Raises `ConfigurationError` with the nearest valid name.
-
-    `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
-    """
-    if not OmegaConf.has_resolver("assets"):
-        OmegaConf.register_new_resolver("assets", lambda name: str(_shipped("assets") / name))
-    own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
-    if own and not Path(own).is_dir():
-        raise ConfigurationError(f"conf={own} is no folder; give one laid out like the project's conf/")
-    known = groups(own)
-    prepared = [_prepare(override, known) for override in overrides if not override.startswith("conf=")]
-    # Hydra reads one folder; a second one can only be named in its search path, which config.yaml takes from here.
-    os.environ["OPD_OWN_CONF"] = str(Path(own or _shipped("conf")).resolve())
-    try:
-        with initialize_config_dir(config_dir=str(_shipped("conf")), version_base="1.3"):
-            return hydra_compose("config", overrides=prepared)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(f"the overrides {list(overrides)} do not compose: {_first(error)}") from error
-
-
-def _prepare(override: str, known: Mapping[str, Sequence[str]]) -> str:
-    """Values may be set whether or not the YAML mentions the key (its dataclass decides); groups are checked."""
-    key, equals, value = override.partition("=")
-    bare = key.lstrip("+~")
-    if not equals and not key.startswith("~"):
-        raise ConfigurationError(f"override {override!r} has no value; write {bare}=VALUE")
-    if bare in known and value in known[bare]:
-        return override
-    if bare in known and not value.startswith(("{", "null")):
-        raise ConfigurationError(
-            f"{bare}={value} does not exist; {_nearest(value, known[bare])}(have: {', '.join(known[bare])})"
-        )
-    root = bare.split(".")[0].split("@")[0]
-    if root not in _ROOT and root not in known:
-        raise ConfigurationError(f"override {override!r}: there is no {root!r}; {_nearest(root, [*_ROOT, *known])}")
-    return override if key != bare else f"++{override}"
-
-
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else f"valid are {', '.join(sorted(valid))} "
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def build(node: Any, where: str, allowed: Sequence[str] = ()) -> Any:
@@ -251,9 +148,7 @@ def _construct(cls: type, values: Mapping[str, Any], where: str, allowed: Sequen
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in values:
         if name not in fields:
-            raise ConfigurationError(
-                f"{where}.{name}: {cls.__name__} has no such field; {_nearest(name, list(fields))}"
-            )
+            raise ConfigurationError(f"{where}.{name}: {cls.__name__} has no such field; {nearest(name, list(fields))}")
     built: dict[str, Any] = {}
     for name, value in values.items():
         kind = fields[name].type
@@ -296,7 +191,7 @@ def teacher_config(overrides: Sequence[str]) -> TeacherConfig:
     try:
         OmegaConf.resolve(node)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(f"the teacher cannot be resolved: {_first(error)}") from error
+        raise ConfigurationError(f"the teacher cannot be resolved: {first_line(error)}") from error
     missing = sorted(OmegaConf.missing_keys(node))
     if missing:
         raise ConfigurationError(f"teacher.{missing[0]} is not set; add teacher.{missing[0]}=... to the command")
@@ -311,15 +206,15 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
         missing = sorted(OmegaConf.missing_keys(node))
         text = OmegaConf.to_yaml(node)
     except OmegaConfBaseException as error:
-        raise ConfigurationError(f"the configuration cannot be resolved: {_first(error)}") from error
+        raise ConfigurationError(f"the configuration cannot be resolved: {first_line(error)}") from error
     if missing:
         raise ConfigurationError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
     for key in node:
-        if key not in _ROOT:
-            raise ConfigurationError(f"there is no setting {key!r}; {_nearest(str(key), list(_ROOT))}")
+        if key not in ROOT:
+            raise ConfigurationError(f"there is no setting {key!r}; {nearest(str(key), list(ROOT))}")
     allowed = [str(p) for p in node.allow_targets]
     plain_types = RunConfig.__dataclass_fields__
-    plain = {k: _typed(plain_types[k], node[k], k) for k in _PLAIN}
+    plain = {k: _typed(plain_types[k], node[k], k) for k in PLAIN}
     sections = {name: _construct(cls, dict(node[name].items()), name) for name, cls in _SECTIONS.items()}
     return RunConfig(
         **plain,

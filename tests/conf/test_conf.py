@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.compare import is_comparison
-from launch.config import groups, run_config
+from launch.compose import groups
+from launch.config import run_config
 from launch.plan import make_plan
 from opd.errors import ConfigurationError
 from opd.objectives.returns import MiniLLM

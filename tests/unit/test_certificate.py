@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from launch.certify import certify_methods
-from launch.config import groups, run_config
+from launch.compose import groups
+from launch.config import run_config
 from opd.certificate import Bound, Certificate, Row, certify
 from opd.errors import ConfigurationError
 from opd.types import TokenLoss
