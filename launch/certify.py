@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.compose import groups
 from launch.config import run_config
+from launch.shipped import groups
 from opd.certificate import Certificate, certify
 from opd.errors import ConfigurationError
 

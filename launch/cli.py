@@ -1,33 +1,30 @@
-"""`opd`: one program; its verbs are in `USAGE`, and most take Hydra overrides."""
+"""`opd`: one program; its verbs are in `launch.help.USAGE`, and most take Hydra overrides.
 
+A verb imports what it needs when it is called: a typo and a question for help are answered before torch is imported.
+"""
+
+import difflib
 import faulthandler
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from time import time
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from launch.flags import read_flags
+from launch.screen import console
 from launch.sentences import sentences
 from opd.errors import ConfigurationError
 
-USAGE = """\
-usage: opd COMMAND [OVERRIDE ...]
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-  opd train  [OVERRIDE ...]              train a student, e.g. opd train method=topk_reverse_kl steps=50
-             experiment=shop             the embedded demo;  experiment=compare  OPD, GRPO and SFT side by side
-             resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint)
-             dry_run=true                check everything, print the plan, start nothing
-  opd eval   [checkpoint=DIR] [...]      measure a student (a run's export/ or any Hugging Face folder)
-  opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
-  opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
-  opd export run=DIR output=DIR          copy a run's student out as a Hugging Face folder
-  opd submit address=URL [working_dir=DIR] COMMAND [...]   the same on a running Ray cluster
-  opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN
-  opd env                                versions, devices, and what is missing
-
-Overrides are Hydra's: group=option or key=value. Groups and options: opd train --help"""
+_DEMO = (
+    "nothing was asked for, so this is the embedded demo, opd train experiment=shop: 100 steps, some minutes on a CPU; "
+    "your own models and prompts: opd train --help, and README"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint to go on from."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
-    faulthandler.register(signal.SIGUSR1)  # kill -USR1 PID: where every thread of a run that seems to hang stands
-    console = Console(stderr=True)
-    with sentences(console):
+    # kill -USR1 PID: where every thread of a run that seems to hang stands
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+    with sentences(console(stderr=True)):
         sys.exit(_dispatch(arguments))
 
 
@@ -53,53 +50,89 @@ def _dispatch(arguments: Sequence[str]) -> int:
         "env": _env,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
+        return _help(arguments[1] if len(arguments) > 1 and arguments[1] in commands else "", [], [])
     name, rest = arguments[0], arguments[1:]
+    if name in ("--version", "-V", "version"):
+        print(f"opd {version('opd')}")
+        return 0
     if name not in commands:
-        raise ConfigurationError(f"there is no command {name!r}; commands are {', '.join(commands)}")
-    if any(a in ("-h", "--help") for a in rest):
-        return _help()
-    return commands[name](rest)
+        close = difflib.get_close_matches(name, commands, n=1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigurationError(f"there is no command {name!r}; {meant}commands are {', '.join(commands)}")
+    flags = read_flags(rest)
+    if flags.helps:
+        return _help(name, flags.words, flags.rest)
+    if flags.shows:
+        return _show(flags.rest)
+    return commands[name](flags.rest)
 
 
-def _help() -> int:
-    from launch.compose import groups
+def _help(command: str, words: Sequence[str], overrides: Sequence[str]) -> int:
+    from launch.help import show_help
 
-    print(USAGE)
-    for group, options in groups().items():
-        print(f"  {group:11} {', '.join(options)}")
+    show_help(command, words, overrides, console())
     return 0
 
 
+def _show(overrides: Sequence[str]) -> int:
+    """The resolved configuration, secrets left out."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    from launch.redaction import redacted
+
+    node = _checked(overrides)
+    print(
+        yaml.safe_dump(redacted(yaml.safe_load(OmegaConf.to_yaml(node))), sort_keys=False, allow_unicode=True), end=""
+    )
+    return 0
+
+
+def _checked(overrides: Sequence[str]) -> "DictConfig":
+    """The composed configuration, all of whose keys exist; a part of a run is imported only after this."""
+    from launch.compose import compose
+    from launch.keys import check_names
+
+    node = compose(overrides)
+    check_names(node, overrides)
+    return node
+
+
 def _train(overrides: Sequence[str]) -> int:
-    from launch.compare import is_comparison, run_comparison
+    comparison = "comparison" in _checked(overrides)
+    if not overrides:
+        console(stderr=True).print(_DEMO, soft_wrap=True, highlight=False)
+    from launch.compare import run_comparison
     from launch.train import run_training
 
-    return run_comparison(overrides) if is_comparison(overrides) else run_training(overrides)
+    return run_comparison(overrides) if comparison else run_training(overrides)
 
 
 def _eval(overrides: Sequence[str]) -> int:
-    from launch.train import run_evaluation
-
     own, rest = _split(overrides, ("checkpoint",))
     if "checkpoint" in own:
         rest = [*rest, f"student.path={own['checkpoint']}"]
+    _checked(rest)
+    from launch.train import run_evaluation
+
     return run_evaluation(rest)
 
 
 def _doctor(overrides: Sequence[str]) -> int:
+    own, rest = _split(overrides, ("output",))
+    _checked(rest)
     from launch.doctor import run_doctor
 
-    own, rest = _split(overrides, ("output",))
     return run_doctor(rest, own.get("output", ""))
 
 
 def _certify(overrides: Sequence[str]) -> int:
+    own, rest = _split(overrides, ("output",))
+    if not any(o.startswith("method=") and "," in o for o in rest):  # of which certifying says more
+        _checked(rest)
     from launch.certify import certify_methods
 
-    own, rest = _split(overrides, ("output",))
-    return certify_methods(rest, own.get("output", ""), Console())
+    return certify_methods(rest, own.get("output", ""), console())
 
 
 def _submit(arguments: Sequence[str]) -> int:
@@ -112,7 +145,7 @@ def _submit(arguments: Sequence[str]) -> int:
     if not address:
         raise ConfigurationError("opd submit needs the cluster: address=http://HOST:8265 (or RAY_ADDRESS)")
     options = SubmitOptions(address=address, working_dir=own.get("working_dir", "."))
-    return submit(command, options, Console())
+    return submit(command, options, console())
 
 
 def _export(arguments: Sequence[str]) -> int:
@@ -126,10 +159,11 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _serve_teacher(arguments: Sequence[str]) -> int:
+    own, rest = _split(arguments, ("host", "port"))
+    _checked(rest)
     from launch.serve_teacher import serve_teacher
 
-    own, rest = _split(arguments, ("host", "port"))
-    return serve_teacher(own, rest, Console())
+    return serve_teacher(own, rest, console())
 
 
 def _env(arguments: Sequence[str]) -> int:
@@ -137,7 +171,7 @@ def _env(arguments: Sequence[str]) -> int:
 
     if arguments:
         raise ConfigurationError(f"opd env takes no arguments, got {list(arguments)}")
-    show_environment(Console())
+    show_environment(console())
     return 0
 
 

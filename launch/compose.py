@@ -6,113 +6,129 @@ mentions it. Nothing here imports a part of a run, so a mistyped key is answered
 
 import difflib
 import os
+import re
+import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.keys import Key, advice, holds_text, keys
+from launch.shipped import groups, shipped
 from opd.errors import ConfigurationError
 
-SECTIONS = ("student", "learner", "cluster", "hardware", "tracker")
-PLAIN = (
-    "run_name",
-    "output_dir",
-    "seed",
-    "steps",
-    "max_tokens",
-    "max_staleness",
-    "max_ratio",
-    "weight_update",
-    "deterministic",
-    "max_buffer_bytes",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "checkpoint_keep_every",
-    "grace_s",
-    "resume",
-    "doctor",
-    "doctor_everything",
-    "trace",
-    "dry_run",
-)
-ROOT = {
-    *SECTIONS,
-    *PLAIN,
-    "teacher",
-    "teachers",
-    "notes",
-    "method",
-    "prompts",
-    "evaluation",
-    "allow_targets",
-    "comparison",
-    "data",
-}
-_HERE = Path(__file__).resolve().parent
 
-
-def _shipped(name: str) -> Path:
-    """A folder of the project: beside `launch/` in a checkout, inside it in an installed wheel."""
-    for parent in (_HERE.parent, _HERE):
-        if (parent / name).is_dir():
-            return parent / name
-    raise ConfigurationError(f"the folder {name}/ is missing from this installation; reinstall the project")
-
-
-def groups(own: str = "") -> dict[str, list[str]]:
-    """Config groups and their options, e.g. `{"method": ["full_reverse_kl", ...]}`; `own` is a folder of the user's."""
-    roots = [_shipped("conf"), *([Path(own)] if own else [])]
-    names = sorted({p.name for root in roots for p in root.iterdir() if p.is_dir()})
-    return {name: sorted({f.stem for root in roots for f in (root / name).glob("*.yaml")}) for name in names}
-
-
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """Read `conf/config.yaml` with Hydra `overrides`. Raises `ConfigurationError` with the nearest valid name.
-
-    `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
-    """
-    if not OmegaConf.has_resolver("assets"):
-        OmegaConf.register_new_resolver("assets", lambda name: str(_shipped("assets") / name))
+def own_folder(overrides: Sequence[str]) -> str:
+    """The folder of the user's own options, which `conf=DIR` names; "" without one."""
     own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
     if own and not Path(own).is_dir():
         raise ConfigurationError(f"conf={own} is no folder; give one laid out like the project's conf/")
+    return own
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Read `conf/config.yaml` with Hydra `overrides`. Raises `ConfigurationError` about the override that is wrong.
+
+    `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
+    """
+    own = own_folder(overrides)
     known = groups(own)
-    prepared = [_prepare(override, known) for override in overrides if not override.startswith("conf=")]
+    given = [o for o in overrides if not o.startswith("conf=")]
+    chosen = tuple(o for o in given if o.partition("=")[0].lstrip("+~") in known)
+    for override in chosen:
+        _check_option(override, known)
+    keys = _keys(own, chosen) if len(chosen) < len(given) else ()
+    return _compose(own, [o if o in chosen else _readable(o, keys, own) for o in given])
+
+
+def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
+    if not OmegaConf.has_resolver("assets"):
+        OmegaConf.register_new_resolver("assets", lambda name: str(shipped("assets") / name))
     # Hydra reads one folder; a second one can only be named in its search path, which config.yaml takes from here.
-    os.environ["OPD_OWN_CONF"] = str(Path(own or _shipped("conf")).resolve())
+    os.environ["OPD_OWN_CONF"] = str(Path(own or shipped("conf")).resolve())
     try:
-        with initialize_config_dir(config_dir=str(_shipped("conf")), version_base="1.3"):
-            return hydra_compose("config", overrides=prepared)
+        with initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3"):
+            return hydra_compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(f"the overrides {list(overrides)} do not compose: {first_line(error)}") from error
+        raise ConfigurationError(f"the configuration does not compose: {first_line(error)}") from error
 
 
-def _prepare(override: str, known: Mapping[str, Sequence[str]]) -> str:
-    """Values may be set whether or not the YAML mentions the key (its dataclass decides); groups are checked."""
-    key, equals, value = override.partition("=")
-    bare = key.lstrip("+~")
-    if not equals and not key.startswith("~"):
-        raise ConfigurationError(f"override {override!r} has no value; write {bare}=VALUE")
-    if bare in known and value in known[bare]:
-        return override
-    if bare in known and not value.startswith(("{", "null")):
+@cache
+def _keys(own: str, chosen: tuple[str, ...]) -> tuple[Key, ...]:
+    """All settings of the run that these options choose."""
+    return tuple(keys(_compose(own, chosen)))
+
+
+def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
+    key, _, value = override.partition("=")
+    group = key.lstrip("+~")
+    if value in known[group] or value.startswith(("{", "null")) or key.startswith("~"):
+        return
+    close = difflib.get_close_matches(value, known[group], n=1, cutoff=0.5)
+    meant = f"did you mean {group}={close[0]}? " if close else ""
+    raise ConfigurationError(f"{override} does not exist; {meant}(have: {', '.join(known[group])})")
+
+
+def _readable(override: str, known: Sequence[Key], own: str) -> str:
+    """The override as Hydra reads it: values may be set whether or not the YAML has the key, and text is text.
+
+    What stands behind a key that holds text is taken as it was written, whatever Hydra's grammar makes of it (1e3, a
+    comma, a space, an equals sign).
+    """
+    written, equals, value = override.partition("=")
+    name = written.lstrip("+~")
+    if not equals and not written.startswith("~"):
+        raise ConfigurationError(f"override {override!r} has no value; write {name or 'KEY'}=VALUE")
+    if not re.fullmatch(r"[A-Za-z_][\w.@:/-]*", name):
         raise ConfigurationError(
-            f"{bare}={value} does not exist; {nearest(value, known[bare])}(have: {', '.join(known[bare])})"
+            f"override {override!r} begins with no key; write KEY=VALUE without spaces, e.g. steps=50"
         )
-    root = bare.split(".")[0].split("@")[0]
-    if root not in ROOT and root not in known:
-        raise ConfigurationError(f"override {override!r}: there is no {root!r}; {nearest(root, [*ROOT, *known])}")
-    return override if key != bare else f"++{override}"
+    root = name.partition(".")[0].partition("@")[0]
+    roots = {key.name.partition(".")[0] for key in known} | {"hydra", "comparison", "data"}
+    if root not in roots:
+        raise ConfigurationError(
+            f"override {override!r}: there is no {name!r}; {advice(override.lstrip('+'), known, own)}"
+        )
+    prefixed = f"++{override}" if written == name else override
+    as_default = re.sub(r"^teachers\.\w+\.", "teacher.", name)  # whose fields every further teacher has
+    is_text = any(key.name == as_default and holds_text(key.kind) for key in known)
+    try:
+        parsed = OverridesParser.create().parse_override(prefixed)
+    except HydraException as error:
+        if is_text:
+            return _quoted(prefixed)
+        raise ConfigurationError(
+            f"override {override!r} cannot be read ({first_line(error)}); quote its value: {_for_a_shell(name, value)}"
+        ) from error
+    told = parsed.value()
+    if is_text and (parsed.is_sweep_override() or isinstance(told, bool | int | float)):
+        return _quoted(prefixed)
+    if parsed.is_sweep_override():
+        raise ConfigurationError(
+            f"override {override!r} has several values; a list is written {name}=[{value}], and runs side by side are "
+            "a comparison (experiment=compare shows one)"
+        )
+    return prefixed
 
 
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """What was probably meant."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else f"valid are {', '.join(sorted(valid))} "
+def _quoted(override: str) -> str:
+    """`key='value'`, whatever the value has in it; a leading `~/` is the home directory, as shells have it."""
+    key, _, value = override.partition("=")
+    value = os.path.expanduser(value) if value.startswith("~/") else value
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"{key}='{escaped}'"
+
+
+def _for_a_shell(name: str, value: str) -> str:
+    """The override as one types it, its value in quotes, e.g. `"notes=['a: b']"`."""
+    quoted = _quoted(f"{name}={value}")
+    return shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actors.config import StudentConfig
-from launch.compose import PLAIN, ROOT, compose, first_line, nearest
+from launch.compose import compose, first_line
+from launch.keys import check_names, nearest
 from launch.settings import ClusterConfig, EvaluationConfig, HardwareConfig
 from launch.tracking import TrackerConfig
 from learner.config import LearnerConfig
@@ -113,6 +114,9 @@ _SECTIONS: Mapping[str, type] = {
     "tracker": TrackerConfig,
 }
 
+_BUILT = {*_SECTIONS, "teachers", "notes", "method", "prompts", "evaluation", "text"}
+_PLAIN = [f.name for f in dataclasses.fields(RunConfig) if f.name not in _BUILT]
+
 
 def build(node: Any, where: str, allowed: Sequence[str] = ()) -> Any:
     """An object from a node with `_target_`, checked against the class it names; plain nodes become values."""
@@ -201,6 +205,7 @@ def teacher_config(overrides: Sequence[str]) -> TeacherConfig:
 def run_config(overrides: Sequence[str]) -> RunConfig:
     """The typed run that `overrides` describe. No `DictConfig` leaves this function."""
     node = compose(overrides)
+    check_names(node, overrides)
     try:
         OmegaConf.resolve(node)
         missing = sorted(OmegaConf.missing_keys(node))
@@ -209,12 +214,9 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
         raise ConfigurationError(f"the configuration cannot be resolved: {first_line(error)}") from error
     if missing:
         raise ConfigurationError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
-    for key in node:
-        if key not in ROOT:
-            raise ConfigurationError(f"there is no setting {key!r}; {nearest(str(key), list(ROOT))}")
     allowed = [str(p) for p in node.allow_targets]
     plain_types = RunConfig.__dataclass_fields__
-    plain = {k: _typed(plain_types[k], node[k], k) for k in PLAIN}
+    plain = {k: _typed(plain_types[k], node[k], k) for k in _PLAIN}
     sections = {name: _construct(cls, dict(node[name].items()), name) for name, cls in _SECTIONS.items()}
     return RunConfig(
         **plain,

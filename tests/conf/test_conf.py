@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.compare import is_comparison
-from launch.compose import groups
+from launch.shipped import groups
 from launch.config import run_config
 from launch.plan import make_plan
 from opd.errors import ConfigurationError

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import connected
-from launch.compose import groups
+from launch.shipped import groups
 from launch.config import run_config
 from launch.plan import make_plan
 from launch.session import Session, open_session

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from launch.certify import certify_methods
-from launch.compose import groups
+from launch.shipped import groups
 from launch.config import run_config
 from opd.certificate import Bound, Certificate, Row, certify
 from opd.errors import ConfigurationError
