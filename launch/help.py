@@ -48,9 +48,7 @@ def show_help(command: str, words: Sequence[str], overrides: Sequence[str], cons
         options = option_files(own).get(word, {})
         found = _matching(word, known)
         if not options and not found:
-            raise ConfigurationError(
-                f"no setting and no group is about {word!r}; opd train --help lists the groups"
-            )
+            raise ConfigurationError(f"no setting and no group is about {word!r}; opd train --help lists the groups")
         if options:
             console.print(_options(word, options))
         if found:

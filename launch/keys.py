@@ -185,7 +185,7 @@ def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, 
                 one = _class_of(entries[1], module)
                 if not value:
                     yield dotted, setting, value
-                for entry, inner in value.items_ex(resolve=False):
+                for entry, inner in ((entry, value._get_node(entry)) for entry in value):
                     if isinstance(inner, DictConfig):
                         yield from _leaves(inner, str(inner.get("_target_") or one), f"{dotted}.{entry}")
                     else:
@@ -257,6 +257,7 @@ def advice(written: str, known: Sequence[Key], own: str = "") -> str:
         why = REASONS.get(last.lower(), "")
         return f"it is {target} here{f': {why}' if why else ''}; write {target}={_example(value, why)}"
     beside = {key.rpartition(".")[2]: key for key in every if key.rpartition(".")[0] == above}
+    beside |= {} if above else {key.partition(".")[0]: key.partition(".")[0] for key in every}
     close = difflib.get_close_matches(last, beside, n=1) or difflib.get_close_matches(name, every, n=1, cutoff=0.85)
     places = [key for key in every if key.rpartition(".")[2] == last] or [beside.get(name, name) for name in close]
     if len(places) == 1:
