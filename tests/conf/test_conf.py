@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from launch.compare import is_comparison
-from launch.shipped import groups
 from launch.config import run_config
 from launch.plan import make_plan
+from launch.shipped import groups
 from opd.errors import ConfigurationError
 from opd.objectives.returns import MiniLLM
 from opd.scorers.returns import WithReturns

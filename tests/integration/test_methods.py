@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from launch.cluster import connected
-from launch.shipped import groups
 from launch.config import run_config
 from launch.plan import make_plan
 from launch.session import Session, open_session
+from launch.shipped import groups
 from opd.loop import StepRecord, train
 from opd.types import NOBODY
 

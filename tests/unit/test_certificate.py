@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from launch.certify import certify_methods
-from launch.shipped import groups
 from launch.config import run_config
+from launch.shipped import groups
 from opd.certificate import Bound, Certificate, Row, certify
 from opd.errors import ConfigurationError
 from opd.types import TokenLoss
