@@ -86,6 +86,11 @@ svg text { font-family: inherit !important; }
 .key { font-size: 13px; color: var(--muted); margin-bottom: 12px; }
 .key span { padding: 1px 7px; color: var(--ink); }
 summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 560px) {  /* a phone: charts keep the size of their text and scroll */
+  main { padding: 20px 10px 40px; } .card { padding: 14px 12px; }
+  table { font-size: 13px; } th, td { padding-left: 8px; } td:first-child { min-width: 76px; }
+  figure.card { overflow-x: auto; } figure.card svg { min-width: 540px; }
+}
 details pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto;
   margin: 12px 0 0; }
 """

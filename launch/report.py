@@ -133,28 +133,28 @@ def _rows(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: 
     """Start, end and teacher; for accuracies also how much of the distance between them is gone."""
     if first is None or last is None:
         return []
-    wanted = (
-        ("greedy", "Solved, greedy", ".1%"),
-        ("mean_at_k", "Solved, sampled", ".1%"),
-        *([("pass_at_k", f"Solved by any of {last.k} samples", ".1%")] if first.k == last.k > 1 else []),
-        ("reverse_kl", "Reverse KL (nats per token)", ".4f"),
-        ("length_mean", "Completion length (tokens)", ".1f"),
-        ("truncation_rate", "Cut by the token limit", ".1%"),
+    wanted = (  # +1: more is better, -1: less is, 0: neither
+        ("greedy", "Solved, greedy", ".1%", 1),
+        ("mean_at_k", "Solved, sampled", ".1%", 1),
+        *([("pass_at_k", f"Solved by any of {last.k} samples", ".1%", 1)] if first.k == last.k > 1 else []),
+        ("reverse_kl", "Reverse KL (nats per token)", ".4f", -1),
+        ("length_mean", "Completion length (tokens)", ".1f", 0),
+        ("truncation_rate", "Cut by the token limit", ".1%", 0),
     )
     rows = []
     tasks = [
-        (f"{field}_by_task.{task}", f"{name}: {task}", ".1%")
+        (f"{field}_by_task.{task}", f"{name}: {task}", ".1%", 1)
         for field, name in (("greedy", "Solved, greedy"), ("mean_at_k", "Solved, sampled"))
         for task in last.greedy_by_task
     ]
-    for field, name, form in (*wanted, *tasks):
+    for field, name, form, sign in (*wanted, *tasks):
         start, end = _value(first, field), _value(last, field)
         goal = None if teacher is None else _value(teacher, field)
         if start is None and end is None:
             continue
         cells = [_format(start, form), _format(end, form)]
         if teacher is not None:
-            cells += [_format(goal, form), _closed(start, end, goal) if form == ".1%" else ""]
+            cells += [_format(goal, form), _closed(start, end, goal, sign) if sign else ""]
         rows.append(_Row(name=name, cells=tuple(cells)))
     return rows
 
@@ -166,11 +166,15 @@ def _value(point: EvaluationPoint, field: str) -> float | None:
 
 
 def _format(value: float | None, form: str) -> str:
-    return _ABSENT if value is None else format(value, form)
+    if value is None:
+        return _ABSENT
+    text = format(value, form)
+    return text.removeprefix("-") if not text.strip("-0.%") else text  # -0.0000 is 0
 
 
-def _closed(start: float | None, end: float | None, goal: float | None) -> str:
-    if start is None or end is None or goal is None or goal <= start:
+def _closed(start: float | None, end: float | None, goal: float | None, sign: int) -> str:
+    """The share of the way from the start to the teacher, where the teacher is better."""
+    if start is None or end is None or goal is None or sign * (goal - start) <= 0:
         return ""
     return f"{(end - start) / (goal - start):.0%}"
 

@@ -164,6 +164,8 @@ def _in_netrc(host: str) -> bool:
         ) from error
 
 
+_BEST = {"greedy": "max", "mean_at_k": "max", "pass_at_k": "max", "reverse_kl": "min"}  # of an evaluation
+_SPENT = ("k", "seconds", "tokens", "flops", "cpu_s")  # axes to plot against, no panels of their own
 _START_S = 30  # how long a server may take before the run is told that wandb cannot be reached
 _FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
@@ -222,6 +224,10 @@ class WandbTracker:
             ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        for name, better in _BEST.items():
+            self._run.define_metric(f"eval/{name}", step_metric="step", summary=f"{better},last")
+        for name in _SPENT:
+            self._run.define_metric(f"eval/{name}", step_metric="step", hidden=True)
         return self
 
     async def __call__(self, record: StepRecord) -> None:

@@ -18,7 +18,7 @@ from launch.curves import panels
 from launch.evaluation_point import EvaluationPoint, Examinee
 from launch.figures import smooth, spread, thinned
 from launch.plan import Plan, make_plan
-from launch.report import write_report
+from launch.report import _closed, _format, write_report
 from launch.run_data import RunData
 from launch.run_directory import RunDirectory, append_json
 from launch.samples import Sample
@@ -157,6 +157,27 @@ def test_a_finished_run(written: RunDirectory) -> None:
         assert expected in page.text, expected
     assert "geheim" not in written.report.read_text()
     assert written.curves.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "goal", "sign", "closed"),
+    [
+        (0.3, 0.9, 1.0, 1, "86%"),
+        (0.6, 0.02, 0.0, -1, "97%"),  # a divergence: the teacher's own is 0
+        (0.6, 0.02, -0.00001, -1, "97%"),
+        (0.9, 0.95, 0.8, 1, ""),  # the teacher is no better
+        (0.0, 0.02, 0.0, -1, ""),
+    ],
+)
+def test_the_gap_that_is_closed_is_of_accuracies_and_divergences(
+    start: float, end: float, goal: float, sign: int, closed: str
+) -> None:
+    assert _closed(start, end, goal, sign) == closed
+
+
+def test_nothing_is_minus_zero() -> None:
+    assert [_format(value, ".4f") for value in (-0.00001, 0.0, -0.0001)] == ["0.0000", "0.0000", "-0.0001"]
+    assert _format(-0.0001, ".1%") == "0.0%"
 
 
 def test_what_models_write_is_text_and_nothing_else(written: RunDirectory) -> None:
