@@ -3,12 +3,15 @@ MAKEFLAGS += --silent --no-print-directory
 SHELL := bash
 BIN := .venv/bin
 ARGS ?=
+# Two processes, whole files each; ARGS="-n 0" gives one, for a debugger.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PYTHON
 
-.PHONY: help train env test test-faults lint format clean
+.PHONY: help train env check test test-faults lint format clean
 help:
 	echo "make train   the shop experiment, on this machine's CPU    ARGS=\"steps=20\" passes options on"
 	echo "make env     what is installed, and what this machine has"
+	echo "make check   what a change must pass before it is sent: lint, types, all tests without a run, one run with faults"
 	echo "make test    all tests but the slow and GPU ones            ARGS=\"-k packing\""
 	echo "make test-faults  what is killed, hung, damaged, repeated     ARGS=\"-k ledger\""
 	echo "make lint    formatting, lint, types, import rules"
@@ -23,13 +26,18 @@ env:
 	scripts/install.sh runtime
 	$(BIN)/opd env $(ARGS)
 
+# The folders without a whole run, and the one run of the others that is marked `campaign`.
+check: lint
+	$(PYTEST) -m "not slow and not gpu and not faults or campaign" tests/unit tests/conf tests/contract \
+		tests/integration/test_faults.py $(ARGS)
+
 test:
 	scripts/install.sh dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-faults:
 	scripts/install.sh dev
-	$(BIN)/python -m pytest -m faults $(ARGS)
+	$(PYTEST) -m faults $(ARGS)
 
 # All four always run, so that one call shows all there is to mend.
 lint:

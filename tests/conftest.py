@@ -52,6 +52,7 @@ _enforce_types()
 from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory  # noqa: E402 (after the hook)
 from tests.fault_matrix import (  # noqa: E402, F401 (hooks and a fixture, which pytest finds here)
     pytest_collection_modifyitems,
+    pytest_runtest_logreport,
     pytest_runtest_makereport,
     pytest_runtest_protocol,
     pytest_sessionfinish,
@@ -63,6 +64,12 @@ settings.register_profile("opd", deadline=None, derandomize=True, database=None)
 settings.load_profile("opd")
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(specname="pytest_collection_modifyitems")
+def _whole_runs_first(items: list[pytest.Item]) -> None:
+    """Two processes share the files: what is long comes first, so that what is short evens them out at the end."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
 
 
 @pytest.fixture(autouse=True)

@@ -132,6 +132,7 @@ def looked_at(scene: Scene, sentence: str) -> str:
     return Path(found[1]).read_text()
 
 
+@pytest.mark.campaign
 @pytest.mark.faults(
     "engine killed receiving weights", "engine killed while starting", "teacher killed while scoring",
     "engine segfaults while decoding", "teacher killed before its answer", "engine exits while decoding",

@@ -5,14 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.fault_matrix import CATALOGUE, NAMES
 
 ROOT = Path(__file__).parents[2]
 
 CONFTEST = """
 from tests.fault_matrix import (
-    pytest_collection_modifyitems, pytest_runtest_makereport, pytest_runtest_protocol, pytest_sessionfinish,
-    pytest_terminal_summary, witness,
+    pytest_collection_modifyitems, pytest_runtest_logreport, pytest_runtest_makereport, pytest_runtest_protocol,
+    pytest_sessionfinish, pytest_terminal_summary, witness,
 )
 """
 CASES = """
@@ -42,8 +44,10 @@ def run(folder: Path, cases: str, *arguments: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_what_did_not_fire_has_not_passed(tmp_path: Path) -> None:
-    done = run(tmp_path, CASES)
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_what_did_not_fire_has_not_passed(processes: str, tmp_path: Path) -> None:
+    """In one process, and in two that know a part each."""
+    done = run(tmp_path, CASES, "-n", processes)
     assert "2 failed, 1 passed" in done.stdout, done.stdout
     assert "no witness of ['teacher killed']: the fault did not fire" in done.stdout
     rows = {
