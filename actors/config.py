@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from opd.devices import Device, Dtype, on_gpu
 from opd.errors import ConfigurationError
 
+CPU_KV_CACHE_BYTES = 64 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentConfig:
     """One rollout engine and how many of them.
 
     `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens, `deadline_s`
-    bounds every single wait (starting vLLM: 300 s at least). `kv_cache_bytes` is used on CPUs,
-    `gpu_memory_utilization` (of the whole device) on GPUs; `enforce_eager` (no graph capture, no compilation)
-    is always on where there is no GPU. Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
+    bounds every single wait (starting vLLM: 300 s at least). `kv_cache_bytes=0` is 64 MiB on a CPU, and on a GPU what
+    `gpu_memory_utilization` (of the whole device) leaves; more is exactly that many, which an engine that shares its
+    GPU needs. `enforce_eager` (no graph capture, no compilation) is always on where there is no GPU.
+    Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
     """
 
     path: str
@@ -21,7 +24,7 @@ class StudentConfig:
     device: Device = Device.AUTO
     dtype: Dtype = Dtype.AUTO
     tensor_parallel: int = 1
-    kv_cache_bytes: int = 64 << 20
+    kv_cache_bytes: int = 0
     gpu_memory_utilization: float = 0.85
     max_num_seqs: int = 256
     enforce_eager: bool = False
@@ -29,10 +32,14 @@ class StudentConfig:
     deadline_s: float = 600.0
 
     def __post_init__(self) -> None:
-        counts = ("max_model_len", "tensor_parallel", "kv_cache_bytes", "max_num_seqs", "replicas")
+        counts = ("max_model_len", "tensor_parallel", "max_num_seqs", "replicas")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"student.{name} needs at least 1, got {getattr(self, name)}; raise it")
+        if self.kv_cache_bytes < 0:
+            raise ConfigurationError(
+                f"student.kv_cache_bytes needs 0 (chosen by the device) or more, got {self.kv_cache_bytes}; raise it"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigurationError(
                 "student.gpu_memory_utilization is a share of the device in (0, 1], got "
@@ -55,6 +62,7 @@ def environment(device: Device) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "TRITON_F32_DEFAULT": "ieee",  # attention in float32 would else be TF32's: 10 bits, far from the learner's
     }
     if on_gpu(device):
         return common

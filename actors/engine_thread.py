@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 JOIN_S = 30.0  # what a step in progress may still take when the engine is closed
+FIRST = -1  # the priority of what need not wait for its turn
 
 
 class EngineStopped(ServiceLost):
@@ -64,10 +65,14 @@ class EngineLoop:
             self.abort(call)
             raise
 
-    def _add(self, ids: list[int], params: "SamplingParams") -> str:
+    def _add(self, ids: list[int], params: "SamplingParams", priority: int = 0) -> str:
         self._number += 1
         name = str(self._number)
-        self.engine.add_request(name, {"type": "token", "prompt_token_ids": ids}, params)
+        # Among requests of one priority vLLM goes by the time of arrival, and clocks may stand still.
+        arrival = float(self._number)
+        self.engine.add_request(
+            name, {"type": "token", "prompt_token_ids": ids}, params, arrival_time=arrival, priority=priority
+        )
         return name
 
     def abort(self, call: Call) -> None:
@@ -114,8 +119,9 @@ class EngineLoop:
                 call.future.set_result(None)
 
     def finish(self, ids: list[int], params: "SamplingParams") -> "RequestOutput":
-        """Run one request to its end. Others go on, but what they finish is held back until `release`."""
-        mine = self._add(ids, params)
+        """Run one request to its end, before all that wait. Others go on, but what they finish is held back until
+        `release`."""
+        mine = self._add(ids, params, FIRST)
         while True:
             outputs = self._step()
             self._held += [o for o in outputs if o.request_id != mine]

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.config import StudentConfig
+import torch
+
+from actors.config import CPU_KV_CACHE_BYTES, StudentConfig
 from opd.devices import resolve_device, resolve_dtype
 from opd.errors import ConfigurationError, DataError
 from opd.ports import GenerateRequest, Sampling, Sentinel
@@ -13,6 +15,8 @@ from opd.ports import GenerateRequest, Sampling, Sentinel
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
+
+PREFILL_TOKENS = 8192  # of prompts, read in one engine step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,29 +130,10 @@ def build(config: StudentConfig) -> "LLMEngine":
 
     from actors.weights_in import BACKEND, EXTENSION
 
-    device = resolve_device(config.device, "student")
-    cpu = device.type == "cpu"
     arguments = EngineArgs(
-        model=config.path,
-        dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        tensor_parallel_size=config.tensor_parallel,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        enforce_eager=cpu or config.enforce_eager,
-        # What is asked and answered are token ids; text is somebody else's business.
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        trust_remote_code=False,
-        # The distribution that is sampled from, for any k.
-        logprobs_mode="processed_logprobs",
-        max_logprobs=-1,
-        # With a step in the air an update would relabel tokens that the old weights wrote.
-        async_scheduling=False,
+        **engine_arguments(config, resolve_device(config.device, "student")),
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls=EXTENSION,
-        disable_log_stats=True,
-        **(_on_cpu(config) if cpu else {}),
     )
     engine = LLMEngine.from_engine_args(arguments)
     engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
@@ -156,15 +141,53 @@ def build(config: StudentConfig) -> "LLMEngine":
     return engine
 
 
+def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, Any]:
+    """What vLLM is told of an engine on `device`."""
+    return {
+        "model": config.path,
+        "dtype": str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel,
+        # In a placement group vLLM would choose Ray, for which every worker needs a bundle of its own.
+        "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
+        # What is asked and answered are token ids; text is somebody else's business.
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "trust_remote_code": False,
+        # The distribution that is sampled from, for any k.
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+        # With a step in the air an update would relabel tokens that the old weights wrote.
+        "async_scheduling": False,
+        # Requests are taken in the order in which they were added, but for the sentinel, which goes first.
+        "scheduling_policy": "priority",
+        "disable_log_stats": True,
+    } | (_on_cpu(config) if device.type == "cpu" else _on_gpu(config))
+
+
+def _on_gpu(config: StudentConfig) -> dict[str, Any]:
+    """What only an engine on a GPU is told."""
+    return {
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": config.enforce_eager,
+        # vLLM has no default for an engine that is driven step by step, and falls back to 2048.
+        "max_num_batched_tokens": max(PREFILL_TOKENS, config.max_num_seqs),
+        # Told, vLLM does not measure what is free while others allocate on the same device.
+        **({"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}),
+    }
+
+
 def _on_cpu(config: StudentConfig) -> dict[str, Any]:
     """What only an engine without a GPU is told."""
     from actors.cpu_kernels import PRIORITY
 
     return {
-        "kv_cache_memory_bytes": config.kv_cache_bytes,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": config.kv_cache_bytes or CPU_KV_CACHE_BYTES,
         "kernel_config": {"ir_op_priority": PRIORITY},
         # A prompt must not be cut over two steps: vLLM would rewind the request's generator, which only CUDA
         # generators can (0.32: "CPU Generator does not use offset"), and the engine would stop.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(8192, config.max_model_len),
+        "max_num_batched_tokens": max(PREFILL_TOKENS, config.max_model_len),
     }

@@ -23,6 +23,7 @@ from transformers import Qwen3ForCausalLM
 
 from actors.engine import VLLMEngine
 from actors.engine_thread import EngineLoop, EngineStopped
+from actors.startup import read_limits
 from learner.publishing import Publisher, Staged
 from opd.delivery import assemble, digest_of
 from opd.errors import ConfigurationError, DataError, ServiceHung
@@ -33,6 +34,7 @@ from tests.tiny_models import EOS, VOCABULARY, logprobs, tiny_model
 
 LONGEST = 96
 SEED = 11
+SLOTS = 16  # requests that the engine writes at the same time
 T = TypeVar("T")
 
 
@@ -136,7 +138,12 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("student")
     origin.save_pretrained(path)
     config = StudentConfig(
-        path=str(path), max_model_len=LONGEST, dtype=Dtype.FLOAT32, kv_cache_bytes=16 << 20, deadline_s=60
+        path=str(path),
+        max_model_len=LONGEST,
+        dtype=Dtype.FLOAT32,
+        kv_cache_bytes=16 << 20,
+        max_num_seqs=SLOTS,
+        deadline_s=60,
     )
     engine = VLLMEngine(config, SEED, lambda handle: handle())
     loop = asyncio.new_event_loop()
@@ -300,6 +307,32 @@ def test_weights_that_arrive_in_flight_write_the_rest(house: House) -> None:
     assert receipt.gap < 1e-4
     assert_each_wrote_its_part(crossed, models)
     assert all(answer.digests == {20: first.digest, 21: held.digest} for _, answer in crossed)
+
+
+def test_the_sentinel_does_not_wait_for_the_queue(house: House) -> None:
+    """New weights come while four times as many requests are open as the engine writes at once."""
+    asked = requests(Sampling(max_tokens=48), prompts=8, samples=8)
+    assert len(asked) == 4 * SLOTS
+    sentinel = np.random.default_rng(5).integers(3, VOCABULARY, 24).tolist()
+
+    def steps_of_it(loop: EngineLoop) -> int:
+        assert loop.engine.get_num_unfinished_requests() > 2 * SLOTS, "there is no queue"
+        loop.engine.reset_prefix_cache(reset_running_requests=True)  # as new weights do
+        before = loop.steps
+        loop.finish(sentinel, read_limits(house.engine._config).reading())
+        return loop.steps - before
+
+    async def both() -> tuple[list[Completion], int]:
+        writing = asyncio.ensure_future(house.engine.generate(asked))
+        before = (await house.engine.stats()).steps
+        while (await house.engine.stats()).steps < before + 5:  # noqa: ASYNC110 (it can only be polled)
+            await asyncio.sleep(0.01)  # a job at a time: the engine steps only between them
+        steps = await asyncio.wrap_future(house.engine._thread.run(steps_of_it))
+        return await writing, steps
+
+    answers, steps = house.run(both())
+    assert steps <= 3
+    assert len(answers) == len(asked) and all(len(a.token_ids) for a in answers)
 
 
 @pytest.mark.faults("chunk damaged", "chunk lost", "chunk repeated or reordered")
