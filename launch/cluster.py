@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from launch.causes import brief
 from launch.ray_node import Node
 from launch.settings import ClusterConfig, Placement
 from launch.stacks import Stacks
-from launch.supervision import Look, brief, unseen
+from launch.supervision import Look, unseen
 from opd.device_memory import DeviceSegment, read_device
 from opd.errors import OpdError, ServiceLost
 from opd.pull import Shelved, pull

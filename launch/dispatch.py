@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from launch.supervision import Fault, Faulty, Replica, Replicas, brief, how_lost, within
+from launch.supervision import Fault, Faulty, Replica, Replicas, how_lost, within
 from opd.errors import DataError, OpdError
 
 Request = TypeVar("Request")
@@ -165,14 +165,18 @@ class Dispatcher(Generic[Request, Answer]):
             self._durations.append(now() - began)
         except StopAsyncIteration as error:
             reason = f"{len(left)} of {len(items)} answers did not come"
-            raise await self._fault(replica, Fault.LIED, reason, error) from error
+            fault = Faulty(Fault.LIED, reason, repeats=True)
+            await self.replicas.report(replica, fault)
+            raise fault from error
         except Faulty as fault:
             await self.replicas.report(replica, fault)
             raise
         except Exception as error:
             if not self.lost(error):
                 raise
-            raise await self._fault(replica, how_lost(error), brief(error), error) from error
+            fault = Faulty.of(how_lost(error), error)
+            await self.replicas.report(replica, fault)
+            raise fault from error
         finally:
             replica.load -= len(left)
 
@@ -185,15 +189,9 @@ class Dispatcher(Generic[Request, Answer]):
                 raise DataError(f"{len(answers)} answers came for {len(items)} requests")
             self.check([item.request for item in items], answers)
         except DataError as error:
-            raise Faulty(Fault.LIED, str(error)) from error
+            raise Faulty(Fault.LIED, str(error), repeats=True) from error
         self.late += sum(not item.answer(value) for item, value in zip(items, answers, strict=True))
         self.replicas.answered()
-
-    async def _fault(self, replica: Replica, kind: Fault, reason: str, error: BaseException) -> Faulty:
-        fault = Faulty(kind, reason)
-        fault.__cause__ = error
-        await self.replicas.report(replica, fault)
-        return fault
 
 
 def share_bounds(count: int, loads: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.causes import brief, vanished
 from launch.cluster import end, has_died, place_of
 from launch.supervision import Fault, Faulty, Look, unseen, within
 from learner.config import LearnerConfig
@@ -112,7 +113,8 @@ class LearnerGroup:
             lost = next((e for e in outcomes if e is not None and has_died(e)), None)
             if lost is None:
                 raise
-            raise RanksLost(Fault.DIED, f"a learner rank died ({type(lost).__name__})") from error
+            why = type(lost).__name__ if vanished(lost) else brief(lost)
+            raise RanksLost(Fault.DIED, f"a learner rank died ({why})") from error
         finally:
             for task in tasks:
                 task.cancel()

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from launch.causes import brief
 from launch.checkpoint_store import verify
 from launch.cluster import is_lost
 from launch.journal import Journal
 from launch.learner_group import RanksLost
-from launch.supervision import brief
+from launch.supervision import GO_ON
 from opd.errors import OpdError
 from opd.ports import Layout, Learner, Objective, PublishReport, StudentEngine, Weights
 from opd.types import Batch, Scores, StepReport
@@ -222,8 +223,7 @@ class RestartingLearner:
                     raise
                 raise OpdError(
                     f"new learner ranks cannot take step {number} again, because what a teacher said about it is gone, "
-                    f"too ({brief(error)}); the same command with run_name=... resume=latest goes on from the newest "
-                    "checkpoint"
+                    f"too ({brief(error)}); {GO_ON}"
                 ) from error
         await self._lay_out_again()
 
@@ -258,7 +258,4 @@ class RestartingLearner:
 
 
 def _end(lost: RanksLost, why: str) -> OpdError:
-    return OpdError(
-        f"{lost}, and nobody can take its place{why}; the same command with run_name=... resume=latest goes on from "
-        "the newest checkpoint"
-    )
+    return OpdError(f"{lost}, and nobody can take its place{why}; {GO_ON}")

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.causes import brief
 from launch.cluster import end, fetch, has_died, is_lost, streamed
 from launch.dispatch import Dispatcher
 from launch.handover import taken_over
-from launch.supervision import Care, Fault, Faulty, Look, Replica, Replicas, brief, how_lost, unseen, within
+from launch.supervision import GO_ON, Care, Fault, Faulty, Look, Replica, Replicas, how_lost, unseen, within
 from opd.errors import DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
 from opd.rollouts.testimony import verify as verify_completions
@@ -88,13 +89,13 @@ class StudentPool:
             fault = error
         except OpdError as error:
             refusal = None if is_lost(error) else error
-            fault = Faulty(how_lost(error) if is_lost(error) else Fault.LIED, str(error))
+            fault = Faulty.of(how_lost(error) if is_lost(error) else Fault.LIED, error)
         except Exception as error:
             if not is_lost(error):
                 raise
             if not has_died(error):  # the weights are gone with the learner that held them, not the engine: it waits
                 return OpdError(f"a rollout actor cannot read new weights ({brief(error)}); publish them again")
-            fault = Faulty(how_lost(error), brief(error))
+            fault = Faulty.of(how_lost(error), error)
         await self.replicas.report(replica, fault)
         return refusal
 
@@ -198,7 +199,7 @@ class FollowedStudent:
         if due and weights.version <= self._begun:  # the learner was lost while they did
             raise OpdError(
                 f"teachers that follow the student may have taken in version {weights.version} in part and cannot do "
-                "so twice; the same command with run_name=... resume=latest goes on from the newest checkpoint"
+                f"so twice; {GO_ON}"
             )
         self._begun = max(self._begun, weights.version)
         await asyncio.gather(*[follower.follow(weights) for follower in due])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from launch.supervision import GO_ON
 from opd.errors import OpdError
 
 _NAMES = ("raylet", "gcs_server")
@@ -38,8 +39,7 @@ class Node:
             dead = next((p for p in self.processes if _is_dead(p)), None)
             if dead is not None:
                 raise OpdError(
-                    f"a process of Ray itself (number {dead.pid}) has died, and with it this run's session; the same "
-                    "command with run_name=... resume=latest goes on from the newest checkpoint"
+                    f"a process of Ray itself (number {dead.pid}) has died, and with it this run's session; {GO_ON}"
                 )
 
     def end_orphans(self) -> None:

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from launch.causes import find_own
 from launch.running import Preempted
-from opd.errors import ConfigurationError, OpdError
+from opd.errors import ConfigurationError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -32,15 +33,3 @@ def sentences(console: Console) -> Iterator[None]:
         console.print(f"{type(ours).__name__}: ", end="", highlight=False)
         console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(ours, ConfigurationError) else 1)
-
-
-def find_own(error: BaseException) -> OpdError | None:
-    """Our error inside groups (task groups) and wrappers (a Ray actor's exception carries its cause)."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, OpdError):
-        return cause
-    if isinstance(error, OpdError):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        return next((own for e in error.exceptions if (own := find_own(e))), None)
-    return None

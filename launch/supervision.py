@@ -2,17 +2,24 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
+from launch.causes import brief, vanished
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 
 Answer = TypeVar("Answer")
 Look = Callable[..., Awaitable[str]]  # where these actors stand: the end of a sentence
 _SLICES = 8
+_NUMBERS = re.compile(r"\d+")
+GO_ON = (
+    "the same command with run_name=... resume=latest goes on from the newest checkpoint, if the run has one; without "
+    "one start it again"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -25,11 +32,19 @@ class Fault(Enum):
 
 
 class Faulty(OpdError):
-    """A replica failed, not the request: somebody else may be asked."""
+    """A replica failed, not the request: somebody else may be asked.
 
-    def __init__(self, fault: Fault, reason: str) -> None:
+    `repeats`: it said itself why, so that another one that says the same has failed for the same reason.
+    """
+
+    def __init__(self, fault: Fault, reason: str, repeats: bool = False) -> None:
         super().__init__(reason)
-        self.fault = fault
+        self.fault, self.repeats = fault, repeats
+
+    @classmethod
+    def of(cls, fault: Fault, error: BaseException) -> "Faulty":
+        """The replica failed with `error`."""
+        return cls(fault, brief(error), repeats=not vanished(error))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +113,6 @@ async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer
         ) from error
 
 
-def brief(error: BaseException) -> str:
-    """What kind of error, and its first line: Ray adds a page about what may have killed a process."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 def how_lost(error: BaseException) -> Fault:
     """What was wrong with a replica that is lost with this error."""
     return Fault.HUNG if isinstance(error, ServiceHung) else Fault.DIED
@@ -148,6 +158,9 @@ class Replicas:
     _coming: int = 0  # replacements under way
     _in_a_row: int = 0
     _broken: OpdError | None = None
+    _useful: bool = False  # somebody gave a good answer
+    _hopeless: bool = False  # two failed alike before
+    _reasons: set[str] = field(default_factory=set)  # why replicas failed before that
 
     async def start(self, count: int) -> None:
         """The first replicas, all at once; one that cannot start is an error."""
@@ -158,6 +171,8 @@ class Replicas:
             await asyncio.gather(*[within(self.care.start_deadline_s, who, self.ready(actor)) for actor in actors])
         except Faulty as fault:
             raise Faulty(fault.fault, f"{fault}{await self.look(*actors)}") from fault
+        except Exception as error:
+            raise OpdError(f"{self.who} did not start: {brief(error)}") from error
         self.adopt(actors)
 
     def adopt(self, actors: list[Any]) -> None:
@@ -183,13 +198,18 @@ class Replicas:
 
     async def _soon(self, requests: int) -> Replica:
         async with self._changed:
-            while not self._open():
-                if self._broken is not None and not self.serving and not self._coming:
+            while self._over() or not self._open():
+                if self._broken is not None and self._over():
                     raise self._broken
                 await self._changed.wait()
             chosen = min(self._open(), key=lambda replica: (replica.load, replica.number))
             chosen.load += requests
             return chosen
+
+    def _over(self) -> bool:
+        """Is there none and will be none, or would the next one fail as those before?"""
+        hopeless = self._hopeless and not self._useful
+        return self._broken is not None and (hopeless or (not self.serving and not self._coming))
 
     def _open(self) -> list[Replica]:
         return [replica for replica in self.serving if replica.open]
@@ -207,7 +227,7 @@ class Replicas:
 
     def answered(self) -> None:
         """Somebody gave a good answer: the breaker closes."""
-        self._in_a_row = 0
+        self._in_a_row, self._useful = 0, True
 
     async def report(self, replica: Replica, fault: Faulty) -> None:
         """`replica` is not to be trusted any more: end it, and start another. Reporting twice changes nothing."""
@@ -232,18 +252,28 @@ class Replicas:
             self.end(replica.actor)
         self.history.append(f"{self.who} {replica.number} {fault.fault.value} and is replaced: {fault}")
         logger.warning(self.history[-1])
-        if self.make is None or self._restarts >= self.care.restarts:
-            await self._break(fault)
+        alike = self._alike(fault)
+        if self.make is None or alike or self._restarts >= self.care.restarts:
+            await self._break(fault, alike)
             return
         self._restarts, self._coming = self._restarts + 1, self._coming + 1
         self._keep(self._replace(replica.number))
 
     async def _seen(self, actor: Any, error: Exception) -> Faulty:
         """`error` of `actor`; if it hangs, with where it stands."""
-        fault = error if isinstance(error, Faulty) else Faulty(Fault.DIED, str(error))
+        fault = error if isinstance(error, Faulty) else Faulty.of(Fault.DIED, error)
         if fault.fault is not Fault.HUNG:
             return fault
         return Faulty(fault.fault, f"{fault}{await self.look(actor)}")
+
+    def _alike(self, fault: Faulty) -> bool:
+        """Has one failed for this very reason before, and none been of use? A third would fail so, too."""
+        if self._useful or not fault.repeats:
+            return False
+        reason = _NUMBERS.sub("", str(fault))  # of the process, the prompt
+        known = reason in self._reasons
+        self._reasons.add(reason)
+        return known
 
     async def close(self) -> None:
         """Stop starting replicas."""
@@ -265,9 +295,10 @@ class Replicas:
             except Exception as error:  # noqa: BLE001 (whatever it is, this replica cannot serve)
                 fault = await self._seen(actor, error)
                 self.end(actor)
-                if self._restarts >= self.care.restarts:
+                alike = self._alike(fault)
+                if alike or self._restarts >= self.care.restarts:
                     self._coming -= 1
-                    await self._break(fault)
+                    await self._break(fault, alike)
                     return
                 self._restarts += 1
                 continue
@@ -277,12 +308,15 @@ class Replicas:
                 self._changed.notify_all()
             return
 
-    async def _break(self, fault: Faulty) -> None:
+    async def _break(self, fault: Faulty, alike: bool = False) -> None:
         """Nothing is replaced any more; who still serves goes on, and if nobody does, everybody is told."""
         kind = DataError if fault.fault is Fault.LIED else OpdError
-        self._broken = kind(
-            f"{self.who}: no replica is left after {self._restarts} restarts (allowed: {self.care.restarts}); the last "
-            f"one {fault.fault.value}: {fault}"
+        why = (
+            "two failed alike before any was of use, so a third would, too"
+            if alike
+            else f"no replica is left after {self._restarts} restarts (allowed: {self.care.restarts}); the last one "
+            f"{fault.fault.value}"
         )
+        self._broken, self._hopeless = kind(f"{self.who}: {why}: {fault}"), alike
         async with self._changed:
             self._changed.notify_all()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from launch import screen
+from launch.causes import find_own
 from launch.cluster import connected
 from launch.config import run_config
 from launch.evaluate import Spent
@@ -18,7 +19,6 @@ from launch.run import Run, costs, make_evaluator
 from launch.run_directory import RunDirectory
 from launch.run_lock import running
 from launch.running import Preempted, Stop, beside, run_until_stopped
-from launch.sentences import find_own
 from launch.session import open_session
 from launch.summary import Outcome
 from launch.tracking import check_login

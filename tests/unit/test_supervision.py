@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
 
 from actors.engine import VLLMEngine
 from benchmarks.virtual_time import simulate
@@ -52,6 +53,9 @@ class Actor:
         try:
             if fault == "die before":
                 self.fall(fault)
+            if fault == "raise":
+                self.shop.fired[fault] += 1
+                raise ServiceLost("no kernel for head_dim=16")
             if self.version != self.shop.version:
                 self.shop.stale += 1
             for start in range(0, len(requests), 4):
@@ -87,7 +91,7 @@ class Actor:
     def fall(self, fault: str) -> None:
         self.shop.fired[fault] += 1
         self.alive = False
-        raise ServiceLost("killed")
+        raise ActorDiedError  # as Ray tells of a process that is gone: without a reason
 
 
 @dataclass
@@ -105,6 +109,7 @@ class Shop:
     open: int = 0
     stale: int = 0
     breaks_at_start: int = 0
+    broken: str = ""  # why, if they say so
 
     def __post_init__(self) -> None:
         self.draw = np.random.default_rng(self.seed)
@@ -123,7 +128,7 @@ class Shop:
         await asyncio.sleep(0)
         if self.breaks_at_start and actor.number:
             self.breaks_at_start -= 1
-            raise ServiceLost("died while it started")
+            raise ServiceLost(self.broken) if self.broken else ActorDiedError
 
     async def prime(self, actor: Actor) -> None:
         while actor.version != self.version:
@@ -149,7 +154,7 @@ def check(requests: Sequence[int], answers: Sequence[int]) -> None:
 
 
 def is_lost(error: BaseException) -> bool:
-    return isinstance(error, ServiceLost)
+    return isinstance(error, ServiceLost | ActorDiedError)
 
 
 async def ask_groups(pool: Dispatcher[int, int], groups: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -167,6 +172,7 @@ def test_every_caller_gets_its_own_answers_whatever_goes_wrong(
     async def run() -> None:
         shop = Shop(faults=list(faults), seed=seed)
         pool = await shop.pool(count, attempts=len(faults) + 1, deadline_s=0.05)
+        pool.replicas.answered()  # what fails alike before anybody was of use ends the run (below)
         groups = [[1000 * i + j for j in range(size)] for i, size in enumerate(sizes)]
         assert await ask_groups(pool, groups) == [[10 * r for r in group] for group in groups]
         await asyncio.sleep(0.01)  # a caller has his answers before the call is put away
@@ -189,6 +195,7 @@ def test_two_hundred_kills_lose_and_repeat_nothing(witness: Witness) -> None:
         draw = np.random.default_rng(0)
         shop = Shop()
         pool = await shop.pool(4, attempts=20, restarts=10_000, deadline_s=0.05)
+        pool.replicas.answered()
         step = 0
         while sum(shop.fired.values()) < 200:
             shop.faults = [str(draw.choice(["", *FAULTS])) for _ in range(8)]
@@ -280,14 +287,55 @@ def test_the_breaker_pauses_and_closes_again() -> None:
 @pytest.mark.parametrize(("fault", "kind"), [("lie", DataError), ("die before", OpdError)])
 def test_a_service_that_always_fails_ends_in_one_sentence(fault: str, kind: type[Exception]) -> None:
     async def run() -> None:
-        pool = await Shop(faults=[fault] * 99).pool(2, attempts=3)
+        pool = await used(Shop(faults=["", *[fault] * 99]), attempts=3)
         with pytest.raises(kind, match=r"worker: 1 requests were given to 3 replicas .* all failed; the last one"):
             await ask_groups(pool, [[1]])
-        scarce = await Shop(faults=[fault] * 99).pool(2, attempts=30, restarts=2)
+        scarce = await used(Shop(faults=["", *[fault] * 99]), attempts=30, restarts=2)
         with pytest.raises(kind, match=r"worker: no replica is left after 2 restarts"):
             await ask_groups(scarce, [[1]])
 
+    async def used(shop: Shop, **care: int) -> "Dispatcher[int, int]":
+        pool = await shop.pool(2, **care)
+        assert await ask_groups(pool, [[7]]) == [[70]]
+        return pool
+
     simulate(run(), 1e6)
+
+
+@pytest.mark.parametrize(("fault", "replicas"), [("raise", 1), ("raise", 2), ("lie", 1), ("lie", 2)])
+def test_a_cause_that_repeats_before_any_answer_ends_the_run_at_once(fault: str, replicas: int) -> None:
+    """Eight restarts would each take minutes to say the same."""
+
+    async def run() -> Shop:
+        shop = Shop(faults=[fault] * 99)
+        pool = await shop.pool(replicas, restarts=8, attempts=30)
+        reason = "ServiceLost: no kernel for head_dim=16" if fault == "raise" else "an answer is wrong"
+        with pytest.raises(OpdError, match=f"worker: two failed alike before any was of use.*: {reason}"):
+            await ask_groups(pool, [[1]])
+        return shop
+
+    shop = simulate(run(), 1e6)
+    assert shop.fired[fault] == 2 and len(shop.made) <= replicas + 1
+
+
+def test_causes_that_differ_or_that_are_not_known_are_bad_luck() -> None:
+    async def run() -> None:
+        pool = await Shop(faults=["raise", "lie", "die before", "die before", "hang"]).pool(2, attempts=10)
+        assert await ask_groups(pool, [[1]]) == [[10]]
+        assert sum(pool.replicas.faults.values()) == 5
+
+    simulate(run(), 1e6)
+
+
+def test_replacements_that_fail_alike_at_their_start_are_not_repeated() -> None:
+    async def run() -> Shop:
+        shop = Shop(faults=["die before"], breaks_at_start=99, broken="head_dim=16 is unsupported (pid 7)")
+        pool = await shop.pool(1, restarts=8)
+        with pytest.raises(OpdError, match=r"worker: two failed alike.*head_dim=16 is unsupported"):
+            await ask_groups(pool, [[7]])
+        return shop
+
+    assert len(simulate(run(), 1e6).made) == 3
 
 
 def test_a_replacement_that_is_under_way_is_waited_for_when_no_other_may_be_started() -> None:
