@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from launch import screen
+from launch.checks.answers import NO_ANSWERS
 from launch.comparison import Arm, write_comparison
 from launch.compose import compose
 from launch.config import run_config
@@ -60,6 +61,11 @@ def run_comparison(overrides: Sequence[str]) -> int:
         for seed in comparison.seeds:
             names = [f"seed={seed}", f"run_name={arm}-seed{seed}", f"output_dir={root}"]
             plans.setdefault(arm, []).append(make_plan(run_config([*comparison.base, *own, *passed_on, *names])))
+    if plans[comparison.reference][0].answers.get("evaluation.prompts") == NO_ANSWERS:
+        raise ConfigurationError(
+            "a comparison is one of accuracies, but the evaluation.prompts have no reference answers; set "
+            "evaluation.prompts.answer_column"
+        )
     if dry_run:
         for arm in plans:
             console.print(plans[arm][0].table())

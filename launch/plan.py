@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from rich.markup import escape
 from rich.table import Table
 
+from launch.checks.answers import check_answers, check_rewards
 from launch.checks.models import hidden_width, parameter_count, vocabulary_rows
 from launch.checks.prompts import check_lengths, check_routes, check_tasks
 from launch.checks.teachers import check_adapters, check_teachers
@@ -28,7 +30,8 @@ class Plan:
 
     `exact_kl` = the exact divergence can be measured: student and all teachers have equal vocabularies of logits, and
     every teacher gives hidden states and has its output matrix here. A remote teacher without weights here counts 0
-    parameters. `vocabulary` counts the ids of the tokenizer, without the model's padding.
+    parameters. `vocabulary` counts the ids of the tokenizer, without the model's padding. `answers` says of the prompts
+    that come from files how many reference answers can be graded against.
     """
 
     config: RunConfig
@@ -38,6 +41,7 @@ class Plan:
     longest: int
     vocabulary: int
     exact_kl: bool
+    answers: Mapping[str, str]
 
     def memory_bytes(self) -> Mapping[str, int]:
         """Estimated bytes of one process per role, engines' caches included, libraries not."""
@@ -78,6 +82,8 @@ class Plan:
         table.add_section()
         table.add_row("method", "", " -> ".join(type(p).__name__ for p in parts), "")
         table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
+        for place, said in self.answers.items():
+            table.add_row(f"{place}: answers", "", escape(said), "")
         table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
         return table
 
@@ -96,9 +102,13 @@ def make_plan(config: RunConfig) -> Plan:
     tokens = tokenizer_identity(config.student.path).tokens
     config = replace(config, method=replace(config.method, weights=look_up(config.method.weights, tokens)))
     sources = Sources(tokenizer=HuggingFaceTokenizer(config.student.path), rows=read_rows)
-    asked = [*config.prompts(0, sources), *config.evaluation.prompts(0, sources)]
+    training = config.prompts(0, sources)
+    held_out = config.evaluation.prompts(0, sources)
+    asked = [*training, *held_out]
     longest = check_lengths(config, asked)
     check_tasks(asked)
+    check_rewards(config, training)
+    answers = check_answers(config, sources, held_out)
     check_routes(config, sources, asked)
     return Plan(
         config=config,
@@ -108,4 +118,5 @@ def make_plan(config: RunConfig) -> Plan:
         longest=longest,
         vocabulary=1 + max(tokens.values()),
         exact_kl=exact_kl,
+        answers=answers,
     )

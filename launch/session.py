@@ -14,7 +14,7 @@ from actors.engine import VLLMEngine
 from launch.checkpoints import LEARNER
 from launch.cluster import Actors, fetch, place_of
 from launch.handover import handing_over, keep
-from launch.inputs.graders import MathGrader, TaskGrader
+from launch.inputs.graders import GRADERS, RunGrader
 from launch.learner_group import LearnerGroup
 from launch.learner_restart import Recipe, RestartingLearner
 from launch.plan import Plan
@@ -27,7 +27,6 @@ from learner.config import Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
 from opd.ports import Engines, TextEngine
-from opd.tasks import peak, shop
 from teacher_service.backends import backend
 from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
 from teacher_service.config import environment as teacher_environment
@@ -43,7 +42,7 @@ class Session:
     actors: Actors
     engines: Engines
     learner: RestartingLearner
-    graders: dict[str, TaskGrader | MathGrader]
+    graders: Mapping[str, RunGrader]
 
     async def teacher_writer(self, name: str) -> TextEngine:
         """A teacher as a writer; started now if no part of the method needed it before."""
@@ -58,12 +57,13 @@ class Session:
 
     @property
     def faults(self) -> list[str]:
-        """What died, hung or lied, and was replaced: a sentence each."""
+        """What died, hung or lied and was replaced, and what could not be graded: a sentence each."""
         student = self.engines.student
         of_student = student.student if isinstance(student, FollowedStudent) else student
         pools = [of_student, *self.engines.teachers.values(), *self.engines.writers.values()]
         of_pools = [pool.replicas.history for pool in pools if isinstance(pool, StudentPool | TeacherPool)]
-        return [line for lines in (*of_pools, self.learner.history) for line in lines]
+        graders = [grader.faults for grader in self.graders.values()]
+        return [line for lines in (*of_pools, self.learner.history, *graders) for line in lines]
 
     async def restore(self, checkpoint: Path, followers: Mapping[str, str]) -> None:
         """Take over the learner's state, and the weights of teachers that follow the student (name -> file)."""
@@ -96,11 +96,7 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
     )
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
     learner = _learner(actors, plan, student, teachers)
-    graders: dict[str, TaskGrader | MathGrader] = {
-        "shop": TaskGrader(shop.grade),
-        "peak": TaskGrader(peak.grade),
-        "math": MathGrader(),
-    }
+    graders = {name: make() for name, make in GRADERS.items()}
     await asyncio.gather(
         learner.setup(),
         student.replicas.start(config.student.replicas),

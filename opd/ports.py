@@ -244,6 +244,15 @@ class Grader(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsReferences(Protocol):
+    """A grader that knows before a run which reference answers it can grade against."""
+
+    def unreadable(self, answer: str) -> str:
+        """Why a reference answer cannot be read, "" if it can."""
+        ...
+
+
 class Tokenizer(Protocol):
     """Text to ids and back. `encode` adds what the model's template adds (e.g. `<bos>`)."""
 
@@ -312,6 +321,25 @@ class Routed(Protocol):
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """The names of all teachers that any prompt may ask."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class References:
+    """All reference answers of one file, for the grader of `task`; `allowed` is the share that may be unreadable."""
+
+    path: str
+    task: str
+    answers: Sequence[str]
+    allowed: float
+
+
+@runtime_checkable
+class Answered(Protocol):
+    """A prompt source that can show its reference answers before a run."""
+
+    def references(self, sources: Sources) -> Sequence[References]:
+        """One item per file; none where there are no answers."""
         ...
 
 

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 from launch.config import RunConfig
+from launch.inputs.graders import GRADERS
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Routed, Sources
 from opd.scorers.ensemble import Ensemble
 from opd.types import Prompt
-
-TASKS = ("shop", "peak", "math")
 
 
 def check_routes(config: RunConfig, sources: Sources, asked: Sequence[Prompt]) -> None:
@@ -46,6 +45,6 @@ def check_lengths(config: RunConfig, prompts: Sequence[Prompt]) -> int:
 
 def check_tasks(prompts: Sequence[Prompt]) -> None:
     """Refuse a prompt whose answer no grader can grade."""
-    unknown = {p.task for p in prompts} - set(TASKS)
+    unknown = {p.task for p in prompts} - GRADERS.keys()
     if unknown:
-        raise DataError(f"no grader is called {sorted(unknown)[0]!r}; set prompts.task to one of {list(TASKS)}")
+        raise DataError(f"no grader is called {sorted(unknown)[0]!r}; set prompts.task to one of {list(GRADERS)}")

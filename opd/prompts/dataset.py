@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Columns, Row, Sources
+from opd.ports import Columns, References, Row, Sources
 from opd.prompts.order import draw
 from opd.types import Prompt
 
@@ -16,10 +16,11 @@ class DatasetPrompts:
     """Rows of `path`, `prompts_per_step` a step, each `group_size` times, in a new order every epoch.
 
     `prompt_column` holds plain text or chat messages; `answer_column` ("" = none) holds what the grader `task`
-    compares with. `teacher_column` names each row's teacher ("" = `teacher` for all), `teacher_prompt_column` holds
-    what a privileged teacher is shown instead of the prompt (e.g. with the solution in it), and `weight_column` how
-    much a row counts (with the weight part `PromptWeight`). `suffix` is added to plain prompts (e.g. a newline). A
-    prompt longer than `max_tokens` tokens is an error that names the row, unless `skip_long` leaves such rows out.
+    compares with, and a larger share than `max_unreadable_answers` that it cannot read is an error. `teacher_column`
+    names each row's teacher ("" = `teacher` for all), `teacher_prompt_column` holds what a privileged teacher is shown
+    instead of the prompt (e.g. with the solution in it), and `weight_column` how much a row counts (with the weight
+    part `PromptWeight`). `suffix` is added to plain prompts (e.g. a newline). A prompt longer than `max_tokens` tokens
+    is an error that names the row, unless `skip_long` leaves such rows out.
     """
 
     path: str
@@ -38,8 +39,14 @@ class DatasetPrompts:
     max_tokens: int = 1024
     skip_long: bool = False
     teacher: str = "default"
+    max_unreadable_answers: float = 0.01
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_unreadable_answers <= 1:
+            raise ConfigurationError(
+                f"prompts.max_unreadable_answers is a share of the rows, from 0 to 1, but got "
+                f"{self.max_unreadable_answers}; correct it"
+            )
         if self.prompts_per_step < 1 or self.group_size < 1 or self.limit < 0 or self.max_tokens < 1:
             raise ConfigurationError(
                 "prompts DatasetPrompts needs prompts_per_step, group_size and max_tokens >= 1 and limit >= 0, "
@@ -72,6 +79,14 @@ class DatasetPrompts:
         if not self.teacher_column:
             return frozenset([self.teacher])
         return frozenset(row.teacher for row in self._rows(sources))
+
+    def references(self, sources: Sources) -> Sequence[References]:
+        """The answers of all rows that can come (see `opd.ports.Answered`)."""
+        if not self.answer_column:
+            return []
+        rows = self._rows(sources)
+        answers = [row.answer for row in rows[: self.limit or len(rows)]]
+        return [References(path=self.path, task=self.task, answers=answers, allowed=self.max_unreadable_answers)]
 
     def _rows(self, sources: Sources) -> Sequence[Row]:
         columns = Columns(

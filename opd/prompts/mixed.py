@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from opd.errors import ConfigurationError
-from opd.ports import PromptSource, Routed, Sources
+from opd.ports import Answered, PromptSource, References, Routed, Sources
 from opd.types import Prompt
 
 
@@ -45,3 +45,7 @@ class MixedPrompts:
         """All teachers that a prompt may ask (see `opd.ports.Routed`)."""
         named = [s.routes(sources) for s in self.sources.values() if isinstance(s, Routed)]
         return frozenset().union(*named) if not self.teachers else frozenset(self.teachers.values())
+
+    def references(self, sources: Sources) -> Sequence[References]:
+        """The answers of all sources that can show them (see `opd.ports.Answered`)."""
+        return [r for s in self.sources.values() if isinstance(s, Answered) for r in s.references(sources)]

@@ -1,0 +1,76 @@
+"""Can the reference answers be graded against? Counted when a run is planned, and shown with an example."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.progress import track
+
+from launch.config import RunConfig
+from launch.inputs.graders import GRADERS
+from opd.errors import ConfigurationError, DataError
+from opd.ports import Answered, ReadsReferences, References, Sources
+from opd.types import AdvantageScores, Prompt
+
+NO_ANSWERS = "no reference answers; accuracy is not measured"
+MANY = 5_000  # rows whose reading is shown, because it takes more than a second
+
+
+def check_rewards(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """Refuse a method that learns from rewards where there is nothing to grade against."""
+    without = next((prompt for prompt in prompts if not prompt.answer), None)
+    if without is not None and issubclass(config.method.scorer.produces, AdvantageScores):
+        raise ConfigurationError(
+            f"method {config.method.name} learns from graded answers, but prompt {without.id!r} has no reference "
+            "answer; set prompts.answer_column to the column that has them, or choose a method that needs none"
+        )
+
+
+def check_answers(config: RunConfig, sources: Sources, held_out: Sequence[Prompt]) -> dict[str, str]:
+    """What is to be said of the answers, by the name of the prompts that have them or lack them.
+
+    Raises:
+        DataError: more of a file's answers are unreadable than `max_unreadable_answers` allows.
+    """
+    said: dict[str, str] = {}
+    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+        found = source.references(sources) if isinstance(source, Answered) else ()
+        if found:
+            said[place] = "; ".join(_sentence(place, references) for references in found)
+    if not any(prompt.answer for prompt in held_out):
+        said["evaluation.prompts"] = NO_ANSWERS
+    return said
+
+
+def _sentence(place: str, references: References) -> str:
+    total, found = len(references.answers), unreadable(references)
+    if not found:
+        return f"{total} reference answers, all readable"
+    row, why = found[0]
+    counted = (
+        f"{len(found)} of {total} reference answers cannot be read, e.g. row {row} "
+        f"{references.answers[row - 1][:60]!r} ({why})"
+    )
+    if len(found) > references.allowed * total:
+        raise DataError(
+            f"{place} {references.path}: {counted}; task {references.task!r} would grade every answer to them 0; "
+            f"correct or remove them, or raise {place}.max_unreadable_answers (now {references.allowed:g})"
+        )
+    return counted
+
+
+def unreadable(references: References) -> list[tuple[int, str]]:
+    """Rows (counted from 1) whose answer the task's grader cannot read, each with the reason."""
+    grader = GRADERS[references.task]()
+    try:
+        if not isinstance(grader, ReadsReferences):
+            return []
+        why = {answer: grader.unreadable(answer) for answer in _shown(dict.fromkeys(references.answers))}
+    finally:
+        grader.close()
+    return [(row, why[answer]) for row, answer in enumerate(references.answers, start=1) if why[answer]]
+
+
+def _shown(answers: dict[str, None]) -> Iterable[str]:
+    if len(answers) < MANY:
+        return answers
+    return track(answers, "reading reference answers", console=Console(stderr=True), transient=True)

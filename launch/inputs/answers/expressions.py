@@ -1,0 +1,187 @@
+"""Are two formulas equal? Exact for numbers, at several points for what has variables. Imports sympy when it must."""
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+_DIGITS = 6  # of a decimal, from which on it may stand for a number that it only rounds
+_POINTS = ((7, 3), (-11, 5), (23, 7), (-3, 11), (5, 13))
+"""Where formulas with variables are compared: of both signs, and no likely root or pole."""
+_SPREAD = 17  # moves the points of a second variable off the first's
+_PRECISION = 40
+_SIMPLE = re.compile(
+    r"(?P<sign>[+-]?)\s*(?:(?:(?P<whole>\d+)\s*)?\\frac\{\s*(?P<up>-?\d+)\s*\}\{\s*(?P<down>-?\d+)\s*\}"
+    r"|(?:(?P<whole2>\d+)\s+)?(?P<up2>\d+)\s*/\s*(?P<down2>\d+))"
+)
+_DECIMAL = re.compile(r"[+-]?\s*(?:\d+(?:\.\d*)?|\.\d+)")
+_SCIENTIFIC = re.compile(r"([+-]?\s*(?:\d+(?:\.\d*)?|\.\d+))\s*\\(?:times|cdot)\s*10\^\{([+-]?\d{1,4})\}")
+
+
+def number(latex: str) -> Fraction | None:
+    """The value of a plain number (decimal, fraction, mixed number, scientific), else None."""
+    latex = latex.strip()
+    if _DECIMAL.fullmatch(latex):
+        return Fraction(re.sub(r"\s", "", latex).rstrip("."))
+    if match := _SCIENTIFIC.fullmatch(latex):
+        return Fraction(re.sub(r"\s", "", match.group(1)).rstrip(".")) * Fraction(10) ** int(match.group(2))
+    if match := _SIMPLE.fullmatch(latex):
+        up, down = int(match["up"] or match["up2"]), int(match["down"] or match["down2"])
+        whole = match["whole"] or match["whole2"]
+        if not down or (whole and (up < 0 or down < 0)):
+            return None
+        value = Fraction(up, down) + int(whole or 0)
+        return -value if match["sign"] == "-" else value
+    return None
+
+
+def equal(gold: str, given: str) -> bool:
+    """Do two formulas have the same value?"""
+    if gold == given:
+        return True
+    left, right = number(gold), number(given)
+    if left is not None and right is not None:
+        return left == right or _rounded(gold, given, left, right)
+    return _equal_formulas(gold, given)
+
+
+def evaluated(latex: str) -> bool:
+    """Can a formula be read? It is evaluated, too, so that what never ends shows."""
+    if number(latex) is not None:
+        return True
+    found = formula(latex)
+    if found is None:
+        return False
+    for values in _points(found, found):
+        _value(found, values)
+    return True
+
+
+def proportional(gold: tuple[str, str], given: tuple[str, str], *, directed: bool) -> bool:
+    """Is `left - right` of one pair a constant multiple of the other's (a positive one if `directed`)?"""
+    first, second = (formula(f"({left})-({right})") for left, right in (gold, given))
+    if first is None or second is None or first.free_symbols != second.free_symbols:
+        return False
+    ratios = []
+    for values in _points(first, second):
+        up, down = _value(first, values), _value(second, values)
+        if up is None or down is None or not down:
+            continue
+        ratios.append(up / down)
+    if len(ratios) < 2 or not ratios[0]:
+        return False
+    if directed and (abs(_imaginary(ratios[0])) > 0 or ratios[0] < 0):
+        return False
+    return all(abs(ratio - ratios[0]) <= abs(ratios[0]) * 1e-20 for ratio in ratios)
+
+
+def _imaginary(value: Any) -> Any:
+    import mpmath
+
+    return mpmath.im(value)
+
+
+def _rounded(gold: str, given: str, left: Fraction, right: Fraction) -> bool:
+    """Is the shorter of two decimals the longer one, or the fraction, to its own number of digits?"""
+    for short, text, long, other in ((left, gold, right, given), (right, given, left, gold)):
+        digits = _significant(text)
+        if digits is None or digits < _DIGITS or (_significant(other) or 10**6) <= digits:
+            continue
+        if abs(short - long) <= Fraction(1, 2) * _last_place(text):
+            return True
+    return False
+
+
+def _significant(latex: str) -> int | None:
+    """Digits of a decimal with a point; None for anything else, which is exact."""
+    if not re.fullmatch(r"[+-]?\s*\d*\.\d+", latex):
+        return None
+    return len(re.sub(r"\D", "", latex).lstrip("0"))
+
+
+def _last_place(latex: str) -> Fraction:
+    return Fraction(1, 10 ** len(latex.partition(".")[2]))
+
+
+def _equal_formulas(gold: str, given: str) -> bool:
+    first, second = formula(gold), formula(given)
+    if first is None or second is None:
+        return re.sub(r"\s", "", gold) == re.sub(r"\s", "", given)
+    if first == second:
+        return True
+    agreed = 0
+    for values in _points(first, second):
+        a, b = _value(first, values), _value(second, values)
+        if a is None or b is None:
+            continue
+        size = max(abs(a), abs(b))
+        if abs(a - b) > size * 1e-25 and not _rounds(gold, a, b) and not _rounds(given, b, a):
+            return False
+        agreed += 1
+    return agreed >= 2 or (agreed == 1 and not (first.free_symbols | second.free_symbols)) or _same(first, second)
+
+
+def _rounds(latex: str, short: Any, long: Any) -> bool:
+    """`latex` is a decimal of value `short` with enough digits, and `long` is it before rounding."""
+    digits = _significant(latex)
+    return digits is not None and digits >= _DIGITS and abs(short - long) <= 0.5000001 * float(_last_place(latex))
+
+
+def _same(first: Any, second: Any) -> bool:
+    """math-verify's own comparison, for what has no value at a point."""
+    from math_verify import verify
+
+    return bool(verify(first, second, timeout_seconds=None))
+
+
+def _points(first: Any, second: Any) -> list[dict[Any, Any]]:
+    from sympy import Rational
+
+    symbols = sorted(first.free_symbols | second.free_symbols, key=str)
+    return [
+        {symbol: Rational(up + _SPREAD * i, down + 2 * i) for i, symbol in enumerate(symbols)}
+        for up, down in (_POINTS if symbols else _POINTS[:1])
+    ]
+
+
+def _value(expression: Any, values: dict[Any, Any]) -> Any:
+    """A number of many digits, or None where the formula has none at this point."""
+    import mpmath
+
+    if expression.has("zoo", "nan") or not hasattr(expression, "evalf"):
+        return None
+    result = expression.subs(values).doit().evalf(_PRECISION)
+    real, imaginary = result.as_real_imag()
+    if not (real.is_Float or real.is_Integer or real.is_Rational) or not (
+        imaginary.is_Float or imaginary.is_Integer or imaginary.is_Rational
+    ):
+        return None
+    with mpmath.workdps(_PRECISION):
+        return mpmath.mpc(str(real), str(imaginary)) if imaginary else mpmath.mpf(str(real))
+
+
+@lru_cache(maxsize=4096)
+def formula(latex: str) -> Any:
+    """A sympy expression, or None where the formula cannot be read. Decimals are exact, symbols keep their case."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from sympy import Expr
+
+    spelled = re.sub(r"\d*\.\d+|\d+\.(?!\d)", _fraction, latex)
+    spelled = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", spelled).replace("\\%", "")
+    imaginary = bool(re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\imath", re.sub(r"_\{[^{}]*\}", "", spelled)))
+    try:
+        found = latex2sympy(
+            spelled,
+            is_real=not imaginary,
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
+    except Exception:  # noqa: BLE001  the library raises bare Exceptions for what it cannot parse
+        return None
+    return found if isinstance(found, Expr) else None
+
+
+def _fraction(decimal: re.Match[str]) -> str:
+    whole, _, part = decimal.group().partition(".")
+    return f"\\frac{{{int(whole + part or '0')}}}{{{10 ** len(part)}}}"
