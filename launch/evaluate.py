@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
 from launch.accounting import Totals
 from launch.evaluation_point import EvaluationPoint, Examinee
@@ -120,18 +121,22 @@ class Evaluator:
         began: float,
         spent: Spent,
     ) -> EvaluationPoint:
-        solved_greedy = await task_rewards([t for group in greedy for t in group], self._engines)
         flat = [t for group in sampled for t in group]
-        solved = np.asarray(await task_rewards(flat, self._engines)).reshape(len(sampled), -1)
-        tasks = sorted({p.task for p in self._prompts})
-        places = {task: [i for i, p in enumerate(self._prompts) if p.task == task] for task in tasks[len(tasks) == 1 :]}
+        answered = [i for i, prompt in enumerate(self._prompts) if prompt.answer]  # others cannot be graded
+        greedily = await self._solved([greedy[i] for i in answered])
+        solved = await self._solved([sampled[i] for i in answered])
+        tasks = sorted({self._prompts[i].task for i in answered})
+        places = {
+            task: [row for row, i in enumerate(answered) if self._prompts[i].task == task]
+            for task in tasks[len(tasks) == 1 :]
+        }
         return EvaluationPoint(
             examinee=examinee,
             step=step,
-            greedy=float(np.mean(solved_greedy)),
-            mean_at_k=float(solved.mean()),
-            pass_at_k=float((solved > 0).any(axis=1).mean()),
-            k=solved.shape[1],
+            greedy=float(greedily.mean()) if answered else None,
+            mean_at_k=float(solved.mean()) if answered else None,
+            pass_at_k=float((solved > 0).any(axis=1).mean()) if answered else None,
+            k=len(sampled[0]),
             reverse_kl=divergence,
             length_mean=float(np.mean([len(t) for t in flat])),
             truncation_rate=float(np.mean([t.stop is Stop.LENGTH for t in flat])),
@@ -139,9 +144,14 @@ class Evaluator:
             tokens=spent.totals.completion,
             flops=spent.totals.flops,
             cpu_s=spent.cpu_s,
-            greedy_by_task={task: float(np.mean([solved_greedy[i] for i in at])) for task, at in places.items()},
+            greedy_by_task={task: float(greedily[at].mean()) for task, at in places.items()},
             mean_at_k_by_task={task: float(solved[at].mean()) for task, at in places.items()},
         )
+
+    async def _solved(self, groups: Sequence[Sequence[Trajectory]]) -> Float[np.ndarray, "prompts samples"]:
+        """Rewards of every prompt's trajectories; no grader is asked where there is no prompt."""
+        rewards = await task_rewards([t for group in groups for t in group], self._engines) if groups else []
+        return np.asarray(rewards).reshape(len(groups), -1) if groups else np.zeros((0, 1))
 
 
 async def _each_route(

@@ -8,6 +8,8 @@ from typing import Any
 
 from opd.errors import DataError
 
+NOT_MEASURED = "not measured"
+
 
 class Examinee(Enum):
     """Whose answers were graded."""
@@ -19,6 +21,8 @@ class Examinee(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationPoint:
     """Results on held-out prompts after `step` steps of training; None = not measured.
+
+    Accuracies are over the prompts that have a reference answer, and None where none has.
 
     `greedy` is the share solved at temperature 0, `mean_at_k` the mean share solved over `k` samples at temperature 1
     (the same quantity for every `k`, less noisy for a larger one), `pass_at_k` the share solved by at least one of

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launch.evaluation_point import EvaluationPoint, Examinee
+from launch.evaluation_point import NOT_MEASURED, EvaluationPoint, Examinee
 from launch.metrics import PHASE_NAMES, UTILISATION, Meter
 from opd.loop import StepRecord
 
@@ -77,7 +77,7 @@ class LiveView:
             self._student = result
         if self._live is None:
             where = "teacher" if result.examinee is Examinee.TEACHER else f"student at step {result.step}"
-            self._print(f"evaluated {where}: {_accuracy(result)}")
+            self._print(f"evaluated {where}: {_results(result)}")
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -154,7 +154,7 @@ class LiveView:
         parts = [
             f"step {int(metrics['step'])}/{self._steps}",
             f"{SIGNALS[name]} {_number(metrics[name])}" if name else NOTHING,
-            *([_accuracy(self._student)] if self._student else []),
+            *([_accuracy(self._student)] if self._student and self._student.greedy is not None else []),
             f"{metrics.get('perf/throughput', 0.0):,.0f} tokens/s",
             f"{_phase_words(metrics).plain}",
             f"{_clock(self._left())} left",
@@ -179,7 +179,14 @@ def _accuracy(result: EvaluationPoint) -> str:
         if value is not None
     ]
     said += [f"{task} {value:.1%}" for task, value in result.mean_at_k_by_task.items()]
-    return ", ".join(said) or "not measured"
+    return ", ".join(said) or NOT_MEASURED
+
+
+def _results(result: EvaluationPoint) -> str:
+    """The accuracy; where there is none, what else was measured."""
+    if result.greedy is not None or result.mean_at_k is not None:
+        return _accuracy(result)
+    return f"accuracy {NOT_MEASURED}" + ("" if result.reverse_kl is None else f", reverse KL {result.reverse_kl:.4f}")
 
 
 def _phases(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from launch.curves import draw_sheet, panels
-from launch.evaluation_point import EvaluationPoint
+from launch.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.figures import Margins, Panel, short_number, to_png, to_svg
 from launch.metrics import UTILISATION
 from launch.page import render_report
@@ -151,6 +151,8 @@ def _rows(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: 
         start, end = _value(first, field), _value(last, field)
         goal = None if teacher is None else _value(teacher, field)
         if start is None and end is None:
+            if field in ("greedy", "mean_at_k"):
+                rows.append(_Row(name=name, cells=(NOT_MEASURED,) * (2 if teacher is None else 4)))
             continue
         cells = [_format(start, form), _format(end, form)]
         if teacher is not None:

@@ -10,7 +10,7 @@ from launch.causes import find_own
 from launch.cluster import connected
 from launch.config import run_config
 from launch.evaluate import Spent
-from launch.evaluation_point import EvaluationPoint
+from launch.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.live_view import busy_words
 from launch.metrics import Meter
 from launch.plan import Plan, make_plan
@@ -59,7 +59,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     with connected(config.cluster):
         point = run_until_stopped(measure())
     for name, value in point.as_json().items():
-        console.print(f"{name:16} {value}", highlight=False)
+        console.print(f"{name:16} {NOT_MEASURED if value is None else value}", highlight=False)
     return 0
 
 

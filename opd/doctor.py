@@ -70,6 +70,9 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
     Both write on from the middle of the student's own completions, each in its own context (a privileged teacher knows
     more); the task's grader judges the whole texts.
     """
+    prompts = [prompt for prompt in prompts if prompt.answer]
+    if not prompts:
+        return fine("teacher gain", "not measured: the prompts have no reference answers")
     sampling = Sampling(max_tokens=max_tokens)
     written = await write(prompts, engines.student, sampling)
     halves = [t.token_ids[: len(t) // 2] for t in written]

@@ -294,7 +294,7 @@ def test_a_student_is_its_own_teacher_or_the_backend_is_refused(make: Any) -> No
 
 
 def test_a_teacher_that_ends_no_better_is_a_warning(make: Any) -> None:
-    prompts = [make.prompt([1, 4], id=f"p{i}", task="t") for i in range(40)]
+    prompts = [make.prompt([1, 4], id=f"p{i}", task="t", answer="-") for i in range(40)]
     better, worse = Table(biased(3, -30.0)), Table(biased(3, 5.0))
     found = [asyncio.run(teacher_gain(patient().engines, writer, prompts, 8)) for writer in (better, worse)]
     assert [f.verdict for f in found] == [Verdict.FINE, Verdict.WARNING], found
@@ -314,7 +314,7 @@ class Listening(Table):
 
 def test_a_privileged_teacher_writes_on_in_its_own_context(make: Any) -> None:
     knows = np.array([5, 1, 4], dtype=np.int32)
-    prompts = [make.prompt([1, 4], id=f"p{i}", task="t", teacher_ids=knows) for i in range(4)]
+    prompts = [make.prompt([1, 4], id=f"p{i}", task="t", answer="-", teacher_ids=knows) for i in range(4)]
     student, writer = Listening(tables()[0]), Listening(tables()[1])
     asyncio.run(teacher_gain(patient(student=student).engines, writer, prompts, 8))
     own, theirs = student.contexts[len(prompts) :], writer.contexts
