@@ -16,7 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from launch.causes import brief
-from launch.ray_node import Node
+from launch.ray_address import check_cluster
+from launch.ray_node import Node, start_patiently
 from launch.settings import ClusterConfig, Placement
 from launch.stacks import Stacks
 from launch.supervision import Look, unseen
@@ -104,29 +105,33 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    try:
-        ray.init(
-            address=config.address,
-            include_dashboard=False if local else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **({"_node_ip_address": "127.0.0.1"} if local else {}),
+    # What dies is said by whoever had asked it; Ray prints a page about it to this screen, whatever log_to_driver says.
+    ray._private.worker.print_to_stdstream = _unprinted
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if local:
+        start_patiently(
+            lambda: ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet),
+            config.start_deadline_s,
         )
-    except Exception as error:  # Ray raises this very class when its processes need more than 30 s
-        if local:
+    else:
+        check_cluster(config.address)
+        try:
+            ray.init(address=config.address, **quiet)
+        except Exception as error:
             raise OpdError(
-                f"Ray did not start on this machine ({brief(error)}); free processors or memory, and start again"
+                f"the Ray session at cluster.address={config.address!r} does not take this program ({brief(error)}); "
+                "check its token (RAY_AUTH_TOKEN_PATH) and its version, or use cluster=local"
             ) from error
-        raise OpdError(
-            f"no Ray session at cluster.address={config.address!r} ({error}); start one with `ray start --head`, or "
-            "use cluster=local"
-        ) from error
     node = Node.started_here() if local else Node()
     try:
         yield node
     finally:
         ray.shutdown()
         node.end_orphans()
+
+
+def _unprinted(data: Mapping[str, Any], **_: Any) -> None:
+    logging.getLogger(__name__).debug("%s", data.get("lines"))
 
 
 class Actors:

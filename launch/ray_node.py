@@ -5,16 +5,22 @@ that is process 1 only after they have been asked something.)
 """
 
 import asyncio
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic, sleep
 
 import psutil
 
+from launch.causes import brief
 from launch.supervision import GO_ON
 from opd.errors import OpdError
 
 _NAMES = ("raylet", "gcs_server")
 _PERIOD_S = 2.0
+_PAUSE_S = 1.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,38 @@ class Node:
                     process.kill()
             except psutil.Error:  # it has just ended
                 continue
+
+
+def start_patiently(start: Callable[[], object], deadline_s: float) -> None:
+    """Call `start` again while Ray's processes need longer than the 30 s that Ray gives them, for `deadline_s` in all.
+
+    Raises:
+        OpdError: Ray did not start.
+    """
+    began = monotonic()
+    while True:
+        before = {p.pid for p in psutil.Process().children()}
+        try:
+            start()
+            return
+        except Exception as error:  # Ray raises this very class
+            for process in psutil.Process().children():
+                if process.pid not in before and _is_rays(process):
+                    process.kill()
+            late = "timed out" in str(error)
+            if late and monotonic() - began + _PAUSE_S < deadline_s:
+                logger.warning("Ray needs longer than it allows itself to start on this machine; it is tried again")
+                sleep(_PAUSE_S)
+                continue
+            advice = "free processors or memory, or raise cluster.start_deadline_s" if late else "correct that"
+            raise OpdError(f"Ray did not start on this machine ({brief(error)}); {advice}, and start again") from error
+
+
+def _is_rays(process: psutil.Process) -> bool:
+    try:
+        return process.name() in _NAMES or any(f"{os.sep}ray{os.sep}" in part for part in process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def _is_dead(process: psutil.Process) -> bool:

@@ -2,21 +2,26 @@
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import pytest
 
 from launch.cluster import connected
-from launch.ray_node import Node
+from launch.ray_address import check_cluster
+from launch.ray_node import Node, start_patiently
 from launch.running import beside
 from launch.settings import ClusterConfig
 from opd.errors import OpdError
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+LATE = "The current node timed out during startup. This could happen because\nand more"
 
 
 @pytest.fixture
@@ -98,23 +103,109 @@ def test_workers_of_a_raylet_that_died_are_ended_and_no_others(ray: subprocess.P
             process.wait()
 
 
-@pytest.mark.parametrize(
-    ("address", "sentence"),
-    [
-        ("local", r"Ray did not start on this machine \(Exception: The current node timed out during startup\); free"),
-        ("ray://far", r"no Ray session at cluster.address='ray://far' \(The current node timed out during startup"),
-    ],
-)
-def test_a_session_that_does_not_start_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, address: str, sentence: str
-) -> None:
-    """A busy machine: Ray gives its own processes 30 seconds."""
-
-    def late(**_: Any) -> None:
-        raise Exception("The current node timed out during startup\nand more")
-
-    monkeypatch.setattr("ray.init", late)
+@pytest.fixture
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`connected` sets these; they are put back."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    with pytest.raises(OpdError, match=sentence), connected(ClusterConfig(address=address)):
-        pass
+
+
+@pytest.mark.usefixtures("no_token")
+@pytest.mark.parametrize(
+    ("reason", "deadline_s", "starts", "sentence"),
+    [
+        (
+            "The current node timed out during startup\nand more",
+            0.0,
+            1,
+            "free processors or memory, or raise cluster.st",
+        ),
+        (
+            "The current node timed out during startup\nand more",
+            0.05,
+            5,
+            "free processors or memory, or raise cluster.st",
+        ),
+        ("No space left on device: '/tmp/ray'", 9.0, 1, "correct that, and start again"),
+    ],
+)
+def test_a_session_that_does_not_start_is_tried_again_and_then_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, reason: str, deadline_s: float, starts: int, sentence: str
+) -> None:
+    """A busy machine: Ray gives its own processes 30 seconds."""
+    tried: list[None] = []
+
+    def late(**_: Any) -> None:
+        tried.append(None)
+        raise Exception(reason)
+
+    monkeypatch.setattr("ray.init", late)
+    monkeypatch.setattr("launch.ray_node._PAUSE_S", 0.01)
+    config = ClusterConfig(start_deadline_s=deadline_s or 1e-9)
+    with pytest.raises(OpdError, match=rf"Ray did not start on this machine \(Exception: .*\); {sentence}"):  # noqa: SIM117
+        with connected(config):
+            pass
+    assert len(tried) == 1 if starts == 1 else len(tried) > 1
+
+
+@pytest.mark.usefixtures("no_token")
+def test_what_a_failed_start_has_left_is_ended_and_the_next_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[subprocess.Popen[bytes]] = []
+
+    def second_time() -> None:
+        left.append(subprocess.Popen([*SLEEP, "/x/ray/raylet"]))
+        if len(left) == 1:
+            raise Exception(LATE)
+
+    monkeypatch.setattr("launch.ray_node._PAUSE_S", 0.01)
+    start_patiently(second_time, 60)
+    try:
+        assert left[0].wait(10) == -9 and left[1].poll() is None
+    finally:
+        left[1].kill()
+        left[1].wait()
+
+
+@contextmanager
+def server(answer: bytes | None) -> Iterator[str]:
+    """Somebody at a port who says `answer` to whatever comes, or nothing at all."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with listening.accept()[0] as connection:
+                connection.recv(99)
+                connection.sendall(answer or b"")
+
+        if answer is not None:
+            threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers at .* is not Ray"),
+        (b"-ERR unknown command\r\n", "what answers at .* is not Ray"),
+        (None, r"127.0.0.1:\d+: no answer"),
+    ],
+)
+def test_somebody_else_at_the_port_is_not_waited_for(answer: bytes | None, sentence: str) -> None:
+    with server(answer) as address, pytest.raises(OpdError, match=rf"no Ray session at .* \({sentence}"):
+        check_cluster(address, deadline_s=0.5)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_nobody_at_the_port_is_one_sentence_at_once(address: str) -> None:
+    with pytest.raises(OpdError, match=r"no Ray session at .* \(.*Connection refused\); start one with `ray start"):
+        check_cluster(address)
+
+
+@pytest.mark.parametrize("address", ["head", "head:", "http://head", "head:port"])
+def test_an_address_that_is_none_is_one_sentence(address: str) -> None:
+    with pytest.raises(OpdError, match="is not of the form HOST:PORT"):
+        check_cluster(address)
+
+
+def test_a_grpc_server_is_taken_for_a_cluster() -> None:
+    with server(b"\x00\x00\x06\x04\x00\x00\x00\x00\x00" + b"\x00\x03\x00\x00\x00\x64") as address:
+        check_cluster(address, deadline_s=5)
