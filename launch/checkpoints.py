@@ -83,8 +83,9 @@ class DriverState:
     """What a run knows after `step` beside the weights.
 
     `ledger` is what `Ledger.to_json` wrote, `totals` the last line of metrics that a `Meter` goes on from,
-    `wall_s` the seconds up to here, `teachers` the digest of each teacher's weights, `config` the resolved settings
-    as `described` gives them, `followers` the files of teachers that follow the student, by name.
+    `wall_s` the seconds up to here, `teachers` the digests of what it reads (teachers' weights by their names,
+    other inputs by their settings), `config` the resolved settings as `described` gives them, `followers` the files of
+    teachers that follow the student, by name.
     """
 
     run_name: str
@@ -186,14 +187,25 @@ def check_changes(place: str, found: Sequence[Change]) -> None:
         )
 
 
-def check_teachers(place: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse another teacher: its fingerprint is the digest of its weights ("" = weights that are not here)."""
+def check_inputs(place: str, before: Mapping[str, str], now: Mapping[str, str], found: Sequence[Change]) -> None:
+    """Refuse another teacher, student or prompt file: what each is, its digest says ("" = it is not here), and not
+    its path. Held-out prompts may be exchanged on purpose, by another path (see `HARMLESS`).
+    """
     for name in sorted(before.keys() | now.keys()):
-        was, found = before.get(name), now.get(name)
-        if was != found:
+        was, is_now = before.get(name), now.get(name)
+        if was == is_now:
+            continue
+        if "." not in name:
             raise ConfigurationError(
                 f"the checkpoint {place} was made with teacher {name!r} of fingerprint {was or 'none'}, but this run's "
-                f"has {found or 'none'}; give the teacher that taught until then, or start a new run from the export"
+                f"has {is_now or 'none'}; give the teacher that taught until then, or start a new run from the export"
+            )
+        exchanged = any(change.name == name and change.harmless for change in found)
+        if was and is_now and not exchanged:  # an older checkpoint knows none, and then the path must be the same
+            raise ConfigurationError(
+                f"the checkpoint {place} was made with another content of {name} (digest {was}) than this run's "
+                f"({is_now}), which would train or measure something else; give what was read until then, or start a "
+                "new run from the export"
             )
 
 

@@ -1,14 +1,22 @@
 """Everything that can be known before anything is started: checked, and shown as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rich.markup import escape
+from rich.console import Console
 from rich.table import Table
 
 from launch.checks.answers import check_answers, check_rewards
 from launch.checks.models import hidden_width, parameter_count, vocabulary_rows
-from launch.checks.prompts import check_lengths, check_routes, check_tasks
+from launch.checks.prompts import (
+    check_lengths,
+    check_routes,
+    check_rows,
+    check_tasks,
+    check_templates,
+    remarks,
+)
+from launch.checks.survey import Survey, survey_all, survey_step
 from launch.checks.teachers import check_adapters, check_teachers
 from launch.config import DEFAULT, RunConfig
 from launch.inputs.prompt_files import read_rows
@@ -21,6 +29,7 @@ from opd.weights.special import look_up
 from teacher_service.identity import check_checkpoint, tokenizer_identity
 
 GIB = 2**30
+SHOWN = 400  # characters of a prompt at its start and at its end
 ADAM_BYTES = 12  # float32 gradient and two moments per parameter
 
 
@@ -31,7 +40,8 @@ class Plan:
     `exact_kl` = the exact divergence can be measured: student and all teachers have equal vocabularies of logits, and
     every teacher gives hidden states and has its output matrix here. A remote teacher without weights here counts 0
     parameters. `vocabulary` counts the ids of the tokenizer, without the model's padding. `answers` says of the prompts
-    that come from files how many reference answers can be graded against.
+    that come from files how many reference answers can be graded against. `prompts` shows the
+    first prompt, and `remarks` are sentences about what is no error.
     """
 
     config: RunConfig
@@ -42,6 +52,8 @@ class Plan:
     vocabulary: int
     exact_kl: bool
     answers: Mapping[str, str]
+    prompts: Mapping[str, str]
+    remarks: Sequence[str]
 
     def memory_bytes(self) -> Mapping[str, int]:
         """Estimated bytes of one process per role, engines' caches included, libraries not."""
@@ -83,9 +95,16 @@ class Plan:
         table.add_row("method", "", " -> ".join(type(p).__name__ for p in parts), "")
         table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
         for place, said in self.answers.items():
-            table.add_row(f"{place}: answers", "", escape(said), "")
+            table.add_row(f"{place}: answers", "", said, "")
         table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
         return table
+
+    def show_prompts(self, console: Console) -> None:
+        """The first prompt, and what should be known of all of them before training."""
+        for name, text in self.prompts.items():
+            console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
+        for remark in self.remarks:
+            console.print(remark, highlight=False, soft_wrap=True)
 
 
 def _role(teacher: str) -> str:
@@ -101,15 +120,19 @@ def make_plan(config: RunConfig) -> Plan:
     exact_kl = check_teachers(config)
     tokens = tokenizer_identity(config.student.path).tokens
     config = replace(config, method=replace(config.method, weights=look_up(config.method.weights, tokens)))
-    sources = Sources(tokenizer=HuggingFaceTokenizer(config.student.path), rows=read_rows)
-    training = config.prompts(0, sources)
-    held_out = config.evaluation.prompts(0, sources)
-    asked = [*training, *held_out]
-    longest = check_lengths(config, asked)
-    check_tasks(asked)
+    tokenizer = HuggingFaceTokenizer(config.student.path)
+    sources = Sources(tokenizer=tokenizer, rows=read_rows)
+    training = survey_all(config.prompts, sources, tokenizer)
+    measured = replace(sources, place="evaluation.prompts")
+    held_out = survey_step(config.evaluation.prompts, measured, tokenizer)
+    longest = check_lengths(config, training, held_out)
+    check_tasks(training, held_out)
     check_rewards(config, training)
     answers = check_answers(config, sources, held_out)
-    check_routes(config, sources, asked)
+    check_routes(config, sources, training, held_out)
+    check_rows(config, sources, training)
+    identities = {name: tokenizer_identity(t.path) for name, t in config.teachers.items()}
+    said = check_templates(config, tokenizer_identity(config.student.path), identities, training)
     return Plan(
         config=config,
         sources=sources,
@@ -119,4 +142,22 @@ def make_plan(config: RunConfig) -> Plan:
         vocabulary=1 + max(tokens.values()),
         exact_kl=exact_kl,
         answers=answers,
+        prompts=_shown(training, tokenizer),
+        remarks=remarks(config, training, held_out, said, dated=tokenizer.dated),
     )
+
+
+def _shown(found: Survey, tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:
+    """The first prompt as student and teacher read it, and how many there are."""
+    prompt = found.first
+    mine, its = tokenizer.visible(prompt.student_ids), tokenizer.visible(prompt.teacher_ids)
+    return {
+        "prompts": f"{found.total} rows" if found.total else "made as they are needed",
+        "first prompt": _cut(mine),
+        "for the teacher": "the same" if its == mine else _cut(its),
+        "its answer": _cut(prompt.answer) or "none",
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"

@@ -1,5 +1,6 @@
 """Where a run goes on: finds the checkpoint that `resume=` means, and refuses what would not be the same run."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,20 @@ from launch.checkpoints import (
     DriverState,
     changes,
     check_changes,
+    check_inputs,
     check_steps,
-    check_teachers,
     described,
     newest_first,
 )
 from launch.config import RunConfig
+from launch.inputs.prompt_paths import content_digest
 from launch.run_directory import RunDirectory, read_jsonl
 from launch.run_lock import check_not_running
 from launch.summary import Outcome, RunSummary
 from opd.errors import ConfigurationError
+from opd.ports import Listed
 from teacher_service.fingerprint import model_digest
+from teacher_service.identity import tokenizer_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +41,17 @@ class Resumption:
 
 
 def fingerprints(config: RunConfig) -> dict[str, str]:
-    """The digest of each teacher's weights by name; of one whose weights are elsewhere, what the settings say."""
-    return {name: model_digest(t.path) or t.fingerprint for name, t in config.teachers.items()}
+    """Digests of what a run reads: of each teacher's weights by its name, of everything else by the setting's.
+
+    Of a teacher whose weights are elsewhere, what the settings say. Example: `{"default": "9a..", "student.path":
+    "c1..", "prompts.path": "03.."}`.
+    """
+    teachers = {name: model_digest(t.path) or t.fingerprint for name, t in config.teachers.items()}
+    student = f"{model_digest(config.student.path)}-{tokenizer_digest(config.student.path)}"
+    files: dict[str, str] = {}
+    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+        files |= source.files(place) if isinstance(source, Listed) else {}
+    return teachers | {"student.path": student} | {key: content_digest(path, key) for key, path in files.items()}
 
 
 def resumption(config: RunConfig, console: Console) -> Resumption | None:
@@ -52,9 +65,10 @@ def resumption(config: RunConfig, console: Console) -> Resumption | None:
     if not config.resume:
         return None
     place, state, same_run = _found(config, console)
+    now = fingerprints(config)
     found = changes(state.config, described(config))
-    check_changes(str(place), found)
-    check_teachers(str(place), state.teachers, fingerprints(config))
+    check_inputs(str(place), state.teachers, now, found)
+    check_changes(str(place), [change for change in found if change.name not in state.teachers.keys() & now.keys()])
     check_steps(str(place), state.step, config.steps)
     if same_run:
         _check_unfinished(RunDirectory(place.parent.parent), state.step, config.steps)
@@ -100,6 +114,11 @@ def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
 def _remarks(config: RunConfig, found: list[Change]) -> list[str]:
     said = {change.name: change for change in found}
     remarks: list[str] = []
+    if moved := next((change for name, change in said.items() if re.fullmatch(r"prompts\.(.+\.)?path", name)), None):
+        remarks.append(
+            f"note: {moved.name} was {moved.before} and is {moved.now} now, with the same content; prompts are named "
+            "after their path, so from here on text is sampled with other seeds than it would have been"
+        )
     if "steps" in said and config.learner.schedule.name != "CONSTANT":
         remarks.append(
             f"note: steps was {said['steps'].before} and is {config.steps} now, so the learning rate's schedule "

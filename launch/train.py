@@ -32,6 +32,8 @@ def run_training(overrides: Sequence[str]) -> int:
     console = screen.console()
     if config.dry_run:
         console.print(plan.table())
+    plan.show_prompts(console)
+    if config.dry_run:
         return 0
     directory = train_once(plan, console)
     console.print(f"report: {directory.report}\nstudent: {directory.export}", soft_wrap=True)
@@ -43,6 +45,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     config = run_config(overrides)
     plan = make_plan(config)
     console = screen.console()
+    plan.say_remarks(console)
     if config.dry_run:
         console.print(plan.table())
         return 0

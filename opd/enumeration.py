@@ -16,7 +16,18 @@ from torch import Tensor
 
 from opd.divergences import States
 from opd.errors import ConfigurationError, DataError
-from opd.ports import AtIds, Completion, Engines, GenerateRequest, LastHidden, Receipt, Sampling, ScoreRequest, TopK
+from opd.ports import (
+    AtIds,
+    Completion,
+    Engines,
+    GenerateRequest,
+    LastHidden,
+    Receipt,
+    Sampling,
+    ScoreRequest,
+    TopK,
+)
+from opd.rows import Said
 from opd.types import (
     AdvantageScores,
     HiddenScores,
@@ -245,8 +256,8 @@ class _Words:
     def encode(self, text: str) -> np.ndarray:
         return np.asarray([int(word) for word in text.split()], dtype=np.int32)
 
-    def chat(self, messages: Sequence[Any]) -> np.ndarray:
-        return self.encode(" ".join(m["content"] for m in messages))
+    def encode_all(self, prompts: Sequence[Said]) -> list[np.ndarray]:
+        return [self.encode(str(said.text)) for said in prompts]
 
     def decode(self, ids: np.ndarray) -> str:
         return " ".join(map(str, np.asarray(ids).tolist()))

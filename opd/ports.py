@@ -4,7 +4,7 @@ Applications (`actors/`, `teacher_service/`, `learner/`) implement these without
 engines has the same protocol as one engine, so nothing here can tell them apart.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int32
 from torch import Tensor
 
 from opd.errors import ConfigurationError
+from opd.rows import Columns, Row, Said
 from opd.types import Batch, Prompt, Scores, StepReport, Stop, TokenLoss, TokenScores
 
 
@@ -254,7 +255,7 @@ class ReadsReferences(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds what the model's template adds (e.g. `<bos>`)."""
+    """Text to ids and back. What is encoded begins as the model's texts do (e.g. with one `<bos>`)."""
 
     eos_id: int
 
@@ -262,8 +263,8 @@ class Tokenizer(Protocol):
         """Ids of a plain prompt."""
         ...
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> Int32[np.ndarray, " P"]:
-        """Ids of a conversation, ending where the assistant begins to write."""
+    def encode_all(self, prompts: Sequence[Said]) -> list[Int32[np.ndarray, " P"]]:
+        """Ids of each prompt; those of a conversation end where the assistant begins to write."""
         ...
 
     def decode(self, ids: np.ndarray) -> str:
@@ -272,36 +273,12 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One line of a prompt file: a prompt is plain text or chat messages.
-
-    What has no column is "" (`teacher_prompt`: the teacher's own prompt; `teacher`: whom to ask) or 1 (`weight`).
-    """
-
-    prompt: str | tuple[Mapping[str, str], ...]
-    answer: str
-    teacher: str = ""
-    teacher_prompt: str | tuple[Mapping[str, str], ...] = ""
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
-    """Where in a prompt file the parts of a `Row` stand; "" = nowhere."""
-
-    prompt: str
-    answer: str = ""
-    teacher: str = ""
-    teacher_prompt: str = ""
-    weight: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What prompt sources read from: the tokenizer, and files as rows."""
+    """What prompt sources read from: the tokenizer, and files as rows. `place`: see `Columns`."""
 
     tokenizer: Tokenizer
     rows: Callable[[str, Columns], Sequence[Row]]
+    place: str = "prompts"
 
 
 @runtime_checkable
@@ -321,6 +298,30 @@ class Routed(Protocol):
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """The names of all teachers that any prompt may ask."""
+        ...
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A prompt source that can show beforehand what it will ask, so that no prompt ends a run later."""
+
+    def rows(self, sources: Sources) -> int:
+        """How many different prompts there are; 0 = without end."""
+        ...
+
+    def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
+        """All prompts, once each, or those of one step; of endless ones a sample. What is left out does not come.
+
+        Raises `DataError` for one that could never be asked.
+        """
+        ...
+
+    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
+        """The first of `steps` steps that would have no prompt, if only those with the ids `kept` are asked."""
+        ...
+
+    def files(self, place: str) -> Mapping[str, str]:
+        """Paths of what is read, by the setting that names each."""
         ...
 
 

@@ -4,15 +4,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from transformers import AutoTokenizer
 
 from opd.errors import ConfigurationError, DataError
 
 SPECIAL = ("bos", "eos", "pad", "unk")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TOKENIZER_ENDINGS = (".json", ".model", ".txt", ".jinja")
+_OF_THE_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,22 +41,13 @@ class TokenizerIdentity:
 def tokenizer_identity(path: str) -> TokenizerIdentity:
     """Read the tokenizer and the model's configuration in `path`. Raises `DataError` if there is none."""
     config = _config(Path(path), f"the tokenizer in {path!r}")
-    if not any((Path(path) / name).is_file() for name in _VOCABULARIES):
-        # transformers would make an empty tokenizer of the model's kind and say nothing
-        raise DataError(
-            f"the checkpoint {path!r} needs a tokenizer, but has none of {', '.join(_VOCABULARIES)}; copy its files"
-        )
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"the tokenizer in {path!r} does not load ({reason}); copy its files anew") from error
-    tokens: dict[str, int] = tokenizer.get_vocab()
+    tokenizer = load_tokenizer(path)
+    tokens, digest = _vocabulary(_key(path))
     template = tokenizer.chat_template or ""
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return TokenizerIdentity(
         path=path,
-        digest=_digest(json.dumps(sorted(tokens.items(), key=lambda item: (item[1], item[0])))),
+        digest=digest,
         size=len(tokens),
         rows=int((config | config.get("text_config", {})).get("vocab_size", 0)),
         special={role: getattr(tokenizer, f"{role}_token_id") for role in SPECIAL},
@@ -61,8 +56,58 @@ def tokenizer_identity(path: str) -> TokenizerIdentity:
     )
 
 
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in `path`; one object for all folders with the same files. Raises `DataError` if there is none."""
+    if not any((Path(path) / name).is_file() for name in _VOCABULARIES):
+        # transformers would make an empty tokenizer of the model's kind and say nothing
+        raise DataError(
+            f"the checkpoint {path!r} needs a tokenizer, but has none of {', '.join(_VOCABULARIES)}; copy its files"
+        )
+    return _loaded(_key(path))
+
+
+def tokenizer_digest(path: str) -> str:
+    """xxh3-128 (hex) over the files that make the tokenizer in `path`, its chat template too."""
+    return _key(path).digest
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A tokenizer by the content of its files; where they were found is not part of it."""
+
+    digest: str
+    path: str = field(compare=False)
+
+
+def _key(path: str) -> _Key:
+    hasher = xxhash.xxh3_128()
+    for file in sorted(Path(path).iterdir()):
+        if file.is_file() and (file.suffix in _TOKENIZER_ENDINGS and file.name not in _OF_THE_MODEL):
+            content = file.read_bytes()
+            hasher.update(f"{file.name}:{len(content)};".encode())
+            hasher.update(content)
+    hasher.update(str(_config(Path(path), f"the tokenizer in {path!r}").get("model_type")).encode())
+    return _Key(hasher.hexdigest(), path)
+
+
+@lru_cache(maxsize=8)  # reading a vocabulary of 150,000 tokens takes seconds
+def _loaded(key: _Key) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(key.path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"the tokenizer in {key.path!r} does not load ({reason}); copy its files anew") from error
+
+
+@lru_cache(maxsize=8)
+def _vocabulary(key: _Key) -> tuple[Mapping[str, int], str]:
+    tokens: dict[str, int] = _loaded(key).get_vocab()
+    return tokens, _digest(json.dumps(sorted(tokens.items(), key=lambda item: (item[1], item[0]))))
+
+
 def compare(student: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
-    """Raise `DataError` that names the first difference. Padding of the output (`rows`) is none."""
+    """Raise `DataError` that names the first difference. Padding of the output (`rows`) is none, and of chat templates
+    only the student's is used (see `launch.checks.prompts`)."""
     who = f"student {student.path!r} and teacher {teacher.path!r} need the same tokenizer, but"
     remedy = "; choose a teacher of the student's family"
     if student.digest != teacher.digest:
@@ -74,11 +119,6 @@ def compare(student: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
                 f"{who} the {role} token is {ours} for the student and {theirs} for the teacher{remedy}, or "
                 "copy one tokenizer_config.json to the other"
             )
-    if student.template != teacher.template:
-        raise DataError(
-            f"{who} their chat templates differ (digests {student.template or 'none'} and "
-            f"{teacher.template or 'none'}){remedy}, or copy one chat template to the other"
-        )
 
 
 def check_checkpoint(path: str, part: str) -> None:

@@ -1,31 +1,32 @@
 """Can the reference answers be graded against? Counted when a run is planned, and shown with an example."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.progress import track
 
+from launch.checks.survey import Survey
 from launch.config import RunConfig
 from launch.inputs.graders import GRADERS
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Answered, ReadsReferences, References, Sources
-from opd.types import AdvantageScores, Prompt
+from opd.types import AdvantageScores
 
 NO_ANSWERS = "no reference answers; accuracy is not measured"
 MANY = 5_000  # rows whose reading is shown, because it takes more than a second
 
 
-def check_rewards(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+def check_rewards(config: RunConfig, training: Survey) -> None:
     """Refuse a method that learns from rewards where there is nothing to grade against."""
-    without = next((prompt for prompt in prompts if not prompt.answer), None)
-    if without is not None and issubclass(config.method.scorer.produces, AdvantageScores):
+    without = training.unanswered
+    if without.count and issubclass(config.method.scorer.produces, AdvantageScores):
         raise ConfigurationError(
-            f"method {config.method.name} learns from graded answers, but prompt {without.id!r} has no reference "
+            f"method {config.method.name} learns from graded answers, but {without.first} has no reference "
             "answer; set prompts.answer_column to the column that has them, or choose a method that needs none"
         )
 
 
-def check_answers(config: RunConfig, sources: Sources, held_out: Sequence[Prompt]) -> dict[str, str]:
+def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict[str, str]:
     """What is to be said of the answers, by the name of the prompts that have them or lack them.
 
     Raises:
@@ -36,7 +37,7 @@ def check_answers(config: RunConfig, sources: Sources, held_out: Sequence[Prompt
         found = source.references(sources) if isinstance(source, Answered) else ()
         if found:
             said[place] = "; ".join(_sentence(place, references) for references in found)
-    if not any(prompt.answer for prompt in held_out):
+    if held_out.unanswered.count == held_out.seen:
         said["evaluation.prompts"] = NO_ANSWERS
     return said
 

@@ -1,102 +1,128 @@
-"""Prompt files as rows: JSONL, parquet, or a directory written by `datasets.save_to_disk`."""
+"""Prompt files as rows: every row is understood or refused with its file and line, and never rewritten."""
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from opd.errors import ConfigurationError, DataError
-from opd.ports import Columns, Row
+from launch.inputs.json_records import Number
+from launch.inputs.messages import kind, messages, number, text, tools
+from launch.inputs.prompt_paths import files_of
+from launch.inputs.records import Record, records
+from opd.errors import DataError
+from opd.rows import Columns, Row
+
+_SHOWN = 12  # column names that an error lists
+_ABSENT = object()
 
 
 @cache
 def read_rows(path: str, columns: Columns) -> tuple[Row, ...]:
-    """All rows of `path`, checked; the first bad one is named by its line (counted from 1).
+    """All rows of `path` (see `launch.inputs.prompt_paths.files_of`), checked; the first bad one is named.
 
     Raises:
         ConfigurationError: the path does not exist or is of no known kind.
-        DataError: a row is malformed, or there is none.
+        DataError: a file or a row is malformed, or there is none.
     """
-    source = Path(path)
-    if not source.exists():
-        raise ConfigurationError(
-            f"prompts.path {path!r} does not exist; set it to a .jsonl or .parquet file or a dataset folder"
-        )
-    rows = tuple(_row(record, f"{path} line {number}", columns) for number, record in _records(source))
+    files = files_of(path, f"{columns.place}.path")
+    rows = tuple(_row(record, columns) for file in files for record in records(file))
     if not rows:
         raise DataError(f"{path} has no rows; a prompt file needs at least one")
     return rows
 
 
-def _records(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if source.is_dir():
-        from datasets import Dataset, load_from_disk
+def _row(record: Record, columns: Columns) -> Row:
+    plain = Row(prompt=_prompt(record, columns, "prompt", columns.prompt), answer="", where=record.where)
+    more: dict[str, Any] = {}
+    if columns.answer:
+        more["answer"] = _answer(*_cell(record, columns, "answer", columns.answer))
+    if columns.teacher:
+        more["teacher"] = _teacher(*_cell(record, columns, "teacher", columns.teacher), columns)
+    if columns.teacher_prompt:
+        more["teacher_prompt"] = _prompt(record, columns, "teacher_prompt", columns.teacher_prompt)
+    if columns.weight:
+        more["weight"] = _weight(*_cell(record, columns, "weight", columns.weight), record.untyped)
+    if columns.tools:
+        value, where = _cell(record, columns, "tools", columns.tools)
+        more["tools"] = tools(value, where, sparse=record.sparse)
+    return replace(plain, **more) if more else plain
 
-        dataset = load_from_disk(str(source))
-        if not isinstance(dataset, Dataset):
-            raise ConfigurationError(f"{source} holds several splits; point prompts.path at one of them")
-        yield from enumerate(dataset, start=1)
-    elif source.suffix == ".parquet":
-        import pyarrow.parquet
 
-        yield from enumerate(pyarrow.parquet.read_table(source).to_pylist(), start=1)
-    elif source.suffix in (".jsonl", ".json"):
-        yield from _json_lines(source)
-    else:
-        raise ConfigurationError(
-            f"{source} has the unknown ending {source.suffix!r}; use .jsonl, .parquet or a dataset folder"
+def _cell(record: Record, columns: Columns, part: str, column: str) -> tuple[Any, str]:
+    """The value of a column, and what an error calls it."""
+    value = _find(record.values, column)
+    if value is _ABSENT:
+        names = sorted(map(str, record.values))
+        has = f"{names[:_SHOWN]}{' and more' if len(names) > _SHOWN else ''}"
+        raise DataError(
+            f"{record.where} has no column {column!r} (has {has}); set {columns.place}.{part}_column to one of them"
         )
+    return value, f"{record.where}: {column!r}"
 
 
-def _json_lines(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with source.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{source} line {number} is no JSON ({error.msg}); correct or remove it") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{source} line {number} is no JSON object; each line needs a field per column")
-            yield number, record
+def _find(values: Mapping[str, Any], column: str) -> Any:
+    """A column by its name, or by a path of names with dots between them; a name that has dots itself comes first."""
+    if column in values:
+        return values[column]
+    cut = column.rfind(".")
+    while cut > 0:
+        inner = values.get(column[:cut])
+        if isinstance(inner, Mapping) and (found := _find(inner, column[cut + 1 :])) is not _ABSENT:
+            return found
+        cut = column.rfind(".", 0, cut)
+    return _ABSENT
 
 
-def _row(record: Mapping[str, Any], where: str, columns: Columns) -> Row:
-    for f in fields(columns):
-        column = getattr(columns, f.name)
-        if column and column not in record:
-            raise DataError(
-                f"{where} has no column {column!r} (has {sorted(record)}); set prompts.{f.name}_column to one of them"
-            )
-    teacher = str(record[columns.teacher]) if columns.teacher else ""
-    if columns.teacher and not teacher:
-        raise DataError(f"{where} names no teacher in {columns.teacher!r}; fill it in or clear prompts.teacher_column")
-    return Row(
-        prompt=_prompt(record, where, columns.prompt),
-        answer=str(record[columns.answer]) if columns.answer else "",
-        teacher=teacher,
-        teacher_prompt=_prompt(record, where, columns.teacher_prompt) if columns.teacher_prompt else "",
-        weight=_weight(record[columns.weight], where, columns.weight) if columns.weight else 1.0,
+def _prompt(record: Record, columns: Columns, part: str, column: str) -> str | tuple[Mapping[str, Any], ...]:
+    value, where = _cell(record, columns, part, column)
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{record.where} has an empty {column}; remove the row")
+        return text(value, where)
+    if not isinstance(value, list):
+        raise DataError(f"{where} must be text or a list of messages with role and content, got {kind(value)}")
+    key = f"{columns.place}.drop_last_answer"
+    return messages(value, where, sparse=record.sparse, drop_last_answer=columns.drop_last_answer, key=key)
+
+
+def _answer(value: Any, where: str) -> str:
+    match value:
+        case str():
+            return text(value, where)
+        case bool():
+            pass  # an int for Python, but neither a text nor a number for people
+        case Number():
+            number(value, where)
+            return value.text
+        case int() | float():
+            return repr(number(value, where))
+    raise DataError(
+        f"{where} must be text or a number, got {kind(value)}; correct or remove the row (a value inside an object is "
+        "named with a dot, such as reward_model.ground_truth)"
     )
 
 
-def _prompt(record: Mapping[str, Any], where: str, column: str) -> str | tuple[Mapping[str, str], ...]:
-    prompt = record[column]
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise DataError(f"{where} has an empty {column}; remove the row")
-        return prompt
-    if (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
-    ):
-        return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in prompt)
-    raise DataError(f"{where}: {column!r} must be text or a list of messages with role and content")
+def _teacher(value: Any, where: str, columns: Columns) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where} must be the name of a teacher, got {kind(value)}; correct the row")
+    if not value.strip():
+        line = where.partition(": ")[0]
+        raise DataError(
+            f"{line} names no teacher in {columns.teacher!r}; fill it in or clear {columns.place}.teacher_column"
+        )
+    return text(value, where)
 
 
-def _weight(value: Any, where: str, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise DataError(f"{where}: {column!r} must be a finite number >= 0, got {value!r}; correct the row")
-    return float(value)
+def _weight(value: Any, where: str, untyped: bool) -> float:
+    wrong = f"{where} must be a finite number >= 0, got "
+    if untyped and isinstance(value, str) and value.isascii() and "_" not in value:
+        value = Number(value)
+    if isinstance(value, bool) or not isinstance(value, Number | int | float):
+        raise DataError(f"{wrong}{kind(value)}; correct the row")
+    try:
+        weight = float(value.text if isinstance(value, Number) else value)
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{wrong}{getattr(value, 'text', value)!r:.80}; correct the row") from error
+    if not 0 <= weight < float("inf"):
+        raise DataError(f"{wrong}{getattr(value, 'text', value)}; correct the row")
+    return weight

@@ -1,12 +1,16 @@
 """The Hugging Face tokenizer behind `opd.ports.Tokenizer`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
+from launch.inputs.chat_template import rendered
 from opd.errors import ConfigurationError, DataError
+from opd.rows import Said
+from teacher_service.identity import load_tokenizer
 
 
 class HuggingFaceTokenizer:
@@ -15,26 +19,70 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
             raise ConfigurationError(f"student.path {path!r} is no folder; give a Hugging Face checkpoint folder")
-        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        self._tokenizer: Any = load_tokenizer(path)
         if self._tokenizer.eos_token_id is None:
             raise DataError(f"the tokenizer in {path!r} has no end-of-text token; completions could never end")
+        self._path = path
         self.eos_id = int(self._tokenizer.eos_token_id)
+        self.unknown_id: int | None = self._tokenizer.unk_token_id
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a plain prompt, with the special tokens the tokenizer itself adds, int32 `[P]`."""
-        return np.asarray(self._tokenizer(text)["input_ids"], dtype=np.int32)
+        return np.asarray(self._single_start(self._tokenizer(text)["input_ids"]), dtype=np.int32)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-        """Ids of a conversation up to where the assistant writes, int32 `[P]`."""
-        if not self._tokenizer.chat_template:
-            raise DataError(
-                "the prompts are chat messages, but the student's tokenizer has no chat template; use plain text "
-                "prompts or a checkpoint with a template"
-            )
-        text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return np.asarray(ids, dtype=np.int32)
+    def encode_all(self, prompts: Sequence[Said]) -> list[np.ndarray]:
+        """Ids of each prompt, int32 `[P]`; a template's text begins as the template says and gets nothing added."""
+        plain = [i for i, said in enumerate(prompts) if isinstance(said.text, str)]
+        chats = [i for i, said in enumerate(prompts) if not isinstance(said.text, str)]
+        encoded = self._batch([str(prompts[i].text) for i in plain], special=True)
+        encoded += self._batch([self._chat(prompts[i]) for i in chats], special=False)
+        made = dict(zip([*plain, *chats], encoded, strict=True))
+        for i in plain:
+            made[i] = self._single_start(made[i])
+            if made[i] and made[i][-1] == self.eos_id and not str(prompts[i].text).endswith(self._tokenizer.eos_token):
+                raise DataError(
+                    f"the tokenizer in {self._path!r} puts its end-of-text token behind every prompt, so that nothing "
+                    "would follow; set add_eos_token to false in its tokenizer_config.json"
+                )
+        return [np.asarray(made[i], dtype=np.int32) for i in range(len(prompts))]
 
     def decode(self, ids: np.ndarray) -> str:
         """Text without special tokens."""
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    def visible(self, ids: np.ndarray) -> str:
+        """Text with special tokens, on one line."""
+        text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+    def special_texts(self) -> "re.Pattern[str] | None":
+        """Finds in a text what would be read as a special token."""
+        tokens = sorted(map(str, self._tokenizer.all_special_tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+    @property
+    def dated(self) -> bool:
+        """Whether the chat template writes today's date, which changes every prompt tomorrow."""
+        return "strftime_now" in str(self._tokenizer.chat_template or "")
+
+    def _batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        return self._tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
+
+    def _single_start(self, ids: list[int]) -> list[int]:
+        """Without the first of two `<bos>`: a prompt that brings one along gets no second."""
+        bos = self._tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def _chat(self, said: Said) -> str:
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                f"{said.where}: the prompts are chat messages, but the student's tokenizer has no chat template; use "
+                "plain text prompts or a checkpoint with a template"
+            )
+        assert not isinstance(said.text, str)
+        return rendered(self._render, said.text, said.tools, said.where)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        return self._tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+        )

@@ -1,14 +1,17 @@
-"""Prompts from a file of the user's own: JSONL, parquet or a saved `datasets` directory."""
+"""Prompts from files of the user's own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Columns, References, Row, Sources
+from opd.ports import References, Sources
 from opd.prompts.order import draw
+from opd.rows import Columns, Messages, Row, Said
 from opd.types import Prompt
+
+AT_ONCE = 1024  # rows that are encoded together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,10 +19,12 @@ class DatasetPrompts:
     """Rows of `path`, `prompts_per_step` a step, each `group_size` times, in a new order every epoch.
 
     `prompt_column` holds plain text or chat messages; `answer_column` ("" = none) holds what the grader `task`
-    compares with, and a larger share than `max_unreadable_answers` that it cannot read is an error. `teacher_column`
-    names each row's teacher ("" = `teacher` for all), `teacher_prompt_column` holds what a privileged teacher is shown
-    instead of the prompt (e.g. with the solution in it), and `weight_column` how much a row counts (with the weight
-    part `PromptWeight`). `suffix` is added to plain prompts (e.g. a newline). A prompt longer than `max_tokens` tokens
+    compares with, and a larger share than `max_unreadable_answers` that it cannot read is an error. `tools_column`
+    holds descriptions of tools for the chat template, and `drop_last_answer` cuts the assistant's turn off a
+    conversation that ends with one (otherwise an error). `teacher_column` names each row's teacher ("" = `teacher` for
+    all), `teacher_prompt_column` holds what a privileged teacher is shown instead of the prompt (e.g. with the solution
+    in it), and `weight_column` how much a row counts (with the weight part `PromptWeight`). A dot in a column's name
+    leads into an object. `suffix` is added to plain prompts (e.g. a newline). A prompt longer than `max_tokens` tokens
     is an error that names the row, unless `skip_long` leaves such rows out.
     """
 
@@ -30,6 +35,8 @@ class DatasetPrompts:
     teacher_column: str = ""
     teacher_prompt_column: str = ""
     weight_column: str = ""
+    tools_column: str = ""
+    drop_last_answer: bool = False
     task: str = "math"
     suffix: str = ""
     seed: int = 0
@@ -55,24 +62,42 @@ class DatasetPrompts:
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
         rows = self._rows(sources)
-        size = min(self.limit or len(rows), len(rows))
-        wanted = self.prompts_per_step
-        prompts: list[Prompt] = []
-        for number in draw(self.seed, size, step * wanted, wanted, self.shuffle):
-            prompt = self._prompt(number, rows[number], sources)
-            if len(prompt.student_ids) <= self.max_tokens:
-                prompts += [prompt] * self.group_size
-            elif not self.skip_long:
-                raise DataError(
-                    f"prompts {self.path}: row {number + 1} has {len(prompt.student_ids)} tokens, but "
-                    f"prompts.max_tokens is {self.max_tokens}; raise it or set prompts.skip_long=true"
-                )
+        numbers = self._numbers(step, len(rows))
+        different = list(dict.fromkeys(numbers))
+        made = dict(zip(different, self._prompts(different, rows, sources), strict=True))
+        prompts = [p for n in numbers if (p := made[n]) is not None for _ in range(self.group_size)]
         if not prompts:
             raise DataError(
-                f"prompts {self.path}: every prompt of step {step} is longer than prompts.max_tokens="
+                f"prompts {self.path}: every prompt of step {step} is longer than {sources.place}.max_tokens="
                 f"{self.max_tokens}; raise it"
             )
         return prompts
+
+    def rows(self, sources: Sources) -> int:
+        """See `opd.ports.Listed`."""
+        return self._size(len(self._rows(sources)))
+
+    def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
+        """All rows that may come (see `opd.ports.Listed`)."""
+        rows = self._rows(sources)
+        numbers = range(self._size(len(rows))) if step is None else list(dict.fromkeys(self._numbers(step, len(rows))))
+        for first in range(0, len(numbers), AT_ONCE):
+            some = numbers[first : first + AT_ONCE]
+            for number, prompt in zip(some, self._prompts(some, rows, sources), strict=True):
+                if prompt is not None:
+                    yield rows[number], prompt
+
+    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
+        """See `opd.ports.Listed`."""
+        rows = len(self._rows(sources))
+        for step in range(steps):
+            if not any(self._name(number) in kept for number in self._numbers(step, rows)):
+                return step
+        return None
+
+    def files(self, place: str) -> Mapping[str, str]:
+        """See `opd.ports.Listed`."""
+        return {f"{place}.path": self.path}
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """All teachers that a row names (see `opd.ports.Routed`)."""
@@ -95,24 +120,58 @@ class DatasetPrompts:
             teacher=self.teacher_column,
             teacher_prompt=self.teacher_prompt_column,
             weight=self.weight_column,
+            tools=self.tools_column,
+            drop_last_answer=self.drop_last_answer,
+            place=sources.place,
         )
         return sources.rows(self.path, columns)
 
-    def _prompt(self, number: int, row: Row, sources: Sources) -> Prompt:
-        ids = self._ids(number, row.prompt, sources)
+    def _size(self, rows: int) -> int:
+        return min(self.limit or rows, rows)
+
+    def _numbers(self, step: int, rows: int) -> list[int]:
+        return draw(self.seed, self._size(rows), step * self.prompts_per_step, self.prompts_per_step, self.shuffle)
+
+    def _name(self, number: int) -> str:
+        return f"{self.path}/{number}"
+
+    def _prompts(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> list[Prompt | None]:
+        """Of each row its prompt, or None where it is too long and may be left out."""
+        mine = self._encode([self._said(n, rows[n], rows[n].prompt) for n in numbers], sources)
+        privileged = [n for n in numbers if rows[n].teacher_prompt]
+        said = [self._said(n, rows[n], rows[n].teacher_prompt) for n in privileged]
+        its = dict(zip(privileged, self._encode(said, sources), strict=True))
+        return [
+            self._prompt(number, rows[number], ids, its.get(number, ids), sources.place)
+            for number, ids in zip(numbers, mine, strict=True)
+        ]
+
+    def _said(self, number: int, row: Row, text: str | Messages) -> Said:
+        where = row.where or f"{self.path}: row {number + 1}"
+        return Said(text=text + self.suffix if isinstance(text, str) else text, tools=row.tools, where=where)
+
+    def _encode(self, said: Sequence[Said], sources: Sources) -> list[np.ndarray]:
+        encoded = [np.asarray(ids, dtype=np.int32) for ids in sources.tokenizer.encode_all(said)]
+        for one, ids in zip(said, encoded, strict=True):
+            if len(ids) == 0:
+                raise DataError(f"prompts {one.where} has an empty prompt; remove the row")
+        return encoded
+
+    def _prompt(self, number: int, row: Row, ids: np.ndarray, teacher_ids: np.ndarray, place: str) -> Prompt | None:
+        if len(ids) > self.max_tokens:
+            if self.skip_long:
+                return None
+            where = row.where or f"{self.path}: row {number + 1}"
+            raise DataError(
+                f"prompts {where} has {len(ids)} tokens, but {place}.max_tokens is {self.max_tokens}; raise it or set "
+                f"{place}.skip_long=true"
+            )
         return Prompt(
-            id=f"{self.path}/{number}",
+            id=self._name(number),
             student_ids=ids,
-            teacher_ids=self._ids(number, row.teacher_prompt, sources) if row.teacher_prompt else ids,
+            teacher_ids=teacher_ids,
             teacher=row.teacher or self.teacher,
             task=self.task,
             answer=row.answer,
             weight=row.weight,
         )
-
-    def _ids(self, number: int, said: str | tuple[Mapping[str, str], ...], sources: Sources) -> np.ndarray:
-        tokenizer = sources.tokenizer
-        ids = tokenizer.encode(said + self.suffix) if isinstance(said, str) else tokenizer.chat(said)
-        if len(ids) == 0:
-            raise DataError(f"prompts {self.path}: row {number + 1} has an empty prompt; remove the row")
-        return np.asarray(ids, dtype=np.int32)

@@ -1,14 +1,17 @@
 """Prompts of an embedded task, generated on demand: what the tasks' sources share."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from opd.errors import ConfigurationError
 from opd.ports import Sources
 from opd.prompts.order import draw
+from opd.rows import Row
 from opd.types import Prompt
+
+SAMPLE = 1024  # problems that show what all are like
 
 
 class Problem(Protocol):
@@ -46,13 +49,39 @@ class GeneratedPrompts:
             )
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
+        return [p for n in self._numbers(step) for p in [self._prompt(n, sources)] * self.group_size]
+
+    def _numbers(self, step: int) -> Sequence[int]:
         start = step * self.prompts_per_step
-        numbers = (
-            draw(self.seed, self.problems, start, self.prompts_per_step, shuffle=True)
-            if self.problems
-            else range(start, start + self.prompts_per_step)
-        )
-        return [p for n in numbers for p in [self._prompt(n, sources)] * self.group_size]
+        if not self.problems:
+            return range(start, start + self.prompts_per_step)
+        return draw(self.seed, self.problems, start, self.prompts_per_step, shuffle=True)
+
+    def rows(self, sources: Sources) -> int:
+        """See `opd.ports.Listed`."""
+        return self.problems
+
+    def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
+        """The first problems stand for all: they are made alike (see `opd.ports.Listed`)."""
+        numbers = range(min(self.problems or SAMPLE, SAMPLE)) if step is None else dict.fromkeys(self._numbers(step))
+        for number in numbers:
+            prompt = self._prompt(number, sources)
+            yield (
+                Row(
+                    prompt=sources.tokenizer.decode(prompt.student_ids),
+                    answer=prompt.answer,
+                    where=f"prompt {prompt.id!r}",
+                ),
+                prompt,
+            )
+
+    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
+        """See `opd.ports.Listed`."""
+        return None
+
+    def files(self, place: str) -> Mapping[str, str]:
+        """See `opd.ports.Listed`."""
+        return {}
 
     def _prompt(self, number: int, sources: Sources) -> Prompt:
         name = f"{self.task}/{self.seed}/{number}"

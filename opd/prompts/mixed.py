@@ -1,10 +1,11 @@
 """Several prompt sources at once: one student, several tasks, each with its teacher."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from opd.errors import ConfigurationError
-from opd.ports import Answered, PromptSource, References, Routed, Sources
+from opd.ports import Answered, Listed, PromptSource, References, Routed, Sources
+from opd.rows import Row
 from opd.types import Prompt
 
 
@@ -32,20 +33,50 @@ class MixedPrompts:
         prompts: list[Prompt] = []
         owner: dict[str, str] = {}
         for name, source in self.sources.items():
-            for prompt in source(step, sources):
+            for prompt in source(step, _below(sources, name)):
                 if owner.setdefault(prompt.id, name) != name:
                     raise ConfigurationError(
                         f"prompts.sources {owner[prompt.id]!r} and {name!r} both have prompt {prompt.id!r}, which "
                         "would be sampled with the same seeds; give one another seed or file"
                     )
-                prompts.append(replace(prompt, teacher=self.teachers.get(prompt.task, prompt.teacher)))
+                prompts.append(self._routed(prompt))
         return prompts
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """All teachers that a prompt may ask (see `opd.ports.Routed`)."""
-        named = [s.routes(sources) for s in self.sources.values() if isinstance(s, Routed)]
+        named = [s.routes(_below(sources, name)) for name, s in self.sources.items() if isinstance(s, Routed)]
         return frozenset().union(*named) if not self.teachers else frozenset(self.teachers.values())
 
     def references(self, sources: Sources) -> Sequence[References]:
         """The answers of all sources that can show them (see `opd.ports.Answered`)."""
         return [r for s in self.sources.values() if isinstance(s, Answered) for r in s.references(sources)]
+
+    def rows(self, sources: Sources) -> int:
+        """See `opd.ports.Listed`."""
+        counts = [source.rows(_below(sources, name)) for name, source in self._listed()]
+        return sum(counts) if all(counts) else 0
+
+    def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
+        """What every source can show (see `opd.ports.Listed`)."""
+        for name, source in self._listed():
+            for row, prompt in source.every(_below(sources, name), step):
+                yield row, self._routed(prompt)
+
+    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
+        """A source that has nothing for a step ends it, whatever the others have (see `opd.ports.Listed`)."""
+        found = [source.starved(kept, steps, _below(sources, name)) for name, source in self._listed()]
+        return min((step for step in found if step is not None), default=None)
+
+    def files(self, place: str) -> Mapping[str, str]:
+        """See `opd.ports.Listed`."""
+        return {k: v for name, source in self._listed() for k, v in source.files(f"{place}.sources.{name}").items()}
+
+    def _listed(self) -> list[tuple[str, Listed]]:
+        return [(name, source) for name, source in self.sources.items() if isinstance(source, Listed)]
+
+    def _routed(self, prompt: Prompt) -> Prompt:
+        return replace(prompt, teacher=self.teachers.get(prompt.task, prompt.teacher))
+
+
+def _below(sources: Sources, name: str) -> Sources:
+    return replace(sources, place=f"{sources.place}.sources.{name}")

@@ -1,7 +1,9 @@
 """Which items of a finite collection a step sees: a pure function of (seed, step)."""
 
 import random
+from array import array
 from collections import Counter
+from functools import lru_cache
 
 
 def draw(seed: int, size: int, start: int, count: int, shuffle: bool) -> list[int]:
@@ -13,9 +15,13 @@ def draw(seed: int, size: int, start: int, count: int, shuffle: bool) -> list[in
     """
     chosen: list[int] = []
     for epoch in range(start // size, (start + count - 1) // size + 1):
-        order = list(range(size))
-        if shuffle:
-            random.Random(f"order/{seed}/{epoch}").shuffle(order)
-        first = max(start - epoch * size, 0)
-        chosen += order[first : start + count - epoch * size]
+        first, last = max(start - epoch * size, 0), min(start + count - epoch * size, size)
+        chosen += _order(seed, epoch, size)[first:last] if shuffle else range(first, last)
     return list(Counter(chosen).elements())
+
+
+@lru_cache(maxsize=16)  # a step needs one or two per source; drawing them anew would be linear in the file
+def _order(seed: int, epoch: int, size: int) -> "array[int]":
+    order = list(range(size))
+    random.Random(f"order/{seed}/{epoch}").shuffle(order)
+    return array("q", order)

@@ -174,7 +174,7 @@ def test_an_unknown_route_far_down_a_file_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "has 3 7 ; Mon buys 1 ?", "who": "default"}] * 99 + [{"prompt": "has 3 7 ?", "who": "nobody"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     mine = ["prompts=dataset", f"prompts.path={tmp_path / 'rows.jsonl'}", "prompts.teacher_column=who"]
-    with pytest.raises(ConfigurationError, match="prompts asks for teacher 'nobody'"):
+    with pytest.raises(ConfigurationError, match=r"rows\.jsonl line 100 asks for teacher 'nobody'"):
         make_plan(run_config([*mine, "prompts.shuffle=false", "prompts.prompts_per_step=4", "prompts.task=shop"]))
 
 

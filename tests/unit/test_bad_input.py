@@ -19,7 +19,7 @@ from launch.inputs.prompt_files import read_rows
 from launch.plan import make_plan
 from learner.config import LoraConfig
 from opd.errors import OpdError
-from opd.ports import Columns
+from opd.rows import Columns
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOP = ROOT / "assets" / "shop"
@@ -148,7 +148,7 @@ def test_a_malformed_row_is_named_by_its_line(line: str, says: str, tmp_path: Pa
 def test_other_bad_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "prompts.csv").write_text("a,b")
-    for name, says in {"nothing.jsonl": "does not exist", "empty.jsonl": "no rows", "prompts.csv": "ending"}.items():
+    for name, says in {"nothing.jsonl": "does not exist", "empty.jsonl": "no rows", "prompts.csv": "no rows"}.items():
         with pytest.raises(OpdError) as caught:
             read_rows(str(tmp_path / name), Columns(prompt="prompt"))
         assert says in sentence(caught)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,16 +17,16 @@ from launch.checkpoints import (
     DriverState,
     changes,
     check_changes,
+    check_inputs,
     check_steps,
-    check_teachers,
     described,
     expired,
     leftovers,
     name_of,
     newest_first,
 )
-from launch.config import run_config
-from launch.resuming import Resumption, _remarks, rewind
+from launch.config import RunConfig, run_config
+from launch.resuming import Resumption, _remarks, fingerprints, rewind
 from launch.run_directory import RunDirectory, append_json, read_jsonl
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -286,10 +287,10 @@ def test_a_description_survives_json_and_names_every_default() -> None:
 
 
 def test_another_teacher_and_too_few_steps_are_refused() -> None:
-    check_teachers("c", {"default": "a", "far": ""}, {"default": "a", "far": ""})
+    check_inputs("c", {"default": "a", "far": ""}, {"default": "a", "far": ""}, [])
     for now in ({"default": "b"}, {}, {"default": "a", "more": "c"}):
         with pytest.raises(ConfigurationError, match="fingerprint"):
-            check_teachers("c", {"default": "a"}, now)
+            check_inputs("c", {"default": "a"}, now, [])
     check_steps("c", 4, 4)
     with pytest.raises(ConfigurationError, match="is of step 4, but steps=3"):
         check_steps("c", 4, 3)
@@ -301,3 +302,43 @@ def test_a_state_of_another_version_is_refused() -> None:
     with pytest.raises(DataError, match="another version"):
         DriverState.from_json({**values, "mood": "good"})
     assert dataclasses.is_dataclass(DriverState)
+
+
+def test_inputs_are_what_they_hold_and_not_where_they_are(tmp_path: Path) -> None:
+    """A moved copy is the same file; other bytes under the same name are not; held-out rows may be exchanged."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for name, rows in {"a/train.jsonl": "1", "b/moved.jsonl": "1", "b/other.jsonl": "2", "a/test.jsonl": "3"}.items():
+        (tmp_path / name).write_text(json.dumps({"prompt": f"has {rows} ?"}))
+
+    def described_run(train: str, test: str = "a/test.jsonl", student: str = "assets/shop/student") -> RunConfig:
+        mine = ["prompts=dataset", f"prompts.path={tmp_path / train}", f"student.path={student}"]
+        return run_config([*mine, "evaluation=dataset", f"evaluation.prompts.path={tmp_path / test}"])
+
+    before = described_run("a/train.jsonl")
+    digests = fingerprints(before)
+    assert set(digests) == {"default", "student.path", "prompts.path", "evaluation.prompts.path"}
+
+    def resumed(config: RunConfig) -> None:
+        found, now = changes(described(before), described(config)), fingerprints(config)
+        check_inputs("c", digests, now, found)
+        check_changes("c", [change for change in found if change.name not in digests.keys() & now.keys()])
+
+    copy = shutil.copytree("assets/shop/student", tmp_path / "student")
+    for same in (before, described_run("b/moved.jsonl"), described_run("a/train.jsonl", "b/other.jsonl")):
+        resumed(same)
+    resumed(described_run("a/train.jsonl", student=str(copy)))
+    with pytest.raises(ConfigurationError, match=r"another content of prompts\.path"):
+        resumed(described_run("b/other.jsonl"))
+    template = copy / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    with pytest.raises(ConfigurationError, match=r"another content of student\.path"):
+        resumed(described_run("a/train.jsonl", student=str(copy)))
+    (tmp_path / "a" / "train.jsonl").write_text('{"prompt": "has 9 ?"}')
+    with pytest.raises(ConfigurationError, match=r"another content of prompts\.path"):
+        resumed(before)
+    (tmp_path / "a" / "train.jsonl").write_text('{"prompt": "has 1 ?"}')
+    (tmp_path / "a" / "test.jsonl").write_text('{"prompt": "has 4 ?"}')
+    with pytest.raises(ConfigurationError, match=r"another content of evaluation\.prompts\.path"):
+        resumed(before)
+    resumed_without_digests = {"default": digests["default"]}
+    check_inputs("c", resumed_without_digests, digests, [])  # a checkpoint of an older version

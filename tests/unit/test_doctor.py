@@ -123,7 +123,7 @@ class Sum:
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
 
-    def chat(self, messages: Any) -> np.ndarray:
+    def encode_all(self, prompts: Any) -> list[np.ndarray]:
         raise NotImplementedError
 
     def decode(self, ids: np.ndarray) -> str:

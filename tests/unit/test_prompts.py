@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from launch.inputs.prompt_files import read_rows
 from launch.inputs.tokenizer import HuggingFaceTokenizer
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Columns, Row, Sources
+from opd.ports import Sources
 from opd.prompts.dataset import DatasetPrompts
 from opd.prompts.mixed import MixedPrompts
 from opd.prompts.order import draw
 from opd.prompts.peak import PeakPrompts
 from opd.prompts.shop import ShopPrompts
+from opd.rows import Columns, Row, Said
 from opd.types import Prompt
 
 sizes, counts, seeds = st.integers(1, 9), st.integers(1, 12), st.integers(0, 3)
@@ -62,7 +63,10 @@ class Letters:
     def encode(self, text: str) -> np.ndarray:
         return np.array([ord(c) for c in text], dtype=np.int32)
 
-    def chat(self, messages: Sequence[Any]) -> np.ndarray:
+    def encode_all(self, prompts: Sequence[Said]) -> list[np.ndarray]:
+        return [self.encode(p.text) if isinstance(p.text, str) else self._chat(p.text) for p in prompts]
+
+    def _chat(self, messages: Sequence[Any]) -> np.ndarray:
         return np.concatenate([[1], *(self.encode(m["content"]) for m in messages), [2]]).astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> str:

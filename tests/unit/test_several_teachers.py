@@ -191,7 +191,7 @@ class Nobody:
     def encode(self, text: str) -> np.ndarray:
         raise NotImplementedError
 
-    def chat(self, messages: Any) -> np.ndarray:
+    def encode_all(self, prompts: Any) -> list[np.ndarray]:
         raise NotImplementedError
 
     def decode(self, ids: np.ndarray) -> str:

@@ -1,0 +1,140 @@
+"""Chat messages of a prompt file as a chat template takes them: whole, or refused with the row."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from launch.inputs.json_records import Number
+from opd.errors import DataError
+
+Message = Mapping[str, Any]
+DEEPEST = 64  # levels of a tool's arguments or description
+_SHAREGPT = {"from", "value"}
+
+
+def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, key: str) -> tuple[Message, ...]:
+    """The conversation that `value` is, ending where an assistant is to write.
+
+    Text parts are joined, other parts refused; keys that are null are left out, except for the content of a message
+    with tool calls. `sparse`: nulls in objects mean nothing (see `launch.inputs.records.Record`). `key` is the setting
+    that allows to cut a last answer.
+    """
+    if isinstance(value, list) and value and all(isinstance(i, Mapping) and i.keys() >= _SHAREGPT for i in value):
+        raise DataError(
+            f"{where} has messages with the keys 'from' and 'value' (ShareGPT); store them as role (user, assistant) "
+            "and content"
+        )
+    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+        raise DataError(f"{where} must be text or a list of messages with role and content")
+    said = [_message(item, f"{where} message {i}", sparse) for i, item in enumerate(value, start=1)]
+    if said[-1]["role"] == "assistant":
+        if not drop_last_answer:
+            raise DataError(
+                f"{where} ends with an assistant's turn, which would stand in the prompt as if it were asked; cut it "
+                f"off with {key}=true, or store the prompt without it"
+            )
+        said.pop()
+        if not said or said[-1]["role"] == "assistant":
+            raise DataError(f"{where} has no turn before the assistant's last one to answer to; remove the row")
+    if not any(isinstance(m["content"], str) and m["content"].strip() for m in said):
+        raise DataError(f"{where} has messages without any text; remove the row")
+    return tuple(said)
+
+
+def tools(value: Any, where: str, *, sparse: bool) -> tuple[Mapping[str, Any], ...]:
+    """Descriptions of the tools that a template may name; a null or an empty list is none."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) and item for item in value):
+        raise DataError(f"{where} must be a list of tool descriptions (objects), got {kind(value)}; correct the row")
+    return tuple(_plain(item, where, sparse, DEEPEST) for item in value)
+
+
+def text(value: str, where: str) -> str:
+    """`value`, if it can be stored. Raises `DataError` for half of a surrogate pair."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise DataError(
+            f"{where} has half of a surrogate pair ({half} at character {error.start + 1}), which is no text; correct "
+            "the row"
+        ) from error
+    return value
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object", Number: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def number(value: Any, where: str) -> int | float:
+    """A JSON number, or one of a typed format, as Python's; refused where that would change it."""
+    if isinstance(value, Number):
+        try:
+            value = float(value.text) if set(value.text) & set(".eE") else int(value.text)
+        except ValueError as error:
+            raise DataError(f"{where} has a number of {len(value.text)} digits; write it as text") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where} is beyond what a float can hold, or no number; correct the row or write it as text")
+    return value
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and "role" in item and ("content" in item or "tool_calls" in item)
+
+
+def _message(item: Message, where: str, sparse: bool) -> Message:
+    said = {text(k, where): _plain(v, where, sparse, DEEPEST) for k, v in item.items() if v is not None}
+    said.pop("content", None)
+    role = said.get("role")
+    if not isinstance(role, str) or not role.strip():
+        raise DataError(f"{where} needs a role that is text, and content; got {kind(role)}")
+    content = _content(item.get("content"), where, bool(said.get("tool_calls")))
+    return {"role": role, "content": content} | said
+
+
+def _content(value: Any, where: str, calls: bool) -> str | None:
+    if isinstance(value, str):
+        return text(value, f"{where} content")
+    if value is None and calls:
+        return None
+    if isinstance(value, list) and value:
+        return "".join(_part(part, f"{where} part {i}") for i, part in enumerate(value, start=1))
+    got = "an empty list" if value == [] else kind(value)
+    raise DataError(f"{where} needs role and content, and content that is text or a list of text parts, got {got}")
+
+
+def _part(part: Any, where: str) -> str:
+    if not isinstance(part, Mapping):
+        raise DataError(f"{where} must be an object with type and text, got {kind(part)}; correct the row")
+    given = {k: v for k, v in part.items() if v is not None}
+    if given.keys() != {"type", "text"} or given["type"] != "text" or not isinstance(given["text"], str):
+        found = given.get("type") if isinstance(given.get("type"), str) else sorted(map(str, given))
+        raise DataError(
+            f"{where} is {found!r}, but only parts with type 'text' and a text can be read; remove the row or the part"
+        )
+    return text(given["text"], where)
+
+
+def _plain(value: Any, where: str, sparse: bool, depth: int) -> Any:
+    """Numbers as Python's, texts checked, nothing else changed."""
+    if not depth:
+        raise DataError(f"{where} nests more than {DEEPEST} levels; correct the row")
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return text(value, where)
+        case Number() | int() | float():
+            return number(value, where)
+        case Mapping():
+            return {
+                text(k, where): _plain(v, where, sparse, depth - 1)
+                for k, v in value.items()
+                if v is not None or not sparse
+            }
+        case list():
+            return [_plain(item, where, sparse, depth - 1) for item in value]
+    raise DataError(f"{where} holds {kind(value)}, which JSON has not; store it as text")

@@ -1,0 +1,101 @@
+"""Which files a prompt path means: one file, a folder of them, a pattern, or a saved `datasets` folder."""
+
+import json
+import re
+from glob import glob
+from pathlib import Path
+
+import xxhash
+
+from opd.errors import ConfigurationError, DataError
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+FORMS = (
+    f"a file ({', '.join(ENDINGS)}, also with {', '.join(COMPRESSED)} after it), a folder or a pattern of such files, "
+    "or a folder written by datasets.save_to_disk"
+)
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_PIECE = 16 << 20
+
+
+def endings(path: Path) -> tuple[str, str]:
+    """What a file holds and how it is compressed. Example: `endings(Path("a.CSV.gz")) == (".csv", ".gz")`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    squeezed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else ""
+    return (suffixes[-1] if suffixes else ""), squeezed
+
+
+def files_of(path: str, key: str) -> tuple[Path, ...]:
+    """The files that `path`, the value of the setting `key`, means, in the order in which they are read.
+
+    Raises:
+        ConfigurationError: nothing is there, or nothing that can be read.
+        DataError: a saved data set is not whole.
+    """
+    source = Path(path)
+    try:
+        if source.is_dir():
+            return _in_folder(source, key)
+        if source.exists():
+            return (_file(source, key),)
+        found = sorted(Path(name) for name in glob(path, recursive=True)) if any(c in path for c in "*?[") else []
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be read, a zero byte
+        raise ConfigurationError(f"{key} {path!r} cannot be looked at ({error}); correct the path") from error
+    files = tuple(_file(file, key) for file in found if file.is_file())
+    if files:
+        return files
+    hub = "; names on a hub are not fetched, so download the files first" if _HUB.fullmatch(path) else ""
+    raise ConfigurationError(f"{key} {path!r} does not exist; set it to {FORMS}{hub}")
+
+
+def content_digest(path: str, key: str) -> str:
+    """xxh3-128 (hex) over the bytes of all files that `path` means, whatever they are called."""
+    hasher = xxhash.xxh3_128()
+    for file in files_of(path, key):
+        hasher.update(f"{file.stat().st_size};".encode())
+        with file.open("rb") as stream:
+            while piece := stream.read(_PIECE):
+                hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _file(file: Path, key: str) -> Path:
+    if not file.is_file():
+        raise ConfigurationError(f"{key} {str(file)!r} is no regular file; set it to {FORMS}")
+    if endings(file)[0] not in ENDINGS:
+        raise ConfigurationError(
+            f"{key} {str(file)!r} has the unknown ending {''.join(file.suffixes[-2:])!r}; set it to {FORMS}"
+        )
+    return file
+
+
+def _in_folder(folder: Path, key: str) -> tuple[Path, ...]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in folder.iterdir() if (p / "state.json").is_file())
+        one = folder / (splits or ["train"])[0]
+        raise ConfigurationError(f"{key} {str(folder)!r} holds the splits {splits}; name one, such as {key}={one}")
+    if (folder / "state.json").is_file():
+        return _saved(folder)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] not in "._" and endings(p)[0] in ENDINGS)
+    if not files:
+        raise ConfigurationError(
+            f"{key} {str(folder)!r} has no prompt files; set it to {FORMS} (files in folders below: "
+            f"{key}='{folder}/**/*.parquet')"
+        )
+    return tuple(files)
+
+
+def _saved(folder: Path) -> tuple[Path, ...]:
+    """The arrow files that a saved data set lists."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        names = [str(item["filename"]) for item in state["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{folder} is no whole saved data set (state.json does not list its files); save it anew"
+        ) from error
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise DataError(f"{folder} is no whole saved data set ({name!r} is missing); save it anew")
+    return tuple(folder / name for name in names)
