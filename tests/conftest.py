@@ -17,7 +17,7 @@ import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from beartype.door import is_bearable
-from beartype.roar import BeartypeDecorHintException
+from beartype.roar import BeartypeDecorHintException, BeartypeException
 from hypothesis import settings
 from jaxtyping import TypeCheckError, install_import_hook
 
@@ -31,13 +31,13 @@ _jaxtyped = jaxtyping.jaxtyped
 def _can_be_checked(hint: Any) -> bool:
     try:
         is_bearable(None, hint)
-    except BeartypeDecorHintException:
+    except BeartypeException:
         return False
     return True
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """beartype, without the few hints that cannot be checked at run time (`Self`, protocols of the parts)."""
+    """beartype, without the few hints that cannot be checked at run time (`Self`, `"array[int]"`)."""
     try:
         return _beartype(function)
     except BeartypeDecorHintException:
