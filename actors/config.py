@@ -1,14 +1,17 @@
 """What a rollout actor is told: plain types, so that OmegaConf can check them; nothing here imports vLLM."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from opd.devices import Device, Dtype, on_gpu
-from opd.errors import ConfigurationError
+from opd.ranges import Count, Deadline, In, MemoryShare, Names, Replicas, Tokens
+from opd.settings import settings
 
 CPU_KV_CACHE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class StudentConfig:
     """One rollout engine and how many of them.
 
@@ -19,34 +22,17 @@ class StudentConfig:
     Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
     """
 
-    path: str
-    max_model_len: int
+    path: Names
+    max_model_len: Tokens
     device: Device = Device.AUTO
     dtype: Dtype = Dtype.AUTO
-    tensor_parallel: int = 1
-    kv_cache_bytes: int = 0
-    gpu_memory_utilization: float = 0.85
-    max_num_seqs: int = 256
+    tensor_parallel: Annotated[int, In(1, 1024)] = 1
+    kv_cache_bytes: Annotated[int, In(0, 2**50)] = 0
+    gpu_memory_utilization: MemoryShare = 0.85
+    max_num_seqs: Count = 256
     enforce_eager: bool = False
-    replicas: int = 1
-    deadline_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        counts = ("max_model_len", "tensor_parallel", "max_num_seqs", "replicas")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"student.{name} needs at least 1, got {getattr(self, name)}; raise it")
-        if self.kv_cache_bytes < 0:
-            raise ConfigurationError(
-                f"student.kv_cache_bytes needs 0 (chosen by the device) or more, got {self.kv_cache_bytes}; raise it"
-            )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigurationError(
-                "student.gpu_memory_utilization is a share of the device in (0, 1], got "
-                f"{self.gpu_memory_utilization}; correct it"
-            )
-        if self.deadline_s <= 0:
-            raise ConfigurationError(f"student.deadline_s needs a positive number of seconds, got {self.deadline_s}")
+    replicas: Replicas = 1
+    deadline_s: Deadline = 600.0
 
 
 def environment(device: Device) -> dict[str, str]:

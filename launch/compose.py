@@ -55,7 +55,7 @@ def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3"):
             return hydra_compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigurationError(f"the configuration does not compose: {first_line(error)}") from error
 
 

@@ -8,6 +8,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,6 +72,26 @@ def _imported(tree: ast.Module, module: str) -> dict[str, str]:
     return known
 
 
+class _Plain(ast.NodeTransformer):
+    """An annotation without what bounds it: `Annotated[int, In(1, 9)]`, or a name for that, is `int`."""
+
+    def __init__(self, tree: ast.Module, known: Mapping[str, str]) -> None:
+        self._tree, self._known = tree, known
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        module, _, name = self._known.get(node.id, f".{node.id}").rpartition(".")
+        source = _source(module) if module.startswith("opd.") else None
+        for line in (source[0] if source else self._tree).body:
+            if isinstance(line, ast.Assign) and ast.unparse(line).startswith(f"{name} = Annotated["):
+                return self.visit(deepcopy(line.value))
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        if ast.unparse(node.value) == "Annotated" and isinstance(node.slice, ast.Tuple):
+            return self.visit(node.slice.elts[0])
+        return self.generic_visit(node)
+
+
 @cache
 def settings(cls: str) -> Mapping[str, Setting] | None:
     """The fields of the dataclass `cls` (a dotted name), its bases' first; None if that is no class we can read."""
@@ -91,7 +112,7 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
     for line in node.body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
-        kind, field = ast.unparse(line.annotation), line.target.id
+        kind, field = ast.unparse(_Plain(tree, known).visit(deepcopy(line.annotation))), line.target.id
         if kind.startswith("ClassVar") or "init=False" in (ast.unparse(line.value) if line.value else ""):
             continue
         comment = lines[(line.end_lineno or 1) - 1].partition("  # ")[2]

@@ -16,6 +16,7 @@ from launch.checks.prompts import (
     check_templates,
     remarks,
 )
+from launch.checks.settings import check_settings, check_shares
 from launch.checks.survey import Survey, survey_all, survey_step
 from launch.checks.teachers import check_adapters, check_teachers
 from launch.config import DEFAULT, RunConfig
@@ -118,6 +119,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_adapters(config)
     check_checkpoint(config.student.path, "student")
     exact_kl = check_teachers(config)
+    check_settings(config)
     tokens = tokenizer_identity(config.student.path).tokens
     config = replace(config, method=replace(config.method, weights=look_up(config.method.weights, tokens)))
     tokenizer = HuggingFaceTokenizer(config.student.path)
@@ -126,6 +128,7 @@ def make_plan(config: RunConfig) -> Plan:
     measured = replace(sources, place="evaluation.prompts")
     held_out = survey_step(config.evaluation.prompts, measured, tokenizer)
     longest = check_lengths(config, training, held_out)
+    check_shares(config, training)
     check_tasks(training, held_out)
     check_rewards(config, training)
     answers = check_answers(config, sources, held_out)

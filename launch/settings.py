@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from launch.supervision import Care
-from opd.errors import ConfigurationError
 from opd.limits import Hardware
 from opd.ports import PromptSource
+from opd.ranges import Count, Deadline, Every, In, Names, Tokens, Whole
+from opd.settings import settings
 
 
 class Placement(Enum):
@@ -17,7 +19,16 @@ class Placement(Enum):
     SPREAD = "SPREAD"
 
 
+Processors = Annotated[float, In(0, 1024), Whole()]
+Devices = Annotated[float, In(0.01, 64, or_zero=True, because="0: none is asked for"), Whole()]
+OneDevice = Annotated[
+    float, In(0.01, 1, or_zero=True, because="such a process uses one device; for more of them raise replicas or ranks")
+]
+PerSecond = Annotated[float, In(1, 1e21, or_zero=True, because="0: not told")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class ClusterConfig:
     """Where actors run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined.
 
@@ -27,23 +38,18 @@ class ClusterConfig:
     `hedge_quantile` > 0 asks a second actor, too, when a call takes longer than this quantile of those before.
     """
 
-    address: str = "local"
-    cpus_per_actor: float = 0.5
-    gpus_per_engine: float = 0.0
-    gpus_per_teacher: float = 0.0
-    gpus_per_learner: float = 0.0
+    address: Names = "local"
+    cpus_per_actor: Processors = 0.5
+    gpus_per_engine: Devices = 0.0
+    gpus_per_teacher: OneDevice = 0.0
+    gpus_per_learner: OneDevice = 0.0
     placement: Placement = Placement.NONE
-    start_deadline_s: float = 300.0
-    restarts: int = 8
-    journal_bytes: int = 1 << 30  # a part of the object store, which engines and teachers need too
-    hedge_quantile: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.journal_bytes < 0:
-            raise ConfigurationError(
-                f"cluster.journal_bytes must be at least 0, got {self.journal_bytes}; use 0 if a learner that "
-                "dies is to end the run"
-            )
+    start_deadline_s: Deadline = 300.0
+    restarts: Annotated[int, In(0, 10_000)] = 8
+    journal_bytes: Annotated[int, In(0, 2**50, because="0: a learner that dies ends the run")] = (
+        1 << 30
+    )  # a part of the object store, which engines and teachers need too
+    hedge_quantile: Annotated[float, In(0, 1, high_open=True, because="0: no call is asked twice")] = 0.0
 
     def care(self, deadline_s: float) -> Care:
         """How the replicas of a pool whose answers have `deadline_s` are looked after."""
@@ -56,15 +62,16 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class HardwareConfig:
     """What one device can do at most, for `perf/fraction_of_limit`: operations, memory bytes and link bytes per second.
 
     0 = not told. Example, an H200 on a 400 Gbit/s network: `HardwareConfig(flops=989e12, memory=4.8e12, link=50e9)`.
     """
 
-    flops: float = 0.0
-    memory: float = 0.0
-    link: float = 0.0
+    flops: PerSecond = 0.0
+    memory: PerSecond = 0.0
+    link: PerSecond = 0.0
 
     def hardware(self) -> Hardware | None:
         """None where nothing is told; all three rates or none."""
@@ -77,6 +84,7 @@ class HardwareConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class EvaluationConfig:
     """What is measured: the source's step 0 is the held-out set.
 
@@ -84,16 +92,8 @@ class EvaluationConfig:
     """
 
     prompts: PromptSource
-    every: int = 0
+    every: Every = 0
     teacher: bool = True
-    samples: int = 1
-    max_tokens: int = 256
-    reverse_kl_prompts: int = 128
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.samples < 1 or self.max_tokens < 1 or self.reverse_kl_prompts < 1:
-            raise ConfigurationError(
-                "evaluation needs every >= 0 and samples, max_tokens, reverse_kl_prompts >= 1, got "
-                f"every={self.every}, samples={self.samples}, max_tokens={self.max_tokens}, "
-                f"reverse_kl_prompts={self.reverse_kl_prompts}; correct the field that is out of range"
-            )
+    samples: Annotated[int, In(1, 10_000)] = 1
+    max_tokens: Tokens = 256
+    reverse_kl_prompts: Count = 128

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -23,8 +23,13 @@ from launch.samples import Decode, Sample, samples_of
 from opd.alarms import Alarm
 from opd.errors import ConfigurationError, OpdError
 from opd.loop import StepRecord
+from opd.ranges import In, Line, Matches, Names, Steps
+from opd.settings import settings
 
 _log = logging.getLogger(__name__)
+
+
+Tag = Annotated[str, Matches(r"[^\x00-\x1f]{1,64}", "of one line (1 to 64 characters, as wandb asks)")]
 
 
 class WandbMode(Enum):
@@ -36,6 +41,7 @@ class WandbMode(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class TrackerConfig:
     """What is recorded beside the metrics, and where wandb puts it.
 
@@ -44,21 +50,13 @@ class TrackerConfig:
     """
 
     mode: WandbMode = WandbMode.OFFLINE
-    project: str = "opd"
-    entity: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
-    samples: int = 4
-    samples_every: int = 10
-    print_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.samples < 0 or self.samples_every < 1 or self.print_every < 1 or not self.project:
-            raise ConfigurationError(
-                "tracker needs samples >= 0, samples_every >= 1, print_every >= 1 and a project, but got "
-                f"samples={self.samples}, samples_every={self.samples_every}, "
-                f"print_every={self.print_every}, project={self.project!r}; correct the one out of range"
-            )
+    project: Names = "opd"
+    entity: Line | None = None
+    group: Line | None = None
+    tags: tuple[Tag, ...] = ()
+    samples: Annotated[int, In(0, 10_000)] = 4
+    samples_every: Steps = 10
+    print_every: Steps = 10
 
 
 class Tracker(Protocol):

@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import assert_never
+from typing import Annotated, assert_never
 
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError
+from opd.ranges import AtMost, Bytes, Deadline, Every, In, Length, Names, Replicas, Share, Tokens
+from opd.settings import settings
 
 
 class Schedule(Enum):
@@ -33,7 +35,18 @@ class Transport(Enum):
     CUDA_IPC = "cuda_ipc"  # read in the learner's GPU memory: one GPU
 
 
+EPS = "it keeps a division finite; at the size of gradients it would replace Adam by plain descent"
+DECAY = "a step shrinks the weights by lr * weight_decay"
+TRUST = "nats; an engine further from its learner writes with other weights, and 0 chooses by dtype"
+LearningRate = Annotated[
+    float,
+    In(1e-12, 1, because="Adam moves every weight by about lr a step, and weights of language models are below 1"),
+]
+Beta = Annotated[float, In(0, 1, high_open=True)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class LoraConfig:
     """Low-rank adapters in place of whole parameters (docs/lora.md); the names are PEFT's. `r=0`: none.
 
@@ -44,16 +57,9 @@ class LoraConfig:
     Example: `LoraConfig(r=16, lora_alpha=32, target_modules=("q_proj", "v_proj"))`.
     """
 
-    r: int = 0
-    lora_alpha: float = 16.0
-    target_modules: tuple[str, ...] = ("all-linear",)
-
-    def __post_init__(self) -> None:
-        if self.r < 0 or not 0 < self.lora_alpha < math.inf or not self.target_modules:
-            raise ConfigurationError(
-                "learner.lora needs r >= 0 (0: none), lora_alpha > 0 and at least one of target_modules, got "
-                f"r={self.r}, lora_alpha={self.lora_alpha}, target_modules={self.target_modules!r}; correct it"
-            )
+    r: Annotated[int, In(0, 65536)] = 0
+    lora_alpha: Annotated[float, In(0.001, 65536)] = 16.0
+    target_modules: Annotated[tuple[Names, ...], Length(1)] = ("all-linear",)
 
     @property
     def scale(self) -> float:
@@ -62,6 +68,7 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class LearnerConfig:
     """How the student is trained.
 
@@ -81,54 +88,33 @@ class LearnerConfig:
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
     """
 
-    ranks: int = 1
-    zero_stage: int = 2
+    ranks: Replicas = 1
+    zero_stage: Annotated[int, In(0, 3)] = 2
     dtype: Dtype = Dtype.BFLOAT16
     device: Device = Device.AUTO
-    lr: float = 5e-6
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    warmup_steps: int = 5
+    lr: LearningRate = 5e-6
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: Annotated[float, In(1e-16, 0.01, because=EPS)] = 1e-8
+    weight_decay: Annotated[float, In(0, 1, because=DECAY)] = 0.0
+    grad_clip: Annotated[float, In(1e-6, 1e6, or_zero=True, because="0 is no clipping")] = 1.0
+    warmup_steps: Every = 5
     schedule: Schedule = Schedule.CONSTANT
-    final_lr_fraction: float = 0.1
-    tokens_per_microbatch: int = 8192
-    head_chunk: int = 0
+    final_lr_fraction: Share = 0.1
+    tokens_per_microbatch: Tokens = 8192
+    head_chunk: Annotated[int, In(0, 10_000_000)] = 0
     loss_kernel: LossKernel = LossKernel.TORCH
-    overlap_k: int = 16
+    overlap_k: Annotated[int, In(0, 1_000_000), AtMost("vocabulary")] = 16
     gradient_checkpointing: bool = False
-    sentinel_tolerance: float = 0.0
-    publish_chunk_bytes: int = 256 << 20
+    sentinel_tolerance: Annotated[float, In(1e-6, 5, or_zero=True, because=TRUST)] = 0.0
+    publish_chunk_bytes: Bytes = 256 << 20
     transport: Transport = Transport.OBJECT_STORE
-    deadline_s: float = 600.0
-    max_skipped_steps: int = 3
+    deadline_s: Deadline = 600.0
+    max_skipped_steps: Annotated[int, In(0, 100, because="a run that only skips learns nothing")] = 3
     deterministic: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        for name, fine, needed in (
-            ("ranks", self.ranks >= 1, "at least 1"),
-            ("zero_stage", self.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3"),
-            ("lr", 0 < self.lr < math.inf, "above 0"),
-            ("beta1", 0 <= self.beta1 < 1, "in [0, 1)"),
-            ("beta2", 0 <= self.beta2 < 1, "in [0, 1)"),
-            ("eps", self.eps > 0, "above 0"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("grad_clip", self.grad_clip >= 0, "0 (no clipping) or more"),
-            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
-            ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]"),
-            ("tokens_per_microbatch", self.tokens_per_microbatch >= 1, "at least 1"),
-            ("head_chunk", self.head_chunk >= 0, "0 (by memory) or more"),
-            ("overlap_k", self.overlap_k >= 0, "0 (no overlap is measured) or more"),
-            ("sentinel_tolerance", self.sentinel_tolerance >= 0, "0 (by dtype) or more"),
-            ("publish_chunk_bytes", self.publish_chunk_bytes >= 1, "at least 1 byte"),
-            ("deadline_s", self.deadline_s > 0, "above 0"),
-            ("max_skipped_steps", self.max_skipped_steps >= 0, "0 (the first one is fatal) or more"),
-        ):
-            if not fine:
-                raise ConfigurationError(f"learner.{name} must be {needed}, got {getattr(self, name)}; correct it")
         if self.dtype is Dtype.AUTO:
             raise ConfigurationError(
                 "learner.dtype decides what is published and must be FLOAT32 or BFLOAT16, got AUTO; choose one"

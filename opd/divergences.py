@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from opd.errors import ConfigurationError
+from opd.ranges import TopIds
+from opd.settings import settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,12 +139,9 @@ def top(logprobs: Float[Tensor, "n V"], k: int) -> Bool[Tensor, "n V"]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class _TopK:
-    k: int = 16
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigurationError(f"support {type(self).__name__} needs k >= 1, but got {self.k}; set support.k")
+    k: TopIds = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,126 +7,33 @@ is composed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float
 
-from opd.divergences import ClippedCredit, Promise
+from opd.divergences import ClippedCredit
 from opd.errors import ConfigurationError, DataError
 from opd.packing import Normalizer, TokenMean
-from opd.ports import Engines, Kinds, Learner, PromptSource
-from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, TokenScores, Trajectory
+from opd.ports import PromptSource
+from opd.ranges import Matches
+from opd.settings import settings
+from opd.slots import Objective, Rollout, Scorer, TokenWeight, Update
+from opd.types import Scored, Scores
 from opd.updates.optimizer import OptimizerStep
 
-
-class Rollout(Protocol):
-    """Who writes, in which context, how far?"""
-
-    @property
-    def records(self) -> type[TokenScores]:
-        """What the writer tells about its own tokens (`Trajectory.behavior`)."""
-        ...
-
-    @property
-    def needs_writer(self) -> bool:
-        """Whether a teacher must write (`engines.writers`)."""
-        ...
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether every trained token was drawn from the student (of this or a recent version)."""
-        ...
-
-    @property
-    def truncated(self) -> bool:
-        """Whether the writer left out tokens that its distribution holds (top-p below 1, greedy writing)."""
-        ...
-
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
-        """One trajectory per prompt of the group, in order."""
-        ...
-
-
-class Scorer(Protocol):
-    """Who reads what was written, and what do they testify?"""
-
-    @property
-    def needs(self) -> type[Scores]:
-        """The least that `Trajectory.behavior` must be."""
-        ...
-
-    @property
-    def produces(self) -> type[Scores]:
-        """The testimony returned."""
-        ...
-
-    @property
-    def asks(self) -> Kinds:
-        """The kinds of requests it sends to teachers; a backend that cannot answer them is refused when planned."""
-        ...
-
-    @property
-    def min_group(self) -> int:
-        """The smallest group it can judge (1 unless it compares trajectories of a group)."""
-        ...
-
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        """Testimony per trajectory of one group, in order."""
-        ...
-
-
-class TokenWeight(Protocol):
-    """Which tokens count, how much? 0 = not trained."""
-
-    @property
-    def consumes(self) -> type[Scores]:
-        """The testimony it reads."""
-        ...
-
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
-        """One weight >= 0 per token, given the *whole* step, so that quantiles do not depend on packing."""
-        ...
-
-
-class Objective(Protocol):
-    """What is minimised per token: direction, support and estimator are one choice."""
-
-    @property
-    def consumes(self) -> type[Scores]:
-        """The testimony it needs in the batch."""
-        ...
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether it is an estimate over tokens the student drew, and wrong on anybody else's text."""
-        ...
-
-    @property
-    def promise(self) -> Promise:
-        """The exact per-state quantity whose gradient its expected gradient is (`opd certify` checks it)."""
-        ...
-
-    def __call__(self, student: Any, batch: Batch[Any]) -> TokenLoss:
-        """Unreduced loss at the batch's trained tokens; `student` is an `opd.logits.StudentLogits`."""
-        ...
-
-
-class Update(Protocol):
-    """How does a gradient become new weights?"""
-
-    async def __call__(
-        self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective
-    ) -> StepReport:
-        """One step of training on `batches[rank][micro-batch]`."""
-        ...
+MethodName = Annotated[
+    str,
+    Matches(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}", "of letters, digits and . _ = , + - (runs are named after it)"),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class Method:
     """A distillation method, complete. See `conf/method/` for the shipped ones."""
 
-    name: str
+    name: MethodName
     rollout: Rollout
     scorer: Scorer
     objective: Objective

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapreplace
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Layout
+from opd.ranges import In
+from opd.settings import settings
 from opd.types import Batch, S, Scored
 
 TokenWeights = Float[np.ndarray, " _T"]
@@ -40,16 +42,11 @@ class SequenceSum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class Constant:
     """A fixed divisor; 1.0 is the plain sum of Thinking Machines' `importance_sampling` loss."""
 
-    divisor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.divisor < float("inf"):
-            raise ConfigurationError(
-                f"normalizer Constant needs a finite divisor > 0, but got {self.divisor}; set normalizer.divisor"
-            )
+    divisor: Annotated[float, In(1e-6, 1e12)] = 1.0
 
     def __call__(self, weights: Sequence[TokenWeights]) -> float:
         return self.divisor

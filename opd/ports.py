@@ -7,35 +7,30 @@ engines has the same protocol as one engine, so nothing here can tell them apart
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
 from torch import Tensor
 
-from opd.errors import ConfigurationError
+from opd.ranges import In, Temperature, Tokens, TopP
 from opd.rows import Columns, Row, Said
+from opd.settings import settings
 from opd.types import Batch, Prompt, Scores, StepReport, Stop, TokenLoss, TokenScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class Sampling:
     """How completions are written. `topk` > 0 also records the writer's top-k at every token.
 
     `temperature=0` is greedy. Example: `Sampling(temperature=1.0, max_tokens=77)`.
     """
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    topk: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.topk < 0:
-            raise ConfigurationError(
-                "sampling needs max_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and topk >= 0, "
-                f"but got {self}; correct the field that is out of range"
-            )
+    max_tokens: Tokens
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    topk: Annotated[int, In(0, 1_000_000)] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

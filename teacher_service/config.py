@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from opd.devices import Device, Dtype, on_gpu
 from opd.errors import ConfigurationError
 from opd.ports import AtIds, Kinds, LastHidden, TopK, WrittenToken
+from opd.ranges import Bytes, Count, Deadline, In, Line, Matches, MemoryShare, Names, Replicas, Share, Steps, Tokens
+from opd.settings import settings
 
 
 class Backend(Enum):
@@ -42,7 +45,12 @@ _WHY = {
 }
 
 
+Attempt = Annotated[float, In(0.1, 24 * 3600.0)]  # seconds for one try of several
+Url = Annotated[str, Matches(r"(https?://[^\s/?#]+[^\s?#]*)?", "http://HOST:PORT, or none at all")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class TeacherConfig:
     """One teacher and how many of it.
 
@@ -66,57 +74,36 @@ class TeacherConfig:
     Example: `TeacherConfig(path="assets/shop/teacher")`.
     """
 
-    path: str
+    path: Names
     backend: Backend = Backend.TORCH
     device: Device = Device.AUTO
     dtype: Dtype = Dtype.AUTO
-    replicas: int = 1
-    max_batch_tokens: int = 16384
-    head_chunk: int = 1024
-    max_k: int = 1024
-    deadline_s: float = 600.0
-    max_model_len: int = 0
-    kv_cache_bytes: int = 64 << 20
-    gpu_memory_utilization: float = 0.85
-    url: str = ""
-    model: str = ""
-    fingerprint: str = ""
-    connect_s: float = 10.0
-    read_s: float = 120.0
-    retries: int = 6
-    backoff_s: float = 0.5
-    strikes: int = 5
-    mixup: float = 0.0
-    mixup_every: int = 1
+    replicas: Replicas = 1
+    max_batch_tokens: Tokens = 16384
+    head_chunk: Count = 1024
+    max_k: Count = 1024
+    deadline_s: Deadline = 600.0
+    max_model_len: Annotated[int, In(0, 100_000_000)] = 0
+    kv_cache_bytes: Bytes = 64 << 20
+    gpu_memory_utilization: MemoryShare = 0.85
+    url: Url = ""
+    model: Line = ""
+    fingerprint: Line = ""
+    connect_s: Attempt = 10.0
+    read_s: Attempt = 120.0
+    retries: Annotated[int, In(0, 1000)] = 6
+    backoff_s: Annotated[float, In(0.001, 3600)] = 0.5
+    strikes: Annotated[int, In(1, 1000)] = 5
+    mixup: Share = 0.0
+    mixup_every: Steps = 1
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "max_batch_tokens", "head_chunk", "max_k", "kv_cache_bytes", "strikes", "mixup_every"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"teacher.{name} needs at least 1, got {getattr(self, name)}; raise it")
-        for name in ("retries", "max_model_len"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"teacher.{name} needs at least 0, got {getattr(self, name)}; raise it")
-        for name in ("deadline_s", "connect_s", "read_s", "backoff_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(
-                    f"teacher.{name} needs a positive number of seconds, got {getattr(self, name)}; raise it"
-                )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigurationError(
-                "teacher.gpu_memory_utilization is a share of the device in (0, 1], got "
-                f"{self.gpu_memory_utilization}; correct it"
-            )
-        if not 0 <= self.mixup <= 1:
-            raise ConfigurationError(
-                f"teacher.mixup is the student's share of the teacher's new weights, 0 to 1, got {self.mixup}; "
-                "correct it"
-            )
         if self.mixup and self.backend is not Backend.TORCH:
             raise ConfigurationError(
                 f"teacher.mixup={self.mixup} makes the teacher follow the student, which teacher.backend="
                 f"{self.backend.name} cannot; set teacher.backend=TORCH or teacher.mixup=0"
             )
-        if self.backend in REMOTE and not self.url.startswith(("http://", "https://")):
+        if self.backend in REMOTE and not self.url:
             raise ConfigurationError(
                 f"teacher.backend={self.backend.name} needs teacher.url=http://HOST:PORT, got {self.url!r}; set it"
             )

@@ -5,27 +5,20 @@ import random
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
-from functools import wraps
-from inspect import isgeneratorfunction
-from types import FunctionType, ModuleType
-from typing import Any, TypeVar, get_args
+from types import ModuleType
+from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
-from beartype import BeartypeConf, beartype
+from beartype import beartype
 from beartype.door import is_bearable
 from beartype.roar import BeartypeDecorHintException, BeartypeException
 from hypothesis import settings
-from jaxtyping import TypeCheckError, install_import_hook
+from jaxtyping import install_import_hook
 
 # Ray reads these when it is imported, which vLLM does on the way.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-_beartype = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
-_jaxtyped = jaxtyping.jaxtyped
 
 
 def _can_be_checked(hint: Any) -> bool:
@@ -39,43 +32,11 @@ def _can_be_checked(hint: Any) -> bool:
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """beartype, without the few hints that cannot be checked at run time (`Self`, `"array[int]"`)."""
     try:
-        return _beartype(function)
+        return beartype(function)
     except BeartypeDecorHintException:
         hints = function.__annotations__
         function.__annotations__ = {n: h if _can_be_checked(h) else Any for n, h in hints.items()}
-        return _beartype(function)
-
-
-def _has_shapes(hint: Any) -> bool:
-    return isinstance(hint, str | TypeVar) or hasattr(hint, "dim_str") or any(map(_has_shapes, get_args(hint)))
-
-
-def _enforced(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
-    """In the place of `jaxtyped`, which binds arguments by hand and checks them twice: half of some tests' time.
-
-    Where no hint has a shape there is nothing to be compared between hints, and beartype alone does the same.
-    """
-    whole = _jaxtyped(typechecker=typechecker)
-
-    def decorate(made: Any) -> Any:
-        if isinstance(made, type) and is_dataclass(made) and "__init__" in vars(made):
-            made.__init__ = decorate(made.__init__)
-            return made
-        if not isinstance(made, FunctionType) or isgeneratorfunction(made):
-            return whole(made)
-        shapes = any(map(_has_shapes, made.__annotations__.values()))
-        checked = typechecker(made)
-        if not shapes:
-            return checked
-
-        @wraps(made)
-        def apart(*arguments: Any, **named: Any) -> Any:
-            with _jaxtyped("context"):
-                return checked(*arguments, **named)
-
-        return apart
-
-    return decorate
+        return beartype(function)
 
 
 def _enforce_types() -> None:
@@ -83,7 +44,6 @@ def _enforce_types() -> None:
     module = ModuleType("opd_typechecker")
     module.__dict__["checked"] = _checked
     sys.modules["opd_typechecker"] = module  # the hook takes a name, not a function
-    jaxtyping.jaxtyped = _enforced
     install_import_hook("opd", "opd_typechecker.checked")
 
 

@@ -1,6 +1,7 @@
 """One maker of tiny random models for all tests that need a real one, and what a plain forward of it says."""
 
 import shutil
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,10 @@ def completion_logprobs(model: Qwen3ForCausalLM, request: ScoreRequest) -> torch
     """Full logprobs `[T, V]` where the tokens of `request` are predicted."""
     ids = np.concatenate([request.context_ids, request.token_ids])
     return logprobs(model, ids)[len(request.context_ids) - 1 : -1]
+
+
+def impatient(config: Any, name: str = "deadline_s", seconds: float = 0.05) -> Any:
+    """A copy that waits no longer than `seconds`, although no setting may be so short."""
+    hurried = copy(config)
+    object.__setattr__(hurried, name, seconds)
+    return hurried

@@ -1,16 +1,17 @@
 """Divergences on tokens that the learner draws itself: several per state, from the current student."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.diagnostics import known
-from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.objectives.vocabulary import Estimate
+from opd.ranges import In, Seed
+from opd.settings import settings
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed word
@@ -41,6 +42,7 @@ def uniform(batch: Batch[Scores], count: int, seed: int) -> Float[Tensor, "n m"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class MonteCarloDivergence(Estimate):
     """Any direction from `samples` tokens per state that the learner draws from the current student.
 
@@ -53,14 +55,8 @@ class MonteCarloDivergence(Estimate):
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
-    samples: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ConfigurationError(
-                f"objective MonteCarloDivergence needs samples >= 1, but got {self.samples}; set objective.samples"
-            )
+    samples: Annotated[int, In(1, 10_000)] = 4
+    seed: Seed = 0
 
     def draw(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> Int[Tensor, "n m"]:
         """Ids by inversion of the student's cumulative distribution."""

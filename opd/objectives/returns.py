@@ -1,16 +1,19 @@
 """Reverse KL of whole sequences: the state's own term, and credit for what a token leads to (MiniLLM)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from opd import divergences as exact
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.objectives.topk import HeadTailReverseKL
+from opd.ranges import In, Share
+from opd.settings import settings
 from opd.types import Batch, Scores, TokenLoss, TopKReturnScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class MiniLLM:
     """`grad KL_t - p/mu R_{t+1} grad log p`: MiniLLM's "single" and "long" parts (arXiv 2306.08543), without mixing.
 
@@ -26,8 +29,8 @@ class MiniLLM:
     consumes: ClassVar[type[Scores]] = TopKReturnScores
     on_policy: ClassVar[bool] = True
 
-    alpha: float = 0.0
-    long_weight: float = 1.0
+    alpha: Share = 0.0
+    long_weight: Annotated[float, In(0, 1000, because="below 0 it trains away from the teacher")] = 1.0
 
     def __post_init__(self) -> None:
         if self.alpha != 0:

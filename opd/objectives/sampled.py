@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from opd import divergences as exact
 from opd.diagnostics import by_depth, known
-from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
+from opd.ranges import In
+from opd.settings import settings
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
 
 
@@ -20,7 +21,11 @@ class Speaker(Enum):
     STUDENT = "student"  # the current student's: right also when the rollout is stale
 
 
+TOWARDS = "0 trains nothing, and below 0 it trains away from the teacher"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class SampledReverseKL:
     """KL(student||teacher) on the written token, as a policy gradient with an importance ratio.
 
@@ -38,7 +43,7 @@ class SampledReverseKL:
     consumes: ClassVar[type[Scores]] = TokenScores
     on_policy: ClassVar[bool] = True
 
-    coefficient: float = 1.0
+    coefficient: Annotated[float, In(1e-6, 1e6, because=TOWARDS)] = 1.0
     signal: Speaker = Speaker.BEHAVIOR
 
     @property
@@ -71,6 +76,7 @@ class Likelihood:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class ClippedPolicyGradient:
     """GRPO's token loss without its KL term: `-min(r A, clip(r, 1 - low, 1 + high) A)` (arXiv 2402.03300 eq. 3).
 
@@ -80,15 +86,8 @@ class ClippedPolicyGradient:
     consumes: ClassVar[type[Scores]] = AdvantageScores
     on_policy: ClassVar[bool] = True
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
-            raise ConfigurationError(
-                f"objective ClippedPolicyGradient needs 0 < clip_low <= 1 and clip_high > 0, got {self}; "
-                "the published value of both is 0.2"
-            )
+    clip_low: Annotated[float, In(1e-6, 1, because="published is 0.2")] = 0.2
+    clip_high: Annotated[float, In(1e-6, 100, because="published is 0.2")] = 0.2
 
     @property
     def promise(self) -> exact.Promise:

@@ -6,7 +6,7 @@ the current student. Cheaper on the wire, and fixed when the scorer asks, are th
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -17,6 +17,8 @@ from opd.diagnostics import vocabulary_metrics
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.objectives.vocabulary import Direction, FullForwardKL, FullReverseKL, limits_of
+from opd.ranges import In, TopIds
+from opd.settings import settings
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 
@@ -97,6 +99,7 @@ def _metrics(student: StudentLogits, batch: Batch[VocabularyScores], members: Bo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class SupportReverseKL:
     """KL(student||teacher) on a support of the learner's choice.
 
@@ -123,6 +126,7 @@ class SupportReverseKL:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class SupportDivergence:
     """Any direction on a support of the learner's choice; `outside` must be RENORMALIZED or BUCKET.
 
@@ -155,6 +159,7 @@ class SupportDivergence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class EntropyAwareKL:
     """Reverse KL everywhere, plus forward KL where the teacher is uncertain (EOPD, arXiv 2603.07079).
 
@@ -167,17 +172,13 @@ class EntropyAwareKL:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = True
 
-    threshold: float = 0.8
-    k: int = 16
+    threshold: Annotated[float, In(0, 20, because="nats; the entropy of a million ids is 14")] = 0.8
+    k: TopIds = 16
     outside: Outside = Outside.RENORMALIZED
-    forward_weight: float = 1.0
+    forward_weight: Annotated[float, In(0, 1000, because="below 0 it trains away from the teacher")] = 1.0
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.outside is Outside.NOTHING:
-            raise ConfigurationError(
-                f"objective EntropyAwareKL needs k >= 1 and outside=RENORMALIZED or BUCKET, got {self}; "
-                "published is k=16"
-            )
+        refuse_nothing(self)
 
     @property
     def promise(self) -> exact.Promise:

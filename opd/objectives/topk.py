@@ -23,6 +23,7 @@ from opd.objectives.vocabulary import (
     divergence,
     limits_of,
 )
+from opd.settings import settings
 from opd.types import Batch, Scores, TokenLoss, TopKScores
 
 
@@ -97,6 +98,7 @@ def _between(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class TopKDivergence(_OnTestifiedSupport):
     """Any direction on the scorer's top-k; `outside` must be RENORMALIZED or BUCKET.
 

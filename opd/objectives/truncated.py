@@ -1,8 +1,8 @@
 """Importance ratios that are not believed beyond a bound, for text that an older student wrote."""
 
 from dataclasses import dataclass, replace
-from math import inf, log
-from typing import Any, ClassVar
+from math import log
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -11,10 +11,14 @@ from opd.diagnostics import mismatch
 from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
 from opd.objectives.sampled import SampledReverseKL, Speaker
+from opd.ranges import In
+from opd.settings import settings
+from opd.slots import Objective
 from opd.types import Batch, Scores, TokenLoss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class TruncatedRatio:
     """`of`, an objective over written tokens, with `min(p / mu, max_ratio)` for its importance ratio `p / mu`.
 
@@ -27,15 +31,11 @@ class TruncatedRatio:
 
     on_policy: ClassVar[bool] = True
 
-    of: Any
-    max_ratio: float = 2.0
+    of: Objective
+    max_ratio: Annotated[float, In(1, 1e6)] = 2.0
 
     def __post_init__(self) -> None:
         name = type(self.of).__name__
-        if not 1 <= self.max_ratio < inf:
-            raise ConfigurationError(
-                f"max_ratio bounds importance ratios and needs to be 1 or more, got {self.max_ratio}; 0 leaves them"
-            )
         if not getattr(self.of, "on_policy", False):
             raise ConfigurationError(
                 f"max_ratio={self.max_ratio} bounds importance ratios, but objective {name} has none: it compares "

@@ -6,15 +6,16 @@ Each is also a `Direction`, a sum and its slope, of which the other modules make
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import log
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from opd import divergences as exact
 from opd.diagnostics import vocabulary_metrics
-from opd.errors import ConfigurationError
 from opd.logits import StudentLogits
+from opd.ranges import In
+from opd.settings import settings
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 
@@ -23,11 +24,7 @@ def divergence(weight_logprobs: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return (weight_logprobs.exp() * (p - q)).sum(-1)
 
 
-def _skew(alpha: float, part: str) -> None:
-    if not 0 < alpha < 1:
-        raise ConfigurationError(
-            f"objective {part} needs 0 < alpha < 1, got {alpha}; without skew choose FullReverseKL or FullForwardKL"
-        )
+Skew = Annotated[float, In(1e-6, 1 - 1e-6, because="without skew choose FullReverseKL or FullForwardKL")]
 
 
 def _mixed(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -73,6 +70,7 @@ def limits_of(part: Any, said: Callable[[exact.Promise], exact.Promise] = lambda
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class Estimate:
     """What all estimates of the whole `of` share: they promise what it promises."""
 
@@ -146,6 +144,7 @@ class FullForwardKL:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class JensenShannon:
     """JSD(beta) = beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649).
 
@@ -156,14 +155,7 @@ class JensenShannon:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
-    beta: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < 1:
-            raise ConfigurationError(
-                f"objective JensenShannon needs 0 < beta < 1, got {self.beta}; for 0 choose FullForwardKL, "
-                "for 1 FullReverseKL"
-            )
+    beta: Annotated[float, In(1e-6, 1 - 1e-6, because="0 is FullForwardKL, 1 FullReverseKL")] = 0.5
 
     @property
     def promise(self) -> exact.Promise:
@@ -194,6 +186,7 @@ class JensenShannon:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class SkewedReverseKL:
     """KL(p || (1 - alpha) q + alpha p), p the student: bounded by -log alpha (skew KL, arXiv 2402.03898).
 
@@ -204,10 +197,7 @@ class SkewedReverseKL:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        _skew(self.alpha, "SkewedReverseKL")
+    alpha: Skew = 0.1
 
     @property
     def promise(self) -> exact.Promise:
@@ -231,6 +221,7 @@ class SkewedReverseKL:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class SkewedForwardKL:
     """KL(q || (1 - alpha) p + alpha q), q the teacher: bounded by -log alpha (skew KL, arXiv 2402.03898).
 
@@ -240,10 +231,7 @@ class SkewedForwardKL:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        _skew(self.alpha, "SkewedForwardKL")
+    alpha: Skew = 0.1
 
     @property
     def promise(self) -> exact.Promise:

@@ -2,19 +2,23 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
-from opd.errors import ConfigurationError, DataError
+from opd.errors import DataError
 from opd.ports import References, Sources
 from opd.prompts.order import draw
+from opd.ranges import GroupSize, In, Line, Names, PromptsPerStep, Seed, Share, Tokens
 from opd.rows import Columns, Messages, Row, Said
+from opd.settings import settings
 from opd.types import Prompt
 
 AT_ONCE = 1024  # rows that are encoded together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class DatasetPrompts:
     """Rows of `path`, `prompts_per_step` a step, each `group_size` times, in a new order every epoch.
 
@@ -28,37 +32,25 @@ class DatasetPrompts:
     is an error that names the row, unless `skip_long` leaves such rows out.
     """
 
-    path: str
-    prompts_per_step: int
-    prompt_column: str = "prompt"
-    answer_column: str = ""
-    teacher_column: str = ""
-    teacher_prompt_column: str = ""
-    weight_column: str = ""
-    tools_column: str = ""
+    path: Names
+    prompts_per_step: PromptsPerStep
+    prompt_column: Names = "prompt"
+    answer_column: Line = ""
+    teacher_column: Line = ""
+    teacher_prompt_column: Line = ""
+    weight_column: Line = ""
+    tools_column: Line = ""
     drop_last_answer: bool = False
-    task: str = "math"
+    task: Names = "math"
     suffix: str = ""
-    seed: int = 0
-    group_size: int = 1
-    limit: int = 0
+    seed: Seed = 0
+    group_size: GroupSize = 1
+    limit: Annotated[int, In(0, 1_000_000_000, because="0: all rows")] = 0
     shuffle: bool = True
-    max_tokens: int = 1024
+    max_tokens: Tokens = 1024
     skip_long: bool = False
-    teacher: str = "default"
-    max_unreadable_answers: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_unreadable_answers <= 1:
-            raise ConfigurationError(
-                f"prompts.max_unreadable_answers is a share of the rows, from 0 to 1, but got "
-                f"{self.max_unreadable_answers}; correct it"
-            )
-        if self.prompts_per_step < 1 or self.group_size < 1 or self.limit < 0 or self.max_tokens < 1:
-            raise ConfigurationError(
-                "prompts DatasetPrompts needs prompts_per_step, group_size and max_tokens >= 1 and limit >= 0, "
-                f"but got {self}; correct the field that is out of range"
-            )
+    teacher: Names = "default"
+    max_unreadable_answers: Share = 0.01
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
         rows = self._rows(sources)

@@ -3,12 +3,13 @@
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
-from opd.errors import ConfigurationError
 from opd.ports import Sources
 from opd.prompts.order import draw
+from opd.ranges import GroupSize, In, Names, PromptsPerStep, Seed
 from opd.rows import Row
+from opd.settings import settings
 from opd.types import Prompt
 
 SAMPLE = 1024  # problems that show what all are like
@@ -25,6 +26,7 @@ class Problem(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class GeneratedPrompts:
     """`prompts_per_step` problems a step, each `group_size` times.
 
@@ -35,18 +37,11 @@ class GeneratedPrompts:
     task: ClassVar[str]
     make: ClassVar[Callable[[random.Random], Problem]]
 
-    prompts_per_step: int
-    seed: int = 0
-    group_size: int = 1
-    problems: int = 0
-    teacher: str = "default"
-
-    def __post_init__(self) -> None:
-        if self.prompts_per_step < 1 or self.group_size < 1 or self.problems < 0:
-            raise ConfigurationError(
-                f"prompts {type(self).__name__} needs prompts_per_step >= 1, group_size >= 1 and problems >= 0, "
-                f"but got {self}; correct the field that is out of range"
-            )
+    prompts_per_step: PromptsPerStep
+    seed: Seed = 0
+    group_size: GroupSize = 1
+    problems: Annotated[int, In(0, 10_000_000, because="0: fresh ones forever")] = 0
+    teacher: Names = "default"
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
         return [p for n in self._numbers(step) for p in [self._prompt(n, sources)] * self.group_size]

@@ -2,14 +2,18 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 from opd.errors import ConfigurationError
 from opd.ports import Answered, Listed, PromptSource, References, Routed, Sources
+from opd.ranges import Length, Names
 from opd.rows import Row
+from opd.settings import settings
 from opd.types import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class MixedPrompts:
     """Every step has the prompts of all `sources`, by their own `prompts_per_step`.
 
@@ -19,13 +23,11 @@ class MixedPrompts:
     PeakPrompts(...)}, teachers={"peak": "comparer"})`.
     """
 
-    sources: Mapping[str, PromptSource]
-    teachers: Mapping[str, str] = field(default_factory=dict)
+    sources: Annotated[Mapping[str, PromptSource], Length(1)]
+    teachers: Mapping[str, Names] = field(default_factory=dict)
     group_size: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
-        if not self.sources:
-            raise ConfigurationError("prompts MixedPrompts needs at least one source; set prompts.sources.NAME")
         smallest = min(source.group_size for source in self.sources.values())  # what a scorer can rely on
         object.__setattr__(self, "group_size", smallest)
 

@@ -3,17 +3,21 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from opd.errors import ConfigurationError, DataError
+from opd.errors import DataError
 from opd.ports import Completion, Engines
+from opd.ranges import In, Seed, Tokens
 from opd.rollouts.student import StudentRollout, trajectory
+from opd.settings import settings
+from opd.slots import Rollout
 from opd.types import NOBODY, Prompt, Stop, TokenScores, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class AnswerRollout:
     """Nobody writes: the data set's own answer is the completion, followed by the end-of-text token.
 
@@ -25,7 +29,7 @@ class AnswerRollout:
     on_policy: ClassVar[bool] = False
     truncated: ClassVar[bool] = True
 
-    max_tokens: int
+    max_tokens: Tokens
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         start = engines.tokenizer.encode("")  # what a template puts before every text
@@ -58,6 +62,7 @@ class MixtureLimit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class Mixed:
     """With probability `fraction` the student writes for a group, otherwise `fixed` does (GKD, arXiv 2306.13649).
 
@@ -67,16 +72,9 @@ class Mixed:
     """
 
     student: StudentRollout
-    fixed: Any  # an `opd.method.Rollout`, of which parts know nothing
-    fraction: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction <= 1:
-            raise ConfigurationError(
-                f"rollout Mixed needs 0 <= fraction <= 1 (GKD's lambda), got {self.fraction}; "
-                "the paper uses 0, 0.5 and 1"
-            )
+    fixed: Rollout
+    fraction: Annotated[float, In(0, 1, because="GKD's lambda: the paper uses 0, 0.5 and 1")] = 0.5
+    seed: Seed = 0
 
     @property
     def records(self) -> type[TokenScores]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.ports import Completion, Engines, GenerateRequest, Sampling, TextEngine
+from opd.ranges import AtMost, In, Temperature, Tokens, TopP
+from opd.settings import settings
 from opd.types import NOBODY, Prompt, TokenScores, TopKScores, Trajectory
 
 
@@ -49,6 +51,7 @@ async def write(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class StudentRollout:
     """The student writes from its own context.
 
@@ -60,10 +63,10 @@ class StudentRollout:
     needs_writer: ClassVar[bool] = False
     on_policy: ClassVar[bool] = True
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    record_topk: int = 0
+    max_tokens: Tokens
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    record_topk: Annotated[int, In(0, 1_000_000), AtMost("vocabulary")] = 0
 
     def __post_init__(self) -> None:
         if self.record_topk and self.top_p < 1:
@@ -92,6 +95,7 @@ class StudentRollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class TeacherRollout:
     """The prompt's teacher writes, in its own context: off-policy data for sequence-level distillation.
 
@@ -103,9 +107,9 @@ class TeacherRollout:
     needs_writer: ClassVar[bool] = True
     on_policy: ClassVar[bool] = False
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
+    max_tokens: Tokens
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
 
     @property
     def truncated(self) -> bool:

@@ -3,19 +3,23 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.ports import Engines, Kinds
+from opd.ranges import Length, Relative
 from opd.scorers.teacher import StudentTopK, TeacherHidden, WrittenTokens
+from opd.settings import settings
+from opd.slots import Scorer
 from opd.types import EnsembleScores, HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 READERS = (WrittenTokens, StudentTopK, TeacherHidden)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class Ensemble:
     """All teachers of `shares` read every trajectory and testify as one: `p = sum_m shares[m] * p_m`.
 
@@ -28,15 +32,10 @@ class Ensemble:
 
     min_group: ClassVar[int] = 1
 
-    shares: Mapping[str, float | int]
-    reader: Any = field(default_factory=TeacherHidden)
+    shares: Annotated[Mapping[str, Relative], Length(1)]
+    reader: Scorer = field(default_factory=lambda: cast(Any, TeacherHidden()))
 
     def __post_init__(self) -> None:
-        if not self.shares or not all(0 < share < float("inf") for share in self.shares.values()):
-            raise ConfigurationError(
-                f"scorer Ensemble needs a share > 0 for each of its teachers, but got {dict(self.shares)}; set "
-                "scorer.shares"
-            )
         if not isinstance(self.reader, READERS):
             raise ConfigurationError(
                 f"scorer Ensemble mixes what {', '.join(r.__name__ for r in READERS)} say, but scorer.reader is "

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
-from opd.errors import ConfigurationError
 from opd.ports import Engines, Kinds, TopK
+from opd.ranges import In, Share, TopIds
 from opd.scorers.teacher import TeacherTopK
+from opd.settings import settings
 from opd.types import Scores, TokenScores, TopKReturnScores, TopKScores, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class WithReturns:
     """The teacher's top-k, plus the return of every token: discounted rewards of the tokens after it.
 
@@ -28,16 +30,10 @@ class WithReturns:
     asks: ClassVar[Kinds] = frozenset({TopK})
     min_group: ClassVar[int] = 1
 
-    k: int = 16
-    discount: float = 1.0
+    k: TopIds = 16
+    discount: Share = 1.0
     length_normalized: bool = True
-    reward_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.discount <= 1 or self.reward_scale <= 0:
-            raise ConfigurationError(
-                f"scorer WithReturns needs 0 <= discount <= 1 and reward_scale > 0, got {self}; correct scorer.*"
-            )
+    reward_scale: Annotated[float, In(1e-6, 1e6)] = 1.0
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await TeacherTopK(k=self.k)(trajectories, engines)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from opd.ports import Engines, Kinds
+from opd.ranges import In
+from opd.settings import settings
 from opd.types import AdvantageScores, Scores, Stop, TokenScores, Trajectory
 
 
@@ -23,6 +25,7 @@ async def task_rewards(trajectories: Sequence[Trajectory], engines: Engines) -> 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class GroupAdvantage:
     """Reward minus the group's mean, divided by its standard deviation (n - 1) plus `epsilon`.
 
@@ -35,7 +38,7 @@ class GroupAdvantage:
     min_group: ClassVar[int] = 2
 
     scale_by_std: bool = True
-    epsilon: float = 1e-4
+    epsilon: Annotated[float, In(1e-12, 1, because="it keeps a division finite")] = 1e-4
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         rewards = np.asarray(await task_rewards(trajectories, engines), dtype=np.float64)

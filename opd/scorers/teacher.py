@@ -8,7 +8,9 @@ import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.ports import AtIds, Engines, Kinds, LastHidden, ScoreRequest, TopK, Want, WrittenToken
+from opd.ranges import TopIds
 from opd.scorers.testimony import verify
+from opd.settings import settings
 from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 
@@ -53,17 +55,14 @@ class WrittenTokens(_TeacherScorer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class TeacherTopK(_TeacherScorer):
     """The teacher's own `k` likeliest tokens at every position."""
 
     produces: ClassVar[type[Scores]] = TopKScores
     asks: ClassVar[Kinds] = frozenset({TopK})
 
-    k: int
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigurationError(f"scorer TeacherTopK needs k >= 1, but got {self.k}; set scorer.k")
+    k: TopIds
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await ask(trajectories, [TopK(k=self.k)] * len(trajectories), engines)

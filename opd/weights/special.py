@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from opd.errors import ConfigurationError
+from opd.ranges import In
+from opd.settings import settings
 from opd.types import Scored, Scores
 
 
@@ -26,6 +28,7 @@ def look_up(weights: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class SkipFirst:
     """The first occurrence of each of `token_ids` in a completion is not trained; later ones are.
 
@@ -36,7 +39,7 @@ class SkipFirst:
 
     consumes: ClassVar[type[Scores]] = Scores
 
-    token_ids: Sequence[int] = ()
+    token_ids: Sequence[Annotated[int, In(0, 100_000_000)]] = ()
     tokens: Sequence[str] = ()
 
     def known(self, vocabulary: Mapping[str, int]) -> Self:

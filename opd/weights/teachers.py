@@ -8,6 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.errors import ConfigurationError
+from opd.ranges import Relative
+from opd.settings import settings
+from opd.slots import TokenWeight
 from opd.types import Scored, Scores
 from opd.weights.special import look_up
 
@@ -23,6 +26,7 @@ class PromptWeight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class TeacherBalance:
     """Each teacher has its share of a step's token budget, however many prompts it has and however long they get.
 
@@ -36,14 +40,8 @@ class TeacherBalance:
     Example: `TeacherBalance(shares={"default": 2, "peak": 1}, filters={"whole": SkipTruncated()})`.
     """
 
-    shares: Mapping[str, float | int] = field(default_factory=dict)
-    filters: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not all(0 < share < float("inf") for share in self.shares.values()):
-            raise ConfigurationError(
-                f"weight TeacherBalance needs shares > 0, but got {dict(self.shares)}; set weights.NAME.shares"
-            )
+    shares: Mapping[str, Relative] = field(default_factory=dict)
+    filters: Mapping[str, TokenWeight] = field(default_factory=dict)
 
     @property
     def consumes(self) -> type[Scores]:

@@ -30,7 +30,7 @@ from opd.errors import ConfigurationError, DataError, ServiceHung
 from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Share, Weights
 from opd.types import Stop, TopKScores
 from tests.fault_matrix import Witness
-from tests.tiny_models import EOS, VOCABULARY, logprobs, tiny_model
+from tests.tiny_models import EOS, VOCABULARY, impatient, logprobs, tiny_model
 
 LONGEST = 96
 SEED = 11
@@ -444,7 +444,7 @@ def test_requests_that_cannot_be_written_are_refused_by_name(house: House) -> No
 
 def test_a_wait_has_a_deadline_and_what_nobody_waits_for_is_dropped(house: House) -> None:
     config = house.engine._config
-    house.engine._config = replace(config, deadline_s=0.05)
+    house.engine._config = impatient(config)
     try:
         with pytest.raises(
             ServiceHung, match=r"did not finish (admitting requests|writing \d+ of 90 completions) within"

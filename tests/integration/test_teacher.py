@@ -24,7 +24,7 @@ from opd.types import HiddenScores, TokenScores, TopKScores
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
 from teacher_service.config import TeacherConfig
 from teacher_service.fingerprint import file_digest
-from tests.tiny_models import VOCABULARY, completion_logprobs, tiny_model
+from tests.tiny_models import VOCABULARY, completion_logprobs, impatient, tiny_model
 
 POSITIONS = 64
 T = TypeVar("T")
@@ -328,7 +328,7 @@ def test_ready_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ready(TeacherConfig(path=str(tmp_path), device=Device.GPU))
     monkeypatch.setattr("teacher_service.backends.torch_forward.START_S", 1e-6)
     with pytest.raises(OpdError, match="did not finish loading its model within"):
-        ready(TeacherConfig(path=str(tmp_path), deadline_s=1e-6))
+        ready(impatient(TeacherConfig(path=str(tmp_path)), seconds=1e-6))
 
 
 def test_statistics_count(school: School) -> None:

@@ -50,11 +50,11 @@ def edit(path: Path, **changes: object) -> None:
 def test_adapters_are_set_by_peft_s_names_and_what_they_cannot_do_is_refused() -> None:
     asked = ["experiment=shop", "learner.lora.r=8", "learner.lora.target_modules=[q_proj,v_proj]"]
     plan = make_plan(run_config(asked))
-    assert plan.config.learner.lora == LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    assert plan.config.learner.lora == LoraConfig(r=8, target_modules=("q_proj", "v_proj"))
     assert plan.memory_bytes()["learner rank"] < make_plan(run_config(asked[:1])).memory_bytes()["learner rank"]
     assert run_config(["learner=lora"]).learner.lora.scale == 2.0
     assert re.search(r"learner\.lora\.rank=8: there is no setting.*learner\.lora\.r=8", planned("learner.lora.rank=8"))
-    assert re.search(r"learner\.lora\.r needs int", planned("learner.lora.r=many"))
+    assert re.search(r"learner\.lora\.r needs a whole number", planned("learner.lora.r=many"))
     assert re.search(r"teacher 'default' follows .*lora\.r=8 only", planned("learner.lora.r=8", "teacher.mixup=0.5"))
 
 

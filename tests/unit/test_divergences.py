@@ -119,7 +119,7 @@ def test_supports_are_sets_of_the_likeliest_ids() -> None:
         ):
             assert set(ids(support(s)[row])) == expected
     assert exact.Union(k=99)(s).all()
-    with pytest.raises(ConfigurationError, match=r"support Union needs k >= 1, but got 0; set support\.k"):
+    with pytest.raises(ConfigurationError, match=r"Union\.k needs a whole number from 1 to .*, got 0"):
         exact.Union(k=0)
 
 

@@ -22,7 +22,6 @@ from opd.errors import ConfigurationError
 from opd.logits import StudentLogits, chunked_loss, flat_loss, log_softmax_, mixture, read
 from opd.objectives.sampled import SampledReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.seeds import sampling_seed
 from opd.tally import Tally
 from opd.types import Batch, HiddenScores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 
@@ -258,5 +257,3 @@ def test_wrong_shapes_are_refused_when_tests_run() -> None:
         StudentLogits(logits=torch.zeros(2, V)).at(torch.zeros((2, 1), dtype=torch.int64))
     with pytest.raises(TypeCheckError):
         SampledReverseKL()(StudentLogits(logits=torch.zeros(2, V)), "no batch")
-    with pytest.raises(TypeCheckError):  # nothing of it has a shape
-        sampling_seed(1, 2, 3, 4)  # type: ignore[arg-type]

@@ -281,12 +281,12 @@ CLAIMS += tuple(
             for support in (divergences.Union(k=2), divergences.Intersection(k=5))
             for outside in KEPT
         ),
-        TruncatedRatio(of=SampledDivergence(of=of), max_ratio=1e9),
+        TruncatedRatio(of=SampledDivergence(of=of), max_ratio=1e6),
     )
 )
 # Where no ratio exceeds the bound, what it wraps; where some do, see the tests of truncation.
 CLAIMS += tuple(
-    Claim(objective=TruncatedRatio(of=part, max_ratio=1e9), exact=reverse_kl)
+    Claim(objective=TruncatedRatio(of=part, max_ratio=1e6), exact=reverse_kl)
     for part in (SquaredReverseKL(), RatioReverseKL(), HeadTailReverseKL(), SampledReverseKL(signal=Speaker.STUDENT))
 )
 DRAWING = {MonteCarloDivergence}  # their own noise is enumerated by `opd.certificate`
@@ -609,13 +609,13 @@ def test_a_baseline_changes_the_variance_and_not_the_expectation() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, float("nan")])
 def test_meaningless_fields_are_refused(alpha: float) -> None:
     for part in (SkewedReverseKL, SkewedForwardKL):
-        with pytest.raises(ConfigurationError, match=f"objective {part.__name__} needs 0 < alpha < 1, got"):
+        with pytest.raises(ConfigurationError, match=rf"{part.__name__}\.alpha needs a number .*, got"):
             part(alpha=alpha)
     with pytest.raises(ConfigurationError, match=r"NOTHING: summed over a part .* choose BUCKET"):
         SupportDivergence(of=FullForwardKL(), outside=Outside.NOTHING)
-    with pytest.raises(ConfigurationError, match=r"EntropyAwareKL needs k >= 1 and outside=RENORM"):
+    with pytest.raises(ConfigurationError, match=r"EntropyAwareKL\.k needs a whole number from 1"):
         EntropyAwareKL(k=0)
-    with pytest.raises(ConfigurationError, match=r"MonteCarloDivergence needs samples >= 1, but got 0"):
+    with pytest.raises(ConfigurationError, match=r"MonteCarloDivergence\.samples needs a whole number.*, got 0"):
         MonteCarloDivergence(of=FullReverseKL(), samples=0)
     with pytest.raises(ConfigurationError, match=r"teacher-mixed sampling \(alpha=0.2\).*decoding loop.*set alpha=0"):
         MiniLLM(alpha=0.2)
@@ -698,5 +698,5 @@ def test_truncation_is_refused_where_it_means_nothing() -> None:
         TruncatedRatio(of=FullReverseKL())
     with pytest.raises(ConfigurationError, match="signal=STUDENT"):
         TruncatedRatio(of=SampledReverseKL())
-    with pytest.raises(ConfigurationError, match=r"1 or more, got 0\.5"):
+    with pytest.raises(ConfigurationError, match=r"max_ratio needs a number from 1 to .*, got 0\.5"):
         TruncatedRatio(of=SquaredReverseKL(), max_ratio=0.5)

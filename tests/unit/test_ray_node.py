@@ -19,6 +19,7 @@ from launch.ray_node import Node, start_patiently
 from launch.running import beside
 from launch.settings import ClusterConfig
 from opd.errors import OpdError
+from tests.tiny_models import impatient
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 LATE = "The current node timed out during startup. This could happen because\nand more"
@@ -141,7 +142,7 @@ def test_a_session_that_does_not_start_is_tried_again_and_then_one_sentence(
 
     monkeypatch.setattr("ray.init", late)
     monkeypatch.setattr("launch.ray_node._PAUSE_S", 0.01)
-    config = ClusterConfig(start_deadline_s=deadline_s or 1e-9)
+    config = impatient(ClusterConfig(), "start_deadline_s", deadline_s or 1e-9)
     with pytest.raises(OpdError, match=rf"Ray did not start on this machine \(Exception: .*\); {sentence}"):  # noqa: SIM117
         with connected(config):
             pass

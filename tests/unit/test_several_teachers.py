@@ -207,7 +207,7 @@ def test_all_readers_of_an_ensemble_tell_of_the_same_mixture() -> None:
     mixture = (3 * exact(1, 0).exp() + exact(2, 0).exp()) / 4
     ours = [trajectory("x", 4), trajectory("y", 2, teacher="c")]
     for reader in (WrittenTokens(), StudentTopK(), TeacherHidden()):
-        scorer = Ensemble(shares={"b": 3, "c": 1}, reader=reader)
+        scorer = Ensemble(shares={"b": 3.0, "c": 1.0}, reader=reader)
         said = asyncio.run(scorer(ours, engines()))
         assert all(isinstance(s, scorer.produces) for s in said)
         for t, s in zip(ours, said, strict=True):
@@ -221,9 +221,9 @@ def test_all_readers_of_an_ensemble_tell_of_the_same_mixture() -> None:
 
 def test_an_ensemble_without_a_mixture_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="TeacherTopK, whose ids differ between teachers"):
-        Ensemble(shares={"b": 1}, reader=TeacherTopK(k=2))
+        Ensemble(shares={"b": 1.0}, reader=TeacherTopK(k=2))
     for wrong in ({}, {"b": 0.0}, {"b": -1.0}):
-        with pytest.raises(ConfigurationError, match="needs a share > 0"):
+        with pytest.raises(ConfigurationError, match=r"Ensemble\.shares.* needs"):
             Ensemble(shares=wrong)
 
 
@@ -286,9 +286,9 @@ def test_one_teacher_is_always_in_balance_and_an_unknown_one_is_refused() -> Non
     scored = [Scored(trajectory=trajectory(n, 3), scores=Scores()) for n in "xy"]
     assert all((w == 1).all() for w in TeacherBalance()(scored))
     with pytest.raises(ConfigurationError, match=r"no share for teacher 'default' \(has \['b'\]\)"):
-        TeacherBalance(shares={"b": 1})(scored)
-    with pytest.raises(ConfigurationError, match="needs shares > 0"):
-        TeacherBalance(shares={"b": 0})
+        TeacherBalance(shares={"b": 1.0})(scored)
+    with pytest.raises(ConfigurationError, match=r"TeacherBalance\.shares\.b needs"):
+        TeacherBalance(shares={"b": 0.0})
 
 
 def test_a_prompt_counts_what_it_says() -> None:
