@@ -1,7 +1,6 @@
 """Graders of finished completions: the embedded tasks' own, and mathematical answers in a child process."""
 
 import asyncio
-import logging
 import multiprocessing
 import resource
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from opd.tasks import peak, shop
 Found = TypeVar("Found")
 
 START_S = 120.0  # importing sympy takes longer than a deadline
-MEMORY_BYTES = 8 << 30  # of the child's addresses; a tower of powers would take all there is
+MEMORY_BYTES = 8 << 30  # of the child's addresses
 MOST_FAULTS = 20  # sentences a grader keeps about what went wrong
 
 
@@ -57,10 +56,8 @@ def verify_math(completion: str, answer: str) -> float:
     return float(same(gold, finding.given(completion, gold)))
 
 
-def quiet() -> None:
-    """Make this process a child that grades: without the libraries' warnings, and with bounded memory."""
-    for library in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+def bounded() -> None:
+    """Bound this process's memory: a tower of powers would take all there is."""
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     bound = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
     resource.setrlimit(resource.RLIMIT_AS, (bound, most))
@@ -121,7 +118,7 @@ class MathGrader:
         if self._pool is None:
             apart = multiprocessing.get_context("forkserver")  # which imports sympy once for all children
             apart.set_forkserver_preload(["launch.inputs.answers.preloaded"])
-            self._pool = ProcessPoolExecutor(1, mp_context=apart, initializer=quiet)
+            self._pool = ProcessPoolExecutor(1, mp_context=apart, initializer=bounded)
             self._pool.submit(verify_math, r"\boxed{\sqrt{2}}", r"\sqrt{3}").result(START_S)
         try:
             return self._pool.submit(work, *arguments).result(self._deadline_s)

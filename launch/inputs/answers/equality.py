@@ -1,5 +1,6 @@
 """Is a given answer equal to the reference? The rules are in docs/grading.md."""
 
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -128,8 +129,15 @@ def interval(answer: Answer) -> Answer | None:
     if isinstance(answer, Group):
         pieces = [interval(item) for item in answer.items]
         return None if any(p is None for p in pieces) else Union(items=tuple(p for p in pieces if p is not None))
+    if isinstance(answer, Relation) and answer.signs == ("\\neq",) and re.fullmatch(r"[A-Za-z]", answer.sides[0]):
+        point = Expression(latex=answer.sides[1])
+        below = Group(brackets=TUPLE, items=(Expression(latex="-\\infty"), point))
+        return Union(items=(below, Group(brackets=TUPLE, items=(point, Expression(latex="\\infty")))))
     if not isinstance(answer, Relation) or any(sign not in _LESS for sign in answer.signs):
         return None
+    if len(answer.sides) == 2 and (size := re.fullmatch(r"\|([A-Za-z])\|", answer.sides[0])):
+        bounds = (f"-({answer.sides[1]})", size.group(1), answer.sides[1])
+        return interval(Relation(sides=bounds, signs=answer.signs * 2))
     names = [side.isalpha() and len(side) == 1 for side in answer.sides]
     if sum(names) != 1:
         return None
@@ -163,14 +171,14 @@ def _collections(gold: Answer, given: Answer) -> bool:
     assert isinstance(group, Group)
     if len(group.items) == 1 and group.brackets == SET:
         return same(group.items[0], other) if group is gold else same(other, group.items[0])
-    return group is gold and _letters(gold, given)
+    return _letters(group, other)
 
 
-def _letters(gold: Group, given: Answer) -> bool:
+def _letters(group: Group, other: Answer) -> bool:
     """Several choices written as one word: `A, C` as `AC`."""
-    word = given.latex if isinstance(given, Expression) else given.words.upper() if isinstance(given, Text) else ""
-    letters = [item.letter for item in gold.items if isinstance(item, Choice)]
-    return len(letters) == len(gold.items) and gold.brackets == BARE and sorted(letters) == sorted(word)
+    word = other.latex if isinstance(other, Expression) else other.words.upper() if isinstance(other, Text) else ""
+    letters = [item.letter for item in group.items if isinstance(item, Choice)]
+    return len(letters) == len(group.items) and group.brackets == BARE and sorted(letters) == sorted(word)
 
 
 def _groups(gold: Group, given: Group) -> bool:

@@ -1,6 +1,8 @@
 """Are two formulas equal? Exact for numbers, at several points for what has variables. Imports sympy when it must."""
 
+import logging
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 _DIGITS = 6  # of a decimal, from which on it may stand for a number that it only rounds
 _POINTS = ((7, 3), (-11, 5), (23, 7), (-3, 11), (5, 13))
 """Where formulas with variables are compared: of both signs, and no likely root or pole."""
+_NATURAL = ((4, 1), (6, 1), (9, 1))
+_NOTHING = 1e-25  # of a value: what two ways of evaluating it may differ by
 _SPREAD = 17  # moves the points of a second variable off the first's
 _PRECISION = 40
 _SIMPLE = re.compile(
@@ -52,33 +56,24 @@ def evaluated(latex: str) -> bool:
     found = formula(latex)
     if found is None:
         return False
-    for values in _points(found, found):
-        _value(found, values)
+    list(_values(found, found))
     return True
 
 
 def proportional(gold: tuple[str, str], given: tuple[str, str], *, directed: bool) -> bool:
     """Is `left - right` of one pair a constant multiple of the other's (a positive one if `directed`)?"""
+    import mpmath
+
     first, second = (formula(f"({left})-({right})") for left, right in (gold, given))
     if first is None or second is None or first.free_symbols != second.free_symbols:
         return False
-    ratios = []
-    for values in _points(first, second):
-        up, down = _value(first, values), _value(second, values)
-        if up is None or down is None or not down:
-            continue
-        ratios.append(up / down)
-    if len(ratios) < 2 or not ratios[0]:
-        return False
-    if directed and (abs(_imaginary(ratios[0])) > 0 or ratios[0] < 0):
-        return False
-    return all(abs(ratio - ratios[0]) <= abs(ratios[0]) * 1e-20 for ratio in ratios)
-
-
-def _imaginary(value: Any) -> Any:
-    import mpmath
-
-    return mpmath.im(value)
+    with mpmath.workdps(_PRECISION):
+        ratios = [up / down for up, down in _values(first, second) if down]
+        if len(ratios) < 2 or not ratios[0]:
+            return False
+        if directed and (mpmath.im(ratios[0]) or mpmath.re(ratios[0]) < 0):
+            return False
+        return all(abs(ratio - ratios[0]) <= abs(ratios[0]) * _NOTHING for ratio in ratios)
 
 
 def _rounded(gold: str, given: str, left: Fraction, right: Fraction) -> bool:
@@ -109,15 +104,15 @@ def _equal_formulas(gold: str, given: str) -> bool:
         return re.sub(r"\s", "", gold) == re.sub(r"\s", "", given)
     if first == second:
         return True
+    import mpmath
+
     agreed = 0
-    for values in _points(first, second):
-        a, b = _value(first, values), _value(second, values)
-        if a is None or b is None:
-            continue
-        size = max(abs(a), abs(b))
-        if abs(a - b) > size * 1e-25 and not _rounds(gold, a, b) and not _rounds(given, b, a):
-            return False
-        agreed += 1
+    with mpmath.workdps(_PRECISION):
+        for a, b in _values(first, second):
+            size = max(abs(a), abs(b))
+            if abs(a - b) > size * _NOTHING and not _rounds(gold, a, b) and not _rounds(given, b, a):
+                return False
+            agreed += 1
     return agreed >= 2 or (agreed == 1 and not (first.free_symbols | second.free_symbols)) or _same(first, second)
 
 
@@ -131,55 +126,64 @@ def _same(first: Any, second: Any) -> bool:
     """math-verify's own comparison, for what has no value at a point."""
     from math_verify import verify
 
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # that there is no deadline: the caller has one
     return bool(verify(first, second, timeout_seconds=None))
 
 
-def _points(first: Any, second: Any) -> list[dict[Any, Any]]:
-    from sympy import Rational
+def _values(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
+    """Both formulas at points where both have a value: rational ones, and natural ones where these give too few."""
+    from sympy import Product, Rational, Sum
 
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
-    return [
-        {symbol: Rational(up + _SPREAD * i, down + 2 * i) for i, symbol in enumerate(symbols)}
-        for up, down in (_POINTS if symbols else _POINTS[:1])
-    ]
+    found = 0
+    counted = first.has(Sum, Product) or second.has(Sum, Product)  # up to a number that must be natural
+    for points in (_NATURAL,) if counted else (_POINTS, _NATURAL):
+        if found >= 2:
+            return
+        for up, down in points if symbols else points[:1]:
+            step = _SPREAD if down > 1 else 3
+            at = {symbol: Rational(up + step * i, down + 2 * i * (down > 1)) for i, symbol in enumerate(symbols)}
+            a, b = _value(first, at), _value(second, at)
+            if a is not None and b is not None:
+                found += 1
+                yield a, b
 
 
 def _value(expression: Any, values: dict[Any, Any]) -> Any:
     """A number of many digits, or None where the formula has none at this point."""
     import mpmath
 
-    if expression.has("zoo", "nan") or not hasattr(expression, "evalf"):
-        return None
-    result = expression.subs(values).doit().evalf(_PRECISION)
-    real, imaginary = result.as_real_imag()
-    if not (real.is_Float or real.is_Integer or real.is_Rational) or not (
-        imaginary.is_Float or imaginary.is_Integer or imaginary.is_Rational
-    ):
-        return None
-    with mpmath.workdps(_PRECISION):
-        return mpmath.mpc(str(real), str(imaginary)) if imaginary else mpmath.mpf(str(real))
+    try:
+        result = expression.subs(values).doit().evalf(_PRECISION)
+        real, imaginary = result.as_real_imag()
+        with mpmath.workdps(_PRECISION):
+            found = mpmath.mpc(str(real), str(imaginary)) if imaginary else mpmath.mpf(str(real))
+            return found if mpmath.isfinite(found) else None
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError, ValueError):
+        return None  # sympy's, of what has no value here
 
 
 @lru_cache(maxsize=4096)
 def formula(latex: str) -> Any:
     """A sympy expression, or None where the formula cannot be read. Decimals are exact, symbols keep their case."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    from sympy import Expr
+    from sympy import Expr, I
 
     spelled = re.sub(r"\d*\.\d+|\d+\.(?!\d)", _fraction, latex)
     spelled = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", spelled).replace("\\%", "")
-    imaginary = bool(re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\imath", re.sub(r"_\{[^{}]*\}", "", spelled)))
     try:
         found = latex2sympy(
             spelled,
-            is_real=not imaginary,
+            is_real=True,
             convert_degrees=False,
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
     except Exception:  # noqa: BLE001  the library raises bare Exceptions for what it cannot parse
         return None
-    return found if isinstance(found, Expr) else None
+    if not isinstance(found, Expr):
+        return None
+    return found.subs({symbol: I for symbol in found.free_symbols if str(symbol) in ("i", "imath")})
 
 
 def _fraction(decimal: re.Match[str]) -> str:

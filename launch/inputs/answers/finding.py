@@ -85,8 +85,8 @@ def _connects(between: str) -> bool:
 
 def _plain(text: str) -> str:
     """Without the marks of Markdown: bold, headings, quotes, trailing signs."""
-    text = re.sub(r"(?<![\w)*])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w(*])", r"\2", text)
-    text = re.sub(r"(?m)^\s*(?:#{1,3}\s|>\s|[-*]\s(?=\D))", "", text)
+    text = re.sub(r"(?<![\w)*])(\*\*|__)(?=\S)([^\n]{1,300}?)(?<=\S)\1(?![\w(*])", r"\2", text)
+    text = re.sub(r"(?m)^[ \t]*(?:#{1,3}\s|>\s|[-*]\s(?=\D))", "", text)
     return text.strip()
 
 
@@ -127,7 +127,8 @@ def _fits(found: Answer, gold: Answer) -> bool:
     if isinstance(gold, Text):
         return isinstance(found, Text | Choice | Expression)
     if isinstance(found, Group):
-        return all(_fits(item, gold) for item in found.items) or isinstance(gold, Group)
+        wanted = gold.items[0] if isinstance(gold, Group) and gold.items else gold
+        return all(_fits(item, wanted) for item in found.items)
     if isinstance(found, Named):
         return _fits(found.value, gold)
     return not isinstance(found, Text)
@@ -156,10 +157,11 @@ def _last(text: str, gold: Answer) -> Answer:
                 break
             joined.insert(0, _inside(before))
         return read(", ".join(joined))
+    text = re.split(r"[\s,]+(?:because|since)\s", text)[0] if re.search(r"(?:because|since)[^\n]*$", text) else text
     whole = read(text) if len(text) <= _LONG and "\n" not in text.strip() else Unreadable(why="")
     if _fits(whole, gold):
         return whole
-    return _last_formula(text)
+    return _last_formula(text, several=isinstance(gold, Group))
 
 
 def _last_words(text: str, count: int) -> Answer:
@@ -171,16 +173,22 @@ def _last_words(text: str, count: int) -> Answer:
     return read(" ".join(words[-count:]))
 
 
-def _last_formula(text: str) -> Answer:
-    """The last run of signs that are no words."""
+def _last_formula(text: str, *, several: bool) -> Answer:
+    """The last run of signs that are no words; `several` lets `and` and `or` stand in it."""
     for line in reversed([line for line in text.splitlines() if line.strip()]):
         run: list[str] = []
         for token in reversed(line.split()):
             bare = token.strip("$.,;:!?*\"'")
             if re.search(r"\d|\\", bare) or re.fullmatch(r"[-+*/=<>^|≤≥≠±]+|[b-hj-zB-HJ-Z]", bare):
+                if token.endswith(":") and run:
+                    break
                 run.insert(0, token)
-            elif run:
+            elif run and not (several and bare in ("and", "or")):
                 break
+            elif run:
+                run.insert(0, token)
+        while run and run[0] in ("and", "or"):
+            run.pop(0)
         formula = read(" ".join(run)) if run else Unreadable(why="no formula")
         if not isinstance(formula, Unreadable | Text):
             return formula

@@ -37,7 +37,7 @@ _WORDS = {
 }  # fmt: skip
 _FONT = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt|md|up)?|math(?:rm|it|bf|sf|tt|cal|scr|frak|normal)|mbox|hbox|operatorname\*?"
-    r"|boldsymbol|bm|rm|bf|emph|underline)\s*\{([^{}]*)\}"
+    r"|boldsymbol|bm|rm|bf|emph|underline)\s*\{((?:[^{}]|\^\s*\{-?\d+\})*)\}"
 )
 _NOTHING = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf)(?![A-Za-z])"
@@ -49,7 +49,8 @@ _NUMBER = r"\d+(?:\.\d+)?|\.\d+"
 def canonical(text: str) -> str:
     """`text` in one spelling, e.g. `$\\dfrac12\\,$` as `\\frac{1}{2}` and `sqrt(5)` as `\\sqrt{5}`."""
     text = _undollared(_unicode(text).strip())
-    text = re.sub(r"\\(\(|\)|\[|\])", " ", text)
+    text = re.sub(r"\\\\\s*\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]", r"\\\\", text)
+    text = re.sub(r"(?<!\\)\\(\(|\)|\[|\])", " ", text)
     text = _NOTHING.sub("", text).replace("\\!", "")
     text = re.sub(r"(?<=\d)(?:\\,|\{,\}|,\\,|\{,\\,\})(?=\d{3}(?!\d))", ",", text)
     text = _SPACE.sub(" ", text)
@@ -94,14 +95,19 @@ def _texts(text: str) -> str:
     """Fonts as `\\text{...}`; names of functions as commands; a single letter as itself."""
 
     def one(font: re.Match[str]) -> str:
-        inside = font.group(1)
+        inside = re.sub(r"\^\s*\{(-?\d+)\}", r"^\1", font.group(1))
+        before_call = re.match(r"\s*[({_\\]", font.string[font.end() :])
         word = inside.strip()
-        if word in FUNCTIONS:
+        if word and not re.search(r"[^\W\d_]", word):
+            return inside
+        if word in FUNCTIONS and (word not in ("min", "sec") or before_call):
             return f"\\{word} "
         if word.lower() in ("percent", "percentage", "pct", "%", "\\%"):
             return "\\% "
         if word.lower() in ("degree", "degrees", "deg"):
             return "\\degree "
+        if counted := re.fullmatch(r"\s*([-+]?\d[\d.,]*)\s+(\D+)", inside):
+            return f"{counted.group(1)}\\text{{ {counted.group(2)}}}"
         math = font.group().startswith(("\\math", "\\operatorname", "\\bold", "\\bm"))
         if len(word) == 1 and word.isalpha() and math and not inside.startswith(" "):
             return word

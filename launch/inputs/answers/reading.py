@@ -1,6 +1,7 @@
 """One answer's text as a value: brackets, lists, relations, matrices, units, choices and words."""
 
 import re
+from typing import TypeGuard
 
 from launch.inputs.answers import units
 from launch.inputs.answers.kinds import (
@@ -21,6 +22,7 @@ from launch.inputs.answers.kinds import (
 from launch.inputs.answers.notation import FUNCTIONS, canonical
 
 MOST = 1000  # characters of an answer; what is longer is a text to be read by people
+_DEEPEST = 40  # brackets within brackets; LaTeX that people write has fewer than ten
 _WORDS = 8  # words of a text that can be compared
 _THOUSANDS = re.compile(r"(?:\\\$\s*)?[+-]?(?:\\\$\s*)?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
 _SIGNS = re.compile(r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\neq|\\approx|\\equiv|\\in(?![A-Za-z])|[=<>]")
@@ -31,7 +33,16 @@ _NAME = re.compile(
     r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\s*\([^()=]*\))?|\\text\{[^{}]*\}|\\(?:vec|hat|bar|mathbf|angle|overline)\s*\{?[^{}=]*\}?"
     r"|\([A-Za-z](?:\s*,\s*[A-Za-z])+\)|[A-Za-z]\^\{-1\}\([A-Za-z]\)|[A-Z][a-z]*(?: [a-z]+){0,4}|\\angle [A-Z]+"
 )
+_DIGITS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_BASES = {word: str(base) for base, word in enumerate(_DIGITS, start=2)}
 _NONE = re.compile(r"no (?:real |integer )?solutions?|none|empty set|does not exist|dne", re.IGNORECASE)
+_MODULUS = re.compile(
+    r"(.*?\d)\s*(?:\\pmod\s*\{?\s*(\w+)\s*\}?|\(?\s*(?:\\text\{\s*\(?\s*mod(?:ulo)?\s*\}|\\b?mod)\s*\{?\s*(\w+)\s*\}?\s*\)?)"
+)
+_LED = re.compile(  # words before a value, which they do not turn into another
+    r"\\text\{(?!\s*(?:not|no|never|neither|at\s+least|at\s+most|more|less|fewer|greater|between|over|under)\b)[^{}]*\}"
+    r"\s*(?![\s,;=<>:^]|\\(?:text|in|le|ge|neq|approx|cdot|times)(?![A-Za-z]))(.*\d.*)"
+)
 _OPEN, _CLOSE = ("(", "[", "\\{", "\\langle"), (")", "]", "\\}", "\\rangle")
 
 
@@ -44,6 +55,8 @@ def read(text: str) -> Answer:
         return Unreadable(why="empty")
     if not balanced(spelled):
         return Unreadable(why="braces are not balanced")
+    if depth(spelled) > _DEEPEST:
+        return Unreadable(why=f"brackets are nested more than {_DEEPEST} deep")
     return _read(spelled)
 
 
@@ -57,15 +70,22 @@ def balanced(text: str) -> bool:
     return depth == 0 and text.count("\\begin") == text.count("\\end")
 
 
+def depth(text: str) -> int:
+    """How deeply brackets of any kind are nested."""
+    deepest = now = 0
+    for bracket in re.findall(r"[{}()\[\]]", text):
+        now += 1 if bracket in "{([" else -1
+        deepest = max(deepest, now)
+    return deepest
+
+
 def _read(text: str) -> Answer:
     text = text.strip()
     if choice := _choice(text):
         return choice
     if _THOUSANDS.fullmatch(text):
         return _leaf(text)
-    if led := re.fullmatch(
-        r"\\text\{[^{}]*\}\s*(?![\s,;=<>:^]|\\(?:text|in|le|ge|neq|approx|cdot|times)(?![A-Za-z]))(.*\d.*)", text
-    ):
+    if led := _LED.fullmatch(text):
         return _read(led.group(1))  # words before a value
     for attempt in (_list, _union, _relation, _bracketed, _matrix, _ratio, _plus_minus):
         found = attempt(text)
@@ -123,7 +143,12 @@ def _list(text: str) -> Answer | None:
     first = read_items[0]
     if isinstance(first, Named) and not any(isinstance(item, Named | Relation) for item in read_items[1:]):
         return Named(name=first.name, value=Group(brackets=BARE, items=(first.value, *read_items[1:])))
-    return Group(brackets=BARE, items=tuple(read_items))
+    flat = [one for item in read_items for one in (item.items if _is_bare(item) else (item,))]
+    return Group(brackets=BARE, items=tuple(flat))
+
+
+def _is_bare(item: Answer) -> TypeGuard[Group]:
+    return isinstance(item, Group) and item.brackets == BARE
 
 
 def _rejoined(items: list[str]) -> list[str]:
@@ -197,6 +222,9 @@ def _spaceless(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
+_BUILDER = re.compile(r"[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||:)\s*")
+
+
 def _bracketed(text: str) -> Answer | None:
     opening = next((o for o in _OPEN if text.startswith(o)), None)
     closing = next((c for c in _CLOSE if text.endswith(c)), None)
@@ -204,7 +232,11 @@ def _bracketed(text: str) -> Answer | None:
         return None
     inside = text[len(opening) : len(text) - len(closing)].strip()
     if opening == "\\{":
-        inside = re.sub(r"^[A-Za-z]\s*(?:\||:)\s*", "", inside)
+        if builder := _BUILDER.match(inside):
+            inside = inside[builder.end() :]
+            condition = _read(inside)
+            if isinstance(condition, Relation | Named):
+                return condition
         items = [item for item in parts(inside, _COMMA) if item.strip()] if inside else []
         return Group(brackets=SET, items=tuple(_read(item) for item in items))
     items = parts(inside, re.compile(r"\s*[,;]\s*"))
@@ -243,7 +275,7 @@ def _matrix(text: str) -> Answer | None:
 
 
 def _ratio(text: str) -> Answer | None:
-    items = parts(text, re.compile(r"\s*:\s*|\s+to\s+(?=\d)"))
+    items = parts(text, re.compile(r"\s*:\s*|\s+to\s+(?=\d)|\s*\\text\{\s*to\s*\}\s*"))
     if len(items) < 2 or not all(re.search(r"[\dA-Za-z})]\s*$", i) and not _is_prose(i) for i in items):
         return None
     return Ratio(items=tuple(_read(item) for item in items))
@@ -266,10 +298,12 @@ def _leaf(text: str) -> Answer:
         return Group(brackets=SET, items=())
     if re.fullmatch(r"\\mathbb\{R\}|all real numbers|all reals", unwrapped, re.IGNORECASE):
         return Group(brackets=("(", ")"), items=(Expression(latex="-\\infty"), Expression(latex="\\infty")))
-    if base := re.fullmatch(r"([0-9A-Fa-f]*\d[0-9A-Fa-f]*|\([0-9A-F]+\))_\{\s*(\d+)\s*\}", text):
-        return Expression(latex=base.group(1).strip("()"), base=base.group(2))
+    if base := re.fullmatch(r"([0-9A-Fa-f]*\d[0-9A-Fa-f]*|\([0-9A-F]+\))_\{(?:\\text\{)?\s*(\w+)\s*\}?\}", text):
+        return Expression(latex=base.group(1).strip("()"), base=_BASES.get(base.group(2), base.group(2)))
     if base := re.fullmatch(r"([0-9A-F]+)\s*(?:\\text\{)?\s*\(?\s*base\s+(\w+)\s*\)?\s*\}?", text):
-        return Expression(latex=base.group(1), base=base.group(2))
+        return Expression(latex=base.group(1), base=_BASES.get(base.group(2), base.group(2)))
+    if modulus := _MODULUS.fullmatch(text):
+        return Expression(latex=modulus.group(1).strip(), base=f"mod {modulus.group(2) or modulus.group(3)}")
     number, unit = units.split(text)
     if _is_prose(number) or (not re.search(r"\d", number) and "\\text{" in text and number == text):
         return _text(unwrapped)
