@@ -322,11 +322,14 @@ class Listed(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """All reference answers of one file, for the grader of `task`; `allowed` is the share that may be unreadable."""
+    """All reference answers of one file, for the grader of `task`, each with its file and line.
 
-    path: str
+    `allowed` is the share that may be unreadable, which the settings under `place` name.
+    """
+
+    place: str
     task: str
-    answers: Sequence[str]
+    answers: Sequence[tuple[str, str]]
     allowed: float
 
 

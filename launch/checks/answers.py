@@ -1,10 +1,11 @@
 """Can the reference answers be graded against? Counted when a run is planned, and shown with an example."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from rich.console import Console
 from rich.progress import track
 
+from launch import screen
 from launch.checks.survey import Survey
 from launch.config import RunConfig
 from launch.inputs.graders import GRADERS
@@ -34,44 +35,41 @@ def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict
     """
     said: dict[str, str] = {}
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
-        found = source.references(sources) if isinstance(source, Answered) else ()
-        if found:
-            said[place] = "; ".join(_sentence(place, references) for references in found)
+        found = source.references(replace(sources, place=place)) if isinstance(source, Answered) else ()
+        said |= {references.place: _sentence(references) for references in found}
     if held_out.unanswered.count == held_out.seen:
         said["evaluation.prompts"] = NO_ANSWERS
     return said
 
 
-def _sentence(place: str, references: References) -> str:
+def _sentence(references: References) -> str:
     total, found = len(references.answers), unreadable(references)
     if not found:
         return f"{total} reference answers, all readable"
-    row, why = found[0]
-    counted = (
-        f"{len(found)} of {total} reference answers cannot be read, e.g. row {row} "
-        f"{references.answers[row - 1][:60]!r} ({why})"
-    )
+    where, answer, why = found[0]
+    counted = f"{len(found)} of {total} reference answers cannot be read, e.g. {where}: {answer[:60]!r} ({why})"
     if len(found) > references.allowed * total:
         raise DataError(
-            f"{place} {references.path}: {counted}; task {references.task!r} would grade every answer to them 0; "
-            f"correct or remove them, or raise {place}.max_unreadable_answers (now {references.allowed:g})"
+            f"{references.place}: {counted}; task {references.task!r} would grade every answer to them 0; correct or "
+            f"remove them, or raise {references.place}.max_unreadable_answers (now {references.allowed:g})"
         )
     return counted
 
 
-def unreadable(references: References) -> list[tuple[int, str]]:
-    """Rows (counted from 1) whose answer the task's grader cannot read, each with the reason."""
+def unreadable(references: References) -> list[tuple[str, str, str]]:
+    """Answers that the task's grader cannot read: file and line, answer, reason."""
     grader = GRADERS[references.task]()
     try:
         if not isinstance(grader, ReadsReferences):
             return []
-        why = {answer: grader.unreadable(answer) for answer in _shown(dict.fromkeys(references.answers))}
+        distinct = dict.fromkeys(answer for _, answer in references.answers)
+        why = {answer: grader.unreadable(answer) for answer in _shown(distinct)}
     finally:
         grader.close()
-    return [(row, why[answer]) for row, answer in enumerate(references.answers, start=1) if why[answer]]
+    return [(where, answer, why[answer]) for where, answer in references.answers if why[answer]]
 
 
 def _shown(answers: dict[str, None]) -> Iterable[str]:
     if len(answers) < MANY:
         return answers
-    return track(answers, "reading reference answers", console=Console(stderr=True), transient=True)
+    return track(answers, "reading reference answers", console=screen.console(stderr=True), transient=True)

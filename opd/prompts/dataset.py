@@ -102,8 +102,12 @@ class DatasetPrompts:
         if not self.answer_column:
             return []
         rows = self._rows(sources)
-        answers = [row.answer for row in rows[: self.limit or len(rows)]]
-        return [References(path=self.path, task=self.task, answers=answers, allowed=self.max_unreadable_answers)]
+        answers = [
+            (row.where or f"{self.path} row {number}", row.answer)
+            for number, row in enumerate(rows[: self._size(len(rows))], start=1)
+        ]
+        allowed = self.max_unreadable_answers
+        return [References(place=sources.place, task=self.task, answers=answers, allowed=allowed)]
 
     def _rows(self, sources: Sources) -> Sequence[Row]:
         columns = Columns(

@@ -51,7 +51,12 @@ class MixedPrompts:
 
     def references(self, sources: Sources) -> Sequence[References]:
         """The answers of all sources that can show them (see `opd.ports.Answered`)."""
-        return [r for s in self.sources.values() if isinstance(s, Answered) for r in s.references(sources)]
+        return [
+            references
+            for name, source in self.sources.items()
+            if isinstance(source, Answered)
+            for references in source.references(_below(sources, name))
+        ]
 
     def rows(self, sources: Sources) -> int:
         """See `opd.ports.Listed`."""

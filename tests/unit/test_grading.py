@@ -102,9 +102,9 @@ def test_what_looks_readable_is_read_by_the_library_too() -> None:
 
 
 def test_reading_many_references_takes_no_time() -> None:
-    answers = [pair.reference for pair in grading.made(3000, seed=7)]
+    answers = [("x", pair.reference) for pair in grading.made(3000, seed=7)]
     began = time.process_time()
-    found = unreadable(References(path="x", task="math", answers=answers, allowed=0.0))
+    found = unreadable(References(place="prompts", task="math", answers=answers, allowed=0.0))
     assert found == [] and time.process_time() - began < 5
 
 
@@ -123,12 +123,14 @@ def planned(tmp_path: Path, rows: list[dict[str, str]], *more: str) -> dict[str,
 
 def test_unreadable_references_are_counted_in_the_plan_and_refused_above_a_share(tmp_path: Path) -> None:
     spoilt = [*ROWS, {"prompt": "has 3 7 ; ?", "answer": r"\frac{1}{"}]
-    with pytest.raises(OpdError, match=r"1 of 20 .*row 20 .*braces.*\.max_unreadable_answers \(now 0\.01\)") as caught:
+    with pytest.raises(
+        OpdError, match=r"1 of 20 .*line 20: .*braces.*\.max_unreadable_answers \(now 0\.01\)"
+    ) as caught:
         planned(tmp_path, spoilt)
     assert "\n" not in str(caught.value)
     share = ("prompts.max_unreadable_answers=0.05", "evaluation.prompts.max_unreadable_answers=0.05")
     said = planned(tmp_path, spoilt, *share)
-    assert "1 of 20 reference answers cannot be read, e.g. row 20" in said["prompts"]
+    assert re.search(r"1 of 20 reference answers cannot be read, e\.g\. \S+\.jsonl line 20: ", said["prompts"])
     assert planned(tmp_path, ROWS)["evaluation.prompts"] == "19 reference answers, all readable"
 
 
