@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from launch.causes import brief
+from launch.placement import Machine, Role, check_fits
 from launch.ray_address import check_cluster
 from launch.ray_node import Node, start_patiently
 from launch.settings import ClusterConfig, Placement
@@ -105,8 +106,7 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    # What dies is said by whoever had asked it; Ray prints a page about it to this screen, whatever log_to_driver says.
-    ray._private.worker.print_to_stdstream = _unprinted
+    silence()
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if local:
         start_patiently(
@@ -130,6 +130,13 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
         node.end_orphans()
 
 
+def silence() -> None:
+    """Keep Ray's pages off the screen: whoever had asked what died says so, and `log_to_driver` does not stop them."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = _unprinted
+
+
 def _unprinted(data: Mapping[str, Any], **_: Any) -> None:
     logging.getLogger(__name__).debug("%s", data.get("lines"))
 
@@ -137,19 +144,21 @@ def _unprinted(data: Mapping[str, Any], **_: Any) -> None:
 class Actors:
     """Makes the run's actors, within one placement group where the cluster asks for it."""
 
-    def __init__(self, config: ClusterConfig, bundles: Mapping[str, int], stacks: Stacks | None = None) -> None:
-        """`bundles` counts the actors per role, e.g. `{"engine": 2, "teacher": 1, "learner": 1}`; `stacks` watches."""
-        self._config, self._stacks = config, stacks
-        self._gpus = {
-            "engine": config.gpus_per_engine,
-            "teacher": config.gpus_per_teacher,
-            "learner": config.gpus_per_learner,
-        }
-        self._group = None
+    def __init__(self, config: ClusterConfig, roles: Sequence[Role], stacks: Stacks | None = None) -> None:
+        """`roles` are the actors that will be made; `stacks` watches them.
+
+        Raises:
+            ConfigurationError: the cluster does not have what they ask for.
+            OpdError: others hold it, and do not give it back in time.
+        """
+        self._config, self._stacks, self._group = config, stacks, None
+        self._roles = {role.name: role for role in roles}
+        if not config.elastic:
+            check_fits(roles, machines(), "this cluster" if config.address != "local" else "this machine")
         if config.placement is not Placement.NONE:
             from ray.util.placement_group import placement_group
 
-            shapes = [self._resources(role) for role, count in bundles.items() for _ in range(count)]
+            shapes = [shape for role in roles for _ in range(role.count) if any((shape := _shape(role)).values())]
             self._group = placement_group(shapes, strategy=config.placement.value)
             if not self._group.wait(config.start_deadline_s):
                 raise OpdError(
@@ -157,27 +166,41 @@ class Actors:
                     f"{config.start_deadline_s:.0f} s; add nodes or lower replicas, ranks or cluster.gpus_per_*"
                 )
 
-    def _resources(self, role: str) -> dict[str, float]:
-        gpus = self._gpus[role]
-        return {"CPU": self._config.cpus_per_actor} | ({"GPU": gpus} if gpus else {})
+    def make(self, cls: type, role: Role, environment: Mapping[str, str], *args: Any, concurrency: int) -> Any:
+        """An actor of the plain class `cls`; its process gets `environment` before it imports anything.
 
-    def make(self, cls: type, role: str, environment: Mapping[str, str], *args: Any, concurrency: int) -> Any:
-        """An actor of the plain class `cls`; its process gets `environment` before it imports anything."""
+        One whose role was not announced takes what the announced ones leave.
+        """
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         options: dict[str, Any] = {
-            "num_cpus": self._config.cpus_per_actor,
-            "num_gpus": self._gpus[role],
+            "num_cpus": role.cpus,
+            "num_gpus": role.gpus,
             "max_concurrency": concurrency,
             "runtime_env": {"env_vars": dict(environment)},
         }
-        if self._group is not None:
+        if self._group is not None and role.name in self._roles and any(_shape(role).values()):
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=self._group)
         actor = ray.remote(cls).options(**options).remote(*args)
         if self._stacks is not None:
-            self._stacks.watch(role, actor)
+            self._stacks.watch(role.name, actor)
         return actor
+
+    def __getitem__(self, name: str) -> Role:
+        return self._roles[name]
+
+    def check_room(self, role: Role) -> None:
+        """Raise `OpdError` if one more such actor would have to wait for others to end."""
+        import ray
+
+        free = Machine.of(ray.available_resources())
+        if self._config.elastic or role.on(free):
+            return
+        raise OpdError(
+            f"there is no room for a {role.name}: it asks for {role.cpus:g} CPUs and {role.gpus:g} GPUs, of which "
+            f"{free.cpus:g} and {free.gpus:g} are free"
+        )
 
     @property
     def look(self) -> Look:
@@ -190,3 +213,14 @@ class Actors:
             from ray.util.placement_group import remove_placement_group
 
             remove_placement_group(self._group)
+
+
+def machines() -> list[Machine]:
+    """What each machine of the session has in all, whoever holds it."""
+    import ray
+
+    return [Machine.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _shape(role: Role) -> dict[str, float]:
+    return {name: value for name, value in (("CPU", role.cpus), ("GPU", role.gpus)) if value}

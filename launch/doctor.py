@@ -151,7 +151,7 @@ async def _second(session: Session, config: TeacherConfig | None) -> LogprobTeac
     """One more teacher actor, for comparison."""
     if config is None:
         return None
-    actor = teacher_actor(session.actors, config)
+    actor = teacher_actor(session.actors, config, "teacher for comparison")
     await within(session.plan.config.cluster.start_deadline_s, "a teacher for comparison", actor.ready.remote())
     return TeacherPool.of([actor], session.plan.config.cluster.care(config.deadline_s))
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
+from actors.config import CPU_KV_CACHE_BYTES
 from launch.checks.answers import check_answers, check_rewards
+from launch.checks.devices import gpus, resolved, undecided
 from launch.checks.models import hidden_width, parameter_count, vocabulary_rows
 from launch.checks.prompts import (
     check_lengths,
@@ -42,7 +44,8 @@ class Plan:
     every teacher gives hidden states and has its output matrix here. A remote teacher without weights here counts 0
     parameters. `vocabulary` counts the ids of the tokenizer, without the model's padding. `answers` says of the prompts
     that come from files how many reference answers can be graded against. `prompts` shows the
-    first prompt, and `remarks` are sentences about what is no error.
+    first prompt, and `remarks` are sentences about what is no error. `undecided`: nothing says whether the run should
+    use GPUs, if the cluster has some.
     """
 
     config: RunConfig
@@ -55,6 +58,7 @@ class Plan:
     answers: Mapping[str, str]
     prompts: Mapping[str, str]
     remarks: Sequence[str]
+    undecided: bool = False
 
     def memory_bytes(self) -> Mapping[str, int]:
         """Estimated bytes of one process per role, engines' caches included, libraries not."""
@@ -66,7 +70,7 @@ class Plan:
         vocabulary = vocabulary_rows(config.student.path)
         heads = sum(vocabulary * hidden_width(t.path) * width for t in config.teachers.values()) * self.exact_kl
         return {
-            "rollout actor": self.student_params * width + config.student.kv_cache_bytes,
+            "rollout actor": self.student_params * width + (config.student.kv_cache_bytes or CPU_KV_CACHE_BYTES),
             **{_role(name): params * width for name, params in self.teacher_params.items()},
             "learner rank": self.student_params * (width + state) // shards
             + 4 * 4 * config.learner.head_chunk * vocabulary
@@ -97,6 +101,7 @@ class Plan:
         table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
         for place, said in self.answers.items():
             table.add_row(f"{place}: answers", "", said, "")
+        table.add_row("GPUs", "", gpus(config), "")
         table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
         return table
 
@@ -115,6 +120,8 @@ def _role(teacher: str) -> str:
 def make_plan(config: RunConfig) -> Plan:
     """Check checkpoints, tokenizers, prompts and sizes; raises one sentence about the first thing wrong."""
     check_transport(config)
+    open_device = config.cluster.address != "local" and undecided(config)
+    config = resolved(config)
     with_kernel(config.learner.loss_kernel, config.method.objective)
     check_adapters(config)
     check_checkpoint(config.student.path, "student")
@@ -144,6 +151,7 @@ def make_plan(config: RunConfig) -> Plan:
         longest=longest,
         vocabulary=1 + max(tokens.values()),
         exact_kl=exact_kl,
+        undecided=open_device,
         answers=answers,
         prompts=_shown(training, tokenizer),
         remarks=remarks(config, training, held_out, said, dated=tokenizer.dated),

@@ -12,11 +12,13 @@ from actors.config import StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from launch.checkpoints import LEARNER
-from launch.cluster import Actors, fetch, place_of
+from launch.checks.devices import ENGINE, LEARNER_RANK, REMOTE_TEACHER, TEACHER, WRITER, check_idle_cluster, roles
+from launch.cluster import Actors, fetch, machines, place_of
 from launch.handover import handing_over, keep
 from launch.inputs.graders import GRADERS, RunGrader
 from launch.learner_group import LearnerGroup
 from launch.learner_restart import Recipe, RestartingLearner
+from launch.placement import Role
 from launch.plan import Plan
 from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool
 from launch.settings import ClusterConfig
@@ -26,6 +28,7 @@ from launch.transports import check_places, outlet
 from learner.config import Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
+from opd.devices import Device
 from opd.ports import Engines, TextEngine
 from teacher_service.backends import backend
 from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
@@ -45,9 +48,17 @@ class Session:
     graders: Mapping[str, RunGrader]
 
     async def teacher_writer(self, name: str) -> TextEngine:
-        """A teacher as a writer; started now if no part of the method needed it before."""
+        """A teacher as a writer; started now if no part of the method needed it before.
+
+        Raises:
+            OpdError: there is no room for it beside what runs.
+        """
         known = self.engines.writers.get(name)
-        return known or await _writer(self.actors, self.plan, name)
+        if known is not None:
+            return known
+        role = replace(self.actors[ENGINE], name=f"measured teacher {name!r}", count=1)
+        self.actors.check_room(role)
+        return await _writer(self.actors, self.plan, name, role)
 
     @property
     def followers(self) -> Mapping[str, Follower]:
@@ -83,28 +94,28 @@ class Session:
 async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
     """Start every actor at once and wait until all are ready; `stacks` writes down where one stands that hangs."""
     config = plan.config
-    bundles = {
-        "engine": config.student.replicas + len(config.teachers),  # each teacher may have to write, too
-        "teacher": sum(teacher.replicas for teacher in config.teachers.values()),
-        "learner": config.learner.ranks,
-    }
-    actors = Actors(config.cluster, bundles, stacks)
+    if plan.undecided:
+        check_idle_cluster(config, machines())
+    actors = Actors(config.cluster, roles(config), stacks)
     student = StudentPool(
         config.cluster.care(config.student.deadline_s),
-        partial(_engine, actors, config.student, config.seed),
+        partial(_engine, actors, actors[ENGINE], config.student, config.seed),
         look=actors.look,
     )
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
     learner = _learner(actors, plan, student, teachers)
     graders = {name: make() for name, make in GRADERS.items()}
+    starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
+    if config.student.device is Device.GPU and config.cluster.gpus_per_engine < 1:
+        await starting  # vLLM measures what it leaves free on a GPU, while others must not take or leave any
     await asyncio.gather(
         learner.setup(),
-        student.replicas.start(config.student.replicas),
+        starting,
         *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
     )
     await learner.see()
     writing = list(config.teachers) if config.method.rollout.needs_writer else []
-    writers = {name: await _writer(actors, plan, name) for name in writing}
+    writers = {name: await _writer(actors, plan, name, actors[WRITER]) for name in writing}
     followers = {
         name: Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
         for name, teacher in config.teachers.items()
@@ -135,23 +146,30 @@ async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence
     return dict(zip(actors, places, strict=True))
 
 
-def _engine(actors: Actors, config: StudentConfig, seed: int) -> Any:
+def _engine(actors: Actors, role: Role, config: StudentConfig, seed: int) -> Any:
     environment = engine_environment(config.device)
-    return actors.make(VLLMEngine, "engine", environment, config, seed, fetch, concurrency=CALLS)
+    return actors.make(VLLMEngine, role, environment, config, seed, fetch, concurrency=CALLS)
 
 
-def teacher_actor(actors: Actors, config: TeacherConfig) -> Any:
-    """A scoring actor of the config's backend; a remote teacher's is a client, which is told the server's token."""
+def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
+    """A scoring actor of the config's backend; a remote teacher's is a client, which is told the server's token.
+
+    With a `name` it is one more than the run has.
+    """
+    role = actors[REMOTE_TEACHER if config.backend in REMOTE else TEACHER]
+    if name:
+        role = replace(role, name=name, count=1)
+        actors.check_room(role)
     environment = teacher_environment(config.device, config.backend)
     token = (os.environ.get(TOKEN_VARIABLE, ""),) if config.backend in REMOTE else ()
     cls = handing_over(backend(config.backend))
-    return actors.make(cls, "teacher", environment, config, keep, *token, concurrency=CALLS)
+    return actors.make(cls, role, environment, config, keep, *token, concurrency=CALLS)
 
 
-async def _writer(actors: Actors, plan: Plan, name: str) -> TextEngine:
+async def _writer(actors: Actors, plan: Plan, name: str, role: Role) -> TextEngine:
     config = plan.config
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
-    make = partial(_engine, actors, as_student, config.seed)
+    make = partial(_engine, actors, role, as_student, config.seed)
     pool = StudentPool(config.cluster.care(as_student.deadline_s), make, look=actors.look)
     await pool.replicas.start(1)
     return pool
@@ -189,4 +207,4 @@ def _rank(actors: Actors, plan: Plan) -> Any:
     environment = learner_environment(config.learner.device)
     make = outlet(config.learner.transport, config.learner.deadline_s)
     arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, make)
-    return actors.make(LearnerRank, "learner", environment, *arguments, concurrency=2)
+    return actors.make(LearnerRank, actors[LEARNER_RANK], environment, *arguments, concurrency=2)

@@ -36,6 +36,8 @@ class ClusterConfig:
     often the learner's ranks start anew in place. For the ranks the driver holds on to what was trained since the
     newest checkpoint, up to `journal_bytes`, hidden states in the object store included.
     `hedge_quantile` > 0 asks a second actor, too, when a call takes longer than this quantile of those before.
+    What a run asks for and the cluster does not have is refused at once; with `elastic`, where an autoscaler adds nodes
+    when they are asked for, it is waited for, `start_deadline_s` seconds.
     """
 
     address: Names = "local"
@@ -44,6 +46,7 @@ class ClusterConfig:
     gpus_per_teacher: OneDevice = 0.0
     gpus_per_learner: OneDevice = 0.0
     placement: Placement = Placement.NONE
+    elastic: bool = False
     start_deadline_s: Deadline = 300.0
     restarts: Annotated[int, In(0, 10_000)] = 8
     journal_bytes: Annotated[int, In(0, 2**50, because="0: a learner that dies ends the run")] = (

@@ -15,7 +15,7 @@ from opd.errors import ConfigurationError
 from opd.pull import Shelf
 from opd.shared_memory import SharedMemory
 
-ON_GPUS = ["experiment=shop", "learner.device=GPU", "student.device=GPU"]
+ON_GPUS = ["experiment=shop", "learner.device=GPU", "student.device=GPU", "cluster.address=auto"]
 APART = ["cluster.gpus_per_learner=1", "cluster.gpus_per_engine=1"]
 TOGETHER = ["cluster.gpus_per_learner=0.4", "cluster.gpus_per_engine=0.6"]
 
