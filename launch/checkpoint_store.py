@@ -11,6 +11,7 @@ from launch.checkpoints import FORMAT, MANIFEST, STATE, DriverState, expired, le
 from launch.run_directory import write_json
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError
+from opd.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class CheckpointStore:
                 skipped.append(str(error))
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise ConfigurationError(
-            f"{self.folder} has no checkpoint to go on from{why}; start a new run, with checkpoint_every=... set"
+            f"{self.folder} has no checkpoint to go on from{why}; start a new run under another run_name=..."
         )
 
 
@@ -102,13 +103,28 @@ def verify(folder: Path) -> DriverState:
                 f"the checkpoint {folder} is damaged: {name} has digest {found.get(name, 'none')}, but its manifest "
                 f"says {claimed.get(name, 'none')}; take another checkpoint"
             )
-    state = DriverState.from_json(json.loads((folder / STATE).read_text()))
+    state = _state(folder / STATE)
     if folder.name != name_of(state.step):  # what comes after its step would be removed, and that is itself
         raise DataError(
             f"the checkpoint {folder} is of step {state.step}, so it was moved or copied; call it "
             f"{name_of(state.step)} again, or take another"
         )
     return state
+
+
+def _state(path: Path) -> DriverState:
+    try:
+        state = DriverState.from_json(json.loads(path.read_text()))
+        Ledger.from_json(state.ledger)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({_why(error)}); take another checkpoint") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return state
+
+
+def _why(error: Exception) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def _digest(path: Path) -> str:
@@ -130,5 +146,5 @@ def _manifest(folder: Path) -> dict[str, str]:
         if STATE not in files:
             raise ValueError(f"it does not list {STATE}")
         return files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no manifest of {FORMAT!r} ({error}); take another checkpoint") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is no manifest of {FORMAT!r} ({_why(error)}); take another checkpoint") from error

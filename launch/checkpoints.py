@@ -1,6 +1,7 @@
 """A run's checkpoints as values: names, order, how long they live, and what a resumed run may change. Pure."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,11 +106,32 @@ class DriverState:
     def from_json(cls, values: Mapping[str, Any]) -> "DriverState":
         """The inverse of `as_json`. Raises `DataError` if it is something else."""
         try:
-            return cls(**values)
+            state = cls(**values)
         except TypeError as error:
             raise DataError(
                 f"{STATE} is of another version of this program ({error}); take another checkpoint"
             ) from error
+        wrong = [name for name, fits in state._fit().items() if not fits]
+        if wrong:
+            raise DataError(f"{STATE} has a {wrong[0]} of another kind than a run writes; take another checkpoint")
+        return state
+
+    def _fit(self) -> dict[str, bool]:
+        """Is each field of the type that it is declared to be?"""
+        return {
+            "run_name": isinstance(self.run_name, str),
+            "step": type(self.step) is int and self.step >= 0,
+            "ledger": isinstance(self.ledger, str),
+            "totals": _maps(self.totals, int | float) and all(map(math.isfinite, self.totals.values())),
+            "wall_s": isinstance(self.wall_s, int | float) and 0 <= self.wall_s < math.inf,
+            "teachers": _maps(self.teachers, str),
+            "config": _maps(self.config, object),
+            "followers": _maps(self.followers, str),
+        }
+
+
+def _maps(value: Any, kind: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
 
 
 def described(value: Any, where: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from time import time
 from typing import TYPE_CHECKING
 
 from launch.flags import read_flags
+from launch.running import end_on_signals
 from launch.screen import console
 from launch.sentences import sentences
 from opd.errors import ConfigurationError
@@ -30,6 +31,7 @@ _DEMO = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted, 75 when SIGTERM left a
     checkpoint to go on from."""
+    end_on_signals()  # before anything takes its time
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
     # kill -USR1 PID: where every thread of a run that seems to hang stands

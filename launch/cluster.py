@@ -19,6 +19,7 @@ from launch.causes import brief
 from launch.placement import Machine, Role, check_fits
 from launch.ray_address import check_cluster
 from launch.ray_node import Node, start_patiently
+from launch.running import signals_kept
 from launch.settings import ClusterConfig, Placement
 from launch.stacks import Stacks
 from launch.supervision import Look, unseen
@@ -109,14 +110,16 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
     silence()
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if local:
-        start_patiently(
-            lambda: ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet),
-            config.start_deadline_s,
-        )
+        with signals_kept():
+            start_patiently(
+                lambda: ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet),
+                config.start_deadline_s,
+            )
     else:
         check_cluster(config.address)
         try:
-            ray.init(address=config.address, **quiet)
+            with signals_kept():
+                ray.init(address=config.address, **quiet)
         except Exception as error:
             raise OpdError(
                 f"the Ray session at cluster.address={config.address!r} does not take this program ({brief(error)}); "

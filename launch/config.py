@@ -51,6 +51,7 @@ class RunConfig:
     deterministic: bool
     max_buffer_bytes: Bytes
     checkpoint_every: Every
+    checkpoint_minutes: Annotated[float, In(0, 7 * 24 * 60.0, because="0 saves by steps only")]
     checkpoint_keep: Count
     checkpoint_keep_every: Every
     grace_s: Annotated[float, In(0, 24 * 3600.0)]

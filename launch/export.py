@@ -16,6 +16,11 @@ async def export_student(
 ) -> None:
     """Write `export/` of a run: weights, config, tokenizer, and the card."""
     await learner.export(directory.export)
+    write_card(directory, facts, end)
+
+
+def write_card(directory: RunDirectory, facts: Mapping[str, str], end: EvaluationPoint | None) -> None:
+    """The card of the export; written again when the last evaluation is there."""
     write_text(directory.export / "README.md", _card(directory.name, facts, end))
 
 
@@ -24,8 +29,9 @@ def _card(name: str, facts: Mapping[str, str], end: EvaluationPoint | None) -> s
     lines = ["---", "library_name: transformers", "tags:", "- on-policy-distillation", "---", "", f"# {name}", ""]
     lines += ["A student trained by on-policy distillation with `opd`.", "", "| fact | value |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
-    lines += ["", "Held-out results at the end of training:", "", "| measure | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in measured.items()]
+    if measured:
+        lines += ["", "Held-out results at the end of training:", "", "| measure | value |", "|---|---|"]
+        lines += [f"| {key} | {value} |" for key, value in measured.items()]
     return "\n".join(lines) + "\n"
 
 

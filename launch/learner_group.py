@@ -35,6 +35,7 @@ class LearnerGroup:
         self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
         self._deadline_s = config.deadline_s
         self._start_s = max(config.deadline_s, start_deadline_s)
+        self._asked: set[asyncio.Task[Any]] = set()  # calls that may not be answered yet
 
     async def setup(self) -> None:
         """Let the ranks find each other and load the model."""
@@ -84,6 +85,11 @@ class LearnerGroup:
         """Where each rank runs (`opd.shared_memory.place`)."""
         return await self._all([place_of(a) for a in self.actors])
 
+    async def settled(self) -> None:
+        """Wait until every rank has answered what it was asked last, also where nobody waits for it any more."""
+        if self._asked:
+            await asyncio.wait(self._asked)
+
     def end(self) -> None:
         """Kill every rank."""
         for actor in self.actors:
@@ -100,10 +106,14 @@ class LearnerGroup:
         """
         due_s = deadline_s or self._deadline_s
         tasks = [asyncio.ensure_future(within(due_s, "a learner rank", call)) for call in calls]
+        for task in tasks:  # a rank goes on with what it was asked, also when whoever asked is cancelled
+            self._asked.add(task)
+            task.add_done_callback(self._asked.discard)
         try:
-            return await asyncio.gather(*tasks)
+            return await asyncio.gather(*[asyncio.shield(task) for task in tasks])
         except OpdError as error:
             if isinstance(error, Faulty):
+                _give_up(tasks)
                 raise RanksLost(error.fault, f"{error}{await self._look(*self.actors)}") from error
             raise
         except Exception as error:
@@ -113,8 +123,11 @@ class LearnerGroup:
             lost = next((e for e in outcomes if e is not None and has_died(e)), None)
             if lost is None:
                 raise
+            _give_up(tasks)
             why = type(lost).__name__ if vanished(lost) else brief(lost)
             raise RanksLost(Fault.DIED, f"a learner rank died ({why})") from error
-        finally:
-            for task in tasks:
-                task.cancel()
+
+
+def _give_up(tasks: Sequence["asyncio.Task[Any]"]) -> None:
+    for task in tasks:
+        task.cancel()

@@ -47,6 +47,10 @@ class Ranks(Learner, Protocol):
         """The student as a Hugging Face folder."""
         ...
 
+    async def settled(self) -> None:
+        """Wait until all have answered what they were asked last, also where nobody waits for it any more."""
+        ...
+
     def end(self) -> None:
         """Kill all of them."""
         ...
@@ -95,6 +99,7 @@ class RestartingLearner:
         self._lost: RanksLost | None = None  # why the ranks there are cannot be asked
         self._suspects: set[str] = set()  # calls in which ranks were lost, and that were not answered since
         self._starting = asyncio.Lock()
+        self._breaking_off = False
 
     async def setup(self) -> None:
         """The first ranks; whoever is lost here is not replaced."""
@@ -163,6 +168,17 @@ class RestartingLearner:
     async def export(self, directory: Path) -> None:
         """The student as a Hugging Face folder."""
         await self._ask("the export", lambda ranks: ranks.export(directory))
+
+    async def settle(self) -> None:
+        """The run breaks off: nobody is replaced any more, and what the ranks are at comes to its end.
+
+        Raises:
+            OpdError: they are lost.
+        """
+        self._breaking_off = True
+        if self._lost is not None:
+            raise _end(self._lost, " in a run that breaks off")
+        await self._ranks.settled()
 
     async def _ask(self, what: str, call: Callable[[Ranks], Awaitable[Answer]]) -> Answer:
         """The answer of the ranks there are; of new ones, if those are gone."""
@@ -245,6 +261,8 @@ class RestartingLearner:
             )
 
     def _check_restart(self, lost: RanksLost) -> None:
+        if self._breaking_off:
+            raise _end(lost, " in a run that breaks off") from lost
         if not self._most:
             raise _end(lost, " (cluster.restarts=0)") from lost
         if len(self.history) >= self._most:

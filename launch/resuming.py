@@ -1,7 +1,10 @@
 """Where a run goes on: finds the checkpoint that `resume=` means, and refuses what would not be the same run."""
 
+import fcntl
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import strftime
@@ -18,12 +21,13 @@ from launch.checkpoints import (
     check_inputs,
     check_steps,
     described,
+    name_of,
     newest_first,
 )
 from launch.config import RunConfig
 from launch.inputs.prompt_paths import content_digest
-from launch.run_directory import RunDirectory, read_jsonl
-from launch.run_lock import check_not_running
+from launch.run_directory import RunDirectory, check_name, read_jsonl
+from launch.run_lock import check_not_running, is_over
 from launch.summary import Outcome, RunSummary
 from opd.errors import ConfigurationError
 from opd.ports import Listed
@@ -64,7 +68,10 @@ def resumption(config: RunConfig, console: Console) -> Resumption | None:
     """
     if not config.resume:
         return None
-    place, state, same_run = _found(config, console)
+    found_there = _found(config, console)
+    if found_there is None:
+        return None
+    place, state, same_run = found_there
     now = fingerprints(config)
     found = changes(state.config, described(config))
     check_inputs(str(place), state.teachers, now, found)
@@ -72,12 +79,12 @@ def resumption(config: RunConfig, console: Console) -> Resumption | None:
     check_steps(str(place), state.step, config.steps)
     if same_run:
         _check_unfinished(RunDirectory(place.parent.parent), state.step, config.steps)
-    for sentence in _remarks(config, found):
+    for sentence in _remarks(config, found, state.step):
         console.print(sentence, soft_wrap=True)
     return Resumption(checkpoint=place, state=state, same_run=same_run)
 
 
-def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool]:
+def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool] | None:
     if config.resume != LATEST and not config.resume.isdecimal():
         path = Path(config.resume)
         if not newest_first([path.name]):
@@ -91,7 +98,11 @@ def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool
     directory = RunDirectory.open(Path(config.output_dir) / config.run_name)
     check_not_running(directory.path)
     store = CheckpointStore(directory.checkpoints)
-    store.recover()
+    if not config.dry_run:
+        store.recover()
+    if config.resume == LATEST and can_begin_again(directory.path):
+        console.print(f"run {directory.path}: no step was finished, so there is nothing to go on from", soft_wrap=True)
+        return None
     if config.resume == LATEST:
         place, state, skipped = store.newest_whole()
         for sentence in skipped:
@@ -111,7 +122,7 @@ def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
         raise ConfigurationError(f"the run {directory.path} has finished its {steps} steps; raise steps to go on")
 
 
-def _remarks(config: RunConfig, found: list[Change]) -> list[str]:
+def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
     said = {change.name: change for change in found}
     remarks: list[str] = []
     if moved := next((change for name, change in said.items() if re.fullmatch(r"prompts\.(.+\.)?path", name)), None):
@@ -129,15 +140,70 @@ def _remarks(config: RunConfig, found: list[Change]) -> list[str]:
             f"note: checkpoint_every was {said['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
             "text is written across a checkpoint, so from here on other versions write than would have"
         )
+    elif config.deterministic and not config.pipeline.repeats_from(step):
+        remarks.append(
+            f"note: step {step} is no multiple of checkpoint_every, so text was on its way when it was saved; nothing "
+            "is lost, but the run goes on with other text than an uninterrupted one would have"
+        )
     return remarks
 
 
-def open_directory(config: RunConfig, resumed: Resumption | None) -> RunDirectory:
-    """The directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off."""
-    if resumed is None or not resumed.same_run:
-        name = config.run_name or f"{config.method.name}-{strftime('%Y%m%d-%H%M%S')}"
-        return RunDirectory.create(Path(config.output_dir), name)
-    return RunDirectory.open(Path(config.output_dir) / config.run_name)
+def open_directory(config: RunConfig, resumed: Resumption | None, console: Console) -> RunDirectory:
+    """The directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off.
+
+    One in which no step was ever finished does not use up its name: it is moved aside, and the run begins.
+    """
+    root = Path(config.output_dir)
+    if resumed is not None and resumed.same_run:
+        return RunDirectory.open(root / config.run_name)
+    name = config.run_name or f"{config.method.name}-{strftime('%Y%m%d-%H%M%S')}"
+    check_name(name)
+    with _alone_in(root):
+        if can_begin_again(root / name):
+            aside = root / f"{name}.begun-{strftime('%Y%m%d-%H%M%S')}"
+            (root / name).rename(aside)
+            console.print(
+                f"run {root / name}: begins anew; no step was finished in the one before, which is {aside.name} now",
+                soft_wrap=True,
+            )
+        return RunDirectory.create(root, name)
+
+
+def can_begin_again(path: Path) -> bool:
+    """Is this the directory of a run that is over and has finished no step?"""
+    if not (path / "config.yaml").is_file() or not is_over(path):
+        return False
+    return not RunDirectory(path).took_a_step
+
+
+@contextmanager
+def _alone_in(root: Path) -> Iterator[None]:
+    """Of two that look which names are free, one waits for the other."""
+    if not root.is_dir():
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def way_on(directory: RunDirectory) -> str:
+    """How to go on after a run that did not finish: what is there decides it."""
+    steps = CheckpointStore(directory.checkpoints).steps()
+    if steps:
+        place = directory.checkpoints / name_of(steps[0])
+        return (
+            f"step {steps[0]} is kept in {place}: the same command with run_name={directory.name} resume=latest goes "
+            f"on, and opd export run={directory.path} step={steps[0]} output=FOLDER makes a model of it"
+        )
+    if directory.took_a_step:
+        return (
+            "no checkpoint was written, so there is nothing to go on from (set checkpoint_every or checkpoint_minutes)"
+        )
+    return "no step was finished, so there is nothing to go on from: the same command begins anew"
 
 
 def rewind(directory: RunDirectory, resumed: Resumption, steps: int) -> None:

@@ -11,6 +11,8 @@ import yaml
 from rich.console import Console
 
 from launch.accounting import Costs, process_tree_cpu_seconds
+from launch.boundary import Boundary
+from launch.causes import brief, find_own
 from launch.checkpoint_store import CheckpointStore
 from launch.checkpoints import DriverState, described
 from launch.config import DEFAULT, RunConfig
@@ -18,14 +20,14 @@ from launch.doctor import as_json, consult
 from launch.environment import package_versions
 from launch.evaluate import Evaluator, Spent
 from launch.evaluation_point import EvaluationPoint
-from launch.export import export_student
+from launch.export import export_student, write_card
 from launch.limit import staffing, step_limit
 from launch.metrics import Meter
 from launch.plan import Plan
 from launch.resuming import Resumption, fingerprints, history
 from launch.run_data import RunData
 from launch.run_directory import RunDirectory, write_text
-from launch.running import Preempted, Stop
+from launch.running import Stop
 from launch.saving import Retention, Saver
 from launch.session import Session, open_session
 from launch.stacks import Stacks
@@ -77,6 +79,9 @@ class Run:
         self._teacher: EvaluationPoint | None = None
         self._last: StepRecord | None = None
         self._session: Session | None = None
+        self._boundary: Boundary | None = None
+        self._warnings: list[str] = []
+        self.exported = False  # the student lies in export/: what comes now is measured only
         self._meter = self._new_meter(lambda: 0.0)
         self._ready_s = self._first_step_s = 0.0
 
@@ -93,11 +98,12 @@ class Run:
         return meter
 
     async def everything(self) -> None:
-        """Start, measure, train, measure again, export."""
+        """Start, measure, train, export, measure again."""
         plan, config = self._plan, self._config
-        self._console.print(f"run {self._directory.path}: starting {config.method.name} ...")
+        self._say(f"run {self._directory.path}: starting {config.method.name} ...")
         # Read meanwhile; a large teacher takes minutes. Known already where a checkpoint was compared with them.
         self._fingerprints = asyncio.create_task(asyncio.to_thread(fingerprints, config))
+        self._say("loading the student and its teachers ...")
         session = self._session = await open_session(plan, Stacks(self._directory.stacks))
         gc.collect()
         gc.freeze()  # what start-up made stays: nobody need look for garbage in it at every step
@@ -114,14 +120,49 @@ class Run:
                 await self._measure_start(session, evaluator, trackers, cpu)
                 self._first_step_s = time() - self._started
                 await self._train(session, evaluator, trackers, cpu)
-                await self._measure_student(evaluator, trackers, cpu, config.steps, config.evaluation.samples)
-                if _teacher_can_be_measured(plan):
-                    await self._measure_teacher(session, evaluator, trackers)
-            await export_student(session.learner, self._directory, self._facts(), self._end)
+                await self._export(session)
+                await self._measure_end(session, evaluator, trackers, cpu)
         finally:
             gc.unfreeze()
             self._fingerprints.cancel()
             session.close()
+
+    async def _export(self, session: Session) -> None:
+        """Before anything else is measured: from here on nothing that was trained can be lost."""
+        self._say(f"exporting the student to {self._directory.export} ...")
+        await export_student(session.learner, self._directory, self._facts(), None)
+        self.exported = True
+
+    async def _measure_end(
+        self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: "_Cpu"
+    ) -> None:
+        """What comes last may fail: the student is trained and exported, and that is what the run was for."""
+        config = self._config
+        with self._warned("the student's last evaluation"):
+            self._say("last evaluation of the student ...")
+            await self._measure_student(evaluator, trackers, cpu, config.steps, config.evaluation.samples)
+            write_card(self._directory, self._facts(), self._end)
+        if _teacher_can_be_measured(self._plan):
+            with self._warned("the evaluation of the teacher (evaluation.teacher=false leaves it out)"):
+                self._say("evaluation of the teacher ...")
+                await self._measure_teacher(session, evaluator, trackers)
+
+    @contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (it is told; the run has done its work)
+            self.warn(what, error)
+
+    def warn(self, what: str, error: Exception) -> None:
+        """Something after the export has failed."""
+        own = find_own(error)
+        sentence = f"{what} failed: {own or brief(error)}; the student is trained and exported all the same"
+        self._warnings.append(sentence)
+        self._say(f"warning: {sentence}")
+
+    def _say(self, sentence: str) -> None:
+        self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     async def _measure_start(
         self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: "_Cpu"
@@ -131,6 +172,7 @@ class Run:
         if known:
             self._start, self._end = known[0], known[-1]
             return
+        self._say("first evaluation ...")
         if self._first:  # another run's student: no step of this one has published it yet
             await session.learner.publish(session.engines.student, self._first)
         await self._measure_student(evaluator, trackers, cpu, self._first, self._config.evaluation.samples)
@@ -138,8 +180,9 @@ class Run:
 
     async def _see_doctor(self, session: Session) -> None:
         if not (self._config.doctor or self._config.doctor_everything):
-            self._console.print("doctor: skipped (doctor=false); nothing says that this teacher fits")
+            self._say("doctor: skipped (doctor=false); nothing says that this teacher fits")
             return
+        self._say("examining the teacher (doctor) ...")
         findings = await consult(session, self._console)
         write_text(self._directory.path / "doctor.json", as_json(findings))
 
@@ -164,33 +207,17 @@ class Run:
         config = self._config
         store = CheckpointStore(self._directory.checkpoints)
         retention = Retention(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
-        saver = Saver(store, session.learner, session.followers, retention)
+        saver = Saver(store, session.learner, session.followers, retention, self._first)
+        boundary = self._boundary = Boundary(config, saver, self._stop, self._state_of, cpu.apart, self._first)
 
         async def remember(record: StepRecord) -> None:
             self._last = record
+            boundary.ended(record)
 
         async def measure(record: StepRecord) -> None:
             due = config.evaluation.every and record.step % config.evaluation.every == 0
-            if due and record.step < config.steps:
+            if due and record.live and record.step < config.steps:
                 await self._measure_student(evaluator, trackers, cpu, record.step, 1)
-
-        async def stop_if_asked(step: int) -> None:
-            if self._stop.asked:
-                await saver.finish()
-                self._stop.met()
-                raise Preempted(
-                    f"stopped by SIGTERM after step {step}, with a checkpoint; the same command with "
-                    f"run_name={self._directory.name} resume=latest goes on"
-                )
-
-        async def checkpoint(record: StepRecord) -> None:
-            saver.check()
-            due = config.checkpoint_every and record.step % config.checkpoint_every == 0
-            if due or record.step == config.steps or self._stop.asked:
-                state = self._state(record.step, await self._known())
-                with cpu.apart():
-                    await saver.begin(state)
-            await stop_if_asked(record.step)
 
         self._stop.waits = True
         try:
@@ -200,19 +227,27 @@ class Run:
                 self._plan.sources,
                 session.engines,
                 session.learner,
-                [remember, *trackers, measure, checkpoint],
+                [remember, *trackers, measure, boundary],
                 start=self._first,
                 steps=config.steps,
                 pipeline=config.pipeline,
                 ledger=self._ledger,
             )
             await saver.finish()
-            await stop_if_asked(config.steps)
+            await boundary.stop_if_asked()
         except BaseException as error:
-            await saver.give_up(at_once=not isinstance(error, Exception))
+            await boundary.rescue(error, session.learner)
             raise
         finally:
             self._stop.waits = False
+
+    def forsake(self) -> None:
+        """Ray itself is gone: nothing can be asked of anybody any more."""
+        if self._boundary is not None:
+            self._boundary.hopeless = True
+
+    async def _state_of(self, step: int) -> DriverState:
+        return self._state(step, await self._known())
 
     async def _known(self) -> dict[str, str]:
         assert self._fingerprints is not None
@@ -284,7 +319,7 @@ class Run:
             ledger=self._last.ledger if self._last else self._ledger.summary(),
             versions=package_versions(),
             notes=tuple(self._config.notes),
-            alarms=(*self._meter.ever.values(), *(self._session.faults if self._session else ())),
+            alarms=(*self._meter.ever.values(), *(self._session.faults if self._session else ()), *self._warnings),
             error=problem,
             utilisation=self._meter.usage,
             verdict=self._meter.verdict,

@@ -16,6 +16,27 @@ from launch.redaction import redacted
 from opd.errors import ConfigurationError, DataError, OpdError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+_LONGEST = 200  # letters of a name: file systems allow 255, and ours get endings
+
+
+def check_name(name: str) -> None:
+    """Raise `ConfigurationError` unless a run, or a comparison, can be called so."""
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            "run_name needs letters, digits and . _ = , + - only, beginning with a letter or digit, but "
+            f"got {name!r}; choose another run_name=..."
+        )
+    if len(name) > _LONGEST:
+        raise ConfigurationError(
+            f"run_name needs {_LONGEST} letters at most, but has {len(name)}; choose another run_name=..."
+        )
+
+
+def taken(path: Path) -> ConfigurationError:
+    """The sentence about a directory that is another run's."""
+    return ConfigurationError(
+        f"run directory {path} exists and is never overwritten; choose another run_name=..., or move the old one away"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +52,18 @@ class RunDirectory:
     @classmethod
     def create(cls, root: Path, name: str) -> "RunDirectory":
         """Make `root/name`; an existing one is never overwritten, nor shared with another run."""
-        if not _NAME.fullmatch(name):
-            raise ConfigurationError(
-                "run_name needs letters, digits and . _ = , + - only, beginning with a letter or digit, but "
-                f"got {name!r}; choose another run_name=..."
-            )
+        check_name(name)
         path = root / name
         try:
             root.mkdir(parents=True, exist_ok=True)
             path.mkdir()  # exclusive: of two runs that start together, one gets it
         except FileExistsError:
-            raise ConfigurationError(
-                f"run directory {path} exists and is never overwritten; choose another run_name=..., or move "
-                "the old one away"
-            ) from None
+            raise taken(path) from None
         except OSError as error:
-            raise _sentence(path, error) from error
+            raise ConfigurationError(
+                f"the run directory {path} cannot be made ({error.strerror or error}); nothing was started, choose "
+                "another output_dir=..."
+            ) from error
         directory = cls(path)
         with _writing(path):
             directory.checkpoints.mkdir()
@@ -61,6 +78,12 @@ class RunDirectory:
                 f"{path} is no run directory (it has no config.yaml); give the path of one, e.g. runs/<run_name>"
             )
         return cls(path)
+
+    @property
+    def took_a_step(self) -> bool:
+        """Is there anything in it that was trained? A checkpoint, a line of a step, or a student."""
+        trained = any(self.checkpoints.glob("step_*")) or any(self.checkpoints.glob(".step_*.old"))
+        return trained or bool(read_jsonl(self.metrics)) or (self.export / "config.json").exists()
 
     @property
     def name(self) -> str:
@@ -262,6 +285,6 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _sentence(path: Path, error: OSError) -> OpdError:
     return OpdError(
-        f"cannot write {path}: {error.strerror or error}; what was written before is intact, make room or "
-        "choose another place for the runs and resume"
+        f"cannot write {path}: {error.strerror or error}; what was written before is intact; make room, or move "
+        "the runs to another place"
     )

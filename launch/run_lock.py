@@ -47,6 +47,19 @@ def check_not_running(directory: Path) -> None:
         _refuse(directory, path.read_text())
 
 
+def is_over(directory: Path) -> bool:
+    """Is certainly nobody at the run in `directory`? A note of another host cannot be checked."""
+    try:
+        text = (directory / LOCK).read_text()
+    except FileNotFoundError:
+        return True
+    try:
+        here = json.loads(text)["host"] == socket.gethostname()
+    except (ValueError, KeyError, TypeError):
+        here = True
+    return here and _holder(text) is None
+
+
 def _refuse(directory: Path, text: str) -> None:
     holder = _holder(text)
     if holder is not None:

@@ -38,10 +38,17 @@ class Saver:
         learner: RestartingLearner,
         followers: Mapping[str, Follower],
         retention: Retention,
+        first: int = 0,
     ) -> None:
         self._store, self._learner, self._followers, self._retention = store, learner, followers, retention
         self._writing: asyncio.Task[bool] | None = None
         self._begun: DriverState | None = None
+        self.kept = first  # the step of the newest checkpoint that is on the disk, or that needs none
+
+    @property
+    def follows(self) -> bool:
+        """Does a teacher follow the student?"""
+        return bool(self._followers)
 
     async def begin(self, state: DriverState) -> None:
         """Save the learner as it is now, and `state`."""
@@ -74,6 +81,7 @@ class Saver:
         except BaseException:
             self._store.abandon(state.step)
             raise
+        self.kept = state.step
         await self._learner.kept(self._store.path(state.step) / LEARNER)
         try:
             await asyncio.to_thread(self._store.prune, self._retention.keep, self._retention.keep_every)
@@ -99,8 +107,7 @@ class Saver:
         if not await self._settled():
             raise OpdError(
                 f"the checkpoint of step {self._begun.step} needs ranks that live until it is written, but they were "
-                "lost twice while they wrote it; the same command with run_name=... resume=latest goes on from the "
-                "newest checkpoint"
+                "lost twice while they wrote it; look at their logs and at the disk"
             )
 
     async def _settled(self) -> bool:

@@ -11,7 +11,6 @@ from launch.running import Preempted
 from opd.errors import ConfigurationError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 @contextmanager
@@ -19,8 +18,9 @@ def sentences(console: Console) -> Iterator[None]:
     """Turn our own errors into one sentence and an exit code; anything else keeps its traceback."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         console.print("interrupted: everything this run had started is stopped")
+        _notes(error, console)
         sys.exit(INTERRUPTED)
     except Exception as error:
         ours = find_own(error)
@@ -28,8 +28,16 @@ def sentences(console: Console) -> Iterator[None]:
             raise
         if isinstance(ours, Preempted):
             console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
-            sys.exit(PREEMPTED)
+            _notes(error, console)
+            sys.exit(ours.code)
         console.print("error:", style="bold red", end=" ")
         console.print(f"{type(ours).__name__}: ", end="", highlight=False)
         console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
+        _notes(error, console)
         sys.exit(2 if isinstance(ours, ConfigurationError) else 1)
+
+
+def _notes(error: BaseException, console: Console) -> None:
+    """How to go on, where that is known."""
+    for note in getattr(error, "__notes__", ()):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

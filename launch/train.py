@@ -7,6 +7,7 @@ from rich.console import Console
 
 from launch import screen
 from launch.causes import find_own
+from launch.checks.places import check_place, next_commands
 from launch.cluster import connected
 from launch.config import run_config
 from launch.evaluate import Spent
@@ -14,7 +15,8 @@ from launch.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.live_view import busy_words
 from launch.metrics import Meter
 from launch.plan import Plan, make_plan
-from launch.resuming import Resumption, open_directory, resumption, rewind
+from launch.ray_node import Node
+from launch.resuming import Resumption, open_directory, resumption, rewind, way_on
 from launch.run import Run, costs, make_evaluator
 from launch.run_directory import RunDirectory
 from launch.run_lock import running
@@ -22,21 +24,26 @@ from launch.running import Preempted, Stop, beside, run_until_stopped
 from launch.session import open_session
 from launch.summary import Outcome
 from launch.tracking import check_login
+from opd.errors import OpdError
 
 
 def run_training(overrides: Sequence[str]) -> int:
     """`opd train`: returns the exit code; errors are raised as sentences."""
     config = run_config(overrides)
     check_login(config.tracker)
+    check_place(config)
     plan = make_plan(config)
     console = screen.console()
     if config.dry_run:
+        resumed = resumption(config, console)
         console.print(plan.table())
+        if resumed is not None:
+            console.print(f"would go on from {resumed.checkpoint}", soft_wrap=True, markup=False, highlight=False)
     plan.show_prompts(console)
     if config.dry_run:
         return 0
     directory = train_once(plan, console)
-    console.print(f"report: {directory.report}\nstudent: {directory.export}", soft_wrap=True)
+    console.print(next_commands(directory), soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
@@ -70,7 +77,7 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
     """A whole run in a new run directory, or the rest of one in its own; its summary says how it ended."""
     config = plan.config
     resumed = resumption(config, console)
-    directory = open_directory(config, resumed)
+    directory = open_directory(config, resumed, console)
     with running(directory.path):
         if resumed is not None and resumed.same_run:
             rewind(directory, resumed, config.steps)
@@ -81,20 +88,21 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
 
 
 def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resumption | None) -> None:
-    stop = Stop(plan.config.grace_s)
+    stop = Stop(plan.config.grace_s, lambda sentence: console.print(sentence, soft_wrap=True, highlight=False))
     run = Run(plan, directory, console, stop, resumed)
     outcome, problem = Outcome.FAILED, ""
     try:
-        with connected(plan.config.cluster) as node:
-            run_until_stopped(beside(run.everything(), node.watch()), stop)
+        _in_session(plan, run, stop)
         outcome = Outcome.FINISHED
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (KeyboardInterrupt, asyncio.CancelledError) as error:
         outcome = Outcome.STOPPED
+        error.add_note(way_on(directory))
         raise
     except BaseException as error:
         own = find_own(error)
         outcome = Outcome.STOPPED if isinstance(own, Preempted) else Outcome.FAILED
         problem = "" if isinstance(own, Preempted) else str(own or f"{type(error).__name__}: {error}")[:2000]
+        error.add_note(way_on(directory))
         raise
     finally:
         summary = run.summary(outcome, problem)
@@ -104,6 +112,25 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
             console.print(
                 f"busy: {busy_words(summary.utilisation)}\n{summary.verdict}", soft_wrap=True, highlight=False
             )
+
+
+def _in_session(plan: Plan, run: Run, stop: Stop) -> None:
+    """The run within a Ray session; what fails after the export is a warning, since training has done its work."""
+
+    async def watch(node: Node) -> None:
+        try:
+            await node.watch()
+        except OpdError:
+            run.forsake()
+            raise
+
+    try:
+        with connected(plan.config.cluster) as node:
+            run_until_stopped(beside(run.everything(), watch(node)), stop)
+    except Exception as error:
+        if not run.exported:
+            raise
+        run.warn("what comes after training", error)
 
 
 def _report(directory: RunDirectory) -> None:

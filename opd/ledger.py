@@ -237,7 +237,7 @@ class Ledger:
                 ledger._open.setdefault(name.step, {})[name] = State(state)
                 if again:
                     ledger._again.add(name)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"the ledger of a checkpoint cannot be read ({type(error).__name__}: {error}); take another checkpoint"
             ) from error

@@ -1,6 +1,7 @@
 """The central loop: prompts -> rollout -> scorer -> weights -> objective -> update, one step after another."""
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class StepRecord:
 
     `seconds` has `rollout` (first request to last completion), `score` (what scoring took beyond that),
     `wait` (learner idle), `train` (with packing), `publish` and `step` (all of it). `spans` says who worked for this
-    step when: one span of rollout and teacher per group, one of learner and publish.
+    step when: one span of rollout and teacher per group, one of learner and publish. `live` is False where the run
+    breaks off: the student has learned this step, but its weights reached no engine, and none should be asked now.
     """
 
     step: int
@@ -38,6 +40,7 @@ class StepRecord:
     ledger: Mapping[str, int]
     seconds: Mapping[str, float]
     spans: Sequence[Span] = ()
+    live: bool = True
 
 
 async def train(
@@ -57,7 +60,7 @@ async def train(
 
     `pipeline` says how far collecting may run ahead of training; the default is strictly on-policy. `ledger` is that of
     the run that is gone on with. A step without a token to train is skipped, several in a row are an error. A failure
-    anywhere stops everything.
+    anywhere stops everything, but no update in the middle: observers hear of every step that the student has learned.
     """
     now = asyncio.get_running_loop().time  # a simulation brings its own
     ledger, empty = ledger or Ledger(), 0
@@ -76,51 +79,99 @@ async def train(
             waited = now()
             weights = weigh(method.weights, collected.scored)  # 0 = not trained
             empty = 0 if any(w.any() for w in weights) else empty + 1
-            report = await _update(method, learner, collected.scored, weights, empty)
-            updated = now()
-            await collector.drained(step + 1)
-            drained = now()
-            published = await learner.publish(engines.student, step + 1)
-            digests[published.version] = published.digest
-            ended = now()
-            _account(ledger, step, collected.scored, weights)
-            record = StepRecord(
-                step=step + 1,
-                scored=collected.scored,
-                weights=weights,
-                report=report,
-                published=published,
-                ledger=ledger.summary(),
-                seconds=_seconds(collected, began, waited, updated, drained, ended),
-                spans=_spans(collected, waited, updated, drained, ended),
-            )
-            for observer in observers:  # an evaluation must not share engines, or its bill, with training
-                await observer(record)
+            update = asyncio.ensure_future(_update(method, learner, collected.scored, weights, empty))
+            taken = _Taken(step=step, collected=collected, weights=weights, began=began, waited=waited)
+            try:
+                live = await _go_live(update, collector, learner, engines, step + 1)
+            except BaseException:
+                # Whatever has failed meanwhile: a step that the student has learned is accounted for and told of.
+                await _tell(observers, ledger, taken, await update, _Live.nowhere(step + 1))
+                raise
+            digests[live.published.version] = live.published.digest
+            await _tell(observers, ledger, taken, await update, live)  # the update has long ended
             await collector.advance(step + 1, collected)
     return ledger
 
 
-def _seconds(
-    collected: Collected, began: float, waited: float, updated: float, drained: float, ended: float
-) -> dict[str, float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Taken:
+    """A step that is handed to the learner; times are of the loop's clock."""
+
+    step: int
+    collected: Collected
+    weights: Sequence[Float[np.ndarray, " _T"]]
+    began: float
+    waited: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Live:
+    """When a step's update, the text before it and its publication had ended; did its weights reach the engines?"""
+
+    published: PublishReport
+    updated: float
+    drained: float
+    ended: float
+    reached: bool = True
+
+    @classmethod
+    def nowhere(cls, version: int) -> "_Live":
+        """They are in no engine."""
+        now = asyncio.get_running_loop().time()
+        report = PublishReport(version=version, gap=math.nan, nbytes=0)
+        return cls(published=report, updated=now, drained=now, ended=now, reached=False)
+
+
+async def _go_live(
+    update: "asyncio.Future[StepReport]", collector: Collector, learner: Learner, engines: Engines, version: int
+) -> _Live:
+    now = asyncio.get_running_loop().time
+    await asyncio.shield(update)
+    updated = now()
+    await collector.drained(version)
+    drained = now()
+    published = await learner.publish(engines.student, version)
+    return _Live(published=published, updated=updated, drained=drained, ended=now())
+
+
+async def _tell(observers: Sequence[Observer], ledger: Ledger, taken: _Taken, report: StepReport, live: _Live) -> None:
+    """Account for a step, and tell everybody of it."""
+    _account(ledger, taken.step, taken.collected.scored, taken.weights)
+    record = StepRecord(
+        step=taken.step + 1,
+        scored=taken.collected.scored,
+        weights=taken.weights,
+        report=report,
+        published=live.published,
+        ledger=ledger.summary(),
+        seconds=_seconds(taken, live),
+        spans=_spans(taken, live),
+        live=live.reached,
+    )
+    for observer in observers:  # an evaluation must not share engines, or its bill, with training
+        await observer(record)
+
+
+def _seconds(taken: _Taken, live: _Live) -> dict[str, float]:
     """See `StepRecord.seconds`."""
+    collected = taken.collected
     return {
         "rollout": collected.written - collected.began,
         "score": max(collected.read - collected.written, 0.0),
-        "wait": waited - began + drained - updated,
-        "train": updated - waited,
-        "publish": ended - drained,
-        "step": ended - began,
+        "wait": taken.waited - taken.began + live.drained - live.updated,
+        "train": live.updated - taken.waited,
+        "publish": live.ended - live.drained,
+        "step": live.ended - taken.began,
     }
 
 
-def _spans(collected: Collected, waited: float, updated: float, drained: float, ended: float) -> list[Span]:
+def _spans(taken: _Taken, live: _Live) -> list[Span]:
     """See `StepRecord.spans`."""
-    step = collected.step + 1
+    step = taken.step + 1
     return [
-        *collected.spans,
-        Span(role=Role.LEARNER, step=step, start=waited, end=updated),
-        Span(role=Role.PUBLISH, step=step, start=drained, end=ended),
+        *taken.collected.spans,
+        Span(role=Role.LEARNER, step=step, start=taken.waited, end=live.updated),
+        Span(role=Role.PUBLISH, step=step, start=live.drained, end=live.ended),
     ]
 
 

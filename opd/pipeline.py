@@ -58,6 +58,17 @@ class Pipeline:
             oldest = max(oldest, step - step % self.barrier_every)
         return oldest
 
+    def repeats_from(self, step: int) -> bool:
+        """Does a run that goes on from a checkpoint of `step` write what the uninterrupted one writes?"""
+        if not self.max_staleness:
+            return True
+        return bool(self.deterministic and self.barrier_every and step % self.barrier_every == 0)
+
+    def may_pause(self, step: int) -> bool:
+        """May a checkpoint that is due by the clock be of `step`? With barriers only there, because of those between
+        them a run could not go on as it was; without any it is of any step, since nothing is promised there."""
+        return self.repeats_from(step) or not (self.deterministic and self.barrier_every)
+
     def refusal(self, trajectory: Trajectory, step: int, published: Mapping[int, str]) -> str:
         """Why `trajectory` must not be trained at `step`; "" if it may. `published` has the digest of every version.
 

@@ -63,7 +63,8 @@ def test_leftovers_never_cost_a_whole_checkpoint(whole: set[int], partial: set[i
 
 def state(step: int, **changed: object) -> DriverState:
     values: dict = {
-        "run_name": "r", "step": step, "ledger": Ledger(trained=3).to_json(), "totals": {"tokens/prompt": 7.0},
+        "run_name": "r", "step": step, "ledger": Ledger(issued=3, trained=3).to_json(),
+        "totals": {"tokens/prompt": 7.0},
         "wall_s": 1.5, "teachers": {"default": "abc"}, "config": {"seed": 0}, "followers": {},
     }  # fmt: skip
     return DriverState(**(values | changed))
@@ -259,7 +260,7 @@ def test_what_trains_the_same_may_change(override: str) -> None:
 def test_what_may_change_but_is_not_without_effect_is_said(overrides: list[str], said: list[str]) -> None:
     same = [o for o in overrides if not o.startswith(("checkpoint_every", "steps"))]
     before, now = (run_config([*SMALL, *more]) for more in (same, overrides))
-    remarks = _remarks(now, changes(described(before), described(now)))
+    remarks = _remarks(now, changes(described(before), described(now)), 0)
     assert len(remarks) == len(said) and all(part in remark for part, remark in zip(said, remarks, strict=True))
 
 

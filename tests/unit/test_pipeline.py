@@ -162,6 +162,8 @@ def test_without_it_they_differ(make: Any) -> None:
     runs = set()
     for seed in range(6):
         bench = Bench(make, wait=Pause(seed, turns=40), lr=4.0)
+        student = InFlight(bench.student.table, wait=Pause(seed, turns=40))
+        bench.engines = replace(bench.engines, student=student)
         asyncio.run(bench.run(SHORT, 12, deterministic=False, max_staleness=2))
         runs.add(tuple(losses(bench)))
     assert len(runs) > 1

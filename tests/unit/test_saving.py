@@ -22,6 +22,7 @@ from launch.saving import Retention, Saver
 from launch.supervision import Fault
 from learner import checkpoint
 from opd.errors import OpdError
+from opd.ledger import Ledger
 from opd.ports import Manifest, Receipt, Sentinel, Weights
 
 
@@ -56,7 +57,9 @@ class Ranks:
 
 
 def state(step: int) -> DriverState:
-    return DriverState(run_name="r", step=step, ledger="", totals={}, wall_s=0.0, teachers={}, config={})
+    return DriverState(
+        run_name="r", step=step, ledger=Ledger().to_json(), totals={}, wall_s=0.0, teachers={}, config={}
+    )
 
 
 async def _check(saver: Saver) -> None:
@@ -188,15 +191,15 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
 
     async def all_steps(*arguments: Any, **_: Any) -> None:
         for observer in arguments[5]:
-            await observer(SimpleNamespace(step=3))
+            await observer(SimpleNamespace(step=3, live=True))
 
     async def main() -> None:
         ranks, run, stop = Ranks(), object.__new__(Run), Stop(60.0)
         run._directory, run._stop, run._first = RunDirectory.create(tmp_path, "r"), stop, 0
         run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
         run._config = SimpleNamespace(  # type: ignore[assignment]
-            checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, steps=3, method=None, prompts=None,
-            pipeline=None, evaluation=SimpleNamespace(every=0),
+            checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, checkpoint_minutes=0, steps=3,
+            method=None, prompts=None, pipeline=None, evaluation=SimpleNamespace(every=0),
         )  # fmt: skip
         session = SimpleNamespace(learner=ranks, followers={}, engines=None)
         training = asyncio.create_task(run._train(session, None, [], SimpleNamespace(apart=nullcontext)))  # type: ignore[arg-type]

@@ -1,0 +1,47 @@
+"""Whether a run can be where it is to be, and what can be done with one that has ended."""
+
+import tempfile
+from pathlib import Path
+
+from launch.checkpoints import LATEST
+from launch.config import RunConfig
+from launch.resuming import can_begin_again
+from launch.run_directory import RunDirectory, check_name, taken
+from opd.errors import ConfigurationError
+
+
+def check_place(config: RunConfig) -> None:
+    """Refuse a name that cannot be one, a directory that is another run's, and a place that cannot be written."""
+    if config.run_name:
+        check_name(config.run_name)
+    goes_on = config.resume == LATEST or config.resume.isdecimal()
+    path = Path(config.output_dir) / config.run_name
+    if config.run_name and not goes_on and path.exists() and not can_begin_again(path):
+        raise taken(path)
+    check_writable(Path(config.output_dir))
+
+
+def check_writable(root: Path) -> None:
+    """Raise `ConfigurationError` unless a folder can be made in `root`, or in what is there of the way to it."""
+    there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".opd-", dir=there):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"output_dir={root} cannot be written ({error.strerror or error}: {there}); choose another output_dir=..."
+        ) from error
+
+
+def next_commands(directory: RunDirectory) -> str:
+    """What a finished run has left, and the commands that go on with it."""
+    lines = [
+        f"report: {directory.report}",
+        f"student: {directory.export}",
+        f"next: opd eval checkpoint={directory.export} ... measures it, opd export run={directory.path} output=FOLDER "
+        "copies it",
+    ]
+    offline = sorted((directory.path / "wandb").glob("offline-run-*"))
+    if offline:
+        lines.append(f"wandb: `wandb sync {offline[-1]}` sends it, `wandb leet {offline[-1].parent}` shows it")
+    return "\n".join(lines)
