@@ -56,7 +56,8 @@ def _whole(file: Path) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _zstandard(file: Path) -> BinaryIO:

@@ -24,6 +24,7 @@ class HuggingFaceTokenizer:
             raise DataError(f"the tokenizer in {path!r} has no end-of-text token; completions could never end")
         self._path = path
         self.eos_id = int(self._tokenizer.eos_token_id)
+        self._ends_prompts = self._tokenizer("a")["input_ids"][-1:] == [self.eos_id]
         self.unknown_id: int | None = self._tokenizer.unk_token_id
 
     def encode(self, text: str) -> np.ndarray:
@@ -37,13 +38,13 @@ class HuggingFaceTokenizer:
         encoded = self._batch([str(prompts[i].text) for i in plain], special=True)
         encoded += self._batch([self._chat(prompts[i]) for i in chats], special=False)
         made = dict(zip([*plain, *chats], encoded, strict=True))
+        if plain and self._ends_prompts:
+            raise DataError(
+                f"the tokenizer in {self._path!r} puts its end-of-text token behind every prompt, so that nothing "
+                "would follow; set add_eos_token to false in its tokenizer_config.json"
+            )
         for i in plain:
             made[i] = self._single_start(made[i])
-            if made[i] and made[i][-1] == self.eos_id and not str(prompts[i].text).endswith(self._tokenizer.eos_token):
-                raise DataError(
-                    f"the tokenizer in {self._path!r} puts its end-of-text token behind every prompt, so that nothing "
-                    "would follow; set add_eos_token to false in its tokenizer_config.json"
-                )
         return [np.asarray(made[i], dtype=np.int32) for i in range(len(prompts))]
 
     def decode(self, ids: np.ndarray) -> str:
