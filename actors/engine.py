@@ -52,11 +52,14 @@ class VLLMEngine:
     engine writes with the checkpoint's own weights, as version 0 with the digest "".
     """
 
-    def __init__(self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray]) -> None:
+    def __init__(
+        self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray], ends: Sequence[int] = ()
+    ) -> None:
+        """`ends` are ids that end a completion beside those that the checkpoint's own files name."""
         self._config = config
         self._run_seed = run_seed
         self._fetch = fetch
-        self._limits: Limits = read_limits(config)
+        self._limits: Limits = read_limits(config, ends)
         self._version, self._digest = 0, ""
         self._refusal: str | None = None
         self._receiving = asyncio.Lock()

@@ -1,6 +1,7 @@
 """From a `StudentConfig` to a running vLLM engine, and the limits that its requests must keep."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.config import CPU_KV_CACHE_BYTES, StudentConfig
+from actors.ends import read_ends
 from opd.devices import resolve_device, resolve_dtype
-from opd.errors import ConfigurationError, DataError
+from opd.errors import DataError
 from opd.ports import GenerateRequest, Sampling, Sentinel
 
 if TYPE_CHECKING:
@@ -95,30 +97,16 @@ class Limits:
         )
 
 
-def read_limits(config: StudentConfig) -> Limits:
-    """The limits of the checkpoint in `config.path`.
+def read_limits(config: StudentConfig, ends: Sequence[int] = ()) -> Limits:
+    """The limits of the checkpoint in `config.path`; `ends` are ids that end completions beside those that it names.
 
     Raises `ConfigurationError` if the folder is none, `DataError` if no end-of-text token is known.
     """
-    folder = Path(config.path)
-    if not (folder / "config.json").is_file():
-        raise ConfigurationError(
-            f"student.path needs a Hugging Face checkpoint folder, but {config.path!r} has no config.json; correct it"
-        )
-    model = json.loads((folder / "config.json").read_text())
+    named = read_ends(config.path).ids
+    model = json.loads((Path(config.path) / "config.json").read_text())
     model = model | model.get("text_config", {})
-    generation = folder / "generation_config.json"
-    ends = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    ends = model.get("eos_token_id") if ends is None else ends
-    if ends is None:
-        raise DataError(
-            f"the student checkpoint {config.path!r} names no eos_token_id in generation_config.json or "
-            "config.json, so its completions could never end; add it"
-        )
     return Limits(
-        vocabulary=int(model["vocab_size"]),
-        longest=config.max_model_len,
-        ends=tuple(ends) if isinstance(ends, list) else (int(ends),),
+        vocabulary=int(model["vocab_size"]), longest=config.max_model_len, ends=tuple(sorted({*named, *ends}))
     )
 
 

@@ -9,7 +9,9 @@ from rich.table import Table
 from actors.config import CPU_KV_CACHE_BYTES
 from launch.checks.answers import check_answers, check_rewards
 from launch.checks.devices import gpus, resolved, undecided
+from launch.checks.ends import text_ends
 from launch.checks.models import hidden_width, parameter_count, vocabulary_rows
+from launch.checks.numbers import check_numbers, numbers_notes
 from launch.checks.prompts import (
     check_lengths,
     check_routes,
@@ -45,7 +47,8 @@ class Plan:
     parameters. `vocabulary` counts the ids of the tokenizer, without the model's padding. `answers` says of the prompts
     that come from files how many reference answers can be graded against. `prompts` shows the
     first prompt, and `remarks` are sentences about what is no error. `undecided`: nothing says whether the run should
-    use GPUs, if the cluster has some.
+    use GPUs, if the cluster has some. `ends`: the ids that end a
+    completion.
     """
 
     config: RunConfig
@@ -59,6 +62,7 @@ class Plan:
     prompts: Mapping[str, str]
     remarks: Sequence[str]
     undecided: bool = False
+    ends: tuple[int, ...] = ()
 
     def memory_bytes(self) -> Mapping[str, int]:
         """Estimated bytes of one process per role, engines' caches included, libraries not."""
@@ -103,6 +107,7 @@ class Plan:
             table.add_row(f"{place}: answers", "", said, "")
         table.add_row("GPUs", "", gpus(config), "")
         table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
+        table.add_row("ends of text", "", ", ".join(map(str, self.ends)), "")
         return table
 
     def show_prompts(self, console: Console) -> None:
@@ -124,6 +129,7 @@ def make_plan(config: RunConfig) -> Plan:
     config = resolved(config)
     with_kernel(config.learner.loss_kernel, config.method.objective)
     check_adapters(config)
+    check_numbers(config)
     check_checkpoint(config.student.path, "student")
     exact_kl = check_teachers(config)
     check_settings(config)
@@ -131,6 +137,7 @@ def make_plan(config: RunConfig) -> Plan:
     config = replace(config, method=replace(config.method, weights=look_up(config.method.weights, tokens)))
     tokenizer = HuggingFaceTokenizer(config.student.path)
     sources = Sources(tokenizer=tokenizer, rows=read_rows)
+    ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
     measured = replace(sources, place="evaluation.prompts")
     held_out = survey_step(config.evaluation.prompts, measured, tokenizer)
@@ -154,7 +161,12 @@ def make_plan(config: RunConfig) -> Plan:
         undecided=open_device,
         answers=answers,
         prompts=_shown(training, tokenizer),
-        remarks=remarks(config, training, held_out, said, dated=tokenizer.dated),
+        remarks=[
+            *remarks(config, training, held_out, said, dated=tokenizer.dated),
+            *ends.notes,
+            *numbers_notes(config),
+        ],
+        ends=ends.ids,
     )
 
 

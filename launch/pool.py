@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,14 @@ class StudentPool:
     """
 
     def __init__(
-        self, care: Care, make: Callable[[], Any] | None = None, end: Callable[[Any], None] = end, look: Look = unseen
+        self,
+        care: Care,
+        make: Callable[[], Any] | None = None,
+        end: Callable[[Any], None] = end,
+        look: Look = unseen,
+        rows: int = 0,
     ) -> None:
+        """`rows`: the ids that the engines' model has (0: not known, ids are only seen to be positive)."""
         self._weights: Weights | None = None
         self._gap = 0.0  # the largest sentinel gap of engines that took `_weights`
         self.replicas = Replicas(
@@ -44,7 +51,7 @@ class StudentPool:
         self._generate: Dispatcher[GenerateRequest, Completion] = Dispatcher(
             replicas=self.replicas,
             ask=lambda actor, requests: streamed(actor.generate_in_parts, requests),
-            check=verify_completions,
+            check=partial(verify_completions, rows=rows),
             lost=is_lost,
         )
 

@@ -13,6 +13,7 @@ from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from launch.checkpoints import LEARNER
 from launch.checks.devices import ENGINE, LEARNER_RANK, REMOTE_TEACHER, TEACHER, WRITER, check_idle_cluster, roles
+from launch.checks.models import vocabulary_rows
 from launch.cluster import Actors, fetch, machines, place_of
 from launch.handover import handing_over, keep
 from launch.inputs.graders import GRADERS, RunGrader
@@ -25,7 +26,7 @@ from launch.settings import ClusterConfig
 from launch.stacks import Stacks
 from launch.supervision import within
 from launch.transports import check_places, outlet
-from learner.config import Transport
+from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
 from opd.devices import Device
@@ -99,8 +100,9 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
     actors = Actors(config.cluster, roles(config), stacks)
     student = StudentPool(
         config.cluster.care(config.student.deadline_s),
-        partial(_engine, actors, actors[ENGINE], config.student, config.seed),
+        partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends),
         look=actors.look,
+        rows=vocabulary_rows(config.student.path),
     )
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
     learner = _learner(actors, plan, student, teachers)
@@ -146,9 +148,9 @@ async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence
     return dict(zip(actors, places, strict=True))
 
 
-def _engine(actors: Actors, role: Role, config: StudentConfig, seed: int) -> Any:
+def _engine(actors: Actors, role: Role, config: StudentConfig, seed: int, ends: Sequence[int]) -> Any:
     environment = engine_environment(config.device)
-    return actors.make(VLLMEngine, role, environment, config, seed, fetch, concurrency=CALLS)
+    return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, concurrency=CALLS)
 
 
 def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
@@ -169,8 +171,10 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
 async def _writer(actors: Actors, plan: Plan, name: str, role: Role) -> TextEngine:
     config = plan.config
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
-    make = partial(_engine, actors, role, as_student, config.seed)
-    pool = StudentPool(config.cluster.care(as_student.deadline_s), make, look=actors.look)
+    make = partial(_engine, actors, role, as_student, config.seed, plan.ends)
+    pool = StudentPool(
+        config.cluster.care(as_student.deadline_s), make, look=actors.look, rows=vocabulary_rows(as_student.path)
+    )
     await pool.replicas.start(1)
     return pool
 
@@ -207,4 +211,5 @@ def _rank(actors: Actors, plan: Plan) -> Any:
     environment = learner_environment(config.learner.device)
     make = outlet(config.learner.transport, config.learner.deadline_s)
     arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, make)
-    return actors.make(LearnerRank, actors[LEARNER_RANK], environment, *arguments, concurrency=2)
+    text = StudentText(ends=plan.ends)
+    return actors.make(LearnerRank, actors[LEARNER_RANK], environment, *arguments, text, concurrency=2)

@@ -68,6 +68,15 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StudentText:
+    """What a rank is told of the run's texts: the ids that end them (they are exported), and the `sentinel`, ids of a
+    text of the run by which publications are checked (empty: random ids)."""
+
+    ends: tuple[int, ...] = ()
+    sentinel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class LearnerConfig:
     """How the student is trained.

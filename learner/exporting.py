@@ -26,9 +26,12 @@ _TOKENIZER_FILES = (
 )
 
 
-def export(student: Student, config: LearnerConfig, source: str, rank: int, directory: Path) -> None:
+def export(
+    student: Student, config: LearnerConfig, source: str, rank: int, directory: Path, ends: Sequence[int] = ()
+) -> None:
     """Write `directory`: safetensors, configuration, and the tokenizer of `source`; all ranks must call.
 
+    `ends` are the ids that ended texts in training; whoever generates with the folder ends them there, too.
     Adapters are merged, as an engine does it, and also written by themselves, in PEFT's format, into `adapter/`.
     """
     named = list(student.named())
@@ -39,6 +42,8 @@ def export(student: Student, config: LearnerConfig, source: str, rank: int, dire
     if rank == 0:
         checkpoint.start(directory)
         temporary = checkpoint.partial(directory)
+        if ends and student.causal.generation_config is not None:
+            student.causal.generation_config.eos_token_id = list(ends)
         student.causal.save_pretrained(temporary, state_dict=state)
         for name in _TOKENIZER_FILES:
             found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)

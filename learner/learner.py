@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, StudentText
 from opd.errors import ConfigurationError
 from opd.ports import Share
 from opd.pull import own_host
@@ -43,9 +43,11 @@ class LearnerRank:
         seed: int,
         fetch: Fetch,
         outlet: "MakeOutlet",
+        text: StudentText = StudentText(),  # noqa: B008 (frozen)
     ) -> None:
         self._config, self._student_path, self._teacher_head_paths = config, student_path, teacher_head_paths
         self._steps, self._seed, self._fetch, self._outlet = steps, seed, fetch, outlet
+        self._text = text
         self._training: Training | None = None
         self._busy_s = 0.0
 
@@ -69,7 +71,7 @@ class LearnerRank:
         from learner.training import Training
 
         self._training = Training(self._config, rank, host, port, self._seed, self._steps)
-        self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._outlet)
+        self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._outlet, self._text)
 
     def step(self, batches: Sequence[Batch[Scores]], objective: "Objective") -> StepReport:
         """One update from this rank's micro-batches; all ranks bring the same number and get the same report.

@@ -16,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from learner import checkpoint, engine, fragments
-from learner.config import LearnerConfig, learning_rate
+from learner.config import LearnerConfig, StudentText, learning_rate
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, load_head, load_student, sentinel_ids
@@ -58,10 +58,15 @@ class Training:
         engine.join(rank, config.ranks, host, port, self._device, config.deadline_s)
 
     def load_models(
-        self, student_path: str, teacher_head_paths: Sequence[str], fetch: Fetch, outlet: MakeOutlet
+        self,
+        student_path: str,
+        teacher_head_paths: Sequence[str],
+        fetch: Fetch,
+        outlet: MakeOutlet,
+        text: StudentText,
     ) -> None:
         """Load the student and the output matrices of its teachers."""
-        self._student_path, self._fetch = student_path, fetch
+        self._student_path, self._fetch, self._text = student_path, fetch, text
         self._student = load_student(student_path, self._dtype, self._config.gradient_checkpointing)
         lora = self._config.lora
         if lora.r:
@@ -157,7 +162,7 @@ class Training:
 
     def export(self, directory: Path) -> None:
         """See `LearnerRank.export`."""
-        export(self._student, self._config, self._student_path, self._rank, directory)
+        export(self._student, self._config, self._student_path, self._rank, directory, self._text.ends)
 
     def peak_memory_bytes(self) -> int:
         """The most memory the device (on CPU: the process) has held."""

@@ -85,20 +85,22 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
         )
         for p, half in zip(prompts, halves, strict=True)
     ]
-    shares = []
+    rewards = []
     for engine, as_teacher in ((engines.student, False), (writer, True)):
         rests = [Sampling(max_tokens=max(1, max_tokens - len(half))) for half in halves]
         asked = [write([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
         ended = await asyncio.gather(*asked)
         whole = [_after(half, t) for half, (t,) in zip(halves, ended, strict=True)]
-        shares.append(float(np.mean(await task_rewards(whole, engines))))
-    student, teacher = shares
-    measured = f"from {len(prompts)} half-written texts: student {student:.1%}, teacher {teacher:.1%}"
-    if teacher <= student:
+        rewards.append(np.asarray(await task_rewards(whole, engines)))
+    student, teacher = (float(np.mean(r)) for r in rewards)
+    error = float(np.std(rewards[1] - rewards[0])) / len(prompts) ** 0.5  # of the difference, measured on pairs
+    measured = f"from {len(prompts)} half-written texts: student {student:.1%}, teacher {teacher:.1%} (+- {error:.1%})"
+    if teacher - student <= error:
         return warned(
             "teacher gain",
             measured,
-            "the teacher does not end the student's texts better than the student; there is little to learn on-policy",
+            "the teacher does not end the student's texts measurably better than the student; there is little to "
+            "learn on-policy",
         )
     return fine("teacher gain", measured)
 

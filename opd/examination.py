@@ -33,13 +33,18 @@ class Finding:
 class Thresholds:
     """Where a finding stops being fine. Chosen by us; no paper gives them, except where named.
 
-    `tolerance`: nats by which two readings of the same text may differ (float32; bfloat16 kernels differ by up to
-    0.3). `overlap`: share of the student's top-k that the teacher's holds below which a cold start is advised
-    (successful runs of arXiv 2604.13016 start at about 0.72). `surprise`: nats of the teacher's mean logprob at
-    special places (first token, end of text) under which it does not expect what the student does there.
+    `tolerance`: nats by which two readings of the same token may differ, `mean_tolerance` by which they may on average
+    (float32; what bfloat16 needs is in `launch.doctor`): two programs are compared, so there is no smaller floor to
+    measure. `overlap`: share of the student's top-k that the teacher's holds below which a cold start is advised
+    (successful runs of arXiv 2604.13016 start at about 0.72; two strangers share k / V by chance). `surprise`: nats by
+    which the teacher must find special places (first token, end of text) less likely than the rest of the same texts
+    before it is said not to expect them. `flat`: a token that is exchanged for another changes a trained teacher's
+    logprob by several nats; a teacher for which it is less than this has nothing to teach.
     """
 
     tolerance: float = 1e-3
+    mean_tolerance: float = 1e-3
+    flat: float = 0.5
     overlap: float = 0.4
     surprise: float = 12.0
     padding_mass: float = 1e-3

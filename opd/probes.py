@@ -9,44 +9,66 @@ import numpy as np
 
 from opd.examination import Evidence, Finding, Patient, ask, distance, fine, refused, warned
 from opd.ports import TopK, WrittenToken
-from opd.types import Stop, TopKScores
+from opd.readings import ROUNDING
+from opd.types import Stop, TopKScores, Trajectory
 
 
 async def causality(patient: Patient, evidence: Evidence) -> Finding:
     """Change one token: what stands before it must not notice, and it must.
 
-    An answer that is one position early or late fails one of the two, without any reference to compare with.
+    An answer that is one position early or late fails one of the two, without any reference to compare with: the change
+    at the token is compared with the changes before and behind it, and with what the same question asked twice gives.
     """
-    changed, places = [], []
-    for number, trajectory in enumerate(t for t in evidence.written if len(t) > 1):
-        place = 1 + number % (len(trajectory) - 1)
-        ids = trajectory.token_ids.copy()
-        ids[place] = (ids[place] + 1) % patient.vocabulary
-        changed.append(replace(trajectory, token_ids=ids))
-        places.append(place)
-    if not changed:
+    texts = [(t, s) for t, s in zip(evidence.written, evidence.said, strict=True) if len(t) > 1]
+    if not texts:
         return warned("alignment", "no completion has two tokens", "alignment of teacher and student is unknown")
-    plain = [s for t, s in zip(evidence.written, evidence.said, strict=True) if len(t) > 1]
+    written, plain = [t for t, _ in texts], [s for _, s in texts]
+    places = [1 + number % max(1, len(t) - 2) for number, t in enumerate(written)]
+    changed = [_exchanged(t, at, patient.vocabulary) for t, at in zip(written, places, strict=True)]
     again = await ask(patient.teacher, changed, WrittenToken())
-    before = max(distance(a, b, 0, at) for a, b, at in zip(plain, again, places, strict=True))
-    here = float(np.median([distance(a, b, at, at + 1) for a, b, at in zip(plain, again, places, strict=True)]))
-    tolerance = patient.thresholds.tolerance
-    measured = f"changed token: {here:.2g} nats at it, {before:.2g} before it"
-    if before > tolerance:
+    repeated = await ask(patient.teacher, written, WrittenToken())
+    floor = max(ROUNDING, *[distance(a, b) for a, b in zip(plain, repeated, strict=True)])
+    pairs = list(zip(plain, again, places, strict=True))
+    before = float(np.median([distance(a, b, at - 1, at) for a, b, at in pairs]))
+    here = float(np.median([distance(a, b, at, at + 1) for a, b, at in pairs]))
+    behind = max(distance(a, b, at + 1) for a, b, at in pairs)
+    return _aligned(patient, before=before, here=here, behind=behind, floor=floor)
+
+
+def _aligned(patient: Patient, *, before: float, here: float, behind: float, floor: float) -> Finding:
+    """What the changes (nats) before, at and behind an exchanged token say; `floor` is what no change at all gives."""
+    measured = f"changed token: {here:.2g} nats at it, {before:.2g} before it, {behind:.2g} behind it"
+    server = "shift its answers, or check the server's prompt_logprobs offset"
+    if before > floor and before > here / 4:
         return refused(
             "alignment",
             measured,
             f"teacher {patient.name!r} is one position early: changing a token changes what it says of the token "
-            "before; shift its answers, or check the server's prompt_logprobs offset",
+            f"before; {server}",
         )
-    if here <= tolerance:
+    if here <= floor and behind > 4 * floor:
         return refused(
             "alignment",
             measured,
-            f"teacher {patient.name!r} is late: changing a token does not change what it says of it; shift its "
-            "answers, or check the server's prompt_logprobs offset",
+            f"teacher {patient.name!r} is late: changing a token does not change what it says of it, but of what "
+            f"follows; {server}",
+        )
+    if here < patient.thresholds.flat:
+        known = "" if here > floor else ", so that its alignment cannot be told"
+        return warned(
+            "alignment",
+            measured,
+            f"teacher {patient.name!r} is flat: which token stands in a text hardly changes what it says{known}; it "
+            "looks like a model that was never trained: check its path",
         )
     return fine("alignment", measured)
+
+
+def _exchanged(trajectory: Trajectory, at: int, vocabulary: int) -> Trajectory:
+    """The same text with another token at one place."""
+    ids = trajectory.token_ids.copy()
+    ids[at] = (ids[at] + 1) % vocabulary
+    return replace(trajectory, token_ids=ids)
 
 
 async def steadiness(patient: Patient, evidence: Evidence) -> Finding:
@@ -176,11 +198,20 @@ async def overlap(patient: Patient, evidence: Evidence) -> Finding:
 
 
 async def first_token(patient: Patient, evidence: Evidence) -> Finding:
-    """A chat template or thinking mode that differs shows at the first token of a completion."""
-    teacher = float(np.mean([np.asarray(s.logprobs)[0] for s in evidence.said]))
-    student = float(np.mean([np.asarray(t.behavior.logprobs)[0] for t in evidence.written]))
-    measured = f"mean logprob of the first token: student {student:.2f}, teacher {teacher:.2f}"
-    if student - teacher > patient.thresholds.surprise:
+    """A chat template or thinking mode that differs shows at the first token of a completion.
+
+    Compared with the tokens after it: a teacher to which all that the student writes is strange (or that is flat) is
+    not one with another template.
+    """
+    gaps = [
+        np.asarray(t.behavior.logprobs, dtype=np.float64) - np.asarray(s.logprobs)
+        for t, s in zip(evidence.written, evidence.said, strict=True)
+    ]
+    first = float(np.mean([gap[0] for gap in gaps]))
+    rest = np.concatenate([gap[1:] for gap in gaps])
+    usual = max(0.0, float(rest.mean())) if len(rest) else 0.0
+    measured = f"teacher finds the first token {first:.2f} nats less likely than the student, later ones {usual:.2f}"
+    if first - usual > patient.thresholds.surprise:
         return refused(
             "first token",
             measured,
@@ -192,16 +223,22 @@ async def first_token(patient: Patient, evidence: Evidence) -> Finding:
 
 async def end_of_text(patient: Patient, evidence: Evidence) -> Finding:
     """The token that ends a completion is one with which the teacher ends texts, too."""
-    ends = [
-        float(np.asarray(s.logprobs)[-1])
-        for t, s in zip(evidence.written, evidence.said, strict=True)
-        if t.stop is Stop.END
-    ]
-    if not ends:
-        return fine("end of text", "no completion ended within the probe")
-    typical = float(np.median(ends))
-    measured = f"median teacher logprob of the end: {typical:.2f} ({len(ends)} completions)"
-    if typical < -patient.thresholds.surprise:
+    ended = [s for t, s in zip(evidence.written, evidence.said, strict=True) if t.stop is Stop.END]
+    if not ended:
+        longest = max(len(t) for t in evidence.written)
+        return warned(
+            "end of text",
+            f"none of {len(evidence.written)} completions ended within {longest} tokens",
+            "no completion ended within the probe, so whether the student ends its texts with the teacher's token is "
+            "unknown; if completions are meant to be shorter, check eos_token_id in its generation_config.json",
+        )
+    typical = float(np.median([np.asarray(s.logprobs)[-1] for s in ended]))
+    others = np.concatenate([np.asarray(s.logprobs)[:-1] for s in ended])
+    usual = float(others.mean()) if len(others) else 0.0
+    measured = (
+        f"median teacher logprob of the end: {typical:.2f} ({len(ended)} completions), of tokens before: {usual:.2f}"
+    )
+    if usual - typical > patient.thresholds.surprise:
         return refused(
             "end of text",
             measured,

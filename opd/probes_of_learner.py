@@ -43,8 +43,8 @@ async def hidden_states(patient: Patient, evidence: Evidence) -> Finding:
     """Hidden states, read with the output matrix that the learner loaded, repeat the teacher's own logprobs."""
     said = await TeacherHidden()(evidence.written, patient.engines)
     gap = (await _evaluated(patient, evidence.written, said, _HeadGap()))["gap"]
-    measured = f"{gap:.2g} nats between logprobs and hidden states"
-    if gap > patient.thresholds.tolerance:
+    measured = f"{gap:.2g} nats on average between logprobs and hidden states"
+    if not gap <= patient.thresholds.mean_tolerance:
         return refused(
             "hidden states",
             measured,
@@ -58,8 +58,8 @@ async def engine_equals_learner(patient: Patient, evidence: Evidence) -> Finding
     """What the learner says of what the engine wrote is what the engine said: the learner as the student's teacher."""
     nothing = [Scores() for _ in evidence.written]
     gap = (await _evaluated(patient, evidence.written, nothing, _WriterGap()))["gap"]
-    measured = f"{gap:.2g} nats between engine and learner"
-    if gap > patient.thresholds.tolerance:
+    measured = f"{gap:.2g} nats on average between engine and learner"
+    if not gap <= patient.thresholds.mean_tolerance:
         return refused(
             "engine and learner",
             measured,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from launch.inputs.chat_template import rendered
 from opd.errors import ConfigurationError, DataError
@@ -87,3 +88,24 @@ class HuggingFaceTokenizer:
         return self._tokenizer.apply_chat_template(
             list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False
         )
+
+    def token(self, i: int) -> str:
+        """The token with this id, as the vocabulary spells it."""
+        return str(self._tokenizer.convert_ids_to_tokens(i))
+
+    def turn_end(self) -> int | None:
+        """The special token that the chat template puts behind what the assistant said; None if there is none."""
+        if not self._tokenizer.chat_template:
+            return None
+        said = "ok"
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError):  # a template that wants other messages: nothing is known
+            return None
+        after = self._tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        return int(after[0]) if after and after[0] in self._special() else None
+
+    def _special(self) -> set[int]:
+        added = self._tokenizer.added_tokens_decoder
+        return {*self._tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}

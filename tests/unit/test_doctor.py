@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from launch.doctor import seconds
+from launch.doctor import BFLOAT16, seconds, summary
 from opd.doctor import examine, teacher_gain
-from opd.examination import Finding, Patient, Verdict
+from opd.examination import Evidence, Finding, Patient, Thresholds, Verdict, ask, fine, refused, warned
 from opd.logits import StudentLogits, read
 from opd.ports import (
     AtIds,
@@ -24,12 +26,17 @@ from opd.ports import (
     GenerateRequest,
     LastHidden,
     Layout,
+    Sampling,
     ScoreRequest,
     TopK,
     WrittenToken,
 )
+from opd.probes import causality
+from opd.rollouts.student import write
 from opd.types import Batch, HiddenScores, RemoteRows, Stop, TokenScores, TopKScores
 from teacher_service.config import Backend, TeacherConfig
+from tests.conftest import Make
+from tests.tiny_models import completion_logprobs, tiny_model
 
 V, EOS = 12, 2
 ALL = frozenset({WrittenToken, TopK, AtIds, LastHidden})
@@ -278,6 +285,104 @@ def test_each_planted_fault_is_refused_with_its_sentence(make: Any, fault: str) 
     assert sentence in found[check].sentence and found[check].measured
 
 
+def flattened(scale: float) -> np.ndarray:
+    """A teacher of which only `scale` of its opinions is left."""
+    return (tables()[1] * scale).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3, 0.02, 0.1])
+def test_a_flat_teacher_is_called_flat_and_not_late(make: Any, scale: float) -> None:
+    found = examined(make, patient(teacher=Table(flattened(scale))))
+    assert found["alignment"].verdict is Verdict.WARNING and "is flat" in found["alignment"].sentence
+    assert Verdict.REFUSED not in {f.verdict for f in found.values()}, found
+
+
+@dataclass
+class Untrained:
+    """A random-initialised model, as transformers makes one, behind the port of a teacher."""
+
+    model: Any
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> Answers:
+        return [self._answer(r, completion_logprobs(self.model, r)) for r in requests]
+
+    def _answer(self, request: ScoreRequest, full: torch.Tensor) -> TokenScores:
+        logprobs = full.gather(1, torch.from_numpy(request.token_ids).long()[:, None])[:, 0].numpy()
+        if not isinstance(request.want, TopK):
+            return TokenScores(logprobs=logprobs)
+        best = full.topk(request.want.k)
+        return TopKScores(logprobs=logprobs, topk_ids=best.indices.int().numpy(), topk_logprobs=best.values.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_random_initialised_teacher_is_warned_of_and_can_be_used(make: Any, dtype: torch.dtype) -> None:
+    teacher = Untrained(tiny_model(3, tied=True, std=0.02, vocab_size=V).to(dtype))
+    thresholds = Thresholds() if dtype is torch.float32 else BFLOAT16
+    found = examined(make, patient(teacher=teacher, answers=frozenset({WrittenToken, TopK}), thresholds=thresholds))
+    assert "is flat" in found["alignment"].sentence
+    assert Verdict.REFUSED not in {f.verdict for f in found.values()}, found
+
+
+@given(
+    shift=st.sampled_from([-2, -1, 0, 1, 2]),
+    scale=st.sampled_from([0.01, 0.3, 1.0, 4.0]),
+    noise=st.sampled_from([0.0, 1e-4, 0.02]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_alignment_is_told_whatever_the_teachers_sharpness_and_noise(
+    shift: int, scale: float, noise: float, seed: int
+) -> None:
+    """Early, late or right is never taken for another; where noise hides it, it is called flat."""
+    draw = np.random.default_rng(seed)
+
+    def shifted(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
+        moved = [np.asarray(a.logprobs) + noise * draw.normal(size=len(a.logprobs)) for a in answers]
+        moved = [np.concatenate([np.full(max(shift, 0), -1.0), m, np.full(max(-shift, 0), -1.0)]) for m in moved]
+        moved = [m[max(-shift, 0) :][: len(a.logprobs)] for m, a in zip(moved, answers, strict=True)]
+        return [TokenScores(logprobs=np.minimum(m, 0).astype(np.float32)) for m in moved]
+
+    sick = patient(teacher=Table(flattened(scale), shifted))
+    prompts = [Make.prompt([1, 3 + i % 4], id=f"p{i}") for i in range(12)]
+    written = asyncio.run(write(prompts, sick.engines.student, Sampling(max_tokens=8, topk=4)))
+    said = asyncio.run(ask(sick.teacher, written, WrittenToken()))
+    found = asyncio.run(causality(sick, Evidence(written=written, said=said)))
+    if shift == 0:
+        assert found.verdict is not Verdict.REFUSED, found
+        assert scale < 1 or found.verdict is Verdict.FINE, found
+    elif scale >= 1:
+        assert found.verdict is Verdict.REFUSED, found
+        assert ("early" if shift < 0 else "late") in found.sentence
+
+
+def test_a_flat_teacher_of_a_large_vocabulary_is_not_said_to_have_another_template(make: Any) -> None:
+    """log 2^18 is 12.5 nats: what a constant took for surprise is what such a teacher says of everything."""
+
+    def wide(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
+        return [TokenScores(logprobs=np.full_like(a.logprobs, -12.5)) for a in answers]
+
+    sick = patient(student=Table(tables()[0] * 30), teacher=Table(tables()[1], wide), answers=frozenset({WrittenToken}))
+    found = examined(make, sick)
+    assert found["first token"].verdict is Verdict.FINE, found
+    assert found["end of text"].verdict is not Verdict.REFUSED, found
+
+
+def test_a_probe_in_which_nothing_ended_is_a_warning(make: Any) -> None:
+    endless = tables()[0].copy()
+    endless[:, EOS] = -40
+    found = examined(make, patient(student=Table(endless)))["end of text"]
+    assert found.verdict is Verdict.WARNING and "none of 12 completions ended" in found.measured
+    assert "generation_config.json" in found.sentence
+
+
+def test_what_was_found_is_counted() -> None:
+    good = fine("a", "m")
+    assert summary([good] * 11) == "11 checks, none against training"
+    assert summary([warned("b", "m", "s"), *[good] * 10]) == "1 warning of 11 checks, none against training"
+    both = [warned("b", "m", "s")] * 2 + [refused("c", "m", "s"), good]
+    assert summary(both) == "2 warnings of 4 checks, 1 against training"
+
+
 def test_strangers_are_advised_a_cold_start(make: Any) -> None:
     other = np.random.default_rng(9).normal(size=(V * V, V)).astype(np.float32)
     other[:, EOS] += 0.5
@@ -294,7 +399,7 @@ def test_a_student_is_its_own_teacher_or_the_backend_is_refused(make: Any) -> No
 
 
 def test_a_teacher_that_ends_no_better_is_a_warning(make: Any) -> None:
-    prompts = [make.prompt([1, 4], id=f"p{i}", task="t", answer="-") for i in range(40)]
+    prompts = [make.prompt([1, 4], id=f"p{i}", task="t", answer="-") for i in range(100)]
     better, worse = Table(biased(3, -30.0)), Table(biased(3, 5.0))
     found = [asyncio.run(teacher_gain(patient().engines, writer, prompts, 8)) for writer in (better, worse)]
     assert [f.verdict for f in found] == [Verdict.FINE, Verdict.WARNING], found

@@ -1,0 +1,105 @@
+"""The token ids that end a text: what each file of a checkpoint says, and the union of all."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigurationError, DataError
+
+GENERATION = "generation_config.json"
+_TOKENIZER = "tokenizer_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """`said` maps a file of the checkpoint to the ids it names; files that name none are left out.
+
+    Example: `Ends(said={"config.json": (2,), "generation_config.json": (2, 0)}).ids` is `(0, 2)`.
+    """
+
+    said: Mapping[str, tuple[int, ...]]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Every id that one of the files names."""
+        return tuple(sorted({i for ids in self.said.values() for i in ids}))
+
+    @property
+    def disagree(self) -> bool:
+        """One file lacks what another names, and it is the one that generation obeys (or there is none such)."""
+        named = {frozenset(ids) for ids in self.said.values()}
+        return len(named) > 1 and set(self.said.get(GENERATION, ())) != set(self.ids)
+
+
+def read_ends(path: str, part: str = "student") -> Ends:
+    """What the files in `path` say.
+
+    Raises:
+        ConfigurationError: the folder is no checkpoint.
+        DataError: no file names an id, or one names what is no id of the model's vocabulary.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError(
+            f"{part}.path needs a Hugging Face checkpoint folder, but {path!r} has no config.json; correct it"
+        )
+    model = _read(folder / "config.json")
+    text = model.get("text_config") or {}
+    rows = int((model | text)["vocab_size"])
+    named = {
+        "config.json": [*_listed(model.get("eos_token_id")), *_listed(text.get("eos_token_id"))],
+        GENERATION: _listed(_read(folder / GENERATION).get("eos_token_id")),
+        _TOKENIZER: _of_tokenizer(folder),
+    }
+    for file, ids in named.items():
+        for i in ids:
+            if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < rows:
+                raise DataError(
+                    f"{folder / file} ends texts with token {i!r}, but the model has the ids 0 to {rows - 1}; correct "
+                    "its eos_token_id"
+                )
+    if not any(named.values()):
+        raise DataError(
+            f"the {part} checkpoint {path!r} names no end-of-text token (eos_token_id in {GENERATION} or config.json, "
+            f"eos_token in {_TOKENIZER}), so its completions could never end; add it"
+        )
+    return Ends(said={file: tuple(dict.fromkeys(ids)) for file, ids in named.items() if ids})
+
+
+def _of_tokenizer(folder: Path) -> list[Any]:
+    """The id of `eos_token`, from the lists of added tokens (short) or the vocabulary."""
+    config, tokens = _read(folder / _TOKENIZER), _read(folder / "special_tokens_map.json")
+    token = config.get("eos_token") or tokens.get("eos_token")
+    token = token.get("content") if isinstance(token, Mapping) else token
+    if not token:
+        return []
+    for i, added in (config.get("added_tokens_decoder") or {}).items():
+        if added.get("content") == token:
+            return [int(i)]
+    whole = _read(folder / "tokenizer.json")
+    for added in whole.get("added_tokens") or ():
+        if added.get("content") == token:
+            return [added.get("id")]
+    vocabulary = (whole.get("model") or {}).get("vocab") or _read(folder / "vocab.json")
+    return _listed(vocabulary.get(token)) if isinstance(vocabulary, Mapping) else []
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, no UTF-8
+        raise DataError(f"{file} is damaged ({error}); copy it anew") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file} needs a JSON object, but holds a {type(found).__name__}; copy it anew")
+    return found

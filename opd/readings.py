@@ -1,0 +1,39 @@
+"""What log-probabilities must be, whoever says them: an engine of what it wrote, a teacher of what it read."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+ROUNDING = 1e-3  # a log-probability may exceed 0 by this much (bfloat16 logits, float32 sums)
+MASS = 1e-2  # the probabilities of distinct tokens may sum to 1 plus this
+
+
+def are_logprobs(values: Float[np.ndarray, "*shape"]) -> bool:
+    """No NaN, no infinity (an infinite KL, a NaN gradient) and, within rounding, nothing above 0."""
+    # A NaN compares as false. `count_nonzero` costs a tenth of `all`.
+    return bool(np.count_nonzero((values <= ROUNDING) & (values > -np.inf)) == values.size)
+
+
+def contradiction(
+    token_ids: Int[np.ndarray, " T"],
+    logprobs: Float[np.ndarray, " T"],
+    ids: Int[np.ndarray, "T k"],
+    values: Float[np.ndarray, "T k"],
+    *,
+    likeliest: bool,
+) -> str:
+    """How a support (`ids`, `values`) contradicts what is said of the written tokens alone; "" if it does not.
+
+    Rows shifted by one do. `likeliest`: the support is a top-k.
+    """
+    same = ids == token_ids[:, None]
+    if (np.abs(values - logprobs[:, None])[same] > ROUNDING).any():
+        return "a written token has one log-probability by itself and another in its support (shifted rows?)"
+    if not likeliest:
+        return ""
+    if (logprobs > values.min(axis=1, initial=np.inf) + ROUNDING)[~same.any(axis=1)].any():
+        return "a written token is likelier than the top-k that does not contain it (shifted rows?)"
+    if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+        return "a top-k names a token twice"
+    if (np.exp(values.astype(np.float64)).sum(axis=1) > 1 + MASS).any():
+        return "the probabilities of a top-k sum to more than 1"
+    return ""
