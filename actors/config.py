@@ -22,16 +22,27 @@ class StudentConfig:
     Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
     """
 
+    # Hugging Face folder of the model that is trained
     path: Names
+    # tokens of context and completion together, at most
     max_model_len: Tokens
+    # AUTO is a GPU where there is one
     device: Device = Device.AUTO
+    # what the engine computes in; AUTO is the checkpoint's own
     dtype: Dtype = Dtype.AUTO
+    # devices that share one engine's weights
     tensor_parallel: Annotated[int, In(1, 1024)] = 1
+    # memory of the key-value cache; 0 lets the engine choose
     kv_cache_bytes: Annotated[int, In(0, 2**50)] = 0
+    # share of the whole device that an engine takes on a GPU
     gpu_memory_utilization: MemoryShare = 0.85
+    # sequences that an engine writes at the same time
     max_num_seqs: Count = 256
+    # no graph capture and no compilation (always so without a GPU)
     enforce_eager: bool = False
+    # rollout engines
     replicas: Replicas = 1
+    # seconds that bound every single wait for an engine (starting one: 300 at least)
     deadline_s: Deadline = 600.0
 
 

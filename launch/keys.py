@@ -115,12 +115,11 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
         kind, field = ast.unparse(_Plain(tree, known).visit(deepcopy(line.annotation))), line.target.id
         if kind.startswith("ClassVar") or "init=False" in (ast.unparse(line.value) if line.value else ""):
             continue
-        comment = lines[(line.end_lineno or 1) - 1].partition("  # ")[2]
         found[field] = Setting(
             name=field,
             kind=kind,
             default=_shown(line.value),
-            text=comment or _clause(said, field),
+            text=_comment(lines, line) or _clause(said, field),
             module=module,
         )
     return found
@@ -133,6 +132,13 @@ def _shown(default: ast.expr | None) -> str:
     if factory := re.search(r"default_factory=(\w+)", text):
         return {"dict": "{}", "list": "[]", "tuple": "()"}.get(factory[1], "...")
     return text.rpartition(".")[2] if re.fullmatch(r"[A-Z]\w*\.[A-Z_0-9]+", text) else text.replace("'", '"')
+
+
+def _comment(lines: Sequence[str], field: ast.AnnAssign) -> str:
+    """What stands behind a field, or in the line above it."""
+    behind = lines[(field.end_lineno or field.lineno) - 1].partition("  # ")[2]
+    above = lines[field.lineno - 2].strip()
+    return behind or (above.removeprefix("# ") if above.startswith("# ") else "")
 
 
 def _clause(docstring: str, name: str) -> str:
@@ -168,8 +174,9 @@ def _fields(cls: str) -> Mapping[str, Setting] | None:
     if cls != _RUN or found is None:
         return found
     module = _RUN.rpartition(".")[0]
-    extra = {"teacher": "TeacherConfig", "allow_targets": "Sequence[str]", "data": "str", "comparison": "Comparison"}
-    added = {n: Setting(name=n, kind=kind, default="", text="", module=module) for n, kind in extra.items()}
+    data = "folder of the data that an experiment asks for (experiment=gsm8k_tiny)"
+    extra = {"teacher": ("TeacherConfig", ""), "allow_targets": ("Sequence[str]", ""), "data": ("str", data)}
+    added = {n: Setting(name=n, kind=kind, default="", text=text, module=module) for n, (kind, text) in extra.items()}
     return {name: setting for name, setting in {**found, **added}.items() if name != "text"}
 
 

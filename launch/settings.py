@@ -40,18 +40,27 @@ class ClusterConfig:
     when they are asked for, it is waited for, `start_deadline_s` seconds.
     """
 
+    # local starts Ray for this run; auto or HOST:PORT joins a running cluster
     address: Names = "local"
+    # processors that each actor asks the cluster for
     cpus_per_actor: Processors = 0.5
+    # devices of each rollout engine (as many as student.tensor_parallel), or a share of one
     gpus_per_engine: Devices = 0.0
+    # devices of each teacher actor, or a share of one
     gpus_per_teacher: OneDevice = 0.0
+    # devices of each learner rank, or a share of one
     gpus_per_learner: OneDevice = 0.0
+    # NONE as Ray likes, PACK on few nodes, SPREAD over many
     placement: Placement = Placement.NONE
     elastic: bool = False
+    # seconds that Ray, and then every actor, may take to start
     start_deadline_s: Deadline = 300.0
+    # rollout actors, teachers of a kind, and starts of the learner in place that are replaced before a run ends
     restarts: Annotated[int, In(0, 10_000)] = 8
     journal_bytes: Annotated[int, In(0, 2**50, because="0: a learner that dies ends the run")] = (
         1 << 30
     )  # a part of the object store, which engines and teachers need too
+    # above 0: a second actor is asked too when a call takes longer than this quantile of those before
     hedge_quantile: Annotated[float, In(0, 1, high_open=True, because="0: no call is asked twice")] = 0.0
 
     def care(self, deadline_s: float) -> Care:
@@ -95,8 +104,13 @@ class EvaluationConfig:
     """
 
     prompts: PromptSource
+    # steps between evaluations; 0 measures at the start and at the end alone
     every: Every = 0
+    # also measure the teacher, once at the end, for which an engine of its size is started
     teacher: bool = True
+    # completions of every held-out prompt at temperature 1 (mean@k, pass@k)
     samples: Annotated[int, In(1, 10_000)] = 1
+    # longest completion of an evaluation
     max_tokens: Tokens = 256
+    # held-out prompts on which the exact divergence is measured
     reverse_kl_prompts: Count = 128

@@ -49,13 +49,21 @@ class TrackerConfig:
     terminal that cannot be redrawn gets a line every `print_every` steps.
     """
 
+    # OFFLINE keeps wandb's files in the run directory, ONLINE sends them, DISABLED does without
     mode: WandbMode = WandbMode.OFFLINE
+    # project in wandb
     project: Names = "opd"
+    # user or team in wandb
     entity: Line | None = None
+    # group of runs in wandb
     group: Line | None = None
+    # tags in wandb
     tags: tuple[Tag, ...] = ()
+    # completions kept to look at, of each step that is kept
     samples: Annotated[int, In(0, 10_000)] = 4
+    # steps between those (and the first and the last)
     samples_every: Steps = 10
+    # steps between lines on a terminal that cannot be redrawn
     print_every: Steps = 10
 
 

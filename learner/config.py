@@ -57,8 +57,11 @@ class LoraConfig:
     Example: `LoraConfig(r=16, lora_alpha=32, target_modules=("q_proj", "v_proj"))`.
     """
 
+    # rank of the adapters; 0 trains the whole model
     r: Annotated[int, In(0, 65536)] = 0
+    # adapters are scaled by lora_alpha / r
     lora_alpha: Annotated[float, In(0.001, 65536)] = 16.0
+    # names of linear layers that get adapters; all-linear is all but the output matrix
     target_modules: Annotated[tuple[Names, ...], Length(1)] = ("all-linear",)
 
     @property
@@ -97,29 +100,52 @@ class LearnerConfig:
     Example: `LearnerConfig(ranks=2, zero_stage=2, lr=5e-6, schedule=Schedule.COSINE)`.
     """
 
+    # processes that train
     ranks: Replicas = 1
+    # what ranks share: 0 nothing (float32 only), 1 optimizer state, 2 also gradients, 3 also weights
     zero_stage: Annotated[int, In(0, 3)] = 2
+    # FLOAT32 or BFLOAT16: what the student computes in and is published in
     dtype: Dtype = Dtype.BFLOAT16
+    # AUTO is a GPU where there is one
     device: Device = Device.AUTO
+    # learning rate at the end of the warm-up (AdamW)
     lr: LearningRate = 5e-6
+    # decay of AdamW's mean of gradients
     beta1: Beta = 0.9
+    # decay of AdamW's mean of squared gradients
     beta2: Beta = 0.95
+    # added to the root of AdamW's second moment
     eps: Annotated[float, In(1e-16, 0.01, because=EPS)] = 1e-8
+    # decoupled weight decay of AdamW
     weight_decay: Annotated[float, In(0, 1, because=DECAY)] = 0.0
+    # largest global gradient norm; 0 does not clip
     grad_clip: Annotated[float, In(1e-6, 1e6, or_zero=True, because="0 is no clipping")] = 1.0
+    # steps in which the rate rises linearly
     warmup_steps: Every = 5
+    # CONSTANT, LINEAR or COSINE, down to final_lr_fraction
     schedule: Schedule = Schedule.CONSTANT
+    # share of lr that the last step has
     final_lr_fraction: Share = 0.1
+    # packed tokens of one forward and backward pass; a step's batch is cut into such micro-batches
     tokens_per_microbatch: Tokens = 8192
+    # rows of vocabulary-wide logits alive at once; 0 chooses by memory
     head_chunk: Annotated[int, In(0, 10_000_000)] = 0
+    # TORCH, or LIGER's fused kernel on a GPU
     loss_kernel: LossKernel = LossKernel.TORCH
+    # top-k in which the overlap of student and teacher is measured; 0 measures none
     overlap_k: Annotated[int, In(0, 1_000_000), AtMost("vocabulary")] = 16
+    # compute activations anew in the backward pass: less memory, a third more work
     gradient_checkpointing: bool = False
     sentinel_tolerance: Annotated[float, In(1e-6, 5, or_zero=True, because=TRUST)] = 0.0
+    # bytes of one piece of published weights
     publish_chunk_bytes: Bytes = 256 << 20
+    # how weights travel: OBJECT_STORE, SHARED_MEMORY, NCCL or CUDA_IPC
     transport: Transport = Transport.OBJECT_STORE
+    # seconds that bound every wait for another rank
     deadline_s: Deadline = 600.0
+    # updates with a gradient that is not finite, in a row, that end a run
     max_skipped_steps: Annotated[int, In(0, 100, because="a run that only skips learns nothing")] = 3
+    # kernels that repeat bit for bit on a GPU (CPUs always do)
     deterministic: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -77,6 +77,7 @@ class ForwardKL:
 class JensenShannon:
     """JSD(beta) = beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p (arXiv 2306.13649), 0 < beta < 1."""
 
+    # weight of the teacher in the mixture
     beta: float
 
     def __call__(self, states: States) -> Float[Tensor, " n"]:
@@ -90,6 +91,7 @@ class JensenShannon:
 class SkewedReverseKL:
     """KL(p || (1 - alpha) q + alpha p), 0 <= alpha < 1 (skew KL, arXiv 2402.03898)."""
 
+    # share of the other side in the mixture
     alpha: float
 
     def __call__(self, states: States) -> Float[Tensor, " n"]:
@@ -101,6 +103,7 @@ class SkewedReverseKL:
 class SkewedForwardKL:
     """KL(q || (1 - alpha) p + alpha q), 0 <= alpha < 1 (skew KL, arXiv 2402.03898)."""
 
+    # share of the other side in the mixture
     alpha: float
 
     def __call__(self, states: States) -> Float[Tensor, " n"]:
@@ -141,6 +144,7 @@ def top(logprobs: Float[Tensor, "n V"], k: int) -> Bool[Tensor, "n V"]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class _TopK:
+    # ids of each top-k
     k: TopIds = 16
 
 

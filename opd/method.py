@@ -33,12 +33,16 @@ MethodName = Annotated[
 class Method:
     """A distillation method, complete. See `conf/method/` for the shipped ones."""
 
+    # what reports call the method
     name: MethodName
     rollout: Rollout
     scorer: Scorer
     objective: Objective
+    # how a batch becomes an update
     update: Update = field(default_factory=OptimizerStep)
+    # parts that weigh tokens, by name; their weights are multiplied
     weights: Mapping[str, TokenWeight] = field(default_factory=dict)
+    # what a step's sum of losses is divided by
     normalizer: Normalizer = field(default_factory=TokenMean)
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ class SequenceSum:
 class Constant:
     """A fixed divisor; 1.0 is the plain sum of Thinking Machines' `importance_sampling` loss."""
 
+    # what a step's sum is divided by
     divisor: Annotated[float, In(1e-6, 1e12)] = 1.0
 
     def __call__(self, weights: Sequence[TokenWeights]) -> float:

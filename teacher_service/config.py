@@ -74,27 +74,49 @@ class TeacherConfig:
     Example: `TeacherConfig(path="assets/shop/teacher")`.
     """
 
+    # Hugging Face folder of the teacher; a remote one needs only its config and tokenizer here
     path: Names
+    # TORCH, VLLM or VLLM_LOGPROBS in an actor of this run; HTTP or OPENAI on a server
     backend: Backend = Backend.TORCH
+    # AUTO is a GPU where there is one
     device: Device = Device.AUTO
+    # what the teacher computes in; AUTO is the checkpoint's own
     dtype: Dtype = Dtype.AUTO
+    # actors that score for this teacher
     replicas: Replicas = 1
+    # tokens of one forward: sequences times the longest of them
     max_batch_tokens: Tokens = 16384
+    # rows whose logits over the vocabulary are alive at the same time
     head_chunk: Count = 1024
+    # largest top-k that a scorer may ask for
     max_k: Count = 1024
+    # seconds that bound every wait for an answer (loading a model: 300 at least)
     deadline_s: Deadline = 600.0
+    # longest sequence; 0 is the model's own limit
     max_model_len: Annotated[int, In(0, 100_000_000)] = 0
+    # vLLM on a CPU: memory of its key-value cache
     kv_cache_bytes: Bytes = 64 << 20
+    # vLLM on a GPU: its share of the whole device
     gpu_memory_utilization: MemoryShare = 0.85
+    # root of the server, http://HOST:PORT (backends HTTP and OPENAI)
     url: Url = ""
+    # name under which an OpenAI-compatible endpoint serves the model
     model: Line = ""
+    # digest that opd serve-teacher printed; empty trusts the weights in path, or what the server says first
     fingerprint: Line = ""
+    # seconds to connect to a server
     connect_s: Attempt = 10.0
+    # seconds that one attempt may take
     read_s: Attempt = 120.0
+    # further attempts after one that failed
     retries: Annotated[int, In(0, 1000)] = 6
+    # seconds before the first further attempt; each later wait doubles
     backoff_s: Annotated[float, In(0.001, 3600)] = 0.5
+    # wrong answers in a row after which a teacher is not asked again
     strikes: Annotated[int, In(1, 1000)] = 5
+    # share of the student's weights that the teacher takes over (ref_model_mixup_alpha of TRL); 0 never changes it
     mixup: Share = 0.0
+    # published versions between two such mixtures (ref_model_sync_steps of TRL)
     mixup_every: Steps = 1
 
     def __post_init__(self) -> None:

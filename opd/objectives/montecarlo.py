@@ -55,7 +55,9 @@ class MonteCarloDivergence(Estimate):
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
+    # tokens per state that the learner draws from the current student
     samples: Annotated[int, In(1, 10_000)] = 4
+    # of these draws
     seed: Seed = 0
 
     def draw(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> Int[Tensor, "n m"]:

@@ -29,7 +29,9 @@ class MiniLLM:
     consumes: ClassVar[type[Scores]] = TopKReturnScores
     on_policy: ClassVar[bool] = True
 
+    # the paper's share of teacher-written tokens (0.2 there)
     alpha: Share = 0.0
+    # weight of the long-term part beside the single-step one
     long_weight: Annotated[float, In(0, 1000, because="below 0 it trains away from the teacher")] = 1.0
 
     def __post_init__(self) -> None:

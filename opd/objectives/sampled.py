@@ -43,7 +43,9 @@ class SampledReverseKL:
     consumes: ClassVar[type[Scores]] = TokenScores
     on_policy: ClassVar[bool] = True
 
+    # factor of the advantage
     coefficient: Annotated[float, In(1e-6, 1e6, because=TOWARDS)] = 1.0
+    # whose log-probability is in the advantage: BEHAVIOR the writer's, STUDENT the current one's
     signal: Speaker = Speaker.BEHAVIOR
 
     @property
@@ -86,7 +88,9 @@ class ClippedPolicyGradient:
     consumes: ClassVar[type[Scores]] = AdvantageScores
     on_policy: ClassVar[bool] = True
 
+    # importance ratios count as 1 minus this at least
     clip_low: Annotated[float, In(1e-6, 1, because="published is 0.2")] = 0.2
+    # importance ratios count as 1 plus this at most
     clip_high: Annotated[float, In(1e-6, 100, because="published is 0.2")] = 0.2
 
     @property

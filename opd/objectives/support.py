@@ -111,7 +111,9 @@ class SupportReverseKL:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
+    # ids over which is summed at each position
     support: exact.Support = field(default_factory=exact.Union)
+    # what the rest of the vocabulary is: one BUCKET, nothing (RENORMALIZED), ...
     outside: Outside = Outside.RENORMALIZED
 
     @property
@@ -137,8 +139,11 @@ class SupportDivergence:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
+    # direction of the divergence
     of: Direction
+    # ids over which is summed at each position
     support: exact.Support = field(default_factory=exact.Union)
+    # what the rest of the vocabulary is: one BUCKET, nothing (RENORMALIZED), ...
     outside: Outside = Outside.BUCKET
 
     def __post_init__(self) -> None:
@@ -172,9 +177,13 @@ class EntropyAwareKL:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = True
 
+    # nats of the teacher's entropy above which the forward part counts
     threshold: Annotated[float, In(0, 20, because="nats; the entropy of a million ids is 14")] = 0.8
+    # teacher's likeliest tokens in the forward part
     k: TopIds = 16
+    # what the rest of the vocabulary is in the forward part
     outside: Outside = Outside.RENORMALIZED
+    # weight of the forward part
     forward_weight: Annotated[float, In(0, 1000, because="below 0 it trains away from the teacher")] = 1.0
 
     def __post_init__(self) -> None:

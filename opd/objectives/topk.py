@@ -106,7 +106,9 @@ class TopKDivergence(_OnTestifiedSupport):
     renormalised (blind to the mass on it). Fully differentiated. The two KLs have classes of their own, below.
     """
 
+    # direction of the divergence
     of: Direction
+    # what the rest of the vocabulary is: one BUCKET, nothing (RENORMALIZED), ...
     outside: Outside = Outside.BUCKET
 
     def __post_init__(self) -> None:

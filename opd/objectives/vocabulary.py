@@ -74,6 +74,7 @@ def limits_of(part: Any, said: Callable[[exact.Promise], exact.Promise] = lambda
 class Estimate:
     """What all estimates of the whole `of` share: they promise what it promises."""
 
+    # direction of the divergence
     of: Direction
 
     @property
@@ -155,6 +156,7 @@ class JensenShannon:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
+    # weight of the teacher in the mixture: near 0 forward KL, near 1 reverse KL
     beta: Annotated[float, In(1e-6, 1 - 1e-6, because="0 is FullForwardKL, 1 FullReverseKL")] = 0.5
 
     @property
@@ -197,6 +199,7 @@ class SkewedReverseKL:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
+    # share of the other side in the mixture
     alpha: Skew = 0.1
 
     @property
@@ -231,6 +234,7 @@ class SkewedForwardKL:
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
 
+    # share of the other side in the mixture
     alpha: Skew = 0.1
 
     @property

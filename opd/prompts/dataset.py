@@ -32,23 +32,40 @@ class DatasetPrompts:
     is an error that names the row, unless `skip_long` leaves such rows out.
     """
 
+    # file of prompts: JSON lines, JSON, CSV, parquet (also compressed), a folder, or a saved dataset
     path: Names
+    # prompts of a step, each group_size times
     prompts_per_step: PromptsPerStep
+    # column of the prompt: text, or a list of chat messages
     prompt_column: Names = "prompt"
+    # column of the reference answer; empty: nothing is graded
     answer_column: Line = ""
+    # column that names each row's teacher; empty: the same for all
     teacher_column: Line = ""
+    # column that a privileged teacher is shown instead of the prompt
     teacher_prompt_column: Line = ""
+    # column of how much a row counts (with the part PromptWeight)
     weight_column: Line = ""
+    # column of tool descriptions for the chat template
     tools_column: Line = ""
     drop_last_answer: bool = False
+    # what grades answers: math
     task: Names = "math"
+    # text behind every plain prompt, e.g. a newline
     suffix: str = ""
+    # of the order in which rows come
     seed: Seed = 0
+    # completions of each prompt in a step
     group_size: GroupSize = 1
+    # rows that are used; 0 is all of them
     limit: Annotated[int, In(0, 1_000_000_000, because="0: all rows")] = 0
+    # a new order in every epoch
     shuffle: bool = True
+    # longest prompt; a longer one is refused, or left out with skip_long
     max_tokens: Tokens = 1024
+    # leave prompts out that are too long
     skip_long: bool = False
+    # teacher of rows that name none
     teacher: Names = "default"
     max_unreadable_answers: Share = 0.01
 

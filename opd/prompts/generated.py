@@ -37,10 +37,15 @@ class GeneratedPrompts:
     task: ClassVar[str]
     make: ClassVar[Callable[[random.Random], Problem]]
 
+    # problems of a step, each group_size times
     prompts_per_step: PromptsPerStep
+    # of the problems
     seed: Seed = 0
+    # completions of each problem in a step
     group_size: GroupSize = 1
+    # size of a fixed set; 0 makes fresh problems forever
     problems: Annotated[int, In(0, 10_000_000, because="0: fresh ones forever")] = 0
+    # teacher of these problems
     teacher: Names = "default"
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:

@@ -23,7 +23,9 @@ class MixedPrompts:
     PeakPrompts(...)}, teachers={"peak": "comparer"})`.
     """
 
+    # sources of prompts by name
     sources: Annotated[Mapping[str, PromptSource], Length(1)]
+    # teacher of each task, whatever its source says
     teachers: Mapping[str, Names] = field(default_factory=dict)
     group_size: int = field(init=False, default=1)
 

@@ -29,6 +29,7 @@ class AnswerRollout:
     on_policy: ClassVar[bool] = False
     truncated: ClassVar[bool] = True
 
+    # longest answer
     max_tokens: Tokens
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
@@ -71,9 +72,13 @@ class Mixed:
     paper flips one coin per step; a group is the unit here, because a rollout does not know the step.)
     """
 
+    # how the student writes
     student: StudentRollout
+    # where the rest of the text comes from
     fixed: Rollout
+    # share of groups that the student writes (GKD's lambda)
     fraction: Annotated[float, In(0, 1, because="GKD's lambda: the paper uses 0, 0.5 and 1")] = 0.5
+    # of which group is whose
     seed: Seed = 0
 
     @property

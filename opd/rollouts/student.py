@@ -63,9 +63,13 @@ class StudentRollout:
     needs_writer: ClassVar[bool] = False
     on_policy: ClassVar[bool] = True
 
+    # longest completion
     max_tokens: Tokens
+    # 1 samples the model's own distribution, 0 is greedy
     temperature: Temperature = 1.0
+    # share of probability that is sampled from; 1 is all of it
     top_p: TopP = 1.0
+    # likeliest tokens that the student records while it writes, for scorers that need its top-k
     record_topk: Annotated[int, In(0, 1_000_000), AtMost("vocabulary")] = 0
 
     def __post_init__(self) -> None:
@@ -107,8 +111,11 @@ class TeacherRollout:
     needs_writer: ClassVar[bool] = True
     on_policy: ClassVar[bool] = False
 
+    # longest completion
     max_tokens: Tokens
+    # 1 samples the teacher's own distribution, 0 is greedy
     temperature: Temperature = 1.0
+    # share of probability that is sampled from; 1 is all of it
     top_p: TopP = 1.0
 
     @property

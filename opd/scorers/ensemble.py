@@ -32,6 +32,7 @@ class Ensemble:
 
     min_group: ClassVar[int] = 1
 
+    # share of each teacher, by name; they are divided by their sum
     shares: Annotated[Mapping[str, Relative], Length(1)]
     reader: Scorer = field(default_factory=lambda: cast(Any, TeacherHidden()))
 

@@ -30,9 +30,13 @@ class WithReturns:
     asks: ClassVar[Kinds] = frozenset({TopK})
     min_group: ClassVar[int] = 1
 
+    # likeliest tokens of the teacher at each position
     k: TopIds = 16
+    # decay of later rewards in a return
     discount: Share = 1.0
+    # divide a return by the tokens that remain
     length_normalized: bool = True
+    # factor of the rewards
     reward_scale: Annotated[float, In(1e-6, 1e6)] = 1.0
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:

@@ -37,7 +37,9 @@ class GroupAdvantage:
     asks: ClassVar[Kinds] = frozenset()
     min_group: ClassVar[int] = 2
 
+    # divide advantages by the group's standard deviation
     scale_by_std: bool = True
+    # added to that standard deviation
     epsilon: Annotated[float, In(1e-12, 1, because="it keeps a division finite")] = 1e-4
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:

@@ -62,6 +62,7 @@ class TeacherTopK(_TeacherScorer):
     produces: ClassVar[type[Scores]] = TopKScores
     asks: ClassVar[Kinds] = frozenset({TopK})
 
+    # teacher's likeliest tokens at each position
     k: TopIds
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:

@@ -39,7 +39,9 @@ class SkipFirst:
 
     consumes: ClassVar[type[Scores]] = Scores
 
+    # ids whose first occurrence is not trained
     token_ids: Sequence[Annotated[int, In(0, 100_000_000)]] = ()
+    # the same as the vocabulary spells them
     tokens: Sequence[str] = ()
 
     def known(self, vocabulary: Mapping[str, int]) -> Self:

@@ -132,6 +132,13 @@ def test_every_key_says_its_type_and_the_shipped_options_are_all_known() -> None
                 check_names(compose([f"{group}={option}"]))
 
 
+@pytest.mark.parametrize("group", ["method", "prompts", "student", "teacher", "learner", "evaluation", "cluster"])
+def test_every_setting_of_every_shipped_option_has_a_line_about_it(group: str) -> None:
+    for option in groups()[group]:
+        silent = [key.name for key in keys(compose([f"{group}={option}"])) if not key.text]
+        assert not silent, f"{group}={option}: write a comment above these fields: {silent}"
+
+
 TYPOS = (
     ["train", "stepz=3"],
     ["train", "learner.lrr=1"],
