@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
-from rich.console import Console
 from rich.progress import track
 
 from launch.inputs.tokenizer import HuggingFaceTokenizer
+from launch.screen import console
 from opd.ports import Listed, PromptSource, Sources
 from opd.rows import Row
 from opd.types import Prompt
@@ -127,7 +127,7 @@ def _shown(found: Iterator[tuple[Row, Prompt]], total: int, place: str) -> Itera
     """With a bar on a terminal, if it takes a while."""
     if total < MANY:
         return found
-    return track(found, f"reading {place}", total=total, console=Console(stderr=True), transient=True)
+    return track(found, f"reading {place}", total=total, console=console(stderr=True), transient=True)
 
 
 def _texts(row: Row) -> Sequence[str]:
