@@ -140,13 +140,21 @@ def _certify(overrides: Sequence[str]) -> int:
 def _submit(arguments: Sequence[str]) -> int:
     from launch.submit import SubmitOptions, submit
 
-    own, command = _split(arguments, ("address", "working_dir"))
+    own, command = _split(arguments, ("address", "working_dir", "exclude", "follow"))
     if not command or command[0] not in ("train", "eval"):
         raise ConfigurationError("opd submit needs a command to run there, e.g. opd submit address=URL train steps=50")
     address = own.get("address") or os.environ.get("RAY_ADDRESS", "")
     if not address:
         raise ConfigurationError("opd submit needs the cluster: address=http://HOST:8265 (or RAY_ADDRESS)")
-    options = SubmitOptions(address=address, working_dir=own.get("working_dir", "."))
+    follow = own.get("follow", "true").lower()
+    if follow not in ("true", "false"):
+        raise ConfigurationError(f"follow is true or false, got {follow!r}; correct it")
+    options = SubmitOptions(
+        address=address,
+        working_dir=own.get("working_dir", "."),
+        exclude=[part for part in own.get("exclude", "").split(",") if part],
+        follow=follow == "true",
+    )
     return submit(command, options, console())
 
 

@@ -22,7 +22,8 @@ usage: opd COMMAND [OVERRIDE ...]
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
   opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
   opd export run=DIR output=DIR          copy a run's student out as a Hugging Face folder
-  opd submit address=URL [working_dir=DIR] COMMAND [...]   the same on a running Ray cluster
+  opd submit address=URL [working_dir=DIR] [exclude=A,B] [follow=false] COMMAND output_dir=/SHARED [...]
+             the same on a running Ray cluster
   opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN
   opd env                                versions, devices, and what is missing
 

@@ -20,15 +20,23 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 AGENT_DEADLINE_S = 90.0
-EXCLUDES = ["runs/", ".venv/", ".git/", "wandb/", "outputs/", "**/__pycache__/"]
+EXCLUDES = ("runs/", ".venv/", ".git/", "wandb/", "outputs/", "**/__pycache__/")
+MOST_BYTES = 100 << 20  # what the cluster's dashboard takes in one piece
+MIB = 1 << 20
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitOptions:
-    """Where the job goes. The token comes from the environment (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)."""
+    """Where the job goes. The token comes from the environment (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH).
+
+    `exclude` are folders and files of `working_dir` that stay here, as in a .gitignore. Without `follow` the command
+    returns as soon as the cluster has the job.
+    """
 
     address: str
     working_dir: str = "."
+    exclude: Sequence[str] = ()
     env: dict[str, str] = field(default_factory=dict)
     follow: bool = True
 
@@ -53,6 +61,9 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
         raise ConfigurationError(
             f"working_dir {options.working_dir!r} is no folder; give the one with your code and data"
         )
+    check_output(command)
+    excludes = [*EXCLUDES, *options.exclude]
+    check_size(Path(options.working_dir), excludes)
     arguments = list(command)
     if not any(part.startswith(("cluster=", "cluster.address=")) for part in arguments):
         arguments.append("cluster=existing")
@@ -60,17 +71,67 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
     from ray.job_submission import JobSubmissionClient
 
     entrypoint = shlex.join(["python", "-m", "launch.cli", *arguments])
-    runtime_env = {"working_dir": options.working_dir, "excludes": EXCLUDES, "env_vars": options.env}
+    runtime_env = {"working_dir": options.working_dir, "excludes": excludes, "env_vars": options.env}
     try:
         client = JobSubmissionClient(options.address)
         job = _accepted(lambda: client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
-    except (ConnectionError, RuntimeError, RayError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise OpdError(
             f"the cluster at {options.address} did not take the job ({_first(error)}); check the address (the "
             "dashboard's, e.g. http://127.0.0.1:8265) and the token"
         ) from error
-    console.print(f"job {job}: {entrypoint}")
-    return asyncio.run(_follow(client, job, console)) if options.follow else 0
+    console.print(f"job {job}: {entrypoint}", soft_wrap=True)
+    later = f"`ray job logs --follow --address={options.address} {job}` shows its log, `ray job stop` in place of logs"
+    if not options.follow:
+        console.print(f"{later} ends it", soft_wrap=True)
+        return 0
+    try:
+        return asyncio.run(_follow(client, job, console))
+    except KeyboardInterrupt:
+        console.print(f"\njob {job} goes on: {later} ends it", soft_wrap=True)
+        return INTERRUPTED
+
+
+def check_output(command: Sequence[str]) -> None:
+    """Refuse a run whose directory would lie in a temporary folder of the cluster, where nobody finds it.
+
+    A job runs in a copy of the working directory that Ray makes on one of the nodes and removes again, so a relative
+    path is nowhere. Checkpoints are written by every rank, so what comes back from one node alone would be a part.
+    """
+    if command[0] != "train":
+        return
+    given = [part.partition("=")[2] for part in command if part.lstrip("+").startswith("output_dir=")]
+    place = given[-1].strip("'\"") if given else "runs"
+    if not place.startswith("/"):
+        raise ConfigurationError(
+            f"opd submit needs an absolute output_dir=, got {place!r}{'' if given else ' (the default)'}: a job "
+            "runs in a temporary folder of the cluster; give a folder that every node reaches and that stays, e.g. "
+            "output_dir=/shared/runs"
+        )
+
+
+def check_size(folder: Path, excludes: Sequence[str], most: int = MOST_BYTES) -> None:
+    """Refuse a working directory that the cluster would not take, naming its largest parts, before it is packed."""
+    from ray._private.runtime_env import packaging
+
+    root, sizes = folder.resolve(), dict[str, int]()
+
+    def add(path: Path) -> None:
+        if path.is_file() and not path.is_symlink():
+            top = path.relative_to(root).parts
+            name = f"{top[0]}/" if len(top) > 1 else top[0]
+            sizes[name] = sizes.get(name, 0) + path.stat().st_size
+
+    packaging._dir_travel(root, [packaging._get_excludes(root, list(excludes))], add, include_gitignore=True)
+    total = sum(sizes.values())
+    if total > most:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        named = ", ".join(f"{name} {sizes[name] / MIB:.0f} MiB" for name in largest)
+        raise ConfigurationError(
+            f"working_dir {str(folder)!r} is {total / MIB:.0f} MiB, but a cluster takes {most / MIB:.0f} MiB (largest: "
+            f"{named}); leave folders out with exclude={largest[0]} (several: exclude=A,B) and name what the run needs "
+            "of them by paths that the cluster's nodes have, or give another working_dir"
+        )
 
 
 def _accepted(submit_job: Callable[[], str]) -> str:

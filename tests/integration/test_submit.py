@@ -114,5 +114,5 @@ def test_it_is_refused_without_the_token_and_with_a_wrong_one(head: Head, tmp_pa
     assert without.returncode == 2 and "needs the cluster's token" in without.stderr
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_hex(32))
-    refused = submit(head, wrong, "train", *SMALL)
+    refused = submit(head, wrong, "train", *SMALL, f"output_dir={tmp_path}")
     assert refused.returncode == 1 and "did not take the job" in refused.stderr, refused.stderr

@@ -1,12 +1,18 @@
 """The container files pass their linters, ask for the token and install the locks. No engine is needed."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from launch.checks.devices import resolved, roles
+from launch.config import run_config
+from launch.placement import Machine, check_fits
+from opd.devices import Device
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -66,3 +72,33 @@ def test_rayjob_is_bounded_and_authenticated() -> None:
     assert spec["ttlSecondsAfterFinished"] > 0 and spec["activeDeadlineSeconds"] > 0
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert f"ray=={spec['rayClusterSpec']['rayVersion']} " in (ROOT / "requirements/gpu.lock").read_text()
+
+
+def test_rayjob_runs_on_the_cluster_it_makes() -> None:
+    """The driver runs in the head's pod, which has no GPU; the actors fit the workers, on devices that those have."""
+    spec = yaml.safe_load((ROOT / "docker/kuberay/rayjob.yaml").read_text())["spec"]
+    config = resolved(run_config(overrides_of(spec["entrypoint"])))
+    assert config.cluster.address == "auto", "the second Ray would have no GPU"
+    head, (group,) = spec["rayClusterSpec"]["headGroupSpec"], spec["rayClusterSpec"]["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    limits = worker["resources"]["limits"]
+    machine = Machine(cpus=float(limits["cpu"]), gpus=float(limits["nvidia.com/gpu"]))
+    check_fits(roles(config), [Machine(cpus=0, gpus=0), *[machine] * group["replicas"]], "the job's cluster")
+    assert (config.student.device, config.teacher.device, config.learner.device) == (Device.GPU,) * 3
+    for template in (head["template"], group["template"]):
+        (container,) = template["spec"]["containers"]
+        assert config.output_dir in {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def test_compose_s_job_runs_on_its_cluster_and_writes_to_its_volume() -> None:
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    config = run_config(overrides_of(services["train"]["command"].partition(" -- ")[2]))
+    assert config.cluster.address == "auto"
+    for name in ("head", "worker"):
+        assert any(volume.endswith(f":{config.output_dir}") for volume in services[name]["volumes"]), name
+
+
+def overrides_of(command: str) -> list[str]:
+    program, verb, *overrides = shlex.split(command)
+    assert (program, verb) == ("opd", "train")
+    return overrides
