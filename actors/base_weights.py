@@ -10,6 +10,7 @@ from torch import Tensor
 from opd.adapters import pairs, with_adapters
 from opd.delivery import Delivered
 from opd.errors import DataError
+from opd.model_folder import read_headers
 
 
 class BaseWeights:
@@ -21,10 +22,7 @@ class BaseWeights:
 
     def __init__(self, folder: Path, fused: Mapping[str, Sequence[str]]) -> None:
         self._fused = fused
-        self._files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self._files |= dict.fromkeys(file.keys(), path)
+        self._files = {name: stored.file for name, stored in read_headers(str(folder), "student").items()}
 
     def tensors(self, delivered: Delivered, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the layers that the delivered adapters touch, merged on `device`.

@@ -9,6 +9,9 @@ from opd.settings import settings
 
 CPU_KV_CACHE_BYTES = 64 << 20
 
+# Widths of an attention head that vLLM's CPU kernels have: `CPUAttentionBackend.get_supported_head_sizes` of 0.32.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings

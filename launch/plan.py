@@ -8,6 +8,7 @@ from rich.table import Table
 
 from actors.config import CPU_KV_CACHE_BYTES
 from launch.checks.answers import check_answers, check_rewards
+from launch.checks.architectures import check_contexts, check_ids, check_student, check_teacher
 from launch.checks.devices import gpus, resolved, undecided
 from launch.checks.ends import text_ends
 from launch.checks.models import hidden_width, parameter_count, vocabulary_rows
@@ -132,6 +133,9 @@ def make_plan(config: RunConfig) -> Plan:
     check_numbers(config)
     check_checkpoint(config.student.path, "student")
     exact_kl = check_teachers(config)
+    student = check_student(config)
+    teachers = {name: check_teacher(config, name) for name in config.teachers}
+    exact_kl &= all(teacher.causal.get_output_embeddings().bias is None for teacher in teachers.values())
     check_settings(config)
     tokens = tokenizer_identity(config.student.path).tokens
     config = replace(config, method=replace(config.method, weights=look_up(config.method.weights, tokens)))
@@ -142,6 +146,8 @@ def make_plan(config: RunConfig) -> Plan:
     measured = replace(sources, place="evaluation.prompts")
     held_out = survey_step(config.evaluation.prompts, measured, tokenizer)
     longest = check_lengths(config, training, held_out)
+    check_contexts(config, teachers, longest, training, held_out)
+    check_ids([student, *teachers.values()], training, held_out)
     check_shares(config, training)
     check_tasks(training, held_out)
     check_rewards(config, training)

@@ -5,9 +5,7 @@ in one small module that is asked what to do with it, so that ZeRO-3 gathers it 
 times vocabulary has to exist. Parameters keep their Hugging Face names.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -16,16 +14,18 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
-from opd.attention import NAME, Packing, attend
+from learner.weight_names import stored_names
+from opd.adapters import A, B
+from opd.attention import NAME, Packing, register
 from opd.errors import ConfigurationError, DataError
+from opd.model_folder import output_matrix, read_headers
+from opd.packable import Trial, check_head, check_layers
 
 Use = Callable[[Float[Tensor, "L H"], Float[Tensor, "V H"]], Tensor]
 
 ADAPTER = "learner"  # what PEFT calls the only adapter that we have
-_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats; a wrong mask is off by far more
 
 
 class Head(nn.Module):
@@ -41,22 +41,20 @@ class Head(nn.Module):
 
 
 class Student(nn.Module):
-    """`causal` with packed attention and its output layer replaced by a `Head`."""
+    """`causal` with packed attention and its output layer replaced by a `Head`.
 
-    def __init__(self, causal: PreTrainedModel) -> None:
+    `stored` has the names under which a checkpoint keeps parameters that the model calls otherwise, as in
+    `{"lm_head.weight": "embed_out.weight"}`.
+    """
+
+    def __init__(self, causal: PreTrainedModel, stored: Mapping[str, str] | None = None) -> None:
         super().__init__()
-        head = causal.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or head.bias is not None:
-            raise ConfigurationError(
-                f"the student needs a plain output matrix, but {type(causal).__name__} has {head}; "
-                "choose a model whose lm_head is a linear layer without bias"
-            )
+        head = check_head(causal, "the student", bias=False)
         causal.set_output_embeddings(Head(cast(nn.Parameter, head.weight)))
         causal.set_attn_implementation(NAME)
-        for module in causal.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # the policy that is trained must be the policy that wrote
+        _without_dropout(causal)
         self.causal = causal
+        self._stored = {_layer(name): _layer(kept) for name, kept in (stored or {}).items()}
         self.vocabulary = len(head.weight)  # rows of the output matrix; may exceed the tokenizer's size
 
     def forward(
@@ -76,6 +74,14 @@ class Student(nn.Module):
         )
         hidden = body.last_hidden_state[0].index_select(0, predict_at)
         return cast(Head, self.causal.get_output_embeddings())(hidden, use)
+
+    def logits(self, sequences: Sequence[Int[Tensor, " n"]]) -> Float[Tensor, "N V"]:
+        """Logits after every token of `sequences`, which are packed one after the other."""
+        places = [torch.arange(len(s)) for s in sequences]
+        ends = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0)
+        ids, device = torch.cat(list(sequences)), next(self.parameters()).device
+        at = torch.arange(len(ids), device=device)
+        return self(ids.to(device), torch.cat(places).to(device), ends.to(device), at, F.linear)
 
     def logprobs(self, ids: Int[Tensor, " S"], after: int = 0) -> Float[Tensor, " S1"]:
         """Log-probabilities of `ids[1:]` in the model's own context, without gradient.
@@ -99,15 +105,34 @@ class Student(nn.Module):
             )
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained, under Hugging Face names; a tied head is the embedding and does not appear.
+        """What is trained, under the names of its checkpoint; a tied head is the embedding and does not appear.
 
         Adapters have the names of `opd.adapters`; beside them nothing is trained.
         """
-        return ((_plain(name), p) for name, p in self.causal.named_parameters() if p.requires_grad)
+        return ((self._kept(name), p) for name, p in self.causal.named_parameters() if p.requires_grad)
 
     def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The rest: what adapters are added to."""
-        return ((_plain(name), p) for name, p in self.causal.named_parameters() if not p.requires_grad)
+        return ((self._kept(name), p) for name, p in self.causal.named_parameters() if not p.requires_grad)
+
+    def _kept(self, name: str) -> str:
+        plain = _plain(name)
+        layer = _layer(plain)
+        return self._stored.get(layer, layer) + plain.removeprefix(layer)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """The policy that is trained must be the policy that wrote; rates are kept in layers of their own or by modules."""
+    for module in model.modules():
+        rates = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
+        for name in rates:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
+
+
+def _layer(name: str) -> str:
+    """What a tensor belongs to: `a.b` of `a.b.weight` and of `a.b.lora_A.weight`."""
+    return next((name.removesuffix(end) for end in (A, B, ".weight", ".bias") if name.endswith(end)), name)
 
 
 def _plain(name: str) -> str:
@@ -121,33 +146,26 @@ def sentinel_ids(vocabulary: int, length: int = 24) -> Int[np.ndarray, " S"]:
 
 
 def load_student(path: str, dtype: torch.dtype, gradient_checkpointing: bool) -> Student:
-    """The model in `path` (a folder, or a name on the Hugging Face hub), ready for packed sequences.
+    """The model in the folder `path`, ready for packed sequences.
 
     Raises:
-        ConfigurationError: its layers do not read packed sequences exactly, or its weights are stored under
-            other names than its modules have (an engine could then not receive them).
+        ConfigurationError: its layers do not read packed sequences exactly, or its weights are not stored one by one
+            as its modules have them (an engine could then not receive them).
     """
-    AttentionInterface.register(NAME, attend)
+    part = f"the student {path!r}"
     causal = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True
+        path, dtype=dtype, attn_implementation="eager", trust_remote_code=False, use_safetensors=True
     )
     assert isinstance(causal, PreTrainedModel)
-    _check_names(causal, path)
-    ids = torch.from_numpy(sentinel_ids(len(cast(nn.Linear, causal.get_output_embeddings()).weight))).long()
-    with torch.no_grad():
-        logits = causal(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    expected = logits.float().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-    student = Student(causal)
-    gap = float((student.logprobs(ids, after=9) - expected).abs().max())
-    if not gap <= _CHECK_TOLERANCE[dtype]:
-        raise ConfigurationError(
-            f"the student {path} needs layers that read packed sequences one by one, but packed and plain "
-            f"log-probabilities of {type(causal).__name__} differ by {gap:.3g} nats; choose a model with "
-            "plain causal attention and an unscaled output matrix"
-        )
+    check_layers(causal, part)
+    stored = stored_names(causal, read_headers(path, "the student"), part)
+    head = check_head(causal, part, bias=False)
+    trial = Trial.of(causal, len(head.weight), part)
+    student = Student(causal, stored).train()
+    trial.check(student.logits, part)  # as it is trained, so that a dropout would be seen
     if gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return student.train()
+    return student
 
 
 def load_head(path: str, dtype: torch.dtype, vocabulary: int) -> Float[Tensor, "V H"]:
@@ -157,17 +175,15 @@ def load_head(path: str, dtype: torch.dtype, vocabulary: int) -> Float[Tensor, "
         DataError: the checkpoint holds none.
         ConfigurationError: it has other rows than the student's vocabulary.
     """
-    tied = bool(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().tie_word_embeddings)
-    files = _tensor_files(path)
-    wanted = ("lm_head.weight", "embed_tokens.weight") if tied else ("lm_head.weight",)
-    found = [name for suffix in wanted for name in files if name.endswith(suffix)]
-    if not found:
+    stored = read_headers(path, "the teacher")
+    name = output_matrix(stored)
+    if name is None:
         raise DataError(
-            f"full-vocabulary objectives need the teacher's output matrix, but {path} has no "
-            f"{' or '.join(wanted)} in its safetensors; choose another checkpoint or a top-k method"
+            f"full-vocabulary objectives need the teacher's output matrix, but {path} has none in its safetensors; "
+            "choose another checkpoint or a top-k method"
         )
-    with safe_open(files[found[0]], framework="pt") as handle:
-        head = handle.get_tensor(found[0])
+    with safe_open(stored[name].file, framework="pt") as handle:
+        head = handle.get_tensor(name)
     if len(head) != vocabulary:
         raise ConfigurationError(
             f"full-vocabulary objectives need equal vocabularies, but the teacher's output matrix has "
@@ -176,25 +192,4 @@ def load_head(path: str, dtype: torch.dtype, vocabulary: int) -> Float[Tensor, "
     return head.to(dtype)
 
 
-def _check_names(causal: PreTrainedModel, path: str) -> None:
-    stored = _tensor_files(path)
-    other = [name for name, _ in causal.named_parameters() if name not in stored]
-    if other:
-        raise ConfigurationError(
-            f"the student {path} needs weights stored under the names of its modules, but {other[0]!r} and "
-            f"{len(other) - 1} more are not in its safetensors; choose a dense architecture"
-        )
-
-
-def _tensor_files(path: str) -> dict[str, str]:
-    """Tensor name -> safetensors file of a checkpoint, in one or several shards."""
-    single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    if single is not None:
-        with safe_open(single, framework="pt") as handle:
-            return dict.fromkeys(handle.keys(), single)
-    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        raise DataError(f"{path} has neither model.safetensors nor its index; convert the checkpoint to safetensors")
-    shards = cast(dict[str, str], json.loads(Path(index).read_text())["weight_map"])
-    located = {shard: cast(str, cached_file(path, shard)) for shard in set(shards.values())}
-    return {name: located[shard] for name, shard in shards.items()}
+register(AttentionInterface, AttentionMaskInterface)

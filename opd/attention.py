@@ -1,7 +1,8 @@
 """Causal attention over packed sequences, exact, with PyTorch's own kernels.
 
 Linear layers, norms and the head see only real tokens; attention alone works on a padded view. A padded row
-lies behind every real one, so the causal mask already hides it and no other mask is needed. Sequences are
+lies behind every real one, so the causal mask already hides it. Sliding windows, soft-capping and sinks are computed
+as the model asks; whatever else it asks of its attention is refused. Sequences are
 padded in classes of similar length, so that one long sequence does not make the short ones long.
 """
 
@@ -75,6 +76,20 @@ def _classes(lengths: Int[Tensor, " M"]) -> tuple[Int[Tensor, " M"], list[tuple[
     return order, cuts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What a layer does besides causal softmax attention.
+
+    `window` counts the tokens that are seen, the token itself among them; `softcap` bounds the scores by
+    `softcap * tanh(score / softcap)`; `sinks` are logits, one per query head, that take their share of the softmax
+    and give nothing.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " Hq"] | None = None
+
+
 class _Move(torch.autograd.Function):
     """Rows `source` of `x` written to rows `target` of zeros `[size, ...]`; `None` is all rows in order.
 
@@ -109,10 +124,11 @@ def _move(x: Tensor, source: Tensor | None, target: Tensor | None, size: int) ->
 def packed_attention(
     query: Float[Tensor, "1 Hq N D"],
     key: Float[Tensor, "1 Hk N D"],
-    value: Float[Tensor, "1 Hk N D"],
+    value: Float[Tensor, "1 Hk N E"],
     packing: Packing,
     scale: float | None = None,
-) -> Float[Tensor, "1 N Hq D"]:
+    extras: Extras = Extras(),
+) -> Float[Tensor, "1 N Hq E"]:
     """Softmax attention in which a token sees its own sequence up to itself.
 
     Query heads may outnumber key heads (grouped-query attention). `scale` is `1 / sqrt(D)` if not given.
@@ -124,41 +140,107 @@ def packed_attention(
             flat = _move(x[0].transpose(0, 1), group.tokens, group.slots, group.rows * group.longest)
             return flat.unflatten(0, (group.rows, group.longest)).transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(
-            pad(query),
-            pad(key),
-            pad(value),
-            is_causal=True,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        out = _attention(pad(query), pad(key), pad(value), scale, extras)
         part = _move(out.transpose(1, 2).flatten(0, 1), group.slots, group.tokens, tokens)
         total = part if total is None else total + part
     assert isinstance(total, Tensor)
     return total[None]
 
 
+def _attention(
+    query: Float[Tensor, "R Hq L D"],
+    key: Float[Tensor, "R Hk L D"],
+    value: Float[Tensor, "R Hk L E"],
+    scale: float | None,
+    extras: Extras,
+) -> Float[Tensor, "R Hq L E"]:
+    """Causal attention of rows of one length, by PyTorch's kernel wherever it can do what is asked."""
+    longest, gqa = query.shape[2], query.shape[1] != key.shape[1]
+    window = longest if extras.window is None else extras.window
+    plain = extras.softcap is None and extras.sinks is None
+    if plain and window >= longest:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+    place = torch.arange(longest, device=query.device)
+    behind = place[:, None] - place  # how far the key lies behind the query
+    visible = (behind >= 0) & (behind < window)
+    if plain:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=gqa)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if extras.softcap is not None:
+        scores = extras.softcap * torch.tanh(scores / extras.softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if extras.sinks is not None:
+        sinks = extras.sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    return scores.softmax(-1)[..., :longest].to(value.dtype) @ value
+
+
+# Keyword arguments of transformers' attention functions that leave the result as it is. `dropout` would not, and is
+# left out on purpose: the policy that is trained must be the policy that wrote. A window arrives as the mask.
+_HARMLESS = frozenset({"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "sliding_window"})
+
+
+def mask(*, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> Tensor | None:
+    """What a layer of a packed model may see, as its attention mask: its window (int64, no axes), or None for all.
+
+    transformers calls it with what a layer's mask is made from, to be registered as `NAME`.
+    """
+    window = getattr(config, "sliding_window", None)
+    if use_vmap or not getattr(config, "is_causal", True) or local_size not in (None, window):
+        raise ConfigurationError(
+            f"packed sequences are read causally, all of it or a sliding window, but {type(config).__name__} asks for "
+            "another mask (chunks, or both directions); choose a model with causal attention"
+        )
+    return None if local_size is None else torch.tensor(local_size)
+
+
 def attend(
-    module: nn.Module,  # noqa: ARG001 (the signature of transformers' attention functions)
+    module: nn.Module,
     query: Float[Tensor, "1 Hq N D"],
     key: Float[Tensor, "1 Hk N D"],
-    value: Float[Tensor, "1 Hk N D"],
+    value: Float[Tensor, "1 Hk N E"],
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,  # what other kernels want (dropout, position ids, ...)
-) -> tuple[Float[Tensor, "1 N Hq D"], None]:
-    """`packed_attention` as transformers calls it, to be registered as `NAME`.
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " Hq"] | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "1 N Hq E"], None]:
+    """`packed_attention` as transformers calls it, to be registered as `NAME` beside `mask`.
 
-    transformers has no mask function of that name, so it passes no mask; `packing` arrives as a model argument.
+    `packing` arrives as a model argument. What could change the result and is not computed here is refused.
     """
-    assert attention_mask is None
-    longest = max(group.longest for group in packing.classes)
-    if sliding_window is not None and longest > sliding_window:
+    if packing is None:
         raise ConfigurationError(
-            f"the model attends to a window of {sliding_window} tokens, but a sequence has {longest} and all of it "
-            "would be read; shorten prompts or max_tokens, or choose a model with full attention"
+            f"{type(module).__name__} is not told how sequences are packed, since its model does not pass arguments on "
+            "to it; choose another architecture"
         )
-    return packed_attention(query, key, value, packing, scaling), None
+    asked = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
+    causal = others.get("is_causal") is not False and getattr(module, "is_causal", True)
+    unknown = [name for name in asked if name != "is_causal"] + ["attention in both directions"] * (not causal)
+    if attention_mask is not None and attention_mask.ndim:
+        unknown.append("a mask of its own")
+    window = None if attention_mask is None or attention_mask.ndim else int(attention_mask)
+    longest, said = max(group.longest for group in packing.classes), others.get("sliding_window")
+    if window is None and said is not None and longest > int(said):
+        unknown.append(f"a window of {said} tokens without a mask")
+    if unknown:
+        raise ConfigurationError(
+            f"{type(module).__name__} needs {unknown[0]}, which attention over packed sequences does not compute; "
+            "choose a model with plain causal attention"
+        )
+    extras = Extras(window=window, softcap=softcap, sinks=s_aux)
+    return packed_attention(query, key, value, packing, scaling, extras), None
+
+
+def register(functions: Any, masks: Any) -> None:
+    """Make `NAME` known: `functions` is transformers' `AttentionInterface`, `masks` its `AttentionMaskInterface`.
+
+    Both together: without the mask a window would be lost.
+    """
+    functions.register(NAME, attend)
+    masks.register(NAME, mask)

@@ -11,7 +11,8 @@ from typing import Any
 import xxhash
 from transformers import AutoTokenizer
 
-from opd.errors import ConfigurationError, DataError
+from opd.errors import DataError
+from opd.model_folder import read_config, read_headers, read_json, text_config
 
 SPECIAL = ("bos", "eos", "pad", "unk")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -40,7 +41,10 @@ class TokenizerIdentity:
 
 def tokenizer_identity(path: str) -> TokenizerIdentity:
     """Read the tokenizer and the model's configuration in `path`. Raises `DataError` if there is none."""
-    config = _config(Path(path), f"the tokenizer in {path!r}")
+    part = f"the tokenizer in {path!r}"
+    rows = text_config(path, part).get("vocab_size", 0)
+    if not isinstance(rows, int) or rows < 0:
+        raise DataError(f"{part} belongs to a config.json with vocab_size={rows!r}, which is no number; copy it anew")
     tokenizer = load_tokenizer(path)
     tokens, digest = _vocabulary(_key(path))
     template = tokenizer.chat_template or ""
@@ -49,7 +53,7 @@ def tokenizer_identity(path: str) -> TokenizerIdentity:
         path=path,
         digest=digest,
         size=len(tokens),
-        rows=int((config | config.get("text_config", {})).get("vocab_size", 0)),
+        rows=rows,
         special={role: getattr(tokenizer, f"{role}_token_id") for role in SPECIAL},
         template=_digest(text) if text else "",
         tokens=tokens,
@@ -86,17 +90,22 @@ def _key(path: str) -> _Key:
             content = file.read_bytes()
             hasher.update(f"{file.name}:{len(content)};".encode())
             hasher.update(content)
-    hasher.update(str(_config(Path(path), f"the tokenizer in {path!r}").get("model_type")).encode())
+    hasher.update(str(read_config(path, f"the tokenizer in {path!r}").get("model_type")).encode())
     return _Key(hasher.hexdigest(), path)
 
 
 @lru_cache(maxsize=8)  # reading a vocabulary of 150,000 tokens takes seconds
 def _loaded(key: _Key) -> Any:
+    part = f"the tokenizer in {key.path!r}"
+    for file in sorted(Path(key.path).glob("*token*_*.json")):
+        read_json(file, part)
     try:
-        return AutoTokenizer.from_pretrained(key.path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"the tokenizer in {key.path!r} does not load ({reason}); copy its files anew") from error
+        tokenizer = AutoTokenizer.from_pretrained(key.path, local_files_only=True, trust_remote_code=False)
+        tokenizer.get_vocab()
+    except Exception as error:  # foreign files, read by two libraries: any type of error may come out
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{part} does not load ({reason}); copy its files anew") from error
+    return tokenizer
 
 
 @lru_cache(maxsize=8)
@@ -126,8 +135,7 @@ def check_checkpoint(path: str, part: str) -> None:
 
     `part` is whose path it is, e.g. `"teacher"`. No folder: `ConfigurationError`, otherwise `DataError`.
     """
-    folder = Path(path)
-    config = _config(folder, part)
+    config = read_config(path, part)
     if "auto_map" in config:
         raise DataError(
             f"{part} in {path!r} brings its own Python code (auto_map in config.json), which is never run; "
@@ -135,23 +143,8 @@ def check_checkpoint(path: str, part: str) -> None:
         )
     if "model_type" not in config:
         raise DataError(f"{part} in {path!r} has a config.json without model_type; it is no language model")
-    if not any(folder.glob("*.safetensors")):
+    if not read_headers(path, part):
         raise DataError(f"{part} needs safetensors, but {path!r} has none; save the model with safe_serialization")
-
-
-def _config(folder: Path, part: str) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ConfigurationError(f"{part} needs a checkpoint folder, but {str(folder)!r} is none; correct the path")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise DataError(
-            f"{part} needs a Hugging Face checkpoint, but {str(folder)!r} has no config.json; correct the path"
-        )
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{part} has a damaged config.json in {str(folder)!r} ({error}); copy it anew") from error
-    return config
 
 
 def _first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:

@@ -6,15 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
-from opd.attention import NAME, Packing, attend
-from opd.errors import ConfigurationError, DataError
-
-_TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.5,
-}  # nats; a wrong mask or a scaled head is off by far more
+from opd.attention import NAME, Packing, register
+from opd.errors import DataError
+from opd.packable import Trial, check_head, check_layers, context_length
 
 
 class PackedModel:
@@ -25,16 +21,11 @@ class PackedModel:
     """
 
     def __init__(self, causal: PreTrainedModel) -> None:
-        head = causal.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise ConfigurationError(
-                f"the teacher needs a plain output matrix, but {type(causal).__name__} has {head}; choose a "
-                "model whose lm_head is a linear layer"
-            )
+        head = check_head(causal, "the teacher", bias=True)
         self._causal, self._head = causal, head
         self.device = causal.device
         self.vocabulary = len(head.weight)
-        self.positions = int(getattr(causal.config.get_text_config(), "max_position_embeddings", 0)) or None
+        self.positions = context_length(causal.config)
 
     def mix_in(self, tensors: Iterable[tuple[str, Tensor]], share: float) -> None:
         """Every parameter becomes `share` times the one given plus `1 - share` times its own, in place.
@@ -84,33 +75,28 @@ class PackedModel:
 def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PackedModel:
     """The model in `path`, frozen.
 
-    It is compared with itself before it is used: a model with another kind of attention (sinks,
-    soft-capping), with layers that carry a state from one packed sequence to the next, or with a head that
-    does more than multiply, is refused with a `ConfigurationError`.
+    It is compared with itself before it is used: a model with layers that carry a state from one packed sequence to
+    the next, with an attention that is not ours, or with a head that does more than multiply, is refused with a
+    `ConfigurationError`.
     """
+    part = f"the teacher {path!r}"
     causal = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation="eager",
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
     )
+    check_layers(causal, part)
     nn.Module.to(causal.eval().requires_grad_(False), device)
+    head = check_head(causal, part, bias=True)
+    trial = Trial.of(causal, len(head.weight), part)
     model = PackedModel(causal)
-    ids = torch.arange(1, 24).remainder(model.vocabulary)
+    causal.set_attn_implementation(NAME)
     with torch.inference_mode():
-        plain = causal(input_ids=ids[None].to(device), use_cache=False).logits[0].float().log_softmax(-1)
-        causal.set_attn_implementation(NAME)
-        packed = model.logits(model.hidden([ids[:9], ids])[9:]).log_softmax(-1)
-    gap = float((plain - packed).abs().max())
-    if not gap <= _TOLERANCE[dtype]:
-        raise ConfigurationError(
-            f"the teacher in {path!r} answers differently when sequences are packed and its head is applied "
-            f"apart ({gap:.3g} nats, {type(causal).__name__}); choose a model with plain causal attention "
-            "and an unscaled head"
-        )
+        trial.check(lambda sequences: model.logits(model.hidden(sequences)), part)
     return model
 
 
-AttentionInterface.register(NAME, attend)
+register(AttentionInterface, AttentionMaskInterface)

@@ -1,31 +1,22 @@
-"""What a checkpoint folder says of its size, read without its weights."""
+"""What a model folder says of its size, read without its weights."""
 
-import json
-from math import prod
-from pathlib import Path
+from opd.model_folder import output_matrix, read_headers, text_config
 
-from safetensors import safe_open
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 
 def parameter_count(path: str) -> int:
     """Parameters in a folder's safetensors (tied ones once)."""
-    total = 0
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            total += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+    return sum(stored.size for stored in read_headers(path, f"the model {path!r}").values())
 
 
 def vocabulary_rows(path: str) -> int:
     """Rows of the output matrix, padding included."""
-    return _size(path, "vocab_size")
+    return int(text_config(path, f"the model {path!r}").get("vocab_size") or 0)
 
 
 def hidden_width(path: str) -> int:
     """Columns of the output matrix."""
-    return _size(path, "hidden_size")
-
-
-def _size(path: str, name: str) -> int:
-    config = json.loads((Path(path) / "config.json").read_text())
-    return int(config.get(name) or config["text_config"][name])
+    stored = read_headers(path, f"the model {path!r}")
+    name, config = output_matrix(stored), text_config(path, f"the model {path!r}")
+    return stored[name].shape[-1] if name else int(next((config[key] for key in _WIDTHS if config.get(key)), 0))

@@ -32,15 +32,16 @@ class Kind:
 class Survey:
     """All prompts of a source, seen once.
 
-    `longest` and `longest_for_teacher` are tokens with their place, `teachers` and `tasks` say where each is first
-    asked for, `ids` are the prompts' own, `texts` digests of what the student reads. `total` counts what there is
-    (0: without end, and these are a sample).
+    `longest` and `longest_for_teacher` are tokens with their place, `highest` the largest id of a token, `teachers` and
+    `tasks` say where each is first asked for, `ids` are the prompts' own, `texts` digests of what the student reads.
+    `total` counts what there is (0: without end, and these are a sample).
     """
 
     seen: int
     total: int
     longest: tuple[int, str]
     longest_for_teacher: tuple[int, str]
+    highest: tuple[int, str]
     first: Prompt
     teachers: Mapping[str, str]
     tasks: Mapping[str, str]
@@ -57,7 +58,7 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
     """Go through prompts once."""
     special = tokenizer.special_texts()
     first: Prompt | None = None
-    longest = longest_for_teacher = (0, "")
+    longest = longest_for_teacher = highest = (0, "")
     teachers: dict[str, str] = {}
     tasks: dict[str, str] = {}
     chats = unanswered = unknown = marked = repeated = Kind()
@@ -68,6 +69,8 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
         first = first or prompt
         longest = max(longest, (len(prompt.student_ids), where), key=lambda pair: pair[0])
         longest_for_teacher = max(longest_for_teacher, (len(prompt.teacher_ids), where), key=lambda pair: pair[0])
+        top = max(int(prompt.student_ids.max(initial=0)), int(prompt.teacher_ids.max(initial=0)))
+        highest = max(highest, (top, where), key=lambda pair: pair[0])
         teachers.setdefault(prompt.teacher, where)
         tasks.setdefault(prompt.task, where)
         if not isinstance(row.prompt, str):
@@ -89,6 +92,7 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
         total=total,
         longest=longest,
         longest_for_teacher=longest_for_teacher,
+        highest=highest,
         first=first,
         teachers=teachers,
         tasks=tasks,

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError, OpdError, ServiceHung
+from opd.model_folder import text_config
 from opd.ports import ScoreRequest, TopK
 from opd.types import TokenScores, TopKScores
 from teacher_service.backends.torch_forward import microbatches
 from teacher_service.config import START_S, TeacherConfig, check_answers
-from teacher_service.head import load_head, text_config
+from teacher_service.head import load_head
 from teacher_service.identity import check_checkpoint
 from teacher_service.reading import Bounds, Store, TeacherStats, completion_rows, length, testify
 
@@ -43,7 +44,7 @@ class _VLLMTeacher(ABC):
         self._config, self._store = config, store
         self._device = resolve_device(config.device, "teacher")
         self._dtype = resolve_dtype(config.dtype, self._device)
-        model = text_config(config.path)
+        model = text_config(config.path, "teacher")
         positions = config.max_model_len or int(model.get("max_position_embeddings") or config.max_batch_tokens)
         self._positions = min(positions, config.max_batch_tokens)
         self._bounds = Bounds(

@@ -131,6 +131,6 @@ def test_the_student_names_its_adapters_as_adapters(house: House) -> None:
         p.requires_grad_("lora_" in name)
     shell = Student.__new__(Student)
     torch.nn.Module.__init__(shell)
-    shell.causal = model
+    shell.causal, shell._stored = model, {}
     assert sorted(name for name, _ in shell.named()) == sorted(adapters(model, 1).manifest.names)
     assert {name for name, _ in shell.frozen()} == dict(house.origin.named_parameters()).keys()

@@ -187,15 +187,20 @@ def test_a_top_k_that_names_padding_of_the_teacher_is_one_sentence(models: dict[
         rank.evaluate(batches_of(1, SMOOTH, partial(said, beyond))[0], RenormalizedReverseKL())
 
 
-def test_a_window_shorter_than_the_sequences_is_refused(start: Start, models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_window_shorter_than_the_sequences_is_kept(start: Start, models: dict[str, Path], tmp_path: Path) -> None:
     config = Qwen3Config.from_pretrained(models["tied"])
     windowed = Qwen3Config(
         **{**config.to_dict(), "use_sliding_window": True, "sliding_window": 8, "layer_types": None,
            "max_window_layers": 0}
     )  # fmt: skip
-    Qwen3ForCausalLM(windowed).save_pretrained(tmp_path)
-    with pytest.raises(ConfigurationError, match="window of 8 tokens, but"):
-        start(SMOOTH, tmp_path)
+    plain = Qwen3ForCausalLM(windowed).eval()
+    plain.save_pretrained(tmp_path)
+    sentinel = start(SMOOTH, tmp_path).share(0).sentinel
+    ids = torch.from_numpy(sentinel.ids).long()
+    assert len(ids) > 8
+    with torch.no_grad():
+        logprobs = plain(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    np.testing.assert_allclose(sentinel.logprobs, logprobs.numpy(), rtol=0, atol=1e-5)
 
 
 def test_masked_tokens_do_not_move_anything(models: dict[str, Path], start: Start) -> None:

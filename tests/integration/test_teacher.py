@@ -304,14 +304,19 @@ def test_models_that_cannot_be_packed_are_refused(school: School, tmp_path: Path
         final_logit_softcapping=0.1,
     )
     Gemma2ForCausalLM(capped).save_pretrained(tmp_path / "capped")
-    with pytest.raises(ConfigurationError, match="head is applied apart"):
+    with pytest.raises(ConfigurationError, match="scales or bounds them afterwards"):
         run(TorchTeacher(TeacherConfig(path=str(tmp_path / "capped")), school.shelf.store).ready())
-    checkpoint(tmp_path / "window", use_sliding_window=True, sliding_window=30, layer_types=["sliding_attention"] * 2)
-    teacher = TorchTeacher(TeacherConfig(path=str(tmp_path / "window"), deadline_s=60), school.shelf.store)
-    ids = np.ones(20, dtype=np.int32)
-    run(teacher.score([ScoreRequest(context_ids=ids[:9], token_ids=ids, want=WrittenToken())]))
-    with pytest.raises(ConfigurationError, match="window of 30 tokens, but a sequence has 39"):
-        run(teacher.score([ScoreRequest(context_ids=ids, token_ids=ids, want=WrittenToken())]))
+
+
+def test_a_window_shorter_than_the_sequence_is_kept(school: School, tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 20, "layer_types": ["sliding_attention"] * 2}
+    plain = checkpoint(tmp_path, **window)
+    teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
+    ids = np.arange(3, 42, dtype=np.int32)
+    asked = [ScoreRequest(context_ids=ids[:9], token_ids=ids[9:], want=WrittenToken())] * 2
+    expected = completion_logprobs(plain, asked[0]).gather(1, torch.from_numpy(ids[9:, None]).long())
+    for answer in run(teacher.score(asked)):
+        np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
 
 
 def test_ready_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,174 @@
+"""A Hugging Face folder, read without its weights: `config.json` and the headers of its safetensors.
+
+Files are foreign: whatever is wrong with one is a sentence that begins with `part`, whose folder it is ("student").
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigurationError, DataError
+
+HEADS = ("lm_head.weight", "embed_out.weight")
+TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One tensor of a folder, as in `Stored(file=Path("m/model.safetensors"), dtype="BF16", shape=(64, 96))`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its numbers."""
+        return prod(self.shape)
+
+
+def read_json(file: Path, part: str) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        DataError: it is no UTF-8, no JSON, nested too deep, or no mapping.
+    """
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number without end
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise DataError(f"{part} has a damaged {file.name} in {str(file.parent)!r} ({reason}); copy it anew") from error
+    if not isinstance(said, dict):
+        kind = "null" if said is None else f"a {type(said).__name__}"
+        raise DataError(
+            f"{part} has a damaged {file.name} in {str(file.parent)!r} (it holds {kind} instead of a mapping); copy it "
+            "anew"
+        )
+    return said
+
+
+def read_config(path: str, part: str) -> dict[str, Any]:
+    """`config.json` of the folder `path`.
+
+    Raises:
+        ConfigurationError: `path` is no folder.
+        DataError: it holds no readable `config.json`.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigurationError(_no_folder(path, part))
+    if (folder / "config.json").is_file():
+        return read_json(folder / "config.json", part)
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json", part).get("base_model_name_or_path")
+        raise DataError(
+            f"{part} needs whole weights, but {path!r} is a LoRA adapter of {base!r}; merge them first with PEFT: "
+            "PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder), copy the "
+            "tokenizer there, and give that folder"
+        )
+    raise DataError(f"{part} needs a Hugging Face checkpoint, but {path!r} has no config.json; correct the path")
+
+
+def _no_folder(path: str, part: str) -> str:
+    what = f"{part} needs a checkpoint folder, but {path!r} is"
+    if Path(path).exists():
+        return f"{what} a file; give the folder it lies in"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return (
+            f"{what} none; names on the Hugging Face hub are not read, so if it is one, download it with "
+            f"`hf download {path} --local-dir FOLDER` and give that folder, and otherwise correct the path"
+        )
+    return f"{what} none; correct the path"
+
+
+def text_config(path: str, part: str) -> dict[str, Any]:
+    """`config.json`, with the language model's own part of it laid over the rest."""
+    config = read_config(path, part)
+    text = config.get("text_config")
+    return config | (text if isinstance(text, dict) else {})
+
+
+def read_headers(path: str, part: str) -> Mapping[str, Stored]:
+    """What the folder's weights are, by name: of `model.safetensors`, or else of the shards its index names.
+
+    Only headers are read, so a file may be larger than memory. No weights at all are an empty mapping.
+
+    Raises:
+        DataError: a file is missing, cut, or no safetensors, or the index contradicts it.
+    """
+    folder = Path(path)
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+        return _header(folder / SINGLE, part)
+    if not (folder / INDEX).exists():
+        strays = sorted(folder.glob("*.safetensors"))
+        if strays and not (folder / "adapter_config.json").is_file():
+            raise DataError(
+                f"{part} needs {SINGLE} or {INDEX}, but {path!r} has only {strays[0].name} of that kind; save the "
+                "model anew, or copy the index too"
+            )
+        return {}
+    shards = read_json(folder / INDEX, part).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()) or not shards:
+        raise DataError(f"{part} has a damaged {INDEX} in {path!r} (no weight_map of names to files); copy it anew")
+    found: dict[str, Stored] = {}
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise DataError(f"{part} needs the file {shard!r} that {INDEX} names, but {path!r} has none; copy it anew")
+        found |= _header(folder / shard, part)
+    absent = sorted(shards.keys() - found.keys()) or sorted(found.keys() - shards.keys())
+    if absent:
+        raise DataError(
+            f"{part} has an {INDEX} in {path!r} that disagrees with its files about {absent[0]!r}; copy the folder anew"
+        )
+    return found
+
+
+def output_matrix(stored: Mapping[str, Stored]) -> str | None:
+    """The name of the output matrix among a folder's tensors; of a tied one, which is not stored, the embedding's."""
+    return next((name for end in (*HEADS, *TIED) for name in sorted(stored) if name.endswith(end)), None)
+
+
+def _header(file: Path, part: str) -> dict[str, Stored]:
+    """The tensors of one safetensors file: 8 bytes (length), JSON, then the numbers without a gap."""
+
+    def damaged(reason: str) -> DataError:
+        return DataError(f"{part} has damaged weights in {str(file)!r} ({reason}); copy the file anew")
+
+    if not file.is_file():
+        raise damaged("it is no file" if file.exists() else "it is a link to nothing")
+    try:
+        with file.open("rb") as handle:
+            first, total = handle.read(8), file.stat().st_size
+            length = int.from_bytes(first, "little")
+            if len(first) == 8 and length <= min(_LONGEST_HEADER, total - 8):
+                text = handle.read(length)
+            elif first[:2] == b"PK" or first[:1] == b"\x80":
+                raise damaged("it is a pickle and no safetensors, and is never opened")
+            else:
+                raise damaged("it is empty" if not total else "it has no header of safetensors, or is cut off")
+        said = json.loads(text.decode("utf-8"))
+        tensors = {
+            name: (Stored(file=file, dtype=str(t["dtype"]), shape=tuple(t["shape"])), tuple(t["data_offsets"]))
+            for name, t in said.items()
+            if name != "__metadata__"
+        }
+        end = 0
+        for name, (tensor, (start, stop)) in sorted(tensors.items(), key=lambda item: item[1][1]):
+            bits = _BITS.get(tensor.dtype)
+            right = bits is None or (stop - start) * 8 == tensor.size * bits
+            if start != end or not right or min(tensor.shape, default=0) < 0:
+                raise damaged(f"the header contradicts itself about {name!r}")
+            end = stop
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(f"its header is unreadable: {type(error).__name__}") from error
+    if 8 + length + end != total:
+        raise damaged(f"it has {total} bytes where its header says {8 + length + end}")
+    return {name: tensor for name, (tensor, _) in tensors.items()}
