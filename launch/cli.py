@@ -112,12 +112,19 @@ def _train(overrides: Sequence[str]) -> int:
 
 def _eval(overrides: Sequence[str]) -> int:
     own, rest = _split(overrides, ("checkpoint",))
-    if "checkpoint" in own:
-        rest = [*rest, f"student.path={own['checkpoint']}"]
-    _checked(rest)
+    if "checkpoint" not in own:
+        return _evaluate(rest)
+    from launch.export import as_model
+
+    with as_model(own["checkpoint"]) as folder:
+        return _evaluate([*rest, f"student.path={folder}"])
+
+
+def _evaluate(overrides: Sequence[str]) -> int:
+    _checked(overrides)
     from launch.train import run_evaluation
 
-    return run_evaluation(rest)
+    return run_evaluation(overrides)
 
 
 def _doctor(overrides: Sequence[str]) -> int:
@@ -161,10 +168,12 @@ def _submit(arguments: Sequence[str]) -> int:
 def _export(arguments: Sequence[str]) -> int:
     from launch.export import export_run
 
-    own, rest = _split(arguments, ("run", "output"))
-    if rest or set(own) != {"run", "output"}:
-        raise ConfigurationError("opd export needs run=RUN_DIRECTORY output=NEW_FOLDER and nothing else")
-    print(export_run(own["run"], own["output"]))
+    own, rest = _split(arguments, ("run", "output", "step", "student"))
+    if rest or not {"run", "output"} <= set(own):
+        raise ConfigurationError(
+            "opd export needs run=NAME_OR_DIRECTORY output=NEW_FOLDER, and takes step=N and student=FOLDER beside them"
+        )
+    print(export_run(own["run"], own["output"], own.get("step", ""), own.get("student", "")))
     return 0
 
 

@@ -18,10 +18,10 @@ usage: opd COMMAND [OVERRIDE ...]
              experiment=shop             the embedded demo;  experiment=compare  OPD, GRPO and SFT side by side
              resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint)
              dry_run=true                check everything, print the plan, start nothing
-  opd eval   [checkpoint=DIR] [...]      measure a student (a run's export/ or any Hugging Face folder)
+  opd eval   [checkpoint=DIR] [...]      measure a student (a run, one of its checkpoints, or any Hugging Face folder)
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
   opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
-  opd export run=DIR output=DIR          copy a run's student out as a Hugging Face folder
+  opd export run=NAME output=DIR [step=N]   a run's student as a Hugging Face folder, finished or as step N left it
   opd submit address=URL [working_dir=DIR] [exclude=A,B] [follow=false] COMMAND output_dir=/SHARED [...]
              the same on a running Ray cluster
   opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN

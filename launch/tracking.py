@@ -302,6 +302,17 @@ class WandbTracker:
                 error,
                 self._directory.metrics,
             )
+            _forget_wandb()
+
+
+def _forget_wandb() -> None:
+    """Take back what wandb would do when this program ends: with its process gone that is a traceback on the screen."""
+    import wandb
+
+    try:
+        wandb.teardown(exit_code=1)
+    except Exception as error:  # noqa: BLE001 (it says once more that the process is gone, after it took its hook back)
+        _log.debug("wandb could not be closed (%s)", error)
 
 
 def _stable_id(directory: RunDirectory) -> str:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -188,8 +188,12 @@ def _opened(path: Path) -> tuple[Facts, "safe_open"]:
         said = file.metadata() or {}
         if said.get("format") != FORMAT:
             raise ValueError(f"its format is {said.get('format')!r}")
-        return Facts(**json.loads(said["facts"])), file
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        facts = Facts(**json.loads(said["facts"]))
+        wrong = [f.name for f in fields(Facts) if type(getattr(facts, f.name)) is not f.type]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is {getattr(facts, wrong[0])!r}")
+        return facts, file
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is no {FORMAT!r} ({error}); take another checkpoint") from error
 
 
@@ -252,7 +256,7 @@ def unwritable(path: Path, error: OSError) -> OpdError:
     """The sentence for a disk that is full, read-only or gone."""
     return OpdError(
         f"cannot write {path}: {error.strerror or error}; the checkpoints before it are intact, make room or choose "
-        "another output_dir and resume"
+        "another output_dir"
     )
 
 

@@ -1,29 +1,17 @@
-"""The student as a folder that transformers and vLLM load."""
+"""The student of all ranks as a folder that transformers and vLLM load."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.hub import cached_file
 
-from learner import checkpoint, engine
+from learner import engine
 from learner.config import LearnerConfig
+from learner.folder import write_folder
 from learner.model import Student
 from opd.adapters import pairs, with_adapters
 from opd.manifest import runs
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def export(
@@ -35,25 +23,12 @@ def export(
     Adapters are merged, as an engine does it, and also written by themselves, in PEFT's format, into `adapter/`.
     """
     named = list(student.named())
-    state = dict(_gathered(named, config, rank))
+    state, adapters = dict(_gathered(named, config, rank)), dict[str, Tensor]()
     if config.lora.r:
         adapters, base = state, _gathered(list(student.frozen()), config, rank)
         state = dict(with_adapters(base, pairs(adapters.items()), config.lora.scale))
     if rank == 0:
-        checkpoint.start(directory)
-        temporary = checkpoint.partial(directory)
-        if ends and student.causal.generation_config is not None:
-            student.causal.generation_config.eos_token_id = list(ends)
-        student.causal.save_pretrained(temporary, state_dict=state)
-        for name in _TOKENIZER_FILES:
-            found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            if found is not None:
-                shutil.copyfile(found, temporary / name)
-        if config.lora.r:
-            from learner.lora import save_adapter
-
-            save_adapter(temporary / "adapter", config.lora, adapters, source)
-        checkpoint.commit(directory)
+        write_folder(student, state, adapters, config.lora, source, directory, ends)
     engine.barrier()
 
 

@@ -28,7 +28,7 @@ class LearnerRank:
     `fetch` resolves the handles of remote rows, `outlet` makes the place where published chunks are laid. `steps` is
     the planned number of updates, for the learning-rate schedule; `teacher_head_paths` are the checkpoints that hold
     the output matrices, in the order of `HiddenScores.head`, and are needed when batches carry hidden states. After an
-    exception out of `step` the rank must not be used any more.
+    exception out of `step` a rank must only be asked to `save`.
 
     Example, alone: `rank = LearnerRank(config, "student", (), 100, 0, fetch, lambda: Staged(np.copy))`, then
     `rank.setup(0, 1, *rank.address())` and `rank.step([batch], objective)`.
@@ -101,6 +101,7 @@ class LearnerRank:
         """Copy weights, optimizer, schedule and random state, and begin to write them into the existing `directory`.
 
         Returns when training may go on. Every rank writes a file of its own; `written` says when it is there.
+        Raises `OpdError` where an update broke off in the middle.
         """
         with self._busy() as training:
             training.save(Path(directory), step)

@@ -41,6 +41,7 @@ class Training:
     def __init__(self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int) -> None:
         self._config, self._rank, self._steps, self._seed = config, rank, steps, seed
         self._updates = self._skipped = 0  # applied; skipped in a row
+        self._torn = False  # an update was begun and not finished: the weights are of no step
         self._writer = checkpoint.ShardWriter()
         self._device = resolve_device(config.device, "learner")
         self._dtype = resolve_dtype(config.dtype, self._device)
@@ -97,7 +98,9 @@ class Training:
             self._learn(batch, objective, sums, last=i == len(batches) - 1)
         loss, metrics = sums.means(self._device)
         lr = learning_rate(self._config, self._updates, self._steps)
+        self._torn = True
         norm = engine.apply(self._engine, self._config, lr)
+        self._torn = False
         skipped = not (math.isfinite(loss) and math.isfinite(norm))  # of all ranks, so all agree
         if skipped:
             self._skip(loss, norm)
@@ -138,6 +141,8 @@ class Training:
 
     def save(self, directory: Path, step: int) -> None:
         """See `LearnerRank.save`."""
+        if self._torn:
+            raise OpdError(f"the weights of step {step} cannot be saved, because the update after it broke off in them")
         held = fragments.fragments(self._engine, self._named, self._config.zero_stage)
         pieces = fragments.own_share(held, self._config.zero_stage, self._rank, self._config.ranks)
         pieces[checkpoint.RANDOM] = _random_state(self._device)

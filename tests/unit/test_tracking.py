@@ -408,6 +408,7 @@ print(said)
     (warning,) = ast.literal_eval(result.stdout)
     assert warning.startswith("wandb stopped (")
     assert "the run goes on without it" in warning
+    assert "Traceback" not in result.stderr and "atexit" not in result.stderr, result.stderr
     witness("wandb killed")
 
 
