@@ -2,12 +2,13 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from launch.compare import is_comparison
-from launch.config import run_config
+from launch.config import RunConfig, run_config
 from launch.plan import make_plan
 from launch.shipped import groups
 from opd.errors import ConfigurationError
@@ -28,10 +29,14 @@ NEEDED = {
 }
 
 
+@cache
+def with_method(name: str) -> RunConfig:
+    return run_config([f"method={name}", *GROUP_OF_TWO.get(name, [])])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_builds(name: str) -> None:
-    config = run_config([f"method={name}", *GROUP_OF_TWO.get(name, [])])
-    assert config.method.name == name
+    assert with_method(name).method.name == name
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -51,7 +56,7 @@ def test_every_option_builds(choice: str) -> None:
 
 @pytest.mark.parametrize("name", groups()["method"])
 def test_every_method_can_be_planned(name: str) -> None:
-    plan = make_plan(run_config([f"method={name}", *GROUP_OF_TWO.get(name, [])]))
+    plan = make_plan(with_method(name))
     assert plan.config.method.scorer.asks <= plan.config.teacher.answers
 
 

@@ -20,8 +20,8 @@ from launch.plan import make_plan
 from learner.config import LoraConfig
 from opd.errors import OpdError
 from opd.rows import Columns
+from tests.command import ROOT, opd
 
-ROOT = Path(__file__).resolve().parents[2]
 SHOP = ROOT / "assets" / "shop"
 
 
@@ -229,13 +229,12 @@ def test_groups_that_are_graded_at_once_cost_each_other_nothing(monkeypatch: pyt
     ],
 )
 def test_the_program_exits_non_zero_with_one_sentence(arguments: list[str], code: int, says: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = opd(*arguments)
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_so_it_does_as_a_program_of_its_own() -> None:
+    command = [sys.executable, "-m", "launch.cli", "trian"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "there is no command 'trian'" in done.stderr and "Traceback" not in done.stderr
