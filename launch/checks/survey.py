@@ -1,7 +1,8 @@
 """What all prompts of a source are like: gone through once when a run is planned, so that none can end it later."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -10,6 +11,7 @@ from rich.progress import track
 from launch.inputs.tokenizer import HuggingFaceTokenizer
 from launch.screen import console
 from opd.ports import Listed, PromptSource, Sources
+from opd.prompts.dataset import DatasetPrompts
 from opd.rows import Row
 from opd.types import Prompt
 
@@ -107,9 +109,19 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
 
 
 def survey_all(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
-    """All that `source` may ever ask."""
+    """All that `source` may ever ask; what does not depend on the order is gone through once for several plans."""
+    if isinstance(source, DatasetPrompts):
+        source = replace(source, seed=0, prompts_per_step=1, group_size=1, shuffle=False)
+        return _survey_of_file(source, sources, tokenizer)
+    return _survey_of(source, sources, tokenizer)
+
+
+def _survey_of(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
     total = source.rows(sources) if isinstance(source, Listed) else 0
     return survey(_shown(_found(source, sources, None), total, sources.place), total, tokenizer)
+
+
+_survey_of_file = lru_cache(maxsize=4)(_survey_of)  # a comparison plans the same file for every arm and seed
 
 
 def survey_step(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:

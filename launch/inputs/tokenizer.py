@@ -28,6 +28,12 @@ class HuggingFaceTokenizer:
         self._ends_prompts = self._tokenizer("a")["input_ids"][-1:] == [self.eos_id]
         self.unknown_id: int | None = self._tokenizer.unk_token_id
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HuggingFaceTokenizer) and other._tokenizer is self._tokenizer
+
+    def __hash__(self) -> int:
+        return id(self._tokenizer)
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of a plain prompt, with the special tokens the tokenizer itself adds, int32 `[P]`."""
         return np.asarray(self._single_start(self._tokenizer(text)["input_ids"]), dtype=np.int32)
