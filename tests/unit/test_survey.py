@@ -1,6 +1,7 @@
 """A plan goes through all prompts: what would end a run later is refused, what should be known is said."""
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,3 +138,18 @@ def test_an_order_is_drawn_once_an_epoch() -> None:
     for step in range(1, 200):
         draw(5, size, step * 64, 64, shuffle=True)
     assert time.process_time() - began < 0.2  # drawn anew at each step it takes about 40 s
+
+
+def test_templates_that_differ_matter_only_where_a_teacher_writes_to_messages(tmp_path: Path) -> None:
+    for role, mark in (("student", "<bos>"), ("teacher", "<bos> has")):
+        shutil.copytree(f"assets/shop/{role}", tmp_path / role)
+        (tmp_path / role / "chat_template.jinja").write_text(
+            mark + "{% for m in messages %} {{ m.content }}{% endfor %}"
+        )
+    mine = [f"student.path={tmp_path / 'student'}", f"teacher.path={tmp_path / 'teacher'}"]
+    plain = stored(tmp_path / "plain.jsonl", shorts(3))
+    chat = stored(tmp_path / "chat.jsonl", [{"prompt": [{"role": "user", "content": SHORT}]}])
+    assert any("differ" in r and "plain text" in r for r in plan(plain, *mine).remarks)
+    assert any("differ" in r and "student's" in r for r in plan(chat, *mine).remarks)
+    assert any("differ" in r for r in plan(plain, *mine, "method=sft").remarks)
+    assert "lets the teacher write to messages" in refused(chat, *mine, "method=sft", kind=DataError)
