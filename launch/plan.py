@@ -29,14 +29,15 @@ from launch.inputs.prompt_files import read_rows
 from launch.inputs.tokenizer import HuggingFaceTokenizer
 from launch.transports import check_transport
 from learner.liger import with_kernel
-from opd.devices import Dtype
+from opd.devices import Device, Dtype
+from opd.logits import DEVICE_CHUNK, HOST_CHUNK
 from opd.ports import Sources
 from opd.weights.special import look_up
 from teacher_service.identity import check_checkpoint, tokenizer_identity
 
 GIB = 2**30
 SHOWN = 400  # characters of a prompt at its start and at its end
-ADAM_BYTES = 12  # float32 gradient and two moments per parameter
+GRADIENT_BYTES, ADAM_BYTES = 4, 8  # of a parameter, in float32: what is accumulated, and two moments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,20 +67,27 @@ class Plan:
     ends: tuple[int, ...] = ()
 
     def memory_bytes(self) -> Mapping[str, int]:
-        """Estimated bytes of one process per role, engines' caches included, libraries not."""
-        config = self.config
-        width = 2 if config.learner.dtype is Dtype.BFLOAT16 else 4
-        shards = config.learner.ranks if config.learner.zero_stage == 3 else 1
+        """Estimated bytes of one process per role: weights, optimizer, blocks of logits and an engine's cache on a CPU.
+
+        Not counted: libraries, activations, and what vLLM takes of a GPU (`student.gpu_memory_utilization`).
+        """
+        config, learner = self.config, self.config.learner
+        width = 2 if learner.dtype is Dtype.BFLOAT16 else 4
         # Of adapters' own state nothing is counted: it is a percent or so of the model's.
-        state = 0 if config.learner.lora.r else ADAM_BYTES + 4 * (width == 2)
+        gradients = 0 if learner.lora.r else GRADIENT_BYTES
+        moments = 0 if learner.lora.r else ADAM_BYTES + 4 * (width == 2)  # with bfloat16 also the master weights
+        of_stage = [(width, 3), (gradients, 2), (moments, 1)]  # bytes of a parameter, and from which stage on shared
+        each = sum(size / (learner.ranks if learner.zero_stage >= stage else 1) for size, stage in of_stage)
         vocabulary = vocabulary_rows(config.student.path)
         heads = sum(vocabulary * hidden_width(t.path) * width for t in config.teachers.values()) * self.exact_kl
+        automatic = HOST_CHUNK if learner.device is Device.CPU else DEVICE_CHUNK
+        block = 4 * vocabulary * (learner.head_chunk or learner.tokens_per_microbatch)
+        block = block if learner.head_chunk else min(block, automatic)
+        cache = config.student.kv_cache_bytes or CPU_KV_CACHE_BYTES * (config.student.device is Device.CPU)
         return {
-            "rollout actor": self.student_params * width + (config.student.kv_cache_bytes or CPU_KV_CACHE_BYTES),
+            "rollout actor": self.student_params * width + cache,
             **{_role(name): params * width for name, params in self.teacher_params.items()},
-            "learner rank": self.student_params * (width + state) // shards
-            + 4 * 4 * config.learner.head_chunk * vocabulary
-            + heads,
+            "learner rank": int(self.student_params * each) + 4 * block + heads,
         }
 
     def table(self) -> Table:
@@ -87,7 +95,7 @@ class Plan:
         config, memory = self.config, self.memory_bytes()
         adapters = f", adapters of rank {config.learner.lora.r}" if config.learner.lora.r else ""
         table = Table(title=f"plan: {config.method.name}, {config.steps} steps", show_header=True)
-        for heading in ("role", "processes", "what", "memory each (estimate)"):
+        for heading in ("role", "processes", "what", "memory each (without activations)"):
             table.add_column(heading)
         rows = [
             ("rollout actor", config.student.replicas, f"vLLM, {self.student_params / 1e6:.2f}M parameters"),

@@ -168,7 +168,7 @@ def mixture(
 Evaluate = Callable[[StudentLogits, int, int], TokenLoss]
 Prepare = Callable[[int, int], Evaluate]
 
-_HOST_CHUNK, _DEVICE_CHUNK, _HOST_BLOCK = 2**26, 2**29, 2**23  # bytes of logits
+HOST_CHUNK, DEVICE_CHUNK, _HOST_BLOCK = 2**26, 2**29, 2**23  # bytes of logits
 
 
 def _block_rows(logits: Tensor) -> int:
@@ -183,7 +183,7 @@ def chunk_rows(head: Float[Tensor, "V H"]) -> int:
 
     Fewer make the matrix products slow, more only need memory.
     """
-    size = _HOST_CHUNK if head.device.type == "cpu" else _DEVICE_CHUNK
+    size = HOST_CHUNK if head.device.type == "cpu" else DEVICE_CHUNK
     return max(1, size // (len(head) * (8 if head.dtype == torch.float64 else 4)))
 
 

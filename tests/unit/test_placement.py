@@ -1,6 +1,7 @@
 """What a run asks of a machine or a cluster, and the sentence about what is not there."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided
+from launch.checks.models import vocabulary_rows
 from launch.config import RunConfig, run_config
 from launch.placement import Machine, Role, asked, check_fits, share
-from opd.devices import Device
+from launch.plan import Plan, make_plan
+from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError
 
 REMOTE = ("teacher.backend=OPENAI", "teacher.url=http://x", "teacher.model=m", "method=sampled_reverse_kl")
@@ -199,3 +202,31 @@ def refusal(asking: list[Role], machines: list[Machine]) -> str:
 def test_equal_shares_fit(actors: int, cards: int) -> None:
     each = min(1.0, share(actors, cards))
     check_fits([Role(name="actor", count=actors, cpus=0, gpus=each)], [Machine(cpus=0, gpus=cards)], "here")
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [(1, 2 + 4 + 12 / 4), (2, 2 + (4 + 12) / 4), (3, (2 + 4 + 12) / 4)])
+def test_what_ranks_share_is_counted_once(plan: Plan, stage: int, bytes_each: float) -> None:
+    learner = replace(
+        plan.config.learner, zero_stage=stage, ranks=4, dtype=Dtype.BFLOAT16, head_chunk=2, device=Device.GPU
+    )
+    known = replace(plan, config=replace(plan.config, learner=learner), student_params=10**9, exact_kl=False)
+    assert known.memory_bytes()["learner rank"] == int(10**9 * bytes_each) + 4 * 4 * 2 * vocabulary_rows(SHOP)
+
+
+def test_blocks_of_logits_count_where_their_size_is_automatic(plan: Plan) -> None:
+    def rank(**fields: object) -> int:
+        learner = replace(plan.config.learner, **fields)  # pyright: ignore
+        return replace(plan, config=replace(plan.config, learner=learner)).memory_bytes()["learner rank"]
+
+    few = rank(tokens_per_microbatch=1000)
+    assert rank(tokens_per_microbatch=2000) - few == 4 * 4 * 1000 * vocabulary_rows(SHOP)
+    on_gpu, on_cpu = (rank(tokens_per_microbatch=10**8, device=device) for device in (Device.GPU, Device.CPU))
+    assert on_gpu - on_cpu == 4 * (512 - 64) * 2**20
+
+
+@pytest.fixture(scope="module")
+def plan(shop: RunConfig) -> Plan:
+    return make_plan(shop)
+
+
+SHOP = str(Path(__file__).parents[2] / "assets" / "shop" / "student")
