@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from launch.inputs.answers import finding
 from launch.inputs.answers.check import doubtful, trouble
 from launch.inputs.answers.equality import same
+from opd.errors import OpdError
 from opd.ports import Grader
 from opd.tasks import peak, shop
 
@@ -119,7 +120,14 @@ class MathGrader:
             apart = multiprocessing.get_context("forkserver")  # which imports sympy once for all children
             apart.set_forkserver_preload(["launch.inputs.answers.preloaded"])
             self._pool = ProcessPoolExecutor(1, mp_context=apart, initializer=bounded)
-            self._pool.submit(verify_math, r"\boxed{\sqrt{2}}", r"\sqrt{3}").result(START_S)
+            try:
+                self._pool.submit(verify_math, r"\boxed{\sqrt{2}}", r"\sqrt{3}").result(START_S)
+            except (TimeoutError, BrokenProcessPool) as error:
+                self.close()
+                raise OpdError(
+                    f"the process that grades answers did not start in {START_S:g} s ({type(error).__name__}); check "
+                    "the memory and the processes of this machine, and start Python from a file or a command"
+                ) from error
         try:
             return self._pool.submit(work, *arguments).result(self._deadline_s)
         except (TimeoutError, BrokenProcessPool):
