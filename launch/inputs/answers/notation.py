@@ -39,6 +39,7 @@ _FONT = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt|md|up)?|math(?:rm|it|bf|sf|tt|cal|scr|frak|normal)|mbox|hbox|operatorname\*?"
     r"|boldsymbol|bm|rm|bf|emph|underline)\s*\{((?:[^{}]|\^\s*\{-?\d+\})*)\}"
 )
+_UNITS = frozenset("msgLNJWVAKC")  # single letters that are units where they stand upright behind a number
 _NOTHING = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf)(?![A-Za-z])"
 )
@@ -109,6 +110,12 @@ def _texts(text: str) -> str:
         if counted := re.fullmatch(r"\s*([-+]?\d[\d.,]*)\s+(\D+)", inside):
             return f"{counted.group(1)}\\text{{ {counted.group(2)}}}"
         math = font.group().startswith(("\\math", "\\operatorname", "\\bold", "\\bm"))
+        if (
+            font.group().startswith("\\mathrm")
+            and word in _UNITS
+            and re.search(r"[\d}/]\s*$", font.string[: font.start()])
+        ):
+            return f"\\text{{{word}}}"
         if len(word) == 1 and word.isalpha() and math and not inside.startswith(" "):
             return word
         return f"\\text{{{inside}}}"
