@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import strftime
+from typing import Annotated
 
 import yaml
 from omegaconf import OmegaConf
@@ -14,15 +15,19 @@ from launch import screen
 from launch.checks.answers import NO_ANSWERS
 from launch.comparison import Arm, write_comparison
 from launch.compose import compose
-from launch.config import run_config
+from launch.config import RunConfig, run_config
 from launch.plan import Plan, make_plan
 from launch.redaction import redacted
 from launch.summary import Outcome
 from launch.train import train_once
+from launch.typed import construct
 from opd.errors import ConfigurationError
+from opd.ranges import Length, RunName, Seed
+from opd.settings import fields_of, fit, settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class Comparison:
     """Arms as overrides on top of `base`; `reference` is the arm whose final accuracy the others must reach.
 
@@ -33,16 +38,18 @@ class Comparison:
     name: str
     output_dir: str
     base: Sequence[str]
-    seeds: Sequence[int]
+    seeds: Annotated[Sequence[Seed], Length(1)]
     reference: str
     arms: Mapping[str, Sequence[str]]
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.reference not in self.arms or not self.seeds:
+        for arm in self.arms:
+            fit(RunName, arm, "the name of an arm of comparison.arms")  # a run is named after it
+        if self.reference not in self.arms:
             raise ConfigurationError(
-                f"comparison needs at least one seed and a reference among its arms {sorted(self.arms)}, got seeds "
-                f"{list(self.seeds)} and reference {self.reference!r}; correct comparison.seeds or comparison.reference"
+                f"comparison.reference is {self.reference!r}, but the arms are {', '.join(sorted(self.arms))}; set "
+                "comparison.reference to one of them"
             )
 
 
@@ -126,10 +133,12 @@ def _read(overrides: Sequence[str]) -> tuple[Comparison, list[str], bool]:
             "comparison.resume=true goes on with a comparison that has a name, and none was given; say which with "
             f"run_name=... (in {node.output_dir}: {', '.join(begun) or 'no comparison without a name of its own'})"
         )
-    comparison = Comparison(
-        name=str(node.run_name) or f"comparison-{strftime('%Y%m%d-%H%M%S')}",
-        output_dir=str(node.output_dir),
-        **{str(k): v for k, v in given.items()},
-    )
+    hints = fields_of(RunConfig)
+    name = fit(hints["run_name"], node.run_name, "run_name")
+    named = {
+        "name": name or f"comparison-{strftime('%Y%m%d-%H%M%S')}",
+        "output_dir": fit(hints["output_dir"], node.output_dir, "output_dir"),
+    }
+    comparison = construct(Comparison, {**{str(k): v for k, v in given.items()}, **named}, "comparison")
     own = ("experiment=", "comparison.", "run_name=", "output_dir=", "dry_run=")
     return comparison, [o for o in overrides if not o.lstrip("+").startswith(own)], bool(node.dry_run)

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.inputs.own_yaml import check_files
 from launch.keys import Key, advice, holds_text, keys
 from launch.shipped import groups, shipped
 from opd.errors import ConfigurationError
@@ -38,6 +39,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
     """
     own = own_folder(overrides)
+    if own:
+        check_files(sorted(Path(own).rglob("*.yaml")))
     known = groups(own)
     given = [o for o in overrides if not o.startswith("conf=")]
     chosen = tuple(o for o in given if o.partition("=")[0].lstrip("+~") in known)
@@ -100,7 +103,7 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
     is_text = any(key.name == as_default and holds_text(key.kind) for key in known)
     try:
         parsed = OverridesParser.create().parse_override(prefixed)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:
         if is_text:
             return _quoted(prefixed)
         raise ConfigurationError(

@@ -85,14 +85,18 @@ def walk(value: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
 
 def fit(hint: Any, value: Any, where: str, default: Any = MISSING) -> Any:
     """`value` as the declared type. Raises `ConfigurationError`: what `where` needs, what it got, what to set."""
-    base, marks = parts_of(hint)
     try:
-        fitted = _typed(base, value, where)
+        return _checked(hint, value, where)
     except _Misfit as misfit:
         raise ConfigurationError(_sentence(hint, value, where, default, misfit.reason)) from None
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    base, marks = parts_of(hint)
+    fitted = _typed(base, value, where)
     for mark in marks:
         if not isinstance(mark, AtMost) and not mark.allows(fitted):
-            raise ConfigurationError(_sentence(hint, value, where, default, mark.because))
+            raise _Misfit(mark.because)
     return fitted
 
 
@@ -316,8 +320,8 @@ def _legal(hint: Any, value: Any) -> bool:
     if value is MISSING or (dataclasses.is_dataclass(value) or isinstance(value, Mapping)):
         return False
     try:
-        fit(hint, value, "")
-    except ConfigurationError:
+        _checked(hint, value, "")
+    except (_Misfit, ConfigurationError):
         return False
     return True
 
@@ -332,8 +336,20 @@ def spelled(value: Any) -> str:
         return f"[{','.join(spelled(member) for member in value)}]"
     if not isinstance(value, str):
         return repr(value)
-    plain = re.fullmatch(r"[A-Za-z_./][\w./:@%+-]*", value) and value.lower() not in ("null", "true", "false", "nan")
-    return value if plain else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*", value) and value.lower() not in (
+        "null",
+        "true",
+        "false",
+        "nan",
+        "inf",
+        "infinity",
+    )
+    return value if plain else "'" + re.sub(r"(\\*)('|$)", _escaped, value) + "'"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """Backslashes before a quote, or before the one that closes, are written twice."""
+    return match[1] * 2 + ("\\'" if match[2] else "")
 
 
 def shown(value: Any) -> str:

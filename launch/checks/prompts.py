@@ -61,7 +61,9 @@ def check_lengths(config: RunConfig, training: Survey, held_out: Survey) -> int:
 
 def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
     tokens, where = found.longest_for_teacher
-    for name in found.teachers.keys() & config.teachers.keys():
+    scorer = config.method.scorer
+    asked = scorer.shares.keys() if isinstance(scorer, Ensemble) else found.teachers.keys()
+    for name in asked & config.teachers.keys():
         teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
         for key, room in (("max_batch_tokens", teacher.max_batch_tokens), ("max_model_len", teacher.max_model_len)):
             if room and tokens + more > room:

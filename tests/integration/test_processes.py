@@ -110,9 +110,10 @@ def test_stopping_a_run_leaves_no_process(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_failing_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
-    """A learning rate that blows up: the learner's sentence reaches the user, and everything is closed."""
+    """A loss that is no number: the learner's sentence reaches the user, and everything is closed."""
     mark = f"fail-{os.getpid()}"
-    driver = start(mark, tmp_path, "learner.lr=1", "learner.grad_clip=1e6", "learner.warmup_steps=0")
+    spoilt = ["method.objective._target_=tests.spoilt.NotFinite", "allow_targets=[tests]"]
+    driver = start(mark, tmp_path, *spoilt)
     output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 1, output
     assert "error:" in output and "Traceback" not in output, output
