@@ -80,6 +80,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"max_staleness", whole(0, 99)),
     (r"max_ratio|method\.objective(\.of)*\.max_ratio", real(1, 10**9, zero=True)),
     (r"max_buffer_bytes|.*kv_cache_bytes|cluster\.journal_bytes|learner\.publish_chunk_bytes", whole(0, 2**60)),
+    (r"checkpoint_minutes", real(0, 10**6)),
+    (r"cluster\.elastic", yes),
     (r"grace_s", real(0, 30 * 24 * 3600)),
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
     (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized)", yes),

@@ -113,7 +113,7 @@ def test_a_failing_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     """A loss that is no number: the learner's sentence reaches the user, and everything is closed."""
     mark = f"fail-{os.getpid()}"
     spoilt = ["method.objective._target_=tests.spoilt.NotFinite", "allow_targets=[tests]"]
-    driver = start(mark, tmp_path, *spoilt)
+    driver = start(mark, tmp_path, *spoilt, PYTHONPATH=str(ROOT))
     output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 1, output
     assert "error:" in output and "Traceback" not in output, output
