@@ -13,11 +13,13 @@ from rich.console import Console
 
 from launch import screen
 from launch.checks.answers import NO_ANSWERS
+from launch.checks.places import check_writable
 from launch.comparison import Arm, write_comparison
 from launch.compose import compose
 from launch.config import RunConfig, run_config
 from launch.plan import Plan, make_plan
 from launch.redaction import redacted
+from launch.run_directory import check_name
 from launch.summary import Outcome
 from launch.train import train_once
 from launch.typed import construct
@@ -61,6 +63,8 @@ def is_comparison(overrides: Sequence[str]) -> bool:
 def run_comparison(overrides: Sequence[str]) -> int:
     """Run every arm with every seed, one after another, then draw and print what came out."""
     comparison, passed_on, dry_run = _read(overrides)
+    check_name(comparison.name)
+    check_writable(Path(comparison.output_dir))
     root = Path(comparison.output_dir) / comparison.name
     console = screen.console()
     plans: dict[str, list[Plan]] = {}

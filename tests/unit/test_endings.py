@@ -20,6 +20,7 @@ from launch.boundary import Boundary
 from launch.checkpoint_store import CheckpointStore, verify
 from launch.checkpoints import MANIFEST, STATE, DriverState
 from launch.checks.places import check_place
+from launch.compare import run_comparison
 from launch.config import run_config
 from launch.resuming import can_begin_again, open_directory, resumption, way_on
 from launch.run_directory import RunDirectory, append_json, check_name
@@ -334,3 +335,9 @@ def test_a_place_that_cannot_be_written_is_refused_in_the_plan(root: str) -> Non
 def test_looking_at_a_place_leaves_nothing(tmp_path: Path) -> None:
     check_place(config(tmp_path / "not" / "there", "run_name=x"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["run_name='../../zz'", "output_dir=/dev/null/x"])
+def test_a_comparison_looks_at_its_name_and_place_first(wrong: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"run_name needs|cannot be written"):
+        run_comparison(["experiment=compare", "dry_run=true", wrong])
