@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
-from launch.causes import brief, vanished
+from launch.causes import ProcessFailed, brief, find_own, vanished
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 
 Answer = TypeVar("Answer")
@@ -172,6 +172,8 @@ class Replicas:
         except Faulty as fault:
             raise Faulty(fault.fault, f"{fault}{await self.look(*actors)}") from fault
         except Exception as error:
+            if not isinstance(find_own(error), ProcessFailed | None):
+                raise  # a sentence of ours, of its own kind
             raise OpdError(f"{self.who} did not start: {brief(error)}") from error
         self.adopt(actors)
 

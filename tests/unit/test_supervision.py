@@ -506,3 +506,26 @@ def test_care_out_of_range_is_refused() -> None:
         fields: Any = {"deadline_s": 1.0} | wrong
         with pytest.raises(ConfigurationError, match="care needs"):
             Care(**fields)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "sentence"),
+    [
+        (ConfigurationError("set student.device=AUTO"), ConfigurationError, "^set student.device=AUTO$"),
+        (ValueError("head_dim=16"), OpdError, "^worker did not start: ValueError: head_dim=16$"),
+    ],
+)
+def test_what_keeps_the_first_replicas_from_starting_keeps_its_kind(
+    raised: Exception, kind: type[Exception], sentence: str
+) -> None:
+    async def run() -> None:
+        shop = Shop()
+
+        async def refuse(actor: Any) -> None:
+            raise raised
+
+        shop.ready = refuse
+        with pytest.raises(kind, match=sentence):
+            await shop.pool(2)
+
+    simulate(run(), 1e6)
