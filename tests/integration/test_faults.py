@@ -261,8 +261,8 @@ def test_a_place_that_cannot_be_written_is_one_sentence_before_anything_starts(s
         (read_only / "r").mkdir()
     witness("disk read-only")
     scene.start(*TWO_OF_EACH, f"output_dir={read_only}")
-    output = scene.ends(1)
-    assert re.search(rf"error: OpdError: cannot write {read_only}/r: .*; what was written before is intact", output)
+    output = scene.ends(2)
+    assert re.search(rf"error: ConfigurationError: output_dir={read_only} cannot be written .*; choose another", output)
     assert "Traceback" not in output and "starting" not in output, output
 
 
