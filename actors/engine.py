@@ -6,18 +6,22 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 
 from actors.config import StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import Limits, build, read_limits
 from opd.delivery import Delivered, collect
-from opd.errors import DataError, OpdError, ServiceHung
+from opd.devices import resolve_device, resolve_dtype
+from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Weights
 from opd.seeds import sampling_seed
+from opd.sentinel import NUMERICS, Gap, allowed
 from opd.types import Stop, TokenScores, TopKScores
 
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ class VLLMEngine:
         self._limits: Limits = read_limits(config, ends)
         self._version, self._digest = 0, ""
         self._refusal: str | None = None
+        self._floor: Gap | None = None  # what engine and learner differed by on the checkpoint itself
         self._receiving = asyncio.Lock()
         self._updates, self._update_s = 0, 0.0
         self._thread = EngineThread(partial(build, config))
@@ -149,6 +154,8 @@ class VLLMEngine:
 
         start = perf_counter()
         workers = loop.engine.collective_rpc
+        if self._floor is None and sentinel.origin is not None:
+            self._floor = self._calibrated(sentinel.ids, sentinel.origin, delivered, loop)
         try:
             workers("start_weight_update")
             workers("update_weights", kwargs={"update_info": transfer(delivered)})
@@ -164,25 +171,49 @@ class VLLMEngine:
         loop.engine.set_weight_version(_label(delivered.version, delivered.digest))
         # Running requests included: vLLM resets nothing while one of them holds a block, and does not fail.
         loop.engine.reset_prefix_cache(reset_running_requests=True)
-        gap = self._gap(sentinel, loop)
-        if not gap <= sentinel.tolerance:  # a NaN is no agreement
+        gap = Gap.of(self._read(sentinel.ids, loop), sentinel.logprobs)
+        bound = self._bound(sentinel, delivered)
+        if not gap.within(bound):
             self._refusal = (
-                f"the student engine has a half-loaded model: version {delivered.version} differs from the "
-                f"learner by {gap:.3g} nats on the sentinel (tolerance {sentinel.tolerance:.3g}); "
-                "publish again, and check dtypes and tied weights if it stays"
+                f"the student engine does not hold version {delivered.version} as the learner has it: their "
+                f"log-probabilities of the sentinel differ by {gap}, but may by {bound}; a tensor is missing, "
+                "misplaced or of another version (or learner.sentinel_tolerance is too small): publish again"
             )
             loop.fail(DataError(self._refusal))
             raise DataError(self._refusal)
         self._refusal, self._version, self._digest = None, delivered.version, delivered.digest
         self._updates += 1
         self._update_s += perf_counter() - start
-        return Receipt(version=delivered.version, digest=delivered.digest, gap=gap)
+        return Receipt(version=delivered.version, digest=delivered.digest, gap=gap.greatest)
 
-    def _gap(self, sentinel: Sentinel, loop: EngineLoop) -> float:
-        output = loop.finish(sentinel.ids.tolist(), self._limits.reading())
-        said: Any = output.prompt_logprobs
-        heard = np.asarray(said.logprobs, dtype=np.float32)
-        return float(np.abs(heard - sentinel.logprobs).max())
+    def _bound(self, sentinel: Sentinel, delivered: Delivered) -> Gap:
+        if sentinel.tolerance:
+            return Gap(mean=inf, high=inf, greatest=sentinel.tolerance)
+        floor = self._floor or Gap(mean=0.0, high=0.0, greatest=0.0)
+        return allowed(floor, coarse=self._coarse(delivered))
+
+    def _calibrated(self, ids: np.ndarray, origin: np.ndarray, delivered: Delivered, loop: EngineLoop) -> Gap:
+        """How engine and learner differ on the checkpoint that both have loaded themselves: rounding alone."""
+        floor = Gap.of(self._read(ids, loop), origin)
+        most = NUMERICS[self._coarse(delivered)]
+        if not floor.mean <= most:
+            raise ConfigurationError(
+                f"engine and learner read the unchanged checkpoint {self._config.path!r} differently: their "
+                f"log-probabilities of the run's first prompt differ by {floor}, which is more than rounding "
+                f"({most} on average); set student.dtype and learner.dtype alike, or choose an architecture that vLLM "
+                "and transformers compute alike"
+            )
+        return floor
+
+    def _coarse(self, delivered: Delivered) -> bool:
+        """Does the engine or the learner compute in bfloat16?"""
+        own = resolve_dtype(self._config.dtype, resolve_device(self._config.device, "student"))
+        return own is torch.bfloat16 or "bfloat16" in delivered.manifest.dtypes
+
+    def _read(self, ids: np.ndarray, loop: EngineLoop) -> np.ndarray:
+        """Log-probabilities of the tokens 1.. of a text."""
+        said: Any = loop.finish(ids.tolist(), self._limits.reading()).prompt_logprobs
+        return np.asarray(said.logprobs, dtype=np.float32)
 
     async def stats(self) -> EngineStats:
         """What this engine has done so far."""

@@ -70,9 +70,10 @@ class EngineLoop:
         name = str(self._number)
         # Among requests of one priority vLLM goes by the time of arrival, and clocks may stand still.
         arrival = float(self._number)
-        self.engine.add_request(
-            name, {"type": "token", "prompt_token_ids": ids}, params, arrival_time=arrival, priority=priority
-        )
+        prompt: Any = {"type": "token", "prompt_token_ids": ids}
+        if priority == FIRST:  # a prompt of the run: whoever writes after it must not go on from its cache
+            prompt["cache_salt"] = "sentinel"
+        self.engine.add_request(name, prompt, params, arrival_time=arrival, priority=priority)
         return name
 
     def abort(self, call: Call) -> None:

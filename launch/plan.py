@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +30,7 @@ from launch.inputs.prompt_files import read_rows
 from launch.inputs.tokenizer import HuggingFaceTokenizer
 from launch.transports import check_transport
 from learner.liger import with_kernel
+from opd import sentinel
 from opd.devices import Device, Dtype
 from opd.logits import DEVICE_CHUNK, HOST_CHUNK
 from opd.ports import Sources
@@ -50,7 +52,7 @@ class Plan:
     that come from files how many reference answers can be graded against. `prompts` shows the
     first prompt, and `remarks` are sentences about what is no error. `undecided`: nothing says whether the run should
     use GPUs, if the cluster has some. `ends`: the ids that end a
-    completion.
+    completion. `sentinel`: the text by which engines are checked (`opd.sentinel`).
     """
 
     config: RunConfig
@@ -65,6 +67,7 @@ class Plan:
     remarks: Sequence[str]
     undecided: bool = False
     ends: tuple[int, ...] = ()
+    sentinel: tuple[int, ...] = ()
 
     def memory_bytes(self) -> Mapping[str, int]:
         """Estimated bytes of one process per role: weights, optimizer, blocks of logits and an engine's cache on a CPU.
@@ -181,7 +184,12 @@ def make_plan(config: RunConfig) -> Plan:
             *numbers_notes(config),
         ],
         ends=ends.ids,
+        sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
     )
+
+
+def _sentinel(config: RunConfig, prompt: np.ndarray, vocabulary: int) -> tuple[int, ...]:
+    return tuple(sentinel.text(prompt.tolist(), vocabulary, config.student.max_model_len).tolist())
 
 
 def _shown(found: Survey, tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ from launch.cluster import end, fetch, has_died, is_lost, streamed
 from launch.dispatch import Dispatcher
 from launch.handover import taken_over
 from launch.supervision import GO_ON, Care, Fault, Faulty, Look, Replica, Replicas, how_lost, unseen, within
-from opd.errors import DataError, OpdError
+from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
 from opd.rollouts.testimony import verify as verify_completions
 from opd.scorers.testimony import verify as verify_scores
@@ -94,6 +94,8 @@ class StudentPool:
             return None
         except Faulty as error:
             fault = error
+        except ConfigurationError:  # its numbers are not the learner's, and a replacement's would not be either
+            raise
         except OpdError as error:
             refusal = None if is_lost(error) else error
             fault = Faulty.of(how_lost(error) if is_lost(error) else Fault.LIED, error)

@@ -177,6 +177,12 @@ class Run:
             await session.learner.publish(session.engines.student, self._first)
         await self._measure_student(evaluator, trackers, cpu, self._first, self._config.evaluation.samples)
         self._start = self._end
+        if self._end is not None and self._end.truncation_rate == 1:
+            self._say(
+                f"first evaluation: not one answer ended within {self._config.evaluation.max_tokens} tokens; if they "
+                "are meant to be shorter, the student ends texts with another token than those that end them here "
+                "(eos_token_id)"
+            )
 
     async def _see_doctor(self, session: Session) -> None:
         if not (self._config.doctor or self._config.doctor_everything):

@@ -211,5 +211,5 @@ def _rank(actors: Actors, plan: Plan) -> Any:
     environment = learner_environment(config.learner.device)
     make = outlet(config.learner.transport, config.learner.deadline_s)
     arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, make)
-    text = StudentText(ends=plan.ends)
+    text = StudentText(ends=plan.ends, sentinel=plan.sentinel)
     return actors.make(LearnerRank, actors[LEARNER_RANK], environment, *arguments, text, concurrency=2)

@@ -90,9 +90,10 @@ class LearnerConfig:
     of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once (0: 64 MiB of them on a CPU,
     512 MiB on a GPU), `loss_kernel` is what computes on them; none of these changes the result. Diagnostics compare
     the `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
-    the largest allowed |engine - learner| logprob after a publication, in nats (0: 1e-4 for float32, 0.5 for
-    bfloat16). Weights are published by `transport` in chunks of whole parameters, `publish_chunk_bytes` or less each
-    (a larger parameter is a chunk of its own), which is also what a rank makes whole at once under ZeRO-3. With
+    the largest allowed |engine - learner| logprob after a publication, in nats (0: a few times what it is
+    on the unchanged checkpoint, see `opd.sentinel`). Weights are published by `transport` in chunks of whole
+    parameters, `publish_chunk_bytes` or less each (a larger parameter is a chunk of its own), which is also what a rank
+    makes whole at once under ZeRO-3. With
     `lora.r` > 0 only adapters are trained and published. `deadline_s` bounds every wait for another rank. An update
     whose loss or gradient norm is not finite is skipped, weights and optimizer untouched; more than
     `max_skipped_steps` of them in a row end the run.
@@ -159,11 +160,6 @@ class LearnerConfig:
                 "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but "
                 "learner.zero_stage=0 has none; set learner.zero_stage to 1, 2 or 3, or learner.dtype=FLOAT32"
             )
-
-    @property
-    def tolerance(self) -> float:
-        """`sentinel_tolerance`, or the one that fits the dtype."""
-        return self.sentinel_tolerance or (1e-4 if self.dtype is Dtype.FLOAT32 else 0.5)
 
 
 def learning_rate(config: LearnerConfig, update: int, total: int) -> float:

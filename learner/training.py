@@ -76,7 +76,7 @@ class Training:
             adapt(self._student.causal, lora, self._seed)
         vocabulary = self._student.vocabulary
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
-        self._sentinel_ids = sentinel_ids(vocabulary)
+        self._sentinel_ids = np.array(text.sentinel or sentinel_ids(vocabulary), dtype=np.int32)
         self._engine = engine.share(self._student, self._config, self._device)
         self._named = named = list(self._student.named())
         self._publisher = Publisher(
@@ -90,6 +90,7 @@ class Training:
             lora_scale=lora.scale,
         )
         self._ordered = [named[i][1] for i in self._publisher.order]
+        self._origin = self._read_sentinel()
 
     def step(self, batches: Sequence[Batch[Scores]], objective: Objective) -> StepReport:
         """See `LearnerRank.step`."""
@@ -129,15 +130,21 @@ class Training:
     def share(self, version: int) -> Share:
         """See `LearnerRank.share`."""
         chunks = self._publisher.chunks(self._whole)
-        logprobs = self._student.logprobs(torch.from_numpy(self._sentinel_ids).long().to(self._device))
         return Share(
             version=version,
             manifest=self._publisher.manifest,
             chunks=chunks,
             sentinel=Sentinel(
-                ids=self._sentinel_ids, logprobs=logprobs.cpu().numpy(), tolerance=self._config.tolerance
+                ids=self._sentinel_ids,
+                logprobs=self._read_sentinel(),
+                tolerance=self._config.sentinel_tolerance,
+                origin=self._origin,
             ),
         )
+
+    def _read_sentinel(self) -> np.ndarray:
+        """The log-probabilities of its tokens 1.. ; all ranks must call."""
+        return self._student.logprobs(torch.from_numpy(self._sentinel_ids).long().to(self._device)).cpu().numpy()
 
     def save(self, directory: Path, step: int) -> None:
         """See `LearnerRank.save`."""

@@ -113,11 +113,16 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sentinel:
-    """A fixed text and the learner's logprobs of its tokens 1.. : what a rightly loaded engine must repeat."""
+    """A fixed text and the learner's logprobs of its tokens 1.. : what a rightly loaded engine must repeat.
+
+    `tolerance` > 0 bounds the largest difference in nats. At 0 the bound is measured (`opd.sentinel`) with `origin`,
+    the learner's logprobs of the same tokens before its first step, when both hold the same checkpoint.
+    """
 
     ids: Int32[np.ndarray, " S"]
     logprobs: Float32[np.ndarray, " S1"]
     tolerance: float
+    origin: Float32[np.ndarray, " S1"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

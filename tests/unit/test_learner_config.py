@@ -85,8 +85,6 @@ def test_yaml_may_name_every_field() -> None:
     config = construct(LearnerConfig, {"schedule": "cosine", "zero_stage": 3}, "learner")
     assert isinstance(config, LearnerConfig)
     assert config.schedule is Schedule.COSINE and config.zero_stage == 3
-    assert config.tolerance == 0.5 and replace(config, dtype=Dtype.FLOAT32).tolerance == 1e-4
-    assert replace(config, sentinel_tolerance=0.1).tolerance == 0.1
 
 
 def test_only_a_rank_on_a_cpu_is_told_so() -> None:
