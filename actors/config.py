@@ -1,4 +1,4 @@
-"""What a rollout actor is told: plain types, so that OmegaConf can check them; nothing here imports vLLM."""
+"""What a rollout actor is told: plain types with their ranges; nothing here imports vLLM."""
 
 from dataclasses import dataclass
 from typing import Annotated

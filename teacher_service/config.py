@@ -1,4 +1,4 @@
-"""What a teacher is told: plain types, so that OmegaConf can check them; and what each backend can answer."""
+"""What a teacher is told: plain types with their ranges; and what each backend can answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
