@@ -122,11 +122,6 @@ def _check_max_k(config: RunConfig) -> None:
 
 def _check_devices(config: RunConfig) -> None:
     cluster, student = config.cluster, config.student
-    if student.tensor_parallel > 1 and 0 < cluster.gpus_per_engine < student.tensor_parallel:
-        raise ConfigurationError(
-            f"student.tensor_parallel={student.tensor_parallel} spreads an engine over so many devices, but "
-            f"cluster.gpus_per_engine is {cluster.gpus_per_engine}; set it to {student.tensor_parallel}"
-        )
     users = [("student", student.gpu_memory_utilization, student.replicas, cluster.gpus_per_engine)]
     users += [
         (_at(name), teacher.gpu_memory_utilization, teacher.replicas, cluster.gpus_per_teacher)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.checks.settings import check_settings
 from launch.config import run_config
 from launch.plan import make_plan
 from opd.errors import ConfigurationError, OpdError
@@ -100,8 +101,6 @@ TWO_PARTS = {
     "learner.lora.r=8 learner.lora.target_modules=[nope]": "it has down_proj, gate_proj",
     "learner.lora.r=8 learner.lora.target_modules=[all-linear,q_proj]": "and others",
     "prompts.prompts_per_step=20000 prompts.group_size=4096": "a run holds at most",
-    "cluster.gpus_per_engine=0.5 student.replicas=2": "set student.gpu_memory_utilization=0.5",
-    "cluster.gpus_per_engine=1 student.tensor_parallel=2": "set it to 2",
     "+method.weights.b={_target_:opd.weights.teachers.TeacherBalance,shares:{x:1}}": "lacks teacher 'default'",
 }
 
@@ -109,6 +108,13 @@ TWO_PARTS = {
 @pytest.mark.parametrize("line", TWO_PARTS)
 def test_what_needs_two_settings_is_checked_in_the_plan(line: str) -> None:
     assert TWO_PARTS[line] in refused(*line.split())
+
+
+def test_engines_that_share_a_device_do_not_take_more_than_all_of_it() -> None:
+    halves = [*SHOP, "cluster.gpus_per_engine=0.5", "student.replicas=2"]
+    with pytest.raises(ConfigurationError, match=r"set student\.gpu_memory_utilization=0\.5$"):
+        check_settings(run_config(halves))
+    check_settings(run_config([*halves, "student.gpu_memory_utilization=0.5"]))
 
 
 def test_a_trial_of_few_steps_keeps_the_shipped_warm_up() -> None:
