@@ -23,6 +23,9 @@ from launch.inputs.own_yaml import check_files
 from launch.keys import Key, advice, holds_text, keys
 from launch.shipped import groups, shipped
 from opd.errors import ConfigurationError
+from opd.settings import shown
+
+LONG = 500  # characters that no value has that is worth repeating
 
 
 def own_folder(overrides: Sequence[str]) -> str:
@@ -107,7 +110,8 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
         if is_text:
             return _quoted(prefixed)
         raise ConfigurationError(
-            f"override {override!r} cannot be read ({first_line(error)}); quote its value: {_for_a_shell(name, value)}"
+            f"override {shown(override)} cannot be read ({first_line(error)}); "
+            + (f"quote its value: {_for_a_shell(name, value)}" if len(value) < LONG else "shorten its value")
         ) from error
     told = parsed.value()
     if is_text and (parsed.is_sweep_override() or isinstance(told, bool | int | float)):
