@@ -84,6 +84,7 @@ def test_the_published_example_of_a_new_method_trains(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     command = ["train", "conf=my_conf", "method=squared", "allow_targets=[my_methods.]", *SMALL, "steps=2"]
     command += ["evaluation.prompts.prompts_per_step=8", "evaluation.samples=1", "evaluation.reverse_kl_prompts=4"]
+    command += ["evaluation.teacher=false"]
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", *command, "run_name=mine"],
         cwd=tmp_path,

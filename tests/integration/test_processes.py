@@ -1,4 +1,4 @@
-"""No process is left behind: after Ctrl-C, after kill -9 of the driver, after a failure."""
+"""No process is left behind: after Ctrl-C, after a failure; and how the others start and watch a run."""
 
 import json
 import os
@@ -79,33 +79,25 @@ def end_of(driver: subprocess.Popen[str], seconds: float = 60) -> str:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", ["ctrl-c", "term", "kill"])
-def test_stopping_a_run_leaves_no_process(how: str, tmp_path: Path) -> None:
-    mark = f"{how}-{os.getpid()}"
-    driver = start(mark, tmp_path)
+def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    """What a terminal does: a SIGINT to the whole foreground group. (SIGTERM and SIGKILL: test_resume.py.)"""
+    mark = f"ctrl-c-{os.getpid()}"
+    driver = start(mark, tmp_path, "evaluation.teacher=false")
     metrics = tmp_path / "r" / "metrics.jsonl"
     try:
-        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 150, "two steps")
+        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 250, "two steps")
         assert len(family(mark)) > 4
-        if how == "ctrl-c":
-            os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: to the whole foreground group
-        else:
-            os.kill(driver.pid, signal.SIGTERM if how == "term" else signal.SIGKILL)
+        os.killpg(driver.pid, signal.SIGINT)
         output = end_of(driver)
         nobody_is_left(mark, 30)
     finally:
         for process in family(mark):
             process.kill()
-    if how == "kill":
-        assert not (tmp_path / "r" / "summary.json").exists()
-        return
-    assert driver.returncode == (75 if how == "term" else 130), output  # SIGTERM leaves a checkpoint
+    assert driver.returncode == 130, output
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["outcome"] == "stopped" and summary["steps"] >= 2
     assert "Traceback" not in output, output
-    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == (
-        [f"step_{summary['steps']}"] if how == "term" else []
-    )
+    assert not list((tmp_path / "r" / "checkpoints").iterdir())
 
 
 @pytest.mark.ray
@@ -113,7 +105,7 @@ def test_a_failing_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     """A loss that is no number: the learner's sentence reaches the user, and everything is closed."""
     mark = f"fail-{os.getpid()}"
     spoilt = ["method.objective._target_=tests.spoilt.NotFinite", "allow_targets=[tests]"]
-    driver = start(mark, tmp_path, *spoilt, PYTHONPATH=str(ROOT))
+    driver = start(mark, tmp_path, "evaluation.teacher=false", "doctor=false", *spoilt, PYTHONPATH=str(ROOT))
     output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 1, output
     assert "error:" in output and "Traceback" not in output, output

@@ -91,6 +91,7 @@ def submit(head: Head, token: Path | None, *command: str) -> subprocess.Complete
 
 SMALL = ["experiment=shop", "steps=2", "prompts.prompts_per_step=16", "evaluation.prompts.prompts_per_step=8"]
 SMALL += ["evaluation.samples=1", "evaluation.reverse_kl_prompts=4", "cluster.cpus_per_actor=0.1"]
+SMALL += ["evaluation.teacher=false", "doctor=false"]
 
 
 @pytest.mark.ray
