@@ -52,7 +52,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     config = run_config(overrides)
     plan = make_plan(config)
     console = screen.console()
-    plan.say_remarks(console)
+    plan.show_prompts(console)
     if config.dry_run:
         console.print(plan.table())
         return 0

@@ -79,6 +79,7 @@ def end_of(driver: subprocess.Popen[str], seconds: float = 60) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     """What a terminal does: a SIGINT to the whole foreground group. (SIGTERM and SIGKILL: test_resume.py.)"""
     mark = f"ctrl-c-{os.getpid()}"
@@ -101,12 +102,13 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_a_failing_run_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     """A loss that is no number: the learner's sentence reaches the user, and everything is closed."""
     mark = f"fail-{os.getpid()}"
     spoilt = ["method.objective._target_=tests.spoilt.NotFinite", "allow_targets=[tests]"]
     driver = start(mark, tmp_path, "evaluation.teacher=false", "doctor=false", *spoilt, PYTHONPATH=str(ROOT))
-    output, _ = driver.communicate(timeout=200)
+    output, _ = driver.communicate(timeout=400)
     assert driver.returncode == 1, output
     assert "error:" in output and "Traceback" not in output, output
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())

@@ -62,7 +62,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 200
         while not answers(f"{address}/api/version"):
             assert time.monotonic() < deadline and process.poll() is None, "the head did not start"
             time.sleep(0.5)

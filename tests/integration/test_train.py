@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.command import ROOT, opd
 
+pytestmark = pytest.mark.timeout(600)  # the machine may be slow, and another process of tests at work on it
 SMALL = [
     "experiment=shop",
     "steps=3",
@@ -164,3 +165,5 @@ def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
     done = opd("train", "experiment=shop", "dry_run=true", f"output_dir={tmp_path / 'runs'}")
     assert done.returncode == 0 and "rollout actor" in done.stdout
     assert not (tmp_path / "runs").exists()
+    done = opd("eval", f"checkpoint={ROOT / 'assets' / 'shop' / 'student'}", "experiment=shop", "dry_run=true")
+    assert done.returncode == 0 and "rollout actor" in done.stdout, done.stderr
