@@ -266,7 +266,9 @@ def test_a_place_that_cannot_be_written_is_one_sentence_before_anything_starts(
     done = opd("train", "experiment=shop", f"output_dir={read_only}", "run_name=r")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "starting" not in done.stdout, done
     sentence = " ".join(done.stderr.split())
-    assert re.search(rf"error: ConfigurationError: output_dir={read_only} cannot be written .*; choose another", sentence)
+    assert re.search(
+        rf"error: ConfigurationError: output_dir={read_only} cannot be written .*; choose another", sentence
+    )
 
 
 @pytest.mark.parametrize(
