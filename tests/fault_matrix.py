@@ -64,7 +64,12 @@ CATALOGUE = (
     Kind("loss is no number", "learner", "NaN, infinity, gradient overflow", "in an update"),
     Kind("learner out of memory", "learner", "a planted allocation failure", "in a forward"),
     Kind("driver killed in a checkpoint", "driver", "SIGKILL", "everything written, not renamed; itself"),
-    Kind("driver killed again and again", "driver", "SIGKILL", "after steps 3 and 11 of a run that runs ahead"),
+    Kind(
+        "driver killed again and again",
+        "driver",
+        "SIGKILL",
+        "in a checkpoint, then between two steps",
+    ),
     Kind("actors held up", "all actors", "SIGSTOP, SIGCONT", "any, from outside, all through a run that runs ahead"),
     Kind(
         "driver stops and goes on",

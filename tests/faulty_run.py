@@ -138,6 +138,7 @@ def main() -> None:
     """`opd`, with faulty actors and the place `driver committing` (a checkpoint is written, not renamed)."""
     from launch import cli, session
 
+    present("driver")
     wiring: Any = session
     wiring.VLLMEngine, wiring.LearnerRank, wiring.backend = FaultyEngine, FaultyRank, lambda chosen: FaultyTeacher
     checkpoint.commit = _before("driver committing", checkpoint.commit)
