@@ -15,7 +15,7 @@ from learner.config import LearnerConfig
 from opd.errors import DataError, OpdError
 from opd.ports import Manifest, Receipt, Sentinel, Share, Weights
 
-DEADLINE_S, START_S = 0.2, 1.0
+DEADLINE_S, START_S = 1.0, 3.0  # as short as settings allow
 
 
 async def say(answer: Any = None, after_s: float = 0.0) -> Any:
@@ -60,7 +60,7 @@ def test_a_rank_that_hangs_is_looked_at_with_the_others_and_lost() -> None:
     assert caught.value.fault is Fault.HUNG
 
 
-@pytest.mark.parametrize("seconds", [0.4, 9.0])
+@pytest.mark.parametrize("seconds", [1.5, 9.0])
 def test_ranks_may_take_longer_to_start_than_to_answer(seconds: float) -> None:
     one = rank(address=lambda: say(("host", 1)), setup=lambda: say(None, seconds))
     if seconds < START_S:
