@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd.errors import DataError
+
 FOLDER = "OPD_TEST_FAULT_PLAN"
 
 
@@ -108,6 +110,13 @@ def _kill(role: str, most: str = "99", wait_s: str = "0") -> None:
     time.sleep(float(wait_s))
 
 
+def _raises(error: Exception) -> Callable[..., None]:
+    def deed() -> None:
+        raise error
+
+    return deed
+
+
 DEEDS: dict[str, Callable[..., None]] = {
     "SIGKILL": _signal(signal.SIGKILL),
     "SIGSTOP": _signal(signal.SIGSTOP),
@@ -115,4 +124,6 @@ DEEDS: dict[str, Callable[..., None]] = {
     "exit": lambda: os._exit(3),
     "sleep": lambda seconds: time.sleep(float(seconds)),
     "kill": _kill,
+    "error": _raises(DataError("a planned fault; take it out of the plan")),
+    "bug": _raises(ValueError("a planned fault that no code expects")),
 }

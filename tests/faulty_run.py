@@ -4,9 +4,11 @@ Actors are subclasses of the real ones that only look into the plan at places of
 product's own.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 from actors.engine import VLLMEngine
@@ -88,7 +90,7 @@ class FaultyTeacher(TorchTeacher):
 
 class FaultyRank(LearnerRank):
     """Places: `learner beginning` (a step), `forward` (before a micro-batch), `optimizing` (gradients are there),
-    `writing` (a shard's header is in the file), `opening` (deed `full`: the shard gets a full disk)."""
+    `writing` (a shard's header is in the file), `opening` (deed `full`: the shard gets a full disk), `exporting`."""
 
     def setup(self, *arguments: Any) -> None:
         """As the real one, with the places in its modules."""
@@ -101,6 +103,11 @@ class FaultyRank(LearnerRank):
         """As the real one."""
         at("learner beginning")
         return super().step(*arguments)
+
+    def export(self, *arguments: Any) -> None:
+        """As the real one."""
+        at("learner exporting")
+        super().export(*arguments)
 
 
 def _in_the_learner() -> None:
@@ -127,6 +134,16 @@ def _in_the_learner() -> None:
 
 
 def _before(place: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(real):  # parts are asked whether they are awaited
+
+        @wraps(real)
+        async def awaited(*arguments: Any) -> Any:
+            at(place)
+            return await real(*arguments)
+
+        return awaited
+
+    @wraps(real)
     def call(*arguments: Any) -> Any:
         at(place)
         return real(*arguments)
@@ -134,14 +151,37 @@ def _before(place: str, real: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _in_the_driver() -> None:
+    """Places of the driver: `prompting` (a step's prompts are asked for), `writing` (a group of them is), `grading`,
+    `showing` (a step is over and in metrics.jsonl), `evaluating`, `evaluating the teacher`, `committing` (a checkpoint
+    is written, not renamed)."""
+    from launch.evaluate import Evaluator
+    from launch.inputs.graders import TaskGrader
+    from launch.live_view import LiveView
+    from opd.prompts.generated import GeneratedPrompts
+    from opd.rollouts.student import StudentRollout
+
+    places: list[tuple[Any, str, str]] = [
+        (GeneratedPrompts, "__call__", "prompting"),
+        (StudentRollout, "__call__", "writing"),
+        (TaskGrader, "grade", "grading"),
+        (LiveView, "__call__", "showing"),
+        (Evaluator, "student", "evaluating"),
+        (Evaluator, "teacher", "evaluating the teacher"),
+        (checkpoint, "commit", "committing"),
+    ]
+    for owner, name, place in places:
+        setattr(owner, name, _before(f"driver {place}", getattr(owner, name)))
+
+
 def main() -> None:
-    """`opd`, with faulty actors and the place `driver committing` (a checkpoint is written, not renamed)."""
+    """`opd`, with faulty actors and the places of the driver."""
     from launch import cli, session
 
     present("driver")
     wiring: Any = session
     wiring.VLLMEngine, wiring.LearnerRank, wiring.backend = FaultyEngine, FaultyRank, lambda chosen: FaultyTeacher
-    checkpoint.commit = _before("driver committing", checkpoint.commit)
+    _in_the_driver()
     cli.main(sys.argv[1:])
 
 

@@ -30,6 +30,7 @@ from learner import checkpoint
 from opd.errors import ConfigurationError, DataError
 from opd.ledger import Ledger
 from opd.pipeline import Pipeline
+from tests.fuzz.endings import ENDINGS, chosen
 
 NOTHING: Any = None
 
@@ -341,3 +342,9 @@ def test_looking_at_a_place_leaves_nothing(tmp_path: Path) -> None:
 def test_a_comparison_looks_at_its_name_and_place_first(wrong: str) -> None:
     with pytest.raises(ConfigurationError, match=r"run_name needs|cannot be written"):
         run_comparison(["experiment=compare", "dry_run=true", wrong])
+
+
+def test_the_command_that_ends_real_runs_knows_its_places() -> None:
+    """The runs themselves take minutes each: `python -m tests.fuzz.endings`."""
+    assert len({ending.name for ending in ENDINGS}) == len(ENDINGS) >= 20
+    assert chosen("1,4-6") == [1, 4, 5, 6] and len(chosen("")) == len(ENDINGS)
