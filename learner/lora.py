@@ -62,8 +62,7 @@ def save_adapter(folder: Path, config: LoraConfig, adapters: Mapping[str, Tensor
 
 
 def _peft(config: LoraConfig) -> PeftConfig:
-    # What YAML gives may be a list, or one name alone.
-    chosen = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
+    chosen = list(config.target_modules)
     return PeftConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it, and says int

@@ -15,7 +15,6 @@ from tests.integration.test_engine import (
 # isort: split
 import asyncio
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ from opd.devices import Dtype
 from opd.errors import DataError
 from opd.ports import Sampling, Weights
 
-TARGETS: list[Any] = ["all-linear", ["q_proj", "down_proj"], ["v_proj", "up_proj", "o_proj"]]
+TARGETS = [("all-linear",), ("q_proj", "down_proj"), ("v_proj", "up_proj", "o_proj")]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -52,7 +51,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     loop.close()
 
 
-def adapted(house: House, seed: int, targets: Any, std: float) -> Qwen3ForCausalLM:
+def adapted(house: House, seed: int, targets: tuple[str, ...], std: float) -> Qwen3ForCausalLM:
     """The house's student with a random adapter, as the learner computes with it: not merged."""
     model = student(0, house.tied)
     adapt(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets), seed)
@@ -71,9 +70,9 @@ def adapters(model: Qwen3ForCausalLM, version: int, without: str = "-") -> Weigh
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
-def test_an_engine_writes_what_the_learner_s_unmerged_model_says(house: House, targets: Any) -> None:
+def test_an_engine_writes_what_the_learner_s_unmerged_model_says(house: House, targets: tuple[str, ...]) -> None:
     asked = requests(Sampling(max_tokens=40))
-    house.receive(adapters(adapted(house, 1, "all-linear", std=0.0), 1))
+    house.receive(adapters(adapted(house, 1, ("all-linear",), std=0.0), 1))
     plain = house.generate(asked)
     for version in (2, 3):  # the second replaces the first, it is not added to it
         model = adapted(house, version, targets, std=0.3)
@@ -100,7 +99,7 @@ def test_an_engine_writes_what_the_learner_s_unmerged_model_says(house: House, t
 
 
 def test_an_adapter_that_arrives_in_flight_writes_the_rest(house: House) -> None:
-    models = {version: adapted(house, version, "all-linear", std=0.3) for version in (20, 21)}
+    models = {version: adapted(house, version, ("all-linear",), std=0.3) for version in (20, 21)}
     first, held = (adapters(model, version) for version, model in models.items())
     house.receive(first)
     crossed, _ = crossing(house, held, chunk=1)
@@ -108,11 +107,11 @@ def test_an_adapter_that_arrives_in_flight_writes_the_rest(house: House) -> None
 
 
 def test_adapters_that_do_not_fit_are_refused_and_good_ones_load_afterwards(house: House) -> None:
-    model = adapted(house, 30, "all-linear", std=0.3)
+    model = adapted(house, 30, ("all-linear",), std=0.3)
     good = adapters(model, 30)
     deeper, wider = student(0, house.tied, num_hidden_layers=3), student(0, house.tied, hidden_size=96)
     for other in (deeper, wider):
-        adapt(other, LoraConfig(r=2, target_modules=["q_proj"]), 0)
+        adapt(other, LoraConfig(r=2, target_modules=("q_proj",)), 0)
     for wrong, why in (
         (adapters(model, 31, without="1.mlp.up_proj.lora_B"), "lora_B.*is missing"),
         (adapters(deeper, 31), r"layers that the engine's checkpoint does not have.*layers\.2\.self_attn\.q_proj"),
@@ -126,7 +125,7 @@ def test_adapters_that_do_not_fit_are_refused_and_good_ones_load_afterwards(hous
 
 
 def test_the_student_names_its_adapters_as_adapters(house: House) -> None:
-    model = adapted(house, 1, ["q_proj"], std=0.3).train()
+    model = adapted(house, 1, ("q_proj",), std=0.3).train()
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
     shell = Student.__new__(Student)
