@@ -78,7 +78,8 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
         return
     close = difflib.get_close_matches(value, known[group], n=1, cutoff=0.5)
     meant = f"did you mean {group}={close[0]}? " if close else ""
-    raise ConfigurationError(f"{override} does not exist; {meant}(have: {', '.join(known[group])})")
+    said = override if len(override) < LONG else shown(override)
+    raise ConfigurationError(f"{said} does not exist; {meant}(have: {', '.join(known[group])})")
 
 
 def _readable(override: str, known: Sequence[Key], own: str) -> str:

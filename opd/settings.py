@@ -307,8 +307,8 @@ def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
     if where.endswith("]"):
         return f"correct that member of {where.partition('[')[0]}=[...]"
     for candidate in candidates:
-        if _legal(hint, candidate):
-            return f"set {where}={spelled(candidate)}"
+        if _legal(hint, candidate) and len(written := spelled(candidate)) <= SHOWN and written.isprintable():
+            return f"set {where}={written}"
     return f"name one with {where}._target_=PACKAGE.CLASS" if _is_part(base) else f"set another {where}=..."
 
 
