@@ -98,7 +98,8 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["outcome"] == "stopped" and summary["steps"] >= 2
     assert "Traceback" not in output, output
-    assert not list((tmp_path / "r" / "checkpoints").iterdir())
+    kept = [path.name for path in (tmp_path / "r" / "checkpoints").iterdir()]
+    assert kept == [f"step_{summary['steps']}"], "the last finished step is kept"
 
 
 @pytest.mark.ray
