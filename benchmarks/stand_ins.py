@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from launch.supervision import Care
-from opd.errors import ServiceLost
+from opd.errors import ServiceLost, ServiceVanished
 
 # As a run has it, but with as many tries and replacements as it takes (a run has 4 and 8).
 CARE = Care(deadline_s=1e6, start_deadline_s=1e6, attempts=50, restarts=1_000_000)
@@ -81,7 +81,7 @@ class Worker:
     async def work(self, seconds: Sequence[float], part: int) -> AsyncIterator[list[int]]:
         """Have jobs of these lengths done; yields positions of those that are."""
         if not self.alive:
-            raise ServiceLost("the actor is gone")
+            raise ServiceVanished("the actor is gone")
         call = _Call(part=part, left=len(seconds))
         self._calls[call] = None
         self._waiting.extend(_Job(call=call, at=i, seconds=s) for i, s in enumerate(seconds))
@@ -147,7 +147,7 @@ class Worker:
 
     def _tell(self) -> None:
         for call in self._calls:
-            call.out.put_nowait(ServiceLost("the actor died"))
+            call.out.put_nowait(ServiceVanished("the actor died"))
 
 
 class Crew:

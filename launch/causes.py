@@ -7,7 +7,7 @@ traceback; groups of tasks wrap it once more.
 import re
 from collections.abc import Iterator
 
-from opd.errors import OpdError
+from opd.errors import OpdError, ServiceVanished
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _HEADER = re.compile(r"ray::\S+?\(\)\s*\(pid=\d+.*")  # to the end of its line: the repr may hold anything
@@ -64,6 +64,8 @@ def brief(error: BaseException) -> str:
 def vanished(error: BaseException) -> bool:
     """Is all that is known that a process or an object is gone? Otherwise `brief` has what was raised there."""
     *_, inmost = _line(error)
+    if isinstance(inmost, ServiceVanished):
+        return True
     return _is_rays(inmost) and not _told(str(inmost), one_line(str(inmost)))
 
 

@@ -17,5 +17,9 @@ class ServiceLost(OpdError):
     """Whoever should have answered is gone; the request was not at fault, and another may be asked."""
 
 
+class ServiceVanished(ServiceLost):
+    """A service that is gone, and nothing is known of why: another one need not fare alike."""
+
+
 class ServiceHung(ServiceLost):
     """Whoever should have answered says himself that he is stuck."""

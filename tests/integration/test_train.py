@@ -104,7 +104,8 @@ def test_two_ranks_and_two_actors_give_the_same_losses(run: Path) -> None:
     done = opd("train", *QUICK, *options, "doctor_everything=true", f"output_dir={run.parent}", "run_name=zero3")
     assert done.returncode == 0, done.stderr
     asked = {f["check"]: f["verdict"] for f in json.loads((run.parent / "zero3" / "doctor.json").read_text())}
-    assert asked["own teacher"] == asked["teacher gain"] == "fine", asked
+    assert asked["own teacher"] == "fine", asked
+    assert asked["teacher gain"] in ("fine", "warning"), "of eight prompts a gain is hardly told from chance"
     first, losses = ([m["actor/loss"] for m in lines(r / "metrics.jsonl")] for r in (run, run.parent / "zero3"))
     assert losses == pytest.approx(first, abs=1e-4)
 

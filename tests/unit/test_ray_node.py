@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import sleep
 from typing import Any
 
 import psutil
@@ -155,6 +156,8 @@ def test_what_a_failed_start_has_left_is_ended_and_the_next_one_counts(monkeypat
 
     def second_time() -> None:
         left.append(subprocess.Popen([*SLEEP, "/x/ray/raylet"]))
+        while "raylet" not in " ".join(psutil.Process(left[-1].pid).cmdline()):  # forked, but not yet that program
+            sleep(0.01)
         if len(left) == 1:
             raise Exception(LATE)
 

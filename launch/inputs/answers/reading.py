@@ -298,6 +298,8 @@ def _leaf(text: str) -> Answer:
         return Group(brackets=SET, items=())
     if re.fullmatch(r"\\mathbb\{R\}|all real numbers|all reals", unwrapped, re.IGNORECASE):
         return Group(brackets=("(", ")"), items=(Expression(latex="-\\infty"), Expression(latex="\\infty")))
+    if re.fullmatch(r"\\mathbb\{[ZNQC]\}(?:\^\{?[-+*\d]\}?|_\{?[-+*\d]\}?)?", unwrapped):  # k in Z: a set by its name
+        return _text(unwrapped)
     if base := re.fullmatch(r"([0-9A-Fa-f]*\d[0-9A-Fa-f]*|\([0-9A-F]+\))_\{(?:\\text\{)?\s*(\w+)\s*\}?\}", text):
         return Expression(latex=base.group(1).strip("()"), base=_BASES.get(base.group(2), base.group(2)))
     if base := re.fullmatch(r"([0-9A-F]+)\s*(?:\\text\{)?\s*\(?\s*base\s+(\w+)\s*\)?\s*\}?", text):
