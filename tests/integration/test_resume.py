@@ -127,9 +127,8 @@ def _refusals(run: Path, own: list[str]) -> None:
 def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path, witness: Witness) -> None:
     """Exit code 75; a damaged checkpoint is passed over; two ranks and two actors go on where one of each stopped, in
     the same order; their many small chunks travel through Ray's store."""
-    code, output = interrupted(
-        signal.SIGTERM, 5, tmp_path, *OWN, "steps=200", "evaluation.every=0", "tracker.mode=DISABLED"
-    )
+    own = [*OWN, "evaluation.every=0", "tracker.mode=DISABLED"]
+    code, output = interrupted(signal.SIGTERM, 5, tmp_path, *own, "steps=200")
     assert code == 75 and "resume=latest goes on" in output and "Traceback" not in output, output
     witness("driver told to stop")
     run = tmp_path / "cut"
