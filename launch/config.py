@@ -150,7 +150,7 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
 
 
 def _refuse_nothing(overrides: Sequence[str], values: Mapping[str, Any]) -> None:
-    """An empty mapping is merged into what is there and changes nothing, which nobody means who writes it."""
+    """An empty mapping is merged into what is there and changes nothing, which is never what was meant."""
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         here: Any = values

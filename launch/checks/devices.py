@@ -51,7 +51,7 @@ def resolved(config: RunConfig) -> RunConfig:
     here, and elsewhere on processors: what the driver sees says nothing of other machines.
 
     Raises:
-        ConfigurationError: GPUs are here that nobody is given, or the numbers of GPUs cannot be right.
+        ConfigurationError: GPUs are here that no role is given, or the numbers of GPUs cannot be right.
     """
     cluster, visible = config.cluster, torch.cuda.device_count() if config.cluster.address == "local" else 0
     _check_counts(config, visible)

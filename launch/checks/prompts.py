@@ -16,7 +16,7 @@ from teacher_service.identity import TokenizerIdentity
 
 
 def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
-    """Refuse a teacher that somebody asks for and the run does not have, and one that nobody asks for."""
+    """Refuse a teacher that a prompt asks for and the run does not have, and one that no prompt asks for."""
     asked = dict(held_out.teachers) | dict(training.teachers)
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if isinstance(source, Routed) and not isinstance(source, Listed):
