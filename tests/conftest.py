@@ -3,6 +3,7 @@
 import os
 import random
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -19,6 +20,13 @@ from jaxtyping import install_import_hook
 
 # Ray reads these when it is imported, which vLLM does on the way.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+# As from a terminal, for this process and those it starts: a background job has SIGINT ignored, nohup SIGHUP, and the
+# product keeps to that. This process itself goes on at a hangup.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def _can_be_checked(hint: Any) -> bool:
