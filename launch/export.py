@@ -1,5 +1,6 @@
 """The student of a run, finished or as a checkpoint has it, as a Hugging Face folder with a model card."""
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ def _place(run: str, step: str) -> Path:
 
 
 def _write(place: Path, target: Path, student: str) -> None:
+    _keep_libraries_quiet()
     from learner.merging import export_checkpoint  # transformers takes seconds, which other commands need not wait for
 
     state = verify(place)
@@ -118,6 +120,14 @@ def _write(place: Path, target: Path, student: str) -> None:
     known = {name: state.config.get(name) for name in ("method.name", "student.path", "learner.lr", "seed")}
     facts = {"run": state.run_name, "step": str(state.step)} | {name: str(value) for name, value in known.items()}
     write_text(target / "README.md", _card(f"{state.run_name} step {state.step}", facts, None))
+
+
+def _keep_libraries_quiet() -> None:
+    """No bars of transformers, and no warning of DeepSpeed that it has found no GPU: this works on a CPU anyway."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def origin_of(settings: Mapping[str, Any], student: str = "") -> "Origin":

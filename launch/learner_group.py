@@ -125,7 +125,8 @@ class LearnerGroup:
                 raise
             _give_up(tasks)
             why = type(lost).__name__ if vanished(lost) else brief(lost)
-            raise RanksLost(Fault.DIED, f"a learner rank died ({why})") from error
+            seen = await self._look(*self.actors, error=lost)
+            raise RanksLost(Fault.DIED, f"a learner rank died ({why}){seen}") from error
 
 
 def _give_up(tasks: Sequence["asyncio.Task[Any]"]) -> None:

@@ -127,8 +127,13 @@ class RunDirectory:
 
     @property
     def stacks(self) -> Path:
-        """Where processes stood that did not answer; absent while all do."""
+        """Where processes stood that did not answer, and the last words of those that died; absent while all work."""
         return self.path / "stacks"
+
+    @property
+    def failure(self) -> Path:
+        """The traceback of what ended the run, where it is no sentence of ours; absent otherwise."""
+        return self.path / "failure.txt"
 
     @property
     def checkpoints(self) -> Path:

@@ -1,8 +1,9 @@
-"""Where the processes of a run stand when one of them does not answer: written down before it is ended.
+"""Where the processes of a run stand when one does not answer, and the last words of one that has died.
 
 An actor that is watched prints its stacks on SIGUSR1 into memory of its own, which this process reads through `/proc`.
 That works while its threads are stuck, in Python or in native code. A stopped process cannot print; of every process
-there is also what the kernel says. Actors on other hosts cannot be looked at from here.
+there is also what the kernel says. Of one that died there is what it raised, and the end of the file that its errors
+went to. Actors on other hosts cannot be looked at from here.
 """
 
 import asyncio
@@ -11,33 +12,39 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.causes import without_colors
 from launch.run_directory import write_text
 from opd.errors import OpdError
 from opd.shared_memory import place
 
 _ANSWER_S = 3.0  # what a process may take to print
 _TOLD_S = 1.0  # what an actor that has long answered may take to be asked how it can be looked at
+_TAIL = 32 << 10  # bytes of a log that are kept
+_ERRORS = 2  # descriptor of a process's standard error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """A process that prints its stacks on SIGUSR1 to its own file `descriptor`."""
+    """A process that prints its stacks on SIGUSR1 to its own file `descriptor`; `log` is where its errors go."""
 
     place: str
     pid: int
     descriptor: int
+    log: str = ""
 
 
 def listen(_: Any = None) -> Listener:
     """Called inside an actor: from now on, print the stacks of all threads when SIGUSR1 comes."""
     descriptor = os.memfd_create("opd-stacks", os.MFD_CLOEXEC)
     faulthandler.register(signal.SIGUSR1, file=descriptor, all_threads=True)
-    return Listener(place=place(), pid=os.getpid(), descriptor=descriptor)
+    log = os.readlink(f"/proc/self/fd/{_ERRORS}")
+    return Listener(place=place(), pid=os.getpid(), descriptor=descriptor, log=log)
 
 
 @dataclass(slots=True)
@@ -52,23 +59,29 @@ class Stacks:
         """Be ready to look at `actor`: it is asked how at its start, since one that hangs cannot be asked."""
         self._watched[actor] = (role, actor.__ray_call__.remote(listen))
 
-    async def look(self, *actors: Any) -> str:
-        """Write where `actors` and this process stand; returns the end of a sentence that names the file.
+    async def look(self, *actors: Any, error: BaseException | None = None) -> str:
+        """Write where `actors` and this process stand, or how `actors` died of `error`; names the file.
 
-        It is about to be said that somebody does not answer, so whatever goes wrong here is said in its place.
+        Returns the end of a sentence. It is about to be said that one does not answer or has died, so whatever goes
+        wrong here is said in its place.
         """
-        parts = [await self._actor(actor) for actor in actors]
-        parts.append(f"== driver, process {os.getpid()}\n{_own()}")
+        parts = [await self._actor(actor, last_words if error is not None else describe) for actor in actors]
+        if error is None:
+            parts.append(f"== driver, process {os.getpid()}\n{_own()}")
+            named = "where it stood"
+        else:
+            parts.insert(0, f"== what was raised\n{_traceback(error)}")
+            named = "its last words"
         self._files += 1
         path = self.folder / f"{self._files}_{time.strftime('%H%M%S')}.txt"
         try:
             self.folder.mkdir(exist_ok=True)
             write_text(path, "\n".join(parts))
         except (OSError, OpdError) as error:
-            return f" (where it stood could not be written: {error})"
-        return f" (where it stood: {path})"
+            return f" ({named} could not be written: {error})"
+        return f" ({named}: {path})"
 
-    async def _actor(self, actor: Any) -> str:
+    async def _actor(self, actor: Any, told_by: Callable[[Listener], str]) -> str:
         role, told = self._watched.get(actor, ("an actor that is not watched", None))
         if told is None:
             return f"== {role}"
@@ -79,13 +92,37 @@ class Stacks:
             return f"== {role}: it never said how it can be looked at ({type(error).__name__})"
         if listener.place != place():
             return f"== {role}, process {listener.pid} on another host: cannot be looked at from here"
-        return f"== {role}, process {listener.pid}\n{await asyncio.to_thread(describe, listener)}"
+        return f"== {role}, process {listener.pid}\n{await asyncio.to_thread(told_by, listener)}"
+
+
+def keep_traceback(path: Path, error: BaseException) -> str:
+    """Write all that is known of `error`, tracebacks of actors too; a sentence that names the file."""
+    try:
+        write_text(path, _traceback(error))
+    except OpdError as full:
+        return f"its traceback could not be kept: {full}"
+    return f"its whole traceback is in {path}"
+
+
+def _traceback(error: BaseException) -> str:
+    return without_colors("".join(traceback.format_exception(error)))
 
 
 def describe(listener: Listener) -> str:
     """What a process of this host prints about itself, if it can, and what the kernel says of its threads."""
     seen = "".join(_threads(listener.pid)) or "  none: the process is gone\n"
     return f"{_printed(listener)}\nthreads, as the kernel sees them (state, where it waits, name):\n{seen}"
+
+
+def last_words(listener: Listener) -> str:
+    """The end of the file that a process of this host wrote its errors to."""
+    try:
+        with open(listener.log, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            return f"the end of {listener.log}:\n{without_colors(file.read().decode(errors='replace'))}\n"
+    except OSError as error:  # a pipe or a terminal, or it was deleted
+        return f"there is no file of its errors ({listener.log}: {error.strerror or error})\n"
 
 
 def _printed(listener: Listener) -> str:

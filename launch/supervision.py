@@ -13,7 +13,7 @@ from launch.causes import ProcessFailed, brief, find_own, vanished
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 
 Answer = TypeVar("Answer")
-Look = Callable[..., Awaitable[str]]  # where these actors stand: the end of a sentence
+Look = Callable[..., Awaitable[str]]  # where these actors stand or (error=...) how they died: the end of a sentence
 _SLICES = 8
 _NUMBERS = re.compile(r"\d+")
 GO_ON = (
@@ -44,7 +44,9 @@ class Faulty(OpdError):
     @classmethod
     def of(cls, fault: Fault, error: BaseException) -> "Faulty":
         """The replica failed with `error`."""
-        return cls(fault, brief(error), repeats=not vanished(error))
+        faulty = cls(fault, brief(error), repeats=not vanished(error))
+        faulty.__cause__ = error
+        return faulty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +120,8 @@ def how_lost(error: BaseException) -> Fault:
     return Fault.HUNG if isinstance(error, ServiceHung) else Fault.DIED
 
 
-async def unseen(*_: Any) -> str:
-    """Nobody looks where actors stand that do not answer (`launch.stacks.Stacks.look` does)."""
+async def unseen(*_: Any, error: BaseException | None = None) -> str:  # noqa: ARG001
+    """Where actors stand that do not answer, and how they died, is not looked at (`launch.stacks.Stacks.look` does)."""
     return ""
 
 
@@ -174,7 +176,8 @@ class Replicas:
         except Exception as error:
             if not isinstance(find_own(error), ProcessFailed | None):
                 raise  # a sentence of ours, of its own kind
-            raise OpdError(f"{self.who} did not start: {brief(error)}") from error
+            seen = await self.look(*actors, error=error)
+            raise OpdError(f"{self.who} did not start: {brief(error)}{seen}") from error
         self.adopt(actors)
 
     def adopt(self, actors: list[Any]) -> None:
@@ -262,11 +265,13 @@ class Replicas:
         self._keep(self._replace(replica.number))
 
     async def _seen(self, actor: Any, error: Exception) -> Faulty:
-        """`error` of `actor`; if it hangs, with where it stands."""
+        """`error` of `actor`: with where it stands if it hangs, with its last words if it died."""
         fault = error if isinstance(error, Faulty) else Faulty.of(Fault.DIED, error)
-        if fault.fault is not Fault.HUNG:
+        if fault.fault is Fault.LIED:
             return fault
-        return Faulty(fault.fault, f"{fault}{await self.look(actor)}")
+        died = fault.fault is Fault.DIED
+        seen = await self.look(actor, error=fault if died else None)
+        return Faulty(fault.fault, f"{fault}{seen}", repeats=died and fault.repeats)
 
     def _alike(self, fault: Faulty) -> bool:
         """Has one failed for this very reason before, and none been of use? A third would fail so, too."""

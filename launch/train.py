@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from launch import screen
-from launch.causes import find_own
+from launch.causes import ProcessFailed, find_own
 from launch.checks.places import check_place, next_commands
 from launch.cluster import connected
 from launch.config import run_config
@@ -22,6 +22,7 @@ from launch.run_directory import RunDirectory
 from launch.run_lock import running
 from launch.running import Preempted, Stop, beside, run_until_stopped
 from launch.session import open_session
+from launch.stacks import keep_traceback
 from launch.summary import Outcome
 from launch.tracking import check_login
 from opd.errors import OpdError
@@ -102,6 +103,8 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
         own = find_own(error)
         outcome = Outcome.STOPPED if isinstance(own, Preempted) else Outcome.FAILED
         problem = "" if isinstance(own, Preempted) else str(own or f"{type(error).__name__}: {error}")[:2000]
+        if not isinstance(own, OpdError) or isinstance(own, ProcessFailed):
+            error.add_note(keep_traceback(directory.failure, error))
         error.add_note(way_on(directory))
         raise
     finally:

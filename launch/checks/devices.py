@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from launch import environment
 from launch.config import RunConfig
 from launch.placement import Machine, Role, asked, check_fits, share
 from opd.devices import Device
@@ -14,7 +14,6 @@ from teacher_service.config import REMOTE, TeacherConfig
 
 ENGINE, WRITER, LEARNER_RANK = "rollout actor", "writing teacher", "learner rank"
 TEACHER, REMOTE_TEACHER = "teacher actor", "remote teacher"
-_DRIVER = Path("/dev/nvidia0")
 
 
 def roles(config: RunConfig) -> list[Role]:
@@ -108,11 +107,9 @@ def _asks_here(config: RunConfig) -> list[tuple[Device, float]]:
 
 def _check_driver(config: RunConfig, visible: int) -> None:
     wants = any(device is not Device.CPU for device, _ in _asks_here(config))
-    if wants and not visible and torch.version.cuda and _DRIVER.exists():
+    if wants and not visible and torch.version.cuda and environment.DEVICE.exists():
         raise ConfigurationError(
-            f"this machine has a GPU ({_DRIVER}), but torch (built for CUDA {torch.version.cuda}) sees none, as a rule "
-            "because the driver is older than that needs (nvidia-smi says which it is); update it, or set "
-            "student.device=CPU teacher.device=CPU learner.device=CPU"
+            f"this machine has a GPU ({environment.DEVICE}), but {environment.too_old(torch.version.cuda)}"
         )
 
 

@@ -1,10 +1,12 @@
 """What `opd export` and `opd eval` make of a run and of its checkpoints: names, refusals, and where to look."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import logging
 
 from launch import export
 from launch.checkpoint_store import CheckpointStore
@@ -39,10 +41,15 @@ def run(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatc
         store.commit(state, {})
 
     def noted(shards: Path, origin: Any, target: Path) -> None:
+        assert not logging.is_progress_bar_enabled(), "bars of a library on the screen"
+        assert os.environ["DS_ACCELERATOR"] == "cpu", "DeepSpeed will warn that it has found no GPU"
         target.mkdir()
         (target / "config.json").write_text(json.dumps({"from": shards.parent.name, "student": origin.student}))
 
     monkeypatch.setattr("learner.merging.export_checkpoint", noted)
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # and back to what it was
+    monkeypatch.delenv("DS_ACCELERATOR")
+    logging.enable_progress_bar()
     monkeypatch.setattr(export, "check_checkpoint", lambda path, role: None)
     monkeypatch.chdir(tmp_path)
     return directory

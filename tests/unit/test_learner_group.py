@@ -33,8 +33,8 @@ def rank(**answers: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def group(*ranks: Any) -> LearnerGroup:
-    async def look(*actors: Any) -> str:
-        return f" (where {len(actors)} stood)"
+    async def look(*actors: Any, error: BaseException | None = None) -> str:
+        return f" (where {len(actors)} stood)" if error is None else " (last words)"
 
     return LearnerGroup(ranks, LearnerConfig(ranks=len(ranks), deadline_s=DEADLINE_S), look, START_S)
 
@@ -48,7 +48,7 @@ def test_a_rank_that_died_is_lost_whoever_is_told_first(first: str) -> None:
     late = 0.05
     one = rank(load=lambda: say(died(), late if first == "its partner" else 0.0))
     other = rank(load=lambda: say(RuntimeError("Connection closed by peer"), 0.0 if first == "its partner" else late))
-    with pytest.raises(RanksLost, match=r"^a learner rank died \(ActorDiedError\)$") as caught:
+    with pytest.raises(RanksLost, match=r"^a learner rank died \(ActorDiedError\) \(last words\)$") as caught:
         asyncio.run(group(one, other).load(Any))  # type: ignore[arg-type]
     assert caught.value.fault is Fault.DIED
 

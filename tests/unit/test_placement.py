@@ -90,7 +90,7 @@ def test_a_driver_that_is_too_old_is_one_sentence(
     shop: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     shows(monkeypatch, 0)
-    monkeypatch.setattr("launch.checks.devices._DRIVER", tmp_path)
+    monkeypatch.setattr("launch.environment.DEVICE", tmp_path)
     assert resolved(shop), "a build of torch for processors runs on them"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(ConfigurationError, match=r"built for CUDA 13.0\) sees none.*driver is older"):

@@ -1,4 +1,4 @@
-"""A process that does not answer is looked at before it is ended, also when it cannot answer at all."""
+"""A process that does not answer is looked at before it is ended; of one that died its last words are kept."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.stacks import Listener, Stacks, describe
+from launch.stacks import Listener, Stacks, describe, keep_traceback
 from launch.supervision import Care, Fault, Faulty, Replicas
 from opd.errors import OpdError
 from opd.shared_memory import place
@@ -133,3 +133,82 @@ def test_what_cannot_be_looked_at_is_said_and_a_full_disk_hides_nothing(tmp_path
     assert "an actor that is not watched" in file.read_text()
     (tmp_path / "file").touch()
     assert "could not be written" in asyncio.run(play(tmp_path / "file" / "stacks"))
+
+
+def test_of_one_that_died_there_is_what_it_raised_and_the_end_of_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "worker.err"
+    log.write_bytes(b"too old\n" * 9000 + b"\x1b[31mfree(): invalid pointer\x1b[0m \xff\n")
+    actor = Told(Listener(place=place(), pid=1, descriptor=0, log=str(log)))
+
+    async def play(fault: Fault) -> OpdError | None:
+        stacks = Stacks(tmp_path / "stacks")
+        stacks.watch("teacher", actor)
+
+        async def refuse(_: Any) -> None:
+            raise ValueError("\x1b[31mno such layer\x1b[0m")
+
+        replicas = Replicas(
+            who="teacher actor", care=Care(deadline_s=1.0), ready=refuse, prime=refuse, end=lambda _: None,
+            make=lambda: actor, look=stacks.look,
+        )  # fmt: skip
+        if fault is Fault.LIED:
+            replicas.adopt([actor])
+            await replicas.report(replicas.serving[0], Faulty(fault, "chunk 0 is damaged", repeats=True))
+            await replicas.close()
+            return OpdError(replicas.history[0])
+        with pytest.raises(OpdError) as caught:
+            await replicas.start(1)
+        return caught.value
+
+    said = str(asyncio.run(play(Fault.DIED)))
+    (file,) = (tmp_path / "stacks").iterdir()
+    assert said == f"teacher actor did not start: ValueError: no such layer (its last words: {file})"
+    text = file.read_text()
+    assert "in refuse" in text and "ValueError: no such layer" in text and "\x1b" not in text
+    assert "free(): invalid pointer" in text and "== teacher, process 1" in text
+    assert text.count("too old") < 5000, "the log is kept whole"
+    file.unlink()
+    assert "last words" not in str(asyncio.run(play(Fault.LIED))), "one that lied is there and has said why"
+
+
+def test_two_that_die_alike_are_known_though_each_has_a_file_of_its_own(tmp_path: Path) -> None:
+    log = tmp_path / "worker.err"
+    log.write_text("gone\n")
+
+    async def play() -> tuple[list[str], int]:
+        made: list[Told] = []
+        stacks = Stacks(tmp_path / "stacks")
+
+        def make() -> Told:
+            made.append(Told(Listener(place=place(), pid=len(made), descriptor=0, log=str(log))))
+            stacks.watch("engine", made[-1])
+            return made[-1]
+
+        async def refuse(_: Any) -> None:
+            raise ValueError("no memory for prompt 7")
+
+        async def nothing(_: Any) -> None: ...
+
+        replicas = Replicas(
+            who="rollout actor", care=Care(deadline_s=1.0, restarts=8), ready=nothing, prime=refuse,
+            end=lambda _: None, make=make, look=stacks.look,
+        )  # fmt: skip
+        replicas.adopt([make()])
+        died = Faulty.of(Fault.DIED, ValueError("no memory for prompt 3"))
+        await replicas.report(replicas.serving[0], died)
+        with pytest.raises(OpdError, match=r"two failed alike.*no memory for prompt 7 \(its last words"):
+            await replicas.acquire(1)
+        return replicas.history, len(made)
+
+    history, made = asyncio.run(play())
+    assert made == 2 and len(history) == 1
+    assert len(list((tmp_path / "stacks").iterdir())) == 2
+
+
+def test_the_traceback_of_what_is_no_sentence_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="deep") as caught:
+        raise ValueError("deep inside")
+    file = tmp_path / "failure.txt"
+    assert str(file) in keep_traceback(file, caught.value)
+    assert "test_the_traceback_of_what" in file.read_text()
+    assert "could not be kept" in keep_traceback(tmp_path / "nowhere" / "failure.txt", caught.value)

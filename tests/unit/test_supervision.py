@@ -244,8 +244,9 @@ def test_a_replica_that_says_itself_that_it_is_stuck_hangs() -> None:
         shop, looked = Shop(faults=["say to be stuck"]), list[Any]()
         pool = await shop.pool(1)
 
-        async def look(*actors: Any) -> str:
+        async def look(*actors: Any, error: BaseException | None = None) -> str:
             looked.extend(actors)
+            assert error is None, "it has not died"
             return ""
 
         pool.replicas.look = look
