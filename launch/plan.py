@@ -9,7 +9,7 @@ from rich.table import Table
 
 from actors.config import CPU_KV_CACHE_BYTES
 from launch.checks.answers import check_answers, check_rewards
-from launch.checks.architectures import check_contexts, check_ids, check_student, check_teacher
+from launch.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
 from launch.checks.devices import gpus, resolved, undecided
 from launch.checks.ends import text_ends
 from launch.checks.models import hidden_width, parameter_count, vocabulary_rows
@@ -146,6 +146,7 @@ def make_plan(config: RunConfig) -> Plan:
     exact_kl = check_teachers(config)
     student = check_student(config)
     teachers = {name: check_teacher(config, name) for name in config.teachers}
+    check_followers(config, student, teachers)
     exact_kl &= all(teacher.causal.get_output_embeddings().bias is None for teacher in teachers.values())
     check_settings(config)
     tokens = tokenizer_identity(config.student.path).tokens

@@ -4,7 +4,7 @@ A model is one of transformers', of which only plain attributes are used. What c
 that begins with `part`, e.g. "the student 'models/mamba'".
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,16 @@ def context_length(config: Any) -> int | None:
     rope = rope if isinstance(rope, dict) else {}
     stretched = rope.get("rope_type") in ("linear", "dynamic", "ntk") and "gemma3" not in str(config.model_type)
     return int(positions * (rope.get("factor") or 1.0 if stretched else 1.0)) if positions else None
+
+
+def unlike(causal: Any, given: Mapping[str, Sequence[int]]) -> list[str]:
+    """Parameters (their names) in which a model and `given` shapes by name differ, sorted; [] if it can take them.
+
+    A tied output matrix has one name in the model and may come under both.
+    """
+    own = {name: tuple(parameter.shape) for name, parameter in causal.named_parameters()}
+    both = {name for name, _ in causal.named_parameters(remove_duplicate=False)}
+    return sorted((given.keys() - both) | {name for name in own if tuple(given.get(name, ())) != own[name]})
 
 
 def check_layers(causal: Any, part: str) -> None:

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from opd.attention import NAME, Packing, register
 from opd.errors import DataError
-from opd.packable import Trial, check_head, check_layers, context_length
+from opd.packable import Trial, check_head, check_layers, context_length, unlike
 
 
 class PackedModel:
@@ -34,10 +34,7 @@ class PackedModel:
             DataError: names or shapes are not this model's; nothing is changed then.
         """
         own, given = dict(self._causal.named_parameters()), dict(tensors)
-        # A tied output matrix has one name here and may come under both.
-        extra = {name for name in given if name not in own} - {name for name, _ in self._tied()}
-        wrong = sorted(extra | {n for n in own if n not in given or given[n].shape != own[n].shape})
-        if wrong:
+        if wrong := unlike(self._causal, {name: tensor.shape for name, tensor in given.items()}):
             raise DataError(
                 f"a teacher that follows the student needs the student's architecture, but {wrong[0]} differs between "
                 "them; set teacher.path to a copy of the student's checkpoint, or teacher.mixup=0"
@@ -48,11 +45,6 @@ class PackedModel:
     def state(self) -> dict[str, Tensor]:
         """Host copies of all parameters by name (tied ones once)."""
         return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self._causal.named_parameters()}
-
-    def _tied(self) -> list[tuple[str, Tensor]]:
-        every = self._causal.named_parameters(remove_duplicate=False)
-        own = dict(self._causal.named_parameters())
-        return [(name, parameter) for name, parameter in every if name not in own]
 
     def hidden(self, sequences: Sequence[Int[Tensor, " n"]]) -> Float[Tensor, "N H"]:
         """Hidden states after the final norm at every token of `sequences`, one after the other."""

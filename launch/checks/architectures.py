@@ -8,13 +8,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from actors.config import CPU_HEAD_SIZES
 from launch.checks.folders import Folder, read_folder
+from launch.checks.numbers import narrow, part_dtype
 from launch.checks.survey import Survey
 from launch.config import DEFAULT, RunConfig
 from learner.weight_names import stored_names
 from opd.attention import Packing, attend, mask
 from opd.devices import Device, on_gpu
 from opd.errors import ConfigurationError, DataError
-from opd.packable import check_head, check_layers
+from opd.packable import check_head, check_layers, unlike
 from opd.ports import LastHidden
 from teacher_service.config import REMOTE, Backend
 
@@ -43,7 +44,7 @@ def check_student(config: RunConfig) -> Folder:
 def check_teacher(config: RunConfig, name: str) -> Folder:
     """Refuse a teacher whose backend could not use it; a remote one counts where its weights are read here."""
     teacher, asks = config.teachers[name], config.method.scorer.asks
-    folder = read_folder(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
+    folder = read_folder(teacher.path, _key(name))
     if teacher.backend is Backend.TORCH:
         check_layers(folder.causal, folder.part)
         _rehearse(folder)
@@ -53,6 +54,28 @@ def check_teacher(config: RunConfig, name: str) -> Folder:
     if teacher.backend not in (Backend.TORCH, *REMOTE):
         _check_head_width(folder, teacher.device)
     return folder
+
+
+def check_followers(config: RunConfig, student: Folder, teachers: Mapping[str, Folder]) -> None:
+    """Refuse a teacher that is to follow the student and cannot take in what the student publishes."""
+    for name, folder in teachers.items():
+        teacher, key = config.teachers[name], _key(name)
+        if not teacher.mixup:
+            continue
+        if teacher.mixup < 1 and narrow(part_dtype(teacher)):
+            raise ConfigurationError(
+                f"{folder.part} follows the student (mixup={teacher.mixup}), a moving average, which needs float32 (a "
+                f"small share of a change vanishes in bfloat16); set {key}.dtype=FLOAT32"
+            )
+        shapes = {own: p.shape for own, p in student.causal.named_parameters()}
+        kept = stored_names(student.causal, student.stored, student.part)
+        if wrong := unlike(folder.causal, {kept[own]: shape for own, shape in shapes.items()}):
+            raise ConfigurationError(
+                f"{folder.part} follows the student (mixup={teacher.mixup}), which publishes its weights under the "
+                f"names of its folder; {wrong[0]!r} and {len(wrong) - 1} more have another name or shape there than in "
+                f"a {type(folder.causal).__name__}; set {key}.mixup=0, or, if the architectures differ, "
+                f"{key}.path to a copy of the student's checkpoint"
+            )
 
 
 def check_contexts(config: RunConfig, teachers: Mapping[str, Folder], longest: int, *found: Survey) -> None:
@@ -77,6 +100,11 @@ def check_ids(folders: Sequence[Folder], *found: Survey) -> None:
                 f"{where} has the token {highest}, but {folder.part} has an output matrix of {rows} rows; its "
                 "tokenizer has tokens that the model was never given, so choose another, or resize the model"
             )
+
+
+def _key(name: str) -> str:
+    """Where the settings of teacher `name` stand."""
+    return "teacher" if name == DEFAULT else f"teachers.{name}"
 
 
 def _rehearse(folder: Folder) -> None:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from launch.config import run_config
+from launch.plan import make_plan
 from learner.model import Student, load_student
 from opd.attention import NAME
 from opd.errors import ConfigurationError, DataError
 from opd.packable import Trial, check_head, check_layers, context_length
 from teacher_service.packed_model import PackedModel
-from tests.fuzz.architectures import tried
+from tests.fuzz.architectures import SHOP, tried
 from tests.fuzz.families import FAMILIES, POSITIONS, WINDOW, make
 from tests.tiny_models import VOCABULARY
 
@@ -61,6 +63,24 @@ def test_the_names_that_are_published_are_those_of_the_folder(tmp_path: Path) ->
     names = {name for name, _ in load_student(str(tmp_path), torch.float32, False).named()}
     assert "embed_out.weight" in names and "lm_head.weight" not in names
     assert "gpt_neox.layers.0.attention.query_key_value.bias" in names
+
+
+FOLLOWS = [*SHOP, "teacher.mixup=0.5", "student.max_model_len=224"]
+
+
+def test_a_teacher_that_cannot_follow_its_student_is_refused_in_the_plan(tmp_path: Path) -> None:
+    for family in ("GPT-NeoX", "GPT-2"):
+        make(family, tmp_path / family)
+    neox, gpt2 = (f"path={tmp_path / family}" for family in ("GPT-NeoX", "GPT-2"))
+    with pytest.raises(ConfigurationError, match=r"^teacher .* follows the student.*'embed_out\.weight'.*mixup=0"):
+        make_plan(run_config([*FOLLOWS, f"student.{neox}", f"teacher.{neox}"]))  # stored under other names
+    with pytest.raises(ConfigurationError, match=r"^teacher .* follows the student.*copy of the student's"):
+        make_plan(run_config([*FOLLOWS, f"student.{gpt2}"]))  # another architecture
+    with pytest.raises(ConfigurationError, match=r"moving average, which needs float32.*teacher\.dtype=FLOAT32"):
+        make_plan(run_config([*FOLLOWS, f"student.{gpt2}", f"teacher.{gpt2}", "teacher.dtype=BFLOAT16"]))
+    for dtype, share in (("FLOAT32", "0.5"), ("BFLOAT16", "1")):
+        settings = [f"student.{gpt2}", f"teacher.{gpt2}", f"teacher.dtype={dtype}", f"teacher.mixup={share}"]
+        make_plan(run_config([*FOLLOWS, *settings]))
 
 
 def test_a_student_is_trained_without_dropout_wherever_its_rate_is_kept(tmp_path: Path) -> None:
