@@ -109,12 +109,14 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
 
     silence()
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    folder = ""
     if local:
         with signals_kept():
-            start_patiently(
+            session = start_patiently(
                 lambda: ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet),
                 config.start_deadline_s,
             )
+        folder = session.address_info["session_dir"]
     else:
         check_cluster(config.address)
         try:
@@ -125,12 +127,15 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
                 f"the Ray session at cluster.address={config.address!r} does not take this program ({brief(error)}); "
                 "check its token (RAY_AUTH_TOKEN_PATH) and its version, or use cluster=local"
             ) from error
-    node = Node.started_here() if local else Node()
+    node = Node.started_here(folder) if local else Node()
     try:
         yield node
     finally:
+        whole = node.dead is None
         ray.shutdown()
         node.end_orphans()
+        if whole:  # otherwise Ray's logs say why
+            node.tidy()
 
 
 def silence() -> None:

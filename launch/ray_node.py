@@ -7,32 +7,46 @@ that is process 1 only after they have been asked something.)
 import asyncio
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic, sleep
+from typing import TypeVar
 
 import psutil
 
 from launch.causes import brief
 from launch.supervision import GO_ON
 from opd.errors import OpdError
+from opd.shared_memory import place
 
 _NAMES = ("raylet", "gcs_server")
+_MARK = ".opd-driver"  # in the folder of a session: what has started it: host, process and its start, each a line
 _PERIOD_S = 2.0
 _PAUSE_S = 1.0
+Started = TypeVar("Started")
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """The raylet and the control store that this process has started; none of a cluster that it has joined."""
+    """The raylet and the control store that this process has started; none of a cluster that it has joined.
+
+    `folder` is what Ray keeps of their session (sockets, logs).
+    """
 
     processes: tuple[psutil.Process, ...] = ()
+    folder: Path | None = None
 
     @classmethod
-    def started_here(cls) -> "Node":
-        """Those that are children of this process now."""
-        return cls(tuple(p for p in psutil.Process().children() if p.name() in _NAMES))
+    def started_here(cls, folder: str = "") -> "Node":
+        """Those that are children of this process now; their `folder` is marked as this process's."""
+        if folder:
+            _mark(Path(folder))
+        return cls(
+            tuple(p for p in psutil.Process().children() if p.name() in _NAMES), Path(folder) if folder else None
+        )
 
     async def watch(self) -> None:
         """Never returns.
@@ -42,11 +56,17 @@ class Node:
         """
         while True:
             await asyncio.sleep(_PERIOD_S)
-            dead = next((p for p in self.processes if _is_dead(p)), None)
-            if dead is not None:
+            if (dead := self.dead) is not None:
+                logs = "" if self.folder is None else f" (its logs, until the next run: {self.folder / 'logs'})"
                 raise OpdError(
-                    f"a process of Ray itself (number {dead.pid}) has died, and with it this run's session; {GO_ON}"
+                    f"a process of Ray itself (number {dead.pid}) has died, and with it this run's session{logs}; "
+                    f"{GO_ON}"
                 )
+
+    @property
+    def dead(self) -> psutil.Process | None:
+        """One of the processes that has ended, if one has."""
+        return next((p for p in self.processes if _is_dead(p)), None)
 
     def end_orphans(self) -> None:
         """Kill workers whose raylet has died: nobody else does. To be called when the session is over."""
@@ -58,8 +78,44 @@ class Node:
             except psutil.Error:  # it has just ended
                 continue
 
+    def tidy(self) -> None:
+        """Remove the session's folder, and those that killed programs of ours have left beside it.
 
-def start_patiently(start: Callable[[], object], deadline_s: float) -> None:
+        Ray never does. Only marked ones are ours: a cluster's own session has a folder beside them. What is removed
+        was for processes that have ended; the last words of those that died are in the run's folder.
+        """
+        if self.folder is None:
+            return
+        for mark in self.folder.parent.glob(f"session_*/{_MARK}"):
+            if mark.parent == self.folder or _is_left(mark):
+                shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def _mark(folder: Path) -> None:
+    own = psutil.Process()
+    try:
+        (folder / _MARK).write_text(f"{place()}\n{own.pid}\n{own.create_time()}")
+    except OSError as error:  # a full disk: the folder stays, which is no reason to end a run
+        logger.debug("%s stays when this session is over: %s", folder, error)
+
+
+def _is_left(mark: Path) -> bool:
+    """Is the folder with `mark` this user's, and have the program that made it and all that works in it ended?"""
+    folder = mark.parent
+    try:
+        if folder.is_symlink() or mark.stat().st_uid != os.getuid():
+            return False
+        host, pid, started = mark.read_text().split("\n")
+        if host != place():  # of a container with the same temporary folder, whose processes cannot be seen
+            return False
+        if psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).create_time() == float(started):
+            return False
+        return not any(folder.name in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+    except (OSError, ValueError, psutil.Error):  # it has just gone, or is none of ours
+        return False
+
+
+def start_patiently(start: Callable[[], Started], deadline_s: float) -> Started:
     """Call `start` again while Ray's processes need longer than the 30 s that Ray gives them, for `deadline_s` in all.
 
     Raises:
@@ -69,8 +125,7 @@ def start_patiently(start: Callable[[], object], deadline_s: float) -> None:
     while True:
         before = {p.pid for p in psutil.Process().children()}
         try:
-            start()
-            return
+            return start()
         except Exception as error:  # Ray raises this very class
             for process in psutil.Process().children():
                 if process.pid not in before and _is_rays(process):

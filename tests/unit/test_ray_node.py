@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import sleep
 from typing import Any
 
@@ -20,6 +21,7 @@ from launch.ray_node import Node, start_patiently
 from launch.running import beside
 from launch.settings import ClusterConfig
 from opd.errors import OpdError
+from opd.shared_memory import place
 from tests.tiny_models import impatient
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -54,8 +56,8 @@ def test_work_beside_a_ray_that_dies_is_cancelled_and_the_reason_raised(
             seen.append("cancelled")
             raise
 
-    with pytest.raises(OpdError, match=rf"a process of Ray itself \(number {ray.pid}\) has died"):
-        asyncio.run(beside(work(), Node((psutil.Process(ray.pid),)).watch()))
+    with pytest.raises(OpdError, match=rf"number {ray.pid}\) has died.*\(its logs.* session_1/logs"):
+        asyncio.run(beside(work(), Node((psutil.Process(ray.pid),), Path("session_1")).watch()))
     assert seen == ["begun", "cancelled"]
 
 
@@ -213,3 +215,41 @@ def test_an_address_that_is_none_is_one_sentence(address: str) -> None:
 def test_a_grpc_server_is_taken_for_a_cluster() -> None:
     with server(b"\x00\x00\x06\x04\x00\x00\x00\x00\x00" + b"\x00\x03\x00\x00\x00\x64") as address:
         check_cluster(address, deadline_s=5)
+
+
+def session(root: Path, name: str, mark: str | None) -> Path:
+    folder = root / f"session_{name}"
+    (folder / "logs").mkdir(parents=True)
+    if mark is not None:
+        (folder / ".opd-driver").write_text(mark)
+    return folder
+
+
+def test_of_temporary_folders_only_those_of_ended_programs_of_ours_go(tmp_path: Path) -> None:
+    me, gone = psutil.Process(), subprocess.Popen(["true"])
+    dead = f"{gone.pid}\n{psutil.Process(gone.pid).create_time()}"
+    gone.wait()
+    stay = {
+        "of a cluster": None,
+        "alive": f"{place()}\n{me.pid}\n{me.create_time()}",
+        "of another host": f"elsewhere\n{dead}",
+        "not read": "\x00",
+        "empty": "",
+        "in use": f"{place()}\n{dead}",
+    }
+    go = {"killed": f"{place()}\n{dead}", "the number is another's by now": f"{place()}\n{me.pid}\n1.5"}
+    for name, mark in (stay | go).items():
+        session(tmp_path, name, mark)
+    (tmp_path / "session_latest").symlink_to(tmp_path / "session_in use")
+    (tmp_path / "elsewhere").mkdir()
+    worker = subprocess.Popen([*SLEEP, str(tmp_path / "session_in use" / "sockets")])
+    try:
+        node = Node.started_here(str(session(tmp_path, "own", None)))
+        Node().tidy()  # of a cluster that was joined
+        assert (tmp_path / "session_own").exists()
+        node.tidy()
+    finally:
+        worker.kill()
+        worker.wait()
+    left = {path.name.removeprefix("session_") for path in tmp_path.iterdir()}
+    assert left == {*stay, "latest", "elsewhere"}
