@@ -91,7 +91,7 @@ def _changed(said: str, rng: random.Random) -> str | None:
     digits = [m.start() for m in re.finditer(r"\d", said)]
     brackets = [m.start() for m in re.finditer(r"(?<!\w)(?<!\\left)[(\[](?=[^()]*,)", said)]
     how = rng.choice(("digit", "digit", "bracket", "fewer", "more", "kind"))
-    if how == "digit" and digits:
+    if how == "digit" and digits and "\\sum" not in said:  # a sum from 0 may be that from 1
         at = rng.choice(digits)
         return f"{said[:at]}{(int(said[at]) + rng.randint(1, 8)) % 9}{said[at + 1 :]}"
     if how == "bracket" and brackets and "," in said and "\\{" not in said:

@@ -9,7 +9,7 @@ from launch.inputs.answers.reading import read
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
 _BETWEEN = re.compile(r"[\s$.]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|\\quad|\\,|\s)*[\s$]*")
 _MATH = re.compile(
-    r"(?<!\\)\$\$(?P<a>.+?)(?<!\\)\$\$|\\\[(?P<b>.+?)\\\]|(?<!\\)\$(?P<c>[^$\n]+?)(?<!\\)\$|\\\((?P<d>.+?)\\\)",
+    r"(?<!\\)\$\$(?P<a>.+?)(?<!\\)\$\$(?!\$)|\\\[(?P<b>.+?)\\\]|(?<!\\)\$(?P<c>[^$\n]+?)(?<!\\)\$|\\\((?P<d>.+?)\\\)",
     re.DOTALL,
 )
 _ANNOUNCED = re.compile(
@@ -93,7 +93,7 @@ def _plain(text: str) -> str:
 def _sentence(text: str) -> str:
     """The first sentence or line of `text`, without its stop."""
     text = text.strip()
-    if match := re.match(r"\\\[.*?\\\]|\$\$.*?\$\$", text, re.DOTALL):
+    if match := re.match(r"\\\[.*?\\\]|\$\$.*?\$\$(?!\$)", text, re.DOTALL):
         return match.group()
     line = text.split("\n", 1)[0]
     cut = re.search(r"[.!?](?=\s+[A-Z\\(])|[.!?]\s*$|\.(?=\s+\w+\s+\w+)", line)
