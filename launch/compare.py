@@ -80,6 +80,7 @@ def run_comparison(overrides: Sequence[str]) -> int:
     if dry_run:
         for arm in plans:
             console.print(plans[arm][0].table())
+            plans[arm][0].show_rate(console)
         return 0
     if root.exists() and not comparison.resume:
         raise ConfigurationError(

@@ -22,12 +22,13 @@ from launch.checks.prompts import (
     check_templates,
     remarks,
 )
-from launch.checks.settings import check_settings, check_shares
+from launch.checks.settings import check_settings, check_shares, schedule_notes
 from launch.checks.survey import Survey, survey_all, survey_step
 from launch.checks.teachers import check_adapters, check_teachers
 from launch.config import DEFAULT, RunConfig
 from launch.inputs.prompt_files import read_rows
 from launch.inputs.tokenizer import HuggingFaceTokenizer
+from launch.rate_curve import BLOCKS, PLAIN, rate_curve
 from launch.transports import check_transport
 from learner.liger import with_kernel
 from opd import sentinel
@@ -122,6 +123,12 @@ class Plan:
         table.add_row("ends of text", "", ", ".join(map(str, self.ends)), "")
         return table
 
+    def show_rate(self, console: Console) -> None:
+        """The learning rate's curve, as wide as the terminal at most."""
+        levels = BLOCKS if console.encoding.startswith("utf") else PLAIN
+        for line in rate_curve(self.config.learner, self.config.steps, console.width, levels):
+            console.print(line, highlight=False)
+
     def show_prompts(self, console: Console) -> None:
         """The first prompt, and what should be known of all of them before training."""
         for name, text in self.prompts.items():
@@ -183,6 +190,7 @@ def make_plan(config: RunConfig) -> Plan:
             *remarks(config, training, held_out, said, dated=tokenizer.dated),
             *ends.notes,
             *numbers_notes(config),
+            *schedule_notes(config),
         ],
         ends=ends.ids,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),

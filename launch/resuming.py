@@ -130,7 +130,7 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
             f"note: {moved.name} was {moved.before} and is {moved.now} now, with the same content; prompts are named "
             "after their path, so from here on text is sampled with other seeds than it would have been"
         )
-    if "steps" in said and config.learner.schedule.name != "CONSTANT":
+    if "steps" in said and not config.learner.schedule.constant:
         remarks.append(
             f"note: steps was {said['steps'].before} and is {config.steps} now, so the learning rate's schedule "
             f"({config.learner.schedule.name}) ends elsewhere from here on"

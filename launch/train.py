@@ -38,6 +38,7 @@ def run_training(overrides: Sequence[str]) -> int:
     if config.dry_run:
         resumed = resumption(config, console)
         console.print(plan.table())
+        plan.show_rate(console)
         if resumed is not None:
             console.print(f"would go on from {resumed.checkpoint}", soft_wrap=True, markup=False, highlight=False)
     plan.show_prompts(console)

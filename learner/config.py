@@ -1,22 +1,14 @@
 """What a user sets about training. Imports neither torch nor DeepSpeed, so a driver can read it."""
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, assert_never
+from typing import Annotated
 
+from learner.schedule import Schedule, rate
 from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError
 from opd.ranges import AtMost, Bytes, Deadline, Every, In, Length, Names, Replicas, Share, Tokens
 from opd.settings import settings
-
-
-class Schedule(Enum):
-    """How the learning rate goes after the warm-up."""
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
-    COSINE = "cosine"
 
 
 class LossKernel(Enum):
@@ -121,12 +113,14 @@ class LearnerConfig:
     weight_decay: Annotated[float, In(0, 1, because=DECAY)] = 0.0
     # largest global gradient norm; 0 does not clip
     grad_clip: Annotated[float, In(1e-6, 1e6, or_zero=True, because="0 is no clipping")] = 1.0
-    # steps in which the rate rises linearly
+    # updates in which the rate rises linearly, from 0 at the first one; CONSTANT has no warm-up
     warmup_steps: Every = 5
-    # CONSTANT, LINEAR or COSINE, down to final_lr_fraction
-    schedule: Schedule = Schedule.CONSTANT
-    # share of lr that the last step has
-    final_lr_fraction: Share = 0.1
+    # transformers' CONSTANT, CONSTANT_WITH_WARMUP, LINEAR, COSINE or WARMUP_STABLE_DECAY; or ours, WARMUP_TIMES_LINEAR
+    schedule: Schedule = Schedule.CONSTANT_WITH_WARMUP
+    # share of lr to which what falls falls: floor + (1 - floor) * shape (transformers' min_lr_rate), not cut off at it
+    final_lr_fraction: Share = 0.0
+    # last updates in which WARMUP_STABLE_DECAY falls (transformers' num_decay_steps)
+    decay_steps: Every = 0
     # packed tokens of one forward and backward pass; a step's batch is cut into such micro-batches
     tokens_per_microbatch: Tokens = 8192
     # rows of vocabulary-wide logits alive at once; 0 chooses by memory
@@ -160,25 +154,30 @@ class LearnerConfig:
                 "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but "
                 "learner.zero_stage=0 has none; set learner.zero_stage to 1, 2 or 3, or learner.dtype=FLOAT32"
             )
+        stable = self.schedule is Schedule.WARMUP_STABLE_DECAY
+        if stable and not self.decay_steps:
+            raise ConfigurationError(
+                "learner.schedule=WARMUP_STABLE_DECAY needs to know how many of the last updates fall, got "
+                "learner.decay_steps=0; set learner.decay_steps, e.g. to a fifth of steps"
+            )
+        if self.decay_steps and not stable:
+            raise ConfigurationError(
+                f"learner.decay_steps is {self.decay_steps}, but learner.schedule={self.schedule.name} has no decay of "
+                "its own; set learner.schedule=WARMUP_STABLE_DECAY or learner.decay_steps=0"
+            )
 
 
 def learning_rate(config: LearnerConfig, update: int, total: int) -> float:
-    """The rate of update number `update` (from 0) of `total`: the schedule times the warm-up's ramp.
-
-    A pure function, so resuming needs the number alone. The last update runs at `final_lr_fraction * lr`.
-    """
-    progress = min(1.0, update / max(1, total - 1))
-    if config.schedule is Schedule.CONSTANT:
-        left = 1.0
-    elif config.schedule is Schedule.LINEAR:
-        left = 1.0 - progress
-    elif config.schedule is Schedule.COSINE:
-        left = 0.5 * (1.0 + math.cos(math.pi * progress))
-    else:
-        assert_never(config.schedule)
-    floor = config.final_lr_fraction
-    ramp = min(1.0, (update + 1) / max(1, config.warmup_steps))
-    return config.lr * ramp * (floor + (1.0 - floor) * left)
+    """The rate of update number `update` (from 0) of `total`; a pure function, so resuming needs the number alone."""
+    return rate(
+        config.schedule,
+        update,
+        total,
+        lr=config.lr,
+        warmup=config.warmup_steps,
+        decay=config.decay_steps,
+        floor=config.final_lr_fraction,
+    )
 
 
 def environment(device: Device) -> dict[str, str]:

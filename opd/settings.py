@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
@@ -147,7 +148,7 @@ def _simple(kind: type, value: Any) -> Any:
     if kind is int:
         return _must(value, isinstance(value, int) and not isinstance(value, bool))
     if issubclass(kind, Enum) and isinstance(value, str):
-        return kind[value.upper()] if value.upper() in kind.__members__ else _must(value, False)
+        return kind.__members__.get(value.upper()) or kind._missing_(value.lower()) or _must(value, False)
     if getattr(kind, "_is_protocol", False):
         if reason := strange(kind, value):
             raise _Misfit(reason)
@@ -301,6 +302,8 @@ def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
     if get_origin(base) in (tuple, Sequence) and isinstance(value, str | int | float):
         candidates.insert(0, [value])
     ends = [m for m in marks if isinstance(m, In)]
+    if isinstance(base, type) and issubclass(base, Enum) and isinstance(value, str):
+        candidates[:0] = _members_like(value.upper(), list(base.__members__))
     if ends and isinstance(value, int | float) and not isinstance(value, bool):
         candidates += [(int if base is int else float)(ends[0].high if value > ends[0].high else ends[0].low)]
     candidates += [(int if base is int else float)(m.low) for m in ends]
@@ -310,6 +313,12 @@ def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
         if _legal(hint, candidate) and len(written := spelled(candidate)) <= SHOWN and written.isprintable():
             return f"set {where}={written}"
     return f"name one with {where}._target_=PACKAGE.CLASS" if _is_part(base) else f"set another {where}=..."
+
+
+def _members_like(name: str, members: Sequence[str]) -> list[str]:
+    """Members that are nearly `name`, or else those that it has in it or that have it in them."""
+    within = sorted((member for member in members if member in name or name in member), key=len, reverse=True)
+    return get_close_matches(name, members, n=1, cutoff=0.75) or within
 
 
 def _is_part(base: Any) -> bool:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from learner.config import LearnerConfig
 from learner.learner import LearnerRank
@@ -113,17 +115,61 @@ def batches_of(
     return pack(scored, weights, layout, TokenMean())
 
 
+Teacher = Callable[[Trajectory], VocabularyScores]
+
+
+def read_by(path: Path) -> Teacher:
+    """A teacher's whole distribution at every written token, by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+
+    def testify(trajectory: Trajectory) -> VocabularyScores:
+        logprobs = predictions(model, trajectory).log_softmax(-1)
+        written = logprobs.gather(-1, torch.from_numpy(trajectory.token_ids).long()[:, None])[:, 0]
+        return VocabularyScores(logprobs=written.numpy(), vocabulary_logprobs=logprobs.numpy())
+
+    return testify
+
+
+@torch.no_grad()
+def predictions(model: Any, trajectory: Trajectory) -> Tensor:
+    """Logits of every written token."""
+    context = trajectory.prompt.student_ids
+    ids = torch.from_numpy(np.concatenate([context, trajectory.token_ids])).long()
+    return model(input_ids=ids[None]).logits[0, len(context) - 1 : -1]
+
+
+def naive_loss(model: Any, step: int, teacher: Teacher) -> Tensor:
+    """The loss of `ReverseKL` on `data(step)` as one would first write it: padded, whole logits, autograd."""
+    trajectories, weights = data(step)
+    rows = [np.concatenate([t.prompt.student_ids, t.token_ids]) for t in trajectories]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.from_numpy(row)
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(r) for r in rows])[:, None]
+    logprobs = model(input_ids=ids, attention_mask=mask.long()).logits.log_softmax(-1)
+    total, count = torch.zeros(()), 0
+    for i, (t, w) in enumerate(zip(trajectories, weights, strict=True)):
+        p = logprobs[i, len(t.prompt.student_ids) - 1 : len(rows[i]) - 1]
+        loss = (p.exp() * (p - torch.from_numpy(teacher(t).vocabulary_logprobs))).sum(-1)
+        total, count = total + (loss * torch.from_numpy(w)).sum(), count + np.count_nonzero(w)
+    return total / count
+
+
 def copies() -> Staged:
     """The plainest outlet: a handle is a copy of the bytes."""
     return Staged(np.copy)
 
 
 def rank_of(
-    config: LearnerConfig, student: Path, teacher: Path | None = None, outlet: Callable[[], Outlet] = copies
+    config: LearnerConfig,
+    student: Path,
+    teacher: Path | None = None,
+    outlet: Callable[[], Outlet] = copies,
+    steps: int = STEPS,
 ) -> LearnerRank:
     """A rank that has yet to be set up."""
     heads = [str(teacher)] if teacher else []
-    return LearnerRank(config, str(student), heads, STEPS, 0, lambda handle: handle, outlet)
+    return LearnerRank(config, str(student), heads, steps, 0, lambda handle: handle, outlet)
 
 
 def parameters(*shares: Share) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from launch.checks.models import vocabulary_rows
 from launch.checks.survey import Survey
 from launch.config import DEFAULT, RunConfig
+from learner.config import learning_rate
+from learner.schedule import Schedule
 from opd.errors import ConfigurationError
 from opd.objectives.truncated import TruncatedRatio
 from opd.ports import AtIds, TopK
@@ -35,6 +37,22 @@ def check_settings(config: RunConfig) -> None:
         _check_adapters(config)
 
 
+def schedule_notes(config: RunConfig) -> list[str]:
+    """What a schedule makes of the other settings, where that may not be meant."""
+    learner = config.learner
+    if learner.schedule is Schedule.CONSTANT and learner.warmup_steps:
+        return [
+            f"note: learner.schedule=CONSTANT has no warm-up, so learner.warmup_steps={learner.warmup_steps} does "
+            "nothing; CONSTANT_WITH_WARMUP has one"
+        ]
+    if not any(learning_rate(learner, update, config.steps) for update in range(min(2, config.steps))):
+        return [
+            "note: the only update of this run is the first of its warm-up, whose rate is 0, so that nothing is "
+            "trained; learner.warmup_steps=0 has none"
+        ]
+    return []
+
+
 def check_shares(config: RunConfig, training: Survey) -> None:
     """Refuse a balance of teachers that leaves one out whom prompts ask: the first step would end the run."""
     for name, part in config.method.weights.items():
@@ -56,6 +74,13 @@ def _check_schedule(config: RunConfig) -> None:
         raise ConfigurationError(
             f"learner.warmup_steps is {warmup}, but the run has {steps} steps and would never reach learner.lr; set "
             f"learner.warmup_steps={min(SHORT, steps)} or steps={warmup} at least"
+        )
+    decay = config.learner.decay_steps
+    if decay and warmup + decay > steps:
+        fits = f"learner.decay_steps={steps - warmup} or " if steps > warmup else ""
+        raise ConfigurationError(
+            f"learner.decay_steps={decay} and learner.warmup_steps={warmup} are more than the {steps} steps, so that "
+            f"the rate would jump from one into the other; set {fits}steps={warmup + decay}"
         )
     if config.max_staleness and config.max_staleness >= steps:
         raise ConfigurationError(

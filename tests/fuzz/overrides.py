@@ -18,6 +18,7 @@ from typing import Any
 from launch.compose import groups
 from launch.config import RunConfig, run_config
 from launch.plan import make_plan
+from learner.schedule import Schedule
 from opd.errors import OpdError
 from opd.settings import walk
 
@@ -104,7 +105,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"learner\.eps", real(1e-20, 0.1)),
     (r"learner\.weight_decay", real(0, 1)),
     (r"learner\.grad_clip", real(1e-9, 1e9, zero=True)),
-    (r"learner\.warmup_steps", whole(0, 100)),
+    (r"learner\.(warmup|decay)_steps", whole(0, 100)),
     (r"learner\.zero_stage", whole(0, 3)),
     (r"learner\.overlap_k|method\.rollout(\.student)?\.record_topk", whole(0, VOCABULARY)),
     (r"method\.scorer\.k|method\.objective(\.of)*\.k|method\.objective(\.of)*\.support\.k", whole(1, VOCABULARY)),
@@ -241,6 +242,9 @@ def nonsense(config: RunConfig) -> str:
     warm, lora = config.learner.warmup_steps, config.learner.lora
     if warm > max(config.steps, 10) or (config.max_staleness and config.max_staleness >= config.steps):
         return f"warm-up {warm} or staleness {config.max_staleness} of {config.steps} steps"
+    decay, stable = config.learner.decay_steps, config.learner.schedule is Schedule.WARMUP_STABLE_DECAY
+    if stable != bool(decay) or (decay and warm + decay > config.steps):
+        return f"decay {decay} after warm-up {warm} of {config.steps} steps under {config.learner.schedule.name}"
     return f"rank {lora.r} of matrices {WIDTH} wide" if lora.r > WIDTH else ""
 
 

@@ -30,7 +30,7 @@ from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Weights
 from opd.pull import Shelf, Wire, pull
 from opd.shared_memory import SharedMemory, read
-from opd.types import HiddenScores, RemoteRows, TopKScores, Trajectory, VocabularyScores
+from opd.types import HiddenScores, RemoteRows, TopKScores, Trajectory
 from tests.small_learner import (
     SMOOTH,
     STAGES,
@@ -38,13 +38,16 @@ from tests.small_learner import (
     Likelihood,
     ReverseKL,
     Start,
+    Teacher,
     batches_of,
     data,
     keep,
     lay_down,
+    naive_loss,
     parameters,
     pick_up,
     rank_of,
+    read_by,
     tiny,
 )
 
@@ -54,47 +57,14 @@ HERE = Path(__file__).resolve()
 # ---- one rank, in this process ----
 
 
-def read_by(path: Path) -> Callable[[Trajectory], VocabularyScores]:
-    """A teacher's whole distribution at every written token, by transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(path)
-
-    def testify(trajectory: Trajectory) -> VocabularyScores:
-        logprobs = predictions(model, trajectory).log_softmax(-1)
-        written = logprobs.gather(-1, torch.from_numpy(trajectory.token_ids).long()[:, None])[:, 0]
-        return VocabularyScores(logprobs=written.numpy(), vocabulary_logprobs=logprobs.numpy())
-
-    return testify
-
-
-@torch.no_grad()
-def predictions(model: Any, trajectory: Trajectory) -> Tensor:
-    context = trajectory.prompt.student_ids
-    ids = torch.from_numpy(np.concatenate([context, trajectory.token_ids])).long()
-    return model(input_ids=ids[None]).logits[0, len(context) - 1 : -1]
-
-
-def naive_step(model: Any, step: int, teacher: Callable[[Trajectory], VocabularyScores] | None) -> float:
-    """One step as one would first write it: padded, whole logits, autograd, torch's AdamW. The loss."""
-    trajectories, weights = data(step)
-    rows = [np.concatenate([t.prompt.student_ids, t.token_ids]) for t in trajectories]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(row)
-    mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(r) for r in rows])[:, None]
-    logprobs = model(input_ids=ids, attention_mask=mask.long()).logits.log_softmax(-1)
-    total, count = torch.zeros(()), 0
-    for i, (t, w) in enumerate(zip(trajectories, weights, strict=True)):
-        p = logprobs[i, len(t.prompt.student_ids) - 1 : len(rows[i]) - 1]
-        if teacher is None:
-            loss = -p.gather(-1, torch.from_numpy(t.token_ids).long()[:, None])[:, 0]
-        else:
-            loss = (p.exp() * (p - torch.from_numpy(teacher(t).vocabulary_logprobs))).sum(-1)
-        total, count = total + (loss * torch.from_numpy(w)).sum(), count + np.count_nonzero(w)
-    (total / count).backward()
+def naive_step(model: Any, step: int, teacher: Teacher) -> float:
+    """One step as one would first write it, with torch's AdamW. The loss."""
+    loss = naive_loss(model, step, teacher)
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), SMOOTH.grad_clip)
     adam = torch.optim.AdamW(model.parameters(), SMOOTH.lr, (SMOOTH.beta1, SMOOTH.beta2), SMOOTH.eps, weight_decay=0)
     adam.step()
-    return float(total.detach()) / count
+    return float(loss.detach())
 
 
 @pytest.mark.parametrize(
