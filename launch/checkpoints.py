@@ -173,6 +173,20 @@ def _describe(value: Any, where: str, flat: dict[str, Any]) -> None:
         flat[where] = value
 
 
+def in_todays_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `described` settings of a checkpoint, an old one's schedule by the name that its shape has now.
+
+    What had no `learner.decay_steps` fell through the warm-up: LINEAR was WARMUP_TIMES_LINEAR, CONSTANT the same with
+    a floor of 1. The old COSINE has no name.
+    """
+    if "learner.decay_steps" in config or "learner.schedule" not in config:
+        return config
+    flat = {"learner.final_lr_fraction": 1.0} if config["learner.schedule"] == "CONSTANT" else {}
+    old = {"CONSTANT": "WARMUP_TIMES_LINEAR", "LINEAR": "WARMUP_TIMES_LINEAR", "COSINE": "an older COSINE"}
+    name = old.get(config["learner.schedule"], config["learner.schedule"])
+    return {**config, "learner.schedule": name, "learner.decay_steps": 0, **flat}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """A setting that is not what it was; None = it was, or is, not there."""

@@ -21,6 +21,7 @@ from launch.checkpoints import (
     check_inputs,
     check_steps,
     described,
+    in_todays_names,
     name_of,
     newest_first,
 )
@@ -73,7 +74,7 @@ def resumption(config: RunConfig, console: Console) -> Resumption | None:
         return None
     place, state, same_run = found_there
     now = fingerprints(config)
-    found = changes(state.config, described(config))
+    found = changes(in_todays_names(state.config), described(config))
     check_inputs(str(place), state.teachers, now, found)
     check_changes(str(place), [change for change in found if change.name not in state.teachers.keys() & now.keys()])
     check_steps(str(place), state.step, config.steps)

@@ -152,7 +152,7 @@ def naive_loss(model: Any, step: int, teacher: Teacher) -> Tensor:
         p = logprobs[i, len(t.prompt.student_ids) - 1 : len(rows[i]) - 1]
         loss = (p.exp() * (p - torch.from_numpy(teacher(t).vocabulary_logprobs))).sum(-1)
         total, count = total + (loss * torch.from_numpy(w)).sum(), count + np.count_nonzero(w)
-    return total / count
+    return total / int(count)
 
 
 def copies() -> Staged:

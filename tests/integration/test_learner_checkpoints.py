@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from learner.checkpoint import shard_name
-from learner.config import Schedule
+from learner.schedule import Schedule
 from learner.learner import LearnerRank
 from opd.delivery import assemble
 from opd.devices import Dtype

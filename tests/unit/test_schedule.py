@@ -12,6 +12,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from launch.checkpoints import changes, check_changes, described, in_todays_names
 from launch.checks.settings import schedule_notes
 from launch.config import run_config
 from launch.plan import Plan, make_plan
@@ -48,7 +49,7 @@ def theirs(schedule: Schedule, total: int, warmup: int, decay: int, floor: float
     return get_scheduler(name, optimizer, warmup, total, more)
 
 
-def rates(scheduler: LRScheduler, updates: int) -> list[float]:
+def rates(scheduler: LRScheduler, updates: int) -> list[Any]:
     """What that many updates train with; the scheduler is left at the last of them."""
     found = [scheduler.get_last_lr()[0]]
     for _ in range(updates - 1):
@@ -139,6 +140,20 @@ def test_what_does_not_fit_is_refused_with_what_to_write(line: str, said: str) -
     with pytest.raises(ConfigurationError) as refused:
         make_plan(run_config([*SHOP, *line.split()]))
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("old", ["LINEAR", "CONSTANT", "COSINE"])
+def test_a_checkpoint_from_before_goes_on_under_the_name_that_its_shape_has_now(old: str) -> None:
+    floor = 1.0 if old == "CONSTANT" else 0.1
+    same = LearnerConfig(schedule=Schedule.WARMUP_TIMES_LINEAR, final_lr_fraction=floor)
+    saved = {**described(same, "learner"), "learner.schedule": old, "learner.final_lr_fraction": 0.1}
+    del saved["learner.decay_steps"]
+    found = changes(in_todays_names(saved), described(same, "learner"))
+    assert [change.before for change in found] == (["an older COSINE"] if old == "COSINE" else [])
+    now = described(replace(same, schedule=Schedule[old]), "learner")
+    with pytest.raises(ConfigurationError, match=rf"made with learner\.schedule=.*has learner\.schedule={old}"):
+        check_changes("step_4", changes(in_todays_names(saved), now))
+    assert in_todays_names(now) == now, "what is named so now is left alone"
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
