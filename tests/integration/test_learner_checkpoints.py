@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from learner.checkpoint import shard_name
-from learner.schedule import Schedule
 from learner.learner import LearnerRank
+from learner.schedule import Schedule
 from opd.delivery import assemble
 from opd.devices import Dtype
 from opd.errors import ConfigurationError, DataError, OpdError

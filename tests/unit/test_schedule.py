@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -23,6 +25,7 @@ from learner.schedule import Schedule
 from opd.errors import ConfigurationError
 
 LR = 3e-4
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "conf" / "experiment"
 SHOP = ["experiment=shop", "tracker=none"]
 SCHEDULES = [schedule for schedule in Schedule if schedule is not Schedule.WARMUP_TIMES_LINEAR]
 TOTALS, UPDATES, FLOORS = st.integers(1, 60), st.integers(0, 60), st.sampled_from([0.0, 0.1, 0.5, 0.99])
@@ -154,6 +157,20 @@ def test_a_checkpoint_from_before_goes_on_under_the_name_that_its_shape_has_now(
     with pytest.raises(ConfigurationError, match=rf"made with learner\.schedule=.*has learner\.schedule={old}"):
         check_changes("step_4", changes(in_todays_names(saved), now))
     assert in_todays_names(now) == now, "what is named so now is left alone"
+
+
+@pytest.mark.parametrize("arm", [[], ["method=sft"], ["method=grpo", "learner.final_lr_fraction=1"]], ids=str)
+def test_recipes_of_published_tables_state_the_schedule_of_their_figures_for_baselines_too(arm: list[str]) -> None:
+    """And of GRPO that its rate stays where the warm-up has brought it."""
+    bases = {}
+    for file in sorted(EXPERIMENTS.glob("*.yaml")):
+        comparison = yaml.safe_load(file.read_text()).get("comparison")
+        bases |= {file.stem: comparison["base"]} if comparison else {}
+    assert len(bases) >= 5 and {"compare", "methods", "compare_staleness"} <= bases.keys()
+    for name, base in bases.items():
+        assert {"learner.schedule=WARMUP_TIMES_LINEAR", "learner.final_lr_fraction=0.1"} <= set(base), name
+    learner = run_config([*bases["compare"], *arm]).learner
+    assert learning_rate(learner, 99, 100) == pytest.approx(learner.lr * (1.0 if "method=grpo" in arm else 0.1))
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
