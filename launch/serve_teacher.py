@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
+from launch.checks.models import hidden_width
 from launch.config import teacher_config
 from opd.devices import resolve_device, resolve_dtype
 from opd.errors import ConfigurationError
+from opd.secret import Secret
 from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig, environment
 
 
@@ -32,9 +34,14 @@ async def _serve(config: TeacherConfig, own: Mapping[str, str], console: Console
     from teacher_service.server import LOOPBACK, ServerConfig, TeacherServer
     from teacher_service.wire import Limits
 
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    listening = ServerConfig(host=own.get("host", "127.0.0.1"), port=_port(own.get("port", "8300")), token=token)
-    dtype = str(resolve_dtype(config.dtype, resolve_device(config.device, "teacher"))).removeprefix("torch.")
+    precision = resolve_dtype(config.dtype, resolve_device(config.device, "teacher"))
+    listening = ServerConfig(
+        host=own.get("host", "127.0.0.1"),
+        port=_port(own.get("port", "8300")),
+        hidden_bytes=hidden_width(config.path) * precision.itemsize,
+        token=Secret(os.environ.get(TOKEN_VARIABLE, "")),
+    )
+    dtype = str(precision).removeprefix("torch.")
     identity = identity_of(config, dtype, Limits(k=config.max_k))
     teacher = backend(config.backend)(config, lambda array: array)
     await teacher.ready()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from opd.errors import ConfigurationError, OpdError
+from opd.secret import Secret
 from teacher_service.config import TOKEN_VARIABLE, TeacherConfig
 from teacher_service.reading import Unreadable
 
@@ -80,12 +81,12 @@ class Patience:
         return max(min(asked_s, LONGEST_WAIT_S), longest * (0.5 + random.random() / 2))
 
 
-def session(config: TeacherConfig, token: str) -> aiohttp.ClientSession:
+def session(config: TeacherConfig, token: Secret) -> aiohttp.ClientSession:
     """Connections for one call, with a deadline for each attempt; redirects and proxies are not followed."""
     timeout = aiohttp.ClientTimeout(
         total=config.connect_s + config.read_s, sock_connect=config.connect_s, sock_read=config.read_s
     )
-    headers: Mapping[str, str] = {"Authorization": f"Bearer {token}"} if token else {}
+    headers: Mapping[str, str] = {"Authorization": f"Bearer {token.reveal()}"} if token else {}
     return aiohttp.ClientSession(timeout=timeout, headers=headers, raise_for_status=False)
 
 

@@ -82,6 +82,30 @@ def request_digest(request: ScoreRequest) -> bytes:
     return hasher.digest()
 
 
+def answer_bytes(request: ScoreRequest, hidden_bytes: int) -> int:
+    """What the answer to `request` takes in a frame, where a hidden state has `hidden_bytes`."""
+    match request.want:
+        case TopK(k=k):
+            per_token = 8 * k
+        case AtIds(ids=ids):
+            per_token = 8 * ids.shape[1]
+        case LastHidden():
+            per_token = hidden_bytes
+        case WrittenToken():
+            per_token = 0
+    return 16 + DIGEST_BYTES + (4 + per_token) * len(request.token_ids)
+
+
+def check_answer(requests: Sequence[ScoreRequest], limits: Limits, hidden_bytes: int) -> int:
+    """The bytes of the answer to `requests`. Raises `TooLarge` where no frame may have so many."""
+    size = _HEADER.size + DIGEST_BYTES + sum(answer_bytes(request, hidden_bytes) for request in requests)
+    if size > limits.frame_bytes:
+        raise TooLarge(
+            f"the answer would have {size} bytes, but {limits.frame_bytes} are allowed; send fewer requests or lower k"
+        )
+    return size
+
+
 def encode_question(question: Question) -> bytes:
     """The frame of `question`."""
     asked = question.requests

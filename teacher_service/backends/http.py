@@ -16,8 +16,9 @@ import aiohttp
 import numpy as np
 
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
+from opd.ports import ScoreRequest
 from opd.scorers.testimony import verify
+from opd.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores
 from teacher_service.alignment import aligned, control
 from teacher_service.config import TeacherConfig
@@ -31,6 +32,7 @@ from teacher_service.wire import (
     Limits,
     Question,
     TooLarge,
+    answer_bytes,
     decode_reply,
     encode_question,
     request_digest,
@@ -40,13 +42,14 @@ IDENTITY_BYTES = 1 << 16
 AT_ONCE = 4  # frames under way per call
 NOISE = {"float32": 1e-3}  # nats between two forwards of one text; 16-bit models differ by more
 COARSE = 0.25
+WIDEST_HIDDEN = 4 * 8192  # bytes: no model that is distilled has wider hidden states
 
 
 class HttpTeacher:
     """`opd.ports.LogprobTeacher` over the network. `store` keeps the hidden states that arrive."""
 
     def __init__(self, config: TeacherConfig, store: Store, token: str) -> None:
-        self._config, self._store, self._token = config, store, token
+        self._config, self._store, self._token = config, store, Secret(token)
         self._patience = Patience(config)
         self._known: Identity | None = None
         self._greeting = asyncio.Lock()
@@ -147,7 +150,7 @@ def frames(requests: Sequence[ScoreRequest], limits: Limits) -> Iterator[list[Sc
     part: list[ScoreRequest] = []
     tokens = answered = 0
     for request in requests:
-        read, back = len(request.context_ids) + len(request.token_ids), _answer_bytes(request)
+        read, back = len(request.context_ids) + len(request.token_ids), _both_ways(request)
         full = len(part) + 2 > limits.requests or 2 * (tokens + read) > limits.tokens
         if part and (full or 2 * (answered + back) > limits.frame_bytes):
             yield part
@@ -158,18 +161,9 @@ def frames(requests: Sequence[ScoreRequest], limits: Limits) -> Iterator[list[Sc
         yield part
 
 
-def _answer_bytes(request: ScoreRequest) -> int:
-    """Roughly what is sent for `request`, the larger of both ways (a hidden state is taken as 8,192 float32)."""
-    match request.want:
-        case TopK(k=k):
-            per_token = 4 + 8 * k
-        case AtIds(ids=ids):
-            per_token = 4 + 8 * ids.shape[1]
-        case LastHidden():
-            per_token = 4 + 4 * 8192
-        case _:
-            per_token = 4
-    return 64 + 4 * len(request.context_ids) + (4 + per_token) * len(request.token_ids)
+def _both_ways(request: ScoreRequest) -> int:
+    """Roughly the bytes of `request` and of its answer (of hidden states the widest there are)."""
+    return 4 * (len(request.context_ids) + len(request.token_ids)) + answer_bytes(request, WIDEST_HIDDEN)
 
 
 def _believed(body: bytes, call: bytes, asked: Sequence[ScoreRequest], identity: Identity) -> list[TokenScores]:

@@ -17,6 +17,7 @@ import numpy as np
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import ScoreRequest, TopK
 from opd.scorers.testimony import verify
+from opd.secret import Secret
 from opd.types import TokenScores, TopKScores
 from teacher_service.config import TeacherConfig, check_answers
 from teacher_service.identity import tokenizer_identity
@@ -35,7 +36,7 @@ class OpenAITeacher:
     """
 
     def __init__(self, config: TeacherConfig, store: Store, token: str) -> None:
-        self._config, self._token = config, token
+        self._config, self._token = config, Secret(token)
         self._patience = Patience(config)
         vocabulary = tokenizer_identity(config.path).rows
         self._bounds = Bounds(

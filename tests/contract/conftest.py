@@ -19,6 +19,7 @@ from transformers import Qwen3ForCausalLM
 
 from opd.ports import AtIds, Kinds, LastHidden, LogprobTeacher, ScoreRequest, TopK, Want, WrittenToken
 from opd.scorers.testimony import verify
+from opd.secret import Secret
 from opd.types import TokenScores
 from teacher_service.backends import backend
 from teacher_service.backends.http import HttpTeacher
@@ -105,7 +106,7 @@ def made_server(tiny: Tiny, cls: type[TeacherServer] = TeacherServer, **limits: 
     config = config_of(tiny)
     teacher = TorchTeacher(config, lambda array: array)
     identity = identity_of(config, "float32", replace(Limits(k=config.max_k), **limits))
-    return cls(teacher, identity, ServerConfig(port=0, token=TOKEN))
+    return cls(teacher, identity, ServerConfig(port=0, token=Secret(TOKEN)))
 
 
 def open_class(chosen: Backend, tiny: Tiny) -> Iterator[Class]:

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
+from opd.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 from teacher_service.backends.http import HttpTeacher
 from teacher_service.backends.openai import OpenAITeacher
@@ -266,7 +267,7 @@ def test_a_server_that_restarts_is_waited_for(tiny: Tiny, loop: Any, witness: Wi
     url = loop.run_until_complete(first.start())
     teacher, asked, shelf = client(tiny, url, retries=12, backoff_s=0.05), [make_request(1, 2)], Shelf()
     again = made_server(tiny)
-    again._config = ServerConfig(port=int(url.rsplit(":", 1)[1]), token=TOKEN)
+    again._config = ServerConfig(port=int(url.rsplit(":", 1)[1]), token=Secret(TOKEN))
 
     async def scene() -> list[TokenScores]:
         await teacher.ready()
@@ -411,5 +412,5 @@ def test_too_many_calls_at_once_are_told_to_come_again(tiny: Tiny, loop: Any) ->
 def test_a_server_without_a_token_does_not_start() -> None:
     for token in ("", "short", "ü" * 20):
         with pytest.raises(ConfigurationError, match=re.escape("OPD_TEACHER_TOKEN")):
-            ServerConfig(token=token)
-    assert TOKEN not in repr(ServerConfig(token=TOKEN))
+            ServerConfig(token=Secret(token))
+    assert TOKEN not in repr(ServerConfig(token=Secret(TOKEN)))
