@@ -12,7 +12,8 @@ from rich.text import Text
 
 from launch.config import run_config
 from launch.shipped import groups
-from opd.certificate import Certificate, certify
+from opd.certificate.certify import certify
+from opd.certificate.page import Certificate
 from opd.errors import ConfigurationError
 
 

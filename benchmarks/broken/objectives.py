@@ -18,43 +18,46 @@ from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Traject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _SoldAsReverseKL:
+class SoldAsReverseKL:
+    """An estimate on the written token whose name promises the reverse KL."""
+
     consumes: ClassVar[type[Scores]] = TokenScores
     on_policy: ClassVar[bool] = True
     promise: ClassVar[exact.Promise] = exact.ReverseKL()
 
 
-def _written(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
+def written(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
+    """The loss, with the metrics that every method on written tokens has."""
     logprobs = student.at(batch.target_ids)
     log_ratio = (logprobs - batch.scores.logprobs).detach()
     return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **mismatch(logprobs, batch)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DirectK1(_SoldAsReverseKL):
+class DirectK1(SoldAsReverseKL):
     """`log p - log q` as a loss: an unbiased value of the reverse KL whose gradient is the score, 0 in expectation."""
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
-        return _written(student, batch, student.at(batch.target_ids) - batch.scores.logprobs)
+        return written(student, batch, student.at(batch.target_ids) - batch.scores.logprobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JointK1(_SoldAsReverseKL):
+class JointK1(SoldAsReverseKL):
     """The same under an importance weight that is not differentiated: the teacher still drops out of the gradient."""
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
         weight = (logprobs.detach() - batch.behavior_logprobs).exp()
-        return _written(student, batch, weight * (logprobs - batch.scores.logprobs))
+        return written(student, batch, weight * (logprobs - batch.scores.logprobs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DirectK3(_SoldAsReverseKL):
+class DirectK3(SoldAsReverseKL):
     """`q/p - 1 + log p - log q` as a loss: its expected gradient is that of the forward KL."""
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         back = batch.scores.logprobs - student.at(batch.target_ids)
-        return _written(student, batch, back.exp() - 1 - back)
+        return written(student, batch, back.exp() - 1 - back)
 
 
 def _raw(student: StudentLogits, batch: Batch[TopKScores]) -> Tensor:
@@ -63,7 +66,7 @@ def _raw(student: StudentLogits, batch: Batch[TopKScores]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RawTopK(_SoldAsReverseKL):
+class RawTopK(SoldAsReverseKL):
     """`sum_S p (log p - log q)` with nothing detached and nothing renormalised. Its promise is honest: that sum.
 
     The sum is no divergence, so training keeps the promise and still pushes a student that equals its teacher.
@@ -73,32 +76,32 @@ class RawTopK(_SoldAsReverseKL):
     promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.ReverseKL(), support=exact.Testified())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        return _written(student, batch, _raw(student, batch))
+        return written(student, batch, _raw(student, batch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadTailAsPublished(_SoldAsReverseKL):
+class HeadTailAsPublished(SoldAsReverseKL):
     """Raw head and sampled tail: unbiased in value, biased in gradient by that of the mass on S."""
 
     consumes: ClassVar[type[Scores]] = TopKScores
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        written = student.at(batch.target_ids)
+        own = student.at(batch.target_ids)
         outside = (batch.scores.topk_ids != batch.target_ids[:, None]).all(-1)
-        ratio = (written - batch.behavior_logprobs).exp()
-        tail = ratio * (written.detach() - batch.scores.logprobs) * outside
-        return _written(student, batch, _raw(student, batch) + tail)
+        ratio = (own - batch.behavior_logprobs).exp()
+        tail = ratio * (own.detach() - batch.scores.logprobs) * outside
+        return written(student, batch, _raw(student, batch) + tail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicrobatchMean(_SoldAsReverseKL):
+class MicrobatchMean(SoldAsReverseKL):
     """The exact reverse KL, averaged over whatever tokens happen to lie in the same micro-batch."""
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
-        return _written(student, batch, divergence(p, p, q) / len(batch))
+        return written(student, batch, divergence(p, p, q) / len(batch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

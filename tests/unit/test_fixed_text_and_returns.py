@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd.enumeration import TinyModel, enumerate_world, make_world
+from opd.certificate.engines import Notes, engines
+from opd.certificate.models import TinyModel
+from opd.certificate.states import read
+from opd.certificate.worlds import make_world
 from opd.errors import ConfigurationError, DataError
 from opd.logits import StudentLogits
 from opd.method import Method
@@ -63,27 +66,24 @@ def test_a_mixture_is_on_policy_only_where_nothing_is_mixed_in() -> None:
 
 def test_a_group_has_one_source() -> None:
     world = make_world(0, 9)
-    for fraction, model in ((0.0, world.teacher), (1.0, world.student)):
-        seen = asyncio.run(_in_box(mixed(fraction), Unscored(), world))
-        for item in seen.scored:
-            (row,) = model.logprobs([(item.trajectory.prompt.student_ids, item.trajectory.token_ids)])
+    for fraction, model in ((0.0, world.teachers["default"]), (1.0, world.student)):
+        for item in read(mixed(fraction), Unscored(), world).scored:
+            prompt = item.trajectory.prompt
+            context = prompt.student_ids if fraction else prompt.teacher_ids
+            (row,) = model.logprobs([(context, item.trajectory.token_ids)])
             expected = row.gather(-1, torch.as_tensor(item.trajectory.token_ids).long()[:, None])[:, 0]
             np.testing.assert_allclose(item.trajectory.behavior.logprobs, expected.numpy(), atol=1e-12)
 
 
-async def _in_box(rollout: Any, scorer: Any, world: Any) -> Any:
-    return await enumerate_world(rollout, scorer, world)
-
-
 def test_an_answer_is_read_to_its_end_or_cut(make: Any) -> None:
-    engines = make_world(0, 6).engines()
+    box = engines(make_world(0, 6), Notes())
     prompts = [make.prompt([1], answer="4 5"), make.prompt([1], answer="4 5 3 2")]
-    whole, cut = asyncio.run(AnswerRollout(max_tokens=3)(prompts, engines))
+    whole, cut = asyncio.run(AnswerRollout(max_tokens=3)(prompts, box))
     assert whole.token_ids.tolist() == [4, 5, 0] and whole.stop is Stop.END
     assert cut.token_ids.tolist() == [4, 5, 3] and cut.stop is Stop.LENGTH
     assert cut.sample == 1 and not cut.behavior.logprobs.any() and cut.loss_mask.all()
     with pytest.raises(DataError, match=r"AnswerRollout needs an answer for every prompt, but 'p' has none; set"):
-        asyncio.run(AnswerRollout(max_tokens=3)([make.prompt([1])], engines))
+        asyncio.run(AnswerRollout(max_tokens=3)([make.prompt([1])], box))
 
 
 def test_the_first_occurrence_is_left_out_and_the_second_is_not(make: Any) -> None:
@@ -134,7 +134,7 @@ def test_without_normalisation_minillm_is_the_gradient_of_the_sequence_kl(make: 
         embedding=world.student.embedding.clone().requires_grad_(), head=world.student.head.clone().requires_grad_()
     )
     own = torch.stack([logprob(student, t).sum() for t in texts])
-    other = torch.stack([logprob(world.teacher, t).sum() for t in texts])
+    other = torch.stack([logprob(world.teachers["default"], t).sum() for t in texts])
     parameters = (student.embedding, student.head)
     exact = torch.autograd.grad((own.exp() * (own - other.detach())).sum(), parameters)
 
@@ -143,7 +143,7 @@ def test_without_normalisation_minillm_is_the_gradient_of_the_sequence_kl(make: 
         behavior = TokenScores(logprobs=logprob(world.student, text).numpy())
         written.append(make.trajectory(context, text, prompt=make.prompt(context), behavior=behavior))
     scorer = WithReturns(k=2, length_normalized=False)
-    said = asyncio.run(scorer(written, world.engines()))
+    said = asyncio.run(scorer(written, engines(world, Notes())))
     assert all(type(s) is TopKReturnScores for s in said)
     scored: Any = [Scored(trajectory=t, scores=s) for t, s in zip(written, said, strict=True)]
     chances = [np.full(2, chance) for chance in own.detach().exp().numpy()]

@@ -1,0 +1,80 @@
+"""Rollouts and scorers that ask the engines for something else, beside objectives that are right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from opd.ports import Engines
+from opd.rollouts.student import StudentRollout
+from opd.scorers.teacher import TeacherHidden, TeacherTopK, WrittenTokens
+from opd.types import HiddenScores, Prompt, Scores, TopKScores, Trajectory
+
+
+def _reading(trajectories: Sequence[Trajectory], last: int, *, own: bool) -> list[Trajectory]:
+    """The same texts, after the last ids of the teacher's context or of the student's."""
+    prompts = [t.prompt for t in trajectories]
+    contexts = [(p.student_ids if own else p.teacher_ids)[-last:] for p in prompts]
+    return [
+        replace(t, prompt=replace(p, teacher_ids=context))
+        for t, p, context in zip(trajectories, prompts, contexts, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentsContext(WrittenTokens):
+    """A teacher that knows more is asked in the student's context, where it does not."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        return await WrittenTokens()(_reading(trajectories, 10**9, own=True), engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortContext(WrittenTokens):
+    """Only the last 128 ids of a prompt reach the teacher."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        return await WrittenTokens()(_reading(trajectories, 128, own=False), engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstMatrix(TeacherHidden):
+    """Hidden states of every teacher, to be read with the first one's matrix."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await TeacherHidden()(trajectories, engines)
+        return [replace(s, head=np.zeros_like(s.head)) for s in said if isinstance(s, HiddenScores)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithWritten(TeacherTopK):
+    """The teacher's top-k, whose last id makes place for the written token: what is compared depends on the draw."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await TeacherTopK(k=self.k)(trajectories, engines)
+        return [self._with(t, s) for t, s in zip(trajectories, said, strict=True) if isinstance(s, TopKScores)]
+
+    def _with(self, trajectory: Trajectory, said: TopKScores) -> TopKScores:
+        ids, logprobs = np.array(said.topk_ids), np.array(said.topk_logprobs)
+        missing = (ids != trajectory.token_ids[:, None]).all(1)
+        ids[missing, -1], logprobs[missing, -1] = trajectory.token_ids[missing], said.logprobs[missing]
+        return replace(said, topk_ids=ids, topk_logprobs=logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemperatureIgnored(StudentRollout):
+    """Writes at temperature 1, whatever was set."""
+
+    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+        return await StudentRollout(max_tokens=self.max_tokens)(group, engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemperatureTwice(StudentRollout):
+    """The writer's log-probabilities divided by a temperature that they have already."""
+
+    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+        written = await StudentRollout.__call__(self, group, engines)
+        return [
+            replace(t, behavior=replace(t.behavior, logprobs=t.behavior.logprobs / self.temperature)) for t in written
+        ]

@@ -1,0 +1,204 @@
+"""Objectives that are right in a small, fresh world of float64, and wrong where training happens.
+
+Every one is the policy gradient of the reverse KL with one thing spoilt: the promise, the mean of a step, and most of
+its gradient look right.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from broken.objectives import SoldAsReverseKL, written
+from opd import divergences as exact
+from opd.logits import StudentLogits
+from opd.objectives.sampled import ClippedPolicyGradient
+from opd.objectives.topk import GeneralizedReverseKL
+from opd.objectives.vocabulary import divergence
+from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spoilt(SoldAsReverseKL):
+    """The right estimator, for subclasses to spoil."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        """Of writing each token, detached."""
+        return (student.at(batch.target_ids) - batch.scores.logprobs).detach()
+
+    def ratio(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        """Importance ratios, through which the gradient flows."""
+        return (student.at(batch.target_ids) - batch.behavior_logprobs).exp()
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        return written(student, batch, self.ratio(student, batch) * self.cost(student, batch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateK1(_Spoilt):
+    """From the 64th token on it is direct k1, which has no signal."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        late = student.at(batch.target_ids) - batch.scores.logprobs
+        right = self.ratio(student, batch) * self.cost(student, batch)
+        return written(student, batch, torch.where(batch.depth < 64, right, late))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstTokenLeftOut(_Spoilt):
+    """Off by one: the first token of a completion has no cost."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        return _Spoilt.cost(self, student, batch) * (batch.depth > 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedLogRatio(_Spoilt):
+    """The log-ratio rounded to what a float holds near 2**26: 0 in float32, itself in float64."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        return (_Spoilt.cost(self, student, batch) + 2**26) - 2**26
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfLogRatio(_Spoilt):
+    """The log-ratio in 16 bits wherever the learner's numbers have 32."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        cost = _Spoilt.cost(self, student, batch)
+        return cost.bfloat16().float() if cost.dtype == torch.float32 else cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstTeacherOnly(_Spoilt):
+    """Tokens of every teacher but the first are pushed away from it."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        cost = _Spoilt.cost(self, student, batch)
+        return torch.where(batch.route > 0, -cost, cost) if len(batch.route) else cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClampedLogRatio(_Spoilt):
+    """The log-ratio within 4 nats, which it leaves where the teacher is far away."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        return _Spoilt.cost(self, student, batch).clamp(-4, 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClampedRatio(_Spoilt):
+    """Importance ratios of at most 20, unannounced: they are larger where the writer is far away."""
+
+    def ratio(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        return _Spoilt.ratio(self, student, batch).clamp(max=20)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndLeftOut(_Spoilt):
+    """The end-of-text token has no cost, so nobody learns when to stop."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        return _Spoilt.cost(self, student, batch) * (batch.target_ids != 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchBaseline(_Spoilt):
+    """Less the mean cost of whatever lies in the same chunk, the token's own included."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        cost = _Spoilt.cost(self, student, batch)
+        return cost - cost.mean()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightTwice(_Spoilt):
+    """Token weights count twice: here, and where the learner sums up."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        return _Spoilt.cost(self, student, batch) * batch.weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noisy(_Spoilt):
+    """Costs with noise from the process's own generator: right on average, and no run can be repeated."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        cost = _Spoilt.cost(self, student, batch)
+        return cost + 1e-9 * torch.randn_like(cost)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FadingAway(_Spoilt):
+    """The signal ends after a number of evaluations, which the class counts."""
+
+    calls: ClassVar[Iterator[int]] = count()
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        return _Spoilt.cost(self, student, batch) * (next(self.calls) % 128 < 64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedByShape(_Spoilt):
+    """What was said of a batch is kept and used again for the next one of as many tokens."""
+
+    kept: ClassVar[dict[int, Tensor]] = {}
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        said = self.kept.setdefault(len(batch), batch.scores.logprobs)
+        return (student.at(batch.target_ids) - said.to(batch.scores.logprobs.dtype)).detach()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Away(SoldAsReverseKL):
+    """Away from the teacher, and the promise says so."""
+
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    promise: ClassVar[exact.Promise] = exact.Weighted(weight=-1.0, of=exact.ReverseKL())
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        p, q = student.logprobs, batch.scores.vocabulary_logprobs
+        return written(student, batch, -divergence(p, p, q))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nothing(SoldAsReverseKL):
+    """Trains nothing, as its promise says: gradients of 0 are equal."""
+
+    promise: ClassVar[exact.Promise] = exact.Weighted(weight=0.0, of=exact.ReverseKL())
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        return written(student, batch, 0 * student.at(batch.target_ids))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EightIds(GeneralizedReverseKL):
+    """Only the first 8 ids of a support, whatever k is."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids[:, :8]), batch.scores.topk_logprobs[:, :8]
+        return TokenLoss(loss=divergence(p, p, q) + (q.exp() - p.exp()).sum(-1), metrics={})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwappedClip(ClippedPolicyGradient):
+    """The bounds of the ratio the wrong way round, which nobody sees while they are equal."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[AdvantageScores]) -> TokenLoss:
+        swapped = ClippedPolicyGradient(clip_low=min(self.clip_high, 1.0), clip_high=self.clip_low)
+        return swapped(student, batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgainstCredit(ClippedPolicyGradient):
+    """What was rewarded becomes less likely, and the promise says so."""
+
+    @property
+    def promise(self) -> exact.Promise:
+        return exact.Weighted(weight=-1.0, of=exact.ClippedCredit(low=self.clip_low, high=self.clip_high))
+
+    def __call__(self, student: StudentLogits, batch: Batch[AdvantageScores]) -> TokenLoss:
+        return TokenLoss(loss=-ClippedPolicyGradient.__call__(self, student, batch).loss, metrics={})

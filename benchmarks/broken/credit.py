@@ -1,0 +1,130 @@
+"""Scorers, weights and normalizers that give the wrong credit, beside objectives that are right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.packing import TokenWeights
+from opd.ports import Engines, Kinds
+from opd.scorers.returns import WithReturns, returns
+from opd.scorers.reward import GroupAdvantage
+from opd.scorers.teacher import WrittenTokens
+from opd.types import AdvantageScores, Scored, Scores, TokenScores, TopKReturnScores, Trajectory
+
+
+def _returns(trajectories: Sequence[Trajectory], said: Sequence[Scores], of: Any) -> list[Scores]:
+    """The scores with other returns, made by `of` from the rewards `log q - log mu`."""
+    return [
+        replace(s, returns=np.asarray(of(np.asarray(s.logprobs - t.behavior.logprobs)), dtype=np.float64))
+        for t, s in zip(trajectories, said, strict=True)
+        if isinstance(s, TopKReturnScores)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastReturns(WithReturns):
+    """Returns of the tokens *before*, with the wrong sign."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await WithReturns.__call__(self, trajectories, engines)
+        return _returns(trajectories, said, lambda rewards: rewards - np.cumsum(rewards))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortReturns(WithReturns):
+    """Returns that see the next 32 tokens alone."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await WithReturns.__call__(self, trajectories, engines)
+
+        def of(rewards: np.ndarray) -> list[float]:
+            seen = [rewards[i : i + 33] for i in range(len(rewards))]
+            return [returns(part, self.discount, self.length_normalized)[0] for part in seen]
+
+        return _returns(trajectories, said, of)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnReward(WithReturns):
+    """Returns that begin with the token's own reward, which the objective counts a second time."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await WithReturns.__call__(self, trajectories, engines)
+        return _returns(trajectories, said, lambda rewards: np.cumsum(rewards[::-1])[::-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NegatedAdvantage(GroupAdvantage):
+    """Worse answers have the greater advantage."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await GroupAdvantage.__call__(self, trajectories, engines)
+        return [replace(s, advantages=-s.advantages) for s in said if isinstance(s, AdvantageScores)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthAdvantage(GroupAdvantage):
+    """Advantages divided by the length of their text: of two wrong answers the longer one is less wrong."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await GroupAdvantage.__call__(self, trajectories, engines)
+        made = [s for s in said if isinstance(s, AdvantageScores)]
+        return [replace(s, advantages=s.advantages / len(s.advantages)) for s in made]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenTeacher(GroupAdvantage):
+    """Group advantages with a teacher's praise on top, which neither name nor promise mentions."""
+
+    asks: ClassVar[Kinds] = WrittenTokens.asks
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await GroupAdvantage.__call__(self, trajectories, engines)
+        taught = await WrittenTokens()(trajectories, engines)
+        return [
+            replace(s, advantages=s.advantages + t.logprobs)
+            for s, t in zip(said, taught, strict=True)
+            if isinstance(s, AdvantageScores) and isinstance(t, TokenScores)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alphabetical(WrittenTokens):
+    """What was said of the texts, in the order of the alphabet."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        said = await WrittenTokens.__call__(self, trajectories, engines)
+        by_length: dict[int, list[int]] = {}
+        for i, t in enumerate(trajectories):
+            by_length.setdefault(len(t), []).append(i)
+        turned = {
+            i: j
+            for same in by_length.values()
+            for i, j in zip(same, sorted(same, key=_name(trajectories)), strict=True)
+        }
+        return [said[turned[i]] for i in range(len(said))]
+
+
+def _name(trajectories: Sequence[Trajectory]) -> Any:
+    return lambda i: str(trajectories[i].token_ids.tolist())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surprise:
+    """Tokens weigh what it cost the writer to write them: the expectation of the estimate is another one."""
+
+    consumes: ClassVar[type[Scores]] = TokenScores
+
+    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
+        return [np.maximum(-np.asarray(s.trajectory.behavior.logprobs, dtype=np.float64), 0.0) for s in scored]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EveryTokenMean:
+    """Divided by all tokens there are, masked ones and texts without weight included."""
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return float(sum(len(w) for w in weights))

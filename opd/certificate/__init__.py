@@ -1,0 +1,1 @@
+"""The gradient certificate: does a composed method train what its name says? (`docs/certificate.md`)"""

@@ -1,0 +1,82 @@
+"""Credit as it is defined: computed from the grader and the models, never from the scorer under test."""
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from opd.certificate.engines import reward
+from opd.certificate.models import TinyModel
+from opd.certificate.states import Enumerated
+from opd.types import AdvantageScores, Scored, Stop, TopKReturnScores
+
+Credit = list[Float[np.ndarray, " _T"]]
+
+
+def given(scored: list[Scored[Any]]) -> Credit | None:
+    """The signed credit of every token as a scorer gave it; None where a scorer gives none."""
+    match scored[0].scores:
+        case AdvantageScores():
+            return [np.asarray(s.scores.advantages, dtype=np.float64) for s in scored]
+        case TopKReturnScores():
+            return [np.asarray(s.scores.returns, dtype=np.float64) for s in scored]
+    return None
+
+
+def defined(seen: Enumerated, teachers: Mapping[str, TinyModel]) -> Credit | None:
+    """The same by definition; None where no definition is known for the scorer's fields."""
+    scorer = seen.scorer
+    match seen.scored[0].scores:
+        case AdvantageScores() if hasattr(scorer, "scale_by_std"):
+            return _advantages(seen, scorer.scale_by_std)
+        case TopKReturnScores() if hasattr(scorer, "discount"):
+            return [_returns(scorer, _praise(seen, item, teachers)) for item in seen.scored]
+    return None
+
+
+def at_places(seen: Enumerated, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, " n"]:
+    """The credit of every enumerated token: by definition, or else as given, or 0."""
+    credit = defined(seen, teachers) or given(seen.scored)
+    if credit is None:
+        return np.zeros(len(seen.scored))
+    return np.asarray([c[p] for c, p in zip(credit, seen.place, strict=True)])
+
+
+def rewards(scored: list[Scored[Any]]) -> Float[np.ndarray, " n"]:
+    """What the grader gives for each text; a text that the token limit cut is wrong."""
+    texts = [" ".join(map(str, s.trajectory.token_ids.tolist())) for s in scored]
+    ended = [s.trajectory.stop is Stop.END for s in scored]
+    return np.asarray([reward(text) * end for text, end in zip(texts, ended, strict=True)])
+
+
+def _advantages(seen: Enumerated, scaled: bool) -> Credit:
+    """`A_i = r_i - mean(r)` of a prompt's answers, divided by their standard deviation (n - 1) if scaled."""
+    earned, made = rewards(seen.scored), []
+    for _, group in groupby(range(len(earned)), key=lambda i: seen.scored[i].trajectory.prompt.id):
+        members = list(group)
+        mean = sum(earned[members]) / len(members)
+        variance = sum((earned[members] - mean) ** 2) / (len(members) - 1)
+        scale = variance**0.5 + seen.scorer.epsilon if scaled else 1.0
+        made += [np.full(len(seen.scored[i].trajectory), (earned[i] - mean) / scale) for i in members]
+    return made
+
+
+def _praise(seen: Enumerated, item: Scored[Any], teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, " _T"]:
+    """`log q - log mu` of every written token."""
+    text, prompt = item.trajectory, item.trajectory.prompt
+    (taught,) = teachers[prompt.teacher].logprobs([(prompt.teacher_ids, text.token_ids)])
+    written = seen.notes.written[prompt.id, text.sample].chances.to(taught.dtype)
+    own = torch.as_tensor(text.token_ids).long()[:, None]
+    return (taught - written).gather(-1, own)[:, 0].detach().numpy()
+
+
+def _returns(scorer: Any, praise: Float[np.ndarray, " _T"]) -> Float[np.ndarray, " _T"]:
+    """`R_t = sum_{j > t} discount^(j - t - 1) r_j`, over the number of its terms if length-normalized."""
+    later = np.arange(len(praise))[None, :] - np.arange(len(praise))[:, None]  # j - t
+    factors = np.where(later > 0, float(scorer.discount) ** np.maximum(later - 1, 0), 0.0)
+    if scorer.length_normalized:
+        factors /= np.maximum((later > 0).sum(1, keepdims=True), 1)
+    return factors @ (praise * scorer.reward_scale)
