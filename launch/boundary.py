@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from time import monotonic
 
 from launch.causes import brief
@@ -23,7 +24,8 @@ class Boundary:
 
     A checkpoint is due every `checkpoint_every` steps, `checkpoint_minutes` after the one before (where the pipeline
     allows it), at the last step, and when a signal asked the run to stop. `state` is what the driver knows after a
-    step; `apart` is the context of what is no training; `clock` counts seconds.
+    step; `apart` is the context of what is no training; `clock` counts seconds; `elsewhere` are folders that take what
+    a failing run cannot write in its place.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class Boundary:
         apart: Callable[[], AbstractContextManager[None]],
         first: int = 0,
         clock: Callable[[], float] = monotonic,
+        elsewhere: Sequence[Path] = (),
     ) -> None:
         self._config, self._saver, self._stop, self._state = config, saver, stop, state
-        self._apart, self._clock, self._since = apart, clock, clock()
+        self._apart, self._clock, self._since, self._elsewhere = apart, clock, clock(), elsewhere
         self.over = self.saved = self._first = first
         self.hopeless = False  # the ranks cannot be asked any more: Ray itself is gone
 
@@ -70,6 +73,21 @@ class Boundary:
             await self._saver.begin(await self._state(step))
         self.saved, self._since = step, self._clock()
 
+    async def _rescue(self) -> None:
+        self._stop.saving()
+        with self._apart():
+            place = await self._saver.rescue(await self._state(self.over), self._elsewhere)
+        self.saved = self.over
+        if place.parent in self._elsewhere:
+            _log.warning(
+                "step %d could not be written in its place, and is kept in %s: resume=%s with another run_name goes on "
+                "from it, and opd export run=%s output=FOLDER makes a model of it",
+                self.over,
+                place,
+                place,
+                place,
+            )
+
     async def stop_if_asked(self) -> None:
         """Raise `Preempted` if a signal asked the run to stop: what is finished has its checkpoint then."""
         if not self._stop.asked:
@@ -82,8 +100,9 @@ class Boundary:
     async def rescue(self, error: BaseException, learner: RestartingLearner) -> None:
         """The run breaks off because of `error`: save the last finished step, if that has no checkpoint yet.
 
-        Within `learner.deadline_s`, and only from ranks that live: nobody is replaced for it. A failure is told of,
-        and the checkpoints before stay. Raises `Preempted` where a signal has cut a step short and all is saved.
+        Where its place cannot be written, elsewhere. Within `learner.deadline_s`, and only from ranks that live:
+        nobody is replaced for it. A failure is told of, and the checkpoints before stay. Raises `Preempted` where a
+        signal has cut a step short and all is saved.
         """
         await self._saver.give_up(at_once=self.hopeless or self._stop.at_once)
         if isinstance(error, Preempted) or self.hopeless or self._stop.at_once:
@@ -92,8 +111,7 @@ class Boundary:
             async with asyncio.timeout(self._config.learner.deadline_s):
                 await learner.settle()
                 if self._saver.kept != self.over:
-                    await self._save(self.over)
-                    await self._saver.finish()
+                    await self._rescue()
         except Exception as second:  # noqa: BLE001 (the run ends with `error`; this is told beside it)
             why = str(second) if isinstance(second, OpdError) else brief(second)
             _log.warning("step %d could not be saved (%s)", self.over, why)

@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.checkpoints import FORMAT, MANIFEST, STATE, DriverState, expired, leftovers, name_of, newest_first
 from launch.run_directory import write_json
 from learner import checkpoint
-from opd.errors import ConfigurationError, DataError
+from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ledger import Ledger
 
 
@@ -57,6 +57,21 @@ class CheckpointStore:
         """Remove what the policy no longer keeps; each is renamed first, so a half-removed one is none."""
         for step in expired(self.steps(), keep, keep_every):
             self._remove(step)
+
+    def make_room(self, keep_every: int) -> bool:
+        """Where one more has no room: remove all but the newest, if that is whole, and milestones; was any removed?"""
+        try:
+            newest, *older = self.steps()
+            if not set(older) & set(expired([newest, *older], 1, keep_every)):
+                return False
+            verify(self.path(newest))
+            size = sum(path.stat().st_size for path in self.path(newest).rglob("*"))
+            if shutil.disk_usage(self.folder).free >= size:
+                return False
+            self.prune(1, keep_every)
+        except (ValueError, OSError, OpdError):  # there is none, or it cannot be looked at
+            return False
+        return True
 
     def forget_after(self, step: int) -> None:
         """Remove newer checkpoints: the run goes on from `step` and will write them again."""

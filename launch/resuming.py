@@ -194,6 +194,13 @@ def _alone_in(root: Path) -> Iterator[None]:
 def way_on(directory: RunDirectory) -> str:
     """How to go on after a run that did not finish: what is there decides it."""
     steps = CheckpointStore(directory.checkpoints).steps()
+    rescued = CheckpointStore(directory.rescued).steps()
+    if rescued and rescued > steps:  # newest first
+        place = directory.rescued / name_of(rescued[0])
+        return (
+            f"step {rescued[0]} is kept in {place}: the same command with another run_name and resume={place} goes on, "
+            f"and opd export run={place} output=FOLDER makes a model of it"
+        )
     if steps:
         place = directory.checkpoints / name_of(steps[0])
         return (

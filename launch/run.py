@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from time import time
 
 import yaml
@@ -38,6 +40,8 @@ from opd.ledger import Ledger
 from opd.loop import StepRecord, train
 from opd.scorers.ensemble import Ensemble
 from opd.types import TokenScores
+
+SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
 
 
 class _Cpu:
@@ -214,7 +218,15 @@ class Run:
         store = CheckpointStore(self._directory.checkpoints)
         retention = Retention(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
         saver = Saver(store, session.learner, session.followers, retention, self._first)
-        boundary = self._boundary = Boundary(config, saver, self._stop, self._state_of, cpu.apart, self._first)
+        boundary = self._boundary = Boundary(
+            config,
+            saver,
+            self._stop,
+            self._state_of,
+            cpu.apart,
+            self._first,
+            elsewhere=rescue_folders(config, self._directory),
+        )
 
         async def remember(record: StepRecord) -> None:
             self._last = record
@@ -330,6 +342,13 @@ class Run:
             utilisation=self._meter.usage,
             verdict=self._meter.verdict,
         )
+
+
+def rescue_folders(config: RunConfig, directory: RunDirectory) -> list[Path]:
+    """Where the last step goes if `checkpoints/` cannot be written: beside it, and where all ranks work on this
+    machine, into the temporary folder."""
+    spare = Path(tempfile.gettempdir()) / f"{SPARE}{directory.name}-{os.getpid()}"
+    return [directory.rescued, *([spare] if config.cluster.address == "local" else [])]
 
 
 def _teacher_can_be_measured(plan: Plan) -> bool:

@@ -141,6 +141,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def rescued(self) -> Path:
+        """Where the last step is saved when `checkpoints` cannot be written; absent otherwise."""
+        return self.path / "rescued"
+
+    @property
     def export(self) -> Path:
         """The trained model, for other tools."""
         return self.path / "export"

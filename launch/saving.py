@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from launch.checkpoint_store import CheckpointStore
@@ -14,6 +15,10 @@ from launch.pool import Follower
 from opd.errors import OpdError
 
 _log = logging.getLogger(__name__)
+
+
+class NotKept(OpdError):
+    """Ranks that were to write a checkpoint were lost, and those in their place, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +110,36 @@ class Saver:
         assert self._begun is not None
         await self.begin(self._begun)
         if not await self._settled():
-            raise OpdError(
+            raise NotKept(
                 f"the checkpoint of step {self._begun.step} needs ranks that live until it is written, but they were "
                 "lost twice while they wrote it; look at their logs and at the disk"
             )
+
+    async def rescue(self, state: DriverState, elsewhere: Sequence[Path]) -> Path:
+        """Save the learner as it is now: in its place, without the older checkpoints if there is no room, `elsewhere`.
+
+        Returns where it lies. Raises what was wrong with its place, if no folder of `elsewhere` takes it either.
+        """
+        first: OpdError | OSError | None = None
+        for store in self._places(elsewhere):
+            self._store = store
+            try:
+                await self.begin(state)
+                await self.finish()
+                return store.path(state.step)
+            except (RanksLost, NotKept):  # nothing is wrong with the place
+                raise
+            except (OpdError, OSError) as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _places(self, elsewhere: Sequence[Path]) -> Iterator[CheckpointStore]:
+        store = self._store
+        yield store
+        if store.make_room(self._retention.keep_every):
+            yield store
+        yield from map(CheckpointStore, elsewhere)
 
     async def _settled(self) -> bool:
         """Wait for the checkpoint under way; False if it was given up."""

@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any
 
 from actors.engine import VLLMEngine
+from launch.run import SPARE
 from learner import checkpoint
 from learner.learner import LearnerRank
 from opd.ports import Receipt, Weights
@@ -120,7 +121,8 @@ def _in_the_learner() -> None:
         return apply(*arguments)
 
     def written(path: Any, *arguments: Any) -> str:
-        if claimed("learner opening") == "full":
+        # A full disk is that of the run's folder; what is rescued may lie on another.
+        if SPARE not in str(path) and claimed("learner opening") == "full":
             path.symlink_to("/dev/full")
         return write(path, *arguments)
 

@@ -15,10 +15,12 @@ from launch.checkpoint_store import CheckpointStore, verify
 from launch.checkpoints import DriverState
 from launch.learner_group import RanksLost
 from launch.pool import FollowedStudent, Follower
+from launch.resuming import way_on
 from launch.run import Run
 from launch.run_directory import RunDirectory
 from launch.running import Preempted, Stop
 from launch.saving import Retention, Saver
+from launch.settings import ClusterConfig
 from launch.supervision import Fault
 from learner import checkpoint
 from opd.errors import OpdError
@@ -199,7 +201,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
         run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
         run._config = SimpleNamespace(  # type: ignore[assignment]
             checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, checkpoint_minutes=0, steps=3,
-            method=None, prompts=None, pipeline=None, evaluation=SimpleNamespace(every=0),
+            method=None, prompts=None, pipeline=None, evaluation=SimpleNamespace(every=0), cluster=ClusterConfig(),
         )  # fmt: skip
         session = SimpleNamespace(learner=ranks, followers={}, engines=None)
         training = asyncio.create_task(run._train(session, None, [], SimpleNamespace(apart=nullcontext)))  # type: ignore[arg-type]
@@ -287,3 +289,78 @@ def test_a_follower_does_not_take_a_version_in_twice_when_the_learner_was_lost_m
         assert versions == [1]
 
     asyncio.run(main())
+
+
+class Fills(Ranks):
+    """Ranks on a disk with room for so many checkpoints below `checkpoints`."""
+
+    room = 100
+
+    async def written(self) -> dict[str, str]:
+        store = self._folder.parents[1]
+        if store.name == "checkpoints" and len(list(store.glob("step_*"))) >= self.room:
+            raise OpdError("rank 0 cannot write it: No space left on device")
+        return await super().written()
+
+
+ALL = [6, 5, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("room", "free", "blocked", "expected", "left"),
+    [
+        (100, 0, 0, "checkpoints", [7, *ALL]),
+        (3, 0, 0, "checkpoints", [7, 6, 4]),  # the newest and milestones stay, whatever happens
+        (2, 0, 0, "rescued", [6, 4]),
+        (3, 10**9, 0, "rescued", ALL),  # it is not for want of room that nothing can be written
+        (0, 10**9, 1, "spare", ALL),
+        (0, 10**9, 2, "", ALL),
+    ],
+)
+def test_the_last_step_is_saved_where_there_is_room(
+    room: int, free: int, blocked: int, expected: str, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [tmp_path / "rescued", tmp_path / "spare"]
+    for path in places[:blocked]:
+        path.touch()  # a file, where a folder should be
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+
+    async def main() -> None:
+        ranks, store = Fills(), CheckpointStore(tmp_path / "checkpoints")
+        saver = Saver(store, ranks, {}, Retention(keep=5, keep_every=4))  # type: ignore[arg-type]
+        ranks.done.set()
+        for step in sorted(ALL):
+            await saver.begin(state(step))
+            await saver.finish()
+        ranks.room = room
+        if expected:
+            place = await saver.rescue(state(7), places)
+            assert place == tmp_path / expected / "step_7" and verify(place).step == 7
+        else:
+            with pytest.raises(OpdError, match="rank 0 cannot write it"):  # of its own place
+                await saver.rescue(state(7), places)
+        assert saver.kept == (7 if expected else 6) and store.steps() == left
+
+    asyncio.run(main())
+
+
+def test_ranks_that_are_lost_write_nowhere(tmp_path: Path) -> None:
+    async def work(saver: Saver, ranks: Ranks, store: CheckpointStore) -> None:
+        ranks.done.set()
+        ranks.errors = [RanksLost(Fault.DIED, "a learner rank died")] * 2
+        with pytest.raises(OpdError, match="lost twice"):
+            await saver.rescue(state(2), [tmp_path / "rescued"])
+        assert ranks.saved == [2, 2] and not (tmp_path / "rescued").exists()
+
+    run(tmp_path / "checkpoints", work)
+
+
+def test_how_to_go_on_names_the_newest_wherever_it_lies(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "r")
+    for store, step in ((directory.checkpoints, 5), (directory.rescued, 6)):
+        CheckpointStore(store).begin(step)
+        CheckpointStore(store).commit(state(step), {})
+        assert f"step {step} is kept in {store / f'step_{step}'}" in way_on(directory)
+    CheckpointStore(directory.checkpoints).begin(7)
+    CheckpointStore(directory.checkpoints).commit(state(7), {})
+    assert "step 7 is kept" in way_on(directory)
