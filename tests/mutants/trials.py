@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.mutants.coverage_map import SELECT, Covered
 from tests.mutants.operators import Mutant
+from tests.mutants.recorder import bound_examples
 from tests.mutants.scope import PACKAGES, ROOT
 
 SPARE_S, TIMES, MOST_S = (
@@ -76,20 +77,14 @@ class Ended:
 
 
 class _Only:
-    """A plugin of pytest: runs the chosen tests alone, the shortest first, and makes no failing example smaller."""
+    """A plugin of pytest: runs the chosen tests alone, the shortest first."""
 
     def __init__(self, tests: Sequence[Covered]) -> None:
         self._rank = {test.id: rank for rank, test in enumerate(tests)}
 
-    def pytest_sessionstart(self) -> None:
-        """Conftest has been read, and no test yet."""
-        from hypothesis import Phase, settings
-
-        settings.register_profile("mutants", settings(), phases=(Phase.explicit, Phase.generate))
-        settings.load_profile("mutants")
-
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = sorted((i for i in items if i.nodeid in self._rank), key=lambda i: self._rank[i.nodeid])
+        bound_examples(items)
 
 
 def preload() -> None:
