@@ -7,13 +7,14 @@ ARGS ?=
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PYTHON
 
-.PHONY: help train env check test test-faults lint format clean
+.PHONY: help train env check test test-faults mutants lint format clean
 help:
 	echo "make train   the shop experiment, on this machine's CPU    ARGS=\"steps=20\" passes options on"
 	echo "make env     what is installed, and what this machine has"
 	echo "make check   what a change must pass before it is sent: lint, types, all tests without a run, one run with faults"
 	echo "make test    all tests but the slow and GPU ones            ARGS=\"-k packing\""
 	echo "make test-faults  what is killed, hung, damaged, repeated     ARGS=\"-k ledger\""
+	echo "make mutants  are small faults in the core noticed?            ARGS=\"count=50 area=ledger\""
 	echo "make lint    formatting, lint, types, import rules"
 	echo "make format  rewrite the code the way make lint wants it"
 	echo "make clean   remove caches and builds (runs/ and .venv stay)"
@@ -38,6 +39,11 @@ test:
 test-faults:
 	scripts/install.sh dev
 	$(PYTEST) -m faults $(ARGS)
+
+# Not part of .ci/run: some ten seconds for each of 200 faults.
+mutants:
+	scripts/install.sh dev
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 # All four always run, so that one call shows all there is to mend.
 lint:

@@ -4,7 +4,7 @@ A sample of faults (`tests.mutants.operators`), alike many from each area of the
 its line, the shortest first, until one fails. Nothing in the work tree is touched. Prints killed and survived by area
 and every survivor with its place and change; exits 1 if less than 95 % were killed. What is known of the tests is kept
 in `.mutants/`; `again=true` tries the survivors of last time, with the tests as they are now. Not in CI: 10 to 20 s a
-mutant.
+mutant, at `nice=10`.
 """
 
 import difflib
@@ -48,20 +48,21 @@ class Row:
         return self.ended.result in (Result.SURVIVED, Result.UNREACHED)
 
 
-def sample(tree: Path, number: int, seed: int, areas: Sequence[str]) -> dict[str, list[Mutant]]:
-    """Area -> mutants, so many in all; where an area has fewer than its share, the others have more."""
+def sample(tree: Path, number: int, seed: int, areas: Sequence[str]) -> list[tuple[str, Mutant]]:
+    """(area, mutant), so many in all, the areas in turn; where one has no more of them, the others have more."""
     generator, files = random.Random(seed), sources(tree)
     pools = {}
     for area in areas:
         pool = [mutant for path in files[area] for mutant in mutants(path, (tree / path).read_bytes())]
         generator.shuffle(pool)
         pools[area] = pool
-    chosen: dict[str, list[Mutant]] = {area: [] for area in areas}
-    while sum(map(len, chosen.values())) < number and any(pools.values()):
-        for area in areas:
-            if pools[area] and sum(map(len, chosen.values())) < number:
-                chosen[area].append(pools[area].pop())
-    return chosen
+    chosen = list[tuple[str, Mutant]]()
+    while len(chosen) < number and any(pools.values()):
+        for area, pool in pools.items():
+            while pool and not pool[-1].compiles((tree / pool[-1].path).read_bytes()):
+                pool.pop()
+            chosen += [(area, pool.pop())] if pool else []
+    return chosen[:number]
 
 
 def difference(tree: Path, mutant: Mutant) -> str:
@@ -72,29 +73,32 @@ def difference(tree: Path, mutant: Mutant) -> str:
     return "\n".join(f"    {line}" for line in list(lines)[3:])
 
 
-def tried(chosen: dict[str, list[Mutant]], tests: Sequence[Covered], trees: Sequence[Path]) -> list[Row]:
-    """Each mutant's end.
+def tried(chosen: Sequence[tuple[str, Mutant]], tests: Sequence[Covered], trees: Sequence[Path]) -> list[Row]:
+    """Each mutant's end; of those so far, if one interrupts it.
 
     Raises:
         OpdError: tests fail without any fault, so that nothing could be said.
     """
-    trials = [
-        (area, Trial(mutant=mutant, tests=asked(mutant, tests, TESTS_S)))
-        for area, some in chosen.items()
-        for mutant in some
-    ]
+    trials = [(area, Trial(mutant=mutant, tests=asked(mutant, tests, TESTS_S))) for area, mutant in chosen]
     controls = {area: Trial(mutant=None, tests=trial.tests) for area, trial in reversed(trials) if trial.tests}
     for ended in run(list(controls.values()), trees):
         if ended.result is not Result.SURVIVED:
             raise OpdError(f"tests fail without a fault ({ended.result.value}):\n{ended.printed}")
     area_of = {id(trial): area for area, trial in trials}
     made = list[Row]()
-    for ended in run([trial for _, trial in trials], trees):
-        mutant = ended.trial.mutant
-        assert mutant is not None
-        row = Row(area=area_of[id(ended.trial)], mutant=mutant, ended=ended, difference=difference(trees[0], mutant))
-        made.append(row)
-        print(f"{len(made):4} {ended.result.value:24} {ended.seconds:5.1f} s  {row.place}  {mutant.kind}", flush=True)
+    try:
+        for ended in run([trial for _, trial in trials], trees):
+            mutant = ended.trial.mutant
+            assert mutant is not None
+            row = Row(
+                area=area_of[id(ended.trial)], mutant=mutant, ended=ended, difference=difference(trees[0], mutant)
+            )
+            made.append(row)
+            print(
+                f"{len(made):4} {ended.result.value:24} {ended.seconds:5.1f} s  {row.place}  {mutant.kind}", flush=True
+            )
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(made)} of {len(trials)} mutants were tried")
     return made
 
 
@@ -117,21 +121,17 @@ def report(made: Sequence[Row]) -> float:
 
 
 def _keep(made: Sequence[Row]) -> None:
-    survived: dict[str, list[object]] = {}
-    for row in made:
-        if row.lives:
-            survived.setdefault(row.area, []).append(asdict(row.mutant))
+    survived = [[row.area, asdict(row.mutant)] for row in made if row.lives]
     (KEPT / "survivors.json").write_text(json.dumps(survived, indent=1))
 
 
-def _survivors(tree: Path) -> dict[str, list[Mutant]]:
+def _survivors(tree: Path) -> list[tuple[str, Mutant]]:
     """Those of last time, as far as their text is there."""
-    kept: dict[str, list[Mutant]] = {}
-    for area, some in json.loads((KEPT / "survivors.json").read_text()).items():
-        for fields in some:
-            old = Mutant(**(fields | {"lines": tuple(fields["lines"])}))
-            now = {(m.start, m.stop, m.text) for m in mutants(old.path, (tree / old.path).read_bytes())}
-            kept.setdefault(area, []).extend([old] if (old.start, old.stop, old.text) in now else [])
+    kept = list[tuple[str, Mutant]]()
+    for area, fields in json.loads((KEPT / "survivors.json").read_text()):
+        old = Mutant(**(fields | {"lines": tuple(fields["lines"])}))
+        now = {(m.start, m.stop, m.text) for m in mutants(old.path, (tree / old.path).read_bytes())}
+        kept += [(area, old)] if (old.start, old.stop, old.text) in now else []
     return kept
 
 
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
     """Try a sample, or the survivors of the last one."""
     given = dict(argument.split("=", 1) for argument in arguments)
     number, seed, together = (int(given.get(name, n)) for name, n in (("count", 200), ("seed", 0), ("together", 1)))
-    os.nice(10)
+    os.nice(int(given.get("nice", 10)))
     with TemporaryDirectory(prefix="opd-mutants-") as folder, copies(together, Path(folder)) as trees:
         areas = [given["area"]] if "area" in given else list(AREAS)
         again = given.get("again", "") == "true"

@@ -57,28 +57,30 @@ class Mutant:
         """The file with the fault."""
         return source[: self.start] + self.text.encode() + source[self.stop :]
 
+    def compiles(self, source: bytes) -> bool:
+        """Is the file with the fault a program?"""
+        try:
+            compile(self.applied(source), self.path, "exec", dont_inherit=True)
+        except SyntaxError:
+            return False
+        return True
+
 
 def mutants(path: str, source: bytes) -> list[Mutant]:
-    """All faults of a file, in the order of its text; each leaves a file that can be compiled and is another one."""
+    """All faults of a file, in the order of its text; what they make of it need not compile."""
     tree = ast.parse(source)
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    found, seen = [], set[tuple[int, int, str]]()
+    found = dict[tuple[int, int, str], Mutant]()
     for (node, text, kind), statement, inside in _Walk().module(tree):
         assert isinstance(node, ast.expr | ast.stmt) and node.end_lineno and node.end_col_offset is not None
         start, stop = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-        if (start, stop, text) in seen or source[start:stop].decode() == text:
-            continue
-        seen.add((start, stop, text))
-        one = Mutant(path=path, start=start, stop=stop, text=text, kind=kind, lines=_lines(statement), inside=inside)
-        try:
-            same = ast.dump(ast.parse(one.applied(source))) == ast.dump(tree)
-        except SyntaxError:  # inside a pattern, say
-            continue
-        if not same:
-            found.append(one)
-    return sorted(found, key=lambda m: (m.start, m.stop, m.text))
+        if source[start:stop].decode() != text:
+            found[start, stop, text] = Mutant(
+                path=path, start=start, stop=stop, text=text, kind=kind, lines=_lines(statement), inside=inside
+            )
+    return [found[key] for key in sorted(found)]
 
 
 def _lines(statement: ast.stmt) -> tuple[int, int]:
