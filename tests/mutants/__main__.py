@@ -144,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
         areas = [given["area"]] if "area" in given else list(AREAS)
         again = given.get("again", "") == "true"
         chosen = _survivors(trees[0]) if again else sample(trees[0], number, seed, areas)
-        tests = coverage_map(trees[0], KEPT)
+        tests = coverage_map(trees, KEPT)
         preload()
         made = tried(chosen, tests, trees)
     _keep(made)

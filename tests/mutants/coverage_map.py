@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.mutants.scope import PACKAGES, askable, sources
 
 SELECT = ["-m", "not ray and not slow and not faults and not gpu", "-k", "not vllm and not VLLM", "-n", "0"]
 _DEADLINE_S = 3600
+_AT_ONCE = 4  # test files in a process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +32,28 @@ class Covered:
     lines: Mapping[str, Sequence[int]]
 
 
-def coverage_map(tree: Path, cache: Path) -> list[Covered]:
-    """All tests of `tree` that are asked; what is known of files that have not changed is taken from `cache`."""
+def coverage_map(trees: Sequence[Path], cache: Path) -> list[Covered]:
+    """All tests that are asked; what is known of files that have not changed is taken from `cache`.
+
+    The others are recorded in `trees`, equal copies, side by side and some files at a time.
+    """
     cache.mkdir(parents=True, exist_ok=True)
+    tree = trees[0]
     files = askable(tree)
     core = _digest(tree, sorted({path for paths in sources(tree).values() for path in paths}))
     known = {file: cache / f"{core}-{_digest(tree, [file])}.json" for file in files}
-    if stale := [file for file in files if not known[file].exists()]:
-        print(f"which test runs which line: recording {len(stale)} of {len(files)} files ...", flush=True)
-        found = _recorded(tree, stale)
-        for file in stale:
-            tests = [asdict(test) for test in found if test.file == file]
-            known[file].write_text(json.dumps(tests))
+    stale = [file for file in files if not known[file].exists()]
+    parts = [stale[i : i + _AT_ONCE] for i in range(0, len(stale), _AT_ONCE)]
+
+    def record(share: Sequence[Sequence[str]], tree: Path) -> None:
+        for part in share:
+            print(f"which test runs which line: {', '.join(part)}", flush=True)
+            found = _recorded(tree, part)
+            for file in part:
+                known[file].write_text(json.dumps([asdict(test) for test in found if test.file == file]))
+
+    with ThreadPoolExecutor(len(trees)) as pool:
+        list(pool.map(record, [parts[i :: len(trees)] for i in range(len(trees))], trees))
     return [Covered(**test) for file in files for test in json.loads(known[file].read_text())]
 
 
@@ -70,6 +82,8 @@ def _digest(tree: Path, files: Sequence[str]) -> str:
 
 def _recorded(tree: Path, files: Sequence[str]) -> list[Covered]:
     durations, data = tree / "durations.json", tree / "coverage.sqlite"
+    for old in (durations, data):
+        old.unlink(missing_ok=True)
     measured = [f"--cov={package}" for package in PACKAGES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.recorder"]
     command += [*SELECT, *measured, "--cov-context=test", "--cov-report=", *files]

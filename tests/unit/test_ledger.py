@@ -30,7 +30,8 @@ class Histories(RuleBasedStateMachine):
         self.ledger, self.first, self.steps = Ledger(), first, first
         self.ledger.begin(first)
         self.model: dict[Entry, State] = {}
-        self.dropped = self.requeued = 0
+        self.moved = dict.fromkeys(State, 0)
+        self.why: dict[str, int] = {}
 
     @rule(target=names, prompts=st.integers(0, 3), samples=st.integers(1, 3))
     def issue(self, prompts: int, samples: int) -> Any:
@@ -40,14 +41,20 @@ class Histories(RuleBasedStateMachine):
         self.model |= dict.fromkeys(new, State.ISSUED)
         return multiple(*new)
 
-    @rule(name=names, to=st.sampled_from([*FORWARD.values(), State.DROPPED]))
-    def move(self, name: Entry, to: State) -> None:
+    @rule(name=names, to=st.sampled_from([*FORWARD.values(), State.DROPPED]), reason=st.sampled_from(["stale", "long"]))
+    def move(self, name: Entry, to: State, reason: str = "") -> None:
         now = self.model[name]
         legal = FORWARD.get(now) is to or (to is State.DROPPED and now in OPEN)
-        self._attempt(legal, lambda: self.ledger.move([name], to, "why" if to is State.DROPPED else ""))
+        self._attempt(legal, lambda: self.ledger.move([name], to, reason if to is State.DROPPED else ""))
+        self._attempt(False, lambda: self.ledger.move([name], to, "" if to is State.DROPPED else reason or "stale"))
         if legal:
             self.model[name] = to
-            self.dropped += to is State.DROPPED
+            self.moved[to] += 1
+            if to is State.DROPPED:
+                self._because(f"dropped/{reason}")
+
+    def _because(self, reason: str) -> None:
+        self.why[reason] = self.why.get(reason, 0) + 1
 
     @rule(some=st.lists(names, min_size=2, max_size=4))
     def move_several_or_none(self, some: Sequence[Entry]) -> None:
@@ -56,6 +63,7 @@ class Histories(RuleBasedStateMachine):
         self._attempt(legal, lambda: self.ledger.move(some, State.GENERATED))
         if legal:
             self.model |= dict.fromkeys(some, State.GENERATED)
+            self.moved[State.GENERATED] += len(some)
 
     @rule(name=names)
     def requeue(self, name: Entry) -> None:
@@ -63,7 +71,7 @@ class Histories(RuleBasedStateMachine):
         self._attempt(legal, lambda: self.ledger.requeue([name], "died"))
         if legal:
             self.model[name] = State.ISSUED
-            self.requeued += 1
+            self._because("requeued/died")
 
     @rule()
     def issue_again(self) -> None:
@@ -80,7 +88,7 @@ class Histories(RuleBasedStateMachine):
             if state in OPEN:
                 left.setdefault(name.step, []).append(name)
                 self.model[name] = State.ISSUED
-                self.requeued += 1
+                self._because("requeued/resumed")
         for step, names in left.items():
             if lose:
                 self._attempt(False, lambda step=step, names=names: self.ledger.issue(step, names[1:]))
@@ -99,10 +107,15 @@ class Histories(RuleBasedStateMachine):
             return
         self.ledger.check()
         said = self.ledger.summary()
-        trained = sum(s is State.TRAINED for s in self.model.values())
-        outstanding = sum(s in OPEN for s in self.model.values())
-        assert (said["issued"], said["trained"], said["dropped"]) == (len(self.model), trained, self.dropped)
-        assert said["outstanding"] == outstanding and said.get("requeued", 0) == self.requeued
+        requeued = sum(n for reason, n in self.why.items() if reason.startswith("requeued/"))
+        expected = {
+            "issued": len(self.model),
+            "outstanding": sum(s in OPEN for s in self.model.values()),
+            **{s.value: self.moved[s] for s in (State.GENERATED, State.SCORED, State.TRAINED, State.DROPPED)},
+            **({"requeued": requeued} if requeued else {}),
+        }
+        assert said == expected | self.why
+        assert self.ledger.outstanding == expected["outstanding"]
         for name, state in self.model.items():
             if state in OPEN:
                 assert self.ledger.state(name) is state
@@ -118,7 +131,7 @@ class Histories(RuleBasedStateMachine):
             action()
 
 
-Histories.TestCase.settings = settings(max_examples=2000, stateful_step_count=30, deadline=None)
+Histories.TestCase.settings = settings(max_examples=400, stateful_step_count=30, deadline=None)
 TestHistories = Histories.TestCase
 
 
