@@ -1,4 +1,7 @@
-"""`experiment=compare`: several methods from the same start, one run per arm and seed, and one picture."""
+"""`experiment=compare`: several methods from the same start, one run per arm and seed, and one picture.
+
+With `comparison.tuning` every arm first chooses a setting for itself (`launch.tuning`), all with as many runs.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +25,7 @@ from launch.redaction import redacted
 from launch.run_directory import check_name
 from launch.summary import Outcome
 from launch.train import train_once
+from launch.tuning import Tuning
 from launch.typed import construct
 from opd.errors import ConfigurationError
 from opd.ranges import Length, RunName, Seed
@@ -43,6 +47,7 @@ class Comparison:
     seeds: Annotated[Sequence[Seed], Length(1)]
     reference: str
     arms: Mapping[str, Sequence[str]]
+    tuning: Tuning | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -67,33 +72,69 @@ def run_comparison(overrides: Sequence[str]) -> int:
     check_writable(Path(comparison.output_dir))
     root = Path(comparison.output_dir) / comparison.name
     console = screen.console()
-    plans: dict[str, list[Plan]] = {}
-    for arm, own in comparison.arms.items():
-        for seed in comparison.seeds:
-            names = [f"seed={seed}", f"run_name={arm}-seed{seed}", f"output_dir={root}"]
-            plans.setdefault(arm, []).append(make_plan(run_config([*comparison.base, *own, *passed_on, *names])))
-    if plans[comparison.reference][0].answers.get("evaluation.prompts") == NO_ANSWERS:
-        raise ConfigurationError(
-            "a comparison is one of accuracies, but the evaluation.prompts have no reference answers; set "
-            "evaluation.prompts.answer_column"
-        )
+
+    def plan(arm: str, seed: int, label: str, *more: str) -> Plan:
+        names = [f"seed={seed}", f"run_name={label}-seed{seed}", f"output_dir={root}"]
+        return make_plan(run_config([*comparison.base, *comparison.arms[arm], *passed_on, *more, *names]))
+
+    def plans(values: Mapping[str, str]) -> dict[str, list[Plan]]:
+        return {arm: [plan(arm, s, arm, *_setting(tuning, values, arm)) for s in comparison.seeds] for arm in arms}
+
+    arms, tuning = list(comparison.arms), comparison.tuning
+    trials: dict[str, list[Plan]] = {}
+    if tuning is not None:
+        tuning.check(arms, passed_on)
+        trials = tuning.trials(plan)
+    first = plans({arm: values[0] for arm, values in tuning.values.items()} if tuning else {})
+    _check(comparison, first, trials)
     if dry_run:
-        for arm in plans:
-            console.print(plans[arm][0].table())
-            plans[arm][0].show_rate(console)
+        for planned in first.values():
+            console.print(planned[0].table())
+            planned[0].show_rate(console)
         return 0
     if root.exists() and not comparison.resume:
         raise ConfigurationError(
             f"comparison directory {root} exists and is never overwritten; choose another run_name=..., or go on with "
             "comparison.resume=true"
         )
-    _run_all(root, plans, console)
-    runs = _run_all(root, plans, console)  # what another process was at may be finished by now: the last one draws
-    if missing := sum(map(len, plans.values())) - len(runs):
-        console.print(f"{missing} runs belong to another process; call again with comparison.resume=true when it ends")
+    notes: list[str] = []
+    if tuning is not None:
+        tried = _run_all(root, trials, console)
+        if _others_are_at(len(trials) - len(tried), console):
+            return 0
+        values, notes = tuning.chosen({run.label: run.directory for run in tried})
+        first = plans(values)
+    _run_all(root, first, console)
+    runs = _run_all(root, first, console)  # what another process was at may be finished by now: the last one draws
+    if _others_are_at(sum(map(len, first.values())) - len(runs), console):
         return 0
-    write_comparison(root, runs, comparison.reference, console)
+    write_comparison(root, runs, comparison.reference, console, notes)
     return 0
+
+
+def _setting(tuning: Tuning | None, values: Mapping[str, str], arm: str) -> list[str]:
+    return [f"{tuning.key}={values[arm]}"] if tuning else []
+
+
+def _check(
+    comparison: Comparison, plans: Mapping[str, Sequence[Plan]], trials: Mapping[str, Sequence[Plan]]
+) -> None:
+    """Raise `ConfigurationError` if the arms cannot be compared by their accuracies, or not fairly."""
+    reference = plans[comparison.reference][0]
+    if reference.answers.get("evaluation.prompts") == NO_ANSWERS:
+        raise ConfigurationError(
+            "a comparison is one of accuracies, but the evaluation.prompts have no reference answers; set "
+            "evaluation.prompts.answer_column"
+        )
+    if comparison.tuning is not None:
+        for trial in trials.values():
+            comparison.tuning.check_apart(trial[0], reference)
+
+
+def _others_are_at(missing: int, console: Console) -> bool:
+    if missing:
+        console.print(f"{missing} runs belong to another process; call again with comparison.resume=true when it ends")
+    return missing > 0
 
 
 def _run_all(root: Path, plans: Mapping[str, Sequence[Plan]], console: Console) -> list[Arm]:

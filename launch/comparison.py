@@ -47,6 +47,11 @@ class Curve:
         """The first evaluation at or above `target`."""
         return next((point for point in self.points if _accuracy(point) >= target), None)
 
+    def last_below(self, target: float) -> EvaluationPoint:
+        """The last evaluation before that one; of a run that never gets there, its last."""
+        at = next((i for i, point in enumerate(self.points) if _accuracy(point) >= target), len(self.points))
+        return self.points[max(0, at - 1)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideBySide:
@@ -79,8 +84,8 @@ class SideBySide:
         return float(np.mean([_accuracy(curve.points[-1]) for curve in self.of(self.reference)]))
 
 
-def read_arms(arms: Sequence[Arm], reference: str) -> SideBySide:
-    """What the run directories say. The teacher is the first that was evaluated (all runs share it)."""
+def read_arms(arms: Sequence[Arm], reference: str, notes: Sequence[str] = ()) -> SideBySide:
+    """What the run directories say, below `notes`. The teacher is the first that was evaluated (all runs share it)."""
     found = {arm: RunData.read(RunDirectory.open(arm.directory)) for arm in arms}
     curves = []
     for arm, data in found.items():
@@ -96,16 +101,18 @@ def read_arms(arms: Sequence[Arm], reference: str) -> SideBySide:
         curves=tuple(curves),
         reference=reference,
         teacher=teachers[0] if teachers else None,
-        notes=tuple(dict.fromkeys(said)),
+        notes=tuple(dict.fromkeys([*notes, *said])),
     )
 
 
-def write_comparison(root: Path, arms: Sequence[Arm], reference: str, console: Console) -> None:
+def write_comparison(
+    root: Path, arms: Sequence[Arm], reference: str, console: Console, notes: Sequence[str] = ()
+) -> None:
     """Write `comparison.html` and `comparison.png` into `root`, and print the table.
 
     Can be repeated at any time: it reads nothing but the run directories.
     """
-    sides = read_arms(arms, reference)
+    sides = read_arms(arms, reference, notes)
     draw = partial(_draw, sides=sides)
     write_bytes(root / "comparison.png", to_png(draw, 13.0, 4.3))
     title, note, columns, rows = table(sides)
@@ -154,15 +161,15 @@ def table(sides: SideBySide) -> tuple[str, str, list[str], list[list[str]]]:
     target = sides.target
     columns = ["arm", "seed", "greedy", "sampled"]
     for _, name, _ in _AXES:
-        columns += [name, "×"]
-    needed = {name: _reference_cost(sides, cost) for _, name, cost in _AXES}
+        columns += [name, "≥ ×"]
+    least = {name: _least(sides, cost) for _, name, cost in _AXES}
     rows = [
         [
             label,
             str(curve.seed),
             _percent(curve.points[-1].greedy),
             _percent(curve.points[-1].mean_at_k),
-            *(cell for _, name, cost in _AXES for cell in _cost_cells(curve, target, cost, needed[name])),
+            *(cell for _, name, cost in _AXES for cell in _cost_cells(sides, curve, cost, least[name])),
         ]
         for label in sides.labels
         for curve in sides.of(label)
@@ -171,24 +178,23 @@ def table(sides: SideBySide) -> tuple[str, str, list[str], list[list[str]]]:
     note = (
         "greedy, sampled: accuracy at the end of the run. "
         "Counted up to the first evaluation at or above that score: at most one interval too high, or too "
-        f"low by luck. ×: how many times less than the mean of {sides.reference}'s seeds."
+        f"low by luck; >: not reached by then. ×: at least so many times less than the mean of {sides.reference}'s "
+        "seeds, each of them counted up to its last evaluation below the score (to its end, where that is not reached)."
     )
     return title, note, columns, rows
 
 
-def _reference_cost(sides: SideBySide, cost: _Cost) -> float:
-    """Where the mean of the reference's seeds first has the accuracy with which it ends."""
-    mean = _mean_curve(sides.of(sides.reference), cost)
-    final = mean[-1][1]
-    return next(spent for spent, accuracy in mean if accuracy >= final)
+def _least(sides: SideBySide, cost: _Cost) -> float:
+    """What the reference's seeds needed for the score at the very least, on average."""
+    return float(np.mean([cost(curve.last_below(sides.target)) for curve in sides.of(sides.reference)]))
 
 
-def _cost_cells(curve: Curve, target: float, cost: _Cost, needed: float) -> tuple[str, str]:
-    at = curve.first_at(target)
+def _cost_cells(sides: SideBySide, curve: Curve, cost: _Cost, least: float) -> tuple[str, str]:
+    at = curve.first_at(sides.target)
     if at is None:
         return f"> {short_number(cost(curve.points[-1]))}", _ABSENT
-    spent = cost(at)
-    return short_number(spent), f"{needed / spent:.1f}" if spent else _ABSENT
+    spent, other = cost(at), curve.label != sides.reference
+    return short_number(spent), f"{least / spent:.1f}" if spent and least and other else _ABSENT
 
 
 def _accuracy(point: EvaluationPoint) -> float:

@@ -7,7 +7,7 @@ from launch.aliases import ALIASES
 from opd.errors import ConfigurationError
 
 _HELP = ("-h", "--help", "--hydra-help")
-_SWEEP = "runs side by side are a comparison; experiment=compare_learning_rates is a sweep"
+_SWEEP = "runs side by side are a comparison; experiment=compare sweeps learner.lr and shows how"
 _LEAD = {
     "--multirun": _SWEEP,
     "-m": _SWEEP,
