@@ -3,13 +3,13 @@
     python benchmarks/loss.py memory TOKENS VOCABULARY WIDTH [ARM ...]        peak memory, a fresh process per arm
     python benchmarks/loss.py time TOKENS VOCABULARY WIDTH ROUNDS [ARM ...]   arms interleaved in one process
 
-Arms: `naive` (reverse KL from whole logits, autograd), `trl` (the formula of TRL's `generalized_jsd_loss`, transcribed
-from its published code, beta 0.5), `liger` (`LigerFusedLinearJSDLoss`, its torch path without compilation, if
-liger-kernel can be imported: `pip install --no-deps --target FOLDER liger-kernel`, then `PYTHONPATH=.:FOLDER`), `ours`
-(`flat_loss` as the learner calls it, diagnostics included) and `bare` (the same without diagnostics). `*_jsd` arms
-compute JSD(0.5), the others reverse KL. One thread; times are CPU seconds of the process, which a busy machine disturbs
-less than the clock. The allocator is set as in a learner's process. Memory is the growth of the peak resident set
-beyond the inputs; both gradients are part of it.
+Arms: `naive` (reverse KL from whole logits, autograd), `trl_jsd` (the loss of TRL's `DistillationTrainer` as released,
+tiled over tokens and vocabulary), `liger_jsd` (`LigerFusedLinearJSDLoss`, its torch path without compilation), `ours`
+(`flat_loss` as the learner calls it, diagnostics included) and `bare` (the same without diagnostics). Peers are used
+where they can be imported (`pip install --no-deps --target FOLDER trl liger-kernel`, then `PYTHONPATH=.:FOLDER`), and
+the table names their versions. `*_jsd` arms compute JSD(0.5), the others reverse KL. One thread; times are CPU seconds
+of the process, which a busy machine disturbs less than the clock. The allocator is set as in a learner's process.
+Memory is the growth of the peak resident set beyond the inputs; both gradients are part of it.
 """
 
 import json
@@ -18,13 +18,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from time import process_time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -81,14 +81,14 @@ def naive(case: Case) -> Tensor:
     return (weights * (p.exp() * (p - q)).sum(-1)).sum() / len(p)
 
 
-def trl_jsd(case: Case, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
-    student, teacher = (logits / temperature for logits in whole_logits(case))
-    p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    share = torch.tensor(beta, dtype=p.dtype)
-    mixture = torch.logsumexp(torch.stack([p + torch.log1p(-share), q + torch.log(share)]), dim=0)
-    to_teacher = F.kl_div(mixture, q, reduction="none", log_target=True)
-    to_student = F.kl_div(mixture, p, reduction="none", log_target=True)
-    return (share * to_teacher + (1 - share) * to_student).sum() / len(student)
+def trl_jsd(case: Case) -> Tensor:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    mask = torch.ones(1, len(case.targets), dtype=torch.long)
+    loss, _, _ = _chunked_divergence_loss(
+        case.hidden[None], case.teacher_hidden[None], case.head, case.teacher_head, mask, beta=0.5
+    )
+    return loss
 
 
 def liger_jsd(case: Case) -> Tensor:
@@ -169,16 +169,26 @@ def measure_peak(name: str, sizes: list[int]) -> None:
     print(json.dumps({"bytes": resident("VmHWM") - before, "seconds": seconds, "loss": loss}))
 
 
-def has_liger() -> bool:
+PEERS = {"trl_jsd": "trl", "liger_jsd": "liger-kernel"}
+
+
+def version(name: str) -> str | None:
+    """The version of a peer's package that is installed, if it is one that can be imported from here."""
     try:
-        import liger_kernel.chunked_loss  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        return f"{PEERS[name]} {metadata.version(PEERS[name])}"
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def chosen(names: list[str]) -> list[str]:
-    return names or [name for name in ARMS if name != "liger_jsd" or has_liger()]
+    absent = [name for name in names or PEERS if name in PEERS and version(name) is None]
+    if absent:
+        print(f"not measured, because the package is not installed: {', '.join(PEERS[name] for name in absent)}")
+    return [name for name in names or ARMS if name not in absent]
+
+
+def labelled(name: str) -> str:
+    return f"{name} ({version(name)})" if name in PEERS else name
 
 
 def memory(names: list[str], tokens: int, vocabulary: int, width: int) -> None:
@@ -193,14 +203,16 @@ def memory(names: list[str], tokens: int, vocabulary: int, width: int) -> None:
             [sys.executable, __file__, "arm", name, *sizes], capture_output=True, text=True, check=False
         )
         if ran.returncode:
-            table.add_row(name, f"failed: {ran.stderr.splitlines()[-1] if ran.stderr else ran.returncode}")
+            table.add_row(labelled(name), f"failed: {ran.stderr.splitlines()[-1] if ran.stderr else ran.returncode}")
             continue
         found = json.loads(ran.stdout)
         peaks[name] = found["bytes"]
         reference = peaks.get(REFERENCE.get(name, ""))
+        least = MEMORY_LIMIT if REFERENCE.get(name) == "naive" else 1
         table.add_row(
-            name, f"{found['bytes'] / 1e6:,.0f}", f"{gradients / 1e6:,.0f}", f"{4e-6 * tokens * vocabulary:,.0f}",
-            f"{reference / found['bytes']:.1f}" if reference else "", f">= {MEMORY_LIMIT:g}" if reference else "",
+            labelled(name), f"{found['bytes'] / 1e6:,.0f}",
+            f"{gradients / 1e6:,.0f}", f"{4e-6 * tokens * vocabulary:,.0f}",
+            f"{reference / found['bytes']:.1f}" if reference else "", f">= {least:g}" if reference else "",
             f"{found['seconds']:.1f}", f"{found['loss']:.6f}",
         )  # fmt: skip
     Console(width=140).print(f"peak memory: {tokens} tokens, vocabulary {vocabulary}, width {width}", table)
@@ -219,7 +231,7 @@ def time(names: list[str], tokens: int, vocabulary: int, width: int, rounds: int
         reference = seconds.get(REFERENCE.get(name, ""))
         ratio = median(a / b for a, b in zip(found, reference, strict=True)) if reference else None
         table.add_row(
-            name, f"{1e3 * median(found):,.2f}", f"{1e3 * min(found):,.2f} to {1e3 * max(found):,.2f}",
+            labelled(name), f"{1e3 * median(found):,.2f}", f"{1e3 * min(found):,.2f} to {1e3 * max(found):,.2f}",
             f"{ratio:.2f}" if ratio else "", f"<= {TIME_LIMIT:g}" if ratio else "",
         )  # fmt: skip
     Console(width=140).print(f"time: {tokens} tokens, vocabulary {vocabulary}, width {width}, {rounds} rounds", table)

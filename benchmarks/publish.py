@@ -30,6 +30,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 from actors.config import StudentConfig, environment
+from learner.config import environment as learner_environment
 from opd.devices import Device, Dtype
 
 os.environ |= environment(Device.CPU)  # before anything imports vLLM
@@ -240,6 +241,9 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
 
 
 def main(rounds: int = 9, megabytes: int = 256, completions: int = 256) -> None:
+    wanted = learner_environment(Device.CPU)
+    if any(os.environ.get(name) != value for name, value in wanted.items()):  # read once, when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
     torch.set_num_threads(1)
     random = torch.Generator().manual_seed(0)
     tensors = {f"p{i}": torch.rand(TENSOR // 4, generator=random) for i in range(max(1, (megabytes << 20) // TENSOR))}

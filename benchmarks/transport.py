@@ -1,4 +1,4 @@
-"""P1: what a scored token costs on the wire, in bytes and CPU: our frame, base64 in JSON, lists in JSON.
+"""P1: what a scored token costs on the wire, in bytes and CPU: our frame, what TRL reads, and plain JSON.
 
     python benchmarks/transport.py [rounds]
 
@@ -6,12 +6,17 @@ Each arm encodes the same answers (float32 log-probabilities, int32 ids) and dec
 this process; arms take turns, the median and the spread (smallest to largest) of CPU time are printed. The floor is
 what the arrays alone weigh, K ids and log-probabilities and one written token: 8 K + 4 bytes per token. Limits of the
 project: at most 1.05 of the floor; at k=64 at least 50 times less CPU than base64 in JSON, 1,000 than lists.
+
+The peer of today is TRL, whose trainers ask a vLLM server for `prompt_logprobs`: the arm has vLLM's own answer, written
+by vLLM's own class, and reads it with TRL's own client (`pip install --no-deps --target FOLDER trl`, then
+`PYTHONPATH=.:FOLDER`). Where either is not installed, the arm is left out.
 """
 
 import base64
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from statistics import median
 from time import process_time_ns
 from typing import Any
@@ -35,7 +40,8 @@ def answers(k: int) -> tuple[TopKScores, ...]:
 
     def one() -> TopKScores:
         values = -np.sort(random.exponential(3.0, (TOKENS, k)).astype(np.float32), axis=1)
-        ids = random.integers(0, 152_000, (TOKENS, k)).astype(np.int32)
+        apart = 152_000 // k  # no id twice in a row: vLLM's answer is a mapping of ids
+        ids = (random.integers(0, apart, (TOKENS, k)) + apart * np.arange(k)).astype(np.int32)
         return TopKScores(logprobs=values[:, 0].copy(), topk_ids=ids, topk_logprobs=values)
 
     return tuple(one() for _ in range(REQUESTS))
@@ -74,6 +80,59 @@ def unlist_json(body: bytes) -> Sequence[TokenScores]:
     return [TopKScores(**{f: np.asarray(a[f], types[f]) for f in FIELDS}) for a in json.loads(body)]
 
 
+class Peer:
+    """vLLM's answer to a request for `prompt_logprobs`, and TRL's client that reads it."""
+
+    def __init__(self) -> None:
+        from trl.generation.vllm_client import VLLMClient
+        from vllm import __version__ as vllm_version
+        from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionResponseChoice, UsageInfo
+        from vllm.logprobs import Logprob
+
+        self.name = f"vLLM {vllm_version}'s JSON, read by TRL {version('trl')}"
+        self._client = VLLMClient
+        self._response, self._choice, self._usage, self._logprob = (
+            CompletionResponse, CompletionResponseChoice, UsageInfo, Logprob
+        )  # fmt: skip
+
+    def encode(self, said: Sequence[TokenScores]) -> bytes:
+        """The written token is the likeliest one in `answers`, so it is no entry of its own."""
+
+        def position(ids: np.ndarray, values: np.ndarray) -> dict[int, Any]:
+            ranked = enumerate(zip(ids.tolist(), values.tolist(), strict=True), 1)
+            return {i: self._logprob(logprob=value, rank=rank, decoded_token=None) for rank, (i, value) in ranked}
+
+        def choice(number: int, answer: TopKScores) -> Any:
+            rows = zip(answer.topk_ids, answer.topk_logprobs, strict=True)
+            scored = [None, *(position(*row) for row in rows)]
+            return self._choice(index=number, text="", finish_reason="length", prompt_logprobs=scored)
+
+        choices = [choice(i, a) for i, a in enumerate(said) if isinstance(a, TopKScores)]
+        return self._response(model="teacher", choices=choices, usage=self._usage()).model_dump_json().encode()
+
+    def decode(self, body: bytes) -> Sequence[TokenScores]:
+        return [self._read(choice) for choice in json.loads(body)["choices"]]
+
+    def _read(self, choice: dict[str, Any]) -> TopKScores:
+        said = choice["prompt_logprobs"]
+        written = [0, *(int(next(iter(position))) for position in said[1:])]
+        read = self._client._format_sequence_logprobs(choice, written, 1, len(said[1]))
+        return TopKScores(
+            logprobs=np.asarray(read["actual_logprobs"], np.float32)[:, 0],
+            topk_ids=np.asarray(read["logprob_token_ids"], np.int32),
+            topk_logprobs=np.asarray(read["logprobs"], np.float32),
+        )
+
+
+def add_peer() -> None:
+    try:
+        peer = Peer()
+    except ImportError as error:
+        print(f"TRL's arm is left out: {error}")
+        return
+    ARMS[peer.name] = (peer.encode, peer.decode)
+
+
 Arm = tuple[Callable[[Sequence[TokenScores]], bytes], Callable[[bytes], Sequence[TokenScores]]]
 ARMS: dict[str, Arm] = {
     "frame": (frame, unframe),
@@ -109,6 +168,7 @@ def _same(said: Sequence[Any], back: Sequence[Any]) -> None:
 
 def main() -> None:
     """Measure at three depths and print."""
+    add_peer()
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     table = Table(title=f"P1: {REQUESTS} x {TOKENS} tokens, {rounds} rounds, arms in turn")
     for heading in ("k", "arm", "bytes/token", "of the floor", "CPU ns/token (median, spread)", "CPU of a frame's"):

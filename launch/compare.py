@@ -116,9 +116,7 @@ def _setting(tuning: Tuning | None, values: Mapping[str, str], arm: str) -> list
     return [f"{tuning.key}={values[arm]}"] if tuning else []
 
 
-def _check(
-    comparison: Comparison, plans: Mapping[str, Sequence[Plan]], trials: Mapping[str, Sequence[Plan]]
-) -> None:
+def _check(comparison: Comparison, plans: Mapping[str, Sequence[Plan]], trials: Mapping[str, Sequence[Plan]]) -> None:
     """Raise `ConfigurationError` if the arms cannot be compared by their accuracies, or not fairly."""
     reference = plans[comparison.reference][0]
     if reference.answers.get("evaluation.prompts") == NO_ANSWERS:

@@ -123,6 +123,7 @@ def write_comparison(
             "notes": sides.notes,
             # Markup: our own drawing, in which matplotlib has escaped every text.
             "svg": Markup(to_svg(draw, 11.6, 4.0, "comparison")),
+            "tall": Markup(to_svg(partial(draw, tall=True), 5.0, 9.0, "tall")),
             "caption": "Held-out accuracy of samples at temperature 1. Thin: seeds; thick: their mean. "
             f"Dotted: the final score of {reference}. Dashed: the teacher. Horizontal axes are logarithmic, "
             "with the start apart.",
@@ -206,8 +207,10 @@ def _percent(value: float | None) -> str:
     return _ABSENT if value is None else f"{value:.1%}"
 
 
-def _draw(figure: Figure, sides: SideBySide) -> None:
-    row = figure.subplots(1, 3, sharey=True, gridspec_kw={"wspace": 0.06})
+def _draw(figure: Figure, sides: SideBySide, tall: bool = False) -> None:
+    """One picture per axis of `_AXES`: side by side, or `tall`, one below the other."""
+    count = len(_AXES)
+    row = figure.subplots(*((count, 1) if tall else (1, count)), sharey=True, gridspec_kw={"wspace": 0.06})
     goal = sides.teacher.mean_at_k if sides.teacher else None
     for position, (axes, (name, _, cost)) in enumerate(zip(row, _AXES, strict=True)):
         labels = _draw_arms(axes, sides, cost)
@@ -218,7 +221,7 @@ def _draw(figure: Figure, sides: SideBySide) -> None:
         axes.set_title(f"by {name}", loc="left", fontsize=11, fontweight="bold")
         axes.set_ylim(0, 1.02)
         percent(axes)
-        if position == len(_AXES) - 1:
+        if tall or position == count - 1:
             label_ends(axes, labels, gap=0.062)
 
 

@@ -34,7 +34,7 @@ DEFAULT = "default"  # the teacher of prompts that name none
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class RunConfig:
-    """A whole run, typed; `text` is the resolved YAML it came from.
+    """A whole run, typed; `text` is the resolved YAML it came from, and `overrides` made that, as they were given.
 
     `teachers` has them by name: `default` is the group `teacher`, the others stand under `teachers` in the YAML
     (`teachers.NAME.path=...`). Their order numbers the output matrices (`HiddenScores.head`).
@@ -71,6 +71,7 @@ class RunConfig:
     hardware: HardwareConfig
     tracker: TrackerConfig
     text: str = field(repr=False)
+    overrides: tuple[str, ...] = field(repr=False)
 
     def __post_init__(self) -> None:
         _ = self.pipeline
@@ -102,7 +103,7 @@ _SECTIONS: Mapping[str, type] = {
     "tracker": TrackerConfig,
 }
 
-_BUILT = {*_SECTIONS, "teachers", "notes", "method", "prompts", "evaluation", "text"}
+_BUILT = {*_SECTIONS, "teachers", "notes", "method", "prompts", "evaluation", "text", "overrides"}
 _PLAIN = [f.name for f in dataclasses.fields(RunConfig) if f.name not in _BUILT]
 
 
@@ -146,6 +147,7 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
         prompts=built(hints["prompts"], values.get("prompts"), "prompts", allowed),
         evaluation=construct(EvaluationConfig, values.get("evaluation"), "evaluation", allowed),
         text=text,
+        overrides=tuple(overrides),
     )
 
 

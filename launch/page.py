@@ -66,7 +66,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: right; font-weight: 600; color: var(--muted); font-size: 13px; padding: 4px 0 4px 12px; }
 td { text-align: right; padding: 5px 0 5px 12px; border-top: 1px solid var(--grid); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.strong { font-weight: 650; }
+td:not(:first-child) { white-space: nowrap; } td.strong { font-weight: 650; }
 .scroll { overflow-x: auto; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 0; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -86,10 +86,15 @@ svg text { font-family: inherit !important; }
 .key { font-size: 13px; color: var(--muted); margin-bottom: 12px; }
 .key span { padding: 1px 7px; color: var(--ink); }
 summary { cursor: pointer; font-weight: 600; }
-@media (max-width: 560px) {  /* a phone: charts keep the size of their text and scroll */
+.steps { margin-bottom: 16px; } .steps p { color: var(--muted); font-size: 13px; margin-top: 10px; }
+.steps p:first-child { margin-top: 0; }
+.steps pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  margin: 2px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; user-select: all; }
+.tall { display: none; }
+@media (max-width: 560px) {  /* a phone: what stands side by side elsewhere stands one below the other */
   main { padding: 20px 10px 40px; } .card { padding: 14px 12px; }
   table { font-size: 13px; } th, td { padding-left: 8px; } td:first-child { min-width: 76px; }
-  figure.card { overflow-x: auto; } figure.card svg { min-width: 540px; }
+  .wide { display: none; } .tall { display: block; }
 }
 details pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto;
   margin: 12px 0 0; }
@@ -133,6 +138,10 @@ _REPORT = """{% extends "shell.html" %}
 {{ picture.svg }}
 <figcaption>{{ picture.note }}</figcaption></figure>
 {% endfor %}</div>{% endif %}
+{% if next_steps %}<h2>What to do next</h2>
+<section class="card steps">
+{% for step in next_steps %}<p>{{ step.what }}</p><pre>{{ step.command }}</pre>
+{% endfor %}</section>{% endif %}
 {% if samples %}<h2>Samples</h2>
 {% if has_gaps %}<p class="key"><span class="up" style="--a:.45">blue</span> the teacher finds this token
 likelier than the student that wrote it, <span class="down" style="--a:.45">orange</span> less likely; the
@@ -157,6 +166,7 @@ stronger, the more. Underlined: by more than {{ strongly }} nats. Hover for the 
 </div>
 {% if verdict %}<p class="sub">{{ verdict }}</p>{% endif %}
 <h2>Configuration</h2>
+{% if command %}<section class="card steps"><p>the command</p><pre>{{ command }}</pre></section>{% endif %}
 <details class="card"><summary>resolved, without secrets</summary><pre>{{ config }}</pre></details>
 {% endblock %}
 """
@@ -165,7 +175,8 @@ _COMPARISON = """{% extends "shell.html" %}
 {% block body %}
 <header><h1>{{ title }}</h1><p class="sub">{{ subtitle }}</p></header>
 {% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}
-<figure class="card" style="margin-top:20px">{{ svg }}<figcaption>{{ caption }}</figcaption></figure>
+<figure class="card" style="margin-top:20px"><div class="wide">{{ svg }}</div><div class="tall">{{ tall }}</div>
+<figcaption>{{ caption }}</figcaption></figure>
 <h2>{{ table_title }}</h2>
 <section class="card scroll"><table>
 <thead><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>

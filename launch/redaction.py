@@ -27,6 +27,12 @@ def redacted(node: Any) -> Any:
     return node
 
 
+def without_secret(override: str) -> str:
+    """A command's `key=value` with the value replaced if it is a secret."""
+    key, equals, value = override.partition("=")
+    return f"{key}{equals}{redacted({key: value})[key]}"
+
+
 def _value(key: str, value: Any) -> Any:
     if value is None or value == "":
         return value  # nothing was given; hiding that would hide a mistake

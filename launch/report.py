@@ -11,6 +11,7 @@ from launch.curves import draw_sheet, panels
 from launch.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.figures import Margins, Panel, short_number, to_png, to_svg
 from launch.metrics import UTILISATION
+from launch.next_steps import next_steps
 from launch.page import render_report
 from launch.run_data import RunData
 from launch.run_directory import RunDirectory, write_bytes, write_text
@@ -21,7 +22,8 @@ STRONGLY = 2.0  # nats from which a token's gap is underlined
 _VISIBLE = 0.05  # nats below which a token is not coloured
 _SHOWN = 4  # samples of the first and of the last recorded step
 _ABSENT = "–"
-_MARGINS = Margins(left=0.085, right=0.745, bottom=0.165, top=0.96)
+_SIZE = (5.0, 2.8)  # inches of a picture with letters of 9 points: on a phone, where it is 350 pixels wide, 9 pixels
+_MARGINS = Margins(left=0.095, right=0.725, bottom=0.17, top=0.96)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,7 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
         _Picture(
             title=panel.title,
             note=panel.note,
-            svg=Markup(to_svg(partial(_draw_alone, panel), 5.6, 2.9, f"panel{i}", _MARGINS)),
+            svg=Markup(to_svg(partial(_draw_alone, panel), *_SIZE, f"panel{i}", _MARGINS)),
         )
         for i, panel in enumerate(drawn)
     ]
@@ -101,6 +103,8 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
             "spent": _spent(data),
             "ledger": _ledger(data),
             "versions": list(summary.versions.items()) if summary else [],
+            "next_steps": next_steps(directory, summary),
+            "command": directory.command.read_text().strip() if directory.command.exists() else "",
             "config": data.config,
         }
     )

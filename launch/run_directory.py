@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.redaction import redacted
+from launch.redaction import redacted, without_secret
 from opd.errors import ConfigurationError, DataError, OpdError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
@@ -116,6 +117,11 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def command(self) -> Path:
+        """The command line that began the run (or went on with it), without secrets."""
+        return self.path / "command.txt"
+
+    @property
     def report(self) -> Path:
         """The page to open in a browser."""
         return self.path / "report.html"
@@ -154,6 +160,10 @@ class RunDirectory:
         """Store the resolved configuration (YAML) with every secret replaced."""
         safe = redacted(yaml.safe_load(text) or {})
         write_text(self.config, yaml.safe_dump(safe, sort_keys=False, allow_unicode=True))
+
+    def write_command(self, overrides: Sequence[str]) -> None:
+        """Store the command that trains, for whoever repeats it; secrets are replaced."""
+        write_text(self.command, shlex.join(["opd", "train", *map(without_secret, overrides)]) + "\n")
 
     def rewind(self, step: int, steps: int) -> None:
         """Forget what came after `step`: a run that resumes from its checkpoint writes that again.

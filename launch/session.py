@@ -25,7 +25,7 @@ from launch.pool import FollowedStudent, Follower, StudentPool, TeacherPool
 from launch.settings import ClusterConfig
 from launch.stacks import Stacks
 from launch.supervision import within
-from launch.transports import check_places, outlet
+from launch.transports import check_places, outlet, transport_of
 from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
@@ -193,13 +193,14 @@ def _learner(
     others: dict[str, str] = {}  # where everybody else runs
 
     async def ready(group: LearnerGroup) -> None:
-        if config.learner.transport not in (Transport.SHARED_MEMORY, Transport.CUDA_IPC):
+        transport = transport_of(config)
+        if transport not in (Transport.SHARED_MEMORY, Transport.CUDA_IPC):
             return
         if not others:  # later ranks are compared with it alone: others may be dying when ranks start anew
             receivers = [actor for pool in following for actor in pool.replicas.actors]
             others.update(await _places(config.cluster.start_deadline_s, student.replicas.actors, receivers))
         ranks = {f"learner rank {i}": where for i, where in enumerate(await group.places())}
-        check_places(config.learner.transport, {**ranks, **others})
+        check_places(transport, {**ranks, **others})
 
     recipe = Recipe(make=make, ready=ready, renew=student.renew)
     return RestartingLearner(recipe, config.cluster.restarts, config.cluster.journal_bytes)
@@ -209,7 +210,7 @@ def _rank(actors: Actors, plan: Plan) -> Any:
     config = plan.config
     heads = tuple(teacher.path for teacher in config.teachers.values()) if plan.exact_kl else ()
     environment = learner_environment(config.learner.device)
-    make = outlet(config.learner.transport, config.learner.deadline_s)
+    make = outlet(transport_of(config), config.learner.deadline_s)
     arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, make)
     text = StudentText(ends=plan.ends, sentinel=plan.sentinel)
     return actors.make(LearnerRank, actors[LEARNER_RANK], environment, *arguments, text, concurrency=2)

@@ -7,13 +7,14 @@ from rich.console import Console
 
 from launch import screen
 from launch.causes import ProcessFailed, find_own
-from launch.checks.places import check_place, next_commands
+from launch.checks.places import check_place
 from launch.cluster import connected
 from launch.config import run_config
 from launch.evaluate import Spent
 from launch.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.live_view import busy_words
 from launch.metrics import Meter
+from launch.next_steps import told
 from launch.plan import Plan, make_plan
 from launch.ray_node import Node
 from launch.resuming import Resumption, open_directory, resumption, rewind, way_on
@@ -45,7 +46,7 @@ def run_training(overrides: Sequence[str]) -> int:
     if config.dry_run:
         return 0
     directory = train_once(plan, console)
-    console.print(next_commands(directory), soft_wrap=True, markup=False, highlight=False)
+    console.print(told(directory), soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
@@ -85,6 +86,7 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
             rewind(directory, resumed, config.steps)
             console.print(f"run {directory.path}: going on after step {resumed.state.step}", soft_wrap=True)
         directory.write_config(config.text)
+        directory.write_command(config.overrides)
         _train(plan, directory, console, resumed)
     return directory
 

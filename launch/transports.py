@@ -20,6 +20,14 @@ from opd.pull import Shelf, Wire
 from opd.shared_memory import SharedMemory
 
 
+def transport_of(config: RunConfig) -> Transport:
+    """What the run's weights travel by; `AUTO` is shared memory where Ray is started on this machine for the run."""
+    if config.learner.transport is not Transport.AUTO:
+        return config.learner.transport
+    alone = config.cluster.address == "local" and config.cluster.placement is not Placement.SPREAD
+    return Transport.SHARED_MEMORY if alone else Transport.OBJECT_STORE
+
+
 def outlet(transport: Transport, deadline_s: float) -> Callable[[], Outlet]:
     """What a learner rank calls, in its own process, to make the place for its chunks."""
     if transport is Transport.OBJECT_STORE:
@@ -30,12 +38,13 @@ def outlet(transport: Transport, deadline_s: float) -> Callable[[], Outlet]:
         return partial(Shelf, Wire.NCCL, deadline_s)
     if transport is Transport.CUDA_IPC:
         return DeviceMemory
+    assert transport is not Transport.AUTO, "transport_of(config) says which one it is"
     assert_never(transport)
 
 
 def check_transport(config: RunConfig) -> None:
     """Raise `ConfigurationError` if the run's actors cannot use its transport, as far as the plan can tell."""
-    transport = config.learner.transport
+    transport = transport_of(config)
     if transport is Transport.OBJECT_STORE:
         return
     if transport is not Transport.NCCL and config.cluster.placement is Placement.SPREAD:

@@ -21,6 +21,7 @@ class LossKernel(Enum):
 class Transport(Enum):
     """How published chunks reach the engines (docs/publishing.md)."""
 
+    AUTO = "auto"  # SHARED_MEMORY in a run on this machine alone, else OBJECT_STORE
     OBJECT_STORE = "object_store"  # Ray's, on any number of machines
     SHARED_MEMORY = "shared_memory"  # read where the learner wrote it: one machine
     NCCL = "nccl"  # from GPU to GPU, on any number of machines
@@ -134,8 +135,8 @@ class LearnerConfig:
     sentinel_tolerance: Annotated[float, In(1e-6, 5, or_zero=True, because=TRUST)] = 0.0
     # bytes of one piece of published weights
     publish_chunk_bytes: Bytes = 256 << 20
-    # how weights travel: OBJECT_STORE, SHARED_MEMORY, NCCL or CUDA_IPC
-    transport: Transport = Transport.OBJECT_STORE
+    # how weights travel: AUTO, OBJECT_STORE, SHARED_MEMORY, NCCL or CUDA_IPC
+    transport: Transport = Transport.AUTO
     # seconds that bound every wait for another rank
     deadline_s: Deadline = 600.0
     # updates with a gradient that is not finite, in a row, that end a run
@@ -180,6 +181,9 @@ def learning_rate(config: LearnerConfig, update: int, total: int) -> float:
     )
 
 
+STREAMED = 1 << 18  # bytes from which a copy in host memory goes past the caches
+
+
 def environment(device: Device) -> dict[str, str]:
     """Environment a rank's process must start with, before it imports torch."""
     common = {
@@ -197,6 +201,9 @@ def environment(device: Device) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(2**25),
         "MALLOC_TRIM_THRESHOLD_": str(2**32),
         "MALLOC_TOP_PAD_": str(2**26),
+        # glibc's own bound is three quarters of the last cache, hundreds of MiB on servers. Published weights are
+        # read by other processes, not here: written past the caches they cost two thirds (docs/benchmarks.md, P7).
+        "GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={STREAMED}",
     }
     if device is Device.GPU:
         return common

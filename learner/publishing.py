@@ -1,6 +1,7 @@
 """A model's parameters in chunks, each laid out by the rank that owns it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,6 @@ from torch import Tensor
 
 from opd.manifest import cut, digest, nbytes
 from opd.ports import Chunk, Fill, Manifest, Outlet
-
-_PIECE = 1 << 20  # bytes; small enough to be hashed out of a cache
 
 
 class Publisher:
@@ -78,15 +77,26 @@ class Publisher:
 
 
 def _copy(tensors: Sequence[Tensor], room: Tensor) -> str:
-    """Lay the tensors' bytes one after the other; the digest of all, read while a piece is still in the cache."""
-    hasher, start = xxhash.xxh3_64(), 0
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1).view(torch.uint8)
-        for piece in flat.split(_PIECE):
-            part = room[start : start + len(piece)]
-            part.copy_(piece)
-            hasher.update(part.numpy().data)
-            start += len(piece)
+    """Lay the tensors' bytes one after the other; the digest of all.
+
+    What is digested is the source, by a second thread and meanwhile: each pass is bound by memory, and a copy that went
+    wrong is found by the receivers.
+    """
+    flat = [tensor.detach().reshape(-1).view(torch.uint8).numpy() for tensor in tensors]
+    target, start = room.numpy(), 0
+    with ThreadPoolExecutor(1) as beside:
+        seal = beside.submit(_digest, flat)
+        for part in flat:
+            np.copyto(target[start : start + len(part)], part)
+            start += len(part)
+        return seal.result()
+
+
+def _digest(parts: Sequence[np.ndarray]) -> str:
+    """That of the parts one after the other, as `opd.manifest.digest` has it of an array."""
+    hasher = xxhash.xxh3_64()
+    for part in parts:
+        hasher.update(part.data)
     return hasher.hexdigest()
 
 

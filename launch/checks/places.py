@@ -6,7 +6,7 @@ from pathlib import Path
 from launch.checkpoints import LATEST
 from launch.config import RunConfig
 from launch.resuming import can_begin_again
-from launch.run_directory import RunDirectory, check_name, taken
+from launch.run_directory import check_name, taken
 from opd.errors import ConfigurationError
 
 
@@ -31,17 +31,3 @@ def check_writable(root: Path) -> None:
         raise ConfigurationError(
             f"output_dir={root} cannot be written ({error.strerror or error}: {there}); choose another output_dir=..."
         ) from error
-
-
-def next_commands(directory: RunDirectory) -> str:
-    """What a finished run has left, and the commands that go on with it."""
-    lines = [
-        f"report: {directory.report}",
-        f"student: {directory.export}",
-        f"next: opd eval checkpoint={directory.export} ... measures it, opd export run={directory.path} output=FOLDER "
-        "copies it",
-    ]
-    offline = sorted((directory.path / "wandb").glob("offline-run-*"))
-    if offline:
-        lines.append(f"wandb: `wandb sync {offline[-1]}` sends it, `wandb leet {offline[-1].parent}` shows it")
-    return "\n".join(lines)

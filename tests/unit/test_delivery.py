@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from learner.publishing import Publisher, Staged
 from opd.delivery import Receiver, assemble, collect, digest_of, unknown_weights
 from opd.errors import DataError
-from opd.manifest import cut, sizes
+from opd.manifest import cut, digest, sizes
 from opd.ports import Chunk, Manifest, Sentinel, Share, Weights
 from tests.fault_matrix import Witness
 
@@ -73,6 +73,35 @@ def test_any_cut_on_any_number_of_ranks_gives_the_same_parameters(chunk_bytes: i
     assert max(counts) - min(counts) <= 1, "ownership is not round robin"
     assert [c.owner for c in whole.chunks] == [i % ranks for i in range(len(whole.chunks))]
     assert whole.digest == weights(4, 1, chunk_bytes=chunk_bytes).digest, "the digest depends on ranks or version"
+
+
+class Faulty(Staged):
+    """An outlet in whose memory a byte changes after it was written."""
+
+    def put(self, turn: int, number: int, nbytes: int, fill: Any) -> Any:
+        def spoilt(room: np.ndarray) -> None:
+            fill(room)
+            room[nbytes // 2] ^= 1
+
+        return super().put(turn, number, nbytes, spoilt)
+
+
+@pytest.mark.parametrize("nbytes", [1, 1000, 3 << 20])
+def test_the_digest_is_of_the_weights_and_not_of_what_the_copy_made_of_them(nbytes: int) -> None:
+    """A tensor of several pieces arrives as it is; a copy that went wrong is found by whoever receives it."""
+    tensor = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for kind in (Staged, Faulty):
+        publisher = Publisher(
+            ["p"], [(nbytes,)], [torch.uint8], chunk_bytes=1 << 30, rank=0, ranks=1, outlet=kind(np.copy)
+        )
+        chunks = publisher.chunks(lambda *_: nullcontext([tensor]))
+        assert chunks[0].digest == digest(tensor.numpy())
+        whole = assemble([Share(version=1, manifest=publisher.manifest, chunks=chunks, sentinel=SENTINEL)])
+        if kind is Faulty:
+            with pytest.raises(DataError, match=r"chunk 0 is .* damaged"):
+                collect(whole, value, "a test")
+        else:
+            assert torch.equal(dict(collect(whole, value, "a test").tensors())["p"], tensor)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -211,6 +212,16 @@ def test_a_run_that_was_killed_has_a_report_too(tmp_path: Path) -> None:
     assert "1,280" in page.text  # the ledger of the last line
 
 
+def test_on_a_phone_letters_of_charts_can_be_read_and_every_line_has_its_name(written: RunDirectory) -> None:
+    """At 390 pixels a card has 342 for its picture. Nothing scrolls, so the names at the ends of lines are in view."""
+    raw = written.report.read_text()
+    assert "min-width: 540px" not in raw
+    widths = [float(width) for width in re.findall(r'viewBox="0 0 ([\d.]+) ', raw)]
+    letters = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", raw[raw.index("<svg") :])]
+    assert len(widths) == raw.count("<figure") and letters
+    assert min(letters) * 342 / max(widths) > 8
+
+
 def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path, "first")
     directory.write_config("steps: 20\n")
@@ -293,11 +304,12 @@ def test_what_every_run_needed_for_the_score_of_the_reference(tmp_path: Path) ->
     sides = read_arms(two_arms(tmp_path), "grpo")
     assert sides.target == pytest.approx(0.75)
     _, _, columns, rows = table(sides)
-    assert columns == ["arm", "seed", "greedy", "sampled", "steps", "×", "tokens", "×", "FLOP", "×"]
+    assert columns == ["arm", "seed", "greedy", "sampled", "steps", "≥ ×", "tokens", "≥ ×", "FLOP", "≥ ×"]
     assert rows == [
-        ["opd", "0", "100.0%", "90.0%", "40", "10.0", "120 k", "10.0", "40 G", "10.0"],
-        ["opd", "1", "100.0%", "95.0%", "20", "20.0", "60 k", "20.0", "20 G", "20.0"],
-        ["grpo", "0", "90.0%", "80.0%", "400", "1.0", "1.2 M", "1.0", "400 G", "1.0"],
+        # grpo needed more than 200 and 400 steps: more than 300 on average
+        ["opd", "0", "100.0%", "90.0%", "40", "7.5", "120 k", "7.5", "40 G", "7.5"],
+        ["opd", "1", "100.0%", "95.0%", "20", "15.0", "60 k", "15.0", "20 G", "15.0"],
+        ["grpo", "0", "90.0%", "80.0%", "400", "–", "1.2 M", "–", "400 G", "–"],
         ["grpo", "1", "80.0%", "70.0%", "> 400", "–", "> 1.2 M", "–", "> 400 G", "–"],
     ]
 
@@ -310,6 +322,9 @@ def test_the_page_of_a_comparison_stands_alone(tmp_path: Path) -> None:
     assert_stands_alone(page)
     assert EVIL not in (tmp_path / "comparison.html").read_text()
     assert page.text.count("The student was made weak on purpose.") == 1
+    ids = [value for name, value in page.attributes if name == "id"]
+    meant = re.findall(r"#(\w+)[)\"]", (tmp_path / "comparison.html").read_text())
+    assert meant and all(ids.count(name) == 1 for name in meant), "the wide picture and the tall one share ids"
     assert "Cost of reaching 75.0% (sampled), where grpo ended" in page.text
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     printed = console.file.getvalue()  # type: ignore[attr-defined]
@@ -340,10 +355,10 @@ def test_a_run_without_samples_cannot_be_compared(tmp_path: Path) -> None:
 
 def test_going_on_with_a_comparison_says_with_which(tmp_path: Path) -> None:
     (tmp_path / "comparison-20260101-000000").mkdir()
-    command = ["experiment=methods", "comparison.resume=true", f"output_dir={tmp_path}"]
+    command = ["experiment=compare_fixed_prompts", "comparison.resume=true", f"output_dir={tmp_path}"]
     with pytest.raises(ConfigurationError, match=r"say which with run_name=.*: comparison-20260101-000000\)"):
         run_comparison(command)
-    assert run_comparison([*command, "run_name=methods", "dry_run=true"]) == 0
+    assert run_comparison([*command, "run_name=again", "dry_run=true"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["comparison-20260101-000000"]
 
 
@@ -360,7 +375,7 @@ def test_of_two_processes_that_share_a_comparison_the_last_one_draws(
         return root / plan.config.run_name
 
     monkeypatch.setattr("launch.compare.run_once", once)
-    monkeypatch.setattr("launch.compare.write_comparison", lambda root, runs, reference, console: drawn.extend(runs))
+    monkeypatch.setattr("launch.compare.write_comparison", lambda root, runs, *_: drawn.extend(runs))
     own = [f"output_dir={tmp_path}", "run_name=shared", "comparison.resume=true", "comparison.seeds=[0]"]
     assert run_comparison(["experiment=compare_staleness", *own]) == 0
     labels = ["lock_step", "staleness_1", "staleness_2", "staleness_1_deterministic"]

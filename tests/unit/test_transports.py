@@ -7,7 +7,7 @@ import torch
 
 from launch.config import run_config
 from launch.plan import make_plan
-from launch.transports import check_places, outlet
+from launch.transports import check_places, outlet, transport_of
 from learner.config import Transport
 from learner.publishing import Staged
 from opd.device_memory import DeviceMemory
@@ -77,6 +77,23 @@ def test_shared_memory_over_several_machines_is_refused_when_planned() -> None:
     assert make_plan(run_config(asked)).config.learner.transport is Transport.SHARED_MEMORY
     with pytest.raises(ConfigurationError, match=r"on one machine, but cluster\.placement=SPREAD.*OBJECT_STORE"):
         make_plan(run_config([*asked, "cluster.placement=SPREAD"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ([], Transport.SHARED_MEMORY),
+        (["cluster.address=auto"], Transport.OBJECT_STORE),
+        (["cluster=multi_node"], Transport.OBJECT_STORE),
+        (["cluster.placement=SPREAD"], Transport.OBJECT_STORE),
+        (["learner.transport=OBJECT_STORE"], Transport.OBJECT_STORE),
+        (["cluster.address=auto", "learner.transport=SHARED_MEMORY"], Transport.SHARED_MEMORY),
+    ],
+)
+def test_a_run_on_one_machine_publishes_through_shared_memory_unless_told_otherwise(
+    asked: list[str], found: Transport
+) -> None:
+    assert transport_of(run_config(["experiment=shop", *asked])) is found
 
 
 def test_an_unknown_transport_is_refused_with_those_there_are() -> None:
