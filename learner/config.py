@@ -181,7 +181,7 @@ def learning_rate(config: LearnerConfig, update: int, total: int) -> float:
     )
 
 
-STREAMED = 1 << 18  # bytes from which a copy in host memory goes past the caches
+STREAMED = 1 << 18  # bytes from which a copy in host memory goes past the caches, and of the pieces of such a copy
 
 
 def environment(device: Device) -> dict[str, str]:
@@ -202,7 +202,7 @@ def environment(device: Device) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(2**32),
         "MALLOC_TOP_PAD_": str(2**26),
         # glibc's own bound is three quarters of the last cache, hundreds of MiB on servers. Published weights are
-        # read by other processes, not here: written past the caches they cost two thirds (docs/benchmarks.md, P7).
+        # read by other processes, not here: copied and digested that way they cost a quarter less (docs/benchmarks.md).
         "GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={STREAMED}",
     }
     if device is Device.GPU:

@@ -1,7 +1,6 @@
 """A model's parameters in chunks, each laid out by the rank that owns it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from learner.config import STREAMED
 from opd.manifest import cut, digest, nbytes
 from opd.ports import Chunk, Fill, Manifest, Outlet
 
@@ -79,24 +79,17 @@ class Publisher:
 def _copy(tensors: Sequence[Tensor], room: Tensor) -> str:
     """Lay the tensors' bytes one after the other; the digest of all.
 
-    What is digested is the source, by a second thread and meanwhile: each pass is bound by memory, and a copy that went
-    wrong is found by the receivers.
+    What is digested is the source, piece by piece just after it was copied, while the cache still has it; the copy was
+    written past the caches (`learner.config.STREAMED`). A copy that went wrong is found by the receivers.
     """
-    flat = [tensor.detach().reshape(-1).view(torch.uint8).numpy() for tensor in tensors]
-    target, start = room.numpy(), 0
-    with ThreadPoolExecutor(1) as beside:
-        seal = beside.submit(_digest, flat)
-        for part in flat:
-            np.copyto(target[start : start + len(part)], part)
-            start += len(part)
-        return seal.result()
-
-
-def _digest(parts: Sequence[np.ndarray]) -> str:
-    """That of the parts one after the other, as `opd.manifest.digest` has it of an array."""
-    hasher = xxhash.xxh3_64()
-    for part in parts:
-        hasher.update(part.data)
+    hasher, target, start = xxhash.xxh3_64(), room.numpy(), 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        for at in range(0, len(flat), STREAMED):
+            piece = flat[at : at + STREAMED]
+            np.copyto(target[start : start + len(piece)], piece)
+            hasher.update(piece.data)
+            start += len(piece)
     return hasher.hexdigest()
 
 
