@@ -46,6 +46,10 @@ class StudentLogits:
         """Log-probabilities of `K` ids per token, under the full softmax."""
         return self.logprobs.gather(-1, ids)
 
+    def outside(self, ids: Int[Tensor, "n K"]) -> Float[Tensor, " n"]:
+        """Log-mass of all ids but `ids` (fewer than there are): a sum over the row, since `1 - sum` has lost it."""
+        return self.logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+
     @cached_property
     def entropy(self) -> Float[Tensor, " n"]:
         """Entropy in nats, detached (a diagnostic)."""

@@ -159,6 +159,17 @@ class Scores:
         return replace(values[0], **joined)
 
 
+ABSENT = -80.0  # the log-probability of what a distribution leaves out: its terms vanish, in float32 too
+
+
+def remainder(logprobs: Float[Array, "T K"]) -> Float[Array, " T"]:
+    """`log(1 - sum exp)` per row, never below one rounding step of the dtype: all that K numbers say of the others."""
+    given = logprobs if isinstance(logprobs, Tensor) else torch.from_numpy(np.array(logprobs))
+    covered = given.double().exp().sum(-1).clamp(max=1 - torch.finfo(given.dtype).eps)
+    left = torch.log1p(-covered).to(given.dtype)
+    return left if isinstance(logprobs, Tensor) else left.numpy()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores(Scores):
     """Log-probability of the token that was written. Example: `TokenScores(logprobs=[-0.1, -2.3])`."""
@@ -170,12 +181,18 @@ class TokenScores(Scores):
 class TopKScores(TokenScores):
     """Log-probabilities on a small support per token, under the *full* softmax.
 
-    Whose support it is (teacher's top-k, student's top-k, ...) is said by the scorer that asked.
-    Example: `TopKScores(logprobs=[-0.1], topk_ids=[[7, 9]], topk_logprobs=[[-0.1, -2.4]])`.
+    Whose support it is (teacher's top-k, student's top-k, ...) is said by the scorer that asked. `rest` is the log-mass
+    of all other ids. Left out by a source that has no whole row, it is what the support leaves of 1 (`remainder`).
+    Example: `TopKScores(logprobs=[-0.1], topk_ids=[[7, 9]], topk_logprobs=[[-0.1, -2.4]], rest=[-5.7])`.
     """
 
     topk_ids: Int[Array, "T K"]
     topk_logprobs: Float[Array, "T K"]
+    rest: Float[Array, " T"] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+
+    def __post_init__(self) -> None:
+        if not len(self.rest):
+            object.__setattr__(self, "rest", remainder(self.topk_logprobs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

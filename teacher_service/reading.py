@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opd.errors import DataError
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
-from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
+from opd.types import ABSENT, HiddenScores, RemoteRows, TokenScores, TopKScores
 
 Logits = Callable[[Float[Tensor, "rows H"]], Float[Tensor, "rows V"]]
 Store = Callable[[np.ndarray], Any]
@@ -123,6 +123,7 @@ class _Testimony:
         sizes = list(zip((len(r.token_ids) for r in requests), widths, strict=True))
         self._topk_logprobs = [np.empty(size, dtype=np.float32) for size in sizes]
         self._topk_ids = [np.empty(size, dtype=np.int32) for size in sizes]
+        self._rest = [np.empty(tokens, dtype=np.float32) for tokens, _ in sizes]
 
     def add(self, at: int, logits: Float[Tensor, "rows V"], total: Float[Tensor, "rows 1"]) -> None:
         """The completion tokens `at .. at + rows` of the micro-batch; `total` is subtracted only where it is asked."""
@@ -139,12 +140,26 @@ class _Testimony:
             mine, here = slice(low - first, high - first), slice(low - at, high - at)
             match self._requests[i].want:
                 case TopK(k=k) if best is not None:
-                    self._topk_logprobs[i][mine] = (best.values[here, :k] - total[here]).cpu().numpy()
-                    self._topk_ids[i][mine] = best.indices[here, :k].cpu().numpy()
+                    values, ids = best.values[here, :k], best.indices[here, :k]
+                    self._note(i, mine, ids, values, logits[here], total[here])
                 case AtIds(ids=ids):
                     asked = torch.from_numpy(ids[mine]).long().to(logits.device)
-                    self._topk_logprobs[i][mine] = (logits[here].gather(1, asked) - total[here]).cpu().numpy()
-                    self._topk_ids[i][mine] = ids[mine]
+                    self._note(i, mine, asked, logits[here].gather(1, asked), logits[here], total[here])
+
+    def _note(
+        self,
+        i: int,
+        mine: slice,
+        ids: Tensor,
+        values: Tensor,
+        logits: Float[Tensor, "rows V"],
+        total: Float[Tensor, "rows 1"],
+    ) -> None:
+        """What request `i` hears of its tokens `mine`; their `logits` are not needed again and are overwritten."""
+        self._topk_logprobs[i][mine] = (values - total).cpu().numpy()
+        self._topk_ids[i][mine] = ids.cpu().numpy()
+        others = logits.scatter_(1, ids, -torch.inf).logsumexp(-1, keepdim=True) - total
+        self._rest[i][mine] = others.nan_to_num(neginf=ABSENT)[:, 0].cpu().numpy()
 
     def answers(self, kept: Iterator[RemoteRows]) -> Iterator[TokenScores]:
         """One answer per request; `kept` are the hidden states of those that want them, in order."""
@@ -154,7 +169,10 @@ class _Testimony:
             match request.want:
                 case TopK() | AtIds():
                     yield TopKScores(
-                        logprobs=logprobs, topk_ids=self._topk_ids[i], topk_logprobs=self._topk_logprobs[i]
+                        logprobs=logprobs,
+                        topk_ids=self._topk_ids[i],
+                        topk_logprobs=self._topk_logprobs[i],
+                        rest=self._rest[i],
                     )
                 case LastHidden():
                     yield HiddenScores(logprobs=logprobs, hidden=next(kept))

@@ -24,7 +24,7 @@ from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 
 DIGEST_BYTES = 16
 _HEADER = struct.Struct("<4sBBHIQ16s16s")
-_MAGIC, _VERSION = b"OPDs", 1
+_MAGIC, _VERSION = b"OPDs", 2
 _REQUEST, _ANSWER = 1, 2
 _WRITTEN, _TOPK, _AT_IDS, _HIDDEN = range(4)
 _INT, _FLOAT, _DIGEST = np.dtype("<i4"), np.dtype("<f4"), np.dtype("V16")
@@ -86,9 +86,9 @@ def answer_bytes(request: ScoreRequest, hidden_bytes: int) -> int:
     """What the answer to `request` takes in a frame, where a hidden state has `hidden_bytes`."""
     match request.want:
         case TopK(k=k):
-            per_token = 8 * k
+            per_token = 4 + 8 * k
         case AtIds(ids=ids):
-            per_token = 8 * ids.shape[1]
+            per_token = 4 + 8 * ids.shape[1]
         case LastHidden():
             per_token = hidden_bytes
         case WrittenToken():
@@ -150,6 +150,7 @@ def encode_reply(reply: Reply) -> bytes:
     parts = [np.frombuffer(b"".join(reply.digests), np.uint8), *(_raw(a.logprobs, _FLOAT) for a in said)]
     parts += [_raw(a.topk_ids, _INT) for a in top]
     parts += [_raw(a.topk_logprobs, _FLOAT) for a in top]
+    parts += [_raw(a.rest, _FLOAT) for a in top]
     parts += [_raw(h, h.dtype.newbyteorder("<")) for h in hidden if h is not None]
     return _frame(_ANSWER, reply.call, reply.model, table, parts)
 
@@ -168,12 +169,17 @@ def decode_reply(frame: bytes, limits: Limits) -> Reply:
     (digests,) = body.take([len(table)], _DIGEST)
     logprobs = body.take(tokens.tolist(), _FLOAT)
     ids, values = body.take(cells, _INT), body.take(cells, _FLOAT)
+    rest = body.take(np.where(kinds == _TOPK, tokens, 0).tolist(), _FLOAT)
     answers: list[TokenScores] = []
     for i, (kind, *shape) in enumerate(zip(kinds.tolist(), tokens.tolist(), widths.tolist(), strict=True)):
         if kind == _TOPK:
-            answers.append(
-                TopKScores(logprobs=logprobs[i], topk_ids=ids[i].reshape(shape), topk_logprobs=values[i].reshape(shape))
+            top = TopKScores(
+                logprobs=logprobs[i],
+                topk_ids=ids[i].reshape(shape),
+                topk_logprobs=values[i].reshape(shape),
+                rest=rest[i],
             )
+            answers.append(top)
         elif kind == _HIDDEN:
             dtype = _FLOAT if itemsizes[i] == 4 else np.dtype("<u2")
             (rows,) = body.take([shape[0] * shape[1]], dtype)

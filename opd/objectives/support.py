@@ -19,7 +19,7 @@ from opd.logits import StudentLogits
 from opd.objectives.vocabulary import Direction, FullForwardKL, FullReverseKL, limits_of
 from opd.ranges import In, TopIds
 from opd.settings import settings
-from opd.types import Batch, Scores, TokenLoss, VocabularyScores
+from opd.types import ABSENT, Batch, Scores, TokenLoss, VocabularyScores
 
 
 class Outside(Enum):
@@ -28,9 +28,6 @@ class Outside(Enum):
     RENORMALIZED = "renormalized"  # forgotten: both distributions are conditioned on the support
     BUCKET = "bucket"  # merged into one outcome
     NOTHING = "nothing"  # left as they are, without signal: the stop-gradient form (reverse KL only)
-
-
-ABSENT = -80.0  # the log-probability of what both distributions leave out: its terms vanish, in float32 too
 
 
 def conditioned(logprobs: Tensor, members: Bool[Tensor, "n V"]) -> Tensor:

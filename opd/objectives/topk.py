@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from opd import divergences as exact
 from opd.diagnostics import topk_metrics
@@ -25,15 +24,6 @@ from opd.objectives.vocabulary import (
 )
 from opd.settings import settings
 from opd.types import Batch, Scores, TokenLoss, TopKScores
-
-
-def tail(logprobs: Tensor) -> Tensor:
-    """`log(1 - sum exp)` over the last axis: the log-mass outside the support.
-
-    A support that holds (nearly) all of it leaves one rounding step of its dtype, so that the log stays finite: a
-    smaller constant would vanish in float32.
-    """
-    return torch.log1p(-logprobs.exp().sum(-1).clamp(max=1 - torch.finfo(logprobs.dtype).eps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +83,10 @@ def _between(
     if outside is Outside.RENORMALIZED:
         loss = of.between(p.log_softmax(-1), q.log_softmax(-1))
     else:
-        loss = of.between(p, q) + of.between(tail(p)[:, None], tail(q)[:, None])
+        loss = of.between(p, q)
+        if p.shape[-1] < student.logits.shape[-1]:  # else nothing is left for a bucket
+            outside_student = student.outside(batch.scores.topk_ids)
+            loss = loss + of.between(outside_student[:, None], batch.scores.rest[:, None])
     return TokenLoss(loss=loss, metrics={called: loss.detach(), **topk_metrics(student, batch)})
 
 

@@ -75,7 +75,8 @@ def _mixture(members: Sequence[Scores], shares: np.ndarray) -> TokenScores:
     supports = [m for m in tokens if isinstance(m, TopKScores)]
     if supports:
         at = _log_mean([np.asarray(m.topk_logprobs) for m in supports], shares)
-        return TopKScores(logprobs=logprobs, topk_ids=supports[0].topk_ids, topk_logprobs=at)
+        rest = _log_mean([np.asarray(m.rest) for m in supports], shares)
+        return TopKScores(logprobs=logprobs, topk_ids=supports[0].topk_ids, topk_logprobs=at, rest=rest)
     return TokenScores(logprobs=logprobs)
 
 

@@ -49,6 +49,7 @@ class WithReturns:
             logprobs=said.logprobs,
             topk_ids=said.topk_ids,
             topk_logprobs=said.topk_logprobs,
+            rest=said.rest,
             returns=returns(np.asarray(rewards), self.discount, self.length_normalized),
         )
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from opd.errors import DataError
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
-from opd.readings import are_logprobs, contradiction
+from opd.readings import MASS, are_logprobs, contradiction
 from opd.types import HiddenScores, RemoteRows, Scores, TokenScores, TopKScores
 
 
@@ -49,7 +49,7 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
         case TopK() | AtIds():
             if not isinstance(answer, TopKScores):
                 return f"asked for a top-k support, got {type(answer).__name__}"
-            arrays["topk_logprobs"] = np.asarray(answer.topk_logprobs)
+            arrays["topk_logprobs"], arrays["rest"] = np.asarray(answer.topk_logprobs), np.asarray(answer.rest)
             if isinstance(request.want, AtIds) and not np.array_equal(answer.topk_ids, request.want.ids):
                 return "the answer is about other token ids than were asked"
             if isinstance(request.want, TopK) and arrays["topk_logprobs"].shape[-1] != request.want.k:
@@ -63,10 +63,15 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
             return f"{name} contains NaN, an infinity or a value above 0"
     if not isinstance(answer, TopKScores):
         return ""
-    return contradiction(
+    values, rest = arrays["topk_logprobs"], arrays["rest"]
+    problem = contradiction(
         np.asarray(request.token_ids),
         np.asarray(answer.logprobs),
         np.asarray(answer.topk_ids),
-        np.asarray(answer.topk_logprobs),
+        values,
         likeliest=isinstance(request.want, TopK),
     )
+    whole = np.exp(values.astype(np.float64)).sum(-1) + np.exp(rest.astype(np.float64))
+    if not problem and (np.abs(whole - 1) > MASS).any():
+        return "the probabilities of a support and of the rest of the vocabulary do not sum to 1"
+    return problem

@@ -38,10 +38,13 @@ def test_every_kind_of_testimony_is_the_model_s_own(school: Class) -> None:
                 named = torch.from_numpy(answer.topk_ids.copy()).long()
                 worst = max(worst, gap(answer.topk_logprobs, full.gather(1, named)))
                 assert all(len(set(row)) == k for row in answer.topk_ids.tolist())
+                worst = max(worst, gap(answer.rest, full.scatter(1, named, -torch.inf).logsumexp(-1)))
             case AtIds(ids=named):
                 assert isinstance(answer, TopKScores)
                 assert np.array_equal(answer.topk_ids, named)
-                worst = max(worst, gap(answer.topk_logprobs, full.gather(1, torch.from_numpy(named).long())))
+                named = torch.from_numpy(named).long()
+                worst = max(worst, gap(answer.topk_logprobs, full.gather(1, named)))
+                worst = max(worst, gap(answer.rest, full.scatter(1, named, -torch.inf).logsumexp(-1)))
             case LastHidden():
                 assert isinstance(answer, HiddenScores)
                 head = school.plain.lm_head.weight
