@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
+from opd.log_mass import remainder
+
 if TYPE_CHECKING:  # numpy on the wire, torch in the learner: the same type, which a checker cannot follow
     Array = Any
 else:
@@ -157,17 +159,6 @@ class Scores:
         """Testimony about several trajectories as one, in order. `values` must not be empty."""
         joined = {name: _concat([getattr(v, name) for v in values]) for name in _names(type(values[0]))}
         return replace(values[0], **joined)
-
-
-ABSENT = -80.0  # the log-probability of what a distribution leaves out: its terms vanish, in float32 too
-
-
-def remainder(logprobs: Float[Array, "T K"]) -> Float[Array, " T"]:
-    """`log(1 - sum exp)` per row, never below one rounding step of the dtype: all that K numbers say of the others."""
-    given = logprobs if isinstance(logprobs, Tensor) else torch.from_numpy(np.array(logprobs))
-    covered = given.double().exp().sum(-1).clamp(max=1 - torch.finfo(given.dtype).eps)
-    left = torch.log1p(-covered).to(given.dtype)
-    return left if isinstance(logprobs, Tensor) else left.numpy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opd.errors import DataError
+from opd.log_mass import ABSENT
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
-from opd.types import ABSENT, HiddenScores, RemoteRows, TokenScores, TopKScores
+from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 
 Logits = Callable[[Float[Tensor, "rows H"]], Float[Tensor, "rows V"]]
 Store = Callable[[np.ndarray], Any]

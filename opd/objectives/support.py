@@ -15,11 +15,12 @@ from torch import Tensor
 from opd import divergences as exact
 from opd.diagnostics import vocabulary_metrics
 from opd.errors import ConfigurationError
+from opd.log_mass import ABSENT
 from opd.logits import StudentLogits
 from opd.objectives.vocabulary import Direction, FullForwardKL, FullReverseKL, limits_of
 from opd.ranges import In, TopIds
 from opd.settings import settings
-from opd.types import ABSENT, Batch, Scores, TokenLoss, VocabularyScores
+from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 
 class Outside(Enum):

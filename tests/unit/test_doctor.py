@@ -198,7 +198,8 @@ def renormalized(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
             return answer
         mass = torch.from_numpy(np.asarray(answer.topk_logprobs)).logsumexp(-1, keepdim=True).numpy()
         written = np.minimum(np.asarray(answer.logprobs) - mass[:, 0], 0)
-        return replace(answer, topk_logprobs=answer.topk_logprobs - mass, logprobs=written)
+        whole = np.full(len(written), -80.0, dtype=np.float32)  # nothing is left
+        return replace(answer, topk_logprobs=answer.topk_logprobs - mass, logprobs=written, rest=whole)
 
     return [among(answer) for answer in answers]
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from opd.divergences import States
+from opd.log_mass import ABSENT, remainder
 from opd.logits import StudentLogits
 from opd.objectives.support import Outside
 from opd.objectives.topk import TailBucketForwardKL, TailBucketReverseKL, TopKDivergence
 from opd.objectives.vocabulary import FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.ports import AtIds, ScoreRequest, TopK
-from opd.types import ABSENT, Batch, TopKScores, remainder
+from opd.types import Batch, TopKScores
 from teacher_service import reading
 from teacher_service.wire import Limits, Reply, decode_reply, encode_reply
 
