@@ -4,19 +4,15 @@ import os
 import random
 import secrets
 import signal
-import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from beartype import beartype
-from beartype.door import is_bearable
-from beartype.roar import BeartypeDecorHintException, BeartypeException
 from hypothesis import settings
-from jaxtyping import install_import_hook
+
+from tests.typed_calls import enforce
 
 # Ray reads these when it is imported, which vLLM does on the way.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -28,34 +24,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
-
-def _can_be_checked(hint: Any) -> bool:
-    try:
-        is_bearable(None, hint)
-    except BeartypeException:
-        return False
-    return True
-
-
-def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """beartype, without the few hints that cannot be checked at run time (`Self`, `"array[int]"`)."""
-    try:
-        return beartype(function)
-    except BeartypeDecorHintException:
-        hints = function.__annotations__
-        function.__annotations__ = {n: h if _can_be_checked(h) else Any for n, h in hints.items()}
-        return beartype(function)
-
-
-def _enforce_types() -> None:
-    assert "opd" not in sys.modules, "opd was imported before its types could be enforced"
-    module = ModuleType("opd_typechecker")
-    module.__dict__["checked"] = _checked
-    sys.modules["opd_typechecker"] = module  # the hook takes a name, not a function
-    install_import_hook("opd", "opd_typechecker.checked")
-
-
-_enforce_types()
+enforce("opd")
 
 from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory  # noqa: E402 (after the hook)
 from tests.fault_matrix import (  # noqa: E402, F401 (hooks and a fixture, which pytest finds here)

@@ -205,7 +205,7 @@ def _endless(completion: str, answer: str) -> float:
 def test_groups_that_are_graded_at_once_cost_each_other_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """All wait for one child process: neither its start, nor another's deadline, nor its end is theirs."""
     monkeypatch.setattr("launch.inputs.graders.verify_math", _endless)
-    grader = MathGrader(deadline_s=5.0)
+    grader = MathGrader(deadline_s=2.0)
 
     async def grade() -> list[list[float]]:
         groups = [["18", "endless"], ["18", "17"], ["17", "18"]]
