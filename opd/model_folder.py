@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,10 @@ def _header(file: Path, part: str) -> dict[str, Stored]:
                 raise damaged("it is empty" if not total else "it has no header of safetensors, or is cut off")
         said = json.loads(text.decode("utf-8"))
         tensors = {
-            name: (Stored(file=file, dtype=str(t["dtype"]), shape=tuple(t["shape"])), tuple(t["data_offsets"]))
+            name: (
+                Stored(file=file, dtype=str(t["dtype"]), shape=tuple(map(index, t["shape"]))),
+                tuple(t["data_offsets"]),
+            )
             for name, t in said.items()
             if name != "__metadata__"
         }
