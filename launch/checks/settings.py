@@ -39,18 +39,23 @@ def check_settings(config: RunConfig) -> None:
 
 def schedule_notes(config: RunConfig) -> list[str]:
     """What a schedule makes of the other settings, where that may not be meant."""
-    learner = config.learner
+    learner, notes = config.learner, list[str]()
     if learner.schedule is Schedule.CONSTANT and learner.warmup_steps:
-        return [
+        notes.append(
             f"note: learner.schedule=CONSTANT has no warm-up, so learner.warmup_steps={learner.warmup_steps} does "
             "nothing; CONSTANT_WITH_WARMUP has one"
-        ]
+        )
+    if learner.schedule.constant and learner.final_lr_fraction:
+        notes.append(
+            f"note: learner.schedule={learner.schedule.name} does not fall after the warm-up, so "
+            f"learner.final_lr_fraction={learner.final_lr_fraction} does nothing"
+        )
     if not any(learning_rate(learner, update, config.steps) for update in range(min(2, config.steps))):
-        return [
+        notes.append(
             "note: the only update of this run is the first of its warm-up, whose rate is 0, so that nothing is "
             "trained; learner.warmup_steps=0 has none"
-        ]
-    return []
+        )
+    return notes
 
 
 def check_shares(config: RunConfig, training: Survey) -> None:

@@ -215,6 +215,10 @@ def test_dry_run_shows_it_at_any_width() -> None:
         (["learner.schedule=CONSTANT"], "learner.warmup_steps=10 does nothing"),
         (["steps=1"], "whose rate is 0, so that nothing is trained"),
         (["learner.schedule=CONSTANT_WITH_WARMUP"], ""),
+        (
+            ["learner.schedule=CONSTANT_WITH_WARMUP", "learner.final_lr_fraction=0.3"],
+            "final_lr_fraction=0.3 does nothing",
+        ),
         (["steps=1", "learner.warmup_steps=0"], ""),
     ],
 )
