@@ -78,3 +78,12 @@ class TemperatureTwice(StudentRollout):
         return [
             replace(t, behavior=replace(t.behavior, logprobs=t.behavior.logprobs / self.temperature)) for t in written
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastTokenMasked(StudentRollout):
+    """The last token of a text, which ends it, is context only."""
+
+    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+        written = await StudentRollout.__call__(self, group, engines)
+        return [replace(t, loss_mask=np.arange(len(t)) < max(1, len(t) - 1)) for t in written]

@@ -132,6 +132,23 @@ class Noisy(_Spoilt):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LargeVocabulary(_Spoilt):
+    """Away from the teacher in every vocabulary that a language model has."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        cost = _Spoilt.cost(self, student, batch)
+        return -cost if student.logits.shape[-1] > 1000 else cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhileReported(_Spoilt):
+    """No signal while the learner also measures overlaps, as it does by default."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        return _Spoilt.cost(self, student, batch) * (student.overlap_k == 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FadingAway(_Spoilt):
     """The signal ends after a number of evaluations, which the class counts."""
 

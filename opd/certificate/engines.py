@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from opd.certificate.models import TinyModel
@@ -29,10 +29,11 @@ from opd.types import HiddenScores, RemoteRows, Stop, TokenScores, TopKScores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What an engine was asked to write, and the logs of the chances `[T, V]` with which it drew each token."""
+    """What an engine was asked to write, what it wrote, and the logs of the chances with which it drew each token."""
 
     request: GenerateRequest
     as_teacher: bool
+    token_ids: Int32[np.ndarray, " T"]
     chances: Float[Tensor, "T V"]
 
 
@@ -85,7 +86,7 @@ class _Writer:
 
     def _write(self, request: GenerateRequest, logprobs: Float[Tensor, "T V"], written: np.ndarray) -> Completion:
         chances = sampled(logprobs, request.sampling)
-        note = Written(request=request, as_teacher=self.as_teacher, chances=chances)
+        note = Written(request=request, as_teacher=self.as_teacher, token_ids=written, chances=chances)
         self.notes.written[request.prompt_id, request.sample] = note
         return Completion(
             token_ids=written,

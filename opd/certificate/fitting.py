@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any
 from zlib import crc32
 
-from opd.certificate.worlds import SECOND
+from opd.certificate.worlds import MORE
 from opd.errors import OpdError
 from opd.method import Method
 from opd.weights.special import look_up
@@ -57,9 +57,10 @@ def teacher_names(method: Method) -> tuple[str, ...]:
     return tuple(found) or ("default",)
 
 
-def with_second_teacher(method: Method) -> Method:
-    """The same method, with a share for one more teacher wherever teachers have shares."""
-    return _changed(method, lambda name, value: {**value, SECOND: 2.0} if _shares(name, value) else value)
+def with_more_teachers(method: Method) -> Method:
+    """The same method, with shares for more teachers wherever teachers have shares."""
+    more = {name: 2.0 + number for number, name in enumerate(MORE)}
+    return _changed(method, lambda name, value: {**value, **more} if _shares(name, value) else value)
 
 
 def _shares(name: str, value: Any) -> bool:

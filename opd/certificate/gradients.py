@@ -122,10 +122,10 @@ def logits(seen: Enumerated, batch: Batch[Any]) -> Float[Tensor, "L V"]:
     return student.logits(student.hidden(batch.input_ids, batch.position_ids)[batch.predict_at])
 
 
-def slopes(objective: Any, at: Float[Tensor, "L V"], batch: Batch[Any]) -> Float[Tensor, "L V"]:
+def slopes(objective: Any, at: Float[Tensor, "L V"], batch: Batch[Any], *, overlap_k: int = 0) -> Float[Tensor, "L V"]:
     """The gradient of every token's loss with respect to its own logits `at`."""
     leaf = at.detach().clone().requires_grad_()
-    loss = objective(StudentLogits(logits=leaf, overlap_k=0), batch).loss
+    loss = objective(StudentLogits(logits=leaf, overlap_k=overlap_k), batch).loss
     return torch.autograd.grad(loss.sum(), leaf)[0]
 
 

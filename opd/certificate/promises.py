@@ -10,14 +10,14 @@ from opd.certificate.fitting import (
     fitted,
     other_settings,
     teacher_names,
-    with_second_teacher,
+    with_more_teachers,
     with_supports,
     with_temperature,
 )
 from opd.certificate.gradients import EXACT, NOTICED, SAME, Case, case, distance
 from opd.certificate.page import Finding, Row, Skipped, at_least
 from opd.certificate.states import read
-from opd.certificate.worlds import SECOND, VOCABULARY, WIDE, World, long, make_world, one_state, stale
+from opd.certificate.worlds import MORE, VOCABULARY, WIDE, World, long, make_world, one_state, stale
 from opd.divergences import whole
 from opd.method import Method
 
@@ -93,8 +93,8 @@ def in_corners(found: list[Corner]) -> Iterator[Finding]:
 
 def of_several_teachers(method: Method) -> Iterator[Finding]:
     """Prompts ask different teachers, one of another width; which of them comes first does not matter."""
-    method = with_second_teacher(fitted(method, VOCABULARY))
-    names = tuple(dict.fromkeys([*teacher_names(method), SECOND]))
+    method = with_more_teachers(fitted(method, VOCABULARY))
+    names = tuple(dict.fromkeys([*teacher_names(method), *MORE]))
     world = make_world(7, names=names)
     world = replace(world, contexts=world.contexts * -(-len(names) // 2), places=(1,))
     found = case(method, world)

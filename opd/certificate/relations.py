@@ -27,7 +27,7 @@ from opd.certificate.page import Finding, Row, Skipped, at_least
 from opd.certificate.states import Enumerated
 from opd.method import weigh
 from opd.ports import Layout
-from opd.types import Batch
+from opd.types import Batch, VocabularyScores
 
 TEACHER = ("the teacher matters", "zero where the student equals its teacher", "a shifted teacher is noticed")
 TOWARDS = "a step moves the student towards its teacher"
@@ -152,11 +152,14 @@ def _normalizer(found: Case, weights: list[np.ndarray]) -> Iterator[Finding]:
         "masked tokens": divisor([np.concatenate([w, np.zeros(i)]) for i, w in enumerate(weights)]),
         "earlier steps": [divisor([scaled]), divisor(weights)][1],
     }
-    measured = max(abs(value / expected - 1) for value in others.values())
+    doubled = divisor([*weights, *weights]) / expected  # a sum is divided by a constant, a mean by what it counts
+    measured = max(*(abs(value / expected - 1) for value in others.values()), min(abs(doubled - n) for n in (1, 2)))
     yield Row(name="the divisor of a step counts what is trained", measured=measured, tolerance=SAME)
 
 
-SHIFTS = (1, 64, 300, 5000)
+SHIFTS = (1, 64, 300, 5000, 1_000_000)
+PADDED = 2**15  # ids of a vocabulary, nearly all of which nobody can write
+DEAD = -1e4  # the log-probability of those: 0 in float64
 CROWD = 64  # times the tokens of a small world: thousands
 
 
@@ -169,15 +172,19 @@ def of_tokens(found: Case) -> Iterator[Finding]:
     def differs(changed: Batch[Any]) -> float:
         return distance(slopes(objective, at, changed), expected)
 
-    deeper = [
-        replace(batch, depth=batch.depth + n, position_ids=batch.position_ids + n, predict_at=batch.predict_at)
+    moved = [
+        replace(batch, depth=batch.depth + down, position_ids=batch.position_ids + down + ahead)
         for n in SHIFTS
+        for down, ahead in ((n, 0), (0, n))  # in a longer text, after a longer prompt
     ]
     name = "invariance: position in the text"
-    yield Row(name=name, measured=max(map(differs, deeper)), tolerance=SAME)
+    yield Row(name=name, measured=max(map(differs, moved)), tolerance=SAME)
     heavier = replace(batch, weights=batch.weights * 3, denominator=batch.denominator * 7)
     yield Row(name="invariance: weight and divisor", measured=differs(heavier), tolerance=SAME)
     yield Row(name="invariance: other tokens of the batch", measured=_neighbors(objective, at, batch), tolerance=SAME)
+    yield Row(name="invariance: ids that nobody can write", measured=_padded(found, at, batch), tolerance=SAME)
+    watched = slopes(objective, at, batch, overlap_k=16)
+    yield Row(name="invariance: what is reported", measured=distance(watched, expected), tolerance=SAME)
 
 
 def _neighbors(objective: Any, at: Tensor, batch: Batch[Any]) -> float:
@@ -196,3 +203,18 @@ def _taken(batch: Batch[Any], rows: Tensor) -> Batch[Any]:
     fields = {name: getattr(batch, name) for name in of_tokens}
     taken = {name: values[rows] for name, values in fields.items() if len(values)}
     return replace(batch, **taken, scores=batch.scores.take(rows.numpy()))
+
+
+def _padded(found: Case, at: Tensor, batch: Batch[Any]) -> float:
+    """A vocabulary padded to thousands of ids, as those of checkpoints are, has the slopes of its living ids."""
+    rows = torch.arange(0, len(batch), 6)
+    few, objective = _taken(batch, rows), found.method.objective  # as it is: dead ids are never drawn
+    expected = slopes(objective, at[rows], few)
+
+    def wide(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, PADDED - x.shape[1]), value=DEAD)
+
+    if isinstance(few.scores, VocabularyScores):
+        few = replace(few, scores=replace(few.scores, vocabulary_logprobs=wide(few.scores.vocabulary_logprobs)))
+    measured = slopes(objective, wide(at[rows]), few)
+    return distance(measured, torch.nn.functional.pad(expected, (0, PADDED - expected.shape[1])))

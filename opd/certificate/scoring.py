@@ -18,6 +18,7 @@ from opd.types import AdvantageScores, Scored, Scores, TopKReturnScores
 
 ASKED = "teachers are asked about whole texts in their own context"
 WRITTEN = "text is written in its own context, as the rollout says"
+KEPT = "text is trained whole, as it was written"
 ORDER = "scores follow their text in any order, and again"
 DEFINED = "credit is what it is defined to be"
 BETTER = "the better of two answers has the greater advantage"
@@ -30,6 +31,7 @@ def of_questions(cases: list[Case]) -> Iterator[Finding]:
     """Engines are asked for each text in its own context, and with the rollout's own settings."""
     yield Row(name=ASKED, measured=float(sum(map(_wrong_questions, cases))), tolerance=0.0)
     yield Row(name=WRITTEN, measured=float(sum(map(_wrong_requests, cases))), tolerance=0.0)
+    yield Row(name=KEPT, measured=float(sum(map(_not_kept, cases))), tolerance=0.0)
 
 
 def _wrong_questions(found: Case) -> int:
@@ -53,6 +55,17 @@ def _wrong_requests(found: Case) -> int:
             wrong += not np.array_equal(note.request.context_ids, context)
             wrong += not _as_set(found.method.rollout, note.request.sampling)
     return wrong
+
+
+def _not_kept(found: Case) -> int:
+    """Texts of an engine that lost tokens, or whose tokens are not trained although no weight says so."""
+    texts = [item.trajectory for item in found.seen.scored]
+    notes = [found.seen.notes.written.get((t.prompt.id, t.sample)) for t in texts]
+    return sum(
+        not (np.array_equal(text.token_ids, note.token_ids) and text.loss_mask.all())
+        for text, note in zip(texts, notes, strict=True)
+        if note
+    )
 
 
 def _as_set(rollout: Any, sampling: Any) -> bool:

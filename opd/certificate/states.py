@@ -100,7 +100,8 @@ async def enumerate_world(rollout: Any, scorer: Any, world: World) -> Enumerated
     index = np.arange(len(scored))
     place = np.asarray(world.places)[index // v % len(world.places)]
     if len(scored) != len(world.prompts) or any(
-        s.trajectory.token_ids[p] != i % v for i, s, p in zip(index, scored, place, strict=True)
+        len(s.trajectory) <= p or s.trajectory.token_ids[p] != i % v
+        for i, s, p in zip(index, scored, place, strict=True)
     ):
         raise DataError(
             f"rollout {type(rollout).__name__} does not keep what its engines write, one trajectory per prompt in "

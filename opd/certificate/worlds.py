@@ -19,7 +19,7 @@ Contexts = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 CONTEXTS: Contexts = (((3, 5), (1, 3, 5)), ((2, 7, 4), (2, 6, 4)))  # student's, teacher's
 VOCABULARY, LENGTH = 12, 3
 WIDE = 256  # ids, in the world of supports as they are shipped
-SECOND = "second"  # a teacher besides those that a method names itself
+MORE = ("second", "third")  # teachers besides those that a method names itself; the first of them is narrower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +107,13 @@ class World:
 def make_world(
     seed: int, vocabulary: int = VOCABULARY, names: Sequence[str] = ("default",), *, distance: float = 0.5
 ) -> World:
-    """A fresh student, teachers not far from it, and strangers to put in their place. `SECOND` is narrower."""
+    """A fresh student, teachers not far from it, and strangers to put in their place."""
     draw = torch.Generator().manual_seed(seed)
     student = make_model(draw, vocabulary)
     teachers = {name: student.moved(draw, distance) for name in names}
     strangers = {name: student.moved(draw, distance) for name in names}
-    if SECOND in teachers:
-        teachers[SECOND] = make_model(draw, vocabulary, width=5)
+    if MORE[0] in teachers:
+        teachers[MORE[0]] = make_model(draw, vocabulary, width=5)
     return World(
         vocabulary=vocabulary,
         student=student,
@@ -134,7 +134,7 @@ def one_state(world: World, place: int = 1) -> World:
     return replace(world, contexts=world.contexts[:1], places=(place,))
 
 
-def long(world: World, prompt: int = 250, completion: int = 300) -> World:
+def long(world: World, prompt: int = 350, completion: int = 600) -> World:
     """Prompts of hundreds of ids, of which the teacher sees as many more, and completions of hundreds."""
     ids = np.random.default_rng(0).integers(0, world.vocabulary, (2, prompt + 50)).tolist()
     contexts = tuple((tuple(row[50:]), tuple(row)) for row in ids)
