@@ -23,6 +23,7 @@ from launch.shipped import option_files
 from opd.errors import ConfigurationError
 
 _RUN = "launch.config.RunConfig"
+_NO_SETTINGS = ("text", "overrides")  # fields of it that say where it came from
 _HOME = Path(__file__).resolve().parent.parent
 _COMMENT = re.compile(r"^( *)([a-z_]\w*):[^#]*(?:#\s*(.*))?$")
 
@@ -177,7 +178,7 @@ def _fields(cls: str) -> Mapping[str, Setting] | None:
     data = "folder of the data that an experiment asks for (experiment=gsm8k_tiny)"
     extra = {"teacher": ("TeacherConfig", ""), "allow_targets": ("Sequence[str]", ""), "data": ("str", data)}
     added = {n: Setting(name=n, kind=kind, default="", text=text, module=module) for n, (kind, text) in extra.items()}
-    return {name: setting for name, setting in {**found, **added}.items() if name != "text"}
+    return {name: setting for name, setting in {**found, **added}.items() if name not in _NO_SETTINGS}
 
 
 def _class_of(kind: str, module: str) -> str:

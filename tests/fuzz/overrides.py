@@ -73,6 +73,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"output_dir|student\.path|teachers\.\w+\.path", text(r"[^\x00-\x1f]+")),
     (r"resume|text|tracker\.(entity|group)", lambda v: v is None or type(v) is str),
     (r"notes|tracker\.tags", members(text())),
+    (r"overrides(\[\d+\])?", lambda v: type(v) in (str, tuple)),
     (r"teachers", named(lambda v: hasattr(v, "backend"), 1)),
     (r"(.*\.)?seed", SEED),
     (r"steps|checkpoint_keep|tracker\.(print|samples)_every", SOME),
@@ -214,7 +215,8 @@ def lines(count: int, seed: int, chosen: Sequence[tuple[str, ...]] | None = None
     for base in chosen or bases():
         for name, _, _ in walk(run_config(base), ""):
             places.setdefault(name.replace("teachers.default", "teacher"), []).append(base)
-    places.pop("text")
+    for name in [name for name in places if name == "text" or name.startswith("overrides")]:
+        places.pop(name)
     names: list[str] = []
     while len(names) < count:
         again = sorted(places)
