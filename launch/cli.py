@@ -14,9 +14,10 @@ from time import time
 from typing import TYPE_CHECKING
 
 from launch.flags import read_flags
+from launch.redaction import check_arguments
 from launch.running import end_on_signals
 from launch.screen import console
-from launch.sentences import sentences
+from launch.sentences import keep_secrets, sentences
 from opd.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
     # kill -USR1 PID: where every thread of a run that seems to hang stands
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+    keep_secrets()
     with sentences(console(stderr=True)):
+        check_arguments(arguments)
         sys.exit(_dispatch(arguments))
 
 
@@ -151,6 +154,7 @@ def _submit(arguments: Sequence[str]) -> int:
     if not command or command[0] not in ("train", "eval"):
         raise ConfigurationError("opd submit needs a command to run there, e.g. opd submit address=URL train steps=50")
     address = own.get("address") or os.environ.get("RAY_ADDRESS", "")
+    check_arguments([f"address={address}"])
     if not address:
         raise ConfigurationError("opd submit needs the cluster: address=http://HOST:8265 (or RAY_ADDRESS)")
     follow = own.get("follow", "true").lower()

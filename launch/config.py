@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from actors.config import StudentConfig
 from launch.compose import compose, first_line
 from launch.keys import check_names
+from launch.redaction import check_logins, remember
 from launch.settings import ClusterConfig, EvaluationConfig, HardwareConfig
 from launch.tracking import TrackerConfig
 from launch.typed import AllowedPackages, built, construct
@@ -115,6 +116,8 @@ def _resolved(node: DictConfig) -> tuple[dict[str, Any], str]:
         values, text = OmegaConf.to_container(node), OmegaConf.to_yaml(node)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigurationError(f"the configuration cannot be resolved: {first_line(error)}") from error
+    remember(values)
+    check_logins(values)
     if missing:
         raise ConfigurationError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
     return cast(dict[str, Any], values), text

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.redaction import redacted, without_secret
+from launch.redaction import masked, redacted, without_secret
 from opd.errors import ConfigurationError, DataError, OpdError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
@@ -180,8 +180,8 @@ class RunDirectory:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old or the new text, also after a crash."""
-    write_bytes(path, text.encode())
+    """Replace a file at once: a reader sees the old or the new text, also after a crash. Secrets are masked."""
+    write_bytes(path, masked(text).encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -261,7 +261,7 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _line(value: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False) + "\n"
+    return masked(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _finite(value: Any) -> Any:

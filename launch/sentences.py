@@ -1,12 +1,16 @@
 """What a user reads when something goes wrong: our own errors as one sentence, everything else whole."""
 
+import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 from rich.console import Console
 
 from launch.causes import find_own
+from launch.redaction import masked
 from launch.running import Preempted
 from opd.errors import ConfigurationError
 
@@ -27,17 +31,36 @@ def sentences(console: Console) -> Iterator[None]:
         if ours is None:
             raise
         if isinstance(ours, Preempted):
-            console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
+            console.print(masked(str(ours)), markup=False, highlight=False, soft_wrap=True)
             _notes(error, console)
             sys.exit(ours.code)
         console.print("error:", style="bold red", end=" ")
         console.print(f"{type(ours).__name__}: ", end="", highlight=False)
-        console.print(str(ours), markup=False, highlight=False, soft_wrap=True)
+        console.print(masked(str(ours)), markup=False, highlight=False, soft_wrap=True)
         _notes(error, console)
         sys.exit(2 if isinstance(ours, ConfigurationError) else 1)
+
+
+def keep_secrets() -> None:
+    """What goes past `sentences`, warnings and stack traces of what nobody expected, is masked as well."""
+    sys.excepthook = _masked_trace
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Masked())
+
+
+class _Masked(logging.Formatter):
+    """A message without the secrets in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As without it, masked."""
+        return masked(super().format(record))
+
+
+def _masked_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _notes(error: BaseException, console: Console) -> None:
     """How to go on, where that is known."""
     for note in getattr(error, "__notes__", ()):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(masked(note), markup=False, highlight=False, soft_wrap=True)

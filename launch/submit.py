@@ -7,13 +7,14 @@ import asyncio
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from launch.redaction import check_arguments
 from opd.errors import ConfigurationError, OpdError
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitOptions:
-    """Where the job goes. The token comes from the environment (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH).
+    """Where the job goes. Secrets are set where the cluster's nodes start: Ray shows a job's command to who asks.
+
+    The token comes from the environment (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH).
 
     `exclude` are folders and files of `working_dir` that stay here, as in a .gitignore. Without `follow` the command
     returns as soon as the cluster has the job.
@@ -37,7 +40,6 @@ class SubmitOptions:
     address: str
     working_dir: str = "."
     exclude: Sequence[str] = ()
-    env: dict[str, str] = field(default_factory=dict)
     follow: bool = True
 
 
@@ -67,11 +69,12 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
     arguments = list(command)
     if not any(part.startswith(("cluster=", "cluster.address=")) for part in arguments):
         arguments.append("cluster=existing")
+    check_arguments([*arguments, f"address={options.address}"])
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     entrypoint = shlex.join(["python", "-m", "launch.cli", *arguments])
-    runtime_env = {"working_dir": options.working_dir, "excludes": excludes, "env_vars": options.env}
+    runtime_env = {"working_dir": options.working_dir, "excludes": excludes}
     try:
         client = JobSubmissionClient(options.address)
         job = _accepted(lambda: client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))

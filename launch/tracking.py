@@ -3,6 +3,7 @@
 import logging
 import netrc
 import os
+import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from rich.console import Console
 from launch.evaluation_point import EvaluationPoint, Examinee
 from launch.live_view import LiveView
 from launch.metrics import Meter
-from launch.redaction import redacted
+from launch.redaction import masked, redacted
 from launch.run_directory import RunDirectory, append_json, write_text
 from launch.samples import Decode, Sample, samples_of
 from opd.alarms import Alarm
@@ -207,6 +208,7 @@ class WandbTracker:
         self._set = tuple(own)
         import wandb  # here, because it takes a second and a run may do without
 
+        arguments, sys.argv = sys.argv, [masked(argument) for argument in sys.argv]  # which wandb keeps
         try:
             self._run = wandb.init(
                 project=self._config.project,
@@ -228,6 +230,8 @@ class WandbTracker:
                 f"wandb did not start ({' '.join(str(error).split())}); check the login and the network, "
                 "or use tracker.mode=offline"
             ) from error
+        finally:
+            sys.argv = arguments
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         for name, better in _BEST.items():
@@ -272,7 +276,7 @@ class WandbTracker:
     def _alert(self, alarm: Alarm, step: int) -> None:
         import wandb
 
-        title, text = f"{self._plan.method}: {alarm.name.replace('_', ' ')}", f"step {step}: {alarm.sentence}"
+        title, text = f"{self._plan.method}: {alarm.name.replace('_', ' ')}", masked(f"step {step}: {alarm.sentence}")
         self._guarded(lambda run: run.alert(title=title, text=text, level=wandb.AlertLevel.WARN))
 
     def _table(self, samples: Sequence[Sample]) -> Any:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from opd.errors import ConfigurationError
 from opd.ranges import AtMost, In, Length, Matches, Whole
+from opd.secret import HIDDEN, Secret, names_a_secret, without_logins
 
 Class = TypeVar("Class")
 MAY_LACK = "__may_lack__"
@@ -139,6 +140,8 @@ def _typed(base: Any, value: Any, where: str) -> Any:
 
 
 def _simple(kind: type, value: Any) -> Any:
+    if kind is Secret and isinstance(value, str):
+        return Secret(value)
     if kind is float:
         _must(value, isinstance(value, int | float) and not isinstance(value, bool))
         try:
@@ -263,7 +266,8 @@ def _returns(function: Callable[..., Any]) -> type | None:
 
 def _sentence(hint: Any, value: Any, where: str, default: Any, because: str) -> str:
     reason = f" ({because})" if because else ""
-    return f"{where} needs {_wanted(hint)}, got {shown(value)}{reason}; {_advice(hint, value, where, default)}"
+    got = HIDDEN if names_a_secret(where) or parts_of(hint)[0] is Secret else without_logins(shown(value))
+    return f"{where} needs {_wanted(hint)}, got {got}{reason}; {_advice(hint, value, where, default)}"
 
 
 def _wanted(hint: Any) -> str:
@@ -286,7 +290,14 @@ def _kind(base: Any) -> str:
         return "a mapping of names" + ("" if arguments[1] is Any else f", each with {_wanted(arguments[1])}")
     if isinstance(base, type) and issubclass(base, Enum):
         return f"one of {', '.join(base.__members__)}"
-    simple = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    simple = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Secret: "text",
+        NoneType: "null",
+    }
     return simple.get(base) or f"a part for the slot {getattr(base, '__name__', base)}"
 
 

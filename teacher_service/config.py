@@ -46,7 +46,7 @@ _WHY = {
 
 
 Attempt = Annotated[float, In(0.1, 24 * 3600.0)]  # seconds for one try of several
-Url = Annotated[str, Matches(r"(https?://[^\s/?#]+[^\s?#]*)?", "http://HOST:PORT, or none at all")]
+Url = Annotated[str, Matches(r"(https?://[^\s/?#@]+[^\s?#]*)?", "http://HOST:PORT without a login, or none at all")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

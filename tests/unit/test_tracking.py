@@ -321,9 +321,11 @@ def test_disabled_means_no_wandb(directory: RunDirectory, meter: Meter, plan: Ru
 
 
 def test_wandb_offline_for_real_and_resumed(
-    directory: RunDirectory, meter: Meter, plan: RunPlan, no_login: Path
+    directory: RunDirectory, meter: Meter, plan: RunPlan, no_login: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that fails and is resumed: the same run id, our own steps, no secret, all inside."""
+    """A run that fails and is resumed: the same run id, our own steps, no secret (of the arguments, which wandb keeps,
+    neither), all inside."""
+    monkeypatch.setattr(sys, "argv", ["opd", "train", "teacher.url=https://user:geheim@host:1/", "steps=3"])
     config = TrackerConfig(samples=1, tags=("t",), group="g")
     tracker = WandbTracker(config, directory, meter, plan)
     with tracker:
@@ -356,6 +358,7 @@ def test_wandb_offline_for_real_and_resumed(
     assert float(history[1]["distill/reverse_kl"]) == pytest.approx(0.4)
     assert [any("samples" in name for name in row) for row in history] == [False, True, False, False]
     assert len(list(directory.path.rglob("*.table.json"))) == 1
+    assert any(b"steps=3" in log.read_bytes() for log in logs), "wandb keeps no arguments any more"
     assert not any(b"geheim" in path.read_bytes() for path in directory.path.rglob("*") if path.is_file())
 
 
