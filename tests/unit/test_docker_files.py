@@ -51,7 +51,7 @@ def test_images_install_the_locks() -> None:
     cpu, gpu = ((ROOT / path).read_text() for path in DOCKERFILES)
     assert "scripts/install.sh packages" in cpu and "scripts/install.sh runtime" in cpu
     assert re.search(r"--require-hashes .*requirements/gpu\.lock", gpu)
-    everything = cpu + gpu + (ROOT / "scripts/install.sh").read_text()
+    everything = cpu + gpu + (ROOT / "scripts/install.sh").read_text() + (ROOT / "Makefile").read_text()
     unused = [path.name for path in (ROOT / "requirements").iterdir() if path.name not in everything]
     assert not unused, f"locks that nothing installs: {unused}"
 

