@@ -9,6 +9,7 @@ On a support, members keep their log-probability and all others become 0, the lo
 any divergence below, so the same few formulas serve the whole vocabulary, a renormalised support and a tail bucket.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -356,6 +357,15 @@ def whole(promise: Promise) -> Promise:
         case Sum(of=parts):
             return Sum(tuple(whole(part) for part in parts))
     return promise
+
+
+def renormalized(promise: Any) -> Iterator[Support]:
+    """The supports over which any part of a promise is renormalized."""
+    if isinstance(promise, Renormalized):
+        yield promise.support
+    inner = getattr(promise, "of", ())
+    for part in inner if isinstance(inner, tuple) else (inner,):
+        yield from renormalized(part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Float
 
-from opd.divergences import ClippedCredit
+from opd.divergences import ClippedCredit, Testified, Union, renormalized
 from opd.errors import ConfigurationError, DataError
 from opd.packing import Normalizer, TokenMean
 from opd.ports import PromptSource
 from opd.ranges import Matches
 from opd.settings import settings
 from opd.slots import Objective, Rollout, Scorer, TokenWeight, Update
-from opd.types import Scored, Scores
+from opd.types import Scored, Scores, TopKScores
 from opd.updates.optimizer import OptimizerStep
 
 MethodName = Annotated[
@@ -75,6 +75,31 @@ class Method:
                     f"{role} {_name(reader)} needs {reader.consumes.__name__}, but scorer {_name(self.scorer)} "
                     f"produces {said.__name__}; choose a scorer that produces it or another {role}"
                 )
+        self._check_weights()
+        self._check_supports()
+
+    def _check_weights(self) -> None:
+        """Refuse weights that would bend what an estimate expects."""
+        if not _estimates(self.objective):
+            return
+        for name, part in self.weights.items():
+            if getattr(part, "reads_written", True):
+                raise ConfigurationError(
+                    f"weight {name!r} {_name(part)} depends on what was written, but objective {_name(self.objective)} "
+                    "estimates from written tokens, whose expectation such a weight changes; choose an objective over "
+                    "distributions such as FullReverseKL, or leave the weight out (one that reads the state alone "
+                    "declares reads_written = False)"
+                )
+
+    def _check_supports(self) -> None:
+        """Refuse an objective that renormalizes over a single id, where every distribution is the same."""
+        for support in renormalized(getattr(self.objective, "promise", None)):
+            setting, ids = _ids(self) if isinstance(support, Testified) else _ids_of(self.objective, support)
+            if ids == 1:
+                raise ConfigurationError(
+                    f"objective {_name(self.objective)} renormalizes over its support and needs at least 2 ids there, "
+                    f"but {setting}=1, and of a single id nothing is left to learn; set {setting}=2 or more"
+                )
 
 
 def _estimates(objective: Any) -> bool:
@@ -83,6 +108,23 @@ def _estimates(objective: Any) -> bool:
     A clipped credit counts what was written and nothing else; its promise says so.
     """
     return getattr(objective, "on_policy", False) and not isinstance(getattr(objective, "promise", None), ClippedCredit)
+
+
+def _ids(method: Method) -> tuple[str, int]:
+    """The setting that says of how many ids the scorer's testimony is, and its value; 0 where that is not known."""
+    scorer: Any = method.scorer
+    if issubclass(scorer.needs, TopKScores):
+        rollout: Any = method.rollout
+        mixed = "student." if hasattr(rollout, "student") else ""
+        writer = rollout.student if mixed else rollout
+        return f"method.rollout.{mixed}record_topk", getattr(writer, "record_topk", 0)
+    return "method.scorer.k", getattr(scorer, "k", 0)
+
+
+def _ids_of(objective: Any, support: Any) -> tuple[str, int]:
+    """The same of a support that the objective chooses. The union of two single ids may hold two."""
+    inside = "support." if hasattr(objective, "support") else ""
+    return f"method.objective.{inside}k", 0 if isinstance(support, Union) else getattr(support, "k", 0)
 
 
 def check_prompts(method: Method, prompts: PromptSource) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapreplace
-from typing import Annotated, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -11,14 +11,18 @@ from jaxtyping import Float
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Layout
 from opd.ranges import In
-from opd.settings import settings
+from opd.settings import may_lack, settings
 from opd.types import Batch, S, Scored
 
 TokenWeights = Float[np.ndarray, " _T"]
 
 
+@may_lack("per_sequence")  # tokens then keep the weights they have
 class Normalizer(Protocol):
     """By what the summed loss of a step is divided."""
+
+    # whether the tokens of a trajectory share one weight: each is first divided by how many are trained there
+    per_sequence: ClassVar[bool]
 
     def __call__(self, weights: Sequence[TokenWeights]) -> float:
         """A positive divisor, computed over the *whole* step before the first backward."""
@@ -29,13 +33,30 @@ class Normalizer(Protocol):
 class TokenMean:
     """The mean over all trained tokens of the step, every token alike."""
 
+    per_sequence: ClassVar[bool] = False
+
     def __call__(self, weights: Sequence[TokenWeights]) -> float:
         return float(sum(np.count_nonzero(w) for w in weights))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceMean:
+    """The mean over trajectories of each one's own mean over its trained tokens (long answers weigh no more).
+
+    GRPO as published (arXiv 2402.03300 eq. 3, `1/G sum_i 1/|o_i| sum_t`) and GKD (arXiv 2306.13649, `1/L_y sum_t`).
+    """
+
+    per_sequence: ClassVar[bool] = True
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return float(sum(bool(w.any()) for w in weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSum:
     """The loss summed over tokens, averaged over trajectories (long answers weigh more)."""
+
+    per_sequence: ClassVar[bool] = False
 
     def __call__(self, weights: Sequence[TokenWeights]) -> float:
         return float(sum(bool(w.any()) for w in weights))
@@ -45,6 +66,8 @@ class SequenceSum:
 @settings
 class Constant:
     """A fixed divisor; 1.0 is the plain sum of Thinking Machines' `importance_sampling` loss."""
+
+    per_sequence: ClassVar[bool] = False
 
     # what a step's sum is divided by
     divisor: Annotated[float, In(1e-6, 1e12)] = 1.0
@@ -86,6 +109,8 @@ def pack(
             "the step has no token to train: every weight is 0; check loss masks, filters and the weight parts"
         )
     denominator = normalizer(weights)
+    if getattr(normalizer, "per_sequence", False):
+        weights = [weight / max(np.count_nonzero(weight), 1) for weight in weights]
     lengths = {i: _inputs(scored[i]) for i in kept}
     bins = _fill(lengths, layout)
     spare = kept[0]

@@ -69,12 +69,21 @@ class Scorer(Protocol):
         ...
 
 
+@may_lack("reads_written")  # it is then taken to read everything
 class TokenWeight(Protocol):
     """Which tokens count, how much? 0 = not trained."""
 
     @property
     def consumes(self) -> type[Scores]:
         """The testimony it reads."""
+        ...
+
+    @property
+    def reads_written(self) -> bool:
+        """Whether a token's weight depends on more than its state: on itself, on later tokens, on how the text ended.
+
+        Such a weight bends what an estimate from written tokens expects, so the two are refused together.
+        """
         ...
 
     def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:

@@ -114,9 +114,13 @@ def _name(trajectories: Sequence[Trajectory]) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surprise:
-    """Tokens weigh what it cost the writer to write them: the expectation of the estimate is another one."""
+    """Tokens weigh what it cost the writer to write them: the expectation of the estimate is another one.
+
+    It does not say so; `Method` would refuse it otherwise.
+    """
 
     consumes: ClassVar[type[Scores]] = TokenScores
+    reads_written: ClassVar[bool] = False
 
     def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
         return [np.maximum(-np.asarray(s.trajectory.behavior.logprobs, dtype=np.float64), 0.0) for s in scored]

@@ -76,6 +76,7 @@ def _praise(seen: Enumerated, item: Scored[Any], teachers: Mapping[str, TinyMode
 def _returns(scorer: Any, praise: Float[np.ndarray, " _T"]) -> Float[np.ndarray, " _T"]:
     """`R_t = sum_{j > t} discount^(j - t - 1) r_j`, over the number of its terms if length-normalized."""
     later = np.arange(len(praise))[None, :] - np.arange(len(praise))[:, None]  # j - t
+    later += scorer.own_reward  # then the sum begins at t
     factors = np.where(later > 0, float(scorer.discount) ** np.maximum(later - 1, 0), 0.0)
     if scorer.length_normalized:
         factors /= np.maximum((later > 0).sum(1, keepdims=True), 1)

@@ -20,9 +20,13 @@ class WithReturns:
     """The teacher's top-k, plus the return of every token: discounted rewards of the tokens after it.
 
     Reward of a token: `log q - log mu`, times `reward_scale`. With `length_normalized` a return is divided by the
-    number of tokens that remain (MiniLLM, arXiv 2306.08543). The writer's log-probability stands for the student's,
-    which is the same while rollouts are fresh. Published in code: discount 0.95, and rewards divided by 0.5 before the
-    advantages are whitened, which undoes it; the paper's equation has `reward_scale` 1.
+    number of tokens that remain (MiniLLM, arXiv 2306.08543). `mu` is the writer: of stale text a return is that of the
+    policy that wrote it, held constant, and not the current student's. Published in code: discount 0.95, and rewards
+    divided by 0.5 before the advantages are whitened, which undoes it; the paper's equation has `reward_scale` 1.
+
+    The paper's long-term part credits a token with what comes after it, because its own reward is the single-step part,
+    which is exact; that is the default. The released code also has the token's own reward in the return (`own_reward`),
+    so the single step counts twice: once exactly, once sampled.
     """
 
     needs: ClassVar[type[Scores]] = TokenScores
@@ -36,6 +40,8 @@ class WithReturns:
     discount: Share = 1.0
     # divide a return by the tokens that remain
     length_normalized: bool = True
+    # count a token's own reward in its return, as the released code does
+    own_reward: bool = False
     # factor of the rewards
     reward_scale: Annotated[float, In(1e-6, 1e6)] = 1.0
 
@@ -50,14 +56,21 @@ class WithReturns:
             topk_ids=said.topk_ids,
             topk_logprobs=said.topk_logprobs,
             rest=said.rest,
-            returns=returns(np.asarray(rewards), self.discount, self.length_normalized),
+            returns=returns(np.asarray(rewards), self.discount, self.length_normalized, self.own_reward),
         )
 
 
-def returns(rewards: Float[np.ndarray, " T"], discount: float, length_normalized: bool) -> Float[np.ndarray, " T"]:
-    """`sum_{t' > t} discount^(t' - t - 1) r_{t'}`, divided by the number of its terms if asked; 0 at the last token."""
+def returns(
+    rewards: Float[np.ndarray, " T"], discount: float, length_normalized: bool, own_reward: bool = False
+) -> Float[np.ndarray, " T"]:
+    """`sum_{t' > t} discount^(t' - t - 1) r_{t'}`, divided by the number of its terms if asked; 0 at the last token.
+
+    With `own_reward` the sum begins at `t` itself, with `discount^(t' - t)`.
+    """
     total = np.zeros_like(rewards)
     for t in range(len(rewards) - 2, -1, -1):
         total[t] = rewards[t + 1] + discount * total[t + 1]
     remaining = np.maximum(np.arange(len(rewards))[::-1], 1)
+    if own_reward:
+        total, remaining = rewards + discount * total, np.arange(len(rewards), 0, -1)
     return (total / remaining if length_normalized else total).astype(rewards.dtype)

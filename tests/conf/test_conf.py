@@ -19,7 +19,7 @@ from opd.weights.teachers import TeacherBalance
 
 METHODS = groups()["method"]
 EXPERIMENTS = [name for name in groups()["experiment"] if not is_comparison([f"experiment={name}"])]
-GROUP_OF_TWO = {"grpo": ["prompts.group_size=2"]}
+GROUP_OF_TWO = {name: ["prompts.group_size=2"] for name in ("grpo", "grpo_token_mean")}
 NEEDED = {
     "student=hf": ["student.path=x"],
     "teacher=hf": ["teacher.path=x"],
@@ -72,9 +72,9 @@ def test_a_plan_knows_the_ids_of_tokens_that_a_weight_names() -> None:
     special = make_plan(run_config(base)).config.method.weights["special"]
     assert isinstance(special, SkipFirst) and tuple(special.token_ids) == (2, 1) and not special.tokens
     shipped = run_config(base[:1]).method.weights["special"]
-    assert isinstance(shipped, SkipFirst) and list(shipped.tokens) == ["<", "think", "<|im_end|>"]
+    assert isinstance(shipped, SkipFirst) and list(shipped.tokens) == ["<", "think", "<|im_end|>", "<|endoftext|>"]
     kept = [
-        "method=topk_reverse_kl",
+        "method=jensen_shannon",
         "method.weights.balance={_target_: opd.weights.teachers.TeacherBalance, filters: {special: "
         "{_target_: opd.weights.special.SkipFirst, tokens: ['<eos>']}}}",
     ]

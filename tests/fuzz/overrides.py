@@ -86,7 +86,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"cluster\.elastic", yes),
     (r"grace_s", real(0, 30 * 24 * 3600)),
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
-    (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized)", yes),
+    (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward)", yes),
     (r"weight_update|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel|signal|outside)", one),
     (r"(.*\.)?deadline_s|.*start_deadline_s", SECONDS),
     (r"teachers\.\w+\.(connect_s|read_s|backoff_s)", real(1e-4, 30 * 24 * 3600)),
@@ -202,7 +202,8 @@ class Figures:
 
 def bases() -> list[tuple[str, ...]]:
     """Every method that is shipped, two tasks with two teachers, adapters, a cluster."""
-    own = {"ensemble_reverse_kl": ENSEMBLE, "grpo": ["prompts.group_size=2"]}
+    group = ["prompts.group_size=2"]
+    own = {"ensemble_reverse_kl": ENSEMBLE, "grpo": group, "grpo_token_mean": group}
     every = [(*SHOP, f"method={m}", *own.get(m, ())) for m in groups()["method"]]
     more = (["experiment=two_teachers"], [*SHOP, "learner=lora"], [*SHOP, "cluster=multi_node"])
     return [*every, *(tuple(o) for o in more)]

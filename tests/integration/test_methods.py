@@ -66,9 +66,9 @@ def test_a_method_trains(name: str, session: tuple[Session, asyncio.Runner]) -> 
         assert versions == {1}
     else:  # a teacher's text has no version
         assert rollout.needs_writer and versions <= ({NOBODY} if name == "sft" else {NOBODY, 1})
-    if name not in ("grpo", "sft"):
+    if not name.startswith("grpo") and name != "sft":
         assert records[0].report.grad_norm > 0
-    if name != "grpo" and rollout.on_policy and getattr(rollout, "top_p", 1.0) == 1:
+    if not name.startswith("grpo") and rollout.on_policy and getattr(rollout, "top_p", 1.0) == 1:
         assert records[0].report.metrics["ratio"] == pytest.approx(1, abs=1e-3)
 
 

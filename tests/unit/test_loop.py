@@ -325,7 +325,7 @@ def test_steps_are_admitted_by_ordinal_and_published_by_number(make: Any, max_st
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_the_ledger_accounts_for_every_trajectory_at_every_step(make: Any, max_staleness: int) -> None:
     bench = Bench(make, wait=Pause(1))
-    chosen = method(WrittenTokens(), SampledReverseKL(), weights={"whole": SkipTruncated()})
+    chosen = method(Unscored(), Likelihood(), weights={"whole": SkipTruncated()})
     ledger = asyncio.run(bench.run(chosen, 6, max_staleness=max_staleness))
     for record in bench.records:
         said, done = record.ledger, 2 * GROUP * record.step
@@ -417,6 +417,7 @@ class Nothing:
     calls: Sequence[int]
     called: int = -1
     consumes = Scores
+    reads_written = False
 
     def __call__(self, scored: Sequence[Any]) -> list[np.ndarray]:
         self.called += 1
