@@ -1,6 +1,7 @@
 """P7, P9: what publishing a version costs: against one memcpy, against the number of receivers, and in rollout time.
 
     python benchmarks/publish.py [rounds] [megabytes] [completions]
+    python benchmarks/publish.py parts [rounds] [megabytes]       what P7 consists of, without Ray and vLLM
 
 P7. A version of float32 tensors of 4 MiB in chunks of 32 MiB is laid out (copied and hashed), announced, fetched and
 verified; nothing is loaded. The memcpy is of the same bytes between two buffers that were touched before. Receivers
@@ -30,6 +31,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 from actors.config import StudentConfig, environment
+from learner.config import STREAMED
 from learner.config import environment as learner_environment
 from opd.devices import Device, Dtype
 
@@ -45,6 +47,7 @@ from launch.cluster import connected, fetch, store
 from launch.settings import ClusterConfig
 from learner.publishing import Publisher, Staged
 from opd.delivery import assemble, collect
+from opd.manifest import digest
 from opd.ports import GenerateRequest, Outlet, Sampling, Sentinel, Share, Weights
 from opd.shared_memory import SharedMemory, read
 
@@ -123,6 +126,33 @@ def against_memcpy(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
         limit = " (limit 1.5)" if name in ("shared memory", "object store") else ""
         wall = ratio(values, seconds["memcpy"], limit)
         table.add_row(name, f"{median(values) / gigabytes:.3f}", wall, ratio(cpu[name], cpu["memcpy"]))
+    return table
+
+
+def parts(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
+    """Where the time goes: what has to be done at least, and what is done, each alone."""
+    source = Source(tensors, SharedMemory())
+    held = [source.publish(), source.publish()]
+    flat = torch.cat([t.reshape(-1) for t in tensors.values()]).numpy()
+    other, nbytes = flat.copy(), flat.nbytes
+    cached = np.ascontiguousarray(flat[: STREAMED // flat.itemsize])
+
+    def lay() -> None:
+        held[:] = [held[1], source.publish()]
+
+    arms: Arms = {
+        "memcpy": lambda: np.copyto(other, flat),
+        "digest of what lies in memory": lambda: digest(flat),
+        "digest of what lies in a cache": lambda: [digest(cached) for _ in range(nbytes // cached.nbytes)],
+        "laid out, with its digests": lay,
+        "read back and verified": lambda: collect(held[1], read, "a benchmark"),
+    }
+    seconds, cpu = interleaved(arms, rounds)
+    table = Table(title=f"P7: {nbytes / 1e9:.2f} GB through shared memory, in parts")
+    for column in ("part", "of a memcpy", "CPU time of a memcpy's"):
+        table.add_column(column)
+    for name, values in seconds.items():
+        table.add_row(name, ratio(values, seconds["memcpy"]), ratio(cpu[name], cpu["memcpy"]))
     return table
 
 
@@ -240,7 +270,7 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
     return table
 
 
-def main(rounds: int = 9, megabytes: int = 256, completions: int = 256) -> None:
+def main(rounds: int = 9, megabytes: int = 256, completions: int = 256, *, in_parts: bool = False) -> None:
     wanted = learner_environment(Device.CPU)
     if any(os.environ.get(name) != value for name, value in wanted.items()):  # read once, when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
@@ -248,6 +278,9 @@ def main(rounds: int = 9, megabytes: int = 256, completions: int = 256) -> None:
     random = torch.Generator().manual_seed(0)
     tensors = {f"p{i}": torch.rand(TENSOR // 4, generator=random) for i in range(max(1, (megabytes << 20) // TENSOR))}
     console = Console()
+    if in_parts:
+        console.print(parts(tensors, rounds))
+        return
     console.print(to_many(tensors, rounds))  # first: its processes are forked before Ray and vLLM start threads
     with connected(ClusterConfig()):
         console.print(against_memcpy(tensors, rounds))
@@ -255,4 +288,4 @@ def main(rounds: int = 9, megabytes: int = 256, completions: int = 256) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*(int(word) for word in sys.argv[1:] if word != "parts"), in_parts="parts" in sys.argv)

@@ -82,7 +82,8 @@ async def spent(session: Any) -> np.ndarray:
     """CPU-seconds of the process tree, then busy seconds of the busiest engine, teacher and learner rank."""
     engine = [(await a.stats.remote()).busy_s for a in session.engines.student.replicas.actors]
     teacher = [(await a.stats.remote()).busy_s for a in session.engines.teachers["default"].replicas.actors]
-    learner = [(await a.stats.remote())["busy_s"] for a in session.learner.actors]
+    ranks = session.learner._ranks.actors  # of no interest to a run, which may replace them
+    learner = [(await a.stats.remote())["busy_s"] for a in ranks]
     return np.array([process_tree_cpu_seconds(), max(engine), max(teacher), max(learner)])
 
 

@@ -34,7 +34,7 @@ def told(directory: RunDirectory) -> str:
 
 def _steps(directory: RunDirectory, summary: RunSummary | None) -> Iterator[NextStep]:
     given, run = _overrides(directory), f"run={directory.path}"
-    finished = summary is not None and summary.outcome is Outcome.FINISHED
+    finished = summary if summary is not None and summary.outcome is Outcome.FINISHED else None
     others = _without(given, _OF_ANOTHER)
     kept = CheckpointStore(directory.checkpoints).steps()
     if kept and not finished:
@@ -48,7 +48,7 @@ def _steps(directory: RunDirectory, summary: RunSummary | None) -> Iterator[Next
         made = _command("export", run, f"step={kept[0]}", "output=FOLDER")
         yield NextStep(what=f"make a model of step {kept[0]}", command=made)
     if finished:
-        repeated = _command("train", *others, f"seed={summary.seed + 1}")
+        repeated = _command("train", *others, f"seed={finished.seed + 1}")
         yield NextStep(what="the same with another seed", command=repeated)
         yield NextStep(what="compare methods (its arms are lines of YAML)", command="opd train experiment=compare")
     if offline := sorted((directory.path / "wandb").glob("offline-run-*")):
