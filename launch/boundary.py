@@ -43,6 +43,7 @@ class Boundary:
         self._apart, self._clock, self._since, self._elsewhere = apart, clock, clock(), elsewhere
         self.over = self.saved = self._first = first
         self.hopeless = False  # the ranks cannot be asked any more: Ray itself is gone
+        self.rescued: Path | None = None  # where the last step lies that could not be written in its place
 
     async def __call__(self, record: StepRecord) -> None:
         """A step is over, and everybody else has heard of it."""
@@ -78,15 +79,7 @@ class Boundary:
         with self._apart():
             place = await self._saver.rescue(await self._state(self.over), self._elsewhere)
         self.saved = self.over
-        if place.parent in self._elsewhere:
-            _log.warning(
-                "step %d could not be written in its place, and is kept in %s: resume=%s with another run_name goes on "
-                "from it, and opd export run=%s output=FOLDER makes a model of it",
-                self.over,
-                place,
-                place,
-                place,
-            )
+        self.rescued = place if place.parent in self._elsewhere else None
 
     async def stop_if_asked(self) -> None:
         """Raise `Preempted` if a signal asked the run to stop: what is finished has its checkpoint then."""

@@ -191,16 +191,16 @@ def _alone_in(root: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def way_on(directory: RunDirectory) -> str:
-    """How to go on after a run that did not finish: what is there decides it."""
-    steps = CheckpointStore(directory.checkpoints).steps()
-    rescued = CheckpointStore(directory.rescued).steps()
-    if rescued and rescued > steps:  # newest first
-        place = directory.rescued / name_of(rescued[0])
+def way_on(directory: RunDirectory, rescued: Path | None = None) -> str:
+    """How to go on after a run that did not finish: what is there, or was `rescued` elsewhere, decides it."""
+    if rescued is not None:
+        step = newest_first([rescued.name])[0]
         return (
-            f"step {rescued[0]} is kept in {place}: the same command with another run_name and resume={place} goes on, "
-            f"and opd export run={place} output=FOLDER makes a model of it"
+            f"step {step} is kept in {rescued}, since it could not be written in its place: the same command with "
+            f"another run_name and resume={rescued} goes on, and opd export run={rescued} output=FOLDER makes a model "
+            "of it"
         )
+    steps = CheckpointStore(directory.checkpoints).steps()
     if steps:
         place = directory.checkpoints / name_of(steps[0])
         return (

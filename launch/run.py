@@ -264,6 +264,11 @@ class Run:
         if self._boundary is not None:
             self._boundary.hopeless = True
 
+    @property
+    def rescued(self) -> Path | None:
+        """Where the last step lies, if it could not be written in its place."""
+        return None if self._boundary is None else self._boundary.rescued
+
     async def _state_of(self, step: int) -> DriverState:
         return self._state(step, await self._known())
 

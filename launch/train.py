@@ -100,7 +100,7 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
         outcome = Outcome.FINISHED
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         outcome = Outcome.STOPPED
-        error.add_note(way_on(directory))
+        error.add_note(way_on(directory, run.rescued))
         raise
     except BaseException as error:
         own = find_own(error)
@@ -108,7 +108,7 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
         problem = "" if isinstance(own, Preempted) else str(own or f"{type(error).__name__}: {error}")[:2000]
         if not isinstance(own, OpdError) or isinstance(own, ProcessFailed):
             error.add_note(keep_traceback(directory.failure, error))
-        error.add_note(way_on(directory))
+        error.add_note(way_on(directory, run.rescued))
         raise
     finally:
         summary = run.summary(outcome, problem)

@@ -355,12 +355,11 @@ def test_ranks_that_are_lost_write_nowhere(tmp_path: Path) -> None:
     run(tmp_path / "checkpoints", work)
 
 
-def test_how_to_go_on_names_the_newest_wherever_it_lies(tmp_path: Path) -> None:
+def test_how_to_go_on_names_what_was_rescued(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path, "r")
-    for store, step in ((directory.checkpoints, 5), (directory.rescued, 6)):
-        CheckpointStore(store).begin(step)
-        CheckpointStore(store).commit(state(step), {})
-        assert f"step {step} is kept in {store / f'step_{step}'}" in way_on(directory)
-    CheckpointStore(directory.checkpoints).begin(7)
-    CheckpointStore(directory.checkpoints).commit(state(7), {})
-    assert "step 7 is kept" in way_on(directory)
+    CheckpointStore(directory.checkpoints).begin(5)
+    CheckpointStore(directory.checkpoints).commit(state(5), {})
+    assert f"step 5 is kept in {directory.checkpoints / 'step_5'}: " in way_on(directory)
+    elsewhere = tmp_path / "spare" / "step_6"
+    said = way_on(directory, elsewhere)
+    assert f"step 6 is kept in {elsewhere}, since" in said and f"resume={elsewhere}" in said
