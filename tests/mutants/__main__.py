@@ -3,7 +3,7 @@
 A sample of faults (`tests.mutants.operators`), alike many from each area of the core, each tried by the tests that run
 its line, the shortest first, until one fails. Nothing in the work tree is touched. Prints killed and survived by area
 and every survivor with its place and change; exits 1 if less than 95 % were killed. What is known of the tests is kept
-in `.mutants/`; `again=true` tries the survivors of last time, with the tests as they are now. Not in CI: 10 to 20 s a
+in `.mutants/`; `again=true` does not try again what was killed before. Not in CI: 10 to 20 s a
 mutant, at `nice=10`.
 """
 
@@ -12,8 +12,9 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +27,7 @@ from tests.mutants.trials import Ended, Result, Trial, copies, preload, run
 KEPT = ROOT / ".mutants"
 ENOUGH = 0.95
 TESTS_S = 90.0  # processor seconds of tests that are asked about one mutant
+CONTROL_S = 5.0  # ... and without a fault, in each area
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,6 @@ class Row:
     area: str
     mutant: Mutant
     ended: Ended
-    difference: str
 
     @property
     def place(self) -> str:
@@ -73,36 +74,28 @@ def difference(tree: Path, mutant: Mutant) -> str:
     return "\n".join(f"    {line}" for line in list(lines)[3:])
 
 
-def tried(chosen: Sequence[tuple[str, Mutant]], tests: Sequence[Covered], trees: Sequence[Path]) -> list[Row]:
-    """Each mutant's end; of those so far, if one interrupts it.
+def tried(chosen: Sequence[tuple[str, Mutant]], tests: Sequence[Covered], trees: Sequence[Path]) -> Iterator[Row]:
+    """Each mutant's end.
 
     Raises:
         OpdError: tests fail without any fault, so that nothing could be said.
     """
     trials = [(area, Trial(mutant=mutant, tests=asked(mutant, tests, TESTS_S))) for area, mutant in chosen]
-    controls = {area: Trial(mutant=None, tests=trial.tests) for area, trial in reversed(trials) if trial.tests}
+    controls = {
+        area: Trial(mutant=None, tests=asked(trial.mutant, tests, CONTROL_S))
+        for area, trial in reversed(trials)
+        if trial.tests and trial.mutant is not None
+    }
     for ended in run(list(controls.values()), trees):
         if ended.result is not Result.SURVIVED:
             raise OpdError(f"tests fail without a fault ({ended.result.value}):\n{ended.printed}")
     area_of = {id(trial): area for area, trial in trials}
-    made = list[Row]()
-    try:
-        for ended in run([trial for _, trial in trials], trees):
-            mutant = ended.trial.mutant
-            assert mutant is not None
-            row = Row(
-                area=area_of[id(ended.trial)], mutant=mutant, ended=ended, difference=difference(trees[0], mutant)
-            )
-            made.append(row)
-            print(
-                f"{len(made):4} {ended.result.value:24} {ended.seconds:5.1f} s  {row.place}  {mutant.kind}", flush=True
-            )
-    except KeyboardInterrupt:
-        print(f"interrupted: {len(made)} of {len(trials)} mutants were tried")
-    return made
+    for ended in run([trial for _, trial in trials], trees):
+        assert ended.trial.mutant is not None
+        yield Row(area=area_of[id(ended.trial)], mutant=ended.trial.mutant, ended=ended)
 
 
-def report(made: Sequence[Row]) -> float:
+def report(made: Sequence[Row], tree: Path) -> float:
     """Print the table by area and the survivors; returns the share that was killed."""
     print("\n| area | mutants | killed | by the deadline | survived | not reached |\n|---|---|---|---|---|---|")
     for area in [*dict.fromkeys(row.area for row in made), "all"]:
@@ -113,42 +106,62 @@ def report(made: Sequence[Row]) -> float:
         if row.lives:
             asked_tests = f"{len(row.ended.trial.tests)} tests"
             print(f"\n{row.place} {row.ended.result.value} ({row.area}, {row.mutant.kind}, {asked_tests})")
-            print(row.difference)
+            print(difference(tree, row.mutant))
     killed = sum(not row.lives for row in made)
     seconds = sum(row.ended.seconds for row in made) / max(1, len(made))
     print(f"\n{killed} of {len(made)} mutants killed ({killed / max(1, len(made)):.1%}), {seconds:.1f} s each")
     return killed / max(1, len(made))
 
 
-def _keep(made: Sequence[Row]) -> None:
-    survived = [[row.area, asdict(row.mutant)] for row in made if row.lives]
-    (KEPT / "survivors.json").write_text(json.dumps(survived, indent=1))
+class Memory:
+    """What became of mutants in earlier runs: a line each in `file`, which a run adds to as it goes."""
 
+    def __init__(self, file: Path, tree: Path) -> None:
+        self._file, self._tree = file, tree
+        self._lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-def _survivors(tree: Path) -> list[tuple[str, Mutant]]:
-    """Those of last time, as far as their text is there."""
-    kept = list[tuple[str, Mutant]]()
-    for area, fields in json.loads((KEPT / "survivors.json").read_text()):
-        old = Mutant(**(fields | {"lines": tuple(fields["lines"])}))
-        now = {(m.start, m.stop, m.text) for m in mutants(old.path, (tree / old.path).read_bytes())}
-        kept += [(area, old)] if (old.start, old.stop, old.text) in now else []
-    return kept
+    def killed(self, area: str, mutant: Mutant) -> Row | None:
+        """Its end, if it was killed and its file has not changed since."""
+        key = self._key(mutant)
+        for line in reversed(self._lines):
+            if line["mutant"] == key and line["result"] in (Result.KILLED.value, Result.LATE.value):
+                trial = Trial(mutant=mutant, tests=[])
+                ended = Ended(trial=trial, result=Result(line["result"]), seconds=line["seconds"])
+                return Row(area=area, mutant=mutant, ended=ended)
+        return None
+
+    def add(self, row: Row) -> None:
+        """Remember it."""
+        line = {"mutant": self._key(row.mutant), "result": row.ended.result.value, "seconds": row.ended.seconds}
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _key(self, mutant: Mutant) -> list[object]:
+        digest = sha256((self._tree / mutant.path).read_bytes()).hexdigest()[:16]
+        return [mutant.path, digest, mutant.start, mutant.stop, mutant.text]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Try a sample, or the survivors of the last one."""
+    """Try a sample; with `again` only what was not killed before."""
     given = dict(argument.split("=", 1) for argument in arguments)
     number, seed, together = (int(given.get(name, n)) for name, n in (("count", 200), ("seed", 0), ("together", 1)))
     os.nice(int(given.get("nice", 10)))
     with TemporaryDirectory(prefix="opd-mutants-") as folder, copies(together, Path(folder)) as trees:
-        areas = [given["area"]] if "area" in given else list(AREAS)
-        again = given.get("again", "") == "true"
-        chosen = _survivors(trees[0]) if again else sample(trees[0], number, seed, areas)
+        chosen = sample(trees[0], number, seed, [given["area"]] if "area" in given else list(AREAS))
         tests = coverage_map(trees, KEPT)
         preload()
-        made = tried(chosen, tests, trees)
-    _keep(made)
-    return 0 if report(made) >= ENOUGH else 1
+        memory, again = Memory(KEPT / "results.jsonl", trees[0]), given.get("again", "") == "true"
+        before = {mutant: row for area, mutant in chosen if again and (row := memory.killed(area, mutant)) is not None}
+        made = list(before.values())
+        try:
+            for row in tried([pair for pair in chosen if pair[1] not in before], tests, trees):
+                memory.add(row)
+                made.append(row)
+                said = f"{row.ended.result.value:24} {row.ended.seconds:5.1f} s"
+                print(f"{len(made):4} {said}  {row.place}  {row.mutant.kind}", flush=True)
+        except KeyboardInterrupt:
+            print(f"interrupted: {len(made)} of {len(chosen)} mutants were tried")
+        return 0 if report(made, trees[0]) >= ENOUGH else 1
 
 
 if __name__ == "__main__":
