@@ -387,6 +387,11 @@ def test_a_failure_anywhere_stops_everything_at_once(make: Any, place: str) -> N
             await asyncio.wait_for(bench.run(SHORT, 9, observe, max_staleness=2), timeout=20)
         assert all(leaf is boom for leaf in leaves(caught.value)), caught.value
         assert len(bench.records) <= 2 + (place in ("observer", "publish")) and bench.learner.steps <= 3
+        nowhere = [record for record in bench.records if not record.live]
+        assert place != "publish" or [record.step for record in nowhere] == [3]
+        for record in nowhere:  # the student has learned it, and no engine has it
+            assert (record.published.version, record.published.nbytes) == (record.step, 0)
+            assert np.isnan(record.published.gap)
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(run()) == set()
