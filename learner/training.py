@@ -16,7 +16,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from learner import checkpoint, engine, fragments
-from learner.config import LearnerConfig, StudentText, learning_rate
+from learner.config import LearnerConfig, LossKernel, StudentText, learning_rate
+from learner.diagnosis import InfiniteRatio, told
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, load_head, load_student, sentinel_ids
@@ -104,7 +105,7 @@ class Training:
         self._torn = False
         skipped = not (math.isfinite(loss) and math.isfinite(norm))  # of all ranks, so all agree
         if skipped:
-            self._skip(loss, norm)
+            self._skip(loss, norm, batches)
         else:
             self._updates, self._skipped = self._updates + 1, 0
         return StepReport(
@@ -245,15 +246,31 @@ class Training:
             "(again); lower learner.tokens_per_microbatch, or set learner.gradient_checkpointing=true, and resume"
         )
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, loss: float, norm: float, batches: Sequence[Batch[Scores]]) -> None:
         self._skipped += 1
         if self._skipped > self._config.max_skipped_steps:
+            if ratio := self._infinite_ratio(batches):
+                raise DataError(
+                    f"update {self._updates} needs finite importance ratios, but {ratio}; {self._skipped - 1} updates "
+                    "before it were skipped, and the weights are those of before: check the engine that wrote, lower "
+                    "max_staleness, bound ratios with max_ratio, or resume from a checkpoint"
+                )
             raise DataError(
                 f"update {self._updates} needs a finite loss and gradient norm, but they are {loss} and {norm}, and "
                 f"{self._skipped - 1} updates before it were skipped (learner.max_skipped_steps="
                 f"{self._config.max_skipped_steps}); the weights are those of before: look at this step's scores, "
                 "lower learner.lr, or resume from a checkpoint"
             )
+
+    @torch.no_grad()
+    def _infinite_ratio(self, batches: Sequence[Batch[Scores]]) -> str:
+        """Which token has no finite ratio between student and writer, "" if all have; all ranks must ask."""
+        if self._config.loss_kernel is not LossKernel.TORCH:  # what such kernels compute has no ratio
+            return ""
+        watching = InfiniteRatio()
+        for batch in batches:
+            self._forward(self._student, batch, watching)
+        return told(" ".join(watching.found), self._rank, self._config.ranks, self._device)
 
     def _forward(self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: Objective) -> "_Seen":
         """The weighted sum of the objective over a micro-batch."""

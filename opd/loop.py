@@ -79,7 +79,7 @@ async def train(
             waited = now()
             weights = weigh(method.weights, collected.scored)  # 0 = not trained
             empty = 0 if any(w.any() for w in weights) else empty + 1
-            update = asyncio.ensure_future(_update(method, learner, collected.scored, weights, empty))
+            update = asyncio.ensure_future(_update(method, learner, collected.scored, weights, empty, step + 1))
             taken = _Taken(step=step, collected=collected, weights=weights, began=began, waited=waited)
             try:
                 live = await _go_live(update, collector, learner, engines, step + 1)
@@ -206,10 +206,12 @@ async def _update(
     scored: Sequence[Scored[Any]],
     weights: Sequence[Float[np.ndarray, " _T"]],
     empty: int,
+    step: int,
 ) -> StepReport:
     if 0 < empty < _EMPTY_STEPS:  # a filter took everything: the student stays as it is
         return StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
-    return await method.update(learner, pack(scored, weights, learner.layout, method.normalizer), method.objective)
+    batches = pack(scored, weights, learner.layout, method.normalizer, turn=f" at step {step}")
+    return await method.update(learner, batches, method.objective)
 
 
 def _account(

@@ -77,14 +77,20 @@ class Constant:
 
 
 def pack(
-    scored: Sequence[Scored[S]], weights: Sequence[TokenWeights], layout: Layout, normalizer: Normalizer
+    scored: Sequence[Scored[S]],
+    weights: Sequence[TokenWeights],
+    layout: Layout,
+    normalizer: Normalizer,
+    *,
+    turn: str = "",
 ) -> list[list[Batch[S]]]:
     """Micro-batches `[rank][i]` of at most `layout.tokens_per_microbatch` packed tokens.
 
     Token `t` of a completion is predicted by the hidden state one position earlier; the last token is never an
     input. Tokens of weight 0 keep their place in the context and are not trained. Every rank gets the same
     number of micro-batches, because ranks must enter collectives together; a rank without work repeats a
-    sequence with weight 0. Deterministic: the result depends on the arguments alone.
+    sequence with weight 0. Deterministic: the result depends on the arguments alone. `turn` tells this time from others
+    at which the same text is packed; it is part of the names of sequences.
 
     Raises:
         DataError: nothing has a weight, a weight is negative or not finite, or a prompt to train on is empty.
@@ -116,7 +122,9 @@ def pack(
     spare = kept[0]
     routes = tuple(sorted({item.trajectory.prompt.teacher for item in scored}))  # of the step, alike in all batches
     batches = [
-        _batch([scored[i] for i in b or [spare]], [weights[i] * bool(b) for i in b or [spare]], denominator, routes)
+        _batch(
+            [scored[i] for i in b or [spare]], [weights[i] * bool(b) for i in b or [spare]], denominator, routes, turn
+        )
         for b in bins
     ]
     return [batches[rank :: layout.ranks] for rank in range(layout.ranks)]
@@ -142,6 +150,7 @@ def halves(batch: Batch[S]) -> tuple[Batch[S], Batch[S]] | None:
             input_ids=batch.input_ids[:tokens],
             position_ids=batch.position_ids[:tokens],
             cu_seqlens=batch.cu_seqlens[: cut + 1],
+            names=batch.names[:cut],
         ),
         replace(
             second,
@@ -149,6 +158,7 @@ def halves(batch: Batch[S]) -> tuple[Batch[S], Batch[S]] | None:
             position_ids=batch.position_ids[tokens:],
             cu_seqlens=batch.cu_seqlens[cut:] - tokens,
             predict_at=second.predict_at - tokens,
+            names=batch.names[cut:],
         ),
     )
 
@@ -187,7 +197,7 @@ def _fill(lengths: dict[int, int], layout: Layout) -> list[list[int]]:
 
 
 def _batch(
-    items: list[Scored[S]], weights: list[TokenWeights], denominator: float, routes: tuple[str, ...]
+    items: list[Scored[S]], weights: list[TokenWeights], denominator: float, routes: tuple[str, ...], turn: str
 ) -> Batch[S]:
     inputs, positions, predict_at, targets, behavior, kept_weights, depth, scores = [], [], [], [], [], [], [], []
     owners = []
@@ -224,4 +234,5 @@ def _batch(
         denominator=denominator,
         routes=routes,
         route=np.concatenate(owners) if owners else np.zeros(0, dtype=np.int32),
+        names=tuple(f"sample {t.sample} of prompt {t.prompt.id!r}{turn}" for t in (item.trajectory for item in items)),
     )

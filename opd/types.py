@@ -335,6 +335,7 @@ class Batch(Generic[S]):
     denominator: float
     routes: tuple[str, ...] = ("default",)
     route: Int[Array, " R"] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    names: tuple[str, ...] = ()  # of the sequences, for messages and for what is drawn; () where nobody gave any
 
     _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
         "predict_at",
@@ -358,7 +359,7 @@ class Batch(Generic[S]):
         moved = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("scores", "denominator", "routes"):
+            if f.name in ("scores", "denominator", "routes", "names"):
                 continue
             tensor = torch.as_tensor(value)
             moved[f.name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
+import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,16 +27,26 @@ def _mix(words: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     return words ^ ((words >> 31) & (2**33 - 1))
 
 
-def uniform(batch: Batch[Scores], count: int, seed: int) -> Float[Tensor, "n m"]:
-    """Numbers in [0, 1) that depend on a row's own content and nothing else: position, token, who wrote it how likely.
+def _sequences(batch: Batch[Scores]) -> Int[Tensor, " n"]:
+    """A word for the sequence of every row, made of its name."""
+    if not batch.names:
+        return torch.zeros_like(batch.target_ids.long())
+    words = np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in batch.names], dtype=np.uint64).view(np.int64)
+    ends = torch.as_tensor(batch.cu_seqlens)[1:].contiguous()
+    return torch.from_numpy(words).to(ends.device)[torch.searchsorted(ends, batch.predict_at, right=True)]
 
-    The same row gets the same numbers in whatever micro-batch, chunk or rank it lies, and others after every update,
-    because the writer's log-probabilities change with the weights.
+
+def uniform(batch: Batch[Scores], count: int, seed: int) -> Float[Tensor, "n m"]:
+    """Numbers in [0, 1) that depend on which row this is and nothing else: step, prompt and sample (the name of its
+    sequence), position, token, and how likely it was to its writer.
+
+    The same row gets the same numbers in whatever micro-batch, chunk or rank it lies, and whether or not a run was
+    resumed; others at every other step and in every other sample, also where the text is the same.
     """
     position = batch.position_ids[batch.predict_at].long()
     bits = batch.behavior_logprobs.float().contiguous().view(torch.int32).long()
     key = torch.full_like(position, seed)
-    for part in (position, batch.target_ids.long(), bits):
+    for part in (_sequences(batch), position, batch.target_ids.long(), bits):
         key = _mix((key ^ part) + _GOLDEN)
     counter = torch.arange(1, count + 1, device=key.device) * _GOLDEN
     words = _mix(key[:, None] + counter)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,8 +103,13 @@ def test_too_many_skipped_updates_in_a_row_are_an_error(models: dict[str, Path],
     with pytest.raises(DataError, match=r"finite loss .* 2 updates before it were skipped"):
         rank.step(batches, bad)
     assert all(torch.equal(before[n], p) for n, p in parameters(rank.share(0)).items())
-    with pytest.raises(DataError, match="finite"):
-        start(replace(SMOOTH, max_skipped_steps=0), models["tied"]).step(batches, bad)
+    surprised = np.asarray(batches[0].behavior_logprobs).copy()
+    surprised[3] = -200.0  # finite, but no float32 holds the ratio
+    believed = [replace(batches[0], behavior_logprobs=surprised), *batches[1:]]
+    place = int(batches[0].depth[3])
+    ratio = rf"finite importance ratios, .* at token {place} \(id \d+\) of sample \d+ of prompt .*: log p .* -200; "
+    with pytest.raises(DataError, match=ratio):
+        start(replace(SMOOTH, max_skipped_steps=0), models["tied"]).step(believed, bad)
 
 
 @pytest.mark.faults("learner out of memory")

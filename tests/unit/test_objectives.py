@@ -13,6 +13,7 @@ from math import log
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ from opd.objectives.topk import (
 )
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
+from opd.packing import TokenMean, pack
+from opd.ports import Layout
 from opd.types import (
     AdvantageScores,
     Batch,
@@ -648,6 +651,35 @@ def test_drawn_tokens_follow_the_current_student_and_depend_on_the_row_alone() -
     noise = uniform(batch, 3, 0)
     assert torch.equal(noise[50:90], uniform(batch.rows(50, 90), 3, 0)) and not torch.equal(noise, uniform(batch, 3, 1))
     assert noise.min().item() >= 0 and noise.max().item() < 1
+
+
+def test_draws_on_one_text_differ_by_step_and_sample_and_by_nothing_else(make: Any) -> None:
+    """Fixed text comes again and again; what is drawn on it does not. Packing and resuming change nothing."""
+    shape = [([1, 2], [3, 4, 5])] * 2 + [([2, 2, 1], [6, 4])]
+    texts = [make.scored(*ids, sample=i) for i, ids in enumerate(shape)]
+    weights = [np.ones(3), np.ones(3), np.ones(2)]
+
+    def noise(turn: str, tokens: int = 99, seed: int = 0) -> dict[tuple[str, int], list[float]]:
+        batches = pack(texts, weights, Layout(ranks=1, tokens_per_microbatch=tokens), TokenMean(), turn=turn)[0]
+        found = {}
+        for batch in (b.to("cpu", lambda x: x) for b in batches):
+            owners = torch.searchsorted(batch.cu_seqlens[1:].contiguous(), batch.predict_at, right=True).tolist()
+            rows = uniform(batch, 2, seed).tolist()
+            for owner, depth, row in zip(owners, batch.depth.tolist(), rows, strict=True):
+                found[batch.names[owner].partition(" at ")[0], depth] = row
+        return found
+
+    first = noise(" at step 1")
+    assert first == noise(" at step 1", tokens=4) and len(first) == 8
+    several = [
+        first,
+        noise(" at step 2"),
+        noise(" at step 11"),
+        noise(" in an evaluation"),
+        noise(" at step 1", seed=1),
+    ]
+    values = [x for one in several for row in one.values() for x in row]
+    assert len(set(values)) == len(values) == 5 * 8 * 2, "two samples, steps or seeds share a number"
 
 
 def test_many_drawn_tokens_average_to_few() -> None:
