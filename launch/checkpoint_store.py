@@ -1,6 +1,5 @@
 """A run's `checkpoints/` on the disk: written whole or not at all, verified before anything is read from it."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.checkpoints import FORMAT, MANIFEST, STATE, DriverState, expired, leftovers, name_of, newest_first
+from launch.foreign import read_json
 from launch.run_directory import write_json
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ledger import Ledger
+
+ANOTHER = "take another checkpoint"
+MOST_MANIFEST = 16 << 20  # bytes: a line per file
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,8 @@ def verify(folder: Path) -> DriverState:
                 f"says {claimed.get(name, 'none')}; take another checkpoint"
             )
     state = _state(folder / STATE)
+    if elsewhere := [file for file in state.followers.values() if file not in claimed]:
+        raise DataError(f"{folder / STATE} names {elsewhere[0][:60]!r}, which is no file of the checkpoint; {ANOTHER}")
     if folder.name != name_of(state.step):  # what comes after its step would be removed, and that is itself
         raise DataError(
             f"the checkpoint {folder} is of step {state.step}, so it was moved or copied; call it "
@@ -128,18 +133,13 @@ def verify(folder: Path) -> DriverState:
 
 
 def _state(path: Path) -> DriverState:
+    said = read_json(path, ANOTHER)
     try:
-        state = DriverState.from_json(json.loads(path.read_text()))
+        state = DriverState.from_json(said)
         Ledger.from_json(state.ledger)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read ({_why(error)}); take another checkpoint") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return state
-
-
-def _why(error: Exception) -> str:
-    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def _digest(path: Path) -> str:
@@ -153,13 +153,15 @@ def _manifest(folder: Path) -> dict[str, str]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"the checkpoint {folder} has no {MANIFEST}; it is foreign or was cut off, take another")
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}")
-        files = {str(name): str(value) for name, value in content["files"].items()}
-        if STATE not in files:
-            raise ValueError(f"it does not list {STATE}")
-        return files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is no manifest of {FORMAT!r} ({_why(error)}); take another checkpoint") from error
+    content = read_json(path, ANOTHER, MOST_MANIFEST)
+    files = content.get("files")
+    if content.get("format") != FORMAT or not isinstance(files, dict) or STATE not in files:
+        raise DataError(f"{path} is no manifest of {FORMAT!r} that lists {STATE}; {ANOTHER}")
+    if wrong := [name for name, value in files.items() if not isinstance(value, str) or not _within(name)]:
+        raise DataError(f"{path} lists {wrong[0][:60]!r}, which is no file of this checkpoint; {ANOTHER}")
+    return files
+
+
+def _within(name: str) -> bool:
+    """Is this the name of a file below the folder, and of none elsewhere?"""
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/")

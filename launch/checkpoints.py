@@ -1,7 +1,6 @@
 """A run's checkpoints as values: names, order, how long they live, and what a resumed run may change. Pure."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,12 +121,16 @@ class DriverState:
             "run_name": isinstance(self.run_name, str),
             "step": type(self.step) is int and self.step >= 0,
             "ledger": isinstance(self.ledger, str),
-            "totals": _maps(self.totals, int | float) and all(map(math.isfinite, self.totals.values())),
-            "wall_s": isinstance(self.wall_s, int | float) and 0 <= self.wall_s < math.inf,
+            "totals": _maps(self.totals, int | float) and all(map(_finite, self.totals.values())),
+            "wall_s": isinstance(self.wall_s, int | float) and _finite(self.wall_s) and self.wall_s >= 0,
             "teachers": _maps(self.teachers, str),
             "config": _maps(self.config, object),
             "followers": _maps(self.followers, str),
         }
+
+
+def _finite(value: float) -> bool:
+    return -1e300 < value < 1e300  # whole numbers may be too large for a float
 
 
 def _maps(value: Any, kind: Any) -> bool:

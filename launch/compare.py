@@ -3,7 +3,6 @@
 With `comparison.tuning` every arm first chooses a setting for itself (`launch.tuning`), all with as many runs.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from launch.checks.places import check_writable
 from launch.comparison import Arm, write_comparison
 from launch.compose import compose
 from launch.config import RunConfig, run_config
+from launch.foreign import read_json, read_yaml
 from launch.plan import Plan, make_plan
 from launch.redaction import redacted
 from launch.run_directory import check_name
@@ -157,14 +157,22 @@ def run_once(root: Path, plan: Plan, console: Console) -> Path | None:
         return train_once(plan, console).path
     if not (path / "summary.json").exists():
         return None
-    if json.loads((path / "summary.json").read_text())["outcome"] != Outcome.FINISHED.value:
+    if not finished_with(path, plan.config.text):
         path.rename(path.with_name(f"{path.name}.ended-{strftime('%Y%m%d-%H%M%S')}"))
         return train_once(plan, console).path
-    if yaml.safe_load((path / "config.yaml").read_text()) != redacted(yaml.safe_load(plan.config.text)):
+    return path
+
+
+def finished_with(path: Path, text: str) -> bool:
+    """Has the run in `path` finished? Raises `ConfigurationError` if it did with other settings than `text`."""
+    advice = "choose another run_name=..."
+    if read_json(path / "summary.json", advice).get("outcome") != Outcome.FINISHED.value:
+        return False
+    if read_yaml(path / "config.yaml", advice) != redacted(yaml.safe_load(text)):
         raise ConfigurationError(
             f"{path} was finished with other settings; choose another run_name=... for this comparison"
         )
-    return path
+    return True
 
 
 def _read(overrides: Sequence[str]) -> tuple[Comparison, list[str], bool]:

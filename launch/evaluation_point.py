@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from opd.errors import DataError
+from launch.foreign import record
 
 NOT_MEASURED = "not measured"
 
@@ -60,12 +60,6 @@ class EvaluationPoint:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "EvaluationPoint":
-        """The inverse of `as_json`."""
-        expected = {f.name for f in fields(cls)}
-        if set(values) != expected:
-            raise DataError(
-                f"an evaluation needs exactly {sorted(expected)}, but got {sorted(values)}; the file was "
-                "written by another version, write the report with that version"
-            )
-        return cls(**{**values, "examinee": Examinee(values["examinee"])})
+    def from_json(cls, values: Mapping[str, Any], where: str = "an evaluation") -> "EvaluationPoint":
+        """The inverse of `as_json`. Raises `DataError` if it is none."""
+        return record(cls, values, where, "remove it, or write the report with the version that wrote it")

@@ -2,13 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from launch.evaluation_point import EvaluationPoint, Examinee
-from launch.run_directory import RunDirectory, read_jsonl
+from launch.foreign import read_text
+from launch.run_directory import RunDirectory, read_steps
 from launch.samples import Sample
 from launch.summary import RunSummary
+from opd.errors import DataError
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """A line of numbers per step. Raises `DataError` about a line that has anything else."""
+    lines = read_steps(path)
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None) or abs(value or 0) > _LARGEST:
+                raise DataError(f"step {line['step']} in {path} has no number as {name[:60]!r}; remove that line")
+    return lines
+
+
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +53,22 @@ class RunData:
     @classmethod
     def read(cls, directory: RunDirectory) -> "RunData":
         """Read what is there; only the configuration must be."""
-        points = [EvaluationPoint.from_json(line) for line in read_jsonl(directory.evaluations)]
+        points = [
+            EvaluationPoint.from_json(line, f"a line of {directory.evaluations}")
+            for line in read_steps(directory.evaluations)
+        ]
         teachers = [p for p in points if p.examinee is Examinee.TEACHER]
         students = [p for p in points if p.examinee is Examinee.STUDENT]
         return cls(
             name=directory.name,
-            metrics=read_jsonl(directory.metrics),
+            metrics=read_metrics(directory.metrics),
             student=sorted(students, key=lambda point: point.step),
             teacher=teachers[-1] if teachers else None,
             summary=RunSummary.read(directory.summary) if directory.summary.exists() else None,
-            samples=[Sample.from_json(line) for line in read_jsonl(directory.samples)],
-            config=directory.config.read_text(),
+            samples=[
+                Sample.from_json(line, f"a line of {directory.samples}") for line in read_steps(directory.samples)
+            ],
+            config=read_text(directory.config, "give the directory of a run"),
         )
 
     def series(self, name: str) -> Series:

@@ -172,9 +172,9 @@ class RunDirectory:
         """
         for path in (self.metrics, self.evaluations, self.samples):
             if path.exists():
-                kept = [line for line in read_jsonl(path) if line["step"] <= step]
+                kept = [line for line in read_steps(path) if line["step"] <= step]
                 if path == self.evaluations:
-                    kept = [line for line in kept if line["step"] < steps and line["examinee"] == "student"]
+                    kept = [line for line in kept if line["step"] < steps and line.get("examinee") == "student"]
                 write_text(path, "".join(_line(line) for line in kept))
         self.summary.unlink(missing_ok=True)
 
@@ -250,10 +250,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [_parsed(path, number, line) for number, line in enumerate(whole.splitlines(), 1) if line.strip()]
 
 
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """As `read_jsonl`, of a file whose lines are about steps. Raises `DataError` about one that says not which."""
+    lines = read_jsonl(path)
+    for number, line in enumerate(lines, 1):
+        if type(line.get("step")) is not int or not 0 <= line["step"] < 1 << 53:
+            raise DataError(f"line {number} of {path} says not of which step it is; repair or remove that line")
+    return lines
+
+
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError:
+        if b"\\ud" in line.lower():  # half a surrogate is no text, and could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise DataError(f"line {number} of {path} is no JSON object; repair or remove that line")

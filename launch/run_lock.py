@@ -13,6 +13,7 @@ import psutil
 from opd.errors import ConfigurationError
 
 LOCK = "running.json"
+_STRANGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what a note of nobody's is read with
 
 
 @contextmanager
@@ -44,18 +45,18 @@ def check_not_running(directory: Path) -> None:
     """Raise `ConfigurationError` if a living process of this host is at the run in `directory`."""
     path = directory / LOCK
     if path.exists():
-        _refuse(directory, path.read_text())
+        _refuse(directory, path.read_text(errors="replace"))
 
 
 def is_over(directory: Path) -> bool:
     """Is certainly nobody at the run in `directory`? A note of another host cannot be checked."""
     try:
-        text = (directory / LOCK).read_text()
+        text = (directory / LOCK).read_text(errors="replace")
     except FileNotFoundError:
         return True
     try:
         here = json.loads(text)["host"] == socket.gethostname()
-    except (ValueError, KeyError, TypeError):
+    except _STRANGE:
         here = True
     return here and _holder(text) is None
 
@@ -73,13 +74,13 @@ def _holder(text: str) -> int | None:
     try:
         note = json.loads(text)
         pid, started, host = int(note["pid"]), float(note["started"]), str(note["host"])
-    except (ValueError, KeyError, TypeError):  # empty, or cut off by a crash
+    except _STRANGE:  # empty, cut off by a crash, or none of ours
         return None
     if host != socket.gethostname() or pid == os.getpid():
         return None
     try:
         process = psutil.Process(pid)
         alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1
-    except psutil.Error:
+    except (psutil.Error, OverflowError):
         return None
     return pid if alive else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.foreign import record
 from opd.loop import StepRecord
 from opd.types import AdvantageScores, Scored, TokenScores
 
@@ -45,10 +46,9 @@ class Sample:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Sample":
-        """The inverse of `as_json`."""
-        gaps = values["gaps"]
-        return cls(**{**values, "tokens": tuple(values["tokens"]), "gaps": None if gaps is None else tuple(gaps)})
+    def from_json(cls, values: Mapping[str, Any], where: str = "a sample") -> "Sample":
+        """The inverse of `as_json`. Raises `DataError` if it is none."""
+        return record(cls, values, where, "remove that line")
 
 
 def samples_of(record: StepRecord, decode: Decode, count: int) -> list[Sample]:

@@ -1,6 +1,5 @@
 """How a run ended, as it is stored and shown."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -8,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.evaluation_point import EvaluationPoint
+from launch.foreign import read_json, record
 from launch.run_directory import RunDirectory, write_json
-from opd.errors import DataError
 
 _POINTS = ("student_start", "student_end", "teacher")
 
@@ -68,11 +67,7 @@ class RunSummary:
     @classmethod
     def read(cls, path: Path) -> "RunSummary":
         """The inverse of `write`."""
-        try:
-            values: dict[str, Any] = json.loads(path.read_text())
-            points: dict[str, Any] = {n: values[n] and EvaluationPoint.from_json(values[n]) for n in _POINTS}
-            changed: dict[str, Any] = {"outcome": Outcome(values["outcome"]), "notes": tuple(values["notes"])}
-            changed["alarms"] = tuple(values.get("alarms", ()))  # absent from runs before there were alarms
-            return cls(**(values | points | changed))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no run summary ({error}); remove it, the report can do without") from error
+        advice = "remove it, the report can do without"
+        values = read_json(path, advice)
+        points = {n: EvaluationPoint.from_json(values[n], f"{n} of {path}") for n in _POINTS if values.get(n)}
+        return record(cls, values | points, f"{path} is no run summary: it", advice)

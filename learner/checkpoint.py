@@ -19,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opd.errors import ConfigurationError, DataError, OpdError
+from opd.settings import shown
 
 FORMAT = "opd learner shard 2"
 MASTER, KEYS = "master", ("master", "exp_avg", "exp_avg_sq")
 RANDOM = "random"
 _PIECE = 16 << 20
+_ANOTHER = "it is foreign, take another checkpoint"
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
@@ -148,6 +150,8 @@ class Shards:
                 key, _, rest = name.partition("/")
                 start, _, parameter = rest.partition("/")
                 if key in KEYS:
+                    if not start.isdecimal() or len(start) > 18 or file.get_slice(name).get_dtype() != "F32":
+                        raise DataError(f"{directory / shard_name(rank)} has a piece {name[:60]!r}; {_ANOTHER}")
                     begin = int(start)
                     length = file.get_slice(name).get_shape()[0]
                     self._where.setdefault((key, parameter), []).append((begin, begin + length, rank))
@@ -177,6 +181,8 @@ class Shards:
         """The generator's state of `rank` on this kind of device, if one was kept."""
         if rank >= len(self.facts) or self.facts[rank].device != device:
             return None
+        if RANDOM not in self._files[rank].keys():  # noqa: SIM118 (no mapping)
+            raise DataError(f"{self.directory / shard_name(rank)} lacks the state of its generator; {_ANOTHER}")
         return self._files[rank].get_tensor(RANDOM)
 
 
@@ -191,7 +197,9 @@ def _opened(path: Path) -> tuple[Facts, "safe_open"]:
         facts = Facts(**json.loads(said["facts"]))
         wrong = [f.name for f in fields(Facts) if type(getattr(facts, f.name)) is not f.type]
         if wrong:
-            raise ValueError(f"its {wrong[0]} is {getattr(facts, wrong[0])!r}")
+            raise ValueError(f"its {wrong[0]} is {shown(getattr(facts, wrong[0]))}")
+        if not 0 <= facts.rank < facts.ranks:
+            raise ValueError(f"it says rank {facts.rank} of {facts.ranks}")
         return facts, file
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is no {FORMAT!r} ({error}); take another checkpoint") from error

@@ -274,7 +274,7 @@ def test_numbers_that_are_none_and_steps_that_are_few(tmp_path: Path) -> None:
 def test_a_line_of_another_version_is_refused(tmp_path: Path) -> None:
     directory = finished(tmp_path)
     append_json(directory.evaluations, {"step": 3})
-    with pytest.raises(DataError, match="an evaluation needs exactly"):
+    with pytest.raises(DataError, match="lacks 'cpu_s'"):
         write_report(directory)
 
 
