@@ -16,7 +16,7 @@ from broken.objectives import SoldAsReverseKL, written
 from opd import divergences as exact
 from opd.logits import StudentLogits
 from opd.objectives.sampled import ClippedPolicyGradient
-from opd.objectives.topk import GeneralizedReverseKL
+from opd.objectives.topk import GeneralizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import divergence
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 
@@ -198,6 +198,20 @@ class EightIds(GeneralizedReverseKL):
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids[:, :8]), batch.scores.topk_logprobs[:, :8]
         return TokenLoss(loss=divergence(p, p, q) + (q.exp() - p.exp()).sum(-1), metrics={})
+
+
+def _left(logprobs: Tensor) -> Tensor:
+    return torch.log1p(-logprobs.exp().sum(-1).clamp(max=1 - torch.finfo(logprobs.dtype).eps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostTail(TailBucketReverseKL):
+    """The bucket of all other ids as one minus the sum of the support, which float32 has lost where a model is sure."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+        p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
+        tail = _left(p).exp() * (_left(p) - _left(q))
+        return TokenLoss(loss=divergence(p, p, q) + tail, metrics={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

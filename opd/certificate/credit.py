@@ -33,7 +33,7 @@ def defined(seen: Enumerated, teachers: Mapping[str, TinyModel]) -> Credit | Non
         case AdvantageScores() if hasattr(scorer, "scale_by_std"):
             return _advantages(seen, scorer.scale_by_std)
         case TopKReturnScores() if hasattr(scorer, "discount"):
-            return [_returns(scorer, _praise(seen, item, teachers)) for item in seen.scored]
+            return [_returns(scorer, praise) for praise in _praise(seen, teachers)]
     return None
 
 
@@ -64,20 +64,30 @@ def _advantages(seen: Enumerated, scaled: bool) -> Credit:
     return made
 
 
-def _praise(seen: Enumerated, item: Scored[Any], teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, " _T"]:
+def _praise(seen: Enumerated, teachers: Mapping[str, TinyModel]) -> Credit:
     """`log q - log mu` of every written token."""
-    text, prompt = item.trajectory, item.trajectory.prompt
-    (taught,) = teachers[prompt.teacher].logprobs([(prompt.teacher_ids, text.token_ids)])
-    written = seen.notes.written[prompt.id, text.sample].chances.to(taught.dtype)
-    own = torch.as_tensor(text.token_ids).long()[:, None]
-    return (taught - written).gather(-1, own)[:, 0].detach().numpy()
+    texts = [item.trajectory for item in seen.scored]
+    read = {
+        name: model.logprobs([(t.prompt.teacher_ids, t.token_ids) for t in texts]) for name, model in teachers.items()
+    }
+    made = []
+    for i, text in enumerate(texts):
+        taught = read[text.prompt.teacher][i]
+        drawn = seen.notes.written[text.prompt.id, text.sample].chances.to(taught.dtype)
+        own = torch.as_tensor(text.token_ids).long()[:, None]
+        made.append((taught - drawn).gather(-1, own)[:, 0].detach().double().numpy())
+    return made
 
 
 def _returns(scorer: Any, praise: Float[np.ndarray, " _T"]) -> Float[np.ndarray, " _T"]:
     """`R_t = sum_{j > t} discount^(j - t - 1) r_j`, over the number of its terms if length-normalized."""
-    later = np.arange(len(praise))[None, :] - np.arange(len(praise))[:, None]  # j - t
-    later += scorer.own_reward  # then the sum begins at t
-    factors = np.where(later > 0, float(scorer.discount) ** np.maximum(later - 1, 0), 0.0)
-    if scorer.length_normalized:
-        factors /= np.maximum((later > 0).sum(1, keepdims=True), 1)
-    return factors @ (praise * scorer.reward_scale)
+    tokens = len(praise)
+    from_here = np.convolve(praise[::-1], float(scorer.discount) ** np.arange(tokens))[:tokens][::-1]
+    own = begins_with_own(scorer)  # then the sum begins at t
+    total = (from_here if own else np.append(from_here[1:], 0.0)) * scorer.reward_scale
+    return total / np.maximum(np.arange(tokens)[::-1] + own, 1) if scorer.length_normalized else total
+
+
+def begins_with_own(scorer: Any) -> bool:
+    """Whether a scorer says that a token's own reward is in its return."""
+    return bool(getattr(scorer, "own_reward", False))

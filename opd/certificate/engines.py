@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from opd.certificate.models import TinyModel
 from opd.certificate.worlds import World
 from opd.errors import ConfigurationError
+from opd.log_mass import ABSENT
 from opd.ports import (
     AtIds,
     Completion,
@@ -119,12 +120,22 @@ def sampled(logprobs: Float[Tensor, "T V"], sampling: Sampling) -> Float[Tensor,
 
 
 def _said(logprobs: Float[Tensor, "T V"], written: np.ndarray, topk: int) -> TokenScores:
-    own = logprobs.gather(-1, torch.as_tensor(written).long()[:, None])[:, 0].numpy()
-    if not topk:
-        return TokenScores(logprobs=own)
-    best = logprobs.topk(topk, dim=-1)
-    ids = best.indices.numpy().astype(np.int32)
-    return TopKScores(logprobs=own, topk_ids=ids, topk_logprobs=best.values.numpy())
+    if topk:
+        return _at(logprobs, written, logprobs.topk(topk, dim=-1).indices)
+    return TokenScores(logprobs=_own(logprobs, written))
+
+
+def _own(logprobs: Float[Tensor, "T V"], written: np.ndarray) -> np.ndarray:
+    return logprobs.gather(-1, torch.as_tensor(written).long()[:, None])[:, 0].numpy()
+
+
+def _at(logprobs: Float[Tensor, "T V"], written: np.ndarray, ids: Int[Tensor, "T K"]) -> TopKScores:
+    return TopKScores(
+        logprobs=_own(logprobs, written),
+        topk_ids=ids.numpy().astype(np.int32),
+        topk_logprobs=logprobs.gather(-1, ids).numpy(),
+        rest=logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1).nan_to_num(neginf=ABSENT).numpy(),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,15 +157,14 @@ class _Reader:
         logprobs = self.model.logits(hidden).log_softmax(-1)
         if 0 <= self.world.doubt < len(request.token_ids):
             logprobs[self.world.doubt, int(request.token_ids[self.world.doubt])] -= 1.0
+            logprobs = logprobs.log_softmax(-1)
         match request.want:
             case TopK(k=k):
                 return _said(logprobs, request.token_ids, k)
             case AtIds(ids=ids):
-                at = logprobs.gather(-1, torch.as_tensor(ids).long()).numpy()
-                own = _said(logprobs, request.token_ids, 0).logprobs
-                return TopKScores(logprobs=own, topk_ids=ids, topk_logprobs=at)
+                return _at(logprobs, request.token_ids, torch.as_tensor(ids).long())
             case LastHidden():
-                own = _said(logprobs, request.token_ids, 0).logprobs
+                own = _own(logprobs, request.token_ids)
                 rows = RemoteRows(pieces=((_words(hidden), np.arange(len(own))),))
                 return HiddenScores(logprobs=own, hidden=rows)
         return _said(logprobs, request.token_ids, 0)

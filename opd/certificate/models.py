@@ -1,7 +1,7 @@
 """Language models that are small enough to enumerate what they write."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ class TinyModel:
     def to(self, dtype: torch.dtype) -> "TinyModel":
         """The same numbers, rounded to `dtype`."""
         return TinyModel(embedding=self.embedding.to(dtype), head=self.head.to(dtype))
+
+    def surer(self, times: float) -> "TinyModel":
+        """A model with all its logits multiplied."""
+        return replace(self, head=self.head * times)
 
     def moved(self, draw: torch.Generator, by: float) -> "TinyModel":
         """A model not far from this one."""

@@ -62,7 +62,12 @@ def corners(method: Method) -> list[Corner]:
 
     far = one_state(make_world(3, names=names, distance=2.0))
     wide, shipped = one_state(make_world(5, WIDE, names)), fitted(method, WIDE, WIDE)
-    rounded = {dtype: written(world).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    closed = replace(world, length=5, places=(2,))  # an even id stands before it
+    sure = {
+        "float32": world,
+        "float32, sure teacher": closed.surer(1.0, 5.0),
+        "float32, sure student": closed.surer(8.0, 1.0),
+    }
     cold = replace(small, rollout=with_temperature(small.rollout, 0.7))
     return [
         Corner(name="long prompts and completions", found=case(small, long(written(world)))),
@@ -79,8 +84,11 @@ def corners(method: Method) -> list[Corner]:
             found=case(cold, written(world)) if cold != small else None,
             why="nothing is drawn at a temperature",
         ),
-        Corner(name="float32", found=case(small, rounded[torch.float32]), tolerance=FLOAT32),
-        Corner(name="bfloat16", found=case(small, rounded[torch.bfloat16]), tolerance=BFLOAT16),
+        *(
+            Corner(name=name, found=case(small, written(near).to(torch.float32)), tolerance=FLOAT32)
+            for name, near in sure.items()
+        ),
+        Corner(name="bfloat16", found=case(small, written(world).to(torch.bfloat16)), tolerance=BFLOAT16),
     ]
 
 

@@ -114,10 +114,10 @@ def _repeated(found: Case, expected: Tensor, weights: list[np.ndarray], seen: En
 
 
 def some(found: Case) -> tuple[Enumerated, list[np.ndarray]]:
-    """A step of some twenty trajectories with the method's own weights, made uneven."""
+    """A step of some fifteen trajectories with the method's own weights, made uneven."""
     seen = found.seen
-    pick = [i for i in range(0, len(seen.scored), 5) if seen.chances[i] > 0][:24]
-    pick += [i for i in range(len(seen.scored) - 1, 0, -7) if seen.chances[i] > 0][:8]  # of another prompt
+    pick = [i for i in range(0, len(seen.scored), 7) if seen.chances[i] > 0][:12]
+    pick += [i for i in range(len(seen.scored) - 1, 0, -11) if seen.chances[i] > 0][:5]  # of another prompt
     few = replace(seen, scored=[seen.scored[i] for i in pick], place=seen.place[pick], chances=seen.chances[pick])
     own = weigh(found.method.weights, few.scored)
     factors = (0.5, 1.0, 2.0)

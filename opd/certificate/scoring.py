@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd.certificate.credit import Credit, defined, given, rewards
+from opd.certificate.credit import Credit, begins_with_own, defined, given, rewards
 from opd.certificate.engines import Notes, engines
 from opd.certificate.gradients import EXACT, Case, case, distance, enumerable, every_token, logits, slopes
 from opd.certificate.page import Finding, Row, Skipped, at_least
@@ -133,14 +133,18 @@ def _graded(found: Case) -> Iterator[Finding]:
 
 
 def _returned(found: Case) -> Iterator[Finding]:
-    credit = given(found.seen.scored) or []
-    yield Row(name=LAST, measured=max(abs(float(c[-1])) for c in credit), tolerance=EXACT)
+    credit, own = given(found.seen.scored) or [], begins_with_own(found.method.scorer)
+    if own:
+        yield Skipped(name=LAST, why="a return begins with the token's own reward, as the scorer says")
+    else:
+        yield Row(name=LAST, measured=max(abs(float(c[-1])) for c in credit), tolerance=EXACT)
     wrong = 0
     for place in range(1, found.world.length):
+        first = place + own  # of those that do not see the doubt
         doubted = given(case(found.method, replace(found.world, doubt=place)).seen.scored) or []
         changes = [after - before for before, after in zip(credit, doubted, strict=True) if len(before) > place]
-        wrong += sum(bool((c[:place] > EXACT).any() or c[place - 1] > -EXACT) for c in changes)
-        wrong += sum(bool((np.abs(c[place:]) > EXACT).any()) for c in changes)
+        wrong += sum(bool((c[:first] > EXACT).any() or c[first - 1] > -EXACT) for c in changes)
+        wrong += sum(bool((np.abs(c[first:]) > EXACT).any()) for c in changes)
     yield Row(name=LATER, measured=float(wrong), tolerance=0.0)
 
 

@@ -4,7 +4,7 @@ Two prompts, a few positions, and for every position one trajectory per token th
 know more than the student: they read a longer context. Completions differ in length.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,8 +28,8 @@ class World:
 
     `teachers` read and `authors` write, by name in the order of the engines; `strangers` are to be put in the teachers'
     place. `places` are the positions at which every token is written once. `shift` = 1 makes teachers answer for the
-    token before, the commonest mistake of all. A teacher gives one nat less to what stands at place `doubt` of a text
-    (nowhere where it is below 0).
+    token before, the commonest mistake of all. A teacher gives less by a factor of e to what stands at place `doubt` of
+    a text (nowhere where it is below 0).
     """
 
     vocabulary: int
@@ -81,17 +81,23 @@ class World:
 
     def to(self, dtype: torch.dtype) -> "World":
         """The same world in another precision."""
+        return self._with(lambda model: model.to(dtype), lambda model: model.to(dtype))
 
-        def rounded(models: Mapping[str, TinyModel]) -> dict[str, TinyModel]:
-            return {name: model.to(dtype) for name, model in models.items()}
+    def surer(self, student: float, teacher: float) -> "World":
+        """The same world, student or teacher nearly certain of every token."""
+        return self._with(lambda model: model.surer(student), lambda model: model.surer(teacher))
+
+    def _with(self, own: Callable[[TinyModel], TinyModel], others: Callable[[TinyModel], TinyModel]) -> "World":
+        def changed(models: Mapping[str, TinyModel]) -> dict[str, TinyModel]:
+            return {name: others(model) for name, model in models.items()}
 
         return replace(
             self,
-            student=self.student.to(dtype),
-            writer=self.writer.to(dtype),
-            teachers=rounded(self.teachers),
-            authors=rounded(self.authors),
-            strangers=rounded(self.strangers),
+            student=own(self.student),
+            writer=own(self.writer),
+            teachers=changed(self.teachers),
+            authors=changed(self.authors),
+            strangers=changed(self.strangers),
         )
 
     def taught_by(self, teachers: Mapping[str, TinyModel]) -> "World":

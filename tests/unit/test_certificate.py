@@ -27,6 +27,7 @@ GRADIENT = "gradient of the promise"
 STALE = f"{GRADIENT}, stale writer"
 LONG, SEVERAL = f"{GRADIENT}, long prompts and completions", f"{GRADIENT}, several teachers"
 FLOAT32, IDS = f"{GRADIENT}, float32", f"{GRADIENT}, 256 ids"
+SURE = (f"{FLOAT32}, sure teacher", f"{FLOAT32}, sure student")
 FAR_TEACHER, FAR_WRITER = f"{GRADIENT}, teacher far away", f"{GRADIENT}, writer far away"
 COLD, SETTINGS = f"{GRADIENT}, temperature 0.7", f"{GRADIENT}, other settings"
 ZERO = "zero where the student equals its teacher"
@@ -69,8 +70,8 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "every_token_mean": {DIVISOR},
     "k1_from_depth_64": {LONG, POSITION},
     "first_token_left_out": {GRADIENT, POSITION},
-    "rounded_log_ratio": {FLOAT32, f"{GRADIENT}, bfloat16"},
-    "half_log_ratio": {FLOAT32},
+    "rounded_log_ratio": {FLOAT32, *SURE, f"{GRADIENT}, bfloat16"},
+    "half_log_ratio": {FLOAT32, *SURE},
     "first_teacher_only": {SEVERAL},
     "first_matrix": {SEVERAL, MATRICES},
     "clamped_log_ratio": {FAR_TEACHER},
@@ -85,6 +86,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "against_credit": {"credit makes what was written likelier"},
     "nothing": {"the promise has a gradient"},
     "eight_ids": {IDS, WHOLE},
+    "lost_tail": {SURE[0]},
     "swapped_clip": {SETTINGS},
     "students_context": {GRADIENT, ASKED},
     "short_context": {ASKED},
