@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opd.certificate.credit import Credit, begins_with_own, defined, given, rewards
 from opd.certificate.engines import Notes, engines
+from opd.certificate.fitting import other_settings
 from opd.certificate.gradients import EXACT, Case, case, distance, enumerable, every_token, logits, slopes
 from opd.certificate.page import Finding, Row, Skipped, at_least
 from opd.types import AdvantageScores, Scored, Scores, TopKReturnScores
@@ -104,7 +105,9 @@ def of_credit(found: Case, deep: Case) -> Iterator[Finding]:
     if given(found.seen.scored) is None:
         yield Skipped(name=DEFINED, why="the scorer gives no credit")
         return
-    errors = [_error(c.seen.scored, defined(c.seen, c.world.teachers)) for c in (found, deep)]
+    method, world = found.method, found.world
+    others = [case(replace(method, scorer=other), world) for other in other_settings(method.scorer)]
+    errors = [_error(c.seen.scored, defined(c.seen, c.world.teachers)) for c in (found, deep, *others)]
     if None in errors:
         yield Skipped(name=DEFINED, why="no definition is known for this scorer; the rows below hold without one")
     else:

@@ -61,6 +61,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "truncated_sampling": {GRADIENT, STALE},
     "returns_of_the_past": {GRADIENT, DEFINED, LAST, LATER},
     "short_returns": {LONG, DEFINED},
+    "scale_ignored": {DEFINED},
     "own_reward": {GRADIENT, DEFINED, LAST, LATER},
     "negated_advantage": {GRADIENT, DEFINED, BETTER},
     "length_advantage": {GRADIENT, DEFINED, BETTER},
