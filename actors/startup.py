@@ -13,6 +13,7 @@ from actors.ends import read_ends
 from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError
 from opd.ports import GenerateRequest, Sampling, Sentinel
+from opd.rendezvous import be_alone
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -114,6 +115,7 @@ def build(config: StudentConfig) -> "LLMEngine":
     """A running engine; takes seconds, and imports vLLM."""
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from actors.weights_in import BACKEND, EXTENSION
@@ -123,6 +125,8 @@ def build(config: StudentConfig) -> "LLMEngine":
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls=EXTENSION,
     )
+    if config.tensor_parallel == 1:
+        be_alone(current_platform.dist_backend)
     engine = LLMEngine.from_engine_args(arguments)
     engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
     engine.set_weight_version("0:")

@@ -18,7 +18,7 @@ from torch import Tensor
 from launch.causes import brief
 from launch.placement import Machine, Role, check_fits
 from launch.ray_address import check_cluster
-from launch.ray_node import Node, start_patiently
+from launch.ray_node import Node, on_loopback, start_patiently
 from launch.running import signals_kept
 from launch.settings import ClusterConfig, Placement
 from launch.stacks import Stacks
@@ -26,6 +26,7 @@ from launch.supervision import Look, unseen
 from opd.device_memory import DeviceSegment, read_device
 from opd.errors import OpdError, ServiceLost
 from opd.pull import Shelved, pull
+from opd.rendezvous import loopback
 from opd.shared_memory import Segment, place, read
 
 
@@ -96,7 +97,8 @@ def _local_token() -> str:
 def connected(config: ClusterConfig) -> Iterator[Node]:
     """A Ray session for the run: started and stopped here if local, joined and left otherwise.
 
-    A local session gets a token of its own, so nobody else on the machine can reach it.
+    A local session listens on this machine's loopback alone, and gets a token of its own, so nobody else on the machine
+    can reach it.
     """
     local = config.address == "local"
     if local:
@@ -111,7 +113,7 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     folder = ""
     if local:
-        with signals_kept():
+        with signals_kept(), on_loopback():
             session = start_patiently(
                 lambda: ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet),
                 config.start_deadline_s,
@@ -186,7 +188,7 @@ class Actors:
             "num_cpus": role.cpus,
             "num_gpus": role.gpus,
             "max_concurrency": concurrency,
-            "runtime_env": {"env_vars": dict(environment)},
+            "runtime_env": {"env_vars": {**environment, **(loopback() if self._config.address == "local" else {})}},
         }
         if self._group is not None and role.name in self._roles and any(_shape(role).values()):
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=self._group)

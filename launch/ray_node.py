@@ -8,7 +8,8 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -113,6 +114,23 @@ def _is_left(mark: Path) -> bool:
         return not any(folder.name in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
     except (OSError, ValueError, psutil.Error):  # it has just gone, or is none of ours
         return False
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Ray's processes that are started inside listen on 127.0.0.1 alone.
+
+    Ray turns that address into the machine's own, under which other machines can reach it, unless clusters are
+    switched off (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, which it reads when it is imported).
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def start_patiently(start: Callable[[], Started], deadline_s: float) -> Started:

@@ -18,6 +18,7 @@ from learner.config import LearnerConfig
 from learner.model import Student
 from opd.devices import Dtype
 from opd.errors import OpdError
+from opd.rendezvous import meeting_place
 
 _GRACE_S = 30.0  # what the library's own timeouts may be late by
 
@@ -36,9 +37,12 @@ def join(rank: int, world: int, host: str, port: int, device: torch.device, dead
             deepspeed.init_distributed(
                 dist_backend="nccl" if device.type == "cuda" else "gloo",
                 timeout=timedelta(seconds=deadline_s),
+                init_method=meeting_place(host, port),
+                rank=rank,
+                world_size=world,
                 verbose=False,
             )
-        except RuntimeError as error:  # torch's own classes for stores and networks derive from it
+        except (RuntimeError, OSError) as error:  # torch's own classes for stores and networks derive from it
             raise OpdError(
                 f"learner rank {rank} of {world} could not meet the other ranks at {host}:{port} within "
                 f"{deadline_s:.0f} s ({str(error).splitlines()[0]}); look at their logs, or raise learner.deadline_s"

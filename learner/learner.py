@@ -4,7 +4,6 @@ The work is in `learner.training`, imported when a rank joins the others: a driv
 should not pay seconds for transformers and DeepSpeed.
 """
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from learner.config import LearnerConfig, StudentText
 from opd.errors import ConfigurationError
 from opd.ports import Share
-from opd.pull import own_host
+from opd.rendezvous import free_port, own_host
 from opd.types import Batch, Fetch, Scores, StepReport
 
 if TYPE_CHECKING:
@@ -53,9 +52,8 @@ class LearnerRank:
 
     def address(self) -> tuple[str, int]:
         """This machine as other machines see it, and a port that is free now: where the ranks can meet."""
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            return own_host(), int(listener.getsockname()[1])
+        host = own_host()
+        return host, free_port(host)
 
     def setup(self, rank: int, world: int, host: str, port: int) -> None:
         """Meet the other ranks at `host:port` and load the student; returns when all have.

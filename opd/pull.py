@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # where torch.dist
 from opd.device_memory import Rooms
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import Fill
+from opd.rendezvous import hosted_store, own_host
 
 _LONGEST_LINE = 4096  # bytes of a message between the two
 _ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError)  # what sockets, json and torch's groups raise
@@ -57,16 +58,6 @@ class Shelved:
     token: str = field(repr=False)
 
 
-def own_host() -> str:
-    """This machine as other machines see it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 1))  # sends nothing; asks which interface faces the others
-            return str(probe.getsockname()[0])
-        except OSError:  # there is no network but this machine
-            return "127.0.0.1"
-
-
 class Shelf:
     """An `opd.ports.Outlet` from which receivers pull. Chunks lie on the learner's device; the last two turns stay."""
 
@@ -76,9 +67,7 @@ class Shelf:
         self._filled: dict[tuple[int, int], UInt8[Tensor, " _nbytes"]] = {}
         self._served: list[tuple[socket.socket, threading.Thread]] = []
         self._host = own_host()
-        self._store = TCPStore(
-            self._host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=deadline_s)
-        )
+        self._store = hosted_store(self._host, 0, timedelta(seconds=deadline_s))
         self._listener = socket.create_server((self._host, 0))
         threading.Thread(target=self._accept, name="weights-shelf", daemon=True).start()
 

@@ -22,6 +22,7 @@ from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError, OpdError, ServiceHung
 from opd.model_folder import text_config
 from opd.ports import ScoreRequest, TopK
+from opd.rendezvous import be_alone
 from opd.types import TokenScores, TopKScores
 from teacher_service.backends.torch_forward import microbatches
 from teacher_service.config import START_S, TeacherConfig, check_answers
@@ -95,8 +96,10 @@ class _VLLMTeacher(ABC):
 
     def _start(self) -> "LLMEngine":
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        be_alone(current_platform.dist_backend)
         cpu = self._device.type == "cpu"
         arguments: dict[str, Any] = {
             "model": self._config.path,

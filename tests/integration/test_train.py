@@ -1,14 +1,18 @@
 """The main job on real parts: Ray actors, vLLM, the teacher pool and DeepSpeed, started by the program itself."""
 
 import json
+import os
 import re
+import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.command import ROOT, opd
+from tests.onlooker import Onlooker, looking
 
 pytestmark = pytest.mark.timeout(600)  # the machine may be slow, and another process of tests at work on it
 SMALL = [
@@ -29,13 +33,64 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+SECRETS = {
+    name: f"planted-{i}-{secrets.token_hex(12)}"
+    for i, name in enumerate(
+        ["WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPD_TEACHER_TOKEN", "AWS_SECRET_ACCESS_KEY",
+         "OPENAI_API_KEY", "MY_PASSWORD", "NETRC"]
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A finished small run, what it said, and what was seen of it while it lasted."""
+
+    path: Path
+    said: str
+    seen: Onlooker
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One finished small run."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = opd("train", *SMALL, f"output_dir={runs}", "run_name=first")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """It is given a secret in every place of the environment that takes one."""
+    runs, known = tmp_path_factory.mktemp("runs"), {**SECRETS, "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+    login = runs.parent / "netrc"
+    login.write_text(f"machine api.wandb.ai login user password {known.pop('NETRC')}\n")
+    with pytest.MonkeyPatch.context() as patch, looking({*SECRETS.values(), *known.values()}) as seen:
+        for name, value in known.items():
+            patch.setenv(name, value)
+        patch.setenv("NETRC", str(login))
+        patch.setenv("SOME_PROXY", f"http://user:{SECRETS['MY_PASSWORD']}@127.0.0.1:1")
+        done = opd("train", *SMALL, "notes=['${oc.env:MY_PASSWORD}']", f"output_dir={runs}", "run_name=first")
     assert done.returncode == 0, done.stdout + done.stderr
-    return runs / "first"
+    return Watched(runs / "first", done.stdout + done.stderr, seen)
+
+
+@pytest.fixture(scope="module")
+def run(watched: Watched) -> Path:
+    """One finished small run."""
+    return watched.path
+
+
+@pytest.mark.ray
+def test_a_local_run_listens_on_the_loopback_only(watched: Watched) -> None:
+    listening = watched.seen.listening
+    assert {"raylet", "gcs_server"} <= {name for name, _ in listening} and len(listening) > 3, "nothing was looked at"
+    assert not watched.seen.open_to_others()
+
+
+@pytest.mark.ray
+def test_no_secret_is_in_any_file_argument_or_message(watched: Watched) -> None:
+    """Of the run, of Ray's session while it lasted, and of wandb, whose stored arguments were read as well."""
+    seen = watched.seen
+    assert any("raylet" in line for line in seen.arguments) and any(path.suffix == ".out" for path in seen.sizes)
+    seen.read(path for path in watched.path.rglob("*") if not path.is_symlink())
+    assert any(path.suffix == ".wandb" for path in seen.sizes) and watched.path / "config.yaml" in seen.sizes
+    assert seen.told == set()
+    for secret in seen.secrets:
+        assert secret not in watched.said and not [line for line in seen.arguments if secret in line]
+    assert "notes:\n- <redacted>" in (watched.path / "config.yaml").read_text(), "what was planted has not arrived"
 
 
 @pytest.mark.ray

@@ -1,0 +1,83 @@
+"""Looks at a run from outside while it lasts: what its processes listen on, their arguments, and Ray's own files."""
+
+import ipaddress
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+PERIOD_S = 1.0
+
+
+@dataclass(slots=True)
+class Onlooker:
+    """What was seen of this process's descendants; `secrets` are texts that must stand nowhere."""
+
+    secrets: tuple[str, ...] = ()
+    arguments: set[str] = field(default_factory=set)
+    listening: set[tuple[str, str]] = field(default_factory=set)  # name of the process, address
+    told: set[str] = field(default_factory=set)  # "file: secret"
+    sizes: dict[Path, int] = field(default_factory=dict)
+
+    def open_to_others(self) -> set[tuple[str, str]]:
+        """Sockets that listen on more than the loopback."""
+        return {(name, at) for name, at in self.listening if not _is_loopback(at)}
+
+    def look(self) -> None:
+        """Look once."""
+        own = psutil.Process()
+        for process in [own, *own.children(recursive=True)]:
+            try:
+                self.arguments.add(" ".join(process.cmdline()))
+                for socket in process.net_connections("inet"):
+                    if socket.status == psutil.CONN_LISTEN:
+                        self.listening.add((process.name(), socket.laddr.ip))
+            except psutil.Error:  # it has just ended
+                continue
+        self.read(_session_files())
+
+    def read(self, files: Iterable[Path]) -> None:
+        """Look for the secrets in files that have grown."""
+        for path in files:
+            try:
+                size = path.stat().st_size
+                if path.is_file() and self.sizes.get(path) != size:
+                    self.sizes[path] = size
+                    text = path.read_bytes()
+                    self.told |= {f"{path.name}: {secret}" for secret in self.secrets if secret.encode() in text}
+            except OSError:  # a socket, or gone
+                continue
+
+
+def _is_loopback(address: str) -> bool:
+    found = ipaddress.ip_address(address)
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
+def _session_files() -> Iterator[Path]:
+    from ray._private import worker
+
+    node = worker._global_node
+    if node is not None:
+        yield from Path(node.get_session_dir_path()).rglob("*")
+
+
+@contextmanager
+def looking(secrets: Iterable[str] = ()) -> Iterator[Onlooker]:
+    """An onlooker that looks every second until the block ends."""
+    onlooker, ended = Onlooker(tuple(secrets)), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(PERIOD_S):
+            onlooker.look()
+
+    thread = threading.Thread(target=watch, name="onlooker", daemon=True)
+    thread.start()
+    try:
+        yield onlooker
+    finally:
+        ended.set()
+        thread.join(60)
