@@ -135,6 +135,13 @@ Histories.TestCase.settings = settings(max_examples=400, stateful_step_count=30,
 TestHistories = Histories.TestCase
 
 
+@pytest.mark.slow
+class TestManyHistories(Histories.TestCase):
+    """Half a minute of the same."""
+
+    settings = settings(max_examples=2000, stateful_step_count=30, deadline=None)
+
+
 def test_memory_is_that_of_the_outstanding_steps() -> None:
     ledger = Ledger()
     for step in range(1000):
