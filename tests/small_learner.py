@@ -138,8 +138,11 @@ def predictions(model: Any, trajectory: Trajectory) -> Tensor:
     return model(input_ids=ids[None]).logits[0, len(context) - 1 : -1]
 
 
-def naive_loss(model: Any, step: int, teacher: Teacher) -> Tensor:
-    """The loss of `ReverseKL` on `data(step)` as one would first write it: padded, whole logits, autograd."""
+def naive_loss(model: Any, step: int, teacher: Teacher | None) -> Tensor:
+    """The loss of `ReverseKL` on `data(step)` as one would first write it: padded, whole logits, autograd.
+
+    Without a teacher it is that of `Likelihood`.
+    """
     trajectories, weights = data(step)
     rows = [np.concatenate([t.prompt.student_ids, t.token_ids]) for t in trajectories]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
@@ -150,7 +153,10 @@ def naive_loss(model: Any, step: int, teacher: Teacher) -> Tensor:
     total, count = torch.zeros(()), 0
     for i, (t, w) in enumerate(zip(trajectories, weights, strict=True)):
         p = logprobs[i, len(t.prompt.student_ids) - 1 : len(rows[i]) - 1]
-        loss = (p.exp() * (p - torch.from_numpy(teacher(t).vocabulary_logprobs))).sum(-1)
+        if teacher is None:
+            loss = -p.gather(-1, torch.from_numpy(t.token_ids).long()[:, None])[:, 0]
+        else:
+            loss = (p.exp() * (p - torch.from_numpy(teacher(t).vocabulary_logprobs))).sum(-1)
         total, count = total + (loss * torch.from_numpy(w)).sum(), count + np.count_nonzero(w)
     return total / int(count)
 

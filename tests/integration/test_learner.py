@@ -57,7 +57,7 @@ HERE = Path(__file__).resolve()
 # ---- one rank, in this process ----
 
 
-def naive_step(model: Any, step: int, teacher: Teacher) -> float:
+def naive_step(model: Any, step: int, teacher: Teacher | None) -> float:
     """One step as one would first write it, with torch's AdamW. The loss."""
     loss = naive_loss(model, step, teacher)
     loss.backward()
