@@ -22,7 +22,7 @@ from opd.logits import StudentLogits, chunked_loss
 from opd.objectives.sampled import SampledReverseKL, Speaker
 from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.packing import Constant, Normalizer, SequenceSum, TokenMean, pack
+from opd.packing import Constant, Normalizer, SequenceSum, TokenMean, halves, pack
 from opd.ports import Layout
 from opd.types import Batch, HiddenScores, RemoteRows, Scored, Scores, TokenScores, TopKScores, VocabularyScores
 
@@ -310,3 +310,20 @@ def test_a_weight_that_is_none_is_refused(make: Any, weights: list[float]) -> No
 def test_a_step_without_weight_is_refused(make: Any) -> None:
     with pytest.raises(DataError, match="no token to train: every weight is 0; check loss masks"):
         pack([make.scored([1], [2])], [np.zeros(1)], Layout(ranks=1, tokens_per_microbatch=9), TokenMean())
+
+
+@settings(max_examples=30)
+@given(case=cases())
+def test_two_halves_have_every_trained_token_once_and_add_up_to_the_whole(make: Any, case: Case) -> None:
+    step, student = written(make, case.shapes), model()
+    whole = [b for rank in pack(step, case.weights, case.layout, case.normalizer) for b in rank]
+    parts = [halves(batch) or (batch,) for batch in whole]
+    for batch, cut in zip(whole, parts, strict=True):
+        for name in ("input_ids", "target_ids", "weights", "depth", "behavior_logprobs", "position_ids"):
+            joined = np.concatenate([np.asarray(getattr(part, name)) for part in cut])
+            np.testing.assert_array_equal(joined, getattr(batch, name))
+        assert tuple(name for part in cut for name in part.names) == batch.names
+        assert all(part.cu_seqlens[0] == 0 and part.cu_seqlens[-1] == len(part.input_ids) for part in cut)
+    split = packed_gradient(student, [[p for cut in parts for p in cut]], SampledReverseKL())
+    for got, expected in zip(split, packed_gradient(student, [whole], SampledReverseKL()), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)

@@ -54,6 +54,28 @@ def test_a_pipeline_without_room_is_refused() -> None:
             Pipeline(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("versions", "why"),
+    [
+        ([7, 7, 7], ""),
+        ([5, 7, 7], "stale"),  # the newest token is young enough, the oldest is not
+        ([7, 7, 5], "stale"),
+        ([6, 7, NOBODY], ""),
+        ([NOBODY] * 3, ""),
+        ([6, 7, 9], "unknown weights"),  # never published
+        ([6, 6, 8], "unknown weights"),  # published, but with other weights
+    ],
+)
+def test_the_bound_holds_for_every_token_and_every_version_must_be_known(
+    make: Any, versions: list[int], why: str
+) -> None:
+    published = {v: f"w{v}" for v in range(5, 9)}
+    text = make.trajectory(
+        [1], [2, 3, 4], versions=np.array(versions, np.int32), digests=published | {8: "others", 9: "w9", NOBODY: ""}
+    )
+    assert Pipeline(max_staleness=2).refusal(text, 8, published | {NOBODY: ""}) == why
+
+
 def gaps(bench: Bench) -> list[int]:
     """How far behind every token was when it was trained."""
     return [
