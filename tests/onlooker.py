@@ -17,6 +17,7 @@ class Onlooker:
     """What was seen of this process's descendants; `secrets` are texts that must stand nowhere."""
 
     secrets: tuple[str, ...] = ()
+    before: frozenset[tuple[int, str, int]] = frozenset()  # process, address and port of what listened already
     arguments: set[str] = field(default_factory=set)
     listening: set[tuple[str, str]] = field(default_factory=set)  # name of the process, address
     told: set[str] = field(default_factory=set)  # "file: secret"
@@ -28,13 +29,11 @@ class Onlooker:
 
     def look(self) -> None:
         """Look once."""
-        own = psutil.Process()
-        for process in [own, *own.children(recursive=True)]:
+        for process in _processes():
             try:
                 self.arguments.add(" ".join(process.cmdline()))
-                for socket in process.net_connections("inet"):
-                    if socket.status == psutil.CONN_LISTEN:
-                        self.listening.add((process.name(), socket.laddr.ip))
+                new = _listening(process) - self.before
+                self.listening |= {(process.name(), address) for _, address, _ in new}
             except psutil.Error:  # it has just ended
                 continue
         self.read(_session_files())
@@ -52,6 +51,16 @@ class Onlooker:
                 continue
 
 
+def _processes() -> list[psutil.Process]:
+    own = psutil.Process()
+    return [own, *own.children(recursive=True)]
+
+
+def _listening(process: psutil.Process) -> set[tuple[int, str, int]]:
+    sockets = process.net_connections("inet")
+    return {(process.pid, s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN}
+
+
 def _is_loopback(address: str) -> bool:
     found = ipaddress.ip_address(address)
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
@@ -67,8 +76,9 @@ def _session_files() -> Iterator[Path]:
 
 @contextmanager
 def looking(secrets: Iterable[str] = ()) -> Iterator[Onlooker]:
-    """An onlooker that looks every second until the block ends."""
-    onlooker, ended = Onlooker(tuple(secrets)), threading.Event()
+    """An onlooker that looks every second until the block ends, at what begins in it."""
+    before = frozenset().union(*map(_listening, _processes()))
+    onlooker, ended = Onlooker(tuple(secrets), before), threading.Event()
 
     def watch() -> None:
         while not ended.wait(PERIOD_S):

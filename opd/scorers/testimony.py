@@ -71,7 +71,16 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
         values,
         likeliest=isinstance(request.want, TopK),
     )
-    whole = np.exp(values.astype(np.float64)).sum(-1) + np.exp(rest.astype(np.float64))
+    whole = _mass(np.asarray(answer.topk_ids), values) + np.exp(rest.astype(np.float64))
     if not problem and (np.abs(whole - 1) > MASS).any():
         return "the probabilities of a support and of the rest of the vocabulary do not sum to 1"
     return problem
+
+
+def _mass(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+    """Probability of each row's ids; an id that is named twice counts once."""
+    order = ids.argsort(-1, kind="stable")
+    ordered = np.take_along_axis(ids, order, -1)
+    new = np.ones(ids.shape, dtype=bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return (np.exp(np.take_along_axis(logprobs, order, -1).astype(np.float64)) * new).sum(-1)

@@ -113,7 +113,7 @@ def _refusals(run: Path, own: list[str]) -> None:
         (["resume=latest"], "has finished its 6 steps; raise steps"),
         (["resume=2"], r"no checkpoint of step 2 (have: 6, 4)"),
         (["resume=latest", "seed=1"], "was made with seed=0, but this run has seed=1"),
-        (["resume=latest", f"teacher.path={ROOT / 'assets' / 'shop' / 'teacher'}"], "teacher 'default' of fingerprint"),
+        (["resume=latest", f"teacher.path={ROOT / 'assets' / 'peak' / 'student'}"], "teacher 'default' of fingerprint"),
     ):
         done = opd("train", *own, *where, *arguments)
         assert done.returncode == 2 and sentence in done.stderr, done.stderr

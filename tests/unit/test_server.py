@@ -85,7 +85,7 @@ def test_what_is_asked_for_is_bounded_like_the_question(asked: Any, caplog: Any)
 
 def test_an_answer_has_the_size_that_was_foretold() -> None:
     deep = ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=8))
-    assert answer_bytes(deep, 0) == 16 + 16 + 10 * (4 + 8 * 8)
+    assert answer_bytes(deep, 0) == 16 + 16 + 10 * (4 + 4 + 8 * 8)  # written, the rest, the support
     with pytest.raises(TooLarge, match="lower k"):
         check_answer([deep] * 9, Limits(frame_bytes=6000), 0)
 

@@ -1,5 +1,6 @@
 """The mass outside a support in float32: what the student's row and the teacher's wire keep of it, against float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor
 
 from opd.divergences import States
+from opd.errors import DataError
 from opd.log_mass import ABSENT, remainder
 from opd.logits import StudentLogits
 from opd.objectives.support import Outside
 from opd.objectives.topk import TailBucketForwardKL, TailBucketReverseKL, TopKDivergence
 from opd.objectives.vocabulary import FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.ports import AtIds, ScoreRequest, TopK
+from opd.scorers.testimony import verify
 from opd.types import Batch, TopKScores
 from teacher_service import reading
 from teacher_service.wire import Limits, Reply, decode_reply, encode_reply
@@ -108,6 +111,15 @@ def test_a_teachers_own_top_k_brings_the_same_mass_as_ids_that_are_asked() -> No
     np.testing.assert_allclose(np.exp(own.rest.astype(np.float64)), 1e-8, rtol=1e-5)
     everything = told(q, TopK(k=V)).rest
     assert (everything == np.float32(ABSENT)).all() and 1e6 * np.exp(np.float64(ABSENT)) < 1e-25
+
+
+def test_what_is_left_fits_what_is_named_also_if_an_id_is_named_twice() -> None:
+    q, written = logits(0.3, 0), np.zeros(ROWS, dtype=np.int32)
+    want = AtIds(ids=np.tile(np.array([5, 3, 5, 20], dtype=np.int32), (ROWS, 1)))
+    request, answer = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, want=want), told(q, want)
+    verify([request], [answer])
+    with pytest.raises(DataError, match="do not sum to 1"):
+        verify([request], [replace(answer, rest=answer.rest - 1)])
 
 
 def test_a_support_of_everything_has_no_bucket() -> None:
