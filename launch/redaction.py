@@ -53,8 +53,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
         secret = _names(key, value) or any(_names(*pair) for pair in _INLINE.findall(value))
         if secret or any(one in argument for one in known):
             name = _without(key, known)
-            remedy = f"put it into the environment and write '{name}=${{oc.env:NAME}}'"
-            raise ConfigurationError(_refusal(f"{name}=... has a secret in it", remedy))
+            variable = next((whose for one, whose in _of_environment().items() if one in argument), "")
+            source = f" (the value of ${variable})" if variable else ""
+            remedy = f"put it into the environment and write '{name}=${{oc.env:{variable or 'NAME'}}}'"
+            raise ConfigurationError(_refusal(f"{name}=... has a secret in it{source}", remedy))
 
 
 def check_logins(node: Any, where: str = "") -> None:
@@ -87,14 +89,25 @@ def _names(key: str, value: str) -> bool:
 
 def _known() -> list[str]:
     """Every secret of this process, the longest first."""
-    found = set(_remembered)
+    found = {one for one in _remembered if len(one) >= _SHORTEST} | _of_environment().keys()
+    return sorted(found, key=len, reverse=True)
+
+
+def _of_environment() -> dict[str, str]:
+    """Secrets among the environment's values, and the variable of each.
+
+    A number or an existing path is one only under a name that leaves no doubt: `MAX_TOKENS=100000` and
+    `SSH_KEY_FOLDER=/home/me` would otherwise take a number or a folder from every command.
+    """
+    found: dict[str, str] = {}
     for name, value in os.environ.items():
         for login in logins(value):
-            found |= {login, login.partition(":")[2]}
-        upper = name.upper()
-        if not _NO_SECRET.search(upper) and (names_a_secret(name) or names_a_token(name) or _KEY.search(upper)):
-            found.add(value)
-    return sorted((one for one in found if len(one) >= _SHORTEST), key=len, reverse=True)
+            found |= {login: name, login.partition(":")[2]: name}
+        upper, plain = name.upper(), value.isdecimal() or (value.startswith("/") and os.path.exists(value))
+        doubtful = not plain and (names_a_token(name) or bool(_KEY.search(upper)))
+        if not _NO_SECRET.search(upper) and (names_a_secret(name) or doubtful):
+            found[value] = name
+    return {value: name for value, name in found.items() if len(value) >= _SHORTEST}
 
 
 def _without(text: str, secrets: Sequence[str]) -> str:

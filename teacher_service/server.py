@@ -6,8 +6,8 @@ not come, 413 too many bytes, requests or tokens (of the question, or of what it
 many log-probabilities per token, 429 too much at once, 500 a model that answers nonsense, 503 no answer in time. No
 stack trace leaves the process.
 
-Nobody can hold it up: a connection that sends no request ends after `idle_s`, a transfer slower than `least_rate` ends,
-and of too many connections the oldest without a token end (`teacher_service/connections.py`).
+A client cannot hold it up: a connection that sends no request ends after `idle_s`, a transfer slower than `least_rate`
+ends, and of too many connections the oldest without a token end (`teacher_service/connections.py`).
 """
 
 import asyncio
@@ -247,7 +247,7 @@ class TeacherServer:
 
 
 async def _expected(_: web.Request) -> None:
-    """Nobody is told to go on before the token is seen."""
+    """A client is told to go on only after its token was checked (`Expect: 100-continue`)."""
 
 
 def _taken(held: Held, nbytes: int) -> None:

@@ -99,7 +99,7 @@ class ClampedRatio(_Spoilt):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndLeftOut(_Spoilt):
-    """The end-of-text token has no cost, so nobody learns when to stop."""
+    """The end-of-text token has no cost, so the student never learns when to stop."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
         return _Spoilt.cost(self, student, batch) * (batch.target_ids != 0)
@@ -216,7 +216,7 @@ class LostTail(TailBucketReverseKL):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwappedClip(ClippedPolicyGradient):
-    """The bounds of the ratio the wrong way round, which nobody sees while they are equal."""
+    """The bounds of the ratio are swapped, which does not show while they are equal."""
 
     def __call__(self, student: StudentLogits, batch: Batch[AdvantageScores]) -> TokenLoss:
         swapped = ClippedPolicyGradient(clip_low=min(self.clip_high, 1.0), clip_high=self.clip_low)

@@ -58,7 +58,7 @@ class OwnReward(WithReturns):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleIgnored(WithReturns):
-    """Rewards as they are, whatever `reward_scale` says; nobody sees it while that is 1."""
+    """Rewards as they are, whatever `reward_scale` says, which does not show while that is 1."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await WithReturns.__call__(replace(self, reward_scale=1.0), trajectories, engines)

@@ -158,7 +158,7 @@ def _normalizer(found: Case, weights: list[np.ndarray]) -> Iterator[Finding]:
 
 
 SHIFTS = (1, 64, 300, 5000, 1_000_000)
-PADDED = 2**15  # ids of a vocabulary, nearly all of which nobody can write
+PADDED = 2**15  # ids of a vocabulary, nearly all of them of probability 0
 DEAD = -1e4  # the log-probability of those: 0 in float64
 CROWD = 64  # times the tokens of a small world: thousands
 
@@ -182,7 +182,7 @@ def of_tokens(found: Case) -> Iterator[Finding]:
     heavier = replace(batch, weights=batch.weights * 3, denominator=batch.denominator * 7)
     yield Row(name="invariance: weight and divisor", measured=differs(heavier), tolerance=SAME)
     yield Row(name="invariance: other tokens of the batch", measured=_neighbors(objective, at, batch), tolerance=SAME)
-    yield Row(name="invariance: ids that nobody can write", measured=_padded(found, at, batch), tolerance=SAME)
+    yield Row(name="invariance: ids of probability 0", measured=_padded(found, at, batch), tolerance=SAME)
     watched = slopes(objective, at, batch, overlap_k=16)
     yield Row(name="invariance: what is reported", measured=distance(watched, expected), tolerance=SAME)
 

@@ -95,7 +95,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "temperature_ignored": {WRITTEN},
     "temperature_twice": {COLD},
     "last_token_masked": {"text is trained whole, as it was written"},
-    "large_vocabulary": {"invariance: ids that nobody can write"},
+    "large_vocabulary": {"invariance: ids of probability 0"},
     "while_reported": {"invariance: what is reported"},
     "drawn_from_teacher": {"draws follow the student (standard errors)"},
     "drawn_once": {"draws of a state are independent (standard errors)"},

@@ -61,11 +61,17 @@ def test_what_stands_in_the_environment_is_refused_on_the_command_line(monkeypat
     for name in ("HF_TOKEN", "WANDB_API_KEY", "MY_PASSWORD", "SERVICE_CREDENTIALS", "SSH_KEY"):
         monkeypatch.setenv(name, f"{name}-{WORD}")
         for argument in (f"notes=[{name}-{WORD}]", f"student.path=/x/{name}-{WORD}"):
-            with pytest.raises(ConfigurationError, match="in it") as caught:
+            with pytest.raises(ConfigurationError, match=rf"in it \(the value of \${name}\)") as caught:
                 check_arguments([argument])
             assert WORD not in str(caught.value)
     monkeypatch.setenv("SOME_TOKEN_PATH", "/a/path/and/no/secret")
     check_arguments(["prompts.path=/a/path/and/no/secret", "max_tokens=many", "learner.tokens_per_microbatch=300"])
+    monkeypatch.setenv("MAX_TOKENS", "100000")
+    monkeypatch.setenv("SSH_KEY_FOLDER", str(ROOT))
+    check_arguments(["max_tokens=100000", f"student.path={ROOT}/student"])
+    monkeypatch.setenv("DB_PASSWORD", "100000")
+    with pytest.raises(ConfigurationError, match=r"the value of \$DB_PASSWORD"):
+        check_arguments(["max_tokens=100000"])
     check_arguments(["prompts.api_key=${oc.env:MY_KEY}", "password=", "token=null", "student.path=user@host:x"])
 
 
