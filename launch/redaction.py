@@ -131,9 +131,9 @@ def _redacted(node: Any, secrets: Sequence[str]) -> Any:
 
 
 def without_secret(override: str) -> str:
-    """A command's `key=value` with the value replaced if it is a secret."""
+    """A command's `key=value` with the value replaced if it is a secret, by the rule of `check_arguments`."""
     key, equals, value = override.partition("=")
-    return f"{key}{equals}{redacted({key: value})[key]}"
+    return f"{key}{equals}{HIDDEN if _names(key.lstrip('+~'), value) else masked(value)}"
 
 
 def _value(key: str, value: Any, secrets: Sequence[str]) -> Any:

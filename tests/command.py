@@ -1,6 +1,7 @@
 """`opd ...` in this process: what a user types, without the seconds of processor time that a new Python needs."""
 
 import os
+import signal
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,18 @@ class Done:
     returncode: int
     stdout: str
     stderr: str
+
+
+def as_from_a_terminal() -> None:
+    """Take signals as a terminal's programs do, here and in what this process starts.
+
+    A background job has SIGINT ignored, nohup SIGHUP, and the product keeps to that. This process itself goes on at a
+    hangup.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def opd(*arguments: str) -> Done:

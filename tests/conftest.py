@@ -3,7 +3,6 @@
 import os
 import random
 import secrets
-import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,17 +11,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.command import as_from_a_terminal
 from tests.typed_calls import enforce
 
 # Ray reads these when it is imported, which vLLM does on the way.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-# As from a terminal, for this process and those it starts: a background job has SIGINT ignored, nohup SIGHUP, and the
-# product keeps to that. This process itself goes on at a hangup.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda number, frame: None)
+as_from_a_terminal()
 
 enforce("opd")
 

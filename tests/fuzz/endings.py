@@ -22,6 +22,7 @@ from launch.export import export_run
 from launch.run import SPARE
 from launch.run_directory import RunDirectory
 from opd.errors import OpdError
+from tests.command import as_from_a_terminal
 from tests.fault_plan import plan
 from tests.integration.test_faults import Scene, family, lines, placed
 
@@ -312,6 +313,7 @@ def rows(numbers: Iterable[int], folder: Path, together: int) -> list[Left]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a row per place and the total; 1 if one of them is missing."""
+    as_from_a_terminal()
     given = dict(argument.split("=", 1) for argument in arguments)
     with TemporaryDirectory(prefix="opd-endings-") as folder:
         made = rows(chosen(given.get("places", "")), Path(folder), int(given.get("together", 1)))

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.checkpoints import described
+from launch.compose import compose
 from launch.config import run_config
-from launch.redaction import HIDDEN, check_arguments, masked, redacted, remember
+from launch.keys import keys
+from launch.redaction import HIDDEN, check_arguments, masked, redacted, remember, without_secret
 from launch.run_directory import RunDirectory, append_events, append_json, write_json
 from launch.submit import SubmitOptions, submit
 from opd.errors import ConfigurationError
@@ -73,6 +75,21 @@ def test_what_stands_in_the_environment_is_refused_on_the_command_line(monkeypat
     with pytest.raises(ConfigurationError, match=r"the value of \$DB_PASSWORD"):
         check_arguments(["max_tokens=100000"])
     check_arguments(["prompts.api_key=${oc.env:MY_KEY}", "password=", "token=null", "student.path=user@host:x"])
+
+
+def test_no_setting_of_ours_is_taken_for_a_secret() -> None:
+    """Commands that are shown to be copied repeat every setting: a number of tokens is no token."""
+    options = [["experiment=two_teachers"], [SHOP, "learner=lora"], [SHOP, "cluster=multi_node"], ["prompts=dataset"]]
+    written = {f"{key.name}={value}" for chosen in options for key in keys(compose(chosen)) for value in (key.value, 7)}
+    assert len(written) > 200 and {"max_tokens=7", "learner.tokens_per_microbatch=7"} <= written
+    check_arguments(sorted(written))
+    assert {without_secret(one) for one in written} == written
+
+
+@pytest.mark.parametrize("key", ["hf_token", "+prompts.api_key", "a.password", "teacher.bearer"])
+def test_a_command_that_is_shown_has_no_secret(key: str) -> None:
+    assert {without_secret(f"{key}={value}") for value in (WORD, "12345678")} == {f"{key}={HIDDEN}"}
+    assert without_secret(f"student.path=http://u:{WORD}@h/x") == f"student.path=http://{HIDDEN}@h/x"
 
 
 @pytest.mark.parametrize("setting", ["student.path", "prompts.path", "teacher.model", "tracker.entity"])
