@@ -88,7 +88,8 @@ def tried(chosen: Sequence[tuple[str, Mutant]], tests: Sequence[Covered], trees:
     }
     for ended in run(list(controls.values()), trees):
         if ended.result is not Result.SURVIVED:
-            raise OpdError(f"tests fail without a fault ({ended.result.value}):\n{ended.printed}")
+            print(ended.printed)
+            raise OpdError(f"tests fail without a fault ({ended.result.value}); what they printed is above")
     area_of = {id(trial): area for area, trial in trials}
     for ended in run([trial for _, trial in trials], trees):
         assert ended.trial.mutant is not None

@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from launch.config import run_config
@@ -232,6 +235,33 @@ def test_the_program_exits_non_zero_with_one_sentence(arguments: list[str], code
     done = opd(*arguments)
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+UNSEEN = st.text(st.characters(categories=["L", "Nd", "Cc", "Cf", "Zl", "Zp", "Po"]), min_size=1, max_size=8)
+PLACES = [
+    "{}", "train {}", "train {}=1", "train +{}=1", "train prompts={}", "train student.path={} dry_run=true",
+    "train resume={} dry_run=true", "train conf={}", "train --{}", "train --show {}", "submit {}", "certify {}",
+    "train prompts.path={} dry_run=true", "train method.objective._target_={} dry_run=true", "export run={}",
+    "export run=x step={}", "serve-teacher {}", "serve-teacher port={}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@given(hostile=UNSEEN.filter(lambda text: "\0" not in text and not text.isprintable()))
+@settings(max_examples=2, deadline=None)
+def test_whatever_a_command_line_holds_the_sentence_is_one_line_and_moves_no_cursor(place: str, hostile: str) -> None:
+    done = opd(*(word.replace("{}", hostile) for word in place.split()))
+    sentence = done.stderr.removesuffix("\n")
+    assert done.returncode == 2 and not done.stdout
+    assert {unicodedata.category(one) for one in sentence}.isdisjoint({"Cc", "Cf", "Zl", "Zp"}), repr(sentence)
+
+
+def test_a_message_stays_readable_however_long_what_it_repeats_is() -> None:
+    said = str(OpdError(f"prompts.path={'x' * 100_000} does not exist; set it to a file"))
+    assert (
+        len(said) < 1500 and said.startswith("prompts.path=xx") and said.endswith("x does not exist; set it to a file")
+    )
+    assert "characters left out" in said and str(OpdError("x" * 1400)) == "x" * 1400
 
 
 def test_so_it_does_as_a_program_of_its_own() -> None:
