@@ -166,7 +166,7 @@ class Shards:
         at = start
         for begin, end, rank in sorted(self._where.get((key, parameter), [])):
             first, last = max(at, begin), min(stop, end)
-            if first < last and first == at:
+            if at == first < last:
                 piece = self._files[rank].get_slice(piece_name(key, begin, parameter))[first - begin : last - begin]
                 out[first - start : last - start] = piece
                 at = last

@@ -166,6 +166,8 @@ def _answer(request: ScoreRequest, choice: Mapping[str, Any]) -> TokenScores:
     best = [sorted(((-e["logprob"], int(token)) for token, e in row.items()))[:k] for row in rows]
     return TopKScores(
         logprobs=logprobs,
-        topk_ids=np.asarray([[token for _, token in row] for row in best], dtype=np.int32).reshape(-1, k),
-        topk_logprobs=np.asarray([[-minus for minus, _ in row] for row in best], dtype=np.float32).reshape(-1, k),
+        topk_ids=np.asarray([[token for _, token in row] for row in best], dtype=np.int32).reshape(len(best), k),
+        topk_logprobs=np.asarray([[-minus for minus, _ in row] for row in best], dtype=np.float32).reshape(
+            len(best), k
+        ),
     )

@@ -3,15 +3,15 @@
 A sample of faults (`tests.mutants.operators`), alike many from each area of the core, each tried by the tests that run
 its line, the shortest first, until one fails. Nothing in the work tree is touched. Prints killed and survived by area
 and every survivor with its place and change; exits 1 if less than 95 % were killed. What is known of the tests is kept
-in `.mutants/`; `again=true` does not try again what was killed before. Not in CI: 10 to 20 s a
-mutant, at `nice=10`.
+in `.mutants/`; `again=true` does not try again what was killed before, and `tests_s=30` asks no more than so many
+processor seconds of tests about a mutant (90). Not in CI: 10 to 20 s a mutant, at `nice=10`.
 """
 
 import difflib
 import json
 import os
-import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -50,13 +50,23 @@ class Row:
 
 
 def sample(tree: Path, number: int, seed: int, areas: Sequence[str]) -> list[tuple[str, Mutant]]:
-    """(area, mutant), so many in all, the areas in turn; where one has no more of them, the others have more."""
-    generator, files = random.Random(seed), sources(tree)
-    pools = {}
+    """(area, mutant), so many in all, the areas in turn; where one has no more of them, the others have more.
+
+    What is drawn of a statement depends on `seed` and on that statement: a sample stays what it was where the code did,
+    so that a fault that survived is tried again once there is a test for it.
+    """
+    files, pools = sources(tree), dict[str, list[Mutant]]()
     for area in areas:
-        pool = [mutant for path in files[area] for mutant in mutants(path, (tree / path).read_bytes())]
-        generator.shuffle(pool)
-        pools[area] = pool
+        drawn = list[tuple[str, Mutant]]()
+        for path in files[area]:
+            source, seen = (tree / path).read_bytes(), Counter[str]()
+            lines = source.decode().splitlines()
+            for mutant in mutants(path, source):
+                first, last = mutant.lines
+                said = "\n".join([str(seed), mutant.kind, mutant.text, *map(str.strip, lines[first - 1 : last])])
+                seen[said] += 1
+                drawn.append((sha256(f"{said}\n{seen[said]}".encode()).hexdigest(), mutant))
+        pools[area] = [mutant for _, mutant in sorted(drawn, key=lambda pair: pair[0])]
     chosen = list[tuple[str, Mutant]]()
     while len(chosen) < number and any(pools.values()):
         for area, pool in pools.items():
@@ -74,13 +84,15 @@ def difference(tree: Path, mutant: Mutant) -> str:
     return "\n".join(f"    {line}" for line in list(lines)[3:])
 
 
-def tried(chosen: Sequence[tuple[str, Mutant]], tests: Sequence[Covered], trees: Sequence[Path]) -> Iterator[Row]:
-    """Each mutant's end.
+def tried(
+    chosen: Sequence[tuple[str, Mutant]], tests: Sequence[Covered], trees: Sequence[Path], most_s: float
+) -> Iterator[Row]:
+    """Each mutant's end; `most_s` processor seconds of tests are asked about it.
 
     Raises:
         OpdError: tests fail without any fault, so that nothing could be said.
     """
-    trials = [(area, Trial(mutant=mutant, tests=asked(mutant, tests, TESTS_S))) for area, mutant in chosen]
+    trials = [(area, Trial(mutant=mutant, tests=asked(mutant, tests, most_s))) for area, mutant in chosen]
     controls = {
         area: Trial(mutant=None, tests=asked(trial.mutant, tests, CONTROL_S))
         for area, trial in reversed(trials)
@@ -146,6 +158,7 @@ def main(arguments: Sequence[str]) -> int:
     """Try a sample; with `again` only what was not killed before."""
     given = dict(argument.split("=", 1) for argument in arguments)
     number, seed, together = (int(given.get(name, n)) for name, n in (("count", 200), ("seed", 0), ("together", 1)))
+    most_s = float(given.get("tests_s", TESTS_S))
     os.nice(int(given.get("nice", 10)))
     with TemporaryDirectory(prefix="opd-mutants-") as folder, copies(together, Path(folder)) as trees:
         chosen = sample(trees[0], number, seed, [given["area"]] if "area" in given else list(AREAS))
@@ -155,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
         before = {mutant: row for area, mutant in chosen if again and (row := memory.killed(area, mutant)) is not None}
         made = list(before.values())
         try:
-            for row in tried([pair for pair in chosen if pair[1] not in before], tests, trees):
+            for row in tried([pair for pair in chosen if pair[1] not in before], tests, trees, most_s):
                 memory.add(row)
                 made.append(row)
                 said = f"{row.ended.result.value:24} {row.ended.seconds:5.1f} s"

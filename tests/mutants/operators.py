@@ -1,8 +1,9 @@
 """Small faults of one source file: what is changed, and into what.
 
 Left out by rule, because no test could or should notice: what only people read (docstrings, messages of errors and
-assertions, logging), annotations and decorators, abstract classes, switches that cost time or memory alone, and
-deadlines. Left out as noise: what fails at its first use whatever it computes (a removed local assignment).
+assertions, logging), annotations and decorators, abstract classes, switches that cost time or memory alone, deadlines,
+and how large the pieces are in which something is done. Left out as noise: what fails at its first use whatever it
+computes (a removed local assignment).
 """
 
 import ast
@@ -35,7 +36,9 @@ _SILENT = {"debug", "info", "warning", "error", "exception", "log", "print", "si
 _CHEAP = {
     "strict", "non_blocking", "pin_memory", "copy", "inplace", "foreach", "fused", "indent", "ensure_ascii", "daemon",
     "memory_format", "stacklevel", "timeout", "deadline_s", "access_log", "max_workers", "flush", "compresslevel",
+    "steps_per_print",
 }  # fmt: skip
+_PIECES = ("_S", "_s", "logger", "_log", "_CHUNK", "_BLOCK", "_ELEMENTS", "_READERS", "PIECE")  # how names of such end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +131,8 @@ def _is_for_people(statement: ast.stmt) -> bool:
         return _name(statement.test) == "TYPE_CHECKING"
     if isinstance(statement, ast.Assign | ast.AnnAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        names = [_name(target) for target in targets]
-        return any(n == "__all__" or n.endswith(("_S", "_s", "logger", "_log")) for n in names)
+        names = [_name(part) for target in targets for part in getattr(target, "elts", [target])]
+        return any(n == "__all__" or n.endswith(_PIECES) for n in names)
     return False
 
 
@@ -181,6 +184,11 @@ def _of_expression(node: ast.expr) -> Iterator[Change]:
     if isinstance(node, ast.Call) and (_name(node.func).endswith(("Error", "Warning")) or _name(node.func) in _SILENT):
         return
     yield from _own(node)
+    if isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if not (isinstance(key, ast.Constant) and key.value in _CHEAP):
+                yield from _of_expression(value)
+        return
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.expr):
             yield from _of_expression(child)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import trials
+from tests.mutants.__main__ import sample
 from tests.mutants.coverage_map import Covered, asked
 from tests.mutants.operators import mutants
 from tests.mutants.scope import ROOT, askable, sources
@@ -30,6 +31,18 @@ def first(numbers: list[int], most: int = 2) -> int:
         total += numbers[i] * 10  # of those
     return max(total, divide(total, most), key=abs)
 '''
+
+
+def test_a_sample_stays_what_it_was_where_the_code_did(tmp_path: Path) -> None:
+    file = tmp_path / "opd" / "ledger.py"
+    file.parent.mkdir()
+    file.write_text(SOURCE)
+    before = sample(tmp_path, 6, 1, ["ledger"])
+    file.write_text(SOURCE.replace("import os", "import os\nMORE = 17\nLESS = not MORE") + "\nLAST = MORE - 4\n")
+    after = sample(tmp_path, 50, 1, ["ledger"])
+    said = [[(m.kind, m.text) for _, m in chosen] for chosen in (before, after)]
+    assert [one for one in said[1] if one in said[0]] == said[0] and len(said[1]) > len(said[0])
+    assert sample(tmp_path, 6, 2, ["ledger"]) != after[:6]
 
 
 def changed(source: str) -> dict[tuple[int, str], str]:
