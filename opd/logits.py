@@ -273,7 +273,7 @@ def _chunk(
             logits = grad
         else:
             rows.copy_(grad)
-        total += value.detach()
+        total += value  # keeps no graph: autograd is off here
     grads = logits.to(head.dtype)
     if grad_hidden is not None:
         torch.mm(grads, head, out=grad_hidden[start:stop])

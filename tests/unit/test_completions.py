@@ -120,6 +120,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "top-k nan": (_said(topk_logprobs=lambda b, at: _set(b.topk_logprobs, (at, 1), np.nan)), "of a top-k is NaN"),
     "top-k infinite": (_said(topk_logprobs=lambda b, at: _set(b.topk_logprobs, (at, 2), -np.inf)), "of a top-k is NaN"),
     "top-k unsorted": (_said(topk_logprobs=lambda b, at: b.topk_logprobs[:, ::-1].copy()), "likeliest"),
+    "top-k unsorted at its end": (
+        _said(
+            topk_logprobs=lambda b, at: b.topk_logprobs[:, [0, 2, 1]], topk_ids=lambda b, at: b.topk_ids[:, [0, 2, 1]]
+        ),
+        "likeliest",
+    ),
     "top-k of the next token": (
         _said(
             topk_logprobs=lambda b, at: np.roll(b.topk_logprobs, 1, axis=0),
@@ -178,3 +184,9 @@ def _tells(wrong: Completion) -> bool:
     other = (np.abs(said.topk_logprobs - said.logprobs[:, None]) > 0.01) & inside
     likelier = ~inside.any(1) & (said.logprobs > said.topk_logprobs.min(1) + 0.01)
     return bool(other.any() or likelier.any())
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_as_many_completions_as_were_asked_for_or_none(count: int) -> None:
+    with pytest.raises(DataError, match=f"an engine wrote {count} completions for 2 requests"):
+        verify([asked(), asked()], [honest(1)] * count, ROWS)

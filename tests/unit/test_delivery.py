@@ -1,5 +1,7 @@
 """A version arrives whole or not at all, whatever happens to its chunks on the way."""
 
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -12,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.publishing import Publisher, Staged
-from opd.delivery import Receiver, assemble, collect, digest_of, unknown_weights
+from opd.delivery import _READERS, Receiver, assemble, collect, digest_of, unknown_weights
 from opd.errors import DataError
-from opd.manifest import cut, digest, sizes
+from opd.manifest import cut, digest, sizes, unpack
 from opd.ports import Chunk, Manifest, Sentinel, Share, Weights
 from tests.fault_matrix import Witness
 
@@ -309,3 +311,44 @@ def test_trajectories_are_known_by_version_and_digest(make: Any) -> None:
 def test_a_chunk_is_the_bytes_it_names() -> None:
     chunk: Chunk = PUBLISHED[1].chunks[0]
     assert len(chunk.handle) == chunk.nbytes
+
+
+@pytest.mark.parametrize("odd", [1, 2, 3, 5])
+def test_parameters_of_several_dtypes_come_back_wherever_they_begin(odd: int) -> None:
+    """After an odd number of 16-bit words a 32-bit one begins in the middle of one; the others are views, no copies."""
+    parameters = {
+        "a": torch.randn(odd).bfloat16(), "b": torch.randn(3, 2), "c": torch.randn(odd).half(), "d": torch.randn(2)
+    }  # fmt: skip
+    flat = torch.cat([p.reshape(-1).view(torch.uint8) for p in parameters.values()])
+    manifest = Manifest(
+        names=tuple(parameters),
+        dtypes=tuple(str(p.dtype).removeprefix("torch.") for p in parameters.values()),
+        shapes=tuple(tuple(p.shape) for p in parameters.values()),
+        nbytes=len(flat),
+    )
+    found = dict(unpack(manifest, 0, 4, flat))
+    assert all(torch.equal(found[name], p) for name, p in parameters.items())
+    inside = range(flat.data_ptr(), flat.data_ptr() + len(flat))
+    shared = {name for name, tensor in found.items() if tensor.data_ptr() in inside}
+    starts = {"a": 0, "b": 2 * odd, "c": 2 * odd + 24, "d": 4 * odd + 24}
+    assert shared == {name for name, start in starts.items() if start % parameters[name].itemsize == 0}
+
+
+def test_no_more_readers_than_are_good_for_a_machine_take_chunks_at_once() -> None:
+    """Each holds a chunk; hundreds at once would hold the model twice."""
+    now = most = 0
+    lock = threading.Lock()
+
+    def slow(handle: Any) -> np.ndarray:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(0.002)
+        with lock:
+            now -= 1
+        return handle
+
+    sent = weights(3, seed=3, chunk_bytes=4)
+    assert len(sent.chunks) > _READERS
+    collect(sent, slow, "a test")
+    assert 1 < most <= _READERS

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opd.errors import ConfigurationError
-from opd.logits import StudentLogits, chunked_loss, flat_loss, log_softmax_, mixture, read
+from opd.logits import StudentLogits, _block_rows, chunked_loss, flat_loss, log_softmax_, mixture, read
 from opd.objectives.sampled import SampledReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.tally import Tally
@@ -111,6 +111,14 @@ def test_chunks_and_blocks_within_them_give_the_plain_loss(rows: int, chunk: int
     assert asked == 2 * [(at, min(at + chunk, rows)) for at in range(0, rows, chunk)], "a teacher is read once a chunk"
     whole = Tally.of(plain.metrics, batch.weights > 0).means()
     assert metrics.means() == pytest.approx(whole, abs=1e-12) and same.means() == pytest.approx(whole, abs=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 7), (4096, 300), (64, 152_064), (3, 3_000_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_fits_the_cache_and_is_at_least_a_row(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(1, vocabulary, dtype=dtype).expand(rows, vocabulary)
+    block, row = _block_rows(logits), vocabulary * dtype.itemsize
+    assert block >= 1 and (block == 1 or block * row <= 2**23) and (block + 1) * row > 2**23
 
 
 def test_gradients_are_given_away_once() -> None:

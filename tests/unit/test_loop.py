@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 
 from opd import ports
+from opd.collecting import Collected
 from opd.ledger import Ledger
 from opd.logits import StudentLogits, chunked_loss, read
-from opd.loop import StepRecord, train
+from opd.loop import StepRecord, _Live, _seconds, _spans, _Taken, train
 from opd.method import Method
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
 from opd.objectives.topk import HeadTailReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.pipeline import Pipeline
+from opd.ports import PublishReport
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import StudentTopK, TeacherHidden, TeacherTopK, Unscored, WrittenTokens
 from opd.seeds import sampling_seed
+from opd.spans import Role, Span
 from opd.types import (
     Batch,
     HiddenScores,
@@ -443,6 +446,29 @@ def test_a_step_without_a_trainable_token_is_skipped_and_accounted_for(make: Any
     moved = [not torch.equal(old, new) for old, new in itertools.pairwise(tables)]
     assert moved == [False, True, False, False, True, False]
     assert ledger.trained == 2 * 2 * GROUP and ledger.dropped["weight 0"] == 4 * 2 * GROUP
+
+
+def test_a_skipped_step_reports_that_nothing_was_done(make: Any) -> None:
+    bench = Bench(make)
+    asyncio.run(bench.run(method(WrittenTokens(), SampledReverseKL(), weights={"nothing": Nothing([1])}), 3))
+    report = bench.records[1].report
+    assert report == StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
+
+
+@pytest.mark.parametrize(("read", "score"), [(6.0, 2.0), (4.0, 0.0), (2.5, 0.0)])
+def test_the_seconds_of_a_step_are_those_of_its_spans(read: float, score: float) -> None:
+    """Reading that ended before the last text was written took no time of its own."""
+    spans = [Span(role=Role.ROLLOUT, step=8, start=1.0, end=4.0), Span(role=Role.TEACHER, step=8, start=2.0, end=read)]
+    collected = Collected(step=7, began=1.0, asked=[], spans=spans)
+    taken = _Taken(step=7, collected=collected, weights=[], began=3.0, waited=7.0)
+    published = PublishReport(version=8, gap=0.0, nbytes=1)
+    live = _Live(published=published, updated=12.0, drained=14.0, ended=17.0)
+    assert _seconds(taken, live) == {
+        "rollout": 3.0, "score": score, "wait": 4.0 + 2.0, "train": 5.0, "publish": 3.0, "step": 14.0
+    }  # fmt: skip
+    of_the_learner, of_publishing = _spans(taken, live)[2:]
+    assert of_the_learner == Span(role=Role.LEARNER, step=8, start=7.0, end=12.0)
+    assert of_publishing == Span(role=Role.PUBLISH, step=8, start=14.0, end=17.0)
 
 
 def test_several_steps_without_a_trainable_token_are_an_error_that_says_so(make: Any) -> None:

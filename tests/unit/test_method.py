@@ -1,13 +1,19 @@
 """What may be combined is combined, what is meaningless is refused in a sentence, no testimony is believed unread."""
 
 import asyncio
+import importlib
+import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import opd.objectives
+import opd.rollouts
+import opd.scorers
+import opd.weights
 from opd.errors import ConfigurationError, DataError
 from opd.method import Method, check_prompts, weigh
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL
@@ -44,6 +50,42 @@ MEANINGFUL: dict[Any, set[type]] = {
 }
 OBJECTIVES = sorted(set().union(*MEANINGFUL.values()), key=lambda part: part.__name__)
 RECORDING = StudentRollout(max_tokens=8, record_topk=4)
+
+
+ON_OWN_TEXT = {  # estimates over written tokens; all others are sums over the vocabulary, or likelihoods
+    "SquaredReverseKL", "RatioReverseKL", "BaselinedReverseKL", "TopKBaselinedReverseKL", "SampledDivergence",
+    "MiniLLM", "SampledReverseKL", "ClippedPolicyGradient", "EntropyAwareKL", "HeadTailDivergence", "HeadTailReverseKL",
+    "TruncatedRatio",
+}  # fmt: skip
+FACTS: dict[str, dict[str, object]] = {
+    "AnswerRollout": {"on_policy": False, "needs_writer": False, "truncated": True},
+    "StudentRollout": {"on_policy": True, "needs_writer": False},
+    "TeacherRollout": {"on_policy": False, "needs_writer": True},
+    "GroupAdvantage": {"min_group": 2},
+    "SkipTruncated": {"reads_written": True},
+    "SkipFirst": {"reads_written": True},
+    "PromptWeight": {"reads_written": False},
+    **{name: {"min_group": 1} for name in (
+        "Ensemble", "WithReturns", "WrittenTokens", "TeacherTopK", "StudentTopK", "TeacherHidden", "Unscored"
+    )},
+}  # fmt: skip
+
+
+def test_what_parts_say_of_themselves_is_true() -> None:
+    """What may be combined is decided by these alone, so each is written down twice."""
+    found: dict[str, dict[str, object]] = {}
+    for package in (opd.objectives, opd.rollouts, opd.scorers, opd.weights):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for name, part in vars(importlib.import_module(module.name)).items():
+                if is_dataclass(part) and isinstance(part, type) and part.__module__ == module.name and name[0] != "_":
+                    facts = {n: getattr(part, n, None) for n in FLAGS}
+                    found[name] = {n: fact for n, fact in facts.items() if isinstance(fact, bool | int)}
+                    if package is opd.objectives and hasattr(part, "consumes"):
+                        assert found[name] == {"on_policy": name in ON_OWN_TEXT}, name
+    assert {name: found[name] for name in FACTS} == FACTS
+
+
+FLAGS = ("on_policy", "needs_writer", "truncated", "min_group", "reads_written")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -30,7 +30,7 @@ from opd.objectives.estimators import (
     SquaredReverseKL,
     TopKBaselinedReverseKL,
 )
-from opd.objectives.montecarlo import MonteCarloDivergence, uniform
+from opd.objectives.montecarlo import MonteCarloDivergence, _mix, uniform
 from opd.objectives.returns import MiniLLM
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
 from opd.objectives.support import (
@@ -407,9 +407,47 @@ def test_every_objective_reports_all_that_its_testimony_allows(objective: Any) -
     told = next((names for kind, names in TOLD.items() if issubclass(objective.consumes, kind)), set[str]())
     assert told | OF_THE_STUDENT <= metrics.keys()
     assert ({"logprob_gap", "probs_diff"} <= metrics.keys()) != isinstance(objective, Likelihood)
+    if "reverse_kl" in metrics and objective.consumes is TokenScores and not hasattr(objective, "of"):
+        torch.testing.assert_close(metrics["reverse_kl"], (w.z.log_softmax(-1) - w.q).detach())  # at what was written
     if objective.consumes is VocabularyScores:
         torch.testing.assert_close(metrics["reverse_kl"], reverse_kl(w).detach().expand(V))
         torch.testing.assert_close(metrics["forward_kl"], forward_kl(w).detach().expand(V))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A support of the user's own: all that the learner offers it."""
+
+    def __call__(self, states: States) -> Tensor:
+        return states.support
+
+
+def test_a_support_of_the_user_s_own_is_offered_the_whole_vocabulary() -> None:
+    w, whole = world(3), SupportDivergence(of=FullForwardKL(), support=Given())
+    torch.testing.assert_close(outcome(whole, w).loss, outcome(FullForwardKL(), w).loss)
+    assert outcome(whole, w).metrics["support_size"].tolist() == [V] * V
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SupportReverseKL(support=divergences.Union(k=2)),
+        SupportDivergence(of=FullForwardKL(), support=divergences.StudentTop(k=3)),
+        EntropyAwareKL(k=2),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_masses_are_those_of_the_support_at_each_position(objective: Any) -> None:
+    """Positions differ here, so that a sum over the wrong axis is another number."""
+    z, q = (torch.randn(V, V, generator=torch.Generator().manual_seed(n)).double().log_softmax(-1) for n in (1, 2))
+    batch = replace(every_token(w := world(0), said(VocabularyScores, w)), behavior_logprobs=z.diagonal())
+    batch = replace(batch, scores=VocabularyScores(logprobs=q.diagonal(), vocabulary_logprobs=q))
+    metrics = objective(StudentLogits(logits=z), batch).metrics
+    support = getattr(objective, "support", divergences.TeacherTop(k=2))
+    members = support(States(student=z, teacher=q, behavior=z, support=torch.ones(V, V, dtype=torch.bool), credit=z))
+    for name, p in (("student_mass", z), ("teacher_mass", q)):
+        assert metrics[name].tolist() == pytest.approx([float(p[i][members[i]].exp().sum()) for i in range(V)])
+    assert metrics["support_size"].tolist() == members.sum(-1).tolist()
 
 
 def test_an_estimate_that_is_told_more_than_it_needs_reports_it() -> None:
@@ -609,7 +647,7 @@ def test_a_baseline_changes_the_variance_and_not_the_expectation() -> None:
     assert mean[exact] < mean[plain] and mean[topk] < mean[plain]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, float("nan")])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2, -1.0, float("nan")])
 def test_meaningless_fields_are_refused(alpha: float) -> None:
     for part in (SkewedReverseKL, SkewedForwardKL):
         with pytest.raises(ConfigurationError, match=rf"{part.__name__}\.alpha needs a number .*, got"):
@@ -680,6 +718,31 @@ def test_draws_on_one_text_differ_by_step_and_sample_and_by_nothing_else(make: A
     ]
     values = [x for one in several for row in one.values() for x in row]
     assert len(set(values)) == len(values) == 5 * 8 * 2, "two samples, steps or seeds share a number"
+
+
+def test_draws_are_mixed_by_splitmix64() -> None:
+    """On words of either sign, as unsigned arithmetic has it (Steele et al. 2014)."""
+    words = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15, 0xC0FFEE00DEADBEEF, 0x8000_0001_8000_0001]
+
+    def reference(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    mixed = _mix(torch.from_numpy(np.array(words, dtype=np.uint64).view(np.int64)))
+    assert mixed.numpy().view(np.uint64).tolist() == [reference(word) for word in words]
+
+
+@pytest.mark.parametrize("of", [FullReverseKL(), FullForwardKL(), JensenShannon()], ids=str)
+def test_the_gradient_on_drawn_tokens_is_the_slope_times_that_of_their_probability(of: Any) -> None:
+    w = world(2)
+    batch = every_token(w, said(VocabularyScores, w))
+    student = StudentLogits(logits=w.z.expand(V, V))
+    ids = torch.arange(V).expand(V, V).roll(1, 0)[:, :3].contiguous()
+    given = MonteCarloDivergence(of=of, samples=3).given(ids, student, batch).loss.sum()
+    p, q = student.at_support(ids), batch.scores.vocabulary_logprobs.gather(-1, ids)
+    by_hand = (of.slope(p.detach(), q) * p).mean(-1).sum()
+    torch.testing.assert_close(gradient(given, w), gradient(by_hand, w))
 
 
 def test_many_drawn_tokens_average_to_few() -> None:

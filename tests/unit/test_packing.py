@@ -22,7 +22,7 @@ from opd.logits import StudentLogits, chunked_loss
 from opd.objectives.sampled import SampledReverseKL, Speaker
 from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.packing import Constant, Normalizer, SequenceSum, TokenMean, halves, pack
+from opd.packing import Constant, Normalizer, SequenceMean, SequenceSum, TokenMean, halves, pack
 from opd.ports import Layout
 from opd.types import Batch, HiddenScores, RemoteRows, Scored, Scores, TokenScores, TopKScores, VocabularyScores
 
@@ -125,10 +125,30 @@ def test_a_micro_batch_is_filled_up_to_the_budget_and_no_further(make: Any, budg
     assert len(batches) == micro_batches
 
 
+def test_sequences_keep_their_order_within_a_micro_batch(make: Any) -> None:
+    """Longest first is how bins are filled, so that they are few; it is not how they are packed."""
+    shapes = [2, 7, 3, 6, 4, 5, 1, 8]
+    step = [make.scored([1], list(range(1, n + 1)), sample=i) for i, n in enumerate(shapes)]
+    (batches,) = pack(step, [np.ones(n) for n in shapes], Layout(ranks=1, tokens_per_microbatch=9), TokenMean())
+    assert len(batches) == 4, "4 x 9 tokens hold all 36: filled from the shortest on, they would not fit"
+    for batch in batches:
+        samples = [int(name.split()[1]) for name in batch.names]
+        assert samples == sorted(samples)
+
+
+@pytest.mark.parametrize(("lengths", "cut"), [([2, 2, 2, 2], 2), ([7, 1, 1, 1], 1), ([1, 1, 1, 7], 3), ([1, 5, 3], 2)])
+def test_halves_are_cut_nearest_to_the_middle(make: Any, lengths: list[int], cut: int) -> None:
+    step = [make.scored([1], list(range(1, n + 1)), sample=i) for i, n in enumerate(lengths)]
+    ((batch,),) = pack(step, [np.ones(n) for n in lengths], Layout(ranks=1, tokens_per_microbatch=99), TokenMean())
+    two = halves(batch)
+    assert two is not None and [len(half.names) for half in two] == [cut, len(lengths) - cut]
+
+
 def test_normalizers_count_what_they_say() -> None:
     weights = [np.array([0.0, 0.5, 2.0]), np.zeros(4), np.array([1.0])]
     assert TokenMean()(weights) == 3.0
-    assert SequenceSum()(weights) == 2.0
+    assert SequenceSum()(weights) == SequenceMean()(weights) == 2.0
+    assert {kind.per_sequence: kind for kind in (TokenMean, SequenceSum, Constant)}.keys() == {False}
     assert Constant()(weights) == 1.0
     for divisor in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigurationError, match=r"Constant\.divisor needs a number"):

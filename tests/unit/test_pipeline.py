@@ -1,6 +1,7 @@
 """Asynchrony on the real loop: bounded per token, repeatable if asked, and nothing is lost when an engine lags."""
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd import ports
+from opd.collecting import Collected
 from opd.errors import ConfigurationError
 from opd.ledger import Ledger
 from opd.objectives.sampled import SampledReverseKL, Speaker
@@ -19,7 +21,8 @@ from opd.objectives.vocabulary import FullReverseKL
 from opd.pipeline import Pipeline, WeightUpdate
 from opd.rollouts.student import TeacherRollout
 from opd.scorers.teacher import TeacherHidden, Unscored, WrittenTokens
-from opd.types import NOBODY
+from opd.spans import Role, Span
+from opd.types import NOBODY, nbytes
 from tests.unit.test_loop import GROUP, SHORT, Bench, Likelihood, Model, Pause, TableLearner, log_softmax, method
 
 FULL = method(TeacherHidden(), FullReverseKL())
@@ -289,3 +292,93 @@ def test_backpressure_holds_back_what_staleness_would_allow(make: Any) -> None:
         asyncio.run(bench.run(SHORT, 12, look, max_staleness=4, max_buffer_bytes=limit))
         asked[limit] = max(ahead[5:8])  # before, the size of a step was not known
     assert asked == {1: 0, 4 << 30: 4}
+
+
+def test_a_step_is_begun_while_less_than_the_bound_is_held_or_expected(make: Any) -> None:
+    """All steps are alike large, so that what is expected is known to the byte."""
+    most = {}
+    for spare in (-1, 0, 1):
+        bench = Bench(make)
+        held: list[int] = []
+
+        async def look(record: Any, bench: Bench = bench, held: list[int] = held) -> None:
+            await asyncio.sleep(0.01)
+            held.append(max(bench.prompts.asked) + 2 - record.step)  # this one, and those that wait for it
+
+        size = 2 * _nbytes_of_a_step(make) + spare
+        asyncio.run(bench.run(SHORT, 24, look, max_staleness=9, max_buffer_bytes=size))
+        most[spare] = max(held[14:18])
+    assert most == {-1: 2, 0: 2, 1: 3}
+
+
+def _nbytes_of_a_step(make: Any) -> int:
+    bench = Bench(make)
+    asyncio.run(bench.run(SHORT, 1))
+    return sum(nbytes(item) for item in bench.records[0].scored)
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_draining_finishes_all_text_of_a_step_before_new_weights_arrive(make: Any, seed: int, prompts: int) -> None:
+    bench = Bench(make, wait=Pause(seed))
+    bench.prompts.prompts_per_step = prompts
+
+    async def run() -> None:
+        update = WeightUpdate.DRAIN
+        await asyncio.wait_for(bench.run(SHORT, 8, max_staleness=2, update=update), 60)  # it could wait for ever
+
+    asyncio.run(run())
+    for record in bench.records:
+        for item in record.scored:
+            assert len(set(item.trajectory.versions.tolist())) == 1, "one completion has tokens of two versions"
+    assert len(bench.records) == 8
+
+
+def test_what_was_trained_is_let_go(make: Any) -> None:
+    def collected() -> int:
+        return sum(type(one) is Collected for one in gc.get_objects())
+
+    bench = Bench(make)
+    gc.collect()
+    held, of_others = list[int](), collected()
+
+    async def look(record: Any) -> None:
+        bench.records.clear()  # they hold the text as well
+        held.append(collected() - of_others)
+
+    asyncio.run(bench.run(SHORT, 12, look, max_staleness=1))
+    assert max(held) <= 4
+
+
+@pytest.mark.parametrize(
+    ("staleness", "deterministic", "every", "repeating"),
+    [
+        (0, True, 0, range(10)),
+        (0, False, 0, range(10)),
+        (2, False, 3, ()),
+        (2, True, 0, ()),
+        (2, True, 3, (0, 3, 6, 9)),
+        (2, True, 4, (0, 4, 8)),
+    ],
+)
+def test_which_checkpoints_a_run_goes_on_from_as_if_it_had_not_stopped(
+    staleness: int, deterministic: bool, every: int, repeating: Sequence[int]
+) -> None:
+    pipeline = Pipeline(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
+    assert [step for step in range(10) if pipeline.repeats_from(step)] == list(repeating)
+    anywhere = not (deterministic and every)
+    assert [step for step in range(10) if pipeline.may_pause(step)] == [
+        step for step in range(10) if anywhere or step in repeating
+    ]
+
+
+def test_when_a_step_was_written_and_read() -> None:
+    """The last of all groups counts, in whatever order they came; a step without any took no time."""
+    spans = [
+        Span(role=role, step=1, start=1.0, end=end)
+        for role, end in [(Role.ROLLOUT, 4.0), (Role.TEACHER, 9.0), (Role.ROLLOUT, 3.0), (Role.TEACHER, 7.0)]
+    ]
+    collected = Collected(step=0, began=1.0, asked=[], spans=spans)
+    assert (collected.written, collected.read) == (4.0, 9.0)
+    nothing = Collected(step=0, began=1.0, asked=[])
+    assert (nothing.written, nothing.read) == (1.0, 1.0)

@@ -1,7 +1,7 @@
 """The sentinel finds wrong weights in either dtype, and never takes rounding for them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learner.model import Student, load_student
-from opd.sentinel import LONGEST, SHORTEST, Gap, allowed, text
+from opd.sentinel import LONGEST, NUMERICS, SHORTEST, TIMES, Gap, allowed, text
 from tests.tiny_models import VOCABULARY, logprobs, save, tiny_model
 
 Weights = dict[str, Tensor]
@@ -128,3 +128,18 @@ def test_the_text_is_the_first_prompt_and_fits_the_engine(tokens: int, longest: 
     ids = text(prompt, 600, longest)
     assert len(ids) == expected and ids[: min(tokens, expected)].tolist() == prompt[:expected]
     assert np.array_equal(ids, text(prompt, 600, longest)) and int(text([1], 7, 99).max()) < 7
+
+
+@pytest.mark.parametrize(
+    ("coarse", "least", "differs"),
+    [(False, Gap(mean=3e-5, high=1e-4, greatest=1e-4), 0.02), (True, Gap(mean=0.03, high=0.1, greatest=0.5), 0.25)],
+)
+def test_what_is_allowed_grows_with_what_was_measured_and_never_below_rounding(
+    coarse: bool, least: Gap, differs: float
+) -> None:
+    """Each of the three numbers by itself; the figures are those of docs/lora.md."""
+    assert allowed(Gap(mean=0.0, high=0.0, greatest=0.0), coarse=coarse) == least
+    for name in ("mean", "high", "greatest"):
+        floor = Gap(**{"mean": 0.0, "high": 0.0, "greatest": 0.0, name: 7.0})
+        assert allowed(floor, coarse=coarse) == replace(least, **{name: 7.0 * TIMES})
+    assert NUMERICS[coarse] == differs > least.mean

@@ -13,12 +13,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opd.errors import ConfigurationError
 from opd.ports import LastHidden, ScoreRequest, TopK
 from opd.secret import HIDDEN, Secret, logins, without_logins
-from teacher_service.connections import Budget
-from teacher_service.server import TeacherServer
+from teacher_service.connections import Budget, Pace
+from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.wire import Limits, Question, TooLarge, answer_bytes, check_answer
-from tests.fuzz.server import ALLOWED, LIMITS, SCORE, TOKEN, Result, exchange, fuzz, is_right, make_server, posted
+from tests.fuzz.server import (
+    ALLOWED,
+    LIMITS,
+    SCORE,
+    TOKEN,
+    PlainTeacher,
+    Result,
+    exchange,
+    fuzz,
+    is_right,
+    make_server,
+    posted,
+)
 
 TEN = np.arange(1, 11, dtype=np.int32)
 
@@ -96,6 +109,66 @@ def test_questions_and_answers_share_one_budget() -> None:
         assert one.take(60) and not other.take(41) and other.take(40) and not one.take(1)
     with budget.held() as again:
         assert again.take(100)
+
+
+def test_no_more_calls_are_scored_at_once_than_are_pending(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=2)),))
+    score = PlainTeacher.score
+
+    async def slow(teacher: PlainTeacher, requests: Any) -> Any:
+        await asyncio.sleep(0.2)
+        return await score(teacher, requests)
+
+    monkeypatch.setattr(PlainTeacher, "score", slow)
+
+    async def work(port: int) -> list[int]:
+        several = [exchange(port, posted(question)) for _ in range(5)]
+        first = [status for status, _ in await asyncio.gather(*several)]
+        return [*sorted(first), (await exchange(port, posted(question)))[0]]  # places are given back
+
+    assert asked(work, pending=2) == [200, 200, 429, 429, 429, 200]
+
+
+def test_a_body_of_no_announced_length_is_read_up_to_the_limit(asked: Any) -> None:
+    head, piece = ALLOWED + b"Transfer-Encoding: chunked\r\n\r\n", b"x" * 65536
+    chunks = b"10000\r\n" + piece + b"\r\n"
+    body = chunks * (LIMITS.frame_bytes // len(piece) + 2)  # and no end: the rest is not waited for
+    status, said = asked(lambda port: exchange(port, head + body), body_s=2, idle_s=10)
+    assert status == 413 and b"are allowed" in said
+
+
+@pytest.mark.parametrize(("length", "enough"), [(0, False), (15, False), (16, True), (40, True)])
+def test_a_token_is_as_long_as_it_must_be(length: int, enough: bool) -> None:
+    if enough:
+        assert ServerConfig(port=0, token=Secret("t" * length)).port == 0
+        return
+    with pytest.raises(ConfigurationError, match="at least 16 ASCII characters"):
+        ServerConfig(port=0, token=Secret("t" * length))
+
+
+@pytest.mark.parametrize(("moved", "within_s"), [(0, 5.0), (1000, 15.0), (100_000, 60.0)])
+def test_a_transfer_may_be_as_slow_as_its_pace(moved: int, within_s: float) -> None:
+    async def deadline() -> float | None:
+        return Pace(seconds=60.0, rate=100.0).within(7.0, moved).when()
+
+    assert asyncio.run(deadline()) == 7.0 + within_s
+
+
+def test_a_body_that_comes_steadily_has_all_its_time(asked: Any) -> None:
+    """Slower than the grace of its beginning, and faster than the least rate."""
+    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=2)),))
+    sent = posted(question)
+
+    async def work(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for at in range(0, len(sent), 40):
+            writer.write(sent[at : at + 40])
+            await asyncio.sleep(0.03)
+        line = await reader.readline()
+        writer.close()
+        return line
+
+    assert b" 200 " in asked(work, body_s=10, least_rate=1)
 
 
 def test_slow_bodies_of_token_holders_take_no_place(asked: Any) -> None:
