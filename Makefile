@@ -31,7 +31,7 @@ env:
 # The folders without a whole run, and the one run of the others that is marked `campaign`.
 check: lint
 	$(PYTEST) -m "not slow and not gpu and not faults or campaign" tests/unit tests/conf tests/contract \
-		tests/integration/test_faults.py $(ARGS)
+		tests/integration/faults/test_faults.py $(ARGS)
 
 test:
 	scripts/install.sh dev

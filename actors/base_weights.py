@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from opd.adapters import pairs, with_adapters
-from opd.delivery import Delivered
+from hf.folder import read_headers
 from opd.errors import DataError
-from opd.model_folder import read_headers
+from weight_sync.lora import pairs, with_adapters
+from weight_sync.receiver import Delivered
 
 
 class BaseWeights:

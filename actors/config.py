@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from opd.devices import Device, Dtype, on_gpu
-from opd.ranges import Count, Deadline, In, MemoryShare, Names, Replicas, Tokens
-from opd.settings import settings
+from opd.settings.devices import Device, Dtype, on_gpu
+from opd.settings.ranges import Count, Deadline, In, MemoryShare, Names, Replicas, Tokens
+from opd.settings.validation import settings
 
 CPU_KV_CACHE_BYTES = 64 << 20
 

@@ -16,13 +16,13 @@ import torch
 from actors.config import StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import Limits, build, read_limits
-from opd.delivery import Delivered, collect
-from opd.devices import resolve_device, resolve_dtype
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Weights
-from opd.seeds import sampling_seed
-from opd.sentinel import NUMERICS, Gap, allowed
+from opd.rollouts.seeds import sampling_seed
+from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Stop, TokenScores, TopKScores
+from weight_sync.receiver import Delivered, collect
+from weight_sync.sentinel import NUMERICS, Gap, allowed
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -103,7 +103,11 @@ class VLLMEngine:
             return
         await self.ready()
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        call = Call(partial(loop.call_soon_threadsafe, parts.put_nowait), max(SMALLEST_PART, len(requests) // 8))
+
+        def deliver(part: "list[tuple[int, RequestOutput]]") -> None:
+            loop.call_soon_threadsafe(parts.put_nowait, part)
+
+        call = Call(deliver, max(SMALLEST_PART, len(requests) // 8))
         call.future.add_done_callback(lambda done: loop.call_soon_threadsafe(parts.put_nowait, done.exception()))
         self._thread.watch(call.future)
         left = len(requests)

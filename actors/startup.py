@@ -10,10 +10,10 @@ import torch
 
 from actors.config import CPU_KV_CACHE_BYTES, StudentConfig
 from actors.ends import read_ends
-from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError
 from opd.ports import GenerateRequest, Sampling, Sentinel
-from opd.rendezvous import be_alone
+from opd.settings.devices import resolve_device, resolve_dtype
+from weight_sync.rendezvous import be_alone
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -19,9 +19,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.base_weights import BaseWeights
-from opd.delivery import Delivered
 from opd.errors import DataError
 from opd.ports import Manifest
+from weight_sync.receiver import Delivered
 
 BACKEND = "opd-chunks"
 EXTENSION = f"{__name__}.WorkerExtension"

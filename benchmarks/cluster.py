@@ -76,7 +76,7 @@ def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
 
 def cluster(sizes: Sequence[int], steps: int = 60) -> None:
     """The table, a row at a time."""
-    for name in ("launch.supervision", "launch.learner_restart"):  # a sentence for every failure
+    for name in ("launch.services.replicas", "launch.services.learner_restart"):  # a sentence for every failure
         logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(width=200)
     table = Table(

@@ -1,15 +1,15 @@
 """P10: what the loop itself costs per sample, from 8 to 1,024 actors, on the processor's clock.
 
-Engines are pools (`launch.dispatch.Dispatcher`) of stubs that answer at once, half of them rollout actors, a quarter
-each teachers and learner ranks; ledger, weighing and packing are the real ones. Responses are short, so what is counted
-is work per sample, not per token. Arms are run in turn, several times; the figure is the median.
+Engines are pools (`launch.services.dispatch.Dispatcher`) of stubs that answer at once, half of them rollout actors, a
+quarter each teachers and learner ranks; ledger, weighing and packing are the real ones. Responses are short, so what is
+counted is work per sample, not per token. Arms are run in turn, several times; the figure is the median.
 """
 
 import asyncio
 import gc
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from statistics import median
 from typing import Any
 
@@ -19,12 +19,13 @@ from rich.table import Table
 
 from benchmarks.schedule import go
 from benchmarks.simulated import Workload
-from launch.dispatch import Dispatcher
-from launch.supervision import Care, Replicas
+from launch.config.care import Care
+from launch.services.dispatch import Dispatcher
+from launch.services.replicas import Replicas
 from opd import ports
-from opd.ledger import Ledger
-from opd.rollouts.testimony import verify as verify_completions
-from opd.scorers.testimony import verify as verify_scores
+from opd.loop.ledger import Ledger
+from opd.rollouts.validation import verify as verify_completions
+from opd.scorers.validation import verify as verify_scores
 from opd.types import StepReport, Stop, TokenScores
 
 ACTORS = (8, 32, 128, 512, 1024)
@@ -37,7 +38,7 @@ def _pool(who: str, count: int, answer: Any, check: Any) -> Dispatcher[Any, Any]
     async def nothing(_: Any) -> None:
         pass
 
-    async def ask(_: Any, requests: list[Any]) -> AsyncIterator[Any]:
+    async def ask(_: Any, requests: list[Any]) -> AsyncGenerator[Any]:
         yield range(len(requests)), await answer(requests)
 
     replicas = Replicas(who=who, care=Care(deadline_s=600.0), ready=nothing, prime=nothing, end=lambda _: None)
@@ -112,8 +113,8 @@ def spent(actors: int, load: Workload) -> tuple[float, float]:
 
 def ray_call_s() -> float:
     """Seconds of a call of a Ray actor that does nothing, on this machine, now: the unit."""
-    from launch.cluster import connected
-    from launch.settings import ClusterConfig
+    from launch.config.settings import ClusterConfig
+    from launch.services.cluster import connected
 
     with connected(ClusterConfig()):
         import ray
@@ -122,7 +123,7 @@ def ray_call_s() -> float:
             def call(self) -> int:
                 return 0
 
-        actor = ray.remote(Nothing).options(num_cpus=0).remote()
+        actor: Any = ray.remote(Nothing).options(num_cpus=0).remote()
         ray.get(actor.call.remote())
         seconds = []
         for _ in range(300):

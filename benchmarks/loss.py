@@ -30,9 +30,9 @@ from rich.table import Table
 from torch import Tensor
 
 from learner.config import environment
-from opd.devices import Device
-from opd.logits import Evaluate, StudentLogits, flat_loss, read
+from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
 from opd.objectives.vocabulary import FullReverseKL, JensenShannon
+from opd.settings.devices import Device
 from opd.types import Batch, HiddenScores, TokenLoss
 
 MEMORY_LIMIT, TIME_LIMIT = 12.0, 1.05
@@ -82,7 +82,7 @@ def naive(case: Case) -> Tensor:
 
 
 def trl_jsd(case: Case) -> Tensor:
-    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss  # pyright: ignore[reportMissingImports]
 
     mask = torch.ones(1, len(case.targets), dtype=torch.long)
     loss, _, _ = _chunked_divergence_loss(
@@ -92,7 +92,7 @@ def trl_jsd(case: Case) -> Tensor:
 
 
 def liger_jsd(case: Case) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
     return loss(case.hidden, case.head, case.teacher_hidden, case.teacher_head, case.targets)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd.logits import chunked_loss
+from opd.loss.chunked import chunked_loss
+from opd.loss.packing import TokenMean, pack
 from opd.objectives.sampled import SampledReverseKL
-from opd.packing import TokenMean, pack
 from opd.ports import Layout
 from opd.types import Batch, Prompt, Scored, Stop, TokenScores, Trajectory
 

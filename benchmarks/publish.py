@@ -33,7 +33,7 @@ from typing import Any
 from actors.config import StudentConfig, environment
 from learner.config import STREAMED
 from learner.config import environment as learner_environment
-from opd.devices import Device, Dtype
+from opd.settings.devices import Device, Dtype
 
 os.environ |= environment(Device.CPU)  # before anything imports vLLM
 
@@ -43,13 +43,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from launch.cluster import connected, fetch, store
-from launch.settings import ClusterConfig
+from launch.config.settings import ClusterConfig
+from launch.services.cluster import connected, fetch, store
 from learner.publishing import Publisher, Staged
-from opd.delivery import assemble, collect
-from opd.manifest import digest
 from opd.ports import GenerateRequest, Outlet, Sampling, Sentinel, Share, Weights
-from opd.shared_memory import SharedMemory, read
+from weight_sync.manifest import digest
+from weight_sync.receiver import assemble, collect
+from weight_sync.shared_memory import SharedMemory, read
 
 TENSOR, CHUNK = 4 << 20, 32 << 20
 RECEIVERS = (1, 2, 4, 16)

@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd.devices import Dtype
+from hf.packed_model import load_packed
 from opd.ports import ScoreRequest, TopK
+from opd.settings.devices import Dtype
 from teacher_service.backends.torch_forward import TorchTeacher
 from teacher_service.config import TeacherConfig
-from teacher_service.packed_model import load_packed
-from teacher_service.reading import completion_rows
+from teacher_service.scoring import completion_rows
 
 CONTEXT, TOKENS, BATCH, CHUNK = 16, 112, 1024, 256
 DEFAULTS = (3, 768, 6, 32_000)

@@ -18,10 +18,11 @@ import numpy as np
 
 from actors.engine import SMALLEST_PART
 from benchmarks.stand_ins import CARE, Crew, Faults, Worker, actor, end
-from launch.pool import StudentPool, TeacherPool
-from opd import limits, ports
-from opd.limits import Decoding, Hardware, Lengths, ModelShape
-from opd.seeds import sampling_seed
+from launch.services.pools import StudentPool, TeacherPool
+from opd import ports
+from opd.observability import roofline
+from opd.observability.roofline import Decoding, Hardware, Lengths, ModelShape
+from opd.rollouts.seeds import sampling_seed
 from opd.types import Prompt, Stop, TokenScores
 
 STUDENT = ModelShape(
@@ -128,7 +129,7 @@ class SimulatedStudent:
         full = Lengths(
             prompt=np.full(cluster.slots, load.prompt), response=np.full(cluster.slots, round(load.mean)), group=1
         )
-        floor = limits.rollout(kind.student, full, kind.hardware, Decoding(slots=cluster.slots))
+        floor = roofline.rollout(kind.student, full, kind.hardware, Decoding(slots=cluster.slots))
         # Reading a prompt holds up all slots of an engine, so it costs each of them what it costs the engine.
         self.prefill_s = floor.prefill / load.group
         self.token_s = max(floor.memory, floor.compute) / load.mean * load.grain  # of a simulated token
@@ -220,7 +221,7 @@ class SimulatedTeacher:
     def seconds(self, response: np.ndarray) -> float:
         """How long one actor reads sequences of these responses."""
         prompt = np.full(len(response), self._load.prompt)
-        return limits.teacher(self._kind.teacher, Lengths(prompt=prompt, response=response), self._kind.hardware)
+        return roofline.teacher(self._kind.teacher, Lengths(prompt=prompt, response=response), self._kind.hardware)
 
     def _call_seconds(self, requests: Sequence[ports.ScoreRequest]) -> list[float]:
         return [self.seconds(np.array([len(r.token_ids) * self._load.grain for r in requests], dtype=np.int64))]

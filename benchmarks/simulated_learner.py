@@ -1,6 +1,6 @@
 """A simulated learner behind the real port: ranks that take as long as the limit model says, die and start anew.
 
-What happens then is the real `launch.learner_restart`; only the ranks are stand-ins.
+What happens then is the real `launch.services.learner_restart`; only the ranks are stand-ins.
 """
 
 import asyncio
@@ -14,11 +14,12 @@ import numpy as np
 
 from benchmarks.simulated import Cluster, Workload
 from benchmarks.stand_ins import CARE, Busy, Faults
-from launch.learner_group import RanksLost
-from launch.learner_restart import Recipe, RestartingLearner
-from launch.supervision import Fault
-from opd import limits, ports
-from opd.limits import Training
+from launch.services.learner_group import RanksLost
+from launch.services.learner_restart import Recipe, RestartingLearner
+from launch.services.replicas import Fault
+from opd import ports
+from opd.observability import roofline
+from opd.observability.roofline import Training
 from opd.types import StepReport
 
 CHECKPOINT_BYTES = 12  # of a parameter: float32 weight and two moments
@@ -51,7 +52,7 @@ class SimulatedLearner:
     def push_s(self) -> float:
         """Seconds until all engines have new weights."""
         kind = self.cluster.kind
-        return limits.push(limits.dense_bytes(kind.student), kind.hardware, self.cluster.rollout, chunks=4096)
+        return roofline.push(roofline.dense_bytes(kind.student), kind.hardware, self.cluster.rollout, chunks=4096)
 
     @property
     def training(self) -> Training:
@@ -63,7 +64,7 @@ class SimulatedLearner:
         began: list[SimulatedRanks] = []
 
         def make() -> SimulatedRanks:
-            began.append(SimulatedRanks(self, at=self.done, late=bool(began)))
+            began.append(SimulatedRanks(self, at=self.done, late=bool(began), layout=self.layout))
             return began[-1]
 
         if self.faults.resume:
@@ -93,9 +94,9 @@ class SimulatedLearner:
 
     def computing_s(self, flops: float) -> float:
         """Of so many operations of the forward pass, shared evenly by all ranks."""
-        passes = limits.TRAIN // limits.FORWARD + self.training.recompute
+        passes = roofline.TRAIN // roofline.FORWARD + self.training.recompute
         kind, ranks = self.cluster.kind, self.cluster.learner
-        optimizer = limits.ADAM_BYTES * kind.student.params / (ranks * kind.hardware.memory)
+        optimizer = roofline.ADAM_BYTES * kind.student.params / (ranks * kind.hardware.memory)
         return passes * flops / (ranks * kind.hardware.flops) + optimizer
 
     @property
@@ -107,16 +108,12 @@ class SimulatedLearner:
 
 @dataclass(slots=True)
 class SimulatedRanks:
-    """Ranks that live and die together (`launch.learner_restart.Ranks`); `at` counts the steps in their weights."""
+    """Ranks that live and die together (`learner_restart.Ranks`); `at` counts the steps in their weights."""
 
     site: SimulatedLearner
     at: int
     late: bool  # they take the place of others
-
-    @property
-    def layout(self) -> ports.Layout:
-        """See `opd.ports.Learner`."""
-        return self.site.layout
+    layout: ports.Layout
 
     async def setup(self) -> None:
         """As long as a replacement takes; the first ranks are there."""
@@ -148,7 +145,7 @@ class SimulatedRanks:
         await asyncio.sleep(site.push_s)
         site.busy.useful += site.push_s * site.cluster.learner
         await student.receive(_weights(version))
-        nbytes = round(limits.dense_bytes(site.cluster.kind.student))
+        nbytes = round(roofline.dense_bytes(site.cluster.kind.student))
         return ports.PublishReport(version=version, gap=0.0, nbytes=nbytes)
 
     async def save(self, directory: Path, step: int) -> None:
@@ -162,6 +159,21 @@ class SimulatedRanks:
         self.site.busy.down += self.site.copy_s * self.site.cluster.learner
         self.at = self.site.saved[str(directory)]
         return self.at
+
+    async def written(self) -> dict[str, str]:
+        """There are no files."""
+        return {}
+
+    async def export(self, directory: Path) -> None:
+        """There is no model."""
+        raise NotImplementedError(f"nothing can be exported to {directory} of ranks that are simulated")
+
+    async def settled(self) -> None:
+        """Whatever they were asked is waited for."""
+
+    async def evaluate(self, batches: Sequence[Sequence[Any]], objective: Any) -> dict[str, float]:
+        """Nothing is measured of them."""
+        raise NotImplementedError(f"{type(objective).__name__} cannot be evaluated on {len(batches)} simulated ranks")
 
     def end(self) -> None:
         """They are gone already."""

@@ -12,7 +12,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-from launch.supervision import Care
+from launch.config.care import Care
 from opd.errors import ServiceLost, ServiceVanished
 
 # As a run has it, but with as many tries and replacements as it takes (a run has 4 and 8).
@@ -192,7 +192,7 @@ async def _now(value: Any) -> Any:
 
 
 class _HandOver:
-    """Answers without arrays, as `launch.handover` takes them over."""
+    """Answers without arrays, as `launch.services.owned_returns` takes them over."""
 
     def __init__(self, answers: Awaitable[Any]) -> None:
         self._answers, self._taken = answers, False

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from launch.accounting import process_tree_cpu_seconds
+from launch.monitors.accounting import process_tree_cpu_seconds
 
 STARTED = time()
 GOAL = 0.9  # accuracy at T=1
@@ -27,13 +27,13 @@ EVERY = 5
 
 def main() -> None:
     """Train, measuring every step; the first fifth of the steps is warm-up."""
-    from launch.accounting import Totals
-    from launch.cluster import connected
-    from launch.config import run_config
-    from launch.evaluate import Evaluator, Spent
-    from launch.plan import make_plan
-    from launch.session import open_session
-    from opd.loop import StepRecord, train
+    from launch.config.run_config import run_config
+    from launch.monitors.accounting import Totals
+    from launch.plan.plan import make_plan
+    from launch.run.evaluate import Evaluator, Spent
+    from launch.run.session import open_session
+    from launch.services.cluster import connected
+    from opd.loop.train import StepRecord, train
 
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     config = run_config(["experiment=shop", f"steps={steps}", *sys.argv[2:]])

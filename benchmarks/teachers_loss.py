@@ -2,7 +2,7 @@
 
     python benchmarks/teachers_loss.py [TOKENS WIDTH ROUNDS]      (default 512 64 3)
 
-Several teachers are read as their mixture (`opd.logits.mixture`), one after another within a chunk; the naive arm
+Several teachers are read as their mixture (`opd.loss.chunked.mixture`), one after another within a chunk; the naive arm
 holds the stacked log-probabilities of all. Memory: a fresh process per arm, growth of the peak resident set beyond
 inputs, with an allocator that gives back what is freed (arrays from 4 MiB are mapped): with the learner's, which keeps
 it, the layout of the heap moves the same figures by up to a quarter, in both directions. Time: one process, arms
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from learner.config import environment
-from opd.devices import Device
-from opd.logits import Evaluate, chunk_rows, flat_loss, log_softmax_, mixture
+from opd.loss.chunked import Evaluate, chunk_rows, flat_loss, log_softmax_, mixture
 from opd.objectives.vocabulary import FullReverseKL
+from opd.settings.devices import Device
 from opd.types import Batch, VocabularyScores
 
 VOCABULARIES = (8_192, 32_768, 151_936, 262_144)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.types import TokenScores, TopKScores
-from teacher_service.wire import Limits, Reply, decode_reply, encode_reply
+from teacher_service.frames import Limits, Reply, decode_reply, encode_reply
 
 REQUESTS, TOKENS = 16, 256
 LIMITS = Limits()
@@ -84,9 +84,10 @@ class Peer:
     """vLLM's answer to a request for `prompt_logprobs`, and TRL's client that reads it."""
 
     def __init__(self) -> None:
-        from trl.generation.vllm_client import VLLMClient
+        from trl.generation.vllm_client import VLLMClient  # pyright: ignore[reportMissingImports]
         from vllm import __version__ as vllm_version
-        from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionResponseChoice, UsageInfo
+        from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionResponseChoice
+        from vllm.entrypoints.serve.engine.protocol import UsageInfo
         from vllm.logprobs import Logprob
 
         self.name = f"vLLM {vllm_version}'s JSON, read by TRL {version('trl')}"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.settings import shown
+from opd.settings.validation import shown
 
 FORMAT = "opd learner shard 2"
 MASTER, KEYS = "master", ("master", "exp_avg", "exp_avg_sq")

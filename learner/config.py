@@ -5,10 +5,10 @@ from enum import Enum
 from typing import Annotated
 
 from learner.schedule import Schedule, rate
-from opd.devices import Device, Dtype
 from opd.errors import ConfigurationError
-from opd.ranges import AtMost, Bytes, Deadline, Every, In, Length, Names, Replicas, Share, Tokens
-from opd.settings import settings
+from opd.settings.devices import Device, Dtype
+from opd.settings.ranges import AtMost, Bytes, Deadline, Every, In, Length, Names, Replicas, Share, Tokens
+from opd.settings.validation import settings
 
 
 class LossKernel(Enum):
@@ -84,7 +84,7 @@ class LearnerConfig:
     512 MiB on a GPU), `loss_kernel` is what computes on them; none of these changes the result. Diagnostics compare
     the `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
     the largest allowed |engine - learner| logprob after a publication, in nats (0: a few times what it is
-    on the unchanged checkpoint, see `opd.sentinel`). Weights are published by `transport` in chunks of whole
+    on the unchanged checkpoint, see `weight_sync.sentinel`). Weights are published by `transport` in chunks of whole
     parameters, `publish_chunk_bytes` or less each (a larger parameter is a chunk of its own), which is also what a rank
     makes whole at once under ZeRO-3. With
     `lora.r` > 0 only adapters are trained and published. `deadline_s` bounds every wait for another rank. An update

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from learner import engine
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
 from opd.types import Batch, Scores, TokenLoss
 
 _BYTES = 600  # of a sentence, which ranks pass on as numbers

@@ -16,9 +16,9 @@ from torch import Tensor, distributed, nn
 
 from learner.config import LearnerConfig
 from learner.model import Student
-from opd.devices import Dtype
 from opd.errors import OpdError
-from opd.rendezvous import meeting_place
+from opd.settings.devices import Dtype
+from weight_sync.rendezvous import meeting_place
 
 _GRACE_S = 30.0  # what the library's own timeouts may be late by
 

@@ -10,8 +10,8 @@ from learner import engine
 from learner.config import LearnerConfig
 from learner.folder import write_folder
 from learner.model import Student
-from opd.adapters import pairs, with_adapters
-from opd.manifest import runs
+from weight_sync.lora import pairs, with_adapters
+from weight_sync.manifest import runs
 
 
 def export(

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from learner.config import LearnerConfig, StudentText
 from opd.errors import ConfigurationError
 from opd.ports import Share
-from opd.rendezvous import free_port, own_host
 from opd.types import Batch, Fetch, Scores, StepReport
+from weight_sync.rendezvous import free_port, own_host
 
 if TYPE_CHECKING:
     from learner.training import MakeOutlet, Training
-    from opd.method import Objective
+    from opd.method.method import Objective
 
 
 class LearnerRank:

@@ -1,8 +1,8 @@
 """liger-kernel's fused kernel in place of torch's own operations, for divergences over the whole vocabulary on a GPU.
 
-The loss stays flat in memory as before (`opd.logits`): a chunk's log-probabilities go in, and the kernel gives loss and
-gradient of every element in one pass, where torch keeps half a dozen arrays of that size. Value, gradient and metrics
-are those of the objective it stands for. liger-kernel is imported when it is first used.
+The loss stays flat in memory as before (`opd.loss.chunked`): a chunk's log-probabilities go in, and the kernel gives
+loss and gradient of every element in one pass, where torch keeps half a dozen arrays of that size. Value, gradient and
+metrics are those of the objective it stands for. liger-kernel is imported when it is first used.
 """
 
 import os
@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from learner.config import LossKernel
-from opd.diagnostics import vocabulary_metrics
-from opd.divergences import Promise
 from opd.errors import ConfigurationError
-from opd.logits import StudentLogits
-from opd.method import Objective
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import vocabulary_metrics
+from opd.method.method import Objective
+from opd.method.promises import Promise
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
@@ -30,8 +30,8 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p, q, beta):
-        import liger_kernel.functional  # noqa: F401  (declares where the kernels are)
-        from liger_kernel.backends import dispatch
+        import liger_kernel.functional  # noqa: F401 # pyright: ignore[reportMissingImports] (declares where the kernels are)
+        from liger_kernel.backends import dispatch  # pyright: ignore[reportMissingImports]
 
         # The kernel writes the gradient over its first argument. The public function returns one sum over all rows,
         # and a token's weight and metrics need the loss of each. 1.0: the kernel's divisor.

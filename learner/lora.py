@@ -52,7 +52,7 @@ def _is_plain(module: Linear) -> bool:
 
 
 def save_adapter(folder: Path, config: LoraConfig, adapters: Mapping[str, Tensor], base: str) -> None:
-    """Write `adapters` (names of `opd.adapters`) so that `PeftModel.from_pretrained(base, folder)` reads them."""
+    """Write `adapters` (names of `weight_sync.lora`) so that `PeftModel.from_pretrained(base, folder)` reads them."""
     folder.mkdir()
     described = _peft(config)
     described.base_model_name_or_path, described.inference_mode = base, True

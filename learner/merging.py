@@ -12,8 +12,8 @@ from learner.config import LoraConfig
 from learner.folder import write_folder
 from learner.model import load_student
 from learner.publishing import Publisher, Staged
-from opd.adapters import pairs, with_adapters
-from opd.devices import Dtype, resolve_dtype
+from opd.settings.devices import Dtype, resolve_dtype
+from weight_sync.lora import pairs, with_adapters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
-from learner.weight_names import stored_names
-from opd.adapters import A, B
-from opd.attention import NAME, Packing, register
+from hf.folder import output_matrix, read_headers
+from hf.packable import Trial, check_head, check_layers
+from hf.weight_names import stored_names
 from opd.errors import ConfigurationError, DataError
-from opd.model_folder import output_matrix, read_headers
-from opd.packable import Trial, check_head, check_layers
+from opd.loss.attention import NAME, Packing, register
+from weight_sync.lora import A, B
 
 Use = Callable[[Float[Tensor, "L H"], Float[Tensor, "V H"]], Tensor]
 
@@ -107,7 +107,7 @@ class Student(nn.Module):
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, under the names of its checkpoint; a tied head is the embedding and does not appear.
 
-        Adapters have the names of `opd.adapters`; beside them nothing is trained.
+        Adapters have the names of `weight_sync.lora`; beside them nothing is trained.
         """
         return ((self._kept(name), p) for name, p in self.causal.named_parameters() if p.requires_grad)
 

@@ -9,8 +9,8 @@ import xxhash
 from torch import Tensor
 
 from learner.config import STREAMED
-from opd.manifest import cut, digest, nbytes
 from opd.ports import Chunk, Fill, Manifest, Outlet
+from weight_sync.manifest import cut, digest, nbytes
 
 
 class Publisher:
@@ -105,7 +105,7 @@ def _copy_from_gpu(tensors: Sequence[Tensor], room: Tensor) -> str:
 
 
 def _copy_where_it_is(tensors: Sequence[Tensor], room: Tensor) -> str:
-    """The same, without a byte leaving the device; the digest is `opd.checksum`."""
+    """The same, without a byte leaving the device; the digest is `weight_sync.checksum`."""
     flat = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
     torch.cat(flat, out=room)
     return digest(room)

@@ -9,28 +9,29 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from learner import checkpoint, engine, fragments
+from learner import checkpoint, engine, optimizer_shards
 from learner.config import LearnerConfig, LossKernel, StudentText, learning_rate
 from learner.diagnosis import InfiniteRatio, told
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, load_head, load_student, sentinel_ids
 from learner.publishing import Publisher
-from opd.devices import resolve_device, resolve_dtype
 from opd.errors import DataError, OpdError
-from opd.logits import Evaluate, StudentLogits, flat_loss, read
-from opd.method import Objective
-from opd.packing import halves
+from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
+from opd.loss.metric_sums import Tally
+from opd.loss.packing import halves
+from opd.loss.per_teacher import by_teacher
+from opd.method.method import Objective
 from opd.ports import Outlet, Sentinel, Share
-from opd.routing import by_teacher
-from opd.scorers.testimony import check_support
-from opd.tally import Tally
+from opd.scorers.validation import check_support
+from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
 MakeOutlet = Callable[[], Outlet]
@@ -151,8 +152,8 @@ class Training:
         """See `LearnerRank.save`."""
         if self._torn:
             raise OpdError(f"the weights of step {step} cannot be saved, because the update after it broke off in them")
-        held = fragments.fragments(self._engine, self._named, self._config.zero_stage)
-        pieces = fragments.own_share(held, self._config.zero_stage, self._rank, self._config.ranks)
+        held = optimizer_shards.fragments(self._engine, self._named, self._config.zero_stage)
+        pieces = optimizer_shards.own_share(held, self._config.zero_stage, self._rank, self._config.ranks)
         pieces[checkpoint.RANDOM] = _random_state(self._device)
         self._writer.begin(directory / checkpoint.shard_name(self._rank), pieces, self._facts(step))
 
@@ -165,7 +166,7 @@ class Training:
         shards, own = checkpoint.Shards(directory), self._facts(0)
         saved = shards.facts[0]
         checkpoint.check_model(directory, saved, own.model)
-        fragments.fill(self._engine, self._named, self._config.zero_stage, shards, saved.updates)
+        optimizer_shards.fill(self._engine, self._named, self._config.zero_stage, shards, saved.updates)
         state = shards.random_state(self._rank, self._device.type)
         if state is not None:
             _set_random_state(state, self._device)
@@ -267,7 +268,7 @@ class Training:
         """Which token has no finite ratio between student and writer, "" if all have; all ranks must ask."""
         if self._config.loss_kernel is not LossKernel.TORCH:  # what such kernels compute has no ratio
             return ""
-        watching = InfiniteRatio()
+        watching: Any = InfiniteRatio()  # promises nothing, so it is no objective of a method
         for batch in batches:
             self._forward(self._student, batch, watching)
         return told(" ".join(watching.found), self._rank, self._config.ranks, self._device)

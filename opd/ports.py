@@ -1,7 +1,6 @@
 """What the loop asks of the engines around it: protocols, and the requests that cross them.
 
-Applications (`actors/`, `teacher_service/`, `learner/`) implement these without inheriting from them; a pool of
-engines has the same protocol as one engine, so nothing here can tell them apart.
+Applications implement these without inheriting from them; a pool of engines has the same protocol as one engine.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,10 +12,10 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from torch import Tensor
 
-from opd.ranges import In, Temperature, Tokens, TopP
-from opd.rows import Columns, Row, Said
-from opd.settings import settings
+from opd.settings.ranges import In, Temperature, Tokens, TopP
+from opd.settings.validation import settings
 from opd.types import Batch, Prompt, Scores, StepReport, Stop, TokenLoss, TokenScores
+from opd.types.prompt_rows import Columns, Row, Said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +99,7 @@ class ScoreRequest:
 class Manifest:
     """Names, dtypes and shapes of a model's parameters in the order their `nbytes` bytes are published.
 
-    `lora_scale` is 0 for whole parameters; otherwise they are adapters on the checkpoint that the receiver started from
-    (`opd.adapters`).
+    `lora_scale` > 0: they are adapters (`weight_sync.lora`) on the checkpoint that the receiver started from.
     """
 
     names: tuple[str, ...]
@@ -115,8 +113,8 @@ class Manifest:
 class Sentinel:
     """A fixed text and the learner's logprobs of its tokens 1.. : what a rightly loaded engine must repeat.
 
-    `tolerance` > 0 bounds the largest difference in nats. At 0 the bound is measured (`opd.sentinel`) with `origin`,
-    the learner's logprobs of the same tokens before its first step, when both hold the same checkpoint.
+    `tolerance` > 0 bounds the largest difference in nats. At 0 the bound is measured (`weight_sync.sentinel`) with
+    `origin`, the learner's logprobs of the same tokens before its first step, when both hold the same checkpoint.
     """
 
     ids: Int32[np.ndarray, " S"]
@@ -129,8 +127,8 @@ class Sentinel:
 class Chunk:
     """The parameters `first` .. `last - 1` of a manifest, one after the other in `nbytes` bytes.
 
-    `digest` names their content (`opd.manifest.digest`), `owner` is the learner rank that holds them, and `handle` what
-    a receiver's `fetch` turns into the bytes.
+    `digest` names their content (`weight_sync.manifest.digest`), `owner` is the learner rank that holds them, and
+    `handle` what a receiver's `fetch` turns into the bytes.
     Example: `Chunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
     """
 
@@ -156,8 +154,8 @@ class Share:
 class Weights:
     """One version of the student: all its chunks, in the order of the manifest.
 
-    `digest` covers the manifest and the digests of the chunks (`opd.delivery.digest_of`), so it names the content:
-    two versions with the same bytes, cut alike, have the same one.
+    `digest` covers the manifest and the digests of the chunks (`weight_sync.receiver.digest_of`), so it names the
+    content: two versions with the same bytes, cut alike, have the same one.
     """
 
     version: int
@@ -194,7 +192,7 @@ class Receipt:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
     """`gap` is the largest |engine - learner| logprob on the sentinel over all engines (nats); `digest` names what
-    was published, and what the engines' completions must name (`opd.delivery.unknown_weights`)."""
+    was published, and what the engines' completions must name (`opd.loop.staleness.unknown_weights`)."""
 
     version: int
     gap: float
@@ -285,7 +283,10 @@ class Sources:
 class PromptSource(Protocol):
     """What is asked: a pure function of the step, so resuming needs the step number and nothing else."""
 
-    group_size: int
+    @property
+    def group_size(self) -> int:
+        """Samples of a prompt; their trajectories form a group."""
+        ...
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
         """The step's prompts; those with the same `id` stand next to each other and form a group."""
@@ -362,7 +363,7 @@ class Engines:
 
 
 class Objective(Protocol):
-    """What is minimised per token (see `opd.method`)."""
+    """What is minimised per token (see `opd.method.method`)."""
 
     def __call__(self, student: Any, batch: Any) -> TokenLoss:
         """The unreduced loss of `batch`'s trained tokens given the student's logits at them."""
@@ -395,5 +396,5 @@ class Observer(Protocol):
     """Somebody who is told of every finished step: trackers, the evaluator, the live view."""
 
     async def __call__(self, record: Any) -> None:
-        """`record` is an `opd.loop.StepRecord`. Awaited before the next step is taken."""
+        """`record` is an `opd.loop.train.StepRecord`. Awaited before the next step is taken."""
         ...

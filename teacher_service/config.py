@@ -5,11 +5,24 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from opd.devices import Device, Dtype, on_gpu
 from opd.errors import ConfigurationError
 from opd.ports import AtIds, Kinds, LastHidden, TopK, WrittenToken
-from opd.ranges import Bytes, Count, Deadline, In, Line, Matches, MemoryShare, Names, Replicas, Share, Steps, Tokens
-from opd.settings import settings
+from opd.settings.devices import Device, Dtype, on_gpu
+from opd.settings.ranges import (
+    Bytes,
+    Count,
+    Deadline,
+    In,
+    Line,
+    Matches,
+    MemoryShare,
+    Names,
+    Replicas,
+    Share,
+    Steps,
+    Tokens,
+)
+from opd.settings.validation import settings
 
 
 class Backend(Enum):

@@ -1,6 +1,6 @@
 """A teacher behind HTTP: binary frames in, binary frames out, nothing without the token.
 
-`GET /v1/identity` says which model it is, `POST /v1/score` scores a frame (`teacher_service/wire.py`). Refusals are
+`GET /v1/identity` says which model it is, `POST /v1/score` scores a frame (`teacher_service/frames.py`). Refusals are
 one sentence of plain text, and one line of the log: 401 token, 400 damaged frame or an encoding, 408 a body that does
 not come, 413 too many bytes, requests or tokens (of the question, or of what it asks for), 422 ids out of range or too
 many log-probabilities per token, 429 too much at once, 500 a model that answers nonsense, 503 no answer in time. No
@@ -20,13 +20,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import LogprobTeacher, ScoreRequest
-from opd.secret import Secret
+from opd.settings.secret import Secret
 from opd.types import TokenScores
 from teacher_service.config import TOKEN_VARIABLE
 from teacher_service.connections import Budget, Connections, Held, Pace, quiet_logger
-from teacher_service.fingerprint import Identity
-from teacher_service.reading import Unreadable
-from teacher_service.wire import (
+from teacher_service.frames import (
     FrameError,
     Reply,
     TooDeep,
@@ -36,6 +34,8 @@ from teacher_service.wire import (
     encode_reply,
     request_digest,
 )
+from teacher_service.scoring import Unreadable
+from teacher_service.server_identity import Identity
 
 LOG = logging.getLogger("opd.teacher.server")
 SHORTEST_TOKEN = 16

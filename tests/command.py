@@ -34,7 +34,7 @@ def as_from_a_terminal() -> None:
 
 def opd(*arguments: str) -> Done:
     """Run one command to its end; a run's actors are processes of their own all the same."""
-    from launch.cli import main
+    from launch.cli.main import main
 
     before = dict(os.environ)
     with TemporaryFile("w+") as out, TemporaryFile("w+") as errors:  # files, since Ray asks streams for their number

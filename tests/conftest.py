@@ -19,7 +19,7 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 
 as_from_a_terminal()
 
-enforce("opd")
+enforce("opd", "weight_sync")
 
 from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory  # noqa: E402 (after the hook)
 from tests.fault_matrix import (  # noqa: E402, F401 (hooks and a fixture, which pytest finds here)

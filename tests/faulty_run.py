@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any
 
 from actors.engine import VLLMEngine
-from launch.run import SPARE
+from launch.run.run import SPARE
 from learner import checkpoint
 from learner.learner import LearnerRank
 from opd.ports import Receipt, Weights
@@ -157,9 +157,9 @@ def _in_the_driver() -> None:
     """Places of the driver: `prompting` (a step's prompts are asked for), `writing` (a group of them is), `grading`,
     `showing` (a step is over and in metrics.jsonl), `evaluating`, `evaluating the teacher`, `committing` (a checkpoint
     is written, not renamed)."""
-    from launch.evaluate import Evaluator
     from launch.inputs.graders import TaskGrader
-    from launch.live_view import LiveView
+    from launch.monitors.live_view import LiveView
+    from launch.run.evaluate import Evaluator
     from opd.prompts.generated import GeneratedPrompts
     from opd.rollouts.student import StudentRollout
 
@@ -178,13 +178,14 @@ def _in_the_driver() -> None:
 
 def main() -> None:
     """`opd`, with faulty actors and the places of the driver."""
-    from launch import cli, session
+    from launch.cli.main import main as command
+    from launch.run import session
 
     present("driver")
     wiring: Any = session
     wiring.VLLMEngine, wiring.LearnerRank, wiring.backend = FaultyEngine, FaultyRank, lambda chosen: FaultyTeacher
     _in_the_driver()
-    cli.main(sys.argv[1:])
+    command(sys.argv[1:])
 
 
 if __name__ == "__main__":

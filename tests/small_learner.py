@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM
 from learner.config import LearnerConfig
 from learner.learner import LearnerRank
 from learner.publishing import Staged
-from opd.delivery import assemble, collect
-from opd.devices import Device, Dtype
-from opd.logits import StudentLogits
-from opd.packing import TokenMean, pack
+from opd.loss.chunked import StudentLogits
+from opd.loss.packing import TokenMean, pack
 from opd.ports import Chunk, Layout, Outlet, Share, Weights
+from opd.settings.devices import Device, Dtype
 from opd.types import (
     Batch,
     Prompt,
@@ -31,6 +30,7 @@ from opd.types import (
     VocabularyScores,
 )
 from tests.tiny_models import tiny_model
+from weight_sync.receiver import assemble, collect
 
 VOCABULARY, STEPS = 61, 6
 STAGES = [(stage, Dtype.FLOAT32) for stage in range(4)] + [(stage, Dtype.BFLOAT16) for stage in (1, 2, 3)]

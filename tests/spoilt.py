@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from math import nan
 
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
 from opd.objectives.vocabulary import FullReverseKL
 from opd.types import Batch, TokenLoss, VocabularyScores
 

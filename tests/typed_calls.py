@@ -1,4 +1,4 @@
-"""Types and array shapes of `opd`, enforced on every call while tests run (beartype, jaxtyping).
+"""Types and array shapes of the library, enforced on every call while tests run (beartype, jaxtyping).
 
 jaxtyping's own decorator binds the arguments of each call anew and checks them twice, which took most of the time of
 the tests of the loop. Here a call is checked once, and the letters of shapes are bound only where a signature has some.
@@ -70,12 +70,13 @@ def jaxtyped(function: Any = None, *, typechecker: Any = None) -> Any:
     return call if shapes else typed
 
 
-def enforce(package: str) -> None:
-    """From now on every function and dataclass of `package` that is imported is checked."""
-    assert package not in sys.modules, f"{package} was imported before its types could be enforced"
+def enforce(*packages: str) -> None:
+    """From now on every function and dataclass of `packages` that is imported is checked."""
+    for package in packages:
+        assert package not in sys.modules, f"{package} was imported before its types could be enforced"
     module = ModuleType("opd_typechecker")
     module.__dict__["checked"] = checked
     sys.modules["opd_typechecker"] = module  # the hook takes a name, not a function
     jaxtyping.jaxtyped = jaxtyped
     jaxtyping._decorator.jaxtyped = jaxtyped  # where the original finds itself, for `__init__` and methods
-    jaxtyping.install_import_hook(package, "opd_typechecker.checked")
+    jaxtyping.install_import_hook(list(packages), "opd_typechecker.checked")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from broken.objectives import SoldAsReverseKL, written
-from opd import divergences as exact
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
+from opd.method import promises as exact
 from opd.objectives.sampled import ClippedPolicyGradient
 from opd.objectives.topk import GeneralizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import divergence

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from opd.packing import TokenWeights
+from opd.loss.packing import TokenWeights
 from opd.ports import Engines, Kinds
 from opd.scorers.returns import WithReturns, returns
 from opd.scorers.reward import GroupAdvantage

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
 from opd.objectives.montecarlo import MonteCarloDivergence
 from opd.types import Batch, TokenLoss, VocabularyScores
 

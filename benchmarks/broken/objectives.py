@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from opd import divergences as exact
-from opd.diagnostics import mismatch
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import mismatch
+from opd.method import promises as exact
 from opd.objectives.vocabulary import divergence
 from opd.ports import Engines
 from opd.rollouts.student import StudentRollout
@@ -117,4 +117,4 @@ class ShiftedWrittenTokens(WrittenTokens):
 class SilentNucleus(StudentRollout):
     """Text cut to the nucleus that does not say so; `Method` would refuse it otherwise."""
 
-    truncated: ClassVar[bool] = False
+    truncated: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleMethodOverride]  # that is the lie

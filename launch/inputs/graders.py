@@ -8,12 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol, TypeVar
 
+from demos.tasks import peak, shop
 from launch.inputs.answers import finding
 from launch.inputs.answers.check import doubtful, trouble
 from launch.inputs.answers.equality import same
 from opd.errors import OpdError
 from opd.ports import Grader
-from opd.tasks import peak, shop
 
 Found = TypeVar("Found")
 

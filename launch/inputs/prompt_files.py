@@ -10,7 +10,7 @@ from launch.inputs.messages import kind, messages, number, text, tools
 from launch.inputs.prompt_paths import files_of
 from launch.inputs.records import Record, records
 from opd.errors import DataError
-from opd.rows import Columns, Row
+from opd.types.prompt_rows import Columns, Row
 
 _SHOWN = 12  # column names that an error lists
 _ABSENT = object()

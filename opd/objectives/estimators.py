@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opd import divergences as exact
-from opd.diagnostics import known
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import known
+from opd.method import promises as exact
 from opd.objectives.vocabulary import LARGEST, Estimate, divergence
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 

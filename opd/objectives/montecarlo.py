@@ -9,11 +9,11 @@ import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.diagnostics import known
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import known
 from opd.objectives.vocabulary import Estimate
-from opd.ranges import In, Seed
-from opd.settings import settings
+from opd.settings.ranges import In, Seed
+from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed word

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from opd import divergences as exact
 from opd.errors import ConfigurationError
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
+from opd.method import promises as exact
 from opd.objectives.topk import HeadTailReverseKL
-from opd.ranges import In, Share
-from opd.settings import settings
+from opd.settings.ranges import In, Share
+from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, TopKReturnScores
 
 

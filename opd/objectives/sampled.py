@@ -6,11 +6,11 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from opd import divergences as exact
-from opd.diagnostics import by_depth, known
-from opd.logits import StudentLogits
-from opd.ranges import In
-from opd.settings import settings
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import by_depth, known
+from opd.method import promises as exact
+from opd.settings.ranges import In
+from opd.settings.validation import settings
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
 
 

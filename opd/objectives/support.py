@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from opd import divergences as exact
-from opd.diagnostics import vocabulary_metrics
 from opd.errors import ConfigurationError
-from opd.log_mass import ABSENT
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import vocabulary_metrics
+from opd.method import promises as exact
 from opd.objectives.vocabulary import Direction, FullForwardKL, FullReverseKL, limits_of
-from opd.ranges import In, TopIds
-from opd.settings import settings
+from opd.settings.ranges import In, TopIds
+from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
+from opd.types.log_mass import ABSENT
 
 
 class Outside(Enum):

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import torch
 
-from opd import divergences as exact
-from opd.diagnostics import topk_metrics
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import topk_metrics
+from opd.method import promises as exact
 from opd.objectives.support import Outside, promised, refuse_nothing
 from opd.objectives.vocabulary import (
     Direction,
@@ -22,7 +22,7 @@ from opd.objectives.vocabulary import (
     divergence,
     limits_of,
 )
-from opd.settings import settings
+from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, TopKScores
 
 

@@ -6,14 +6,14 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
-from opd import divergences as exact
-from opd.diagnostics import mismatch
 from opd.errors import ConfigurationError
-from opd.logits import StudentLogits
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import mismatch
+from opd.method import promises as exact
+from opd.method.slots import Objective
 from opd.objectives.sampled import SampledReverseKL, Speaker
-from opd.ranges import In
-from opd.settings import settings
-from opd.slots import Objective
+from opd.settings.ranges import In
+from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss
 
 

@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from opd import divergences as exact
-from opd.diagnostics import vocabulary_metrics
-from opd.logits import StudentLogits
-from opd.ranges import In
-from opd.settings import settings
+from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import vocabulary_metrics
+from opd.method import promises as exact
+from opd.settings.ranges import In
+from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from opd.errors import DataError
 from opd.ports import References, Sources
 from opd.prompts.order import draw
-from opd.ranges import GroupSize, In, Line, Names, PromptsPerStep, Seed, Share, Tokens
-from opd.rows import Columns, Messages, Row, Said
-from opd.settings import settings
+from opd.settings.ranges import GroupSize, In, Line, Names, PromptsPerStep, Seed, Share, Tokens
+from opd.settings.validation import settings
 from opd.types import Prompt
+from opd.types.prompt_rows import Columns, Messages, Row, Said
 
 AT_ONCE = 1024  # rows that are encoded together
 

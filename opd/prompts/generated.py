@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Protocol
 
 from opd.ports import Sources
 from opd.prompts.order import draw
-from opd.ranges import GroupSize, In, Names, PromptsPerStep, Seed
-from opd.rows import Row
-from opd.settings import settings
+from opd.settings.ranges import GroupSize, In, Names, PromptsPerStep, Seed
+from opd.settings.validation import settings
 from opd.types import Prompt
+from opd.types.prompt_rows import Row
 
 SAMPLE = 1024  # problems that show what all are like
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from opd.errors import ConfigurationError
 from opd.ports import Answered, Listed, PromptSource, References, Routed, Sources
-from opd.ranges import Length, Names
-from opd.rows import Row
-from opd.settings import settings
+from opd.settings.ranges import Length, Names
+from opd.settings.validation import settings
 from opd.types import Prompt
+from opd.types.prompt_rows import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from opd.errors import DataError
+from opd.method.slots import Rollout
 from opd.ports import Completion, Engines
-from opd.ranges import In, Seed, Tokens
 from opd.rollouts.student import StudentRollout, trajectory
-from opd.settings import settings
-from opd.slots import Rollout
+from opd.settings.ranges import In, Seed, Tokens
+from opd.settings.validation import settings
 from opd.types import NOBODY, Prompt, Stop, TokenScores, Trajectory
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.ports import Completion, Engines, GenerateRequest, Sampling, TextEngine
-from opd.ranges import AtMost, In, Temperature, Tokens, TopP
-from opd.settings import settings
+from opd.settings.ranges import AtMost, In, Temperature, Tokens, TopP
+from opd.settings.validation import settings
 from opd.types import NOBODY, Prompt, TokenScores, TopKScores, Trajectory
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, cast
 import numpy as np
 
 from opd.errors import ConfigurationError
+from opd.method.slots import Scorer
 from opd.ports import Engines, Kinds
-from opd.ranges import Length, Relative
 from opd.scorers.teacher import StudentTopK, TeacherHidden, WrittenTokens
-from opd.settings import settings
-from opd.slots import Scorer
+from opd.settings.ranges import Length, Relative
+from opd.settings.validation import settings
 from opd.types import EnsembleScores, HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 READERS = (WrittenTokens, StudentTopK, TeacherHidden)

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.ports import Engines, Kinds, TopK
-from opd.ranges import In, Share, TopIds
 from opd.scorers.teacher import TeacherTopK
-from opd.settings import settings
+from opd.settings.ranges import In, Share, TopIds
+from opd.settings.validation import settings
 from opd.types import Scores, TokenScores, TopKReturnScores, TopKScores, Trajectory
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from opd.ports import Engines, Kinds
-from opd.ranges import In
-from opd.settings import settings
+from opd.settings.ranges import In
+from opd.settings.validation import settings
 from opd.types import AdvantageScores, Scores, Stop, TokenScores, Trajectory
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.ports import AtIds, Engines, Kinds, LastHidden, ScoreRequest, TopK, Want, WrittenToken
-from opd.ranges import TopIds
-from opd.scorers.testimony import verify
-from opd.settings import settings
+from opd.scorers.validation import verify
+from opd.settings.ranges import TopIds
+from opd.settings.validation import settings
 from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 

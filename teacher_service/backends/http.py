@@ -1,7 +1,7 @@
 """A teacher behind our own server (`opd serve-teacher`): binary frames, retried within a budget, never believed unread.
 
 An answer counts only if its frame is whole, names this call and this model, is about exactly the requests that were
-sent, passes `opd.scorers.testimony.verify`, and answers a control question that tells shifted rows from right ones.
+sent, passes `opd.scorers.validation.verify`, and answers a control question that tells shifted rows from right ones.
 Whatever does not is thrown away and asked again.
 """
 
@@ -15,18 +15,15 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from hf.tokenizer_check import tokenizer_identity
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import ScoreRequest
-from opd.scorers.testimony import verify
-from opd.secret import Secret
+from opd.scorers.validation import verify
+from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores
-from teacher_service.alignment import aligned, control
 from teacher_service.config import TeacherConfig
-from teacher_service.fingerprint import Identity, model_digest, parse_identity
-from teacher_service.identity import tokenizer_identity
-from teacher_service.reading import Store, TeacherStats, length
-from teacher_service.remote import NoAnswer, Patience, WrongAnswer, fetch, session, together
-from teacher_service.wire import (
+from teacher_service.control_question import aligned, control
+from teacher_service.frames import (
     DIGEST_BYTES,
     FrameError,
     Limits,
@@ -37,6 +34,9 @@ from teacher_service.wire import (
     encode_question,
     request_digest,
 )
+from teacher_service.retries import NoAnswer, Patience, WrongAnswer, fetch, session, together
+from teacher_service.scoring import Store, TeacherStats, length
+from teacher_service.server_identity import Identity, model_digest, parse_identity
 
 IDENTITY_BYTES = 1 << 16
 AT_ONCE = 4  # frames under way per call

@@ -14,15 +14,15 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from hf.tokenizer_check import tokenizer_identity
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import ScoreRequest, TopK
-from opd.scorers.testimony import verify
-from opd.secret import Secret
+from opd.scorers.validation import verify
+from opd.settings.secret import Secret
 from opd.types import TokenScores, TopKScores
 from teacher_service.config import TeacherConfig, check_answers
-from teacher_service.identity import tokenizer_identity
-from teacher_service.reading import Bounds, Store, TeacherStats, length
-from teacher_service.remote import NoAnswer, Patience, WrongAnswer, fetch, session, together
+from teacher_service.retries import NoAnswer, Patience, WrongAnswer, fetch, session, together
+from teacher_service.scoring import Bounds, Store, TeacherStats, length
 
 PROMPTS = 64  # per exchange
 ROW_BYTES = 160  # of JSON per log-probability, generously

@@ -12,18 +12,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from opd.delivery import collect
-from opd.devices import resolve_device, resolve_dtype
+from hf.tokenizer_check import check_checkpoint
 from opd.errors import ConfigurationError, OpdError, ServiceHung
 from opd.ports import ScoreRequest, Weights
+from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Fetch, TokenScores
 from teacher_service.config import START_S, TeacherConfig
-from teacher_service.fingerprint import file_digest
-from teacher_service.identity import check_checkpoint
-from teacher_service.reading import Bounds, Store, TeacherStats, completion_rows, length, testify
+from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, testify
+from teacher_service.server_identity import file_digest
+from weight_sync.receiver import collect
 
 if TYPE_CHECKING:
-    from teacher_service.packed_model import PackedModel
+    from hf.packed_model import PackedModel
 
 
 class TorchTeacher:
@@ -164,7 +164,7 @@ def microbatches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 def _load(config: TeacherConfig) -> "PackedModel":
     check_checkpoint(config.path, "teacher")
-    from teacher_service.packed_model import (
+    from hf.packed_model import (
         load_packed,
     )  # seconds of transformers, which the driver can spare
 

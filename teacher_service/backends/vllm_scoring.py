@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from opd.devices import resolve_device, resolve_dtype
+from hf.folder import text_config
+from hf.head import load_head
+from hf.tokenizer_check import check_checkpoint
 from opd.errors import DataError, OpdError, ServiceHung
-from opd.model_folder import text_config
 from opd.ports import ScoreRequest, TopK
-from opd.rendezvous import be_alone
+from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import TokenScores, TopKScores
 from teacher_service.backends.torch_forward import microbatches
 from teacher_service.config import START_S, TeacherConfig, check_answers
-from teacher_service.head import load_head
-from teacher_service.identity import check_checkpoint
-from teacher_service.reading import Bounds, Store, TeacherStats, completion_rows, length, testify
+from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, testify
+from weight_sync.rendezvous import be_alone
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.compare import is_comparison
-from launch.config import RunConfig, run_config
-from launch.plan import make_plan
-from launch.shipped import groups
+from launch.cli.compare import is_comparison
+from launch.config.run_config import RunConfig, run_config
+from launch.config.shipped import groups
+from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError
 from opd.objectives.returns import MiniLLM
 from opd.scorers.returns import WithReturns
-from opd.weights.special import SkipFirst
-from opd.weights.teachers import TeacherBalance
+from opd.token_weights.special_tokens import SkipFirst
+from opd.token_weights.teachers import TeacherBalance
 
 METHODS = groups()["method"]
 EXPERIMENTS = [name for name in groups()["experiment"] if not is_comparison([f"experiment={name}"])]
@@ -75,8 +75,8 @@ def test_a_plan_knows_the_ids_of_tokens_that_a_weight_names() -> None:
     assert isinstance(shipped, SkipFirst) and list(shipped.tokens) == ["<", "think", "<|im_end|>", "<|endoftext|>"]
     kept = [
         "method=jensen_shannon",
-        "method.weights.balance={_target_: opd.weights.teachers.TeacherBalance, filters: {special: "
-        "{_target_: opd.weights.special.SkipFirst, tokens: ['<eos>']}}}",
+        "method.weights.balance={_target_: opd.token_weights.teachers.TeacherBalance, filters: {special: "
+        "{_target_: opd.token_weights.special_tokens.SkipFirst, tokens: ['<eos>']}}}",
     ]
     balance = make_plan(run_config(kept)).config.method.weights["balance"]
     assert isinstance(balance, TeacherBalance) and tuple(balance.filters["special"].token_ids) == (2,)

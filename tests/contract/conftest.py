@@ -2,7 +2,7 @@
 
 import os
 
-from opd.devices import Device
+from opd.settings.devices import Device
 from teacher_service.config import Backend, TeacherConfig, environment
 
 os.environ |= environment(Device.CPU, Backend.VLLM)  # before anything imports vLLM
@@ -18,15 +18,15 @@ import pytest
 from transformers import Qwen3ForCausalLM
 
 from opd.ports import AtIds, Kinds, LastHidden, LogprobTeacher, ScoreRequest, TopK, Want, WrittenToken
-from opd.scorers.testimony import verify
-from opd.secret import Secret
+from opd.scorers.validation import verify
+from opd.settings.secret import Secret
 from opd.types import TokenScores
 from teacher_service.backends import backend
 from teacher_service.backends.http import HttpTeacher
 from teacher_service.backends.torch_forward import TorchTeacher
-from teacher_service.fingerprint import identity_of
+from teacher_service.frames import Limits
 from teacher_service.server import ServerConfig, TeacherServer
-from teacher_service.wire import Limits
+from teacher_service.server_identity import identity_of
 from tests.contract.endpoint import CompletionsEndpoint
 from tests.tiny_models import VOCABULARY, save, tiny_model
 

@@ -14,14 +14,14 @@ from aiohttp import web
 
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
-from opd.secret import Secret
+from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 from teacher_service.backends.http import HttpTeacher
 from teacher_service.backends.openai import OpenAITeacher
 from teacher_service.config import ANSWERS, Backend
-from teacher_service.fingerprint import parse_identity
+from teacher_service.frames import Question, Reply, decode_question, encode_question, encode_reply, request_digest
 from teacher_service.server import ServerConfig, TeacherServer
-from teacher_service.wire import Question, Reply, decode_question, encode_question, encode_reply, request_digest
+from teacher_service.server_identity import parse_identity
 from tests.contract.conftest import TOKEN, Shelf, Tiny, config_of, made_server, make_request, make_requests, make_tiny
 from tests.contract.endpoint import CompletionsEndpoint
 from tests.fault_matrix import Witness

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from launch.config import run_config
-from launch.plan import make_plan
+from hf.packed_model import load_packed
+from launch.config.run_config import run_config
+from launch.plan.plan import make_plan
 from learner.model import load_student
 from opd.errors import OpdError
-from teacher_service.packed_model import load_packed
 from tests.fuzz.families import FAMILIES, VOCABULARY, make
 
 LENGTHS = (60, 7, 31, 1, 90)

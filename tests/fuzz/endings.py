@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from launch.checkpoint_store import CheckpointStore
-from launch.export import export_run
-from launch.run import SPARE
-from launch.run_directory import RunDirectory
+from launch.artifacts.checkpoint_store import CheckpointStore
+from launch.artifacts.run_directory import RunDirectory
+from launch.run.export import export_run
+from launch.run.run import SPARE
 from opd.errors import OpdError
 from tests.command import as_from_a_terminal
 from tests.fault_plan import plan
-from tests.integration.test_faults import Scene, family, lines, placed
+from tests.integration.faults.test_faults import Scene, family, lines, placed
 
 AFTER = 5  # steps that are finished when a fault is laid
 SMALL = [

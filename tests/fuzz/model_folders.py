@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.config import run_config
-from launch.plan import make_plan
+from launch.config.run_config import run_config
+from launch.plan.plan import make_plan
 from opd.errors import OpdError
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "shop"

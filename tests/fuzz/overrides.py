@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from launch.compose import groups
-from launch.config import RunConfig, run_config
-from launch.plan import make_plan
+from launch.config.compose import groups
+from launch.config.run_config import RunConfig, run_config
+from launch.plan.plan import make_plan
 from learner.schedule import Schedule
 from opd.errors import OpdError
-from opd.settings import walk
+from opd.settings.validation import walk
 
 SHOP = ["experiment=shop"]
 ENSEMBLE = [
@@ -123,18 +123,18 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"hardware\.\w+", real(1, 1e24, zero=True)),
     (r"tracker\.samples|.*prompts(\.sources\.\w+)?\.problems", whole(0, 10**8)),
     (r"evaluation\.(samples|reverse_kl_prompts)|.*\.prompts_per_step|.*\.group_size", FEW),
-    (r"prompts|evaluation\.prompts|(evaluation\.)?prompts\.sources\.\w+", part("opd.prompts.")),
-    (r"(evaluation\.)?prompts\.sources", named(part("opd.prompts."), 1)),
+    (r"prompts|evaluation\.prompts|(evaluation\.)?prompts\.sources\.\w+", part("opd.prompts.", "demos.prompts.")),
+    (r"(evaluation\.)?prompts\.sources", named(part("opd.prompts.", "demos.prompts."), 1)),
     (r"(evaluation\.)?prompts\.teachers", named(text(r"\S.*"))),
     (r"method\.name", NAME),
     (r"method\.rollout(\.student|\.fixed)?", part("opd.rollouts.")),
     (r"method\.scorer(\.reader)?", part("opd.scorers.")),
     (r"method\.objective", part("opd.objectives.")),
     (r"method\.objective(\.of)+", lambda v: type(v).__name__ in DIRECTIONS or hasattr(v, "promise")),
-    (r"method\.objective(\.of)*\.support", lambda v: type(v).__module__ == "opd.divergences" and hasattr(v, "k")),
+    (r"method\.objective(\.of)*\.support", lambda v: type(v).__module__ == "opd.method.promises" and hasattr(v, "k")),
     (r"method\.update", part("opd.updates.")),
-    (r"method\.normalizer", part("opd.packing")),
-    (r"method\.weights", named(part("opd.weights."))),
+    (r"method\.normalizer", part("opd.loss.packing")),
+    (r"method\.weights", named(part("opd.token_weights."))),
     (r"method\.rollout(\.\w+)?\.temperature", real(1e-3, 1e3, zero=True)),
     (r"method\.rollout(\.\w+)?\.top_p", real(1e-4, 1)),
     (r"method\.scorer\.shares", named(real(1e-9, 1e9), 1)),
@@ -149,7 +149,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.weights\.\w+\.token_ids", members(whole(0, 10**9))),
     (r"method\.weights\.\w+\.tokens", members(text(r".*"))),
     (r"method\.weights\.\w+\.(shares)", named(real(1e-9, 1e9))),
-    (r"method\.weights\.\w+\.filters", named(part("opd.weights."))),
+    (r"method\.weights\.\w+\.filters", named(part("opd.token_weights."))),
 )
 
 WORDS = "abc '' '[/b]' '[red]x' null true false yes nan inf -inf 'ü☃' '../../x' /dev/null '${' ${steps} ${nope} ??? -"
@@ -175,7 +175,11 @@ HOSTILE = (
     *("99999999999999999999", "-99999999999999999999", "'" + "9" * 500 + "'", "9" * 5000, "'x\ny'", "'a b'"),
     *("[" * 60 + "]" * 60, "{" + ",".join(f"k{i}:{i}" for i in range(50)) + "}"),
 )
-PARTS = ("opd.weights.length.SkipTruncated", "opd.weights.teachers.TeacherBalance", "opd.prompts.mixed.MixedPrompts")
+PARTS = (
+    "opd.token_weights.length.SkipTruncated",
+    "opd.token_weights.teachers.TeacherBalance",
+    "opd.prompts.mixed.MixedPrompts",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,13 +27,13 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from launch.checks.survey import survey_all
+from hf.tokenizer import HuggingFaceTokenizer
 from launch.inputs.prompt_files import read_rows
-from launch.inputs.tokenizer import HuggingFaceTokenizer
+from launch.plan.checks.survey import survey_all
 from opd.errors import OpdError
 from opd.ports import Sources
 from opd.prompts.dataset import DatasetPrompts
-from opd.rows import Columns, Row
+from opd.types.prompt_rows import Columns, Row
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (

@@ -23,20 +23,20 @@ from typing import Any
 
 import torch
 
-from launch.checkpoint_store import CheckpointStore, verify
-from launch.checkpoints import MANIFEST, STATE, DriverState
-from launch.compare import finished_with
-from launch.evaluation_point import EvaluationPoint
-from launch.resuming import can_begin_again, history
-from launch.run_data import RunData
-from launch.run_directory import RunDirectory, append_json, write_json
-from launch.run_lock import LOCK, check_not_running
-from launch.samples import Sample
-from launch.summary import Outcome, RunSummary
+from launch.artifacts.checkpoint_state import MANIFEST, STATE, DriverState
+from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.evaluation_point import EvaluationPoint
+from launch.artifacts.run_data import RunData
+from launch.artifacts.run_directory import RunDirectory, append_json, write_json
+from launch.artifacts.run_lock import LOCK, check_not_running
+from launch.artifacts.samples import Sample
+from launch.artifacts.summary import Outcome, RunSummary
+from launch.checkpoint.resume import can_begin_again, history
+from launch.cli.compare import finished_with
 from learner import checkpoint
 from learner.checkpoint import Facts, Shards, shard_name
 from opd.errors import OpdError
-from opd.ledger import Entry, Ledger
+from opd.loop.ledger import Entry, Ledger
 
 SLOW_S = 5.0
 SETTINGS = "steps: 4\nstudent: {path: x}\n"

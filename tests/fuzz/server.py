@@ -24,12 +24,12 @@ import numpy as np
 import xxhash
 
 from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
-from opd.secret import Secret
+from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
-from teacher_service.fingerprint import Identity
-from teacher_service.reading import Bounds
+from teacher_service.frames import DIGEST_BYTES, Limits, Question, decode_reply, encode_question, request_digest
+from teacher_service.scoring import Bounds
 from teacher_service.server import ServerConfig, TeacherServer
-from teacher_service.wire import DIGEST_BYTES, Limits, Question, decode_reply, encode_question, request_digest
+from teacher_service.server_identity import Identity
 
 TOKEN = "a-token-of-the-fuzzed-server"
 ROWS, WIDTH = 64, 8

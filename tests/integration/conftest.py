@@ -9,7 +9,7 @@ import pytest
 
 from learner.config import LearnerConfig, environment
 from learner.learner import LearnerRank
-from opd.devices import Device
+from opd.settings.devices import Device
 from tests.small_learner import Start, rank_of, tiny
 
 

@@ -5,30 +5,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 AREAS = {
-    "objectives": ["opd/objectives/*.py", "opd/divergences.py", "opd/weights/*.py", "opd/method.py"],
-    "loss": ["opd/logits.py", "opd/tally.py", "opd/routing.py", "opd/scorers/*.py"],
-    "packing": ["opd/packing.py", "opd/attention.py"],
-    "loop": ["opd/loop.py", "opd/rollouts/*.py", "opd/seeds.py"],
-    "buffer": ["opd/pipeline.py", "opd/collecting.py"],
-    "ledger": ["opd/ledger.py"],
+    "objectives": ["opd/objectives/*.py", "opd/method/promises.py", "opd/token_weights/*.py", "opd/method/method.py"],
+    "loss": ["opd/loss/chunked.py", "opd/loss/metric_sums.py", "opd/loss/per_teacher.py", "opd/scorers/*.py"],
+    "packing": ["opd/loss/packing.py", "opd/loss/attention.py"],
+    "loop": ["opd/loop/train.py", "opd/rollouts/*.py"],
+    "buffer": ["opd/loop/staleness.py", "opd/loop/rollout_buffer.py"],
+    "ledger": ["opd/loop/ledger.py"],
     "learner": [
-        "learner/training.py", "learner/engine.py", "learner/config.py", "learner/fragments.py",
+        "learner/training.py", "learner/engine.py", "learner/config.py", "learner/optimizer_shards.py",
         "learner/checkpoint.py", "learner/model.py", "learner/lora.py",
     ],
     "publishing": [
-        "learner/publishing.py", "opd/delivery.py", "opd/manifest.py", "opd/checksum.py", "opd/adapters.py",
-        "opd/shared_memory.py", "opd/sentinel.py",
+        "learner/publishing.py", "weight_sync/receiver.py", "weight_sync/manifest.py", "weight_sync/checksum.py",
+        "weight_sync/lora.py", "weight_sync/shared_memory.py", "weight_sync/sentinel.py",
     ],
     "teacher service": [
-        "teacher_service/alignment.py", "teacher_service/reading.py", "teacher_service/wire.py",
-        "teacher_service/server.py", "teacher_service/remote.py", "teacher_service/fingerprint.py",
-        "teacher_service/packed_model.py", "teacher_service/backends/http.py", "teacher_service/backends/openai.py",
+        "teacher_service/control_question.py", "teacher_service/scoring.py", "teacher_service/frames.py",
+        "teacher_service/server.py", "teacher_service/retries.py", "teacher_service/server_identity.py",
+        "hf/packed_model.py", "teacher_service/backends/http.py", "teacher_service/backends/openai.py",
         "teacher_service/backends/torch_forward.py",
     ],
 }  # fmt: skip
-PACKAGES = ("opd", "learner", "teacher_service")
+PACKAGES = ("opd", "weight_sync", "hf", "learner", "teacher_service")
 _MEANT = [
-    "tests/unit/test_completions.py", "tests/unit/test_learner_config.py", "tests/contract/test_teachers.py",
+    "tests/unit/loop/test_completions.py", "tests/unit/engines/test_learner_config.py",
+    "tests/contract/test_teachers.py",
     "tests/contract/test_faults.py",
 ]  # fmt: skip
 _WITHOUT = ("test_house.py", "test_certificate.py")  # slow, and proves the whole product at once
@@ -47,7 +48,7 @@ def askable(root: Path) -> list[str]:
     """Unit tests, those of learner and teacher in one process, and the contract: what is about the core alone."""
     core = {path.removesuffix(".py").replace("/", ".") for paths in sources(root).values() for path in paths}
     found = []
-    for path in [*sorted(root.glob("tests/unit/test_*.py")), *sorted(root.glob("tests/integration/test_*.py"))]:
+    for path in [*sorted(root.glob("tests/unit/**/test_*.py")), *sorted(root.glob("tests/integration/**/test_*.py"))]:
         modules = _imports(path)
         if path.name not in _WITHOUT and modules & core and not any(m.split(".")[0] in _OTHER for m in modules):
             found.append(str(path.relative_to(root)))

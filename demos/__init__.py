@@ -1,0 +1,1 @@
+"""Embedded demonstrations: generated tasks, their prompts and the recipes that made their models."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: configuration, heads, packed models, tokenizers. Nothing else reads them."""

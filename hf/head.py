@@ -1,0 +1,32 @@
+"""A model's output matrix alone, for backends that give hidden states only."""
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor
+
+from hf.folder import output_matrix, read_headers, text_config
+from opd.errors import ConfigurationError, DataError
+
+_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+
+
+def load_head(path: str, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "V H"]:
+    """The output matrix in `path`, tied to the embedding or not.
+
+    Raises `ConfigurationError` for a model whose head does more than multiply, `DataError` if there is no matrix.
+    """
+    config, stored = text_config(path, "the teacher"), read_headers(path, "the teacher")
+    extra = next((name for name in _EXTRAS if config.get(name) not in (None, 0, 1, 1.0)), "")
+    if extra or any(name.endswith("lm_head.bias") for name in stored):
+        raise ConfigurationError(
+            f"teacher.backend=VLLM multiplies hidden states by the output matrix, but {path!r} has also "
+            f"{extra or 'lm_head.bias'}; use teacher.backend=VLLM_LOGPROBS"
+        )
+    name = output_matrix(stored)
+    if name is None:
+        raise DataError(
+            f"the teacher {path!r} has no output matrix in its safetensors; use teacher.backend=VLLM_LOGPROBS"
+        )
+    with safe_open(str(stored[name].file), framework="pt") as tensors:
+        return tensors.get_tensor(name).to(device=device, dtype=dtype)

@@ -1,0 +1,94 @@
+"""A Hugging Face causal model that reads packed sequences: one row, attention within each."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+
+from hf.packable import Trial, check_head, check_layers, context_length, unlike
+from opd.errors import DataError
+from opd.loss.attention import NAME, Packing, register
+
+
+class PackedModel:
+    """A frozen model, asked for hidden states; the vocabulary is made from them only where it is wanted.
+
+    `vocabulary` counts the rows of the output matrix (with padding), `positions` the tokens a sequence may
+    have.
+    """
+
+    def __init__(self, causal: PreTrainedModel) -> None:
+        head = check_head(causal, "the teacher", bias=True)
+        self._causal, self._head = causal, head
+        self.device = causal.device
+        self.vocabulary = len(head.weight)
+        self.positions = context_length(causal.config)
+
+    def mix_in(self, tensors: Iterable[tuple[str, Tensor]], share: float) -> None:
+        """Every parameter becomes `share` times the one given plus `1 - share` times its own, in place.
+
+        Raises:
+            DataError: names or shapes are not this model's; nothing is changed then.
+        """
+        own, given = dict(self._causal.named_parameters()), dict(tensors)
+        if wrong := unlike(self._causal, {name: tensor.shape for name, tensor in given.items()}):
+            raise DataError(
+                f"a teacher that follows the student needs the student's architecture, but {wrong[0]} differs between "
+                "them; set teacher.path to a copy of the student's checkpoint, or teacher.mixup=0"
+            )
+        for name, parameter in own.items():
+            parameter.lerp_(given[name].to(parameter), share)
+
+    def state(self) -> dict[str, Tensor]:
+        """Host copies of all parameters by name (tied ones once)."""
+        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self._causal.named_parameters()}
+
+    def hidden(self, sequences: Sequence[Int[Tensor, " n"]]) -> Float[Tensor, "N H"]:
+        """Hidden states after the final norm at every token of `sequences`, one after the other."""
+        lengths = torch.tensor([len(s) for s in sequences])
+        ends = lengths.cumsum(0)
+        places = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
+        body = self._causal.base_model(
+            input_ids=torch.cat(list(sequences)).long()[None].to(self.device),
+            position_ids=places[None].to(self.device),
+            packing=Packing.of(torch.cat([torch.zeros(1, dtype=ends.dtype), ends])),
+            use_cache=False,
+        )
+        return body.last_hidden_state[0]
+
+    def logits(self, hidden: Float[Tensor, "rows H"]) -> Float[Tensor, "rows V"]:
+        """Float32 logits over the whole vocabulary."""
+        return F.linear(hidden, self._head.weight, self._head.bias).float()
+
+
+def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PackedModel:
+    """The model in `path`, frozen.
+
+    It is compared with itself before it is used: a model with layers that carry a state from one packed sequence to
+    the next, with an attention that is not ours, or with a head that does more than multiply, is refused with a
+    `ConfigurationError`.
+    """
+    part = f"the teacher {path!r}"
+    causal = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    check_layers(causal, part)
+    nn.Module.to(causal.eval().requires_grad_(False), device)
+    head = check_head(causal, part, bias=True)
+    trial = Trial.of(causal, len(head.weight), part)
+    model = PackedModel(causal)
+    causal.set_attn_implementation(NAME)
+    with torch.inference_mode():
+        trial.check(lambda sequences: model.logits(model.hidden(sequences)), part)
+    return model
+
+
+register(AttentionInterface, AttentionMaskInterface)

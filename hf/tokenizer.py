@@ -1,0 +1,117 @@
+"""The Hugging Face tokenizer behind `opd.ports.Tokenizer`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from hf.chat_template import rendered
+from hf.tokenizer_check import load_tokenizer
+from opd.errors import ConfigurationError, DataError
+from opd.types.prompt_rows import Said
+
+
+class HuggingFaceTokenizer:
+    """Text to ids with the template the checkpoint brings along."""
+
+    def __init__(self, path: str) -> None:
+        if not Path(path).is_dir():
+            raise ConfigurationError(f"student.path {path!r} is no folder; give a Hugging Face checkpoint folder")
+        self._tokenizer: Any = load_tokenizer(path)
+        if self._tokenizer.eos_token_id is None:
+            raise DataError(f"the tokenizer in {path!r} has no end-of-text token; completions could never end")
+        self._path = path
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        self._ends_prompts = self._tokenizer("a")["input_ids"][-1:] == [self.eos_id]
+        self.unknown_id: int | None = self._tokenizer.unk_token_id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HuggingFaceTokenizer) and other._tokenizer is self._tokenizer
+
+    def __hash__(self) -> int:
+        return id(self._tokenizer)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a plain prompt, with the special tokens the tokenizer itself adds, int32 `[P]`."""
+        return np.asarray(self._single_start(self._tokenizer(text)["input_ids"]), dtype=np.int32)
+
+    def encode_all(self, prompts: Sequence[Said]) -> list[np.ndarray]:
+        """Ids of each prompt, int32 `[P]`; a template's text begins as the template says and gets nothing added."""
+        plain = [i for i, said in enumerate(prompts) if isinstance(said.text, str)]
+        chats = [i for i, said in enumerate(prompts) if not isinstance(said.text, str)]
+        encoded = self._batch([str(prompts[i].text) for i in plain], special=True)
+        encoded += self._batch([self._chat(prompts[i]) for i in chats], special=False)
+        made = dict(zip([*plain, *chats], encoded, strict=True))
+        if plain and self._ends_prompts:
+            raise DataError(
+                f"the tokenizer in {self._path!r} puts its end-of-text token behind every prompt, so that nothing "
+                "would follow; set add_eos_token to false in its tokenizer_config.json"
+            )
+        for i in plain:
+            made[i] = self._single_start(made[i])
+        return [np.asarray(made[i], dtype=np.int32) for i in range(len(prompts))]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text without special tokens."""
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    def visible(self, ids: np.ndarray) -> str:
+        """Text with special tokens, on one line."""
+        text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+    def special_texts(self) -> "re.Pattern[str] | None":
+        """Finds in a text what would be read as a special token."""
+        tokens = sorted(map(str, self._tokenizer.all_special_tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+    @property
+    def dated(self) -> bool:
+        """Whether the chat template writes today's date, which changes every prompt tomorrow."""
+        return "strftime_now" in str(self._tokenizer.chat_template or "")
+
+    def _batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        return self._tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
+
+    def _single_start(self, ids: list[int]) -> list[int]:
+        """Without the first of two `<bos>`: a prompt that brings one along gets no second."""
+        bos = self._tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def _chat(self, said: Said) -> str:
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                f"{said.where}: the prompts are chat messages, but the student's tokenizer has no chat template; use "
+                "plain text prompts or a checkpoint with a template"
+            )
+        assert not isinstance(said.text, str)
+        return rendered(self._render, said.text, said.tools, said.where)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        return self._tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+        )
+
+    def token(self, i: int) -> str:
+        """The token with this id, as the vocabulary spells it."""
+        return str(self._tokenizer.convert_ids_to_tokens(i))
+
+    def turn_end(self) -> int | None:
+        """The special token that the chat template puts behind what the assistant said; None if there is none."""
+        if not self._tokenizer.chat_template:
+            return None
+        said = "ok"
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError):  # a template that wants other messages: nothing is known
+            return None
+        after = self._tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        return int(after[0]) if after and after[0] in self._special() else None
+
+    def _special(self) -> set[int]:
+        added = self._tokenizer.added_tokens_decoder
+        return {*self._tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}

@@ -1,0 +1,1 @@
+"""What lies in a run directory: written safely, read back within bounds."""

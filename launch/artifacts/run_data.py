@@ -1,0 +1,92 @@
+"""Everything a run directory tells, read back for reports."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from launch.artifacts.evaluation_point import EvaluationPoint, Examinee
+from launch.artifacts.foreign import read_text
+from launch.artifacts.run_directory import RunDirectory, read_steps
+from launch.artifacts.samples import Sample
+from launch.artifacts.summary import RunSummary
+from opd.errors import DataError
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """A line of numbers per step. Raises `DataError` about a line that has anything else."""
+    lines = read_steps(path)
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None) or abs(value or 0) > _LARGEST:
+                raise DataError(f"step {line['step']} in {path} has no number as {name[:60]!r}; remove that line")
+    return lines
+
+
+_LARGEST = 1e300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One quantity over steps. Example: `Series(steps=[1, 2], values=[0.4, 0.3])`."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __bool__(self) -> bool:
+        return len(self.steps) > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """A run as far as it got; `summary` is None while it runs or when it was killed."""
+
+    name: str
+    metrics: Sequence[Mapping[str, float | None]]
+    student: Sequence[EvaluationPoint]
+    teacher: EvaluationPoint | None
+    summary: RunSummary | None
+    samples: Sequence[Sample]
+    config: str
+
+    @classmethod
+    def read(cls, directory: RunDirectory) -> "RunData":
+        """Read what is there; only the configuration must be."""
+        points = [
+            EvaluationPoint.from_json(line, f"a line of {directory.evaluations}")
+            for line in read_steps(directory.evaluations)
+        ]
+        teachers = [p for p in points if p.examinee is Examinee.TEACHER]
+        students = [p for p in points if p.examinee is Examinee.STUDENT]
+        return cls(
+            name=directory.name,
+            metrics=read_metrics(directory.metrics),
+            student=sorted(students, key=lambda point: point.step),
+            teacher=teachers[-1] if teachers else None,
+            summary=RunSummary.read(directory.summary) if directory.summary.exists() else None,
+            samples=[
+                Sample.from_json(line, f"a line of {directory.samples}") for line in read_steps(directory.samples)
+            ],
+            config=read_text(directory.config, "give the directory of a run"),
+        )
+
+    def series(self, name: str) -> Series:
+        """A metric over steps; steps without it (or where it was not a number) are left out."""
+        pairs = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
+        return _series(pairs)
+
+    def evaluated(self, name: str) -> Series:
+        """A field of the student's evaluations over steps, where it was measured."""
+        pairs = [(point.step, getattr(point, name)) for point in self.student]
+        return _series([(step, value) for step, value in pairs if value is not None])
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        series = self.series(name)
+        return float(series.values[-1]) if series else None
+
+
+def _series(pairs: Sequence[tuple[float | None, float | None]]) -> Series:
+    columns = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
+    return Series(steps=columns[:, 0], values=columns[:, 1])

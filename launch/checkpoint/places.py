@@ -1,0 +1,33 @@
+"""Whether a run can be where it is to be, and what can be done with one that has ended."""
+
+import tempfile
+from pathlib import Path
+
+from launch.artifacts.checkpoint_state import LATEST
+from launch.artifacts.run_directory import check_name, taken
+from launch.checkpoint.resume import can_begin_again
+from launch.config.run_config import RunConfig
+from opd.errors import ConfigurationError
+
+
+def check_place(config: RunConfig) -> None:
+    """Refuse a name that cannot be one, a directory that is another run's, and a place that cannot be written."""
+    if config.run_name:
+        check_name(config.run_name)
+    goes_on = config.resume == LATEST or config.resume.isdecimal()
+    path = Path(config.output_dir) / config.run_name
+    if config.run_name and not goes_on and path.exists() and not can_begin_again(path):
+        raise taken(path)
+    check_writable(Path(config.output_dir))
+
+
+def check_writable(root: Path) -> None:
+    """Raise `ConfigurationError` unless a folder can be made in `root`, or in what is there of the way to it."""
+    there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".opd-", dir=there):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"output_dir={root} cannot be written ({error.strerror or error}: {there}); choose another output_dir=..."
+        ) from error

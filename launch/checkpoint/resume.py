@@ -1,0 +1,228 @@
+"""Where a run goes on: finds the checkpoint that `resume=` means, and refuses what would not be the same run."""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import strftime
+
+from rich.console import Console
+
+from hf.tokenizer_check import tokenizer_digest
+from launch.artifacts.checkpoint_state import (
+    LATEST,
+    Change,
+    DriverState,
+    changes,
+    check_changes,
+    check_inputs,
+    check_steps,
+    described,
+    in_todays_names,
+    name_of,
+    newest_first,
+)
+from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.run_directory import RunDirectory, check_name, read_jsonl
+from launch.artifacts.run_lock import check_not_running, is_over
+from launch.artifacts.summary import Outcome, RunSummary
+from launch.config.run_config import RunConfig
+from launch.inputs.prompt_paths import content_digest
+from opd.errors import ConfigurationError
+from opd.ports import Listed
+from teacher_service.server_identity import model_digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """A verified checkpoint; `same_run` if its run goes on, otherwise a new run starts from it."""
+
+    checkpoint: Path
+    state: DriverState
+    same_run: bool
+
+
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """Digests of what a run reads: of each teacher's weights by its name, of everything else by the setting's.
+
+    Of a teacher whose weights are elsewhere, what the settings say. Example: `{"default": "9a..", "student.path":
+    "c1..", "prompts.path": "03.."}`.
+    """
+    teachers = {name: model_digest(t.path) or t.fingerprint for name, t in config.teachers.items()}
+    student = f"{model_digest(config.student.path)}-{tokenizer_digest(config.student.path)}"
+    files: dict[str, str] = {}
+    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+        files |= source.files(place) if isinstance(source, Listed) else {}
+    return teachers | {"student.path": student} | {key: content_digest(path, key) for key, path in files.items()}
+
+
+def resumption(config: RunConfig, console: Console) -> Resumption | None:
+    """What `resume=` means, or None for a run from the start. Changes nothing but leftovers of a crash.
+
+    Raises:
+        ConfigurationError: there is no such checkpoint, the run is still running or finished, or the settings or the
+            teacher would train something else.
+        DataError: the checkpoint is foreign, cut off or damaged.
+    """
+    if not config.resume:
+        return None
+    found_there = _found(config, console)
+    if found_there is None:
+        return None
+    place, state, same_run = found_there
+    now = fingerprints(config)
+    found = changes(in_todays_names(state.config), described(config))
+    check_inputs(str(place), state.teachers, now, found)
+    check_changes(str(place), [change for change in found if change.name not in state.teachers.keys() & now.keys()])
+    check_steps(str(place), state.step, config.steps)
+    if same_run:
+        _check_unfinished(RunDirectory(place.parent.parent), state.step, config.steps)
+    for sentence in _remarks(config, found, state.step):
+        console.print(sentence, soft_wrap=True)
+    return Resumption(checkpoint=place, state=state, same_run=same_run)
+
+
+def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool] | None:
+    if config.resume != LATEST and not config.resume.isdecimal():
+        path = Path(config.resume)
+        if not newest_first([path.name]):
+            raise ConfigurationError(
+                f"resume={config.resume} is neither {LATEST!r}, nor a step, nor the path of a checkpoint such as "
+                "runs/<run_name>/checkpoints/step_40; give one of these"
+            )
+        return path, verify(path), False
+    if not config.run_name:
+        raise ConfigurationError(f"resume={config.resume} needs run_name=... to say which run in {config.output_dir}")
+    directory = RunDirectory.open(Path(config.output_dir) / config.run_name)
+    check_not_running(directory.path)
+    store = CheckpointStore(directory.checkpoints)
+    if not config.dry_run:
+        store.recover()
+    if config.resume == LATEST and can_begin_again(directory.path):
+        console.print(f"run {directory.path}: no step was finished, so there is nothing to go on from", soft_wrap=True)
+        return None
+    if config.resume == LATEST:
+        place, state, skipped = store.newest_whole()
+        for sentence in skipped:
+            console.print(f"skipped: {sentence}", soft_wrap=True)
+        return place, state, True
+    step = int(config.resume)
+    if step not in store.steps():
+        have = ", ".join(map(str, store.steps())) or "none"
+        raise ConfigurationError(f"{store.folder} has no checkpoint of step {step} (have: {have}); choose one of these")
+    return store.path(step), verify(store.path(step)), True
+
+
+def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
+    if step < steps or not directory.summary.exists():
+        return
+    if RunSummary.read(directory.summary).outcome is Outcome.FINISHED:
+        raise ConfigurationError(f"the run {directory.path} has finished its {steps} steps; raise steps to go on")
+
+
+def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
+    said = {change.name: change for change in found}
+    remarks: list[str] = []
+    if moved := next((change for name, change in said.items() if re.fullmatch(r"prompts\.(.+\.)?path", name)), None):
+        remarks.append(
+            f"note: {moved.name} was {moved.before} and is {moved.now} now, with the same content; prompts are named "
+            "after their path, so from here on text is sampled with other seeds than it would have been"
+        )
+    if "steps" in said and not config.learner.schedule.constant:
+        remarks.append(
+            f"note: steps was {said['steps'].before} and is {config.steps} now, so the learning rate's schedule "
+            f"({config.learner.schedule.name}) ends elsewhere from here on"
+        )
+    if "checkpoint_every" in said and config.deterministic and config.max_staleness:
+        remarks.append(
+            f"note: checkpoint_every was {said['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
+            "text is written across a checkpoint, so from here on other versions write than would have"
+        )
+    elif config.deterministic and not config.pipeline.repeats_from(step):
+        remarks.append(
+            f"note: step {step} is no multiple of checkpoint_every, so text was on its way when it was saved; nothing "
+            "is lost, but the run goes on with other text than an uninterrupted one would have"
+        )
+    return remarks
+
+
+def open_directory(config: RunConfig, resumed: Resumption | None, console: Console) -> RunDirectory:
+    """The directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off.
+
+    One in which no step was ever finished does not use up its name: it is moved aside, and the run begins.
+    """
+    root = Path(config.output_dir)
+    if resumed is not None and resumed.same_run:
+        return RunDirectory.open(root / config.run_name)
+    name = config.run_name or f"{config.method.name}-{strftime('%Y%m%d-%H%M%S')}"
+    check_name(name)
+    with _alone_in(root):
+        if can_begin_again(root / name):
+            aside = root / f"{name}.begun-{strftime('%Y%m%d-%H%M%S')}"
+            (root / name).rename(aside)
+            console.print(
+                f"run {root / name}: begins anew; no step was finished in the one before, which is {aside.name} now",
+                soft_wrap=True,
+            )
+        return RunDirectory.create(root, name)
+
+
+def can_begin_again(path: Path) -> bool:
+    """Is this the directory of a run that is over and has finished no step?"""
+    if not (path / "config.yaml").is_file() or not is_over(path):
+        return False
+    return not RunDirectory(path).took_a_step
+
+
+@contextmanager
+def _alone_in(root: Path) -> Iterator[None]:
+    """Of two that look which names are free, one waits for the other."""
+    if not root.is_dir():
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def way_on(directory: RunDirectory, rescued: Path | None = None) -> str:
+    """How to go on after a run that did not finish: what is there, or was `rescued` elsewhere, decides it."""
+    if rescued is not None:
+        step = newest_first([rescued.name])[0]
+        return (
+            f"step {step} is kept in {rescued}, since it could not be written in its place: the same command with "
+            f"another run_name and resume={rescued} goes on, and opd export run={rescued} output=FOLDER makes a model "
+            "of it"
+        )
+    steps = CheckpointStore(directory.checkpoints).steps()
+    if steps:
+        place = directory.checkpoints / name_of(steps[0])
+        return (
+            f"step {steps[0]} is kept in {place}: the same command with run_name={directory.name} resume=latest goes "
+            f"on, and opd export run={directory.path} step={steps[0]} output=FOLDER makes a model of it"
+        )
+    if directory.took_a_step:
+        return (
+            "no checkpoint was written, so there is nothing to go on from (set checkpoint_every or checkpoint_minutes)"
+        )
+    return "no step was finished, so there is nothing to go on from: the same command begins anew"
+
+
+def rewind(directory: RunDirectory, resumed: Resumption, steps: int) -> None:
+    """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended.
+
+    Checkpoints go first: one whose lines are gone would leave a hole if a crash came between.
+    """
+    CheckpointStore(directory.checkpoints).forget_after(resumed.state.step)
+    directory.rewind(resumed.state.step, steps)
+
+
+def history(directory: RunDirectory) -> list[Mapping[str, float]]:
+    """The kept lines of metrics, for alarms that look back; what was no number is left out."""
+    return [{k: v for k, v in line.items() if v is not None} for line in read_jsonl(directory.metrics)]

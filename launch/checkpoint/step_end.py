@@ -1,0 +1,115 @@
+"""The end of a step: when a checkpoint is due, when a run that was asked to stop stops, and what a failure leaves."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from time import monotonic
+
+from launch.artifacts.checkpoint_state import DriverState
+from launch.checkpoint.saver import Saver
+from launch.config.run_config import RunConfig
+from launch.services.causes import brief
+from launch.services.learner_restart import RestartingLearner
+from launch.services.signals import Preempted, Stop
+from opd.errors import OpdError
+from opd.loop.train import StepRecord
+
+_log = logging.getLogger(__name__)
+
+
+class Boundary:
+    """The last observer of every step. Steps that are `over` have been told of; those `saved` have a checkpoint.
+
+    A checkpoint is due every `checkpoint_every` steps, `checkpoint_minutes` after the one before (where the pipeline
+    allows it), at the last step, and when a signal asked the run to stop. `state` is what the driver knows after a
+    step; `apart` is the context of what is no training; `clock` counts seconds; `elsewhere` are folders that take what
+    a failing run cannot write in its place.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        saver: Saver,
+        stop: Stop,
+        state: Callable[[int], Awaitable[DriverState]],
+        apart: Callable[[], AbstractContextManager[None]],
+        first: int = 0,
+        clock: Callable[[], float] = monotonic,
+        elsewhere: Sequence[Path] = (),
+    ) -> None:
+        self._config, self._saver, self._stop, self._state = config, saver, stop, state
+        self._apart, self._clock, self._since, self._elsewhere = apart, clock, clock(), elsewhere
+        self.over = self.saved = self._first = first
+        self.hopeless = False  # the ranks cannot be asked any more: Ray itself is gone
+        self.rescued: Path | None = None  # where the last step lies that could not be written in its place
+
+    async def __call__(self, record: StepRecord) -> None:
+        """A step is over, and everybody else has heard of it."""
+        self._saver.check()
+        if record.live and self._due(record.step):
+            await self._save(record.step)
+        if record.live:
+            await self.stop_if_asked()
+
+    def ended(self, record: StepRecord) -> None:
+        """A step is finished; to be told first."""
+        self.over = record.step
+        if not record.live and self._saver.follows:  # in part, perhaps: their weights belong to no step
+            self.hopeless = True
+
+    def _due(self, step: int) -> bool:
+        config = self._config
+        if step == config.steps or self._stop.asked:
+            return True
+        if config.checkpoint_every and step % config.checkpoint_every == 0:
+            return True
+        late = self._clock() - self._since >= 60 * config.checkpoint_minutes > 0
+        return late and config.pipeline.may_pause(step)
+
+    async def _save(self, step: int) -> None:
+        self._stop.saving()
+        with self._apart():
+            await self._saver.begin(await self._state(step))
+        self.saved, self._since = step, self._clock()
+
+    async def _rescue(self) -> None:
+        self._stop.saving()
+        with self._apart():
+            place = await self._saver.rescue(await self._state(self.over), self._elsewhere)
+        self.saved = self.over
+        self.rescued = place if place.parent in self._elsewhere else None
+
+    async def stop_if_asked(self) -> None:
+        """Raise `Preempted` if a signal asked the run to stop: what is finished has its checkpoint then."""
+        if not self._stop.asked:
+            return
+        self._stop.saving()
+        await self._saver.finish()
+        self._stop.met()
+        raise Preempted(f"stopped by {self._stop.name} after step {self.saved}, with a checkpoint", self._stop.name)
+
+    async def rescue(self, error: BaseException, learner: RestartingLearner) -> None:
+        """The run breaks off because of `error`: save the last finished step, if that has no checkpoint yet.
+
+        Where its place cannot be written, elsewhere. Within `learner.deadline_s`, and only from ranks that live:
+        nobody is replaced for it. A failure is told of, and the checkpoints before stay. Raises `Preempted` where a
+        signal has cut a step short and all is saved.
+        """
+        await self._saver.give_up(at_once=self.hopeless or self._stop.at_once)
+        if isinstance(error, Preempted) or self.hopeless or self._stop.at_once:
+            return
+        try:
+            async with asyncio.timeout(self._config.learner.deadline_s):
+                await learner.settle()
+                if self._saver.kept != self.over:
+                    await self._rescue()
+        except Exception as second:  # noqa: BLE001 (the run ends with `error`; this is told beside it)
+            why = str(second) if isinstance(second, OpdError) else brief(second)
+            _log.warning("step %d could not be saved (%s)", self.over, why)
+            return
+        finally:
+            self._stop.met()
+        if isinstance(error, asyncio.CancelledError) and self.over > self._first:
+            await self.stop_if_asked()

@@ -1,0 +1,1 @@
+"""The commands of `opd` and what a user reads of them."""

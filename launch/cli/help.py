@@ -1,0 +1,103 @@
+"""`--help` of every command, group and key, read without importing a part of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.config.compose import compose, own_folder
+from launch.config.keys import Key, keys
+from launch.config.shipped import groups, option_files
+from opd.errors import ConfigurationError
+
+USAGE = """\
+usage: opd COMMAND [OVERRIDE ...]
+
+  opd train  [OVERRIDE ...]              train a student, e.g. opd train method=topk_reverse_kl steps=50
+             experiment=shop             the embedded demo;  experiment=compare  OPD, GRPO and SFT side by side
+             resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint)
+             dry_run=true                check everything, print the plan, start nothing
+  opd eval   [checkpoint=DIR] [...]      measure a student (a run, one of its checkpoints, or any Hugging Face folder)
+  opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
+  opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
+  opd export run=NAME output=DIR [step=N]   a run's student as a Hugging Face folder, finished or as step N left it
+  opd submit address=URL [working_dir=DIR] [exclude=A,B] [follow=false] COMMAND output_dir=/SHARED [...]
+             the same on a running Ray cluster
+  opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN
+  opd env                                versions, devices, and what is missing
+
+Overrides are Hydra's: group=option or key=value.
+  opd train --help                       groups and their options
+  opd train --help method                the options of a group, a line each
+  opd train --help learner               settings with their values; any word searches: opd train --help lr
+  opd train [...] --cfg job              the whole configuration as YAML"""
+
+
+def show_help(command: str, words: Sequence[str], overrides: Sequence[str], console: Console) -> None:
+    """Print the page of `command`, or of each of `words`: a group, a key, or what to search for."""
+    if not words:
+        print(USAGE if not command else _page(command))
+        if command in _CONFIGURED:
+            print()
+            for group, options in groups().items():
+                print(f"  {group:11} {', '.join(options)}")
+        return
+    own = own_folder(overrides)
+    known = keys(compose(overrides))
+    for word in words:
+        options = option_files(own).get(word, {})
+        found = _matching(word, known)
+        if not options and not found:
+            raise ConfigurationError(f"no setting and no group is about {word!r}; opd train --help lists the groups")
+        if options:
+            console.print(_options(word, options))
+        if found:
+            console.print(_settings(word, found))
+
+
+_CONFIGURED = frozenset({"train", "eval", "doctor", "certify", "submit", "serve-teacher"})
+
+
+def _page(command: str) -> str:
+    """The lines of the usage that are about `command`, and how to ask on."""
+    lines = USAGE.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"  opd {command}"))
+    end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith("    ")), len(lines))
+    more = lines[lines.index("Overrides are Hydra's: group=option or key=value.") :] if command in _CONFIGURED else []
+    return "\n".join([*lines[start:end], "", *more]).rstrip()
+
+
+def _matching(word: str, known: Sequence[Key]) -> list[Key]:
+    """The key of that name and those below it; otherwise all whose name, or else whose text, has the word in it."""
+    exact = [key for key in known if key.name == word or key.name.startswith(f"{word}.")]
+    named = [key for key in known if word.lower() in key.name.lower()]
+    return exact or named or [key for key in known if word.lower() in key.text.lower()]
+
+
+def _options(group: str, options: Mapping[str, Path]) -> Table:
+    shown = Table(title=f"{group}=...", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, path in options.items():
+        shown.add_row(name, _first_sentence(path))
+    return shown
+
+
+def _first_sentence(path: Path) -> str:
+    """What the comment at the top of a YAML file says first."""
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.removeprefix("#").strip())
+    return " ".join(lines).partition(". ")[0].rstrip(".")
+
+
+def _settings(title: str, found: Sequence[Key]) -> Table:
+    shown = Table(title=title, box=None, padding=(0, 2, 0, 0))
+    shown.add_column("setting", no_wrap=True)
+    for heading in ("type", "value", ""):
+        shown.add_column(heading, overflow="fold")
+    for key in found:
+        shown.add_row(key.name, key.kind, key.value, key.text)
+    return shown

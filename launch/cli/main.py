@@ -1,0 +1,209 @@
+"""`opd`: one program; its verbs are in `launch.cli.help.USAGE`, and most take Hydra overrides.
+
+A verb imports what it needs when it is called: a typo and a question for help are answered before torch is imported.
+"""
+
+import difflib
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from time import time
+from typing import TYPE_CHECKING
+
+from launch.artifacts.redaction import check_arguments
+from launch.artifacts.screen import console
+from launch.cli.errors import keep_secrets, sentences
+from launch.cli.flags import read_flags
+from launch.services.signals import end_on_signals
+from opd.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_DEMO = (
+    "nothing was asked for, so this is the embedded demo, opd train experiment=shop: 100 steps, some minutes on a CPU; "
+    "your own models and prompts: opd train --help, and README"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted, 75 when SIGTERM left a
+    checkpoint to go on from."""
+    end_on_signals()  # before anything takes its time
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
+    # kill -USR1 PID: where every thread of a run that seems to hang stands
+    if sys.__stderr__ is not None:  # as in a program without a console
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+    keep_secrets()
+    with sentences(console(stderr=True)):
+        check_arguments(arguments)
+        sys.exit(_dispatch(arguments))
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    commands: Mapping[str, Callable[[Sequence[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "doctor": _doctor,
+        "certify": _certify,
+        "submit": _submit,
+        "export": _export,
+        "serve-teacher": _serve_teacher,
+        "env": _env,
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return _help(arguments[1] if len(arguments) > 1 and arguments[1] in commands else "", [], [])
+    name, rest = arguments[0], arguments[1:]
+    if name in ("--version", "-V", "version"):
+        print(f"opd {version('opd')}")
+        return 0
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigurationError(f"there is no command {name!r}; {meant}commands are {', '.join(commands)}")
+    flags = read_flags(rest)
+    if flags.helps:
+        return _help(name, flags.words, flags.rest)
+    if flags.shows:
+        return _show(flags.rest)
+    return commands[name](flags.rest)
+
+
+def _help(command: str, words: Sequence[str], overrides: Sequence[str]) -> int:
+    from launch.cli.help import show_help
+
+    show_help(command, words, overrides, console())
+    return 0
+
+
+def _show(overrides: Sequence[str]) -> int:
+    """The resolved configuration, secrets left out."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    from launch.artifacts.redaction import redacted
+
+    node = _checked(overrides)
+    print(
+        yaml.safe_dump(redacted(yaml.safe_load(OmegaConf.to_yaml(node))), sort_keys=False, allow_unicode=True), end=""
+    )
+    return 0
+
+
+def _checked(overrides: Sequence[str]) -> "DictConfig":
+    """The composed configuration, all of whose keys exist; a part of a run is imported only after this."""
+    from launch.config.compose import compose
+    from launch.config.keys import check_names
+
+    node = compose(overrides)
+    check_names(node, overrides)
+    return node
+
+
+def _train(overrides: Sequence[str]) -> int:
+    comparison = "comparison" in _checked(overrides)
+    if not overrides:
+        console(stderr=True).print(_DEMO, soft_wrap=True, highlight=False)
+    from launch.cli.compare import run_comparison
+    from launch.cli.train import run_training
+
+    return run_comparison(overrides) if comparison else run_training(overrides)
+
+
+def _eval(overrides: Sequence[str]) -> int:
+    own, rest = _split(overrides, ("checkpoint",))
+    if "checkpoint" not in own:
+        return _evaluate(rest)
+    from launch.run.export import as_model
+
+    with as_model(own["checkpoint"]) as folder:
+        return _evaluate([*rest, f"student.path={folder}"])
+
+
+def _evaluate(overrides: Sequence[str]) -> int:
+    _checked(overrides)
+    from launch.cli.train import run_evaluation
+
+    return run_evaluation(overrides)
+
+
+def _doctor(overrides: Sequence[str]) -> int:
+    own, rest = _split(overrides, ("output",))
+    _checked(rest)
+    from launch.run.doctor import run_doctor
+
+    return run_doctor(rest, own.get("output", ""))
+
+
+def _certify(overrides: Sequence[str]) -> int:
+    own, rest = _split(overrides, ("output",))
+    if not any(o.startswith("method=") and "," in o for o in rest):  # of which certifying says more
+        _checked(rest)
+    from launch.cli.certify import certify_methods
+
+    return certify_methods(rest, own.get("output", ""), console())
+
+
+def _submit(arguments: Sequence[str]) -> int:
+    from launch.cli.submit import SubmitOptions, submit
+
+    own, command = _split(arguments, ("address", "working_dir", "exclude", "follow"))
+    if not command or command[0] not in ("train", "eval"):
+        raise ConfigurationError("opd submit needs a command to run there, e.g. opd submit address=URL train steps=50")
+    address = own.get("address") or os.environ.get("RAY_ADDRESS", "")
+    check_arguments([f"address={address}"])
+    if not address:
+        raise ConfigurationError("opd submit needs the cluster: address=http://HOST:8265 (or RAY_ADDRESS)")
+    follow = own.get("follow", "true").lower()
+    if follow not in ("true", "false"):
+        raise ConfigurationError(f"follow is true or false, got {follow!r}; correct it")
+    options = SubmitOptions(
+        address=address,
+        working_dir=own.get("working_dir", "."),
+        exclude=[part for part in own.get("exclude", "").split(",") if part],
+        follow=follow == "true",
+    )
+    return submit(command, options, console())
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from launch.run.export import export_run
+
+    own, rest = _split(arguments, ("run", "output", "step", "student"))
+    if rest or not {"run", "output"} <= set(own):
+        raise ConfigurationError(
+            "opd export needs run=NAME_OR_DIRECTORY output=NEW_FOLDER, and takes step=N and student=FOLDER beside them"
+        )
+    print(export_run(own["run"], own["output"], own.get("step", ""), own.get("student", "")))
+    return 0
+
+
+def _serve_teacher(arguments: Sequence[str]) -> int:
+    own, rest = _split(arguments, ("host", "port"))
+    _checked(rest)
+    from launch.cli.serve_teacher import serve_teacher
+
+    return serve_teacher(own, rest, console())
+
+
+def _env(arguments: Sequence[str]) -> int:
+    from launch.plan.environment import show_environment
+
+    if arguments:
+        raise ConfigurationError(f"opd env takes no arguments, got {list(arguments)}")
+    show_environment(console())
+    return 0
+
+
+def _split(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Arguments `name=value` of the command itself, and the rest."""
+    own = {a.split("=", 1)[0]: a.split("=", 1)[1] for a in arguments if a.split("=", 1)[0] in names and "=" in a}
+    return own, [a for a in arguments if a.split("=", 1)[0] not in own]
+
+
+if __name__ == "__main__":
+    main()

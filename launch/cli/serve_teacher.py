@@ -1,0 +1,62 @@
+"""`opd serve-teacher`: one teacher behind HTTP, for runs on other machines or several runs at once."""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+
+from launch.config.run_config import teacher_config
+from launch.plan.checks.models import hidden_width
+from opd.errors import ConfigurationError
+from opd.settings.devices import resolve_device, resolve_dtype
+from opd.settings.secret import Secret
+from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig, environment
+
+
+def serve_teacher(own: Mapping[str, str], overrides: Sequence[str], console: Console) -> int:
+    """Serve the composed `teacher` at `own["host"]:own["port"]` until interrupted."""
+    config = teacher_config(overrides)
+    if config.backend in REMOTE:
+        raise ConfigurationError(
+            f"opd serve-teacher serves a model of this machine, but teacher.backend is {config.backend.name}; set "
+            "teacher.backend=TORCH or VLLM"
+        )
+    for name, value in environment(config.device, config.backend).items():
+        os.environ.setdefault(name, value)
+    asyncio.run(_serve(config, own, console))
+    return 0
+
+
+async def _serve(config: TeacherConfig, own: Mapping[str, str], console: Console) -> None:
+    from teacher_service.backends import backend
+    from teacher_service.frames import Limits
+    from teacher_service.server import LOOPBACK, ServerConfig, TeacherServer
+    from teacher_service.server_identity import identity_of
+
+    precision = resolve_dtype(config.dtype, resolve_device(config.device, "teacher"))
+    listening = ServerConfig(
+        host=own.get("host", "127.0.0.1"),
+        port=_port(own.get("port", "8300")),
+        hidden_bytes=hidden_width(config.path) * precision.itemsize,
+        token=Secret(os.environ.get(TOKEN_VARIABLE, "")),
+    )
+    dtype = str(precision).removeprefix("torch.")
+    identity = identity_of(config, dtype, Limits(k=config.max_k))
+    teacher = backend(config.backend)(config, lambda array: array)
+    await teacher.ready()
+    server = TeacherServer(teacher, identity, listening)
+    url = await server.start()
+    try:
+        console.print(f"teacher {config.path} serves at {url}; teacher.fingerprint={identity.model}")
+        if listening.host not in LOOPBACK:
+            console.print("it listens beyond this machine, and HTTP is not encrypted: keep it in a private network")
+        await asyncio.Event().wait()
+    finally:
+        await server.close()
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise ConfigurationError(f"port={text} is no port; give a number from 0 (any free one) to 65535")
+    return int(text)

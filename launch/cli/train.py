@@ -1,0 +1,145 @@
+"""`opd train` and `opd eval`: from overrides to a run directory."""
+
+import asyncio
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from launch.artifacts import screen
+from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluationPoint
+from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.run_lock import running
+from launch.artifacts.summary import Outcome
+from launch.checkpoint.places import check_place
+from launch.checkpoint.resume import Resumption, open_directory, resumption, rewind, way_on
+from launch.config.run_config import run_config
+from launch.monitors.live_view import busy_words
+from launch.monitors.step_metrics import Meter
+from launch.monitors.trackers import check_login
+from launch.plan.plan import Plan, make_plan
+from launch.report.next_steps import told
+from launch.run.evaluate import Spent
+from launch.run.run import Run, costs, make_evaluator
+from launch.run.session import open_session
+from launch.services.causes import ProcessFailed, find_own
+from launch.services.cluster import connected
+from launch.services.ray_node import Node
+from launch.services.signals import Preempted, Stop, beside, run_until_stopped
+from launch.services.stack_dumps import keep_traceback
+from opd.errors import OpdError
+
+
+def run_training(overrides: Sequence[str]) -> int:
+    """`opd train`: returns the exit code; errors are raised as sentences."""
+    config = run_config(overrides)
+    check_login(config.tracker)
+    check_place(config)
+    plan = make_plan(config)
+    console = screen.console()
+    if config.dry_run:
+        resumed = resumption(config, console)
+        console.print(plan.table())
+        plan.show_rate(console)
+        if resumed is not None:
+            console.print(f"would go on from {resumed.checkpoint}", soft_wrap=True, markup=False, highlight=False)
+    plan.show_prompts(console)
+    if config.dry_run:
+        return 0
+    directory = train_once(plan, console)
+    console.print(told(directory), soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def run_evaluation(overrides: Sequence[str]) -> int:
+    """`opd eval`: measure `student.path` on the held-out prompts, and print the figures."""
+    config = run_config(overrides)
+    plan = make_plan(config)
+    console = screen.console()
+    plan.show_prompts(console)
+    if config.dry_run:
+        console.print(plan.table())
+        return 0
+
+    async def measure() -> EvaluationPoint:
+        session = await open_session(plan)
+        try:
+            evaluator = make_evaluator(plan, session)
+            meter = Meter(costs(plan))
+            return await evaluator.student(0, config.evaluation.samples, Spent(totals=meter.totals, cpu_s=0.0))
+        finally:
+            session.close()
+
+    with connected(config.cluster):
+        point = run_until_stopped(measure())
+    for name, value in point.as_json().items():
+        console.print(f"{name:16} {NOT_MEASURED if value is None else value}", highlight=False)
+    return 0
+
+
+def train_once(plan: Plan, console: Console) -> RunDirectory:
+    """A whole run in a new run directory, or the rest of one in its own; its summary says how it ended."""
+    config = plan.config
+    resumed = resumption(config, console)
+    directory = open_directory(config, resumed, console)
+    with running(directory.path):
+        if resumed is not None and resumed.same_run:
+            rewind(directory, resumed, config.steps)
+            console.print(f"run {directory.path}: going on after step {resumed.state.step}", soft_wrap=True)
+        directory.write_config(config.text)
+        directory.write_command(config.overrides)
+        _train(plan, directory, console, resumed)
+    return directory
+
+
+def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resumption | None) -> None:
+    stop = Stop(plan.config.grace_s, lambda sentence: console.print(sentence, soft_wrap=True, highlight=False))
+    run = Run(plan, directory, console, stop, resumed)
+    outcome, problem = Outcome.FAILED, ""
+    try:
+        _in_session(plan, run, stop)
+        outcome = Outcome.FINISHED
+    except (KeyboardInterrupt, asyncio.CancelledError) as error:
+        outcome = Outcome.STOPPED
+        error.add_note(way_on(directory, run.rescued))
+        raise
+    except BaseException as error:
+        own = find_own(error)
+        outcome = Outcome.STOPPED if isinstance(own, Preempted) else Outcome.FAILED
+        problem = "" if isinstance(own, Preempted) else str(own or f"{type(error).__name__}: {error}")[:2000]
+        if not isinstance(own, OpdError) or isinstance(own, ProcessFailed):
+            error.add_note(keep_traceback(directory.failure, error))
+        error.add_note(way_on(directory, run.rescued))
+        raise
+    finally:
+        summary = run.summary(outcome, problem)
+        summary.write(directory)
+        _report(directory)
+        if summary.verdict:
+            console.print(
+                f"busy: {busy_words(summary.utilisation)}\n{summary.verdict}", soft_wrap=True, highlight=False
+            )
+
+
+def _in_session(plan: Plan, run: Run, stop: Stop) -> None:
+    """The run within a Ray session; what fails after the export is a warning, since training has done its work."""
+
+    async def watch(node: Node) -> None:
+        try:
+            await node.watch()
+        except OpdError:
+            run.forsake()
+            raise
+
+    try:
+        with connected(plan.config.cluster) as node:
+            run_until_stopped(beside(run.everything(), watch(node)), stop)
+    except Exception as error:
+        if not run.exported:
+            raise
+        run.warn("what comes after training", error)
+
+
+def _report(directory: RunDirectory) -> None:
+    from launch.report.report import write_report  # matplotlib takes a second, which a run need not wait for
+
+    write_report(directory)

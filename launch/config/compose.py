@@ -1,0 +1,144 @@
+"""The command line as one configuration: the only place, with `launch.config.run_config`, that knows Hydra.
+
+`compose` reads `conf/` and the overrides; every field of a dataclass can be overridden whether or not a YAML file
+mentions it. Nothing here imports a part of a run, so a mistyped key is answered at once.
+"""
+
+import difflib
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.artifacts.own_yaml import check_files
+from launch.config.keys import Key, advice, holds_text, keys
+from launch.config.shipped import groups, shipped
+from opd.errors import ConfigurationError
+from opd.settings.validation import shown
+
+LONG = 500  # characters that no value has that is worth repeating
+
+
+def own_folder(overrides: Sequence[str]) -> str:
+    """The folder of the user's own options, which `conf=DIR` names; "" without one."""
+    own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
+    if own and not Path(own).is_dir():
+        raise ConfigurationError(f"conf={own} is no folder; give one laid out like the project's conf/")
+    return own
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Read `conf/config.yaml` with Hydra `overrides`. Raises `ConfigurationError` about the override that is wrong.
+
+    `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
+    """
+    own = own_folder(overrides)
+    if own:
+        check_files(sorted(Path(own).rglob("*.yaml")))
+    known = groups(own)
+    given = [o for o in overrides if not o.startswith("conf=")]
+    chosen = tuple(o for o in given if o.partition("=")[0].lstrip("+~") in known)
+    for override in chosen:
+        _check_option(override, known)
+    keys = _keys(own, chosen) if len(chosen) < len(given) else ()
+    return _compose(own, [o if o in chosen else _readable(o, keys, own) for o in given])
+
+
+def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
+    if not OmegaConf.has_resolver("assets"):
+        OmegaConf.register_new_resolver("assets", lambda name: str(shipped("assets") / name))
+    # Hydra reads one folder; a second one can only be named in its search path, which config.yaml takes from here.
+    os.environ["OPD_OWN_CONF"] = str(Path(own or shipped("conf")).resolve())
+    try:
+        with initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3"):
+            return hydra_compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"the configuration does not compose: {first_line(error)}") from error
+
+
+@cache
+def _keys(own: str, chosen: tuple[str, ...]) -> tuple[Key, ...]:
+    """All settings of the run that these options choose."""
+    return tuple(keys(_compose(own, chosen)))
+
+
+def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
+    key, _, value = override.partition("=")
+    group = key.lstrip("+~")
+    if value in known[group] or value.startswith(("{", "null")) or key.startswith("~"):
+        return
+    close = difflib.get_close_matches(value, known[group], n=1, cutoff=0.5)
+    meant = f"did you mean {group}={close[0]}? " if close else ""
+    said = override if len(override) < LONG else shown(override)
+    raise ConfigurationError(f"{said} does not exist; {meant}(have: {', '.join(known[group])})")
+
+
+def _readable(override: str, known: Sequence[Key], own: str) -> str:
+    """The override as Hydra reads it: values may be set whether or not the YAML has the key, and text is text.
+
+    What stands behind a key that holds text is taken as it was written, whatever Hydra's grammar makes of it (1e3, a
+    comma, a space, an equals sign).
+    """
+    written, equals, value = override.partition("=")
+    name = written.lstrip("+~")
+    if not equals and not written.startswith("~"):
+        raise ConfigurationError(f"override {override!r} has no value; write {name or 'KEY'}=VALUE")
+    if not re.fullmatch(r"[A-Za-z_][\w.@:/-]*", name):
+        raise ConfigurationError(
+            f"override {override!r} begins with no key; write KEY=VALUE without spaces, e.g. steps=50"
+        )
+    root = name.partition(".")[0].partition("@")[0]
+    roots = {key.name.partition(".")[0] for key in known} | {"hydra", "comparison", "data"}
+    if root not in roots:
+        raise ConfigurationError(
+            f"override {override!r}: there is no {name!r}; {advice(override.lstrip('+'), known, own)}"
+        )
+    prefixed = f"++{override}" if written == name else override
+    as_default = re.sub(r"^teachers\.\w+\.", "teacher.", name)  # whose fields every further teacher has
+    is_text = any(key.name == as_default and holds_text(key.kind) for key in known)
+    try:
+        parsed = OverridesParser.create().parse_override(prefixed)
+    except (HydraException, ValueError, RecursionError) as error:
+        if is_text:
+            return _quoted(prefixed)
+        raise ConfigurationError(
+            f"override {shown(override)} cannot be read ({first_line(error)}); "
+            + (f"quote its value: {_for_a_shell(name, value)}" if len(value) < LONG else "shorten its value")
+        ) from error
+    told = parsed.value()
+    if is_text and (parsed.is_sweep_override() or isinstance(told, bool | int | float)):
+        return _quoted(prefixed)
+    if parsed.is_sweep_override():
+        raise ConfigurationError(
+            f"override {override!r} has several values; a list is written {name}=[{value}], and runs side by side are "
+            "a comparison (experiment=compare shows one)"
+        )
+    return prefixed
+
+
+def _quoted(override: str) -> str:
+    """`key='value'`, whatever the value has in it; a leading `~/` is the home directory, as shells have it."""
+    key, _, value = override.partition("=")
+    value = os.path.expanduser(value) if value.startswith("~/") else value
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"{key}='{escaped}'"
+
+
+def _for_a_shell(name: str, value: str) -> str:
+    """The override as one types it, its value in quotes, e.g. `"notes=['a: b']"`."""
+    quoted = _quoted(f"{name}={value}")
+    return shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first."""
+    return str(error).strip().splitlines()[0]

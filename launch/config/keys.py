@@ -1,0 +1,322 @@
+"""Every key of a run with its type, value and one line about it, read from the sources without importing them.
+
+Importing the parts imports torch, which takes seconds; a mistyped key and `--help` are answered in less than one.
+"""
+
+import ast
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.artifacts.moved import todays
+from launch.config.aliases import ALIASES, REASONS
+from launch.config.shipped import option_files
+from opd.errors import ConfigurationError
+
+_RUN = "launch.config.run_config.RunConfig"
+_NO_SETTINGS = ("text", "overrides")  # fields of it that say where it came from
+_HOME = Path(__file__).resolve().parents[2]
+_COMMENT = re.compile(r"^( *)([a-z_]\w*):[^#]*(?:#\s*(.*))?$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A field of a dataclass as its source says it: `kind` is the annotation, `default` "" where it must be given."""
+
+    name: str
+    kind: str
+    default: str
+    text: str
+    module: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """A setting in its place, e.g. `Key(name="learner.lr", kind="float", value="0.001", text="...")`."""
+
+    name: str
+    kind: str
+    value: str
+    text: str
+
+
+# --- what the sources say ------------------------------------------------------------------------------------------
+
+
+@cache
+def _source(module: str) -> tuple[ast.Module, tuple[str, ...]] | None:
+    """A module's syntax tree and lines; None if it is not found (a part of a package that is no file here)."""
+    for root in (_HOME, *map(Path, sys.path)):
+        base = root.joinpath(*module.split("."))
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                text = path.read_text(encoding="utf-8")
+                return ast.parse(text), tuple(text.splitlines())
+    return None
+
+
+def _imported(tree: ast.Module, module: str) -> dict[str, str]:
+    """What each name of a module stands for, e.g. `{"Dtype": "opd.settings.devices.Dtype"}`."""
+    known = {node.name: f"{module}.{node.name}" for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return known
+
+
+class _Plain(ast.NodeTransformer):
+    """An annotation without what bounds it: `Annotated[int, In(1, 9)]`, or a name for that, is `int`."""
+
+    def __init__(self, tree: ast.Module, known: Mapping[str, str]) -> None:
+        self._tree, self._known = tree, known
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        module, _, name = self._known.get(node.id, f".{node.id}").rpartition(".")
+        source = _source(module) if module.startswith("opd.") else None
+        for line in (source[0] if source else self._tree).body:
+            if isinstance(line, ast.Assign) and ast.unparse(line).startswith(f"{name} = Annotated["):
+                return self.visit(deepcopy(line.value))
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        if ast.unparse(node.value) == "Annotated" and isinstance(node.slice, ast.Tuple):
+            return self.visit(node.slice.elts[0])
+        return self.generic_visit(node)
+
+
+@cache
+def settings(cls: str) -> Mapping[str, Setting] | None:
+    """The fields of the dataclass `cls` (a dotted name), its bases' first; None if that is no class we can read."""
+    module, _, name = cls.rpartition(".")
+    source = _source(module)
+    if source is None:
+        return None
+    tree, lines = source
+    node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    if node is None:
+        return None
+    known = _imported(tree, module)
+    found: dict[str, Setting] = {}
+    for base in node.bases:
+        inherited = settings(known[base.id]) if isinstance(base, ast.Name) and base.id in known else None
+        found |= inherited or {}
+    said = " ".join((ast.get_docstring(node) or "").split())
+    for line in node.body:
+        if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+            continue
+        kind, field = ast.unparse(_Plain(tree, known).visit(deepcopy(line.annotation))), line.target.id
+        if kind.startswith("ClassVar") or "init=False" in (ast.unparse(line.value) if line.value else ""):
+            continue
+        found[field] = Setting(
+            name=field,
+            kind=kind,
+            default=_shown(line.value),
+            text=_comment(lines, line) or _clause(said, field),
+            module=module,
+        )
+    return found
+
+
+def _shown(default: ast.expr | None) -> str:
+    if default is None:
+        return ""
+    text = ast.unparse(default)
+    if factory := re.search(r"default_factory=(\w+)", text):
+        return {"dict": "{}", "list": "[]", "tuple": "()"}.get(factory[1], "...")
+    return text.rpartition(".")[2] if re.fullmatch(r"[A-Z]\w*\.[A-Z_0-9]+", text) else text.replace("'", '"')
+
+
+def _comment(lines: Sequence[str], field: ast.AnnAssign) -> str:
+    """What stands behind a field, or in the line above it."""
+    behind = lines[(field.end_lineno or field.lineno) - 1].partition("  # ")[2]
+    above = lines[field.lineno - 2].strip()
+    return behind or (above.removeprefix("# ") if above.startswith("# ") else "")
+
+
+def _clause(docstring: str, name: str) -> str:
+    """What a docstring says of a field: from its name in backticks to the end of that clause."""
+    at = re.search(rf"`{name}`(?:=\S+)?", docstring)
+    if not at:
+        return ""
+    rest = docstring[at.end() :].replace("e.g.", "e\0g\0")
+    return re.split(r"\. |;|, `|\.$|, and `| and `", rest)[0].replace("\0", ".").strip(" :,=")
+
+
+@cache
+def _comments(path: Path) -> Mapping[str, str]:
+    """The comments behind the keys of a YAML file, by dotted key."""
+    found: dict[str, str] = {}
+    above: list[tuple[int, str]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if match := _COMMENT.match(line):
+            indent, name, comment = len(match[1]), match[2], match[3]
+            above = [(i, n) for i, n in above if i < indent]
+            above.append((indent, name))
+            if comment:
+                found[".".join(n for _, n in above)] = comment.rstrip()
+    return found
+
+
+# --- the keys of a composed run ------------------------------------------------------------------------------------
+
+
+def _fields(cls: str) -> Mapping[str, Setting] | None:
+    """The settings of `cls`; of a whole run with what stands in its YAML and not in its dataclass."""
+    found = settings(cls) if cls else None
+    if cls != _RUN or found is None:
+        return found
+    module = _RUN.rpartition(".")[0]
+    data = "folder of the data that an experiment asks for (experiment=gsm8k_tiny)"
+    extra = {"teacher": ("TeacherConfig", ""), "allow_targets": ("Sequence[str]", ""), "data": ("str", data)}
+    added = {n: Setting(name=n, kind=kind, default="", text=text, module=module) for n, (kind, text) in extra.items()}
+    return {name: setting for name, setting in {**found, **added}.items() if name not in _NO_SETTINGS}
+
+
+def _class_of(kind: str, module: str) -> str:
+    """The dataclass of ours that an annotation names, as a dotted name; "" if it names none."""
+    source = _source(module)
+    target = _imported(source[0], module).get(kind.strip("'\""), "") if source else ""
+    return target if target and settings(target) else ""
+
+
+def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, Setting | None, Any]]:
+    """Every key below `node`: its dotted name, its setting and the raw node; None is a setting that `cls` lacks.
+
+    Below a class whose source is not found every key is taken for a setting of it.
+    """
+    known = _fields(cls)
+    for name in [*(known or {}), *(str(n) for n in node if str(n) not in (known or {}))]:
+        dotted = f"{where}.{name}" if where else name
+        setting = (known or {}).get(name)
+        value = node._get_node(name) if name in node else None
+        if name == "_target_" or (not where and name in ("hydra", "comparison")):
+            continue
+        if setting is None and known is not None:
+            yield dotted, None, value
+            continue
+        kind, module = (setting.kind, setting.module) if setting else ("", "")
+        own = _class_of(kind, module)
+        entries = re.match(r"(?:Mapping|dict)\[str, (\w+)\]", kind)
+        if isinstance(value, DictConfig) and not (value._is_none() or value._is_missing()):
+            target = todays(str(value.get("_target_") or own))
+            if target:
+                yield from _leaves(value, target, dotted)
+            elif entries:
+                one = _class_of(entries[1], module)
+                if not value:
+                    yield dotted, setting, value
+                for entry, inner in ((entry, value._get_node(entry)) for entry in value):
+                    if isinstance(inner, DictConfig):
+                        yield from _leaves(inner, todays(str(inner.get("_target_") or one)), f"{dotted}.{entry}")
+                    else:
+                        yield f"{dotted}.{entry}", setting, inner
+            else:
+                yield dotted, setting or _unknown(name), value
+        elif own and value is None:
+            yield from _leaves(OmegaConf.create({}), own, dotted)
+        else:
+            yield dotted, setting or _unknown(name), value
+
+
+def _unknown(name: str) -> Setting:
+    return Setting(name=name, kind="", default="", text="", module="")
+
+
+def keys(node: DictConfig) -> list[Key]:
+    """All keys of a composed run with what they are set to."""
+    comments = dict(_comments(_HOME / "conf" / "config.yaml"))
+    found = []
+    for name, setting, value in _leaves(node, _RUN):
+        if setting is not None:
+            text = comments.get(name) or setting.text
+            shown = setting.default if value is None else _value(value)
+            found.append(Key(name=name, kind=setting.kind, value=shown, text=text))
+    return found
+
+
+def _value(node: Any) -> str:
+    """What stands at a node, as one would write it."""
+    if node._is_missing():
+        return "???"
+    try:
+        value = node._dereference_node()._value() if node._is_interpolation() else node._value()
+    except OmegaConfBaseException:
+        return str(node._value())  # it points to what is not set yet
+    if isinstance(node, DictConfig | ListConfig):
+        return str(OmegaConf.to_container(node, resolve=False)).replace("'", "")
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value) or '""'
+
+
+def holds_text(kind: str) -> bool:
+    """Is a value of this type text, so that it means what was written?"""
+    return bool(re.search(r"\bstr\b", kind)) and not re.search(r"\b(int|float|bool|Mapping|dict)\b", kind)
+
+
+def check_names(node: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Raise `ConfigurationError` about the first key that its part of the run does not have."""
+    for name, setting, _ in _leaves(node, _RUN):
+        if setting is None:
+            written = next((o.lstrip("+") for o in overrides if o.lstrip("+").partition("=")[0] == name), name)
+            raise ConfigurationError(f"{written}: there is no setting {name!r}; {advice(written, keys(node))}")
+
+
+def advice(written: str, known: Sequence[Key], own: str = "") -> str:
+    """Where a setting that does not exist leads: another option, another name for it, its place, or the nearest name.
+
+    Example: `advice("lr=1e-3", keys(node))` is `"it is learner.lr here; write learner.lr=1e-3"`.
+    """
+    name, equals, value = written.partition("=")
+    above, _, last = name.rpartition(".")
+    every = [key.name for key in known]
+    if options := _options_with(name, own):
+        return f"it belongs to {', '.join(options[:4])}{' ...' if len(options) > 4 else ''}; add that to the command"
+    target = ALIASES.get(last.lower(), "")
+    if target.endswith("="):
+        return f"it is chosen by {target}NAME here (opd train --help {target[:-1]})"
+    if target:
+        why = REASONS.get(last.lower(), "")
+        return f"it is {target} here{f': {why}' if why else ''}; write {target}={_example(value, why)}"
+    beside = {key.rpartition(".")[2]: key for key in every if key.rpartition(".")[0] == above}
+    beside |= {} if above else {key.partition(".")[0]: key.partition(".")[0] for key in every}
+    close = difflib.get_close_matches(last, beside, n=1) or difflib.get_close_matches(name, every, n=1, cutoff=0.85)
+    places = [key for key in every if key.rpartition(".")[2] == last] or [beside.get(name, name) for name in close]
+    if len(places) == 1:
+        return f"did you mean {places[0]!r}? write {places[0]}{equals}{value}"
+    if beside and above:
+        return f"{above} has {', '.join(beside)}"
+    return "opd train --help WORD searches all settings"
+
+
+def _options_with(name: str, own: str) -> list[str]:
+    """The options of a group that have this setting, e.g. `["prompts=dataset"]` for `prompts.path`."""
+    group, *path = name.split(".")
+    found = []
+    for option, file in option_files(own).get(group, {}).items():
+        node = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for part in path[:-1]:
+            node = node.get(part) if isinstance(node, dict) else None
+        target = todays(str(node.get("_target_", ""))) if isinstance(node, dict) else ""
+        if path and path[-1] in (settings(target) or {} if target else {}):
+            found.append(f"{group}={option}")
+    return found
+
+
+def _example(value: str, why: str) -> str:
+    """The value that was given, unless it counts something else."""
+    return "..." if why else value or "..."
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """What was probably meant, of few names."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else f"valid are {', '.join(sorted(valid))} "

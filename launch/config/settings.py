@@ -1,0 +1,116 @@
+"""What a user sets about a run as a whole: where it runs, what it may use, how it is measured."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated
+
+from launch.config.care import Care
+from opd.observability.roofline import Hardware
+from opd.ports import PromptSource
+from opd.settings.ranges import Count, Deadline, Every, In, Names, Tokens, Whole
+from opd.settings.validation import settings
+
+
+class Placement(Enum):
+    """How actors are spread over the nodes of a cluster."""
+
+    NONE = "none"
+    PACK = "PACK"
+    SPREAD = "SPREAD"
+
+
+Processors = Annotated[float, In(0, 1024), Whole()]
+Devices = Annotated[float, In(0.01, 64, or_zero=True, because="0: none is asked for"), Whole()]
+OneDevice = Annotated[
+    float, In(0.01, 1, or_zero=True, because="such a process uses one device; for more of them raise replicas or ranks")
+]
+PerSecond = Annotated[float, In(1, 1e21, or_zero=True, because="0: not told")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class ClusterConfig:
+    """Where actors run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined.
+
+    `restarts`: how many rollout actors, and how many of each teacher, are replaced in a run before it ends, and how
+    often the learner's ranks start anew in place. For the ranks the driver holds on to what was trained since the
+    newest checkpoint, up to `journal_bytes`, hidden states in the object store included.
+    `hedge_quantile` > 0 asks a second actor, too, when a call takes longer than this quantile of those before.
+    What a run asks for and the cluster does not have is refused at once; with `elastic`, where an autoscaler adds nodes
+    when they are asked for, it is waited for, `start_deadline_s` seconds.
+    """
+
+    # local starts Ray for this run; auto or HOST:PORT joins a running cluster
+    address: Names = "local"
+    # processors that each actor asks the cluster for
+    cpus_per_actor: Processors = 0.5
+    # devices of each rollout engine (as many as student.tensor_parallel), or a share of one
+    gpus_per_engine: Devices = 0.0
+    # devices of each teacher actor, or a share of one
+    gpus_per_teacher: OneDevice = 0.0
+    # devices of each learner rank, or a share of one
+    gpus_per_learner: OneDevice = 0.0
+    # NONE as Ray likes, PACK on few nodes, SPREAD over many
+    placement: Placement = Placement.NONE
+    elastic: bool = False
+    # seconds that Ray, and then every actor, may take to start
+    start_deadline_s: Deadline = 300.0
+    # rollout actors, teachers of a kind, and starts of the learner in place that are replaced before a run ends
+    restarts: Annotated[int, In(0, 10_000)] = 8
+    journal_bytes: Annotated[int, In(0, 2**50, because="0: a learner that dies ends the run")] = (
+        1 << 30
+    )  # a part of the object store, which engines and teachers need too
+    # above 0: a second actor is asked too when a call takes longer than this quantile of those before
+    hedge_quantile: Annotated[float, In(0, 1, high_open=True, because="0: no call is asked twice")] = 0.0
+
+    def care(self, deadline_s: float) -> Care:
+        """How the replicas of a pool whose answers have `deadline_s` are looked after."""
+        return Care(
+            deadline_s=deadline_s,
+            start_deadline_s=self.start_deadline_s,
+            restarts=self.restarts,
+            hedge_quantile=self.hedge_quantile,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class HardwareConfig:
+    """What one device can do at most, for `perf/fraction_of_limit`: operations, memory bytes and link bytes per second.
+
+    0 = not told. Example, an H200 on a 400 Gbit/s network: `HardwareConfig(flops=989e12, memory=4.8e12, link=50e9)`.
+    """
+
+    flops: PerSecond = 0.0
+    memory: PerSecond = 0.0
+    link: PerSecond = 0.0
+
+    def hardware(self) -> Hardware | None:
+        """None where nothing is told; all three rates or none."""
+        if not self.flops and not self.memory and not self.link:
+            return None
+        return Hardware(flops=self.flops, memory=self.memory, link=self.link)
+
+    def __post_init__(self) -> None:
+        self.hardware()  # refuses a part of the three
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class EvaluationConfig:
+    """What is measured: the source's step 0 is the held-out set.
+
+    `teacher` also measures the teacher itself, once at the end, for which an engine of its size is started.
+    """
+
+    prompts: PromptSource
+    # steps between evaluations; 0 measures at the start and at the end alone
+    every: Every = 0
+    # also measure the teacher, once at the end, for which an engine of its size is started
+    teacher: bool = True
+    # completions of every held-out prompt at temperature 1 (mean@k, pass@k)
+    samples: Annotated[int, In(1, 10_000)] = 1
+    # longest completion of an evaluation
+    max_tokens: Tokens = 256
+    # held-out prompts on which the exact divergence is measured
+    reverse_kl_prompts: Count = 128

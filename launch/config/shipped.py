@@ -1,0 +1,27 @@
+"""Files that come with the program, conf/ and assets/, and what a user's own conf/ adds to them."""
+
+from pathlib import Path
+
+from opd.errors import ConfigurationError
+
+_LAUNCH = Path(__file__).resolve().parents[1]
+
+
+def shipped(name: str) -> Path:
+    """A folder of the project: beside `launch/` in a checkout, inside it in an installed wheel."""
+    for parent in (_LAUNCH.parent, _LAUNCH):
+        if (parent / name).is_dir():
+            return parent / name
+    raise ConfigurationError(f"the folder {name}/ is missing from this installation; reinstall the project")
+
+
+def option_files(own: str = "") -> dict[str, dict[str, Path]]:
+    """The YAML file of every option of every group; `own` is a folder of the user's, whose options win."""
+    roots = [shipped("conf"), *([Path(own)] if own else [])]
+    names = sorted({p.name for root in roots for p in root.iterdir() if p.is_dir()})
+    return {name: dict(sorted((f.stem, f) for root in roots for f in (root / name).glob("*.yaml"))) for name in names}
+
+
+def groups(own: str = "") -> dict[str, list[str]]:
+    """Config groups and their options, e.g. `{"method": ["full_reverse_kl", ...]}`."""
+    return {name: list(options) for name, options in option_files(own).items()}

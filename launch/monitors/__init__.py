@@ -1,0 +1,1 @@
+"""Trackers and metrics of a run: wandb, terminal, trace."""

@@ -1,0 +1,138 @@
+"""What training costs: tokens, floating-point operations and processor seconds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import psutil
+
+from opd.loop.train import StepRecord
+from opd.observability.roofline import FORWARD, TRAIN
+from opd.types import NOBODY, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Sizes of the models, and who does what with every token.
+
+    With `Ns` and `Nt` parameters, a token (of prompt or completion) costs `8 Ns + 2 Nt` in on-policy distillation
+    (student writes and learns, teacher reads), `8 Ns` in GRPO (no teacher) and `6 Ns + 2 Nt` in SFT on teacher text
+    (teacher writes, student learns). Attention over long contexts, shared prefixes and probes of an update are not
+    counted (`opd.observability.roofline` counts the first two, and needs the models' shapes for it). `teacher_writes`:
+    what the student did not write, a teacher did (otherwise it comes from a data set). `by_teacher` has the sizes of
+    several teachers by name. Example: `Costs(student_params=310_000, teacher_params=620_000, teacher_writes=False,
+    teacher_reads=True)`.
+    """
+
+    student_params: int
+    teacher_params: int
+    teacher_writes: bool
+    teacher_reads: bool
+    by_teacher: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, trajectories: Sequence[Trajectory]) -> "Costs":
+        """These costs for one step: `Nt` becomes the mean over its tokens, each with its prompt's teacher."""
+        tokens = [len(t.prompt.teacher_ids) + len(t) for t in trajectories]
+        if not self.by_teacher or not sum(tokens):
+            return self
+        spent = sum(n * self.by_teacher[t.prompt.teacher] for n, t in zip(tokens, trajectories, strict=True))
+        return replace(self, teacher_params=round(spent / sum(tokens)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTokens:
+    """Tokens of one step: `prompt` and `completion` as written, `student` = those of both in what the student wrote,
+    `scored` = all the teacher read (its own context included), `learned` = all that went through the learner,
+    `trained` = those with a loss."""
+
+    prompt: int
+    completion: int
+    student: int
+    scored: int
+    learned: int
+    trained: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What a run has spent so far. Example: `Totals(completion=346_000, flops=1.8e12)`."""
+
+    prompt: int = 0
+    completion: int = 0
+    scored: int = 0
+    trained: int = 0
+    flops: float = 0.0
+
+    def plus(self, tokens: StepTokens, costs: Costs) -> "Totals":
+        """The totals after one more step."""
+        return Totals(
+            prompt=self.prompt + tokens.prompt,
+            completion=self.completion + tokens.completion,
+            scored=self.scored + tokens.scored,
+            trained=self.trained + tokens.trained,
+            flops=self.flops + step_flops(tokens, costs),
+        )
+
+    def as_metrics(self) -> dict[str, float]:
+        """Under the names of the metrics file."""
+        return {
+            "tokens/prompt": self.prompt,
+            "tokens/completion": self.completion,
+            "tokens/scored": self.scored,
+            "tokens/trained": self.trained,
+            "flops/total": self.flops,
+        }
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, float]) -> "Totals":
+        """Where a resumed run goes on: the totals of its last kept line."""
+        return cls(
+            prompt=int(metrics["tokens/prompt"]),
+            completion=int(metrics["tokens/completion"]),
+            scored=int(metrics["tokens/scored"]),
+            trained=int(metrics["tokens/trained"]),
+            flops=metrics["flops/total"],
+        )
+
+
+def step_tokens(record: StepRecord, costs: Costs) -> StepTokens:
+    """Count a step's tokens."""
+    trajectories = [item.trajectory for item in record.scored]
+    completion = sum(len(t) for t in trajectories)
+    read = sum(len(t.prompt.teacher_ids) for t in trajectories) + completion
+    return StepTokens(
+        prompt=sum(len(t.prompt.student_ids) for t in trajectories),
+        completion=completion,
+        student=sum(len(t.prompt.student_ids) + len(t) for t in trajectories if (t.versions != NOBODY).any()),
+        scored=read if costs.teacher_reads else 0,
+        learned=record.report.tokens,
+        trained=record.report.trained_tokens,
+    )
+
+
+def step_flops(tokens: StepTokens, costs: Costs) -> float:
+    """Operations of one step: 2N per token and forward pass, 6N per token that is learned from."""
+    by_teacher = (tokens.prompt + tokens.completion - tokens.student) * costs.teacher_writes
+    return float(
+        FORWARD * (costs.student_params * tokens.student + costs.teacher_params * by_teacher)
+        + FORWARD * costs.teacher_params * tokens.scored
+        + TRAIN * costs.student_params * tokens.learned
+    )
+
+
+def process_tree_cpu_seconds() -> float:
+    """User and system seconds of this process and all its descendants on this machine.
+
+    A descendant that has ended is counted by the parent that waited for it. Processes on other nodes of a
+    cluster are not seen.
+    """
+    here = psutil.Process()
+    total = 0.0
+    for process in [here, *here.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:  # ended since it was listed; its parent counts it from now on
+            continue
+        # Only Linux tells what the children that were waited for had used.
+        reaped = getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+        total += times.user + times.system + reaped
+    return total

@@ -1,0 +1,287 @@
+"""Who is told of finished steps and evaluations: the run directory, wandb and the terminal."""
+
+import logging
+import netrc
+import os
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from launch.artifacts.evaluation_point import EvaluationPoint, Examinee
+from launch.artifacts.redaction import masked, redacted
+from launch.artifacts.run_directory import RunDirectory, append_json, write_text
+from launch.artifacts.samples import Decode, Sample, samples_of
+from launch.config.tracker import TrackerConfig, WandbMode
+from launch.monitors.live_view import LiveView
+from launch.monitors.step_metrics import Meter
+from opd.errors import ConfigurationError, OpdError
+from opd.loop.train import StepRecord
+from opd.observability.alerts import Alarm
+
+_log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """An `opd.ports.Observer` that also hears of evaluations; used as a context manager around a run."""
+
+    async def __call__(self, record: StepRecord) -> None:
+        """A step has ended."""
+        ...
+
+    def evaluated(self, result: EvaluationPoint) -> None:
+        """The student or its teacher has been evaluated."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What trackers must know of a run before it starts. `resolved` is its whole configuration."""
+
+    method: str
+    steps: int
+    resolved: Mapping[str, Any]
+    decode: Decode
+
+
+def make_trackers(
+    config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan, console: Console
+) -> list[Tracker]:
+    """All trackers of a run, to be entered before it starts; the files come first, so they know the most."""
+    trackers: list[Tracker] = [
+        JsonlTracker(config, directory, meter, plan),
+        LiveView(
+            title=f"{directory.name} · {plan.method}",
+            steps=plan.steps,
+            meter=meter,
+            console=console,
+            print_every=config.print_every,
+        ),
+    ]
+    if config.mode is not WandbMode.DISABLED:
+        trackers.append(WandbTracker(config, directory, meter, plan))
+    return trackers
+
+
+def samples_are_due(config: TrackerConfig, step: int, steps: int) -> bool:
+    """Are completions of this step kept?"""
+    return config.samples > 0 and (step in (1, steps) or step % config.samples_every == 0)
+
+
+class JsonlTracker:
+    """The run directory's memory: a line per step, per evaluation and per sample, written when it happens."""
+
+    def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+        self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
+
+    async def __call__(self, record: StepRecord) -> None:
+        append_json(self._directory.metrics, self._meter(record))
+        if samples_are_due(self._config, record.step, self._plan.steps):
+            for sample in samples_of(record, self._plan.decode, self._config.samples):
+                append_json(self._directory.samples, sample.as_json())
+
+    def evaluated(self, result: EvaluationPoint) -> None:
+        """Append to `evaluations.jsonl`."""
+        append_json(self._directory.evaluations, result.as_json())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close: every line is its own file operation."""
+
+
+def check_login(config: TrackerConfig) -> None:
+    """Refuse `mode=online` without a login, before anything is started; asks no server."""
+    if config.mode is not WandbMode.ONLINE:
+        return
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(host):
+        return
+    raise ConfigurationError(
+        f"tracker.mode=online needs a login for {host}, but found neither WANDB_API_KEY nor a netrc entry; "
+        "run `wandb login`, or use tracker.mode=offline and `wandb sync` later"
+    )
+
+
+def _in_netrc(host: str) -> bool:
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except FileNotFoundError:
+        return False
+    except (OSError, netrc.NetrcParseError) as error:
+        raise ConfigurationError(
+            f"tracker.mode=online looked for a login in {path}, which cannot be read ({error}); correct "
+            "that file or set WANDB_API_KEY"
+        ) from error
+
+
+_BEST = {"greedy": "max", "mean_at_k": "max", "pass_at_k": "max", "reverse_kl": "min"}  # of an evaluation
+_SPENT = ("k", "seconds", "tokens", "flops", "cpu_s")  # axes to plot against, no panels of their own
+_START_S = 30  # how long a server may take before the run is told that wandb cannot be reached
+_FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
+
+
+class WandbTracker:
+    """Sends metrics, evaluations, sample tables and alarms (as wandb alerts) to wandb.
+
+    wandb writes through a process of its own, which keeps everything in the run directory and, online, sends
+    what it can when it can: a server that is down or slow does not reach training. Should that process itself
+    die, one warning says so and the run goes on without wandb; `metrics.jsonl` has everything.
+
+    The horizontal axis is our own `step`, and wandb's internal one is the same: an evaluation stands in the row of its
+    step, and of the steps that a killed run had logged after its checkpoint and logs again, a server keeps one. The
+    run's id is kept in the run directory: resuming continues the same wandb run.
+    """
+
+    _COLUMNS: tuple[str, ...] = (
+        "step", "version", "prompt", "completion", "answer", "reward", "stop", "length",
+        "teacher_minus_student",
+    )  # fmt: skip
+
+    def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+        check_login(config)
+        self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
+        self._run: Any = None
+        self._set: tuple[str, ...] = ()
+
+    def __enter__(self) -> Self:
+        folder = self._directory.path
+        # wandb would stage tables and logs in the home directory, which may be small or read-only.
+        own = {name: str(folder / "wandb") for name in _FOLDERS if name not in os.environ}
+        os.environ.update(own)
+        self._set = tuple(own)
+        import wandb  # here, because it takes a second and a run may do without
+
+        arguments, sys.argv = sys.argv, [masked(argument) for argument in sys.argv]  # which wandb keeps
+        try:
+            self._run = wandb.init(
+                project=self._config.project,
+                entity=self._config.entity,
+                group=self._config.group,
+                tags=list(self._config.tags),
+                name=self._directory.name,
+                id=_stable_id(self._directory),
+                resume="allow",
+                dir=str(folder),
+                mode=self._config.mode.value,
+                config=redacted(self._plan.resolved),
+                settings=wandb.Settings(
+                    console="off", silent=True, disable_git=True, save_code=False, init_timeout=_START_S
+                ),
+            )
+        except (wandb.Error, OSError) as error:
+            raise OpdError(
+                f"wandb did not start ({' '.join(str(error).split())}); check the login and the network, "
+                "or use tracker.mode=offline"
+            ) from error
+        finally:
+            sys.argv = arguments
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        for name, better in _BEST.items():
+            self._run.define_metric(f"eval/{name}", step_metric="step", summary=f"{better},last")
+        for name in _SPENT:
+            self._run.define_metric(f"eval/{name}", step_metric="step", hidden=True)
+        return self
+
+    async def __call__(self, record: StepRecord) -> None:
+        values: dict[str, Any] = dict(self._meter(record))
+        if samples_are_due(self._config, record.step, self._plan.steps):
+            values["samples"] = self._table(samples_of(record, self._plan.decode, self._config.samples))
+        self._guarded(lambda run: run.log(values, step=record.step))
+        for alarm in self._meter.news:
+            self._alert(alarm, record.step)
+
+    def evaluated(self, result: EvaluationPoint) -> None:
+        """Log as `eval/*` at the step that was evaluated; the teacher, who has no steps, in the summary."""
+        measured = {name: value for name, value in result.as_json().items() if value not in (None, {})}
+        del measured["examinee"]
+        step = measured.pop("step")
+        if result.examinee is Examinee.TEACHER:
+            self._guarded(
+                lambda run: run.summary.update({f"teacher/{name}": value for name, value in measured.items()})
+            )
+        else:
+            self._guarded(
+                lambda run: run.log(
+                    {"step": step} | {f"eval/{name}": value for name, value in measured.items()}, step=step
+                )
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the run whatever happened; a failed one is marked as failed."""
+        self._guarded(lambda run: run.finish(exit_code=0 if kind is None else 1))
+        self._run = None
+        for name in self._set:  # the next run of this process has a directory of its own
+            os.environ.pop(name, None)
+
+    def _alert(self, alarm: Alarm, step: int) -> None:
+        from wandb.sdk.wandb_alerts import AlertLevel
+
+        title, text = f"{self._plan.method}: {alarm.name.replace('_', ' ')}", masked(f"step {step}: {alarm.sentence}")
+        self._guarded(lambda run: run.alert(title=title, text=text, level=AlertLevel.WARN))
+
+    def _table(self, samples: Sequence[Sample]) -> Any:
+        import wandb
+
+        rows: list[Any] = [
+            [
+                s.step, s.version, s.prompt, s.text, s.answer, s.reward, s.stop, s.length,
+                None if s.gaps is None else " ".join(f"{gap:+.2f}" for gap in s.gaps),
+            ]
+            for s in samples
+        ]  # fmt: skip
+        return wandb.Table(columns=list(self._COLUMNS), data=rows)
+
+    def _guarded(self, act: Callable[[Any], object]) -> None:
+        """Do something with the run; if wandb's process is gone, say so once and go on without."""
+        if self._run is None:
+            return
+        import wandb
+
+        try:
+            act(self._run)
+        except (wandb.Error, OSError) as error:  # nothing we do brings that process back
+            self._run = None
+            _log.warning(
+                "wandb stopped (%s); the run goes on without it, %s has all metrics",
+                error,
+                self._directory.metrics,
+            )
+            _forget_wandb()
+
+
+def _forget_wandb() -> None:
+    """Take back what wandb would do when this program ends: with its process gone that is a traceback on the screen."""
+    import wandb
+
+    try:
+        wandb.teardown(exit_code=1)
+    except Exception as error:  # noqa: BLE001 (it says once more that the process is gone, after it took its hook back)
+        _log.debug("wandb could not be closed (%s)", error)
+
+
+def _stable_id(directory: RunDirectory) -> str:
+    """The wandb id of this run directory, made once."""
+    path = directory.path / "wandb_id"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text()

@@ -1,0 +1,75 @@
+"""Can the reference answers be graded against? Counted when a run is planned, and shown with an example."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from rich.progress import track
+
+from launch.artifacts import screen
+from launch.config.run_config import RunConfig
+from launch.inputs.graders import GRADERS
+from launch.plan.checks.survey import Survey
+from opd.errors import ConfigurationError, DataError
+from opd.ports import Answered, ReadsReferences, References, Sources
+from opd.types import AdvantageScores
+
+NO_ANSWERS = "no reference answers; accuracy is not measured"
+MANY = 5_000  # rows whose reading is shown, because it takes more than a second
+
+
+def check_rewards(config: RunConfig, training: Survey) -> None:
+    """Refuse a method that learns from rewards where there is nothing to grade against."""
+    without = training.unanswered
+    if without.count and issubclass(config.method.scorer.produces, AdvantageScores):
+        raise ConfigurationError(
+            f"method {config.method.name} learns from graded answers, but {without.first} has no reference "
+            "answer; set prompts.answer_column to the column that has them, or choose a method that needs none"
+        )
+
+
+def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict[str, str]:
+    """What is to be said of the answers, by the name of the prompts that have them or lack them.
+
+    Raises:
+        DataError: more of a file's answers are unreadable than `max_unreadable_answers` allows.
+    """
+    said: dict[str, str] = {}
+    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+        found = source.references(replace(sources, place=place)) if isinstance(source, Answered) else ()
+        said |= {references.place: _sentence(references) for references in found}
+    if held_out.unanswered.count == held_out.seen:
+        said["evaluation.prompts"] = NO_ANSWERS
+    return said
+
+
+def _sentence(references: References) -> str:
+    total, found = len(references.answers), unreadable(references)
+    if not found:
+        return f"{total} reference answers, all readable"
+    where, answer, why = found[0]
+    counted = f"{len(found)} of {total} reference answers cannot be read, e.g. {where}: {answer[:60]!r} ({why})"
+    if len(found) > references.allowed * total:
+        raise DataError(
+            f"{references.place}: {counted}; task {references.task!r} would grade every answer to them 0; correct or "
+            f"remove them, or raise {references.place}.max_unreadable_answers (now {references.allowed:g})"
+        )
+    return counted
+
+
+def unreadable(references: References) -> list[tuple[str, str, str]]:
+    """Answers that the task's grader cannot read: file and line, answer, reason."""
+    grader = GRADERS[references.task]()
+    try:
+        if not isinstance(grader, ReadsReferences):
+            return []
+        distinct = dict.fromkeys(answer for _, answer in references.answers)
+        why = {answer: grader.unreadable(answer) for answer in _shown(distinct)}
+    finally:
+        grader.close()
+    return [(where, answer, why[answer]) for where, answer in references.answers if why[answer]]
+
+
+def _shown(answers: dict[str, None]) -> Iterable[str]:
+    if len(answers) < MANY:
+        return answers
+    return track(answers, "reading reference answers", console=screen.console(stderr=True), transient=True)

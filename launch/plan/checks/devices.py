@@ -1,0 +1,142 @@
+"""Which device every part of a run works on, what it asks the cluster for, and what cannot be."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from launch.config.run_config import RunConfig
+from launch.plan import environment
+from launch.services.placement import Machine, Role, asked, check_fits, share
+from opd.errors import ConfigurationError
+from opd.settings.devices import Device
+from teacher_service.config import REMOTE, TeacherConfig
+
+ENGINE, WRITER, LEARNER_RANK = "rollout actor", "writing teacher", "learner rank"
+TEACHER, REMOTE_TEACHER = "teacher actor", "remote teacher"
+
+
+def roles(config: RunConfig) -> list[Role]:
+    """All actors that a run holds from its start to its end."""
+    cluster, count = config.cluster, len(config.teachers)
+
+    def of(name: str, number: int, gpus: float, key: str) -> Role:
+        return Role(name=name, count=number, cpus=cluster.cpus_per_actor, gpus=gpus, key=f"cluster.{key}")
+
+    remote = sum(teacher.replicas for teacher in config.teachers.values() if teacher.backend in REMOTE)
+    local = sum(teacher.replicas for teacher in config.teachers.values()) - remote
+    writers = count if config.method.rollout.needs_writer else 0
+    return [
+        of(ENGINE, config.student.replicas, cluster.gpus_per_engine, "gpus_per_engine"),
+        of(WRITER, writers, cluster.gpus_per_engine, "gpus_per_engine"),
+        of(TEACHER, local, cluster.gpus_per_teacher, "gpus_per_teacher"),
+        of(REMOTE_TEACHER, remote, 0.0, "cpus_per_actor"),
+        of(LEARNER_RANK, config.learner.ranks, cluster.gpus_per_learner, "gpus_per_learner"),
+    ]
+
+
+def gpus(config: RunConfig) -> str:
+    """The GPUs of a run for people, and what measuring the teacher takes besides."""
+    cluster, writes = config.cluster, config.method.rollout.needs_writer
+    if not (cluster.gpus_per_engine and config.evaluation.teacher) or writes:
+        return asked(roles(config))
+    return f"{asked(roles(config))}; measuring the teacher at the end takes {cluster.gpus_per_engine:g} more, if free"
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """`config` with the device of every part known, and never asked again.
+
+    An actor that asks for a GPU works on it. One that asks for none works on what this machine has if Ray is started
+    here, and elsewhere on processors: what the driver sees says nothing of other machines.
+
+    Raises:
+        ConfigurationError: GPUs are here that no role is given, or the numbers of GPUs cannot be right.
+    """
+    cluster, visible = config.cluster, torch.cuda.device_count() if config.cluster.address == "local" else 0
+    _check_counts(config, visible)
+    if cluster.address == "local":
+        _check_driver(config, visible)
+        _check_idle(config, visible)
+        here = f"this machine (torch sees {visible} GPU{'s' * (visible != 1)})"
+        check_fits([replace(role, cpus=0.0) for role in roles(config)], [Machine(cpus=0, gpus=visible)], here)
+
+    def device(told: Device, asks: float) -> Device:
+        return told if told is not Device.AUTO else Device.GPU if asks or visible else Device.CPU
+
+    def teacher(of: TeacherConfig) -> TeacherConfig:
+        return replace(of, device=Device.CPU if of.backend in REMOTE else device(of.device, cluster.gpus_per_teacher))
+
+    return replace(
+        config,
+        student=replace(config.student, device=device(config.student.device, cluster.gpus_per_engine)),
+        teachers={name: teacher(of) for name, of in config.teachers.items()},
+        learner=replace(config.learner, device=device(config.learner.device, cluster.gpus_per_learner)),
+    )
+
+
+def _check_counts(config: RunConfig, visible: int) -> None:
+    cluster, parallel, told = config.cluster, config.student.tensor_parallel, config.student.device
+    on_gpu = told is Device.GPU or (told is Device.AUTO and (visible or cluster.gpus_per_engine))
+    if parallel > 1 and on_gpu and cluster.gpus_per_engine != parallel:
+        raise ConfigurationError(
+            f"student.tensor_parallel={parallel} spreads each rollout actor over {parallel} GPUs of one node, but "
+            f"cluster.gpus_per_engine={cluster.gpus_per_engine:g}; set cluster.gpus_per_engine={parallel}"
+        )
+    if cluster.gpus_per_engine > max(parallel, 1):
+        raise ConfigurationError(
+            f"cluster.gpus_per_engine={cluster.gpus_per_engine:g}, but student.tensor_parallel={parallel} uses "
+            f"{parallel} and the others would be idle; set one to the other"
+        )
+    if config.learner.ranks > 1 and 0 < cluster.gpus_per_learner < 1 and config.learner.device is not Device.CPU:
+        raise ConfigurationError(
+            f"learner.ranks={config.learner.ranks} with cluster.gpus_per_learner={cluster.gpus_per_learner:g} puts two "
+            "ranks on one GPU, which NCCL refuses; set cluster.gpus_per_learner=1, or learner.ranks=1"
+        )
+
+
+def _asks_here(config: RunConfig) -> list[tuple[Device, float]]:
+    """Device and GPUs that each part asks for."""
+    teachers = [teacher.device for teacher in config.teachers.values() if teacher.backend not in REMOTE]
+    cluster = config.cluster
+    return [
+        (config.student.device, cluster.gpus_per_engine),
+        *((device, cluster.gpus_per_teacher) for device in teachers),
+        (config.learner.device, cluster.gpus_per_learner),
+    ]
+
+
+def _check_driver(config: RunConfig, visible: int) -> None:
+    wants = any(device is not Device.CPU for device, _ in _asks_here(config))
+    if wants and not visible and torch.version.cuda and environment.DEVICE.exists():
+        raise ConfigurationError(
+            f"this machine has a GPU ({environment.DEVICE}), but {environment.too_old(torch.version.cuda)}"
+        )
+
+
+def _check_idle(config: RunConfig, visible: int) -> None:
+    """Without being given one, every actor would work on the first GPU."""
+    if visible > 1 and any(device is not Device.CPU and not asks for device, asks in _asks_here(config)):
+        raise _idle(config, visible, f"this machine shows {visible} GPUs", "share the first one")
+
+
+def undecided(config: RunConfig) -> bool:
+    """Is it open whether anything works on a GPU: none is asked for, and no device is told?"""
+    return all(device is Device.AUTO and not asks for device, asks in _asks_here(config))
+
+
+def check_idle_cluster(config: RunConfig, machines: Sequence[Machine]) -> None:
+    """Refuse to leave the GPUs of a cluster idle by accident; to be asked of a run of which this is `undecided`."""
+    visible = int(sum(machine.gpus for machine in machines))
+    if visible:
+        raise _idle(config, visible, f"this cluster has {visible} GPUs", "run on processors")
+
+
+def _idle(config: RunConfig, visible: int, where: str, would: str) -> ConfigurationError:
+    actors = sum(role.count for role in roles(config) if role.name != REMOTE_TEACHER)
+    each = share(actors, visible)
+    keys = " ".join(f"cluster.gpus_per_{name}={each:g}" for name in ("engine", "teacher", "learner"))
+    devices = "student.device=CPU teacher.device=CPU learner.device=CPU"
+    return ConfigurationError(
+        f"{where}, but a part of cluster.gpus_per_engine, gpus_per_teacher and gpus_per_learner is 0, so that actors "
+        f"would {would}; set {keys} ({actors} actors), or {devices} if that is meant"
+    )

@@ -1,0 +1,51 @@
+"""What ends a text in this run, and where the files of a checkpoint do not say the same of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.ends import Ends, read_ends
+from hf.tokenizer import HuggingFaceTokenizer
+from teacher_service.config import TeacherConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEnds:
+    """`ids` end a completion; `notes` are sentences about files that disagree."""
+
+    ids: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def text_ends(path: str, tokenizer: HuggingFaceTokenizer, teachers: Mapping[str, TeacherConfig]) -> TextEnds:
+    """The union of all that the student's checkpoint says, with the token that ends a turn in its chat template.
+
+    Raises `DataError` for an id outside of the model's vocabulary, and where nothing ends a text.
+    """
+    named, turn = read_ends(path), tokenizer.turn_end()
+    ids = tuple(sorted({*named.ids, tokenizer.eos_id, *(() if turn is None else (turn,))}))
+    notes = [_disagreement(f"student {path!r}", named, tokenizer)] if named.disagree else []
+    if turn is not None and turn not in named.ids:
+        notes.append(
+            f"the chat template of student {path!r} ends a turn with {_shown([turn], tokenizer)}, which none of its "
+            "files calls an end of text; completions end there, too"
+        )
+    for name, teacher in teachers.items():
+        if (Path(teacher.path) / "config.json").is_file():
+            theirs = read_ends(teacher.path, f"teacher {name!r}")
+            if not set(theirs.ids) <= set(ids):
+                more = _shown(sorted(set(theirs.ids) - set(ids)), tokenizer)
+                notes.append(
+                    f"teacher {name!r} also ends texts with {more}, after which the student's completions go on; add "
+                    "it to the student's generation_config.json if it should end them"
+                )
+    return TextEnds(ids=ids, notes=tuple(notes))
+
+
+def _disagreement(whose: str, named: Ends, tokenizer: HuggingFaceTokenizer) -> str:
+    said = ", ".join(f"{file} {_shown(ids, tokenizer)}" for file, ids in named.said.items())
+    return f"the files of {whose} name different ends of text ({said}); completions end at each of them"
+
+
+def _shown(ids: Sequence[int], tokenizer: HuggingFaceTokenizer) -> str:
+    return " and ".join(f"{tokenizer.token(i)!r} ({i})" for i in ids)

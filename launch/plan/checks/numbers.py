@@ -1,0 +1,62 @@
+"""Do engine, learner and teachers compute in numbers that fit each other?"""
+
+from actors.config import StudentConfig
+from launch.config.run_config import RunConfig
+from opd.errors import ConfigurationError
+from opd.settings.devices import Dtype, on_gpu
+from teacher_service.config import TeacherConfig
+
+FINEST = {Dtype.FLOAT32: 1e-6, Dtype.BFLOAT16: 2.0**-7}
+"""Nats by which two right programs differ at least on some text, by the coarser of their dtypes: one unit in the last
+place of a logit near 1."""
+
+
+def check_numbers(config: RunConfig) -> None:
+    """Refuse a tolerance between engine and learner that right weights could not keep."""
+    asked, coarser = config.learner.sentinel_tolerance, coarsest(engine_dtype(config), config.learner.dtype)
+    if asked and asked < FINEST[coarser]:
+        raise ConfigurationError(
+            f"learner.sentinel_tolerance={asked} asks engine and learner to agree more closely than "
+            f"{coarser.name} can (about {FINEST[coarser]:.2g} nats; student.dtype is {config.student.dtype.name}, "
+            f"learner.dtype {config.learner.dtype.name}); leave it 0, which measures it when the run starts, or set "
+            "both dtypes to FLOAT32"
+        )
+
+
+def numbers_notes(config: RunConfig) -> list[str]:
+    """What works, but may not be meant: other numbers in the engine than in the learner, float32 on a GPU."""
+    engine, learner, notes = engine_dtype(config), config.learner.dtype, list[str]()
+    if engine is not learner:
+        notes.append(
+            f"the engine writes in {engine.name}, the learner reads in {learner.name}: their log-probabilities differ "
+            "by rounding, which importance ratios count as a difference of policies; student.dtype="
+            f"{learner.name} makes them equal"
+        )
+    if learner is Dtype.FLOAT32 and on_gpu(config.learner.device):
+        notes.append(
+            "the learner computes in FLOAT32 on a GPU, which is several times slower than BFLOAT16 and takes twice the "
+            "memory; learner.dtype=BFLOAT16 learner.zero_stage=2 keeps float32 master weights"
+        )
+    return notes
+
+
+def narrow(*dtypes: Dtype) -> bool:
+    """Is one of them bfloat16?"""
+    return coarsest(*dtypes) is Dtype.BFLOAT16
+
+
+def coarsest(*dtypes: Dtype) -> Dtype:
+    """The one with the fewest digits."""
+    return Dtype.BFLOAT16 if Dtype.BFLOAT16 in dtypes else Dtype.FLOAT32
+
+
+def engine_dtype(config: RunConfig) -> Dtype:
+    """The dtype of the rollout engines of a run whose devices are decided (`launch.plan.checks.devices.resolved`)."""
+    return part_dtype(config.student)
+
+
+def part_dtype(part: StudentConfig | TeacherConfig) -> Dtype:
+    """FLOAT32 or BFLOAT16."""
+    if part.dtype is not Dtype.AUTO:
+        return part.dtype
+    return Dtype.BFLOAT16 if on_gpu(part.device) else Dtype.FLOAT32

@@ -1,0 +1,189 @@
+"""Do the prompts fit the run: lengths, graders, teachers, templates? All of them are looked at."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hf.tokenizer_check import TokenizerIdentity
+from launch.config.run_config import DEFAULT, RunConfig
+from launch.inputs.graders import GRADERS
+from launch.plan.checks.survey import Survey
+from opd.errors import ConfigurationError, DataError
+from opd.ports import Listed, Routed, Sources
+from opd.prompts.generated import GeneratedPrompts
+from opd.rollouts.mixed import AnswerRollout
+from opd.scorers.ensemble import Ensemble
+
+
+def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
+    """Refuse a teacher that a prompt asks for and the run does not have, and one that no prompt asks for."""
+    asked = dict(held_out.teachers) | dict(training.teachers)
+    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+        if isinstance(source, Routed) and not isinstance(source, Listed):
+            asked = dict.fromkeys(source.routes(sources), place) | asked
+    if isinstance(config.method.scorer, Ensemble):
+        asked |= dict.fromkeys(config.method.scorer.shares, "method.scorer")
+    unknown = sorted(asked.keys() - config.teachers.keys())
+    if unknown:
+        raise ConfigurationError(
+            f"{asked[unknown[0]]} asks for teacher {unknown[0]!r}, but the run has {sorted(config.teachers)}; name one "
+            f"of those, or add it with teachers.{unknown[0]}.path=..."
+        )
+    idle = sorted(config.teachers.keys() - asked.keys() - {DEFAULT})
+    if idle and isinstance(config.prompts, Listed):
+        raise ConfigurationError(
+            f"no prompt asks for teacher {idle[0]!r}, so it would be started and never teach; name it in a column with "
+            f"prompts.teacher_column=..., or leave teachers.{idle[0]} out"
+        )
+
+
+def check_lengths(config: RunConfig, training: Survey, held_out: Survey) -> int:
+    """Tokens of the longest sequence; refuses one that fits neither the engine, nor a micro-batch, nor a teacher."""
+    written = max(config.max_tokens, *_limits(config.method.rollout))
+    longest = 0
+    for found, more in ((training, written), (held_out, config.evaluation.max_tokens)):
+        tokens, where = found.longest
+        total = tokens + more
+        longest = max(longest, total)
+        if total > config.student.max_model_len:
+            raise ConfigurationError(
+                f"{where} has {tokens} tokens and max_tokens is {more}, but student.max_model_len is "
+                f"{config.student.max_model_len}; raise it to {total} or lower max_tokens"
+            )
+        if total > config.learner.tokens_per_microbatch:
+            raise ConfigurationError(
+                f"a sequence may have {total} tokens ({where}), but learner.tokens_per_microbatch is "
+                f"{config.learner.tokens_per_microbatch}; raise it to at least {total}"
+            )
+        _check_teachers_room(config, found, more)
+    return longest
+
+
+def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
+    tokens, where = found.longest_for_teacher
+    scorer = config.method.scorer
+    asked = scorer.shares.keys() if isinstance(scorer, Ensemble) else found.teachers.keys()
+    for name in asked & config.teachers.keys():
+        teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
+        for key, room in (("max_batch_tokens", teacher.max_batch_tokens), ("max_model_len", teacher.max_model_len)):
+            if room and tokens + more > room:
+                raise ConfigurationError(
+                    f"{where} has {tokens} tokens for the teacher and max_tokens is {more}, but {part}.{key} is {room}"
+                    f"; raise it to {tokens + more} or lower max_tokens"
+                )
+
+
+def _limits(part: Any) -> Iterator[int]:
+    """`max_tokens` of a rollout and of the rollouts it is made of."""
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        value = getattr(part, field.name)
+        if field.name == "max_tokens" and isinstance(value, int):
+            yield value
+        yield from _limits(value)
+
+
+def check_tasks(*found: Survey) -> None:
+    """Refuse a prompt whose answer no grader can grade."""
+    unknown = {task for survey in found for task in survey.tasks} - GRADERS.keys()
+    if unknown:
+        raise DataError(f"no grader is called {sorted(unknown)[0]!r}; set prompts.task to one of {list(GRADERS)}")
+
+
+def check_rows(config: RunConfig, sources: Sources, training: Survey) -> None:
+    """Refuse what would end a run when its row comes: an answer to learn from is missing, a step is empty."""
+    if training.unanswered.count and any(isinstance(p, AnswerRollout) for p in _parts(config.method.rollout)):
+        raise DataError(
+            f"{training.unanswered.first} has no answer, which method {config.method.name} learns from; set "
+            "prompts.answer_column, or choose a method that writes its own text"
+        )
+    if not isinstance(config.prompts, Listed) or training.seen == training.total or not training.total:
+        return
+    step = config.prompts.starved(training.ids, config.steps, sources)
+    if step is not None:
+        raise DataError(
+            f"every prompt of step {step} is longer than prompts.max_tokens, and prompts.skip_long leaves them all "
+            "out; raise prompts.max_tokens or prompts.prompts_per_step"
+        )
+
+
+def _parts(part: Any) -> Iterator[Any]:
+    yield part
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        yield from _parts(getattr(part, field.name))
+
+
+def check_templates(
+    config: RunConfig, student: TokenizerIdentity, teachers: Mapping[str, TokenizerIdentity], training: Survey
+) -> list[str]:
+    """What is to be said of chat templates that differ.
+
+    Prompts are written with the student's template for both. That is refused where a teacher writes the answer to
+    messages: it would answer in another form than its own.
+    """
+    said: list[str] = []
+    for name in training.teachers.keys() & teachers.keys():
+        teacher = teachers[name]
+        if teacher.template == student.template:
+            continue
+        differ = (
+            f"the chat templates of student {student.path!r} and teacher {teacher.path!r} differ (digests "
+            f"{student.template or 'none'} and {teacher.template or 'none'})"
+        )
+        if training.chats.count and config.method.rollout.needs_writer:
+            raise DataError(
+                f"{differ}, and method {config.method.name} lets the teacher write to messages ({training.chats.first})"
+                "; copy one chat template to the other, or choose a teacher of the student's family"
+            )
+        used = "both read messages in the student's" if training.chats.count else "the prompts are plain text"
+        said.append(f"{differ}; {used}")
+    return said
+
+
+def remarks(
+    config: RunConfig, training: Survey, held_out: Survey, more: Sequence[str], *, dated: bool
+) -> tuple[str, ...]:
+    """What is no error and should be known before training, one sentence each; `more` was found by other checks."""
+    said = list(more)
+    for place, found in (("prompts", training), ("evaluation.prompts", held_out)):
+        said += _about(place, found)
+    if training.seen < training.total and not _generated(config.prompts):
+        said.append(f"prompts: {training.total - training.seen} of {training.total} rows are too long and left out")
+    if _generated(config.evaluation.prompts) and not _generated(config.prompts):
+        said.append(
+            "evaluation measures the embedded task, not the prompts that are trained on; set evaluation=dataset "
+            "evaluation.prompts.path=... to held-out rows"
+        )
+    if dated and training.chats.count:
+        said.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
+    return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in said))
+
+
+def _about(place: str, found: Survey) -> Iterator[str]:
+    of = f"of {found.seen} prompts"
+    if found.unknown.count:
+        yield (
+            f"{place}: {found.unknown.count} {of} are mostly unknown tokens (first: {found.unknown.first}); the "
+            "tokenizer does not know what they are written in"
+        )
+    if found.special.count:
+        yield (
+            f"{place}: {found.special.count} {of} contain the text of a special token (first: {found.special.first}), "
+            "which is read as that token"
+        )
+    if found.repeated.count and found.total:
+        yield f"{place}: {found.repeated.count} {of} repeat an earlier one (first: {found.repeated.first})"
+
+
+def _overlap(training: Survey, held_out: Survey) -> Iterator[str]:
+    both = max(len(training.ids & held_out.ids), len(training.texts & held_out.texts))
+    if both:
+        least = "" if training.total else "at least "
+        yield (
+            f"WARNING: {least}{both} of the {held_out.seen} prompts of the evaluation are trained on, so its accuracy "
+            "says nothing about new ones; give evaluation.prompts other rows or another seed"
+        )
+
+
+def _generated(source: Any) -> bool:
+    inner = getattr(source, "sources", None)
+    return all(map(_generated, inner.values())) if isinstance(inner, Mapping) else isinstance(source, GeneratedPrompts)

@@ -1,0 +1,213 @@
+"""What needs more than one setting: bounds that another part of the run, or a model folder, sets."""
+
+from collections.abc import Iterator, Mapping
+from math import floor
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.checks.models import vocabulary_rows
+from launch.plan.checks.survey import Survey
+from learner.config import learning_rate
+from learner.schedule import Schedule
+from opd.errors import ConfigurationError
+from opd.objectives.truncated import TruncatedRatio
+from opd.ports import AtIds, TopK
+from opd.settings.ranges import AtMost
+from opd.settings.validation import parts_of, walk
+from opd.token_weights.teachers import TeacherBalance
+from teacher_service.config import Backend
+
+SHORT = 10  # updates; the shipped warm-up, which a trial run of fewer steps need not set, too
+MOST_PROMPTS = 1 << 20  # of one step, every sample of a group counted
+ALL_LINEAR = "all-linear"
+OWN_ENGINE = (Backend.VLLM, Backend.VLLM_LOGPROBS)
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse settings that contradict each other; reads the headers of the student's folder and no weights."""
+    _check_schedule(config)
+    _check_prompts_per_step(config)
+    _check_bounds(config)
+    _check_max_k(config)
+    _check_devices(config)
+    if config.learner.lora.r:
+        _check_adapters(config)
+
+
+def schedule_notes(config: RunConfig) -> list[str]:
+    """What a schedule makes of the other settings, where that may not be meant."""
+    learner, notes = config.learner, list[str]()
+    if learner.schedule is Schedule.CONSTANT and learner.warmup_steps:
+        notes.append(
+            f"note: learner.schedule=CONSTANT has no warm-up, so learner.warmup_steps={learner.warmup_steps} does "
+            "nothing; CONSTANT_WITH_WARMUP has one"
+        )
+    if learner.schedule.constant and learner.final_lr_fraction:
+        notes.append(
+            f"note: learner.schedule={learner.schedule.name} does not fall after the warm-up, so "
+            f"learner.final_lr_fraction={learner.final_lr_fraction} does nothing"
+        )
+    if not any(learning_rate(learner, update, config.steps) for update in range(min(2, config.steps))):
+        notes.append(
+            "note: the only update of this run is the first of its warm-up, whose rate is 0, so that nothing is "
+            "trained; learner.warmup_steps=0 has none"
+        )
+    return notes
+
+
+def check_shares(config: RunConfig, training: Survey) -> None:
+    """Refuse a balance of teachers that leaves one out whom prompts ask: the first step would end the run."""
+    for name, part in config.method.weights.items():
+        if isinstance(part, TeacherBalance) and part.shares:
+            for teacher in sorted(training.teachers.keys() - part.shares.keys()):
+                raise ConfigurationError(
+                    f"method.weights.{name}.shares lacks teacher {teacher!r} ({training.teachers[teacher]}); set "
+                    f"method.weights.{name}.shares.{teacher}=1"
+                )
+
+
+def _at(name: str) -> str:
+    return "teacher" if name == DEFAULT else f"teachers.{name}"
+
+
+def _check_schedule(config: RunConfig) -> None:
+    warmup, steps = config.learner.warmup_steps, config.steps
+    if warmup > max(steps, SHORT):
+        raise ConfigurationError(
+            f"learner.warmup_steps is {warmup}, but the run has {steps} steps and would never reach learner.lr; set "
+            f"learner.warmup_steps={min(SHORT, steps)} or steps={warmup} at least"
+        )
+    decay = config.learner.decay_steps
+    if decay and warmup + decay > steps:
+        fits = f"learner.decay_steps={steps - warmup} or " if steps > warmup else ""
+        raise ConfigurationError(
+            f"learner.decay_steps={decay} and learner.warmup_steps={warmup} are more than the {steps} steps, so that "
+            f"the rate would jump from one into the other; set {fits}steps={warmup + decay}"
+        )
+    if config.max_staleness and config.max_staleness >= steps:
+        raise ConfigurationError(
+            f"max_staleness is {config.max_staleness}, but the run has {steps} steps, so that all of its text could be "
+            f"the untrained student's; set max_staleness={min(1, steps - 1)} or more steps"
+        )
+
+
+def _check_prompts_per_step(config: RunConfig) -> None:
+    for root, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+        sizes: dict[str, dict[str, int]] = {}
+        for name, _, value in walk(source, root):
+            where, _, field = name.rpartition(".")
+            if field in ("prompts_per_step", "group_size"):
+                sizes.setdefault(where, {})[field] = value
+        for where, size in sizes.items():
+            asked = size.get("prompts_per_step", 1) * size.get("group_size", 1)
+            if asked > MOST_PROMPTS:
+                raise ConfigurationError(
+                    f"{where}.prompts_per_step times {where}.group_size are {asked} completions a step, of which a run "
+                    f"holds at most {MOST_PROMPTS}; set "
+                    f"{where}.prompts_per_step={max(1, MOST_PROMPTS // size['group_size'])} or less"
+                )
+
+
+def _parts(config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Every setting of the method and the learner by the name that a user gave it."""
+    method, objective = config.method, config.method.objective
+    if isinstance(objective, TruncatedRatio):  # max_ratio put it there
+        objective = objective.of
+    for name, part in (("rollout", method.rollout), ("scorer", method.scorer), ("weights", method.weights)):
+        yield from walk(part, f"method.{name}")
+    yield from walk(objective, "method.objective")
+    yield from walk(config.learner, "learner")
+
+
+def _check_bounds(config: RunConfig) -> None:
+    """What is marked with `AtMost` in the field's annotation."""
+    paths = [config.student.path, *(teacher.path for teacher in config.teachers.values())]
+    vocabulary = min(vocabulary_rows(path) for path in paths)
+    bounds: Mapping[str, tuple[int, str]] = {
+        "vocabulary": (vocabulary, f"the vocabulary has {vocabulary} ids"),
+    }
+    for name, hint, value in _parts(config):
+        for mark in parts_of(hint)[1]:
+            if isinstance(mark, AtMost) and value > bounds[mark.fact][0]:
+                most, because = bounds[mark.fact]
+                raise ConfigurationError(f"{name} is {value}, but {because}; set {name}={most} or less")
+
+
+def _check_max_k(config: RunConfig) -> None:
+    scorer = config.method.scorer
+    kinds = {TopK: "method.scorer", AtIds: "method.rollout"}
+    asking = [place for kind, place in kinds.items() if kind in scorer.asks]
+    for name, _, value in _parts(config):
+        if name.endswith((".k", ".record_topk")) and name.startswith(tuple(asking)) and asking:
+            for teacher, its in config.teachers.items():
+                if value > its.max_k:
+                    raise ConfigurationError(
+                        f"{name} is {value}, but {_at(teacher)}.max_k={its.max_k} is the most a teacher answers per "
+                        f"token; set {_at(teacher)}.max_k={value}, or {name}={its.max_k}"
+                    )
+
+
+def _check_devices(config: RunConfig) -> None:
+    cluster, student = config.cluster, config.student
+    users = [("student", student.gpu_memory_utilization, student.replicas, cluster.gpus_per_engine)]
+    users += [
+        (_at(name), teacher.gpu_memory_utilization, teacher.replicas, cluster.gpus_per_teacher)
+        for name, teacher in config.teachers.items()
+        if teacher.backend in OWN_ENGINE
+    ]
+    for at, share, replicas, devices in users:
+        beside = min(replicas, floor(1 / devices)) if 0 < devices < 1 else 1
+        if share * beside > 1:
+            raise ConfigurationError(
+                f"{beside} engines of {devices} devices each share one, but {at}.gpu_memory_utilization={share} is of "
+                f"the whole device; set {at}.gpu_memory_utilization={floor(100 / beside) / 100}"
+            )
+    fractions = all(0 < devices < 1 for *_, devices in users)
+    total = sum(share * replicas for _, share, replicas, _ in users)
+    if fractions and sum(replicas * devices for *_, replicas, devices in users) <= 1 < total:
+        raise ConfigurationError(
+            f"engines of student and teachers share one device, but their gpu_memory_utilization add up to {total:g}; "
+            "set student.gpu_memory_utilization and the teachers' so that they are 1 together"
+        )
+
+
+def _check_adapters(config: RunConfig) -> None:
+    lora, shapes = config.learner.lora, _matrices(config.student.path)
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
+    everything = ALL_LINEAR in lora.target_modules
+    if everything and len(lora.target_modules) > 1:
+        raise ConfigurationError(
+            f"learner.lora.target_modules has {ALL_LINEAR} and others; set learner.lora.target_modules=[{ALL_LINEAR}], "
+            "or name layers only"
+        )
+    chosen: dict[str, tuple[int, ...]] = {}
+    for target in () if everything else lora.target_modules:
+        found = {name: shape for name, shape in layers.items() if name == target or name.endswith(f".{target}")}
+        if not found:
+            last = sorted({name.rpartition(".")[2] for name in layers})
+            raise ConfigurationError(
+                f"learner.lora.target_modules names {target!r}, but no matrix of the student is called so (it has "
+                f"{', '.join(last[:20])}); name some of these, or set learner.lora.target_modules=[{ALL_LINEAR}]"
+            )
+        chosen |= found
+    widest = max((min(shape) for shape in (chosen or layers).values()), default=0)
+    if widest and lora.r > widest:
+        raise ConfigurationError(
+            f"learner.lora.r is {lora.r}, but the widest matrix that it adapts has rank {widest}, so that adapters "
+            f"would be larger than what they adapt; set learner.lora.r=16, or at most {widest}"
+        )
+
+
+def _matrices(path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a folder's matrices that are no embeddings, from the headers of its safetensors."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if len(shape) == 2 and name.endswith(".weight") and not any(e in name for e in ("embed", "wte", "wpe")):
+                    found[name] = shape
+    return found

@@ -1,0 +1,152 @@
+"""What all prompts of a source are like: gone through once when a run is planned, so that none can end it later."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+import xxhash
+from rich.progress import track
+
+from hf.tokenizer import HuggingFaceTokenizer
+from launch.artifacts.screen import console
+from opd.ports import Listed, PromptSource, Sources
+from opd.prompts.dataset import DatasetPrompts
+from opd.types import Prompt
+from opd.types.prompt_rows import Row
+
+MANY = 5_000  # prompts whose reading is shown, because it takes more than a second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """How many prompts are of a kind, and where the first stands. Example: `Kind(count=2, first="a.csv line 3")`."""
+
+    count: int = 0
+    first: str = ""
+
+    def and_at(self, where: str) -> "Kind":
+        """One more."""
+        return Kind(count=self.count + 1, first=self.first or where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """All prompts of a source, seen once.
+
+    `longest` and `longest_for_teacher` are tokens with their place, `highest` the largest id of a token, `teachers` and
+    `tasks` say where each is first asked for, `ids` are the prompts' own, `texts` digests of what the student reads.
+    `total` counts what there is (0: without end, and these are a sample).
+    """
+
+    seen: int
+    total: int
+    longest: tuple[int, str]
+    longest_for_teacher: tuple[int, str]
+    highest: tuple[int, str]
+    first: Prompt
+    teachers: Mapping[str, str]
+    tasks: Mapping[str, str]
+    chats: Kind
+    unanswered: Kind
+    unknown: Kind
+    special: Kind
+    repeated: Kind
+    ids: frozenset[str] = field(repr=False)
+    texts: frozenset[int] = field(repr=False)
+
+
+def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFaceTokenizer) -> Survey:
+    """Go through prompts once."""
+    special = tokenizer.special_texts()
+    first: Prompt | None = None
+    longest = longest_for_teacher = highest = (0, "")
+    teachers: dict[str, str] = {}
+    tasks: dict[str, str] = {}
+    chats = unanswered = unknown = marked = repeated = Kind()
+    ids: set[str] = set()
+    texts: set[int] = set()
+    for row, prompt in found:
+        where = row.where or f"prompt {prompt.id!r}"
+        first = first or prompt
+        longest = max(longest, (len(prompt.student_ids), where), key=lambda pair: pair[0])
+        longest_for_teacher = max(longest_for_teacher, (len(prompt.teacher_ids), where), key=lambda pair: pair[0])
+        top = max(int(prompt.student_ids.max(initial=0)), int(prompt.teacher_ids.max(initial=0)))
+        highest = max(highest, (top, where), key=lambda pair: pair[0])
+        teachers.setdefault(prompt.teacher, where)
+        tasks.setdefault(prompt.task, where)
+        if not isinstance(row.prompt, str):
+            chats = chats.and_at(where)
+        if not prompt.answer:
+            unanswered = unanswered.and_at(where)
+        if tokenizer.unknown_id is not None and np.mean(prompt.student_ids == tokenizer.unknown_id) > 0.5:
+            unknown = unknown.and_at(where)
+        if special is not None and any(special.search(text) for text in _texts(row)):
+            marked = marked.and_at(where)
+        digest = xxhash.xxh3_64_intdigest(prompt.student_ids.tobytes())
+        if digest in texts:
+            repeated = repeated.and_at(where)
+        texts.add(digest)
+        ids.add(prompt.id)
+    assert first is not None  # a source without a row has been refused
+    return Survey(
+        seen=len(ids),
+        total=total,
+        longest=longest,
+        longest_for_teacher=longest_for_teacher,
+        highest=highest,
+        first=first,
+        teachers=teachers,
+        tasks=tasks,
+        chats=chats,
+        unanswered=unanswered,
+        unknown=unknown,
+        special=marked,
+        repeated=repeated,
+        ids=frozenset(ids),
+        texts=frozenset(texts),
+    )
+
+
+def survey_all(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
+    """All that `source` may ever ask; what does not depend on the order is gone through once for several plans."""
+    if isinstance(source, DatasetPrompts):
+        source = replace(source, seed=0, prompts_per_step=1, group_size=1, shuffle=False)
+        return _survey_of_file(source, sources, tokenizer)
+    return _survey_of(source, sources, tokenizer)
+
+
+def _survey_of(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
+    total = source.rows(sources) if isinstance(source, Listed) else 0
+    return survey(_shown(_found(source, sources, None), total, sources.place), total, tokenizer)
+
+
+_survey_of_file = lru_cache(maxsize=4)(_survey_of)  # a comparison plans the same file for every arm and seed
+
+
+def survey_step(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
+    """The prompts of step 0, which is all that an evaluation asks."""
+    found = list(_found(source, sources, 0))
+    return survey(found, len(found), tokenizer)
+
+
+def _found(source: PromptSource, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
+    """A source that cannot show what it will ask is judged by its first step."""
+    if isinstance(source, Listed):
+        yield from source.every(sources, step)
+    else:
+        for prompt in {p.id: p for p in source(0, sources)}.values():
+            yield Row(prompt="", answer=prompt.answer, where=f"prompt {prompt.id!r}"), prompt
+
+
+def _shown(found: Iterator[tuple[Row, Prompt]], total: int, place: str) -> Iterable[tuple[Row, Prompt]]:
+    """With a bar on a terminal, if it takes a while."""
+    if total < MANY:
+        return found
+    return track(found, f"reading {place}", total=total, console=console(stderr=True), transient=True)
+
+
+def _texts(row: Row) -> Sequence[str]:
+    if isinstance(row.prompt, str):
+        return [row.prompt]
+    return [message["content"] for message in row.prompt if isinstance(message.get("content"), str)]

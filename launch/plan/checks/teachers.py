@@ -1,0 +1,46 @@
+"""Can these teachers answer this method about this student?"""
+
+from hf.tokenizer_check import check_checkpoint, compare, tokenizer_identity
+from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.checks.models import parameter_count, vocabulary_rows
+from opd.errors import ConfigurationError
+from opd.ports import LastHidden
+from opd.types import VocabularyScores
+from teacher_service.config import REMOTE, TeacherConfig, check_answers
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Refuse adapters beside a teacher that follows the student's whole weights."""
+    following = [name for name, teacher in config.teachers.items() if teacher.mixup]
+    if config.learner.lora.r and following:
+        raise ConfigurationError(
+            f"teacher {following[0]!r} follows the student's weights (mixup), but with learner.lora.r="
+            f"{config.learner.lora.r} only adapters are published; set its mixup to 0, or learner.lora.r=0"
+        )
+
+
+def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:
+    """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
+    asks, remote = config.method.scorer.asks, teacher.backend in REMOTE
+    check_answers(teacher, asks, f"method {config.method.name}")
+    if not remote or LastHidden in asks or config.method.rollout.needs_writer:
+        check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
+
+
+def check_teachers(config: RunConfig) -> bool:
+    """Refuse a teacher whose tokens are not the student's; whether all have the student's vocabulary of logits."""
+    student, rows = tokenizer_identity(config.student.path), vocabulary_rows(config.student.path)
+    said, wanted = config.method.scorer.produces, config.method.objective.consumes
+    exact = True
+    for name, teacher in config.teachers.items():
+        _check_teacher(config, name, teacher)
+        compare(student, tokenizer_identity(teacher.path))
+        theirs = vocabulary_rows(teacher.path)
+        exact &= theirs == rows and LastHidden in teacher.answers and parameter_count(teacher.path) > 0
+        if theirs != rows and wanted is VocabularyScores and not issubclass(said, VocabularyScores):
+            whose = "the teacher's" if name == DEFAULT else f"that of teacher {name!r}"
+            raise ConfigurationError(
+                f"method {config.method.name} compares whole vocabularies, but the student's output has {rows} rows "
+                f"and {whose} {theirs} (padded differently); use a top-k method such as method=topk_reverse_kl"
+            )
+    return exact

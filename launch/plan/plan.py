@@ -1,0 +1,217 @@
+"""Everything that can be known before anything is started: checked, and shown as a table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from actors.config import CPU_KV_CACHE_BYTES
+from hf.tokenizer import HuggingFaceTokenizer
+from hf.tokenizer_check import check_checkpoint, tokenizer_identity
+from launch.config.run_config import DEFAULT, RunConfig
+from launch.inputs.prompt_files import read_rows
+from launch.plan.checks.answers import check_answers, check_rewards
+from launch.plan.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
+from launch.plan.checks.devices import gpus, resolved, undecided
+from launch.plan.checks.ends import text_ends
+from launch.plan.checks.models import hidden_width, parameter_count, vocabulary_rows
+from launch.plan.checks.numbers import check_numbers, numbers_notes
+from launch.plan.checks.prompts import (
+    check_lengths,
+    check_routes,
+    check_rows,
+    check_tasks,
+    check_templates,
+    remarks,
+)
+from launch.plan.checks.settings import check_settings, check_shares, schedule_notes
+from launch.plan.checks.survey import Survey, survey_all, survey_step
+from launch.plan.checks.teachers import check_adapters, check_teachers
+from launch.plan.rate_curve import BLOCKS, PLAIN, rate_curve
+from launch.services.transports import check_transport
+from learner.liger import with_kernel
+from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
+from opd.ports import Sources
+from opd.settings.devices import Device, Dtype
+from opd.token_weights.special_tokens import look_up
+from weight_sync import sentinel
+
+GIB = 2**30
+SHOWN = 400  # characters of a prompt at its start and at its end
+GRADIENT_BYTES, ADAM_BYTES = 4, 8  # of a parameter, in float32: what is accumulated, and two moments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will be made of.
+
+    `exact_kl` = the exact divergence can be measured: student and all teachers have equal vocabularies of logits, and
+    every teacher gives hidden states and has its output matrix here. A remote teacher without weights here counts 0
+    parameters. `vocabulary` counts the ids of the tokenizer, without the model's padding. `answers` says of the prompts
+    that come from files how many reference answers can be graded against. `prompts` shows the
+    first prompt, and `remarks` are sentences about what is no error. `undecided`: nothing says whether the run should
+    use GPUs, if the cluster has some. `ends`: the ids that end a
+    completion. `sentinel`: the text by which engines are checked (`weight_sync.sentinel`).
+    """
+
+    config: RunConfig
+    sources: Sources
+    student_params: int
+    teacher_params: Mapping[str, int]
+    longest: int
+    vocabulary: int
+    exact_kl: bool
+    answers: Mapping[str, str]
+    prompts: Mapping[str, str]
+    remarks: Sequence[str]
+    undecided: bool = False
+    ends: tuple[int, ...] = ()
+    sentinel: tuple[int, ...] = ()
+
+    def memory_bytes(self) -> Mapping[str, int]:
+        """Estimated bytes of one process per role: weights, optimizer, blocks of logits and an engine's cache on a CPU.
+
+        Not counted: libraries, activations, and what vLLM takes of a GPU (`student.gpu_memory_utilization`).
+        """
+        config, learner = self.config, self.config.learner
+        width = 2 if learner.dtype is Dtype.BFLOAT16 else 4
+        # Of adapters' own state nothing is counted: it is a percent or so of the model's.
+        gradients = 0 if learner.lora.r else GRADIENT_BYTES
+        moments = 0 if learner.lora.r else ADAM_BYTES + 4 * (width == 2)  # with bfloat16 also the master weights
+        of_stage = [(width, 3), (gradients, 2), (moments, 1)]  # bytes of a parameter, and from which stage on shared
+        each = sum(size / (learner.ranks if learner.zero_stage >= stage else 1) for size, stage in of_stage)
+        vocabulary = vocabulary_rows(config.student.path)
+        heads = sum(vocabulary * hidden_width(t.path) * width for t in config.teachers.values()) * self.exact_kl
+        automatic = HOST_CHUNK if learner.device is Device.CPU else DEVICE_CHUNK
+        block = 4 * vocabulary * (learner.head_chunk or learner.tokens_per_microbatch)
+        block = block if learner.head_chunk else min(block, automatic)
+        cache = config.student.kv_cache_bytes or CPU_KV_CACHE_BYTES * (config.student.device is Device.CPU)
+        return {
+            "rollout actor": self.student_params * width + cache,
+            **{_role(name): params * width for name, params in self.teacher_params.items()},
+            "learner rank": int(self.student_params * each) + 4 * block + heads,
+        }
+
+    def table(self) -> Table:
+        """The plan for people."""
+        config, memory = self.config, self.memory_bytes()
+        adapters = f", adapters of rank {config.learner.lora.r}" if config.learner.lora.r else ""
+        table = Table(title=f"plan: {config.method.name}, {config.steps} steps", show_header=True)
+        for heading in ("role", "processes", "what", "memory each (without activations)"):
+            table.add_column(heading)
+        rows = [
+            ("rollout actor", config.student.replicas, f"vLLM, {self.student_params / 1e6:.2f}M parameters"),
+            *(
+                (_role(name), config.teachers[name].replicas, f"{params / 1e6:.2f}M parameters")
+                for name, params in self.teacher_params.items()
+            ),
+            ("learner rank", config.learner.ranks, f"DeepSpeed ZeRO-{config.learner.zero_stage}{adapters}"),
+        ]
+        for role, count, what in rows:
+            table.add_row(role, str(count), what, f"{memory[role] / GIB:.3f} GiB")
+        method = config.method
+        parts = (method.rollout, method.scorer, *method.weights.values(), method.objective, method.update)
+        table.add_section()
+        table.add_row("method", "", " -> ".join(type(p).__name__ for p in parts), "")
+        table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
+        for place, said in self.answers.items():
+            table.add_row(f"{place}: answers", "", said, "")
+        table.add_row("GPUs", "", gpus(config), "")
+        table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
+        table.add_row("ends of text", "", ", ".join(map(str, self.ends)), "")
+        return table
+
+    def show_rate(self, console: Console) -> None:
+        """The learning rate's curve, as wide as the terminal at most."""
+        levels = BLOCKS if console.encoding.startswith("utf") else PLAIN
+        for line in rate_curve(self.config.learner, self.config.steps, console.width, levels):
+            console.print(line, highlight=False)
+
+    def show_prompts(self, console: Console) -> None:
+        """The first prompt, and what should be known of all of them before training."""
+        for name, text in self.prompts.items():
+            console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
+        for remark in self.remarks:
+            console.print(remark, highlight=False, soft_wrap=True)
+
+
+def _role(teacher: str) -> str:
+    return "teacher actor" if teacher == DEFAULT else f"teacher actor {teacher!r}"
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check checkpoints, tokenizers, prompts and sizes; raises one sentence about the first thing wrong."""
+    check_transport(config)
+    open_device = config.cluster.address != "local" and undecided(config)
+    config = resolved(config)
+    with_kernel(config.learner.loss_kernel, config.method.objective)
+    check_adapters(config)
+    check_numbers(config)
+    check_checkpoint(config.student.path, "student")
+    exact_kl = check_teachers(config)
+    student = check_student(config)
+    teachers = {name: check_teacher(config, name) for name in config.teachers}
+    check_followers(config, student, teachers)
+    exact_kl &= all(teacher.causal.get_output_embeddings().bias is None for teacher in teachers.values())
+    check_settings(config)
+    tokens = tokenizer_identity(config.student.path).tokens
+    config = replace(config, method=replace(config.method, weights=look_up(config.method.weights, tokens)))
+    tokenizer = HuggingFaceTokenizer(config.student.path)
+    sources = Sources(tokenizer=tokenizer, rows=read_rows)
+    ends = text_ends(config.student.path, tokenizer, config.teachers)
+    training = survey_all(config.prompts, sources, tokenizer)
+    measured = replace(sources, place="evaluation.prompts")
+    held_out = survey_step(config.evaluation.prompts, measured, tokenizer)
+    longest = check_lengths(config, training, held_out)
+    check_contexts(config, teachers, longest, training, held_out)
+    check_ids([student, *teachers.values()], training, held_out)
+    check_shares(config, training)
+    check_tasks(training, held_out)
+    check_rewards(config, training)
+    answers = check_answers(config, sources, held_out)
+    check_routes(config, sources, training, held_out)
+    check_rows(config, sources, training)
+    identities = {name: tokenizer_identity(t.path) for name, t in config.teachers.items()}
+    said = check_templates(config, tokenizer_identity(config.student.path), identities, training)
+    return Plan(
+        config=config,
+        sources=sources,
+        student_params=parameter_count(config.student.path),
+        teacher_params={name: parameter_count(t.path) for name, t in config.teachers.items()},
+        longest=longest,
+        vocabulary=1 + max(tokens.values()),
+        exact_kl=exact_kl,
+        undecided=open_device,
+        answers=answers,
+        prompts=_shown(training, tokenizer),
+        remarks=[
+            *remarks(config, training, held_out, said, dated=tokenizer.dated),
+            *ends.notes,
+            *numbers_notes(config),
+            *schedule_notes(config),
+        ],
+        ends=ends.ids,
+        sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
+    )
+
+
+def _sentinel(config: RunConfig, prompt: np.ndarray, vocabulary: int) -> tuple[int, ...]:
+    return tuple(sentinel.text(prompt.tolist(), vocabulary, config.student.max_model_len).tolist())
+
+
+def _shown(found: Survey, tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:
+    """The first prompt as student and teacher read it, and how many there are."""
+    prompt = found.first
+    mine, its = tokenizer.visible(prompt.student_ids), tokenizer.visible(prompt.teacher_ids)
+    return {
+        "prompts": f"{found.total} rows" if found.total else "made as they are needed",
+        "first prompt": _cut(mine),
+        "for the teacher": "the same" if its == mine else _cut(its),
+        "its answer": _cut(prompt.answer) or "none",
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"

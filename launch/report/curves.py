@@ -1,0 +1,226 @@
+"""The curves of one run."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from launch.artifacts.run_data import RunData, Series
+from launch.monitors.step_metrics import PHASE_NAMES
+from launch.report.figures import (
+    BLUE,
+    GREEN,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SURFACE,
+    EndLabel,
+    Panel,
+    label_ends,
+    percent,
+    smooth,
+    thinned,
+    whole_steps,
+)
+
+_PHASES = {"rollout": BLUE, "score": ORANGE, "train": GREEN, "publish": PURPLE}
+
+
+def panels(data: RunData) -> list[Panel]:
+    """The pictures for which the run has numbers, the most telling first."""
+    made = [_accuracy(data), *_signals(data), *_lengths(data), _phases(data), _entropy(data)]
+    return [panel for panel in made if panel is not None]
+
+
+def draw_sheet(panels: Sequence[Panel], figure: Figure) -> None:
+    """All panels on one sheet, two in a row."""
+    rows = -(-len(panels) // 2)
+    grid = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, panel in zip(grid, panels, strict=False):
+        panel.draw(axes)
+        axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", pad=10)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_axis_off()
+
+
+def _accuracy(data: RunData) -> Panel | None:
+    if not data.evaluated("greedy") and not data.evaluated("mean_at_k"):
+        return None
+    return Panel(
+        title="Accuracy",
+        note="Share of held-out prompts the student solves, greedily and sampled at temperature 1. "
+        "Dashed: the teacher. Hollow: the start.",
+        draw=partial(_draw_accuracy, data=data),
+    )
+
+
+def _draw_accuracy(axes: Axes, data: RunData) -> None:
+    labels = []
+    for field, name, colour, marker in (
+        ("greedy", "greedy", BLUE, "o"),
+        ("mean_at_k", "sampled", ORANGE, "s"),
+    ):
+        series = data.evaluated(field)
+        if not series:
+            continue
+        axes.plot(series.steps, series.values, color=colour, marker=marker, markersize=4.5, clip_on=False)
+        axes.plot(
+            series.steps[:1], series.values[:1], color=colour, marker=marker, markersize=6.5,
+            markerfacecolor=SURFACE, markeredgewidth=1.6, clip_on=False, zorder=5,
+        )  # fmt: skip
+        labels.append(EndLabel(y=series.values[-1], text=f"{name} {series.values[-1]:.0%}", colour=colour))
+        goal = None if data.teacher is None else getattr(data.teacher, field)
+        if goal is not None:
+            axes.axhline(goal, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.75)
+            labels.append(EndLabel(y=goal, text=f"teacher {name} {goal:.0%}", colour=MUTED))
+    axes.set_ylim(0, 1.02)
+    percent(axes)
+    whole_steps(axes)
+    label_ends(axes, labels)
+
+
+def _signals(data: RunData) -> list[Panel | None]:
+    """What is minimised or maximised: divergence and reward where the method has them, else the loss."""
+    made = []
+    if data.series("distill/reverse_kl"):
+        made.append(
+            Panel(
+                title="Reverse KL to the teacher",
+                note="Nats per token on the student's own text, as the objective estimates it; the line is a "
+                "running mean, dots are held-out evaluations.",
+                draw=partial(_draw_signal, data=data, name="distill/reverse_kl", checked="reverse_kl"),
+            )
+        )
+    if data.series("reward/mean"):
+        made.append(
+            Panel(
+                title="Reward while training",
+                note="Mean task reward of the completions trained on; the line is a running mean.",
+                draw=partial(_draw_signal, data=data, name="reward/mean", checked=None),
+            )
+        )
+    if not made and data.series("actor/loss"):
+        made.append(
+            Panel(
+                title="Loss",
+                note="What is minimised, per step; the line is a running mean.",
+                draw=partial(_draw_signal, data=data, name="actor/loss", checked=None),
+            )
+        )
+    return made
+
+
+def _draw_signal(axes: Axes, data: RunData, name: str, checked: str | None) -> None:
+    series = data.series(name)
+    line = smooth(series.values)
+    at = thinned(len(line))
+    axes.plot(series.steps[at], series.values[at], color=BLUE, linewidth=0.9, alpha=0.3)
+    axes.plot(series.steps[at], line[at], color=BLUE)
+    said = "training " if checked else ""
+    labels = [EndLabel(y=line[-1], text=f"{said}{line[-1]:.2g}", colour=BLUE)]
+    dots = data.evaluated(checked) if checked else None
+    if dots:
+        axes.plot(dots.steps, dots.values, color=ORANGE, linestyle="none", marker="o", markersize=5)
+        labels.append(EndLabel(y=dots.values[-1], text=f"held-out {dots.values[-1]:.2g}", colour=ORANGE))
+    _from_zero(axes)
+    whole_steps(axes)
+    label_ends(axes, labels)
+
+
+def _lengths(data: RunData) -> list[Panel | None]:
+    mean, cut = data.series("response_length/mean"), data.series("response_length/clip_ratio")
+    made: list[Panel | None] = []
+    if mean:
+        made.append(
+            Panel(
+                title="Completion length",
+                note="Tokens per completion of a step: the mean, and the longest above it.",
+                draw=partial(_draw_lengths, mean=mean, longest=data.series("response_length/max")),
+            )
+        )
+    if cut:
+        made.append(
+            Panel(
+                title="Completions cut by the token limit",
+                note="Share of a step's completions that did not end by themselves; line: running mean.",
+                draw=partial(_draw_cut, cut=cut),
+            )
+        )
+    return made
+
+
+def _draw_lengths(axes: Axes, mean: Series, longest: Series) -> None:
+    at = thinned(len(mean.steps))
+    axes.plot(longest.steps[at], longest.values[at], color=MUTED, linewidth=1.0)
+    axes.plot(mean.steps[at], mean.values[at], color=BLUE)
+    _from_zero(axes)
+    whole_steps(axes)
+    label_ends(
+        axes,
+        [
+            EndLabel(y=longest.values[-1], text=f"longest {longest.values[-1]:.0f}", colour=MUTED),
+            EndLabel(y=mean.values[-1], text=f"mean {mean.values[-1]:.1f}", colour=BLUE),
+        ],
+    )
+
+
+def _draw_cut(axes: Axes, cut: Series) -> None:
+    at = thinned(len(cut.steps))
+    line = smooth(cut.values)
+    axes.plot(cut.steps[at], cut.values[at], color=BLUE, linewidth=0.9, alpha=0.3)
+    axes.plot(cut.steps[at], line[at], color=BLUE)
+    axes.set_ylim(0, max(0.05, float(cut.values.max()) * 1.1))
+    percent(axes)
+    whole_steps(axes)
+    label_ends(axes, [EndLabel(y=line[-1], text=f"{line[-1]:.1%}", colour=BLUE)])
+
+
+def _phases(data: RunData) -> Panel | None:
+    if not data.series("perf/step_s"):
+        return None
+    return Panel(
+        title="Seconds per step",
+        note="Stacked by phase. The line is the whole step: where the stack is higher, phases overlapped.",
+        draw=partial(_draw_phases, data=data),
+    )
+
+
+def _draw_phases(axes: Axes, data: RunData) -> None:
+    whole = data.series("perf/step_s")
+    at = thinned(len(whole.steps))
+    below = np.zeros(len(at))
+    labels = []
+    for phase, colour in _PHASES.items():
+        seconds = data.series(PHASE_NAMES[phase]).values
+        if len(seconds) != len(whole.values):  # this run did not measure the phase at every step
+            continue
+        height = smooth(seconds)[at]
+        axes.fill_between(whole.steps[at], below, below + height, color=colour, alpha=0.75, linewidth=0)
+        middle = float(below[-1] + height[-1] / 2)
+        labels.append(EndLabel(y=middle, text=f"{phase} {seconds.mean():.2g} s", colour=colour))
+        below = below + height
+    line = smooth(whole.values)[at]
+    axes.plot(whole.steps[at], line, color=MUTED, linewidth=1.2)
+    axes.set_ylim(0, max(float(below.max()), float(line.max())) * 1.08)
+    labels.append(EndLabel(y=float(line[-1]), text=f"step {whole.values.mean():.2g} s", colour=MUTED))
+    whole_steps(axes)
+    label_ends(axes, labels)
+
+
+def _entropy(data: RunData) -> Panel | None:
+    if not data.series("actor/entropy"):
+        return None
+    return Panel(
+        title="Entropy of the student",
+        note="Nats per token at the trained tokens. Towards 0 it always writes the same.",
+        draw=partial(_draw_signal, data=data, name="actor/entropy", checked=None),
+    )
+
+
+def _from_zero(axes: Axes) -> None:
+    """Begin at 0 where all values are positive: a small change must look small."""
+    low, high = axes.dataLim.intervaly
+    if low >= 0:
+        axes.set_ylim(0, high * 1.06 or 1.0)

@@ -1,0 +1,69 @@
+"""What can be done with a run: commands to copy, made of what lies in its directory."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from launch.artifacts.checkpoint_store import CheckpointStore
+from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.summary import Outcome, RunSummary
+
+_OF_ONE_RUN = ("run_name", "resume", "dry_run")  # keys that another command does not share
+_OF_ANOTHER = (*_OF_ONE_RUN, "output_dir", "seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextStep:
+    """Something to do, and the command that does it."""
+
+    what: str
+    command: str
+
+
+def next_steps(directory: RunDirectory, summary: RunSummary | None) -> list[NextStep]:
+    """Measure, copy, repeat and compare what is finished, go on with what is not, and where wandb keeps it."""
+    return list(_steps(directory, summary))
+
+
+def told(directory: RunDirectory) -> str:
+    """What a finished run has left, and the commands that go on with it."""
+    steps = next_steps(directory, RunSummary.read(directory.summary))
+    left = [f"report: {directory.report}", f"student: {directory.export}"]
+    return "\n".join([*left, *(f"{step.what}: {step.command}" for step in steps)])
+
+
+def _steps(directory: RunDirectory, summary: RunSummary | None) -> Iterator[NextStep]:
+    given, run = _overrides(directory), f"run={directory.path}"
+    finished = summary if summary is not None and summary.outcome is Outcome.FINISHED else None
+    others = _without(given, _OF_ANOTHER)
+    kept = CheckpointStore(directory.checkpoints).steps()
+    if kept and not finished:
+        again = [*_without(given, _OF_ONE_RUN), f"run_name={directory.name}", "resume=latest"]
+        yield NextStep(what=f"go on after step {kept[0]}", command=_command("train", *again))
+    if (directory.export / "config.json").is_file():
+        measured = _command("eval", f"checkpoint={directory.export}", *_without(others, ("student.path",)))
+        yield NextStep(what="measure the student", command=measured)
+        yield NextStep(what="copy it for other tools", command=_command("export", run, "output=FOLDER"))
+    elif kept:
+        made = _command("export", run, f"step={kept[0]}", "output=FOLDER")
+        yield NextStep(what=f"make a model of step {kept[0]}", command=made)
+    if finished:
+        repeated = _command("train", *others, f"seed={finished.seed + 1}")
+        yield NextStep(what="the same with another seed", command=repeated)
+        yield NextStep(what="compare methods (its arms are lines of YAML)", command="opd train experiment=compare")
+    if offline := sorted((directory.path / "wandb").glob("offline-run-*")):
+        yield NextStep(what="look at it in wandb's local viewer", command=f"wandb leet {shlex.quote(str(offline[-1]))}")
+        yield NextStep(what="send it to wandb", command=f"wandb sync {shlex.quote(str(offline[-1]))}")
+
+
+def _overrides(directory: RunDirectory) -> list[str]:
+    """Those of the run's own command; none where it did not write it down."""
+    return shlex.split(directory.command.read_text())[2:] if directory.command.exists() else []
+
+
+def _without(overrides: list[str], keys: tuple[str, ...]) -> list[str]:
+    return [override for override in overrides if override.partition("=")[0].lstrip("+") not in keys]
+
+
+def _command(name: str, *overrides: str) -> str:
+    return shlex.join(["opd", name, *overrides])

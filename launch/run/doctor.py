@@ -1,0 +1,185 @@
+"""`opd doctor`, and the same examination before every training run: may this teacher teach this student?"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launch.artifacts import screen
+from launch.config.run_config import run_config
+from launch.plan.checks.numbers import engine_dtype, narrow, part_dtype
+from launch.plan.plan import Plan, make_plan
+from launch.run.session import Session, open_session, teacher_actor
+from launch.services.cluster import connected, end
+from launch.services.pools import StudentPool, TeacherPool
+from launch.services.replicas import within
+from launch.services.signals import run_until_stopped
+from opd.doctor.examine import examine, teacher_gain
+from opd.doctor.findings import Finding, Patient, Thresholds, Verdict
+from opd.errors import DataError
+from opd.ports import LogprobTeacher
+from opd.types import Prompt
+from teacher_service.config import REMOTE, Backend, TeacherConfig
+
+PROMPTS, TOKENS, GAIN_PROMPTS = 16, 48, 64
+BFLOAT16 = Thresholds(tolerance=0.5, mean_tolerance=0.1)
+"""Kernels of two engines differ by up to 0.34 nats on sharp models at single tokens (docs/lora.md), by some hundredths
+on average."""
+
+
+async def consult(session: Session, console: Console) -> list[Finding]:
+    """Examine every teacher of a session, as far as `doctor` and `doctor_everything` say; shows what is not fine.
+
+    Raises:
+        DataError: training would be wrong; the sentence of the first finding that says so.
+    """
+    config = session.plan.config
+    look = _everything if config.doctor_everything else _examine
+    findings = [f for name in config.teachers for f in await look(session, name)]
+    for finding in findings:
+        if finding.verdict is not Verdict.FINE:
+            console.print(f"doctor: {finding.check}: {finding.sentence} ({finding.measured})", soft_wrap=True)
+    refuse(findings)
+    console.print(f"doctor: {summary(findings)}")
+    return findings
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """How many checks there were and what they found. Example: "1 warning of 11 checks, none against training"."""
+    count = {v: sum(f.verdict is v for f in findings) for v in Verdict}
+    warned, refused = count[Verdict.WARNING], count[Verdict.REFUSED]
+    against = f"{refused} against training" if refused else "none against training"
+    warnings = f"{warned} warning{'s' * (warned > 1)} of " if warned else ""
+    return f"{warnings}{len(findings)} checks, {against}"
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raise `DataError` with the first finding that forbids training."""
+    wrong = [f for f in findings if f.verdict is Verdict.REFUSED]
+    if wrong:
+        more = f" ({len(wrong)} findings against it; see opd doctor)" if len(wrong) > 1 else ""
+        raise DataError(f"{wrong[0].sentence} [{wrong[0].measured}]{more}; doctor=false trains all the same")
+
+
+def run_doctor(overrides: Sequence[str], output: str) -> int:
+    """The whole examination of every teacher."""
+    config = run_config(overrides)
+    plan = make_plan(config)
+    console = screen.console()
+
+    async def everything() -> list[Finding]:
+        session = await open_session(plan)
+        try:
+            return [f for name in config.teachers for f in await _everything(session, name)]
+        finally:
+            session.close()
+
+    with connected(config.cluster):
+        findings = run_until_stopped(everything())
+    console.print(table(findings))
+    console.print(f"doctor: {summary(findings)}")
+    if output:
+        Path(output).write_text(as_json(findings))
+    refuse(findings)
+    return 0
+
+
+def seconds(plan: Plan, name: str) -> tuple[TeacherConfig | None, TeacherConfig | None]:
+    """What teacher `name` is compared with: its checkpoint under a plain forward pass, and the student's checkpoint on
+    its own backend. None where there is nothing to compare with (no weights here, or a server that holds only its own).
+    """
+    teacher = plan.config.teachers[name]
+    plain = replace(teacher, backend=Backend.TORCH, replicas=1)
+    twin = replace(teacher, path=plan.config.student.path, replicas=1)
+    return (
+        plain if teacher.backend is not Backend.TORCH and plan.teacher_params[name] else None,
+        twin if teacher.backend not in REMOTE else None,
+    )
+
+
+async def _everything(session: Session, name: str) -> list[Finding]:
+    """All that is asked of one teacher, with what needs further engines: another backend, a twin, the teacher's gain.
+
+    The engines that are started for it end with it.
+    """
+    plan = session.plan
+    others = [await _second(session, config) for config in seconds(plan, name)]
+    findings = await _examine(session, name, *others)
+    _end([other for other in others if other])
+    if plan.teacher_params[name]:
+        writer = await session.teacher_writer(name)
+        prompts = _prompts(plan, name, GAIN_PROMPTS)
+        findings.append(await teacher_gain(session.engines, writer, prompts, plan.config.max_tokens))
+        _end([writer] if writer not in session.engines.writers.values() else [])
+    return findings
+
+
+def _end(pools: Sequence[object]) -> None:
+    for pool in pools:
+        assert isinstance(pool, TeacherPool | StudentPool)
+        for actor in pool.replicas.actors:
+            end(actor)
+
+
+async def _examine(
+    session: Session, name: str, reference: LogprobTeacher | None = None, twin: LogprobTeacher | None = None
+) -> list[Finding]:
+    plan, config = session.plan, session.plan.config
+    teacher, pool = config.teachers[name], session.engines.teachers[name]
+    assert isinstance(pool, TeacherPool)
+    care = pool.replicas.care
+    coarse = narrow(config.learner.dtype, part_dtype(teacher), engine_dtype(config))
+    patient = Patient(
+        name=name,
+        engines=session.engines,
+        learner=session.learner,
+        replicas=[TeacherPool.of([actor], care) for actor in pool.replicas.actors],
+        answers=teacher.answers,
+        vocabulary=plan.vocabulary,
+        reference=reference,
+        twin=twin,
+        support=min(16, plan.vocabulary, teacher.max_k),
+        exact=plan.exact_kl,
+        thresholds=BFLOAT16 if coarse else Thresholds(),
+    )
+    return await examine(patient, _prompts(plan, name, PROMPTS), min(TOKENS, config.max_tokens))
+
+
+def _prompts(plan: Plan, name: str, count: int) -> list[Prompt]:
+    """The first held-out prompts that ask teacher `name`; if none does, training prompts."""
+    config = plan.config
+    held_out = [p for p in config.evaluation.prompts(0, plan.sources) if p.teacher == name]
+    asked = held_out or [p for p in config.prompts(0, plan.sources) if p.teacher == name]
+    everybody = asked or [replace(p, teacher=name) for p in config.prompts(0, plan.sources)]
+    return everybody[:count]
+
+
+async def _second(session: Session, config: TeacherConfig | None) -> LogprobTeacher | None:
+    """One more teacher actor, for comparison."""
+    if config is None:
+        return None
+    actor = teacher_actor(session.actors, config, "teacher for comparison")
+    await within(session.plan.config.cluster.start_deadline_s, "a teacher for comparison", actor.ready.remote())
+    return TeacherPool.of([actor], session.plan.config.cluster.care(config.deadline_s))
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """All findings for people."""
+    shown = Table("check", "verdict", "measured", "what to do", title="doctor")
+    colours = {Verdict.FINE: "green", Verdict.WARNING: "yellow", Verdict.REFUSED: "bold red"}
+    for finding in findings:
+        colour = colours[finding.verdict]
+        shown.add_row(finding.check, Text(finding.verdict.value, style=colour), finding.measured, finding.sentence)
+    return shown
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """All findings as a JSON list."""
+    rows = [
+        {"check": f.check, "verdict": f.verdict.value, "measured": f.measured, "sentence": f.sentence} for f in findings
+    ]
+    return json.dumps(rows, indent=1) + "\n"

@@ -1,0 +1,153 @@
+"""The student of a run, finished or as a checkpoint has it, as a Hugging Face folder with a model card."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from hf.tokenizer import HuggingFaceTokenizer
+from hf.tokenizer_check import check_checkpoint
+from launch.artifacts.checkpoint_state import LEARNER, MANIFEST, newest_first
+from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.evaluation_point import EvaluationPoint
+from launch.artifacts.run_directory import RunDirectory, write_text
+from launch.plan.checks.ends import text_ends
+from launch.services.learner_restart import RestartingLearner
+from learner.config import LoraConfig
+from opd.errors import ConfigurationError, DataError, OpdError
+from opd.settings.devices import Dtype
+
+if TYPE_CHECKING:
+    from learner.merging import Origin
+
+
+async def export_student(
+    learner: RestartingLearner, directory: RunDirectory, facts: Mapping[str, str], end: EvaluationPoint | None
+) -> None:
+    """Write `export/` of a run: weights, config, tokenizer, and the card."""
+    await learner.export(directory.export)
+    write_card(directory, facts, end)
+
+
+def write_card(directory: RunDirectory, facts: Mapping[str, str], end: EvaluationPoint | None) -> None:
+    """The card of the export; written again when the last evaluation is there."""
+    write_text(directory.export / "README.md", _card(directory.name, facts, end))
+
+
+def _card(name: str, facts: Mapping[str, str], end: EvaluationPoint | None) -> str:
+    measured = {} if end is None else {k: v for k, v in end.as_json().items() if v not in (None, {})}
+    lines = ["---", "library_name: transformers", "tags:", "- on-policy-distillation", "---", "", f"# {name}", ""]
+    lines += ["A student trained by on-policy distillation with `opd`.", "", "| fact | value |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in facts.items()]
+    if measured:
+        lines += ["", "Held-out results at the end of training:", "", "| measure | value |", "|---|---|"]
+        lines += [f"| {key} | {value} |" for key, value in measured.items()]
+    return "\n".join(lines) + "\n"
+
+
+def export_run(run: str, output: str, step: str = "", student: str = "") -> str:
+    """`opd export`: a run's student, finished or as a checkpoint has it, in a new folder, which must not exist.
+
+    `run` is a run's name, its directory, or the folder of one of its checkpoints. Without `step` it is the finished
+    student, or else the newest checkpoint. `student` is where the folder that was trained stands by now.
+    """
+    target = Path(output)
+    if target.exists():
+        raise ConfigurationError(f"output {output} exists and is never overwritten; choose another output=...")
+    place = _place(run, step)
+    if newest_first([place.name]):
+        _write(place, target, student)
+        return str(target)
+    check_checkpoint(str(place), f"the export of run {run}")
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(place, part)
+        part.rename(target)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OpdError(f"{target} cannot be written ({error.strerror or error}); choose another output=...") from error
+    return str(target)
+
+
+@contextmanager
+def as_model(folder: str) -> Iterator[str]:
+    """`folder`, or where it is a run or one of its checkpoints: the student in it, in a folder that lasts as long."""
+    path = Path(folder)
+    if not newest_first([path.name]) and not (path / "config.yaml").is_file():
+        yield folder
+        return
+    place = _place(folder, "")
+    if not newest_first([place.name]):
+        yield str(place)
+        return
+    with TemporaryDirectory(prefix="opd-") as temporary:
+        target = Path(temporary) / "student"
+        _write(place, target, "")
+        yield str(target)
+
+
+def _place(run: str, step: str) -> Path:
+    """The finished student of `run`, or a checkpoint of it."""
+    if newest_first([Path(run).name]) and (Path(run) / MANIFEST).is_file():
+        return Path(run)
+    named = Path("runs") / run
+    directory = RunDirectory.open(named if not (Path(run) / "config.yaml").is_file() and named.is_dir() else Path(run))
+    store = CheckpointStore(directory.checkpoints)
+    have = ", ".join(map(str, store.steps())) or "none"
+    if step:
+        if not step.isdecimal() or int(step) not in store.steps():
+            raise ConfigurationError(f"run {run} has no checkpoint of step {step} (have: {have}); choose one of these")
+        return store.path(int(step))
+    if (directory.export / "config.json").is_file():
+        return directory.export
+    return store.newest_whole()[0]
+
+
+def _write(place: Path, target: Path, student: str) -> None:
+    _keep_libraries_quiet()
+    from learner.merging import export_checkpoint  # transformers takes seconds, which other commands need not wait for
+
+    state = verify(place)
+    origin = origin_of(state.config, student)
+    check_checkpoint(origin.student, "the student that was trained (student=... if it has moved)")
+    ends = text_ends(origin.student, HuggingFaceTokenizer(origin.student), {}).ids
+    export_checkpoint(place / LEARNER, replace(origin, ends=ends), target)
+    known = {name: state.config.get(name) for name in ("method.name", "student.path", "learner.lr", "seed")}
+    facts = {"run": state.run_name, "step": str(state.step)} | {name: str(value) for name, value in known.items()}
+    write_text(target / "README.md", _card(f"{state.run_name} step {state.step}", facts, None))
+
+
+def _keep_libraries_quiet() -> None:
+    """No bars of transformers, and no warning of DeepSpeed that it has found no GPU: this works on a CPU anyway."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def origin_of(settings: Mapping[str, Any], student: str = "") -> "Origin":
+    """What a checkpoint was trained from, out of the settings that it carries.
+
+    Raises:
+        DataError: they are not there, or are none.
+    """
+    from learner.merging import Origin
+
+    try:
+        names = [
+            settings[f"learner.lora.target_modules.{i}"] for i in range(settings["learner.lora.target_modules.length"])
+        ]
+        lora = LoraConfig(
+            r=settings["learner.lora.r"], lora_alpha=settings["learner.lora.lora_alpha"], target_modules=tuple(names)
+        )
+        path, dtype = student or settings["student.path"], Dtype[settings["learner.dtype"]]
+        return Origin(student=path, dtype=dtype, lora=lora, seed=settings["seed"])
+    except (KeyError, TypeError, ConfigurationError) as error:
+        raise DataError(
+            f"the checkpoint does not say what it was trained from ({type(error).__name__}: {error}); take another"
+        ) from error

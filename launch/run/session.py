@@ -1,0 +1,216 @@
+"""The running parts of a run: engines, teachers and learner as actors, behind the ports of `opd`."""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actors.config import StudentConfig
+from actors.config import environment as engine_environment
+from actors.engine import VLLMEngine
+from launch.artifacts.checkpoint_state import LEARNER
+from launch.config.settings import ClusterConfig
+from launch.inputs.graders import GRADERS, RunGrader
+from launch.plan.checks.devices import ENGINE, LEARNER_RANK, REMOTE_TEACHER, TEACHER, WRITER, check_idle_cluster, roles
+from launch.plan.checks.models import vocabulary_rows
+from launch.plan.plan import Plan
+from launch.services.cluster import Actors, fetch, machines, place_of
+from launch.services.learner_group import LearnerGroup
+from launch.services.learner_restart import Recipe, RestartingLearner
+from launch.services.owned_returns import handing_over, keep
+from launch.services.placement import Role
+from launch.services.pools import FollowedStudent, Follower, StudentPool, TeacherPool
+from launch.services.replicas import within
+from launch.services.stack_dumps import Stacks
+from launch.services.transports import check_places, outlet, transport_of
+from learner.config import StudentText, Transport
+from learner.config import environment as learner_environment
+from learner.learner import LearnerRank
+from opd.ports import Engines, TextEngine
+from opd.settings.devices import Device
+from teacher_service.backends import backend
+from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
+from teacher_service.config import environment as teacher_environment
+
+CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
+
+
+@dataclass(slots=True)
+class Session:
+    """What `open_session` started. `close` ends what Ray's own shutdown would not."""
+
+    plan: Plan
+    actors: Actors
+    engines: Engines
+    learner: RestartingLearner
+    graders: Mapping[str, RunGrader]
+
+    async def teacher_writer(self, name: str) -> TextEngine:
+        """A teacher as a writer; started now if no part of the method needed it before.
+
+        Raises:
+            OpdError: there is no room for it beside what runs.
+        """
+        known = self.engines.writers.get(name)
+        if known is not None:
+            return known
+        role = replace(self.actors[ENGINE], name=f"measured teacher {name!r}", count=1)
+        self.actors.check_room(role)
+        return await _writer(self.actors, self.plan, name, role)
+
+    @property
+    def followers(self) -> Mapping[str, Follower]:
+        """Teachers that follow the student, by name."""
+        student = self.engines.student
+        return student.followers if isinstance(student, FollowedStudent) else {}
+
+    @property
+    def faults(self) -> list[str]:
+        """What died, hung or lied and was replaced, and what could not be graded: a sentence each."""
+        student = self.engines.student
+        of_student = student.student if isinstance(student, FollowedStudent) else student
+        pools = [of_student, *self.engines.teachers.values(), *self.engines.writers.values()]
+        of_pools = [pool.replicas.history for pool in pools if isinstance(pool, StudentPool | TeacherPool)]
+        graders = [grader.faults for grader in self.graders.values()]
+        return [line for lines in (*of_pools, self.learner.history, *graders) for line in lines]
+
+    async def restore(self, checkpoint: Path, followers: Mapping[str, str]) -> None:
+        """Take over the learner's state, and the weights of teachers that follow the student (name -> file)."""
+        step = await self.learner.load(checkpoint / LEARNER)
+        student = self.engines.student
+        if isinstance(student, FollowedStudent):
+            student.seen = step
+        await asyncio.gather(*[self.followers[name].restore(checkpoint / file) for name, file in followers.items()])
+
+    def close(self) -> None:
+        """Release graders and placement."""
+        for grader in self.graders.values():
+            grader.close()
+        self.actors.close()
+
+
+async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
+    """Start every actor at once and wait until all are ready; `stacks` writes down where one stands that hangs."""
+    config = plan.config
+    if plan.undecided:
+        check_idle_cluster(config, machines())
+    actors = Actors(config.cluster, roles(config), stacks)
+    student = StudentPool(
+        config.cluster.care(config.student.deadline_s),
+        partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends),
+        look=actors.look,
+        rows=vocabulary_rows(config.student.path),
+    )
+    teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
+    learner = _learner(actors, plan, student, teachers)
+    graders = {name: make() for name, make in GRADERS.items()}
+    starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
+    if config.student.device is Device.GPU and config.cluster.gpus_per_engine < 1:
+        await starting  # vLLM measures what it leaves free on a GPU, while others must not take or leave any
+    await asyncio.gather(
+        learner.setup(),
+        starting,
+        *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
+    )
+    await learner.see()
+    writing = list(config.teachers) if config.method.rollout.needs_writer else []
+    writers = {name: await _writer(actors, plan, name, actors[WRITER]) for name in writing}
+    followers = {
+        name: Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
+        for name, teacher in config.teachers.items()
+        if teacher.mixup
+    }
+    engines = Engines(
+        student=FollowedStudent(student, followers) if followers else student,
+        teachers=dict(teachers),
+        writers=writers,
+        graders=graders,
+        tokenizer=plan.sources.tokenizer,
+    )
+    return Session(plan=plan, actors=actors, engines=engines, learner=learner, graders=graders)
+
+
+def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig) -> TeacherPool:
+    care = cluster.care(teacher.deadline_s)
+    if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
+        care = replace(care, restarts=0)
+    return TeacherPool(care, partial(teacher_actor, actors, teacher), look=actors.look)
+
+
+async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence[Any]) -> dict[str, str]:
+    """Where each of these actors runs, by name."""
+    roles = {"rollout actor": students, "teacher actor": teachers}
+    actors = {f"{role} {i}": actor for role, made in roles.items() for i, actor in enumerate(made)}
+    places = await asyncio.gather(*[within(deadline_s, name, place_of(actor)) for name, actor in actors.items()])
+    return dict(zip(actors, places, strict=True))
+
+
+def _engine(actors: Actors, role: Role, config: StudentConfig, seed: int, ends: Sequence[int]) -> Any:
+    environment = engine_environment(config.device)
+    return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, concurrency=CALLS)
+
+
+def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
+    """A scoring actor of the config's backend; a remote teacher's is a client, which is told the server's token.
+
+    With a `name` it is one more than the run has.
+    """
+    role = actors[REMOTE_TEACHER if config.backend in REMOTE else TEACHER]
+    if name:
+        role = replace(role, name=name, count=1)
+        actors.check_room(role)
+    environment = teacher_environment(config.device, config.backend)
+    token = (os.environ.get(TOKEN_VARIABLE, ""),) if config.backend in REMOTE else ()
+    cls = handing_over(backend(config.backend))
+    return actors.make(cls, role, environment, config, keep, *token, concurrency=CALLS)
+
+
+async def _writer(actors: Actors, plan: Plan, name: str, role: Role) -> TextEngine:
+    config = plan.config
+    as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
+    make = partial(_engine, actors, role, as_student, config.seed, plan.ends)
+    pool = StudentPool(
+        config.cluster.care(as_student.deadline_s), make, look=actors.look, rows=vocabulary_rows(as_student.path)
+    )
+    await pool.replicas.start(1)
+    return pool
+
+
+def _learner(
+    actors: Actors, plan: Plan, student: StudentPool, teachers: Mapping[str, TeacherPool]
+) -> RestartingLearner:
+    """The learner, whose ranks start anew in the same places of the cluster as long as `cluster.restarts` allows it."""
+    config = plan.config
+    following = [pool for name, pool in teachers.items() if config.teachers[name].mixup]
+
+    def make() -> LearnerGroup:
+        ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
+        return LearnerGroup(ranks, config.learner, actors.look, config.cluster.start_deadline_s)
+
+    others: dict[str, str] = {}  # where everybody else runs
+
+    async def ready(group: LearnerGroup) -> None:
+        transport = transport_of(config)
+        if transport not in (Transport.SHARED_MEMORY, Transport.CUDA_IPC):
+            return
+        if not others:  # later ranks are compared with it alone: others may be dying when ranks start anew
+            receivers = [actor for pool in following for actor in pool.replicas.actors]
+            others.update(await _places(config.cluster.start_deadline_s, student.replicas.actors, receivers))
+        ranks = {f"learner rank {i}": where for i, where in enumerate(await group.places())}
+        check_places(transport, {**ranks, **others})
+
+    recipe = Recipe(make=make, ready=ready, renew=student.renew)
+    return RestartingLearner(recipe, config.cluster.restarts, config.cluster.journal_bytes)
+
+
+def _rank(actors: Actors, plan: Plan) -> Any:
+    config = plan.config
+    heads = tuple(teacher.path for teacher in config.teachers.values()) if plan.exact_kl else ()
+    environment = learner_environment(config.learner.device)
+    make = outlet(transport_of(config), config.learner.deadline_s)
+    arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, make)
+    text = StudentText(ends=plan.ends, sentinel=plan.sentinel)
+    return actors.make(LearnerRank, actors[LEARNER_RANK], environment, *arguments, text, concurrency=2)

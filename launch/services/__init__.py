@@ -1,0 +1,1 @@
+"""Ray actors: placed, watched, replaced, and pooled behind the ports of `opd`."""

@@ -1,0 +1,279 @@
+"""A learner that outlives its ranks: when one is lost all start anew, and do again what no checkpoint has.
+
+The driver keeps everything else: text that was written or is being written, engines, teachers, the account.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from launch.artifacts.checkpoint_store import verify
+from launch.services.causes import brief
+from launch.services.cluster import is_lost
+from launch.services.learner_group import RanksLost
+from launch.services.replay_log import Journal
+from launch.services.replicas import GO_ON
+from opd.errors import OpdError
+from opd.ports import Layout, Learner, Objective, PublishReport, StudentEngine, Weights
+from opd.types import Batch, Scores, StepReport
+
+Answer = TypeVar("Answer")
+_log = logging.getLogger(__name__)
+
+
+class Ranks(Learner, Protocol):
+    """Ranks that live and die together (`learner_group.LearnerGroup`); all verbs may raise `RanksLost`."""
+
+    async def setup(self) -> None:
+        """Find each other and load the student."""
+        ...
+
+    async def share(self, version: int) -> Weights:
+        """Lay out the weights as they are now."""
+        ...
+
+    async def written(self) -> dict[str, str]:
+        """Names and digests of the files that `save` began."""
+        ...
+
+    async def load(self, directory: Path) -> int:
+        """Take over what `save` wrote."""
+        ...
+
+    async def export(self, directory: Path) -> None:
+        """The student as a Hugging Face folder."""
+        ...
+
+    async def settled(self) -> None:
+        """Wait until all have answered what they were asked last, also where nobody waits for it any more."""
+        ...
+
+    def end(self) -> None:
+        """Kill all of them."""
+        ...
+
+
+async def _fine(_: Any) -> None:
+    """Nothing to ask new ranks."""
+
+
+async def verified(directory: Path) -> None:
+    """Raise if the checkpoint with the learner's files in `directory` is not whole: every byte of it is read."""
+    await asyncio.to_thread(verify, directory.parent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How ranks come into being.
+
+    `make` starts them, `ready` raises if they stand where they cannot work, `renew` is told where the weights lie that
+    are live already, for engines that start later, and `check` raises if a checkpoint is not whole.
+    """
+
+    make: Callable[[], Ranks]
+    ready: Callable[[Any], Awaitable[None]] = _fine
+    renew: Callable[[Weights], None] = lambda weights: None  # noqa: ARG005
+    check: Callable[[Path], Awaitable[None]] = verified
+
+
+class RestartingLearner:
+    """N ranks as one learner (`opd.ports.Learner`), at most `restarts` times other ones than before.
+
+    New ranks load the newest checkpoint of this process that is whole, or start from the student's own, take the steps
+    of the journal again, and are asked what the lost ones did not answer. On a CPU, and elsewhere with
+    `learner.deterministic`, they are then bit by bit what the lost ones were. Ranks that are lost twice in a row in the
+    same call will be lost a third time (no memory, say): that ends the run, and so does everything for which a journal
+    or a restart is missing. While nobody is lost a call costs what it costs without this class.
+    """
+
+    def __init__(self, recipe: Recipe, restarts: int, journal_bytes: int) -> None:
+        self._recipe, self._most = recipe, restarts
+        self._ranks = recipe.make()
+        self.layout: Layout = self._ranks.layout
+        self.history: list[str] = []  # a sentence per restart
+        self._journal = Journal(most=journal_bytes)
+        self._published: PublishReport | None = None
+        self._lost: RanksLost | None = None  # why the ranks there are cannot be asked
+        self._suspects: set[str] = set()  # calls in which ranks were lost, and that were not answered since
+        self._starting = asyncio.Lock()
+        self._breaking_off = False
+
+    async def setup(self) -> None:
+        """The first ranks; whoever is lost here is not replaced."""
+        try:
+            await self._ranks.setup()
+        except RanksLost as lost:
+            raise _end(lost, " while a run starts") from lost
+
+    async def see(self) -> None:
+        """Raise if the ranks stand where they cannot work; to be asked when everybody else has started, too."""
+        try:
+            await self._recipe.ready(self._ranks)
+        except RanksLost as lost:
+            raise _end(lost, " while a run starts") from lost
+
+    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> StepReport:
+        """One optimizer step; see `opd.ports.Learner`."""
+        report = await self._ask(f"step {self._journal.number + 1}", lambda ranks: ranks.step(batches, objective))
+        if self._most:
+            self._journal.add(batches, objective)
+        return report
+
+    async def evaluate(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> Mapping[str, float]:
+        """Means of the objective's loss and metrics, without a gradient."""
+        return await self._ask("an evaluation", lambda ranks: ranks.evaluate(batches, objective))
+
+    async def publish(self, student: StudentEngine, version: int) -> PublishReport:
+        """Make the weights of now live in the engines."""
+        self._published = None  # new ranks need not lay out a version that nobody will ask for
+        report = await self._ask(f"publication {version}", lambda ranks: ranks.publish(student, version))
+        self._published = report
+        return report
+
+    async def save(self, directory: Path, step: int) -> None:
+        """Copy the state of now and begin to write it; see `LearnerGroup.save`."""
+        await self._ask(f"saving step {step}", lambda ranks: ranks.save(directory, step))
+        self._journal.saving()
+
+    async def written(self) -> dict[str, str]:
+        """Names and digests of the files that `save` began, once they are on the disk.
+
+        Raises:
+            RanksLost: those who wrote are gone and others will take their place, so `save` may be asked again.
+            OpdError: nobody will.
+        """
+        ranks = self._ranks
+        try:
+            return await ranks.written()
+        except RanksLost as lost:
+            if ranks is self._ranks:  # nobody has noticed yet; whoever asks next starts others
+                self._check_restart(lost)
+                self._lost = self._lost or lost
+            raise
+
+    async def kept(self, directory: Path) -> None:
+        """What `save` wrote is a whole checkpoint, and lies in `directory` now."""
+        async with self._starting:  # those who start read the one before, which may be removed after this
+            self._journal.kept(directory)
+
+    async def load(self, directory: Path) -> int:
+        """Take over what `save` wrote, whoever wrote it; returns its step."""
+        step = await self._ask("loading a checkpoint", lambda ranks: ranks.load(directory))
+        self._journal.loaded(directory)
+        return step
+
+    async def export(self, directory: Path) -> None:
+        """The student as a Hugging Face folder."""
+        await self._ask("the export", lambda ranks: ranks.export(directory))
+
+    async def settle(self) -> None:
+        """The run breaks off: nobody is replaced any more, and what the ranks are at comes to its end.
+
+        Raises:
+            OpdError: they are lost.
+        """
+        self._breaking_off = True
+        if self._lost is not None:
+            raise _end(self._lost, " in a run that breaks off")
+        await self._ranks.settled()
+
+    async def _ask(self, what: str, call: Callable[[Ranks], Awaitable[Answer]]) -> Answer:
+        """The answer of the ranks there are; of new ones, if those are gone."""
+        while True:
+            if self._lost is not None:
+                await self._start_anew(what)
+            try:
+                return await self._once(what, call)
+            except RanksLost as lost:
+                self._lost = lost
+
+    async def _once(self, what: str, call: Callable[[Ranks], Awaitable[Answer]]) -> Answer:
+        try:
+            answer = await call(self._ranks)
+        except RanksLost as lost:
+            if what in self._suspects:
+                raise _end(lost, f", because ranks were lost in {what} before (does the memory suffice?)") from lost
+            self._suspects.add(what)
+            raise
+        if self._suspects:
+            self._suspects.discard(what)
+        return answer
+
+    async def _start_anew(self, what: str) -> None:
+        """Other ranks, in the state of those that were lost."""
+        async with self._starting:
+            while (lost := self._lost) is not None:
+                self._check_restart(lost)
+                self._ranks.end()
+                begin, steps = self._journal.base, len(self._journal.steps)
+                self.history.append(
+                    f"{lost}, before {what} was answered; all ranks start anew from "
+                    f"{begin.parent.name if begin else 'the student they began with'} (steps to repeat: {steps})"
+                )
+                _log.warning(self.history[-1])
+                self._ranks = self._recipe.make()
+                try:
+                    await self._bring_up()
+                except RanksLost as again:
+                    self._lost = again
+                else:
+                    self._lost = None
+
+    async def _bring_up(self) -> None:
+        base, first = self._journal.base, self._journal.number - len(self._journal.steps) + 1
+        await self._once("setting up", lambda ranks: ranks.setup())
+        await self._once("setting up", self._recipe.ready)
+        if base is not None:
+            await self._recipe.check(base)
+            await self._once("loading", lambda ranks: ranks.load(base))
+        for number, taken in enumerate(self._journal.steps, first):
+            try:
+                await self._once(
+                    f"step {number} again", lambda ranks, taken=taken: ranks.step(taken.batches, taken.objective)
+                )
+            except Exception as error:
+                if isinstance(error, OpdError) or not is_lost(error):
+                    raise
+                raise OpdError(
+                    f"new learner ranks cannot take step {number} again, because what a teacher said about it is gone, "
+                    f"too ({brief(error)}); {GO_ON}"
+                ) from error
+        await self._lay_out_again()
+
+    async def _lay_out_again(self) -> None:
+        """Weights that are live were in the memory of ranks that are gone; an engine that starts will ask for them."""
+        published = self._published
+        if published is None:
+            return
+        weights = await self._once("laying out weights again", lambda ranks: ranks.share(published.version))
+        if weights.digest == published.digest:
+            self._recipe.renew(weights)
+        else:  # where arithmetic does not repeat; under the same version engines must hold the same
+            _log.warning(
+                "the new learner ranks have version %d with digest %s, but %s is live (learner.deterministic=true "
+                "repeats); an engine that starts now serves from the next version on",
+                published.version,
+                weights.digest,
+                published.digest,
+            )
+
+    def _check_restart(self, lost: RanksLost) -> None:
+        if self._breaking_off:
+            raise _end(lost, " in a run that breaks off") from lost
+        if not self._most:
+            raise _end(lost, " (cluster.restarts=0)") from lost
+        if len(self.history) >= self._most:
+            raise _end(lost, f" after {self._most} restarts (cluster.restarts)") from lost
+        if not self._journal.whole:
+            raise _end(
+                lost,
+                f", because the steps since the newest checkpoint were more than cluster.journal_bytes="
+                f"{self._journal.most} (set a smaller checkpoint_every, or more bytes)",
+            ) from lost
+
+
+def _end(lost: RanksLost, why: str) -> OpdError:
+    return OpdError(f"{lost}, and nobody can take its place{why}; {GO_ON}")

@@ -1,0 +1,66 @@
+"""What a teacher has said outlives the teacher: the arrays of its answers belong to the driver.
+
+An object that an actor puts into Ray's object store is lost with that actor; one that it returns belongs to whoever
+asked. So a teacher's actor returns its hidden states one after the other behind its answers, and the driver takes in
+their names and never their bytes.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from opd.ports import ScoreRequest
+from opd.types import HiddenScores, RemoteRows, TokenScores
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """In the place of a handle: the `number`-th array that follows the answers."""
+
+    number: int
+
+
+def keep(array: np.ndarray) -> np.ndarray:
+    """What a teacher in an actor stores its arrays with: they stay in the answers until these are handed over."""
+    return array
+
+
+def handing_over(cls: type) -> type:
+    """The teacher `cls` with a method `hand_over`: its answers first, then their arrays."""
+
+    class HandingOver(cls):
+        async def hand_over(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Any]:
+            arrays: dict[int, np.ndarray] = {}  # by identity: answers of a micro-batch share one
+
+            def name(array: np.ndarray) -> Following:
+                arrays.setdefault(id(array), array)
+                return Following(list(arrays).index(id(array)))
+
+            yield [_with_handles(answer, name) for answer in await self.score(requests)]
+            while arrays:  # let go of one by one, so that they are not all here and in the object store
+                yield arrays.pop(next(iter(arrays)))
+
+    HandingOver.__name__ = HandingOver.__qualname__ = cls.__name__  # Ray shows it
+    return HandingOver
+
+
+async def taken_over(method: Any, requests: Sequence[ScoreRequest]) -> AsyncGenerator[tuple[Sequence[int], list[Any]]]:
+    """All answers of an actor's `hand_over`, in one part; their handles are references that this process owns.
+
+    Raises what Ray raises if the actor dies before the last array is handed over.
+    """
+    parts = method.remote(requests)
+    # Before that an array may be missing, which its reference would only tell to whoever reads it; and waiting for
+    # references one by one would make Ray fetch what they name.
+    await parts.completed()
+    answers, *arrays = [reference async for reference in parts]
+    yield range(len(requests)), [_with_handles(answer, lambda held: arrays[held.number]) for answer in await answers]
+
+
+def _with_handles(answer: TokenScores, name: Callable[[Any], Any]) -> TokenScores:
+    if not isinstance(answer, HiddenScores) or not isinstance(answer.hidden, RemoteRows):
+        return answer
+    pieces = tuple((name(handle), rows) for handle, rows in answer.hidden.pieces)
+    return replace(answer, hidden=RemoteRows(pieces=pieces, row_nbytes=answer.hidden.row_nbytes))

@@ -1,0 +1,217 @@
+"""Replicas of an engine that look like one: the student's, and each teacher's."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launch.config.care import Care
+from launch.services.causes import brief
+from launch.services.cluster import end, fetch, has_died, is_lost, streamed
+from launch.services.dispatch import Dispatcher
+from launch.services.owned_returns import taken_over
+from launch.services.replicas import GO_ON, Fault, Faulty, Look, Replica, Replicas, how_lost, unseen, within
+from opd.errors import ConfigurationError, DataError, OpdError
+from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
+from opd.rollouts.validation import verify as verify_completions
+from opd.scorers.validation import verify as verify_scores
+from opd.types import TokenScores
+
+
+async def _ready(actor: Any) -> None:
+    await actor.ready.remote()
+
+
+async def _nothing_to_do(actor: Any) -> None:
+    """A teacher's weights never change."""
+
+
+class StudentPool:
+    """Several rollout engines that look like one (`opd.ports.StudentEngine`).
+
+    From the moment new weights are to be received, an engine is asked for text only after it has acknowledged exactly
+    those, by version and digest; requests that come meanwhile wait for the first engine that has. So does a new engine.
+    """
+
+    def __init__(
+        self,
+        care: Care,
+        make: Callable[[], Any] | None = None,
+        end: Callable[[Any], None] = end,
+        look: Look = unseen,
+        rows: int = 0,
+    ) -> None:
+        """`rows`: the ids that the engines' model has (0: not known, ids are only seen to be positive)."""
+        self._weights: Weights | None = None
+        self._gap = 0.0  # the largest sentinel gap of engines that took `_weights`
+        self.replicas = Replicas(
+            who="rollout actor", care=care, ready=_ready, prime=self._prime, end=end, make=make, look=look
+        )
+        self._generate: Dispatcher[GenerateRequest, Completion] = Dispatcher(
+            replicas=self.replicas,
+            ask=lambda actor, requests: streamed(actor.generate_in_parts, requests),
+            check=partial(verify_completions, rows=rows),
+            lost=is_lost,
+        )
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """One completion per request, in order."""
+        return await self._generate(requests)
+
+    async def receive(self, weights: Weights) -> Receipt:
+        """Make `weights` live in every engine; with the largest sentinel gap.
+
+        An engine that does not take them is replaced; if none takes them, the weights are at fault and that is raised.
+        Returns when every engine has answered, and one at least has them.
+        """
+        self._weights, self._gap = weights, 0.0
+        before = list(self.replicas.serving)
+        for replica in before:
+            replica.open = False
+        refusals = await asyncio.gather(*[self._give(replica) for replica in before])
+        if refusals and all(refusals):
+            raise next(error for error in refusals if error is not None)
+        await self.replicas.acquire(0)  # if all are gone: the first replacement, which has them
+        return Receipt(version=weights.version, digest=weights.digest, gap=self._gap)
+
+    def renew(self, weights: Weights) -> None:
+        """The weights that are live lie here now: engines that start later fetch them from there.
+
+        Engines that serve hold the same bytes already and are not disturbed.
+        """
+        known = self._weights
+        if known is not None and (known.version, known.digest) == (weights.version, weights.digest):
+            self._weights = weights
+
+    async def _give(self, replica: Replica) -> OpdError | None:
+        """Why `replica` refuses the weights, if it does; one that died or hangs does not refuse them."""
+        refusal: OpdError | None = None
+        try:
+            who = f"rollout actor {replica.number} (weights)"
+            await within(self.replicas.care.deadline_s, who, self._prime(replica.actor))
+            await self.replicas.reopen(replica)
+            return None
+        except Faulty as error:
+            fault = error
+        except ConfigurationError:  # its numbers are not the learner's, and a replacement's would not be either
+            raise
+        except OpdError as error:
+            refusal = None if is_lost(error) else error
+            fault = Faulty.of(how_lost(error) if is_lost(error) else Fault.LIED, error)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            if not has_died(error):  # the weights are gone with the learner that held them, not the engine: it waits
+                return OpdError(f"a rollout actor cannot read new weights ({brief(error)}); publish them again")
+            fault = Faulty.of(how_lost(error), error)
+        await self.replicas.report(replica, fault)
+        return refusal
+
+    async def _prime(self, actor: Any) -> None:
+        """Give `actor` the newest weights; again, if newer ones came meanwhile."""
+        while (weights := self._weights) is not None:
+            receipt: Receipt = await actor.receive.remote(weights)
+            said, sent = (receipt.version, receipt.digest), (weights.version, weights.digest)
+            if said != sent:
+                raise DataError(
+                    f"a rollout actor acknowledges version {said[0]} with digest {said[1]}, but version {sent[0]} with "
+                    f"{sent[1]} was published; look at its log"
+                )
+            if weights is self._weights:
+                self._gap = max(self._gap, receipt.gap)
+                return
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Follower:
+    """The actors of a teacher that follows the student, and at which versions (every so many) it does."""
+
+    replicas: Replicas
+    every: int
+    deadline_s: float
+
+    async def follow(self, weights: Weights) -> None:
+        """Hand `weights` to every replica."""
+        calls = [
+            within(self.deadline_s, f"teacher actor {r.number} (weights)", r.actor.follow.remote(weights, fetch))
+            for r in self.replicas.serving
+        ]
+        await asyncio.gather(*calls)
+
+    async def save(self, path: Path) -> str:
+        """Write the weights, which all replicas share, to `path`; returns their digest."""
+        return await within(self.deadline_s, "a teacher actor (saving)", self.replicas.actors[0].save.remote(str(path)))
+
+    async def restore(self, path: Path) -> None:
+        """Take back what `save` wrote."""
+        calls = [
+            within(self.deadline_s, f"teacher actor {r.number} (loading)", r.actor.restore.remote(str(path)))
+            for r in self.replicas.serving
+        ]
+        await asyncio.gather(*calls)
+
+
+class TeacherPool:
+    """Several scoring actors that look like one (`opd.ports.LogprobTeacher`).
+
+    What they say is checked here, where it is known who said it.
+    """
+
+    def __init__(
+        self,
+        care: Care,
+        make: Callable[[], Any] | None = None,
+        end: Callable[[Any], None] = end,
+        look: Look = unseen,
+    ) -> None:
+        self.replicas = Replicas(
+            who="teacher actor", care=care, ready=_ready, prime=_nothing_to_do, end=end, make=make, look=look
+        )
+        self._score: Dispatcher[ScoreRequest, TokenScores] = Dispatcher(
+            replicas=self.replicas,
+            ask=lambda actor, requests: taken_over(actor.hand_over, requests),
+            check=verify_scores,
+            lost=is_lost,
+        )
+
+    @classmethod
+    def of(cls, actors: Sequence[Any], care: Care) -> "TeacherPool":
+        """A pool of actors that are ready and are not replaced."""
+        pool = cls(care)
+        pool.replicas.adopt(list(actors))
+        return pool
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        """Testimony per request, in order."""
+        return await self._score(requests)
+
+
+class FollowedStudent:
+    """A student whose new weights some teachers take in, too (`TeacherConfig.mixup`).
+
+    `seen` is the version up to which they have done so: a resumed run publishes that one again.
+    """
+
+    def __init__(self, student: StudentEngine, followers: Mapping[str, Follower]) -> None:
+        self.student, self.followers = student, followers
+        self.seen = self._begun = 0
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """As the student itself."""
+        return await self.student.generate(requests)
+
+    async def receive(self, weights: Weights) -> Receipt:
+        """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
+        new = weights.version > self.seen
+        due = [follower for follower in self.followers.values() if new and not weights.version % follower.every]
+        if due and weights.version <= self._begun:  # the learner was lost while they did
+            raise OpdError(
+                f"teachers that follow the student may have taken in version {weights.version} in part and cannot do "
+                f"so twice; {GO_ON}"
+            )
+        self._begun = max(self._begun, weights.version)
+        await asyncio.gather(*[follower.follow(weights) for follower in due])
+        self.seen = max(self.seen, weights.version)
+        return await self.student.receive(weights)

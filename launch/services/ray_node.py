@@ -1,0 +1,171 @@
+"""Ray's own processes of a local session. When one of them dies Ray says nothing for minutes, and actors stay behind.
+
+(Ray 2.60: a driver whose raylet was killed still waited after 200 s, and so did its workers, which look for a parent
+that is process 1 only after they have been asked something.)
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TypeVar
+
+import psutil
+
+from launch.services.causes import brief
+from launch.services.replicas import GO_ON
+from opd.errors import OpdError
+from weight_sync.shared_memory import place
+
+_NAMES = ("raylet", "gcs_server")
+_MARK = ".opd-driver"  # in the folder of a session: what has started it: host, process and its start, each a line
+_PERIOD_S = 2.0
+_PAUSE_S = 1.0
+Started = TypeVar("Started")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The raylet and the control store that this process has started; none of a cluster that it has joined.
+
+    `folder` is what Ray keeps of their session (sockets, logs).
+    """
+
+    processes: tuple[psutil.Process, ...] = ()
+    folder: Path | None = None
+
+    @classmethod
+    def started_here(cls, folder: str = "") -> "Node":
+        """Those that are children of this process now; their `folder` is marked as this process's."""
+        if folder:
+            _mark(Path(folder))
+        return cls(
+            tuple(p for p in psutil.Process().children() if p.name() in _NAMES), Path(folder) if folder else None
+        )
+
+    async def watch(self) -> None:
+        """Never returns.
+
+        Raises:
+            OpdError: one of the processes has died.
+        """
+        while True:
+            await asyncio.sleep(_PERIOD_S)
+            if (dead := self.dead) is not None:
+                logs = "" if self.folder is None else f" (its logs, until the next run: {self.folder / 'logs'})"
+                raise OpdError(
+                    f"a process of Ray itself (number {dead.pid}) has died, and with it this run's session{logs}; "
+                    f"{GO_ON}"
+                )
+
+    @property
+    def dead(self) -> psutil.Process | None:
+        """One of the processes that has ended, if one has."""
+        return next((p for p in self.processes if _is_dead(p)), None)
+
+    def end_orphans(self) -> None:
+        """Kill workers whose raylet has died: nobody else does. To be called when the session is over."""
+        raylets = {str(p.pid) for p in self.processes if _is_dead(p)}
+        for process in psutil.process_iter() if raylets else ():
+            try:
+                if process.uids().real == os.getuid() and process.environ().get("RAY_RAYLET_PID") in raylets:
+                    process.kill()
+            except psutil.Error:  # it has just ended
+                continue
+
+    def tidy(self) -> None:
+        """Remove the session's folder, and those that killed programs of ours have left beside it.
+
+        Ray never does. Only marked ones are ours: a cluster's own session has a folder beside them. What is removed
+        was for processes that have ended; the last words of those that died are in the run's folder.
+        """
+        if self.folder is None:
+            return
+        for mark in self.folder.parent.glob(f"session_*/{_MARK}"):
+            if mark.parent == self.folder or _is_left(mark):
+                shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def _mark(folder: Path) -> None:
+    own = psutil.Process()
+    try:
+        (folder / _MARK).write_text(f"{place()}\n{own.pid}\n{own.create_time()}")
+    except OSError as error:  # a full disk: the folder stays, which is no reason to end a run
+        logger.debug("%s stays when this session is over: %s", folder, error)
+
+
+def _is_left(mark: Path) -> bool:
+    """Is the folder with `mark` this user's, and have the program that made it and all that works in it ended?"""
+    folder = mark.parent
+    try:
+        if folder.is_symlink() or mark.stat().st_uid != os.getuid():
+            return False
+        host, pid, started = mark.read_text().split("\n")
+        if host != place():  # of a container with the same temporary folder, whose processes cannot be seen
+            return False
+        if psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).create_time() == float(started):
+            return False
+        return not any(folder.name in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+    except (OSError, ValueError, psutil.Error):  # it has just gone, or is none of ours
+        return False
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Ray's processes that are started inside listen on 127.0.0.1 alone.
+
+    Ray turns that address into the machine's own, under which other machines can reach it, unless clusters are
+    switched off (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, which it reads when it is imported).
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def start_patiently(start: Callable[[], Started], deadline_s: float) -> Started:
+    """Call `start` again while Ray's processes need longer than the 30 s that Ray gives them, for `deadline_s` in all.
+
+    Raises:
+        OpdError: Ray did not start.
+    """
+    began = monotonic()
+    while True:
+        before = {p.pid for p in psutil.Process().children()}
+        try:
+            return start()
+        except Exception as error:  # Ray raises this very class
+            for process in psutil.Process().children():
+                if process.pid not in before and _is_rays(process):
+                    process.kill()
+            late = "timed out" in str(error)
+            if late and monotonic() - began + _PAUSE_S < deadline_s:
+                logger.warning("Ray needs longer than it allows itself to start on this machine; it is tried again")
+                sleep(_PAUSE_S)
+                continue
+            advice = "free processors or memory, or raise cluster.start_deadline_s" if late else "correct that"
+            raise OpdError(f"Ray did not start on this machine ({brief(error)}); {advice}, and start again") from error
+
+
+def _is_rays(process: psutil.Process) -> bool:
+    try:
+        return process.name() in _NAMES or any(f"{os.sep}ray{os.sep}" in part for part in process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True

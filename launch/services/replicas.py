@@ -1,0 +1,303 @@
+"""Replicas of one service, watched: what dies, hangs or lies is replaced, and never serves before it is up to date."""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from launch.config.care import Care
+from launch.services.causes import ProcessFailed, brief, find_own, vanished
+from opd.errors import DataError, OpdError, ServiceHung
+
+Answer = TypeVar("Answer")
+Look = Callable[..., Awaitable[str]]  # where these actors stand or (error=...) how they died: the end of a sentence
+_SLICES = 8
+_NUMBERS = re.compile(r"\d+")
+GO_ON = (
+    "the same command with run_name=... resume=latest goes on from the newest checkpoint, if the run has one; without "
+    "one start it again"
+)
+logger = logging.getLogger(__name__)
+
+
+class Fault(Enum):
+    """What was wrong with a replica."""
+
+    DIED = "died"
+    HUNG = "hung"
+    LIED = "lied"
+
+
+class Faulty(OpdError):
+    """A replica failed, not the request: somebody else may be asked.
+
+    `repeats`: it said itself why, so that another one that says the same has failed for the same reason.
+    """
+
+    def __init__(self, fault: Fault, reason: str, repeats: bool = False) -> None:
+        super().__init__(reason)
+        self.fault, self.repeats = fault, repeats
+
+    @classmethod
+    def of(cls, fault: Fault, error: BaseException) -> "Faulty":
+        """The replica failed with `error`."""
+        faulty = cls(fault, brief(error), repeats=not vanished(error))
+        faulty.__cause__ = error
+        return faulty
+
+
+@asynccontextmanager
+async def awake(deadline_s: float) -> AsyncIterator[None]:
+    """`asyncio.timeout` of a clock that stands still while this process does.
+
+    It counts slices one after the other, so a driver that was stopped, or a machine that slept, loses one at most and
+    hears first what was answered meanwhile.
+    """
+    loop = asyncio.get_running_loop()
+
+    def count(left: int) -> asyncio.TimerHandle:
+        return loop.call_later(deadline_s / _SLICES, over, left - 1)
+
+    def over(left: int) -> None:
+        nonlocal slice_
+        if left:
+            slice_ = count(left)
+        else:
+            limit.reschedule(loop.time())
+
+    async with asyncio.timeout(None) as limit:
+        slice_ = count(_SLICES)
+        try:
+            yield
+        finally:
+            slice_.cancel()
+
+
+async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer:
+    """`work`, or a sentence after `deadline_s` seconds."""
+    try:
+        async with awake(deadline_s):
+            return await work
+    except TimeoutError as error:
+        raise Faulty(
+            Fault.HUNG,
+            f"{who} did not answer within {deadline_s:.0f} s; look at its log, or raise its deadline_s",
+        ) from error
+
+
+def how_lost(error: BaseException) -> Fault:
+    """What was wrong with a replica that is lost with this error."""
+    return Fault.HUNG if isinstance(error, ServiceHung) else Fault.DIED
+
+
+async def unseen(*_: Any, error: BaseException | None = None) -> str:  # noqa: ARG001
+    """Where actors stand that do not answer, and how they died, is not looked at (`stack_dumps.Stacks.look` does)."""
+    return ""
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One that serves. `load` counts its open requests; while it is not `open` it is asked for nothing new."""
+
+    number: int
+    actor: Any
+    load: int = 0
+    open: bool = True
+
+
+@dataclass(slots=True, kw_only=True)
+class Replicas:
+    """Makes replicas, hands out the least loaded, and replaces those that are reported.
+
+    `make` starts an actor, `ready` waits until it can work, `prime` brings it up to date (returns when it is), `end`
+    kills it. Without `make` nothing is replaced: a fault is final. `look` is asked where one stands that hangs, before
+    it is killed.
+    """
+
+    who: str
+    care: Care
+    ready: Callable[[Any], Awaitable[None]]
+    prime: Callable[[Any], Awaitable[None]]
+    end: Callable[[Any], None]
+    make: Callable[[], Any] | None = None
+    look: Look = unseen
+    serving: list[Replica] = field(default_factory=list)
+    faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(Fault, 0))
+    history: list[str] = field(default_factory=list)  # a sentence per fault
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _starting: set[asyncio.Task[None]] = field(default_factory=set)
+    _restarts: int = 0
+    _coming: int = 0  # replacements under way
+    _in_a_row: int = 0
+    _broken: OpdError | None = None
+    _useful: bool = False  # somebody gave a good answer
+    _hopeless: bool = False  # two failed alike before
+    _reasons: set[str] = field(default_factory=set)  # why replicas failed before that
+
+    async def start(self, count: int) -> None:
+        """The first replicas, all at once; one that cannot start is an error."""
+        assert self.make is not None
+        actors = [self.make() for _ in range(count)]
+        who = f"{self.who} that was to start (does the cluster have the CPUs and GPUs for it?)"
+        try:
+            await asyncio.gather(*[within(self.care.start_deadline_s, who, self.ready(actor)) for actor in actors])
+        except Faulty as fault:
+            raise Faulty(fault.fault, f"{fault}{await self.look(*actors)}") from fault
+        except Exception as error:
+            if not isinstance(find_own(error), ProcessFailed | None):
+                raise  # a sentence of ours, of its own kind
+            seen = await self.look(*actors, error=error)
+            raise OpdError(f"{self.who} did not start: {brief(error)}{seen}") from error
+        self.adopt(actors)
+
+    def adopt(self, actors: list[Any]) -> None:
+        """Actors that are ready serve from now on."""
+        self.serving += [Replica(number=i, actor=actor) for i, actor in enumerate(actors, len(self.serving))]
+
+    async def acquire(self, requests: int) -> Replica:
+        """The least loaded replica, `requests` added to its load; waits until there is one.
+
+        Raises:
+            OpdError: there is none and will be none, or none came up in time.
+        """
+        if self._in_a_row >= self.care.strikes:  # the breaker is open: one try after a pause
+            rounds = self._in_a_row - self.care.strikes
+            await asyncio.sleep(min(self.care.cooldown_s * 2**rounds, self.care.deadline_s))
+        patience = self.care.start_deadline_s + self.care.deadline_s
+        who = f"any {self.who} (none is ready, or none has the weights it should work with)"
+        return await within(patience, who, self._soon(requests))
+
+    def idle(self) -> Replica | None:
+        """One that has nothing to do."""
+        return next((replica for replica in self._open() if not replica.load), None)
+
+    async def _soon(self, requests: int) -> Replica:
+        async with self._changed:
+            while self._over() or not self._open():
+                if self._broken is not None and self._over():
+                    raise self._broken
+                await self._changed.wait()
+            chosen = min(self._open(), key=lambda replica: (replica.load, replica.number))
+            chosen.load += requests
+            return chosen
+
+    def _over(self) -> bool:
+        """Is there none and will be none, or would the next one fail as those before?"""
+        hopeless = self._hopeless and not self._useful
+        return self._broken is not None and (hopeless or (not self.serving and not self._coming))
+
+    def _open(self) -> list[Replica]:
+        return [replica for replica in self.serving if replica.open]
+
+    async def reopen(self, replica: Replica) -> None:
+        """It has what it should work with, and is asked again."""
+        replica.open = True
+        async with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def actors(self) -> list[Any]:
+        """Those that serve."""
+        return [replica.actor for replica in self.serving]
+
+    def answered(self) -> None:
+        """Somebody gave a good answer: the breaker closes."""
+        self._in_a_row, self._useful = 0, True
+
+    async def report(self, replica: Replica, fault: Faulty) -> None:
+        """`replica` is not to be trusted any more: end it, and start another. Reporting twice changes nothing."""
+        if replica not in self.serving:
+            return
+        self.serving.remove(replica)
+        self.faults[fault.fault] += 1
+        self._in_a_row += 1
+        # Whoever reports may be cancelled meanwhile (a hedge has answered); the replica is ended all the same.
+        await asyncio.shield(self._keep(self._retire(replica, fault)))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._starting.add(task)  # the loop keeps only a weak reference
+        task.add_done_callback(self._starting.discard)
+        return task
+
+    async def _retire(self, replica: Replica, fault: Faulty) -> None:
+        try:
+            fault = await self._seen(replica.actor, fault)
+        finally:
+            self.end(replica.actor)
+        self.history.append(f"{self.who} {replica.number} {fault.fault.value} and is replaced: {fault}")
+        logger.warning(self.history[-1])
+        alike = self._alike(fault)
+        if self.make is None or alike or self._restarts >= self.care.restarts:
+            await self._break(fault, alike)
+            return
+        self._restarts, self._coming = self._restarts + 1, self._coming + 1
+        self._keep(self._replace(replica.number))
+
+    async def _seen(self, actor: Any, error: Exception) -> Faulty:
+        """`error` of `actor`: with where it stands if it hangs, with its last words if it died."""
+        fault = error if isinstance(error, Faulty) else Faulty.of(Fault.DIED, error)
+        if fault.fault is Fault.LIED:
+            return fault
+        died = fault.fault is Fault.DIED
+        seen = await self.look(actor, error=fault if died else None)
+        return Faulty(fault.fault, f"{fault}{seen}", repeats=died and fault.repeats)
+
+    def _alike(self, fault: Faulty) -> bool:
+        """Has one failed for this very reason before, and none been of use? A third would fail so, too."""
+        if self._useful or not fault.repeats:
+            return False
+        reason = _NUMBERS.sub("", str(fault))  # of the process, the prompt
+        known = reason in self._reasons
+        self._reasons.add(reason)
+        return known
+
+    async def close(self) -> None:
+        """Stop starting replicas."""
+        for task in list(self._starting):
+            task.cancel()
+        await asyncio.gather(*self._starting, return_exceptions=True)
+
+    async def _replace(self, number: int) -> None:
+        assert self.make is not None
+        who = f"{self.who} {number} (its replacement)"
+        while True:
+            actor = self.make()
+            try:
+                await within(self.care.start_deadline_s, who, self.ready(actor))
+                await within(self.care.deadline_s, who, self.prime(actor))
+            except asyncio.CancelledError:
+                self.end(actor)
+                raise
+            except Exception as error:  # noqa: BLE001 (whatever it is, this replica cannot serve)
+                fault = await self._seen(actor, error)
+                self.end(actor)
+                alike = self._alike(fault)
+                if alike or self._restarts >= self.care.restarts:
+                    self._coming -= 1
+                    await self._break(fault, alike)
+                    return
+                self._restarts += 1
+                continue
+            self._coming -= 1
+            self.serving.append(Replica(number=number, actor=actor))  # no await since `prime`: it is up to date
+            async with self._changed:
+                self._changed.notify_all()
+            return
+
+    async def _break(self, fault: Faulty, alike: bool = False) -> None:
+        """Nothing is replaced any more; who still serves goes on, and if nobody does, everybody is told."""
+        kind = DataError if fault.fault is Fault.LIED else OpdError
+        why = (
+            "two failed alike before any was of use, so a third would, too"
+            if alike
+            else f"no replica is left after {self._restarts} restarts (allowed: {self.care.restarts}); the last one "
+            f"{fault.fault.value}"
+        )
+        self._broken, self._hopeless = kind(f"{self.who}: {why}: {fault}"), alike
+        async with self._changed:
+            self._changed.notify_all()

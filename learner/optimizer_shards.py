@@ -1,0 +1,143 @@
+"""Which part of the optimizer's state lies on this rank, under every ZeRO stage, and how to fill it.
+
+DeepSpeed keeps float32 master weights and Adam's moments in flat partitions (stage 1 to 3), or leaves everything to
+the optimizer (stage 0). Here they are seen as runs of elements of named parameters, which is what a checkpoint holds.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from torch import Tensor, distributed, nn
+
+from learner import checkpoint
+from weight_sync.manifest import runs
+
+Named = Sequence[tuple[str, nn.Parameter]]
+_GATHER_ELEMENTS = 256 * 2**20  # parameters made whole at once under ZeRO-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """Elements `start : start + len` of a flattened parameter; `state` has live float32 views by key."""
+
+    parameter: str
+    start: int
+    state: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.state[checkpoint.MASTER])
+
+
+def fragments(engine: DeepSpeedEngine, named: Named, zero_stage: int) -> list[Fragment]:
+    """Everything this rank holds, as views into the live state; moments that do not exist yet are made (zero)."""
+    flat = list(_flat_partitions(engine, zero_stage))
+    state = _moments(engine, flat)
+    if zero_stage == 0:
+        return [_whole(name, p, state[p]) for name, p in named]
+    if zero_stage == 3:
+        return [f for name, p in named if (f := _partition(name, p)) is not None]
+    return [_mapped(name, p, flat, state) for name, p in named if p._hp_mapping is not None]  # type: ignore[attr-defined]
+
+
+def own_share(held: Sequence[Fragment], zero_stage: int, rank: int, ranks: int) -> dict[str, Tensor]:
+    """Host copies of what this rank writes: what it holds, or of what all hold (stage 0) an equal part."""
+    pieces: dict[str, Tensor] = {}
+    for fragment in held:
+        first, last = 0, len(fragment)
+        if zero_stage == 0:
+            first, last = last * rank // ranks, last * (rank + 1) // ranks
+        if first < last:
+            for key, values in fragment.state.items():
+                name = checkpoint.piece_name(key, fragment.start + first, fragment.parameter)
+                pieces[name] = values[first:last].detach().to("cpu", copy=True)
+    return pieces
+
+
+@torch.no_grad()
+def fill(engine: DeepSpeedEngine, named: Named, zero_stage: int, shards: checkpoint.Shards, updates: int) -> None:
+    """Take over the state in `shards`, whoever wrote it; all ranks must call."""
+    for fragment in fragments(engine, named, zero_stage):
+        stop = fragment.start + len(fragment)
+        for key, values in fragment.state.items():
+            values.copy_(shards.read(key, fragment.parameter, fragment.start, stop))
+    for state in _adam(engine).state.values():
+        state["step"].fill_(float(updates))
+    if zero_stage:  # what is computed with is a copy of the master weights, in its own dtype
+        _fill_working_copy(named, zero_stage, shards)
+
+
+def _fill_working_copy(named: Named, zero_stage: int, shards: checkpoint.Shards) -> None:
+    for first, last in runs([int(getattr(p, "ds_numel", p.numel())) for _, p in named], _GATHER_ELEMENTS):
+        chosen = named[first:last]
+        if zero_stage < 3:
+            _copy_whole(chosen, shards)
+            continue
+        with deepspeed.zero.GatheredParameters([p for _, p in chosen], modifier_rank=0):
+            if distributed.get_rank() == 0:
+                _copy_whole(chosen, shards)
+
+
+def _copy_whole(chosen: Named, shards: checkpoint.Shards) -> None:
+    for name, p in chosen:
+        p.data.copy_(shards.read(checkpoint.MASTER, name, 0, p.numel()).view(p.shape))
+
+
+def _whole(name: str, p: nn.Parameter, moments: Mapping[str, Tensor]) -> Fragment:
+    state = {checkpoint.MASTER: p.data.view(-1)}
+    return Fragment(parameter=name, start=0, state=state | {k: moments[k].view(-1) for k in checkpoint.KEYS[1:]})
+
+
+def _partition(name: str, p: nn.Parameter) -> Fragment | None:
+    """ZeRO-3: equal parts by rank, the last one padded."""
+    own: dict[str, Callable[[], Any]] = {
+        checkpoint.MASTER: lambda: safe_get_local_fp32_param(p),
+        **{k: lambda k=k: safe_get_local_optimizer_state(p, k) for k in checkpoint.KEYS[1:]},
+    }
+    state = {key: get() for key, get in own.items()}
+    start = distributed.get_rank() * state[checkpoint.MASTER].numel()
+    length = min(state[checkpoint.MASTER].numel(), p.ds_numel - start)  # type: ignore[attr-defined]
+    if length <= 0:
+        return None
+    return Fragment(parameter=name, start=start, state={k: v.view(-1)[:length] for k, v in state.items()})
+
+
+def _mapped(name: str, p: Any, flat: Sequence[Tensor], moments: Mapping[Tensor, Mapping[str, Tensor]]) -> Fragment:
+    """ZeRO-1 and 2: the part of a parameter that fell into this rank's flat partition of its group."""
+    mapping = p._hp_mapping  # where DeepSpeed's own safe_get_full_* look; they miss the moments of a second group
+    own, place = flat[mapping.param_group_index], mapping.get_hp_fragment_address()
+    whole = {checkpoint.MASTER: own.data} | {key: moments[own][key] for key in checkpoint.KEYS[1:]}
+    state = {key: values.narrow(0, place.start, place.numel) for key, values in whole.items()}
+    return Fragment(parameter=name, start=mapping.lp_fragment_address.start, state=state)
+
+
+def _adam(engine: DeepSpeedEngine) -> torch.optim.AdamW:
+    """Our own optimizer, inside whatever DeepSpeed has put around it."""
+    outer: Any = engine.optimizer
+    return outer if isinstance(outer, torch.optim.AdamW) else outer.optimizer
+
+
+def _moments(engine: DeepSpeedEngine, flat: Sequence[Tensor]) -> Any:
+    """Adam's state; what it makes at its first step is made now (a step of 0 is the same to it as no state)."""
+    adam = _adam(engine)
+    for part in flat:
+        if not adam.state.get(part):
+            moments = {key: torch.zeros_like(part.data) for key in checkpoint.KEYS[1:]}
+            adam.state[part] = {"step": torch.zeros((), dtype=torch.float32)} | moments
+    return adam.state
+
+
+def _flat_partitions(engine: DeepSpeedEngine, zero_stage: int) -> Iterator[Tensor]:
+    outer: Any = engine.optimizer
+    if zero_stage == 0:
+        yield from (p for group in outer.param_groups for p in group["params"])
+    elif zero_stage == 3:
+        yield from outer.fp32_partitioned_groups_flat
+    elif hasattr(outer, "single_partition_of_fp32_groups"):
+        yield from outer.single_partition_of_fp32_groups
+    else:  # stage 1 in bfloat16 has an optimizer of its own
+        yield from outer.fp32_groups_flat_partition

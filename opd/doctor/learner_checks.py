@@ -1,0 +1,77 @@
+"""The doctor's probes that the learner answers: does it read what teacher and engine wrote as they do?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opd.doctor.findings import Evidence, Finding, Patient, fine, refused
+from opd.loss.chunked import StudentLogits
+from opd.loss.packing import TokenMean, pack
+from opd.method.method import weigh
+from opd.scorers.teacher import TeacherHidden
+from opd.types import Batch, Scored, Scores, TokenLoss, Trajectory, VocabularyScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HeadGap:
+    """|what the teacher said of the written token - what its hidden states say of it|, as a metric."""
+
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        read = torch.as_tensor(batch.scores.vocabulary_logprobs).gather(-1, batch.target_ids[:, None])[:, 0]
+        gap = (read - batch.scores.logprobs).abs()
+        return TokenLoss(loss=gap, metrics={"gap": gap})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WriterGap:
+    """|learner - engine| logprob of the written token, as a metric."""
+
+    consumes: ClassVar[type[Scores]] = Scores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
+        gap: Float[Tensor, " L"] = (student.at(batch.target_ids) - batch.behavior_logprobs).abs()
+        return TokenLoss(loss=gap, metrics={"gap": gap})
+
+
+async def hidden_states(patient: Patient, evidence: Evidence) -> Finding:
+    """Hidden states, read with the output matrix that the learner loaded, repeat the teacher's own logprobs."""
+    said = await TeacherHidden()(evidence.written, patient.engines)
+    gap = (await _evaluated(patient, evidence.written, said, _HeadGap()))["gap"]
+    measured = f"{gap:.2g} nats on average between logprobs and hidden states"
+    if not gap <= patient.thresholds.mean_tolerance:
+        return refused(
+            "hidden states",
+            measured,
+            f"the hidden states of teacher {patient.name!r}, read with the output matrix of its checkpoint, give "
+            "other logprobs than it says itself; another checkpoint, a temperature or a final norm is in between",
+        )
+    return fine("hidden states", measured)
+
+
+async def engine_equals_learner(patient: Patient, evidence: Evidence) -> Finding:
+    """What the learner says of what the engine wrote is what the engine said: the learner as the student's teacher."""
+    nothing = [Scores() for _ in evidence.written]
+    gap = (await _evaluated(patient, evidence.written, nothing, _WriterGap()))["gap"]
+    measured = f"{gap:.2g} nats on average between engine and learner"
+    if not gap <= patient.thresholds.mean_tolerance:
+        return refused(
+            "engine and learner",
+            measured,
+            "the student's engine and the learner disagree about what the engine wrote; sampling is not at temperature "
+            "1, or one of them holds another checkpoint or dtype: make student.path and dtypes agree",
+        )
+    return fine("engine and learner", measured)
+
+
+async def _evaluated(
+    patient: Patient, written: Sequence[Trajectory], said: Sequence[Scores], objective: _HeadGap | _WriterGap
+) -> Mapping[str, float]:
+    scored = [Scored(trajectory=t, scores=s) for t, s in zip(written, said, strict=True)]
+    batches = pack(scored, weigh({}, scored), patient.learner.layout, TokenMean())
+    return await patient.learner.evaluate(batches, objective)

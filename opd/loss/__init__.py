@@ -1,0 +1,1 @@
+"""The loss of a step: packing, attention over packed rows, chunks of logits, metrics that add up."""

@@ -1,0 +1,238 @@
+"""Weighted trajectories to micro-batches: the only place where tokens are shifted, padded or dropped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from heapq import heapreplace
+from typing import Annotated, ClassVar, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.errors import ConfigurationError, DataError
+from opd.ports import Layout
+from opd.settings.ranges import In
+from opd.settings.validation import may_lack, settings
+from opd.types import Batch, S, Scored
+
+TokenWeights = Float[np.ndarray, " _T"]
+
+
+@may_lack("per_sequence")  # tokens then keep the weights they have
+class Normalizer(Protocol):
+    """By what the summed loss of a step is divided."""
+
+    # whether the tokens of a trajectory share one weight: each is first divided by how many are trained there
+    per_sequence: ClassVar[bool]
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        """A positive divisor, computed over the *whole* step before the first backward."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMean:
+    """The mean over all trained tokens of the step, every token alike."""
+
+    per_sequence: ClassVar[bool] = False
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return float(sum(np.count_nonzero(w) for w in weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceMean:
+    """The mean over trajectories of each one's own mean over its trained tokens (long answers weigh no more).
+
+    GRPO as published (arXiv 2402.03300 eq. 3, `1/G sum_i 1/|o_i| sum_t`) and GKD (arXiv 2306.13649, `1/L_y sum_t`).
+    """
+
+    per_sequence: ClassVar[bool] = True
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return float(sum(bool(w.any()) for w in weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSum:
+    """The loss summed over tokens, averaged over trajectories (long answers weigh more)."""
+
+    per_sequence: ClassVar[bool] = False
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return float(sum(bool(w.any()) for w in weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class Constant:
+    """A fixed divisor; 1.0 is the plain sum of Thinking Machines' `importance_sampling` loss."""
+
+    per_sequence: ClassVar[bool] = False
+
+    # what a step's sum is divided by
+    divisor: Annotated[float, In(1e-6, 1e12)] = 1.0
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return self.divisor
+
+
+def pack(
+    scored: Sequence[Scored[S]],
+    weights: Sequence[TokenWeights],
+    layout: Layout,
+    normalizer: Normalizer,
+    *,
+    turn: str = "",
+) -> list[list[Batch[S]]]:
+    """Micro-batches `[rank][i]` of at most `layout.tokens_per_microbatch` packed tokens.
+
+    Token `t` of a completion is predicted by the hidden state one position earlier; the last token is never an
+    input. Tokens of weight 0 keep their place in the context and are not trained. Every rank gets the same
+    number of micro-batches, because ranks must enter collectives together; a rank without work repeats a
+    sequence with weight 0. Deterministic: the result depends on the arguments alone. `turn` tells this time from others
+    at which the same text is packed; it is part of the names of sequences.
+
+    Raises:
+        DataError: nothing has a weight, a weight is negative or not finite, or a prompt to train on is empty.
+        ConfigurationError: a sequence is longer than the token budget.
+    """
+    finite = bool(weights) and _good(np.concatenate(weights))  # all at once: a check of each costs more than the rest
+    for item, weight in zip(scored, weights, strict=True):
+        if len(weight) != len(item.trajectory) or not (finite or _good(weight)):
+            raise DataError(
+                f"prompt {item.trajectory.prompt.id!r}: weights must be one finite number >= 0 per token, got "
+                f"{weight!r} for {len(item.trajectory)} tokens; correct the weight part"
+            )
+        if len(item.trajectory.behavior.logprobs) != len(item.trajectory):
+            raise DataError(
+                f"prompt {item.trajectory.prompt.id!r}: the writer's testimony has "
+                f"{len(item.trajectory.behavior.logprobs)} logprobs for {len(item.trajectory)} tokens; it must have "
+                "one for each: correct the rollout part"
+            )
+    kept = [i for i, weight in enumerate(weights) if np.count_nonzero(weight)]
+    if not kept:
+        raise DataError(
+            "the step has no token to train: every weight is 0; check loss masks, filters and the weight parts"
+        )
+    denominator = normalizer(weights)
+    if getattr(normalizer, "per_sequence", False):
+        weights = [weight / max(np.count_nonzero(weight), 1) for weight in weights]
+    lengths = {i: _inputs(scored[i]) for i in kept}
+    bins = _fill(lengths, layout)
+    spare = kept[0]
+    routes = tuple(sorted({item.trajectory.prompt.teacher for item in scored}))  # of the step, alike in all batches
+    batches = [
+        _batch(
+            [scored[i] for i in b or [spare]], [weights[i] * bool(b) for i in b or [spare]], denominator, routes, turn
+        )
+        for b in bins
+    ]
+    return [batches[rank :: layout.ranks] for rank in range(layout.ranks)]
+
+
+def halves(batch: Batch[S]) -> tuple[Batch[S], Batch[S]] | None:
+    """A packed micro-batch as two, cut between the sequences nearest to the middle of its tokens.
+
+    Losses and gradients of the two add up to the whole's, since the denominator is global. None if there is no
+    boundary with trained tokens on both sides.
+    """
+    ends = np.asarray(batch.cu_seqlens)
+    trained = np.searchsorted(np.asarray(batch.predict_at), ends)  # predict_at ascends with the sequences
+    fit = [i for i in range(1, len(ends) - 1) if 0 < trained[i] < len(batch)]
+    if not fit:
+        return None
+    cut = min(fit, key=lambda i: abs(2 * int(ends[i]) - int(ends[-1])))
+    tokens, rows = int(ends[cut]), int(trained[cut])
+    first, second = batch.rows(0, rows), batch.rows(rows, len(batch))
+    return (
+        replace(
+            first,
+            input_ids=batch.input_ids[:tokens],
+            position_ids=batch.position_ids[:tokens],
+            cu_seqlens=batch.cu_seqlens[: cut + 1],
+            names=batch.names[:cut],
+        ),
+        replace(
+            second,
+            input_ids=batch.input_ids[tokens:],
+            position_ids=batch.position_ids[tokens:],
+            cu_seqlens=batch.cu_seqlens[cut:] - tokens,
+            predict_at=second.predict_at - tokens,
+            names=batch.names[cut:],
+        ),
+    )
+
+
+def _good(weight: np.ndarray) -> bool:
+    return bool(np.count_nonzero((weight >= 0) & (weight < np.inf)) == len(weight))
+
+
+def _inputs(item: Scored[S]) -> int:
+    prompt = item.trajectory.prompt
+    if len(prompt.student_ids) == 0:
+        raise DataError(f"prompt {prompt.id!r} is empty; a completion needs a token to follow, mend the prompts")
+    return len(prompt.student_ids) + len(item.trajectory) - 1
+
+
+def _fill(lengths: dict[int, int], layout: Layout) -> list[list[int]]:
+    """Longest first into the emptiest bin; one more round of bins for all ranks until everything fits."""
+    longest, budget = max(lengths.values()), layout.tokens_per_microbatch
+    if longest > budget:
+        raise ConfigurationError(
+            f"learner.tokens_per_microbatch is {budget}, but a sequence has {longest} tokens; raise it to at "
+            f"least {longest} or lower rollout.max_tokens"
+        )
+    order = sorted(lengths, key=lambda i: (-lengths[i], i))
+    rounds = -(-sum(lengths.values()) // (budget * layout.ranks))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(rounds * layout.ranks)]
+        loads = [(0, b) for b in range(len(bins))]  # a heap: a step of a thousand ranks has thousands of bins
+        for i in order:
+            load, best = loads[0]
+            bins[best].append(i)
+            heapreplace(loads, (load + lengths[i], best))
+        if max(loads)[0] <= budget:
+            return [sorted(b) for b in bins]
+        rounds += 1
+
+
+def _batch(
+    items: list[Scored[S]], weights: list[TokenWeights], denominator: float, routes: tuple[str, ...], turn: str
+) -> Batch[S]:
+    inputs, positions, predict_at, targets, behavior, kept_weights, depth, scores = [], [], [], [], [], [], [], []
+    owners = []
+    offset, boundaries = 0, [0]
+    for item, weight in zip(items, weights, strict=True):
+        trajectory = item.trajectory
+        context = trajectory.prompt.student_ids
+        count = np.count_nonzero(weight)
+        some = 0 < count < len(trajectory)
+        trained = np.flatnonzero(weight) if some else np.arange(len(trajectory))
+        rows = trained if some else slice(None)  # most often all: a view instead of a copy that is copied once more
+        inputs.append(np.concatenate([context, trajectory.token_ids[:-1]]))
+        positions.append(np.arange(len(inputs[-1]), dtype=np.int32))
+        predict_at.append(offset + len(context) - 1 + trained)
+        targets.append(trajectory.token_ids[rows])
+        behavior.append(trajectory.behavior.logprobs[rows])
+        kept_weights.append(weight[rows])
+        depth.append(trained)
+        scores.append(item.scores.take(trained) if some else item.scores)
+        if len(routes) > 1:
+            owners.append(np.full(len(trained), routes.index(trajectory.prompt.teacher), dtype=np.int32))
+        offset += len(inputs[-1])
+        boundaries.append(offset)
+    return Batch(
+        input_ids=np.concatenate(inputs),
+        position_ids=np.concatenate(positions),
+        cu_seqlens=np.asarray(boundaries, dtype=np.int32),
+        predict_at=np.concatenate(predict_at),
+        target_ids=np.concatenate(targets),
+        behavior_logprobs=np.concatenate(behavior).astype(np.float32, copy=False),
+        weights=np.concatenate(kept_weights).astype(np.float32, copy=False),
+        depth=np.concatenate(depth).astype(np.int32),
+        scores=type(items[0].scores).concat(scores),
+        denominator=denominator,
+        routes=routes,
+        route=np.concatenate(owners) if owners else np.zeros(0, dtype=np.int32),
+        names=tuple(f"sample {t.sample} of prompt {t.prompt.id!r}{turn}" for t in (item.trajectory for item in items)),
+    )

@@ -1,0 +1,1 @@
+"""A method as a value: slots, what objectives promise, and their composition."""

@@ -1,0 +1,125 @@
+"""The slots of a method as protocols: what a part must have to stand there (`opd.method.method` composes them)."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.method.promises import Promise
+from opd.ports import Engines, Kinds, Learner
+from opd.settings.validation import may_lack
+from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, TokenScores, Trajectory
+
+
+@may_lack("on_policy", "truncated")  # it is then taken to be neither
+class Rollout(Protocol):
+    """Who writes, in which context, how far?"""
+
+    @property
+    def records(self) -> type[TokenScores]:
+        """What the writer tells about its own tokens (`Trajectory.behavior`)."""
+        ...
+
+    @property
+    def needs_writer(self) -> bool:
+        """Whether a teacher must write (`engines.writers`)."""
+        ...
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every trained token was drawn from the student (of this or a recent version)."""
+        ...
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the writer left out tokens that its distribution holds (top-p below 1, greedy writing)."""
+        ...
+
+    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+        """One trajectory per prompt of the group, in order."""
+        ...
+
+
+class Scorer(Protocol):
+    """Who reads what was written, and what do they testify?"""
+
+    @property
+    def needs(self) -> type[Scores]:
+        """The least that `Trajectory.behavior` must be."""
+        ...
+
+    @property
+    def produces(self) -> type[Scores]:
+        """The testimony returned."""
+        ...
+
+    @property
+    def asks(self) -> Kinds:
+        """The kinds of requests it sends to teachers; a backend that cannot answer them is refused when planned."""
+        ...
+
+    @property
+    def min_group(self) -> int:
+        """The smallest group it can judge (1 unless it compares trajectories of a group)."""
+        ...
+
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+        """Testimony per trajectory of one group, in order."""
+        ...
+
+
+@may_lack("reads_written")  # it is then taken to read everything
+class TokenWeight(Protocol):
+    """Which tokens count, how much? 0 = not trained."""
+
+    @property
+    def consumes(self) -> type[Scores]:
+        """The testimony it reads."""
+        ...
+
+    @property
+    def reads_written(self) -> bool:
+        """Whether a token's weight depends on more than its state: on itself, on later tokens, on how the text ended.
+
+        Such a weight bends what an estimate from written tokens expects, so the two are refused together.
+        """
+        ...
+
+    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
+        """One weight >= 0 per token, given the *whole* step, so that quantiles do not depend on packing."""
+        ...
+
+
+@may_lack("on_policy", "promise")  # without a promise it cannot be certified
+class Objective(Protocol):
+    """What is minimised per token: direction, support and estimator are one choice."""
+
+    @property
+    def consumes(self) -> type[Scores]:
+        """The testimony it needs in the batch."""
+        ...
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether it is an estimate over tokens the student drew, and wrong on anybody else's text."""
+        ...
+
+    @property
+    def promise(self) -> Promise:
+        """The exact per-state quantity whose gradient its expected gradient is (`opd certify` checks it)."""
+        ...
+
+    def __call__(self, student: Any, batch: Batch[Any]) -> TokenLoss:
+        """Unreduced loss at the batch's trained tokens; `student` is an `opd.loss.chunked.StudentLogits`."""
+        ...
+
+
+class Update(Protocol):
+    """How does a gradient become new weights?"""
+
+    async def __call__(
+        self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective
+    ) -> StepReport:
+        """One step of training on `batches[rank][micro-batch]`."""
+        ...

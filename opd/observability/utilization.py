@@ -1,0 +1,214 @@
+"""Who was busy, who waited, and one sentence about what to do: all from the spans of finished steps.
+
+Time counts inside steps only, from when the loop asks for a step's data to when its weights are live; what happens
+between steps (evaluations, checkpoints) is nobody's bubble. A role is busy while at least one of its spans lasts. That
+is as fine as spans can see: an actor that idles while another of its role works counts as busy, so the bubbles given
+here are lower bounds.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from opd.observability.spans import Role, Span
+
+STAFFED = (Role.ROLLOUT, Role.TEACHER, Role.LEARNER)
+"""The roles that have devices. Publishing holds those of rollout and learner."""
+
+WORTH = 1.05  # a gain below this is not advised
+_ACTOR = {Role.ROLLOUT: "rollout actor", Role.TEACHER: "teacher actor", Role.LEARNER: "learner rank"}
+Intervals = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staffing:
+    """How many actors each role of `STAFFED` has, and how many steps rollouts may run ahead (`max_staleness`)."""
+
+    actors: Mapping[Role, int] = field(default_factory=lambda: dict.fromkeys(STAFFED, 1))
+    ahead: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Seconds of `steps` steps that took `wall_s`; adds up over steps.
+
+    `busy`: at least one span of the role lasted. `held`: its devices were taken, by its own work or by publishing.
+    `alone`: it was the only busy role. `limit_s`: what the limit model (`opd.observability.roofline`) says these steps
+    take at least, 0 where nobody told what the hardware can do.
+    """
+
+    steps: int = 0
+    wall_s: float = 0.0
+    limit_s: float = 0.0
+    busy: Mapping[Role, float] = field(default_factory=lambda: dict.fromkeys(Role, 0.0))
+    held: Mapping[Role, float] = field(default_factory=lambda: dict.fromkeys(STAFFED, 0.0))
+    alone: Mapping[Role, float] = field(default_factory=lambda: dict.fromkeys(Role, 0.0))
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Both together."""
+        return Usage(
+            steps=self.steps + other.steps,
+            wall_s=self.wall_s + other.wall_s,
+            limit_s=self.limit_s + other.limit_s,
+            busy={role: self.busy[role] + other.busy[role] for role in Role},
+            held={role: self.held[role] + other.held[role] for role in STAFFED},
+            alone={role: self.alone[role] + other.alone[role] for role in Role},
+        )
+
+    def utilisation(self, role: Role) -> float:
+        """Share of the time in which the role was busy."""
+        return self.busy[role] / self.wall_s
+
+    def idle(self, role: Role) -> float:
+        """Share of the time in which nothing held the role's devices; the learner's is its waiting."""
+        return 1.0 - self.held[role] / self.wall_s
+
+    def bubble(self, actors: Mapping[Role, int]) -> float:
+        """`1 - sum_role n_role held_role / sum_role (n_role wall)`: the share of device-seconds in which nothing was
+        done (docs/performance.md, STEP)."""
+        devices = sum(actors[role] for role in STAFFED)
+        return sum(actors[role] * self.idle(role) for role in STAFFED) / devices
+
+    @property
+    def overlap_efficiency(self) -> float:
+        """`max_role busy_role / wall`: what the slowest role takes, over what the steps took. 1 = the others' work is
+        hidden behind it altogether."""
+        return max(self.busy.values()) / self.wall_s
+
+    @property
+    def fraction_of_limit(self) -> float:
+        """`limit / wall`: 1 = no schedule and no software on this hardware is faster."""
+        return self.limit_s / self.wall_s
+
+
+def step_usage(start: float, end: float, spans: Sequence[Span], limit_s: float = 0.0) -> Usage:
+    """The step from `start` to `end`, given every span that touches it (others do no harm)."""
+    touching: dict[Role, list[tuple[float, float]]] = {role: [] for role in Role}
+    for span in spans:
+        if span.start < end and span.end > start:
+            touching[span.role].append((max(span.start, start), min(span.end, end)))
+    cut = {role: _merged(touching[role]) for role in Role}
+
+    def together(roles: Sequence[Role]) -> float:
+        return _length(_merged([interval for role in roles for interval in cut[role]]))
+
+    everybody = together(list(Role))
+    return Usage(
+        steps=1,
+        wall_s=end - start,
+        limit_s=limit_s,
+        busy={role: _length(cut[role]) for role in Role},
+        held={role: together([role] if role is Role.TEACHER else [role, Role.PUBLISH]) for role in STAFFED},
+        alone={role: everybody - together([other for other in Role if other is not role]) for role in Role},
+    )
+
+
+def _merged(intervals: Intervals) -> Intervals:
+    """Their union as disjoint intervals in order; empty ones vanish."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(intervals):
+        if end <= start:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _length(intervals: Intervals) -> float:
+    return sum((end - start for start, end in intervals), 0.0)
+
+
+class UsageLog:
+    """Turns finished steps into usage, each as soon as all that worked during it has been told.
+
+    A step's spans are told when it ends, but work for the `ahead` steps after it may have gone on at the same time; so
+    a step is settled `ahead` steps later, and `recent` lags by as much. `whole` is exact when the run has ended.
+    """
+
+    def __init__(self, ahead: int, window: int = 20) -> None:
+        self._ahead = ahead
+        self._open: deque[tuple[float, float, float, Sequence[Span]]] = deque()
+        self._settled: deque[Usage] = deque(maxlen=window)
+        self._total = Usage()
+
+    def add(self, start: float, end: float, spans: Sequence[Span], limit_s: float = 0.0) -> None:
+        """A step that lasted from `start` to `end`, with the spans of all work for it."""
+        self._open.append((start, end, limit_s, spans))
+        if len(self._open) > self._ahead:
+            usage = self._first(0)
+            self._open.popleft()
+            self._settled.append(usage)
+            self._total = self._total.plus(usage)
+
+    @property
+    def recent(self) -> Usage:
+        """The last settled steps, at most `window`; `steps` is 0 before there is one."""
+        return _sum(list(self._settled))
+
+    def whole(self) -> Usage:
+        """All steps so far."""
+        return _sum([self._total, *(self._first(i) for i in range(len(self._open)))])
+
+    def _first(self, i: int) -> Usage:
+        """The `i`-th open step: work for steps before it had ended when it began."""
+        start, end, limit_s, _ = self._open[i]
+        later = [span for *_, spans in list(self._open)[i:] for span in spans]
+        return step_usage(start, end, later, limit_s)
+
+
+def _sum(usages: Sequence[Usage]) -> Usage:
+    total = Usage()
+    for usage in usages:
+        total = total.plus(usage)
+    return total
+
+
+def gain_of_another(usage: Usage, role: Role, staffing: Staffing) -> float:
+    """About how many times faster steps are with one more actor of `role`, on a device of its own.
+
+    Its work shrinks to `n/(n+1)`. Where steps may overlap, until another role is the slowest:
+    `T' = T - min(busy/(n+1), busy - busy_next)`. In lock-step only what it did alone counts: `T' = T - alone/(n+1)`.
+    """
+    saved = usage.busy[role] / (staffing.actors[role] + 1)
+    if not staffing.ahead:
+        saved = usage.alone[role] / (staffing.actors[role] + 1)
+    else:
+        others = max(seconds for other, seconds in usage.busy.items() if other is not role)
+        saved = min(saved, max(0.0, usage.busy[role] - others))
+    return usage.wall_s / max(usage.wall_s - saved, 1e-12)
+
+
+def gain_of_overlap(usage: Usage) -> float:
+    """At most how many times faster steps are if all roles work at once: `wall / max held`."""
+    return usage.wall_s / max(*usage.held.values(), 1e-12)
+
+
+def verdict(usage: Usage, staffing: Staffing) -> str:
+    """One sentence: which role bounds the steps, who waits for it, and what would help how much; "" without a step.
+
+    Example: "teacher-bound: the learner waited 41 % of the time; a second teacher actor would give about 1.5x".
+    """
+    if usage.wall_s <= 0 or not any(usage.busy.values()):
+        return ""
+    role = max(Role, key=lambda r: usage.busy[r])
+    waiting = (
+        f"rollout devices were idle {usage.idle(Role.ROLLOUT):.0%} of the time"
+        if role is Role.LEARNER
+        else f"the learner waited {usage.idle(Role.LEARNER):.0%} of the time"
+    ).replace("%", " %")
+    another = gain_of_another(usage, role, staffing) if role in STAFFED else 1.0
+    overlap = gain_of_overlap(usage) if not staffing.ahead else 1.0
+    if max(another, overlap) < WORTH:
+        share = f"{usage.utilisation(role):.0%}".replace("%", " %")
+        return f"balanced: {role.value}, the busiest, worked {share} of the time; another would give less than {WORTH}x"
+    if overlap > another:
+        help_ = f"letting rollouts run ahead (max_staleness=1 or more) would give at most {overlap:.1f}x"
+    else:
+        help_ = f"{_another(staffing.actors[role])} {_ACTOR[role]} would give about {another:.1f}x"
+    return f"{role.value}-bound: {waiting}; {help_}"
+
+
+def _another(count: int) -> str:
+    return {1: "a second", 2: "a third"}.get(count, "one more")

@@ -1,0 +1,47 @@
+"""The data that flows through a step.
+
+Axes: `P` student context, `Q` teacher context, `T` completion tokens of one trajectory, `K` support,
+`V` vocabulary, `H` hidden width, `N` packed tokens of a micro-batch, `L` trained tokens of a micro-batch,
+`M` sequences in it. Ids travel as int32, log-probabilities as float32 (natural log). Everything is frozen;
+stages return new values.
+"""
+
+from opd.types.batch import Batch, StepReport, TokenLoss, nbytes
+from opd.types.remote_rows import Fetch, RemoteRows
+from opd.types.scores import (
+    AdvantageScores,
+    Array,
+    EnsembleScores,
+    HiddenScores,
+    S,
+    Scores,
+    TokenScores,
+    TopKReturnScores,
+    TopKScores,
+    VocabularyScores,
+)
+from opd.types.trajectories import NOBODY, Prompt, Scored, Stop, Trajectory
+
+__all__ = [
+    "NOBODY",
+    "AdvantageScores",
+    "Array",
+    "Batch",
+    "EnsembleScores",
+    "Fetch",
+    "HiddenScores",
+    "Prompt",
+    "RemoteRows",
+    "S",
+    "Scored",
+    "Scores",
+    "StepReport",
+    "Stop",
+    "TokenLoss",
+    "TokenScores",
+    "TopKReturnScores",
+    "TopKScores",
+    "Trajectory",
+    "VocabularyScores",
+    "nbytes",
+]

@@ -1,0 +1,116 @@
+"""Micro-batches, unreduced losses and what an optimizer step did."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, ClassVar, Generic
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd.types.remote_rows import Fetch, RemoteRows
+from opd.types.scores import Array, S, Scores
+from opd.types.trajectories import Prompt, Scored, Stop, Trajectory
+
+
+@cache
+def _large(kind: type) -> tuple[str, ...]:
+    """Those of its fields that may hold arrays."""
+    return tuple(f.name for f in fields(kind) if f.type not in (str, int, float, Stop))
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of all arrays within a value of this module, those held elsewhere included."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.nbytes
+    if isinstance(value, RemoteRows):
+        return len(value) * value.row_nbytes
+    if isinstance(value, tuple):
+        return sum(map(nbytes, value))
+    if isinstance(value, Prompt | Scores | Trajectory | Scored | Batch):
+        parts = [getattr(value, name) for name in _large(type(value))]
+        return sum([part.nbytes if isinstance(part, np.ndarray) else nbytes(part) for part in parts])
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch(Generic[S]):
+    """A micro-batch: `M` sequences packed into `N` tokens, `L` of which are trained.
+
+    `predict_at` picks the hidden states that predict the trained tokens *before* the vocabulary projection.
+    `denominator` is global (all micro-batches, all ranks) and known before the first backward, so a loss is
+    `sum(weights * loss) / denominator` and adds up over any split. `depth` is a token's place in its completion,
+    from 0; tokens of weight 0 count as places. `routes` names the teachers that the prompts of the step ask, and
+    `route` is the number of each trained token's; with a single one `route` is empty (`R` is 0 or `L`).
+    """
+
+    input_ids: Int[Array, " N"]
+    position_ids: Int[Array, " N"]
+    cu_seqlens: Int[Array, " M1"]
+    predict_at: Int[Array, " L"]
+    target_ids: Int[Array, " L"]
+    behavior_logprobs: Float[Array, " L"]
+    weights: Float[Array, " L"]
+    depth: Int[Array, " L"]
+    scores: S
+    denominator: float
+    routes: tuple[str, ...] = ("default",)
+    route: Int[Array, " R"] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    names: tuple[str, ...] = ()  # of the sequences, for messages and for what is drawn; () where nobody gave any
+
+    _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
+        "predict_at",
+        "target_ids",
+        "behavior_logprobs",
+        "weights",
+        "depth",
+        "route",
+    )
+
+    def __len__(self) -> int:
+        return len(self.target_ids)
+
+    def rows(self, start: int, stop: int) -> "Batch[S]":
+        """The trained tokens `start:stop`; the packed sequences stay whole."""
+        cut = {name: getattr(self, name)[start:stop] for name in self._TOKEN_FIELDS}
+        return replace(self, **cut, scores=self.scores.rows(start, stop))
+
+    def to(self, device: torch.device | str, get: Fetch) -> "Batch[S]":
+        """Tensors on `device`, ids widened to int64 (what embedding and gather want)."""
+        moved = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("scores", "denominator", "routes", "names"):
+                continue
+            tensor = torch.as_tensor(value)
+            moved[f.name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)
+        return replace(self, **moved, scores=self.scores.to(device, get))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLoss:
+    """An unreduced loss, so that the learner may evaluate it in chunks; metrics are per token, detached.
+
+    NaN in a metric means "not defined at this token" (an empty overlap, another position bucket): means are taken
+    over the tokens where it is defined. A NaN in `loss` is an error that the learner reports.
+    """
+
+    loss: Float[Tensor, " L"]
+    metrics: Mapping[str, Float[Tensor, " L"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one optimizer step did. `metrics` are means over those trained tokens of the whole batch at which they
+    are defined (`opd.loss.metric_sums`); one that was defined nowhere is absent. `skipped`: the loss or the gradient
+    norm was not finite, so weights and optimizer are those of before."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    trained_tokens: int
+    metrics: Mapping[str, float]
+    skipped: bool = False

@@ -1,0 +1,72 @@
+"""Prompts and the trajectories that were written for them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Generic
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from opd.types.scores import S, TokenScores
+
+NOBODY = -1
+"""The version of tokens that no policy of the run wrote: a teacher's text, or text of a data set."""
+
+
+class Stop(Enum):
+    """Why a completion ended."""
+
+    END = "end"  # the model wrote its end-of-text token
+    LENGTH = "length"  # the token limit cut it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What is asked, and what the teacher may know about it.
+
+    `teacher_ids` equals `student_ids` unless the teacher is privileged. Prompts of one step that share an
+    `id` form a group. `weight` >= 0 is how much the prompt counts where a method asks for it
+    (`opd.token_weights.teachers.PromptWeight`). Example: `Prompt(id="shop/17", student_ids=[1, 40, 6],
+    teacher_ids=[1, 40, 6], teacher="default", task="shop", answer="2 4")`.
+    """
+
+    id: str
+    student_ids: Int32[np.ndarray, " P"]
+    teacher_ids: Int32[np.ndarray, " Q"]
+    teacher: str = "default"
+    task: str = ""
+    answer: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """A prompt and what was written for it.
+
+    `behavior` is the testimony of the policy that wrote (the *actual* sampling distribution, after temperature and
+    truncation); `versions` says which policy version wrote each token (`NOBODY`: somebody else did); `loss_mask` is
+    False where a token is context only. `sample` is its number within the group. `digests` names the published weights
+    behind each of those versions (`Completion.digests`); it is empty for text that no student engine wrote.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: Int32[np.ndarray, " T"]
+    behavior: TokenScores
+    loss_mask: Bool[np.ndarray, " T"]
+    versions: Int32[np.ndarray, " T"]
+    stop: Stop
+    rewards: Mapping[str, float]
+    digests: Mapping[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored(Generic[S]):
+    """A trajectory with the testimony about it."""
+
+    trajectory: Trajectory
+    scores: S

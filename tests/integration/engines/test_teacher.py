@@ -1,0 +1,347 @@
+"""The torch teacher: what it testifies is what the model says of each sequence alone."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
+
+from learner.publishing import Publisher, Staged
+from opd.errors import ConfigurationError, DataError, OpdError
+from opd.ports import AtIds, LastHidden, ScoreRequest, Sentinel, Share, TopK, Want, Weights, WrittenToken
+from opd.scorers.validation import verify
+from opd.settings.devices import Device, Dtype
+from opd.types import HiddenScores, TokenScores, TopKScores
+from teacher_service.backends.torch_forward import TorchTeacher, microbatches
+from teacher_service.config import TeacherConfig
+from teacher_service.server_identity import file_digest
+from tests.tiny_models import VOCABULARY, completion_logprobs, impatient, tiny_model
+from weight_sync.receiver import assemble
+
+POSITIONS = 64
+T = TypeVar("T")
+
+
+@dataclass
+class Shelf:
+    """Where arrays are put; handles are objects of their own, as an object store gives them."""
+
+    arrays: dict[Any, np.ndarray] = field(default_factory=dict)
+
+    def store(self, array: np.ndarray) -> Any:
+        handle = object()
+        self.arrays[handle] = array
+        return handle
+
+    def fetch(self, handle: Any) -> np.ndarray:
+        return self.arrays[handle]
+
+
+def run(work: Awaitable[T]) -> T:
+    """The result of `work`, soon."""
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
+def checkpoint(folder: Path, tied: bool = True, seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
+    """A tiny random model with opinions, saved to `folder`."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_model(seed, tied=tied, positions=POSITIONS, std=0.15, **heads, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+@dataclass
+class School:
+    """A teacher with small batches, so that requests are cut and packed in many ways, and its plain twin."""
+
+    teacher: TorchTeacher
+    plain: Qwen3ForCausalLM
+    shelf: Shelf
+    path: Path
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        answers = run(self.teacher.score(requests))
+        verify(requests, answers)
+        return answers
+
+    def twin(self) -> Qwen3ForCausalLM:
+        """A copy of the plain model, to be changed."""
+        return deepcopy(self.plain)
+
+    def expected(self, request: ScoreRequest) -> torch.Tensor:
+        """Full logprobs `[T, V]` from one unpadded, unpacked forward."""
+        return completion_logprobs(self.plain, request)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def school(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> School:
+    path = tmp_path_factory.mktemp("teacher")
+    plain = checkpoint(path, tied=request.param)
+    shelf = Shelf()
+    config = TeacherConfig(path=str(path), max_batch_tokens=150, head_chunk=7, max_k=50, deadline_s=60)
+    teacher = TorchTeacher(config, shelf.store)
+    run(teacher.ready())
+    return School(teacher=teacher, plain=plain, shelf=shelf, path=path)
+
+
+def request(want: Callable[[int, np.random.Generator], Want], seed: int) -> ScoreRequest:
+    """A random context and completion; `want` gets the completion's length."""
+    random = np.random.default_rng(seed)
+    context, tokens = random.integers(1, 20), random.integers(1, 40)
+    return ScoreRequest(
+        context_ids=random.integers(0, VOCABULARY, context).astype(np.int32),
+        token_ids=random.integers(0, VOCABULARY, tokens).astype(np.int32),
+        want=want(int(tokens), random),
+    )
+
+
+WANTS: list[Callable[[int, np.random.Generator], Want]] = [
+    lambda tokens, random: WrittenToken(),
+    lambda tokens, random: TopK(k=5),
+    lambda tokens, random: TopK(k=50),
+    lambda tokens, random: AtIds(ids=random.integers(0, VOCABULARY, (tokens, 4)).astype(np.int32)),
+    lambda tokens, random: LastHidden(),
+]
+
+
+def test_every_kind_of_testimony_is_the_model_s_own(school: School) -> None:
+    requests = [request(WANTS[i % len(WANTS)], i) for i in range(30)]  # mixed in one call
+    for asked, answer in zip(requests, school.score(requests), strict=True):
+        full = school.expected(asked)
+        ids = torch.from_numpy(asked.token_ids).long()
+        np.testing.assert_allclose(answer.logprobs, full.gather(1, ids[:, None])[:, 0].numpy(), atol=1e-5)
+        match asked.want:
+            case TopK(k=k):
+                assert isinstance(answer, TopKScores)
+                values, best = full.topk(k)
+                np.testing.assert_allclose(answer.topk_logprobs, values.numpy(), atol=1e-5)
+                at_ours = full.gather(1, torch.from_numpy(answer.topk_ids).long())
+                np.testing.assert_allclose(at_ours.numpy(), values.numpy(), atol=1e-5)
+                assert np.array_equal(answer.topk_ids[:, :5], best.numpy()[:, :5])
+            case AtIds(ids=named):
+                assert isinstance(answer, TopKScores)
+                at_named = full.gather(1, torch.from_numpy(named).long())
+                np.testing.assert_allclose(answer.topk_logprobs, at_named.numpy(), atol=1e-5)
+                assert np.array_equal(answer.topk_ids, named)
+            case LastHidden():
+                assert isinstance(answer, HiddenScores)
+                head = school.plain.get_output_embeddings().weight
+                rebuilt = (answer.hidden.fetch(school.shelf.fetch) @ head.T).log_softmax(-1)
+                np.testing.assert_allclose(rebuilt.numpy(), full.numpy(), atol=1e-4)
+            case WrittenToken():
+                assert type(answer) is TokenScores
+
+
+def test_answers_do_not_depend_on_company_or_order(school: School) -> None:
+    requests = [request(WANTS[i % 4], i) for i in range(20)]
+    together = school.score(requests)
+    shuffled = np.random.default_rng(1).permutation(len(requests))
+    apart = school.score([requests[i] for i in shuffled])
+    for i, answer in zip(shuffled, apart, strict=True):
+        alone = school.score([requests[i]])[0]
+        for other in (answer, alone):
+            np.testing.assert_allclose(other.logprobs, together[i].logprobs, atol=1e-5)
+            if isinstance(other, TopKScores):
+                np.testing.assert_allclose(other.topk_logprobs, together[i].topk_logprobs, atol=1e-5)
+
+
+def test_hidden_states_of_a_microbatch_are_stored_once(school: School) -> None:
+    school.shelf.arrays.clear()
+    requests = [request(WANTS[4], i) for i in range(12)]
+    school.score(requests)
+    lengths = [len(r.context_ids) + len(r.token_ids) - 1 for r in requests]
+    assert len(school.shelf.arrays) == len(list(microbatches(lengths, 150)))
+    assert sum(map(len, school.shelf.arrays.values())) == sum(len(r.token_ids) for r in requests)
+    assert all(array.dtype == np.float32 for array in school.shelf.arrays.values())
+    assert school.score([]) == []
+
+
+def test_bfloat16_travels_as_words(school: School) -> None:
+    config = TeacherConfig(path=str(school.path), dtype=Dtype.BFLOAT16, deadline_s=60)
+    teacher = TorchTeacher(config, school.shelf.store)
+    asked = request(WANTS[4], 3)
+    (answer,) = run(teacher.score([asked]))
+    assert isinstance(answer, HiddenScores)
+    hidden = answer.hidden.fetch(school.shelf.fetch)
+    assert hidden.dtype == torch.bfloat16
+    head = school.plain.get_output_embeddings().weight.bfloat16()
+    rebuilt = (hidden @ head.T).float().log_softmax(-1).gather(1, torch.from_numpy(asked.token_ids).long()[:, None])
+    np.testing.assert_allclose(answer.logprobs, rebuilt[:, 0].numpy(), atol=1e-6)
+    assert np.abs(answer.logprobs - school.score([asked])[0].logprobs).mean() < 0.1
+
+
+@pytest.mark.parametrize("lengths", [[3, 9, 2, 9, 1], [40, 40, 40], [100], []])
+def test_microbatches_hold_everything_once_within_the_budget(lengths: list[int]) -> None:
+    groups = list(microbatches(lengths, 80))
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(g) * max(lengths[i] for i in g) <= 80 or len(g) == 1 for g in groups)
+
+
+def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
+    good = request(WANTS[0], 0)
+
+    def refused(match: str, **changes: Any) -> None:
+        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "want": good.want}
+        with pytest.raises(DataError, match=f"score request 1 cannot be read.*{match}"):
+            run(school.teacher.score([good, ScoreRequest(**(fields | changes))]))
+
+    tokens = len(good.token_ids)
+    empty, far = np.zeros(0, dtype=np.int32), np.asarray([VOCABULARY], dtype=np.int32)
+    refused("0 context", context_ids=empty)
+    refused("0 completion", token_ids=empty)
+    refused("65 tokens, more than the 64", context_ids=np.ones(66 - tokens, dtype=np.int32))
+    refused("context has ids outside", context_ids=far)
+    refused("completion has ids outside", token_ids=far)
+    refused("k=51 is not within 1 and 50", want=TopK(k=51))
+    refused("k=0", want=TopK(k=0))
+    refused("shape", want=AtIds(ids=np.zeros((tokens + 1, 2), dtype=np.int32)))
+    refused("asks at ids outside", want=AtIds(ids=np.full((tokens, 2), VOCABULARY, dtype=np.int32)))
+
+
+def published(model: Qwen3ForCausalLM, version: int = 1) -> Weights:
+    """The weights of `model` as the learner hands them out."""
+    tensors = dict(model.named_parameters())
+    shapes, dtypes = [tuple(t.shape) for t in tensors.values()], [t.dtype for t in tensors.values()]
+    publisher = Publisher(list(tensors), shapes, dtypes, chunk_bytes=5000, rank=0, ranks=1, outlet=Staged(np.copy))
+    ordered = [tensors[name].detach() for name in publisher.manifest.names]
+    chunks = publisher.chunks(lambda first, last: nullcontext(ordered[first:last]))
+    nothing = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
+    return assemble([Share(version=version, manifest=publisher.manifest, chunks=chunks, sentinel=nothing)])
+
+
+def test_a_teacher_that_follows_is_the_moving_average_of_its_students(school: School, tmp_path: Path) -> None:
+    tied = bool(school.plain.config.tie_word_embeddings)
+    teacher = TorchTeacher(TeacherConfig(path=str(school.path), mixup=0.25, deadline_s=60), school.shelf.store)
+    twin = school.twin()
+    for seed in (1, 2):
+        student = checkpoint(tmp_path / str(seed), tied=tied, seed=seed)
+        run(teacher.follow(published(student), np.asarray))
+        with torch.no_grad():
+            for own, new in zip(twin.parameters(), student.parameters(), strict=True):
+                own.copy_(0.75 * own + 0.25 * new)
+    asked = [request(WANTS[1], seed) for seed in range(4)]
+    for one, answer in zip(asked, run(teacher.score(asked)), strict=True):
+        expected = completion_logprobs(twin, one).gather(1, torch.from_numpy(one.token_ids).long()[:, None])
+        np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
+
+
+def test_a_teacher_that_followed_goes_on_from_its_file(school: School, tmp_path: Path) -> None:
+    config = TeacherConfig(path=str(school.path), mixup=0.25, deadline_s=60)
+    first, second = TorchTeacher(config, school.shelf.store), TorchTeacher(config, school.shelf.store)
+    tied = bool(school.plain.config.tie_word_embeddings)
+    students = [published(checkpoint(tmp_path / str(seed), tied=tied, seed=seed)) for seed in (1, 2)]
+    asked = [request(WANTS[1], seed) for seed in range(4)]
+    run(first.follow(students[0], np.asarray))
+    digest = run(first.save(str(tmp_path / "teacher.safetensors")))
+    assert digest == file_digest(tmp_path / "teacher.safetensors")
+    run(second.restore(str(tmp_path / "teacher.safetensors")))
+    for teacher in (first, second):
+        run(teacher.follow(students[1], np.asarray))
+    for one, other in zip(run(first.score(asked)), run(second.score(asked)), strict=True):
+        assert np.array_equal(one.logprobs, other.logprobs)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OpdError, match="cannot write"):
+        run(first.save(str(tmp_path / "file" / "teacher.safetensors")))
+
+
+def test_a_teacher_keeps_its_weights_when_what_it_should_follow_is_wrong(school: School, tmp_path: Path) -> None:
+    teacher = TorchTeacher(TeacherConfig(path=str(school.path), mixup=1.0, deadline_s=60), school.shelf.store)
+    asked = [request(WANTS[0], 0)]
+    before = run(teacher.score(asked))[0].logprobs
+    tied = bool(school.plain.config.tie_word_embeddings)
+    good = published(checkpoint(tmp_path / "wide", tied=tied, seed=9))
+    damaged = good.chunks[2].handle.copy()
+    damaged[len(damaged) // 2] ^= 1
+    chunks = (*good.chunks[:2], replace(good.chunks[2], handle=damaged), *good.chunks[3:])
+    with pytest.raises(DataError, match=r"the teacher refuses weights version 1.*damaged"):
+        run(teacher.follow(replace(good, chunks=chunks), np.asarray))
+    other = published(checkpoint(tmp_path / "narrow", intermediate_size=48))
+    with pytest.raises(DataError, match=r"needs the student's architecture, but .* differs"):
+        run(teacher.follow(other, np.asarray))
+    assert np.array_equal(run(teacher.score(asked))[0].logprobs, before)
+    run(teacher.follow(good, np.asarray))
+    assert not np.allclose(run(teacher.score(asked))[0].logprobs, before)
+
+
+def test_a_moving_average_in_bfloat16_is_refused(school: School) -> None:
+    config = TeacherConfig(path=str(school.path), mixup=0.01, dtype=Dtype.BFLOAT16, deadline_s=60)
+    with pytest.raises(ConfigurationError, match=r"moving average needs float32.*teacher\.dtype=FLOAT32"):
+        run(TorchTeacher(config, school.shelf.store).ready())
+
+
+def test_a_damaged_model_does_not_testify(school: School, tmp_path: Path) -> None:
+    checkpoint(tmp_path, tied=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][77] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
+    asked = [
+        ScoreRequest(context_ids=np.full(3, i, np.int32), token_ids=np.ones(4, np.int32), want=WrittenToken())
+        for i in (76, 77)
+    ]
+    run(teacher.score(asked[:1]))
+    with pytest.raises(DataError, match="not finite"):
+        run(teacher.score(asked))
+
+
+def test_models_that_cannot_be_packed_are_refused(school: School, tmp_path: Path) -> None:
+    capped = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        final_logit_softcapping=0.1,
+    )
+    Gemma2ForCausalLM(capped).save_pretrained(tmp_path / "capped")
+    with pytest.raises(ConfigurationError, match="scales or bounds them afterwards"):
+        run(TorchTeacher(TeacherConfig(path=str(tmp_path / "capped")), school.shelf.store).ready())
+
+
+def test_a_window_shorter_than_the_sequence_is_kept(school: School, tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 20, "layer_types": ["sliding_attention"] * 2}
+    plain = checkpoint(tmp_path, **window)
+    teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
+    ids = np.arange(3, 42, dtype=np.int32)
+    asked = [ScoreRequest(context_ids=ids[:9], token_ids=ids[9:], want=WrittenToken())] * 2
+    expected = completion_logprobs(plain, asked[0]).gather(1, torch.from_numpy(ids[9:, None]).long())
+    for answer in run(teacher.score(asked)):
+        np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
+
+
+def test_ready_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ready(config: TeacherConfig) -> None:
+        run(TorchTeacher(config, lambda array: array).ready())
+
+    with pytest.raises(ConfigurationError, match="is none"):
+        ready(TeacherConfig(path=str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match=r"no config\.json"):
+        ready(TeacherConfig(path=str(tmp_path)))
+    checkpoint(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigurationError, match=r"teacher\.device is GPU"):
+            ready(TeacherConfig(path=str(tmp_path), device=Device.GPU))
+    monkeypatch.setattr("teacher_service.backends.torch_forward.START_S", 1e-6)
+    with pytest.raises(OpdError, match="did not finish loading its model within"):
+        ready(impatient(TeacherConfig(path=str(tmp_path)), seconds=1e-6))
+
+
+def test_statistics_count(school: School) -> None:
+    before = run(school.teacher.stats())
+    asked = request(WANTS[0], 5)
+    school.score([asked])
+    after = run(school.teacher.stats())
+    assert after.requests == before.requests + 1
+    assert after.scored == before.scored + len(asked.token_ids)
+    assert after.read == before.read + len(asked.context_ids) + len(asked.token_ids) - 1
+    assert after.busy_s > before.busy_s

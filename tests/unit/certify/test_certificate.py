@@ -1,0 +1,223 @@
+"""`opd certify` certifies every shipped method and names what is wrong with every planted defect."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launch.cli.certify import certify_methods
+from launch.config.run_config import run_config
+from launch.config.shipped import groups
+from opd.certify.certify import certify
+from opd.certify.page import Bound, Certificate, Row
+from opd.errors import ConfigurationError
+from opd.types import TokenLoss
+
+ROOT = Path(__file__).resolve().parents[3]
+BROKEN = ROOT / "benchmarks" / "broken" / "conf"
+
+GRADIENT = "gradient of the promise"
+STALE = f"{GRADIENT}, stale writer"
+LONG, SEVERAL = f"{GRADIENT}, long prompts and completions", f"{GRADIENT}, several teachers"
+FLOAT32, IDS = f"{GRADIENT}, float32", f"{GRADIENT}, 256 ids"
+SURE = (f"{FLOAT32}, sure teacher", f"{FLOAT32}, sure student")
+FAR_TEACHER, FAR_WRITER = f"{GRADIENT}, teacher far away", f"{GRADIENT}, writer far away"
+COLD, SETTINGS = f"{GRADIENT}, temperature 0.7", f"{GRADIENT}, other settings"
+ZERO = "zero where the student equals its teacher"
+TEACHER = "the teacher matters"
+TOWARDS = "a step moves the student towards its teacher"
+CUT, CHUNKS = "invariance: micro-batch size", "invariance: chunks of the loss"
+RANKS, IDLE = "invariance: number of ranks", "invariance: ranks without work"
+PACKING, AGAIN = "invariance: packing and padding (every trajectory alone)", "invariance: evaluated before"
+POSITION, WEIGHT = "invariance: position in the text", "invariance: weight and divisor"
+OTHERS, MATRICES = "invariance: other tokens of the batch", "invariance: order of the teachers"
+DIVISOR = "the divisor of a step counts what is trained"
+DEFINED = "credit is what it is defined to be"
+BETTER = "the better of two answers has the greater advantage"
+LAST = "the last return of a text is 0"
+LATER = "a return falls with the teacher's doubt about later tokens, and about no others"
+ASKED = "teachers are asked about whole texts in their own context"
+WRITTEN = "text is written in its own context, as the rollout says"
+ORDER = "scores follow their text in any order, and again"
+WHOLE = "limit: k = V is the whole vocabulary"
+pytestmark = pytest.mark.timeout(600)  # less than a minute of one processor, which may be shared
+SHIPPED = groups()["method"]
+ALL_BROKEN = [f"conf={BROKEN}", "allow_targets=[broken.]"]
+REASONS = {  # what must be among the failures: that for which the method is wrong
+    "direct_k1": {GRADIENT, STALE, ZERO, TEACHER, TOWARDS},
+    "areal_joint": {GRADIENT, STALE, ZERO, TEACHER, TOWARDS},
+    "k3_as_reverse_kl": {GRADIENT, STALE},
+    "raw_topk_reverse_kl": {ZERO},
+    "ema_pg_as_published": {GRADIENT, STALE, ZERO},
+    "per_microbatch_mean": {GRADIENT, STALE, CUT, RANKS, CHUNKS},
+    "shifted_teacher": {GRADIENT, STALE, ZERO},
+    "truncated_sampling": {GRADIENT, STALE},
+    "returns_of_the_past": {GRADIENT, DEFINED, LAST, LATER},
+    "short_returns": {LONG, DEFINED},
+    "scale_ignored": {DEFINED},
+    "own_reward": {GRADIENT, DEFINED, LAST, LATER},
+    "negated_advantage": {GRADIENT, DEFINED, BETTER},
+    "length_advantage": {GRADIENT, DEFINED, BETTER},
+    "hidden_teacher": {GRADIENT, DEFINED, BETTER, "a promise without a teacher asks none"},
+    "alphabetical": {GRADIENT, ORDER},
+    "weight_on_the_draw": {GRADIENT, STALE},
+    "every_token_mean": {DIVISOR},
+    "k1_from_depth_64": {LONG, POSITION},
+    "first_token_left_out": {GRADIENT, POSITION},
+    "rounded_log_ratio": {FLOAT32, *SURE, f"{GRADIENT}, bfloat16"},
+    "half_log_ratio": {FLOAT32, *SURE},
+    "first_teacher_only": {SEVERAL},
+    "first_matrix": {SEVERAL, MATRICES},
+    "clamped_log_ratio": {FAR_TEACHER},
+    "clamped_ratio": {FAR_WRITER},
+    "end_left_out": {GRADIENT},
+    "batch_baseline": {CUT, PACKING, RANKS, IDLE, CHUNKS, OTHERS},
+    "weight_twice": {GRADIENT, WEIGHT},
+    "noisy": {AGAIN},
+    "fading_away": {AGAIN},
+    "cached_by_shape": {GRADIENT, TEACHER},
+    "away": {TOWARDS},
+    "against_credit": {"credit makes what was written likelier"},
+    "nothing": {"the promise has a gradient"},
+    "eight_ids": {IDS, WHOLE},
+    "lost_tail": {SURE[0]},
+    "swapped_clip": {SETTINGS},
+    "students_context": {GRADIENT, ASKED},
+    "short_context": {ASKED},
+    "support_with_the_draw": {GRADIENT, "the support does not depend on the written token"},
+    "temperature_ignored": {WRITTEN},
+    "temperature_twice": {COLD},
+    "last_token_masked": {"text is trained whole, as it was written"},
+    "large_vocabulary": {"invariance: ids of probability 0"},
+    "while_reported": {"invariance: what is reported"},
+    "drawn_from_teacher": {"draws follow the student (standard errors)"},
+    "drawn_once": {"draws of a state are independent (standard errors)"},
+    "one_draw_left_out": {"the loss is that of the draws"},
+}
+# Wrong in one corner alone: everything else must be found right.
+ONLY = {name for name, reasons in REASONS.items() if not reasons & {GRADIENT, STALE, AGAIN, FAR_WRITER, FAR_TEACHER}}
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the command says of all shipped methods and all broken ones, as a user sees it: exit code and JSON."""
+    said, folder = {}, tmp_path_factory.mktemp("certificates")
+    for name, arguments in (("shipped", []), ("broken", ALL_BROKEN)):
+        command = [sys.executable, "-m", "launch.cli.main", "certify", *arguments, f"output={folder / name}"]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
+        assert done.returncode == (name == "broken"), done.stdout + done.stderr
+        said[name] = {c["method"]: c for c in json.loads((folder / name).read_text())}
+    return said
+
+
+def failures(certificate: dict[str, Any]) -> set[str]:
+    return {row["property"] for row in certificate["properties"] if row["verdict"] == "fail"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_method_is_certified(name: str, certificates: dict[str, Any]) -> None:
+    found = certificates["shipped"][name]
+    assert found["passed"] and not failures(found)
+    assert len(found["properties"]) >= 8 and GRADIENT in {row["property"] for row in found["properties"]}
+
+
+def test_every_broken_method_is_listed() -> None:
+    assert {path.stem for path in (BROKEN / "method").glob("*.yaml")} == set(REASONS)
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_planted_defect_is_refused_for_its_reason(name: str, certificates: dict[str, Any]) -> None:
+    found = failures(certificates["broken"][name])
+    assert found >= REASONS[name]
+    assert found == REASONS[name] or name not in ONLY
+
+
+def test_every_property_has_refused_something(certificates: dict[str, Any]) -> None:
+    """A row that cannot fail says nothing. Limits that methods list themselves are theirs to break."""
+    every = {row["property"] for found in certificates["shipped"].values() for row in found["properties"]}
+    refused = {name for found in certificates["broken"].values() for name in failures(found)}
+    assert {name for name in every - refused if not name.startswith("limit: ")} == set()
+
+
+def test_a_number_that_is_not_finite_never_passes() -> None:
+    for bound in Bound:
+        assert not Row(name="x", measured=float("nan"), tolerance=1.0, bound=bound).passed
+    assert not Row(name="x", measured=float("inf"), tolerance=1.0, bound=Bound.AT_LEAST).passed
+    assert Row(name="x", measured=1.0, tolerance=1.0).passed and not Row(name="x", measured=2.0, tolerance=1.0).passed
+    assert not Certificate(method="m", promise="", rows=(), skipped={}).passed
+
+
+def test_the_command_prints_a_table_writes_json_and_exits_non_zero_on_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BROKEN.parents[1]))
+    console = Console(record=True, width=120)
+    assert certify_methods(["method=sft"], "", console) == 0
+    assert certify_methods([*ALL_BROKEN, "method=direct_k1"], str(tmp_path / "c.json"), console) == 1
+    shown = console.export_text()
+    assert "sft: certified" in shown and "direct_k1: REFUSED" in shown and "FAIL" in shown
+    (said,) = json.loads((tmp_path / "c.json").read_text())
+    verdicts = {row["property"]: row["verdict"] for row in said["properties"]}
+    assert said["method"] == "direct_k1" and not said["passed"] and verdicts[TEACHER] == "fail"
+    with pytest.raises(ConfigurationError, match=r"output=.* lies in a folder that does not exist; make"):
+        certify_methods(["method=sft"], str(tmp_path / "no" / "c.json"), console)
+    with pytest.raises(ConfigurationError, match=r"method=sft,grpo names several"):
+        certify_methods(["method=sft,grpo"], "", console)
+
+
+def test_the_published_example_of_a_new_method_is_certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/adding_a_method.md prints it; without its importance ratio it is refused."""
+    page = (ROOT / "docs" / "adding_a_method.md").read_text()
+    for name, text in re.findall(r"```\w+ file=(\S+)\n(.*?)```", page, flags=re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method = run_config([f"conf={tmp_path / 'my_conf'}", "allow_targets=[my_methods.]", "method=squared"]).method
+    assert certify(method).passed
+
+    @dataclass(frozen=True)
+    class WithoutRatio(type(method.objective)):
+        def __call__(self, student: Any, batch: Any) -> TokenLoss:
+            logprobs = student.at(batch.target_ids)
+            return TokenLoss(loss=0.5 * (logprobs - batch.scores.logprobs).square(), metrics={})
+
+    found = certify(replace(method, objective=WithoutRatio())).failures
+    assert STALE in found and GRADIENT not in found
+
+
+def test_an_objective_without_a_promise_is_not_certified() -> None:
+    method = run_config(["method=sampled_reverse_kl"]).method
+
+    class Silent:
+        consumes = method.objective.consumes
+        on_policy = False
+
+        def __call__(self, student: object, batch: object) -> None:
+            raise NotImplementedError
+
+    object.__setattr__(method, "objective", Silent())
+    found = certify(method)
+    assert not found.passed and found.failures == ["a promise is declared"]
+
+
+def test_the_command_needs_neither_ray_nor_vllm_nor_deepspeed() -> None:
+    code = (
+        "import sys; from launch.cli.main import main\n"
+        "try: main(['certify', 'method=sft'])\n"
+        "except SystemExit as e: assert e.code == 0, e.code\n"
+        "print(sorted({'ray', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

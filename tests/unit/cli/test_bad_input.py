@@ -1,0 +1,270 @@
+"""What a user can get wrong, and the one sentence each mistake gets: what, where, what to do."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from launch.config.run_config import run_config
+from launch.inputs.graders import MathGrader
+from launch.inputs.prompt_files import read_rows
+from launch.plan.plan import make_plan
+from learner.config import LoraConfig
+from opd.errors import OpdError
+from opd.types.prompt_rows import Columns
+from tests.command import ROOT, opd
+
+SHOP = ROOT / "assets" / "shop"
+
+
+def sentence(caught: pytest.ExceptionInfo[OpdError]) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def planned(*overrides: str) -> str:
+    """The sentence that planning such a run ends with."""
+    with pytest.raises(OpdError) as caught:
+        make_plan(run_config(["experiment=shop", *overrides]))
+    return sentence(caught)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A copy of the shipped teacher, to be spoilt."""
+    return Path(shutil.copytree(SHOP / "teacher", tmp_path / "teacher"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_adapters_are_set_by_peft_s_names_and_what_they_cannot_do_is_refused() -> None:
+    asked = ["experiment=shop", "learner.lora.r=8", "learner.lora.target_modules=[q_proj,v_proj]"]
+    plan = make_plan(run_config(asked))
+    assert plan.config.learner.lora == LoraConfig(r=8, target_modules=("q_proj", "v_proj"))
+    assert plan.memory_bytes()["learner rank"] < make_plan(run_config(asked[:1])).memory_bytes()["learner rank"]
+    assert run_config(["learner=lora"]).learner.lora.scale == 2.0
+    assert re.search(r"learner\.lora\.rank=8: there is no setting.*learner\.lora\.r=8", planned("learner.lora.rank=8"))
+    assert re.search(r"learner\.lora\.r needs a whole number", planned("learner.lora.r=many"))
+    assert re.search(r"teacher 'default' follows .*lora\.r=8 only", planned("learner.lora.r=8", "teacher.mixup=0.5"))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_missing_checkpoint_is_named(role: str) -> None:
+    assert re.search(rf"{role}.*no_such_folder", planned(f"{role}.path=no_such_folder"))
+
+
+def test_a_foreign_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "config.json" in planned(f"teacher.path={tmp_path}")
+
+
+def test_a_checkpoint_without_safetensors_is_refused(teacher: Path) -> None:
+    (teacher / "model.safetensors").unlink()
+    assert "safetensors" in planned(f"teacher.path={teacher}")
+
+
+def test_a_checkpoint_that_wants_to_run_code_is_refused(teacher: Path) -> None:
+    edit(teacher / "config.json", auto_map={"AutoModel": "evil.Model"})
+    assert "code" in planned(f"teacher.path={teacher}")
+
+
+def test_a_tokenizer_mismatch_prints_the_first_difference(teacher: Path) -> None:
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["ok"], vocabulary["no"] = vocabulary["no"], vocabulary["ok"]
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert re.search(r"'no'|'ok'", planned(f"teacher.path={teacher}"))
+
+
+def pad_vocabulary(folder: Path, rows: int) -> None:
+    """The same model with more (never used) rows in its embedding, as some families pad theirs."""
+    tensors = load_file(str(folder / "model.safetensors")) if _loadable(folder) else _as_float32(folder)
+    name = "model.embed_tokens.weight"
+    extra = np.zeros((rows, tensors[name].shape[1]), dtype=tensors[name].dtype)
+    tensors[name] = np.concatenate([tensors[name], extra])
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    edit(folder / "config.json", vocab_size=len(tensors[name]))
+
+
+def _loadable(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text()).get("dtype") == "float32"
+
+
+def _as_float32(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.torch import load_file as load_torch
+
+    return {k: v.float().numpy() for k, v in load_torch(str(folder / "model.safetensors")).items()}
+
+
+def test_a_differently_padded_teacher_is_refused_for_full_vocabularies_only(teacher: Path) -> None:
+    pad_vocabulary(teacher, 32)
+    assert re.search(r"padded differently.*topk_reverse_kl", planned(f"teacher.path={teacher}"))
+    plan = make_plan(run_config(["experiment=shop", "method=topk_reverse_kl", f"teacher.path={teacher}"]))
+    assert not plan.exact_kl
+
+
+def test_a_prompt_longer_than_the_context_is_named() -> None:
+    assert re.search(r"prompt 'shop/\d+/\d+' has \d+ tokens.*max_model_len", planned("student.max_model_len=90"))
+
+
+def test_a_microbatch_shorter_than_a_sequence_is_refused() -> None:
+    assert "learner.tokens_per_microbatch" in planned("learner.tokens_per_microbatch=50")
+
+
+def test_an_unknown_grader_is_named(tmp_path: Path) -> None:
+    rows = tmp_path / "p.jsonl"
+    rows.write_text('{"prompt": "has 3 7 ; ?"}\n')
+    assert "'chess'" in planned("prompts=dataset", f"prompts.path={rows}", "prompts.task=chess")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{broken", r"line 2 is no JSON"),
+        ('["list"]', r"line 2 is no JSON object"),
+        ('{"text": "x"}', r"line 2 has no column 'prompt'.*prompt_column"),
+        ('{"prompt": "  ", "answer": 1}', r"line 2 has an empty prompt"),
+        ('{"prompt": [{"role": "user"}], "answer": 1}', r"line 2: 'prompt' must be text or a list of messages"),
+    ],
+)
+def test_a_malformed_row_is_named_by_its_line(line: str, says: str, tmp_path: Path) -> None:
+    rows = tmp_path / "p.jsonl"
+    rows.write_text('{"prompt": "fine", "answer": "1"}\n' + line + "\n")
+    with pytest.raises(OpdError) as caught:
+        read_rows(str(rows), Columns(prompt="prompt", answer="answer"))
+    assert re.search(says, sentence(caught))
+
+
+def test_other_bad_prompt_files(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "prompts.csv").write_text("a,b")
+    for name, says in {"nothing.jsonl": "does not exist", "empty.jsonl": "no rows", "prompts.csv": "no rows"}.items():
+        with pytest.raises(OpdError) as caught:
+            read_rows(str(tmp_path / name), Columns(prompt="prompt"))
+        assert says in sentence(caught)
+
+
+def test_parquet_datasets_and_chat_rows_are_read_alike(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    chat = [{"role": "user", "content": "2+2?"}]
+    records = [{"messages": chat, "answer": "4"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(records[0]) + "\n")
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    Dataset.from_list(records).save_to_disk(str(tmp_path / "a"))
+    read = [
+        read_rows(str(tmp_path / name), Columns(prompt="messages", answer="answer"))
+        for name in ("a.jsonl", "a.parquet", "a")
+    ]
+    assert read[0] == read[1] == read[2]
+    assert read[0][0].answer == "4" and read[0][0].prompt == tuple(chat)
+
+
+def test_wandb_online_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from launch.monitors.trackers import check_login
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(OpdError) as caught:
+        check_login(run_config(["tracker=wandb"]).tracker)
+    assert "wandb login" in sentence(caught)
+
+
+def test_a_pathological_expression_costs_its_own_reward_only() -> None:
+    grader = MathGrader(deadline_s=3.0)
+
+    async def grade() -> list[float]:
+        completions = ["so the answer is 18", "9" + "^9" * 12, "I think it is $\\frac{36}{2}$"]
+        return await grader.grade(completions, ["work #### 18"] * 3)
+
+    try:
+        assert asyncio.run(grade()) == [1.0, 0.0, 1.0]
+    finally:
+        grader.close()
+
+
+def _endless(completion: str, answer: str) -> float:
+    """In the place of math-verify, in a child process."""
+    if completion == "endless":
+        time.sleep(600)
+    return float(completion == answer)
+
+
+def test_groups_that_are_graded_at_once_cost_each_other_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All wait for one child process: neither its start, nor another's deadline, nor its end is theirs."""
+    monkeypatch.setattr("launch.inputs.graders.verify_math", _endless)
+    grader = MathGrader(deadline_s=2.0)
+
+    async def grade() -> list[list[float]]:
+        groups = [["18", "endless"], ["18", "17"], ["17", "18"]]
+        return await asyncio.gather(*[grader.grade(group, ["18"] * 2) for group in groups])
+
+    try:
+        assert asyncio.run(grade()) == [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    finally:
+        grader.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["trian"], 2, "there is no command 'trian'"),
+        (["train", "stepz=3"], 2, "did you mean 'steps'"),
+        (["export", "run=nowhere", "output=x"], 2, "no run directory"),
+        (["submit", "train"], 2, "address="),
+        (["env", "x"], 2, "takes no arguments"),
+        (["eval", "checkpoint=nowhere"], 2, "nowhere"),
+    ],
+)
+def test_the_program_exits_non_zero_with_one_sentence(arguments: list[str], code: int, says: str) -> None:
+    done = opd(*arguments)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+UNSEEN = st.text(st.characters(categories=["L", "Nd", "Cc", "Cf", "Zl", "Zp", "Po"]), min_size=1, max_size=8)
+PLACES = [
+    "{}", "train {}", "train {}=1", "train +{}=1", "train prompts={}", "train student.path={} dry_run=true",
+    "train resume={} dry_run=true", "train conf={}", "train --{}", "train --show {}", "submit {}", "certify {}",
+    "train prompts.path={} dry_run=true", "train method.objective._target_={} dry_run=true", "export run={}",
+    "export run=x step={}", "serve-teacher {}", "serve-teacher port={}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@given(hostile=UNSEEN.filter(lambda text: "\0" not in text and not text.isprintable()))
+@settings(max_examples=2, deadline=None)
+def test_whatever_a_command_line_holds_the_sentence_is_one_line_and_moves_no_cursor(place: str, hostile: str) -> None:
+    done = opd(*(word.replace("{}", hostile) for word in place.split()))
+    sentence = done.stderr.removesuffix("\n")
+    assert done.returncode == 2 and not done.stdout
+    assert {unicodedata.category(one) for one in sentence}.isdisjoint({"Cc", "Cf", "Zl", "Zp"}), repr(sentence)
+
+
+def test_a_message_stays_readable_however_long_what_it_repeats_is() -> None:
+    said = str(OpdError(f"prompts.path={'x' * 100_000} does not exist; set it to a file"))
+    assert (
+        len(said) < 1500 and said.startswith("prompts.path=xx") and said.endswith("x does not exist; set it to a file")
+    )
+    assert "characters left out" in said and str(OpdError("x" * 1400)) == "x" * 1400
+
+
+def test_so_it_does_as_a_program_of_its_own() -> None:
+    command = [sys.executable, "-m", "launch.cli.main", "trian"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "there is no command 'trian'" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,52 @@
+"""`opd env` says in a line each what the machine has, and names what a run will lack."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.plan.environment import compiler, driver, headers, shared_memory
+from tests.command import opd
+
+NEW = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:10:44 UTC 2025\nGCC version: 12.2.0"
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.57.08  Release Build  (dvs-builder)"
+
+
+def test_one_line_each() -> None:
+    done = opd("env")
+    assert done.returncode == 0, done.stderr
+    for what in ("C compiler: ", "Python.h: ", "/dev/shm: ", "NVIDIA driver: ", " cores, "):
+        assert sum(what in line for line in done.stdout.splitlines()) == 1, f"{what} in {done.stdout}"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_compiler_and_headers_are_needed_on_gpus(on_gpu: bool, tmp_path: Path) -> None:
+    for (line, lacks), what in ((compiler(None, on_gpu), "gcc"), (headers(tmp_path / "Python.h", on_gpu), "-dev")):
+        assert "none" in line and bool(lacks) == on_gpu == (what in lacks)
+    (tmp_path / "Python.h").touch()
+    assert compiler("/usr/bin/cc", on_gpu) == ("C compiler: /usr/bin/cc", "")
+    assert headers(tmp_path / "Python.h", on_gpu)[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("gib", "said", "enough"), [(0.0625, "64 MiB", False), (1.5, "1.5", False), (24.0, "24", True)]
+)
+def test_shared_memory_of_a_container(gib: float, said: str, enough: bool) -> None:
+    line, lacks = shared_memory(gib)
+    assert said in line and enough == (not lacks) and ("--shm-size" in lacks) == (not enough)
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "visible", "cuda", "line", "lacks"),
+    [
+        ("", False, 0, "", "none", ""),
+        ("", False, 0, "13.0", "none", ""),
+        (NEW, True, 1, "13.0", "580.65.06", ""),
+        (OPEN, True, 0, "13.0", "575.57.08", "580 or newer"),
+        (NEW, True, 0, "", "580.65.06", "pip install"),
+        ("", True, 0, "13.0", "none", "CUDA 13.0"),
+    ],
+)
+def test_the_driver(text: str, device: bool, visible: int, cuda: str, line: str, lacks: str) -> None:
+    said, lacking = driver(text, device, visible, cuda)
+    assert said == f"NVIDIA driver: {line}"
+    assert lacks in lacking and bool(lacks) == bool(lacking)

@@ -1,0 +1,189 @@
+"""What is right is graded right and what is wrong wrong: a written table, forms made of it, and hostile answers."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.config.run_config import run_config
+from launch.inputs.answers import expressions
+from launch.inputs.answers.check import doubtful, trouble
+from launch.inputs.answers.finding import reference
+from launch.inputs.answers.kinds import Unreadable
+from launch.inputs.graders import MathGrader, verify_math
+from launch.plan.checks.answers import NO_ANSWERS, unreadable
+from launch.plan.plan import make_plan
+from opd.errors import OpdError
+from opd.ports import References
+from tests.fuzz import grading
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_every_pair_of_the_table_is_graded_as_it_must_be() -> None:
+    pairs = grading.table()
+    assert sum(pair.right for pair in pairs) >= 200 and sum(not pair.right for pair in pairs) >= 120
+    assert [pair for pair in pairs if grading.graded(pair) != pair.right] == []
+
+
+def test_answers_made_from_references_are_graded_as_they_must_be() -> None:
+    pairs = list(grading.made(600, seed=11))
+    assert [pair for pair in pairs if grading.graded(pair) != pair.right] == []
+
+
+SIGNS = ["\\frac", "\\boxed{", "\\text{", *"0123456789abxyABC()[]{}\\$%^_+-=<>,.;:/|&~ \n"]
+
+
+@given(st.lists(st.sampled_from(SIGNS), max_size=40).map("".join))
+@settings(max_examples=400, deadline=None)
+def test_no_text_breaks_the_reader(text: str) -> None:
+    """Whatever a model writes has a verdict, quickly; nothing that cannot be read equals anything."""
+    began = time.perf_counter()
+    assert isinstance(doubtful(text), str | None)
+    for gold in (text, "12", r"\text{Tuesday}", "B", r"\{1, 2\}"):
+        if "^" not in text and "\\frac" not in text:
+            assert verify_math(text, gold) in (0.0, 1.0)
+    assert time.perf_counter() - began < 5
+    if isinstance(reference(text), Unreadable):
+        assert verify_math(r"\boxed{12}", text) == 0.0
+
+
+@given(st.integers(-999, 999), st.integers(2, 99), st.integers(2, 9))
+@settings(max_examples=60, deadline=None)
+def test_numbers_equal_all_their_spellings_and_nothing_beside_them(up: int, down: int, by: int) -> None:
+    gold = rf"\frac{{{up}}}{{{down}}}"
+    for same in (f"{up}/{down}", rf"\dfrac{{{up * by}}}{{{down * by}}}", rf"x = \frac{{{up}}}{{{down}}}"):
+        assert verify_math(rf"\boxed{{{same}}}", gold) == 1.0
+    for other in (rf"\frac{{{up + 1}}}{{{down}}}", f"{up}", rf"({up}, {down})", rf"\frac{{{up}}}{{{down}}}, 7"):
+        assert verify_math(rf"\boxed{{{other}}}", gold) == float(other == str(up) and up == 0)
+
+
+@given(st.lists(st.integers(-30, 30), min_size=2, max_size=4, unique=True), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_order_counts_in_tuples_and_not_in_lists(items: list[int], shuffling: random.Random) -> None:
+    other = list(items)
+    shuffling.shuffle(other)
+    as_list, moved = (", ".join(map(str, numbers)) for numbers in (items, other))
+    assert verify_math(rf"\boxed{{{moved}}}", as_list) == 1.0
+    assert verify_math(rf"\boxed{{({moved})}}", f"({as_list})") == float(items == other)
+    assert verify_math(rf"\boxed{{{items[0]}}}", as_list) == 0.0
+    assert verify_math(rf"\boxed{{\{{{moved}\}}}}", as_list) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("", "empty"), ("   ", "empty"), ("$$", "empty"), (r"\boxed{", "not closed"), (r"\frac{1}{2", "not balanced"),
+        ("?!", "neither"), (r"x^{2}+", "no formula"),
+        ("Let x be the number of apples; the rest follows by induction on n", "8 words"),
+        ("(1, )", "empty item"), (r"\begin{pmatrix} 1 & \\ 2 & 3 \end{pmatrix}", "empty cells"),
+    ],
+)  # fmt: skip
+def test_references_that_say_nothing_are_found_without_the_library(answer: str, why: str) -> None:
+    assert why in (doubtful(answer) or "readable") != "readable"
+
+
+def test_what_looks_readable_is_read_by_the_library_too() -> None:
+    """The cheap look before a run must not promise what the child cannot keep."""
+    answers = {
+        pair.reference for pair in (*grading.table(), *grading.made(400, seed=3)) if "^{9^" not in pair.reference
+    }
+    assert [a for a in sorted(answers) if trouble(a)] == []
+    assert [a for a in sorted(answers) if doubtful(a)] == []
+
+
+def test_reading_many_references_takes_no_time() -> None:
+    answers = [("x", pair.reference) for pair in grading.made(3000, seed=7)]
+    began = time.process_time()
+    found = unreadable(References(place="prompts", task="math", answers=answers, allowed=0.0))
+    assert found == [] and time.process_time() - began < 5
+
+
+ROWS = [{"prompt": "has 3 7 ; ?", "answer": r"\frac{1}{2}"}] * 19
+
+
+def planned(tmp_path: Path, rows: list[dict[str, str]], *more: str) -> dict[str, str]:
+    path = tmp_path / f"{len(rows)}rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        "experiment=shop", "prompts=dataset", f"prompts.path={path}", "prompts.answer_column=answer",
+        "evaluation=dataset", f"evaluation.prompts.path={path}", *more,
+    ]  # fmt: skip
+    return dict(make_plan(run_config(overrides)).answers)
+
+
+def test_unreadable_references_are_counted_in_the_plan_and_refused_above_a_share(tmp_path: Path) -> None:
+    spoilt = [*ROWS, {"prompt": "has 3 7 ; ?", "answer": r"\frac{1}{"}]
+    with pytest.raises(
+        OpdError, match=r"1 of 20 .*line 20: .*braces.*\.max_unreadable_answers \(now 0\.01\)"
+    ) as caught:
+        planned(tmp_path, spoilt)
+    assert "\n" not in str(caught.value)
+    share = ("prompts.max_unreadable_answers=0.05", "evaluation.prompts.max_unreadable_answers=0.05")
+    said = planned(tmp_path, spoilt, *share)
+    assert re.search(r"1 of 20 reference answers cannot be read, e\.g\. \S+\.jsonl line 20: ", said["prompts"])
+    assert planned(tmp_path, ROWS)["evaluation.prompts"] == "19 reference answers, all readable"
+
+
+def test_without_answers_nothing_is_promised_and_rewards_are_refused(tmp_path: Path) -> None:
+    none = ("prompts.answer_column=''",)
+    assert planned(tmp_path, ROWS, *none) == {"evaluation.prompts": NO_ANSWERS}
+    with pytest.raises(OpdError, match=r"grpo learns from graded answers.*prompts\.answer_column"):
+        planned(tmp_path, ROWS, *none, "method=grpo", "prompts.group_size=4")
+
+
+def test_a_reference_that_cannot_be_graded_is_told_from_a_completion() -> None:
+    """Both cost their own reward only; the reference costs its deadline once."""
+    tower = r"\int_0^{9^{9^{9}}} \frac{9^{9^{9}}!}{x^{9^{9}}} dx"
+    grader = MathGrader(deadline_s=3.0)
+    try:
+        completions = [rf"\boxed{{{tower}}}", r"\boxed{\sqrt{4}}", r"\boxed{3}", r"\boxed{4}"]
+        assert asyncio.run(grader.grade(completions, ["2", "2", tower, tower])) == [0.0, 1.0, 0.0, 0.0]
+        assert [fault.startswith("a completion") for fault in grader.faults] == [True, False]
+    finally:
+        grader.close()
+
+
+def test_the_library_says_nothing_on_the_screen() -> None:
+    """In a process of its own, whose screen nobody captures first."""
+    program = (
+        "import asyncio\nfrom launch.inputs.graders import MathGrader\n"
+        "if __name__ == '__main__':\n    grader = MathGrader()\n"
+        "    asyncio.run(grader.grade([r'\\boxed{\\sum_{i=1}^{n} i}', r'\\boxed{x!}'], [r'\\frac{n(n+1)}{2}', 'y!']))\n"
+        "    grader.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout + done.stderr == ""
+
+
+def test_sixfold_decimals_round_and_shorter_ones_do_not() -> None:
+    assert expressions.equal(r"\frac{1}{3}", "0.333333") and not expressions.equal(r"\frac{1}{3}", "0.33333")
+    assert not expressions.equal("0.000001", "0.000002") and not expressions.equal("3.141592", "3.141593")
+
+
+def test_the_command_prints_figures_and_fails_on_a_wrong_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert grading.main(["count=20"]) == 0
+    assert (
+        len(
+            re.findall(
+                r"(?m)^(?:table|made): (?:right|wrong) pairs graded as such: (\d+) of \1$", capsys.readouterr().out
+            )
+        )
+        == 4
+    )
+    monkeypatch.setattr(grading, "graded", lambda pair: True)
+    assert grading.main(["count=20"]) == 1

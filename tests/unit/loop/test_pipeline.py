@@ -1,0 +1,384 @@
+"""Asynchrony on the real loop: bounded per token, repeatable if asked, and nothing is lost when an engine lags."""
+
+import asyncio
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd import ports
+from opd.errors import ConfigurationError
+from opd.loop.ledger import Ledger
+from opd.loop.rollout_buffer import Collected
+from opd.loop.staleness import Pipeline, WeightUpdate
+from opd.objectives.sampled import SampledReverseKL, Speaker
+from opd.objectives.vocabulary import FullReverseKL
+from opd.observability.spans import Role, Span
+from opd.rollouts.student import TeacherRollout
+from opd.scorers.teacher import TeacherHidden, Unscored, WrittenTokens
+from opd.types import NOBODY, nbytes
+from tests.unit.loop.test_loop import GROUP, SHORT, Bench, Likelihood, Model, Pause, TableLearner, log_softmax, method
+
+FULL = method(TeacherHidden(), FullReverseKL())
+
+
+@given(
+    staleness=st.integers(0, 5), start=st.integers(0, 9), every=st.integers(0, 7), step=st.integers(0, 60),
+    deterministic=st.booleans(),
+)  # fmt: skip
+def test_the_schedule_is_bounded_and_never_waits_for_itself(
+    staleness: int, start: int, every: int, step: int, deterministic: bool
+) -> None:
+    pipeline = Pipeline(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
+    step += start
+    writer = pipeline.writer(step, start)
+    assert start <= writer <= step and step - writer <= staleness
+    assert writer <= pipeline.writer(step + 1, start)
+    if (
+        deterministic and every
+    ):  # no text is written across a checkpoint, and what is written does not depend on `start`
+        last = max(step - step % every, start)
+        assert writer >= last
+        assert writer == pipeline.writer(step, last)
+    elif step - staleness >= start:
+        assert writer == step - staleness
+
+
+def test_a_pipeline_without_room_is_refused() -> None:
+    wrongs: list[Any] = [{"max_staleness": -1}, {"max_buffer_bytes": 0}, {"barrier_every": -1}]
+    for wrong in wrongs:
+        with pytest.raises(ConfigurationError, match="the pipeline needs"):
+            Pipeline(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("versions", "why"),
+    [
+        ([7, 7, 7], ""),
+        ([5, 7, 7], "stale"),  # the newest token is young enough, the oldest is not
+        ([7, 7, 5], "stale"),
+        ([6, 7, NOBODY], ""),
+        ([NOBODY] * 3, ""),
+        ([6, 7, 9], "unknown weights"),  # never published
+        ([6, 6, 8], "unknown weights"),  # published, but with other weights
+    ],
+)
+def test_the_bound_holds_for_every_token_and_every_version_must_be_known(
+    make: Any, versions: list[int], why: str
+) -> None:
+    published = {v: f"w{v}" for v in range(5, 9)}
+    text = make.trajectory(
+        [1], [2, 3, 4], versions=np.array(versions, np.int32), digests=published | {8: "others", 9: "w9", NOBODY: ""}
+    )
+    assert Pipeline(max_staleness=2).refusal(text, 8, published | {NOBODY: ""}) == why
+
+
+def gaps(bench: Bench) -> list[int]:
+    """How far behind every token was when it was trained."""
+    return [
+        record.step - 1 - int(version)
+        for record in bench.records
+        for item in record.scored
+        for version in item.trajectory.versions
+    ]
+
+
+@dataclass
+class InFlight(Model):
+    """Writes a few tokens, gives way, and goes on with whatever weights it has then, as an engine does."""
+
+    async def generate(self, requests: Sequence[ports.GenerateRequest]) -> list[ports.Completion]:
+        pieces: list[list[ports.Completion]] = []
+        sampling, left = requests[0].sampling, requests[0].sampling.max_tokens
+        for _ in range(4):
+            now = [replace(r, sampling=replace(sampling, max_tokens=left // 4)) for r in requests]
+            pieces.append(await super().generate(now))
+            requests = [
+                replace(r, context_ids=np.append(r.context_ids, c.token_ids))
+                for r, c in zip(requests, pieces[-1], strict=True)
+            ]
+        return [
+            replace(
+                parts[-1],
+                token_ids=np.concatenate([p.token_ids for p in parts]),
+                versions=np.concatenate([p.versions for p in parts]),
+                behavior=type(parts[0].behavior).concat([p.behavior for p in parts]),
+            )
+            for parts in zip(*pieces, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(("steps", "update"), [(60, WeightUpdate.DRAIN), (1000, WeightUpdate.IN_FLIGHT)])
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
+def test_over_steps_of_random_delays_no_token_is_staler_than_allowed(
+    make: Any, steps: int, max_staleness: int, update: WeightUpdate
+) -> None:
+    bench = Bench(make, wait=Pause(max_staleness, turns=6), lr=0.0)
+    bench.prompts.prompts_per_step, bench.prompts.group_size = 2, 2
+    if update is WeightUpdate.IN_FLIGHT:
+        student = InFlight(bench.student.table, wait=Pause(7, turns=4))
+        bench.engines = replace(bench.engines, student=student)
+    ledger = asyncio.run(bench.run(SHORT, steps, max_staleness=max_staleness, update=update))
+    found = gaps(bench)
+    assert min(found) >= 0 and max(found) == max_staleness
+    mixed = [len(set(i.trajectory.versions.tolist())) > 1 for r in bench.records for i in r.scored]
+    assert any(mixed) == (update is WeightUpdate.IN_FLIGHT and max_staleness > 0), "drained text has one version"
+    assert ledger.trained == 2 * 2 * steps and not ledger.requeued and not ledger.dropped
+
+
+def losses(bench: Bench) -> list[float]:
+    return [record.report.loss for record in bench.records]
+
+
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
+def test_deterministic_runs_are_bit_equal_whatever_the_speeds(make: Any, max_staleness: int, every: int) -> None:
+    runs = []
+    for seed in range(4):
+        bench = Bench(make, wait=Pause(seed, turns=40), lr=4.0)
+        asyncio.run(bench.run(SHORT, 12, deterministic=True, max_staleness=max_staleness, barrier_every=every))
+        runs.append((losses(bench), bench.learner.table))
+        assert max(gaps(bench)) == min(max_staleness, every - 1 if every else max_staleness)
+        versions = [{int(v) for i in r.scored for v in i.trajectory.versions} for r in bench.records]
+        assert all(len(of_step) == 1 for of_step in versions)
+    for other, table in runs[1:]:
+        assert other == runs[0][0]
+        assert bool((table == runs[0][1]).all())
+
+
+@dataclass
+class FollowedLearner(TableLearner):
+    """Its teacher takes every version in, too, which changes what it says (as `teacher.mixup` does)."""
+
+    reader: Any = None
+
+    async def publish(self, student: Any, version: int) -> ports.PublishReport:
+        report = await super().publish(student, version)
+        self.reader.table = log_softmax(0.5 * torch.as_tensor(self.reader.table) + 0.5 * self.table)
+        return report
+
+
+@pytest.mark.parametrize("follows", [True, False])
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_what_a_teacher_says_that_follows_the_student_does_not_depend_on_speeds(
+    make: Any, max_staleness: int, follows: bool
+) -> None:
+    """`follows=False` is the witness: the pipeline is not told, and text is read before or after the teacher moves."""
+    runs = set()
+    for seed in range(4):
+        bench = Bench(make, wait=Pause(seed, turns=40), lr=4.0)
+        own, reader = bench.learner, bench.engines.teachers["default"]
+        bench.learner = FollowedLearner(own.table, own.teacher, own.lr, own.wait, reader=reader)
+        chosen = method(WrittenTokens(), SampledReverseKL(signal=Speaker.STUDENT))
+        options = {"max_staleness": max_staleness, "teacher_follows": follows}
+        asyncio.run(bench.run(chosen, 12, deterministic=True, **options))
+        runs.add(tuple(losses(bench)))
+    assert (len(runs) == 1) == follows
+
+
+def test_without_it_they_differ(make: Any) -> None:
+    """The witness of the test above: the same delays do change an asynchronous run that is not deterministic."""
+    runs = set()
+    for seed in range(6):
+        bench = Bench(make, wait=Pause(seed, turns=40), lr=4.0)
+        student = InFlight(bench.student.table, wait=Pause(seed, turns=40))
+        bench.engines = replace(bench.engines, student=student)
+        asyncio.run(bench.run(SHORT, 12, deterministic=False, max_staleness=2))
+        runs.add(tuple(losses(bench)))
+    assert len(runs) > 1
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_run_that_is_stopped_at_any_step_and_resumed_is_the_uninterrupted_run(make: Any, max_staleness: int) -> None:
+    every, steps = 2, 20
+    options = {"deterministic": True, "max_staleness": max_staleness, "barrier_every": every}
+    whole = Bench(make, wait=Pause(0), lr=4.0)
+    ledger = asyncio.run(whole.run(FULL, steps, **options))
+    for kill in range(1, steps + 1):
+        first, saved = Bench(make, wait=Pause(kill), lr=4.0), {}
+
+        async def save(record: Any, first: Bench = first, saved: dict = saved, kill: int = kill) -> None:
+            if record.step % every == 0:
+                saved[0] = (record.step, first.learner.table.clone(), first.ledger.to_json())
+            if record.step == kill:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(first.run(FULL, steps, save, **options))
+        second = Bench(make, wait=Pause(100 + kill), lr=4.0)
+        start, account = 0, Ledger()
+        if saved:
+            start, second.learner.table, text = saved[0]
+            second.student.table = log_softmax(second.learner.table)
+            account = Ledger.from_json(text)
+            account.reopen()
+        end = asyncio.run(second.run(FULL, steps, start=start, ledger=account, **options))
+        assert losses(first)[:start] + losses(second) == losses(whole), f"killed after step {kill}"
+        assert bool((second.learner.table == whole.learner.table).all())
+        assert (end.issued, end.trained, end.outstanding) == (ledger.issued, ledger.trained, 0)
+
+
+@dataclass
+class Laggard(Model):
+    """An engine that says it took the new weights and did not: it serves those of `behind` updates ago."""
+
+    behind: int = 0
+    until: int = 10**9
+    asked: int = 0
+
+    async def generate(self, requests: Sequence[ports.GenerateRequest]) -> list[ports.Completion]:
+        self.asked += 1
+        behind = self.behind if self.asked <= self.until and self.version else 0  # there is none before the first
+        return [replace(c, versions=c.versions - behind) for c in await super().generate(requests)]
+
+
+def bench_with(make: Any, student: Callable[[Bench], Model]) -> Bench:
+    bench = Bench(make)
+    bench.engines = replace(bench.engines, student=student(bench))
+    return bench
+
+
+def test_text_of_an_engine_that_missed_an_update_is_written_again(make: Any) -> None:
+    def lagging_for_a_while(bench: Bench) -> Laggard:
+        return Laggard(bench.student.table, behind=1, until=5)
+
+    bench = bench_with(make, lagging_for_a_while)
+    ledger = asyncio.run(bench.run(SHORT, 5))
+    assert max(gaps(bench)) == 0
+    assert ledger.requeued["stale"] == 2 * GROUP  # the second step's two groups ...
+    assert ledger.dropped["stale"] == 1 * GROUP  # ... of which one came back stale once more
+    assert ledger.trained == 5 * 2 * GROUP - GROUP and ledger.outstanding == 0
+
+
+def test_text_that_comes_back_stale_is_dropped_with_the_reason_and_never_trained(make: Any) -> None:
+    bench = bench_with(make, lambda bench: Laggard(bench.student.table, behind=1))
+    with pytest.raises(BaseExceptionGroup):  # three steps without anything to train are an error
+        asyncio.run(bench.run(SHORT, 5))
+    assert bench.learner.steps == 1, "the first step, before which there was nothing to miss"
+    assert bench.ledger.dropped["stale"] == bench.ledger.requeued["stale"] == 3 * 2 * GROUP
+
+
+def test_text_of_weights_that_nobody_published_is_dropped(make: Any) -> None:
+    bench = bench_with(make, lambda bench: Laggard(bench.student.table, behind=-7))
+    with pytest.raises(BaseExceptionGroup):
+        asyncio.run(bench.run(SHORT, 5))
+    assert bench.learner.steps == 1 and bench.ledger.dropped["unknown weights"] == 3 * 2 * GROUP
+
+
+def test_a_teacher_s_text_has_no_age(make: Any) -> None:
+    bench = Bench(make)
+    asyncio.run(bench.run(method(Unscored(), Likelihood(), rollout=TeacherRollout(max_tokens=8)), 4))
+    assert {int(v) for r in bench.records for i in r.scored for v in i.trajectory.versions} == {NOBODY}
+    assert bench.learner.steps == 4
+
+
+def test_backpressure_holds_back_what_staleness_would_allow(make: Any) -> None:
+    asked = {}
+    for limit in (1, 4 << 30):
+        bench = Bench(make, wait=Pause(1))
+        ahead: list[int] = []
+
+        async def look(record: Any, bench: Bench = bench, ahead: list[int] = ahead) -> None:
+            for _ in range(60):
+                await asyncio.sleep(0)
+            ahead.append(max(bench.prompts.asked) + 1 - record.step)
+
+        asyncio.run(bench.run(SHORT, 12, look, max_staleness=4, max_buffer_bytes=limit))
+        asked[limit] = max(ahead[5:8])  # before, the size of a step was not known
+    assert asked == {1: 0, 4 << 30: 4}
+
+
+def test_a_step_is_begun_while_less_than_the_bound_is_held_or_expected(make: Any) -> None:
+    """All steps are alike large, so that what is expected is known to the byte."""
+    most = {}
+    for spare in (-1, 0, 1):
+        bench = Bench(make)
+        held: list[int] = []
+
+        async def look(record: Any, bench: Bench = bench, held: list[int] = held) -> None:
+            await asyncio.sleep(0.01)
+            held.append(max(bench.prompts.asked) + 2 - record.step)  # this one, and those that wait for it
+
+        size = 2 * _nbytes_of_a_step(make) + spare
+        asyncio.run(bench.run(SHORT, 24, look, max_staleness=9, max_buffer_bytes=size))
+        most[spare] = max(held[14:18])
+    assert most == {-1: 2, 0: 2, 1: 3}
+
+
+def _nbytes_of_a_step(make: Any) -> int:
+    bench = Bench(make)
+    asyncio.run(bench.run(SHORT, 1))
+    return sum(nbytes(item) for item in bench.records[0].scored)
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_draining_finishes_all_text_of_a_step_before_new_weights_arrive(make: Any, seed: int, prompts: int) -> None:
+    bench = Bench(make, wait=Pause(seed))
+    bench.prompts.prompts_per_step = prompts
+
+    async def run() -> None:
+        update = WeightUpdate.DRAIN
+        await asyncio.wait_for(bench.run(SHORT, 8, max_staleness=2, update=update), 60)  # it could wait for ever
+
+    asyncio.run(run())
+    for record in bench.records:
+        for item in record.scored:
+            assert len(set(item.trajectory.versions.tolist())) == 1, "one completion has tokens of two versions"
+    assert len(bench.records) == 8
+
+
+def test_what_was_trained_is_let_go(make: Any) -> None:
+    def collected() -> int:
+        return sum(type(one) is Collected for one in gc.get_objects())
+
+    bench = Bench(make)
+    gc.collect()
+    held, of_others = list[int](), collected()
+
+    async def look(record: Any) -> None:
+        bench.records.clear()  # they hold the text as well
+        held.append(collected() - of_others)
+
+    asyncio.run(bench.run(SHORT, 12, look, max_staleness=1))
+    assert max(held) <= 4
+
+
+@pytest.mark.parametrize(
+    ("staleness", "deterministic", "every", "repeating"),
+    [
+        (0, True, 0, range(10)),
+        (0, False, 0, range(10)),
+        (2, False, 3, ()),
+        (2, True, 0, ()),
+        (2, True, 3, (0, 3, 6, 9)),
+        (2, True, 4, (0, 4, 8)),
+    ],
+)
+def test_which_checkpoints_a_run_goes_on_from_as_if_it_had_not_stopped(
+    staleness: int, deterministic: bool, every: int, repeating: Sequence[int]
+) -> None:
+    pipeline = Pipeline(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
+    assert [step for step in range(10) if pipeline.repeats_from(step)] == list(repeating)
+    anywhere = not (deterministic and every)
+    assert [step for step in range(10) if pipeline.may_pause(step)] == [
+        step for step in range(10) if anywhere or step in repeating
+    ]
+
+
+def test_when_a_step_was_written_and_read() -> None:
+    """The last of all groups counts, in whatever order they came; a step without any took no time."""
+    spans = [
+        Span(role=role, step=1, start=1.0, end=end)
+        for role, end in [(Role.ROLLOUT, 4.0), (Role.TEACHER, 9.0), (Role.ROLLOUT, 3.0), (Role.TEACHER, 7.0)]
+    ]
+    collected = Collected(step=0, began=1.0, asked=[], spans=spans)
+    assert (collected.written, collected.read) == (4.0, 9.0)
+    nothing = Collected(step=0, began=1.0, asked=[])
+    assert (nothing.written, nothing.read) == (1.0, 1.0)

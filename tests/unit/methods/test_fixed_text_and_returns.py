@@ -1,0 +1,160 @@
+"""Text of two sources, answers as text, tokens left out, and credit for what a token leads to."""
+
+import asyncio
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from opd.certify.engines import Notes, engines
+from opd.certify.models import TinyModel
+from opd.certify.states import read
+from opd.certify.worlds import make_world
+from opd.errors import ConfigurationError, DataError
+from opd.loss.chunked import StudentLogits
+from opd.loss.packing import Constant, pack
+from opd.method.method import Method
+from opd.objectives.returns import MiniLLM
+from opd.objectives.sampled import SampledReverseKL
+from opd.objectives.vocabulary import JensenShannon
+from opd.ports import Layout
+from opd.rollouts.mixed import AnswerRollout, Mixed
+from opd.rollouts.student import StudentRollout, TeacherRollout
+from opd.scorers.returns import WithReturns, returns
+from opd.scorers.teacher import TeacherHidden, Unscored, WrittenTokens
+from opd.token_weights.length import SkipTruncated
+from opd.token_weights.special_tokens import SkipFirst, look_up
+from opd.token_weights.teachers import TeacherBalance
+from opd.types import Scored, Stop, TokenScores, TopKReturnScores
+
+STUDENT, TEACHER = StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)
+
+
+def mixed(fraction: float, seed: int = 0) -> Mixed:
+    return Mixed(student=STUDENT, fixed=TEACHER, fraction=fraction, seed=seed)
+
+
+def test_the_share_of_student_text_is_lambda_and_a_pure_function_of_prompt_and_seed() -> None:
+    ids = [f"shop/{i}" for i in range(2000)]
+    for fraction in (0.0, 0.3, 1.0):
+        share = np.mean([mixed(fraction).student_writes(i) for i in ids])
+        assert abs(share - fraction) <= 4 * np.sqrt(fraction * (1 - fraction) / len(ids))
+    assert [mixed(0.5).student_writes(i) for i in ids] == [mixed(0.5).student_writes(i) for i in ids]
+    other = [mixed(0.5, seed=1).student_writes(i) for i in ids]
+    assert 0.4 < np.mean(np.equal(other, [mixed(0.5).student_writes(i) for i in ids])) < 0.6
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_a_share_out_of_range_is_refused(fraction: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"Mixed\.fraction needs a number from 0 to 1, got"):
+        mixed(fraction)
+
+
+def test_a_mixture_is_on_policy_only_where_nothing_is_mixed_in() -> None:
+    parts: Any = {"name": "m", "scorer": WrittenTokens(), "objective": SampledReverseKL()}
+    assert Method(**parts, rollout=mixed(1.0))
+    with pytest.raises(ConfigurationError, match=r"SampledReverseKL estimates from .* but rollout Mixed has text of"):
+        Method(**parts, rollout=mixed(0.9))
+    assert Method(name="g", rollout=mixed(0.5), scorer=TeacherHidden(), objective=JensenShannon())
+    topk = Mixed(student=StudentRollout(max_tokens=8, record_topk=4), fixed=TEACHER)
+    assert topk.records is TokenScores and topk.needs_writer
+    assert not Mixed(student=STUDENT, fixed=AnswerRollout(max_tokens=8)).needs_writer
+
+
+def test_a_group_has_one_source() -> None:
+    world = make_world(0, 9)
+    for fraction, model in ((0.0, world.teachers["default"]), (1.0, world.student)):
+        for item in read(mixed(fraction), Unscored(), world).scored:
+            prompt = item.trajectory.prompt
+            context = prompt.student_ids if fraction else prompt.teacher_ids
+            (row,) = model.logprobs([(context, item.trajectory.token_ids)])
+            expected = row.gather(-1, torch.as_tensor(item.trajectory.token_ids).long()[:, None])[:, 0]
+            np.testing.assert_allclose(item.trajectory.behavior.logprobs, expected.numpy(), atol=1e-12)
+
+
+def test_an_answer_is_read_to_its_end_or_cut(make: Any) -> None:
+    box = engines(make_world(0, 6), Notes())
+    prompts = [make.prompt([1], answer="4 5"), make.prompt([1], answer="4 5 3 2")]
+    whole, cut = asyncio.run(AnswerRollout(max_tokens=3)(prompts, box))
+    assert whole.token_ids.tolist() == [4, 5, 0] and whole.stop is Stop.END
+    assert cut.token_ids.tolist() == [4, 5, 3] and cut.stop is Stop.LENGTH
+    assert cut.sample == 1 and not cut.behavior.logprobs.any() and cut.loss_mask.all()
+    with pytest.raises(DataError, match=r"AnswerRollout needs an answer for every prompt, but 'p' has none; set"):
+        asyncio.run(AnswerRollout(max_tokens=3)([make.prompt([1])], box))
+
+
+def test_the_first_occurrence_is_left_out_and_the_second_is_not(make: Any) -> None:
+    step = [make.scored([7], [5, 7, 5, 7, 2]), make.scored([7], [1, 2])]
+    assert [w.tolist() for w in SkipFirst(token_ids=[7, 5])(step)] == [[0, 0, 1, 1, 1], [1, 1]]
+    assert [w.tolist() for w in SkipFirst()(step)] == [[1] * 5, [1, 1]]
+
+
+def test_tokens_are_left_out_by_name_where_the_vocabulary_has_them(make: Any) -> None:
+    named = SkipFirst(token_ids=[2], tokens=["<", "think"])
+    known = look_up({"special": named, "whole": SkipTruncated()}, {"<": 7, "a": 5})
+    assert known == {"special": SkipFirst(token_ids=(2, 7)), "whole": SkipTruncated()}
+    step = [make.scored([7], [5, 7, 7, 2])]
+    assert [w.tolist() for w in known["special"](step)] == [[1, 0, 1, 0]]
+    inside = look_up({"balance": TeacherBalance(filters={"special": named})}, {"<": 7})
+    assert inside == {"balance": TeacherBalance(filters={"special": SkipFirst(token_ids=(2, 7))})}
+
+
+def test_a_token_whose_id_was_not_looked_up_is_never_trained_by_mistake(make: Any) -> None:
+    step = [make.scored([7], [5, 7, 7, 2])]
+    named = SkipFirst(tokens=["<"])
+    for weight in (named, TeacherBalance(filters={"special": named})):
+        with pytest.raises(ConfigurationError, match=r"SkipFirst names tokens \['<'\] and needs their ids .*; look"):
+            weight(step)
+
+
+def test_returns_are_what_comes_after() -> None:
+    rewards = np.array([9.0, 1.0, 2.0, 4.0])
+    assert returns(rewards, 1.0, False).tolist() == [7, 6, 4, 0]
+    assert returns(rewards, 0.5, False).tolist() == [3, 4, 4, 0]
+    assert returns(rewards, 1.0, True).tolist() == [7 / 3, 3, 4, 0]
+    assert returns(rewards[:1], 1.0, True).tolist() == [0] and returns(rewards[:0], 1.0, True).tolist() == []
+    for wrong in ({"discount": 1.5}, {"reward_scale": 0.0}):
+        with pytest.raises(ConfigurationError, match=r"WithReturns\.(discount|reward_scale) needs a number from"):
+            WithReturns(**wrong)
+
+
+def test_without_normalisation_minillm_is_the_gradient_of_the_sequence_kl(make: Any) -> None:
+    """All sequences of two tokens, enumerated: both parts together see how a token moves the next state."""
+    world, context = make_world(3, 6), np.array([1], dtype=np.int32)
+    texts = [np.array(pair, dtype=np.int32) for pair in product(range(6), repeat=2)]
+
+    def logprob(model: TinyModel, text: np.ndarray) -> Tensor:
+        (rows,) = model.logprobs([(context, text)])
+        return rows.gather(-1, torch.as_tensor(text).long()[:, None])[:, 0]
+
+    student = TinyModel(
+        embedding=world.student.embedding.clone().requires_grad_(), head=world.student.head.clone().requires_grad_()
+    )
+    own = torch.stack([logprob(student, t).sum() for t in texts])
+    other = torch.stack([logprob(world.teachers["default"], t).sum() for t in texts])
+    parameters = (student.embedding, student.head)
+    exact = torch.autograd.grad((own.exp() * (own - other.detach())).sum(), parameters)
+
+    written = []
+    for text in texts:
+        behavior = TokenScores(logprobs=logprob(world.student, text).numpy())
+        written.append(make.trajectory(context, text, prompt=make.prompt(context), behavior=behavior))
+    scorer = WithReturns(k=2, length_normalized=False)
+    said = asyncio.run(scorer(written, engines(world, Notes())))
+    assert all(type(s) is TopKReturnScores for s in said)
+    scored: Any = [Scored(trajectory=t, scores=s) for t, s in zip(written, said, strict=True)]
+    chances = [np.full(2, chance) for chance in own.detach().exp().numpy()]
+    ((batch,),) = pack(scored, chances, Layout(ranks=1, tokens_per_microbatch=100), Constant(divisor=1.0))
+    here = batch.to("cpu", lambda handle: handle)
+    logits = student.hidden(here.input_ids, here.position_ids)[here.predict_at] @ student.head.T
+    losses = {part: part(StudentLogits(logits=logits), here).loss for part in (MiniLLM(), MiniLLM(long_weight=0.0))}
+    got = {
+        part: torch.autograd.grad((here.weights * loss).sum(), parameters, retain_graph=True)
+        for part, loss in losses.items()
+    }
+    for mine, single, right in zip(got[MiniLLM()], got[MiniLLM(long_weight=0.0)], exact, strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=1e-6)
+        assert float((single - right).abs().max()) > 1e-3

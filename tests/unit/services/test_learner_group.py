@@ -1,0 +1,98 @@
+"""How the loss of a rank is told apart from everything else that a rank may say."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError
+
+from launch.services.learner_group import LearnerGroup, RanksLost
+from launch.services.replicas import Fault
+from learner.config import LearnerConfig
+from opd.errors import DataError, OpdError
+from opd.ports import Manifest, Receipt, Sentinel, Share, Weights
+
+DEADLINE_S, START_S = 1.0, 3.0  # as short as settings allow
+
+
+async def say(answer: Any = None, after_s: float = 0.0) -> Any:
+    await asyncio.sleep(after_s)
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def rank(**answers: Callable[[], Awaitable[Any]]) -> Any:
+    """As Ray shows it: `answers` has what comes of each method."""
+    return SimpleNamespace(
+        **{name: SimpleNamespace(remote=lambda *_, answer=answer: answer()) for name, answer in answers.items()}
+    )
+
+
+def group(*ranks: Any) -> LearnerGroup:
+    async def look(*actors: Any, error: BaseException | None = None) -> str:
+        return f" (where {len(actors)} stood)" if error is None else " (last words)"
+
+    return LearnerGroup(ranks, LearnerConfig(ranks=len(ranks), deadline_s=DEADLINE_S), look, START_S)
+
+
+def died() -> ActorDiedError:
+    return ActorDiedError()
+
+
+@pytest.mark.parametrize("first", ["the dead one", "its partner"])
+def test_a_rank_that_died_is_lost_whoever_is_told_first(first: str) -> None:
+    late = 0.05
+    one = rank(load=lambda: say(died(), late if first == "its partner" else 0.0))
+    other = rank(load=lambda: say(RuntimeError("Connection closed by peer"), 0.0 if first == "its partner" else late))
+    with pytest.raises(RanksLost, match=r"^a learner rank died \(ActorDiedError\) \(last words\)$") as caught:
+        asyncio.run(group(one, other).load(Any))  # type: ignore[arg-type]
+    assert caught.value.fault is Fault.DIED
+
+
+def test_a_rank_that_hangs_is_looked_at_with_the_others_and_lost() -> None:
+    one, other = rank(load=lambda: say(None, 9.0)), rank(load=say)
+    with pytest.raises(RanksLost, match=r"a learner rank did not answer within .* \(where 2 stood\)$") as caught:
+        asyncio.run(group(one, other).load(Any))  # type: ignore[arg-type]
+    assert caught.value.fault is Fault.HUNG
+
+
+@pytest.mark.parametrize("seconds", [1.5, 9.0])
+def test_ranks_may_take_longer_to_start_than_to_answer(seconds: float) -> None:
+    one = rank(address=lambda: say(("host", 1)), setup=lambda: say(None, seconds))
+    if seconds < START_S:
+        asyncio.run(group(one).setup())
+        return
+    with pytest.raises(RanksLost, match=r"a learner rank did not answer within 3 s"):
+        asyncio.run(group(one).setup())
+
+
+@pytest.mark.parametrize("error", [DataError("no number"), OpdError("out of memory")])
+def test_what_a_rank_says_itself_is_no_loss(error: OpdError) -> None:
+    with pytest.raises(type(error), match=str(error)) as caught:
+        asyncio.run(group(rank(load=lambda: say(error))).load(Any))  # type: ignore[arg-type]
+    assert not isinstance(caught.value, RanksLost)
+
+
+class Engine:
+    """Cannot read the weights."""
+
+    async def generate(self, requests: list) -> list:
+        return []
+
+    async def receive(self, weights: Weights) -> Receipt:
+        raise DataError("chunk 0 cannot be opened")
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_weights_that_nobody_can_read_are_a_lost_rank_if_one_is_gone(alive: bool) -> None:
+    sentinel = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
+    manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
+    share = Share(version=3, manifest=manifest, chunks=(), sentinel=sentinel)
+    one = rank(share=lambda: say(share), stats=lambda: say({} if alive else died()))
+    kind, says = (DataError, "chunk 0 cannot be opened") if alive else (RanksLost, "a learner rank died")
+    with pytest.raises(kind, match=says):
+        asyncio.run(group(one).publish(Engine(), 3))

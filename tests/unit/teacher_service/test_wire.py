@@ -1,0 +1,262 @@
+"""Frames come back as they went, and not one of ten thousand damaged ones is accepted."""
+
+import pickle
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner import checkpoint
+from opd.errors import DataError
+from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
+from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
+from teacher_service.frames import (
+    FrameError,
+    Limits,
+    Question,
+    Reply,
+    TooDeep,
+    TooLarge,
+    decode_question,
+    decode_reply,
+    encode_question,
+    encode_reply,
+    request_digest,
+)
+from tests.fault_matrix import Witness
+
+LIMITS = Limits(requests=9, tokens=400, k=8, frame_bytes=1 << 16)
+CALL, MODEL = bytes(range(16)), bytes(range(16, 32))
+
+
+def question(seed: int, count: int = 5) -> Question:
+    """Requests of every kind and many lengths."""
+    random = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        context, tokens, k = random.integers(0, 9), random.integers(0, 12), random.integers(1, 5)
+        wants = (WrittenToken(), TopK(k=int(k)), AtIds(ids=ids(random, (tokens, k))), LastHidden())
+        made.append(
+            ScoreRequest(context_ids=ids(random, context), token_ids=ids(random, tokens), want=wants[(seed + i) % 4])
+        )
+    return Question(call=random.bytes(16), requests=tuple(made))
+
+
+def ids(random: np.random.Generator, shape: Any) -> np.ndarray:
+    return random.integers(-(2**31), 2**31, shape).astype(np.int32)
+
+
+def reply(seed: int, count: int = 5) -> Reply:
+    """Answers of every kind: any bits at all, also NaN."""
+    random = np.random.default_rng(seed)
+    made: list[TokenScores] = []
+    for i in range(count):
+        tokens, k = (int(random.integers(*r)) for r in ((0, 12), (1, 5)))
+        logprobs = bits(random, (tokens,), np.float32)
+        rows = bits(random, (tokens, k), (np.float32, np.uint16)[seed % 2])
+        order = random.permutation(tokens)
+        made.append(
+            (
+                TokenScores(logprobs=logprobs),
+                TopKScores(
+                    logprobs=logprobs,
+                    topk_ids=ids(random, (tokens, k)),
+                    topk_logprobs=bits(random, (tokens, k), np.float32),
+                ),
+                HiddenScores(logprobs=logprobs, hidden=RemoteRows(pieces=((rows, order),))),
+            )[(seed + i) % 3]
+        )
+    digests = tuple(random.bytes(16) for _ in made)
+    return Reply(call=random.bytes(16), model=random.bytes(16), digests=digests, answers=tuple(made))
+
+
+def bits(random: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(random.bytes(size), dtype).reshape(shape)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal bit for bit."""
+    if isinstance(a, RemoteRows):
+        return same(*(np.concatenate([array[rows] for array, rows in x.pieces]) for x in (a, b)))
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if hasattr(a, "__dataclass_fields__"):
+        return type(a) is type(b) and all(same(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 9))
+def test_frames_come_back_as_they_went(seed: int, count: int) -> None:
+    asked, said = question(seed, count), reply(seed, count)
+    assert same(decode_question(encode_question(asked), LIMITS), asked)
+    assert same(decode_reply(encode_reply(said), LIMITS), said)
+
+
+def mutated(frame: bytes, random: np.random.Generator) -> bytes:
+    """One accident: a flipped bit, a changed, lost, doubled or swapped stretch, a cut, something appended."""
+    at, other = (int(i) for i in random.integers(0, len(frame), 2))
+    low, high = min(at, other), max(at, other) + 1
+    flipped = frame[:at] + bytes([frame[at] ^ 1 << int(random.integers(8))]) + frame[at + 1 :]
+    choices = (
+        flipped,
+        flipped,
+        frame[:low] + random.bytes(high - low) + frame[high:],
+        frame[:low] + frame[high:],
+        frame[:high] + frame[low:],
+        frame[:at],
+        frame + random.bytes(1 + at % 40),
+        frame[:low] + frame[low:high][::-1] + frame[high:],
+    )
+    return choices[int(random.integers(len(choices)))]
+
+
+@pytest.mark.faults("frame damaged")
+@pytest.mark.parametrize(
+    ("frame", "decode"), [(encode_question(question(1)), decode_question), (encode_reply(reply(1)), decode_reply)]
+)
+def test_none_of_ten_thousand_damaged_frames_is_accepted(
+    frame: bytes, decode: Callable[..., Any], witness: Witness
+) -> None:
+    random = np.random.default_rng(0)
+    accepted = refused = 0
+    while refused + accepted < 10_000:
+        bad = mutated(frame, random)
+        if bad == frame:  # a stretch that is its own mirror image
+            continue
+        try:
+            decode(bad, LIMITS)
+            accepted += 1
+        except FrameError:
+            refused += 1
+    assert (accepted, refused) == (0, 10_000)
+    witness("frame damaged", refused)
+
+
+class Payload:
+    """What a pickle does to whoever reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def pickled(path: Path) -> bytes:
+    """A pickle that makes `path` when it is read; tried once, so that it is known to bite."""
+    data = pickle.dumps(Payload(path))
+    pickle.loads(data)  # noqa: S301 (our own)
+    assert path.exists()
+    path.unlink()
+    return data
+
+
+@pytest.mark.faults("pickle from outside")
+def test_a_pickle_where_a_frame_or_a_shard_belongs_is_refused_and_not_read(tmp_path: Path, witness: Witness) -> None:
+    bite = pickled(tmp_path / "bitten")
+    header = encode_reply(reply(1))[:64]
+    for decode in (decode_question, decode_reply):
+        for frame in (bite, header + bite):
+            witness("pickle from outside")
+            with pytest.raises(FrameError):
+                decode(frame, LIMITS)
+    shard = tmp_path / "learner" / checkpoint.shard_name(0)
+    shard.parent.mkdir()
+    shard.write_bytes(bite)
+    witness("pickle from outside")
+    with pytest.raises(DataError, match="is no 'opd learner shard"):
+        checkpoint.Shards(shard.parent)
+    torch.save({"weight": Payload(tmp_path / "bitten")}, shard)
+    witness("pickle from outside")
+    with pytest.raises(DataError, match="is no 'opd learner shard"):
+        checkpoint.Shards(shard.parent)
+    assert not (tmp_path / "bitten").exists()
+
+
+def test_every_single_bit_counts() -> None:
+    for frame, decode in (
+        (encode_question(question(2, 2)), decode_question),
+        (encode_reply(reply(2, 2)), decode_reply),
+    ):
+        for bit in range(8 * len(frame)):
+            bad = bytearray(frame)
+            bad[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(FrameError):
+                decode(bytes(bad), LIMITS)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_frame_with_a_right_digest_and_a_wrong_table_is_refused_or_means_something_else(seed: int) -> None:
+    """Whoever knows the format may send anything; nothing but the three errors ever comes of it."""
+    random = np.random.default_rng(seed)
+    for frame, decode in (
+        (encode_question(question(seed)), decode_question),
+        (encode_reply(reply(seed)), decode_reply),
+    ):
+        bad = bytearray(frame[:-16])
+        for _ in range(int(random.integers(1, 4))):
+            bad[int(random.integers(0, len(bad)))] = int(random.integers(256))
+        resealed = bytes(bad) + xxhash.xxh3_128_digest(bytes(bad))
+        with suppress(FrameError, TooLarge, TooDeep):
+            decode(resealed, LIMITS)
+
+
+def test_limits_are_kept_before_anything_is_allocated() -> None:
+    frame = encode_question(question(0, 5))
+    with pytest.raises(TooLarge, match="5 requests, but 4"):
+        decode_question(frame, replace(LIMITS, requests=4))
+    with pytest.raises(TooLarge, match="tokens, but 3"):
+        decode_question(frame, replace(LIMITS, tokens=3))
+    with pytest.raises(TooLarge, match=f"{len(frame)} bytes, but 100"):
+        decode_question(frame, replace(LIMITS, frame_bytes=100))
+    one = np.ones(1, dtype=np.int32)
+    deep = ScoreRequest(context_ids=one, token_ids=one, want=TopK(k=9))
+    with pytest.raises(TooDeep, match="9 log-probabilities per token, but 8"):
+        decode_question(encode_question(Question(call=CALL, requests=(deep,))), LIMITS)
+    with pytest.raises(TooLarge, match="tokens, but 3"):
+        decode_reply(encode_reply(reply(0)), replace(LIMITS, tokens=3))
+    huge = bytearray(encode_question(question(0, 1))[:-16])
+    struct.pack_into("<I", huge, 56, 2**32 - 1)  # a context of 4 billion tokens, in 100 bytes
+    with pytest.raises(TooLarge):
+        decode_question(bytes(huge) + xxhash.xxh3_128_digest(bytes(huge)), LIMITS)
+
+
+def test_a_question_is_no_answer() -> None:
+    with pytest.raises(FrameError, match="another kind"):
+        decode_reply(encode_question(question(0)), LIMITS)
+    with pytest.raises(FrameError, match="another kind"):
+        decode_question(encode_reply(reply(0)), LIMITS)
+    with pytest.raises(FrameError, match="too few"):
+        decode_question(b"", LIMITS)
+
+
+def test_the_digest_of_a_request_covers_all_of_it() -> None:
+    ids = np.arange(1, 5, dtype=np.int32)
+    base = ScoreRequest(context_ids=ids, token_ids=ids, want=TopK(k=3))
+    at = np.ones((4, 2), dtype=np.int32)
+    others = [
+        replace(base, context_ids=ids[:-1]),
+        replace(base, context_ids=ids + 1),
+        replace(base, token_ids=np.roll(ids, 1)),
+        replace(base, context_ids=np.append(ids, 1).astype(np.int32), token_ids=ids[1:]),
+        replace(base, want=TopK(k=2)),
+        replace(base, want=WrittenToken()),
+        replace(base, want=LastHidden()),
+        replace(base, want=AtIds(ids=at)),
+        replace(base, want=AtIds(ids=at + 1)),
+    ]
+    digests = {request_digest(r) for r in [base, *others]}
+    assert len(digests) == 1 + len(others)
+    assert request_digest(replace(base, token_ids=ids.copy())) == request_digest(base)

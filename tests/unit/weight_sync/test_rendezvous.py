@@ -1,0 +1,60 @@
+"""Where processes of a run meet: on the one address that was said, and on no other interface."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import pytest
+from torch.distributed.rendezvous import rendezvous
+
+from tests.onlooker import Onlooker
+from weight_sync.rendezvous import HOST, free_port, hosted_store, loopback, meeting_place, own_host
+
+SOON = timedelta(seconds=10)
+
+
+def listening() -> set[tuple[str, int]]:
+    found = psutil.Process().net_connections("inet")
+    return {(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN}
+
+
+def newly(make: Callable[[], Any]) -> tuple[Any, set[str]]:
+    """What was made, and the addresses that are listened on since."""
+    before = listening()
+    made = make()
+    return made, {address for address, _ in listening() - before}
+
+
+def test_a_store_listens_where_it_is_told() -> None:
+    store, addresses = newly(lambda: hosted_store("127.0.0.1", 0, SOON))
+    assert addresses == {"127.0.0.1"} and store is not None
+
+
+def test_ranks_meet_by_an_address_that_torch_and_deepspeed_take() -> None:
+    place = meeting_place("127.0.0.1", free_port("127.0.0.1"))
+    with ThreadPoolExecutor(2) as pool:
+
+        def meet(rank: int) -> tuple[object, int, int, bytes]:
+            store, own, world = next(iter(rendezvous(place, rank, 2, timeout=SOON)))
+            store.set(str(own), f"here is {own}")
+            return store, own, world, store.get(str(1 - own))  # the store of rank 0 serves as long as it is held
+
+        met, addresses = newly(lambda: list(pool.map(meet, range(2))))
+    assert [found[1:] for found in met] == [(0, 2, b"here is 1"), (1, 2, b"here is 0")]
+    assert addresses <= {"127.0.0.1"}
+
+
+def test_processes_of_a_local_session_stay_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in loopback().items():
+        monkeypatch.setenv(name, value)
+    assert own_host() == "127.0.0.1"
+    monkeypatch.delenv(HOST)
+    assert own_host() != "0.0.0.0"
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.7", "::ffff:192.0.2.7", "fe80::1"])
+def test_the_onlooker_tells_other_addresses_from_the_loopback(address: str) -> None:
+    seen = Onlooker(listening={("a", "127.0.0.1"), ("b", "::1"), ("c", "::ffff:127.0.0.1"), ("d", address)})
+    assert seen.open_to_others() == {("d", address)}

@@ -1,0 +1,81 @@
+"""Shared memory: read where it was written, never by the wrong reader, and gone with the process that wrote."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opd.errors import DataError
+from weight_sync.shared_memory import Segment, SharedMemory, place, read
+
+ROOT = Path(__file__).resolve().parents[3]
+WRITER = """
+import dataclasses, json, sys
+import numpy as np
+from weight_sync.shared_memory import SharedMemory
+segment = SharedMemory().put(1, 0, 100_000, lambda room: np.copyto(room, np.arange(100_000) % 251, casting="unsafe"))
+print(json.dumps(dataclasses.asdict(segment)), flush=True)
+sys.stdin.read()
+"""
+
+
+def put(outlet: SharedMemory, turn: int, content: bytes) -> Segment:
+    return outlet.put(turn, 0, len(content), lambda room: np.copyto(room, np.frombuffer(content, np.uint8)))
+
+
+def test_what_is_put_is_read_and_the_last_two_turns_stay() -> None:
+    outlet = SharedMemory()
+    first, second = put(outlet, 1, b"one"), put(outlet, 2, b"two")
+    assert bytes(read(first)) == b"one" and bytes(read(second)) == b"two"
+    third = put(outlet, 3, b"six")
+    assert bytes(read(second)) == b"two" and bytes(read(third)) == b"six"
+    assert bytes(read(first)) == b"six", "a turn's memory is used again, which is why digests are checked"
+    longer = put(outlet, 5, b"longer")
+    assert bytes(read(longer)) == b"longer"
+    assert bytes(read(put(outlet, 6, b""))) == b""
+    with pytest.raises(DataError, match=r"not the one that was published|cannot be opened"):
+        read(third)
+    outlet.close()
+
+
+def test_a_reader_can_change_nothing() -> None:
+    outlet = SharedMemory()
+    view = read(put(outlet, 1, b"fixed"))
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 0
+    outlet.close()
+
+
+def test_another_machine_and_another_file_are_refused() -> None:
+    outlet = SharedMemory()
+    segment = put(outlet, 1, b"here")
+    with pytest.raises(DataError, match=r"on one machine.*OBJECT_STORE"):
+        read(replace(segment, place="elsewhere"))
+    with pytest.raises(DataError, match="not the one that was published"):
+        read(replace(segment, inode=segment.inode + 1))
+    outlet.close()
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(segment)
+
+
+def test_nothing_is_left_of_a_learner_that_is_killed() -> None:
+    before = set(os.listdir("/dev/shm"))
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+
+        segment = Segment(**json.loads(writer.stdout.readline()))
+        assert segment.pid == writer.pid and segment.place == place()
+        held = read(segment)
+        writer.send_signal(signal.SIGKILL)
+    assert np.array_equal(held, np.arange(100_000) % 251), "what is mapped already stays"
+    with pytest.raises(DataError, match="the learner has ended"):
+        read(segment)
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "opd" in name}

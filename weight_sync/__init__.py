@@ -1,0 +1,1 @@
+"""Weight transfer from the learner to engines and teachers: shards, digests, receivers, transports."""
