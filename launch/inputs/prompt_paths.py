@@ -8,6 +8,7 @@ from pathlib import Path
 import xxhash
 
 from opd.errors import ConfigurationError, DataError
+from opd.settings.validation import shown
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -41,7 +42,8 @@ def files_of(path: str, key: str) -> tuple[Path, ...]:
             return (_file(source, key),)
         found = sorted(Path(name) for name in glob(path, recursive=True)) if any(c in path for c in "*?[") else []
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be read, a zero byte
-        raise ConfigurationError(f"{key} {path!r} cannot be looked at ({error}); correct the path") from error
+        why = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"{key} {shown(path)} cannot be looked at ({why}); correct the path") from error
     files = tuple(_file(file, key) for file in found if file.is_file())
     if files:
         return files

@@ -34,8 +34,8 @@ def first(numbers: list[int], most: int = 2) -> int:
 
 
 def test_a_sample_stays_what_it_was_where_the_code_did(tmp_path: Path) -> None:
-    file = tmp_path / "opd" / "ledger.py"
-    file.parent.mkdir()
+    file = tmp_path / "opd" / "loop" / "ledger.py"
+    file.parent.mkdir(parents=True)
     file.write_text(SOURCE)
     before = sample(tmp_path, 6, 1, ["ledger"])
     file.write_text(SOURCE.replace("import os", "import os\nMORE = 17\nLESS = not MORE") + "\nLAST = MORE - 4\n")
