@@ -17,7 +17,7 @@ from tests.mutants.operators import Mutant
 from tests.mutants.recorder import DURATIONS
 from tests.mutants.scope import PACKAGES, askable, sources
 
-SELECT = ["-m", "not ray and not slow and not faults and not gpu", "-k", "not vllm and not VLLM", "-n", "0"]
+SELECT = ["-m", "not ray and not slow and not gpu", "-k", "not vllm and not VLLM", "-n", "0"]
 _DEADLINE_S = 3600
 _AT_ONCE = 4  # test files in a process
 
