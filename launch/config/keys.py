@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.artifacts.moved import todays
 from launch.config.aliases import ALIASES, REASONS
-from launch.config.shipped import option_files
+from launch.config.shipped import option_files, shipped
 from opd.errors import ConfigurationError
 
 _RUN = "launch.config.run_config.RunConfig"
@@ -234,7 +234,7 @@ def _unknown(name: str) -> Setting:
 
 def keys(node: DictConfig) -> list[Key]:
     """All keys of a composed run with what they are set to."""
-    comments = dict(_comments(_HOME / "conf" / "config.yaml"))
+    comments = dict(_comments(shipped("conf") / "config.yaml"))
     found = []
     for name, setting, value in _leaves(node, _RUN):
         if setting is not None:
