@@ -1,17 +1,11 @@
-"""The schedule: overlap (P6), cost of the loop itself (P10), a simulated cluster with failures (P12).
+"""The real loop in virtual time: what schedules overlap (P6), and the runs of a simulated cluster (P12).
 
-    python benchmarks/schedule.py overlap  [devices] [steps]
-    python benchmarks/schedule.py loop     [samples] [ray]
-    python benchmarks/schedule.py cluster  [devices ...] [steps=60]
-
-`overlap` and `cluster` run the real loop, ledger, packing and pools in virtual time on simulated H200s (`simulated.py`)
-with response lengths that are log-normal; `loop` runs them in real time on engines that answer at once. Every figure
-has its limit beside it.
+The real loop, ledger, packing and pools on simulated H200s (`simulated.py`), with response lengths that are
+log-normal. Every figure has its limit beside it; `scale.py` is the command.
 """
 
 import asyncio
 import hashlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -318,25 +312,3 @@ def overlap(devices: int = 32, steps: int = 24) -> None:
                 f"{made.marks[-1].at / made.cpu_s:,.0f}",
             )  # fmt: skip
         console.print(table)
-
-
-def main() -> None:
-    """One of the three parts."""
-    if len(sys.argv) < 2 or sys.argv[1] not in ("overlap", "loop", "cluster"):
-        sys.exit(__doc__)
-    part, rest = sys.argv[1], [int(a) for a in sys.argv[2:] if a.isdigit()]
-    if part == "overlap":
-        overlap(*rest)
-    elif part == "loop":
-        from benchmarks.loop_cost import loop_cost
-
-        loop_cost(*rest, with_ray="ray" in sys.argv)
-    else:
-        from benchmarks.cluster import cluster
-
-        steps = next((int(a[6:]) for a in sys.argv[2:] if a.startswith("steps=")), 60)
-        cluster(rest or (64, 512, 4096), steps)
-
-
-if __name__ == "__main__":
-    main()

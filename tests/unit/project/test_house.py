@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -57,6 +58,45 @@ def test_import_rules_hold() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def modules() -> dict[str, set[str]]:
+    """Every module of the project that is shipped or measures, and the modules of the project that it imports."""
+    names = {
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
+        for folder in [*PACKAGES, "benchmarks"]
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        asked: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                asked |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                asked |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        found[name] = {one for one in asked & names.keys() if one != name and not name.startswith(f"{one}.")}
+    return found
+
+
+def test_no_file_imports_itself_by_a_detour() -> None:
+    """Benchmarks too, where import-linter does not look; imports within functions count."""
+    graph = modules()
+    assert len(graph) > 200
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_rooms_of_launch_are_joined_by_few_doors() -> None:
+    doors = {
+        (name.split(".")[1], one.split(".")[1])
+        for name, asked in modules().items()
+        for one in asked
+        if name.startswith("launch.") and one.startswith("launch.")
+    }
+    assert len([door for door in doors if door[0] != door[1]]) <= 30
 
 
 def test_the_library_imports_nothing_but_torch_numpy_and_digests() -> None:
