@@ -418,7 +418,7 @@ def test_a_server_that_cannot_be_reached_is_one_sentence_before_the_first_step(
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from launch import tracking
+from launch.monitors import trackers as tracking
 from test_tracking import COSTS, Meter, RunDirectory, RunPlan, TrackerConfig, WandbMode, WandbTracker, decode
 tracking._START_S = 5
 plan = RunPlan(method="opd", steps=9, resolved={}, decode=decode)
