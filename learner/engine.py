@@ -136,7 +136,7 @@ def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
     if math.isfinite(value):
         engine.step()
     else:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return value
 
 

@@ -40,7 +40,7 @@ def fragments(engine: DeepSpeedEngine, named: Named, zero_stage: int) -> list[Fr
     if zero_stage == 0:
         return [_whole(name, p, state[p]) for name, p in named]
     if zero_stage == 3:
-        return [f for name, p in named if (f := _partition(name, p)) is not None]
+        return [_partition(name, p) for name, p in named]
     return [_mapped(name, p, flat, state) for name, p in named if p._hp_mapping is not None]  # type: ignore[attr-defined]
 
 
@@ -92,18 +92,20 @@ def _whole(name: str, p: nn.Parameter, moments: Mapping[str, Tensor]) -> Fragmen
     return Fragment(parameter=name, start=0, state=state | {k: moments[k].view(-1) for k in checkpoint.KEYS[1:]})
 
 
-def _partition(name: str, p: nn.Parameter) -> Fragment | None:
-    """ZeRO-3: equal parts by rank, the last one padded."""
-    own: dict[str, Callable[[], Any]] = {
+def partition(elements: int, each: int, rank: int) -> range:
+    """Which of a parameter's `elements` lie on `rank`, where every rank has `each` and the last ones are padded."""
+    return range(rank * each, min((rank + 1) * each, elements))
+
+
+def _partition(name: str, p: nn.Parameter) -> Fragment:
+    """ZeRO-3: equal parts by rank."""
+    get: dict[str, Callable[[], Any]] = {
         checkpoint.MASTER: lambda: safe_get_local_fp32_param(p),
         **{k: lambda k=k: safe_get_local_optimizer_state(p, k) for k in checkpoint.KEYS[1:]},
     }
-    state = {key: get() for key, get in own.items()}
-    start = distributed.get_rank() * state[checkpoint.MASTER].numel()
-    length = min(state[checkpoint.MASTER].numel(), p.ds_numel - start)  # type: ignore[attr-defined]
-    if length <= 0:
-        return None
-    return Fragment(parameter=name, start=start, state={k: v.view(-1)[:length] for k, v in state.items()})
+    state = {key: one() for key, one in get.items()}
+    own = partition(p.ds_numel, state[checkpoint.MASTER].numel(), distributed.get_rank())  # type: ignore[attr-defined]
+    return Fragment(parameter=name, start=own.start, state={k: v.view(-1)[: len(own)] for k, v in state.items()})
 
 
 def _mapped(name: str, p: Any, flat: Sequence[Tensor], moments: Mapping[Tensor, Mapping[str, Tensor]]) -> Fragment:

@@ -67,8 +67,8 @@ class Publisher:
             if isinstance(room, Tensor):
                 seal = _copy_where_it_is(tensors, room)
                 return
-            on_gpu = any(tensor.is_cuda for tensor in tensors)
-            seal = (_copy_from_gpu if on_gpu else _copy)(tensors, torch.from_numpy(room))
+            copy = _copy_from_gpu if tensors[0].is_cuda else _copy
+            seal = copy(tensors, torch.from_numpy(room))
 
         entries = zip(self.manifest.dtypes[first:last], self.manifest.shapes[first:last], strict=True)
         size = sum(nbytes(*entry) for entry in entries)

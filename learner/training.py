@@ -154,7 +154,7 @@ class Training:
             raise OpdError(f"the weights of step {step} cannot be saved, because the update after it broke off in them")
         held = optimizer_shards.fragments(self._engine, self._named, self._config.zero_stage)
         pieces = optimizer_shards.own_share(held, self._config.zero_stage, self._rank, self._config.ranks)
-        pieces[checkpoint.RANDOM] = _random_state(self._device)
+        pieces[checkpoint.RANDOM] = _generator(self._device).get_state()
         self._writer.begin(directory / checkpoint.shard_name(self._rank), pieces, self._facts(step))
 
     def written(self) -> tuple[str, str]:
@@ -169,7 +169,7 @@ class Training:
         optimizer_shards.fill(self._engine, self._named, self._config.zero_stage, shards, saved.updates)
         state = shards.random_state(self._rank, self._device.type)
         if state is not None:
-            _set_random_state(state, self._device)
+            _generator(self._device).set_state(state)
         self._updates, self._skipped = saved.updates, saved.skipped
         engine.barrier()  # nobody goes on while another still reads
         return saved.step
@@ -198,19 +198,18 @@ class Training:
             self._backward(seen, sums, last=last)
             return
         short, seen = seen is None, None  # the failed pass is given up before the next begins
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing on a CPU
         parts = halves(batch)
         if parts is None and not short:  # another rank must halve: go along with it
             parts = (batch, replace(batch, weights=np.zeros_like(batch.weights)))
         if parts is None:
             raise self._too_large(batch)
-        for i, part in enumerate(parts):
-            self._engine.set_gradient_accumulation_boundary(last and i == 1)
+        for part, end in zip(parts, (False, last), strict=True):
+            self._engine.set_gradient_accumulation_boundary(end)
             seen = self._try(part, objective)
             if self._anywhere(seen is None) or seen is None:
                 raise self._too_large(part)
-            self._backward(seen, sums, last=last and i == 1)
+            self._backward(seen, sums, last=end)
 
     def _try(self, batch: Batch[Scores], objective: Objective) -> "_Seen | None":
         """The forward pass, or None if memory does not suffice."""
@@ -230,11 +229,11 @@ class Training:
     def _backward(self, seen: "_Seen", sums: "_Sums", *, last: bool) -> None:
         sums.add(seen)
         # DeepSpeed averages gradients over ranks, and the denominator is global already.
-        total = seen.total * (self._config.ranks / seen.denominator)
+        scale = self._config.ranks / seen.denominator
         if last and not math.isfinite(sums.means(self._device)[0]):
-            total = total * math.nan  # whatever its gradient is: the optimizer's own check now drops the step
+            scale = math.nan  # whatever the gradient is: the optimizer's own check now drops the step
         try:
-            self._engine.backward(total, scale_wrt_gas=False)
+            self._engine.backward(seen.total * scale, scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:  # some gradients are in, some are not: no second try
             raise OpdError(
                 "the learner ran out of memory in a backward pass; lower learner.tokens_per_microbatch, or set "
@@ -359,12 +358,8 @@ class _Sums:
         return value, Tally(names=own.names, totals=totals, counts=counts, greatest=greatest).means()
 
 
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
+def _generator(device: torch.device) -> torch.Generator:
+    """What random numbers of a device come from where nobody names another."""
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+        return torch.cuda.default_generators[torch.cuda.current_device()]
+    return torch.default_generator

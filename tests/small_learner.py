@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, StudentText
 from learner.learner import LearnerRank
 from learner.publishing import Staged
 from opd.loss.chunked import StudentLogits
@@ -172,10 +172,11 @@ def rank_of(
     teacher: Path | None = None,
     outlet: Callable[[], Outlet] = copies,
     steps: int = STEPS,
+    text: StudentText = StudentText(),  # noqa: B008 (frozen)
 ) -> LearnerRank:
     """A rank that has yet to be set up."""
     heads = [str(teacher)] if teacher else []
-    return LearnerRank(config, str(student), heads, steps, 0, lambda handle: handle, outlet)
+    return LearnerRank(config, str(student), heads, steps, 0, lambda handle: handle, outlet, text)
 
 
 def parameters(*shares: Share) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-_WORDS = 1 << 21  # mixed at once; their temporaries take 48 MiB
+_PIECE = 1 << 21  # words that are mixed at once; their temporaries take 48 MiB
 _PLACE, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 
@@ -21,7 +21,7 @@ def checksum(data: UInt8[Tensor, " nbytes"]) -> str:
     whole, rest = data[: len(data) // 8 * 8], data[len(data) // 8 * 8 :]
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     at = 0
-    for piece in whole.split(8 * _WORDS):
+    for piece in whole.split(8 * _PIECE):
         total += _mixed(_words(piece), at)
         at += len(piece) // 8
     if len(rest):

@@ -65,7 +65,7 @@ class SharedMemory:
 
     def close(self) -> None:
         """Give everything back; receivers that have mapped it keep it until they are done."""
-        for key in list(self._rooms):
+        for key in tuple(self._rooms):
             self._drop(key)
 
     def _drop(self, key: tuple[int, int]) -> None:
@@ -122,7 +122,7 @@ def _path(segment: Segment) -> str:
 
 
 def _map(segment: Segment) -> UInt8[np.ndarray, " nbytes"]:
-    descriptor = os.open(_path(segment), os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(_path(segment), os.O_RDONLY)
     try:
         view = mmap.mmap(descriptor, max(1, segment.nbytes), prot=mmap.PROT_READ)
     finally:
@@ -132,6 +132,6 @@ def _map(segment: Segment) -> UInt8[np.ndarray, " nbytes"]:
 
 def _forget_the_dead() -> None:
     """Let go of memory whose writer is gone, so that a learner that is started again does not double it."""
-    for segment in list(_mapped):
+    for segment in tuple(_mapped):
         if not Path(_path(segment)).exists():
             _mapped.pop(segment, None)

@@ -1,6 +1,8 @@
 """What goes wrong inside an update: a loss that is no number, memory that does not suffice."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from learner import engine
 from learner.config import LearnerConfig
 from learner.learner import LearnerRank
+from learner.schedule import Schedule
+from learner.training import Training
 from opd.errors import DataError, OpdError
 from opd.loss.chunked import StudentLogits
+from opd.loss.packing import halves
 from opd.settings.devices import Dtype
-from opd.types import Batch, Scores, TokenLoss
+from opd.types import Batch, Scores, StepReport, TokenLoss
 from tests.fault_matrix import Witness
 from tests.small_learner import SMOOTH, STAGES, Likelihood, Start, batches_of, keep, parameters
 
@@ -36,15 +42,15 @@ class SpoiltOnce:
 
 @dataclass(frozen=True)
 class Hungry:
-    """-log p, for whose first `times` evaluations memory does not suffice."""
+    """-log p, for whose evaluations number `short` (from 0) memory does not suffice."""
 
-    times: int
+    short: Collection[int] = ()
     calls: list[int] = field(default_factory=list)
     consumes = Scores
 
     def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
         self.calls.append(len(batch))
-        if len(self.calls) <= self.times:
+        if len(self.calls) - 1 in self.short:
             raise torch.OutOfMemoryError("out of memory (planted)")
         return TokenLoss(loss=-student.at(batch.target_ids), metrics={})
 
@@ -121,7 +127,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved(
     """The optimizer is smooth here, so equal weights mean equal gradients."""
     config: LearnerConfig = replace(SMOOTH, zero_stage=stage, tokens_per_microbatch=tokens)
     (batches,) = batches_of(1, config)
-    hungry, plain = Hungry(times=1), Hungry(times=0)
+    hungry, plain = Hungry(range(1)), Hungry()
     halved, whole = start(config, models["tied"]), start(config, models["tied"])
     ours, theirs = halved.step(batches, hungry), whole.step(batches, plain)
     assert len(hungry.calls) > len(plain.calls), "it was not halved"
@@ -136,4 +142,140 @@ def test_a_micro_batch_that_does_not_fit_is_halved(
 def test_memory_that_does_not_suffice_for_a_half_is_one_sentence(models: dict[str, Path], start: Start) -> None:
     config = replace(SMOOTH, tokens_per_microbatch=4096)
     with pytest.raises(OpdError, match=r"out of memory .* halved \(again\); lower learner.tokens_per_microbatch"):
-        start(config, models["tied"]).step(batches_of(1, config)[0], Hungry(times=2))
+        start(config, models["tied"]).step(batches_of(1, config)[0], Hungry(range(2)))
+
+
+def alike(rank: LearnerRank, other: LearnerRank, ours: StepReport, theirs: StepReport) -> None:
+    """The same loss, gradient, counts and means; the optimizer is smooth, so equal weights mean equal gradients."""
+    assert (ours.loss, ours.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-6)
+    assert (ours.tokens, ours.trained_tokens) == (theirs.tokens, theirs.trained_tokens)
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-6)
+    weights = parameters(other.share(1))
+    for name, value in parameters(rank.share(1)).items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("which", [{0}, {2}, {3}, {0, 1, 2, 3}], ids=str)
+def test_the_gradient_is_the_same_whichever_micro_batches_are_halved(
+    which: set[int], stage: int, models: dict[str, Path], start: Start
+) -> None:
+    config = replace(SMOOTH, zero_stage=stage, tokens_per_microbatch=40, head_chunk=0)
+    (batches,) = batches_of(2, config)
+    assert len(batches) == 4
+    short, calls = set[int](), 0
+    for number in range(4):
+        if number in which:
+            short, calls = short | {calls}, calls + 2
+        calls += 1
+    halved, whole, hungry = start(config, models["tied"]), start(config, models["tied"]), Hungry(short)
+    reports = halved.step(batches, hungry), whole.step(batches, Hungry())
+    assert len(hungry.calls) == calls > 4
+    alike(halved, whole, *reports)
+
+
+def one_of_two(rank: LearnerRank, patch: pytest.MonkeyPatch, short: Sequence[bool], **config: Any) -> Training:
+    """Let `rank` believe that there is another, for which memory does or does not suffice, in turn."""
+    training, answers = rank._training, cycle(short)
+    assert training is not None
+    patch.setattr(training, "_config", replace(training._config, ranks=2, **config))
+
+    def with_the_other(own: torch.Tensor) -> torch.Tensor:
+        return own if len(own) != 1 else torch.maximum(own, torch.full_like(own, next(answers)))
+
+    patch.setattr(engine, "max_over_ranks", with_the_other)
+    return training
+
+
+@pytest.mark.parametrize("tokens", [40, 25], ids=["halves", "one sequence each"])
+def test_a_rank_halves_where_another_has_to(
+    tokens: int, models: dict[str, Path], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that cannot be cut is followed by one without weights, so that all ranks do as much."""
+    config = replace(SMOOTH, tokens_per_microbatch=tokens, head_chunk=0)
+    batches = [b for b in batches_of(3, config)[0] if (halves(b) is None) == (tokens == 25)]
+    assert len(batches) > 3
+    along, alone = start(config, models["tied"]), start(config, models["tied"])
+    hungry, plain = Hungry(), Hungry()
+    with monkeypatch.context() as patch:
+        theirs = one_of_two(alone, patch, [False]).step(batches, plain)
+        ours = one_of_two(along, patch, [True, False, False]).step(batches, hungry)
+    alike(along, alone, ours, theirs)
+    assert len(hungry.calls) == 3 * len(plain.calls)  # the whole, and then its parts
+    assert sum(hungry.calls) == sum(plain.calls) * (3 if tokens == 25 else 2)
+
+
+@pytest.mark.parametrize(
+    ("short", "elsewhere", "stage", "tries"),
+    [
+        (range(1), [False], 3, 1),  # the other rank waits for this one's parameters, and would for ever
+        ([1], [True, False], 0, 2),  # half of it is still too much here ...
+        ([], [True], 0, 2),  # ... or there
+    ],
+    ids=["shared parameters", "a half", "a half elsewhere"],
+)
+def test_a_rank_that_cannot_go_on_says_so_at_once(
+    short: Collection[int], elsewhere: list[bool], stage: int, tries: int, models: dict[str, Path], start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    rank, hungry = start(replace(SMOOTH, head_chunk=0, zero_stage=stage), models["tied"]), Hungry(short)
+    with monkeypatch.context() as patch, pytest.raises(OpdError, match=r"out of memory .* cannot be halved \(again\)"):
+        one_of_two(rank, patch, elsewhere).step(batches_of(1, SMOOTH)[0], hungry)
+    assert len(hungry.calls) == tries
+
+
+def test_memory_that_a_failed_pass_held_is_given_back_before_the_next(
+    models: dict[str, Path], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back, hungry = list[int](), Hungry(range(1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(len(hungry.calls)))
+    start(replace(SMOOTH, head_chunk=0), models["tied"]).step(batches_of(1, SMOOTH)[0], hungry)
+    assert given_back == [1]
+
+
+def test_a_backward_pass_that_runs_out_of_memory_is_one_sentence(models: dict[str, Path], start: Start) -> None:
+    """Some gradients are in and some are not, so there is no second try."""
+
+    def short(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("out of memory (planted)")
+
+    rank = start(SMOOTH, models["tied"])
+    assert rank._training is not None
+    first, *_ = (p for _, p in rank._training._student.named())
+    first.register_hook(short)
+    with pytest.raises(OpdError, match=r"^the learner ran out of memory in a backward pass; lower .* and resume$"):
+        rank.step(batches_of(1, SMOOTH)[0], Likelihood())
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [STAGES[0], STAGES[2], STAGES[4]], ids=str)
+def test_only_updates_that_were_applied_count(
+    stage: int, dtype: Dtype, models: dict[str, Path], start: Start, tmp_path: Path
+) -> None:
+    """A loss that is no number, and one that is but whose gradient is none, leave weights and schedule as they are."""
+    schedule = {"schedule": Schedule.LINEAR, "warmup_steps": 3, "lr": 1e-2, "eps": 1e-8}
+    rank = start(replace(SMOOTH, zero_stage=stage, dtype=dtype, **schedule), models["tied"])
+    (batches,) = batches_of(1, SMOOTH)
+    rates = [rank.step(batches, Likelihood()).lr for _ in range(2)]
+    before = content(rank, tmp_path / "before")
+    for spoilt in (Likelihood(scale=3e38), SpoiltOnce(value=float("inf")), SpoiltOnce(value=float("nan"))):
+        report = rank.step(batches, spoilt)
+        assert report.skipped and not np.isfinite(report.grad_norm)
+        rates.append(report.lr)
+    assert equal(content(rank, tmp_path / "after"), before)
+    rates.append(rank.step(batches, Likelihood()).lr)
+    assert rates == pytest.approx([0.0, 1e-2 / 3, *[2e-2 / 3] * 4])
+
+
+def test_an_update_that_broke_off_is_never_saved(
+    models: dict[str, Path], start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> float:
+        raise RuntimeError("Connection closed by peer")
+
+    rank = start(SMOOTH, models["tied"])
+    monkeypatch.setattr(engine, "apply", broken)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        rank.step(batches_of(1, SMOOTH)[0], Likelihood())
+    with pytest.raises(OpdError, match="the weights of step 1 cannot be saved, because the update after it broke off"):
+        rank.save(tmp_path, 1)
+    assert not list(tmp_path.iterdir())

@@ -35,7 +35,7 @@ def test_it_is_what_its_docstring_says(data: bytes) -> None:
 
 def test_it_does_not_depend_on_how_the_work_is_cut_or_where_the_bytes_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytes(torch.randint(0, 256, (1003,), generator=torch.Generator().manual_seed(0)).tolist())
-    monkeypatch.setattr(module, "_WORDS", 7)
+    monkeypatch.setattr(module, "_PIECE", 7)
     assert checksum(tensor(data)) == plain(data)
     for start in range(9):
         assert checksum(tensor(data)[start:]) == plain(data[start:]), "a view that is not aligned"
