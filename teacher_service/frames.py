@@ -28,7 +28,7 @@ _MAGIC, _VERSION = b"OPDs", 2
 _REQUEST, _ANSWER = 1, 2
 _WRITTEN, _TOPK, _AT_IDS, _HIDDEN = range(4)
 _INT, _FLOAT, _DIGEST = np.dtype("<i4"), np.dtype("<f4"), np.dtype("V16")
-NOBODY = bytes(16)
+NOBODY = bytes(DIGEST_BYTES)
 
 
 class FrameError(DataError):

@@ -101,7 +101,7 @@ async def fetch(client: aiohttp.ClientSession, method: str, url: str, most: int,
             if (response.content_length or 0) > most:
                 raise WrongAnswer(f"the answer has {response.content_length} bytes, more than {most}")
             body = bytearray()
-            async for piece in response.content.iter_chunked(1 << 20):
+            async for piece in response.content.iter_any():
                 body += piece
                 if len(body) > most:
                     raise WrongAnswer(f"the answer has more than {most} bytes")

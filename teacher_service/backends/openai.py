@@ -26,6 +26,7 @@ from teacher_service.scoring import Bounds, Store, TeacherStats, length
 
 PROMPTS = 64  # per exchange
 ROW_BYTES = 160  # of JSON per log-probability, generously
+FRAME_BYTES = 1 << 20  # of JSON around them
 AT_ONCE = 4
 
 
@@ -98,18 +99,16 @@ class OpenAITeacher:
         return [answer for answer in answers if answer is not None]
 
     async def _attempt(self, client: aiohttp.ClientSession, part: Sequence[ScoreRequest]) -> list[TokenScores]:
-        deepest = max(_k(r) for r in part)
         question = {
             "model": self._config.model,
             "prompt": [[*r.context_ids.tolist(), *r.token_ids.tolist()] for r in part],
             "max_tokens": 1,
             "temperature": 0.0,
-            "prompt_logprobs": deepest,
+            "prompt_logprobs": _k(part[0]),
             "return_token_ids": True,
         }
-        most = (1 << 20) + ROW_BYTES * (deepest + 1) * sum(length(r) + 1 for r in part)
         url = self._config.url.rstrip("/") + "/v1/completions"
-        return _parsed(await fetch(client, "POST", url, most, json=question), part)
+        return _parsed(await fetch(client, "POST", url, room(part), json=question), part)
 
 
 def exchanges(requests: Sequence[ScoreRequest], budget: int) -> Iterator[list[int]]:
@@ -125,6 +124,11 @@ def exchanges(requests: Sequence[ScoreRequest], budget: int) -> Iterator[list[in
         tokens += size
     if part:
         yield part
+
+
+def room(part: Sequence[ScoreRequest]) -> int:
+    """The most bytes that the answer to one exchange may have: the written token and the top-k at every position."""
+    return FRAME_BYTES + ROW_BYTES * sum((_k(r) + 1) * (length(r) + 1) for r in part)
 
 
 def _k(request: ScoreRequest) -> int:

@@ -1,25 +1,34 @@
 """The torch teacher: what it testifies is what the model says of each sequence alone."""
 
 import asyncio
+import json
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+from shutil import copytree
+from threading import Timer
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM, Qwen3ForCausalLM
 
+from hf.packed_model import load_packed
 from learner.publishing import Publisher, Staged
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import AtIds, LastHidden, ScoreRequest, Sentinel, Share, TopK, Want, Weights, WrittenToken
 from opd.scorers.validation import verify
 from opd.settings.devices import Device, Dtype
 from opd.types import HiddenScores, TokenScores, TopKScores
+from opd.types.log_mass import ABSENT
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
 from teacher_service.config import TeacherConfig
 from teacher_service.server_identity import file_digest
@@ -185,6 +194,17 @@ def test_microbatches_hold_everything_once_within_the_budget(lengths: list[int])
     assert all(len(g) * max(lengths[i] for i in g) <= 80 or len(g) == 1 for g in groups)
 
 
+@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 90))
+def test_microbatches_go_from_long_to_short_and_are_as_full_as_they_may_be(lengths: list[int], budget: int) -> None:
+    groups = list(microbatches(lengths, budget))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    assert [i for group in groups for i in group] == order
+    for group, following in pairwise([*groups, []]):
+        longest = lengths[group[0]]
+        assert len(group) == 1 or len(group) * longest <= budget
+        assert not following or (len(group) + 1) * longest > budget
+
+
 def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
     good = request(WANTS[0], 0)
 
@@ -198,6 +218,7 @@ def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
     refused("0 context", context_ids=empty)
     refused("0 completion", token_ids=empty)
     refused("65 tokens, more than the 64", context_ids=np.ones(66 - tokens, dtype=np.int32))
+    school.score([replace(good, context_ids=np.ones(65 - tokens, dtype=np.int32))])  # 64, as many as there may be
     refused("context has ids outside", context_ids=far)
     refused("completion has ids outside", token_ids=far)
     refused("k=51 is not within 1 and 50", want=TopK(k=51))
@@ -277,6 +298,69 @@ def test_a_moving_average_in_bfloat16_is_refused(school: School) -> None:
         run(TorchTeacher(config, school.shelf.store).ready())
 
 
+def test_a_teacher_that_copies_its_student_may_compute_in_bfloat16(school: School) -> None:
+    for mixup in (0.0, 1.0):
+        config = TeacherConfig(path=str(school.path), mixup=mixup, dtype=Dtype.BFLOAT16, deadline_s=60)
+        run(TorchTeacher(config, school.shelf.store).ready())
+
+
+def test_what_was_saved_is_on_the_disk_when_its_digest_is_told(
+    school: School, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = list[int](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run(school.teacher.save(str(tmp_path / "teacher.safetensors")))
+    assert (tmp_path / "teacher.safetensors").stat().st_ino in synced
+
+
+def test_code_that_lies_beside_the_weights_is_not_run(school: School, tmp_path: Path) -> None:
+    folder, bitten = tmp_path / "model", tmp_path / "bitten"
+    copytree(school.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text(
+        f"from pathlib import Path\nfrom transformers import Qwen3ForCausalLM\n"
+        f"Path({str(bitten)!r}).touch()\n\n\nclass Own(Qwen3ForCausalLM):\n    pass\n"
+    )
+    with pytest.raises(DataError, match="which is never run"):
+        run(TorchTeacher(TeacherConfig(path=str(folder), deadline_s=60), school.shelf.store).ready())
+    load_packed(str(folder), torch.float32, torch.device("cpu"))  # and not where nobody has looked at it before either
+    assert not bitten.exists()
+
+
+def test_a_head_with_a_bias_is_read_with_it(school: School, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    plain = PhiForCausalLM(config).eval()
+    assert plain.lm_head.bias is not None
+    torch.nn.init.normal_(plain.lm_head.bias)
+    plain.save_pretrained(tmp_path)
+    teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
+    asked = [request(WANTS[0], seed) for seed in range(3)]
+    for one, answer in zip(asked, run(teacher.score(asked)), strict=True):
+        expected = completion_logprobs(plain, one).gather(1, torch.from_numpy(one.token_ids).long()[:, None])  # pyright: ignore
+        np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
+
+
+def test_a_support_over_the_whole_vocabulary_leaves_nothing(school: School, tmp_path: Path) -> None:
+    teacher = TorchTeacher(TeacherConfig(path=str(school.path), deadline_s=60), school.shelf.store)
+    every = np.tile(np.arange(VOCABULARY, dtype=np.int32), (3, 1))
+    ids = np.array([4, 5, 6], dtype=np.int32)
+    asked = [ScoreRequest(context_ids=ids, token_ids=ids, want=w) for w in (TopK(k=VOCABULARY), AtIds(ids=every))]
+    for answer in run(teacher.score(asked)):
+        assert isinstance(answer, TopKScores) and np.array_equal(
+            np.asarray(answer.rest), np.full(3, ABSENT, np.float32)
+        )
+
+
 def test_a_damaged_model_does_not_testify(school: School, tmp_path: Path) -> None:
     checkpoint(tmp_path, tied=False)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -345,3 +429,15 @@ def test_statistics_count(school: School) -> None:
     assert after.scored == before.scored + len(asked.token_ids)
     assert after.read == before.read + len(asked.context_ids) + len(asked.token_ids) - 1
     assert after.busy_s > before.busy_s
+    assert after.unanswered == after.quarantined == 0  # nobody is asked twice here
+
+
+def test_an_answer_is_waited_for_no_longer_than_the_deadline(school: School) -> None:
+    config = TeacherConfig(path=str(school.path), deadline_s=60)
+    teacher = TorchTeacher(config, school.shelf.store)
+    run(teacher.ready())
+    teacher._config = impatient(config)
+    teacher._lock.acquire()  # as if another call were being scored
+    Timer(0.4, teacher._lock.release).start()
+    with pytest.raises(OpdError, match="did not finish scoring 1 completions within 0"):
+        run(teacher.score([request(WANTS[0], 5)]))

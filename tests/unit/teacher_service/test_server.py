@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import pickle
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from time import perf_counter
@@ -13,11 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.errors import ConfigurationError
+from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import LastHidden, ScoreRequest, TopK
 from opd.settings.secret import HIDDEN, Secret, logins, without_logins
+from opd.types import HiddenScores, RemoteRows
+from teacher_service import connections, server
+from teacher_service.backends.http import WIDEST_HIDDEN
 from teacher_service.connections import Budget, Pace
-from teacher_service.frames import Limits, Question, TooLarge, answer_bytes, check_answer
+from teacher_service.frames import Limits, Question, TooLarge, answer_bytes, check_answer, encode_question
 from teacher_service.server import ServerConfig, TeacherServer
 from tests.fuzz.server import (
     ALLOWED,
@@ -169,6 +173,178 @@ def test_a_body_that_comes_steadily_has_all_its_time(asked: Any) -> None:
         return line
 
     assert b" 200 " in asked(work, body_s=10, least_rate=1)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize(("over", "status"), [(0, 400), (1, 413)])
+def test_a_body_may_have_as_many_bytes_as_a_frame_and_no_more(
+    asked: Any, announced: bool, over: int, status: int
+) -> None:
+    """At the limit it is read, and turns out to be no frame."""
+    body = bytes(LIMITS.frame_bytes + over)
+    if announced:
+        sent = ALLOWED + b"Content-Length: %d\r\n\r\n" % len(body) + (b"" if over else body)  # refused unread
+    else:
+        sent = ALLOWED + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    assert asked(lambda port: exchange(port, sent), idle_s=10)[0] == status
+
+
+async def twice(port: int, sent: bytes) -> tuple[int, dict[bytes, bytes], bool]:
+    """Status and headers of what is answered, and whether a further question is on the same connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def answer() -> tuple[int, dict[bytes, bytes]]:
+        head = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
+        headers = dict(line.split(b": ", 1) for line in head[1:-2])
+        await reader.readexactly(int(headers.get(b"Content-Length", b"0")))
+        return int(head[0].split()[1]), headers
+
+    try:
+        writer.write(sent)
+        status, headers = await answer()
+        try:
+            writer.write(ALLOWED.replace(b"POST /v1/score", b"GET /v1/identity") + b"\r\n")
+            further = (await asyncio.wait_for(answer(), 5))[0] == 200
+        except (asyncio.IncompleteReadError, ConnectionError):
+            further = False
+        return status, headers, further
+    finally:
+        writer.close()
+
+
+def sized(body: bytes, head: bytes = ALLOWED) -> bytes:
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+GOOD = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=2)),))
+FAR = replace(GOOD, requests=(ScoreRequest(context_ids=TEN + 60, token_ids=TEN, want=TopK(k=2)),))
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "goes_on"),
+    [
+        (sized(encode_question(GOOD)), 200, True),
+        (sized(b"", SCORE), 401, False),  # of whom, and of what, nothing more is believed
+        (sized(b"junk"), 400, False),
+        (ALLOWED + b"Content-Length: 900\r\n\r\n", 408, False),
+        (sized(bytes(LIMITS.frame_bytes + 1)), 413, False),
+        (sized(b"", ALLOWED.replace(b"/v1/score", b"/v1/other")), 404, True),
+        (sized(b"", ALLOWED.replace(b"POST", b"PUT")), 405, True),
+        (sized(encode_question(FAR)), 422, True),
+    ],
+)
+def test_a_connection_goes_on_after_a_refusal_unless_its_bytes_cannot_be_trusted(
+    asked: Any, sent: bytes, status: int, goes_on: bool
+) -> None:
+    said, headers, further = asked(lambda port: twice(port, sent), body_s=0.3)
+    assert (said, further) == (status, goes_on) and b"Retry-After" not in headers
+
+
+def test_who_is_told_to_come_again_is_told_when(asked: Any) -> None:
+    status, headers, further = asked(lambda port: twice(port, sized(encode_question(GOOD))), pending=0)
+    assert (status, headers[b"Retry-After"], further) == (429, b"1", True)
+    status, headers, _ = asked(lambda port: twice(port, sized(encode_question(GOOD))), frames=0)
+    assert (status, headers[b"Retry-After"]) == (429, b"1")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (DataError("it is naught " + "y" * 900), 500, b"it is naught yyy"),
+        (OpdError("it is late " + "y" * 900), 503, b"it is late yyy"),
+        (ZeroDivisionError("a secret of ours"), 500, b"its own log says why"),
+    ],
+)
+def test_a_teacher_that_fails_is_one_line_for_the_client_and_a_short_one_for_the_log(
+    asked: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int,
+    says: bytes,
+) -> None:  # fmt: skip
+    async def fails(teacher: PlainTeacher, requests: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(PlainTeacher, "score", fails)
+    got, said = asked(lambda port: exchange(port, posted(GOOD)))
+    assert got == status and says in said and b"\n" not in said and b"secret" not in said
+    refusal = lines(caplog)[-1]
+    sentence = refusal.removeprefix(f"refused 127.0.0.1: {status} ")
+    assert sentence == said.decode()[:300] and (len(said) > 900 or isinstance(error, ZeroDivisionError))
+
+
+def test_an_answer_of_many_pieces_is_whole(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PIECE", 100)
+    assert is_right(GOOD, *asked(lambda port: exchange(port, posted(GOOD))))
+
+
+WIDE = 256 << 16  # bytes of an answer that the buffers between do not take, so that the server waits for its reader
+
+
+def read_from_a_server_with_wide_answers(first_pause_s: float, every_pause_s: float, **fields: float) -> int:
+    """How many bytes of such an answer come to a reader that pauses so before and while it reads."""
+    plain = make_server(hidden_bytes=1 << 16, **fields)
+    limits = replace(LIMITS, frame_bytes=2 * WIDE)
+    made = TeacherServer(WideTeacher(), replace(plain._identity, limits=limits), plain._config)
+    wide = ScoreRequest(context_ids=TEN, token_ids=np.ones(256, np.int32), want=LastHidden())
+
+    async def work() -> int:
+        port = int((await made.start()).rsplit(":", 1)[1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)
+        writer.write(posted(Question(call=bytes(16), requests=(wide,))))
+        came, pause_s = 0, first_pause_s
+        try:
+            while True:
+                await asyncio.sleep(pause_s)
+                if not (piece := await reader.read(1 << 20)):
+                    return came
+                came, pause_s = came + len(piece), every_pause_s
+        except ConnectionError:
+            return came
+        finally:
+            writer.close()
+            await made.close()
+
+    return asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def test_an_answer_that_is_read_steadily_has_all_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than the grace of its beginning, and comes faster than the least rate."""
+    monkeypatch.setattr(connections, "GRACE_S", 0.3)
+    assert read_from_a_server_with_wide_answers(0.0, 0.005, answer_s=10, least_rate=1 << 20) > WIDE
+
+
+def test_an_answer_that_nobody_reads_any_more_ends() -> None:
+    assert read_from_a_server_with_wide_answers(1.5, 0.0, answer_s=0.5, least_rate=1 << 10) < WIDE
+
+
+class WideTeacher(PlainTeacher):
+    """Has hidden states of 64 KiB."""
+
+    async def score(self, requests: Any) -> Any:
+        (request,) = requests
+        rows = np.ones((len(request.token_ids), 1 << 14), np.float32)
+        hidden = RemoteRows(pieces=((rows, np.arange(len(rows))),))
+        return [HiddenScores(logprobs=np.zeros(len(rows), np.float32), hidden=hidden)]
+
+
+def test_a_server_takes_by_default_what_its_clients_and_the_docs_count_on() -> None:
+    made = ServerConfig(token=Secret(TOKEN))
+    assert (made.host, made.port, made.pending, made.connections, made.frames) == ("127.0.0.1", 8300, 16, 512, 8)
+    assert (made.body_s, made.answer_s, made.idle_s, made.least_rate) == (60, 120, 15, 32_768)
+    assert made.hidden_bytes == WIDEST_HIDDEN == 32_768
+
+
+def test_an_address_of_version_6_is_one_in_a_url() -> None:
+    made = make_server()
+    made._config = replace(made._config, host="::1")
+
+    async def url() -> str:
+        try:
+            return await made.start()
+        except ConfigurationError:
+            pytest.skip("no IPv6 here")
+        finally:
+            await made.close()
+
+    assert re.fullmatch(r"http://\[::1\]:\d+", asyncio.run(url()))
 
 
 def test_slow_bodies_of_token_holders_take_no_place(asked: Any) -> None:

@@ -26,6 +26,7 @@ from teacher_service.frames import (
     Reply,
     TooDeep,
     TooLarge,
+    check_answer,
     decode_question,
     decode_reply,
     encode_question,
@@ -260,3 +261,126 @@ def test_the_digest_of_a_request_covers_all_of_it() -> None:
     digests = {request_digest(r) for r in [base, *others]}
     assert len(digests) == 1 + len(others)
     assert request_digest(replace(base, token_ids=ids.copy())) == request_digest(base)
+
+
+def resealed(frame: bytes | bytearray) -> bytes:
+    """With the size and the digest that belong to its bytes; `frame` comes without one."""
+    whole = bytearray(frame)
+    struct.pack_into("<Q", whole, 12, len(whole) + 16)
+    return bytes(whole) + xxhash.xxh3_128_digest(bytes(whole))
+
+
+def test_a_frame_begins_as_version_2_says() -> None:
+    """What is written and what is read change together, so that only the bytes show it."""
+    for kind, frame in ((1, encode_question(question(1))), (2, encode_reply(reply(1)))):
+        assert struct.unpack_from("<4sBBHIQ", frame) == (b"OPDs", 2, kind, 0, 5, len(frame))
+    assert encode_question(question(1))[36:52] == bytes(16)
+
+
+@pytest.mark.parametrize(
+    ("frame", "decode"), [(encode_question(question(3)), decode_question), (encode_reply(reply(3)), decode_reply)]
+)
+def test_bytes_that_no_table_speaks_of_are_refused(frame: bytes, decode: Callable[..., Any]) -> None:
+    assert decode(resealed(frame[:-16]), LIMITS)
+    with pytest.raises(FrameError, match="4 bytes more than its table says"):
+        decode(resealed(frame[:-16] + bytes(4)), LIMITS)
+    with pytest.raises(FrameError, match="shorter than its table says"):
+        decode(resealed(frame[:-20]), LIMITS)
+
+
+def with_row(frame: bytes, *row: int) -> bytes:
+    """A frame of one row, with another one."""
+    bad = bytearray(frame[:-16])
+    struct.pack_into("<4I", bad, 52, *row)
+    return resealed(bad)
+
+
+@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("k", range(3))
+def test_a_question_has_a_k_where_its_kind_needs_one_and_nowhere_else(kind: int, k: int) -> None:
+    nothing = np.zeros(0, dtype=np.int32)
+    empty = ScoreRequest(context_ids=nothing, token_ids=nothing, want=WrittenToken())
+    frame = with_row(encode_question(Question(call=CALL, requests=(empty,))), 0, 0, kind, k)
+    if kind <= 3 and (k > 0) == (kind in (1, 2)):
+        (read,) = decode_question(frame, LIMITS).requests
+        assert type(read.want) is (WrittenToken, TopK, AtIds, LastHidden)[kind]
+        return
+    with pytest.raises(FrameError, match="do not exist"):
+        decode_question(frame, LIMITS)
+
+
+@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("width", range(3))
+@pytest.mark.parametrize("itemsize", [0, 1, 2, 3, 4, 5, 8])
+def test_an_answer_has_the_width_and_the_numbers_of_its_kind(kind: int, width: int, itemsize: int) -> None:
+    empty = TokenScores(logprobs=np.zeros(0, dtype=np.float32))
+    said = Reply(call=CALL, model=MODEL, digests=(bytes(16),), answers=(empty,))
+    frame = with_row(encode_reply(said), 0, kind, width, itemsize)
+    right = kind in (0, 1, 3) and (width > 0) == (kind > 0)
+    if right and itemsize in ((2, 4) if kind == 3 else (0,)):
+        (read,) = decode_reply(frame, LIMITS).answers
+        assert type(read) is {0: TokenScores, 1: TopKScores, 3: HiddenScores}[kind]
+        return
+    with pytest.raises(FrameError, match="neither float32 nor bfloat16" if right else "do not exist"):
+        decode_reply(frame, LIMITS)
+
+
+def test_what_is_exactly_at_a_limit_is_taken() -> None:
+    asked, said = question(0, 5), reply(0, 5)
+    tokens = sum(len(r.context_ids) + len(r.token_ids) for r in asked.requests)
+    deepest = max(w.k if isinstance(w, TopK) else w.ids.shape[1] for r in asked.requests if
+                  isinstance(w := r.want, TopK | AtIds))  # fmt: skip
+    frame = encode_question(asked)
+    fits = Limits(requests=5, tokens=tokens, k=deepest, frame_bytes=len(frame))
+    assert same(decode_question(frame, fits), asked)
+    for name, error in {"requests": TooLarge, "tokens": TooLarge, "k": TooDeep, "frame_bytes": TooLarge}.items():
+        with pytest.raises(error):
+            decode_question(frame, replace(fits, **{name: getattr(fits, name) - 1}))
+    frame, written = encode_reply(said), sum(len(a.logprobs) for a in said.answers)
+    fits = Limits(requests=5, tokens=written, k=0, frame_bytes=len(frame))
+    assert same(decode_reply(frame, fits), said)
+    for name in ("requests", "tokens", "frame_bytes"):
+        with pytest.raises(TooLarge):
+            decode_reply(frame, replace(fits, **{name: getattr(fits, name) - 1}))
+
+
+def test_one_frame_holds_what_it_always_could() -> None:
+    """Client and server have these limits by default, each in its own process, which may be of another release."""
+    assert Limits() == Limits(requests=4096, tokens=1_048_576, k=1024, frame_bytes=268_435_456)
+
+
+def test_what_is_asked_may_be_written_to_and_what_is_said_is_not_copied() -> None:
+    for request in decode_question(encode_question(question(4)), LIMITS).requests:
+        assert request.context_ids.flags.writeable and request.token_ids.flags.writeable
+    frame = encode_reply(reply(4))
+    bytes_of_it = np.frombuffer(frame, np.uint8)
+    for answer in decode_reply(frame, LIMITS).answers:
+        logprobs = np.asarray(answer.logprobs)
+        assert not logprobs.flags.writeable
+        assert not len(logprobs) or np.shares_memory(logprobs, bytes_of_it)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.booleans())
+def test_an_answer_is_as_large_as_was_foretold(seed: int, count: int, narrow: bool) -> None:
+    asked, width = question(seed, count).requests, 3
+    random, made = np.random.default_rng(seed), list[TokenScores]()
+    for request in asked:
+        tokens = len(request.token_ids)
+        logprobs = bits(random, (tokens,), np.float32)
+        match request.want:
+            case TopK() | AtIds() as want:
+                k = want.k if isinstance(want, TopK) else want.ids.shape[1]
+                values = bits(random, (tokens, k), np.float32)
+                made.append(TopKScores(logprobs=logprobs, topk_ids=ids(random, (tokens, k)), topk_logprobs=values))
+            case LastHidden():
+                rows = bits(random, (tokens, width), np.uint16 if narrow else np.float32)
+                pieces = ((rows, np.arange(tokens)),)
+                made.append(HiddenScores(logprobs=logprobs, hidden=RemoteRows(pieces=pieces)))
+            case WrittenToken():
+                made.append(TokenScores(logprobs=logprobs))
+    digests = tuple(request_digest(r) for r in asked)
+    frame = encode_reply(Reply(call=CALL, model=MODEL, digests=digests, answers=tuple(made)))
+    hidden = width * (2 if narrow else 4)
+    assert check_answer(asked, replace(LIMITS, frame_bytes=len(frame)), hidden) == len(frame)
+    with pytest.raises(TooLarge):
+        check_answer(asked, replace(LIMITS, frame_bytes=len(frame) - 1), hidden)
