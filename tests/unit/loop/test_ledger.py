@@ -1,5 +1,6 @@
 """The ledger against a model of it: random histories, illegal moves, checkpoints in between."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -179,18 +180,73 @@ def test_a_damaged_ledger_is_refused(break_it: Any, says: str) -> None:
         Ledger.from_json(break_it(text))
 
 
-def test_a_prompt_that_stands_in_two_places_is_refused() -> None:
+@pytest.mark.parametrize("order", ["pqp", "qpp", "qprp"])
+def test_a_prompt_that_stands_in_two_places_is_refused(order: str) -> None:
     with pytest.raises(DataError, match="prompt 'p' in two places"):
-        Ledger().issue(0, [Entry(0, "p", 0), Entry(0, "q", 0), Entry(0, "p", 0)])
+        Ledger().issue(0, [Entry(0, prompt, 0) for prompt in order])
 
 
-def test_a_ledger_is_written_alike_whatever_order_its_steps_were_settled_in() -> None:
-    """A checkpoint of the same run has the same bytes."""
-    texts = set()
-    for settled in ([9, 2, 17], [17, 9, 2], [2, 9, 17]):
-        ledger = Ledger()
-        ledger.issue(0, [Entry(0, "p", 0)])  # is open, so that those after it are kept one by one
-        for step in settled:
-            ledger.issue(step, [])
-        texts.add(ledger.to_json())
-    assert len(texts) == 1
+def test_a_run_starts_at_its_step_and_never_earlier_than_it_has_started() -> None:
+    ledger = Ledger()
+    for step in (3, 1):
+        ledger.begin(step)
+        for early in (0, 2):
+            with pytest.raises(DataError, match=f"step {early} was issued before"):
+                ledger.issue(early, [Entry(early, "p", 0)])
+    with pytest.raises(DataError, match="whose step is settled"):
+        ledger.state(Entry(2, "p", 0))
+    ledger.issue(3, [Entry(3, "p", 0)])
+
+
+def test_a_message_names_the_first_that_is_wrong_in_the_order_given() -> None:
+    names = [Entry(0, prompt, 0) for prompt in "zya"]
+    ledger = Ledger()
+    ledger.issue(0, names)
+    with pytest.raises(DataError, match=r"prompt_id='z'.* is issued and cannot become leased"):
+        ledger.move(names, State.LEASED)
+    with pytest.raises(DataError, match=r"one move to generated: .*'z'.*'z'.*'a'"):
+        ledger.move([names[0], names[0], names[2]], State.GENERATED)
+    ledger.issue(1, [Entry(1, "open", 0)])
+    ledger.move(names[:2], State.DROPPED, "long")
+    with pytest.raises(DataError, match=r"prompt_id='z'.* is dropped and cannot be asked for again"):
+        ledger.requeue(names, "died")
+    assert ledger.state(names[2]) is State.ISSUED and "requeued" not in ledger.summary()
+
+
+def test_what_a_resumed_run_does_not_ask_for_again_is_named_alike_every_time() -> None:
+    names = [Entry(0, f"p{i:02}", 0) for i in range(60)]
+    ledger = Ledger()
+    ledger.issue(0, names[::-1])
+    ledger.reopen()
+    with pytest.raises(DataError, match="step 0 had prompt 'p01' outstanding"):
+        ledger.issue(0, names[:1])
+    ledger.issue(0, names)
+
+
+def test_a_run_that_stops_again_before_it_has_asked_still_asks_once_more() -> None:
+    names = [Entry(0, "p", 0), Entry(0, "q", 0)]
+    ledger = Ledger()
+    ledger.issue(0, names)
+    ledger.reopen()
+    ledger = Ledger.from_json(ledger.to_json())
+    ledger.issue(0, names)
+    with pytest.raises(DataError, match="issued before"):
+        ledger.issue(0, names)
+    assert ledger.summary()["issued"] == 2
+
+
+@pytest.mark.parametrize("order", [[9, 2, 17], [17, 9, 2], [2, 9, 17]], ids=str)
+def test_a_ledger_is_written_alike_whatever_order_its_steps_and_reasons_came_in(order: list[int]) -> None:
+    """A checkpoint of the same run has the same bytes, and a summary the same lines."""
+    ledger = Ledger()
+    for step in [0, *order]:  # step 0 stays open, so that those after it are kept one by one
+        ledger.issue(step, [Entry(step, "q", 0), Entry(step, "p", 0)])
+        ledger.issue(step + 1, [])
+    opened = [entry[:3] for entry in json.loads(ledger.to_json())["open"]]
+    assert opened == [[step, prompt, 0] for step in (0, 2, 9, 17) for prompt in "qp"]
+    assert json.loads(ledger.to_json())["settled"] == [1, 3, 10, 18]
+    for step in order:
+        ledger.requeue([Entry(step, "p", 0)], f"died at {step:02}")
+        ledger.move([Entry(step, "p", 0)], State.DROPPED, f"long at {step:02}")
+    kept = [name for name in ledger.summary() if "/" in name]
+    assert kept == [f"{why} at {step:02}" for why in ("dropped/long", "requeued/died") for step in (2, 9, 17)]

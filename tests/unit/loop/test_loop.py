@@ -340,6 +340,36 @@ def test_the_ledger_accounts_for_every_trajectory_at_every_step(make: Any, max_s
         assert said["outstanding"] <= 2 * GROUP * max_staleness
     assert ledger.issued == ledger.generated == ledger.scored == 6 * 2 * GROUP
     assert ledger.outstanding == 0 and ledger.trained == 6 * 2 * (GROUP - 3)
+    assert bench.learner.steps == 6, "a step in which something counts was taken for an empty one"
+    assert {span.step for record in bench.records for span in record.spans if record.step == 4} == {4}
+
+
+@pytest.mark.parametrize("off", [1, -1])
+def test_an_account_that_does_not_add_up_ends_the_run(make: Any, off: int) -> None:
+    bench = Bench(make)
+
+    async def lose(record: StepRecord) -> None:
+        if record.step == 2:
+            bench.ledger.issued += off
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(bench.run(SHORT, 6, lose))
+    assert "the ledger does not add up" in str(leaves(caught.value)[0]) and bench.learner.steps == 3
+
+
+def test_a_step_counts_where_a_single_token_of_it_does(make: Any) -> None:
+    """Not only where all its tokens do, or one of every text."""
+
+    class First:
+        consumes, reads_written = Scores, False
+
+        def __call__(self, scored: Sequence[Any]) -> list[np.ndarray]:
+            return [(np.arange(len(s.trajectory)) < (i == 0)).astype(float) for i, s in enumerate(scored)]
+
+    bench = Bench(make)
+    chosen = method(WrittenTokens(), SampledReverseKL(), weights={"first": First()})
+    ledger = asyncio.run(bench.run(chosen, 2))
+    assert bench.learner.steps == ledger.trained == 2
 
 
 def test_observers_are_told_of_every_step_in_order_and_awaited(make: Any) -> None:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from opd import ports
 from opd.errors import ConfigurationError
 from opd.loop.ledger import Ledger
-from opd.loop.rollout_buffer import Collected
+from opd.loop.rollout_buffer import Collected, Collector
 from opd.loop.staleness import Pipeline, WeightUpdate
 from opd.objectives.sampled import SampledReverseKL, Speaker
 from opd.objectives.vocabulary import FullReverseKL
 from opd.observability.spans import Role, Span
-from opd.rollouts.student import TeacherRollout
+from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.teacher import TeacherHidden, Unscored, WrittenTokens
 from opd.types import NOBODY, nbytes
 from tests.unit.loop.test_loop import GROUP, SHORT, Bench, Likelihood, Model, Pause, TableLearner, log_softmax, method
@@ -334,6 +334,64 @@ def test_draining_finishes_all_text_of_a_step_before_new_weights_arrive(make: An
     assert len(bench.records) == 8
 
 
+@pytest.mark.parametrize("options", [{"deterministic": True}, {"update": WeightUpdate.DRAIN}, {}], ids=str)
+def test_a_step_without_prompts_holds_up_nothing(make: Any, options: Any) -> None:
+    bench = Bench(make, wait=Pause(1))
+    bench.prompts = _Without(bench.prompts, {1, 4})
+
+    async def run() -> Ledger:
+        return await asyncio.wait_for(bench.run(SHORT, 6, max_staleness=2, **options), 60)  # it could wait for ever
+
+    ledger = asyncio.run(run())
+    assert [len(record.scored) for record in bench.records] == [2 * GROUP, 0, 2 * GROUP, 2 * GROUP, 0, 2 * GROUP]
+    assert (ledger.issued, ledger.trained, bench.learner.steps) == (4 * 2 * GROUP, 4 * 2 * GROUP, 4)
+
+
+class _Without:
+    """A source of prompts that has none for some steps."""
+
+    def __init__(self, of: Any, empty: set[int]) -> None:
+        self.of, self.empty, self.group_size = of, empty, GROUP
+
+    def __call__(self, step: int, sources: Any) -> list[Any]:
+        return [] if step in self.empty else self.of(step, sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lazy(StudentRollout):
+    """Leaves out samples 1 and 4 of every group."""
+
+    async def __call__(self, group: Sequence[Any], engines: Any) -> list[Any]:
+        return [t for t in await StudentRollout.__call__(self, group, engines) if t.sample not in (1, 4)]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_a_rollout_was_asked_for_and_did_not_write_is_dropped_with_that_reason(
+    make: Any, deterministic: bool
+) -> None:
+    bench = Bench(make)
+    lazy = method(WrittenTokens(), SampledReverseKL(), rollout=Lazy(max_tokens=8))
+    ledger = asyncio.run(bench.run(lazy, 3, deterministic=deterministic))
+    assert ledger.dropped == {"not written": 3 * 2 * 2} and ledger.outstanding == 0
+    assert ledger.generated == ledger.trained == 3 * 2 * (GROUP - 2)
+
+
+def test_nothing_new_is_begun_between_draining_and_new_weights(make: Any) -> None:
+    bench = Bench(make)
+
+    async def look() -> list[bool]:
+        pipeline = Pipeline(deterministic=False, update=WeightUpdate.DRAIN, max_staleness=5)
+        sources = ports.Sources(tokenizer=bench.engines.tokenizer, rows=lambda path, columns: ())
+        collector = Collector(SHORT, bench.prompts, sources, bench.engines, Ledger(), pipeline, 0, 9)
+        seen = [collector._may_begin(3)]
+        await collector.drained(1)
+        seen.append(collector._may_begin(3))
+        await collector.advance(1, Collected(step=0, began=0.0, asked=[]))
+        return [*seen, collector._may_begin(3), collector._may_begin(7)]
+
+    assert asyncio.run(look()) == [True, False, True, False]
+
+
 def test_what_was_trained_is_let_go(make: Any) -> None:
     def collected() -> int:
         return sum(type(one) is Collected for one in gc.get_objects())
@@ -366,6 +424,7 @@ def test_which_checkpoints_a_run_goes_on_from_as_if_it_had_not_stopped(
 ) -> None:
     pipeline = Pipeline(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
     assert [step for step in range(10) if pipeline.repeats_from(step)] == list(repeating)
+    assert pipeline.writer(0) == 0
     anywhere = not (deterministic and every)
     assert [step for step in range(10) if pipeline.may_pause(step)] == [
         step for step in range(10) if anywhere or step in repeating

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opd.errors import ConfigurationError
-from opd.loss.attention import Extras, Packing, attend, mask, packed_attention
+from opd.loss.attention import Extras, Packing, attend, mask, packed_attention, register
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,6 +134,50 @@ def test_what_changes_nothing_is_ignored():
 def test_what_would_change_the_result_is_refused(others, needs):
     with pytest.raises(ConfigurationError, match=needs):
         asked(**others)
+
+
+def test_the_longest_sequence_decides_whether_a_window_is_missed():
+    """Also where it is padded apart from the short ones."""
+    packing = Packing.of(torch.tensor([0, 1, 5]))
+    assert [group.longest for group in packing.classes] == [4, 1]
+    asked(packing=packing, sliding_window=4)
+    with pytest.raises(ConfigurationError, match="a window of 3 tokens without a mask"):
+        asked(packing=packing, sliding_window=3)
+
+
+def test_of_several_things_that_it_does_not_compute_the_same_one_is_named():
+    for others in ({"zoom": 1, "bend": 2}, {"bend": 2, "zoom": 1}):
+        with pytest.raises(ConfigurationError, match="Identity needs bend, which"):
+            asked(**others)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (99, True), (5, True), (4, False), (1, False)])
+def test_the_kernel_s_own_causal_mask_is_used_wherever_a_window_hides_nothing(monkeypatch, window, causal):
+    """It is several times as fast as a mask that is given."""
+    seen, kernel = [], F.scaled_dot_product_attention
+
+    def recorded(*tensors: Tensor, **options: Any) -> Tensor:
+        seen.append(options.get("is_causal", False))
+        assert ("attn_mask" in options) != seen[-1]
+        return kernel(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    asked(seen=None if window is None else torch.tensor(window))
+    assert seen == [causal]
+
+
+def test_attention_and_its_mask_are_registered_together():
+    found = {}
+
+    class Interface:
+        def __init__(self, of: str) -> None:
+            self.of = of
+
+        def register(self, name: str, function: Any) -> None:
+            found[self.of, name] = function
+
+    register(Interface("functions"), Interface("masks"))
+    assert found == {("functions", "opd_packed"): attend, ("masks", "opd_packed"): mask}
 
 
 def test_a_mask_is_a_window_or_nothing_else():

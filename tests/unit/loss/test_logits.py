@@ -20,7 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opd.errors import ConfigurationError
-from opd.loss.chunked import StudentLogits, _block_rows, chunked_loss, flat_loss, log_softmax_, mixture, read
+from opd.loss.chunked import (
+    StudentLogits,
+    _block_rows,
+    chunk_rows,
+    chunked_loss,
+    flat_loss,
+    log_softmax_,
+    mixture,
+    read,
+)
 from opd.loss.metric_sums import Tally
 from opd.objectives.sampled import SampledReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
@@ -121,6 +130,85 @@ def test_a_block_fits_the_cache_and_is_at_least_a_row(rows: int, vocabulary: int
     assert block >= 1 and (block == 1 or block * row <= 2**23) and (block + 1) * row > 2**23
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)], ids=str)
+@pytest.mark.parametrize(("device", "room"), [("cpu", 2**26), ("meta", 2**29)])
+def test_a_chunk_of_logits_has_the_size_that_is_documented(
+    device: str, room: int, dtype: torch.dtype, size: int
+) -> None:
+    """64 MiB on a CPU, 512 MiB elsewhere, in the type that logits are judged in; and at least a row."""
+    for vocabulary in (7, 300, 152_064):
+        rows = chunk_rows(torch.empty(vocabulary, 1, dtype=dtype, device=device))
+        assert rows * vocabulary * size <= room < (rows + 1) * vocabulary * size
+    assert chunk_rows(torch.empty(2**30, 0, dtype=dtype, device=device)) == 1
+
+
+def test_off_a_cpu_a_block_is_the_whole_chunk() -> None:
+    assert [_block_rows(torch.empty(rows, V, device="meta")) for rows in (0, 1, 2, 9)] == [1, 1, 2, 9]
+
+
+def test_an_objective_sees_blocks_within_a_chunk_or_whole_chunks_and_the_overlap_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("opd.loss.chunked._HOST_BLOCK", 2 * V * 8)
+    hidden, head, seen = torch.randn(5, H).double(), torch.randn(V, H).double(), list[tuple[int, int, int]]()
+
+    def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
+        torch.testing.assert_close(student.logits, (hidden @ head.T)[start:stop])
+        seen.append((start, stop, student.overlap_k))
+        return TokenLoss(loss=student.logprobs[:, 0], metrics={})
+
+    def found(call: Any) -> list[tuple[int, int, int]]:
+        for trained in (False, True):
+            seen.clear()
+            call(hidden.clone().requires_grad_(trained), head, torch.ones(5).double())
+        return list(seen)
+
+    in_blocks = [(0, 2, 16), (2, 3, 16), (3, 5, 16)]
+    assert found(lambda *given: flat_loss(*given, lambda *_: evaluate, chunk=3)) == in_blocks
+    assert found(lambda *given: flat_loss(*given, lambda *_: evaluate)) == [(0, 2, 16), (2, 4, 16), (4, 5, 16)]
+    assert found(lambda *given: chunked_loss(*given, evaluate, 3)) == [(0, 3, 16), (3, 5, 16)]
+    assert found(lambda *given: flat_loss(*given, lambda *_: evaluate, chunk=5, overlap_k=3))[0] == (0, 2, 3)
+    monkeypatch.setattr("opd.loss.chunked.HOST_CHUNK", 4 * V * 8)
+    assert found(lambda *given: flat_loss(*given, lambda *_: evaluate)) == [(0, 2, 16), (2, 4, 16), (4, 5, 16)]
+    assert StudentLogits(logits=hidden).overlap_k == 16
+
+
+@pytest.mark.parametrize("infinite", [torch.inf, torch.nan])
+def test_a_token_of_weight_0_may_have_any_loss(infinite: float) -> None:
+    hidden, head = (torch.randn(n, H).double().requires_grad_() for n in (3, V))
+    weights = torch.tensor([0.5, 0.0, 2.0]).double()
+    spoil = torch.tensor([1.0, infinite, 3.0]).double()
+
+    def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
+        loss = student.logprobs[:, 0] + spoil[start:stop]
+        return TokenLoss(loss=loss, metrics={"loss": loss.detach()})
+
+    total, tally = chunked_loss(hidden, head, weights, evaluate, 2)
+    chosen = ((hidden @ head.T).log_softmax(-1)[:, 0] + spoil)[[0, 2]]
+    torch.testing.assert_close(total, (weights[[0, 2]] * chosen).sum())
+    assert tally.means()["loss"] == pytest.approx(chosen.mean().item())
+    torch.testing.assert_close(
+        torch.autograd.grad(total, head), torch.autograd.grad((weights[[0, 2]] * chosen).sum(), head)
+    )
+
+
+def test_sixteen_bit_gradients_add_up_in_32_bits() -> None:
+    """Of many chunks, whose parts a 16-bit sum would forget."""
+    batch, teacher_head = batch_of(300, dtype=torch.float32), torch.randn(V, 3)
+    hidden, head = (torch.randn(n, H).bfloat16().requires_grad_() for n in (300, V))
+    found = {}
+    for chunk in (1, 300):
+        total, _ = chunked_loss(hidden, head, batch.weights, evaluate_with(FullReverseKL(), batch, teacher_head), chunk)
+        found[chunk] = torch.autograd.grad(total, (hidden, head))
+    wide = [x.detach().float().requires_grad_() for x in (hidden, head)]
+    total, _ = chunked_loss(*wide, batch.weights, evaluate_with(FullReverseKL(), batch, teacher_head), 300)
+    exact = torch.autograd.grad(total, wide)
+    for mine, wanted in [pair for got in found.values() for pair in zip(got, exact, strict=True)]:
+        assert mine.dtype == torch.bfloat16 and float((mine.float() - wanted).norm() / wanted.norm()) < 0.02
+    few, many = (found[chunk][1].float() for chunk in (300, 1))
+    assert float((few - many).norm() / few.norm()) < 4e-3
+
+
 def test_gradients_are_given_away_once() -> None:
     batch, teacher_head = batch_of(4), torch.randn(V, 3).double()
     hidden, head = (torch.randn(n, H).double().requires_grad_() for n in (4, V))
@@ -130,12 +218,13 @@ def test_gradients_are_given_away_once() -> None:
         total.backward()
 
 
-def test_log_softmax_in_place_is_log_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 8])
+def test_log_softmax_in_place_is_log_softmax(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr("opd.loss.chunked._HOST_BLOCK", 3 * V * 8)
-    logits = torch.randn(8, V).double() * 9
+    logits = torch.randn(rows, V).double() * 9
     expected = logits.log_softmax(-1)
     assert log_softmax_(logits) is logits
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-14)
+    assert torch.equal(logits, expected), "a row was left out, or taken twice"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

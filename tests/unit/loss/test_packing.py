@@ -136,7 +136,9 @@ def test_sequences_keep_their_order_within_a_micro_batch(make: Any) -> None:
         assert samples == sorted(samples)
 
 
-@pytest.mark.parametrize(("lengths", "cut"), [([2, 2, 2, 2], 2), ([7, 1, 1, 1], 1), ([1, 1, 1, 7], 3), ([1, 5, 3], 2)])
+@pytest.mark.parametrize(
+    ("lengths", "cut"), [([2, 2, 2, 2], 2), ([7, 1, 1, 1], 1), ([1, 1, 1, 7], 3), ([1, 5, 3], 2), ([1, 1], 1)]
+)
 def test_halves_are_cut_nearest_to_the_middle(make: Any, lengths: list[int], cut: int) -> None:
     step = [make.scored([1], list(range(1, n + 1)), sample=i) for i, n in enumerate(lengths)]
     ((batch,),) = pack(step, [np.ones(n) for n in lengths], Layout(ranks=1, tokens_per_microbatch=99), TokenMean())
@@ -153,6 +155,52 @@ def test_normalizers_count_what_they_say() -> None:
     for divisor in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigurationError, match=r"Constant\.divisor needs a number"):
             Constant(divisor=divisor)
+
+
+def test_a_mean_over_sequences_weighs_each_by_its_own_trained_tokens(make: Any) -> None:
+    """Also where one has none, or a single one; `0.5` is what a weight part said of that token."""
+    weights = [np.array([1.0, 0.0, 0.5, 1.0]), np.zeros(2), np.array([1.0]), np.ones(5), np.array([0.0, 2.0])]
+    step = [make.scored([1], [9] * len(w), sample=i) for i, w in enumerate(weights)]
+    ((batch,),) = pack(step, weights, Layout(ranks=1, tokens_per_microbatch=99), SequenceMean())
+    assert batch.denominator == 4.0
+    expected = [1 / 3, 0.5 / 3, 1 / 3, 1.0, *[1 / 5] * 5, 2.0]
+    np.testing.assert_allclose(batch.weights, np.array(expected, dtype=np.float32), rtol=1e-7)
+
+
+def test_a_normalizer_that_says_nothing_of_sequences_keeps_the_weights_of_tokens(make: Any) -> None:
+    class Hundredth:
+        def __call__(self, weights: Sequence[np.ndarray]) -> float:
+            return 100.0
+
+    normalizer: Any = Hundredth()
+    ((batch,),) = pack([make.scored([1], [2, 3])], [np.ones(2)], Layout(ranks=1, tokens_per_microbatch=9), normalizer)
+    assert batch.weights.tolist() == [1.0, 1.0] and batch.denominator == 100.0
+
+
+def test_batches_name_the_teachers_of_the_whole_step_in_one_order_and_each_token_s(make: Any) -> None:
+    asked = ["m", "z", "a", "q", "b", "y", "k"]
+    step = [make.scored([1], [2, 3], sample=i, prompt=make.prompt([1], teacher=t)) for i, t in enumerate(asked)]
+    layout = Layout(ranks=2, tokens_per_microbatch=4)
+    for batch in [b for rank in pack(step, [np.ones(2)] * 7, layout, TokenMean()) for b in rank]:
+        assert batch.routes == tuple(sorted(asked))
+        samples = [int(name.split()[1]) for name in batch.names]
+        assert [batch.routes[number] for number in batch.route] == [asked[i] for i in samples for _ in range(2)]
+    ((alone,),) = pack(step[:1] * 2, [np.ones(2)] * 2, Layout(ranks=1, tokens_per_microbatch=9), TokenMean())
+    assert alone.routes == ("m",) and alone.route.shape == (0,)
+
+
+def test_a_bad_weight_is_named_and_not_a_good_one_beside_it(make: Any) -> None:
+    step = [make.scored([1], [2], prompt=make.prompt([1], id=name)) for name in ("good", "bad", "fine")]
+    with pytest.raises(DataError, match="prompt 'bad': weights must be"):
+        pack(step, [np.ones(1), -np.ones(1), np.ones(1)], Layout(ranks=1, tokens_per_microbatch=9), TokenMean())
+
+
+def test_a_rank_without_work_repeats_the_first_sequence_that_is_trained(make: Any) -> None:
+    step = [make.scored([1], [2, 3], sample=i) for i in range(3)]
+    weights = [np.zeros(2), np.ones(2), np.zeros(2)]
+    ranks = pack(step, weights, Layout(ranks=3, tokens_per_microbatch=4), TokenMean(), turn=" at step 5")
+    assert [[b.names for b in rank] for rank in ranks] == [[("sample 1 of prompt 'p' at step 5",)]] * 3
+    assert [rank[0].weights.tolist() for rank in ranks] == [[1, 1], [0, 0], [0, 0]]
 
 
 # A real model: one layer of causal attention, its mask made from the sequence boundaries.
@@ -308,6 +356,11 @@ def test_a_sequence_that_cannot_fit_says_what_to_raise(make: Any) -> None:
     layout = Layout(ranks=2, tokens_per_microbatch=4)
     with pytest.raises(ConfigurationError, match="tokens_per_microbatch is 4, but a sequence has 5 tokens; raise it"):
         pack([make.scored([1, 2], [3, 4, 5, 6])], [np.ones(4)], layout, TokenMean())
+    shorter = make.scored([1], [2])
+    with pytest.raises(ConfigurationError, match=r"a sequence has 5 tokens; raise it to at least 5 or lower"):
+        pack(
+            [shorter, make.scored([1, 2], [3, 4, 5, 6]), shorter], [np.ones(n) for n in (1, 4, 1)], layout, TokenMean()
+        )
     assert pack([make.scored([1, 2], [3, 4, 5])], [np.ones(3)], layout, TokenMean())
 
 

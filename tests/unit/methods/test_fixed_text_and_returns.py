@@ -121,6 +121,32 @@ def test_returns_are_what_comes_after() -> None:
             WithReturns(**wrong)
 
 
+def test_a_token_s_own_reward_is_in_its_return_where_that_is_asked_for() -> None:
+    rewards = np.array([9.0, 1.0, 2.0, 4.0])
+    assert returns(rewards, 1.0, False, True).tolist() == [16, 7, 6, 4]
+    assert returns(rewards, 0.5, False, True).tolist() == [9 + 0.5 * 3, 3, 4, 4]
+    assert returns(rewards, 1.0, True, True).tolist() == [16 / 4, 7 / 3, 6 / 2, 4 / 1]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("discount", "scale"), [(1.0, 1.0), (0.5, 2.0)])
+def test_a_scorer_s_returns_are_of_what_the_teacher_and_the_writer_said(
+    make: Any, normalized: bool, own: bool, discount: float, scale: float
+) -> None:
+    world = make_world(3, 6)
+    behavior = TokenScores(logprobs=np.array([-0.5, -1.0, -2.0, -0.25]))
+    text = make.trajectory([1], [2, 5, 3, 2], behavior=behavior)
+    scorer = WithReturns(k=2, discount=discount, length_normalized=normalized, own_reward=own, reward_scale=scale)
+    (said,) = asyncio.run(scorer([text], engines(world, Notes())))
+    rewards = scale * (np.asarray(said.logprobs) - behavior.logprobs)
+    for t in range(4):
+        later = [discount ** (u - t - (not own)) * rewards[u] for u in range(t if own else t + 1, 4)]
+        expected = sum(later) / (max(len(later), 1) if normalized else 1)
+        assert said.returns[t] == pytest.approx(expected, rel=1e-5)
+    assert said.topk_ids.shape == (4, 2) and said.rest.shape == (4,)
+
+
 def test_without_normalisation_minillm_is_the_gradient_of_the_sequence_kl(make: Any) -> None:
     """All sequences of two tokens, enumerated: both parts together see how a token moves the next state."""
     world, context = make_world(3, 6), np.array([1], dtype=np.int32)
