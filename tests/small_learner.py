@@ -1,7 +1,9 @@
 """A small learner for tests: a tiny student, data of many lengths, objectives, and the calls around a rank."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from learner.config import LearnerConfig, StudentText
+from learner.config import LearnerConfig, StudentText, environment
 from learner.learner import LearnerRank
 from learner.publishing import Staged
 from opd.loss.chunked import StudentLogits
@@ -210,6 +212,24 @@ def keep(rank: LearnerRank, directory: Path, step: int) -> Path:
     rank.save(directory, step)
     rank.written()
     return directory
+
+
+@contextmanager
+def group_of_its_own() -> Iterator[None]:
+    """Learners may meet within, as in a process of their own; DeepSpeed keeps nothing of their group after it."""
+    before = dict(os.environ)
+    os.environ.update(environment(Device.CPU))
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    untouched = {name: value for name, value in vars(groups).items() if name.startswith("_") and name.isupper()}
+    try:
+        yield
+    finally:
+        comm.cdb = None
+        vars(groups).update(untouched)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 Start = Callable[..., LearnerRank]

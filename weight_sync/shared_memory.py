@@ -133,5 +133,13 @@ def _map(segment: Segment) -> UInt8[np.ndarray, " nbytes"]:
 def _forget_the_dead() -> None:
     """Let go of memory whose writer is gone, so that a learner that is started again does not double it."""
     for segment in tuple(_mapped):
-        if not Path(_path(segment)).exists():
+        if not _is_kept(segment):
             _mapped.pop(segment, None)
+
+
+def _is_kept(segment: Segment) -> bool:
+    """Does its writer still hold it? The number of a descriptor that was closed is soon another file's."""
+    try:
+        return os.stat(_path(segment)).st_ino == segment.inode
+    except OSError:
+        return False

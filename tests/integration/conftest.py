@@ -1,16 +1,14 @@
 """Learners of one rank, for the tests of this folder."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from learner.config import LearnerConfig, environment
+from learner.config import LearnerConfig
 from learner.learner import LearnerRank
-from opd.settings.devices import Device
-from tests.small_learner import Start, rank_of, tiny
+from tests.small_learner import Start, group_of_its_own, rank_of, tiny
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +25,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def start() -> Iterator[Start]:
     """Makes learners of one rank; they share a process group, which is given up at the end."""
-    before, made = dict(os.environ), list[LearnerRank]()
-    os.environ.update(environment(Device.CPU))
-    from deepspeed.comm import comm
-    from deepspeed.utils import groups
-
-    untouched = {name: value for name, value in vars(groups).items() if name.startswith("_") and name.isupper()}
+    made = list[LearnerRank]()
 
     def make(config: LearnerConfig, student: Path, teacher: Path | None = None, **more: Any) -> LearnerRank:
         rank = rank_of(config, student, teacher, **more)
@@ -40,10 +33,7 @@ def start() -> Iterator[Start]:
         made.append(rank)
         return rank
 
-    yield make
-    for rank in made:
-        rank.close()
-    comm.cdb = None  # DeepSpeed keeps what it knew of the group; the next module makes another
-    vars(groups).update(untouched)
-    os.environ.clear()
-    os.environ.update(before)
+    with group_of_its_own():
+        yield make
+        for rank in made:
+            rank.close()

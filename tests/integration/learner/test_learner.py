@@ -3,8 +3,10 @@
 Run as a script (`python test_learner.py RANK WORLD PORT FOLDER`) this file is one of several ranks.
 """
 
+import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +21,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from learner import engine
-from learner.config import LearnerConfig, LossKernel, environment
+from learner import checkpoint, engine
+from learner.config import LearnerConfig, LossKernel, StudentText, environment
+from learner.model import sentinel_ids
+from learner.schedule import Schedule
 from learner.training import MakeOutlet
 from opd.errors import ConfigurationError, DataError
 from opd.objectives.topk import RenormalizedReverseKL
@@ -208,6 +212,118 @@ def test_weights_and_export_are_the_model(models: dict[str, Path], start: Start,
     with torch.no_grad():
         logprobs = exported(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     torch.testing.assert_close(torch.from_numpy(weights.sentinel.logprobs), logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_matrices_alone_are_decayed(decay: float, stage: int, models: dict[str, Path], start: Start) -> None:
+    """Where there is no gradient the update is the decay, by lr * weight_decay; gains never."""
+    rank = start(replace(SMOOTH, lr=0.1, weight_decay=decay, zero_stage=stage), models["untied"])
+    (batch,) = batches_of(1, SMOOTH)[0]
+    rank.step([replace(batch, weights=np.zeros_like(batch.weights))], Likelihood())
+    after = parameters(rank.share(1))
+    for name, before in _fresh(models["untied"]).items():
+        factor = 1 - 0.1 * decay if before.ndim > 1 else 1.0
+        torch.testing.assert_close(after[name], before * factor, rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_every_update_has_the_rate_of_the_schedule(stage: int, models: dict[str, Path], start: Start) -> None:
+    """The first of a warm-up has none and moves nothing; Adam's later ones move by about the rate, whatever the size
+    of the gradient, which is told as it was before clipping."""
+    config = replace(SMOOTH, schedule=Schedule.CONSTANT_WITH_WARMUP, warmup_steps=4, lr=4e-3, eps=1e-12, beta1=0.0,
+                     beta2=0.0, grad_clip=0.0, zero_stage=stage)  # fmt: skip
+    rank, clipped = start(config, models["tied"]), start(replace(config, grad_clip=1e-6), models["tied"])
+    batches, before, reports = batches_of(1, SMOOTH)[0], _fresh(models["tied"]), []
+    for update in range(4):
+        reports.append(rank.step(batches, Likelihood()))
+        after = parameters(rank.share(1))
+        moved = torch.cat([(after[name] - p).abs().view(-1) for name, p in before.items() if "embed" not in name])
+        assert float(moved.median()) == pytest.approx(update * 1e-3, rel=1e-2, abs=1e-9)
+        before = {name: p.clone() for name, p in after.items()}
+    assert [report.lr for report in reports] == pytest.approx([0, 1e-3, 2e-3, 3e-3])
+    assert clipped.step(batches, Likelihood()).grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_rank_that_is_alone_with_its_gradients_sends_them_nowhere(
+    stage: int, models: dict[str, Path], start: Start
+) -> None:
+    """ZeRO works by what it sends, also to itself."""
+    training = start(replace(SMOOTH, zero_stage=stage), models["tied"])._training
+    assert training is not None
+    assert training._engine.enable_backward_allreduce == (stage > 0)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_rank_begins_from_its_seed_on_one_thread_and_as_exactly_as_it_is_told(
+    deterministic: bool, models: dict[str, Path], start: Start
+) -> None:
+    config, states = replace(SMOOTH, deterministic=deterministic), []
+    threads, filled = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        for ambient in (1, 2):
+            torch.manual_seed(ambient)
+            torch.set_num_threads(2)
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+            start(config, models["tied"])
+            states.append(torch.get_rng_state())
+            assert torch.get_num_threads() == 1
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert torch.utils.deterministic.fill_uninitialized_memory != deterministic  # type: ignore[attr-defined]
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # as in tests/conftest.py
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+    assert torch.equal(*states)
+
+
+def test_the_sentinel_is_a_text_of_the_run_if_there_is_one(models: dict[str, Path], start: Start) -> None:
+    text = StudentText(sentinel=(5, 3, 9, 1))
+    one, other = (
+        start(replace(SMOOTH, sentinel_tolerance=0.3), models["tied"], text=text),
+        start(SMOOTH, models["tied"]),
+    )
+    assert one.share(0).sentinel.ids.tolist() == [5, 3, 9, 1]
+    assert other.share(0).sentinel.ids.tolist() == sentinel_ids(VOCABULARY).tolist()
+    origin = one.share(0).sentinel
+    one.step(batches_of(1, SMOOTH)[0], Likelihood())
+    later = one.share(1).sentinel
+    assert origin.tolerance == 0.3 and len(origin.logprobs) == 3
+    assert np.array_equal(origin.logprobs, origin.origin) and np.array_equal(origin.origin, later.origin)
+    assert not np.array_equal(later.logprobs, later.origin)
+
+
+def test_a_checkpoint_brings_back_random_numbers_and_counts_and_all_ranks_wait_for_the_last_reader(
+    models: dict[str, Path], start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = start(replace(SMOOTH, max_skipped_steps=1), models["tied"])
+    (batches,) = batches_of(1, SMOOTH)
+    rank.step(batches, Likelihood())
+    rank.step(batches, Likelihood(scale=float("nan")))
+    keep(rank, tmp_path, 7)
+    expected = torch.rand(3)
+    (facts,) = checkpoint.Shards(tmp_path).facts
+    named = hashlib.sha256(repr(rank.share(1).manifest).encode()).hexdigest()[:16]
+    assert facts == checkpoint.Facts(
+        step=7, updates=1, skipped=1, rank=0, ranks=1, zero_stage=0, model=named, device="cpu"
+    )
+    other, done = start(replace(SMOOTH, max_skipped_steps=1), models["tied"]), list[str]()
+    read, wait = checkpoint.Shards.read, engine.barrier
+    monkeypatch.setattr(checkpoint.Shards, "read", lambda *a: (done.append("read"), read(*a))[1])
+    monkeypatch.setattr(engine, "barrier", lambda: (done.append("wait"), wait())[1])
+    assert other.load(tmp_path) == 7
+    assert done.index("wait") == len(done) - 1 > 0 and torch.equal(torch.rand(3), expected)
+    with pytest.raises(DataError, match="1 updates before it were skipped"):
+        other.step(batches, Likelihood(scale=float("nan")))
+
+
+def test_a_rank_tells_the_most_memory_that_its_process_has_held(models: dict[str, Path], start: Start) -> None:
+    rank = start(SMOOTH, models["tied"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    assert before <= rank.stats()["peak_memory_bytes"] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 # ---- two ranks, in processes of their own ----

@@ -1,12 +1,21 @@
 """What can be set about training: a field takes what fits, and what cannot work is refused by name."""
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
 from launch.config.typed import construct
-from learner.config import LearnerConfig, LoraConfig, environment
+from learner.config import (
+    LearnerConfig,
+    LoraConfig,
+    LossKernel,
+    StudentText,
+    Transport,
+    environment,
+    learning_rate,
+)
 from learner.learner import LearnerRank
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError
@@ -77,3 +86,67 @@ def test_only_a_rank_on_a_cpu_is_told_so() -> None:
     assert "DS_ACCELERATOR" not in environment(Device.GPU) | environment(Device.AUTO)
     assert environment(Device.CPU)["DS_ACCELERATOR"] == "cpu"
     assert all(isinstance(value, str) for value in environment(Device.CPU).values())
+
+
+def test_what_is_not_set_is_what_the_docs_say() -> None:
+    """A run that names nothing trains as it did: one number that changes here changes all runs."""
+    assert asdict(LearnerConfig()) == {
+        "ranks": 1, "zero_stage": 2, "dtype": Dtype.BFLOAT16, "device": Device.AUTO, "lr": 5e-6, "beta1": 0.9,
+        "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 1.0, "warmup_steps": 5,
+        "schedule": Schedule.CONSTANT_WITH_WARMUP, "final_lr_fraction": 0.0, "decay_steps": 0,
+        "tokens_per_microbatch": 8192, "head_chunk": 0, "loss_kernel": LossKernel.TORCH, "overlap_k": 16,
+        "gradient_checkpointing": False, "sentinel_tolerance": 0.0, "publish_chunk_bytes": 256 * 2**20,
+        "transport": Transport.AUTO, "deadline_s": 600.0, "max_skipped_steps": 3, "deterministic": False,
+        "lora": {"r": 0, "lora_alpha": 16.0, "target_modules": ("all-linear",)},
+    }  # fmt: skip
+    assert StudentText() == StudentText(ends=(), sentinel=())
+
+
+@pytest.mark.parametrize(
+    ("field", "fine", "wrong"),
+    [("lr", (1e-12, 1.0), (0.9e-12, 1.01)), ("beta1", (0.0, 0.999), (-0.1, 1.0)), ("beta2", (0.0, 0.999), (-0.1, 1.0))],
+)
+def test_ranges_end_where_their_sentences_say(field: str, fine: tuple[float, ...], wrong: tuple[float, ...]) -> None:
+    for value in fine:
+        LearnerConfig(**{field: value})
+    for value in wrong:
+        with pytest.raises(ConfigurationError, match=rf"LearnerConfig\.{field} needs"):
+            LearnerConfig(**{field: value})
+
+
+def test_a_decay_and_its_length_come_together() -> None:
+    LearnerConfig(schedule=Schedule.WARMUP_STABLE_DECAY, decay_steps=1)
+    with pytest.raises(ConfigurationError, match=r"needs to know how many of the last updates fall, got .*=0"):
+        LearnerConfig(schedule=Schedule.WARMUP_STABLE_DECAY)
+    for schedule in set(Schedule) - {Schedule.WARMUP_STABLE_DECAY}:
+        LearnerConfig(schedule=schedule)
+        with pytest.raises(ConfigurationError, match=rf"decay_steps is 2, but learner.schedule={schedule.name} has no"):
+            LearnerConfig(schedule=schedule, decay_steps=2)
+
+
+def test_a_dtype_that_is_chosen_later_and_16_bits_without_masters_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"must be FLOAT32 or BFLOAT16, got AUTO"):
+        LearnerConfig(dtype=Dtype.AUTO)
+    LearnerConfig(dtype=Dtype.FLOAT32, zero_stage=0)
+    for stage in (1, 2, 3):
+        LearnerConfig(dtype=Dtype.BFLOAT16, zero_stage=stage)
+
+
+def test_the_rate_of_an_update_is_that_of_its_schedule() -> None:
+    config = LearnerConfig(
+        schedule=Schedule.WARMUP_STABLE_DECAY, lr=0.1, warmup_steps=2, decay_steps=4, final_lr_fraction=0.5
+    )
+    rates = [learning_rate(config, update, 10) for update in range(11)]
+    assert rates[:7] == pytest.approx([0.05, 0.075, *[0.1] * 5])
+    assert rates[6:] == sorted(rates[6:], reverse=True) and 0.05 < rates[9] < rates[7]
+    assert rates[10] == pytest.approx(0.05)
+
+
+def test_a_rank_on_a_host_keeps_the_memory_that_glibc_lets_it_keep() -> None:
+    """32 MiB is the most that glibc takes for one block; the others are those of docs/benchmarks.md."""
+    host = {
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+        "MALLOC_TOP_PAD_": str(64 << 20), "GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={256 << 10}",
+    }  # fmt: skip
+    assert environment(Device.CPU).items() >= environment(Device.AUTO).items() >= host.items()
+    assert not environment(Device.GPU).keys() & host.keys()

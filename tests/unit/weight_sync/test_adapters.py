@@ -51,3 +51,26 @@ def test_what_has_no_adapter_passes_unchanged() -> None:
     base = {"a.weight": torch.randn(5, 3), "a.bias": torch.randn(5), "norm.weight": torch.ones(3)}
     after = dict(with_adapters(base.items(), pairs(adapter("a").items()), 1.0))
     assert [n for n in base if after[n] is not base[n]] == ["a.weight"] and list(after) == list(base)
+
+
+def test_a_refusal_names_the_first_of_many_whatever_order_they_came_in() -> None:
+    strangers = {f"{i:02}.norm.weight": torch.ones(3) for i in range(40, 60)}
+    for parts in (strangers | adapter("a"), adapter("a") | dict(reversed(strangers.items()))):
+        with pytest.raises(DataError, match=r"but '40\.norm\.weight' came in addition; check"):
+            pairs(parts.items())
+    lost = {f"{i}.lora_A.weight": torch.ones(2, 3) for i in range(20, 40)}
+    with pytest.raises(DataError, match=r"but '20\.lora_B\.weight' is missing; check"):
+        pairs(lost.items())
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, 3), (5, 4)), ((2, 4), (5, 2)), ((2, 3), (4, 2))], ids=str)
+def test_matrices_that_do_not_fit_each_other_or_the_layer_are_refused(a: tuple[int, int], b: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match=r"does not fit a matrix of \(5, 3\)"):
+        merged(torch.zeros(5, 3), torch.ones(a), torch.ones(b), 1.0)
+
+
+def test_a_base_in_another_dtype_is_first_what_the_learner_holds() -> None:
+    """Rounded to the adapter's dtype before the product is added, and once more after."""
+    base, (a, b) = torch.randn(5, 3), (t.bfloat16() for t in adapter("a").values())
+    whole = merged(base, a, b, 0.5)
+    assert torch.equal(whole, (base.bfloat16().float() + 0.5 * (b.float() @ a.float())).bfloat16())

@@ -1,5 +1,6 @@
 """The checksum of bytes on a device: its definition in plain Python, and what it cannot overlook."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -61,3 +62,17 @@ def test_words_that_change_places_are_seen(words: list[int], data: st.DataObject
 def test_a_gpu_says_the_same() -> None:
     data = torch.randint(0, 256, (20_000_003,), dtype=torch.uint8)
     assert checksum(data.cuda()) == checksum(data)
+
+
+def test_bytes_that_lie_as_words_do_are_not_copied_and_others_are() -> None:
+    """Where a storage begins in the middle of a word, neither its offset nor its address says enough."""
+    data = np.arange(200, dtype=np.uint8)
+    aligned = data[-data.ctypes.data % 8 :]
+    for start in range(0, 40, 8):
+        piece = torch.from_numpy(aligned)[start : start + 64]
+        assert module._words(piece).data_ptr() == piece.data_ptr()
+    for shift in range(1, 8):  # the storage itself is shifted, and the view by what is left to a word, or not at all
+        for offset in (0, 8 - shift, 8):
+            piece = torch.from_numpy(aligned[shift:])[offset : offset + 64]
+            assert checksum(piece) == plain(bytes(piece.tolist()))
+            assert module._words(piece).data_ptr() != piece.data_ptr()

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learner import publishing
 from learner.publishing import Publisher, Staged
 from opd.errors import DataError
 from opd.loop.staleness import unknown_weights
@@ -353,3 +354,53 @@ def test_no_more_readers_than_are_good_for_a_machine_take_chunks_at_once() -> No
     assert len(sent.chunks) > _READERS
     collect(sent, slow, "a test")
     assert 1 < most <= _READERS
+
+
+@pytest.mark.parametrize("copy", [publishing._copy, publishing._copy_from_gpu, publishing._copy_where_it_is])
+def test_every_copy_lays_the_same_bytes_and_names_them(
+    copy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one from a GPU waits for its last byte before it digests; none keeps a graph or needs a plain layout."""
+    waited = list[bool]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    tensors = [torch.randn(3, 5).T.requires_grad_(), torch.randn(0), torch.randn(4).bfloat16(), torch.randn(())]
+    room = torch.zeros(15 * 4 + 4 * 2 + 4, dtype=torch.uint8)
+    said = copy(tensors, room)
+    expected = b"".join(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
+    assert room.numpy().tobytes() == expected
+    assert said == digest(room if copy is publishing._copy_where_it_is else room.numpy())
+    assert bool(waited) == (copy is publishing._copy_from_gpu)
+
+
+def test_publications_are_counted_from_one_and_chunks_from_zero() -> None:
+    asked = list[tuple[int, int, int]]()
+
+    class Counting(Staged):
+        def put(self, turn: int, number: int, nbytes: int, fill: Any) -> Any:
+            asked.append((turn, number, nbytes))
+            return super().put(turn, number, nbytes, fill)
+
+    publisher = Publisher(
+        ["a", "b", "c"], [(3,)] * 3, [torch.float32] * 3, chunk_bytes=12, rank=1, ranks=2, outlet=Counting(np.copy)
+    )
+    for _ in range(2):
+        publisher.chunks(lambda first, last: nullcontext([torch.zeros(3)] * (last - first)))
+    assert asked == [(1, 1, 12), (2, 1, 12)], "of three chunks rank 1 of 2 owns the middle one"
+
+
+def test_one_buffer_is_used_for_all_that_fits_into_it() -> None:
+    """Fresh memory costs as much as the copy."""
+    places = list[tuple[int, int]]()
+    staged = Staged(lambda array: places.append((array.ctypes.data, len(array))))
+    for nbytes in (64, 64, 10, 64, 0):
+        staged.put(1, 0, nbytes, lambda room: room.fill(1))
+    assert [n for _, n in places] == [64, 64, 10, 64, 0] and len({place for place, n in places if n}) == 1
+
+
+def test_a_buffer_of_another_size_than_its_manifest_says_is_refused() -> None:
+    manifest = Manifest(names=("a", "b"), dtypes=("float32",) * 2, shapes=((2,), (3,)), nbytes=20)
+    for wrong in (8, 11, 13):
+        with pytest.raises(
+            DataError, match=rf"parameters 1 to 1 need the 12 bytes .* there are {wrong}; publish again"
+        ):
+            list(unpack(manifest, 1, 2, np.zeros(wrong, np.uint8)))

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from opd.errors import DataError
+from weight_sync import shared_memory
 from weight_sync.shared_memory import Segment, SharedMemory, place, read
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -79,3 +81,46 @@ def test_nothing_is_left_of_a_learner_that_is_killed() -> None:
     with pytest.raises(DataError, match="the learner has ended"):
         read(segment)
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "opd" in name}
+
+
+def test_what_is_given_back_is_closed_and_nothing_stays_open_that_is_read() -> None:
+    shared_memory._forget_the_dead()
+
+    def opened() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before, outlet = opened(), SharedMemory()
+    segments = [outlet.put(turn, number, 8, lambda room: room.fill(1)) for turn in (1, 2) for number in range(3)]
+    held = opened()
+    assert [outlet.put(3, number, 8, lambda room: room.fill(1)) for number in range(3)] == segments[:3]
+    assert opened() == held > before
+    views = [read(segment) for segment in segments]
+    assert opened() <= held + len(segments), "a mapping and the file it was made of"
+    held = opened()
+    put(outlet, 5, b"another size")
+    assert opened() == held, "the smaller one is not kept beside it"
+    outlet.close()
+    outlet.close()
+    assert all(bool((view == 1).all()) for view in views)
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(segments[0])
+    del views
+    assert opened() == before
+
+
+def test_memory_is_mapped_once_and_let_go_when_its_writer_is_gone() -> None:
+    """A learner that is started again would double it otherwise."""
+    gone, lives = SharedMemory(), SharedMemory()
+    dead, alive = put(gone, 1, b"dead"), put(lives, 1, b"alive")
+    views = [read(dead), read(alive)]
+    assert all(read(segment) is view for segment, view in zip((dead, alive), views, strict=True))
+    held = [weakref.ref(view) for view in views]
+    del views
+    gone.close()
+    newer = put(lives, 2, b"newer")
+    assert bytes(read(newer)) == b"newer", "whoever maps anew looks for what is gone, whose descriptor this one has now"
+    assert held[0]() is None and held[1]() is read(alive)
+    lives.close()
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(newer)
+    assert held[1]() is None, "so does whoever finds nothing"

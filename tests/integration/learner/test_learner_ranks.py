@@ -1,0 +1,140 @@
+"""Two ranks, the second in a fork of this process: what only several of them do, in a second or two."""
+
+import gc
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+from transformers import AutoModelForCausalLM
+
+from learner import engine
+from learner.checkpoint import MASTER, Shards
+from learner.learner import LearnerRank
+from opd.errors import OpdError
+from opd.loss.packing import halves
+from tests.integration.learner.test_learner import SMALL
+from tests.integration.learner.test_learner_faults import Hungry
+from tests.small_learner import SMOOTH, batches_of, group_of_its_own, keep, naive_loss, parameters, rank_of
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    with group_of_its_own():
+        yield
+
+
+def on_both(work: Callable[[int], Any]) -> list[Any]:
+    """What `work(rank)` returns: rank 0 in this process, rank 1 in a fork of it."""
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        gc.freeze()  # what earlier groups left behind waits, when it is freed, for threads that no fork has
+        try:
+            with open(there, "wb") as pipe:
+                pickle.dump(work(1), pipe)
+        except BaseException:  # noqa: BLE001 (a fork must not return into pytest)
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(0)
+    os.close(there)
+    try:
+        with open(here, "rb") as pipe:
+            results = [work(0), pickle.loads(pipe.read())]  # noqa: S301 (our own)
+    finally:
+        os.kill(child, signal.SIGKILL)  # where rank 0 failed; otherwise it has said all that it had to
+        os.waitpid(child, 0)
+    return results
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_step_keep_and_go_on_like_a_naive_one(stage: int, models: dict[str, Path], tmp_path: Path) -> None:
+    """Also where memory does not suffice on the second one (unless parameters are shared: then nobody halves)."""
+    config = replace(
+        SMOOTH,
+        ranks=2,
+        zero_stage=stage,
+        tokens_per_microbatch=40,
+        publish_chunk_bytes=SMALL,
+        head_chunk=0,
+        deadline_s=20,
+    )
+    port = rank_of(SMOOTH, tmp_path).address()[1]
+
+    def work(rank: int) -> Any:
+        def meet() -> LearnerRank:
+            learner = rank_of(config, models["tied"])
+            learner.setup(rank, 2, "127.0.0.1", port)
+            return learner
+
+        learner, batches = meet(), batches_of(1, config)[rank]
+        first = next(i for i, batch in enumerate(batches) if halves(batch))
+        hungry = Hungry([first] if rank == 1 and stage < 3 else [])
+        reports = [learner.step(batches, hungry)]
+        shares = [learner.share(1)]
+        keep(learner, tmp_path, 1)
+        engine.barrier()
+        resumed = meet()
+        assert resumed.load(tmp_path) == 1
+        reports.append(resumed.step(batches_of(2, config)[rank], Hungry()))
+        shares.append(resumed.share(2))
+        for one in (learner, resumed):
+            one.close()
+            assert not distributed.is_initialized()
+        return reports, shares, (len(hungry.calls), len(batches))
+
+    (
+        (reports, *_, tried),
+        (same, *_, other),
+    ) = results = on_both(work)
+    assert reports == same, "ranks disagree"
+    assert all(calls > count for calls, count in (tried, other)) == (stage < 3), "both halve what one cannot hold"
+    model = AutoModelForCausalLM.from_pretrained(models["tied"], dtype=torch.float32)
+    adam = torch.optim.AdamW(model.parameters(), SMOOTH.lr, (SMOOTH.beta1, SMOOTH.beta2), SMOOTH.eps, weight_decay=0)
+    for step, report in enumerate(reports, 1):
+        loss = naive_loss(model, step, None)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), SMOOTH.grad_clip)
+        adam.step()
+        adam.zero_grad()
+        assert report.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+        assert report.grad_norm == pytest.approx(float(norm), rel=1e-4)
+        weights = parameters(*(shares[step - 1] for _, shares, _ in results))
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(weights[name], value.detach(), rtol=0, atol=1e-5, msg=name)
+    kept, weights = Shards(tmp_path), parameters(*(shares[0] for _, shares, _ in results))
+    for name, value in weights.items():
+        assert torch.equal(kept.read(MASTER, name, 0, value.numel()), value.view(-1))
+
+
+def test_ranks_add_up_find_the_greatest_and_wait_for_each_other(models: dict[str, Path], tmp_path: Path) -> None:
+    port = rank_of(SMOOTH, tmp_path).address()[1]
+
+    def work(rank: int) -> Any:
+        engine.join(rank, 2, "127.0.0.1", port, torch.device("cpu"), 20.0)
+        numbers = torch.tensor([1.0 + rank, 5.0 - rank], dtype=torch.float64)
+        told = [engine.sum_over_ranks(numbers.clone()).tolist(), engine.max_over_ranks(numbers.clone()).tolist()]
+        if rank == 1:
+            time.sleep(0.2)
+            (tmp_path / "late").touch()
+        engine.barrier()
+        assert (tmp_path / "late").exists(), "it did not wait"
+        distributed.destroy_process_group()
+        return told
+
+    assert on_both(work) == [[[3.0, 9.0], [2.0, 5.0]]] * 2
+
+
+def test_a_rank_that_cannot_meet_the_others_says_so(models: dict[str, Path]) -> None:
+    host, port = rank_of(SMOOTH, models["tied"]).address()
+    with pytest.raises(OpdError, match=rf"rank 1 of 2 could not meet the other ranks at {host}:{port} within 1 s \("):
+        engine.join(1, 2, host, port, torch.device("cpu"), 1.0)
