@@ -84,7 +84,7 @@ CATALOGUE = (
     Kind("GCS killed", "Ray", "SIGKILL of Ray's control store", "any, from outside"),
     Kind("disk full in a checkpoint", "disk", "ENOSPC of the kernel (/dev/full)", "a shard of a real run"),
     Kind("disk full elsewhere", "disk", "short writes, ENOSPC, EFBIG of the kernel", "lines, pages, summary, manifest"),
-    Kind("disk read-only", "disk", "a folder that nobody may write", "start of a run"),
+    Kind("disk read-only", "disk", "a folder that may not be written", "start of a run"),
     Kind("checkpoint damaged", "checkpoint", "bits flipped, files cut", "at rest; also one of a real run"),
     Kind("checkpoint foreign or incomplete", "checkpoint", "files missing, foreign, edited, a pickle", "at rest"),
     Kind("checkpoint half renamed", "checkpoint", "what a crash leaves", "between the renames"),

@@ -18,6 +18,7 @@ _NO_SECRET = re.compile(r"(_PATH|_FILE|_DIR|_MODE|_HOME|_SOCK|_NAME|_ID)$")
 _KEY = re.compile(r"(^|_)KEY(_|$)")
 _COUNT = re.compile(r"(max|min|new|num|batch|batched)_(\w+_)?tokens$|tokens_per_", re.IGNORECASE)  # settings of ours
 _INLINE = re.compile(r"['\"]?([\w.-]+)['\"]?\s*[:=]\s*([^,}\]]*)")  # key: value within {...} on a command line
+_CUT = re.compile(r"\.\.\.| \[\d+ characters left out\] ")  # as `shown` and `OpdError` cut
 _remembered: set[str] = set()
 
 
@@ -114,7 +115,21 @@ def _without(text: str, secrets: Sequence[str]) -> str:
     for secret in secrets:
         if secret in text:
             text = text.replace(secret, HIDDEN)
+        text = _without_rest(text, secret)
     return without_logins(text)
+
+
+def _without_rest(text: str, secret: str) -> str:
+    """`text` without what is left of a secret where a sentence cut it, before the cut and behind it."""
+    for cut in reversed(list(_CUT.finditer(text))):
+        before, behind = text[: cut.start()], text[cut.end() :]
+        lengths = range(len(secret) - 1, _SHORTEST - 1, -1)
+        if ends := next((n for n in lengths if behind.startswith(secret[-n:])), 0):
+            behind = HIDDEN + behind[ends:]
+        if begins := next((n for n in lengths if before.endswith(secret[:n])), 0):
+            before = before[:-begins] + HIDDEN
+        text = before + cut[0] + behind
+    return text
 
 
 def _redacted(node: Any, secrets: Sequence[str]) -> Any:

@@ -203,7 +203,3 @@ def _split(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, st
     """Arguments `name=value` of the command itself, and the rest."""
     own = {a.split("=", 1)[0]: a.split("=", 1)[1] for a in arguments if a.split("=", 1)[0] in names and "=" in a}
     return own, [a for a in arguments if a.split("=", 1)[0] not in own]
-
-
-if __name__ == "__main__":
-    main()

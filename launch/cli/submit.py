@@ -73,7 +73,7 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    entrypoint = shlex.join(["python", "-m", "launch.cli.main", *arguments])
+    entrypoint = shlex.join(["python", "-m", "launch.cli", *arguments])
     runtime_env = {"working_dir": options.working_dir, "excludes": excludes}
     try:
         client = JobSubmissionClient(options.address)
@@ -121,8 +121,8 @@ def check_size(folder: Path, excludes: Sequence[str], most: int = MOST_BYTES) ->
 
     def add(path: Path) -> None:
         if path.is_file() and not path.is_symlink():
-            top = path.relative_to(root).parts
-            name = f"{next(iter(top))}/" if len(top) > 1 else path.name
+            first, *deeper = path.relative_to(root).parts
+            name = f"{first}/" if deeper else first
             sizes[name] = sizes.get(name, 0) + path.stat().st_size
 
     packaging._dir_travel(root, [packaging._get_excludes(root, list(excludes))], add, include_gitignore=True)

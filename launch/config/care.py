@@ -11,9 +11,9 @@ class Care:
 
     `deadline_s` bounds every wait for an answer, `start_deadline_s` that for a new replica. A request is tried on at
     most `attempts` replicas; `restarts` replicas are started anew in a run, in each pool. After `strikes` faults in a
-    row without an answer between them nobody is asked for `cooldown_s` seconds, twice as long each time (a breaker).
-    `hedge_quantile` > 0: a call that takes longer than this quantile of those before is given to a second replica,
-    too, and the first answer counts.
+    row without an answer between them no replica is asked for `cooldown_s` seconds, twice as long each time (a circuit
+    breaker). `hedge_quantile` > 0: a call that takes longer than this quantile of those before is given to a second
+    replica, too, and the first answer counts.
     """
 
     deadline_s: float

@@ -208,7 +208,7 @@ def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, 
         own = _class_of(kind, module)
         entries = re.match(r"(?:Mapping|dict)\[str, (\w+)\]", kind)
         if isinstance(value, DictConfig) and not (value._is_none() or value._is_missing()):
-            target = todays(str(value.get("_target_") or own))
+            target = _target(value, own)
             if target:
                 yield from _leaves(value, target, dotted)
             elif entries:
@@ -217,7 +217,7 @@ def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, 
                     yield dotted, setting, value
                 for entry, inner in ((entry, value._get_node(entry)) for entry in value):
                     if isinstance(inner, DictConfig):
-                        yield from _leaves(inner, todays(str(inner.get("_target_") or one)), f"{dotted}.{entry}")
+                        yield from _leaves(inner, _target(inner, one), f"{dotted}.{entry}")
                     else:
                         yield f"{dotted}.{entry}", setting, inner
             else:
@@ -226,6 +226,11 @@ def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, 
             yield from _leaves(OmegaConf.create({}), own, dotted)
         else:
             yield dotted, setting or _unknown(name), value
+
+
+def _target(node: Mapping[Any, Any], otherwise: str = "") -> str:
+    """The class that a node names, by its name today."""
+    return todays(str(node.get("_target_") or otherwise))
 
 
 def _unknown(name: str) -> Setting:
@@ -305,7 +310,7 @@ def _options_with(name: str, own: str) -> list[str]:
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
         for part in path[:-1]:
             node = node.get(part) if isinstance(node, dict) else None
-        target = todays(str(node.get("_target_", ""))) if isinstance(node, dict) else ""
+        target = _target(node) if isinstance(node, dict) else ""
         if path and path[-1] in (settings(target) or {} if target else {}):
             found.append(f"{group}={option}")
     return found

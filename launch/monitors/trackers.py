@@ -234,10 +234,10 @@ class WandbTracker:
             os.environ.pop(name, None)
 
     def _alert(self, alarm: Alarm, step: int) -> None:
-        from wandb.sdk.wandb_alerts import AlertLevel
+        import wandb
 
         title, text = f"{self._plan.method}: {alarm.name.replace('_', ' ')}", masked(f"step {step}: {alarm.sentence}")
-        self._guarded(lambda run: run.alert(title=title, text=text, level=AlertLevel.WARN))
+        self._guarded(lambda run: run.alert(title=title, text=text, level=wandb.AlertLevel.WARN))  # pyright: ignore
 
     def _table(self, samples: Sequence[Sample]) -> Any:
         import wandb

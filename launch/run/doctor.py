@@ -19,7 +19,7 @@ from launch.services.pools import StudentPool, TeacherPool
 from launch.services.replicas import within
 from launch.services.signals import run_until_stopped
 from opd.doctor.examine import examine, teacher_gain
-from opd.doctor.findings import Finding, Patient, Thresholds, Verdict
+from opd.doctor.findings import Finding, Subject, Thresholds, Verdict
 from opd.errors import DataError
 from opd.ports import LogprobTeacher
 from opd.types import Prompt
@@ -133,7 +133,7 @@ async def _examine(
     assert isinstance(pool, TeacherPool)
     care = pool.replicas.care
     coarse = narrow(config.learner.dtype, part_dtype(teacher), engine_dtype(config))
-    patient = Patient(
+    subject = Subject(
         name=name,
         engines=session.engines,
         learner=session.learner,
@@ -146,7 +146,7 @@ async def _examine(
         exact=plan.exact_kl,
         thresholds=BFLOAT16 if coarse else Thresholds(),
     )
-    return await examine(patient, _prompts(plan, name, PROMPTS), min(TOKENS, config.max_tokens))
+    return await examine(subject, _prompts(plan, name, PROMPTS), min(TOKENS, config.max_tokens))
 
 
 def _prompts(plan: Plan, name: str, count: int) -> list[Prompt]:

@@ -11,55 +11,55 @@ from dataclasses import replace
 import numpy as np
 
 from opd.doctor import learner_checks, teacher_checks
-from opd.doctor.findings import Evidence, Finding, Patient, ask, fine, refused, warned
+from opd.doctor.findings import Evidence, Finding, Subject, ask, fine, refused, warned
 from opd.errors import DataError
 from opd.ports import Engines, LastHidden, Sampling, TextEngine, TopK, WrittenToken
 from opd.rollouts.student import write
 from opd.scorers.reward import task_rewards
 from opd.types import Prompt, TokenScores, Trajectory
 
-Check = Callable[[Patient, Evidence], Awaitable[Finding]]
+Check = Callable[[Subject, Evidence], Awaitable[Finding]]
 
 
-async def examine(patient: Patient, prompts: Sequence[Prompt], max_tokens: int) -> list[Finding]:
-    """All findings about `patient`; only one if the teacher's answers cannot be read at all."""
-    sampling = Sampling(max_tokens=max_tokens, topk=min(patient.support, patient.vocabulary))
-    written = await write(prompts, patient.engines.student, sampling)
+async def examine(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) -> list[Finding]:
+    """All findings about `subject`; only one if the teacher's answers cannot be read at all."""
+    sampling = Sampling(max_tokens=max_tokens, topk=min(subject.support, subject.vocabulary))
+    written = await write(prompts, subject.engines.student, sampling)
     try:
-        said = await ask(patient.teacher, written, WrittenToken())
+        said = await ask(subject.teacher, written, WrittenToken())
     except DataError as error:
-        return [_unreadable("answers", patient, error)]
+        return [_unreadable("answers", subject, error)]
     evidence = Evidence(written=written, said=said)
     findings = [fine("answers", f"{sum(map(len, written))} tokens scored")]
-    for name, check in _checks(patient).items():
+    for name, check in _checks(subject).items():
         try:
-            findings.append(await check(patient, evidence))
+            findings.append(await check(subject, evidence))
         except DataError as error:
-            findings.append(_unreadable(name, patient, error))
+            findings.append(_unreadable(name, subject, error))
     return findings
 
 
-def _unreadable(check: str, patient: Patient, error: DataError) -> Finding:
-    return refused(check, "unreadable", f"teacher {patient.name!r} cannot be used: {error}")
+def _unreadable(check: str, subject: Subject, error: DataError) -> Finding:
+    return refused(check, "unreadable", f"teacher {subject.name!r} cannot be used: {error}")
 
 
-def _checks(patient: Patient) -> Mapping[str, Check]:
+def _checks(subject: Subject) -> Mapping[str, Check]:
     checks: dict[str, Check] = {
         "alignment": teacher_checks.causality,
         "steadiness": teacher_checks.steadiness,
         "replicas": teacher_checks.replicas_agree,
     }
-    if patient.reference is not None:
+    if subject.reference is not None:
         checks |= {"backends": teacher_checks.backends_agree}
-    if TopK in patient.answers:
+    if TopK in subject.answers:
         checks |= {
             "full softmax": teacher_checks.full_softmax,
             "padding": teacher_checks.padding,
             "overlap": teacher_checks.overlap,
         }
-    if LastHidden in patient.answers and patient.exact:
+    if LastHidden in subject.answers and subject.exact:
         checks |= {"hidden states": learner_checks.hidden_states}
-    if patient.twin is not None:
+    if subject.twin is not None:
         checks |= {"own teacher": teacher_checks.own_teacher}
     return checks | {
         "engine and learner": learner_checks.engine_equals_learner,

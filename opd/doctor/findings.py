@@ -1,4 +1,4 @@
-"""What a doctor works with: the patient, the evidence, findings, and how readings of a text are compared."""
+"""What a doctor works with: the subject, the evidence, findings, and how readings of a text are compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patient:
+class Subject:
     """A student, its learner and one teacher, as the run will use them.
 
     `replicas` are the teacher's members one by one; `reference` is its checkpoint on another backend; `answers` are the

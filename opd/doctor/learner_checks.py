@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.doctor.findings import Evidence, Finding, Patient, fine, refused
+from opd.doctor.findings import Evidence, Finding, Subject, fine, refused
 from opd.loss.chunked import StudentLogits
 from opd.loss.packing import TokenMean, pack
 from opd.method.method import weigh
@@ -39,27 +39,27 @@ class _WriterGap:
         return TokenLoss(loss=gap, metrics={"gap": gap})
 
 
-async def hidden_states(patient: Patient, evidence: Evidence) -> Finding:
+async def hidden_states(subject: Subject, evidence: Evidence) -> Finding:
     """Hidden states, read with the output matrix that the learner loaded, repeat the teacher's own logprobs."""
-    said = await TeacherHidden()(evidence.written, patient.engines)
-    gap = (await _evaluated(patient, evidence.written, said, _HeadGap()))["gap"]
+    said = await TeacherHidden()(evidence.written, subject.engines)
+    gap = (await _evaluated(subject, evidence.written, said, _HeadGap()))["gap"]
     measured = f"{gap:.2g} nats on average between logprobs and hidden states"
-    if not gap <= patient.thresholds.mean_tolerance:
+    if not gap <= subject.thresholds.mean_tolerance:
         return refused(
             "hidden states",
             measured,
-            f"the hidden states of teacher {patient.name!r}, read with the output matrix of its checkpoint, give "
+            f"the hidden states of teacher {subject.name!r}, read with the output matrix of its checkpoint, give "
             "other logprobs than it says itself; another checkpoint, a temperature or a final norm is in between",
         )
     return fine("hidden states", measured)
 
 
-async def engine_equals_learner(patient: Patient, evidence: Evidence) -> Finding:
+async def engine_equals_learner(subject: Subject, evidence: Evidence) -> Finding:
     """What the learner says of what the engine wrote is what the engine said: the learner as the student's teacher."""
     nothing = [Scores() for _ in evidence.written]
-    gap = (await _evaluated(patient, evidence.written, nothing, _WriterGap()))["gap"]
+    gap = (await _evaluated(subject, evidence.written, nothing, _WriterGap()))["gap"]
     measured = f"{gap:.2g} nats on average between engine and learner"
-    if not gap <= patient.thresholds.mean_tolerance:
+    if not gap <= subject.thresholds.mean_tolerance:
         return refused(
             "engine and learner",
             measured,
@@ -70,8 +70,8 @@ async def engine_equals_learner(patient: Patient, evidence: Evidence) -> Finding
 
 
 async def _evaluated(
-    patient: Patient, written: Sequence[Trajectory], said: Sequence[Scores], objective: _HeadGap | _WriterGap
+    subject: Subject, written: Sequence[Trajectory], said: Sequence[Scores], objective: _HeadGap | _WriterGap
 ) -> Mapping[str, float]:
     scored = [Scored(trajectory=t, scores=s) for t, s in zip(written, said, strict=True)]
-    batches = pack(scored, weigh({}, scored), patient.learner.layout, TokenMean())
-    return await patient.learner.evaluate(batches, objective)
+    batches = pack(scored, weigh({}, scored), subject.learner.layout, TokenMean())
+    return await subject.learner.evaluate(batches, objective)

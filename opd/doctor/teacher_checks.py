@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from opd.doctor.findings import Evidence, Finding, Patient, ask, distance, fine, refused, warned
+from opd.doctor.findings import Evidence, Finding, Subject, ask, distance, fine, refused, warned
 from opd.ports import TopK, WrittenToken
 from opd.types import Stop, TopKScores, Trajectory
 from opd.types.log_probs import ROUNDING
 
 
-async def causality(patient: Patient, evidence: Evidence) -> Finding:
+async def causality(subject: Subject, evidence: Evidence) -> Finding:
     """Change one token: what stands before it must not notice, and it must.
 
     An answer that is one position early or late fails one of the two, without any reference to compare with: the change
@@ -24,18 +24,18 @@ async def causality(patient: Patient, evidence: Evidence) -> Finding:
         return warned("alignment", "no completion has two tokens", "alignment of teacher and student is unknown")
     written, plain = [t for t, _ in texts], [s for _, s in texts]
     places = [1 + number % max(1, len(t) - 2) for number, t in enumerate(written)]
-    changed = [_exchanged(t, at, patient.vocabulary) for t, at in zip(written, places, strict=True)]
-    again = await ask(patient.teacher, changed, WrittenToken())
-    repeated = await ask(patient.teacher, written, WrittenToken())
+    changed = [_exchanged(t, at, subject.vocabulary) for t, at in zip(written, places, strict=True)]
+    again = await ask(subject.teacher, changed, WrittenToken())
+    repeated = await ask(subject.teacher, written, WrittenToken())
     floor = max(ROUNDING, *[distance(a, b) for a, b in zip(plain, repeated, strict=True)])
     pairs = list(zip(plain, again, places, strict=True))
     before = float(np.median([distance(a, b, at - 1, at) for a, b, at in pairs]))
     here = float(np.median([distance(a, b, at, at + 1) for a, b, at in pairs]))
     behind = max(distance(a, b, at + 1) for a, b, at in pairs)
-    return _aligned(patient, before=before, here=here, behind=behind, floor=floor)
+    return _aligned(subject, before=before, here=here, behind=behind, floor=floor)
 
 
-def _aligned(patient: Patient, *, before: float, here: float, behind: float, floor: float) -> Finding:
+def _aligned(subject: Subject, *, before: float, here: float, behind: float, floor: float) -> Finding:
     """What the changes (nats) before, at and behind an exchanged token say; `floor` is what no change at all gives."""
     measured = f"changed token: {here:.2g} nats at it, {before:.2g} before it, {behind:.2g} behind it"
     server = "shift its answers, or check the server's prompt_logprobs offset"
@@ -43,22 +43,22 @@ def _aligned(patient: Patient, *, before: float, here: float, behind: float, flo
         return refused(
             "alignment",
             measured,
-            f"teacher {patient.name!r} is one position early: changing a token changes what it says of the token "
+            f"teacher {subject.name!r} is one position early: changing a token changes what it says of the token "
             f"before; {server}",
         )
     if here <= floor and behind > 4 * floor:
         return refused(
             "alignment",
             measured,
-            f"teacher {patient.name!r} is late: changing a token does not change what it says of it, but of what "
+            f"teacher {subject.name!r} is late: changing a token does not change what it says of it, but of what "
             f"follows; {server}",
         )
-    if here < patient.thresholds.flat:
+    if here < subject.thresholds.flat:
         known = "" if here > floor else ", so that its alignment cannot be told"
         return warned(
             "alignment",
             measured,
-            f"teacher {patient.name!r} is flat: which token stands in a text hardly changes what it says{known}; it "
+            f"teacher {subject.name!r} is flat: which token stands in a text hardly changes what it says{known}; it "
             "looks like a model that was never trained: check its path",
         )
     return fine("alignment", measured)
@@ -71,64 +71,64 @@ def _exchanged(trajectory: Trajectory, at: int, vocabulary: int) -> Trajectory:
     return replace(trajectory, token_ids=ids)
 
 
-async def steadiness(patient: Patient, evidence: Evidence) -> Finding:
+async def steadiness(subject: Subject, evidence: Evidence) -> Finding:
     """The same text in other company and order gets the same answer."""
-    backwards = (await ask(patient.teacher, evidence.written[::-1], WrittenToken()))[::-1]
-    alone = await ask(patient.teacher, evidence.written[:1], WrittenToken())
+    backwards = (await ask(subject.teacher, evidence.written[::-1], WrittenToken()))[::-1]
+    alone = await ask(subject.teacher, evidence.written[:1], WrittenToken())
     gap = max(
         *[distance(a, b) for a, b in zip(evidence.said, backwards, strict=True)], distance(evidence.said[0], alone[0])
     )
     measured = f"{gap:.2g} nats between orders"
-    if gap > patient.thresholds.tolerance:
+    if gap > subject.thresholds.tolerance:
         return refused(
             "steadiness",
             measured,
-            f"teacher {patient.name!r} answers differently when requests come in another order or alone; its answers "
+            f"teacher {subject.name!r} answers differently when requests come in another order or alone; its answers "
             "are swapped between requests, or its kernels depend on the batch: use dtype FLOAT32, or mend the server",
         )
     return fine("steadiness", measured)
 
 
-async def replicas_agree(patient: Patient, evidence: Evidence) -> Finding:
+async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
     """Every member of the pool is the same teacher."""
-    if len(patient.replicas) < 2:
+    if len(subject.replicas) < 2:
         return fine("replicas", "one replica")
     worst = 0.0
-    for number, replica in enumerate(patient.replicas):
+    for number, replica in enumerate(subject.replicas):
         answers = await ask(replica, evidence.written[:4], WrittenToken())
         gap = max(distance(a, b) for a, b in zip(evidence.said, answers, strict=False))
         worst = max(worst, gap)
-        if gap > patient.thresholds.tolerance:
+        if gap > subject.thresholds.tolerance:
             return refused(
                 "replicas",
                 f"replica {number} differs by {gap:.2g} nats",
-                f"the replicas of teacher {patient.name!r} disagree; replica {number} serves another checkpoint or "
+                f"the replicas of teacher {subject.name!r} disagree; replica {number} serves another checkpoint or "
                 "dtype: restart it with the same path",
             )
-    return fine("replicas", f"{len(patient.replicas)} agree within {worst:.2g} nats")
+    return fine("replicas", f"{len(subject.replicas)} agree within {worst:.2g} nats")
 
 
-async def backends_agree(patient: Patient, evidence: Evidence) -> Finding:
+async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
     """The same checkpoint, read by another backend, says the same."""
-    assert patient.reference is not None
-    said = await ask(patient.reference, evidence.written, WrittenToken())
+    assert subject.reference is not None
+    said = await ask(subject.reference, evidence.written, WrittenToken())
     gap = max(distance(a, b) for a, b in zip(evidence.said, said, strict=True))
     measured = f"{gap:.2g} nats from the torch backend"
-    if gap > patient.thresholds.tolerance:
+    if gap > subject.thresholds.tolerance:
         return refused(
             "backends",
             measured,
-            f"teacher {patient.name!r} does not say what its checkpoint says under a plain forward pass; its backend "
+            f"teacher {subject.name!r} does not say what its checkpoint says under a plain forward pass; its backend "
             "or server holds other weights, applies a temperature, or computes in a narrower dtype: restart it with "
             "the same path and dtype, or set teacher.backend=TORCH",
         )
     return fine("backends", measured)
 
 
-async def full_softmax(patient: Patient, evidence: Evidence) -> Finding:
+async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
     """Top-k logprobs are under the full softmax, not renormalised on the k, and know the written token."""
-    wide = await topk(patient, evidence)
-    few = [s for s in await ask(patient.teacher, evidence.written, TopK(k=2)) if isinstance(s, TopKScores)]
+    wide = await topk(subject, evidence)
+    few = [s for s in await ask(subject.teacher, evidence.written, TopK(k=2)) if isinstance(s, TopKScores)]
     gap = max(
         float(np.abs(np.asarray(w.topk_logprobs)[:, :2] - np.asarray(f.topk_logprobs)).max())
         for w, f in zip(wide, few, strict=True)
@@ -139,65 +139,65 @@ async def full_softmax(patient: Patient, evidence: Evidence) -> Finding:
         for w, s, ids in zip(wide, evidence.said, [t.token_ids for t in evidence.written], strict=True)
     ]
     written = float(max((part.max() for part in inside if len(part)), default=0.0))
-    tolerance = patient.thresholds.tolerance
+    tolerance = subject.thresholds.tolerance
     measured = (
-        f"top-2 of 2 and of {patient.support} differ by {gap:.2g}, written token by {written:.2g}, mass {mass:.4f}"
+        f"top-2 of 2 and of {subject.support} differ by {gap:.2g}, written token by {written:.2g}, mass {mass:.4f}"
     )
     if gap > tolerance or mass > 1 + tolerance:
         return refused(
             "full softmax",
             measured,
-            f"teacher {patient.name!r} renormalises its top-k: the same token has another logprob for another k; it "
+            f"teacher {subject.name!r} renormalises its top-k: the same token has another logprob for another k; it "
             "must answer with logprobs of the full softmax at temperature 1",
         )
     if written > tolerance:
         return refused(
             "full softmax",
             measured,
-            f"teacher {patient.name!r} says two things of one token, as written and within its top-k; its ids or "
+            f"teacher {subject.name!r} says two things of one token, as written and within its top-k; its ids or "
             "positions are mixed up: mend the server",
         )
     return fine("full softmax", measured)
 
 
-async def padding(patient: Patient, evidence: Evidence) -> Finding:
+async def padding(subject: Subject, evidence: Evidence) -> Finding:
     """Columns of the output beyond the tokenizer hold no probability."""
-    wide = await topk(patient, evidence)
+    wide = await topk(subject, evidence)
     said = [(w.topk_ids, w.topk_logprobs) for w in wide] + [
         (b.topk_ids, b.topk_logprobs) for t in evidence.written if isinstance(b := t.behavior, TopKScores)
     ]
-    mass = max(float((np.exp(lp) * (np.asarray(ids) >= patient.vocabulary)).sum(-1).max()) for ids, lp in said)
-    measured = f"mass {mass:.2g} beyond {patient.vocabulary} tokens"
-    if mass > patient.thresholds.padding_mass:
+    mass = max(float((np.exp(lp) * (np.asarray(ids) >= subject.vocabulary)).sum(-1).max()) for ids, lp in said)
+    measured = f"mass {mass:.2g} beyond {subject.vocabulary} tokens"
+    if mass > subject.thresholds.padding_mass:
         return refused(
             "padding",
             measured,
-            f"student or teacher {patient.name!r} gives probability to ids that are no tokens; the checkpoint and the "
+            f"student or teacher {subject.name!r} gives probability to ids that are no tokens; the checkpoint and the "
             "tokenizer do not belong together: copy the right tokenizer",
         )
     return fine("padding", measured)
 
 
-async def overlap(patient: Patient, evidence: Evidence) -> Finding:
+async def overlap(subject: Subject, evidence: Evidence) -> Finding:
     """How many of the student's likeliest tokens are among the teacher's (arXiv 2604.13016, overlap ratio)."""
-    wide = await topk(patient, evidence)
+    wide = await topk(subject, evidence)
     shares = [
         (np.asarray(b.topk_ids)[:, :, None] == np.asarray(w.topk_ids)[:, None, :]).any(-1).mean(-1)
         for t, w in zip(evidence.written, wide, strict=True)
         if isinstance(b := t.behavior, TopKScores)
     ]
     ratio = float(np.concatenate(shares).mean())
-    if ratio < patient.thresholds.overlap:
+    if ratio < subject.thresholds.overlap:
         return warned(
             "overlap",
-            f"{ratio:.2f} at k={patient.support}: cold-start first",
-            f"only {ratio:.0%} of the student's likeliest tokens are among those of teacher {patient.name!r}; such "
+            f"{ratio:.2f} at k={subject.support}: cold-start first",
+            f"only {ratio:.0%} of the student's likeliest tokens are among those of teacher {subject.name!r}; such "
             "pairs learn badly on-policy: train on the teacher's text first (method=sft), then distil",
         )
-    return fine("overlap", f"{ratio:.2f} at k={patient.support}: compatible")
+    return fine("overlap", f"{ratio:.2f} at k={subject.support}: compatible")
 
 
-async def first_token(patient: Patient, evidence: Evidence) -> Finding:
+async def first_token(subject: Subject, evidence: Evidence) -> Finding:
     """A chat template or thinking mode that differs shows at the first token of a completion.
 
     Compared with the tokens after it: a teacher to which all that the student writes is strange (or that is flat) is
@@ -211,17 +211,17 @@ async def first_token(patient: Patient, evidence: Evidence) -> Finding:
     rest = np.concatenate([gap[1:] for gap in gaps])
     usual = max(0.0, float(rest.mean())) if len(rest) else 0.0
     measured = f"teacher finds the first token {first:.2f} nats less likely than the student, later ones {usual:.2f}"
-    if first - usual > patient.thresholds.surprise:
+    if first - usual > subject.thresholds.surprise:
         return refused(
             "first token",
             measured,
-            f"teacher {patient.name!r} does not expect how completions begin; its chat template or thinking mode ends "
+            f"teacher {subject.name!r} does not expect how completions begin; its chat template or thinking mode ends "
             "elsewhere: render the prompt with the teacher's template up to where the assistant writes",
         )
     return fine("first token", measured)
 
 
-async def end_of_text(patient: Patient, evidence: Evidence) -> Finding:
+async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
     """The token that ends a completion is one with which the teacher ends texts, too."""
     ended = [s for t, s in zip(evidence.written, evidence.said, strict=True) if t.stop is Stop.END]
     if not ended:
@@ -238,33 +238,33 @@ async def end_of_text(patient: Patient, evidence: Evidence) -> Finding:
     measured = (
         f"median teacher logprob of the end: {typical:.2f} ({len(ended)} completions), of tokens before: {usual:.2f}"
     )
-    if usual - typical > patient.thresholds.surprise:
+    if usual - typical > subject.thresholds.surprise:
         return refused(
             "end of text",
             measured,
-            f"teacher {patient.name!r} does not know the token that ends the student's completions as an end; the "
+            f"teacher {subject.name!r} does not know the token that ends the student's completions as an end; the "
             "student would learn never to stop: use one end-of-text id for both (eos_token_id)",
         )
     return fine("end of text", measured)
 
 
-async def own_teacher(patient: Patient, evidence: Evidence) -> Finding:
+async def own_teacher(subject: Subject, evidence: Evidence) -> Finding:
     """A teacher of the same backend that holds the student's checkpoint says what the student said: KL 0."""
-    assert patient.twin is not None
-    said = await ask(patient.twin, evidence.written, WrittenToken())
+    assert subject.twin is not None
+    said = await ask(subject.twin, evidence.written, WrittenToken())
     gap = max(distance(t.behavior, s) for t, s in zip(evidence.written, said, strict=True))
     measured = f"{gap:.2g} nats from its own text"
-    if gap > patient.thresholds.tolerance:
+    if gap > subject.thresholds.tolerance:
         return refused(
             "own teacher",
             measured,
-            f"a student that is its own teacher would still be moved: the backend of teacher {patient.name!r} reads "
+            f"a student that is its own teacher would still be moved: the backend of teacher {subject.name!r} reads "
             "the student's checkpoint otherwise than the rollout engine; use equal dtypes, or another teacher.backend",
         )
     return fine("own teacher", measured)
 
 
-async def topk(patient: Patient, evidence: Evidence) -> list[TopKScores]:
-    k = min(patient.support, patient.vocabulary)
-    answers = await ask(patient.teacher, evidence.written, TopK(k=k))
+async def topk(subject: Subject, evidence: Evidence) -> list[TopKScores]:
+    k = min(subject.support, subject.vocabulary)
+    answers = await ask(subject.teacher, evidence.written, TopK(k=k))
     return [a for a in answers if isinstance(a, TopKScores)]

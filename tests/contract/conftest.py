@@ -9,7 +9,7 @@ os.environ |= environment(Device.CPU, Backend.VLLM)  # before anything imports v
 
 import asyncio
 from collections.abc import Awaitable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,26 +28,12 @@ from teacher_service.frames import Limits
 from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.server_identity import identity_of
 from tests.contract.endpoint import CompletionsEndpoint
+from tests.shelf import Shelf
 from tests.tiny_models import VOCABULARY, save, tiny_model
 
 TOKEN = "a-token-of-the-contract-suite"
 POSITIONS = 96
 T = TypeVar("T")
-
-
-@dataclass
-class Shelf:
-    """Where arrays are put; handles are objects of their own, as an object store gives them."""
-
-    arrays: dict[Any, np.ndarray] = field(default_factory=dict)
-
-    def store(self, array: np.ndarray) -> Any:
-        handle = object()
-        self.arrays[handle] = array
-        return handle
-
-    def fetch(self, handle: Any) -> np.ndarray:
-        return self.arrays[handle]
 
 
 @dataclass

@@ -6,7 +6,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
@@ -32,26 +32,12 @@ from opd.types.log_mass import ABSENT
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
 from teacher_service.config import TeacherConfig
 from teacher_service.server_identity import file_digest
+from tests.shelf import Shelf
 from tests.tiny_models import VOCABULARY, completion_logprobs, impatient, tiny_model
 from weight_sync.receiver import assemble
 
 POSITIONS = 64
 T = TypeVar("T")
-
-
-@dataclass
-class Shelf:
-    """Where arrays are put; handles are objects of their own, as an object store gives them."""
-
-    arrays: dict[Any, np.ndarray] = field(default_factory=dict)
-
-    def store(self, array: np.ndarray) -> Any:
-        handle = object()
-        self.arrays[handle] = array
-        return handle
-
-    def fetch(self, handle: Any) -> np.ndarray:
-        return self.arrays[handle]
 
 
 def run(work: Awaitable[T]) -> T:

@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
     where = [f"output_dir={run.parent}", f"run_name={run.name}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli.main", "train", *AHEAD, *arguments, *where],
+        [sys.executable, "-m", "launch.cli", "train", *AHEAD, *arguments, *where],
         cwd=ROOT,
         env=os.environ | {MARK: str(run)},
         stdout=subprocess.PIPE,

@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MARK = "OPD_TEST_RUN"  # inherited by every process of a run
 
 
-def start(
-    mark: str, runs: Path, *arguments: str, module: str = "launch.cli.main", **more: str
-) -> subprocess.Popen[str]:
+def start(mark: str, runs: Path, *arguments: str, module: str = "launch.cli", **more: str) -> subprocess.Popen[str]:
     """`opd train ...` on the shop task, small; `more` are variables of its environment."""
     command = ["train", "experiment=shop", "evaluation.prompts.prompts_per_step=8", "evaluation.samples=1"]
     command += ["evaluation.reverse_kl_prompts=4", "steps=100000", f"output_dir={runs}", "run_name=r", *arguments]

@@ -86,7 +86,7 @@ def test_the_published_example_of_a_new_method_trains(tmp_path: Path) -> None:
     command += ["evaluation.prompts.prompts_per_step=8", "evaluation.samples=1", "evaluation.reverse_kl_prompts=4"]
     command += ["evaluation.teacher=false"]
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli.main", *command, "run_name=mine"],
+        [sys.executable, "-m", "launch.cli", *command, "run_name=mine"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
         capture_output=True,

@@ -82,7 +82,7 @@ def test_a_run_survives_the_loss_of_a_machine(tmp_path: Path, witness: Witness) 
             node(tmp_path / "second.log", f"--address={address}", environment=environment) as second,
         ):
             driver = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli.main", "train", *options],
+                [sys.executable, "-m", "launch.cli", "train", *options],
                 cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
             wait_until(lambda: driver.poll() is not None or len(lines(metrics)) >= 3, 240, "three steps")

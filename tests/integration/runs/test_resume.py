@@ -23,7 +23,7 @@ def interrupted(how: signal.Signals, when: int, runs: Path, *arguments: str) -> 
     """A run named `cut` that gets a signal once `when` steps are done and a checkpoint is there."""
     mark, run = f"resume-{os.getpid()}-{how}", runs / "cut"
     driver = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli.main", "train", *arguments, f"output_dir={runs}", "run_name=cut"],
+        [sys.executable, "-m", "launch.cli", "train", *arguments, f"output_dir={runs}", "run_name=cut"],
         cwd=ROOT,
         env=os.environ | {MARK: mark},
         stdout=subprocess.PIPE,

@@ -80,7 +80,7 @@ def submit(head: Head, token: Path | None, *command: str) -> subprocess.Complete
     if token is not None:
         env["RAY_AUTH_TOKEN_PATH"] = str(token)
     return subprocess.run(
-        [sys.executable, "-m", "launch.cli.main", "submit", f"address={head.address}", f"working_dir={ROOT}", *command],
+        [sys.executable, "-m", "launch.cli", "submit", f"address={head.address}", f"working_dir={ROOT}", *command],
         env=env,
         capture_output=True,
         text=True,

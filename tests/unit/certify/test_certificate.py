@@ -110,7 +110,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command says of all shipped methods and all broken ones, as a user sees it: exit code and JSON."""
     said, folder = {}, tmp_path_factory.mktemp("certificates")
     for name, arguments in (("shipped", []), ("broken", ALL_BROKEN)):
-        command = [sys.executable, "-m", "launch.cli.main", "certify", *arguments, f"output={folder / name}"]
+        command = [sys.executable, "-m", "launch.cli", "certify", *arguments, f"output={folder / name}"]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False

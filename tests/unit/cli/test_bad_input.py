@@ -265,6 +265,6 @@ def test_a_message_stays_readable_however_long_what_it_repeats_is() -> None:
 
 
 def test_so_it_does_as_a_program_of_its_own() -> None:
-    command = [sys.executable, "-m", "launch.cli.main", "trian"]
+    command = [sys.executable, "-m", "launch.cli", "trian"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "there is no command 'trian'" in done.stderr and "Traceback" not in done.stderr

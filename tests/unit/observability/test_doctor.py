@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from launch.run.doctor import BFLOAT16, seconds, summary
 from opd.doctor.examine import examine, teacher_gain
-from opd.doctor.findings import Evidence, Finding, Patient, Thresholds, Verdict, ask, fine, refused, warned
+from opd.doctor.findings import Evidence, Finding, Subject, Thresholds, Verdict, ask, fine, refused, warned
 from opd.doctor.teacher_checks import causality
 from opd.loss.chunked import StudentLogits, read
 from opd.ports import (
@@ -145,7 +145,7 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
     return student, (student + 0.5 * draw.normal(size=student.shape)).astype(np.float32)
 
 
-def patient(**changes: Any) -> Patient:
+def subject(**changes: Any) -> Subject:
     student, teacher = tables()
     engine = changes.pop("student", Table(student))
     reader = changes.pop("teacher", Table(teacher))
@@ -160,23 +160,23 @@ def patient(**changes: Any) -> Patient:
         "vocabulary": V,
         "support": 4,
     }
-    return Patient(**(whole | changes))
+    return Subject(**(whole | changes))
 
 
-def examined(make: Any, sick: Patient) -> dict[str, Finding]:
+def examined(make: Any, sick: Subject) -> dict[str, Finding]:
     prompts = [make.prompt([1, 3 + i % 4], id=f"p{i}") for i in range(12)]
     return {f.check: f for f in asyncio.run(examine(sick, prompts, 8))}
 
 
 def test_a_good_pair_passes_every_check(make: Any) -> None:
     teacher = Table(tables()[1])
-    found = examined(make, patient(replicas=[teacher, Table(tables()[1])], reference=Table(tables()[1])))
+    found = examined(make, subject(replicas=[teacher, Table(tables()[1])], reference=Table(tables()[1])))
     assert {f.verdict for f in found.values()} == {Verdict.FINE}, found
     assert len(found) == 12 and all(f.measured and not f.sentence for f in found.values())
 
 
 def test_what_a_backend_cannot_answer_is_not_asked(make: Any) -> None:
-    found = examined(make, patient(answers=frozenset({WrittenToken})))
+    found = examined(make, subject(answers=frozenset({WrittenToken})))
     assert not {"overlap", "full softmax", "hidden states"} & found.keys() and len(found) == 7
 
 
@@ -217,8 +217,8 @@ def poisoned(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
     return [replace(answers[0], logprobs=np.full_like(answers[0].logprobs, np.nan)), *answers[1:]]
 
 
-def lying(lie: Callable[[Sequence[ScoreRequest], Answers], Answers]) -> Patient:
-    return patient(teacher=Table(tables()[1], lie))
+def lying(lie: Callable[[Sequence[ScoreRequest], Answers], Answers]) -> Subject:
+    return subject(teacher=Table(tables()[1], lie))
 
 
 def biased(column: int, by: float, rows: slice = slice(None)) -> np.ndarray:
@@ -227,33 +227,33 @@ def biased(column: int, by: float, rows: slice = slice(None)) -> np.ndarray:
     return logits
 
 
-def hot() -> Patient:
+def hot() -> Subject:
     """A student that was sampled at another temperature than the learner's."""
-    return patient(student=Table(tables()[0] / 0.7))
+    return subject(student=Table(tables()[0] / 0.7))
 
 
-def stranger_among_replicas() -> Patient:
-    return patient(replicas=[Table(tables()[1]), Table(tables()[0])])
+def stranger_among_replicas() -> Subject:
+    return subject(replicas=[Table(tables()[1]), Table(tables()[0])])
 
 
-def unending() -> Patient:
-    return patient(teacher=Table(biased(EOS, -30.0)))
+def unending() -> Subject:
+    return subject(teacher=Table(biased(EOS, -30.0)))
 
 
-def other_template() -> Patient:
+def other_template() -> Subject:
     """After the prompt's last tokens (context states 1, 3..6) the teacher expects only token 9."""
     logits = tables()[1].copy()
     for last in range(3, 7):
         logits[V + last] = np.where(np.arange(V) == 9, 40.0, logits[V + last])
-    return patient(teacher=Table(logits))
+    return subject(teacher=Table(logits))
 
 
-def padded() -> Patient:
+def padded() -> Subject:
     """Tokens 10 and 11 are padding, and the teacher writes them."""
-    return patient(vocabulary=10, teacher=Table(biased(11, 4.0)))
+    return subject(vocabulary=10, teacher=Table(biased(11, 4.0)))
 
 
-FAULTS: dict[str, tuple[Callable[[], Patient], str, str]] = {
+FAULTS: dict[str, tuple[Callable[[], Subject], str, str]] = {
     "one position early": (lambda: lying(early), "alignment", "one position early"),
     "one position late": (lambda: lying(late), "alignment", "teacher 'default' is late"),
     "company changes answers": (lambda: lying(unordered), "steadiness", "in another order or alone"),
@@ -262,12 +262,12 @@ FAULTS: dict[str, tuple[Callable[[], Patient], str, str]] = {
     "not a number": (lambda: lying(poisoned), "answers", "NaN"),
     "another replica": (stranger_among_replicas, "replicas", "replica 1 serves another checkpoint"),
     "another backend says otherwise": (
-        lambda: patient(reference=Table(tables()[1] / 0.7)),
+        lambda: subject(reference=Table(tables()[1] / 0.7)),
         "backends",
         "does not say what its checkpoint says under a plain forward pass",
     ),
     "another output matrix": (
-        lambda: patient(learner=Reader(tables()[0], 0.8 * np.eye(V, dtype=np.float32))),
+        lambda: subject(learner=Reader(tables()[0], 0.8 * np.eye(V, dtype=np.float32))),
         "hidden states",
         "another checkpoint, a temperature or a final norm",
     ),
@@ -293,7 +293,7 @@ def flattened(scale: float) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3, 0.02, 0.1])
 def test_a_flat_teacher_is_called_flat_and_not_late(make: Any, scale: float) -> None:
-    found = examined(make, patient(teacher=Table(flattened(scale))))
+    found = examined(make, subject(teacher=Table(flattened(scale))))
     assert found["alignment"].verdict is Verdict.WARNING and "is flat" in found["alignment"].sentence
     assert Verdict.REFUSED not in {f.verdict for f in found.values()}, found
 
@@ -319,7 +319,7 @@ class Untrained:
 def test_a_random_initialised_teacher_is_warned_of_and_can_be_used(make: Any, dtype: torch.dtype) -> None:
     teacher = Untrained(tiny_model(3, tied=True, std=0.02, vocab_size=V).to(dtype))
     thresholds = Thresholds() if dtype is torch.float32 else BFLOAT16
-    found = examined(make, patient(teacher=teacher, answers=frozenset({WrittenToken, TopK}), thresholds=thresholds))
+    found = examined(make, subject(teacher=teacher, answers=frozenset({WrittenToken, TopK}), thresholds=thresholds))
     assert "is flat" in found["alignment"].sentence
     assert Verdict.REFUSED not in {f.verdict for f in found.values()}, found
 
@@ -343,7 +343,7 @@ def test_alignment_is_told_whatever_the_teachers_sharpness_and_noise(
         moved = [m[max(-shift, 0) :][: len(a.logprobs)] for m, a in zip(moved, answers, strict=True)]
         return [TokenScores(logprobs=np.minimum(m, 0).astype(np.float32)) for m in moved]
 
-    sick = patient(teacher=Table(flattened(scale), shifted))
+    sick = subject(teacher=Table(flattened(scale), shifted))
     prompts = [Make.prompt([1, 3 + i % 4], id=f"p{i}") for i in range(12)]
     written = asyncio.run(write(prompts, sick.engines.student, Sampling(max_tokens=8, topk=4)))
     said = asyncio.run(ask(sick.teacher, written, WrittenToken()))
@@ -362,7 +362,7 @@ def test_a_flat_teacher_of_a_large_vocabulary_is_not_said_to_have_another_templa
     def wide(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
         return [TokenScores(logprobs=np.full_like(a.logprobs, -12.5)) for a in answers]
 
-    sick = patient(student=Table(tables()[0] * 30), teacher=Table(tables()[1], wide), answers=frozenset({WrittenToken}))
+    sick = subject(student=Table(tables()[0] * 30), teacher=Table(tables()[1], wide), answers=frozenset({WrittenToken}))
     found = examined(make, sick)
     assert found["first token"].verdict is Verdict.FINE, found
     assert found["end of text"].verdict is not Verdict.REFUSED, found
@@ -371,7 +371,7 @@ def test_a_flat_teacher_of_a_large_vocabulary_is_not_said_to_have_another_templa
 def test_a_probe_in_which_nothing_ended_is_a_warning(make: Any) -> None:
     endless = tables()[0].copy()
     endless[:, EOS] = -40
-    found = examined(make, patient(student=Table(endless)))["end of text"]
+    found = examined(make, subject(student=Table(endless)))["end of text"]
     assert found.verdict is Verdict.WARNING and "none of 12 completions ended" in found.measured
     assert "generation_config.json" in found.sentence
 
@@ -387,22 +387,22 @@ def test_what_was_found_is_counted() -> None:
 def test_strangers_are_advised_a_cold_start(make: Any) -> None:
     other = np.random.default_rng(9).normal(size=(V * V, V)).astype(np.float32)
     other[:, EOS] += 0.5
-    found = examined(make, patient(teacher=Table(other)))
+    found = examined(make, subject(teacher=Table(other)))
     assert found["overlap"].verdict is Verdict.WARNING and "method=sft" in found["overlap"].sentence
     assert {f.verdict for f in found.values()} == {Verdict.FINE, Verdict.WARNING}
 
 
 def test_a_student_is_its_own_teacher_or_the_backend_is_refused(make: Any) -> None:
-    same = examined(make, patient(twin=Table(tables()[0])))
+    same = examined(make, subject(twin=Table(tables()[0])))
     assert same["own teacher"].verdict is Verdict.FINE
-    other = examined(make, patient(twin=Table(tables()[0] * 0.9)))
+    other = examined(make, subject(twin=Table(tables()[0] * 0.9)))
     assert other["own teacher"].verdict is Verdict.REFUSED and "its own teacher" in other["own teacher"].sentence
 
 
 def test_a_teacher_that_ends_no_better_is_a_warning(make: Any) -> None:
     prompts = [make.prompt([1, 4], id=f"p{i}", task="t", answer="-") for i in range(100)]
     better, worse = Table(biased(3, -30.0)), Table(biased(3, 5.0))
-    found = [asyncio.run(teacher_gain(patient().engines, writer, prompts, 8)) for writer in (better, worse)]
+    found = [asyncio.run(teacher_gain(subject().engines, writer, prompts, 8)) for writer in (better, worse)]
     assert [f.verdict for f in found] == [Verdict.FINE, Verdict.WARNING], found
     assert "little to learn" in found[1].sentence
 
@@ -422,7 +422,7 @@ def test_a_privileged_teacher_writes_on_in_its_own_context(make: Any) -> None:
     knows = np.array([5, 1, 4], dtype=np.int32)
     prompts = [make.prompt([1, 4], id=f"p{i}", task="t", answer="-", teacher_ids=knows) for i in range(4)]
     student, writer = Listening(tables()[0]), Listening(tables()[1])
-    asyncio.run(teacher_gain(patient(student=student).engines, writer, prompts, 8))
+    asyncio.run(teacher_gain(subject(student=student).engines, writer, prompts, 8))
     own, theirs = student.contexts[len(prompts) :], writer.contexts
     assert any(len(context) > 2 for context in own), "no text was half-written"
     assert theirs == [[5, *context] for context in own]

@@ -99,6 +99,26 @@ def test_rooms_of_launch_are_joined_by_few_doors() -> None:
     assert len([door for door in doors if door[0] != door[1]]) <= 30
 
 
+def test_pages_name_files_tests_and_modules_that_exist() -> None:
+    """What has moved, moves in the pages too; the log and the changelog tell of other days."""
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = {f"/{name}" for name in listed if (ROOT / name).is_file()}
+    known, missing = set(modules()), list[str]()
+    rooms = {name.split(".")[0] for name in known} - {"learner", "benchmarks"}  # settings and pages have these names
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text() if page.name != "log.md" else ""
+        for path, test in re.findall(r"`([\w./-]+\.py)(?:::(\w+))?", text):
+            found = [name for name in files if name.endswith(f"/{path}")]
+            has = not test or any(re.search(rf"(def|class) {test}", (ROOT / name[1:]).read_text()) for name in found)
+            missing += [f"{page.name}: {path} {test}"] if not found or not has else []
+        for name in re.findall(rf"`((?:{'|'.join(rooms)})(?:\.\w+)+)`", text):
+            parts = name.split(".")
+            here = any(".".join(parts[:n]) in known for n in range(2, len(parts) + 1))
+            missing += [] if here else [f"{page.name}: {name}"]
+    assert not missing, missing
+
+
 def test_the_library_imports_nothing_but_torch_numpy_and_digests() -> None:
     allowed = sys.stdlib_module_names | {"opd", "torch", "numpy", "jaxtyping", "xxhash"}
     strangers = {f"{path} imports {name}" for path, _, tree in sources("opd") for name in imports(tree) - allowed}

@@ -22,7 +22,7 @@ from launch.config.keys import keys
 from launch.config.run_config import run_config
 from opd.errors import ConfigurationError
 from opd.settings.secret import Secret
-from opd.settings.validation import settings
+from opd.settings.validation import settings, shown
 from tests.command import ROOT, opd
 
 WORD = "hunter2-planted"
@@ -150,6 +150,22 @@ def _texts(node: Any) -> str:
     if isinstance(node, dict):
         return "\0".join(_texts(value) for value in node.values())
     return "\0".join(map(_texts, node)) if isinstance(node, list) else str(node)
+
+
+@given(
+    secret=st.text("ABCDEFGH0123456789-_", min_size=7, max_size=200),
+    before=st.integers(0, 1500),
+    behind=st.integers(0, 1500),
+)
+def test_a_secret_that_a_sentence_cuts_leaves_no_piece(secret: str, before: int, behind: int) -> None:
+    """A value that is shown cut, and a message too long to be said, whichever part of the secret the cut leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOME_PASSWORD", secret)
+        padded = "x" * before + secret + "y" * behind
+        for said in (shown(padded), str(ConfigurationError(f"x {padded} y")), f"got {shown(secret)}; write another"):
+            left = masked(said).replace(HIDDEN, "")
+            pieces = {secret[i : i + 6] for i in range(len(secret) - 5)}
+            assert not {piece for piece in pieces if piece in left}, (said, left)
 
 
 def test_what_nobody_expected_is_masked_on_the_screen() -> None:
