@@ -20,9 +20,9 @@ from launch.cli.submit import SubmitOptions, submit
 from launch.config.compose import compose
 from launch.config.keys import keys
 from launch.config.run_config import run_config
-from opd.errors import ConfigurationError
+from opd.errors import _HEAD, _TAIL, ConfigurationError
 from opd.settings.secret import Secret
-from opd.settings.validation import settings, shown
+from opd.settings.validation import SHOWN, settings, shown
 from tests.command import ROOT, opd
 
 WORD = "hunter2-planted"
@@ -152,20 +152,21 @@ def _texts(node: Any) -> str:
     return "\0".join(map(_texts, node)) if isinstance(node, list) else str(node)
 
 
-@given(
-    secret=st.text("ABCDEFGH0123456789-_", min_size=7, max_size=200),
-    before=st.integers(0, 1500),
-    behind=st.integers(0, 1500),
-)
-def test_a_secret_that_a_sentence_cuts_leaves_no_piece(secret: str, before: int, behind: int) -> None:
-    """A value that is shown cut, and a message too long to be said, whichever part of the secret the cut leaves."""
+@given(secret=st.text("ABCDEFGH0123456789-_", min_size=12, max_size=200), share=st.floats(0, 1))
+def test_a_secret_that_a_sentence_cuts_leaves_no_piece(secret: str, share: float) -> None:
+    """Wherever the cut goes through it: a value that is shown, both ends of a message too long to be said."""
+    inside = round(share * len(secret))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOME_PASSWORD", secret)
-        padded = "x" * before + secret + "y" * behind
-        for said in (shown(padded), str(ConfigurationError(f"x {padded} y")), f"got {shown(secret)}; write another"):
-            left = masked(said).replace(HIDDEN, "")
-            pieces = {secret[i : i + 6] for i in range(len(secret) - 5)}
-            assert not {piece for piece in pieces if piece in left}, (said, left)
+        said = [
+            shown("x" * max(0, SHOWN - 1 - inside) + secret + "y" * SHOWN),
+            str(ConfigurationError("x" * (_HEAD - inside) + secret + "y" * 2000)),
+            str(ConfigurationError("x" * 2000 + secret + "y" * (_TAIL - inside))),
+        ]
+        assert all("..." in text or "left out" in text for text in said)
+        pieces = {secret[i : i + 6] for i in range(len(secret) - 5)}
+        for text in said:
+            assert not {piece for piece in pieces if piece in masked(text)}, masked(text)
 
 
 def test_what_nobody_expected_is_masked_on_the_screen() -> None:
