@@ -26,11 +26,7 @@ from tests.mutants.operators import Mutant
 from tests.mutants.recorder import bound_examples
 from tests.mutants.scope import PACKAGES, ROOT
 
-SPARE_S, TIMES, MOST_S = (
-    30.0,
-    4.0,
-    240.0,
-)  # a trial may take so long: SPARE_S + TIMES what its tests took, at most MOST_S
+SPARE_S, TIMES, MOST_S = 20.0, 2.0, 150.0  # a trial may take SPARE_S + TIMES what its tests took, at most MOST_S
 _MEMORY = 16 << 30  # bytes of addresses that a mutant may take
 _TICK_S = 0.05
 _PRELOADED = (
@@ -65,7 +61,7 @@ class Trial:
     @property
     def deadline_s(self) -> float:
         """Processor seconds it may take; on an idle machine it is over before as many have passed on the clock."""
-        return SPARE_S + TIMES * sum(test.seconds for test in self.tests)
+        return min(SPARE_S + TIMES * sum(test.seconds for test in self.tests), MOST_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
