@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import entry_points
@@ -21,6 +21,7 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
+from opd.errors import OpdError
 from tests.mutants.coverage_map import SELECT, Covered
 from tests.mutants.operators import Mutant
 from tests.mutants.recorder import bound_examples
@@ -29,6 +30,7 @@ from tests.mutants.scope import PACKAGES, ROOT
 SPARE_S, TIMES, MOST_S = 20.0, 2.0, 150.0  # a trial may take SPARE_S + TIMES what its tests took, at most MOST_S
 _MEMORY = 16 << 30  # bytes of addresses that a mutant may take
 _TICK_S = 0.05
+_NO_TESTS = 5  # exit code of pytest: none of the chosen tests was found, which says nothing about the mutant
 _PRELOADED = (
     "torch",
     "numpy",
@@ -163,6 +165,8 @@ class _Running:
         else:
             _end_group(self._pid)
             code = os.waitstatus_to_exitcode(status)
+            if code == _NO_TESTS:
+                raise OpdError(f"no chosen test was found for {self._trial.mutant}: {self._log.read_text()[-3000:]}")
             late = code in (-signal.SIGXCPU, -signal.SIGKILL)
             result = Result.SURVIVED if code == 0 else Result.LATE if late else Result.KILLED
         self._restore()
@@ -171,7 +175,8 @@ class _Running:
     def kill(self) -> None:
         """End it with all that it has started."""
         _end_group(self._pid)
-        os.waitpid(self._pid, 0)
+        with suppress(ChildProcessError):  # it was waited for
+            os.waitpid(self._pid, 0)
 
     def _restore(self) -> None:
         if self._trial.mutant is not None:
