@@ -1,0 +1,87 @@
+"""Prompt sources, and what they can show before a run."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from opd.ports.engines import Tokenizer
+from opd.types import Prompt
+from opd.types.prompt_rows import Columns, Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What prompt sources read from: the tokenizer, and files as rows. `place`: see `Columns`."""
+
+    tokenizer: Tokenizer
+    rows: Callable[[str, Columns], Sequence[Row]]
+    place: str = "prompts"
+
+
+@runtime_checkable
+class PromptSource(Protocol):
+    """What is asked: a pure function of the step, so resuming needs the step number and nothing else."""
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a prompt; their trajectories form a group."""
+        ...
+
+    def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
+        """The step's prompts; those with the same `id` stand next to each other and form a group."""
+        ...
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """A prompt source that knows beforehand whom its prompts will ask, so that a wrong name is found at the start."""
+
+    def routes(self, sources: Sources) -> frozenset[str]:
+        """The names of all teachers that any prompt may ask."""
+        ...
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A prompt source that can show beforehand what it will ask, so that no prompt ends a run later."""
+
+    def rows(self, sources: Sources) -> int:
+        """How many different prompts there are; 0 = without end."""
+        ...
+
+    def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
+        """All prompts, once each, or those of one step; of endless ones a sample. What is left out does not come.
+
+        Raises `DataError` for one that could never be asked.
+        """
+        ...
+
+    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
+        """The first of `steps` steps that would have no prompt, if only those with the ids `kept` are asked."""
+        ...
+
+    def files(self, place: str) -> Mapping[str, str]:
+        """Paths of what is read, by the setting that names each."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class References:
+    """All reference answers of one file, for the grader of `task`, each with its file and line.
+
+    `allowed` is the share that may be unreadable, which the settings under `place` name.
+    """
+
+    place: str
+    task: str
+    answers: Sequence[tuple[str, str]]
+    allowed: float
+
+
+@runtime_checkable
+class Answered(Protocol):
+    """A prompt source that can show its reference answers before a run."""
+
+    def references(self, sources: Sources) -> Sequence[References]:
+        """One item per file; none where there are no answers."""
+        ...

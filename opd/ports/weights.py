@@ -1,0 +1,114 @@
+"""Weight sync: what learner ranks publish, what receivers fetch and acknowledge."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float32, Int32
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Names, dtypes and shapes of a model's parameters in the order their `nbytes` bytes are published.
+
+    `lora_scale` > 0: they are adapters (`weight_sync.lora`) on the checkpoint that the receiver started from.
+    """
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    nbytes: int
+    lora_scale: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sentinel:
+    """A fixed text and the learner's logprobs of its tokens 1.. : what a rightly loaded engine must repeat.
+
+    `tolerance` > 0 bounds the largest difference in nats. At 0 the bound is measured (`weight_sync.sentinel`) with
+    `origin`, the learner's logprobs of the same tokens before its first step, when both hold the same checkpoint.
+    """
+
+    ids: Int32[np.ndarray, " S"]
+    logprobs: Float32[np.ndarray, " S1"]
+    tolerance: float
+    origin: Float32[np.ndarray, " S1"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The parameters `first` .. `last - 1` of a manifest, one after the other in `nbytes` bytes.
+
+    `digest` names their content (`weight_sync.manifest.digest`), `owner` is the learner rank that holds them, and
+    `handle` what a receiver's `fetch` turns into the bytes.
+    Example: `Chunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
+    """
+
+    first: int
+    last: int
+    nbytes: int
+    digest: str
+    owner: int
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one learner rank publishes of a version: the chunks it owns."""
+
+    version: int
+    manifest: Manifest
+    chunks: tuple[Chunk, ...]
+    sentinel: Sentinel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """One version of the student: all its chunks, in the order of the manifest.
+
+    `digest` covers the manifest and the digests of the chunks (`weight_sync.receiver.digest_of`), so it names the
+    content: two versions with the same bytes, cut alike, have the same one.
+    """
+
+    version: int
+    manifest: Manifest
+    chunks: tuple[Chunk, ...]
+    digest: str
+    sentinel: Sentinel
+
+
+Fill = Callable[[np.ndarray | Tensor], None]
+
+
+class Outlet(Protocol):
+    """Where a learner rank lays its chunks for receivers to fetch: one side of a transport."""
+
+    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Any:
+        """The handle of `nbytes` bytes, which `fill` writes into what it is given: an array of host memory, or a tensor
+        where the model is.
+
+        `turn` counts publications, `number` chunks. What was put stays readable until the second turn after it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """An engine's word that it writes with exactly these weights; `gap`: see `PublishReport`."""
+
+    version: int
+    digest: str
+    gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """`gap` is the largest |engine - learner| logprob on the sentinel over all engines (nats); `digest` names what
+    was published, and what the engines' completions must name (`opd.loop.staleness.unknown_weights`)."""
+
+    version: int
+    gap: float
+    nbytes: int
+    digest: str = ""
