@@ -10,7 +10,7 @@ from torch import Tensor
 from hf.folder import read_headers
 from opd.errors import DataError
 from weight_sync.lora import pairs, with_adapters
-from weight_sync.receiver import Delivered
+from weight_sync.receiver import ReceivedWeights
 
 
 class BaseWeights:
@@ -24,7 +24,7 @@ class BaseWeights:
         self._fused = fused
         self._files = {name: stored.file for name, stored in read_headers(str(folder), "student").items()}
 
-    def tensors(self, delivered: Delivered, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, delivered: ReceivedWeights, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the layers that the delivered adapters touch, merged on `device`.
 
         Raises:

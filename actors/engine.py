@@ -15,13 +15,13 @@ import torch
 
 from actors.config import StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
-from actors.startup import Limits, build, read_limits
+from actors.startup import EngineLimits, build, read_limits
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
-from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Weights
+from opd.ports import Completion, GenerateRequest, PublishedWeights, Sampling, Sentinel, WeightAck
 from opd.rollouts.seeds import sampling_seed
 from opd.settings.devices import resolve_device, resolve_dtype
-from opd.types import Stop, TokenScores, TopKScores
-from weight_sync.receiver import Delivered, collect
+from opd.types import StopReason, TokenScores, TopKScores
+from weight_sync.receiver import ReceivedWeights, collect
 from weight_sync.sentinel import NUMERICS, Gap, allowed
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _START_S = 300.0  # a model may take as long to load, however soon its answers a
 class EngineStats:
     """Since the start: finished completions and their tokens, engine steps, weight updates, seconds in both.
 
-    `version` is the policy version that writes now, `digest` names its weights (`opd.ports.Weights.digest`).
+    `version` is the policy version that writes now, `digest` names its weights (`opd.ports.PublishedWeights.digest`).
     """
 
     requests: int
@@ -63,7 +63,7 @@ class VLLMEngine:
         self._config = config
         self._run_seed = run_seed
         self._fetch = fetch
-        self._limits: Limits = read_limits(config, ends)
+        self._limits: EngineLimits = read_limits(config, ends)
         self._version, self._digest = 0, ""
         self._refusal: str | None = None
         self._floor: Gap | None = None  # what engine and learner differed by on the checkpoint itself
@@ -79,7 +79,7 @@ class VLLMEngine:
         """One completion per request, in order, when all are done.
 
         `behavior` holds logprobs of the distribution that was sampled from: after temperature, then cut to
-        the nucleus and renormalised if `top_p` < 1 (ids outside it have -inf). Greedy writing (temperature 0)
+        the nucleus and renormalized if `top_p` < 1 (ids outside it have -inf). Greedy writing (temperature 0)
         samples from no distribution; there `behavior` is the policy's own softmax at temperature 1. A
         completion that ended itself includes its end-of-text token. Raises `DataError` for a request that
         cannot be written, naming its prompt.
@@ -136,7 +136,7 @@ class VLLMEngine:
             with suppress(OpdError):  # an engine that is gone has dropped it already
                 self._thread.run(lambda loop: loop.abort(call))
 
-    async def receive(self, weights: Weights) -> Receipt:
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
         """Make `weights` live for all tokens written from now on.
 
         Chunks that are damaged or lost are found before the model is touched, and the old weights go on serving. If
@@ -153,7 +153,7 @@ class VLLMEngine:
             job = partial(self._load, delivered, weights.sentinel)
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
 
-    def _load(self, delivered: Delivered, sentinel: Sentinel, loop: EngineLoop) -> Receipt:
+    def _load(self, delivered: ReceivedWeights, sentinel: Sentinel, loop: EngineLoop) -> WeightAck:
         from actors.weights_in import transfer
 
         start = perf_counter()
@@ -188,15 +188,15 @@ class VLLMEngine:
         self._refusal, self._version, self._digest = None, delivered.version, delivered.digest
         self._updates += 1
         self._update_s += perf_counter() - start
-        return Receipt(version=delivered.version, digest=delivered.digest, gap=gap.greatest)
+        return WeightAck(version=delivered.version, digest=delivered.digest, gap=gap.greatest)
 
-    def _bound(self, sentinel: Sentinel, delivered: Delivered) -> Gap:
+    def _bound(self, sentinel: Sentinel, delivered: ReceivedWeights) -> Gap:
         if sentinel.tolerance:
             return Gap(mean=inf, high=inf, greatest=sentinel.tolerance)
         floor = self._floor or Gap(mean=0.0, high=0.0, greatest=0.0)
         return allowed(floor, coarse=self._coarse(delivered))
 
-    def _calibrated(self, ids: np.ndarray, origin: np.ndarray, delivered: Delivered, loop: EngineLoop) -> Gap:
+    def _calibrated(self, ids: np.ndarray, origin: np.ndarray, delivered: ReceivedWeights, loop: EngineLoop) -> Gap:
         """How engine and learner differ on the checkpoint that both have loaded themselves: rounding alone."""
         floor = Gap.of(self._read(ids, loop), origin)
         most = NUMERICS[self._coarse(delivered)]
@@ -209,7 +209,7 @@ class VLLMEngine:
             )
         return floor
 
-    def _coarse(self, delivered: Delivered) -> bool:
+    def _coarse(self, delivered: ReceivedWeights) -> bool:
         """Does the engine or the learner compute in bfloat16?"""
         own = resolve_dtype(self._config.dtype, resolve_device(self._config.device, "student"))
         return own is torch.bfloat16 or "bfloat16" in delivered.manifest.dtypes
@@ -266,23 +266,23 @@ def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
     if sampling.topk:
         ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(tokens, width)
         behavior = TopKScores(logprobs=behavior.logprobs, topk_ids=ids[:, 1:], topk_logprobs=logprobs[:, 1:])
-    versions, digests, labelled = np.empty(tokens, dtype=np.int32), dict[int, str](), 0
+    versions, digests, labeled = np.empty(tokens, dtype=np.int32), dict[int, str](), 0
     for span in written.weight_versions or ():
         version, digest = _read_label(span.version)
         versions[span.start : span.end] = version
-        labelled += span.start == labelled and span.end - span.start
+        labeled += span.start == labeled and span.end - span.start
         # One number for two contents (a learner that was set back): the sum is no published digest.
         digests[version] = digest if digests.get(version, digest) == digest else f"{digests[version]}+{digest}"
-    if labelled != tokens:
+    if labeled != tokens:
         raise DataError(
-            f"vLLM wrote {tokens} tokens but says only of the first {labelled} which weights wrote them; install the "
+            f"vLLM wrote {tokens} tokens but says only of the first {labeled} which weights wrote them; install the "
             "vLLM of requirements/"
         )
     return Completion(
         token_ids=np.asarray(written.token_ids, dtype=np.int32),
         behavior=behavior,
         versions=versions,
-        stop=Stop.LENGTH if written.finish_reason == "length" else Stop.END,
+        stop=StopReason.LENGTH if written.finish_reason == "length" else StopReason.END,
         digests=digests,
     )
 

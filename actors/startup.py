@@ -23,7 +23,7 @@ PREFILL_TOKENS = 8192  # of prompts, read in one engine step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class EngineLimits:
     """What the checkpoint and its configuration allow: token ids below `vocabulary`, `longest` tokens in all.
 
     `ends` are the ids that end a completion.
@@ -36,23 +36,25 @@ class Limits:
     def check(self, request: GenerateRequest) -> None:
         """Raise `DataError` if `request` cannot be written."""
         context, most = len(request.context_ids), request.sampling.max_tokens
-        who = f"prompt {request.prompt_id!r} cannot be written"
+        subject = f"prompt {request.prompt_id!r} cannot be written"
         if not context:
-            raise DataError(f"{who}: its context is empty, but it needs at least one token; check the prompt source")
+            raise DataError(
+                f"{subject}: its context is empty, but it needs at least one token; check the prompt source"
+            )
         if context + most > self.longest:
             raise DataError(
-                f"{who}: {context} context tokens and max_tokens={most} exceed "
+                f"{subject}: {context} context tokens and max_tokens={most} exceed "
                 f"student.max_model_len={self.longest}; raise it to {context + most}, or lower max_tokens"
             )
         lowest, highest = int(request.context_ids.min()), int(request.context_ids.max())
         if lowest < 0 or highest >= self.vocabulary:
             raise DataError(
-                f"{who}: token id {lowest if lowest < 0 else highest} is outside the student's vocabulary of "
+                f"{subject}: token id {lowest if lowest < 0 else highest} is outside the student's vocabulary of "
                 f"{self.vocabulary}; check that prompts were made with the student's tokenizer"
             )
         if request.sampling.topk > self.vocabulary:
             raise DataError(
-                f"{who}: topk={request.sampling.topk} exceeds the vocabulary of {self.vocabulary}; lower it"
+                f"{subject}: topk={request.sampling.topk} exceeds the vocabulary of {self.vocabulary}; lower it"
             )
 
     def check_sentinel(self, sentinel: Sentinel) -> None:
@@ -98,7 +100,7 @@ class Limits:
         )
 
 
-def read_limits(config: StudentConfig, ends: Sequence[int] = ()) -> Limits:
+def read_limits(config: StudentConfig, ends: Sequence[int] = ()) -> EngineLimits:
     """The limits of the checkpoint in `config.path`; `ends` are ids that end completions beside those that it names.
 
     Raises `ConfigurationError` if the folder is none, `DataError` if no end-of-text token is known.
@@ -106,7 +108,7 @@ def read_limits(config: StudentConfig, ends: Sequence[int] = ()) -> Limits:
     named = read_ends(config.path).ids
     model = json.loads((Path(config.path) / "config.json").read_text())
     model = model | model.get("text_config", {})
-    return Limits(
+    return EngineLimits(
         vocabulary=int(model["vocab_size"]), longest=config.max_model_len, ends=tuple(sorted({*named, *ends}))
     )
 

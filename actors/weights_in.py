@@ -21,18 +21,18 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from actors.base_weights import BaseWeights
 from opd.errors import DataError
 from opd.ports import Manifest
-from weight_sync.receiver import Delivered
+from weight_sync.receiver import ReceivedWeights
 
 BACKEND = "opd-chunks"
 EXTENSION = f"{__name__}.WorkerExtension"
 
 
-def transfer(delivered: Delivered) -> dict[str, Any]:
+def transfer(delivered: ReceivedWeights) -> dict[str, Any]:
     """What `update_weights` of vLLM's worker is given."""
     return {"delivered": delivered}
 
 
-_NOTHING = Delivered(
+_NOTHING = ReceivedWeights(
     version=0, digest="", manifest=Manifest(names=(), dtypes=(), shapes=(), nbytes=0), runs=(), buffers=()
 )
 
@@ -46,7 +46,7 @@ class ChunksInit(WeightTransferInitInfo):
 class ChunksUpdate(WeightTransferUpdateInfo):
     """All parameters of one version, verified."""
 
-    delivered: Delivered = field(default_factory=lambda: _NOTHING)
+    delivered: ReceivedWeights = field(default_factory=lambda: _NOTHING)
 
 
 class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):

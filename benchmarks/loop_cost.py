@@ -19,14 +19,14 @@ from rich.table import Table
 
 from benchmarks.schedule import go
 from benchmarks.simulated import Workload
-from launch.config.care import Care
+from launch.config.retry_policy import RetryPolicy
 from launch.services.dispatch import Dispatcher
 from launch.services.replicas import Replicas
 from opd import ports
 from opd.loop.ledger import Ledger
 from opd.rollouts.validation import verify as verify_completions
 from opd.scorers.validation import verify as verify_scores
-from opd.types import StepReport, Stop, TokenScores
+from opd.types import StepReport, StopReason, TokenScores
 
 ACTORS = (8, 32, 128, 512, 1024)
 ROUNDS, STEPS, AHEAD = 5, 4, 1
@@ -34,14 +34,16 @@ TOKENS = 4
 SAID = TokenScores(logprobs=np.full(TOKENS, -1.0, dtype=np.float32))
 
 
-def _pool(who: str, count: int, answer: Any, check: Any) -> Dispatcher[Any, Any]:
+def _pool(service: str, count: int, answer: Any, check: Any) -> Dispatcher[Any, Any]:
     async def nothing(_: Any) -> None:
         pass
 
     async def ask(_: Any, requests: list[Any]) -> AsyncGenerator[Any]:
         yield range(len(requests)), await answer(requests)
 
-    replicas = Replicas(who=who, care=Care(deadline_s=600.0), ready=nothing, prime=nothing, end=lambda _: None)
+    replicas = Replicas(
+        service=service, retry=RetryPolicy(deadline_s=600.0), ready=nothing, warm_up=nothing, end=lambda _: None
+    )
     replicas.adopt([None] * count)
     return Dispatcher(replicas=replicas, ask=ask, check=check, lost=lambda _: False)
 
@@ -58,7 +60,9 @@ class StubEngines:
         self.calls += 1
         await asyncio.sleep(0)
         ids, versions = np.zeros(TOKENS, dtype=np.int32), np.full(TOKENS, self.version, dtype=np.int32)
-        return [ports.Completion(token_ids=ids, behavior=SAID, versions=versions, stop=Stop.END) for _ in requests]
+        return [
+            ports.Completion(token_ids=ids, behavior=SAID, versions=versions, stop=StopReason.END) for _ in requests
+        ]
 
     async def _heard(self, requests: list[ports.ScoreRequest]) -> list[TokenScores]:
         self.calls += 1
@@ -73,9 +77,9 @@ class StubEngines:
         """Through the pool."""
         return await self._read(requests)
 
-    async def receive(self, weights: ports.Weights) -> ports.Receipt:
+    async def receive(self, weights: ports.PublishedWeights) -> ports.WeightAck:
         """Nothing to load."""
-        return ports.Receipt(version=weights.version, digest=weights.digest, gap=0.0)
+        return ports.WeightAck(version=weights.version, digest=weights.digest, gap=0.0)
 
 
 class StubLearner:

@@ -187,7 +187,7 @@ def chosen(names: list[str]) -> list[str]:
     return [name for name in names or ARMS if name not in absent]
 
 
-def labelled(name: str) -> str:
+def labeled(name: str) -> str:
     return f"{name} ({version(name)})" if name in PEERS else name
 
 
@@ -203,14 +203,14 @@ def memory(names: list[str], tokens: int, vocabulary: int, width: int) -> None:
             [sys.executable, __file__, "arm", name, *sizes], capture_output=True, text=True, check=False
         )
         if ran.returncode:
-            table.add_row(labelled(name), f"failed: {ran.stderr.splitlines()[-1] if ran.stderr else ran.returncode}")
+            table.add_row(labeled(name), f"failed: {ran.stderr.splitlines()[-1] if ran.stderr else ran.returncode}")
             continue
         found = json.loads(ran.stdout)
         peaks[name] = found["bytes"]
         reference = peaks.get(REFERENCE.get(name, ""))
         least = MEMORY_LIMIT if REFERENCE.get(name) == "naive" else 1
         table.add_row(
-            labelled(name), f"{found['bytes'] / 1e6:,.0f}",
+            labeled(name), f"{found['bytes'] / 1e6:,.0f}",
             f"{gradients / 1e6:,.0f}", f"{4e-6 * tokens * vocabulary:,.0f}",
             f"{reference / found['bytes']:.1f}" if reference else "", f">= {least:g}" if reference else "",
             f"{found['seconds']:.1f}", f"{found['loss']:.6f}",
@@ -231,7 +231,7 @@ def time(names: list[str], tokens: int, vocabulary: int, width: int, rounds: int
         reference = seconds.get(REFERENCE.get(name, ""))
         ratio = median(a / b for a, b in zip(found, reference, strict=True)) if reference else None
         table.add_row(
-            labelled(name), f"{1e3 * median(found):,.2f}", f"{1e3 * min(found):,.2f} to {1e3 * max(found):,.2f}",
+            labeled(name), f"{1e3 * median(found):,.2f}", f"{1e3 * min(found):,.2f} to {1e3 * max(found):,.2f}",
             f"{ratio:.2f}" if ratio else "", f"<= {TIME_LIMIT:g}" if ratio else "",
         )  # fmt: skip
     Console(width=140).print(f"time: {tokens} tokens, vocabulary {vocabulary}, width {width}, {rounds} rounds", table)

@@ -22,7 +22,7 @@ from opd.loss.chunked import chunked_loss
 from opd.loss.packing import TokenMean, pack
 from opd.objectives.sampled import SampledReverseKL
 from opd.ports import Layout
-from opd.types import Batch, Prompt, Scored, Stop, TokenScores, Trajectory
+from opd.types import Batch, Prompt, Scored, StopReason, TokenScores, Trajectory
 
 LOSS_LIMIT = 1e-6
 VOCABULARY, WIDTH = 64, 16
@@ -39,7 +39,8 @@ def step(trajectories: int, median: float, most: int, seed: int) -> list[Scored[
         trajectory = Trajectory(
             prompt=Prompt(id=str(i), student_ids=context, teacher_ids=context), sample=0,
             token_ids=draw.integers(0, VOCABULARY, length).astype(np.int32), behavior=TokenScores(logprobs=behavior),
-            loss_mask=np.ones(length, dtype=bool), versions=np.zeros(length, dtype=np.int32), stop=Stop.END, rewards={},
+            loss_mask=np.ones(length, dtype=bool), versions=np.zeros(length, dtype=np.int32),
+            stop=StopReason.END, rewards={},
         )  # fmt: skip
         made.append(Scored(trajectory=trajectory, scores=TokenScores(logprobs=said)))
     return made

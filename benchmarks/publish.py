@@ -45,11 +45,11 @@ from safetensors.torch import load_file, save_file
 
 from launch.config.settings import ClusterConfig
 from launch.services.cluster import connected, fetch, store
-from learner.publishing import Publisher, Staged
-from opd.ports import GenerateRequest, Outlet, Sampling, Sentinel, Share, Weights
+from learner.publishing import Publisher, StagedSender
+from opd.ports import GenerateRequest, PublishedWeights, Sampling, Sentinel, WeightSender, WeightShard
 from weight_sync.manifest import digest
 from weight_sync.receiver import assemble, collect
-from weight_sync.shared_memory import SharedMemory, read
+from weight_sync.shared_memory import SharedMemorySender, read
 
 TENSOR, CHUNK = 4 << 20, 32 << 20
 RECEIVERS = (1, 2, 4, 16)
@@ -60,17 +60,17 @@ SENTINEL = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32),
 class Source:
     """Tensors, and the versions of them that are published through an outlet."""
 
-    def __init__(self, named: dict[str, torch.Tensor], outlet: Outlet) -> None:
+    def __init__(self, named: dict[str, torch.Tensor], sender: WeightSender) -> None:
         shapes, kinds = [tuple(t.shape) for t in named.values()], [t.dtype for t in named.values()]
-        self._publisher = Publisher(list(named), shapes, kinds, chunk_bytes=CHUNK, rank=0, ranks=1, outlet=outlet)
+        self._publisher = Publisher(list(named), shapes, kinds, chunk_bytes=CHUNK, rank=0, ranks=1, sender=sender)
         self._ordered = [named[name] for name in self._publisher.manifest.names]
         self._version = 0
 
-    def publish(self, sentinel: Sentinel = SENTINEL) -> Weights:
+    def publish(self, sentinel: Sentinel = SENTINEL) -> PublishedWeights:
         self._version += 1
         chunks = self._publisher.chunks(lambda first, last: nullcontext(self._ordered[first:last]))
         manifest = self._publisher.manifest
-        return assemble([Share(version=self._version, manifest=manifest, chunks=chunks, sentinel=sentinel)])
+        return assemble([WeightShard(version=self._version, manifest=manifest, chunks=chunks, sentinel=sentinel)])
 
 
 Arms = dict[Any, Callable[[], Any]]
@@ -100,7 +100,7 @@ def ratio(above: Sequence[float], below: Sequence[float], limit: str = "") -> st
 
 def against_memcpy(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
     """One receiver in this process."""
-    shared, stored = Source(tensors, SharedMemory()), Source(tensors, Staged(store))
+    shared, stored = Source(tensors, SharedMemorySender()), Source(tensors, StagedSender(store))
     flat = torch.cat([t.reshape(-1) for t in tensors.values()]).numpy()
     other = flat.copy()
     folder = tempfile.TemporaryDirectory()
@@ -131,7 +131,7 @@ def against_memcpy(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
 
 def parts(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
     """Where the time goes: what has to be done at least, and what is done, each alone."""
-    source = Source(tensors, SharedMemory())
+    source = Source(tensors, SharedMemorySender())
     held = [source.publish(), source.publish()]
     flat = torch.cat([t.reshape(-1) for t in tensors.values()]).numpy()
     other, nbytes = flat.copy(), flat.nbytes
@@ -182,7 +182,7 @@ def receivers(count: int) -> Iterator[list[Connection]]:
 
 def to_many(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
     """Publishing to more and more processes through shared memory."""
-    source = Source(tensors, SharedMemory())
+    source = Source(tensors, SharedMemorySender())
     paths: Times = {count: [] for count in RECEIVERS}
     with receivers(max(RECEIVERS)) as pipes:
 
@@ -218,7 +218,7 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
     with torch.no_grad():
         said = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     sentinel = Sentinel(ids=ids.numpy().astype(np.int32), logprobs=said.numpy(), tolerance=1e-3)
-    source = Source({n: p.detach() for n, p in model.named_parameters()}, SharedMemory())
+    source = Source({n: p.detach() for n, p in model.named_parameters()}, SharedMemorySender())
     config = StudentConfig(path=str(STUDENT), max_model_len=128, dtype=Dtype.FLOAT32)
     engine = VLLMEngine(config, 0, read)
     await engine.ready()

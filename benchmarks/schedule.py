@@ -31,16 +31,16 @@ from benchmarks.virtual_time import simulate
 from launch.services.learner_group import RanksLost
 from opd import ports
 from opd.loop.ledger import Ledger
-from opd.loop.staleness import Pipeline
+from opd.loop.staleness import StalenessSchedule
 from opd.loop.train import StepRecord, train
 from opd.method.method import Method
 from opd.objectives.sampled import SampledReverseKL
 from opd.observability import roofline
 from opd.observability.roofline import Floors
-from opd.observability.spans import Role
-from opd.observability.utilization import STAFFED, UsageLog
+from opd.observability.spans import Stage
+from opd.observability.utilization import STAFFED, UtilizationLog
 from opd.rollouts.student import StudentRollout
-from opd.scorers.teacher import WrittenTokens
+from opd.scorers.teacher import SampledTokens
 
 HORIZON_S = 1e8  # virtual seconds after which a run counts as hung
 
@@ -80,7 +80,7 @@ class Run:
     cluster: Cluster
     filling: int  # steps at either end that are not measured
     marks: list[Mark] = field(default_factory=list)
-    usage: UsageLog = field(default_factory=lambda: UsageLog(0))
+    usage: UtilizationLog = field(default_factory=lambda: UtilizationLog(0))
     busy: tuple[Busy, ...] = ()  # of the roles of `STAFFED`, over the whole run
     digest: str = ""
     staleness: int = 0
@@ -171,7 +171,7 @@ class _Player:
                 self.saved = record.step, ledger.to_json()
 
         engines = ports.Engines(
-            student=self.student, teachers={"default": self.teacher}, writers={}, graders={}, tokenizer=NOBODY
+            student=self.student, teachers={"default": self.teacher}, writers={}, graders={}, tokenizer=NO_VERSION
         )
         try:
             await go(
@@ -211,15 +211,15 @@ def run(
 ) -> Run:  # fmt: skip
     """Simulate `steps` steps and, at either end, as many more as the pipeline takes to fill and to drain."""
     began = time.process_time()
-    made = Run(cluster=cluster, filling=filling, usage=UsageLog(arm.ahead))
+    made = Run(cluster=cluster, filling=filling, usage=UtilizationLog(arm.ahead))
     player = _Player(made, load, arm, steps + 2 * filling + 1, faults or Faults(), checkpoint_every)
     simulate(player.play(), HORIZON_S)
     made.digest, made.cpu_s = player.digest.hexdigest(), time.process_time() - began
     return made
 
 
-NOBODY: Any = None  # nothing here reads text
-SOURCES = ports.Sources(tokenizer=NOBODY, rows=lambda path, columns: ())  # noqa: ARG005
+NO_VERSION: Any = None  # nothing here reads text
+SOURCES = ports.Sources(tokenizer=NO_VERSION, rows=lambda path, columns: ())  # noqa: ARG005
 
 
 async def go(
@@ -228,7 +228,7 @@ async def go(
 ) -> None:  # fmt: skip
     """The real loop with the simplest method that asks a teacher."""
     slots: dict[str, Any] = {  # a class variable fills a property of a protocol, which the checker does not follow
-        "rollout": StudentRollout(max_tokens=load.most), "scorer": WrittenTokens(), "objective": SampledReverseKL(),
+        "rollout": StudentRollout(max_tokens=load.most), "scorer": SampledTokens(), "objective": SampledReverseKL(),
     }  # fmt: skip
     method = Method(name="simulated", **slots)
     await train(
@@ -240,7 +240,7 @@ async def go(
         observers,
         start=start,
         steps=steps,
-        pipeline=Pipeline(max_staleness=ahead, deterministic=False),
+        pipeline=StalenessSchedule(max_staleness=ahead, deterministic=False),
         ledger=ledger,
     )
     lost = load.sequences * steps - ledger.summary()["trained"]
@@ -304,7 +304,7 @@ def overlap(devices: int = 32, steps: int = 24) -> None:
             made = run(cluster, load, arm, steps)
             step_s = made.step_s
             lock = lock or step_s
-            counts: dict[Role, int] = dict(zip(STAFFED, made.counts, strict=True))
+            counts: dict[Stage, int] = dict(zip(STAFFED, made.counts, strict=True))
             table.add_row(
                 arm.name, f"{step_s:.1f}", f"{lock / step_s:.2f}x", f"{lock / step_s / bound:.3f}",
                 f"{made.eta:.3f}", f"{made.bubble:.1%}",

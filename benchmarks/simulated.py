@@ -23,7 +23,7 @@ from opd import ports
 from opd.observability import roofline
 from opd.observability.roofline import Decoding, Hardware, Lengths, ModelShape
 from opd.rollouts.seeds import sampling_seed
-from opd.types import Prompt, Stop, TokenScores
+from opd.types import Prompt, StopReason, TokenScores
 
 STUDENT = ModelShape(
     params=7_570_000_000, layers=36, width=4096, vocabulary=151_936, heads=32, kv_heads=8, head_dim=128
@@ -154,7 +154,7 @@ class SimulatedStudent:
         """Through the pool."""
         return await self.pool.generate(requests)
 
-    async def receive(self, weights: ports.Weights) -> ports.Receipt:
+    async def receive(self, weights: ports.PublishedWeights) -> ports.WeightAck:
         """Through the pool."""
         return await self.pool.receive(weights)
 
@@ -165,10 +165,10 @@ class SimulatedStudent:
     def _all_seconds(self, requests: Sequence[ports.GenerateRequest]) -> list[float]:
         return [self.seconds(self._load.response(r.prompt_id, r.sample)) for r in requests]
 
-    async def _take(self, worker: Worker, weights: ports.Weights) -> ports.Receipt:
+    async def _take(self, worker: Worker, weights: ports.PublishedWeights) -> ports.WeightAck:
         """Live at once."""
         worker.lived.append((asyncio.get_running_loop().time(), weights.version))
-        return ports.Receipt(version=weights.version, digest=weights.digest, gap=0.0)
+        return ports.WeightAck(version=weights.version, digest=weights.digest, gap=0.0)
 
     def _written(
         self, worker: Worker, requests: Sequence[ports.GenerateRequest], done: Sequence[int]
@@ -187,7 +187,7 @@ class SimulatedStudent:
             at = np.searchsorted(np.array([at for at, _ in lived[first:]]), written, side="right") - 1
             versions = np.array([v for _, v in lived[first:]], dtype=np.int32)[np.maximum(at, 0)]
         ids = np.zeros(tokens, dtype=np.int32)
-        return ports.Completion(token_ids=ids, behavior=_said(tokens, -1.0), versions=versions, stop=Stop.END)
+        return ports.Completion(token_ids=ids, behavior=_said(tokens, -1.0), versions=versions, stop=StopReason.END)
 
 
 class SimulatedTeacher:

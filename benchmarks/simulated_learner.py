@@ -15,11 +15,11 @@ import numpy as np
 from benchmarks.simulated import Cluster, Workload
 from benchmarks.stand_ins import CARE, Busy, Faults
 from launch.services.learner_group import RanksLost
-from launch.services.learner_restart import Recipe, RestartingLearner
+from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.replicas import Fault
 from opd import ports
 from opd.observability import roofline
-from opd.observability.roofline import Training
+from opd.observability.roofline import UpdateCost
 from opd.types import StepReport
 
 CHECKPOINT_BYTES = 12  # of a parameter: float32 weight and two moments
@@ -55,9 +55,9 @@ class SimulatedLearner:
         return roofline.push(roofline.dense_bytes(kind.student), kind.hardware, self.cluster.rollout, chunks=4096)
 
     @property
-    def training(self) -> Training:
+    def training(self) -> UpdateCost:
         """Ranks with recomputed activations."""
-        return Training(ranks=self.cluster.learner, stage=2, recompute=True)
+        return UpdateCost(ranks=self.cluster.learner, stage=2, recompute=True)
 
     def learner(self) -> Any:
         """An `opd.ports.Learner`, set up: with the real restart of lost ranks, unless their loss ends the run."""
@@ -69,7 +69,7 @@ class SimulatedLearner:
 
         if self.faults.resume:
             return make()
-        return RestartingLearner(Recipe(make=make, check=_whole), CARE.restarts, 1 << 60)
+        return RestartingLearner(RankFactory(make=make, check=_whole), CARE.restarts, 1 << 60)
 
     def seconds(self, batches: Sequence[Sequence[Any]]) -> tuple[float, float]:
         """What a step takes, and how much of that a rank computes on average."""
@@ -135,7 +135,7 @@ class SimulatedRanks:
         tokens = sum(len(b.input_ids) for rank in batches for b in rank)
         return StepReport(loss=1.0, grad_norm=1.0, lr=1.0, tokens=tokens, trained_tokens=tokens, metrics={})
 
-    async def share(self, version: int) -> ports.Weights:
+    async def share(self, version: int) -> ports.PublishedWeights:
         """Where the weights lie costs nobody anything."""
         return _weights(version)
 
@@ -149,7 +149,7 @@ class SimulatedRanks:
         return ports.PublishReport(version=version, gap=0.0, nbytes=nbytes)
 
     async def save(self, directory: Path, step: int) -> None:
-        """Training waits for the copy; that it is on the disk at once is assumed."""
+        """UpdateCost waits for the copy; that it is on the disk at once is assumed."""
         await asyncio.sleep(self.site.copy_s)
         self.site.saved[str(directory)] = self.at
 
@@ -179,9 +179,9 @@ class SimulatedRanks:
         """They are gone already."""
 
 
-def _weights(version: int) -> ports.Weights:
+def _weights(version: int) -> ports.PublishedWeights:
     nothing = np.zeros(0, dtype=np.float32)
-    return ports.Weights(
+    return ports.PublishedWeights(
         version=version,
         manifest=ports.Manifest(names=(), dtypes=(), shapes=(), nbytes=0),
         chunks=(),

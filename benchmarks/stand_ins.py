@@ -12,11 +12,11 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-from launch.config.care import Care
+from launch.config.retry_policy import RetryPolicy
 from opd.errors import ServiceLost, ServiceVanished
 
 # As a run has it, but with as many tries and replacements as it takes (a run has 4 and 8).
-CARE = Care(deadline_s=1e6, start_deadline_s=1e6, attempts=50, restarts=1_000_000)
+CARE = RetryPolicy(deadline_s=1e6, start_deadline_s=1e6, attempts=50, restarts=1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,12 +234,12 @@ def actor(
     async def ready() -> None:
         await asyncio.sleep(worker.ready_s)
 
-    def hand_over(requests: Sequence[Any]) -> _HandOver:
+    def score_owned(requests: Sequence[Any]) -> _HandOver:
         return _HandOver(score(requests))
 
     methods = {
         "generate_in_parts": in_parts,
-        "hand_over": hand_over,
+        "score_owned": score_owned,
         "receive": receive,
         "ready": ready,
     }

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.types import TokenScores, TopKScores
-from teacher_service.frames import Limits, Reply, decode_reply, encode_reply
+from teacher_service.frames import FrameLimits, Reply, decode_reply, encode_reply
 
 REQUESTS, TOKENS = 16, 256
-LIMITS = Limits()
+LIMITS = FrameLimits()
 LIMIT_AT_64 = {"base64 in JSON": " (limit 50)", "lists in JSON": " (limit 1,000)"}
 FIELDS = ("logprobs", "topk_ids", "topk_logprobs")
 

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from hf.chat_template import rendered
 from hf.tokenizer_check import load_tokenizer
 from opd.errors import ConfigurationError, DataError
-from opd.types.prompt_rows import Said
+from opd.types.prompt_rows import PromptText
 
 
 class HuggingFaceTokenizer:
@@ -38,7 +38,7 @@ class HuggingFaceTokenizer:
         """Ids of a plain prompt, with the special tokens the tokenizer itself adds, int32 `[P]`."""
         return np.asarray(self._single_start(self._tokenizer(text)["input_ids"]), dtype=np.int32)
 
-    def encode_all(self, prompts: Sequence[Said]) -> list[np.ndarray]:
+    def encode_all(self, prompts: Sequence[PromptText]) -> list[np.ndarray]:
         """Ids of each prompt, int32 `[P]`; a template's text begins as the template says and gets nothing added."""
         plain = [i for i, said in enumerate(prompts) if isinstance(said.text, str)]
         chats = [i for i, said in enumerate(prompts) if not isinstance(said.text, str)]
@@ -81,7 +81,7 @@ class HuggingFaceTokenizer:
         bos = self._tokenizer.bos_token_id
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
-    def _chat(self, said: Said) -> str:
+    def _chat(self, said: PromptText) -> str:
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"{said.where}: the prompts are chat messages, but the student's tokenizer has no chat template; use "

@@ -117,15 +117,15 @@ def _vocabulary(key: _Key) -> tuple[Mapping[str, int], str]:
 def compare(student: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
     """Raise `DataError` that names the first difference. Padding of the output (`rows`) is none, and of chat templates
     only the student's is used (see `launch.plan.checks.prompts`)."""
-    who = f"student {student.path!r} and teacher {teacher.path!r} need the same tokenizer, but"
+    subject = f"student {student.path!r} and teacher {teacher.path!r} need the same tokenizer, but"
     remedy = "; choose a teacher of the student's family"
     if student.digest != teacher.digest:
-        raise DataError(f"{who} {_first_difference(student.tokens, teacher.tokens)}{remedy}")
+        raise DataError(f"{subject} {_first_difference(student.tokens, teacher.tokens)}{remedy}")
     for role in SPECIAL:
         ours, theirs = student.special[role], teacher.special[role]
         if ours != theirs:
             raise DataError(
-                f"{who} the {role} token is {ours} for the student and {theirs} for the teacher{remedy}, or "
+                f"{subject} the {role} token is {ours} for the student and {theirs} for the teacher{remedy}, or "
                 "copy one tokenizer_config.json to the other"
             )
 

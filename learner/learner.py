@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING
 
 from learner.config import LearnerConfig, StudentText
 from opd.errors import ConfigurationError
-from opd.ports import Share
+from opd.ports import WeightShard
 from opd.types import Batch, Fetch, Scores, StepReport
 from weight_sync.rendezvous import free_port, own_host
 
 if TYPE_CHECKING:
-    from learner.training import MakeOutlet, Training
+    from learner.training import MakeSender, Training
     from opd.method.method import Objective
 
 
 class LearnerRank:
     """A rank of the learner: all ranks get the same calls, each with its own batches.
 
-    `fetch` resolves the handles of remote rows, `outlet` makes the place where published chunks are laid. `steps` is
+    `fetch` resolves the handles of remote rows, `sender` makes the place where published chunks are laid. `steps` is
     the planned number of updates, for the learning-rate schedule; `teacher_head_paths` are the checkpoints that hold
     the output matrices, in the order of `HiddenScores.head`, and are needed when batches carry hidden states. After an
     exception out of `step` a rank must only be asked to `save`.
 
-    Example, alone: `rank = LearnerRank(config, "student", (), 100, 0, fetch, lambda: Staged(np.copy))`, then
+    Example, alone: `rank = LearnerRank(config, "student", (), 100, 0, fetch, lambda: StagedSender(np.copy))`, then
     `rank.setup(0, 1, *rank.address())` and `rank.step([batch], objective)`.
     """
 
@@ -41,11 +41,11 @@ class LearnerRank:
         steps: int,
         seed: int,
         fetch: Fetch,
-        outlet: "MakeOutlet",
+        sender: "MakeSender",
         text: StudentText = StudentText(),  # noqa: B008 (frozen)
     ) -> None:
         self._config, self._student_path, self._teacher_head_paths = config, student_path, teacher_head_paths
-        self._steps, self._seed, self._fetch, self._outlet = steps, seed, fetch, outlet
+        self._steps, self._seed, self._fetch, self._sender = steps, seed, fetch, sender
         self._text = text
         self._training: Training | None = None
         self._busy_s = 0.0
@@ -69,7 +69,7 @@ class LearnerRank:
         from learner.training import Training
 
         self._training = Training(self._config, rank, host, port, self._seed, self._steps)
-        self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._outlet, self._text)
+        self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._sender, self._text)
 
     def step(self, batches: Sequence[Batch[Scores]], objective: "Objective") -> StepReport:
         """One update from this rank's micro-batches; all ranks bring the same number and get the same report.
@@ -87,7 +87,7 @@ class LearnerRank:
         with self._busy() as training:
             return training.evaluate(batches, objective)
 
-    def share(self, version: int) -> Share:
+    def share(self, version: int) -> WeightShard:
         """This rank's chunks of the student as `version`, and a sentinel to check it by. All ranks must call.
 
         The last two shares can be read at any time; older ones may not be there any more.

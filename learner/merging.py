@@ -11,7 +11,7 @@ from learner import checkpoint
 from learner.config import LoraConfig
 from learner.folder import write_folder
 from learner.model import load_student
-from learner.publishing import Publisher, Staged
+from learner.publishing import Publisher, StagedSender
 from opd.settings.devices import Dtype, resolve_dtype
 from weight_sync.lora import pairs, with_adapters
 
@@ -50,7 +50,7 @@ def export_checkpoint(shards: Path, origin: Origin, target: Path) -> None:
         chunk_bytes=1 << 30,
         rank=0,
         ranks=1,
-        outlet=Staged(np.copy),
+        sender=StagedSender(np.copy),
         lora_scale=origin.lora.scale,
     ).manifest
     checkpoint.check_model(shards, facts, hashlib.sha256(repr(manifest).encode()).hexdigest()[:16])

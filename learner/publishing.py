@@ -9,12 +9,12 @@ import xxhash
 from torch import Tensor
 
 from learner.config import STREAMED
-from opd.ports import Chunk, Fill, Manifest, Outlet
+from opd.ports import Fill, Manifest, WeightChunk, WeightSender
 from weight_sync.manifest import cut, digest, nbytes
 
 
 class Publisher:
-    """Lays the chunks that rank `rank` of `ranks` owns into `outlet`: every `ranks`-th of `chunk_bytes` or less.
+    """Lays the chunks that rank `rank` of `ranks` owns into `sender`: every `ranks`-th of `chunk_bytes` or less.
 
     Wide dtypes lie first, so that every tensor starts at a multiple of its item size.
     """
@@ -28,7 +28,7 @@ class Publisher:
         chunk_bytes: int,
         rank: int,
         ranks: int,
-        outlet: Outlet,
+        sender: WeightSender,
         lora_scale: float = 0.0,
     ) -> None:
         self.order = sorted(range(len(names)), key=lambda i: -dtypes[i].itemsize)
@@ -42,9 +42,9 @@ class Publisher:
             lora_scale=lora_scale,
         )
         self.runs = cut(self.manifest, chunk_bytes)
-        self._rank, self._ranks, self._outlet, self._turn = rank, ranks, outlet, 0
+        self._rank, self._ranks, self._sender, self._turn = rank, ranks, sender, 0
 
-    def chunks(self, whole: Callable[[int, int], Any]) -> tuple[Chunk, ...]:
+    def chunks(self, whole: Callable[[int, int], Any]) -> tuple[WeightChunk, ...]:
         """This rank's chunks of the current weights; all ranks must call.
 
         `whole(first, last)` is a context in which those parameters (in the manifest's order) are complete on this
@@ -53,13 +53,13 @@ class Publisher:
         self._turn += 1
         return tuple(self._own(whole))
 
-    def _own(self, whole: Callable[[int, int], Any]) -> Iterator[Chunk]:
+    def _own(self, whole: Callable[[int, int], Any]) -> Iterator[WeightChunk]:
         for number, (first, last) in enumerate(self.runs):
             with whole(first, last) as tensors:
                 if number % self._ranks == self._rank:
                     yield self._lay(number, first, last, tensors)
 
-    def _lay(self, number: int, first: int, last: int, tensors: Sequence[Tensor]) -> Chunk:
+    def _lay(self, number: int, first: int, last: int, tensors: Sequence[Tensor]) -> WeightChunk:
         seal = ""
 
         def fill(room: np.ndarray | Tensor) -> None:
@@ -72,8 +72,8 @@ class Publisher:
 
         entries = zip(self.manifest.dtypes[first:last], self.manifest.shapes[first:last], strict=True)
         size = sum(nbytes(*entry) for entry in entries)
-        handle = self._outlet.put(self._turn, number, size, fill)
-        return Chunk(first=first, last=last, nbytes=size, digest=seal, owner=self._rank, handle=handle)
+        handle = self._sender.put(self._turn, number, size, fill)
+        return WeightChunk(first=first, last=last, nbytes=size, digest=seal, owner=self._rank, handle=handle)
 
 
 def _copy(tensors: Sequence[Tensor], room: Tensor) -> str:
@@ -111,15 +111,15 @@ def _copy_where_it_is(tensors: Sequence[Tensor], room: Tensor) -> str:
     return digest(room)
 
 
-class Staged:
-    """An `opd.ports.Outlet` with one buffer, whose bytes `store` must copy (into an object store): it is used again."""
+class StagedSender:
+    """Sender (`opd.ports.WeightSender`) with one buffer, whose bytes `store` must copy: it is used again."""
 
     def __init__(self, store: Callable[[np.ndarray], Any]) -> None:
         self._store = store
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Any:
-        """See `opd.ports.Outlet`."""
+        """See `opd.ports.WeightSender`."""
         if len(self._buffer) < nbytes:
             # Pinned where the weights come from a GPU, which copies from nowhere else at full speed.
             self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())

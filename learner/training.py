@@ -25,16 +25,16 @@ from learner.model import Student, load_head, load_student, sentinel_ids
 from learner.publishing import Publisher
 from opd.errors import DataError, OpdError
 from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
-from opd.loss.metric_sums import Tally
+from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import halves
 from opd.loss.per_teacher import by_teacher
 from opd.method.method import Objective
-from opd.ports import Outlet, Sentinel, Share
+from opd.ports import Sentinel, WeightSender, WeightShard
 from opd.scorers.validation import check_support
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
-MakeOutlet = Callable[[], Outlet]
+MakeSender = Callable[[], WeightSender]
 
 
 class Training:
@@ -65,7 +65,7 @@ class Training:
         student_path: str,
         teacher_head_paths: Sequence[str],
         fetch: Fetch,
-        outlet: MakeOutlet,
+        sender: MakeSender,
         text: StudentText,
     ) -> None:
         """Load the student and the output matrices of its teachers."""
@@ -88,7 +88,7 @@ class Training:
             chunk_bytes=self._config.publish_chunk_bytes,
             rank=self._rank,
             ranks=self._config.ranks,
-            outlet=outlet(),
+            sender=sender(),
             lora_scale=lora.scale,
         )
         self._ordered = [named[i][1] for i in self._publisher.order]
@@ -129,10 +129,10 @@ class Training:
         return {**metrics, "loss": loss}
 
     @torch.no_grad()
-    def share(self, version: int) -> Share:
+    def share(self, version: int) -> WeightShard:
         """See `LearnerRank.share`."""
         chunks = self._publisher.chunks(self._whole)
-        return Share(
+        return WeightShard(
             version=version,
             manifest=self._publisher.manifest,
             chunks=chunks,
@@ -286,7 +286,7 @@ class Training:
 
             return evaluate
 
-        tallies: list[Tally] = []
+        tallies: list[MetricSums] = []
 
         def use(hidden: Tensor, matrix: Tensor) -> Tensor:
             chunk, k = self._config.head_chunk, self._config.overlap_k
@@ -320,7 +320,7 @@ class _Seen:
     """A micro-batch after its forward pass: the undivided sum of its losses, with a gradient."""
 
     total: Tensor
-    metrics: Tally
+    metrics: MetricSums
     denominator: float
 
 
@@ -333,7 +333,7 @@ class _Sums:
         # A batch without weights is there only because ranks must go along with each other.
         self.tokens = sum(len(batch.input_ids) for batch, n in zip(batches, trained, strict=True) if n)
         self._loss: list[Tensor] = []
-        self._metrics: list[Tally] = []
+        self._metrics: list[MetricSums] = []
         self._means: tuple[float, dict[str, float]] | None = None
 
     def add(self, seen: _Seen) -> None:
@@ -348,14 +348,14 @@ class _Sums:
         return self._means
 
     def _over_ranks(self, device: torch.device) -> tuple[float, dict[str, float]]:
-        own = reduce(Tally.plus, self._metrics)
+        own = reduce(MetricSums.plus, self._metrics)
         tokens = torch.tensor([self.tokens, self.trained_tokens], dtype=torch.float64, device=device)
         loss = torch.stack(self._loss).sum()[None]
         sums = engine.sum_over_ranks(torch.cat([loss, tokens, own.totals, own.counts]))
         value, self.tokens, self.trained_tokens = float(sums[0]), int(sums[1]), int(sums[2])
         totals, counts = sums[3:].chunk(2)
-        greatest = engine.max_over_ranks(own.greatest)
-        return value, Tally(names=own.names, totals=totals, counts=counts, greatest=greatest).means()
+        maxima = engine.max_over_ranks(own.maxima)
+        return value, MetricSums(names=own.names, totals=totals, counts=counts, maxima=maxima).means()
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Annotated
 
 from opd.errors import ConfigurationError
-from opd.ports import AtIds, Kinds, LastHidden, TopK, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreKinds, TopK
 from opd.settings.devices import Device, Dtype, on_gpu
 from opd.settings.ranges import (
     Bytes,
@@ -18,9 +18,9 @@ from opd.settings.ranges import (
     MemoryShare,
     Names,
     Replicas,
-    Share,
     Steps,
     Tokens,
+    WeightShard,
 )
 from opd.settings.validation import settings
 
@@ -35,19 +35,19 @@ class Backend(Enum):
     OPENAI = "openai"  # any OpenAI-compatible endpoint that gives prompt_logprobs
 
 
-ANSWERS: Mapping[Backend, Kinds] = {
-    Backend.TORCH: frozenset({WrittenToken, TopK, AtIds, LastHidden}),
-    Backend.VLLM: frozenset({WrittenToken, TopK, AtIds, LastHidden}),
-    Backend.VLLM_LOGPROBS: frozenset({WrittenToken, TopK}),
-    Backend.HTTP: frozenset({WrittenToken, TopK, AtIds, LastHidden}),
-    Backend.OPENAI: frozenset({WrittenToken, TopK}),
+ANSWERS: Mapping[Backend, ScoreKinds] = {
+    Backend.TORCH: frozenset({SampledToken, TopK, AtIds, LastHidden}),
+    Backend.VLLM: frozenset({SampledToken, TopK, AtIds, LastHidden}),
+    Backend.VLLM_LOGPROBS: frozenset({SampledToken, TopK}),
+    Backend.HTTP: frozenset({SampledToken, TopK, AtIds, LastHidden}),
+    Backend.OPENAI: frozenset({SampledToken, TopK}),
 }
 REMOTE = frozenset({Backend.HTTP, Backend.OPENAI})
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
 START_S = 300.0  # a model may take as long to load, however soon its answers are due
 
 _ASKED = {
-    WrittenToken: "log-probabilities of written tokens",
+    SampledToken: "log-probabilities of written tokens",
     TopK: "the teacher's own top-k",
     AtIds: "log-probabilities at ids the student chose",
     LastHidden: "the whole vocabulary (last hidden states)",
@@ -73,13 +73,12 @@ class TeacherConfig:
     vocabulary at the same time, `max_k` what a scorer may ask for per token, `deadline_s` every wait (loading
     a model: 300 s at least).
 
-    vLLM: `kv_cache_bytes` is used on CPUs, `gpu_memory_utilization` (of the whole device) on GPUs;
-    `max_model_len=0` is the model's own limit. Remote: `url` is the server's root, `model` the name an
-    OpenAI-compatible endpoint serves, `fingerprint` the model digest that `opd serve-teacher` printed ("" takes
-    the digest of the weights in `path`, or else what the server says first), `connect_s` and `read_s` bound one
-    attempt, `retries` the further ones (waits start at `backoff_s` and double), `strikes` the wrong answers in a
-    row after which the teacher is not asked again. The token is read from the environment variable
-    OPD_TEACHER_TOKEN and never from here.
+    vLLM: `kv_cache_bytes` is used on CPUs, `gpu_memory_utilization` (of the whole device) on GPUs; `max_model_len=0` is
+    the model's own limit. Remote: `url` is the server's root, `model` the name an OpenAI-compatible endpoint serves,
+    `fingerprint` the model digest that `opd serve-teacher` printed ("" takes the digest of the weights in `path`, or
+    else what the server says first), `connect_s` and `read_s` bound one attempt, `retries` the further ones (waits
+    start at `backoff_s` and double), `max_consecutive_failures` the wrong answers in a row after which the teacher is
+    not asked again. The token is read from the environment variable OPD_TEACHER_TOKEN and never from here.
 
     A teacher that follows its student: at every `mixup_every`-th published version its weights become
     `mixup` times the student's plus `1 - mixup` times its own (TRL's `ref_model_mixup_alpha` and
@@ -126,9 +125,9 @@ class TeacherConfig:
     # seconds before the first further attempt; each later wait doubles
     backoff_s: Annotated[float, In(0.001, 3600)] = 0.5
     # wrong answers in a row after which a teacher is not asked again
-    strikes: Annotated[int, In(1, 1000)] = 5
+    max_consecutive_failures: Annotated[int, In(1, 1000)] = 5
     # share of the student's weights that the teacher takes over (ref_model_mixup_alpha of TRL); 0 never changes it
-    mixup: Share = 0.0
+    mixup: WeightShard = 0.0
     # published versions between two such mixtures (ref_model_sync_steps of TRL)
     mixup_every: Steps = 1
 
@@ -148,7 +147,7 @@ class TeacherConfig:
             )
 
     @property
-    def answers(self) -> Kinds:
+    def answers(self) -> ScoreKinds:
         """The kinds of requests this teacher can answer.
 
         One that follows the student gives no hidden states: the learner's copy of its output matrix would stay behind.
@@ -156,19 +155,19 @@ class TeacherConfig:
         return ANSWERS[self.backend] - ({LastHidden} if self.mixup else set())
 
 
-def check_answers(config: TeacherConfig, asks: Kinds, who: str) -> None:
-    """Raise `ConfigurationError` if `who` asks the teacher what its backend cannot answer; says why."""
-    lacking = [kind for kind in _ASKED if kind in asks - config.answers]
+def check_answers(config: TeacherConfig, requires: ScoreKinds, subject: str) -> None:
+    """Raise `ConfigurationError` if `subject` asks the teacher what its backend cannot answer; says why."""
+    lacking = [kind for kind in _ASKED if kind in requires - config.answers]
     if lacking:
         if config.mixup:
             raise ConfigurationError(
-                f"{who} asks for {_ASKED[lacking[0]]}, but a teacher that follows the student "
+                f"{subject} asks for {_ASKED[lacking[0]]}, but a teacher that follows the student "
                 f"(teacher.mixup={config.mixup}) changes its output matrix, of which the learner has a fixed copy; "
                 "choose a method over a top-k or the written token, or set teacher.mixup=0"
             )
-        able = [b.name for b in Backend if asks <= ANSWERS[b]]
+        able = [b.name for b in Backend if requires <= ANSWERS[b]]
         raise ConfigurationError(
-            f"{who} asks for {_ASKED[lacking[0]]}, which teacher.backend={config.backend.name} cannot answer "
+            f"{subject} asks for {_ASKED[lacking[0]]}, which teacher.backend={config.backend.name} cannot answer "
             f"({_WHY[config.backend]}); set teacher.backend to one of {', '.join(able)}, or choose another method"
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32
 
-from opd.ports import ScoreRequest, WrittenToken
+from opd.ports import SampledToken, ScoreRequest
 
 LONGEST = 8
 FLOOR = 1e-6  # nats; float32 noise between two forwards of one text can be smaller than this, two tokens hardly
@@ -34,7 +34,7 @@ def control(requests: Sequence[ScoreRequest], attempt: int) -> Control | None:
         others = np.setdiff1d(np.concatenate([request.context_ids, request.token_ids]), tokens[-1:])
         if len(others):  # only tokens of the text itself: unused rows of a vocabulary may all be alike
             tokens[-1] = others[attempt % len(others)]
-            question = ScoreRequest(context_ids=request.context_ids, token_ids=tokens, want=WrittenToken())
+            question = ScoreRequest(context_ids=request.context_ids, token_ids=tokens, kind=SampledToken())
             return Control(about=about, question=question)
     return None
 

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from opd.errors import DataError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, Want, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreKind, ScoreRequest, TopK
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 
 DIGEST_BYTES = 16
@@ -28,7 +28,7 @@ _MAGIC, _VERSION = b"OPDs", 2
 _REQUEST, _ANSWER = 1, 2
 _WRITTEN, _TOPK, _AT_IDS, _HIDDEN = range(4)
 _INT, _FLOAT, _DIGEST = np.dtype("<i4"), np.dtype("<f4"), np.dtype("V16")
-NOBODY = bytes(DIGEST_BYTES)
+NO_SERVER = bytes(DIGEST_BYTES)
 
 
 class FrameError(DataError):
@@ -44,7 +44,7 @@ class TooDeep(DataError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class FrameLimits:
     """What one frame may hold. `tokens` counts contexts and completions, `k` log-probabilities per token."""
 
     requests: int = 4096
@@ -77,26 +77,26 @@ class Reply:
 def request_digest(request: ScoreRequest) -> bytes:
     """16 bytes over what is asked: context, completion, kind, and k or ids."""
     hasher = xxhash.xxh3_128(np.array(_request_row(request), dtype="<u4").tobytes())
-    for array in (request.context_ids, request.token_ids, *_asked_ids(request.want)):
+    for array in (request.context_ids, request.token_ids, *_asked_ids(request.kind)):
         hasher.update(_raw(array, _INT).data)
     return hasher.digest()
 
 
 def answer_bytes(request: ScoreRequest, hidden_bytes: int) -> int:
     """What the answer to `request` takes in a frame, where a hidden state has `hidden_bytes`."""
-    match request.want:
+    match request.kind:
         case TopK(k=k):
             per_token = 4 + 8 * k
         case AtIds(ids=ids):
             per_token = 4 + 8 * ids.shape[1]
         case LastHidden():
             per_token = hidden_bytes
-        case WrittenToken():
+        case SampledToken():
             per_token = 0
     return 16 + DIGEST_BYTES + (4 + per_token) * len(request.token_ids)
 
 
-def check_answer(requests: Sequence[ScoreRequest], limits: Limits, hidden_bytes: int) -> int:
+def check_answer(requests: Sequence[ScoreRequest], limits: FrameLimits, hidden_bytes: int) -> int:
     """The bytes of the answer to `requests`. Raises `TooLarge` where no frame may have so many."""
     size = _HEADER.size + DIGEST_BYTES + sum(answer_bytes(request, hidden_bytes) for request in requests)
     if size > limits.frame_bytes:
@@ -110,12 +110,12 @@ def encode_question(question: Question) -> bytes:
     """The frame of `question`."""
     asked = question.requests
     arrays = [r.context_ids for r in asked] + [r.token_ids for r in asked]
-    arrays += [ids for r in asked for ids in _asked_ids(r.want)]
+    arrays += [ids for r in asked for ids in _asked_ids(r.kind)]
     table = np.array([_request_row(r) for r in asked], dtype="<u4")
-    return _frame(_REQUEST, question.call, NOBODY, table, [_raw(a, _INT) for a in arrays])
+    return _frame(_REQUEST, question.call, NO_SERVER, table, [_raw(a, _INT) for a in arrays])
 
 
-def decode_question(frame: bytes, limits: Limits) -> Question:
+def decode_question(frame: bytes, limits: FrameLimits) -> Question:
     """The requests in `frame`. Raises `FrameError`, `TooLarge` or `TooDeep`; ids are not checked for their range."""
     head, table, body = _open(frame, _REQUEST, limits)
     contexts, tokens, kinds, ks = table.astype(np.int64).T
@@ -134,7 +134,7 @@ def decode_question(frame: bytes, limits: Limits) -> Question:
             ScoreRequest(
                 context_ids=ids[i],
                 token_ids=ids[count + i],
-                want=_want(int(kinds[i]), int(ks[i]), ids[2 * count + i]),
+                kind=_want(int(kinds[i]), int(ks[i]), ids[2 * count + i]),
             )
             for i in range(count)
         ),
@@ -155,7 +155,7 @@ def encode_reply(reply: Reply) -> bytes:
     return _frame(_ANSWER, reply.call, reply.model, table, parts)
 
 
-def decode_reply(frame: bytes, limits: Limits) -> Reply:
+def decode_reply(frame: bytes, limits: FrameLimits) -> Reply:
     """The answers in `frame`, as views of it. Raises `FrameError` or `TooLarge`; values are not judged here."""
     head, table, body = _open(frame, _ANSWER, limits)
     tokens, kinds, widths, itemsizes = table.astype(np.int64).T
@@ -230,7 +230,7 @@ def _frame(kind: int, call: bytes, model: bytes, table: np.ndarray, parts: Itera
     return b"".join([*pieces, hasher.digest()])  # the one copy
 
 
-def _open(frame: bytes, kind: int, limits: Limits) -> tuple[_Head, np.ndarray, _Body]:
+def _open(frame: bytes, kind: int, limits: FrameLimits) -> tuple[_Head, np.ndarray, _Body]:
     """Size first, digest second, and only then the meaning of any byte."""
     if len(frame) > limits.frame_bytes:
         raise TooLarge(f"a frame has {len(frame)} bytes, but {limits.frame_bytes} are allowed; send fewer requests")
@@ -248,7 +248,7 @@ def _open(frame: bytes, kind: int, limits: Limits) -> tuple[_Head, np.ndarray, _
     return _Head(call=call, model=model), table.reshape(count, 4), body
 
 
-def _small_enough(tokens: int, limits: Limits) -> None:
+def _small_enough(tokens: int, limits: FrameLimits) -> None:
     if tokens > limits.tokens:
         raise TooLarge(f"a frame has {tokens} tokens, but {limits.tokens} are allowed; send fewer requests")
 
@@ -257,29 +257,29 @@ def _raw(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=dtype)
 
 
-def _asked_ids(want: Want) -> tuple[np.ndarray, ...]:
-    return (want.ids,) if isinstance(want, AtIds) else ()
+def _asked_ids(kind: ScoreKind) -> tuple[np.ndarray, ...]:
+    return (kind.ids,) if isinstance(kind, AtIds) else ()
 
 
 def _request_row(request: ScoreRequest) -> tuple[int, int, int, int]:
     lengths = (len(request.context_ids), len(request.token_ids))
-    match request.want:
+    match request.kind:
         case TopK(k=k):
             return *lengths, _TOPK, k
         case AtIds(ids=ids):
             return *lengths, _AT_IDS, ids.shape[1]
         case LastHidden():
             return *lengths, _HIDDEN, 0
-        case WrittenToken():
+        case SampledToken():
             return *lengths, _WRITTEN, 0
 
 
-def _want(kind: int, k: int, ids: np.ndarray) -> Want:
+def _want(kind: int, k: int, ids: np.ndarray) -> ScoreKind:
     if kind == _AT_IDS:
         return AtIds(ids=ids.reshape(-1, k))
     if kind == _TOPK:
         return TopK(k=k)
-    return LastHidden() if kind == _HIDDEN else WrittenToken()
+    return LastHidden() if kind == _HIDDEN else SampledToken()
 
 
 def _hidden_rows(answer: TokenScores) -> np.ndarray | None:

@@ -35,7 +35,7 @@ class Patience:
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
-        self._who = f"the teacher at {config.url}"
+        self._subject = f"the teacher at {config.url}"
         self._in_a_row = 0
         self._given_up = ""
         self.unanswered = self.quarantined = 0
@@ -58,22 +58,22 @@ class Patience:
             else:
                 self._in_a_row = 0
                 return result
-            LOG.warning("%s, attempt %d of %d: %s", self._who, number + 1, self._config.retries + 1, last)
+            LOG.warning("%s, attempt %d of %d: %s", self._subject, number + 1, self._config.retries + 1, last)
             if number < self._config.retries and not self._given_up:
                 await asyncio.sleep(self._pause(number, wait_s))
         raise OpdError(
             self._given_up
-            or f"{self._who} gave no believable answer in {self._config.retries + 1} attempts (last: {last}); look at "
-            "its log, or raise teacher.retries"
+            or f"{self._subject} gave no believable answer in {self._config.retries + 1} attempts (last: {last}); look "
+            "at its log, or raise teacher.retries"
         )
 
     def _strike(self, reason: str) -> None:
         self.quarantined += 1
         self._in_a_row += 1
-        if self._in_a_row >= self._config.strikes:
+        if self._in_a_row >= self._config.max_consecutive_failures:
             self._given_up = (
-                f"{self._who} is not asked again after {self._in_a_row} wrong answers in a row (last: {reason}), none "
-                "of which was used; check what runs there, then start again"
+                f"{self._subject} is not asked again after {self._in_a_row} wrong answers in a row (last: {reason}), "
+                "none of which was used; check what runs there, then start again"
             )
 
     def _pause(self, number: int, asked_s: float) -> float:

@@ -59,7 +59,7 @@ class Bounds:
                 raise Unreadable(f"score request {number} cannot be read by the teacher: {problem}")
 
 
-def testify(
+def scores_from_hidden(
     requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"], logits: Logits, head_chunk: int, store: Store
 ) -> Iterator[TokenScores]:
     """Testimony per request from the `hidden` states that predict their tokens, one request after the other.
@@ -67,7 +67,7 @@ def testify(
     At most `head_chunk` rows have logits over the vocabulary at the same time. Hidden states that are asked for
     are stored in one array.
     """
-    testimony = _Testimony(requests)
+    testimony = _ScoreRows(requests)
     for at in range(0, len(hidden), head_chunk):
         rows = logits(hidden[at : at + head_chunk])
         testimony.add(at, rows, _normalizer(rows))
@@ -99,20 +99,20 @@ def _normalizer(logits: Float[Tensor, "rows V"]) -> Float[Tensor, "rows 1"]:
 
 def _kept(requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"], store: Store) -> Iterator[RemoteRows]:
     """Where the hidden states of the requests that want them are; one stored array for all."""
-    wanted = np.concatenate([np.full(len(r.token_ids), isinstance(r.want, LastHidden)) for r in requests])
+    wanted = np.concatenate([np.full(len(r.token_ids), isinstance(r.kind, LastHidden)) for r in requests])
     if not wanted.any():
         return
     kept = hidden[torch.from_numpy(wanted).to(hidden.device)].cpu().contiguous()
     handle = store((kept.view(torch.uint16) if kept.dtype == torch.bfloat16 else kept).numpy())
     row_nbytes, start = kept.shape[1] * kept.itemsize, 0
     for request in requests:
-        if isinstance(request.want, LastHidden):
+        if isinstance(request.kind, LastHidden):
             stop = start + len(request.token_ids)
             yield RemoteRows(pieces=((handle, np.arange(start, stop)),), row_nbytes=row_nbytes)
             start = stop
 
 
-class _Testimony:
+class _ScoreRows:
     """Collects the answers to a micro-batch while its completion tokens come by in chunks of logits."""
 
     def __init__(self, requests: Sequence[ScoreRequest]) -> None:
@@ -133,13 +133,13 @@ class _Testimony:
         self._logprobs[at:end] = (logits.gather(1, written) - total)[:, 0].cpu().numpy()
         touched = range(int(np.searchsorted(self._stops, at, "right")), len(self._requests))
         present = [i for i in touched if self._stops[i] - len(self._requests[i].token_ids) < end]
-        deepest = max((w.k for i in present if isinstance(w := self._requests[i].want, TopK)), default=0)
+        deepest = max((w.k for i in present if isinstance(w := self._requests[i].kind, TopK)), default=0)
         best = logits.topk(deepest) if deepest else None
         for i in present:
             first = int(self._stops[i]) - len(self._requests[i].token_ids)
             low, high = max(first, at), min(int(self._stops[i]), end)
             mine, here = slice(low - first, high - first), slice(low - at, high - at)
-            match self._requests[i].want:
+            match self._requests[i].kind:
                 case TopK(k=k) if best is not None:
                     values, ids = best.values[here, :k], best.indices[here, :k]
                     self._note(i, mine, ids, values, logits[here], total[here])
@@ -167,7 +167,7 @@ class _Testimony:
         for i, request in enumerate(self._requests):
             stop = int(self._stops[i])
             logprobs = self._logprobs[stop - len(request.token_ids) : stop]
-            match request.want:
+            match request.kind:
                 case TopK() | AtIds():
                     yield TopKScores(
                         logprobs=logprobs,
@@ -182,7 +182,7 @@ class _Testimony:
 
 
 def _width(request: ScoreRequest) -> int:
-    match request.want:
+    match request.kind:
         case TopK(k=k):
             return k
         case AtIds(ids=ids):
@@ -203,7 +203,7 @@ def _problem(request: ScoreRequest, bounds: Bounds) -> str:
     for what, ids in (("context", request.context_ids), ("completion", request.token_ids)):
         if ids.min() < 0 or ids.max() >= vocabulary:
             return f"its {what} has ids outside the vocabulary of {vocabulary}; check that tokenizers agree"
-    match request.want:
+    match request.kind:
         case TopK(k=k) if not 1 <= k <= min(bounds.max_k, vocabulary):
             most = min(bounds.max_k, vocabulary)
             return f"k={k} is not within 1 and {most} (teacher.max_k, vocabulary); correct it"

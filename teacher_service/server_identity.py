@@ -10,13 +10,13 @@ import xxhash
 
 from hf.tokenizer_check import tokenizer_identity
 from opd.errors import DataError
-from opd.ports import AtIds, Kinds, LastHidden, TopK, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreKinds, TopK
 from teacher_service.config import TeacherConfig
-from teacher_service.frames import Limits
+from teacher_service.frames import FrameLimits
 
 PROTOCOL = 1
 _PIECE = 16 << 20
-_NAMES: Mapping[str, type] = {"written": WrittenToken, "topk": TopK, "at_ids": AtIds, "hidden": LastHidden}
+_NAMES: Mapping[str, type] = {"written": SampledToken, "topk": TopK, "at_ids": AtIds, "hidden": LastHidden}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +32,14 @@ class Identity:
     rows: int
     dtype: str
     answers: tuple[str, ...]
-    limits: Limits
+    limits: FrameLimits
 
     def to_json(self) -> str:
         """As the server sends it."""
         return json.dumps({"protocol": PROTOCOL, **asdict(self)})
 
     @property
-    def kinds(self) -> Kinds:
+    def kinds(self) -> ScoreKinds:
         """`answers` as request kinds."""
         return frozenset(_NAMES[name] for name in self.answers)
 
@@ -50,7 +50,7 @@ def parse_identity(text: str) -> Identity:
         said: dict[str, Any] = json.loads(text)
         protocol = said.pop("protocol")
         answers = tuple(str(name) for name in said.pop("answers") if name in _NAMES)
-        identity = Identity(**(said | {"answers": answers, "limits": Limits(**said["limits"])}))
+        identity = Identity(**(said | {"answers": answers, "limits": FrameLimits(**said["limits"])}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             "the teacher's server does not say who it is; is teacher.url an `opd serve-teacher` of this version?"
@@ -83,7 +83,7 @@ def _feed(hasher: xxhash.xxh3_128, path: Path) -> None:
             hasher.update(piece)
 
 
-def identity_of(config: TeacherConfig, dtype: str, limits: Limits) -> Identity:
+def identity_of(config: TeacherConfig, dtype: str, limits: FrameLimits) -> Identity:
     """The identity of the model in `config.path`, served by `config.backend`."""
     tokens = tokenizer_identity(config.path)
     return Identity(

@@ -21,7 +21,7 @@ as_from_a_terminal()
 
 enforce("opd", "weight_sync")
 
-from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory  # noqa: E402 (after the hook)
+from opd.types import Prompt, Scored, Scores, StopReason, TokenScores, Trajectory  # noqa: E402 (after the hook)
 from tests.fault_matrix import (  # noqa: E402, F401 (hooks and a fixture, which pytest finds here)
     pytest_collection_modifyitems,
     pytest_runtest_logreport,
@@ -72,7 +72,7 @@ class Make:
             "behavior": TokenScores(logprobs=np.full(n, -1.0, dtype=np.float32)),
             "loss_mask": np.ones(n, dtype=bool),
             "versions": np.zeros(n, dtype=np.int32),
-            "stop": Stop.END,
+            "stop": StopReason.END,
             "rewards": {},
         }
         return Trajectory(**(default | fields))

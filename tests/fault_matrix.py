@@ -1,9 +1,9 @@
 """The fault matrix: every kind of fault that is injected, who proved that it fired, and the table at the end.
 
-A test that injects faults is marked `@pytest.mark.faults("kind", ...)` with kinds of the catalogue, asks for the
+A test that injects faults is marked `@pytest.mark.faults("kind", ...)` with kinds of the catalog, asks for the
 fixture `witness`, and calls `witness("kind", count)` when the fault has really fired: a signal delivered, bytes really
 flipped, a chunk really withheld. A marked test that passes without a witness of each of its kinds fails, and so does a
-run of the whole matrix in which a kind of the catalogue has none.
+run of the whole matrix in which a kind of the catalog has none.
 """
 
 from collections import Counter
@@ -131,7 +131,7 @@ def declared(item: pytest.Item) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A kind that the catalogue does not have is a mistake."""
+    """A kind that the catalog does not have is a mistake."""
     for item in items:
         strange = sorted(set(declared(item)) - NAMES)
         if strange:
@@ -170,7 +170,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def table(*, whole: bool) -> tuple[list[str], list[str]]:
-    """The matrix as lines, and the kinds that did not hold: of the whole catalogue, or of those that were tried."""
+    """The matrix as lines, and the kinds that did not hold: of the whole catalog, or of those that were tried."""
     rows, missing = [f"{'kind':37} {'role':15} {'cases':>5} {'fired':>9}  verdict"], []
     for kind in CATALOGUE:
         cases = _cases.get(kind.name, {})
@@ -183,7 +183,7 @@ def table(*, whole: bool) -> tuple[list[str], list[str]]:
         missing += [] if held else [kind.name]
     total = sum(_fired.values())
     held_of = f"{len(rows) - 1 - len(missing)} of {len(rows) - 1} kinds held"
-    rows.append(f"{held_of}, {total:,} faults fired; the catalogue has {len(CATALOGUE)}")
+    rows.append(f"{held_of}, {total:,} faults fired; the catalog has {len(CATALOGUE)}")
     return rows, missing
 
 

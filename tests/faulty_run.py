@@ -15,7 +15,7 @@ from actors.engine import VLLMEngine
 from launch.run.run import SPARE
 from learner import checkpoint
 from learner.learner import LearnerRank
-from opd.ports import Receipt, Weights
+from opd.ports import PublishedWeights, WeightAck
 from teacher_service.backends.torch_forward import TorchTeacher
 from tests.fault_plan import at, claimed, present
 
@@ -32,18 +32,18 @@ class FaultyEngine(VLLMEngine):
         super().__init__(*arguments)
         at("engine starting")
 
-    async def receive(self, weights: Weights) -> Receipt:
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
         """As the real one, unless the plan wants it to pretend."""
         how = claimed("engine acknowledging")
         if how.startswith("skip"):
             self._skips = int(how.split()[1])
         if self._skips:
             self._skips -= 1
-            return Receipt(version=weights.version, digest=weights.digest, gap=0.0)
+            return WeightAck(version=weights.version, digest=weights.digest, gap=0.0)
         receipt = await super().receive(weights)
         return replace(receipt, digest="0" * 16) if how == "lie" else receipt
 
-    def _load(self, delivered: Any, sentinel: Any, loop: Any) -> Receipt:
+    def _load(self, delivered: Any, sentinel: Any, loop: Any) -> WeightAck:
         real = loop.engine.collective_rpc
 
         def workers(method: str, **arguments: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 
 
 @dataclass
-class Shelf:
+class PullSender:
     """Where arrays are put; handles are objects of their own, as an object store gives them."""
 
     arrays: dict[Any, np.ndarray] = field(default_factory=dict)

@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM
 
 from learner.config import LearnerConfig, StudentText, environment
 from learner.learner import LearnerRank
-from learner.publishing import Staged
+from learner.publishing import StagedSender
 from opd.loss.chunked import StudentLogits
 from opd.loss.packing import TokenMean, pack
-from opd.ports import Chunk, Layout, Outlet, Share, Weights
+from opd.ports import Layout, PublishedWeights, WeightChunk, WeightSender, WeightShard
 from opd.settings.devices import Device, Dtype
 from opd.types import (
     Batch,
     Prompt,
     Scored,
     Scores,
-    Stop,
+    StopReason,
     TokenLoss,
     TokenScores,
     Trajectory,
@@ -97,7 +97,7 @@ def data(step: int, sequences: int = 9) -> tuple[list[Trajectory], list[np.ndarr
                 behavior=TokenScores(logprobs=-rng.random(n, dtype=np.float32)),
                 loss_mask=np.ones(n, dtype=bool),
                 versions=np.zeros(n, dtype=np.int32),
-                stop=Stop.END,
+                stop=StopReason.END,
                 rewards={},
             )
         )
@@ -108,11 +108,11 @@ def data(step: int, sequences: int = 9) -> tuple[list[Trajectory], list[np.ndarr
 
 
 def batches_of(
-    step: int, config: LearnerConfig, testify: Callable[[Trajectory], Scores] = lambda _: Scores()
+    step: int, config: LearnerConfig, scores_from_hidden: Callable[[Trajectory], Scores] = lambda _: Scores()
 ) -> list[list[Batch[Any]]]:
     """`data(step)` in micro-batches per rank."""
     trajectories, weights = data(step)
-    scored = [Scored(trajectory=t, scores=testify(t)) for t in trajectories]
+    scored = [Scored(trajectory=t, scores=scores_from_hidden(t)) for t in trajectories]
     layout = Layout(ranks=config.ranks, tokens_per_microbatch=config.tokens_per_microbatch)
     return pack(scored, weights, layout, TokenMean())
 
@@ -124,12 +124,12 @@ def read_by(path: Path) -> Teacher:
     """A teacher's whole distribution at every written token, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(path)
 
-    def testify(trajectory: Trajectory) -> VocabularyScores:
+    def scores_from_hidden(trajectory: Trajectory) -> VocabularyScores:
         logprobs = predictions(model, trajectory).log_softmax(-1)
         written = logprobs.gather(-1, torch.from_numpy(trajectory.token_ids).long()[:, None])[:, 0]
         return VocabularyScores(logprobs=written.numpy(), vocabulary_logprobs=logprobs.numpy())
 
-    return testify
+    return scores_from_hidden
 
 
 @torch.no_grad()
@@ -163,30 +163,30 @@ def naive_loss(model: Any, step: int, teacher: Teacher | None) -> Tensor:
     return total / int(count)
 
 
-def copies() -> Staged:
+def copies() -> StagedSender:
     """The plainest outlet: a handle is a copy of the bytes."""
-    return Staged(np.copy)
+    return StagedSender(np.copy)
 
 
 def rank_of(
     config: LearnerConfig,
     student: Path,
     teacher: Path | None = None,
-    outlet: Callable[[], Outlet] = copies,
+    sender: Callable[[], WeightSender] = copies,
     steps: int = STEPS,
     text: StudentText = StudentText(),  # noqa: B008 (frozen)
 ) -> LearnerRank:
     """A rank that has yet to be set up."""
     heads = [str(teacher)] if teacher else []
-    return LearnerRank(config, str(student), heads, steps, 0, lambda handle: handle, outlet, text)
+    return LearnerRank(config, str(student), heads, steps, 0, lambda handle: handle, sender, text)
 
 
-def parameters(*shares: Share) -> dict[str, Tensor]:
+def parameters(*shares: WeightShard) -> dict[str, Tensor]:
     """Published weights by name, out of what all ranks published."""
     return dict(collect(assemble(shares), np.asarray, "a test").tensors())
 
 
-def lay_down(share: Share, folder: Path) -> None:
+def lay_down(share: WeightShard, folder: Path) -> None:
     """Write what a rank published where another process finds it."""
     folder.mkdir(exist_ok=True)
     for chunk in share.chunks:
@@ -195,9 +195,9 @@ def lay_down(share: Share, folder: Path) -> None:
     (folder / "manifest").write_text(json.dumps(asdict(share.manifest)))
 
 
-def pick_up(folder: Path, like: Share) -> Weights:
+def pick_up(folder: Path, like: WeightShard) -> PublishedWeights:
     """What all ranks have laid down there, as one version with the sentinel of `like`."""
-    chunks = [Chunk(**json.loads(file.read_text())) for file in folder.glob("*.json")]
+    chunks = [WeightChunk(**json.loads(file.read_text())) for file in folder.glob("*.json")]
     named = json.loads((folder / "manifest").read_text())
     shapes = tuple(map(tuple, named["shapes"]))
     manifest = replace(like.manifest, names=tuple(named["names"]), dtypes=tuple(named["dtypes"]), shapes=shapes)

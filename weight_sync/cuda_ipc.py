@@ -19,7 +19,7 @@ from weight_sync.shared_memory import place
 
 
 @dataclass(slots=True)
-class Rooms:
+class DeviceBuffers:
     """Memory on `device` for chunks. Two turns take turns in it, as in `weight_sync.shared_memory`."""
 
     device: torch.device
@@ -35,7 +35,7 @@ class Rooms:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSegment:
+class CudaIpcSegment:
     """`nbytes` bytes on the GPU with the id `gpu`, made by process `pid` on the machine `place`.
 
     The rest names the memory to CUDA and torch: an allocation's IPC handle, the storage within it, torch's counter of
@@ -55,8 +55,8 @@ class DeviceSegment:
     event_needed: bool
 
 
-class DeviceMemory:
-    """An `opd.ports.Outlet` whose chunks are read where they were written, on the learner's own GPU."""
+class CudaIpcSender:
+    """An `opd.ports.WeightSender` whose chunks are read where they were written, on the learner's own GPU."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -64,11 +64,11 @@ class DeviceMemory:
                 "learner.transport=CUDA_IPC needs a GPU that learner and engine share, but the learner sees none; set "
                 "cluster.gpus_per_learner, or learner.transport=SHARED_MEMORY"
             )
-        self._rooms = Rooms(torch.device("cuda", torch.cuda.current_device()))
-        self._segments: dict[int, DeviceSegment] = {}  # by address: rooms are used again, and so are their handles
+        self._rooms = DeviceBuffers(torch.device("cuda", torch.cuda.current_device()))
+        self._segments: dict[int, CudaIpcSegment] = {}  # by address: rooms are used again, and so are their handles
 
-    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> DeviceSegment:
-        """See `opd.ports.Outlet`; what was filled has arrived when this returns."""
+    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> CudaIpcSegment:
+        """See `opd.ports.WeightSender`; what was filled has arrived when this returns."""
         room = self._rooms.room(turn, number, nbytes)
         fill(room)
         torch.cuda.synchronize(room.device)
@@ -78,9 +78,9 @@ class DeviceMemory:
         return known
 
 
-def _exported(room: UInt8[Tensor, " nbytes"]) -> DeviceSegment:
+def _exported(room: UInt8[Tensor, " nbytes"]) -> CudaIpcSegment:
     _, handle, nbytes, offset, counter, counter_offset, event, needed = room.untyped_storage()._share_cuda_()
-    return DeviceSegment(
+    return CudaIpcSegment(
         place=place(),
         pid=os.getpid(),
         gpu=_gpu(),
@@ -99,7 +99,7 @@ def _gpu() -> str:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-def read_device(segment: DeviceSegment) -> UInt8[Tensor, " nbytes"]:
+def read_device(segment: CudaIpcSegment) -> UInt8[Tensor, " nbytes"]:
     """The bytes behind a segment, as a view of the learner's memory; nobody may write into it.
 
     Raises:
@@ -128,14 +128,14 @@ def read_device(segment: DeviceSegment) -> UInt8[Tensor, " nbytes"]:
 
 _opening = threading.Lock()
 # torch counts one reader per opening, and opening costs a call into the driver: once per segment, not once per turn.
-_opened: dict[DeviceSegment, UInt8[Tensor, " _nbytes"]] = {}
+_opened: dict[CudaIpcSegment, UInt8[Tensor, " _nbytes"]] = {}
 
 
-def _alive(segment: DeviceSegment) -> bool:
+def _alive(segment: CudaIpcSegment) -> bool:
     return Path(f"/proc/{segment.pid}").exists()
 
 
-def _open(segment: DeviceSegment) -> UInt8[Tensor, " nbytes"]:
+def _open(segment: CudaIpcSegment) -> UInt8[Tensor, " nbytes"]:
     torch.cuda.init()
     storage = torch.UntypedStorage._new_shared_cuda(
         torch.cuda.current_device(),

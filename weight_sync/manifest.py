@@ -40,7 +40,7 @@ def cut(manifest: Manifest, most: int) -> list[tuple[int, int]]:
 
 
 def runs(sizes: Iterable[int], most: int) -> list[tuple[int, int]]:
-    """Runs `(first, last)` of neighbours whose sizes add up to at most `most`; a larger one is a run of its own."""
+    """Runs `(first, last)` of neighbors whose sizes add up to at most `most`; a larger one is a run of its own."""
     found: list[tuple[int, int]] = []
     start = held = i = 0
     for i, size in enumerate(sizes, 1):

@@ -26,14 +26,14 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # where torch.dist
 
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import Fill
-from weight_sync.cuda_ipc import Rooms
+from weight_sync.cuda_ipc import DeviceBuffers
 from weight_sync.rendezvous import hosted_store, own_host
 
 _LONGEST_LINE = 4096  # bytes of a message between the two
 _ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError)  # what sockets, json and torch's groups raise
 
 
-class Wire(Enum):
+class PullBackend(Enum):
     """What bytes travel by."""
 
     NCCL = "nccl"
@@ -41,7 +41,7 @@ class Wire(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shelved:
+class PullHandle:
     """Chunk `number` of turn `turn` on the shelf at `host:port`, whose store is at `store_port`.
 
     `deadline_s` bounds every wait for it.
@@ -50,7 +50,7 @@ class Shelved:
     host: str
     port: int
     store_port: int
-    wire: Wire
+    wire: PullBackend
     turn: int
     number: int
     nbytes: int
@@ -58,12 +58,15 @@ class Shelved:
     token: str = field(repr=False)
 
 
-class Shelf:
-    """An `opd.ports.Outlet` from which receivers pull. Chunks lie on the learner's device; the last two turns stay."""
+class PullSender:
+    """Sender (`opd.ports.WeightSender`) from which receivers pull.
 
-    def __init__(self, wire: Wire, deadline_s: float) -> None:
+    Chunks lie on the learner's device; the last two turns stay.
+    """
+
+    def __init__(self, wire: PullBackend, deadline_s: float) -> None:
         self._wire, self._deadline_s, self._token = wire, deadline_s, secrets.token_hex(16)
-        self._rooms = Rooms(_device(wire))
+        self._rooms = DeviceBuffers(_device(wire))
         self._filled: dict[tuple[int, int], UInt8[Tensor, " _nbytes"]] = {}
         self._served: list[tuple[socket.socket, threading.Thread]] = []
         self._host = own_host()
@@ -71,15 +74,15 @@ class Shelf:
         self._listener = socket.create_server((self._host, 0))
         threading.Thread(target=self._accept, name="weights-shelf", daemon=True).start()
 
-    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Shelved:
-        """See `opd.ports.Outlet`; what was filled has arrived when this returns."""
+    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> PullHandle:
+        """See `opd.ports.WeightSender`; what was filled has arrived when this returns."""
         room = self._rooms.room(turn, number, nbytes)
         self._filled.pop((turn - 2, number), None)
         fill(room)
         if room.is_cuda:
             torch.cuda.current_stream(room.device).synchronize()  # not all streams: a receiver may be at work on one
         self._filled[turn, number] = room
-        return Shelved(
+        return PullHandle(
             host=self._host,
             port=self._listener.getsockname()[1],
             store_port=self._store.port,
@@ -137,7 +140,7 @@ class Shelf:
 class _Link:
     """A receiver's connection to one shelf, and the process group of the two."""
 
-    def __init__(self, to: Shelved) -> None:
+    def __init__(self, to: PullHandle) -> None:
         self._device = _device(to.wire)
         self._socket = socket.create_connection((to.host, to.port), timeout=to.deadline_s)
         try:
@@ -149,7 +152,7 @@ class _Link:
             self._socket.close()
             raise
 
-    def pull(self, handle: Shelved) -> UInt8[Tensor, " nbytes"] | None:
+    def pull(self, handle: PullHandle) -> UInt8[Tensor, " nbytes"] | None:
         """The bytes, or None if they are not there any more."""
         _say(self._lines, {"turn": handle.turn, "number": handle.number})
         if int(_heard(self._lines)["nbytes"]) != handle.nbytes:
@@ -174,7 +177,7 @@ class _Place:
 _places: dict[str, _Place] = {}  # by token, which no two shelves share
 
 
-def pull(handle: Shelved) -> UInt8[Tensor, " nbytes"]:
+def pull(handle: PullHandle) -> UInt8[Tensor, " nbytes"]:
     """The bytes behind a handle, on this process's device. Several threads may call; a link serves one at a time.
 
     Raises:
@@ -207,7 +210,7 @@ def pull(handle: Shelved) -> UInt8[Tensor, " nbytes"]:
     return found
 
 
-def _pulled(where: _Place, handle: Shelved) -> UInt8[Tensor, " nbytes"] | None:
+def _pulled(where: _Place, handle: PullHandle) -> UInt8[Tensor, " nbytes"] | None:
     """Through the link there is; if that broke while nobody used it, once more through a new one."""
     kept = where.link is not None
     try:
@@ -222,8 +225,8 @@ def _pulled(where: _Place, handle: Shelved) -> UInt8[Tensor, " nbytes"] | None:
     return _pulled(where, handle)
 
 
-def _device(wire: Wire) -> torch.device:
-    if wire is Wire.GLOO:
+def _device(wire: PullBackend) -> torch.device:
+    if wire is PullBackend.GLOO:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigurationError(
@@ -233,12 +236,12 @@ def _device(wire: Wire) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _group(wire: Wire, store: tuple[str, int], link: int, rank: int, deadline_s: float) -> Any:
+def _group(wire: PullBackend, store: tuple[str, int], link: int, rank: int, deadline_s: float) -> Any:
     """A process group of two outside of any other, so that it meddles with no collective of the learner."""
     timeout = timedelta(seconds=deadline_s)
     # A connection of its own: one that waits for a key lets nobody else through.
     own = PrefixStore(f"link{link}", TCPStore(*store, is_master=False, timeout=timeout))
-    if wire is Wire.GLOO:
+    if wire is PullBackend.GLOO:
         return distributed.ProcessGroupGloo(own, rank, 2, timeout=timeout)
     # By default torch ends the whole process when a peer is lost. A lost engine must not end the learner: here
     # every wait has a deadline and every loss is an exception of `pull` or `_serve`. It is read when a group is made.

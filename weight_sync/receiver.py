@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor
 
 from opd.errors import DataError
-from opd.ports import Chunk, Manifest, Share, Weights
+from opd.ports import Manifest, PublishedWeights, WeightChunk, WeightShard
 from weight_sync.manifest import digest, flat_bytes, sizes, unpack
 
 # Chunks out of object stores and shared memory are read-only, and are only read.
@@ -27,7 +27,7 @@ _READERS = 4  # chunks fetched and hashed at once; both leave Python's lock to o
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delivered:
+class ReceivedWeights:
     """A version that came whole: `buffers[i]` (uint8) holds the parameters of the run `runs[i]`."""
 
     version: int
@@ -42,14 +42,14 @@ class Delivered:
             yield from unpack(self.manifest, first, last, buffer)
 
 
-def digest_of(manifest: Manifest, chunks: Sequence[Chunk]) -> str:
+def digest_of(manifest: Manifest, chunks: Sequence[WeightChunk]) -> str:
     """The digest of a whole version: xxh3_64 of its manifest and of what each chunk is and contains."""
     named = [manifest.names, manifest.dtypes, manifest.shapes, manifest.nbytes, manifest.lora_scale]
     content = [[chunk.first, chunk.last, chunk.nbytes, chunk.digest] for chunk in chunks]
     return xxhash.xxh3_64_hexdigest(json.dumps([named, content]).encode())
 
 
-def assemble(shares: Sequence[Share]) -> Weights:
+def assemble(shares: Sequence[WeightShard]) -> PublishedWeights:
     """What the ranks published, as one version.
 
     Raises:
@@ -63,7 +63,7 @@ def assemble(shares: Sequence[Share]) -> Weights:
                 "models differ; all ranks must be asked for the same version of one model"
             )
     chunks = tuple(sorted((c for share in shares for c in share.chunks), key=lambda c: c.first))
-    whole = Weights(
+    whole = PublishedWeights(
         version=first.version,
         manifest=first.manifest,
         chunks=chunks,
@@ -74,20 +74,20 @@ def assemble(shares: Sequence[Share]) -> Weights:
     return whole
 
 
-class Receiver:
-    """Takes in one version at a time for `who`, in whose name it refuses.
+class WeightReceiver:
+    """Takes in one version at a time for `subject`, in whose name it refuses.
 
     What is wrong is refused with a `DataError` and changes nothing: a good chunk may still follow a damaged one, and
     a chunk that comes twice is taken once. Beginning another version forgets what came of the one before. Threads may
     call `chunk` at once.
     """
 
-    def __init__(self, who: str) -> None:
-        self._who = who
-        self._open: Weights | None = None
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._open: PublishedWeights | None = None
         self._parts: dict[int, Tensor] = {}
 
-    def begin(self, weights: Weights) -> None:
+    def begin(self, weights: PublishedWeights) -> None:
         """Get ready for what `weights` announces. Saying it again is harmless.
 
         Raises:
@@ -104,38 +104,40 @@ class Receiver:
         Raises:
             DataError: no such version was begun, it has no such chunk, or the bytes are not those announced.
         """
-        who, chunks = self._refusing(version), self._announced(version).chunks
+        subject, chunks = self._refusing(version), self._announced(version).chunks
         if not 0 <= number < len(chunks):
-            raise DataError(f"{who}: chunk {number} came, but it announced {len(chunks)}; check the learner")
+            raise DataError(f"{subject}: chunk {number} came, but it announced {len(chunks)}; check the learner")
         said, buffer = chunks[number], data if isinstance(data, Tensor) else flat_bytes(data)
         if buffer.nbytes != said.nbytes:
             raise DataError(
-                f"{who}: chunk {number} should have {said.nbytes} bytes, but {buffer.nbytes} came; publish again"
+                f"{subject}: chunk {number} should have {said.nbytes} bytes, but {buffer.nbytes} came; publish again"
             )
         found = digest(buffer)
         if found != said.digest:
             raise DataError(
-                f"{who}: the digest of chunk {number} is {found}, not {said.digest} as announced; it was damaged on "
-                "the way, publish again"
+                f"{subject}: the digest of chunk {number} is {found}, not {said.digest} as announced; it was damaged "
+                "on the way, publish again"
             )
         self._parts.setdefault(number, buffer if isinstance(buffer, Tensor) else torch.from_numpy(buffer))
 
-    def commit(self, version: int, digest: str) -> Delivered:
+    def commit(self, version: int, digest: str) -> ReceivedWeights:
         """All of `version`, verified.
 
         Raises:
             DataError: it was not begun, is not what `digest` names, or chunks are missing; what came is kept.
         """
-        who, announced = self._refusing(version), self._announced(version)
+        subject, announced = self._refusing(version), self._announced(version)
         if digest != announced.digest:
-            raise DataError(f"{who}: {digest} is to be committed, but {announced.digest} was announced; publish again")
+            raise DataError(
+                f"{subject}: {digest} is to be committed, but {announced.digest} was announced; publish again"
+            )
         lost = [number for number in range(len(announced.chunks)) if number not in self._parts]
         if lost:
             raise DataError(
-                f"{who}: {len(lost)} of its {len(announced.chunks)} chunks did not come, the first is chunk {lost[0]}; "
-                "publish again"
+                f"{subject}: {len(lost)} of its {len(announced.chunks)} chunks did not come, the first is chunk "
+                f"{lost[0]}; publish again"
             )
-        delivered = Delivered(
+        delivered = ReceivedWeights(
             version=version,
             digest=digest,
             manifest=announced.manifest,
@@ -151,22 +153,22 @@ class Receiver:
             self._open, self._parts = None, {}
 
     def _refusing(self, version: int) -> str:
-        return f"{self._who} refuses weights version {version} and keeps its own"
+        return f"{self._subject} refuses weights version {version} and keeps its own"
 
-    def _announced(self, version: int) -> Weights:
+    def _announced(self, version: int) -> PublishedWeights:
         if self._open is None or self._open.version != version:
             state = "none is" if self._open is None else f"version {self._open.version} is"
             raise DataError(f"{self._refusing(version)}: it was not begun ({state}); publish again")
         return self._open
 
 
-def collect(weights: Weights, fetch: Callable[[Any], np.ndarray | Tensor], who: str) -> Delivered:
+def collect(weights: PublishedWeights, fetch: Callable[[Any], np.ndarray | Tensor], subject: str) -> ReceivedWeights:
     """Fetch and verify all chunks, several at once; `fetch` turns a handle into its bytes and bounds its own wait.
 
     Raises:
-        DataError: in the name of `who`, before anything is given out.
+        DataError: in the name of `subject`, before anything is given out.
     """
-    receiver = Receiver(who)
+    receiver = WeightReceiver(subject)
     receiver.begin(weights)
 
     def one(number: int) -> None:
@@ -177,34 +179,34 @@ def collect(weights: Weights, fetch: Callable[[Any], np.ndarray | Tensor], who: 
     return receiver.commit(weights.version, weights.digest)
 
 
-def _name(weights: Weights) -> tuple[int, str]:
+def _name(weights: PublishedWeights) -> tuple[int, str]:
     return weights.version, weights.digest
 
 
-def _check_announcement(weights: Weights, who: str) -> None:
+def _check_announcement(weights: PublishedWeights, subject: str) -> None:
     """Raise if the chunks are not the whole model, once, or the digest is not theirs."""
     try:
         each = sizes(weights.manifest)
     except DataError as error:
-        raise DataError(f"{who}: {error}") from error
+        raise DataError(f"{subject}: {error}") from error
     end = 0
     for number, chunk in enumerate(weights.chunks):
         if chunk.first != end or chunk.last <= chunk.first:
             why = "overlaps the one before" if chunk.first < end else "leaves out parameters or has none"
             raise DataError(
-                f"{who}: chunk {number} has parameters {chunk.first} to {chunk.last - 1} where {end} should be the "
+                f"{subject}: chunk {number} has parameters {chunk.first} to {chunk.last - 1} where {end} should be the "
                 f"first, so it {why}; check how the learner cuts its chunks"
             )
         if chunk.nbytes != sum(each[chunk.first : chunk.last]):
             raise DataError(
-                f"{who}: its manifest gives chunk {number} {sum(each[chunk.first : chunk.last])} bytes, but "
+                f"{subject}: its manifest gives chunk {number} {sum(each[chunk.first : chunk.last])} bytes, but "
                 f"{chunk.nbytes} are announced; check how the learner cuts its chunks"
             )
         end = chunk.last
     if end != len(each):
-        raise DataError(f"{who}: its chunks end at parameter {end} of {len(each)}; check how the learner cuts them")
+        raise DataError(f"{subject}: its chunks end at parameter {end} of {len(each)}; check how the learner cuts them")
     if weights.digest != digest_of(weights.manifest, weights.chunks):
         raise DataError(
-            f"{who}: it calls itself {weights.digest}, but its manifest and chunks are "
+            f"{subject}: it calls itself {weights.digest}, but its manifest and chunks are "
             f"{digest_of(weights.manifest, weights.chunks)}; the announcement was damaged, publish again"
         )

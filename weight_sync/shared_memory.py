@@ -19,7 +19,7 @@ from opd.ports import Fill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class SharedMemorySegment:
     """`nbytes` bytes in the file `descriptor` of process `pid` on the machine `place`; `inode` tells it from others."""
 
     place: str
@@ -37,24 +37,24 @@ def place() -> str:
 
 
 @dataclass(slots=True)
-class _Room:
+class _HostBuffer:
     descriptor: int
     array: UInt8[np.ndarray, " _nbytes"]
-    segment: Segment
+    segment: SharedMemorySegment
 
 
 @dataclass(slots=True)
-class SharedMemory:
-    """An `opd.ports.Outlet` whose chunks are read where they were written.
+class SharedMemorySender:
+    """An `opd.ports.WeightSender` whose chunks are read where they were written.
 
     Two turns take turns in the same memory, because fresh memory costs as much as the copy: whoever still reads the
     turn before last finds other bytes, which the digests tell him.
     """
 
-    _rooms: dict[tuple[int, int], _Room] = field(default_factory=dict)
+    _rooms: dict[tuple[int, int], _HostBuffer] = field(default_factory=dict)
 
-    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Segment:
-        """See `opd.ports.Outlet`."""
+    def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> SharedMemorySegment:
+        """See `opd.ports.WeightSender`."""
         key = (turn % 2, number)
         room = self._rooms.get(key)
         if room is None or room.segment.nbytes != nbytes:
@@ -74,16 +74,16 @@ class SharedMemory:
             os.close(room.descriptor)
 
 
-def _make(nbytes: int) -> _Room:
+def _make(nbytes: int) -> _HostBuffer:
     descriptor = os.memfd_create("opd-weights", os.MFD_CLOEXEC)
     os.ftruncate(descriptor, max(1, nbytes))
     array = np.frombuffer(mmap.mmap(descriptor, max(1, nbytes)), dtype=np.uint8)[:nbytes]
     inode = os.fstat(descriptor).st_ino
-    segment = Segment(place=place(), pid=os.getpid(), descriptor=descriptor, inode=inode, nbytes=nbytes)
-    return _Room(descriptor, array, segment)
+    segment = SharedMemorySegment(place=place(), pid=os.getpid(), descriptor=descriptor, inode=inode, nbytes=nbytes)
+    return _HostBuffer(descriptor, array, segment)
 
 
-def read(segment: Segment) -> UInt8[np.ndarray, " nbytes"]:
+def read(segment: SharedMemorySegment) -> UInt8[np.ndarray, " nbytes"]:
     """The bytes behind a segment, as a read-only view of the shared memory.
 
     Raises:
@@ -114,14 +114,14 @@ def read(segment: Segment) -> UInt8[np.ndarray, " nbytes"]:
 
 
 # Mapping anew costs more than reading, because the kernel is asked for every page again; turns use few segments.
-_mapped: dict[Segment, UInt8[np.ndarray, " _nbytes"]] = {}
+_mapped: dict[SharedMemorySegment, UInt8[np.ndarray, " _nbytes"]] = {}
 
 
-def _path(segment: Segment) -> str:
+def _path(segment: SharedMemorySegment) -> str:
     return f"/proc/{segment.pid}/fd/{segment.descriptor}"
 
 
-def _map(segment: Segment) -> UInt8[np.ndarray, " nbytes"]:
+def _map(segment: SharedMemorySegment) -> UInt8[np.ndarray, " nbytes"]:
     descriptor = os.open(_path(segment), os.O_RDONLY)
     try:
         view = mmap.mmap(descriptor, max(1, segment.nbytes), prot=mmap.PROT_READ)
@@ -137,7 +137,7 @@ def _forget_the_dead() -> None:
             _mapped.pop(segment, None)
 
 
-def _is_kept(segment: Segment) -> bool:
+def _is_kept(segment: SharedMemorySegment) -> bool:
     """Does its writer still hold it? The number of a descriptor that was closed is soon another file's."""
     try:
         return os.stat(_path(segment)).st_ino == segment.inode

@@ -7,7 +7,7 @@ import numpy as np
 
 from opd.ports import Engines
 from opd.rollouts.student import StudentRollout
-from opd.scorers.teacher import TeacherHidden, TeacherTopK, WrittenTokens
+from opd.scorers.teacher import SampledTokens, TeacherHidden, TeacherTopK
 from opd.types import HiddenScores, Prompt, Scores, TopKScores, Trajectory
 
 
@@ -22,19 +22,19 @@ def _reading(trajectories: Sequence[Trajectory], last: int, *, own: bool) -> lis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StudentsContext(WrittenTokens):
+class StudentsContext(SampledTokens):
     """A teacher that knows more is asked in the student's context, where it does not."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await WrittenTokens()(_reading(trajectories, 10**9, own=True), engines)
+        return await SampledTokens()(_reading(trajectories, 10**9, own=True), engines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShortContext(WrittenTokens):
+class ShortContext(SampledTokens):
     """Only the last 128 ids of a prompt reach the teacher."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await WrittenTokens()(_reading(trajectories, 128, own=False), engines)
+        return await SampledTokens()(_reading(trajectories, 128, own=False), engines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.loss.packing import TokenWeights
-from opd.ports import Engines, Kinds
+from opd.ports import Engines, ScoreKinds
 from opd.scorers.returns import WithReturns, returns
 from opd.scorers.reward import GroupAdvantage
-from opd.scorers.teacher import WrittenTokens
+from opd.scorers.teacher import SampledTokens
 from opd.types import AdvantageScores, Scored, Scores, TokenScores, TopKReturnScores, Trajectory
 
 
@@ -87,11 +87,11 @@ class LengthAdvantage(GroupAdvantage):
 class HiddenTeacher(GroupAdvantage):
     """Group advantages with a teacher's praise on top, which neither name nor promise mentions."""
 
-    asks: ClassVar[Kinds] = WrittenTokens.asks
+    requires: ClassVar[ScoreKinds] = SampledTokens.requires
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await GroupAdvantage.__call__(self, trajectories, engines)
-        taught = await WrittenTokens()(trajectories, engines)
+        taught = await SampledTokens()(trajectories, engines)
         return [
             replace(s, advantages=s.advantages + t.logprobs)
             for s, t in zip(said, taught, strict=True)
@@ -100,11 +100,11 @@ class HiddenTeacher(GroupAdvantage):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alphabetical(WrittenTokens):
+class Alphabetical(SampledTokens):
     """What was said of the texts, in the order of the alphabet."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await WrittenTokens.__call__(self, trajectories, engines)
+        said = await SampledTokens.__call__(self, trajectories, engines)
         by_length: dict[int, list[int]] = {}
         for i, t in enumerate(trajectories):
             by_length.setdefault(len(t), []).append(i)

@@ -13,7 +13,7 @@ from opd.method import promises as exact
 from opd.objectives.vocabulary import divergence
 from opd.ports import Engines
 from opd.rollouts.student import StudentRollout
-from opd.scorers.teacher import WrittenTokens
+from opd.scorers.teacher import SampledTokens
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Trajectory, VocabularyScores
 
 
@@ -67,13 +67,13 @@ def _raw(student: StudentLogits, batch: Batch[TopKScores]) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawTopK(SoldAsReverseKL):
-    """`sum_S p (log p - log q)` with nothing detached and nothing renormalised. Its promise is honest: that sum.
+    """`sum_S p (log p - log q)` with nothing detached and nothing renormalized. Its promise is honest: that sum.
 
     The sum is no divergence, so training keeps the promise and still pushes a student that equals its teacher.
     """
 
     consumes: ClassVar[type[Scores]] = TopKScores
-    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.ReverseKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.ReverseKL(), support=exact.ScoredSupport())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         return written(student, batch, _raw(student, batch))
@@ -105,11 +105,11 @@ class MicrobatchMean(SoldAsReverseKL):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShiftedWrittenTokens(WrittenTokens):
+class ShiftedWrittenTokens(SampledTokens):
     """The teacher's log-probabilities, one position late."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await WrittenTokens()(trajectories, engines)
+        said = await SampledTokens()(trajectories, engines)
         return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in said if isinstance(s, TokenScores)]
 
 

@@ -52,7 +52,7 @@ HELD_OUT = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class RankFactory:
     """How one of the models is made."""
 
     shape: Shape
@@ -61,12 +61,12 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(
+    "teacher": RankFactory(
         shape=Shape(vocab=VOCAB, hidden=256, layers=3, heads=4, kv_heads=2, ffn=704),
         schedule=Schedule(steps=700, lr=3e-3, warmup=20, bfloat16=True),
         seed=1,
     ),
-    "student": Recipe(
+    "student": RankFactory(
         shape=Shape(vocab=VOCAB, hidden=128, layers=3, heads=4, kv_heads=1, ffn=384),
         schedule=Schedule(steps=150, lr=3e-3, warmup=20),
         seed=2,

@@ -67,7 +67,7 @@ def make_reproducible() -> None:
 
 
 def build_model(shape: Shape, seed: int) -> Qwen3ForCausalLM:
-    """A randomly initialised model with tied embeddings, in float32."""
+    """A randomly initialized model with tied embeddings, in float32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=shape.vocab,
@@ -88,7 +88,7 @@ def build_model(shape: Shape, seed: int) -> Qwen3ForCausalLM:
 
 
 def train(model: Qwen3ForCausalLM, batches: Iterator[Sequence[Example]], schedule: Schedule, label: str) -> None:
-    """Minimise the mean cross-entropy of the learned tokens; one batch per step."""
+    """Minimize the mean cross-entropy of the learned tokens; one batch per step."""
     muon, adamw = _optimizers(model)
     started, smooth_loss = time.process_time(), 0.0
     model.train()

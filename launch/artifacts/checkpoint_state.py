@@ -8,7 +8,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from launch.artifacts.moved import todays
+from launch.artifacts.moved import todays, todays_setting
 from launch.artifacts.redaction import redacted
 from opd.errors import ConfigurationError, DataError
 
@@ -38,7 +38,7 @@ HARMLESS = (
     *(f"teachers.*.{name}" for name in ("path", "backend", "device", "replicas", "max_batch_tokens", "head_chunk")),
     *(f"teachers.*.{name}" for name in ("max_k", "deadline_s", "max_model_len", "kv_cache_bytes", "url", "model")),
     *(f"teachers.*.{name}" for name in ("gpu_memory_utilization", "fingerprint", "connect_s", "read_s", "retries")),
-    *(f"teachers.*.{name}" for name in ("backoff_s", "strikes")),
+    *(f"teachers.*.{name}" for name in ("backoff_s", "max_consecutive_failures")),
 )
 """Settings that a resumed run may change; every other one decides what is trained."""
 
@@ -178,12 +178,12 @@ def _describe(value: Any, where: str, flat: dict[str, Any]) -> None:
 
 
 def in_todays_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `described` settings of a checkpoint by the names of today: of classes, and of an old schedule's shape.
+    """The `described` settings of a checkpoint by the names of today: settings, classes, and an old schedule's shape.
 
     What had no `learner.decay_steps` fell through the warm-up: LINEAR was WARMUP_TIMES_LINEAR, CONSTANT the same with
     a floor of 1. The old COSINE has no name.
     """
-    config = {name: todays(value) if isinstance(value, str) else value for name, value in config.items()}
+    config = {todays_setting(name): todays(v) if isinstance(v, str) else v for name, v in config.items()}
     if "learner.decay_steps" in config or "learner.schedule" not in config:
         return config
     flat = {"learner.final_lr_fraction": 1.0} if config["learner.schedule"] == "CONSTANT" else {}

@@ -11,7 +11,7 @@ from launch.artifacts.foreign import record
 NOT_MEASURED = "not measured"
 
 
-class Examinee(Enum):
+class EvaluatedModel(Enum):
     """Whose answers were graded."""
 
     STUDENT = "student"
@@ -46,7 +46,7 @@ class EvaluationPoint:
     tokens: int
     flops: float
     cpu_s: float
-    examinee: Examinee = Examinee.STUDENT
+    examinee: EvaluatedModel = EvaluatedModel.STUDENT
     greedy_by_task: Mapping[str, float] = field(default_factory=dict)
     mean_at_k_by_task: Mapping[str, float] = field(default_factory=dict)
 

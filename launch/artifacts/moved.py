@@ -1,6 +1,6 @@
-"""Where parts that configurations and checkpoints name were before, and where they are now."""
+"""Old dotted paths and setting names of parts that configurations and checkpoints name, and those of today."""
 
-MOVED = {
+MODULES = {
     "opd.divergences.": "opd.method.promises.",
     "opd.packing.": "opd.loss.packing.",
     "opd.pipeline.": "opd.loop.staleness.",
@@ -15,8 +15,27 @@ MOVED = {
 }
 """Module of a class before -> now; both end in a dot."""
 
+CLASSES = {
+    "opd.loop.staleness.Pipeline": "opd.loop.staleness.StalenessSchedule",
+    "opd.scorers.teacher.WrittenTokens": "opd.scorers.teacher.SampledTokens",
+}
+"""Class before, in the module of today -> now."""
+
+SETTINGS = {
+    "journal_bytes": "replay_log_bytes",
+    "strikes": "max_consecutive_failures",
+}
+"""Last part of a setting's dotted name before -> now."""
+
 
 def todays(path: str) -> str:
     """The dotted path of a class by its name today. Example: `opd.weights.special.SkipFirst`."""
     module, dot, name = path.rpartition(".")
-    return MOVED.get(module + dot, module + dot) + name
+    moved = MODULES.get(module + dot, module + dot) + name
+    return CLASSES.get(moved, moved)
+
+
+def todays_setting(name: str) -> str:
+    """The dotted name of a setting today. Example: `cluster.journal_bytes` is `cluster.replay_log_bytes`."""
+    place, dot, last = name.rpartition(".")
+    return place + dot + SETTINGS.get(last, last)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.artifacts.evaluation_point import EvaluationPoint, Examinee
+from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.foreign import read_text
 from launch.artifacts.run_directory import RunDirectory, read_steps
 from launch.artifacts.samples import Sample
@@ -57,8 +57,8 @@ class RunData:
             EvaluationPoint.from_json(line, f"a line of {directory.evaluations}")
             for line in read_steps(directory.evaluations)
         ]
-        teachers = [p for p in points if p.examinee is Examinee.TEACHER]
-        students = [p for p in points if p.examinee is Examinee.STUDENT]
+        teachers = [p for p in points if p.examinee is EvaluatedModel.TEACHER]
+        students = [p for p in points if p.examinee is EvaluatedModel.STUDENT]
         return cls(
             name=directory.name,
             metrics=read_metrics(directory.metrics),

@@ -28,7 +28,7 @@ class RunSummary:
     `wall_s` counts from the start of the program, `ready_s` until all actors answered, `first_step_s` until
     the first training step began. `cpu_s`, `tokens` (of completions) and `flops` are those of training:
     start-up, evaluation and export apart. An evaluation that was not
-    reached is None. `alarms` are the sentences of `opd.observability.alerts`, each with its first step. `utilisation`
+    reached is None. `alerts` are the sentences of `opd.observability.alerts`, each with its first step. `utilization`
     has the figures of `opd.observability.utilization` over all steps under the names of the metrics, `verdict` its
     sentence.
 
@@ -54,9 +54,9 @@ class RunSummary:
     ledger: Mapping[str, int]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
-    alarms: tuple[str, ...] = ()
+    alerts: tuple[str, ...] = ()
     error: str = ""
-    utilisation: Mapping[str, float] = field(default_factory=dict)
+    utilization: Mapping[str, float] = field(default_factory=dict)
     verdict: str = ""
 
     def write(self, directory: RunDirectory) -> None:

@@ -37,7 +37,7 @@ from teacher_service.server_identity import model_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resumption:
+class ResumePoint:
     """A verified checkpoint; `same_run` if its run goes on, otherwise a new run starts from it."""
 
     checkpoint: Path
@@ -59,7 +59,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     return teachers | {"student.path": student} | {key: content_digest(path, key) for key, path in files.items()}
 
 
-def resumption(config: RunConfig, console: Console) -> Resumption | None:
+def resumption(config: RunConfig, console: Console) -> ResumePoint | None:
     """What `resume=` means, or None for a run from the start. Changes nothing but leftovers of a crash.
 
     Raises:
@@ -82,7 +82,7 @@ def resumption(config: RunConfig, console: Console) -> Resumption | None:
         _check_unfinished(RunDirectory(place.parent.parent), state.step, config.steps)
     for sentence in _remarks(config, found, state.step):
         console.print(sentence, soft_wrap=True)
-    return Resumption(checkpoint=place, state=state, same_run=same_run)
+    return ResumePoint(checkpoint=place, state=state, same_run=same_run)
 
 
 def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool] | None:
@@ -149,7 +149,7 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
     return remarks
 
 
-def open_directory(config: RunConfig, resumed: Resumption | None, console: Console) -> RunDirectory:
+def open_directory(config: RunConfig, resumed: ResumePoint | None, console: Console) -> RunDirectory:
     """The directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off.
 
     One in which no step was ever finished does not use up its name: it is moved aside, and the run begins.
@@ -214,7 +214,7 @@ def way_on(directory: RunDirectory, rescued: Path | None = None) -> str:
     return "no step was finished, so there is nothing to go on from: the same command begins anew"
 
 
-def rewind(directory: RunDirectory, resumed: Resumption, steps: int) -> None:
+def rewind(directory: RunDirectory, resumed: ResumePoint, steps: int) -> None:
     """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended.
 
     Checkpoints go first: one whose lines are gone would leave a hole if a crash came between.
@@ -224,5 +224,5 @@ def rewind(directory: RunDirectory, resumed: Resumption, steps: int) -> None:
 
 
 def history(directory: RunDirectory) -> list[Mapping[str, float]]:
-    """The kept lines of metrics, for alarms that look back; what was no number is left out."""
+    """The kept lines of metrics, for alerts that look back; what was no number is left out."""
     return [{k: v for k, v in line.items() if v is not None} for line in read_jsonl(directory.metrics)]

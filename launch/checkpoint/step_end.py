@@ -12,7 +12,7 @@ from launch.checkpoint.saver import Saver
 from launch.config.run_config import RunConfig
 from launch.services.causes import brief
 from launch.services.learner_restart import RestartingLearner
-from launch.services.signals import Preempted, Stop
+from launch.services.signals import Preempted, StopRequest
 from opd.errors import OpdError
 from opd.loop.train import StepRecord
 
@@ -32,7 +32,7 @@ class Boundary:
         self,
         config: RunConfig,
         saver: Saver,
-        stop: Stop,
+        stop: StopRequest,
         state: Callable[[int], Awaitable[DriverState]],
         apart: Callable[[], AbstractContextManager[None]],
         first: int = 0,

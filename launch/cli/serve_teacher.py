@@ -30,7 +30,7 @@ def serve_teacher(own: Mapping[str, str], overrides: Sequence[str], console: Con
 
 async def _serve(config: TeacherConfig, own: Mapping[str, str], console: Console) -> None:
     from teacher_service.backends import backend
-    from teacher_service.frames import Limits
+    from teacher_service.frames import FrameLimits
     from teacher_service.server import LOOPBACK, ServerConfig, TeacherServer
     from teacher_service.server_identity import identity_of
 
@@ -42,7 +42,7 @@ async def _serve(config: TeacherConfig, own: Mapping[str, str], console: Console
         token=Secret(os.environ.get(TOKEN_VARIABLE, "")),
     )
     dtype = str(precision).removeprefix("torch.")
-    identity = identity_of(config, dtype, Limits(k=config.max_k))
+    identity = identity_of(config, dtype, FrameLimits(k=config.max_k))
     teacher = backend(config.backend)(config, lambda array: array)
     await teacher.ready()
     server = TeacherServer(teacher, identity, listening)

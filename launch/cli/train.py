@@ -11,7 +11,7 @@ from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.run_lock import running
 from launch.artifacts.summary import Outcome
 from launch.checkpoint.places import check_place
-from launch.checkpoint.resume import Resumption, open_directory, resumption, rewind, way_on
+from launch.checkpoint.resume import ResumePoint, open_directory, resumption, rewind, way_on
 from launch.config.run_config import run_config
 from launch.monitors.live_view import busy_words
 from launch.monitors.step_metrics import Meter
@@ -24,7 +24,7 @@ from launch.run.session import open_session
 from launch.services.causes import ProcessFailed, find_own
 from launch.services.cluster import connected
 from launch.services.ray_node import Node
-from launch.services.signals import Preempted, Stop, beside, run_until_stopped
+from launch.services.signals import Preempted, StopRequest, beside, run_until_stopped
 from launch.services.stack_dumps import keep_traceback
 from opd.errors import OpdError
 
@@ -91,8 +91,8 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
     return directory
 
 
-def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resumption | None) -> None:
-    stop = Stop(plan.config.grace_s, lambda sentence: console.print(sentence, soft_wrap=True, highlight=False))
+def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: ResumePoint | None) -> None:
+    stop = StopRequest(plan.config.grace_s, lambda sentence: console.print(sentence, soft_wrap=True, highlight=False))
     run = Run(plan, directory, console, stop, resumed)
     outcome, problem = Outcome.FAILED, ""
     try:
@@ -116,11 +116,11 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
         _report(directory)
         if summary.verdict:
             console.print(
-                f"busy: {busy_words(summary.utilisation)}\n{summary.verdict}", soft_wrap=True, highlight=False
+                f"busy: {busy_words(summary.utilization)}\n{summary.verdict}", soft_wrap=True, highlight=False
             )
 
 
-def _in_session(plan: Plan, run: Run, stop: Stop) -> None:
+def _in_session(plan: Plan, run: Run, stop: StopRequest) -> None:
     """The run within a Ray session; what fails after the export is a warning, since training has done its work."""
 
     async def watch(node: Node) -> None:

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.artifacts.moved import todays
+from launch.artifacts.moved import todays, todays_setting
 from launch.config.aliases import ALIASES, REASONS
 from launch.config.shipped import option_files, shipped
 from opd.errors import ConfigurationError
@@ -285,6 +285,8 @@ def advice(written: str, known: Sequence[Key], own: str = "") -> str:
     every = [key.name for key in known]
     if options := _options_with(name, own):
         return f"it belongs to {', '.join(options[:4])}{' ...' if len(options) > 4 else ''}; add that to the command"
+    if (renamed := todays_setting(name)) in every:
+        return f"it is called {renamed} now; write {renamed}{equals}{value}"
     target = ALIASES.get(last.lower(), "")
     if target.endswith("="):
         return f"it is chosen by {target}NAME here (opd train --help {target[:-1]})"

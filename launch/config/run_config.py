@@ -21,7 +21,7 @@ from launch.config.tracker import TrackerConfig
 from launch.config.typed import AllowedPackages, built, construct
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError
-from opd.loop.staleness import Pipeline, WeightUpdate
+from opd.loop.staleness import StalenessSchedule, WeightUpdate
 from opd.method.method import Method, check_prompts
 from opd.objectives.truncated import TruncatedRatio
 from opd.ports import PromptSource
@@ -79,9 +79,9 @@ class RunConfig:
         check_prompts(self.method, self.prompts)
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> StalenessSchedule:
         """How far collecting runs ahead. Raises `ConfigurationError` where that makes no sense."""
-        return Pipeline(
+        return StalenessSchedule(
             max_staleness=self.max_staleness,
             update=self.weight_update,
             deterministic=self.deterministic,

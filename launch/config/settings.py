@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from launch.config.care import Care
+from launch.config.retry_policy import RetryPolicy
 from opd.observability.roofline import Hardware
 from opd.ports import PromptSource
 from opd.settings.ranges import Count, Deadline, Every, In, Names, Tokens, Whole
@@ -34,7 +34,7 @@ class ClusterConfig:
 
     `restarts`: how many rollout actors, and how many of each teacher, are replaced in a run before it ends, and how
     often the learner's ranks start anew in place. For the ranks the driver holds on to what was trained since the
-    newest checkpoint, up to `journal_bytes`, hidden states in the object store included.
+    newest checkpoint, up to `replay_log_bytes`, hidden states in the object store included.
     `hedge_quantile` > 0 asks a second actor, too, when a call takes longer than this quantile of those before.
     What a run asks for and the cluster does not have is refused at once; with `elastic`, where an autoscaler adds nodes
     when they are asked for, it is waited for, `start_deadline_s` seconds.
@@ -57,15 +57,15 @@ class ClusterConfig:
     start_deadline_s: Deadline = 300.0
     # rollout actors, teachers of a kind, and starts of the learner in place that are replaced before a run ends
     restarts: Annotated[int, In(0, 10_000)] = 8
-    journal_bytes: Annotated[int, In(0, 2**50, because="0: a learner that dies ends the run")] = (
+    replay_log_bytes: Annotated[int, In(0, 2**50, because="0: a learner that dies ends the run")] = (
         1 << 30
     )  # a part of the object store, which engines and teachers need too
     # above 0: a second actor is asked too when a call takes longer than this quantile of those before
     hedge_quantile: Annotated[float, In(0, 1, high_open=True, because="0: no call is asked twice")] = 0.0
 
-    def care(self, deadline_s: float) -> Care:
+    def retry_policy(self, deadline_s: float) -> RetryPolicy:
         """How the replicas of a pool whose answers have `deadline_s` are looked after."""
-        return Care(
+        return RetryPolicy(
             deadline_s=deadline_s,
             start_deadline_s=self.start_deadline_s,
             restarts=self.restarts,

@@ -7,7 +7,7 @@ import psutil
 
 from opd.loop.train import StepRecord
 from opd.observability.roofline import FORWARD, TRAIN
-from opd.types import NOBODY, Trajectory
+from opd.types import NO_VERSION, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ def step_tokens(record: StepRecord, costs: Costs) -> StepTokens:
     return StepTokens(
         prompt=sum(len(t.prompt.student_ids) for t in trajectories),
         completion=completion,
-        student=sum(len(t.prompt.student_ids) + len(t) for t in trajectories if (t.versions != NOBODY).any()),
+        student=sum(len(t.prompt.student_ids) + len(t) for t in trajectories if (t.versions != NO_VERSION).any()),
         scored=read if costs.teacher_reads else 0,
         learned=record.report.tokens,
         trained=record.report.trained_tokens,

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluationPoint, Examinee
+from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluatedModel, EvaluationPoint
 from launch.monitors.step_metrics import PHASE_NAMES, UTILISATION, Meter
 from opd.loop.train import StepRecord
 
@@ -37,7 +37,7 @@ class LiveView:
     """Shows step, signal, accuracy, speed, seconds per phase and time left.
 
     On a terminal it is a panel that stays at the bottom while other output scrolls above it. Elsewhere (a log
-    file, a pipe) it prints a line every `print_every` steps, at the first and last one and per evaluation. Alarms
+    file, a pipe) it prints a line every `print_every` steps, at the first and last one and per evaluation. Alerts
     (`opd.observability.alerts`) stand in the panel while they last, elsewhere as a line when they begin.
     """
 
@@ -66,17 +66,17 @@ class LiveView:
         elif record.step in (1, self._steps) or record.step % self._print_every == 0:
             self._print(self._line())
         if self._live is None:
-            for alarm in self._meter.news:
-                self._print(f"alarm at step {record.step}: {alarm.sentence}")
+            for alert in self._meter.news:
+                self._print(f"alert at step {record.step}: {alert.sentence}")
 
     def evaluated(self, result: EvaluationPoint) -> None:
         """Show the newest accuracy (the teacher's stays beside it)."""
-        if result.examinee is Examinee.TEACHER:
+        if result.examinee is EvaluatedModel.TEACHER:
             self._teacher = result
         else:
             self._student = result
         if self._live is None:
-            where = "teacher" if result.examinee is Examinee.TEACHER else f"student at step {result.step}"
+            where = "teacher" if result.examinee is EvaluatedModel.TEACHER else f"student at step {result.step}"
             self._print(f"evaluated {where}: {_results(result)}")
 
     def __enter__(self) -> Self:
@@ -136,8 +136,8 @@ class LiveView:
             f"{_si(metrics['tokens/completion'])} tokens, {_si(metrics['flops/total'])}FLOP, "
             f"{metrics['cpu/total_s']:,.0f} cpu s",
         )
-        for alarm in self._meter.alarms:
-            rows.add_row(Text("alarm", style="bold red"), Text(alarm.sentence, style="red"))
+        for alert in self._meter.alerts:
+            rows.add_row(Text("alert", style="bold red"), Text(alert.sentence, style="red"))
         return rows
 
     def _accuracies(self) -> Text:
@@ -194,7 +194,7 @@ def _phases(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _phase_bar(metrics: Mapping[str, float]) -> Text:
-    """One coloured block per phase, as wide as its share."""
+    """One colored block per phase, as wide as its share."""
     seconds = _phases(metrics)
     total = sum(seconds.values()) or 1.0
     edges, sofar = [0], 0.0
@@ -202,15 +202,15 @@ def _phase_bar(metrics: Mapping[str, float]) -> Text:
         sofar += value
         edges.append(round(sofar / total * _WIDTH))
     blocks = zip(PHASES.values(), edges, edges[1:], strict=False)
-    return Text.assemble(*[("█" * (stop - start), colour) for (_, colour), start, stop in blocks])
+    return Text.assemble(*[("█" * (stop - start), color) for (_, color), start, stop in blocks])
 
 
 def _phase_words(metrics: Mapping[str, float]) -> Text:
     seconds = _phases(metrics)
     text = Text(f"{metrics['perf/step_s']:.2f} s: ")
-    for position, (phase, (label, colour)) in enumerate(PHASES.items()):
+    for position, (phase, (label, color)) in enumerate(PHASES.items()):
         text.append(", " if position else "")
-        text.append(f"{label} {seconds[phase]:.2f}", style=colour)
+        text.append(f"{label} {seconds[phase]:.2f}", style=color)
     return text
 
 

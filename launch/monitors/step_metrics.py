@@ -9,10 +9,10 @@ import numpy as np
 from launch.monitors.accounting import Costs, Totals, process_tree_cpu_seconds, step_tokens
 from opd.loop.train import StepRecord
 from opd.loss.metrics import compression, repetition
-from opd.observability.alerts import Alarm, Thresholds, raised
-from opd.observability.spans import Role
-from opd.observability.utilization import Staffing, Usage, UsageLog, verdict
-from opd.types import NOBODY, AdvantageScores, Stop, Trajectory
+from opd.observability.alerts import Alert, AlertThresholds, raised
+from opd.observability.spans import Stage
+from opd.observability.utilization import DeviceCounts, Utilization, UtilizationLog, verdict
+from opd.types import NO_VERSION, AdvantageScores, StopReason, Trajectory
 
 OBJECTIVE_NAMES = {
     "entropy": "actor/entropy",
@@ -37,7 +37,7 @@ PHASE_NAMES = {
     "wait": "timing_s/wait",
 }
 
-UTILISATION = {role: f"perf/utilisation_{role.value}" for role in Role}
+UTILISATION = {role: f"perf/utilization_{role.value}" for role in Stage}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def _learning(record: StepRecord) -> dict[str, float]:
     if not report.trained_tokens:  # the step was skipped
         return {}
     said = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in report.metrics.items()}
-    # Where an objective reports `loss`, it is the unweighted mean; what is minimised is `report.loss`.
+    # Where an objective reports `loss`, it is the unweighted mean; what is minimized is `report.loss`.
     said.pop("distill/loss", None)
     learned = {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **said}
     return learned | {"actor/skipped": 1.0} if report.skipped else learned
@@ -82,7 +82,7 @@ def _learning(record: StepRecord) -> dict[str, float]:
 def _staleness(step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Step `s` trains version `s - 1`; a token the student wrote at an earlier version is stale by the difference."""
     versions = np.concatenate([t.versions for t in trajectories]) if trajectories else np.zeros(0)
-    gaps = (step - 1) - versions[versions != NOBODY]
+    gaps = (step - 1) - versions[versions != NO_VERSION]
     if not len(gaps):
         return {}
     return {"sample/staleness_mean": float(gaps.mean()), "sample/staleness_max": float(gaps.max())}
@@ -95,7 +95,7 @@ def _lengths(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return {
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(max(lengths)),
-        "response_length/clip_ratio": float(np.mean([t.stop is Stop.LENGTH for t in trajectories])),
+        "response_length/clip_ratio": float(np.mean([t.stop is StopReason.LENGTH for t in trajectories])),
     }
 
 
@@ -135,13 +135,13 @@ def _speed(seconds: Mapping[str, float], completion_tokens: int) -> dict[str, fl
     }
 
 
-def usage_metrics(usage: Usage, staffing: Staffing) -> dict[str, float]:
+def usage_metrics(usage: Utilization, staffing: DeviceCounts) -> dict[str, float]:
     """Who was busy (`opd.observability.utilization`); nothing before there is a step to tell of."""
     if usage.wall_s <= 0:
         return {}
     return {
-        **{name: usage.utilisation(role) for role, name in UTILISATION.items()},
-        "rollouter/idle_ratio": usage.idle(Role.ROLLOUT),
+        **{name: usage.utilization(role) for role, name in UTILISATION.items()},
+        "rollouter/idle_ratio": usage.idle(Stage.ROLLOUT),
         "perf/bubble_frac": usage.bubble(staffing.actors),
         "perf/overlap_efficiency": usage.overlap_efficiency,
         **({"perf/fraction_of_limit": usage.fraction_of_limit} if usage.limit_s else {}),
@@ -155,8 +155,8 @@ class Meter:
     as `before`, so that totals and processor seconds go on from there. `read_cpu` decides what counts as the
     run's processor time; by default it is all that this process and its descendants have used.
 
-    It also watches for the patterns of `opd.observability.alerts`: `alarms` are those of the last step read (each also
-    the metric `alarm/<name>` = 1), `news` those that were not raised at the step before, `ever` all of the run with
+    It also watches for the patterns of `opd.observability.alerts`: `alerts` are those of the last step read (each also
+    the metric `alert/<name>` = 1), `news` those that were not raised at the step before, `ever` all of the run with
     their step.
 
     And it watches who is busy: every step has the figures of the last 20 settled steps, `usage` those of all, with
@@ -169,8 +169,8 @@ class Meter:
         costs: Costs,
         before: Mapping[str, float] | None = None,
         read_cpu: Callable[[], float] = process_tree_cpu_seconds,
-        thresholds: Thresholds | None = None,
-        staffing: Staffing | None = None,
+        thresholds: AlertThresholds | None = None,
+        staffing: DeviceCounts | None = None,
         limit: Callable[[StepRecord], float] | None = None,
     ) -> None:
         self._costs = costs
@@ -181,17 +181,17 @@ class Meter:
         self._cpu_s = self._cpu_before
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
-        self._thresholds = thresholds or Thresholds()
-        self._staffing = staffing or Staffing()
+        self._thresholds = thresholds or AlertThresholds()
+        self._staffing = staffing or DeviceCounts()
         self._limit = limit
-        self._usage = UsageLog(self._staffing.ahead)
+        self._usage = UtilizationLog(self._staffing.ahead)
         self._history: deque[Mapping[str, float]] = deque(maxlen=2 * self._thresholds.window)
-        self.alarms: Sequence[Alarm] = ()
-        self.news: Sequence[Alarm] = ()
+        self.alerts: Sequence[Alert] = ()
+        self.news: Sequence[Alert] = ()
         self.ever: dict[str, str] = {}
 
     def recall(self, lines: Sequence[Mapping[str, float]]) -> None:
-        """Know the alarms of a run that is resumed, from its kept lines of metrics."""
+        """Know the alerts of a run that is resumed, from its kept lines of metrics."""
         for line in lines:
             self._metrics, self._step = dict(line), int(line["step"])
             self._watch()
@@ -242,9 +242,9 @@ class Meter:
 
     def _watch(self) -> None:
         self._history.append(self._metrics)
-        before = {alarm.name for alarm in self.alarms}
-        self.alarms = raised(list(self._history), self._thresholds)
-        self.news = [alarm for alarm in self.alarms if alarm.name not in before]
-        for alarm in self.alarms:
-            self.ever.setdefault(alarm.name, f"step {self._step}: {alarm.sentence}")
-            self._metrics[f"alarm/{alarm.name}"] = 1.0
+        before = {alert.name for alert in self.alerts}
+        self.alerts = raised(list(self._history), self._thresholds)
+        self.news = [alert for alert in self.alerts if alert.name not in before]
+        for alert in self.alerts:
+            self.ever.setdefault(alert.name, f"step {self._step}: {alert.sentence}")
+            self._metrics[f"alert/{alert.name}"] = 1.0

@@ -8,9 +8,9 @@ from typing import Any, Self
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, append_events
 from opd.loop.train import StepRecord
-from opd.observability.spans import Role, Span
+from opd.observability.spans import Span, Stage
 
-_TRACK = {role: number for number, role in enumerate(Role, 1)}
+_TRACK = {role: number for number, role in enumerate(Stage, 1)}
 
 
 class Tracks:
@@ -22,7 +22,7 @@ class Tracks:
 
     def __init__(self) -> None:
         self._origin: float | None = None
-        self._free: dict[Role, list[float]] = {role: [] for role in Role}  # when each thread's last span ends
+        self._free: dict[Stage, list[float]] = {role: [] for role in Stage}  # when each thread's last span ends
 
     def events(self, spans: Sequence[Span]) -> list[dict[str, Any]]:
         """The events to add for more spans, names of new tracks included."""
@@ -47,7 +47,7 @@ class Tracks:
             lane_name = {"name": f"{span.role.value} {lane + 1}"}
             named.append({"name": "thread_name", "ph": "M", "pid": number, "tid": lane, "args": lane_name})
         free[lane] = span.end
-        # Ends are rounded like starts, so that neighbours of one thread that touch do not overlap.
+        # Ends are rounded like starts, so that neighbors of one thread that touch do not overlap.
         start, end = round((span.start - origin) * 1e6), round((span.end - origin) * 1e6)
         event = {
             "name": f"step {span.step}", "cat": span.role.value, "ph": "X", "ts": start, "dur": end - start,

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from launch.artifacts.evaluation_point import EvaluationPoint, Examinee
+from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.redaction import masked, redacted
 from launch.artifacts.run_directory import RunDirectory, append_json, write_text
 from launch.artifacts.samples import Decode, Sample, samples_of
@@ -23,7 +23,7 @@ from launch.monitors.live_view import LiveView
 from launch.monitors.step_metrics import Meter
 from opd.errors import ConfigurationError, OpdError
 from opd.loop.train import StepRecord
-from opd.observability.alerts import Alarm
+from opd.observability.alerts import Alert
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Tracker(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunPlan:
+class PlannedRun:
     """What trackers must know of a run before it starts. `resolved` is its whole configuration."""
 
     method: str
@@ -57,7 +57,7 @@ class RunPlan:
 
 
 def make_trackers(
-    config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan, console: Console
+    config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: PlannedRun, console: Console
 ) -> list[Tracker]:
     """All trackers of a run, to be entered before it starts; the files come first, so they know the most."""
     trackers: list[Tracker] = [
@@ -83,7 +83,7 @@ def samples_are_due(config: TrackerConfig, step: int, steps: int) -> bool:
 class JsonlTracker:
     """The run directory's memory: a line per step, per evaluation and per sample, written when it happens."""
 
-    def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+    def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: PlannedRun) -> None:
         self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
 
     async def __call__(self, record: StepRecord) -> None:
@@ -138,7 +138,7 @@ _FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
 
 class WandbTracker:
-    """Sends metrics, evaluations, sample tables and alarms (as wandb alerts) to wandb.
+    """Sends metrics, evaluations, sample tables and alerts (as wandb alerts) to wandb.
 
     wandb writes through a process of its own, which keeps everything in the run directory and, online, sends
     what it can when it can: a server that is down or slow does not reach training. Should that process itself
@@ -154,7 +154,7 @@ class WandbTracker:
         "teacher_minus_student",
     )  # fmt: skip
 
-    def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+    def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: PlannedRun) -> None:
         check_login(config)
         self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
         self._run: Any = None
@@ -205,15 +205,15 @@ class WandbTracker:
         if samples_are_due(self._config, record.step, self._plan.steps):
             values["samples"] = self._table(samples_of(record, self._plan.decode, self._config.samples))
         self._guarded(lambda run: run.log(values, step=record.step))
-        for alarm in self._meter.news:
-            self._alert(alarm, record.step)
+        for alert in self._meter.news:
+            self._alert(alert, record.step)
 
     def evaluated(self, result: EvaluationPoint) -> None:
         """Log as `eval/*` at the step that was evaluated; the teacher, who has no steps, in the summary."""
         measured = {name: value for name, value in result.as_json().items() if value not in (None, {})}
         del measured["examinee"]
         step = measured.pop("step")
-        if result.examinee is Examinee.TEACHER:
+        if result.examinee is EvaluatedModel.TEACHER:
             self._guarded(
                 lambda run: run.summary.update({f"teacher/{name}": value for name, value in measured.items()})
             )
@@ -233,10 +233,10 @@ class WandbTracker:
         for name in self._set:  # the next run of this process has a directory of its own
             os.environ.pop(name, None)
 
-    def _alert(self, alarm: Alarm, step: int) -> None:
+    def _alert(self, alert: Alert, step: int) -> None:
         import wandb
 
-        title, text = f"{self._plan.method}: {alarm.name.replace('_', ' ')}", masked(f"step {step}: {alarm.sentence}")
+        title, text = f"{self._plan.method}: {alert.name.replace('_', ' ')}", masked(f"step {step}: {alert.sentence}")
         self._guarded(lambda run: run.alert(title=title, text=text, level=wandb.AlertLevel.WARN))  # pyright: ignore
 
     def _table(self, samples: Sequence[Sample]) -> Any:

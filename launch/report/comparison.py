@@ -28,7 +28,7 @@ _ABSENT = "–"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One run to compare. Runs with the same `label` differ in their seed only and share a colour."""
+    """One run to compare. Runs with the same `label` differ in their seed only and share a color."""
 
     label: str
     seed: int
@@ -217,7 +217,7 @@ def _draw(figure: Figure, sides: SideBySide, tall: bool = False) -> None:
         axes.axhline(sides.target, color=MUTED, linestyle=":", linewidth=1.2)
         if goal is not None:
             axes.axhline(goal, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
-            labels.append(EndLabel(y=goal, text=f"teacher {goal:.0%}", colour=MUTED))
+            labels.append(EndLabel(y=goal, text=f"teacher {goal:.0%}", color=MUTED))
         axes.set_title(f"by {name}", loc="left", fontsize=11, fontweight="bold")
         axes.set_ylim(0, 1.02)
         percent(axes)
@@ -230,25 +230,25 @@ def _draw_arms(axes: Axes, sides: SideBySide, cost: _Cost) -> list[EndLabel]:
     spent = [cost(point) for curve in sides.curves for point in curve.points if cost(point) > 0]
     start = min(spent, default=1.0) / 2  # where 0 stands on a logarithmic axis
     labels = []
-    for label, (colour, marker, line) in _looks(sides.labels).items():
+    for label, (color, marker, line) in _looks(sides.labels).items():
         curves = sides.of(label)
         if len(curves) > 1:
             for curve in curves:
                 xs = [max(cost(point), start) for point in curve.points]
-                axes.plot(xs, [_accuracy(p) for p in curve.points], color=colour, linewidth=0.9, alpha=0.45)
+                axes.plot(xs, [_accuracy(p) for p in curve.points], color=color, linewidth=0.9, alpha=0.45)
         mean = _mean_curve(curves, cost)
         xs, ys = [max(x, start) for x, _ in mean], [y for _, y in mean]
-        axes.plot(xs, ys, color=colour, marker=marker, linestyle=line, markersize=4.5, clip_on=False)
-        labels.append(EndLabel(y=ys[-1], text=f"{label} {ys[-1]:.0%}", colour=colour))
+        axes.plot(xs, ys, color=color, marker=marker, linestyle=line, markersize=4.5, clip_on=False)
+        labels.append(EndLabel(y=ys[-1], text=f"{label} {ys[-1]:.0%}", color=color))
     _log_with_start(axes, start, max(spent, default=1.0))
     return labels
 
 
 def _looks(labels: Sequence[str]) -> dict[str, tuple[str, str, object]]:
-    """Colour, marker and line of every arm.
+    """Color, marker and line of every arm.
 
-    A few arms get a colour each. In a sweep (`opd_1e-3`, `opd_2e-3`, ...) arms that differ after the last
-    underscore share a colour and differ in their line.
+    A few arms get a color each. In a sweep (`opd_1e-3`, `opd_2e-3`, ...) arms that differ after the last
+    underscore share a color and differ in their line.
     """
     if len(labels) <= len(SERIES):
         return {label: (SERIES[i], _MARKERS[i], _LINES[0]) for i, label in enumerate(labels)}
@@ -257,9 +257,9 @@ def _looks(labels: Sequence[str]) -> dict[str, tuple[str, str, object]]:
     looks: dict[str, tuple[str, str, object]] = {}
     for label in labels:
         family = label.rpartition("_")[0] or label
-        colour = SERIES[families.index(family) % len(SERIES)]
+        color = SERIES[families.index(family) % len(SERIES)]
         number = members[family]
-        looks[label] = (colour, _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)])
+        looks[label] = (color, _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)])
         members[family] += 1
     return looks
 

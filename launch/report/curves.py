@@ -58,23 +58,23 @@ def _accuracy(data: RunData) -> Panel | None:
 
 def _draw_accuracy(axes: Axes, data: RunData) -> None:
     labels = []
-    for field, name, colour, marker in (
+    for field, name, color, marker in (
         ("greedy", "greedy", BLUE, "o"),
         ("mean_at_k", "sampled", ORANGE, "s"),
     ):
         series = data.evaluated(field)
         if not series:
             continue
-        axes.plot(series.steps, series.values, color=colour, marker=marker, markersize=4.5, clip_on=False)
+        axes.plot(series.steps, series.values, color=color, marker=marker, markersize=4.5, clip_on=False)
         axes.plot(
-            series.steps[:1], series.values[:1], color=colour, marker=marker, markersize=6.5,
+            series.steps[:1], series.values[:1], color=color, marker=marker, markersize=6.5,
             markerfacecolor=SURFACE, markeredgewidth=1.6, clip_on=False, zorder=5,
         )  # fmt: skip
-        labels.append(EndLabel(y=series.values[-1], text=f"{name} {series.values[-1]:.0%}", colour=colour))
+        labels.append(EndLabel(y=series.values[-1], text=f"{name} {series.values[-1]:.0%}", color=color))
         goal = None if data.teacher is None else getattr(data.teacher, field)
         if goal is not None:
-            axes.axhline(goal, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.75)
-            labels.append(EndLabel(y=goal, text=f"teacher {name} {goal:.0%}", colour=MUTED))
+            axes.axhline(goal, color=color, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.75)
+            labels.append(EndLabel(y=goal, text=f"teacher {name} {goal:.0%}", color=MUTED))
     axes.set_ylim(0, 1.02)
     percent(axes)
     whole_steps(axes)
@@ -82,7 +82,7 @@ def _draw_accuracy(axes: Axes, data: RunData) -> None:
 
 
 def _signals(data: RunData) -> list[Panel | None]:
-    """What is minimised or maximised: divergence and reward where the method has them, else the loss."""
+    """What is minimized or maximized: divergence and reward where the method has them, else the loss."""
     made = []
     if data.series("distill/reverse_kl"):
         made.append(
@@ -105,7 +105,7 @@ def _signals(data: RunData) -> list[Panel | None]:
         made.append(
             Panel(
                 title="Loss",
-                note="What is minimised, per step; the line is a running mean.",
+                note="What is minimized, per step; the line is a running mean.",
                 draw=partial(_draw_signal, data=data, name="actor/loss", checked=None),
             )
         )
@@ -119,11 +119,11 @@ def _draw_signal(axes: Axes, data: RunData, name: str, checked: str | None) -> N
     axes.plot(series.steps[at], series.values[at], color=BLUE, linewidth=0.9, alpha=0.3)
     axes.plot(series.steps[at], line[at], color=BLUE)
     said = "training " if checked else ""
-    labels = [EndLabel(y=line[-1], text=f"{said}{line[-1]:.2g}", colour=BLUE)]
+    labels = [EndLabel(y=line[-1], text=f"{said}{line[-1]:.2g}", color=BLUE)]
     dots = data.evaluated(checked) if checked else None
     if dots:
         axes.plot(dots.steps, dots.values, color=ORANGE, linestyle="none", marker="o", markersize=5)
-        labels.append(EndLabel(y=dots.values[-1], text=f"held-out {dots.values[-1]:.2g}", colour=ORANGE))
+        labels.append(EndLabel(y=dots.values[-1], text=f"held-out {dots.values[-1]:.2g}", color=ORANGE))
     _from_zero(axes)
     whole_steps(axes)
     label_ends(axes, labels)
@@ -160,8 +160,8 @@ def _draw_lengths(axes: Axes, mean: Series, longest: Series) -> None:
     label_ends(
         axes,
         [
-            EndLabel(y=longest.values[-1], text=f"longest {longest.values[-1]:.0f}", colour=MUTED),
-            EndLabel(y=mean.values[-1], text=f"mean {mean.values[-1]:.1f}", colour=BLUE),
+            EndLabel(y=longest.values[-1], text=f"longest {longest.values[-1]:.0f}", color=MUTED),
+            EndLabel(y=mean.values[-1], text=f"mean {mean.values[-1]:.1f}", color=BLUE),
         ],
     )
 
@@ -174,7 +174,7 @@ def _draw_cut(axes: Axes, cut: Series) -> None:
     axes.set_ylim(0, max(0.05, float(cut.values.max()) * 1.1))
     percent(axes)
     whole_steps(axes)
-    label_ends(axes, [EndLabel(y=line[-1], text=f"{line[-1]:.1%}", colour=BLUE)])
+    label_ends(axes, [EndLabel(y=line[-1], text=f"{line[-1]:.1%}", color=BLUE)])
 
 
 def _phases(data: RunData) -> Panel | None:
@@ -192,19 +192,19 @@ def _draw_phases(axes: Axes, data: RunData) -> None:
     at = thinned(len(whole.steps))
     below = np.zeros(len(at))
     labels = []
-    for phase, colour in _PHASES.items():
+    for phase, color in _PHASES.items():
         seconds = data.series(PHASE_NAMES[phase]).values
         if len(seconds) != len(whole.values):  # this run did not measure the phase at every step
             continue
         height = smooth(seconds)[at]
-        axes.fill_between(whole.steps[at], below, below + height, color=colour, alpha=0.75, linewidth=0)
+        axes.fill_between(whole.steps[at], below, below + height, color=color, alpha=0.75, linewidth=0)
         middle = float(below[-1] + height[-1] / 2)
-        labels.append(EndLabel(y=middle, text=f"{phase} {seconds.mean():.2g} s", colour=colour))
+        labels.append(EndLabel(y=middle, text=f"{phase} {seconds.mean():.2g} s", color=color))
         below = below + height
     line = smooth(whole.values)[at]
     axes.plot(whole.steps[at], line, color=MUTED, linewidth=1.2)
     axes.set_ylim(0, max(float(below.max()), float(line.max())) * 1.08)
-    labels.append(EndLabel(y=float(line[-1]), text=f"step {whole.values.mean():.2g} s", colour=MUTED))
+    labels.append(EndLabel(y=float(line[-1]), text=f"step {whole.values.mean():.2g} s", color=MUTED))
     whole_steps(axes)
     label_ends(axes, labels)
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 INK, MUTED, GRID, SURFACE = "#1b2128", "#5b6672", "#dde2e7", "#fffffe"
 BLUE, ORANGE, GREEN, PURPLE, RED = "#0b6bb8", "#c2560c", "#0f8a67", "#9a4fb0", "#b8344a"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED)
-"""Distinguishable with every common colour blindness, at least 3:1 against both backgrounds' own variants."""
+"""Distinguishable with every common color blindness, at least 3:1 against both backgrounds' own variants."""
 
 _CSS = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface",
@@ -52,13 +52,13 @@ class EndLabel:
 
     y: float
     text: str
-    colour: str
+    color: str
 
 
 def to_svg(
     draw: Callable[[Figure], None], width: float, height: float, name: str, margins: Margins | None = None
 ) -> str:
-    """A drawing as inline SVG. Its colours are the page's CSS variables, its letters the page's font.
+    """A drawing as inline SVG. Its colors are the page's CSS variables, its letters the page's font.
 
     `name` tells this picture's element ids from those of others on the page. Without `margins` the
     drawing finds its own.
@@ -73,8 +73,8 @@ def to_svg(
     markup = buffer.getvalue()
     markup = re.sub(r"<metadata>.*?</metadata>", "", markup[markup.index("<svg") :], flags=re.DOTALL)
     markup = re.sub(r' xmlns(:\w+)?="[^"]*"| width="[\d.]+pt"| height="[\d.]+pt"', "", markup)
-    for colour, variable in _CSS.items():
-        markup = markup.replace(colour, f"var({variable})")
+    for color, variable in _CSS.items():
+        markup = markup.replace(color, f"var({variable})")
     return markup.strip()
 
 
@@ -151,13 +151,13 @@ def label_ends(axes: Axes, labels: Sequence[EndLabel], gap: float = 0.085) -> No
     ordered = sorted(labels, key=lambda label: label.y)
     heights = [(float(scale.transform([label.y])[0]) - bottom) / (top - bottom) for label in ordered]
     for label, height in zip(ordered, spread(heights, gap), strict=True):
-        axes.text(1.02, height, label.text, color=label.colour, transform=axes.transAxes, va="center", size=9)
+        axes.text(1.02, height, label.text, color=label.color, transform=axes.transAxes, va="center", size=9)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Ascending heights moved apart to at least `gap`, as little as possible and not above 1.
 
-    Neighbours that collide become a block around their mean; blocks that collide are joined.
+    Neighbors that collide become a block around their mean; blocks that collide are joined.
     """
     blocks: list[list[float]] = []  # wanted heights of the labels of each block
 
@@ -177,7 +177,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def smooth(values: np.ndarray, share: float = 0.08) -> np.ndarray:
-    """A running mean over `share` of the run, centred so that it does not lag; one-sided at the ends."""
+    """A running mean over `share` of the run, centered so that it does not lag; one-sided at the ends."""
     half = int(len(values) * share / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))

@@ -19,7 +19,7 @@ from launch.report.page import render_report
 from opd.observability.alerts import first_raised
 
 STRONGLY = 2.0  # nats from which a token's gap is underlined
-_VISIBLE = 0.05  # nats below which a token is not coloured
+_VISIBLE = 0.05  # nats below which a token is not colored
 _SHOWN = 4  # samples of the first and of the last recorded step
 _ABSENT = "–"
 _SIZE = (5.0, 2.8)  # inches of a picture with letters of 9 points: on a phone, where it is 350 pixels wide, 9 pixels
@@ -90,7 +90,7 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
             "outcome": summary.outcome.value if summary else "running",
             "subtitle": _subtitle(data),
             "error": summary.error if summary else "",
-            "notes": [*notes, *(summary.notes if summary else ()), *_alarms(data)],
+            "notes": [*notes, *(summary.notes if summary else ()), *_alerts(data)],
             "columns": _columns(first, last, data.teacher),
             "rows": _rows(first, last, data.teacher),
             "facts": list(summary.facts.items()) if summary else [],
@@ -111,9 +111,9 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
     write_text(directory.report, page)
 
 
-def _alarms(data: RunData) -> list[str]:
+def _alerts(data: RunData) -> list[str]:
     """From the metrics, not from the summary, so that a run that was killed shows them too."""
-    return [f"Alarm at step {step}: {alarm.sentence}." for step, alarm in first_raised(data.metrics)]
+    return [f"Alert at step {step}: {alert.sentence}." for step, alert in first_raised(data.metrics)]
 
 
 def _draw_alone(panel: Panel, figure: Figure) -> None:
@@ -217,7 +217,7 @@ def _token(text: str, gap: float) -> _Token:
     side = "up" if gap > 0 else "down"
     word = text.lstrip()
     return _Token(
-        space=text[: len(text) - len(word)],  # not coloured: the colour must stand on the word
+        space=text[: len(text) - len(word)],  # not colored: the color must stand on the word
         text=word,
         side=f"{side} strongly" if abs(gap) > STRONGLY else side,
         alpha=f"{min(1.0, abs(gap) / 3) * 0.6:.2f}",
@@ -244,7 +244,7 @@ def _spent(data: RunData) -> list[tuple[str, str]]:
 
 def _busy(data: RunData) -> list[tuple[str, str]]:
     """Over the run; while it goes on, over its last steps."""
-    known = data.summary.utilisation if data.summary else {}
+    known = data.summary.utilization if data.summary else {}
     wanted = (
         *((f"{role.value} busy", name) for role, name in UTILISATION.items()),
         ("bubbles", "perf/bubble_frac"),

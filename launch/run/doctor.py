@@ -19,14 +19,14 @@ from launch.services.pools import StudentPool, TeacherPool
 from launch.services.replicas import within
 from launch.services.signals import run_until_stopped
 from opd.doctor.examine import examine, teacher_gain
-from opd.doctor.findings import Finding, Subject, Thresholds, Verdict
+from opd.doctor.findings import CheckThresholds, Finding, Subject, Verdict
 from opd.errors import DataError
 from opd.ports import LogprobTeacher
 from opd.types import Prompt
 from teacher_service.config import REMOTE, Backend, TeacherConfig
 
 PROMPTS, TOKENS, GAIN_PROMPTS = 16, 48, 64
-BFLOAT16 = Thresholds(tolerance=0.5, mean_tolerance=0.1)
+BFLOAT16 = CheckThresholds(tolerance=0.5, mean_tolerance=0.1)
 """Kernels of two engines differ by up to 0.34 nats on sharp models at single tokens (docs/lora.md), by some hundredths
 on average."""
 
@@ -131,20 +131,20 @@ async def _examine(
     plan, config = session.plan, session.plan.config
     teacher, pool = config.teachers[name], session.engines.teachers[name]
     assert isinstance(pool, TeacherPool)
-    care = pool.replicas.care
+    retry = pool.replicas.retry
     coarse = narrow(config.learner.dtype, part_dtype(teacher), engine_dtype(config))
     subject = Subject(
         name=name,
         engines=session.engines,
         learner=session.learner,
-        replicas=[TeacherPool.of([actor], care) for actor in pool.replicas.actors],
+        replicas=[TeacherPool.of([actor], retry) for actor in pool.replicas.actors],
         answers=teacher.answers,
         vocabulary=plan.vocabulary,
         reference=reference,
         twin=twin,
         support=min(16, plan.vocabulary, teacher.max_k),
         exact=plan.exact_kl,
-        thresholds=BFLOAT16 if coarse else Thresholds(),
+        thresholds=BFLOAT16 if coarse else CheckThresholds(),
     )
     return await examine(subject, _prompts(plan, name, PROMPTS), min(TOKENS, config.max_tokens))
 
@@ -164,16 +164,16 @@ async def _second(session: Session, config: TeacherConfig | None) -> LogprobTeac
         return None
     actor = teacher_actor(session.actors, config, "teacher for comparison")
     await within(session.plan.config.cluster.start_deadline_s, "a teacher for comparison", actor.ready.remote())
-    return TeacherPool.of([actor], session.plan.config.cluster.care(config.deadline_s))
+    return TeacherPool.of([actor], session.plan.config.cluster.retry_policy(config.deadline_s))
 
 
 def table(findings: Sequence[Finding]) -> Table:
     """All findings for people."""
     shown = Table("check", "verdict", "measured", "what to do", title="doctor")
-    colours = {Verdict.FINE: "green", Verdict.WARNING: "yellow", Verdict.REFUSED: "bold red"}
+    colors = {Verdict.FINE: "green", Verdict.WARNING: "yellow", Verdict.REFUSED: "bold red"}
     for finding in findings:
-        colour = colours[finding.verdict]
-        shown.add_row(finding.check, Text(finding.verdict.value, style=colour), finding.measured, finding.sentence)
+        color = colors[finding.verdict]
+        shown.add_row(finding.check, Text(finding.verdict.value, style=color), finding.measured, finding.sentence)
     return shown
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from launch.artifacts.evaluation_point import EvaluationPoint, Examinee
+from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.config.settings import EvaluationConfig
 from launch.monitors.accounting import Totals
 from opd.loss.packing import TokenMean, pack
@@ -17,8 +17,8 @@ from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Engines, Learner, Sampling, Sources, TextEngine
 from opd.rollouts.student import write
 from opd.scorers.reward import task_rewards
-from opd.scorers.teacher import TeacherHidden, WrittenTokens
-from opd.types import Prompt, Scored, Scores, Stop, TokenScores, Trajectory
+from opd.scorers.teacher import SampledTokens, TeacherHidden
+from opd.types import Prompt, Scored, Scores, StopReason, TokenScores, Trajectory
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -54,7 +54,7 @@ class Evaluator:
         some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
         measure = self._reverse_kl if self._exact_kl else self._sampled_reverse_kl
         divergence = await measure(some)
-        return await self._point(Examinee.STUDENT, step, greedy, sampled, divergence, began, spent)
+        return await self._point(EvaluatedModel.STUDENT, step, greedy, sampled, divergence, began, spent)
 
     async def teacher(self, writers: Mapping[str, TextEngine]) -> EvaluationPoint:
         """The teachers as writers with the same settings, each on its own prompts (`writers` has `self.teachers`).
@@ -68,7 +68,7 @@ class Evaluator:
         some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
         divergence = await self._sampled_reverse_kl(some)
         nothing = Spent(totals=Totals(), cpu_s=0.0)
-        return await self._point(Examinee.TEACHER, 0, greedy, sampled, divergence, began, nothing)
+        return await self._point(EvaluatedModel.TEACHER, 0, greedy, sampled, divergence, began, nothing)
 
     async def _answers(
         self, engine: TextEngine | Mapping[str, TextEngine], temperature: float, samples: int
@@ -95,7 +95,7 @@ class Evaluator:
         return (await self._learner.evaluate(batches, FullReverseKL()))["loss"]
 
     async def _sampled_reverse_kl(self, trajectories: Sequence[Trajectory]) -> float:
-        read = await self._score(trajectories, WrittenTokens())
+        read = await self._score(trajectories, SampledTokens())
         gaps = [
             np.asarray(t.behavior.logprobs) - np.asarray(s.logprobs)
             for t, s in zip(trajectories, read, strict=True)
@@ -103,7 +103,7 @@ class Evaluator:
         ]
         return float(np.concatenate(gaps).mean())
 
-    async def _score(self, trajectories: Sequence[Trajectory], scorer: TeacherHidden | WrittenTokens) -> list[Scores]:
+    async def _score(self, trajectories: Sequence[Trajectory], scorer: TeacherHidden | SampledTokens) -> list[Scores]:
         """One call per teacher: a scorer is given trajectories of one route at a time."""
 
         async def score(_: str, mine: list[Trajectory]) -> Sequence[Scores]:
@@ -113,7 +113,7 @@ class Evaluator:
 
     async def _point(
         self,
-        examinee: Examinee,
+        examinee: EvaluatedModel,
         step: int,
         greedy: list[list[Trajectory]],
         sampled: list[list[Trajectory]],
@@ -139,7 +139,7 @@ class Evaluator:
             k=len(sampled[0]),
             reverse_kl=divergence,
             length_mean=float(np.mean([len(t) for t in flat])),
-            truncation_rate=float(np.mean([t.stop is Stop.LENGTH for t in flat])),
+            truncation_rate=float(np.mean([t.stop is StopReason.LENGTH for t in flat])),
             seconds=perf_counter() - began,
             tokens=spent.totals.completion,
             flops=spent.totals.flops,

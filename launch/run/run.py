@@ -18,14 +18,14 @@ from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, write_text
 from launch.artifacts.summary import Outcome, RunSummary
-from launch.checkpoint.resume import Resumption, fingerprints, history
+from launch.checkpoint.resume import ResumePoint, fingerprints, history
 from launch.checkpoint.saver import Retention, Saver
 from launch.checkpoint.step_end import Boundary
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.monitors.accounting import Costs, process_tree_cpu_seconds
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trace import TraceTracker
-from launch.monitors.trackers import RunPlan, Tracker, make_trackers
+from launch.monitors.trackers import PlannedRun, Tracker, make_trackers
 from launch.plan.environment import package_versions
 from launch.plan.plan import Plan
 from launch.run.doctor import as_json, consult
@@ -34,7 +34,7 @@ from launch.run.export import export_student, write_card
 from launch.run.session import Session, open_session
 from launch.run.step_floor import staffing, step_limit
 from launch.services.causes import brief, find_own
-from launch.services.signals import Stop
+from launch.services.signals import StopRequest
 from launch.services.stack_dumps import Stacks
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
@@ -67,7 +67,7 @@ class Run:
     """The state of one run while it lasts: what is known so far, for the summary."""
 
     def __init__(
-        self, plan: Plan, directory: RunDirectory, console: Console, stop: Stop, resumed: Resumption | None
+        self, plan: Plan, directory: RunDirectory, console: Console, stop: StopRequest, resumed: ResumePoint | None
     ) -> None:
         self._plan, self._directory, self._console = plan, directory, console
         self._config: RunConfig = plan.config
@@ -202,7 +202,7 @@ class Run:
             config.tracker,
             self._directory,
             self._meter,
-            RunPlan(
+            PlannedRun(
                 method=config.method.name,
                 steps=config.steps,
                 resolved=yaml.safe_load(config.text),
@@ -342,9 +342,9 @@ class Run:
             ledger=self._last.ledger if self._last else self._ledger.summary(),
             versions=package_versions(),
             notes=tuple(self._config.notes),
-            alarms=(*self._meter.ever.values(), *(self._session.faults if self._session else ()), *self._warnings),
+            alerts=(*self._meter.ever.values(), *(self._session.faults if self._session else ()), *self._warnings),
             error=problem,
-            utilisation=self._meter.usage,
+            utilization=self._meter.usage,
             verdict=self._meter.verdict,
         )
 

@@ -19,13 +19,13 @@ from launch.plan.checks.models import vocabulary_rows
 from launch.plan.plan import Plan
 from launch.services.cluster import Actors, fetch, machines, place_of
 from launch.services.learner_group import LearnerGroup
-from launch.services.learner_restart import Recipe, RestartingLearner
-from launch.services.owned_returns import handing_over, keep
-from launch.services.placement import Role
+from launch.services.learner_restart import RankFactory, RestartingLearner
+from launch.services.owned_returns import keep, with_owned_returns
+from launch.services.placement import ActorRole
 from launch.services.pools import FollowedStudent, Follower, StudentPool, TeacherPool
 from launch.services.replicas import within
 from launch.services.stack_dumps import Stacks
-from launch.services.transports import check_places, outlet, transport_of
+from launch.services.transports import check_places, sender, transport_of
 from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
@@ -99,7 +99,7 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         check_idle_cluster(config, machines())
     actors = Actors(config.cluster, roles(config), stacks)
     student = StudentPool(
-        config.cluster.care(config.student.deadline_s),
+        config.cluster.retry_policy(config.student.deadline_s),
         partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends),
         look=actors.look,
         rows=vocabulary_rows(config.student.path),
@@ -134,10 +134,10 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
 
 
 def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig) -> TeacherPool:
-    care = cluster.care(teacher.deadline_s)
+    retry_policy = cluster.retry_policy(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
-        care = replace(care, restarts=0)
-    return TeacherPool(care, partial(teacher_actor, actors, teacher), look=actors.look)
+        retry_policy = replace(retry_policy, restarts=0)
+    return TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), look=actors.look)
 
 
 async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence[Any]) -> dict[str, str]:
@@ -148,7 +148,7 @@ async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence
     return dict(zip(actors, places, strict=True))
 
 
-def _engine(actors: Actors, role: Role, config: StudentConfig, seed: int, ends: Sequence[int]) -> Any:
+def _engine(actors: Actors, role: ActorRole, config: StudentConfig, seed: int, ends: Sequence[int]) -> Any:
     environment = engine_environment(config.device)
     return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, concurrency=CALLS)
 
@@ -164,16 +164,19 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
         actors.check_room(role)
     environment = teacher_environment(config.device, config.backend)
     token = (os.environ.get(TOKEN_VARIABLE, ""),) if config.backend in REMOTE else ()
-    cls = handing_over(backend(config.backend))
+    cls = with_owned_returns(backend(config.backend))
     return actors.make(cls, role, environment, config, keep, *token, concurrency=CALLS)
 
 
-async def _writer(actors: Actors, plan: Plan, name: str, role: Role) -> TextEngine:
+async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> TextEngine:
     config = plan.config
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
     make = partial(_engine, actors, role, as_student, config.seed, plan.ends)
     pool = StudentPool(
-        config.cluster.care(as_student.deadline_s), make, look=actors.look, rows=vocabulary_rows(as_student.path)
+        config.cluster.retry_policy(as_student.deadline_s),
+        make,
+        look=actors.look,
+        rows=vocabulary_rows(as_student.path),
     )
     await pool.replicas.start(1)
     return pool
@@ -202,15 +205,15 @@ def _learner(
         ranks = {f"learner rank {i}": where for i, where in enumerate(await group.places())}
         check_places(transport, {**ranks, **others})
 
-    recipe = Recipe(make=make, ready=ready, renew=student.renew)
-    return RestartingLearner(recipe, config.cluster.restarts, config.cluster.journal_bytes)
+    recipe = RankFactory(make=make, ready=ready, renew=student.renew)
+    return RestartingLearner(recipe, config.cluster.restarts, config.cluster.replay_log_bytes)
 
 
 def _rank(actors: Actors, plan: Plan) -> Any:
     config = plan.config
     heads = tuple(teacher.path for teacher in config.teachers.values()) if plan.exact_kl else ()
     environment = learner_environment(config.learner.device)
-    make = outlet(transport_of(config), config.learner.deadline_s)
+    make = sender(transport_of(config), config.learner.deadline_s)
     arguments = (config.learner, config.student.path, heads, config.steps, config.seed, fetch, make)
     text = StudentText(ends=plan.ends, sentinel=plan.sentinel)
     return actors.make(LearnerRank, actors[LEARNER_RANK], environment, *arguments, text, concurrency=2)

@@ -14,24 +14,24 @@ from launch.plan.checks.models import parameter_count
 from launch.plan.plan import Plan
 from opd.loop.train import StepRecord
 from opd.observability import roofline
-from opd.observability.roofline import Decoding, Floors, Hardware, Lengths, ModelShape, Training
-from opd.observability.spans import Role
-from opd.observability.utilization import Staffing
+from opd.observability.roofline import Decoding, Floors, Hardware, Lengths, ModelShape, UpdateCost
+from opd.observability.spans import Stage
+from opd.observability.utilization import DeviceCounts
 from opd.ports import LastHidden
 from opd.scorers.ensemble import Ensemble
 from opd.settings.devices import Dtype
 from opd.types import Trajectory
 
 
-def staffing(plan: Plan) -> Staffing:
+def staffing(plan: Plan) -> DeviceCounts:
     """The actors of a run by role; several teachers count together."""
     config = plan.config
     actors = {
-        Role.ROLLOUT: config.student.replicas,
-        Role.TEACHER: sum(teacher.replicas for teacher in config.teachers.values()),
-        Role.LEARNER: config.learner.ranks,
+        Stage.ROLLOUT: config.student.replicas,
+        Stage.TEACHER: sum(teacher.replicas for teacher in config.teachers.values()),
+        Stage.LEARNER: config.learner.ranks,
     }
-    return Staffing(actors=actors, ahead=config.max_staleness)
+    return DeviceCounts(actors=actors, ahead=config.max_staleness)
 
 
 def model_shape(path: str) -> ModelShape | None:
@@ -75,7 +75,7 @@ class StepLimit:
     sends_hidden: bool
     group: int
     decoding: Decoding
-    training: Training
+    training: UpdateCost
 
     def __call__(self, record: StepRecord) -> float:
         """Seconds; 0 for a step without a trajectory."""
@@ -110,7 +110,7 @@ class StepLimit:
 
 def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
     """The run's limit per step; None where the hardware or a model's shape is not known."""
-    config, asks = plan.config, plan.config.method.scorer.asks
+    config, requires = plan.config, plan.config.method.scorer.requires
     student = model_shape(config.student.path)
     shapes = {name: model_shape(teacher.path) for name, teacher in config.teachers.items()}
     teachers = {name: shape for name, shape in shapes.items() if shape is not None}
@@ -118,7 +118,7 @@ def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
     wanted = len(shapes) if costs.teacher_reads or costs.teacher_writes else 0
     if hardware is None or student is None or len(teachers) < wanted:
         return None
-    scorer, sends_hidden = config.method.scorer, LastHidden in asks
+    scorer, sends_hidden = config.method.scorer, LastHidden in requires
     width = 4.0 if config.learner.dtype is Dtype.FLOAT32 else 2.0
     return StepLimit(
         hardware=hardware,
@@ -131,7 +131,7 @@ def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
         sends_hidden=sends_hidden,
         group=config.prompts.group_size,
         decoding=Decoding(slots=config.student.max_num_seqs, weight_bytes=width, cache_bytes=width),
-        training=Training(
+        training=UpdateCost(
             ranks=config.learner.ranks,
             stage=config.learner.zero_stage,
             recompute=config.learner.gradient_checkpointing,

@@ -17,26 +17,26 @@ from torch import Tensor
 
 from launch.config.settings import ClusterConfig, Placement
 from launch.services.causes import brief
-from launch.services.placement import Machine, Role, check_fits
+from launch.services.placement import ActorRole, Machine, check_fits
 from launch.services.ray_address import check_cluster
 from launch.services.ray_node import Node, on_loopback, start_patiently
-from launch.services.replicas import Look, unseen
+from launch.services.replicas import DescribeStacks, no_stack_dump
 from launch.services.signals import signals_kept
 from launch.services.stack_dumps import Stacks
 from opd.errors import OpdError, ServiceLost
-from weight_sync.cuda_ipc import DeviceSegment, read_device
-from weight_sync.nccl import Shelved, pull
+from weight_sync.cuda_ipc import CudaIpcSegment, read_device
+from weight_sync.nccl import PullHandle, pull
 from weight_sync.rendezvous import loopback
-from weight_sync.shared_memory import Segment, place, read
+from weight_sync.shared_memory import SharedMemorySegment, place, read
 
 
 def fetch(handle: Any) -> np.ndarray | Tensor:
     """The array (weights on a GPU: the tensor) behind a handle, which says itself where that is (called in actors)."""
-    if isinstance(handle, Segment):
+    if isinstance(handle, SharedMemorySegment):
         return read(handle)
-    if isinstance(handle, DeviceSegment):
+    if isinstance(handle, CudaIpcSegment):
         return read_device(handle)
-    if isinstance(handle, Shelved):
+    if isinstance(handle, PullHandle):
         return pull(handle)
     import ray
 
@@ -153,7 +153,7 @@ def _unprinted(data: Mapping[str, Any], **_: Any) -> None:
 class Actors:
     """Makes the run's actors, within one placement group where the cluster asks for it."""
 
-    def __init__(self, config: ClusterConfig, roles: Sequence[Role], stacks: Stacks | None = None) -> None:
+    def __init__(self, config: ClusterConfig, roles: Sequence[ActorRole], stacks: Stacks | None = None) -> None:
         """`roles` are the actors that will be made; `stacks` watches them.
 
         Raises:
@@ -175,7 +175,7 @@ class Actors:
                     f"{config.start_deadline_s:.0f} s; add nodes or lower replicas, ranks or cluster.gpus_per_*"
                 )
 
-    def make(self, cls: type, role: Role, environment: Mapping[str, str], *args: Any, concurrency: int) -> Any:
+    def make(self, cls: type, role: ActorRole, environment: Mapping[str, str], *args: Any, concurrency: int) -> Any:
         """An actor of the plain class `cls`; its process gets `environment` before it imports anything.
 
         One whose role was not announced takes what the announced ones leave.
@@ -196,10 +196,10 @@ class Actors:
             self._stacks.watch(role.name, actor)
         return actor
 
-    def __getitem__(self, name: str) -> Role:
+    def __getitem__(self, name: str) -> ActorRole:
         return self._roles[name]
 
-    def check_room(self, role: Role) -> None:
+    def check_room(self, role: ActorRole) -> None:
         """Raise `OpdError` if one more such actor would have to wait for others to end."""
         import ray
 
@@ -212,9 +212,9 @@ class Actors:
         )
 
     @property
-    def look(self) -> Look:
+    def look(self) -> DescribeStacks:
         """Writes down where actors stand, if somebody watches them."""
-        return self._stacks.look if self._stacks is not None else unseen
+        return self._stacks.look if self._stacks is not None else no_stack_dump
 
     def close(self) -> None:
         """Give the placement group back."""
@@ -231,5 +231,5 @@ def machines() -> list[Machine]:
     return [Machine.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def _shape(role: Role) -> dict[str, float]:
+def _shape(role: ActorRole) -> dict[str, float]:
     return {name: value for name, value in (("CPU", role.cpus), ("GPU", role.gpus)) if value}

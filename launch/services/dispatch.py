@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from launch.services.replicas import Fault, Faulty, Replica, Replicas, how_lost, within
+from launch.services.replicas import Fault, Replica, ReplicaFault, Replicas, fault_of, within
 from opd.errors import DataError, OpdError
 
 Request = TypeVar("Request")
@@ -101,9 +101,9 @@ class Dispatcher(Generic[Request, Answer]):
 
     async def _serve(self, items: list[_Item]) -> None:
         """Have `items` answered; what a failing replica leaves unanswered goes to another."""
-        last = Faulty(Fault.HUNG, "no replica was asked")
+        last = ReplicaFault(Fault.HUNG, "no replica was asked")
         try:
-            for _ in range(self.replicas.care.attempts):
+            for _ in range(self.replicas.retry.attempts):
                 left = [item for item in items if item.wanted]
                 if not left:
                     return
@@ -111,12 +111,12 @@ class Dispatcher(Generic[Request, Answer]):
                 try:
                     await self._hedged(replica, left)
                     return
-                except Faulty as fault:
+                except ReplicaFault as fault:
                     last = fault
-            kind = DataError if last.fault is Fault.LIED else OpdError
+            kind = DataError if last.fault is Fault.INVALID_ANSWER else OpdError
             raise kind(
-                f"{self.replicas.who}: {sum(i.wanted for i in items)} requests were given to "
-                f"{self.replicas.care.attempts} replicas one after another and all failed; the last one "
+                f"{self.replicas.service}: {sum(i.wanted for i in items)} requests were given to "
+                f"{self.replicas.retry.attempts} replicas one after another and all failed; the last one "
                 f"{last.fault.value}: {last}"
             )
         except Exception as error:  # noqa: BLE001 (every caller gets it)
@@ -146,36 +146,36 @@ class Dispatcher(Generic[Request, Answer]):
             await _end(first)
 
     def _patience(self) -> float | None:
-        quantile = self.replicas.care.hedge_quantile
+        quantile = self.replicas.retry.hedge_quantile
         if not quantile or len(self._durations) < _HISTORY:
             return None
         return float(np.quantile(self._durations, quantile))
 
     async def _ask(self, replica: Replica, items: list[_Item]) -> None:
         """All answers of one replica, whose load they are; a fault of it is reported, and raised."""
-        care, who = self.replicas.care, f"{self.replicas.who} {replica.number}"
+        retry, service = self.replicas.retry, f"{self.replicas.service} {replica.number}"
         left, now = set(range(len(items))), asyncio.get_running_loop().time
         began = now()
         try:
             async with aclosing(self.ask(replica.actor, [item.request for item in items])) as parts:
                 while left:
-                    positions, answers = await within(care.deadline_s, who, anext(parts))
+                    positions, answers = await within(retry.deadline_s, service, anext(parts))
                     self._take(items, left, positions, answers)
                     left.difference_update(positions)
                     replica.load -= len(positions)
             self._durations.append(now() - began)
         except StopAsyncIteration as error:
             reason = f"{len(left)} of {len(items)} answers did not come"
-            fault = Faulty(Fault.LIED, reason, repeats=True)
+            fault = ReplicaFault(Fault.INVALID_ANSWER, reason, repeats=True)
             await self.replicas.report(replica, fault)
             raise fault from error
-        except Faulty as fault:
+        except ReplicaFault as fault:
             await self.replicas.report(replica, fault)
             raise
         except Exception as error:
             if not self.lost(error):
                 raise
-            fault = Faulty.of(how_lost(error), error)
+            fault = ReplicaFault.of(fault_of(error), error)
             await self.replicas.report(replica, fault)
             raise fault from error
         finally:
@@ -190,7 +190,7 @@ class Dispatcher(Generic[Request, Answer]):
                 raise DataError(f"{len(answers)} answers came for {len(items)} requests")
             self.check([item.request for item in items], answers)
         except DataError as error:
-            raise Faulty(Fault.LIED, str(error), repeats=True) from error
+            raise ReplicaFault(Fault.INVALID_ANSWER, str(error), repeats=True) from error
         self.late += sum(not item.answer(value) for item, value in zip(items, answers, strict=True))
         self.replicas.answered()
 

@@ -7,17 +7,17 @@ from typing import Any
 
 from launch.services.causes import brief, vanished
 from launch.services.cluster import end, has_died, place_of
-from launch.services.replicas import Fault, Faulty, Look, unseen, within
+from launch.services.replicas import DescribeStacks, Fault, ReplicaFault, no_stack_dump, within
 from learner.config import LearnerConfig
 from opd.errors import OpdError
-from opd.ports import Layout, Objective, PublishReport, StudentEngine, Weights
+from opd.ports import Layout, LossFunction, PublishedWeights, PublishReport, StudentEngine
 from opd.types import Batch, Scores, StepReport
 from weight_sync.receiver import assemble
 
 _NEWS_S = 5.0  # what the news of a rank's death may take, once its partners are disturbed
 
 
-class RanksLost(Faulty):
+class RanksLost(ReplicaFault):
     """A rank died or hangs: the others cannot go on without it, so none of them is of use any more."""
 
 
@@ -29,7 +29,11 @@ class LearnerGroup:
     """
 
     def __init__(
-        self, actors: Sequence[Any], config: LearnerConfig, look: Look = unseen, start_deadline_s: float = 300.0
+        self,
+        actors: Sequence[Any],
+        config: LearnerConfig,
+        look: DescribeStacks = no_stack_dump,
+        start_deadline_s: float = 300.0,
     ) -> None:
         self.actors, self._look = actors, look
         self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
@@ -43,11 +47,13 @@ class LearnerGroup:
         world = len(self.actors)
         await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)], self._start_s)
 
-    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> StepReport:
+    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction) -> StepReport:
         """One optimizer step; see `opd.ports.Learner`."""
         return (await self._all([a.step.remote(b, objective) for a, b in self._pairs(batches)]))[0]
 
-    async def evaluate(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> Mapping[str, float]:
+    async def evaluate(
+        self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
+    ) -> Mapping[str, float]:
         """Means of the objective's loss and metrics, without a gradient."""
         return (await self._all([a.evaluate.remote(b, objective) for a, b in self._pairs(batches)]))[0]
 
@@ -61,7 +67,7 @@ class LearnerGroup:
             raise
         return PublishReport(version=version, gap=receipt.gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
 
-    async def share(self, version: int) -> Weights:
+    async def share(self, version: int) -> PublishedWeights:
         """Have every rank lay out its chunks of the weights as they are now."""
         return assemble(await self._all([a.share.remote(version) for a in self.actors]))
 
@@ -112,7 +118,7 @@ class LearnerGroup:
         try:
             return await asyncio.gather(*[asyncio.shield(task) for task in tasks])
         except OpdError as error:
-            if isinstance(error, Faulty):
+            if isinstance(error, ReplicaFault):
                 _give_up(tasks)
                 raise RanksLost(error.fault, f"{error}{await self._look(*self.actors)}") from error
             raise

@@ -14,24 +14,24 @@ from launch.artifacts.checkpoint_store import verify
 from launch.services.causes import brief
 from launch.services.cluster import is_lost
 from launch.services.learner_group import RanksLost
-from launch.services.replay_log import Journal
+from launch.services.replay_log import ReplayLog
 from launch.services.replicas import GO_ON
 from opd.errors import OpdError
-from opd.ports import Layout, Learner, Objective, PublishReport, StudentEngine, Weights
+from opd.ports import Layout, Learner, LossFunction, PublishedWeights, PublishReport, StudentEngine
 from opd.types import Batch, Scores, StepReport
 
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
-class Ranks(Learner, Protocol):
+class RankGroup(Learner, Protocol):
     """Ranks that live and die together (`learner_group.LearnerGroup`); all verbs may raise `RanksLost`."""
 
     async def setup(self) -> None:
         """Find each other and load the student."""
         ...
 
-    async def share(self, version: int) -> Weights:
+    async def share(self, version: int) -> PublishedWeights:
         """Lay out the weights as they are now."""
         ...
 
@@ -66,16 +66,16 @@ async def verified(directory: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class RankFactory:
     """How ranks come into being.
 
     `make` starts them, `ready` raises if they stand where they cannot work, `renew` is told where the weights lie that
     are live already, for engines that start later, and `check` raises if a checkpoint is not whole.
     """
 
-    make: Callable[[], Ranks]
+    make: Callable[[], RankGroup]
     ready: Callable[[Any], Awaitable[None]] = _fine
-    renew: Callable[[Weights], None] = lambda weights: None  # noqa: ARG005
+    renew: Callable[[PublishedWeights], None] = lambda weights: None  # noqa: ARG005
     check: Callable[[Path], Awaitable[None]] = verified
 
 
@@ -89,12 +89,12 @@ class RestartingLearner:
     or a restart is missing. While nobody is lost a call costs what it costs without this class.
     """
 
-    def __init__(self, recipe: Recipe, restarts: int, journal_bytes: int) -> None:
+    def __init__(self, recipe: RankFactory, restarts: int, replay_log_bytes: int) -> None:
         self._recipe, self._most = recipe, restarts
         self._ranks = recipe.make()
         self.layout: Layout = self._ranks.layout
         self.history: list[str] = []  # a sentence per restart
-        self._journal = Journal(most=journal_bytes)
+        self._replay_log = ReplayLog(most=replay_log_bytes)
         self._published: PublishReport | None = None
         self._lost: RanksLost | None = None  # why the ranks there are cannot be asked
         self._suspects: set[str] = set()  # calls in which ranks were lost, and that were not answered since
@@ -115,14 +115,16 @@ class RestartingLearner:
         except RanksLost as lost:
             raise _end(lost, " while a run starts") from lost
 
-    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> StepReport:
+    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction) -> StepReport:
         """One optimizer step; see `opd.ports.Learner`."""
-        report = await self._ask(f"step {self._journal.number + 1}", lambda ranks: ranks.step(batches, objective))
+        report = await self._ask(f"step {self._replay_log.number + 1}", lambda ranks: ranks.step(batches, objective))
         if self._most:
-            self._journal.add(batches, objective)
+            self._replay_log.add(batches, objective)
         return report
 
-    async def evaluate(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> Mapping[str, float]:
+    async def evaluate(
+        self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
+    ) -> Mapping[str, float]:
         """Means of the objective's loss and metrics, without a gradient."""
         return await self._ask("an evaluation", lambda ranks: ranks.evaluate(batches, objective))
 
@@ -136,7 +138,7 @@ class RestartingLearner:
     async def save(self, directory: Path, step: int) -> None:
         """Copy the state of now and begin to write it; see `LearnerGroup.save`."""
         await self._ask(f"saving step {step}", lambda ranks: ranks.save(directory, step))
-        self._journal.saving()
+        self._replay_log.saving()
 
     async def written(self) -> dict[str, str]:
         """Names and digests of the files that `save` began, once they are on the disk.
@@ -157,12 +159,12 @@ class RestartingLearner:
     async def kept(self, directory: Path) -> None:
         """What `save` wrote is a whole checkpoint, and lies in `directory` now."""
         async with self._starting:  # those who start read the one before, which may be removed after this
-            self._journal.kept(directory)
+            self._replay_log.kept(directory)
 
     async def load(self, directory: Path) -> int:
         """Take over what `save` wrote, whoever wrote it; returns its step."""
         step = await self._ask("loading a checkpoint", lambda ranks: ranks.load(directory))
-        self._journal.loaded(directory)
+        self._replay_log.loaded(directory)
         return step
 
     async def export(self, directory: Path) -> None:
@@ -180,7 +182,7 @@ class RestartingLearner:
             raise _end(self._lost, " in a run that breaks off")
         await self._ranks.settled()
 
-    async def _ask(self, what: str, call: Callable[[Ranks], Awaitable[Answer]]) -> Answer:
+    async def _ask(self, what: str, call: Callable[[RankGroup], Awaitable[Answer]]) -> Answer:
         """The answer of the ranks there are; of new ones, if those are gone."""
         while True:
             if self._lost is not None:
@@ -190,7 +192,7 @@ class RestartingLearner:
             except RanksLost as lost:
                 self._lost = lost
 
-    async def _once(self, what: str, call: Callable[[Ranks], Awaitable[Answer]]) -> Answer:
+    async def _once(self, what: str, call: Callable[[RankGroup], Awaitable[Answer]]) -> Answer:
         try:
             answer = await call(self._ranks)
         except RanksLost as lost:
@@ -208,7 +210,7 @@ class RestartingLearner:
             while (lost := self._lost) is not None:
                 self._check_restart(lost)
                 self._ranks.end()
-                begin, steps = self._journal.base, len(self._journal.steps)
+                begin, steps = self._replay_log.base, len(self._replay_log.steps)
                 self.history.append(
                     f"{lost}, before {what} was answered; all ranks start anew from "
                     f"{begin.parent.name if begin else 'the student they began with'} (steps to repeat: {steps})"
@@ -223,13 +225,13 @@ class RestartingLearner:
                     self._lost = None
 
     async def _bring_up(self) -> None:
-        base, first = self._journal.base, self._journal.number - len(self._journal.steps) + 1
+        base, first = self._replay_log.base, self._replay_log.number - len(self._replay_log.steps) + 1
         await self._once("setting up", lambda ranks: ranks.setup())
         await self._once("setting up", self._recipe.ready)
         if base is not None:
             await self._recipe.check(base)
             await self._once("loading", lambda ranks: ranks.load(base))
-        for number, taken in enumerate(self._journal.steps, first):
+        for number, taken in enumerate(self._replay_log.steps, first):
             try:
                 await self._once(
                     f"step {number} again", lambda ranks, taken=taken: ranks.step(taken.batches, taken.objective)
@@ -267,11 +269,11 @@ class RestartingLearner:
             raise _end(lost, " (cluster.restarts=0)") from lost
         if len(self.history) >= self._most:
             raise _end(lost, f" after {self._most} restarts (cluster.restarts)") from lost
-        if not self._journal.whole:
+        if not self._replay_log.whole:
             raise _end(
                 lost,
-                f", because the steps since the newest checkpoint were more than cluster.journal_bytes="
-                f"{self._journal.most} (set a smaller checkpoint_every, or more bytes)",
+                f", because the steps since the newest checkpoint were more than cluster.replay_log_bytes="
+                f"{self._replay_log.most} (set a smaller checkpoint_every, or more bytes)",
             ) from lost
 
 

@@ -16,7 +16,7 @@ from opd.types import HiddenScores, RemoteRows, TokenScores
 
 
 @dataclass(frozen=True, slots=True)
-class Following:
+class DeferredArray:
     """In the place of a handle: the `number`-th array that follows the answers."""
 
     number: int
@@ -27,27 +27,29 @@ def keep(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def handing_over(cls: type) -> type:
-    """The teacher `cls` with a method `hand_over`: its answers first, then their arrays."""
+def with_owned_returns(cls: type) -> type:
+    """The teacher `cls` with a method `score_owned`: its answers first, then their arrays."""
 
-    class HandingOver(cls):
-        async def hand_over(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Any]:
+    class OwnedReturns(cls):
+        async def score_owned(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[Any]:
             arrays: dict[int, np.ndarray] = {}  # by identity: answers of a micro-batch share one
 
-            def name(array: np.ndarray) -> Following:
+            def name(array: np.ndarray) -> DeferredArray:
                 arrays.setdefault(id(array), array)
-                return Following(list(arrays).index(id(array)))
+                return DeferredArray(list(arrays).index(id(array)))
 
             yield [_with_handles(answer, name) for answer in await self.score(requests)]
             while arrays:  # let go of one by one, so that they are not all here and in the object store
                 yield arrays.pop(next(iter(arrays)))
 
-    HandingOver.__name__ = HandingOver.__qualname__ = cls.__name__  # Ray shows it
-    return HandingOver
+    OwnedReturns.__name__ = OwnedReturns.__qualname__ = cls.__name__  # Ray shows it
+    return OwnedReturns
 
 
-async def taken_over(method: Any, requests: Sequence[ScoreRequest]) -> AsyncGenerator[tuple[Sequence[int], list[Any]]]:
-    """All answers of an actor's `hand_over`, in one part; their handles are references that this process owns.
+async def owned_answers(
+    method: Any, requests: Sequence[ScoreRequest]
+) -> AsyncGenerator[tuple[Sequence[int], list[Any]]]:
+    """All answers of an actor's `score_owned`, in one part; their handles are references that this process owns.
 
     Raises what Ray raises if the actor dies before the last array is handed over.
     """

@@ -13,7 +13,7 @@ _SLACK = 1e-6  # Ray counts in ten-thousandths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Role:
+class ActorRole:
     """`count` actors that ask for `cpus` and `gpus` each; `key` is the setting that decides about the GPUs."""
 
     name: str
@@ -45,7 +45,7 @@ class Machine:
         return cls(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
 
 
-def asked(roles: Iterable[Role]) -> str:
+def asked(roles: Iterable[ActorRole]) -> str:
     """The GPUs of all for people, e.g. `2 rollout actors + 1 teacher actor + 1 learner rank = 4`."""
     roles = [role for role in roles if role.count and role.gpus]
     total = sum(role.count * role.gpus for role in roles)
@@ -53,11 +53,11 @@ def asked(roles: Iterable[Role]) -> str:
     return f"{' + '.join(parts)} = {total:g}" if parts else "0"
 
 
-def _counted(role: Role) -> str:
+def _counted(role: ActorRole) -> str:
     return f"{role.count} {role.name}{'s' * (role.count != 1)}"
 
 
-def check_fits(roles: Sequence[Role], nodes: Sequence[Machine], where: str) -> None:
+def check_fits(roles: Sequence[ActorRole], nodes: Sequence[Machine], where: str) -> None:
     """Raise `ConfigurationError` if these actors cannot all run at once on these nodes, however they are laid out.
 
     Only what cannot be is refused; what other runs hold now may be given back.
@@ -80,7 +80,7 @@ def check_fits(roles: Sequence[Role], nodes: Sequence[Machine], where: str) -> N
             )
 
 
-def _too_much(roles: Sequence[Role], unit: str, needs: float, has: float, where: str) -> ConfigurationError:
+def _too_much(roles: Sequence[ActorRole], unit: str, needs: float, has: float, where: str) -> ConfigurationError:
     name = unit.removesuffix("s").upper()
     parts = " + ".join(
         f"{role.count * getattr(role, unit):g} for {_counted(role)}" for role in roles if getattr(role, unit)
@@ -95,7 +95,7 @@ def _too_much(roles: Sequence[Role], unit: str, needs: float, has: float, where:
     )
 
 
-def _fewer_gpus(roles: Sequence[Role], has: float) -> str:
+def _fewer_gpus(roles: Sequence[ActorRole], has: float) -> str:
     on_gpus = [role for role in roles if role.gpus]
     if has < 1:
         return f"set {' '.join(f'{role.key}=0' for role in on_gpus)} to run on processors"

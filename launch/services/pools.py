@@ -7,14 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.config.care import Care
+from launch.config.retry_policy import RetryPolicy
 from launch.services.causes import brief
 from launch.services.cluster import end, fetch, has_died, is_lost, streamed
 from launch.services.dispatch import Dispatcher
-from launch.services.owned_returns import taken_over
-from launch.services.replicas import GO_ON, Fault, Faulty, Look, Replica, Replicas, how_lost, unseen, within
+from launch.services.owned_returns import owned_answers
+from launch.services.replicas import (
+    GO_ON,
+    DescribeStacks,
+    Fault,
+    Replica,
+    ReplicaFault,
+    Replicas,
+    fault_of,
+    no_stack_dump,
+    within,
+)
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import Completion, GenerateRequest, Receipt, ScoreRequest, StudentEngine, Weights
+from opd.ports import Completion, GenerateRequest, PublishedWeights, ScoreRequest, StudentEngine, WeightAck
 from opd.rollouts.validation import verify as verify_completions
 from opd.scorers.validation import verify as verify_scores
 from opd.types import TokenScores
@@ -37,17 +47,17 @@ class StudentPool:
 
     def __init__(
         self,
-        care: Care,
+        retry: RetryPolicy,
         make: Callable[[], Any] | None = None,
         end: Callable[[Any], None] = end,
-        look: Look = unseen,
+        look: DescribeStacks = no_stack_dump,
         rows: int = 0,
     ) -> None:
         """`rows`: the ids that the engines' model has (0: not known, ids are only seen to be positive)."""
-        self._weights: Weights | None = None
+        self._weights: PublishedWeights | None = None
         self._gap = 0.0  # the largest sentinel gap of engines that took `_weights`
         self.replicas = Replicas(
-            who="rollout actor", care=care, ready=_ready, prime=self._prime, end=end, make=make, look=look
+            service="rollout actor", retry=retry, ready=_ready, warm_up=self._warm_up, end=end, make=make, look=look
         )
         self._generate: Dispatcher[GenerateRequest, Completion] = Dispatcher(
             replicas=self.replicas,
@@ -60,7 +70,7 @@ class StudentPool:
         """One completion per request, in order."""
         return await self._generate(requests)
 
-    async def receive(self, weights: Weights) -> Receipt:
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
         """Make `weights` live in every engine; with the largest sentinel gap.
 
         An engine that does not take them is replaced; if none takes them, the weights are at fault and that is raised.
@@ -74,9 +84,9 @@ class StudentPool:
         if refusals and all(refusals):
             raise next(error for error in refusals if error is not None)
         await self.replicas.acquire(0)  # if all are gone: the first replacement, which has them
-        return Receipt(version=weights.version, digest=weights.digest, gap=self._gap)
+        return WeightAck(version=weights.version, digest=weights.digest, gap=self._gap)
 
-    def renew(self, weights: Weights) -> None:
+    def renew(self, weights: PublishedWeights) -> None:
         """The weights that are live lie here now: engines that start later fetch them from there.
 
         Engines that serve hold the same bytes already and are not disturbed.
@@ -89,30 +99,30 @@ class StudentPool:
         """Why `replica` refuses the weights, if it does; one that died or hangs does not refuse them."""
         refusal: OpdError | None = None
         try:
-            who = f"rollout actor {replica.number} (weights)"
-            await within(self.replicas.care.deadline_s, who, self._prime(replica.actor))
+            service = f"rollout actor {replica.number} (weights)"
+            await within(self.replicas.retry.deadline_s, service, self._warm_up(replica.actor))
             await self.replicas.reopen(replica)
             return None
-        except Faulty as error:
+        except ReplicaFault as error:
             fault = error
         except ConfigurationError:  # its numbers are not the learner's, and a replacement's would not be either
             raise
         except OpdError as error:
             refusal = None if is_lost(error) else error
-            fault = Faulty.of(how_lost(error) if is_lost(error) else Fault.LIED, error)
+            fault = ReplicaFault.of(fault_of(error) if is_lost(error) else Fault.INVALID_ANSWER, error)
         except Exception as error:
             if not is_lost(error):
                 raise
             if not has_died(error):  # the weights are gone with the learner that held them, not the engine: it waits
                 return OpdError(f"a rollout actor cannot read new weights ({brief(error)}); publish them again")
-            fault = Faulty.of(how_lost(error), error)
+            fault = ReplicaFault.of(fault_of(error), error)
         await self.replicas.report(replica, fault)
         return refusal
 
-    async def _prime(self, actor: Any) -> None:
+    async def _warm_up(self, actor: Any) -> None:
         """Give `actor` the newest weights; again, if newer ones came meanwhile."""
         while (weights := self._weights) is not None:
-            receipt: Receipt = await actor.receive.remote(weights)
+            receipt: WeightAck = await actor.receive.remote(weights)
             said, sent = (receipt.version, receipt.digest), (weights.version, weights.digest)
             if said != sent:
                 raise DataError(
@@ -132,7 +142,7 @@ class Follower:
     every: int
     deadline_s: float
 
-    async def follow(self, weights: Weights) -> None:
+    async def follow(self, weights: PublishedWeights) -> None:
         """Hand `weights` to every replica."""
         calls = [
             within(self.deadline_s, f"teacher actor {r.number} (weights)", r.actor.follow.remote(weights, fetch))
@@ -161,25 +171,25 @@ class TeacherPool:
 
     def __init__(
         self,
-        care: Care,
+        retry: RetryPolicy,
         make: Callable[[], Any] | None = None,
         end: Callable[[Any], None] = end,
-        look: Look = unseen,
+        look: DescribeStacks = no_stack_dump,
     ) -> None:
         self.replicas = Replicas(
-            who="teacher actor", care=care, ready=_ready, prime=_nothing_to_do, end=end, make=make, look=look
+            service="teacher actor", retry=retry, ready=_ready, warm_up=_nothing_to_do, end=end, make=make, look=look
         )
         self._score: Dispatcher[ScoreRequest, TokenScores] = Dispatcher(
             replicas=self.replicas,
-            ask=lambda actor, requests: taken_over(actor.hand_over, requests),
+            ask=lambda actor, requests: owned_answers(actor.score_owned, requests),
             check=verify_scores,
             lost=is_lost,
         )
 
     @classmethod
-    def of(cls, actors: Sequence[Any], care: Care) -> "TeacherPool":
+    def of(cls, actors: Sequence[Any], retry: RetryPolicy) -> "TeacherPool":
         """A pool of actors that are ready and are not replaced."""
-        pool = cls(care)
+        pool = cls(retry)
         pool.replicas.adopt(list(actors))
         return pool
 
@@ -202,7 +212,7 @@ class FollowedStudent:
         """As the student itself."""
         return await self.student.generate(requests)
 
-    async def receive(self, weights: Weights) -> Receipt:
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
         """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
         new = weights.version > self.seen
         due = [follower for follower in self.followers.values() if new and not weights.version % follower.every]

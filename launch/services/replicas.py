@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
-from launch.config.care import Care
+from launch.config.retry_policy import RetryPolicy
 from launch.services.causes import ProcessFailed, brief, find_own, vanished
 from opd.errors import DataError, OpdError, ServiceHung
 
 Answer = TypeVar("Answer")
-Look = Callable[..., Awaitable[str]]  # where these actors stand or (error=...) how they died: the end of a sentence
+DescribeStacks = Callable[
+    ..., Awaitable[str]
+]  # where these actors stand or (error=...) how they died: the end of a sentence
 _SLICES = 8
 _NUMBERS = re.compile(r"\d+")
 GO_ON = (
@@ -29,10 +31,10 @@ class Fault(Enum):
 
     DIED = "died"
     HUNG = "hung"
-    LIED = "lied"
+    INVALID_ANSWER = "lied"
 
 
-class Faulty(OpdError):
+class ReplicaFault(OpdError):
     """A replica failed, not the request: somebody else may be asked.
 
     `repeats`: it said itself why, so that another one that says the same has failed for the same reason.
@@ -43,7 +45,7 @@ class Faulty(OpdError):
         self.fault, self.repeats = fault, repeats
 
     @classmethod
-    def of(cls, fault: Fault, error: BaseException) -> "Faulty":
+    def of(cls, fault: Fault, error: BaseException) -> "ReplicaFault":
         """The replica failed with `error`."""
         faulty = cls(fault, brief(error), repeats=not vanished(error))
         faulty.__cause__ = error
@@ -77,24 +79,24 @@ async def awake(deadline_s: float) -> AsyncIterator[None]:
             slice_.cancel()
 
 
-async def within(deadline_s: float, who: str, work: Awaitable[Answer]) -> Answer:
+async def within(deadline_s: float, service: str, work: Awaitable[Answer]) -> Answer:
     """`work`, or a sentence after `deadline_s` seconds."""
     try:
         async with awake(deadline_s):
             return await work
     except TimeoutError as error:
-        raise Faulty(
+        raise ReplicaFault(
             Fault.HUNG,
-            f"{who} did not answer within {deadline_s:.0f} s; look at its log, or raise its deadline_s",
+            f"{service} did not answer within {deadline_s:.0f} s; look at its log, or raise its deadline_s",
         ) from error
 
 
-def how_lost(error: BaseException) -> Fault:
+def fault_of(error: BaseException) -> Fault:
     """What was wrong with a replica that is lost with this error."""
     return Fault.HUNG if isinstance(error, ServiceHung) else Fault.DIED
 
 
-async def unseen(*_: Any, error: BaseException | None = None) -> str:  # noqa: ARG001
+async def no_stack_dump(*_: Any, error: BaseException | None = None) -> str:  # noqa: ARG001
     """Where actors stand that do not answer, and how they died, is not looked at (`stack_dumps.Stacks.look` does)."""
     return ""
 
@@ -113,18 +115,18 @@ class Replica:
 class Replicas:
     """Makes replicas, hands out the least loaded, and replaces those that are reported.
 
-    `make` starts an actor, `ready` waits until it can work, `prime` brings it up to date (returns when it is), `end`
+    `make` starts an actor, `ready` waits until it can work, `warm_up` brings it up to date (returns when it is), `end`
     kills it. Without `make` nothing is replaced: a fault is final. `look` is asked where one stands that hangs, before
     it is killed.
     """
 
-    who: str
-    care: Care
+    service: str
+    retry: RetryPolicy
     ready: Callable[[Any], Awaitable[None]]
-    prime: Callable[[Any], Awaitable[None]]
+    warm_up: Callable[[Any], Awaitable[None]]
     end: Callable[[Any], None]
     make: Callable[[], Any] | None = None
-    look: Look = unseen
+    look: DescribeStacks = no_stack_dump
     serving: list[Replica] = field(default_factory=list)
     faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(Fault, 0))
     history: list[str] = field(default_factory=list)  # a sentence per fault
@@ -142,16 +144,16 @@ class Replicas:
         """The first replicas, all at once; one that cannot start is an error."""
         assert self.make is not None
         actors = [self.make() for _ in range(count)]
-        who = f"{self.who} that was to start (does the cluster have the CPUs and GPUs for it?)"
+        service = f"{self.service} that was to start (does the cluster have the CPUs and GPUs for it?)"
         try:
-            await asyncio.gather(*[within(self.care.start_deadline_s, who, self.ready(actor)) for actor in actors])
-        except Faulty as fault:
-            raise Faulty(fault.fault, f"{fault}{await self.look(*actors)}") from fault
+            await asyncio.gather(*[within(self.retry.start_deadline_s, service, self.ready(actor)) for actor in actors])
+        except ReplicaFault as fault:
+            raise ReplicaFault(fault.fault, f"{fault}{await self.look(*actors)}") from fault
         except Exception as error:
             if not isinstance(find_own(error), ProcessFailed | None):
                 raise  # a sentence of ours, of its own kind
             seen = await self.look(*actors, error=error)
-            raise OpdError(f"{self.who} did not start: {brief(error)}{seen}") from error
+            raise OpdError(f"{self.service} did not start: {brief(error)}{seen}") from error
         self.adopt(actors)
 
     def adopt(self, actors: list[Any]) -> None:
@@ -164,12 +166,12 @@ class Replicas:
         Raises:
             OpdError: there is none and will be none, or none came up in time.
         """
-        if self._in_a_row >= self.care.strikes:  # the breaker is open: one try after a pause
-            rounds = self._in_a_row - self.care.strikes
-            await asyncio.sleep(min(self.care.cooldown_s * 2**rounds, self.care.deadline_s))
-        patience = self.care.start_deadline_s + self.care.deadline_s
-        who = f"any {self.who} (none is ready, or none has the weights it should work with)"
-        return await within(patience, who, self._soon(requests))
+        if self._in_a_row >= self.retry.max_consecutive_failures:  # the breaker is open: one try after a pause
+            rounds = self._in_a_row - self.retry.max_consecutive_failures
+            await asyncio.sleep(min(self.retry.cooldown_s * 2**rounds, self.retry.deadline_s))
+        patience = self.retry.start_deadline_s + self.retry.deadline_s
+        service = f"any {self.service} (none is ready, or none has the weights it should work with)"
+        return await within(patience, service, self._soon(requests))
 
     def idle(self) -> Replica | None:
         """One that has nothing to do."""
@@ -208,7 +210,7 @@ class Replicas:
         """Somebody gave a good answer: the breaker closes."""
         self._in_a_row, self._useful = 0, True
 
-    async def report(self, replica: Replica, fault: Faulty) -> None:
+    async def report(self, replica: Replica, fault: ReplicaFault) -> None:
         """`replica` is not to be trusted any more: end it, and start another. Reporting twice changes nothing."""
         if replica not in self.serving:
             return
@@ -224,30 +226,30 @@ class Replicas:
         task.add_done_callback(self._starting.discard)
         return task
 
-    async def _retire(self, replica: Replica, fault: Faulty) -> None:
+    async def _retire(self, replica: Replica, fault: ReplicaFault) -> None:
         try:
             fault = await self._seen(replica.actor, fault)
         finally:
             self.end(replica.actor)
-        self.history.append(f"{self.who} {replica.number} {fault.fault.value} and is replaced: {fault}")
+        self.history.append(f"{self.service} {replica.number} {fault.fault.value} and is replaced: {fault}")
         logger.warning(self.history[-1])
         alike = self._alike(fault)
-        if self.make is None or alike or self._restarts >= self.care.restarts:
+        if self.make is None or alike or self._restarts >= self.retry.restarts:
             await self._break(fault, alike)
             return
         self._restarts, self._coming = self._restarts + 1, self._coming + 1
         self._keep(self._replace(replica.number))
 
-    async def _seen(self, actor: Any, error: Exception) -> Faulty:
+    async def _seen(self, actor: Any, error: Exception) -> ReplicaFault:
         """`error` of `actor`: with where it stands if it hangs, with its last words if it died."""
-        fault = error if isinstance(error, Faulty) else Faulty.of(Fault.DIED, error)
-        if fault.fault is Fault.LIED:
+        fault = error if isinstance(error, ReplicaFault) else ReplicaFault.of(Fault.DIED, error)
+        if fault.fault is Fault.INVALID_ANSWER:
             return fault
         died = fault.fault is Fault.DIED
         seen = await self.look(actor, error=fault if died else None)
-        return Faulty(fault.fault, f"{fault}{seen}", repeats=died and fault.repeats)
+        return ReplicaFault(fault.fault, f"{fault}{seen}", repeats=died and fault.repeats)
 
-    def _alike(self, fault: Faulty) -> bool:
+    def _alike(self, fault: ReplicaFault) -> bool:
         """Has one failed for this very reason before, and none been of use? A third would fail so, too."""
         if self._useful or not fault.repeats:
             return False
@@ -264,12 +266,12 @@ class Replicas:
 
     async def _replace(self, number: int) -> None:
         assert self.make is not None
-        who = f"{self.who} {number} (its replacement)"
+        service = f"{self.service} {number} (its replacement)"
         while True:
             actor = self.make()
             try:
-                await within(self.care.start_deadline_s, who, self.ready(actor))
-                await within(self.care.deadline_s, who, self.prime(actor))
+                await within(self.retry.start_deadline_s, service, self.ready(actor))
+                await within(self.retry.deadline_s, service, self.warm_up(actor))
             except asyncio.CancelledError:
                 self.end(actor)
                 raise
@@ -277,27 +279,27 @@ class Replicas:
                 fault = await self._seen(actor, error)
                 self.end(actor)
                 alike = self._alike(fault)
-                if alike or self._restarts >= self.care.restarts:
+                if alike or self._restarts >= self.retry.restarts:
                     self._coming -= 1
                     await self._break(fault, alike)
                     return
                 self._restarts += 1
                 continue
             self._coming -= 1
-            self.serving.append(Replica(number=number, actor=actor))  # no await since `prime`: it is up to date
+            self.serving.append(Replica(number=number, actor=actor))  # no await since `warm_up`: it is up to date
             async with self._changed:
                 self._changed.notify_all()
             return
 
-    async def _break(self, fault: Faulty, alike: bool = False) -> None:
+    async def _break(self, fault: ReplicaFault, alike: bool = False) -> None:
         """Nothing is replaced any more; who still serves goes on, and if nobody does, everybody is told."""
-        kind = DataError if fault.fault is Fault.LIED else OpdError
+        kind = DataError if fault.fault is Fault.INVALID_ANSWER else OpdError
         why = (
             "two failed alike before any was of use, so a third would, too"
             if alike
-            else f"no replica is left after {self._restarts} restarts (allowed: {self.care.restarts}); the last one "
+            else f"no replica is left after {self._restarts} restarts (allowed: {self.retry.restarts}); the last one "
             f"{fault.fault.value}"
         )
-        self._broken, self._hopeless = kind(f"{self.who}: {why}: {fault}"), alike
+        self._broken, self._hopeless = kind(f"{self.service}: {why}: {fault}"), alike
         async with self._changed:
             self._changed.notify_all()

@@ -30,7 +30,7 @@ class Preempted(OpdError):
         self.code = 130 if signal_name == "SIGINT" else 75
 
 
-class Stop:
+class StopRequest:
     """Whether a signal (SIGTERM, SIGHUP, Ctrl-C) has asked the run to stop at the next step boundary.
 
     That can wait only while `waits` is set, when steps follow each other and a checkpoint can be written; at any other
@@ -124,12 +124,12 @@ async def beside(work: Coroutine[Any, Any, Result], guard: Coroutine[Any, Any, N
         await asyncio.gather(working, guarding, return_exceptions=True)
 
 
-def run_until_stopped(work: Any, stop: Stop | None = None) -> Any:
+def run_until_stopped(work: Any, stop: StopRequest | None = None) -> Any:
     """`work` in an event loop that SIGINT, SIGTERM and SIGHUP cancel, so that everything is closed in order.
 
     With `stop`, they ask there first.
     """
-    polite, came = stop or Stop(0.0), itertools.count(1)
+    polite, came = stop or StopRequest(0.0), itertools.count(1)
 
     async def main() -> Any:
         task, loop = asyncio.current_task(), asyncio.get_running_loop()

@@ -12,13 +12,13 @@ from launch.config.run_config import RunConfig
 from launch.config.settings import Placement
 from launch.services.cluster import store
 from learner.config import Transport
-from learner.publishing import Staged
+from learner.publishing import StagedSender
 from opd.errors import ConfigurationError
-from opd.ports import Outlet
+from opd.ports import WeightSender
 from opd.settings.devices import Device
-from weight_sync.cuda_ipc import DeviceMemory
-from weight_sync.nccl import Shelf, Wire
-from weight_sync.shared_memory import SharedMemory
+from weight_sync.cuda_ipc import CudaIpcSender
+from weight_sync.nccl import PullBackend, PullSender
+from weight_sync.shared_memory import SharedMemorySender
 
 
 def transport_of(config: RunConfig) -> Transport:
@@ -29,16 +29,16 @@ def transport_of(config: RunConfig) -> Transport:
     return Transport.SHARED_MEMORY if alone else Transport.OBJECT_STORE
 
 
-def outlet(transport: Transport, deadline_s: float) -> Callable[[], Outlet]:
+def sender(transport: Transport, deadline_s: float) -> Callable[[], WeightSender]:
     """What a learner rank calls, in its own process, to make the place for its chunks."""
     if transport is Transport.OBJECT_STORE:
-        return partial(Staged, store)
+        return partial(StagedSender, store)
     if transport is Transport.SHARED_MEMORY:
-        return SharedMemory
+        return SharedMemorySender
     if transport is Transport.NCCL:
-        return partial(Shelf, Wire.NCCL, deadline_s)
+        return partial(PullSender, PullBackend.NCCL, deadline_s)
     if transport is Transport.CUDA_IPC:
-        return DeviceMemory
+        return CudaIpcSender
     assert transport is not Transport.AUTO, "transport_of(config) says which one it is"
     assert_never(transport)
 

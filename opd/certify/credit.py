@@ -11,7 +11,7 @@ from jaxtyping import Float
 from opd.certify.engines import reward
 from opd.certify.models import TinyModel
 from opd.certify.states import Enumerated
-from opd.types import AdvantageScores, Scored, Stop, TopKReturnScores
+from opd.types import AdvantageScores, Scored, StopReason, TopKReturnScores
 
 Credit = list[Float[np.ndarray, " _T"]]
 
@@ -48,7 +48,7 @@ def at_places(seen: Enumerated, teachers: Mapping[str, TinyModel]) -> Float[np.n
 def rewards(scored: list[Scored[Any]]) -> Float[np.ndarray, " n"]:
     """What the grader gives for each text; a text that the token limit cut is wrong."""
     texts = [" ".join(map(str, s.trajectory.token_ids.tolist())) for s in scored]
-    ended = [s.trajectory.stop is Stop.END for s in scored]
+    ended = [s.trajectory.stop is StopReason.END for s in scored]
     return np.asarray([reward(text) * end for text, end in zip(texts, ended, strict=True)])
 
 

@@ -18,14 +18,14 @@ from opd.ports import (
     Engines,
     GenerateRequest,
     LastHidden,
-    Receipt,
     Sampling,
     ScoreRequest,
     TopK,
+    WeightAck,
 )
-from opd.types import HiddenScores, RemoteRows, Stop, TokenScores, TopKScores
+from opd.types import HiddenScores, RemoteRows, StopReason, TokenScores, TopKScores
 from opd.types.log_mass import ABSENT
-from opd.types.prompt_rows import Said
+from opd.types.prompt_rows import PromptText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def engines(world: World, notes: Notes) -> Engines:
             name: _Writer(model=model, world=world, notes=notes, as_teacher=True)
             for name, model in world.authors.items()
         },
-        graders={"": Grader()},
+        graders={"": EnumeratedGrader()},
         tokenizer=Words(),
     )
 
@@ -93,7 +93,7 @@ class _Writer:
             token_ids=written,
             behavior=_said(chances, written, request.sampling.topk),
             versions=np.zeros(len(written), dtype=np.int32),
-            stop=Stop.END,
+            stop=StopReason.END,
         )
 
     def _paths(self, prompt_id: str) -> list[np.ndarray]:
@@ -101,7 +101,7 @@ class _Writer:
         known = name == "state" and number.isdigit() and int(number) < len(self.world.contexts)
         return self.world.paths(int(number)) if known else []
 
-    async def receive(self, weights: Any) -> Receipt:
+    async def receive(self, weights: Any) -> WeightAck:
         raise NotImplementedError("nothing is published in an enumerated world")
 
 
@@ -158,7 +158,7 @@ class _Reader:
         if 0 <= self.world.doubt < len(request.token_ids):
             logprobs[self.world.doubt, int(request.token_ids[self.world.doubt])] -= 1.0
             logprobs = logprobs.log_softmax(-1)
-        match request.want:
+        match request.kind:
             case TopK(k=k):
                 return _said(logprobs, request.token_ids, k)
             case AtIds(ids=ids):
@@ -177,7 +177,7 @@ def _words(hidden: Tensor) -> np.ndarray:
     return hidden.numpy()
 
 
-class Grader:
+class EnumeratedGrader:
     """Rewards 0, 0.25 .. 1 that depend on every token."""
 
     async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -197,7 +197,7 @@ class Words:
     def encode(self, text: str) -> np.ndarray:
         return np.asarray([int(word) for word in text.split()], dtype=np.int32)
 
-    def encode_all(self, prompts: Sequence[Said]) -> list[np.ndarray]:
+    def encode_all(self, prompts: Sequence[PromptText]) -> list[np.ndarray]:
         return [self.encode(str(said.text)) for said in prompts]
 
     def decode(self, ids: np.ndarray) -> str:

@@ -43,7 +43,7 @@ def _wrong_questions(found: Case) -> int:
         for name in (getattr(scorer, "shares", None) or [item.trajectory.prompt.teacher])
     }
     asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in found.seen.notes.asked}
-    return len(asked - due) + (len(due - asked) if scorer.asks else 0)
+    return len(asked - due) + (len(due - asked) if scorer.requires else 0)
 
 
 def _wrong_requests(found: Case) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from opd.doctor import learner_checks, teacher_checks
 from opd.doctor.findings import Evidence, Finding, Subject, ask, fine, refused, warned
 from opd.errors import DataError
-from opd.ports import Engines, LastHidden, Sampling, TextEngine, TopK, WrittenToken
+from opd.ports import Engines, LastHidden, SampledToken, Sampling, TextEngine, TopK
 from opd.rollouts.student import write
 from opd.scorers.reward import task_rewards
 from opd.types import Prompt, TokenScores, Trajectory
@@ -26,7 +26,7 @@ async def examine(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) 
     sampling = Sampling(max_tokens=max_tokens, topk=min(subject.support, subject.vocabulary))
     written = await write(prompts, subject.engines.student, sampling)
     try:
-        said = await ask(subject.teacher, written, WrittenToken())
+        said = await ask(subject.teacher, written, SampledToken())
     except DataError as error:
         return [_unreadable("answers", subject, error)]
     evidence = Evidence(written=written, said=said)

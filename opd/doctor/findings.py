@@ -6,7 +6,7 @@ from enum import Enum
 
 import numpy as np
 
-from opd.ports import Engines, Kinds, Learner, LogprobTeacher, ScoreRequest, Want
+from opd.ports import Engines, Learner, LogprobTeacher, ScoreKind, ScoreKinds, ScoreRequest
 from opd.scorers.validation import verify
 from opd.types import TokenScores, Trajectory
 
@@ -30,7 +30,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
+class CheckThresholds:
     """Where a finding stops being fine. Chosen by us; no paper gives them, except where named.
 
     `tolerance`: nats by which two readings of the same token may differ, `mean_tolerance` by which they may on average
@@ -64,13 +64,13 @@ class Subject:
     engines: Engines
     learner: Learner
     replicas: Sequence[LogprobTeacher]
-    answers: Kinds
+    answers: ScoreKinds
     vocabulary: int
     reference: LogprobTeacher | None = None
     twin: LogprobTeacher | None = None
     support: int = 16
     exact: bool = True
-    thresholds: Thresholds = Thresholds()
+    thresholds: CheckThresholds = CheckThresholds()
 
     @property
     def teacher(self) -> LogprobTeacher:
@@ -86,9 +86,9 @@ class Evidence:
     said: Sequence[TokenScores]
 
 
-async def ask(teacher: LogprobTeacher, written: Sequence[Trajectory], want: Want) -> list[TokenScores]:
+async def ask(teacher: LogprobTeacher, written: Sequence[Trajectory], kind: ScoreKind) -> list[TokenScores]:
     """Testimony about the written texts, verified."""
-    requests = [ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, want=want) for t in written]
+    requests = [ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kind=kind) for t in written]
     answers = await teacher.score(requests)
     verify(requests, answers)
     return list(answers)

@@ -1,6 +1,6 @@
 """The doctor's probes of a teacher: one question each, answered from what the teacher says of the student's texts.
 
-None needs a second model to compare with: a shifted, renormalised or unsteady teacher contradicts itself.
+None needs a second model to compare with: a shifted, renormalized or unsteady teacher contradicts itself.
 """
 
 from dataclasses import replace
@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from opd.doctor.findings import Evidence, Finding, Subject, ask, distance, fine, refused, warned
-from opd.ports import TopK, WrittenToken
-from opd.types import Stop, TopKScores, Trajectory
+from opd.ports import SampledToken, TopK
+from opd.types import StopReason, TopKScores, Trajectory
 from opd.types.log_probs import ROUNDING
 
 
@@ -25,8 +25,8 @@ async def causality(subject: Subject, evidence: Evidence) -> Finding:
     written, plain = [t for t, _ in texts], [s for _, s in texts]
     places = [1 + number % max(1, len(t) - 2) for number, t in enumerate(written)]
     changed = [_exchanged(t, at, subject.vocabulary) for t, at in zip(written, places, strict=True)]
-    again = await ask(subject.teacher, changed, WrittenToken())
-    repeated = await ask(subject.teacher, written, WrittenToken())
+    again = await ask(subject.teacher, changed, SampledToken())
+    repeated = await ask(subject.teacher, written, SampledToken())
     floor = max(ROUNDING, *[distance(a, b) for a, b in zip(plain, repeated, strict=True)])
     pairs = list(zip(plain, again, places, strict=True))
     before = float(np.median([distance(a, b, at - 1, at) for a, b, at in pairs]))
@@ -73,8 +73,8 @@ def _exchanged(trajectory: Trajectory, at: int, vocabulary: int) -> Trajectory:
 
 async def steadiness(subject: Subject, evidence: Evidence) -> Finding:
     """The same text in other company and order gets the same answer."""
-    backwards = (await ask(subject.teacher, evidence.written[::-1], WrittenToken()))[::-1]
-    alone = await ask(subject.teacher, evidence.written[:1], WrittenToken())
+    backwards = (await ask(subject.teacher, evidence.written[::-1], SampledToken()))[::-1]
+    alone = await ask(subject.teacher, evidence.written[:1], SampledToken())
     gap = max(
         *[distance(a, b) for a, b in zip(evidence.said, backwards, strict=True)], distance(evidence.said[0], alone[0])
     )
@@ -95,7 +95,7 @@ async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
         return fine("replicas", "one replica")
     worst = 0.0
     for number, replica in enumerate(subject.replicas):
-        answers = await ask(replica, evidence.written[:4], WrittenToken())
+        answers = await ask(replica, evidence.written[:4], SampledToken())
         gap = max(distance(a, b) for a, b in zip(evidence.said, answers, strict=False))
         worst = max(worst, gap)
         if gap > subject.thresholds.tolerance:
@@ -111,7 +111,7 @@ async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
 async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
     """The same checkpoint, read by another backend, says the same."""
     assert subject.reference is not None
-    said = await ask(subject.reference, evidence.written, WrittenToken())
+    said = await ask(subject.reference, evidence.written, SampledToken())
     gap = max(distance(a, b) for a, b in zip(evidence.said, said, strict=True))
     measured = f"{gap:.2g} nats from the torch backend"
     if gap > subject.thresholds.tolerance:
@@ -126,7 +126,7 @@ async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
-    """Top-k logprobs are under the full softmax, not renormalised on the k, and know the written token."""
+    """Top-k logprobs are under the full softmax, not renormalized on the k, and know the written token."""
     wide = await topk(subject, evidence)
     few = [s for s in await ask(subject.teacher, evidence.written, TopK(k=2)) if isinstance(s, TopKScores)]
     gap = max(
@@ -147,7 +147,7 @@ async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
         return refused(
             "full softmax",
             measured,
-            f"teacher {subject.name!r} renormalises its top-k: the same token has another logprob for another k; it "
+            f"teacher {subject.name!r} renormalizes its top-k: the same token has another logprob for another k; it "
             "must answer with logprobs of the full softmax at temperature 1",
         )
     if written > tolerance:
@@ -223,7 +223,7 @@ async def first_token(subject: Subject, evidence: Evidence) -> Finding:
 
 async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
     """The token that ends a completion is one with which the teacher ends texts, too."""
-    ended = [s for t, s in zip(evidence.written, evidence.said, strict=True) if t.stop is Stop.END]
+    ended = [s for t, s in zip(evidence.written, evidence.said, strict=True) if t.stop is StopReason.END]
     if not ended:
         longest = max(len(t) for t in evidence.written)
         return warned(
@@ -251,7 +251,7 @@ async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
 async def own_teacher(subject: Subject, evidence: Evidence) -> Finding:
     """A teacher of the same backend that holds the student's checkpoint says what the student said: KL 0."""
     assert subject.twin is not None
-    said = await ask(subject.twin, evidence.written, WrittenToken())
+    said = await ask(subject.twin, evidence.written, SampledToken())
     gap = max(distance(t.behavior, s) for t, s in zip(evidence.written, said, strict=True))
     measured = f"{gap:.2g} nats from its own text"
     if gap > subject.thresholds.tolerance:

@@ -9,9 +9,9 @@ from typing import Any
 
 from opd.errors import OpdError
 from opd.loop.ledger import Entry, Ledger, State, entries_of
-from opd.loop.staleness import Pipeline
+from opd.loop.staleness import StalenessSchedule
 from opd.method.method import Method
-from opd.observability.spans import Role, Span
+from opd.observability.spans import Span, Stage
 from opd.ports import Engines, PromptSource, Sources
 from opd.types import Prompt, Scored, Trajectory, nbytes
 
@@ -19,7 +19,7 @@ Group = list[Scored[Any]]
 
 
 @dataclass(slots=True)
-class Collected:
+class BufferedStep:
     """A step's groups in the order asked, and who worked for it when (`loop.time()`, from `began`)."""
 
     step: int
@@ -37,23 +37,23 @@ class Collected:
     @property
     def written(self) -> float:
         """When the last completion was there."""
-        return self._last(Role.ROLLOUT)
+        return self._last(Stage.ROLLOUT)
 
     @property
     def read(self) -> float:
         """When the last testimony was there."""
-        return self._last(Role.TEACHER)
+        return self._last(Stage.TEACHER)
 
-    def _last(self, role: Role) -> float:
+    def _last(self, role: Stage) -> float:
         return max((span.end for span in self.spans if span.role is role), default=self.began)
 
 
-class Collector:
+class RolloutBuffer:
     """Begins steps in order; `run` in a task, `take` what is ready, `advance` when new weights are live."""
 
     def __init__(
         self, method: Method, prompts: PromptSource, sources: Sources, engines: Engines, ledger: Ledger,
-        pipeline: Pipeline, start: int, steps: int,
+        pipeline: StalenessSchedule, start: int, steps: int,
     ) -> None:  # fmt: skip
         self._method, self._prompts, self._sources, self._engines = method, prompts, sources, engines
         self._ledger, self._pipeline, self._start, self._steps = ledger, pipeline, start, steps
@@ -62,7 +62,9 @@ class Collector:
         self._changed = asyncio.Condition()
         self._reading = asyncio.Lock()
         self._written: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
-        self._ready: defaultdict[int, asyncio.Future[Collected]] = defaultdict(asyncio.get_running_loop().create_future)
+        self._ready: defaultdict[int, asyncio.Future[BufferedStep]] = defaultdict(
+            asyncio.get_running_loop().create_future
+        )
 
     async def run(self) -> None:
         """Collect all steps; a failure anywhere ends it."""
@@ -72,11 +74,11 @@ class Collector:
                     await self._changed.wait_for(lambda s=step: self._may_begin(s))
                 tasks.create_task(self._collect(self._begin(step)))
 
-    async def take(self, step: int) -> Collected:
+    async def take(self, step: int) -> BufferedStep:
         """The step's groups, written and read; steps are taken by number, not by who finished first."""
         return await self._ready[step]
 
-    async def again(self, collected: Collected, which: Sequence[int]) -> None:
+    async def again(self, collected: BufferedStep, which: Sequence[int]) -> None:
         """Have the groups `which` written and read once more, by the weights that are live now."""
         fresh = await _all([self._through(collected, collected.asked[i]) for i in which])
         for i, group in zip(which, fresh, strict=True):
@@ -87,7 +89,7 @@ class Collector:
         if not self._pipeline.drains:
             return
         if self._pipeline.deterministic:
-            due = [s for s in range(version, self._steps) if self._pipeline.writer(s, self._start) < version]
+            due = [s for s in range(version, self._steps) if self._pipeline.min_version(s, self._start) < version]
         else:
             self._swapping = True  # nothing new is begun until `advance`
             due = list(self._written)
@@ -96,7 +98,7 @@ class Collector:
             if self._pipeline.deterministic and self._pipeline.teacher_follows:
                 await asyncio.wait({self._ready[step]})
 
-    async def advance(self, version: int, trained: Collected) -> None:
+    async def advance(self, version: int, trained: BufferedStep) -> None:
         """`version` is live, and the text of `trained` is not needed any more."""
         async with self._changed:
             self._live, self._swapping = version, False
@@ -106,20 +108,20 @@ class Collector:
             self._changed.notify_all()
 
     def _may_begin(self, step: int) -> bool:
-        if self._swapping or self._live < self._pipeline.writer(step, self._start):
+        if self._swapping or self._live < self._pipeline.min_version(step, self._start):
             return False
         # What is being written will be as large as the largest step so far, for all we know.
         expected = self._held + self._writing * self._largest
         return self._pipeline.deterministic or expected < self._pipeline.max_buffer_bytes
 
-    def _begin(self, step: int) -> Collected:
+    def _begin(self, step: int) -> BufferedStep:
         asked = [list(g) for _, g in groupby(self._prompts(step, self._sources), key=lambda prompt: prompt.id)]
         self._ledger.issue(step, [entry for group in entries_of(step, asked) for entry in group])
         self._written[step].clear()
         self._writing += 1
-        return Collected(step=step, began=asyncio.get_running_loop().time(), asked=asked)
+        return BufferedStep(step=step, began=asyncio.get_running_loop().time(), asked=asked)
 
-    async def _collect(self, collected: Collected) -> None:
+    async def _collect(self, collected: BufferedStep) -> None:
         """Every group is read as soon as it is written; if all must repeat, as one batch when all are."""
         step = collected.step
         if self._pipeline.deterministic:
@@ -134,7 +136,7 @@ class Collector:
         self._largest = max(self._largest, collected.nbytes)
         self._ready[step].set_result(collected)
 
-    async def _stream(self, collected: Collected) -> list[Group]:
+    async def _stream(self, collected: BufferedStep) -> list[Group]:
         left = len(collected.asked)
         if not left:
             self._written[collected.step].set()
@@ -149,27 +151,27 @@ class Collector:
 
         return await _all([one(group) for group in collected.asked])
 
-    async def _through(self, collected: Collected, group: list[Prompt]) -> Group:
+    async def _through(self, collected: BufferedStep, group: list[Prompt]) -> Group:
         return await self._read(collected, await self._write(collected, group))
 
-    async def _write(self, collected: Collected, group: list[Prompt]) -> list[Trajectory]:
+    async def _write(self, collected: BufferedStep, group: list[Prompt]) -> list[Trajectory]:
         began = asyncio.get_running_loop().time()
         written = await self._method.rollout(group, self._engines)
-        collected.spans.append(self._span(Role.ROLLOUT, collected.step, began))
+        collected.spans.append(self._span(Stage.ROLLOUT, collected.step, began))
         names = _names(collected.step, written)
         asked = entries_of(collected.step, [group])[0]
         self._ledger.move(names, State.GENERATED)
         self._ledger.move(sorted(set(asked) - set(names)), State.DROPPED, "not written")
         return written
 
-    async def _read(self, collected: Collected, written: list[Trajectory]) -> Group:
+    async def _read(self, collected: BufferedStep, written: list[Trajectory]) -> Group:
         began = asyncio.get_running_loop().time()
         scores = await self._method.scorer(written, self._engines) if written else []
-        collected.spans.append(self._span(Role.TEACHER, collected.step, began))
+        collected.spans.append(self._span(Stage.TEACHER, collected.step, began))
         self._ledger.move(_names(collected.step, written), State.SCORED)
         return [Scored(trajectory=t, scores=s) for t, s in zip(written, scores, strict=True)]
 
-    def _span(self, role: Role, step: int, began: float) -> Span:
+    def _span(self, role: Stage, step: int, began: float) -> Span:
         return Span(role=role, step=step + 1, start=began, end=asyncio.get_running_loop().time())
 
 
@@ -182,10 +184,10 @@ def _names(step: int, trajectories: Sequence[Trajectory]) -> list[Entry]:
     return [Entry(step, t.prompt.id, t.sample) for t in trajectories]
 
 
-def refused(collected: Collected, pipeline: Pipeline, published: Mapping[int, str]) -> dict[Entry, str]:
+def rejected(collected: BufferedStep, pipeline: StalenessSchedule, published: Mapping[int, str]) -> dict[Entry, str]:
     """The trajectories of a step that may not be trained at it, and why."""
     reasons = {
-        name: pipeline.refusal(item.trajectory, collected.step, published)
+        name: pipeline.reject_reason(item.trajectory, collected.step, published)
         for group in collected.groups
         for name, item in zip(names_of(collected.step, group), group, strict=True)
     }

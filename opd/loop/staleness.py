@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from opd.errors import ConfigurationError
-from opd.types import NOBODY, Trajectory
+from opd.types import NO_VERSION, Trajectory
 
 
 class WeightUpdate(Enum):
@@ -16,18 +16,19 @@ class WeightUpdate(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
+class StalenessSchedule:
     """When a step's text may be written, and by which policy version.
 
     Version `v` is the student after `v` updates; step `s` (from 0) updates version `s`. No token that is trained at
     step `s` was written by a version below `s - max_staleness`. `max_buffer_bytes` bounds what waits to be trained:
     while more is held or expected (what is being written counts like the largest step so far), no step is begun.
 
-    `deterministic` makes all of it a function of step numbers: the text of step `s` is written by version `writer(s)`
-    alone, whatever the speed of the engines, and is read by the teacher when the whole step is written. It implies
-    `DRAIN`; `max_buffer_bytes` is not looked at. With `barrier_every` (steps between checkpoints; 0 = never) no text is
-    written across a checkpoint, so a run that goes on from one writes what the uninterrupted run wrote. Where a teacher
-    changes with the student (`teacher_follows`) a step's text is also read before the weights after its own arrive.
+    `deterministic` makes all of it a function of step numbers: the text of step `s` is written by version
+    `min_version(s)` alone, whatever the speed of the engines, and is read by the teacher when the whole step is
+    written. It implies `DRAIN`; `max_buffer_bytes` is not looked at. With `barrier_every` (steps between checkpoints; 0
+    = never) no text is written across a checkpoint, so a run that goes on from one writes what the uninterrupted run
+    wrote. Where a teacher changes with the student (`teacher_follows`) a step's text is also read before the weights
+    after its own arrive.
     """
 
     max_staleness: int = 0
@@ -50,7 +51,7 @@ class Pipeline:
         """Is text finished before new weights arrive?"""
         return self.deterministic or self.update is WeightUpdate.DRAIN
 
-    def writer(self, step: int, start: int = 0) -> int:
+    def min_version(self, step: int, start: int = 0) -> int:
         """The oldest version that may write for `step`, which begins when it is live, in a run from step `start` on."""
         oldest = max(start, step - self.max_staleness)
         if self.deterministic and self.barrier_every:
@@ -68,12 +69,12 @@ class Pipeline:
         them a run could not go on as it was; without any it is of any step, since nothing is promised there."""
         return self.repeats_from(step) or not (self.deterministic and self.barrier_every)
 
-    def refusal(self, trajectory: Trajectory, step: int, published: Mapping[int, str]) -> str:
+    def reject_reason(self, trajectory: Trajectory, step: int, published: Mapping[int, str]) -> str:
         """Why `trajectory` must not be trained at `step`; "" if it may. `published` has the digest of every version.
 
-        Text of somebody else than the student (`NOBODY`) has no age.
+        Text of somebody else than the student (`NO_VERSION`) has no age.
         """
-        versions = trajectory.versions[trajectory.versions != NOBODY]
+        versions = trajectory.versions[trajectory.versions != NO_VERSION]
         if not len(versions):
             return ""
         if int(versions.min()) < step - self.max_staleness:

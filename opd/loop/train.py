@@ -10,16 +10,16 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.loop.ledger import Ledger, State
-from opd.loop.rollout_buffer import Collected, Collector, names_of, refused
-from opd.loop.staleness import Pipeline
+from opd.loop.rollout_buffer import BufferedStep, RolloutBuffer, names_of, rejected
+from opd.loop.staleness import StalenessSchedule
 from opd.loss.packing import pack
 from opd.method.method import Method, weigh
-from opd.observability.spans import Role, Span
+from opd.observability.spans import Span, Stage
 from opd.ports import Engines, Learner, Observer, PromptSource, PublishReport, Sources
 from opd.types import Scored, StepReport
 
 _EMPTY_STEPS = 3  # so many in a row with nothing to train are no accident of a filter
-_ON_POLICY = Pipeline()
+_ON_POLICY = StalenessSchedule()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ async def train(
     *,
     start: int,
     steps: int,
-    pipeline: Pipeline = _ON_POLICY,
+    pipeline: StalenessSchedule = _ON_POLICY,
     ledger: Ledger | None = None,
 ) -> Ledger:
     """Train from step `start` (0 = new) to `steps`; returns the account of all trajectories.
@@ -65,7 +65,7 @@ async def train(
     now = asyncio.get_running_loop().time  # a simulation brings its own
     ledger, empty = ledger or Ledger(), 0
     ledger.begin(start)
-    collector = Collector(method, prompts, sources, engines, ledger, pipeline, start, steps)
+    collector = RolloutBuffer(method, prompts, sources, engines, ledger, pipeline, start, steps)
     # The engines repeat the learner's weights before the first token is written, not only after the first update.
     published = await learner.publish(engines.student, start)
     digests = {published.version: published.digest}
@@ -80,12 +80,12 @@ async def train(
             weights = weigh(method.weights, collected.scored)  # 0 = not trained
             empty = 0 if any(w.any() for w in weights) else empty + 1
             update = asyncio.ensure_future(_update(method, learner, collected.scored, weights, empty, step + 1))
-            taken = _Taken(step=step, collected=collected, weights=weights, began=began, waited=waited)
+            taken = _LearnedStep(step=step, collected=collected, weights=weights, began=began, waited=waited)
             try:
                 live = await _go_live(update, collector, learner, engines, step + 1)
             except BaseException:
                 # Whatever has failed meanwhile: a step that the student has learned is accounted for and told of.
-                await _tell(observers, ledger, taken, await update, _Live.nowhere(step + 1))
+                await _tell(observers, ledger, taken, await update, _Publication.nowhere(step + 1))
                 raise
             digests[live.published.version] = live.published.digest
             await _tell(observers, ledger, taken, await update, live)  # the update has long ended
@@ -94,18 +94,18 @@ async def train(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Taken:
+class _LearnedStep:
     """A step that is handed to the learner; times are of the loop's clock."""
 
     step: int
-    collected: Collected
+    collected: BufferedStep
     weights: Sequence[Float[np.ndarray, " _T"]]
     began: float
     waited: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Live:
+class _Publication:
     """When a step's update, the text before it and its publication had ended; did its weights reach the engines?"""
 
     published: PublishReport
@@ -115,7 +115,7 @@ class _Live:
     reached: bool = True
 
     @classmethod
-    def nowhere(cls, version: int) -> "_Live":
+    def nowhere(cls, version: int) -> "_Publication":
         """They are in no engine."""
         now = asyncio.get_running_loop().time()
         report = PublishReport(version=version, gap=math.nan, nbytes=0)
@@ -123,18 +123,20 @@ class _Live:
 
 
 async def _go_live(
-    update: "asyncio.Future[StepReport]", collector: Collector, learner: Learner, engines: Engines, version: int
-) -> _Live:
+    update: "asyncio.Future[StepReport]", collector: RolloutBuffer, learner: Learner, engines: Engines, version: int
+) -> _Publication:
     now = asyncio.get_running_loop().time
     await asyncio.shield(update)
     updated = now()
     await collector.drained(version)
     drained = now()
     published = await learner.publish(engines.student, version)
-    return _Live(published=published, updated=updated, drained=drained, ended=now())
+    return _Publication(published=published, updated=updated, drained=drained, ended=now())
 
 
-async def _tell(observers: Sequence[Observer], ledger: Ledger, taken: _Taken, report: StepReport, live: _Live) -> None:
+async def _tell(
+    observers: Sequence[Observer], ledger: Ledger, taken: _LearnedStep, report: StepReport, live: _Publication
+) -> None:
     """Account for a step, and tell everybody of it."""
     _account(ledger, taken.step, taken.collected.scored, taken.weights)
     record = StepRecord(
@@ -152,7 +154,7 @@ async def _tell(observers: Sequence[Observer], ledger: Ledger, taken: _Taken, re
         await observer(record)
 
 
-def _seconds(taken: _Taken, live: _Live) -> dict[str, float]:
+def _seconds(taken: _LearnedStep, live: _Publication) -> dict[str, float]:
     """See `StepRecord.seconds`."""
     collected = taken.collected
     return {
@@ -165,32 +167,36 @@ def _seconds(taken: _Taken, live: _Live) -> dict[str, float]:
     }
 
 
-def _spans(taken: _Taken, live: _Live) -> list[Span]:
+def _spans(taken: _LearnedStep, live: _Publication) -> list[Span]:
     """See `StepRecord.spans`."""
     step = taken.step + 1
     return [
         *taken.collected.spans,
-        Span(role=Role.LEARNER, step=step, start=taken.waited, end=live.updated),
-        Span(role=Role.PUBLISH, step=step, start=live.drained, end=live.ended),
+        Span(role=Stage.LEARNER, step=step, start=taken.waited, end=live.updated),
+        Span(role=Stage.PUBLISH, step=step, start=live.drained, end=live.ended),
     ]
 
 
 async def _lease(
-    collector: Collector, collected: Collected, pipeline: Pipeline, digests: Mapping[int, str], ledger: Ledger
+    collector: RolloutBuffer,
+    collected: BufferedStep,
+    pipeline: StalenessSchedule,
+    digests: Mapping[int, str],
+    ledger: Ledger,
 ) -> None:
     """Hand a step to the learner: text that is too old, or of weights nobody published, is written again, once.
 
     With the pipeline's own schedule there is none; it takes an engine that missed an update. What comes back like that
     a second time is dropped.
     """
-    reasons = refused(collected, pipeline, digests)
+    reasons = rejected(collected, pipeline, digests)
     which = [i for i, g in enumerate(collected.groups) if any(n in reasons for n in names_of(collected.step, g))]
     for i in which:
         names = names_of(collected.step, collected.groups[i])
         ledger.requeue(names, next(reasons[name] for name in names if name in reasons))
     if which:
         await collector.again(collected, which)
-        reasons = refused(collected, pipeline, digests)
+        reasons = rejected(collected, pipeline, digests)
         for name, reason in reasons.items():
             ledger.move([name], State.DROPPED, reason)
         collected.groups = [

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.errors import ConfigurationError
-from opd.loss.metric_sums import Table, Tally
+from opd.loss.metric_sums import MetricSums, MetricTable
 from opd.types import Batch, EnsembleScores, HiddenScores, Scores, TokenLoss, VocabularyScores
 
 
@@ -192,7 +192,7 @@ def chunk_rows(head: Float[Tensor, "V H"]) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
+class _Evaluation:
     """How a loss is evaluated, and where the metrics of its blocks are noted."""
 
     prepare: Prepare
@@ -200,7 +200,7 @@ class _Plan:
     chunk: int
     in_blocks: bool
     overlap_k: int
-    found: Table
+    found: MetricTable
 
     def loss(self, logits: Float[Tensor, "n V"], start: int, stop: int, evaluate: Evaluate) -> Float[Tensor, ""]:
         """The weighted loss of rows `start:stop`, whose logits are given."""
@@ -253,7 +253,7 @@ class _FlatLoss(torch.autograd.Function):
 def _chunk(
     hidden: Float[Tensor, "L H"],
     head: Float[Tensor, "V H"],
-    plan: _Plan,
+    plan: _Evaluation,
     start: int,
     stop: int,
     grad_hidden: Float[Tensor, "L H"] | None,
@@ -292,7 +292,7 @@ def flat_loss(
     *,
     chunk: int = 0,
     overlap_k: int = 16,
-) -> tuple[Float[Tensor, ""], Tally]:
+) -> tuple[Float[Tensor, ""], MetricSums]:
     """The weighted sum of a per-token loss (float64 scalar with gradient) and the tally of its metrics.
 
     For every chunk of rows `prepare(start, stop)` is called once (a teacher's logits are made here), and what it
@@ -310,16 +310,16 @@ def chunked_loss(
     weights: Float[Tensor, " L"],
     evaluate: Evaluate,
     chunk: int,
-) -> tuple[Float[Tensor, ""], Tally]:
+) -> tuple[Float[Tensor, ""], MetricSums]:
     """`flat_loss` in its simple form: `evaluate(student, start, stop)` is called once per chunk."""
     return _flat(hidden, head, weights, lambda *_: evaluate, chunk, 16, in_blocks=False)
 
 
 def _flat(
     hidden: Tensor, head: Tensor, weights: Tensor, prepare: Prepare, chunk: int, overlap_k: int, in_blocks: bool
-) -> tuple[Tensor, Tally]:
-    found = Table(rows=len(hidden), device=hidden.device)
-    plan = _Plan(
+) -> tuple[Tensor, MetricSums]:
+    found = MetricTable(rows=len(hidden), device=hidden.device)
+    plan = _Evaluation(
         prepare=prepare, weights=weights, chunk=chunk, in_blocks=in_blocks, overlap_k=overlap_k, found=found
     )  # fmt: skip
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
@@ -333,4 +333,4 @@ def _flat(
             for block in plan.blocks(logits):
                 rows = logits[block]
                 total += plan.loss(rows, start + block.start, start + block.start + len(rows), evaluate)
-    return total, found.tally(weights > 0)
+    return total, found.sums(weights > 0)

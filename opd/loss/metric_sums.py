@@ -19,27 +19,27 @@ _ADVICE = "an objective reports NaN where a metric is not defined, instead of le
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tally:
+class MetricSums:
     """Of `M` metrics: the sum, the number of tokens where each is defined, and the greatest value (float64).
 
     Lives on the device until somebody asks for `means`; `plus` is associative and commutative up to float64
     rounding, so the result does not depend on how tokens were split. Example: of one metric with values
-    `[1, NaN, 5]`, all active: `Tally(names=("x",), totals=[6.0], counts=[2.0], greatest=[5.0])`.
+    `[1, NaN, 5]`, all active: `MetricSums(names=("x",), totals=[6.0], counts=[2.0], maxima=[5.0])`.
     """
 
     names: tuple[str, ...]
     totals: Float[Tensor, " M"]
     counts: Float[Tensor, " M"]
-    greatest: Float[Tensor, " M"]
+    maxima: Float[Tensor, " M"]
 
     @staticmethod
-    def of(metrics: Mapping[str, Float[Tensor, " L"]], active: Bool[Tensor, " L"]) -> "Tally":
+    def of(metrics: Mapping[str, Float[Tensor, " L"]], active: Bool[Tensor, " L"]) -> "MetricSums":
         """Count the `active` tokens; NaN means "not defined at this token" and is left out."""
-        table = Table(rows=len(active), device=active.device)
+        table = MetricTable(rows=len(active), device=active.device)
         table.write(0, metrics)
-        return table.tally(active)
+        return table.sums(active)
 
-    def plus(self, other: "Tally") -> "Tally":
+    def plus(self, other: "MetricSums") -> "MetricSums":
         """Both together.
 
         Raises:
@@ -47,11 +47,11 @@ class Tally:
         """
         if self.names != other.names:
             raise DataError(f"{_DIFFERENT} {self.names} and {other.names}; {_ADVICE}")
-        return Tally(
+        return MetricSums(
             names=self.names,
             totals=self.totals + other.totals,
             counts=self.counts + other.counts,
-            greatest=torch.maximum(self.greatest, other.greatest),
+            maxima=torch.maximum(self.maxima, other.maxima),
         )
 
     def means(self) -> dict[str, float]:
@@ -59,17 +59,17 @@ class Tally:
 
         A metric that was defined nowhere is absent. Waits for the device.
         """
-        table = torch.stack([self.totals, self.counts, self.greatest]).tolist()
+        table = torch.stack([self.totals, self.counts, self.maxima]).tolist()
         found: dict[str, float] = {}
-        for name, total, count, greatest in zip(self.names, *table, strict=True):
+        for name, total, count, maxima in zip(self.names, *table, strict=True):
             if count:
                 found[name] = total / count
                 if name in MAXIMA:
-                    found[f"{name}_max"] = greatest
+                    found[f"{name}_max"] = maxima
         return found
 
 
-class Table:
+class MetricTable:
     """The metrics of `rows` tokens, filled block by block; what the blocks made can be freed at once.
 
     One array from the start: many small ones, kept between the large ones that come and go, would cut the heap into
@@ -98,13 +98,13 @@ class Table:
             block = torch.stack([metrics[name] for name in names])
             self._values[:, start : start + block.shape[1]] = block
 
-    def tally(self, active: Bool[Tensor, " L"]) -> Tally:
+    def sums(self, active: Bool[Tensor, " L"]) -> MetricSums:
         """Sums and counts over the `active` rows."""
         defined = active & ~self._values.isnan()
         least = self._values.new_full((len(self._values), 1), -inf)  # so that no tokens at all have a greatest value
-        return Tally(
+        return MetricSums(
             names=self._names or (),
             totals=torch.where(defined, self._values, 0.0).sum(-1),
             counts=defined.sum(-1, dtype=torch.float64),
-            greatest=torch.cat([least, torch.where(defined, self._values, -inf)], dim=-1).amax(-1),
+            maxima=torch.cat([least, torch.where(defined, self._values, -inf)], dim=-1).amax(-1),
         )

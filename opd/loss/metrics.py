@@ -33,7 +33,7 @@ Metrics = dict[str, Tensor]
 class Overlap:
     """How the likeliest tokens of two distributions meet, per token (arXiv 2604.13016, section 4b, k = 16 there).
 
-    `ratio` is |S_p & S_q| / k. `advantage` is `sum p' (log q' - log p')` over the intersection, both renormalised on
+    `ratio` is |S_p & S_q| / k. `advantage` is `sum p' (log q' - log p')` over the intersection, both renormalized on
     it and weighted by the student: never above 0, 0 where they agree, NaN where the intersection is empty. The
     masses are what each model gives to the intersection.
     """

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from opd.errors import ConfigurationError, DataError
 from opd.loss.packing import Normalizer, TokenMean
-from opd.method.promises import ClippedCredit, Testified, Union, renormalized
+from opd.method.promises import ClippedCredit, ScoredSupport, Union, renormalized
 from opd.method.slots import Objective, Rollout, Scorer, TokenWeight, Update
 from opd.ports import PromptSource
 from opd.settings.ranges import Matches
@@ -94,7 +94,7 @@ class Method:
     def _check_supports(self) -> None:
         """Refuse an objective that renormalizes over a single id, where every distribution is the same."""
         for support in renormalized(getattr(self.objective, "promise", None)):
-            setting, ids = _ids(self) if isinstance(support, Testified) else _ids_of(self.objective, support)
+            setting, ids = _ids(self) if isinstance(support, ScoredSupport) else _ids_of(self.objective, support)
             if ids == 1:
                 raise ConfigurationError(
                     f"objective {_name(self.objective)} renormalizes over its support and needs at least 2 ids there, "

@@ -6,7 +6,7 @@ the objective that gives it, tokens drawn from the writer and states held fixed,
 vocabularies), not for speed: nothing here runs in training.
 
 On a support, members keep their log-probability and all others become 0, the log of 1: a pair of ones adds nothing to
-any divergence below, so the same few formulas serve the whole vocabulary, a renormalised support and a tail bucket.
+any divergence below, so the same few formulas serve the whole vocabulary, a renormalized support and a tail bucket.
 """
 
 from collections.abc import Iterator
@@ -129,7 +129,7 @@ class GeneralizedReverseKL:
 
 
 @dataclass(frozen=True, slots=True)
-class Testified:
+class ScoredSupport:
     """The ids the scorer asked the teacher about."""
 
     def __call__(self, states: States) -> Bool[Tensor, "n V"]:
@@ -369,7 +369,7 @@ def renormalized(promise: Any) -> Iterator[Support]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
+class LimitingCase:
     """A limiting case of an objective: `objective`'s expected gradient, times `scale`, tends to that of `promise`.
 
     `tolerance` is relative, and as wide as the distance from the limit. Objectives list theirs as `limits`.

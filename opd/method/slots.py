@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.method.promises import Promise
-from opd.ports import Engines, Kinds, Learner
+from opd.ports import Engines, Learner, ScoreKinds
 from opd.settings.validation import may_lack
 from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, TokenScores, Trajectory
 
@@ -55,7 +55,7 @@ class Scorer(Protocol):
         ...
 
     @property
-    def asks(self) -> Kinds:
+    def requires(self) -> ScoreKinds:
         """The kinds of requests it sends to teachers; a backend that cannot answer them is refused when planned."""
         ...
 
@@ -93,7 +93,7 @@ class TokenWeight(Protocol):
 
 @may_lack("on_policy", "promise")  # without a promise it cannot be certified
 class Objective(Protocol):
-    """What is minimised per token: direction, support and estimator are one choice."""
+    """What is minimized per token: direction, support and estimator are one choice."""
 
     @property
     def consumes(self) -> type[Scores]:

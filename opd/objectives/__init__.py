@@ -1,1 +1,1 @@
-"""What is minimised per token."""
+"""What is minimized per token."""

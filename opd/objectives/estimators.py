@@ -19,7 +19,7 @@ from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Vocabul
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _OnWrittenTokens:
+class _OnSampledTokens:
     """What all estimators over the student's own tokens share."""
 
     on_policy: ClassVar[bool] = True
@@ -39,7 +39,7 @@ def _rewarded(student: StudentLogits, batch: Batch[TokenScores], baseline: Tenso
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SquaredReverseKL(_OnWrittenTokens):
+class SquaredReverseKL(_OnSampledTokens):
     """KL(student||teacher) on the written token as `sg(p / mu) l^2 / 2` (k2 as a loss; KDRL, arXiv 2506.02208).
 
     Direction: reverse. Support: the written token. The importance ratio is detached; gradient `p/mu l grad log p`.
@@ -55,7 +55,7 @@ class SquaredReverseKL(_OnWrittenTokens):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RatioReverseKL(_OnWrittenTokens):
+class RatioReverseKL(_OnSampledTokens):
     """KL(student||teacher) on the written token as `p / mu (q/p - 1 + l)`, ratio and k3 both differentiated.
 
     Direction: reverse. Support: the written token. Value and gradient are unbiased, also with a stale writer; per
@@ -74,7 +74,7 @@ class RatioReverseKL(_OnWrittenTokens):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BaselinedReverseKL(_OnWrittenTokens):
+class BaselinedReverseKL(_OnSampledTokens):
     """KL(student||teacher) on the written token, less the exact KL of the state as a baseline (vOPD, arXiv 2605.07865).
 
     Direction: reverse. Support: the written token; the baseline reads the whole vocabulary, detached. Policy gradient
@@ -89,7 +89,7 @@ class BaselinedReverseKL(_OnWrittenTokens):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopKBaselinedReverseKL(_OnWrittenTokens):
+class TopKBaselinedReverseKL(_OnSampledTokens):
     """The same with the baseline summed over the scorer's top-k alone: less variance removed, nothing else changed."""
 
     consumes: ClassVar[type[Scores]] = TopKScores

@@ -21,7 +21,7 @@ _FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # splitmix64
 
 
 def _mix(words: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """splitmix64's finaliser; int64 wraps as an unsigned word would, and shifts are made logical by masks."""
+    """splitmix64's finalizer; int64 wraps as an unsigned word would, and shifts are made logical by masks."""
     words = (words ^ ((words >> 30) & (2**34 - 1))) * _FIRST
     words = (words ^ ((words >> 27) & (2**37 - 1))) * _SECOND
     return words ^ ((words >> 31) & (2**33 - 1))

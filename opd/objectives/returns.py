@@ -7,7 +7,7 @@ from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.method import promises as exact
 from opd.objectives.topk import HeadTailReverseKL
-from opd.settings.ranges import In, Share
+from opd.settings.ranges import In, WeightShard
 from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, TopKReturnScores
 
@@ -30,7 +30,7 @@ class MiniLLM:
     on_policy: ClassVar[bool] = True
 
     # the paper's share of teacher-written tokens (0.2 there)
-    alpha: Share = 0.0
+    alpha: WeightShard = 0.0
     # weight of the long-term part beside the single-step one
     long_weight: Annotated[float, In(0, 1000, because="below 0 it trains away from the teacher")] = 1.0
 
@@ -48,9 +48,9 @@ class MiniLLM:
         return exact.Sum((exact.ReverseKL(), exact.Weighted(weight=self.long_weight, of=exact.ExpectedCredit())))
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         single, name = MiniLLM(long_weight=0.0), "without the long part it is the per-state reverse KL"
-        return (exact.Limit(name=name, objective=single, promise=exact.ReverseKL(), tolerance=1e-6),)
+        return (exact.LimitingCase(name=name, objective=single, promise=exact.ReverseKL(), tolerance=1e-6),)
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKReturnScores]) -> TokenLoss:
         single = HeadTailReverseKL()(student, batch)

@@ -14,7 +14,7 @@ from opd.settings.validation import settings
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
 
 
-class Speaker(Enum):
+class LogprobSource(Enum):
     """Whose log-probability stands for the student in a detached signal."""
 
     BEHAVIOR = "behavior"  # the writer's own, as recorded
@@ -46,18 +46,18 @@ class SampledReverseKL:
     # factor of the advantage
     coefficient: Annotated[float, In(1e-6, 1e6, because=TOWARDS)] = 1.0
     # whose log-probability is in the advantage: BEHAVIOR the writer's, STUDENT the current one's
-    signal: Speaker = Speaker.BEHAVIOR
+    signal: LogprobSource = LogprobSource.BEHAVIOR
 
     @property
     def promise(self) -> exact.Promise:
         said: exact.Promise = exact.ReverseKL()
-        if self.signal is Speaker.BEHAVIOR:
+        if self.signal is LogprobSource.BEHAVIOR:
             said = exact.Sum((said, exact.Weighted(weight=-1.0, of=exact.FromBehavior())))
         return said if self.coefficient == 1 else exact.Weighted(weight=self.coefficient, of=said)
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
-        own = batch.behavior_logprobs if self.signal is Speaker.BEHAVIOR else logprobs.detach()
+        own = batch.behavior_logprobs if self.signal is LogprobSource.BEHAVIOR else logprobs.detach()
         log_ratio = own - batch.scores.logprobs
         ratio = (logprobs - batch.behavior_logprobs).exp()
         metrics = {"reverse_kl": log_ratio, **known(student, batch)}

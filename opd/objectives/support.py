@@ -131,7 +131,7 @@ class SupportDivergence:
     """Any direction on a support of the learner's choice; `outside` must be RENORMALIZED or BUCKET.
 
     Direction: `of`. Support: `support`, by default the union of both top-16. Fully differentiated; which ids are
-    members is not. `SupportReverseKL` has the form without a bucket or renormalisation, which no other direction has.
+    members is not. `SupportReverseKL` has the form without a bucket or renormalization, which no other direction has.
     """
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
@@ -152,7 +152,7 @@ class SupportDivergence:
         return promised(self.of.promise, self.support, self.outside)
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         return limits_of(self, lambda direction: promised(direction, self.support, self.outside))
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:

@@ -68,7 +68,7 @@ class HeadTailReverseKL:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _OnTestifiedSupport:
+class _OnScoredSupport:
     """What the divergences on the scorer's support share: they read no written token."""
 
     consumes: ClassVar[type[Scores]] = TopKScores
@@ -92,11 +92,11 @@ def _between(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
-class TopKDivergence(_OnTestifiedSupport):
+class TopKDivergence(_OnScoredSupport):
     """Any direction on the scorer's top-k; `outside` must be RENORMALIZED or BUCKET.
 
     Direction: `of`. Support: top-k, with one bucket for everything else (a lower bound of the whole divergence) or
-    renormalised (blind to the mass on it). Fully differentiated. The two KLs have classes of their own, below.
+    renormalized (blind to the mass on it). Fully differentiated. The two KLs have classes of their own, below.
     """
 
     # direction of the divergence
@@ -109,53 +109,53 @@ class TopKDivergence(_OnTestifiedSupport):
 
     @property
     def promise(self) -> exact.Promise:
-        return promised(self.of.promise, exact.Testified(), self.outside)
+        return promised(self.of.promise, exact.ScoredSupport(), self.outside)
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
-        return limits_of(self, lambda direction: promised(direction, exact.Testified(), self.outside))
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
+        return limits_of(self, lambda direction: promised(direction, exact.ScoredSupport(), self.outside))
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         return _between(self.of, self.outside, "support_divergence", student, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TailBucketReverseKL(_OnTestifiedSupport):
+class TailBucketReverseKL(_OnScoredSupport):
     """KL(student||teacher) of the distributions coarsened to S plus one bucket for everything else.
 
     Direction: reverse. Support: top-k and a tail bucket. A lower bound of the full KL, exact for the coarsened
     distribution; what happens inside the tail gets no signal. Fully differentiated.
     """
 
-    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ReverseKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ReverseKL(), support=exact.ScoredSupport())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         return _between(FullReverseKL(), Outside.BUCKET, "reverse_kl", student, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RenormalizedReverseKL(_OnTestifiedSupport):
-    """KL(student||teacher) of both distributions renormalised on S (local support matching).
+class RenormalizedReverseKL(_OnScoredSupport):
+    """KL(student||teacher) of both distributions renormalized on S (local support matching).
 
-    Direction: reverse. Support: top-k, renormalised; the mass on S and everything outside it get no signal, so a
+    Direction: reverse. Support: top-k, renormalized; the mass on S and everything outside it get no signal, so a
     student can satisfy it and still be far from its teacher. `k = 1` is always 0. Fully differentiated.
     """
 
-    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ReverseKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ReverseKL(), support=exact.ScoredSupport())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         return _between(FullReverseKL(), Outside.RENORMALIZED, "reverse_kl", student, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StopGradientReverseKL(_OnTestifiedSupport):
+class StopGradientReverseKL(_OnScoredSupport):
     """KL(student||teacher) on S as `sum_S p sg(log p - log q)` (Many Faces, arXiv 2605.11182 eq. 12).
 
-    Direction: reverse. Support: top-k, not renormalised; probabilities of the full softmax. The log-ratio is detached,
+    Direction: reverse. Support: top-k, not renormalized; probabilities of the full softmax. The log-ratio is detached,
     the weight is not: gradient `sum_S p l grad log p`, which is that of `GeneralizedReverseKL`; outside S no signal.
     """
 
-    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.ScoredSupport())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -164,14 +164,14 @@ class StopGradientReverseKL(_OnTestifiedSupport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GeneralizedReverseKL(_OnTestifiedSupport):
+class GeneralizedReverseKL(_OnScoredSupport):
     """`sum_S p log(p/q) - p + q`: the reverse KL of masses that need not sum to 1 (MOPD, arXiv 2606.30406 eq. 5).
 
-    Direction: reverse. Support: top-k, not renormalised. Every term is >= 0 and 0 only where p = q. Fully
+    Direction: reverse. Support: top-k, not renormalized. Every term is >= 0 and 0 only where p = q. Fully
     differentiated; the gradient is that of `StopGradientReverseKL`.
     """
 
-    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.ScoredSupport())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -180,10 +180,10 @@ class GeneralizedReverseKL(_OnTestifiedSupport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightedReverseKL(_OnTestifiedSupport):
+class WeightedReverseKL(_OnScoredSupport):
     """`sum_S sg(p / P_S) r sg(l)`, r = p / sg(p): the code released with Rethinking OPD (arXiv 2604.13016).
 
-    Direction: reverse. Support: top-k; weights renormalised on S and detached, log-ratio of the full softmax. It is a
+    Direction: reverse. Support: top-k; weights renormalized on S and detached, log-ratio of the full softmax. It is a
     policy gradient over the ids of S with ratio 1 (one update per batch, so nothing is clipped). It is *not* the
     paper's eq. 5 (that is `RenormalizedReverseKL` on the student's top-k) but differs by `mean l * grad log P_S`. What
     it descends is the generalized KL on S, every state weighted with 1 / P_S.
@@ -191,7 +191,7 @@ class WeightedReverseKL(_OnTestifiedSupport):
 
     @property
     def promise(self) -> exact.Promise:
-        said = exact.Testified()
+        said = exact.ScoredSupport()
         return exact.PerMass(of=exact.Truncated(of=exact.GeneralizedReverseKL(), support=said), support=said)
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
@@ -202,27 +202,27 @@ class WeightedReverseKL(_OnTestifiedSupport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TailBucketForwardKL(_OnTestifiedSupport):
+class TailBucketForwardKL(_OnScoredSupport):
     """KL(teacher||student) of the distributions coarsened to S plus one bucket for everything else.
 
     Direction: forward. Support: top-k and a tail bucket; on the teacher's top-k nearly all its mass. Fully
     differentiated; a lower bound of the full forward KL.
     """
 
-    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ForwardKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ForwardKL(), support=exact.ScoredSupport())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         return _between(FullForwardKL(), Outside.BUCKET, "forward_kl", student, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RenormalizedForwardKL(_OnTestifiedSupport):
-    """KL(teacher||student) of both distributions renormalised on S; the mass on S gets no signal.
+class RenormalizedForwardKL(_OnScoredSupport):
+    """KL(teacher||student) of both distributions renormalized on S; the mass on S gets no signal.
 
-    Direction: forward. Support: top-k, renormalised. Fully differentiated.
+    Direction: forward. Support: top-k, renormalized. Fully differentiated.
     """
 
-    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ForwardKL(), support=exact.Testified())
+    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ForwardKL(), support=exact.ScoredSupport())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         return _between(FullForwardKL(), Outside.RENORMALIZED, "forward_kl", student, batch)

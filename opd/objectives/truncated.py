@@ -11,7 +11,7 @@ from opd.loss.chunked import StudentLogits
 from opd.loss.metrics import mismatch
 from opd.method import promises as exact
 from opd.method.slots import Objective
-from opd.objectives.sampled import SampledReverseKL, Speaker
+from opd.objectives.sampled import LogprobSource, SampledReverseKL
 from opd.settings.ranges import In
 from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss
@@ -41,7 +41,7 @@ class TruncatedRatio:
                 f"max_ratio={self.max_ratio} bounds importance ratios, but objective {name} has none: it compares "
                 "distributions; leave max_ratio=0"
             )
-        if isinstance(self.of, SampledReverseKL) and self.of.signal is Speaker.BEHAVIOR:
+        if isinstance(self.of, SampledReverseKL) and self.of.signal is LogprobSource.BEHAVIOR:
             raise ConfigurationError(
                 f"max_ratio={self.max_ratio} is for stale text, on which objective {name} with signal=BEHAVIOR has the "
                 "wrong expected gradient in any case; set method.objective.signal=STUDENT"

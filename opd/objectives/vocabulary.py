@@ -44,7 +44,7 @@ class Direction(Protocol):
         ...
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         """What it becomes at the ends of its fields."""
         ...
 
@@ -61,7 +61,9 @@ class Direction(Protocol):
         ...
 
 
-def limits_of(part: Any, said: Callable[[exact.Promise], exact.Promise] = lambda p: p) -> tuple[exact.Limit, ...]:
+def limits_of(
+    part: Any, said: Callable[[exact.Promise], exact.Promise] = lambda p: p
+) -> tuple[exact.LimitingCase, ...]:
     """The limits of `part.of` for an estimator `part` of it; `said` is what it makes of a divergence."""
     return tuple(
         replace(limit, objective=replace(part, of=limit.objective), promise=said(limit.promise))
@@ -82,7 +84,7 @@ class Estimate:
         return self.of.promise
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         return limits_of(self)
 
 
@@ -104,7 +106,7 @@ class FullReverseKL:
         return exact.ReverseKL()
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         return ()
 
     def between(self, p: Tensor, q: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ class FullForwardKL:
         return exact.ForwardKL()
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         return ()
 
     def between(self, p: Tensor, q: Tensor) -> Tensor:
@@ -164,13 +166,13 @@ class JensenShannon:
         return exact.JensenShannon(self.beta)
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         near, far = JensenShannon(beta=1e-6), JensenShannon(beta=1 - 1e-6)
         return (
-            exact.Limit(
+            exact.LimitingCase(
                 name="beta -> 0 is beta times the forward KL", objective=near, promise=exact.ForwardKL(), scale=1e6
             ),
-            exact.Limit(
+            exact.LimitingCase(
                 name="beta -> 1 is 1 - beta times the reverse KL", objective=far, promise=exact.ReverseKL(), scale=1e6
             ),
         )
@@ -207,9 +209,9 @@ class SkewedReverseKL:
         return exact.SkewedReverseKL(self.alpha)
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         near = SkewedReverseKL(alpha=1e-6)
-        return (exact.Limit(name="alpha -> 0 is the reverse KL", objective=near, promise=exact.ReverseKL()),)
+        return (exact.LimitingCase(name="alpha -> 0 is the reverse KL", objective=near, promise=exact.ReverseKL()),)
 
     def between(self, p: Tensor, q: Tensor) -> Tensor:
         return divergence(p, p, _mixed(q, p, self.alpha))
@@ -242,9 +244,9 @@ class SkewedForwardKL:
         return exact.SkewedForwardKL(self.alpha)
 
     @property
-    def limits(self) -> tuple[exact.Limit, ...]:
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
         near = SkewedForwardKL(alpha=1e-6)
-        return (exact.Limit(name="alpha -> 0 is the forward KL", objective=near, promise=exact.ForwardKL()),)
+        return (exact.LimitingCase(name="alpha -> 0 is the forward KL", objective=near, promise=exact.ForwardKL()),)
 
     def between(self, p: Tensor, q: Tensor) -> Tensor:
         return divergence(q, q, _mixed(p, q, self.alpha))

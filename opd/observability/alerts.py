@@ -1,7 +1,7 @@
-"""Known ways in which a run goes wrong, recognised from its metrics: a sentence or nothing.
+"""Known ways in which a run goes wrong, recognized from its metrics: a sentence or nothing.
 
 Pure functions of the history of step metrics (the newest last, under their logged names). The patterns are
-published; the thresholds are ours, chosen to be quiet on healthy runs, and fields of `Thresholds`. A pattern whose
+published; the thresholds are ours, chosen to be quiet on healthy runs, and fields of `AlertThresholds`. A pattern whose
 metrics a method does not log is never raised.
 """
 
@@ -17,8 +17,8 @@ _OVERLAP = ("distill/overlap_ratio", "distill/support_overlap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
-    """When an alarm is raised. All defaults are ours; only `truncation` has been used elsewhere (5 %).
+class AlertThresholds:
+    """When an alert is raised. All defaults are ours; only `truncation` has been used elsewhere (5 %).
 
     Means of the last `window` steps are compared with the `window` steps before them. `overlap_fall` is absolute
     (0.05: from 0.90 to 0.85), `*_rise` are factors. Floors keep small numbers from counting: `length_floor` in
@@ -43,11 +43,11 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         if self.window < 1 or min(self.entropy_rise, self.grad_norm_rise, self.length_rise, self.gap_rise) <= 1:
-            raise ConfigurationError(f"alarms need window >= 1 and rises above 1 (they are factors), but got {self}")
+            raise ConfigurationError(f"alerts need window >= 1 and rises above 1 (they are factors), but got {self}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alarm:
+class Alert:
     """A pattern that is there now. `sentence` says what is seen, what it usually means, and what to do."""
 
     name: str
@@ -64,20 +64,20 @@ class _Change:
         return self.now / self.before if self.before > 0 else 1.0
 
 
-def raised(history: Sequence[Line], limits: Thresholds | None = None) -> list[Alarm]:
-    """The alarms at the newest step of `history`; of it the last `2 * window` steps are looked at."""
-    limits = limits or Thresholds()
+def raised(history: Sequence[Line], limits: AlertThresholds | None = None) -> list[Alert]:
+    """The alerts at the newest step of `history`; of it the last `2 * window` steps are looked at."""
+    limits = limits or AlertThresholds()
     seen = history[-2 * limits.window :]
     found = [(name, pattern(seen, limits)) for name, pattern in _PATTERNS.items()]
-    return [Alarm(name=name, sentence=sentence) for name, sentence in found if sentence is not None]
+    return [Alert(name=name, sentence=sentence) for name, sentence in found if sentence is not None]
 
 
-def first_raised(history: Sequence[Line], limits: Thresholds | None = None) -> list[tuple[int, Alarm]]:
-    """Every alarm of a whole run with the step at which it was first raised."""
-    limits, found = limits or Thresholds(), dict[str, tuple[int, Alarm]]()
+def first_raised(history: Sequence[Line], limits: AlertThresholds | None = None) -> list[tuple[int, Alert]]:
+    """Every alert of a whole run with the step at which it was first raised."""
+    limits, found = limits or AlertThresholds(), dict[str, tuple[int, Alert]]()
     for end in range(1, len(history) + 1):
-        for alarm in raised(history[max(0, end - 2 * limits.window) : end], limits):
-            found.setdefault(alarm.name, (int(history[end - 1].get("step") or end), alarm))
+        for alert in raised(history[max(0, end - 2 * limits.window) : end], limits):
+            found.setdefault(alert.name, (int(history[end - 1].get("step") or end), alert))
     return list(found.values())
 
 
@@ -99,7 +99,7 @@ def _mean(history: Sequence[Line], name: str, window: int) -> float | None:
     return sum(values) / window if len(values) == window else None
 
 
-def _collapse(history: Sequence[Line], limits: Thresholds) -> str | None:
+def _collapse(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     """Rethinking OPD (arXiv 2604.13016): late collapse shows as falling overlap, rising entropy and gradient norm."""
     changes = (_change(history, name, limits.window) for name in _OVERLAP)
     overlap = next((change for change in changes if change is not None), None)
@@ -118,7 +118,7 @@ def _collapse(history: Sequence[Line], limits: Thresholds) -> str | None:
     )
 
 
-def _inflation(history: Sequence[Line], limits: Thresholds) -> str | None:
+def _inflation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     """StableOPD (arXiv 2604.08527): abrupt length inflation, then truncation, then repetition."""
     length = _change(history, "response_length/mean", limits.window)
     if length is None or length.factor < limits.length_rise or length.now - length.before < limits.length_floor:
@@ -130,19 +130,19 @@ def _inflation(history: Sequence[Line], limits: Thresholds) -> str | None:
     )
 
 
-def _truncation(history: Sequence[Line], limits: Thresholds) -> str | None:
+def _truncation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     """Above the limit and not on its way down: a student that has yet to learn to stop is no news."""
     cut = _change(history, "response_length/clip_ratio", limits.window)
     if cut is None or cut.now <= limits.truncation or cut.now < limits.still_falling * cut.before:
         return None
     return (
-        f"{cut.now:.0%} of the completions are cut by the token limit (alarm above {limits.truncation:.0%}); the "
+        f"{cut.now:.0%} of the completions are cut by the token limit (alert above {limits.truncation:.0%}); the "
         "student then learns from texts without an end: raise max_tokens, shorten the prompts' task, or give cut "
         "completions weight 0"
     )
 
 
-def _repetition(history: Sequence[Line], limits: Thresholds) -> str | None:
+def _repetition(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     rate = _mean(history, "repetition/rate", limits.window)
     if rate is None or rate <= limits.repetition:
         return None
@@ -152,7 +152,7 @@ def _repetition(history: Sequence[Line], limits: Thresholds) -> str | None:
     )
 
 
-def _mismatch(history: Sequence[Line], limits: Thresholds) -> str | None:
+def _mismatch(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     gap = _change(history, "training/rollout_logprob_gap_mean", limits.window)
     if gap is None or gap.factor < limits.gap_rise or gap.now < limits.gap_floor:
         return None
@@ -163,7 +163,7 @@ def _mismatch(history: Sequence[Line], limits: Thresholds) -> str | None:
     )
 
 
-def _determinism(history: Sequence[Line], limits: Thresholds) -> str | None:
+def _determinism(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     """A student that always writes the same and is wrong: too high a learning rate does it (docs/log.md)."""
     entropy = _change(history, "actor/entropy", limits.window)
     divergence = _change(history, "distill/reverse_kl", limits.window)
@@ -179,7 +179,7 @@ def _determinism(history: Sequence[Line], limits: Thresholds) -> str | None:
     )
 
 
-def _skipped(history: Sequence[Line], limits: Thresholds) -> str | None:
+def _skipped(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     """A step without a token to train has no loss."""
     recent = history[-limits.window :]
     count = sum("actor/loss" not in line for line in recent)
@@ -191,7 +191,7 @@ def _skipped(history: Sequence[Line], limits: Thresholds) -> str | None:
     )
 
 
-_PATTERNS: Mapping[str, Callable[[Sequence[Line], Thresholds], str | None]] = {
+_PATTERNS: Mapping[str, Callable[[Sequence[Line], AlertThresholds], str | None]] = {
     "collapse": _collapse,
     "length_inflation": _inflation,
     "truncation": _truncation,

@@ -168,7 +168,7 @@ def teacher(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class UpdateCost:
     """How the learner works: `ranks`, ZeRO `stage`, whether activations are computed again (`recompute`), bytes of a
     sent number, micro-batches a step, and output matrices of teachers whose hidden states are read here
     (`teacher_head`: parameters)."""
@@ -181,7 +181,7 @@ class Training:
     teacher_head: int = 0
 
 
-def zero_bytes(model: ModelShape, training: Training) -> float:
+def zero_bytes(model: ModelShape, training: UpdateCost) -> float:
     """LEARNER: bytes a rank sends per step, `2Nb` up to stage 2 and `3Nb` per micro-batch in stage 3, by rings.
 
     A ring of `R` ranks sends `(R-1)/R` of it: a single rank sends nothing.
@@ -190,7 +190,7 @@ def zero_bytes(model: ModelShape, training: Training) -> float:
     return rounds * model.params * training.number_bytes * (training.ranks - 1) / training.ranks
 
 
-def learner(model: ModelShape, lengths: Lengths, hardware: Hardware, training: Training) -> float:
+def learner(model: ModelShape, lengths: Lengths, hardware: Hardware, training: UpdateCost) -> float:
     """LEARNER: `(3 + recompute) fwd(s, 0->p+r, r)/F + 30N/(DP B)` in seconds; traffic may hide behind computing."""
     logits = float(lengths.r.sum())
     passes = TRAIN // FORWARD + training.recompute

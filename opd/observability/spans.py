@@ -1,10 +1,10 @@
-"""Who worked when: the record from which utilisation, bubbles and traces are computed."""
+"""Who worked when: the record from which utilization, bubbles and traces are computed."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
-class Role(Enum):
+class Stage(Enum):
     """Who can be busy. Publishing occupies learner and engines at once and is therefore a role of its own."""
 
     ROLLOUT = "rollout"
@@ -20,7 +20,7 @@ class Span:
     Work asked for and not answered counts, whoever it waits for inside the role. Spans of one role may overlap.
     """
 
-    role: Role
+    role: Stage
     step: int
     start: float
     end: float

@@ -10,26 +10,26 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from opd.observability.spans import Role, Span
+from opd.observability.spans import Span, Stage
 
-STAFFED = (Role.ROLLOUT, Role.TEACHER, Role.LEARNER)
+STAFFED = (Stage.ROLLOUT, Stage.TEACHER, Stage.LEARNER)
 """The roles that have devices. Publishing holds those of rollout and learner."""
 
 WORTH = 1.05  # a gain below this is not advised
-_ACTOR = {Role.ROLLOUT: "rollout actor", Role.TEACHER: "teacher actor", Role.LEARNER: "learner rank"}
+_ACTOR = {Stage.ROLLOUT: "rollout actor", Stage.TEACHER: "teacher actor", Stage.LEARNER: "learner rank"}
 Intervals = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Staffing:
+class DeviceCounts:
     """How many actors each role of `STAFFED` has, and how many steps rollouts may run ahead (`max_staleness`)."""
 
-    actors: Mapping[Role, int] = field(default_factory=lambda: dict.fromkeys(STAFFED, 1))
+    actors: Mapping[Stage, int] = field(default_factory=lambda: dict.fromkeys(STAFFED, 1))
     ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class Utilization:
     """Seconds of `steps` steps that took `wall_s`; adds up over steps.
 
     `busy`: at least one span of the role lasted. `held`: its devices were taken, by its own work or by publishing.
@@ -40,30 +40,30 @@ class Usage:
     steps: int = 0
     wall_s: float = 0.0
     limit_s: float = 0.0
-    busy: Mapping[Role, float] = field(default_factory=lambda: dict.fromkeys(Role, 0.0))
-    held: Mapping[Role, float] = field(default_factory=lambda: dict.fromkeys(STAFFED, 0.0))
-    alone: Mapping[Role, float] = field(default_factory=lambda: dict.fromkeys(Role, 0.0))
+    busy: Mapping[Stage, float] = field(default_factory=lambda: dict.fromkeys(Stage, 0.0))
+    held: Mapping[Stage, float] = field(default_factory=lambda: dict.fromkeys(STAFFED, 0.0))
+    alone: Mapping[Stage, float] = field(default_factory=lambda: dict.fromkeys(Stage, 0.0))
 
-    def plus(self, other: "Usage") -> "Usage":
+    def plus(self, other: "Utilization") -> "Utilization":
         """Both together."""
-        return Usage(
+        return Utilization(
             steps=self.steps + other.steps,
             wall_s=self.wall_s + other.wall_s,
             limit_s=self.limit_s + other.limit_s,
-            busy={role: self.busy[role] + other.busy[role] for role in Role},
+            busy={role: self.busy[role] + other.busy[role] for role in Stage},
             held={role: self.held[role] + other.held[role] for role in STAFFED},
-            alone={role: self.alone[role] + other.alone[role] for role in Role},
+            alone={role: self.alone[role] + other.alone[role] for role in Stage},
         )
 
-    def utilisation(self, role: Role) -> float:
+    def utilization(self, role: Stage) -> float:
         """Share of the time in which the role was busy."""
         return self.busy[role] / self.wall_s
 
-    def idle(self, role: Role) -> float:
+    def idle(self, role: Stage) -> float:
         """Share of the time in which nothing held the role's devices; the learner's is its waiting."""
         return 1.0 - self.held[role] / self.wall_s
 
-    def bubble(self, actors: Mapping[Role, int]) -> float:
+    def bubble(self, actors: Mapping[Stage, int]) -> float:
         """`1 - sum_role n_role held_role / sum_role (n_role wall)`: the share of device-seconds in which nothing was
         done (docs/performance.md, STEP)."""
         devices = sum(actors[role] for role in STAFFED)
@@ -81,25 +81,25 @@ class Usage:
         return self.limit_s / self.wall_s
 
 
-def step_usage(start: float, end: float, spans: Sequence[Span], limit_s: float = 0.0) -> Usage:
+def step_utilization(start: float, end: float, spans: Sequence[Span], limit_s: float = 0.0) -> Utilization:
     """The step from `start` to `end`, given every span that touches it (others do no harm)."""
-    touching: dict[Role, list[tuple[float, float]]] = {role: [] for role in Role}
+    touching: dict[Stage, list[tuple[float, float]]] = {role: [] for role in Stage}
     for span in spans:
         if span.start < end and span.end > start:
             touching[span.role].append((max(span.start, start), min(span.end, end)))
-    cut = {role: _merged(touching[role]) for role in Role}
+    cut = {role: _merged(touching[role]) for role in Stage}
 
-    def together(roles: Sequence[Role]) -> float:
+    def together(roles: Sequence[Stage]) -> float:
         return _length(_merged([interval for role in roles for interval in cut[role]]))
 
-    everybody = together(list(Role))
-    return Usage(
+    everybody = together(list(Stage))
+    return Utilization(
         steps=1,
         wall_s=end - start,
         limit_s=limit_s,
-        busy={role: _length(cut[role]) for role in Role},
-        held={role: together([role] if role is Role.TEACHER else [role, Role.PUBLISH]) for role in STAFFED},
-        alone={role: everybody - together([other for other in Role if other is not role]) for role in Role},
+        busy={role: _length(cut[role]) for role in Stage},
+        held={role: together([role] if role is Stage.TEACHER else [role, Stage.PUBLISH]) for role in STAFFED},
+        alone={role: everybody - together([other for other in Stage if other is not role]) for role in Stage},
     )
 
 
@@ -120,7 +120,7 @@ def _length(intervals: Intervals) -> float:
     return sum((end - start for start, end in intervals), 0.0)
 
 
-class UsageLog:
+class UtilizationLog:
     """Turns finished steps into usage, each as soon as all that worked during it has been told.
 
     A step's spans are told when it ends, but work for the `ahead` steps after it may have gone on at the same time; so
@@ -130,8 +130,8 @@ class UsageLog:
     def __init__(self, ahead: int, window: int = 20) -> None:
         self._ahead = ahead
         self._open: deque[tuple[float, float, float, Sequence[Span]]] = deque()
-        self._settled: deque[Usage] = deque(maxlen=window)
-        self._total = Usage()
+        self._settled: deque[Utilization] = deque(maxlen=window)
+        self._total = Utilization()
 
     def add(self, start: float, end: float, spans: Sequence[Span], limit_s: float = 0.0) -> None:
         """A step that lasted from `start` to `end`, with the spans of all work for it."""
@@ -143,29 +143,29 @@ class UsageLog:
             self._total = self._total.plus(usage)
 
     @property
-    def recent(self) -> Usage:
+    def recent(self) -> Utilization:
         """The last settled steps, at most `window`; `steps` is 0 before there is one."""
         return _sum(list(self._settled))
 
-    def whole(self) -> Usage:
+    def whole(self) -> Utilization:
         """All steps so far."""
         return _sum([self._total, *(self._first(i) for i in range(len(self._open)))])
 
-    def _first(self, i: int) -> Usage:
+    def _first(self, i: int) -> Utilization:
         """The `i`-th open step: work for steps before it had ended when it began."""
         start, end, limit_s, _ = self._open[i]
         later = [span for *_, spans in list(self._open)[i:] for span in spans]
-        return step_usage(start, end, later, limit_s)
+        return step_utilization(start, end, later, limit_s)
 
 
-def _sum(usages: Sequence[Usage]) -> Usage:
-    total = Usage()
+def _sum(usages: Sequence[Utilization]) -> Utilization:
+    total = Utilization()
     for usage in usages:
         total = total.plus(usage)
     return total
 
 
-def gain_of_another(usage: Usage, role: Role, staffing: Staffing) -> float:
+def gain_of_another(usage: Utilization, role: Stage, staffing: DeviceCounts) -> float:
     """About how many times faster steps are with one more actor of `role`, on a device of its own.
 
     Its work shrinks to `n/(n+1)`. Where steps may overlap, until another role is the slowest:
@@ -180,28 +180,28 @@ def gain_of_another(usage: Usage, role: Role, staffing: Staffing) -> float:
     return usage.wall_s / max(usage.wall_s - saved, 1e-12)
 
 
-def gain_of_overlap(usage: Usage) -> float:
+def gain_of_overlap(usage: Utilization) -> float:
     """At most how many times faster steps are if all roles work at once: `wall / max held`."""
     return usage.wall_s / max(*usage.held.values(), 1e-12)
 
 
-def verdict(usage: Usage, staffing: Staffing) -> str:
+def verdict(usage: Utilization, staffing: DeviceCounts) -> str:
     """One sentence: which role bounds the steps, who waits for it, and what would help how much; "" without a step.
 
     Example: "teacher-bound: the learner waited 41 % of the time; a second teacher actor would give about 1.5x".
     """
     if usage.wall_s <= 0 or not any(usage.busy.values()):
         return ""
-    role = max(Role, key=lambda r: usage.busy[r])
+    role = max(Stage, key=lambda r: usage.busy[r])
     waiting = (
-        f"rollout devices were idle {usage.idle(Role.ROLLOUT):.0%} of the time"
-        if role is Role.LEARNER
-        else f"the learner waited {usage.idle(Role.LEARNER):.0%} of the time"
+        f"rollout devices were idle {usage.idle(Stage.ROLLOUT):.0%} of the time"
+        if role is Stage.LEARNER
+        else f"the learner waited {usage.idle(Stage.LEARNER):.0%} of the time"
     ).replace("%", " %")
     another = gain_of_another(usage, role, staffing) if role in STAFFED else 1.0
     overlap = gain_of_overlap(usage) if not staffing.ahead else 1.0
     if max(another, overlap) < WORTH:
-        share = f"{usage.utilisation(role):.0%}".replace("%", " %")
+        share = f"{usage.utilization(role):.0%}".replace("%", " %")
         return f"balanced: {role.value}, the busiest, worked {share} of the time; another would give less than {WORTH}x"
     if overlap > another:
         help_ = f"letting rollouts run ahead (max_staleness=1 or more) would give at most {overlap:.1f}x"

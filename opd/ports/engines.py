@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from opd.ports.requests import Completion, GenerateRequest, ScoreRequest
-from opd.ports.weights import Receipt, Weights
+from opd.ports.weights import PublishedWeights, WeightAck
 from opd.types import TokenScores
-from opd.types.prompt_rows import Said
+from opd.types.prompt_rows import PromptText
 
 
 @runtime_checkable
@@ -26,7 +26,7 @@ class TextEngine(Protocol):
 class StudentEngine(TextEngine, Protocol):
     """The student as a writer whose weights can be replaced."""
 
-    async def receive(self, weights: Weights) -> Receipt:
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
         """Make `weights` live everywhere. Raises and keeps refusing work if the loaded model is wrong."""
         ...
 
@@ -36,7 +36,7 @@ class LogprobTeacher(Protocol):
     """A teacher that reads given tokens."""
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """Testimony per request, in order, of the type its `want` names; hidden states as `RemoteRows`."""
+        """Testimony per request, in order, of the type its `kind` names; hidden states as `RemoteRows`."""
         ...
 
 
@@ -66,7 +66,7 @@ class Tokenizer(Protocol):
         """Ids of a plain prompt."""
         ...
 
-    def encode_all(self, prompts: Sequence[Said]) -> list[Int32[np.ndarray, " P"]]:
+    def encode_all(self, prompts: Sequence[PromptText]) -> list[Int32[np.ndarray, " P"]]:
         """Ids of each prompt; those of a conversation end where the assistant begins to write."""
         ...
 

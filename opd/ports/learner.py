@@ -18,8 +18,8 @@ class Layout:
     tokens_per_microbatch: int
 
 
-class Objective(Protocol):
-    """What is minimised per token (see `opd.method.method`)."""
+class LossFunction(Protocol):
+    """What is minimized per token (see `opd.method.method`)."""
 
     def __call__(self, student: Any, batch: Any) -> TokenLoss:
         """The unreduced loss of `batch`'s trained tokens given the student's logits at them."""
@@ -31,11 +31,13 @@ class Learner(Protocol):
 
     layout: Layout
 
-    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> StepReport:
+    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction) -> StepReport:
         """Forward, backward and one optimizer step over `batches[rank][micro-batch]`."""
         ...
 
-    async def evaluate(self, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective) -> Mapping[str, float]:
+    async def evaluate(
+        self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
+    ) -> Mapping[str, float]:
         """The objective's loss (`loss`) and metrics without a gradient."""
         ...
 

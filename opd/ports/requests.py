@@ -9,7 +9,7 @@ from jaxtyping import Int32
 
 from opd.settings.ranges import In, Temperature, Tokens, TopP
 from opd.settings.validation import settings
-from opd.types import Stop, TokenScores
+from opd.types import StopReason, TokenScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +41,18 @@ class Completion:
     """What an engine wrote for a request; `behavior` is a `TopKScores` when `sampling.topk` > 0.
 
     `digests` says for every policy version that wrote here which weights the engine held under that number (see
-    `Weights.digest`; "" is a checkpoint's own weights, which nobody published).
+    `PublishedWeights.digest`; "" is a checkpoint's own weights, which nobody published).
     """
 
     token_ids: Int32[np.ndarray, " T"]
     behavior: TokenScores
     versions: Int32[np.ndarray, " T"]
-    stop: Stop
+    stop: StopReason
     digests: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenToken:
+class SampledToken:
     """Ask for the log-probability of each written token: answered with `TokenScores`."""
 
 
@@ -75,11 +75,11 @@ class LastHidden:
     """Ask for the hidden states that predict each written token: `HiddenScores`."""
 
 
-Want = WrittenToken | TopK | AtIds | LastHidden
+ScoreKind = SampledToken | TopK | AtIds | LastHidden
 
 
-Kinds = frozenset[type[WrittenToken] | type[TopK] | type[AtIds] | type[LastHidden]]
-"""Kinds of requests: what a scorer `asks`, what a teacher backend `answers`."""
+ScoreKinds = frozenset[type[SampledToken] | type[TopK] | type[AtIds] | type[LastHidden]]
+"""Kinds of requests: what a scorer `requires`, what a teacher backend `answers`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,4 +88,4 @@ class ScoreRequest:
 
     context_ids: Int32[np.ndarray, " Q"]
     token_ids: Int32[np.ndarray, " T"]
-    want: Want
+    kind: ScoreKind

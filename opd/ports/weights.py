@@ -38,12 +38,12 @@ class Sentinel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class WeightChunk:
     """The parameters `first` .. `last - 1` of a manifest, one after the other in `nbytes` bytes.
 
     `digest` names their content (`weight_sync.manifest.digest`), `owner` is the learner rank that holds them, and
     `handle` what a receiver's `fetch` turns into the bytes.
-    Example: `Chunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
+    Example: `WeightChunk(first=0, last=3, nbytes=4096, digest="0f..", owner=1, handle=ref)`.
     """
 
     first: int
@@ -55,17 +55,17 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class WeightShard:
     """What one learner rank publishes of a version: the chunks it owns."""
 
     version: int
     manifest: Manifest
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[WeightChunk, ...]
     sentinel: Sentinel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
+class PublishedWeights:
     """One version of the student: all its chunks, in the order of the manifest.
 
     `digest` covers the manifest and the digests of the chunks (`weight_sync.receiver.digest_of`), so it names the
@@ -74,7 +74,7 @@ class Weights:
 
     version: int
     manifest: Manifest
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[WeightChunk, ...]
     digest: str
     sentinel: Sentinel
 
@@ -82,7 +82,7 @@ class Weights:
 Fill = Callable[[np.ndarray | Tensor], None]
 
 
-class Outlet(Protocol):
+class WeightSender(Protocol):
     """Where a learner rank lays its chunks for receivers to fetch: one side of a transport."""
 
     def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Any:
@@ -95,7 +95,7 @@ class Outlet(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
+class WeightAck:
     """An engine's word that it writes with exactly these weights; `gap`: see `PublishReport`."""
 
     version: int

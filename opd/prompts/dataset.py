@@ -9,10 +9,10 @@ import numpy as np
 from opd.errors import DataError
 from opd.ports import References, Sources
 from opd.prompts.order import draw
-from opd.settings.ranges import GroupSize, In, Line, Names, PromptsPerStep, Seed, Share, Tokens
+from opd.settings.ranges import GroupSize, In, Line, Names, PromptsPerStep, Seed, Tokens, WeightShard
 from opd.settings.validation import settings
 from opd.types import Prompt
-from opd.types.prompt_rows import Columns, Messages, Row, Said
+from opd.types.prompt_rows import Columns, Messages, PromptText, Row
 
 AT_ONCE = 1024  # rows that are encoded together
 
@@ -67,7 +67,7 @@ class DatasetPrompts:
     skip_long: bool = False
     # teacher of rows that name none
     teacher: Names = "default"
-    max_unreadable_answers: Share = 0.01
+    max_unreadable_answers: WeightShard = 0.01
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
         rows = self._rows(sources)
@@ -159,11 +159,11 @@ class DatasetPrompts:
             for number, ids in zip(numbers, mine, strict=True)
         ]
 
-    def _said(self, number: int, row: Row, text: str | Messages) -> Said:
+    def _said(self, number: int, row: Row, text: str | Messages) -> PromptText:
         where = row.where or f"{self.path}: row {number + 1}"
-        return Said(text=text + self.suffix if isinstance(text, str) else text, tools=row.tools, where=where)
+        return PromptText(text=text + self.suffix if isinstance(text, str) else text, tools=row.tools, where=where)
 
-    def _encode(self, said: Sequence[Said], sources: Sources) -> list[np.ndarray]:
+    def _encode(self, said: Sequence[PromptText], sources: Sources) -> list[np.ndarray]:
         encoded = [np.asarray(ids, dtype=np.int32) for ids in sources.tokenizer.encode_all(said)]
         for one, ids in zip(said, encoded, strict=True):
             if len(ids) == 0:

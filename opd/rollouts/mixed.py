@@ -13,7 +13,7 @@ from opd.ports import Completion, Engines
 from opd.rollouts.student import StudentRollout, trajectory
 from opd.settings.ranges import In, Seed, Tokens
 from opd.settings.validation import settings
-from opd.types import NOBODY, Prompt, Stop, TokenScores, Trajectory
+from opd.types import NO_VERSION, Prompt, StopReason, TokenScores, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,8 @@ class AnswerRollout:
         said = Completion(
             token_ids=kept,
             behavior=TokenScores(logprobs=np.zeros(len(kept), dtype=np.float32)),
-            versions=np.full(len(kept), NOBODY, dtype=np.int32),
-            stop=Stop.END if len(kept) == len(ids) else Stop.LENGTH,
+            versions=np.full(len(kept), NO_VERSION, dtype=np.int32),
+            stop=StopReason.END if len(kept) == len(ids) else StopReason.LENGTH,
         )
         return trajectory(prompt, sample, said)
 

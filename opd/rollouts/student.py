@@ -10,7 +10,7 @@ from opd.errors import ConfigurationError
 from opd.ports import Completion, Engines, GenerateRequest, Sampling, TextEngine
 from opd.settings.ranges import AtMost, In, Temperature, Tokens, TopP
 from opd.settings.validation import settings
-from opd.types import NOBODY, Prompt, TokenScores, TopKScores, Trajectory
+from opd.types import NO_VERSION, Prompt, TokenScores, TopKScores, Trajectory
 
 
 def _requests(group: Sequence[Prompt], sampling: Sampling, *, as_teacher: bool) -> list[GenerateRequest]:
@@ -125,4 +125,4 @@ class TeacherRollout:
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)
         written = await write(group, engines.writers[group[0].teacher], sampling, as_teacher=True)
-        return [replace(t, versions=np.full(len(t), NOBODY, dtype=np.int32)) for t in written]
+        return [replace(t, versions=np.full(len(t), NO_VERSION, dtype=np.int32)) for t in written]

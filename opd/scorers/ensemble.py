@@ -9,13 +9,13 @@ import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.method.slots import Scorer
-from opd.ports import Engines, Kinds
-from opd.scorers.teacher import StudentTopK, TeacherHidden, WrittenTokens
+from opd.ports import Engines, ScoreKinds
+from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden
 from opd.settings.ranges import Length, Relative
 from opd.settings.validation import settings
 from opd.types import EnsembleScores, HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
-READERS = (WrittenTokens, StudentTopK, TeacherHidden)
+READERS = (SampledTokens, StudentTopK, TeacherHidden)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,8 @@ class Ensemble:
         return EnsembleScores if isinstance(self.reader, TeacherHidden) else self.reader.produces
 
     @property
-    def asks(self) -> Kinds:
-        return self.reader.asks
+    def requires(self) -> ScoreKinds:
+        return self.reader.requires
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         def rerouted(name: str) -> list[Trajectory]:

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from opd.ports import Engines, Kinds, TopK
+from opd.ports import Engines, ScoreKinds, TopK
 from opd.scorers.teacher import TeacherTopK
-from opd.settings.ranges import In, Share, TopIds
+from opd.settings.ranges import In, TopIds, WeightShard
 from opd.settings.validation import settings
 from opd.types import Scores, TokenScores, TopKReturnScores, TopKScores, Trajectory
 
@@ -31,13 +31,13 @@ class WithReturns:
 
     needs: ClassVar[type[Scores]] = TokenScores
     produces: ClassVar[type[Scores]] = TopKReturnScores
-    asks: ClassVar[Kinds] = frozenset({TopK})
+    requires: ClassVar[ScoreKinds] = frozenset({TopK})
     min_group: ClassVar[int] = 1
 
     # likeliest tokens of the teacher at each position
     k: TopIds = 16
     # decay of later rewards in a return
-    discount: Share = 1.0
+    discount: WeightShard = 1.0
     # divide a return by the tokens that remain
     length_normalized: bool = True
     # count a token's own reward in its return, as the released code does

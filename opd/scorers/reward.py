@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
-from opd.ports import Engines, Kinds
+from opd.ports import Engines, ScoreKinds
 from opd.settings.ranges import In
 from opd.settings.validation import settings
-from opd.types import AdvantageScores, Scores, Stop, TokenScores, Trajectory
+from opd.types import AdvantageScores, Scores, StopReason, TokenScores, Trajectory
 
 
 async def task_rewards(trajectories: Sequence[Trajectory], engines: Engines) -> list[float]:
@@ -20,7 +20,7 @@ async def task_rewards(trajectories: Sequence[Trajectory], engines: Engines) -> 
         mine = [i for i, t in enumerate(trajectories) if t.prompt.task == task]
         answers = [trajectories[i].prompt.answer for i in mine]
         for i, reward in zip(mine, await engines.graders[task].grade([texts[i] for i in mine], answers), strict=True):
-            graded[i] = reward if trajectories[i].stop is Stop.END else 0.0
+            graded[i] = reward if trajectories[i].stop is StopReason.END else 0.0
     return graded
 
 
@@ -34,7 +34,7 @@ class GroupAdvantage:
 
     needs: ClassVar[type[Scores]] = TokenScores
     produces: ClassVar[type[Scores]] = AdvantageScores
-    asks: ClassVar[Kinds] = frozenset()
+    requires: ClassVar[ScoreKinds] = frozenset()
     min_group: ClassVar[int] = 2
 
     # divide advantages by the group's standard deviation

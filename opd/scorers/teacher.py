@@ -7,18 +7,20 @@ from typing import ClassVar
 import numpy as np
 
 from opd.errors import ConfigurationError
-from opd.ports import AtIds, Engines, Kinds, LastHidden, ScoreRequest, TopK, Want, WrittenToken
+from opd.ports import AtIds, Engines, LastHidden, SampledToken, ScoreKind, ScoreKinds, ScoreRequest, TopK
 from opd.scorers.validation import verify
 from opd.settings.ranges import TopIds
 from opd.settings.validation import settings
 from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 
-async def ask(trajectories: Sequence[Trajectory], wants: Sequence[Want], engines: Engines) -> Sequence[TokenScores]:
+async def ask(
+    trajectories: Sequence[Trajectory], wants: Sequence[ScoreKind], engines: Engines
+) -> Sequence[TokenScores]:
     """Ask the prompts' teacher (one per group), verify the answer, and note whose output matrix reads it."""
     requests = [
-        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, want=want)
-        for t, want in zip(trajectories, wants, strict=True)
+        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kind=kind)
+        for t, kind in zip(trajectories, wants, strict=True)
     ]
     name = trajectories[0].prompt.teacher
     if name not in engines.teachers:
@@ -44,14 +46,14 @@ class _TeacherScorer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenTokens(_TeacherScorer):
+class SampledTokens(_TeacherScorer):
     """The teacher's log-probability of each written token (one float per token)."""
 
     produces: ClassVar[type[Scores]] = TokenScores
-    asks: ClassVar[Kinds] = frozenset({WrittenToken})
+    requires: ClassVar[ScoreKinds] = frozenset({SampledToken})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await ask(trajectories, [WrittenToken()] * len(trajectories), engines)
+        return await ask(trajectories, [SampledToken()] * len(trajectories), engines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class TeacherTopK(_TeacherScorer):
     """The teacher's own `k` likeliest tokens at every position."""
 
     produces: ClassVar[type[Scores]] = TopKScores
-    asks: ClassVar[Kinds] = frozenset({TopK})
+    requires: ClassVar[ScoreKinds] = frozenset({TopK})
 
     # teacher's likeliest tokens at each position
     k: TopIds
@@ -75,10 +77,10 @@ class StudentTopK(_TeacherScorer):
 
     needs: ClassVar[type[Scores]] = TopKScores
     produces: ClassVar[type[Scores]] = TopKScores
-    asks: ClassVar[Kinds] = frozenset({AtIds})
+    requires: ClassVar[ScoreKinds] = frozenset({AtIds})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        wants: list[Want] = []
+        wants: list[ScoreKind] = []
         for trajectory in trajectories:
             assert isinstance(trajectory.behavior, TopKScores)
             wants.append(AtIds(ids=np.asarray(trajectory.behavior.topk_ids, dtype=np.int32)))
@@ -90,7 +92,7 @@ class TeacherHidden(_TeacherScorer):
     """The teacher's last hidden states: with its head, the exact distribution over the whole vocabulary."""
 
     produces: ClassVar[type[Scores]] = HiddenScores
-    asks: ClassVar[Kinds] = frozenset({LastHidden})
+    requires: ClassVar[ScoreKinds] = frozenset({LastHidden})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await ask(trajectories, [LastHidden()] * len(trajectories), engines)
@@ -101,7 +103,7 @@ class Unscored(_TeacherScorer):
     """Nobody testifies: likelihood training on the text alone."""
 
     produces: ClassVar[type[Scores]] = Scores
-    asks: ClassVar[Kinds] = frozenset()
+    requires: ClassVar[ScoreKinds] = frozenset()
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return [Scores() for _ in trajectories]

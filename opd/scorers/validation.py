@@ -40,7 +40,7 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
     if not isinstance(answer, TokenScores):
         return f"asked for log-probabilities, got {type(answer).__name__}"
     arrays = {"logprobs": np.asarray(answer.logprobs)}
-    match request.want:
+    match request.kind:
         case LastHidden():
             if not isinstance(answer, HiddenScores) or not isinstance(answer.hidden, RemoteRows):
                 return f"asked for hidden states by reference, got {type(answer).__name__}"
@@ -50,10 +50,10 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
             if not isinstance(answer, TopKScores):
                 return f"asked for a top-k support, got {type(answer).__name__}"
             arrays["topk_logprobs"], arrays["rest"] = np.asarray(answer.topk_logprobs), np.asarray(answer.rest)
-            if isinstance(request.want, AtIds) and not np.array_equal(answer.topk_ids, request.want.ids):
+            if isinstance(request.kind, AtIds) and not np.array_equal(answer.topk_ids, request.kind.ids):
                 return "the answer is about other token ids than were asked"
-            if isinstance(request.want, TopK) and arrays["topk_logprobs"].shape[-1] != request.want.k:
-                return f"asked for k={request.want.k}, got k={arrays['topk_logprobs'].shape[-1]}"
+            if isinstance(request.kind, TopK) and arrays["topk_logprobs"].shape[-1] != request.kind.k:
+                return f"asked for k={request.kind.k}, got k={arrays['topk_logprobs'].shape[-1]}"
             if np.shape(answer.topk_ids) != arrays["topk_logprobs"].shape:
                 return f"{np.shape(answer.topk_ids)} ids have {arrays['topk_logprobs'].shape} log-probabilities"
     for name, values in arrays.items():
@@ -69,7 +69,7 @@ def _problem(request: ScoreRequest, answer: Scores) -> str:
         np.asarray(answer.logprobs),
         np.asarray(answer.topk_ids),
         values,
-        likeliest=isinstance(request.want, TopK),
+        likeliest=isinstance(request.kind, TopK),
     )
     whole = _mass(np.asarray(answer.topk_ids), values) + np.exp(rest.astype(np.float64))
     if not problem and (np.abs(whole - 1) > MASS).any():

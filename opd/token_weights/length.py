@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from opd.types import Scored, Scores, Stop
+from opd.types import Scored, Scores, StopReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,4 +18,4 @@ class SkipTruncated:
     reads_written: ClassVar[bool] = True
 
     def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
-        return [np.full(len(s.trajectory), 0.0 if s.trajectory.stop is Stop.LENGTH else 1.0) for s in scored]
+        return [np.full(len(s.trajectory), 0.0 if s.trajectory.stop is StopReason.LENGTH else 1.0) for s in scored]

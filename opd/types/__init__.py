@@ -20,10 +20,10 @@ from opd.types.scores import (
     TopKScores,
     VocabularyScores,
 )
-from opd.types.trajectories import NOBODY, Prompt, Scored, Stop, Trajectory
+from opd.types.trajectories import NO_VERSION, Prompt, Scored, StopReason, Trajectory
 
 __all__ = [
-    "NOBODY",
+    "NO_VERSION",
     "AdvantageScores",
     "Array",
     "Batch",
@@ -36,7 +36,7 @@ __all__ = [
     "Scored",
     "Scores",
     "StepReport",
-    "Stop",
+    "StopReason",
     "TokenLoss",
     "TokenScores",
     "TopKReturnScores",

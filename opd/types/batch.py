@@ -12,13 +12,13 @@ from torch import Tensor
 
 from opd.types.remote_rows import Fetch, RemoteRows
 from opd.types.scores import Array, S, Scores
-from opd.types.trajectories import Prompt, Scored, Stop, Trajectory
+from opd.types.trajectories import Prompt, Scored, StopReason, Trajectory
 
 
 @cache
 def _large(kind: type) -> tuple[str, ...]:
     """Those of its fields that may hold arrays."""
-    return tuple(f.name for f in fields(kind) if f.type not in (str, int, float, Stop))
+    return tuple(f.name for f in fields(kind) if f.type not in (str, int, float, StopReason))
 
 
 def nbytes(value: Any) -> int:

@@ -9,10 +9,10 @@ Messages = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class PromptText:
     """A prompt as it is stored: plain text or chat messages, with the tools that a template may name to the model.
 
-    `where` is the place that an error names. Example: `Said(text="1+1=", where="train.jsonl line 7")`.
+    `where` is the place that an error names. Example: `PromptText(text="1+1=", where="train.jsonl line 7")`.
     """
 
     text: str | Messages

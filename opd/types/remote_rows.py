@@ -27,7 +27,7 @@ class RemoteRows:
         return sum(len(rows) for _, rows in self.pieces)
 
     def take(self, index: np.ndarray) -> "RemoteRows":
-        """The rows `index`, in that order; neighbouring rows of one array stay one piece."""
+        """The rows `index`, in that order; neighboring rows of one array stay one piece."""
         owner = np.concatenate([np.full(len(rows), i) for i, (_, rows) in enumerate(self.pieces)])[index]
         rows = np.concatenate([rows for _, rows in self.pieces])[index]
         cuts = np.flatnonzero(np.diff(owner)) + 1

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Int32
 
 from opd.types.scores import S, TokenScores
 
-NOBODY = -1
+NO_VERSION = -1
 """The version of tokens that no policy of the run wrote: a teacher's text, or text of a data set."""
 
 
-class Stop(Enum):
+class StopReason(Enum):
     """Why a completion ended."""
 
     END = "end"  # the model wrote its end-of-text token
@@ -45,7 +45,7 @@ class Trajectory:
     """A prompt and what was written for it.
 
     `behavior` is the testimony of the policy that wrote (the *actual* sampling distribution, after temperature and
-    truncation); `versions` says which policy version wrote each token (`NOBODY`: somebody else did); `loss_mask` is
+    truncation); `versions` says which policy version wrote each token (`NO_VERSION`: somebody else did); `loss_mask` is
     False where a token is context only. `sample` is its number within the group. `digests` names the published weights
     behind each of those versions (`Completion.digests`); it is empty for text that no student engine wrote.
     """
@@ -56,7 +56,7 @@ class Trajectory:
     behavior: TokenScores
     loss_mask: Bool[np.ndarray, " T"]
     versions: Int32[np.ndarray, " T"]
-    stop: Stop
+    stop: StopReason
     rewards: Mapping[str, float]
     digests: Mapping[int, str] = field(default_factory=dict)
 

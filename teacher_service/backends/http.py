@@ -26,7 +26,7 @@ from teacher_service.control_question import aligned, control
 from teacher_service.frames import (
     DIGEST_BYTES,
     FrameError,
-    Limits,
+    FrameLimits,
     Question,
     TooLarge,
     answer_bytes,
@@ -145,7 +145,7 @@ class HttpTeacher:
         return replace(answer, hidden=RemoteRows(pieces=pieces, row_nbytes=width))
 
 
-def frames(requests: Sequence[ScoreRequest], limits: Limits) -> Iterator[list[ScoreRequest]]:
+def frames(requests: Sequence[ScoreRequest], limits: FrameLimits) -> Iterator[list[ScoreRequest]]:
     """`requests` in parts that fit the server's limits, with room for a control question."""
     part: list[ScoreRequest] = []
     tokens = answered = 0
@@ -207,18 +207,18 @@ def _finite(array: np.ndarray) -> bool:
 def _check_identity(said: Identity, config: TeacherConfig) -> None:
     """Raise `ConfigurationError` if the server's model is not the one this run is about."""
     ours = tokenizer_identity(config.path)
-    who = f"the teacher at {config.url}"
+    subject = f"the teacher at {config.url}"
     if (said.vocabulary, said.rows) != (ours.digest, ours.rows):
         raise ConfigurationError(
-            f"{who} has another vocabulary ({said.vocabulary}, {said.rows} rows) than teacher.path {config.path!r} "
+            f"{subject} has another vocabulary ({said.vocabulary}, {said.rows} rows) than teacher.path {config.path!r} "
             f"({ours.digest}, {ours.rows} rows); serve that model, or correct teacher.path"
         )
     expected = config.fingerprint or model_digest(config.path)
     if expected and expected != said.model:
         raise ConfigurationError(
-            f"{who} is model {said.model}, but {expected} is expected "
+            f"{subject} is model {said.model}, but {expected} is expected "
             f"({'teacher.fingerprint' if config.fingerprint else f'the weights in {config.path!r}'}); serve that one, "
             "or correct the setting"
         )
     if not said.model:
-        raise ConfigurationError(f"{who} has no weights to be known by; serve a folder with safetensors")
+        raise ConfigurationError(f"{subject} has no weights to be known by; serve a folder with safetensors")

@@ -1,6 +1,6 @@
 """A teacher behind any OpenAI-compatible completions endpoint that gives `prompt_logprobs`, such as vLLM's own.
 
-Asked with token ids, `max_tokens=1` and `prompt_logprobs=k`, so nothing is tokenised anew. Such an endpoint ranks its
+Asked with token ids, `max_tokens=1` and `prompt_logprobs=k`, so nothing is tokenized anew. Such an endpoint ranks its
 own tokens at every position and adds the written one; it cannot score ids it is given, and has no hidden states. Rows
 are objects keyed by token id, so a shifted row is one that lacks its token.
 """
@@ -31,7 +31,7 @@ AT_ONCE = 4
 
 
 class OpenAITeacher:
-    """`opd.ports.LogprobTeacher` over a completions endpoint; answers `WrittenToken` and `TopK`.
+    """`opd.ports.LogprobTeacher` over a completions endpoint; answers `SampledToken` and `TopK`.
 
     Such an endpoint cannot say which weights it holds: `teacher.model` is only a name.
     """
@@ -52,11 +52,11 @@ class OpenAITeacher:
     async def ready(self) -> None:
         """Return when the endpoint has scored a text. Raises what is wrong with it otherwise."""
         ids = np.arange(1, 4, dtype=np.int32)
-        await self.score([ScoreRequest(context_ids=ids[:1], token_ids=ids[1:], want=TopK(k=1))])
+        await self.score([ScoreRequest(context_ids=ids[:1], token_ids=ids[1:], kind=TopK(k=1))])
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         """Testimony per request, in order. Raises `OpdError` when the endpoint gives no believable one."""
-        check_answers(self._config, frozenset(type(r.want) for r in requests), "a scorer")
+        check_answers(self._config, frozenset(type(r.kind) for r in requests), "a scorer")
         self._bounds.check(requests)
         start = perf_counter()
         try:
@@ -132,7 +132,7 @@ def room(part: Sequence[ScoreRequest]) -> int:
 
 
 def _k(request: ScoreRequest) -> int:
-    return request.want.k if isinstance(request.want, TopK) else 0
+    return request.kind.k if isinstance(request.kind, TopK) else 0
 
 
 def _parsed(body: bytes, part: Sequence[ScoreRequest]) -> list[TokenScores]:
@@ -164,9 +164,9 @@ def _answer(request: ScoreRequest, choice: Mapping[str, Any]) -> TokenScores:
     rows = rows[len(request.context_ids) :]
     written = [row[str(token)]["logprob"] for row, token in zip(rows, request.token_ids.tolist(), strict=True)]
     logprobs = np.asarray(written, dtype=np.float32)
-    if not isinstance(request.want, TopK):
+    if not isinstance(request.kind, TopK):
         return TokenScores(logprobs=logprobs)
-    k = request.want.k
+    k = request.kind.k
     best = [sorted(((-e["logprob"], int(token)) for token, e in row.items()))[:k] for row in rows]
     return TopKScores(
         logprobs=logprobs,

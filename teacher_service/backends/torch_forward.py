@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from hf.tokenizer_check import check_checkpoint
 from opd.errors import ConfigurationError, OpdError, ServiceHung
-from opd.ports import ScoreRequest, Weights
+from opd.ports import PublishedWeights, ScoreRequest
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Fetch, TokenScores
 from teacher_service.config import START_S, TeacherConfig
-from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, testify
+from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
 from teacher_service.server_identity import file_digest
 from weight_sync.receiver import collect
 
@@ -53,7 +53,7 @@ class TorchTeacher:
         """
         return await self._within(asyncio.to_thread(self._scores, requests), f"scoring {len(requests)} completions")
 
-    async def follow(self, weights: Weights, get: Fetch) -> None:
+    async def follow(self, weights: PublishedWeights, get: Fetch) -> None:
         """Take the student's published weights in (`TeacherConfig.mixup`); what is scored from now on sees them.
 
         Raises:
@@ -61,7 +61,7 @@ class TorchTeacher:
         """
         await self._within(asyncio.to_thread(self._follow, weights, get), f"following version {weights.version}")
 
-    def _follow(self, weights: Weights, get: Fetch) -> None:
+    def _follow(self, weights: PublishedWeights, get: Fetch) -> None:
         model = self._loaded()
         delivered = collect(weights, get, "the teacher")
         with self._lock, torch.inference_mode():
@@ -144,13 +144,13 @@ class TorchTeacher:
         sequences, rows = completion_rows(requests)
         everywhere = model.hidden([torch.from_numpy(s) for s in sequences])
         hidden = everywhere[torch.from_numpy(rows).to(everywhere.device)]
-        return testify(requests, hidden, model.logits, self._config.head_chunk, self._store)
+        return scores_from_hidden(requests, hidden, model.logits, self._config.head_chunk, self._store)
 
 
 def microbatches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Positions in groups whose padded size (members times the longest) stays within `budget`, longest first.
 
-    Neighbours in length go together, since attention pads to the longest of a group.
+    Neighbors in length go together, since attention pads to the longest of a group.
     """
     group: list[int] = []
     for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -27,7 +27,7 @@ from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import TokenScores, TopKScores
 from teacher_service.backends.torch_forward import microbatches
 from teacher_service.config import START_S, TeacherConfig, check_answers
-from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, testify
+from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
 from weight_sync.rendezvous import be_alone
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class _VLLMTeacher(ABC):
 
         Raises `Unreadable` for a request that cannot be read, `ConfigurationError` for a kind it cannot answer.
         """
-        check_answers(self._config, frozenset(type(r.want) for r in requests), "a scorer")
+        check_answers(self._config, frozenset(type(r.kind) for r in requests), "a scorer")
         self._bounds.check(requests)
         work = asyncio.wrap_future(self._thread.submit(self._scores, list(requests)))
         return await self._within(work, f"scoring {len(requests)} completions")
@@ -169,7 +169,7 @@ class HiddenTeacher(_VLLMTeacher):
     def _arguments(self) -> Mapping[str, Any]:
         from vllm.config import PoolerConfig
 
-        # "embed" with no activation: the states as they leave the final norm, not normalised to length 1
+        # "embed" with no activation: the states as they leave the final norm, not normalized to length 1
         pooler = PoolerConfig(task="token_embed", use_activation=False)
         return {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
 
@@ -184,7 +184,7 @@ class HiddenTeacher(_VLLMTeacher):
         if any(len(s) != len(r.token_ids) for s, r in zip(states, requests, strict=True)):
             raise DataError("vLLM gave fewer hidden states than tokens; use teacher.backend=TORCH and report this")
         hidden = torch.cat(states).to(device=self._device, dtype=self._dtype)
-        return testify(
+        return scores_from_hidden(
             requests, hidden, lambda h: F.linear(h, self._head).float(), self._config.head_chunk, self._store
         )
 
@@ -207,7 +207,7 @@ class PromptLogprobsTeacher(_VLLMTeacher):
                 SamplingParams(
                     max_tokens=1,
                     temperature=0.0,
-                    prompt_logprobs=r.want.k if isinstance(r.want, TopK) else 0,
+                    prompt_logprobs=r.kind.k if isinstance(r.kind, TopK) else 0,
                     flat_logprobs=True,
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
@@ -221,7 +221,7 @@ class PromptLogprobsTeacher(_VLLMTeacher):
 
 def _answer(request: ScoreRequest, flat: Any) -> TokenScores:
     """From parallel lists of `(1 + k)` entries per position: the prompt's own token, then the likeliest."""
-    k = request.want.k if isinstance(request.want, TopK) else 0
+    k = request.kind.k if isinstance(request.kind, TopK) else 0
     tokens, first = len(request.token_ids), flat.start_indices[len(request.context_ids)]
     ids = np.asarray(flat.token_ids[first:], dtype=np.int32)
     values = np.asarray(flat.logprobs[first:], dtype=np.float32)

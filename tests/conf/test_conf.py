@@ -57,7 +57,7 @@ def test_every_option_builds(choice: str) -> None:
 @pytest.mark.parametrize("name", groups()["method"])
 def test_every_method_can_be_planned(name: str) -> None:
     plan = make_plan(with_method(name))
-    assert plan.config.method.scorer.asks <= plan.config.teacher.answers
+    assert plan.config.method.scorer.requires <= plan.config.teacher.answers
 
 
 def test_minillm_weighs_what_follows_as_the_papers_equation_does() -> None:
@@ -110,8 +110,8 @@ def test_every_experiment_builds(name: str) -> None:
         (["method.scorer._target_=opd.scorers.nothing.X"], r"cannot be imported"),
         (["method.scorer._target_=opd.scorers.teacher.ask"], r"is no dataclass"),
         (
-            ["method.scorer._target_=opd.scorers.teacher.WrittenTokens"],
-            r"FullReverseKL needs VocabularyScores.*WrittenTokens produces TokenScores",
+            ["method.scorer._target_=opd.scorers.teacher.SampledTokens"],
+            r"FullReverseKL needs VocabularyScores.*SampledTokens produces TokenScores",
         ),
         (
             ["method=student_topk_reverse_kl", "method.rollout.record_topk=0"],

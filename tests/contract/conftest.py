@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 from transformers import Qwen3ForCausalLM
 
-from opd.ports import AtIds, Kinds, LastHidden, LogprobTeacher, ScoreRequest, TopK, Want, WrittenToken
+from opd.ports import AtIds, LastHidden, LogprobTeacher, SampledToken, ScoreKind, ScoreKinds, ScoreRequest, TopK
 from opd.scorers.validation import verify
 from opd.settings.secret import Secret
 from opd.types import TokenScores
 from teacher_service.backends import backend
 from teacher_service.backends.http import HttpTeacher
 from teacher_service.backends.torch_forward import TorchTeacher
-from teacher_service.frames import Limits
+from teacher_service.frames import FrameLimits
 from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.server_identity import identity_of
 from tests.contract.endpoint import CompletionsEndpoint
-from tests.shelf import Shelf
+from tests.shelf import PullSender
 from tests.tiny_models import VOCABULARY, save, tiny_model
 
 TOKEN = "a-token-of-the-contract-suite"
@@ -44,11 +44,11 @@ class Class:
     teacher: Any
     config: TeacherConfig
     plain: Qwen3ForCausalLM
-    shelf: Shelf
+    shelf: PullSender
     loop: asyncio.AbstractEventLoop
 
     @property
-    def answers(self) -> Kinds:
+    def answers(self) -> ScoreKinds:
         return self.config.answers
 
     def run(self, work: Awaitable[T]) -> T:
@@ -91,13 +91,13 @@ def made_server(tiny: Tiny, cls: type[TeacherServer] = TeacherServer, **limits: 
     """A server over a torch teacher, not yet started."""
     config = config_of(tiny)
     teacher = TorchTeacher(config, lambda array: array)
-    identity = identity_of(config, "float32", replace(Limits(k=config.max_k), **limits))
+    identity = identity_of(config, "float32", replace(FrameLimits(k=config.max_k), **limits))
     return cls(teacher, identity, ServerConfig(port=0, token=Secret(TOKEN)))
 
 
 def open_class(chosen: Backend, tiny: Tiny) -> Iterator[Class]:
     """The teacher while it serves."""
-    loop, shelf = asyncio.new_event_loop(), Shelf()
+    loop, shelf = asyncio.new_event_loop(), PullSender()
     closing: list[Any] = []
     config = config_of(tiny, backend=chosen, url="http://x", model="tiny")
     if chosen is Backend.HTTP:
@@ -121,10 +121,10 @@ def open_class(chosen: Backend, tiny: Tiny) -> Iterator[Class]:
     loop.close()
 
 
-def wants(tokens: int, random: np.random.Generator) -> list[Want]:
+def wants(tokens: int, random: np.random.Generator) -> list[ScoreKind]:
     """One want of every kind, and two depths."""
     return [
-        WrittenToken(),
+        SampledToken(),
         TopK(k=5),
         TopK(k=50),
         AtIds(ids=np.argsort(random.random((tokens, VOCABULARY)), axis=1)[:, :4].astype(np.int32)),
@@ -139,11 +139,11 @@ def make_request(kind: int, seed: int, tokens: int = 0) -> ScoreRequest:
     return ScoreRequest(
         context_ids=random.integers(0, VOCABULARY, context).astype(np.int32),
         token_ids=random.integers(0, VOCABULARY, tokens).astype(np.int32),
-        want=wants(tokens, random)[kind],
+        kind=wants(tokens, random)[kind],
     )
 
 
-def make_requests(answers: Kinds, count: int, seed: int = 0) -> list[ScoreRequest]:
+def make_requests(answers: ScoreKinds, count: int, seed: int = 0) -> list[ScoreRequest]:
     """`count` requests of the kinds a backend answers, mixed."""
     every = [make_request(i % 5, seed + i) for i in range(2 * count)]
-    return [r for r in every if type(r.want) in answers][:count]
+    return [r for r in every if type(r.kind) in answers][:count]

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
 from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 from teacher_service.backends.http import HttpTeacher
@@ -22,7 +22,16 @@ from teacher_service.config import ANSWERS, Backend
 from teacher_service.frames import Question, Reply, decode_question, encode_question, encode_reply, request_digest
 from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.server_identity import parse_identity
-from tests.contract.conftest import TOKEN, Shelf, Tiny, config_of, made_server, make_request, make_requests, make_tiny
+from tests.contract.conftest import (
+    TOKEN,
+    PullSender,
+    Tiny,
+    config_of,
+    made_server,
+    make_request,
+    make_requests,
+    make_tiny,
+)
 from tests.contract.endpoint import CompletionsEndpoint
 from tests.fault_matrix import Witness
 from tests.tiny_models import VOCABULARY, completion_logprobs, tiny_model
@@ -48,7 +57,7 @@ def set_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def rolled(by: int) -> Spoil:
-    """Every row holds what belongs to a neighbour."""
+    """Every row holds what belongs to a neighbor."""
 
     def change(answer: TokenScores) -> TokenScores:
         return answer.take(np.roll(np.arange(len(answer.logprobs)), by))
@@ -82,7 +91,7 @@ LIES: dict[str, Spoil] = {
     "too few": lambda answers: answers[:-1],
     "shifted left": rolled(-1),
     "shifted right": rolled(1),
-    "answers of the neighbour": lambda answers: answers[1:] + answers[:1],
+    "answers of the neighbor": lambda answers: answers[1:] + answers[:1],
     "other ids": ids_changed,
     "nan states": nan_states,
 }
@@ -156,27 +165,27 @@ def liar(
     loop.run_until_complete(server.close())
 
 
-def client(tiny: Tiny, url: str, shelf: Shelf | None = None, **fields: Any) -> HttpTeacher:
+def client(tiny: Tiny, url: str, shelf: PullSender | None = None, **fields: Any) -> HttpTeacher:
     config = config_of(
         tiny,
         backend=Backend.HTTP,
         url=url,
-        **({"read_s": 1.0, "retries": 9, "strikes": 9, "backoff_s": 0.002} | fields),
+        **({"read_s": 1.0, "retries": 9, "max_consecutive_failures": 9, "backoff_s": 0.002} | fields),
     )
-    return HttpTeacher(config, (shelf or Shelf()).store, TOKEN)
+    return HttpTeacher(config, (shelf or PullSender()).store, TOKEN)
 
 
 def written_by(tiny: Tiny, request: ScoreRequest, seed: int) -> ScoreRequest:
     """`request` with a completion that the model itself would write: what a teacher is really asked about."""
     random, ids = np.random.default_rng(seed), request.context_ids
     for _ in range(len(request.token_ids)):
-        one = ScoreRequest(context_ids=ids, token_ids=ids[:1], want=WrittenToken())
+        one = ScoreRequest(context_ids=ids, token_ids=ids[:1], kind=SampledToken())
         p = completion_logprobs(tiny.plain, one)[0].double().exp().numpy()
         ids = np.append(ids, random.choice(len(p), p=p / p.sum())).astype(np.int32)
     return replace(request, token_ids=ids[len(request.context_ids) :])
 
 
-def wrong_rows(tiny: Tiny, asked: list[ScoreRequest], answers: list[TokenScores], shelf: Shelf) -> int:
+def wrong_rows(tiny: Tiny, asked: list[ScoreRequest], answers: list[TokenScores], shelf: PullSender) -> int:
     """Rows that differ from a plain forward."""
     wrong = 0
     for request, answer in zip(asked, answers, strict=True):
@@ -205,7 +214,7 @@ def test_no_wrong_row_gets_through(tiny: Tiny, liar: tuple[LyingServer, str], lo
     random.shuffle(faults)
     plan = ["", *(f for fault in faults for f in ([fault] if random.random() < 0.6 else [fault, ""]))]
     server.plan = iter(plan)
-    shelf = Shelf()
+    shelf = PullSender()
     teacher = client(tiny, url, shelf)
     every = [written_by(tiny, r, i) for i, r in enumerate(make_requests(ANSWERS[Backend.HTTP], 20))]
     rows = wrong = calls = 0
@@ -234,7 +243,7 @@ def test_no_wrong_row_gets_through(tiny: Tiny, liar: tuple[LyingServer, str], lo
 def test_each_kind_alone_shows_a_lie(tiny: Tiny, liar: Any, loop: Any, lie: str, kind: int) -> None:
     server, url = liar
     server.done, server.plan = Counter(), iter([lie] * 2)
-    shelf = Shelf()
+    shelf = PullSender()
     teacher = client(tiny, url, shelf)
     asked = [written_by(tiny, make_request(kind, 70 + kind), kind)]
     assert wrong_rows(tiny, asked, loop.run_until_complete(teacher.score(asked)), shelf) == 0
@@ -253,7 +262,7 @@ def test_each_kind_alone_shows_a_lie(tiny: Tiny, liar: Any, loop: Any, lie: str,
 def test_giving_up_is_one_sentence(tiny: Tiny, liar: Any, loop: Any, fault: str, says: str) -> None:
     server, url = liar
     server.done, server.plan = Counter(), iter([fault] * 10)
-    teacher = client(tiny, url, strikes=3, read_s=0.1 if fault == "slow" else 30)
+    teacher = client(tiny, url, max_consecutive_failures=3, read_s=0.1 if fault == "slow" else 30)
     for _ in range(2 if "not asked" in says else 1):  # and it stays given up
         with pytest.raises(OpdError, match=says) as caught:
             loop.run_until_complete(teacher.score([make_request(0, 1)]))
@@ -265,7 +274,7 @@ def test_giving_up_is_one_sentence(tiny: Tiny, liar: Any, loop: Any, fault: str,
 def test_a_server_that_restarts_is_waited_for(tiny: Tiny, loop: Any, witness: Witness) -> None:
     first = made_server(tiny)
     url = loop.run_until_complete(first.start())
-    teacher, asked, shelf = client(tiny, url, retries=12, backoff_s=0.05), [make_request(1, 2)], Shelf()
+    teacher, asked, shelf = client(tiny, url, retries=12, backoff_s=0.05), [make_request(1, 2)], PullSender()
     again = made_server(tiny)
     again._config = ServerConfig(port=int(url.rsplit(":", 1)[1]), token=Secret(TOKEN))
 
@@ -310,8 +319,8 @@ def wider(folder: Any) -> Any:
 def test_an_endpoint_that_answers_nonsense_is_not_believed(tiny: Tiny, loop: Any, spoilt: str) -> None:
     endpoint = CompletionsEndpoint(tiny.plain)
     url = loop.run_until_complete(endpoint.start())
-    config = config_of(tiny, backend=Backend.OPENAI, url=url, model="m", strikes=9)
-    teacher, asked = OpenAITeacher(config, Shelf().store, ""), [make_request(1, 8), make_request(1, 9)]
+    config = config_of(tiny, backend=Backend.OPENAI, url=url, model="m", max_consecutive_failures=9)
+    teacher, asked = OpenAITeacher(config, PullSender().store, ""), [make_request(1, 8), make_request(1, 9)]
     left = [2]
 
     def spoil(answer: dict[str, Any]) -> Any:
@@ -336,7 +345,7 @@ def test_an_endpoint_that_answers_nonsense_is_not_believed(tiny: Tiny, loop: Any
 
     endpoint.spoil = spoil
     answers = loop.run_until_complete(teacher.score(asked))
-    assert wrong_rows(tiny, asked, answers, Shelf()) == 0
+    assert wrong_rows(tiny, asked, answers, PullSender()) == 0
     stats = loop.run_until_complete(teacher.stats())
     assert stats.unanswered + stats.quarantined == 2
     loop.run_until_complete(endpoint.close())
@@ -362,8 +371,8 @@ def test_the_server_refuses_what_it_must_with_a_clear_status(tiny: Tiny, loop: A
         (413, AUTHORIZED, frame(good, good, good, good), "4 requests, but 3"),
         (413, AUTHORIZED, frame(replace(good, context_ids=long)), "tokens, but 90"),
         (422, AUTHORIZED, frame(replace(good, token_ids=far)), "outside the vocabulary"),
-        (422, AUTHORIZED, frame(replace(good, want=TopK(k=51))), "51 log-probabilities"),
-        (422, AUTHORIZED, frame(replace(good, want=AtIds(ids=far[:, None]))), "outside the vocabulary"),
+        (422, AUTHORIZED, frame(replace(good, kind=TopK(k=51))), "51 log-probabilities"),
+        (422, AUTHORIZED, frame(replace(good, kind=AtIds(ids=far[:, None]))), "outside the vocabulary"),
         (200, AUTHORIZED, frame(good), ""),
     ]
 
@@ -390,7 +399,7 @@ def test_refusals_are_not_retried(tiny: Tiny, loop: Any) -> None:
     deep = client(tiny, url)
     with pytest.raises(DataError, match="status 422"):
         loop.run_until_complete(deep.score([make_request(1, 0)]))
-    stranger = HttpTeacher(config_of(tiny, backend=Backend.HTTP, url=url), Shelf().store, "wrong" * 5)
+    stranger = HttpTeacher(config_of(tiny, backend=Backend.HTTP, url=url), PullSender().store, "wrong" * 5)
     with pytest.raises(ConfigurationError, match=r"refuses our token.*OPD_TEACHER_TOKEN"):
         loop.run_until_complete(stranger.ready())
     assert loop.run_until_complete(deep.stats()).unanswered == 0
@@ -401,9 +410,9 @@ def test_too_many_calls_at_once_are_told_to_come_again(tiny: Tiny, loop: Any) ->
     server = made_server(tiny, tokens=100)  # so that one call of ours is many of the server's
     server._config = replace(server._config, pending=1)
     url = loop.run_until_complete(server.start())
-    shelf = Shelf()
+    shelf = PullSender()
     teacher = client(tiny, url, shelf, retries=30)
-    asked = [r for r in make_requests(ANSWERS[Backend.HTTP], 12) if not isinstance(r.want, LastHidden)]
+    asked = [r for r in make_requests(ANSWERS[Backend.HTTP], 12) if not isinstance(r.kind, LastHidden)]
     answers = loop.run_until_complete(teacher.score(asked))
     assert wrong_rows(tiny, asked, answers, shelf) == 0
     loop.run_until_complete(server.close())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
 from opd.types import HiddenScores, TokenScores, TopKScores
 from teacher_service.config import Backend
 from tests.contract.conftest import Class, Tiny, make_request, make_requests, open_class
@@ -25,13 +25,13 @@ def school(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[Class]:
 
 def test_every_kind_of_testimony_is_the_model_s_own(school: Class) -> None:
     requests = make_requests(school.answers, 30)  # mixed in one call
-    assert {type(r.want) for r in requests} == school.answers
+    assert {type(r.kind) for r in requests} == school.answers
     worst = 0.0
     for asked, answer in zip(requests, school.score(requests), strict=True):
         full = completion_logprobs(school.plain, asked)
         ids = torch.from_numpy(asked.token_ids).long()
         worst = max(worst, gap(answer.logprobs, full.gather(1, ids[:, None])[:, 0]))
-        match asked.want:
+        match asked.kind:
             case TopK(k=k):
                 assert isinstance(answer, TopKScores)
                 worst = max(worst, gap(answer.topk_logprobs, full.topk(k).values))
@@ -50,7 +50,7 @@ def test_every_kind_of_testimony_is_the_model_s_own(school: Class) -> None:
                 head = school.plain.lm_head.weight
                 rebuilt = (answer.hidden.fetch(school.shelf.fetch) @ head.T).log_softmax(-1)
                 worst = max(worst, gap(rebuilt, full))
-            case WrittenToken():
+            case SampledToken():
                 assert type(answer) is TokenScores
     assert worst <= EXACT
 
@@ -60,7 +60,7 @@ def gap(ours: Any, theirs: torch.Tensor) -> float:
 
 
 def test_answers_do_not_depend_on_order_company_or_overlap(school: Class) -> None:
-    requests = [r for r in make_requests(school.answers, 20, seed=100) if not isinstance(r.want, LastHidden)]
+    requests = [r for r in make_requests(school.answers, 20, seed=100) if not isinstance(r.kind, LastHidden)]
     together = school.score(requests)
     shuffled = np.random.default_rng(1).permutation(len(requests))
     apart = school.score([requests[i] for i in shuffled])
@@ -85,7 +85,7 @@ def test_nothing_asked_is_nothing_answered(school: Class) -> None:
 
 
 def test_a_completion_of_one_token_after_a_context_of_one(school: Class) -> None:
-    one = ScoreRequest(context_ids=np.array([7], np.int32), token_ids=np.array([9], np.int32), want=TopK(k=1))
+    one = ScoreRequest(context_ids=np.array([7], np.int32), token_ids=np.array([9], np.int32), kind=TopK(k=1))
     (answer,) = school.score([one])
     assert gap(answer.logprobs, completion_logprobs(school.plain, one)[:, 9]) <= EXACT
 
@@ -94,7 +94,7 @@ def test_requests_that_cannot_be_read_are_refused(school: Class) -> None:
     good = make_request(1, 0)
 
     def refused(match: str, **changes: Any) -> None:
-        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "want": good.want}
+        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "want": good.kind}
         with pytest.raises(DataError, match=match):
             school.run(school.teacher.score([good, ScoreRequest(**(fields | changes))]))
 
@@ -104,16 +104,16 @@ def test_requests_that_cannot_be_read_are_refused(school: Class) -> None:
     refused("context has ids outside", context_ids=far)
     refused("completion has ids outside", token_ids=-far)
     refused("tokens, more than the", context_ids=np.ones(200, dtype=np.int32))
-    refused(r"51.*50", want=TopK(k=51))
+    refused(r"51.*50", kind=TopK(k=51))
     if AtIds in school.answers:
-        refused("asks at ids outside", want=AtIds(ids=np.full((len(good.token_ids), 2), VOCABULARY, dtype=np.int32)))
+        refused("asks at ids outside", kind=AtIds(ids=np.full((len(good.token_ids), 2), VOCABULARY, dtype=np.int32)))
     school.score([good])  # and it serves on
 
 
 def test_what_a_backend_cannot_answer_it_refuses(school: Class) -> None:
     for kind in range(5):
         asked = make_request(kind, 3)
-        if type(asked.want) not in school.answers:
+        if type(asked.kind) not in school.answers:
             with pytest.raises(ConfigurationError, match="cannot answer"):
                 school.run(school.teacher.score([asked]))
 

@@ -81,7 +81,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"max_tokens|evaluation\.max_tokens|method\.rollout(\.\w+)?\.max_tokens", whole(1, WINDOW)),
     (r"max_staleness", whole(0, 99)),
     (r"max_ratio|method\.objective(\.of)*\.max_ratio", real(1, 10**9, zero=True)),
-    (r"max_buffer_bytes|.*kv_cache_bytes|cluster\.journal_bytes|learner\.publish_chunk_bytes", whole(0, 2**60)),
+    (r"max_buffer_bytes|.*kv_cache_bytes|cluster\.replay_log_bytes|learner\.publish_chunk_bytes", whole(0, 2**60)),
     (r"checkpoint_minutes", real(0, 10**6)),
     (r"cluster\.elastic", yes),
     (r"grace_s", real(0, 30 * 24 * 3600)),
@@ -90,8 +90,11 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"weight_update|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel|signal|outside)", one),
     (r"(.*\.)?deadline_s|.*start_deadline_s", SECONDS),
     (r"teachers\.\w+\.(connect_s|read_s|backoff_s)", real(1e-4, 30 * 24 * 3600)),
-    (r".*\.(replicas|ranks|tensor_parallel|max_num_seqs|max_k|strikes|head_chunk|mixup_every)", whole(1, 10**9)),
-    (r"(student|teachers\.\w+)\.(replicas|tensor_parallel|strikes)|learner\.ranks", whole(1, 10**4)),
+    (
+        r".*\.(replicas|ranks|tensor_parallel|max_num_seqs|max_k|max_consecutive_failures|head_chunk|mixup_every)",
+        whole(1, 10**9),
+    ),
+    (r"(student|teachers\.\w+)\.(replicas|tensor_parallel|max_consecutive_failures)|learner\.ranks", whole(1, 10**4)),
     (r"student\.max_model_len", whole(101, 10**8)),
     (r"teachers\.\w+\.max_model_len", lambda v: v == 0 or whole(101, 10**8)(v)),
     (r"teachers\.\w+\.max_batch_tokens|learner\.tokens_per_microbatch", whole(101, 10**8)),
@@ -167,7 +170,7 @@ CLASSES = (
         "objectives.sampled.Likelihood",
         "weights.length.SkipTruncated",
     ),
-    *("updates.optimizer.OptimizerStep", "scorers.teacher.WrittenTokens", "rollouts.student.StudentRollout"),
+    *("updates.optimizer.OptimizerStep", "scorers.teacher.SampledTokens", "rollouts.student.StudentRollout"),
 )
 HOSTILE = (
     *f"{WORDS} {NUMBERS} {NESTED}".split(),

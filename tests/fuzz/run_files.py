@@ -251,14 +251,14 @@ def readers(run: Path) -> dict[str, Callable[[], object]]:
 
 
 @dataclass(slots=True)
-class Tally:
+class MetricSums:
     """Calls of readers by outcome, and the findings."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
 
 
-def try_one(run: Path, what: str, tally: Tally) -> None:
+def try_one(run: Path, what: str, tally: MetricSums) -> None:
     """Call every reader on a spoilt run."""
     for name, read in readers(run).items():
         began = perf_counter()
@@ -279,9 +279,9 @@ def try_one(run: Path, what: str, tally: Tally) -> None:
         tally.outcomes[outcome] += 1
 
 
-def fuzz(count: int, seed: int) -> Tally:
+def fuzz(count: int, seed: int) -> MetricSums:
     """`count` spoilt runs."""
-    tally, rng = Tally(), random.Random(seed)
+    tally, rng = MetricSums(), random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         whole = make_run(Path(folder))
         try_one(whole.parent / shutil.copytree(whole, whole.parent / "as it was"), "nothing", tally)

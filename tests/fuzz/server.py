@@ -23,17 +23,17 @@ from time import perf_counter
 import numpy as np
 import xxhash
 
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
 from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
-from teacher_service.frames import DIGEST_BYTES, Limits, Question, decode_reply, encode_question, request_digest
+from teacher_service.frames import DIGEST_BYTES, FrameLimits, Question, decode_reply, encode_question, request_digest
 from teacher_service.scoring import Bounds
 from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.server_identity import Identity
 
 TOKEN = "a-token-of-the-fuzzed-server"
 ROWS, WIDTH = 64, 8
-LIMITS = Limits(requests=8, tokens=400, k=8, frame_bytes=20_000)
+LIMITS = FrameLimits(requests=8, tokens=400, k=8, frame_bytes=20_000)
 QUICK = {"idle_s": 0.5, "body_s": 1.0, "answer_s": 1.0, "least_rate": 4000.0, "hidden_bytes": 4 * WIDTH}
 ANSWER_S = 5.0  # what a good client waits for an answer
 OURS = {200, 400, 401, 404, 405, 408, 413, 417, 422, 429}  # statuses that a hostile body may get
@@ -51,7 +51,7 @@ class PlainTeacher:
 def _answered(request: ScoreRequest) -> TokenScores:
     written = -1.0 - request.token_ids.astype(np.float32)
     tokens = len(written)
-    match request.want:
+    match request.kind:
         case TopK(k=k):
             ids = np.tile(np.arange(k, dtype=np.int32), (tokens, 1))
             return TopKScores(logprobs=written, topk_ids=ids, topk_logprobs=-1.0 - ids.astype(np.float32))
@@ -60,7 +60,7 @@ def _answered(request: ScoreRequest) -> TokenScores:
         case LastHidden():
             states = np.ones((tokens, WIDTH), np.float32)
             return HiddenScores(logprobs=written, hidden=RemoteRows(pieces=((states, np.arange(tokens)),)))
-        case WrittenToken():
+        case SampledToken():
             return TokenScores(logprobs=written)
 
 
@@ -113,7 +113,7 @@ def a_request(rng: random.Random) -> ScoreRequest:
     return ScoreRequest(
         context_ids=np.asarray([rng.randrange(ROWS) for _ in range(rng.randint(1, 12))], np.int32),
         token_ids=np.asarray([rng.randrange(ROWS) for _ in range(tokens)], np.int32),
-        want=rng.choice([WrittenToken(), TopK(k=rng.randint(1, 8)), AtIds(ids=ids), LastHidden()]),
+        kind=rng.choice([SampledToken(), TopK(k=rng.randint(1, 8)), AtIds(ids=ids), LastHidden()]),
     )
 
 

@@ -43,14 +43,14 @@ def check_student(config: RunConfig) -> Folder:
 
 def check_teacher(config: RunConfig, name: str) -> Folder:
     """Refuse a teacher whose backend could not use it; a remote one counts where its weights are read here."""
-    teacher, asks = config.teachers[name], config.method.scorer.asks
+    teacher, requires = config.teachers[name], config.method.scorer.requires
     folder = read_folder(teacher.path, _key(name))
     if teacher.backend is Backend.TORCH:
         check_layers(folder.causal, folder.part)
         _rehearse(folder)
-    if teacher.backend in (Backend.TORCH, Backend.VLLM) or (folder.stored and LastHidden in asks):
+    if teacher.backend in (Backend.TORCH, Backend.VLLM) or (folder.stored and LastHidden in requires):
         # Where the vocabulary is made elsewhere than in the model, a bias would be lost.
-        check_head(folder.causal, folder.part, bias=teacher.backend is Backend.TORCH and LastHidden not in asks)
+        check_head(folder.causal, folder.part, bias=teacher.backend is Backend.TORCH and LastHidden not in requires)
     if teacher.backend not in (Backend.TORCH, *REMOTE):
         _check_head_width(folder, teacher.device)
     return folder

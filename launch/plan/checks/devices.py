@@ -7,7 +7,7 @@ import torch
 
 from launch.config.run_config import RunConfig
 from launch.plan import environment
-from launch.services.placement import Machine, Role, asked, check_fits, share
+from launch.services.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device
 from teacher_service.config import REMOTE, TeacherConfig
@@ -16,12 +16,12 @@ ENGINE, WRITER, LEARNER_RANK = "rollout actor", "writing teacher", "learner rank
 TEACHER, REMOTE_TEACHER = "teacher actor", "remote teacher"
 
 
-def roles(config: RunConfig) -> list[Role]:
+def roles(config: RunConfig) -> list[ActorRole]:
     """All actors that a run holds from its start to its end."""
     cluster, count = config.cluster, len(config.teachers)
 
-    def of(name: str, number: int, gpus: float, key: str) -> Role:
-        return Role(name=name, count=number, cpus=cluster.cpus_per_actor, gpus=gpus, key=f"cluster.{key}")
+    def of(name: str, number: int, gpus: float, key: str) -> ActorRole:
+        return ActorRole(name=name, count=number, cpus=cluster.cpus_per_actor, gpus=gpus, key=f"cluster.{key}")
 
     remote = sum(teacher.replicas for teacher in config.teachers.values() if teacher.backend in REMOTE)
     local = sum(teacher.replicas for teacher in config.teachers.values()) - remote
@@ -60,8 +60,8 @@ def resolved(config: RunConfig) -> RunConfig:
         here = f"this machine (torch sees {visible} GPU{'s' * (visible != 1)})"
         check_fits([replace(role, cpus=0.0) for role in roles(config)], [Machine(cpus=0, gpus=visible)], here)
 
-    def device(told: Device, asks: float) -> Device:
-        return told if told is not Device.AUTO else Device.GPU if asks or visible else Device.CPU
+    def device(told: Device, requires: float) -> Device:
+        return told if told is not Device.AUTO else Device.GPU if requires or visible else Device.CPU
 
     def teacher(of: TeacherConfig) -> TeacherConfig:
         return replace(of, device=Device.CPU if of.backend in REMOTE else device(of.device, cluster.gpus_per_teacher))
@@ -115,13 +115,13 @@ def _check_driver(config: RunConfig, visible: int) -> None:
 
 def _check_idle(config: RunConfig, visible: int) -> None:
     """Without being given one, every actor would work on the first GPU."""
-    if visible > 1 and any(device is not Device.CPU and not asks for device, asks in _asks_here(config)):
+    if visible > 1 and any(device is not Device.CPU and not requires for device, requires in _asks_here(config)):
         raise _idle(config, visible, f"this machine shows {visible} GPUs", "share the first one")
 
 
 def undecided(config: RunConfig) -> bool:
     """Is it open whether anything works on a GPU: none is asked for, and no device is told?"""
-    return all(device is Device.AUTO and not asks for device, asks in _asks_here(config))
+    return all(device is Device.AUTO and not requires for device, requires in _asks_here(config))
 
 
 def check_idle_cluster(config: RunConfig, machines: Sequence[Machine]) -> None:

@@ -139,7 +139,7 @@ def _check_bounds(config: RunConfig) -> None:
 def _check_max_k(config: RunConfig) -> None:
     scorer = config.method.scorer
     kinds = {TopK: "method.scorer", AtIds: "method.rollout"}
-    asking = [place for kind, place in kinds.items() if kind in scorer.asks]
+    asking = [place for kind, place in kinds.items() if kind in scorer.requires]
     for name, _, value in _parts(config):
         if name.endswith((".k", ".record_topk")) and name.startswith(tuple(asking)) and asking:
             for teacher, its in config.teachers.items():

@@ -21,9 +21,9 @@ def check_adapters(config: RunConfig) -> None:
 
 def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:
     """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
-    asks, remote = config.method.scorer.asks, teacher.backend in REMOTE
-    check_answers(teacher, asks, f"method {config.method.name}")
-    if not remote or LastHidden in asks or config.method.rollout.needs_writer:
+    requires, remote = config.method.scorer.requires, teacher.backend in REMOTE
+    check_answers(teacher, requires, f"method {config.method.name}")
+    if not remote or LastHidden in requires or config.method.rollout.needs_writer:
         check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
 
 

@@ -24,10 +24,10 @@ from transformers import Qwen3ForCausalLM
 from actors.engine import VLLMEngine
 from actors.engine_thread import EngineLoop, EngineStopped
 from actors.startup import read_limits
-from learner.publishing import Publisher, Staged
+from learner.publishing import Publisher, StagedSender
 from opd.errors import ConfigurationError, DataError, ServiceHung
-from opd.ports import Completion, GenerateRequest, Receipt, Sampling, Sentinel, Share, Weights
-from opd.types import Stop, TopKScores
+from opd.ports import Completion, GenerateRequest, PublishedWeights, Sampling, Sentinel, WeightAck, WeightShard
+from opd.types import StopReason, TopKScores
 from tests.fault_matrix import Witness
 from tests.tiny_models import EOS, VOCABULARY, impatient, logprobs, tiny_model
 from weight_sync.receiver import assemble, digest_of
@@ -49,7 +49,7 @@ def written(model: Qwen3ForCausalLM, ids: np.ndarray, start: int) -> np.ndarray:
     return full.gather(1, torch.from_numpy(ids[start:]).long()[:, None])[:, 0].numpy()
 
 
-def weights(model: Qwen3ForCausalLM, version: int, tolerance: float = 1e-3, without: str = "-") -> Weights:
+def weights(model: Qwen3ForCausalLM, version: int, tolerance: float = 1e-3, without: str = "-") -> PublishedWeights:
     """What a learner holding `model` would publish in small chunks; a handle gives their bytes when called.
 
     Parameters with `without` in their names are left out.
@@ -66,7 +66,7 @@ def published(
     tolerance: float,
     chunk_bytes: int = 20_000,
     lora_scale: float = 0.0,
-) -> Weights:
+) -> PublishedWeights:
     """`named` as a version of `model`, whose log-probabilities are the sentinel."""
     publisher = Publisher(
         list(named),
@@ -75,14 +75,14 @@ def published(
         chunk_bytes=chunk_bytes,
         rank=0,
         ranks=1,
-        outlet=Staged(lambda array: partial(frozen, array.copy())),
+        sender=StagedSender(lambda array: partial(frozen, array.copy())),
         lora_scale=lora_scale,
     )
     values = [named[name].detach() for name in publisher.manifest.names]
     ids = np.random.default_rng(5).integers(3, VOCABULARY, 24).astype(np.int32)
     return assemble(
         [
-            Share(
+            WeightShard(
                 version=version,
                 manifest=publisher.manifest,
                 chunks=publisher.chunks(lambda first, last: nullcontext(values[first:last])),
@@ -92,7 +92,7 @@ def published(
     )
 
 
-def with_handle(value: Weights, number: int, handle: Callable[[], np.ndarray]) -> Weights:
+def with_handle(value: PublishedWeights, number: int, handle: Callable[[], np.ndarray]) -> PublishedWeights:
     """`value` whose chunk `number` is somewhere else; what is announced stays the same."""
     chunks = [replace(c, handle=handle) if i == number else c for i, c in enumerate(value.chunks)]
     return replace(value, chunks=tuple(chunks))
@@ -125,7 +125,7 @@ class House:
     def generate(self, asked: Sequence[GenerateRequest]) -> list[Completion]:
         return self.run(self.engine.generate(asked))
 
-    def receive(self, value: Weights) -> float:
+    def receive(self, value: PublishedWeights) -> float:
         receipt = self.run(self.engine.receive(value))
         assert (receipt.version, receipt.digest) == (value.version, value.digest)
         return receipt.gap
@@ -164,7 +164,7 @@ def test_writes_with_the_checkpoint_s_weights_as_version_0(house: House) -> None
         assert answer.digests == {0: ""}, "nobody published these"
         assert answer.token_ids.dtype == answer.versions.dtype == np.int32
         ended = answer.token_ids[-1] == EOS
-        assert answer.stop is (Stop.END if ended else Stop.LENGTH)
+        assert answer.stop is (StopReason.END if ended else StopReason.LENGTH)
         assert ended or len(answer.token_ids) == 40
         assert EOS not in answer.token_ids[:-1]
 
@@ -265,7 +265,9 @@ def frozen(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def crossing(house: House, held: Weights, chunk: int) -> tuple[list[tuple[GenerateRequest, Completion]], Receipt]:
+def crossing(
+    house: House, held: PublishedWeights, chunk: int
+) -> tuple[list[tuple[GenerateRequest, Completion]], WeightAck]:
     """Requests, with their answers, in the middle of whose writing `held` arrived, `chunk` last."""
     asked = requests(Sampling(max_tokens=64), prompts=6)
     before = house.run(house.engine.stats()).steps
@@ -276,7 +278,7 @@ def crossing(house: House, held: Weights, chunk: int) -> tuple[list[tuple[Genera
             if stats.steps >= before + 10:
                 return held.chunks[chunk].handle()
 
-    async def both() -> tuple[list[Completion], Receipt]:
+    async def both() -> tuple[list[Completion], WeightAck]:
         late = with_handle(held, chunk, arrive_after_ten_steps)
         return await asyncio.gather(house.engine.generate(asked), house.engine.receive(late))
 

@@ -27,7 +27,7 @@ from learner.config import LoraConfig
 from learner.lora import adapt
 from learner.model import Student
 from opd.errors import DataError
-from opd.ports import Sampling, Weights
+from opd.ports import PublishedWeights, Sampling
 from opd.settings.devices import Dtype
 
 TARGETS = [("all-linear",), ("q_proj", "down_proj"), ("v_proj", "up_proj", "o_proj")]
@@ -62,7 +62,7 @@ def adapted(house: House, seed: int, targets: tuple[str, ...], std: float) -> Qw
     return model.requires_grad_(False)
 
 
-def adapters(model: Qwen3ForCausalLM, version: int, without: str = "-") -> Weights:
+def adapters(model: Qwen3ForCausalLM, version: int, without: str = "-") -> PublishedWeights:
     """What a learner that trains the adapters of `model` would publish, but for names with `without` in them."""
     named = {n.replace(".learner.weight", ".weight"): p for n, p in model.named_parameters() if "lora_" in n}
     kept = {n: p for n, p in named.items() if without not in n}

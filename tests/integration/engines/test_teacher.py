@@ -22,9 +22,19 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM, Qwen3ForCausalLM
 
 from hf.packed_model import load_packed
-from learner.publishing import Publisher, Staged
+from learner.publishing import Publisher, StagedSender
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import AtIds, LastHidden, ScoreRequest, Sentinel, Share, TopK, Want, Weights, WrittenToken
+from opd.ports import (
+    AtIds,
+    LastHidden,
+    PublishedWeights,
+    SampledToken,
+    ScoreKind,
+    ScoreRequest,
+    Sentinel,
+    TopK,
+    WeightShard,
+)
 from opd.scorers.validation import verify
 from opd.settings.devices import Device, Dtype
 from opd.types import HiddenScores, TokenScores, TopKScores
@@ -32,7 +42,7 @@ from opd.types.log_mass import ABSENT
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
 from teacher_service.config import TeacherConfig
 from teacher_service.server_identity import file_digest
-from tests.shelf import Shelf
+from tests.shelf import PullSender
 from tests.tiny_models import VOCABULARY, completion_logprobs, impatient, tiny_model
 from weight_sync.receiver import assemble
 
@@ -59,7 +69,7 @@ class School:
 
     teacher: TorchTeacher
     plain: Qwen3ForCausalLM
-    shelf: Shelf
+    shelf: PullSender
     path: Path
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
@@ -80,26 +90,26 @@ class School:
 def school(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> School:
     path = tmp_path_factory.mktemp("teacher")
     plain = checkpoint(path, tied=request.param)
-    shelf = Shelf()
+    shelf = PullSender()
     config = TeacherConfig(path=str(path), max_batch_tokens=150, head_chunk=7, max_k=50, deadline_s=60)
     teacher = TorchTeacher(config, shelf.store)
     run(teacher.ready())
     return School(teacher=teacher, plain=plain, shelf=shelf, path=path)
 
 
-def request(want: Callable[[int, np.random.Generator], Want], seed: int) -> ScoreRequest:
-    """A random context and completion; `want` gets the completion's length."""
+def request(kind: Callable[[int, np.random.Generator], ScoreKind], seed: int) -> ScoreRequest:
+    """A random context and completion; `kind` gets the completion's length."""
     random = np.random.default_rng(seed)
     context, tokens = random.integers(1, 20), random.integers(1, 40)
     return ScoreRequest(
         context_ids=random.integers(0, VOCABULARY, context).astype(np.int32),
         token_ids=random.integers(0, VOCABULARY, tokens).astype(np.int32),
-        want=want(int(tokens), random),
+        kind=kind(int(tokens), random),
     )
 
 
-WANTS: list[Callable[[int, np.random.Generator], Want]] = [
-    lambda tokens, random: WrittenToken(),
+WANTS: list[Callable[[int, np.random.Generator], ScoreKind]] = [
+    lambda tokens, random: SampledToken(),
     lambda tokens, random: TopK(k=5),
     lambda tokens, random: TopK(k=50),
     lambda tokens, random: AtIds(ids=random.integers(0, VOCABULARY, (tokens, 4)).astype(np.int32)),
@@ -113,7 +123,7 @@ def test_every_kind_of_testimony_is_the_model_s_own(school: School) -> None:
         full = school.expected(asked)
         ids = torch.from_numpy(asked.token_ids).long()
         np.testing.assert_allclose(answer.logprobs, full.gather(1, ids[:, None])[:, 0].numpy(), atol=1e-5)
-        match asked.want:
+        match asked.kind:
             case TopK(k=k):
                 assert isinstance(answer, TopKScores)
                 values, best = full.topk(k)
@@ -131,7 +141,7 @@ def test_every_kind_of_testimony_is_the_model_s_own(school: School) -> None:
                 head = school.plain.get_output_embeddings().weight
                 rebuilt = (answer.hidden.fetch(school.shelf.fetch) @ head.T).log_softmax(-1)
                 np.testing.assert_allclose(rebuilt.numpy(), full.numpy(), atol=1e-4)
-            case WrittenToken():
+            case SampledToken():
                 assert type(answer) is TokenScores
 
 
@@ -195,7 +205,7 @@ def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
     good = request(WANTS[0], 0)
 
     def refused(match: str, **changes: Any) -> None:
-        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "want": good.want}
+        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "want": good.kind}
         with pytest.raises(DataError, match=f"score request 1 cannot be read.*{match}"):
             run(school.teacher.score([good, ScoreRequest(**(fields | changes))]))
 
@@ -207,21 +217,23 @@ def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
     school.score([replace(good, context_ids=np.ones(65 - tokens, dtype=np.int32))])  # 64, as many as there may be
     refused("context has ids outside", context_ids=far)
     refused("completion has ids outside", token_ids=far)
-    refused("k=51 is not within 1 and 50", want=TopK(k=51))
-    refused("k=0", want=TopK(k=0))
-    refused("shape", want=AtIds(ids=np.zeros((tokens + 1, 2), dtype=np.int32)))
-    refused("asks at ids outside", want=AtIds(ids=np.full((tokens, 2), VOCABULARY, dtype=np.int32)))
+    refused("k=51 is not within 1 and 50", kind=TopK(k=51))
+    refused("k=0", kind=TopK(k=0))
+    refused("shape", kind=AtIds(ids=np.zeros((tokens + 1, 2), dtype=np.int32)))
+    refused("asks at ids outside", kind=AtIds(ids=np.full((tokens, 2), VOCABULARY, dtype=np.int32)))
 
 
-def published(model: Qwen3ForCausalLM, version: int = 1) -> Weights:
+def published(model: Qwen3ForCausalLM, version: int = 1) -> PublishedWeights:
     """The weights of `model` as the learner hands them out."""
     tensors = dict(model.named_parameters())
     shapes, dtypes = [tuple(t.shape) for t in tensors.values()], [t.dtype for t in tensors.values()]
-    publisher = Publisher(list(tensors), shapes, dtypes, chunk_bytes=5000, rank=0, ranks=1, outlet=Staged(np.copy))
+    publisher = Publisher(
+        list(tensors), shapes, dtypes, chunk_bytes=5000, rank=0, ranks=1, sender=StagedSender(np.copy)
+    )
     ordered = [tensors[name].detach() for name in publisher.manifest.names]
     chunks = publisher.chunks(lambda first, last: nullcontext(ordered[first:last]))
     nothing = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
-    return assemble([Share(version=version, manifest=publisher.manifest, chunks=chunks, sentinel=nothing)])
+    return assemble([WeightShard(version=version, manifest=publisher.manifest, chunks=chunks, sentinel=nothing)])
 
 
 def test_a_teacher_that_follows_is_the_moving_average_of_its_students(school: School, tmp_path: Path) -> None:
@@ -340,7 +352,7 @@ def test_a_support_over_the_whole_vocabulary_leaves_nothing(school: School, tmp_
     teacher = TorchTeacher(TeacherConfig(path=str(school.path), deadline_s=60), school.shelf.store)
     every = np.tile(np.arange(VOCABULARY, dtype=np.int32), (3, 1))
     ids = np.array([4, 5, 6], dtype=np.int32)
-    asked = [ScoreRequest(context_ids=ids, token_ids=ids, want=w) for w in (TopK(k=VOCABULARY), AtIds(ids=every))]
+    asked = [ScoreRequest(context_ids=ids, token_ids=ids, kind=w) for w in (TopK(k=VOCABULARY), AtIds(ids=every))]
     for answer in run(teacher.score(asked)):
         assert isinstance(answer, TopKScores) and np.array_equal(
             np.asarray(answer.rest), np.full(3, ABSENT, np.float32)
@@ -354,7 +366,7 @@ def test_a_damaged_model_does_not_testify(school: School, tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
     asked = [
-        ScoreRequest(context_ids=np.full(3, i, np.int32), token_ids=np.ones(4, np.int32), want=WrittenToken())
+        ScoreRequest(context_ids=np.full(3, i, np.int32), token_ids=np.ones(4, np.int32), kind=SampledToken())
         for i in (76, 77)
     ]
     run(teacher.score(asked[:1]))
@@ -383,7 +395,7 @@ def test_a_window_shorter_than_the_sequence_is_kept(school: School, tmp_path: Pa
     plain = checkpoint(tmp_path, **window)
     teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
     ids = np.arange(3, 42, dtype=np.int32)
-    asked = [ScoreRequest(context_ids=ids[:9], token_ids=ids[9:], want=WrittenToken())] * 2
+    asked = [ScoreRequest(context_ids=ids[:9], token_ids=ids[9:], kind=SampledToken())] * 2
     expected = completion_logprobs(plain, asked[0]).gather(1, torch.from_numpy(ids[9:, None]).long())
     for answer in run(teacher.score(asked)):
         np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)

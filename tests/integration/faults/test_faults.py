@@ -84,8 +84,8 @@ class Scene:
     def fired(self) -> list[Fired]:
         return fired(self.plan)
 
-    def alarms(self) -> str:
-        return " | ".join(self.summary()["alarms"])
+    def alerts(self) -> str:
+        return " | ".join(self.summary()["alerts"])
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.run / "summary.json").read_text())
@@ -128,8 +128,8 @@ def bear_witness(scene: Scene, witness: Witness, kinds: list[tuple[str, str]]) -
 
 def looked_at(scene: Scene, sentence: str) -> str:
     """What was written about the one that hung, which its sentence names."""
-    found = re.search(sentence, scene.alarms())
-    assert found, scene.alarms()
+    found = re.search(sentence, scene.alerts())
+    assert found, scene.alerts()
     return Path(found[1]).read_text()
 
 
@@ -156,8 +156,8 @@ def test_an_asynchronous_run_survives_deaths_in_every_state(scene: Scene, witnes
     scene.start(f"steps={steps}", *TWO_OF_EACH, *ASYNCHRONOUS)
     scene.ends(0)
     bear_witness(scene, witness, [(kind, place) for kind, place, _, _ in chain])
-    assert len(re.findall(r"rollout actor \d died", scene.alarms())) == 3, "the replacement had not served yet"
-    assert len(re.findall(r"teacher actor \d died", scene.alarms())) == 4
+    assert len(re.findall(r"rollout actor \d died", scene.alerts())) == 3, "the replacement had not served yet"
+    assert len(re.findall(r"teacher actor \d died", scene.alerts())) == 4
     scene.accounts(steps, staleness=1)
 
 
@@ -195,8 +195,8 @@ def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, w
     stood = looked_at(scene, r"teacher actor \d hung .* \(where it stood: (\S+)\)")
     assert f"process {hung}" in stood and "printed nothing" in stood and "T (stopped)" in stood
     assert "== driver" in stood and "dispatch.py" in stood, "who waits for it"
-    assert len(re.findall(r"rollout actor \d died", scene.alarms())) == 3
-    assert len(re.findall(r"teacher actor \d died", scene.alarms())) == 2
+    assert len(re.findall(r"rollout actor \d died", scene.alerts())) == 3
+    assert len(re.findall(r"teacher actor \d died", scene.alerts())) == 2
     scene.accounts(steps, staleness=0)
 
 
@@ -221,9 +221,9 @@ def test_answers_of_an_engine_that_stopped_are_given_by_another_and_count_once(s
     scene.reach(lambda: len(scene.fired()) == 2, "the second one to stop")
     witness("engine hangs while decoding")
     scene.ends(0)
-    assert len(re.findall(r"rollout actor \d hung", scene.alarms())) == 1, scene.alarms()
+    assert len(re.findall(r"rollout actor \d hung", scene.alerts())) == 1, scene.alerts()
     assert "T (stopped)" in looked_at(scene, r"rollout actor \d hung .* \(where it stood: (\S+)\)")
-    assert "died" not in scene.alarms()
+    assert "died" not in scene.alerts()
     scene.accounts(steps, staleness=0)
 
 
@@ -249,7 +249,7 @@ def test_a_driver_that_was_stopped_takes_nobody_for_hung_but_an_engine_that_is_s
     scene.ends(0)
     bear_witness(scene, witness, [("engine stuck while decoding", "engine decoding")])
     stood = looked_at(scene, r"rollout actor \d hung .* \(where it stood: (\S+)\)")
-    assert "engine_thread.py" in stood and len(scene.summary()["alarms"]) == 1, scene.alarms()
+    assert "engine_thread.py" in stood and len(scene.summary()["alerts"]) == 1, scene.alerts()
     scene.accounts(steps, staleness=0)
 
 
@@ -308,7 +308,7 @@ def test_old_weights_and_slow_actors_train_nothing_stale(scene: Scene, witness: 
         times = sum(f.how.startswith(place) for f in scene.fired())
         assert times == (3 if "slow" in kind else 1), (kind, scene.fired())
         witness(kind, times)
-    assert len(re.findall(r"rollout actor \d lied and is replaced: .* acknowledges version", scene.alarms())) == 1
+    assert len(re.findall(r"rollout actor \d lied and is replaced: .* acknowledges version", scene.alerts())) == 1
     summary = scene.summary()
     print(summary["ledger"], [m["sample/staleness_max"] for m in lines(scene.run / "metrics.jsonl")])
     scene.accounts(steps, staleness=2, dropped=summary["ledger"]["dropped"])

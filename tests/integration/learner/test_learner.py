@@ -25,11 +25,11 @@ from learner import checkpoint, engine
 from learner.config import LearnerConfig, LossKernel, StudentText, environment
 from learner.model import sentinel_ids
 from learner.schedule import Schedule
-from learner.training import MakeOutlet
+from learner.training import MakeSender
 from opd.errors import ConfigurationError, DataError
 from opd.objectives.topk import RenormalizedReverseKL
 from opd.objectives.vocabulary import FullReverseKL
-from opd.ports import Weights
+from opd.ports import PublishedWeights
 from opd.settings.devices import Device, Dtype
 from opd.types import HiddenScores, RemoteRows, TopKScores, Trajectory
 from tests.small_learner import (
@@ -51,9 +51,9 @@ from tests.small_learner import (
     read_by,
     tiny,
 )
-from weight_sync.nccl import Shelf, Wire, pull
+from weight_sync.nccl import PullBackend, PullSender, pull
 from weight_sync.receiver import assemble, collect
-from weight_sync.shared_memory import SharedMemory, read
+from weight_sync.shared_memory import SharedMemorySender, read
 
 HERE = Path(__file__).resolve()
 
@@ -79,14 +79,14 @@ def test_a_step_is_the_naive_one_whatever_the_stage_and_micro_batch(
     kind: str, stage: int, tokens: int, models: dict[str, Path], start: Start
 ) -> None:
     config = replace(SMOOTH, zero_stage=stage, tokens_per_microbatch=tokens, gradient_checkpointing=tokens == 70)
-    testify = read_by(models["teacher"])
-    batches = batches_of(1, config, testify)[0]
+    scores_from_hidden = read_by(models["teacher"])
+    batches = batches_of(1, config, scores_from_hidden)[0]
     assert (len(batches) > 3) == (tokens == 32) and (len(batches) > 1) == (tokens < 4096)
 
     rank = start(config, models[kind])
     report = rank.step(batches, ReverseKL())
     model = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.float32)
-    assert report.loss == pytest.approx(naive_step(model, 1, testify), abs=1e-5)
+    assert report.loss == pytest.approx(naive_step(model, 1, scores_from_hidden), abs=1e-5)
     weights = rank.share(1)
     ours, theirs = parameters(weights), dict(model.named_parameters())
     assert ours.keys() == theirs.keys() and ("lm_head.weight" in ours) == (kind == "untied")
@@ -423,7 +423,7 @@ def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path
         assert all(torch.equal(published[n], p) for n, p in exported.named_parameters()), name
 
 
-def _check_chunks(whole: Weights, most: int) -> None:
+def _check_chunks(whole: PublishedWeights, most: int) -> None:
     """Both ranks own about half of many small chunks, in turn."""
     assert len(whole.chunks) > 8
     assert [chunk.owner for chunk in whole.chunks] == [i % 2 for i in range(len(whole.chunks))]
@@ -443,15 +443,15 @@ def test_the_digest_names_the_content_whoever_published_it(models: dict[str, Pat
 @pytest.mark.parametrize(
     ("outlet", "read", "refusal"),
     [
-        (SharedMemory, read, "damaged"),  # its memory holds version 3 now: found, and not loaded
-        (partial(Shelf, Wire.GLOO, 60.0), pull, "not with the learner any more"),
+        (SharedMemorySender, read, "damaged"),  # its memory holds version 3 now: found, and not loaded
+        (partial(PullSender, PullBackend.GLOO, 60.0), pull, "not with the learner any more"),
     ],
     ids=["shared memory", "pulled"],
 )
 def test_a_transport_carries_two_turns(
-    models: dict[str, Path], start: Start, outlet: MakeOutlet, read: Callable[[Any], Any], refusal: str
+    models: dict[str, Path], start: Start, sender: MakeSender, read: Callable[[Any], Any], refusal: str
 ) -> None:
-    rank = start(replace(SMOOTH, publish_chunk_bytes=SMALL), models["tied"], outlet=outlet)
+    rank = start(replace(SMOOTH, publish_chunk_bytes=SMALL), models["tied"], sender=sender)
     one = assemble([rank.share(1)])
     kept = {n: p.clone() for n, p in collect(one, read, "a test").tensors()}
     rank.step(batches_of(1, SMOOTH)[0], Likelihood())

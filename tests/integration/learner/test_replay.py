@@ -29,11 +29,11 @@ def recorded(teacher: Teacher) -> Teacher:
     """What the teacher said once of each text."""
     said: dict[bytes, VocabularyScores] = {}
 
-    def testify(t: Trajectory) -> VocabularyScores:
+    def scores_from_hidden(t: Trajectory) -> VocabularyScores:
         text = t.prompt.student_ids.tobytes() + t.token_ids.tobytes()
         return said[text] if text in said else said.setdefault(text, teacher(t))
 
-    return testify
+    return scores_from_hidden
 
 
 def replayed(path: Path, teacher: Teacher) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from launch.config.care import Care
+from launch.config.retry_policy import RetryPolicy
 from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import ClusterConfig
 from launch.plan.checks.devices import ENGINE, roles
 from launch.services.causes import find_own
 from launch.services.cluster import Actors, end, has_died, is_lost, silence
-from launch.services.placement import Role
+from launch.services.placement import ActorRole
 from launch.services.pools import StudentPool
 from launch.services.ray_address import check_cluster
 from opd.errors import ConfigurationError, OpdError
@@ -67,7 +67,7 @@ def made(actors: Actors, config: RunConfig, *, fails: str = "", environment: dic
 
 
 @pytest.mark.ray
-def test_a_real_cluster_is_recognised_at_its_port(address: str) -> None:
+def test_a_real_cluster_is_recognized_at_its_port(address: str) -> None:
     check_cluster(address)
 
 
@@ -136,7 +136,7 @@ def test_what_an_actor_raised_is_the_sentence(address: str) -> None:
 @pytest.mark.ray
 def test_actors_that_cannot_start_end_with_what_they_raised(address: str) -> None:
     actors = Actors(ClusterConfig(), [SMALL])
-    pool = StudentPool(Care(deadline_s=60), lambda: actors.make(Small, SMALL, {}, "start", concurrency=2))
+    pool = StudentPool(RetryPolicy(deadline_s=60), lambda: actors.make(Small, SMALL, {}, "start", concurrency=2))
     with pytest.raises(OpdError, match=r"^rollout actor did not start: ValueError: head_dim=16 is unsupported$"):
         asyncio.run(pool.replicas.start(2))
 
@@ -169,7 +169,7 @@ def test_nothing_of_ray_s_is_printed_when_an_actor_is_killed(address: str, capfd
     assert "worker died" not in printed and "raylet" not in printed, printed
 
 
-SMALL = Role(name=ENGINE, count=1, cpus=0.1, gpus=0.0)
+SMALL = ActorRole(name=ENGINE, count=1, cpus=0.1, gpus=0.0)
 
 
 async def wait(reference: Any) -> Any:

@@ -93,7 +93,7 @@ def test_a_run_survives_the_loss_of_a_machine(tmp_path: Path, witness: Witness) 
         assert driver.returncode == 0, output
         assert before < STEPS, "it was all over when the machine went"
         summary = json.loads((tmp_path / "r" / "summary.json").read_text())
-        assert re.search(r"rollout actor \d died", " ".join(summary["alarms"])), f"nobody was lost: {summary['alarms']}"
+        assert re.search(r"rollout actor \d died", " ".join(summary["alerts"])), f"nobody was lost: {summary['alerts']}"
         witness("machine lost")
         ledger = summary["ledger"]
         assert ledger["issued"] == ledger["trained"] == STEPS * PROMPTS and ledger["outstanding"] == 0

@@ -59,7 +59,7 @@ def test_both_specialists_teach_in_one_step(record: tuple[StepRecord, dict[str, 
         assert prompt.teacher == ("peak" if prompt.task == "peak" else "default")
         assert set(item.scores.head) == {list(paths).index(prompt.teacher)}
         numbers[prompt.teacher] = item
-    # What travelled are the hidden states of the right model, which its own matrix reads.
+    # What traveled are the hidden states of the right model, which its own matrix reads.
     widths = set()
     for name, item in numbers.items():
         states = item.scores.hidden.fetch(fetch)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.artifacts.evaluation_point import EvaluationPoint, Examinee
+from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, append_json
 from launch.config.settings import EvaluationConfig
@@ -25,7 +25,7 @@ from launch.run.evaluate import Evaluator, Spent
 from opd.doctor.examine import teacher_gain
 from opd.doctor.findings import Verdict
 from opd.ports import Completion, Engines, GenerateRequest, ScoreRequest, Sources
-from opd.types import Prompt, Stop, TokenScores
+from opd.types import Prompt, StopReason, TokenScores
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Engine:
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         ids = np.array([3, 1], dtype=np.int32)
         return [
-            Completion(token_ids=ids, behavior=self._scores(2), versions=np.zeros(2, np.int32), stop=Stop.END)
+            Completion(token_ids=ids, behavior=self._scores(2), versions=np.zeros(2, np.int32), stop=StopReason.END)
             for _ in requests
         ]
 
@@ -115,7 +115,7 @@ def test_the_terminal_says_not_measured(unmeasured: EvaluationPoint) -> None:
     console = Console(file=io.StringIO(), force_terminal=False, width=200)
     view = LiveView(title="x", steps=2, meter=meter, console=console)
     view.evaluated(unmeasured)
-    view.evaluated(replace(unmeasured, examinee=Examinee.TEACHER))
+    view.evaluated(replace(unmeasured, examinee=EvaluatedModel.TEACHER))
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert said.splitlines() == [
         "evaluated student at step 3: accuracy not measured, reverse KL 0.0000",

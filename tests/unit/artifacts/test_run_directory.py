@@ -52,7 +52,7 @@ def summary(**changes: object) -> RunSummary:
         "wall_s": 9.0, "ready_s": 1.0, "first_step_s": 2.0, "cpu_s": 8.0, "tokens": 100, "flops": 1e9,
         "student_start": point, "student_end": point, "teacher": None, "facts": {"student": "tiny"},
         "ledger": {"issued": 3}, "versions": {"torch": "2"}, "notes": ("a note",),
-        "alarms": ("step 4: look",),
+        "alerts": ("step 4: look",),
     }  # fmt: skip
     return RunSummary(**{**values, **changes})
 
@@ -161,7 +161,7 @@ def test_a_summary_comes_back(directory: RunDirectory) -> None:
     again = RunSummary.read(directory.summary)
     assert again.student_start == written.student_start
     assert (again.teacher, again.outcome, again.notes) == (None, Outcome.FINISHED, ("a note",))
-    assert again.alarms == ("step 4: look",)
+    assert again.alerts == ("step 4: look",)
 
 
 def test_a_foreign_summary_is_refused(directory: RunDirectory) -> None:

@@ -26,7 +26,7 @@ from launch.artifacts.checkpoint_state import (
 )
 from launch.artifacts.checkpoint_store import CheckpointStore, verify
 from launch.artifacts.run_directory import RunDirectory, append_json, read_jsonl
-from launch.checkpoint.resume import Resumption, _remarks, fingerprints, rewind
+from launch.checkpoint.resume import ResumePoint, _remarks, fingerprints, rewind
 from launch.config.run_config import RunConfig, run_config
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -130,7 +130,7 @@ def test_a_crash_while_a_run_is_rewound_leaves_no_checkpoint_without_its_lines(
         for step in (1, 2, 3, 4):
             append_json(directory.metrics, {"step": step})
         write(store, 2), write(store, 4)
-        resumed = Resumption(checkpoint=store.path(2), state=state(2), same_run=True)
+        resumed = ResumePoint(checkpoint=store.path(2), state=state(2), same_run=True)
         with monkeypatch.context() as patched:
             patched.setattr(victim, "forget_after" if victim is CheckpointStore else "rewind", crash)
             with pytest.raises(KeyboardInterrupt):

@@ -25,11 +25,11 @@ from launch.checkpoint.resume import can_begin_again, open_directory, resumption
 from launch.checkpoint.step_end import Boundary
 from launch.cli.compare import run_comparison
 from launch.config.run_config import run_config
-from launch.services.signals import Preempted, Stop, end_on_signals, run_until_stopped, signals_kept
+from launch.services.signals import Preempted, StopRequest, end_on_signals, run_until_stopped, signals_kept
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError
 from opd.loop.ledger import Ledger
-from opd.loop.staleness import Pipeline
+from opd.loop.staleness import StalenessSchedule
 from tests.fuzz.endings import ENDINGS, chosen
 
 NOTHING: Any = None
@@ -127,11 +127,16 @@ class Saves:
     async def give_up(self, *, at_once: bool) -> None: ...
 
 
-def boundary(saves: Saves, stop: Stop, clock: Callable[[], float] = lambda: 0.0, **changed: Any) -> Boundary:
+def boundary(saves: Saves, stop: StopRequest, clock: Callable[[], float] = lambda: 0.0, **changed: Any) -> Boundary:
     async def state(step: int) -> Any:
         return step
 
-    values = {"checkpoint_every": 0, "checkpoint_minutes": 15.0, "steps": 100, "pipeline": Pipeline()} | changed
+    values = {
+        "checkpoint_every": 0,
+        "checkpoint_minutes": 15.0,
+        "steps": 100,
+        "pipeline": StalenessSchedule(),
+    } | changed
     config: Any = SimpleNamespace(**values, learner=SimpleNamespace(deadline_s=5.0))
     saver: Any = saves
     return Boundary(config, saver, stop, state, nullcontext, clock=clock)
@@ -141,7 +146,7 @@ def record(step: int, *, live: bool = True) -> Any:
     return SimpleNamespace(step=step, live=live)
 
 
-AHEAD = Pipeline(max_staleness=2)
+AHEAD = StalenessSchedule(max_staleness=2)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_a_checkpoint_is_due_by_the_clock_where_the_pipeline_allows_it(
 
     async def main() -> list[int]:
         saves = Saves()
-        at_the_end = boundary(saves, Stop(1.0), lambda: now[0], **changed)
+        at_the_end = boundary(saves, StopRequest(1.0), lambda: now[0], **changed)
         for step in range(1, min(13, changed.get("steps", 100) + 1)):
             now[0] += 240.0
             at_the_end.ended(record(step))
@@ -190,7 +195,7 @@ class Settles:
 def test_what_a_failure_leaves(case: str, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         saves, ranks = Saves(), Settles(DataError("ranks are lost") if case == "ranks lost" else None)
-        at_the_end = boundary(saves, Stop(1.0))
+        at_the_end = boundary(saves, StopRequest(1.0))
         if case != "no step":
             at_the_end.ended(record(7))
         saves.kept = 7 if case == "saved before" else 0
@@ -204,7 +209,7 @@ def test_what_a_failure_leaves(case: str, caplog: pytest.LogCaptureFixture) -> N
     assert ("step 7 could not be saved" in caplog.text) == (case in ("ranks lost", "disk full"))
 
 
-def _run_of_steps(stop: Stop, saves: Saves, seconds: float, signals: list[signal.Signals]) -> None:
+def _run_of_steps(stop: StopRequest, saves: Saves, seconds: float, signals: list[signal.Signals]) -> None:
     """Step 5 is finished; in step 6, which takes `seconds`, signals come."""
 
     async def work() -> None:
@@ -232,7 +237,7 @@ def test_every_signal_leaves_the_last_finished_step(number: signal.Signals, seco
     saves, told = Saves(), list[str]()
     end_on_signals()
     with pytest.raises(Preempted, match=f"by {number.name} after step {kept}, with a checkpoint") as caught:
-        _run_of_steps(Stop(1.5, told.append), saves, seconds, [number])
+        _run_of_steps(StopRequest(1.5, told.append), saves, seconds, [number])
     assert saves.steps == [kept] and caught.value.code == (130 if number is signal.SIGINT else 75)
     assert number.name in told[0]
 
@@ -240,7 +245,7 @@ def test_every_signal_leaves_the_last_finished_step(number: signal.Signals, seco
 def test_a_second_signal_waits_for_nothing() -> None:
     saves = Saves()
     with pytest.raises(KeyboardInterrupt):
-        _run_of_steps(Stop(60.0), saves, 60.0, [signal.SIGTERM, signal.SIGINT])
+        _run_of_steps(StopRequest(60.0), saves, 60.0, [signal.SIGTERM, signal.SIGINT])
     assert saves.steps == []
 
 

@@ -17,7 +17,7 @@ from launch.checkpoint.resume import way_on
 from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
 from launch.run.run import Run
-from launch.services.signals import Stop
+from launch.services.signals import StopRequest
 from learner import checkpoint
 from opd.errors import DataError
 
@@ -95,7 +95,7 @@ def play(
     monkeypatch.setattr("launch.run.run.fingerprints", lambda _: {})
     directory = RunDirectory.create(tmp_path, "a")
     directory.write_config("seed: 0")
-    run = Run(PLAN, directory, Console(file=StringIO(), width=300), Stop(1.0), None)
+    run = Run(PLAN, directory, Console(file=StringIO(), width=300), StopRequest(1.0), None)
     return run, told, directory
 
 
@@ -106,9 +106,9 @@ def test_the_export_comes_before_what_may_fail_and_that_is_a_warning(
     asyncio.run(run.everything())
     assert told == ["student 0", "save 6", "export", "student 6", "writer of default"]
     assert CheckpointStore(directory.checkpoints).steps() == [6] and run.exported
-    alarms = run.summary(Outcome.FINISHED, "").alarms
-    assert "last evaluation failed: the grader is gone" in alarms[0] and "no GPU is left" in alarms[1]
-    assert all("trained and exported all the same" in alarm for alarm in alarms)
+    alerts = run.summary(Outcome.FINISHED, "").alerts
+    assert "last evaluation failed: the grader is gone" in alerts[0] and "no GPU is left" in alerts[1]
+    assert all("trained and exported all the same" in alert for alert in alerts)
 
 
 def test_an_error_after_step_five_leaves_its_checkpoint_and_says_how_to_go_on(

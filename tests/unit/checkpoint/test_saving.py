@@ -21,11 +21,11 @@ from launch.run.run import Run
 from launch.services.learner_group import RanksLost
 from launch.services.pools import FollowedStudent, Follower
 from launch.services.replicas import Fault
-from launch.services.signals import Preempted, Stop
+from launch.services.signals import Preempted, StopRequest
 from learner import checkpoint
 from opd.errors import OpdError
 from opd.loop.ledger import Ledger
-from opd.ports import Manifest, Receipt, Sentinel, Weights
+from opd.ports import Manifest, PublishedWeights, Sentinel, WeightAck
 
 
 class Ranks:
@@ -196,7 +196,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
             await observer(SimpleNamespace(step=3, live=True))
 
     async def main() -> None:
-        ranks, run, stop = Ranks(), object.__new__(Run), Stop(60.0)
+        ranks, run, stop = Ranks(), object.__new__(Run), StopRequest(60.0)
         run._directory, run._stop, run._first = RunDirectory.create(tmp_path, "r"), stop, 0
         run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
         run._config = SimpleNamespace(  # type: ignore[assignment]
@@ -239,22 +239,22 @@ class Engine:
     async def generate(self, requests: list) -> list:
         return []
 
-    async def receive(self, weights: Weights) -> Receipt:
-        return Receipt(version=weights.version, digest=weights.digest, gap=0.0)
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
+        return WeightAck(version=weights.version, digest=weights.digest, gap=0.0)
 
 
 class CountingFollower(Follower):
     """Notes the versions it is told, where its replicas would be."""
 
-    async def follow(self, weights: Weights) -> None:
+    async def follow(self, weights: PublishedWeights) -> None:
         told: Any = self.replicas
         told.append(weights.version)
 
 
-def published(version: int) -> Weights:
+def published(version: int) -> PublishedWeights:
     nothing = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
     manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
-    return Weights(version=version, manifest=manifest, chunks=(), digest="", sentinel=nothing)
+    return PublishedWeights(version=version, manifest=manifest, chunks=(), digest="", sentinel=nothing)
 
 
 def test_a_follower_takes_a_version_in_once_also_when_a_run_goes_on() -> None:
@@ -275,7 +275,7 @@ def test_a_follower_does_not_take_a_version_in_twice_when_the_learner_was_lost_m
     class Broken(CountingFollower):
         """The learner is lost while it reads."""
 
-        async def follow(self, weights: Weights) -> None:
+        async def follow(self, weights: PublishedWeights) -> None:
             await super().follow(weights)
             raise OpdError("the learner is gone")
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from launch.artifacts.run_lock import LOCK, check_not_running, running
-from launch.services.signals import Stop, run_until_stopped
+from launch.services.signals import StopRequest, run_until_stopped
 from opd.errors import ConfigurationError
 
 
@@ -61,7 +61,7 @@ def test_a_note_that_names_no_living_process_here_does_not_count(tmp_path: Path,
 
 
 def test_sigterm_waits_for_a_boundary_only_where_there_is_one() -> None:
-    async def work(stop: Stop, waits: bool, signals: int, seen: list[str]) -> None:
+    async def work(stop: StopRequest, waits: bool, signals: int, seen: list[str]) -> None:
         stop.waits = waits
         try:
             for _ in range(signals):
@@ -75,26 +75,26 @@ def test_sigterm_waits_for_a_boundary_only_where_there_is_one() -> None:
             raise
 
     seen: list[str] = []
-    run_until_stopped(work(stop := Stop(60.0), True, 1, seen), stop)
+    run_until_stopped(work(stop := StopRequest(60.0), True, 1, seen), stop)
     for waits, signals in ((False, 1), (True, 2)):
         with pytest.raises(KeyboardInterrupt):
-            run_until_stopped(work(stop := Stop(60.0), waits, signals, seen), stop)
+            run_until_stopped(work(stop := StopRequest(60.0), waits, signals, seen), stop)
     assert seen == ["boundary", "cancelled", "cancelled"]
 
 
 def test_a_grace_that_ends_before_the_boundary_cancels() -> None:
-    async def endless(stop: Stop) -> None:
+    async def endless(stop: StopRequest) -> None:
         stop.waits = True
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.Event().wait()
 
     with pytest.raises(KeyboardInterrupt):
-        run_until_stopped(endless(stop := Stop(0.01)), stop)
+        run_until_stopped(endless(stop := StopRequest(0.01)), stop)
     assert stop.asked
 
 
 def test_a_grace_that_ends_after_the_checkpoint_cuts_nothing_short() -> None:
-    async def work(stop: Stop) -> str:
+    async def work(stop: StopRequest) -> str:
         stop.waits = True
         task = asyncio.current_task()
         assert task is not None
@@ -103,4 +103,4 @@ def test_a_grace_that_ends_after_the_checkpoint_cuts_nothing_short() -> None:
         await asyncio.sleep(0.2)  # trackers and actors are closed
         return "closed"
 
-    assert run_until_stopped(work(stop := Stop(0.05)), stop) == "closed"
+    assert run_until_stopped(work(stop := StopRequest(0.05)), stop) == "closed"

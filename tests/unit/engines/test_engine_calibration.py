@@ -11,11 +11,11 @@ pytest.importorskip("vllm")
 
 from actors.config import StudentConfig
 from actors.engine import VLLMEngine
-from actors.startup import Limits
+from actors.startup import EngineLimits
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Manifest, Receipt, Sentinel
+from opd.ports import Manifest, Sentinel, WeightAck
 from opd.settings.devices import Device, Dtype
-from weight_sync.receiver import Delivered
+from weight_sync.receiver import ReceivedWeights
 
 IDS = np.arange(40, dtype=np.int32)
 SAID = -np.linspace(0.1, 6.0, 39).astype(np.float32)  # by the checkpoint
@@ -48,15 +48,15 @@ def engine(dtype: Dtype = Dtype.FLOAT32) -> VLLMEngine:
     """One that has not started vLLM."""
     made = VLLMEngine.__new__(VLLMEngine)
     made._config = StudentConfig(path="m", max_model_len=64, device=Device.CPU, dtype=dtype)
-    made._limits = Limits(vocabulary=99, longest=64, ends=(2,))
+    made._limits = EngineLimits(vocabulary=99, longest=64, ends=(2,))
     made._refusal, made._floor, made._version, made._digest = None, None, 0, ""
     made._updates, made._update_s = 0, 0.0
     return made
 
 
-def load(engine: VLLMEngine, loop: Loop, version: int, said: np.ndarray, tolerance: float = 0.0) -> Receipt:
+def load(engine: VLLMEngine, loop: Loop, version: int, said: np.ndarray, tolerance: float = 0.0) -> WeightAck:
     manifest = Manifest(names=(), dtypes=("float32",), shapes=(), nbytes=0)
-    delivered = Delivered(version=version, digest="d", manifest=manifest, runs=(), buffers=())
+    delivered = ReceivedWeights(version=version, digest="d", manifest=manifest, runs=(), buffers=())
     sentinel = Sentinel(ids=IDS, logprobs=said, tolerance=tolerance, origin=SAID)
     return engine._load(delivered, sentinel, loop)  # type: ignore[arg-type]
 

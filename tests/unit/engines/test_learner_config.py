@@ -20,11 +20,11 @@ from learner.learner import LearnerRank
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device, Dtype
-from weight_sync.shared_memory import SharedMemory
+from weight_sync.shared_memory import SharedMemorySender
 
 
 def rank_of(config: LearnerConfig) -> LearnerRank:
-    return LearnerRank(config, "nowhere", (), 1, 0, lambda handle: handle, SharedMemory)
+    return LearnerRank(config, "nowhere", (), 1, 0, lambda handle: handle, SharedMemorySender)
 
 
 @pytest.mark.parametrize(

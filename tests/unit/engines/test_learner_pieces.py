@@ -66,7 +66,7 @@ def test_a_tensor_belongs_to_its_layer(name: str, layer: str) -> None:
     assert _layer(name) == layer
 
 
-def test_a_packed_neighbour_changes_no_log_probability(tmp_path: Path) -> None:
+def test_a_packed_neighbor_changes_no_log_probability(tmp_path: Path) -> None:
     student = load_student(
         str(save(tiny_model(3, tied=False, positions=64), tmp_path / "student")), torch.float32, False
     )

@@ -11,7 +11,7 @@ import pytest
 from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import load_tokenizer, tokenizer_identity
 from opd.errors import DataError
-from opd.types.prompt_rows import Said
+from opd.types.prompt_rows import PromptText
 from tests.fuzz.prompt_files import made, tried
 
 SHOP = Path("assets/shop/student")
@@ -43,7 +43,7 @@ def tokenizer(folder: Path, template: str) -> HuggingFaceTokenizer:
 
 
 def text(words: HuggingFaceTokenizer, *messages: dict[str, Any], tools: Sequence[dict[str, Any]] = ()) -> str:
-    said = Said(text=messages, tools=tuple(tools), where="f line 1")
+    said = PromptText(text=messages, tools=tuple(tools), where="f line 1")
     words.encode_all([said])
     return words._chat(said)
 
@@ -92,7 +92,9 @@ def test_what_a_template_leaves_out_or_refuses_is_one_sentence(tmp_path: Path) -
 def test_the_first_token_comes_once(tmp_path: Path) -> None:
     words = tokenizer(tmp_path, PLAIN)
     bos = words.encode("")[0]
-    chat, plain, brought = words.encode_all([Said(text=(ASKED,)), Said(text="has 3"), Said(text="<bos> has 3")])
+    chat, plain, brought = words.encode_all(
+        [PromptText(text=(ASKED,)), PromptText(text="has 3"), PromptText(text="<bos> has 3")]
+    )
     for ids in (chat, plain, brought, words.encode("<bos> has 3")):
         assert ids[0] == bos and (ids == bos).sum() == 1
     assert plain.tolist() == brought.tolist() == words.encode("has 3").tolist()
@@ -111,12 +113,17 @@ def test_a_tokenizer_that_ends_every_prompt_is_refused(tmp_path: Path) -> None:
     }
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match="end-of-text token behind every prompt"):
-        HuggingFaceTokenizer(str(tmp_path / "student")).encode_all([Said(text="has 3")])
+        HuggingFaceTokenizer(str(tmp_path / "student")).encode_all([PromptText(text="has 3")])
 
 
 def test_a_batch_is_what_each_prompt_is_alone(tmp_path: Path) -> None:
     words = tokenizer(tmp_path, PLAIN)
-    prompts = [Said(text="has 3"), Said(text=(ASKED,)), Said(text="Mon buys 1 ?"), Said(text=(ASKED, ASKED))]
+    prompts = [
+        PromptText(text="has 3"),
+        PromptText(text=(ASKED,)),
+        PromptText(text="Mon buys 1 ?"),
+        PromptText(text=(ASKED, ASKED)),
+    ]
     together = [ids.tolist() for ids in words.encode_all(prompts)]
     assert together == [words.encode_all([said])[0].tolist() for said in prompts]
     assert together[0] == words.encode("has 3").tolist() and words.encode_all([]) == []

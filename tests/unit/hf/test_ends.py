@@ -30,10 +30,10 @@ CHATML = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
 )
-Said = int | list[int] | None
+PromptText = int | list[int] | None
 
 
-def folder(path: Path, *, tokenizer: int, config: Said, generation: Said, template: str = "") -> Path:
+def folder(path: Path, *, tokenizer: int, config: PromptText, generation: PromptText, template: str = "") -> Path:
     """A checkpoint without weights whose three files name these ends."""
     path.mkdir(exist_ok=True)
     words = Tokenizer(WordLevel(vocab=WORDS, unk_token="hi"))  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def limits(path: Path) -> tuple[int, ...]:
     return read_limits(StudentConfig(path=str(path), max_model_len=16)).ends
 
 
-def ids(*said: Said) -> tuple[int, ...]:
+def ids(*said: PromptText) -> tuple[int, ...]:
     return tuple(sorted({i for one in said for i in (one if isinstance(one, list) else [] if one is None else [one])}))
 
 
@@ -68,7 +68,7 @@ def test_the_engine_ends_at_what_any_file_names(tmp_path: Path) -> None:
     ("tokenizer", "config", "generation"), list(product([0, 2], [None, 0, 2, [2, 0]], [None, 0, [2], [0, 2]]))
 )
 def test_every_combination_is_the_union_and_is_said_where_generation_lacks_one(
-    tmp_path: Path, tokenizer: int, config: Said, generation: Said
+    tmp_path: Path, tokenizer: int, config: PromptText, generation: PromptText
 ) -> None:
     path = folder(tmp_path / "m", tokenizer=tokenizer, config=config, generation=generation)
     whole = ids(tokenizer, config, generation)

@@ -15,7 +15,7 @@ from actors.engine import _completion
 from opd.errors import DataError
 from opd.ports import Completion, GenerateRequest, Sampling
 from opd.rollouts.validation import verify
-from opd.types import Stop, TokenScores, TopKScores
+from opd.types import StopReason, TokenScores, TopKScores
 
 Spans = list[tuple[int, int, str]]
 
@@ -78,7 +78,7 @@ def honest(seed: int, top_p: float = 1.0) -> Completion:
         topk_logprobs=np.take_along_axis(logprobs, best, 1),
     )
     versions = np.zeros(TOKENS, dtype=np.int32)
-    return Completion(token_ids=ids, behavior=behavior, versions=versions, stop=Stop.LENGTH)
+    return Completion(token_ids=ids, behavior=behavior, versions=versions, stop=StopReason.LENGTH)
 
 
 @given(seed=st.integers(0, 500), top_p=st.sampled_from([1.0, 0.9, 0.3]))

@@ -18,20 +18,20 @@ from torch import Tensor
 
 from opd import ports
 from opd.loop.ledger import Ledger
-from opd.loop.rollout_buffer import Collected
-from opd.loop.staleness import Pipeline
-from opd.loop.train import StepRecord, _Live, _seconds, _spans, _Taken, train
+from opd.loop.rollout_buffer import BufferedStep
+from opd.loop.staleness import StalenessSchedule
+from opd.loop.train import StepRecord, _LearnedStep, _Publication, _seconds, _spans, train
 from opd.loss.chunked import StudentLogits, chunked_loss, read
 from opd.method.method import Method
-from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
+from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
 from opd.objectives.topk import HeadTailReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.observability.spans import Role, Span
+from opd.observability.spans import Span, Stage
 from opd.ports import PublishReport
 from opd.rollouts.seeds import sampling_seed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
-from opd.scorers.teacher import StudentTopK, TeacherHidden, TeacherTopK, Unscored, WrittenTokens
+from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK, Unscored
 from opd.token_weights.length import SkipTruncated
 from opd.types import (
     Batch,
@@ -40,7 +40,7 @@ from opd.types import (
     RemoteRows,
     Scores,
     StepReport,
-    Stop,
+    StopReason,
     TokenLoss,
     TokenScores,
     TopKScores,
@@ -84,7 +84,7 @@ class Model:
                 token_ids=ids.astype(np.int32),
                 behavior=said_about(ids, logprobs, ports.TopK(k=sampling.topk) if sampling.topk else None, ids),
                 versions=np.full(len(ids), version, dtype=np.int32),
-                stop=Stop.LENGTH if i % 4 == 0 else Stop.END,
+                stop=StopReason.LENGTH if i % 4 == 0 else StopReason.END,
             )
             for i, (ids, logprobs) in enumerate(zip(written, said, strict=True))
         ]
@@ -92,20 +92,20 @@ class Model:
     async def score(self, requests: Sequence[ports.ScoreRequest]) -> list[TokenScores]:
         await self.wait("scorer")
         read_from = [np.concatenate([r.context_ids[-1:], r.token_ids[:-1]]) for r in requests]
-        return [said_about(r.token_ids, self.table[at], r.want, at) for r, at in zip(requests, read_from, strict=True)]
+        return [said_about(r.token_ids, self.table[at], r.kind, at) for r, at in zip(requests, read_from, strict=True)]
 
     async def receive(self, weights: Any) -> float:
         raise NotImplementedError
 
 
-def said_about(ids: np.ndarray, rows: np.ndarray, want: Any, contexts: np.ndarray) -> TokenScores:
+def said_about(ids: np.ndarray, rows: np.ndarray, kind: Any, contexts: np.ndarray) -> TokenScores:
     """What a model with log-probabilities `rows` says about the written `ids`."""
     rows = rows.astype(np.float32)
     logprobs = rows[np.arange(len(ids)), ids]
-    if isinstance(want, ports.LastHidden):
+    if isinstance(kind, ports.LastHidden):
         return HiddenScores(logprobs=logprobs, hidden=RemoteRows(pieces=((ONE_HOT, contexts),)))
-    if isinstance(want, ports.TopK | ports.AtIds):
-        asked = want.ids if isinstance(want, ports.AtIds) else np.argsort(-rows, axis=-1)[:, : want.k]
+    if isinstance(kind, ports.TopK | ports.AtIds):
+        asked = kind.ids if isinstance(kind, ports.AtIds) else np.argsort(-rows, axis=-1)[:, : kind.k]
         at_support = np.take_along_axis(rows, asked.astype(int), -1)
         return TopKScores(logprobs=logprobs, topk_ids=asked.astype(np.int32), topk_logprobs=at_support)
     return TokenScores(logprobs=logprobs)
@@ -217,7 +217,7 @@ class Bench:
         told = [self.observe, *observers]
         self.ledger = ledger or Ledger()
         keywords: Any = {"start": start, "steps": steps, "ledger": self.ledger}
-        keywords["pipeline"] = Pipeline(**({"deterministic": False} | pipeline))
+        keywords["pipeline"] = StalenessSchedule(**({"deterministic": False} | pipeline))
         return await train(method, self.prompts, sources, self.engines, self.learner, told, **keywords)
 
 
@@ -236,8 +236,8 @@ class DirectK1:
 
 
 CONVERGING = {  # method, learning rate, staleness
-    "sampled": (method(WrittenTokens(), SampledReverseKL()), 8.0, 0),
-    "sampled, stale": (method(WrittenTokens(), SampledReverseKL(signal=Speaker.STUDENT)), 8.0, 2),
+    "sampled": (method(SampledTokens(), SampledReverseKL()), 8.0, 0),
+    "sampled, stale": (method(SampledTokens(), SampledReverseKL(signal=LogprobSource.STUDENT)), 8.0, 2),
     "full reverse": (method(TeacherHidden(), FullReverseKL()), 8.0, 0),
     "full forward": (method(TeacherHidden(), FullForwardKL()), 8.0, 0),
     "jensen-shannon": (method(TeacherHidden(), JensenShannon()), 30.0, 0),
@@ -260,7 +260,7 @@ def test_p16_the_student_becomes_the_teacher(make: Any, name: str) -> None:
 def test_p16_the_planted_direct_k1_does_not(make: Any, lr: float) -> None:
     bench = Bench(make, lr=lr)
     before = bench.divergence()
-    asyncio.run(bench.run(method(WrittenTokens(), DirectK1()), 30))
+    asyncio.run(bench.run(method(SampledTokens(), DirectK1()), 30))
     assert bench.divergence() > before / 2
 
 
@@ -269,7 +269,7 @@ def test_task_rewards_rise_under_grpo(make: Any) -> None:
     asyncio.run(bench.run(method(GroupAdvantage(), ClippedPolicyGradient()), 15))
     first, last = (np.mean([s.scores.rewards.mean() for s in bench.records[i].scored]) for i in (0, -1))
     assert last > first + 0.1
-    cut = [s for s in bench.records[0].scored if s.trajectory.stop is Stop.LENGTH]
+    cut = [s for s in bench.records[0].scored if s.trajectory.stop is StopReason.LENGTH]
     assert cut and not any(s.scores.rewards.any() for s in cut)
 
 
@@ -284,7 +284,7 @@ class Pause:
             await asyncio.sleep(0)
 
 
-SHORT = method(WrittenTokens(), SampledReverseKL())
+SHORT = method(SampledTokens(), SampledReverseKL())
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
@@ -332,7 +332,7 @@ def test_the_ledger_accounts_for_every_trajectory_at_every_step(make: Any, max_s
     ledger = asyncio.run(bench.run(chosen, 6, max_staleness=max_staleness))
     for record in bench.records:
         said, done = record.ledger, 2 * GROUP * record.step
-        cut = sum(s.trajectory.stop is Stop.LENGTH for s in record.scored)
+        cut = sum(s.trajectory.stop is StopReason.LENGTH for s in record.scored)
         assert cut == sum(not weights.any() for weights in record.weights) == 2 * 3
         assert said["issued"] == said["trained"] + said["dropped"] + said["outstanding"]
         assert said["trained"] + said["dropped"] == done <= said["scored"] <= said["generated"] <= said["issued"]
@@ -367,7 +367,7 @@ def test_a_step_counts_where_a_single_token_of_it_does(make: Any) -> None:
             return [(np.arange(len(s.trajectory)) < (i == 0)).astype(float) for i, s in enumerate(scored)]
 
     bench = Bench(make)
-    chosen = method(WrittenTokens(), SampledReverseKL(), weights={"first": First()})
+    chosen = method(SampledTokens(), SampledReverseKL(), weights={"first": First()})
     ledger = asyncio.run(bench.run(chosen, 2))
     assert bench.learner.steps == ledger.trained == 2
 
@@ -463,7 +463,7 @@ class Nothing:
 
 
 def test_a_step_without_a_trainable_token_is_skipped_and_accounted_for(make: Any) -> None:
-    chosen = method(WrittenTokens(), SampledReverseKL(), weights={"nothing": Nothing([0, 2, 3, 5])})
+    chosen = method(SampledTokens(), SampledReverseKL(), weights={"nothing": Nothing([0, 2, 3, 5])})
     bench = Bench(make)
     tables = [bench.learner.table]
 
@@ -480,7 +480,7 @@ def test_a_step_without_a_trainable_token_is_skipped_and_accounted_for(make: Any
 
 def test_a_skipped_step_reports_that_nothing_was_done(make: Any) -> None:
     bench = Bench(make)
-    asyncio.run(bench.run(method(WrittenTokens(), SampledReverseKL(), weights={"nothing": Nothing([1])}), 3))
+    asyncio.run(bench.run(method(SampledTokens(), SampledReverseKL(), weights={"nothing": Nothing([1])}), 3))
     report = bench.records[1].report
     assert report == StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
 
@@ -488,21 +488,24 @@ def test_a_skipped_step_reports_that_nothing_was_done(make: Any) -> None:
 @pytest.mark.parametrize(("read", "score"), [(6.0, 2.0), (4.0, 0.0), (2.5, 0.0)])
 def test_the_seconds_of_a_step_are_those_of_its_spans(read: float, score: float) -> None:
     """Reading that ended before the last text was written took no time of its own."""
-    spans = [Span(role=Role.ROLLOUT, step=8, start=1.0, end=4.0), Span(role=Role.TEACHER, step=8, start=2.0, end=read)]
-    collected = Collected(step=7, began=1.0, asked=[], spans=spans)
-    taken = _Taken(step=7, collected=collected, weights=[], began=3.0, waited=7.0)
+    spans = [
+        Span(role=Stage.ROLLOUT, step=8, start=1.0, end=4.0),
+        Span(role=Stage.TEACHER, step=8, start=2.0, end=read),
+    ]
+    collected = BufferedStep(step=7, began=1.0, asked=[], spans=spans)
+    taken = _LearnedStep(step=7, collected=collected, weights=[], began=3.0, waited=7.0)
     published = PublishReport(version=8, gap=0.0, nbytes=1)
-    live = _Live(published=published, updated=12.0, drained=14.0, ended=17.0)
+    live = _Publication(published=published, updated=12.0, drained=14.0, ended=17.0)
     assert _seconds(taken, live) == {
         "rollout": 3.0, "score": score, "wait": 4.0 + 2.0, "train": 5.0, "publish": 3.0, "step": 14.0
     }  # fmt: skip
     of_the_learner, of_publishing = _spans(taken, live)[2:]
-    assert of_the_learner == Span(role=Role.LEARNER, step=8, start=7.0, end=12.0)
-    assert of_publishing == Span(role=Role.PUBLISH, step=8, start=14.0, end=17.0)
+    assert of_the_learner == Span(role=Stage.LEARNER, step=8, start=7.0, end=12.0)
+    assert of_publishing == Span(role=Stage.PUBLISH, step=8, start=14.0, end=17.0)
 
 
 def test_several_steps_without_a_trainable_token_are_an_error_that_says_so(make: Any) -> None:
-    chosen = method(WrittenTokens(), SampledReverseKL(), weights={"nothing": Nothing([1, 2, 3])})
+    chosen = method(SampledTokens(), SampledReverseKL(), weights={"nothing": Nothing([1, 2, 3])})
     bench = Bench(make)
     with pytest.raises(BaseExceptionGroup) as caught:
         asyncio.run(bench.run(chosen, 9))

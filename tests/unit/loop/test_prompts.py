@@ -22,7 +22,7 @@ from opd.prompts.dataset import DatasetPrompts
 from opd.prompts.mixed import MixedPrompts
 from opd.prompts.order import draw
 from opd.types import Prompt
-from opd.types.prompt_rows import Columns, Row, Said
+from opd.types.prompt_rows import Columns, PromptText, Row
 
 sizes, counts, seeds = st.integers(1, 9), st.integers(1, 12), st.integers(0, 3)
 
@@ -63,7 +63,7 @@ class Letters:
     def encode(self, text: str) -> np.ndarray:
         return np.array([ord(c) for c in text], dtype=np.int32)
 
-    def encode_all(self, prompts: Sequence[Said]) -> list[np.ndarray]:
+    def encode_all(self, prompts: Sequence[PromptText]) -> list[np.ndarray]:
         return [self.encode(p.text) if isinstance(p.text, str) else self._chat(p.text) for p in prompts]
 
     def _chat(self, messages: Sequence[Any]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Packing keeps every token, its testimony and its context together, and no split changes the gradient.
 
-Two devices prove it. *Recognisable ids*: token `j` of sequence `i` (prompt and completion counted through) has the id
+Two devices prove it. *Recognizable ids*: token `j` of sequence `i` (prompt and completion counted through) has the id
 `1000 i + j`, and everything said about it is a function of that id, so any misplaced row is seen. *A real model*: a
 small causal transformer in float64, compared with every trajectory read on its own.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from opd.errors import ConfigurationError, DataError
 from opd.loss.chunked import StudentLogits, chunked_loss
 from opd.loss.packing import Constant, Normalizer, SequenceMean, SequenceSum, TokenMean, halves, pack
-from opd.objectives.sampled import SampledReverseKL, Speaker
+from opd.objectives.sampled import LogprobSource, SampledReverseKL
 from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import Layout
@@ -55,7 +55,7 @@ def numbers(ids: Any) -> np.ndarray:
     return np.asarray(ids, dtype=np.float32) / 8
 
 
-def recognisable(make: Any, shapes: Sequence[tuple[int, int]]) -> list[Scored[HiddenScores]]:
+def recognizable(make: Any, shapes: Sequence[tuple[int, int]]) -> list[Scored[HiddenScores]]:
     """All hidden states lie in one array, whose handle is the string "all"."""
     step, first_row = [], 0
     for i, (p, t) in enumerate(shapes):
@@ -76,7 +76,7 @@ def fetched(step: Sequence[Scored[Any]], handle: str) -> np.ndarray:
 @settings(max_examples=50)
 @given(case=cases())
 def test_every_weighted_token_is_trained_once_where_it_belongs(make: Any, case: Case) -> None:
-    step = recognisable(make, case.shapes)
+    step = recognizable(make, case.shapes)
     seen: list[int] = []
     for batch in [b for rank in pack(step, case.weights, case.layout, case.normalizer) for b in rank]:
         bounds = batch.cu_seqlens
@@ -106,7 +106,7 @@ def test_every_weighted_token_is_trained_once_where_it_belongs(make: Any, case: 
 @settings(max_examples=50)
 @given(case=cases())
 def test_ranks_enter_together_with_one_denominator_and_the_result_repeats(make: Any, case: Case) -> None:
-    step = recognisable(make, case.shapes)
+    step = recognizable(make, case.shapes)
     first, second = (pack(step, case.weights, case.layout, case.normalizer) for _ in range(2))
     assert len(first) == case.layout.ranks
     assert len({len(rank) for rank in first}) == 1 and first[0]
@@ -274,14 +274,14 @@ def test_p8_any_split_gives_the_gradient_of_every_trajectory_on_its_own(make: An
         torch.testing.assert_close(got, expected.double(), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("defect", ["none", "normaliser of the micro-batch", "mean over micro-batches"])
+@pytest.mark.parametrize("defect", ["none", "normalizer of the micro-batch", "mean over micro-batches"])
 def test_p8_is_seen_to_fail_where_a_split_matters(make: Any, defect: str) -> None:
     shapes = [(2, 6), (3, 1), (1, 3), (5, 2)]
     step, weights, student = written(make, shapes), [np.ones(t) for _, t in shapes], model()
     results = []
     for layout in (Layout(ranks=1, tokens_per_microbatch=100), Layout(ranks=2, tokens_per_microbatch=7)):
         batches = pack(step, weights, layout, TokenMean())
-        if defect == "normaliser of the micro-batch":
+        if defect == "normalizer of the micro-batch":
             batches = [[replace(b, denominator=float(len(b))) for b in rank] for rank in batches]
         elif defect == "mean over micro-batches":
             batches = [[replace(b, denominator=b.denominator * len(rank)) for b in rank] for rank in batches]
@@ -305,7 +305,7 @@ def test_p9_masked_tokens_have_no_gradient_and_stay_in_the_context(make: Any) ->
 
 
 OBJECTIVES = (
-    SampledReverseKL(signal=Speaker.STUDENT),
+    SampledReverseKL(signal=LogprobSource.STUDENT),
     HeadTailReverseKL(),
     TailBucketReverseKL(),
     RenormalizedReverseKL(),

@@ -24,11 +24,11 @@ from opd.ports import Layout
 from opd.rollouts.mixed import AnswerRollout, Mixed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.returns import WithReturns, returns
-from opd.scorers.teacher import TeacherHidden, Unscored, WrittenTokens
+from opd.scorers.teacher import SampledTokens, TeacherHidden, Unscored
 from opd.token_weights.length import SkipTruncated
 from opd.token_weights.special_tokens import SkipFirst, look_up
 from opd.token_weights.teachers import TeacherBalance
-from opd.types import Scored, Stop, TokenScores, TopKReturnScores
+from opd.types import Scored, StopReason, TokenScores, TopKReturnScores
 
 STUDENT, TEACHER = StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)
 
@@ -54,7 +54,7 @@ def test_a_share_out_of_range_is_refused(fraction: float) -> None:
 
 
 def test_a_mixture_is_on_policy_only_where_nothing_is_mixed_in() -> None:
-    parts: Any = {"name": "m", "scorer": WrittenTokens(), "objective": SampledReverseKL()}
+    parts: Any = {"name": "m", "scorer": SampledTokens(), "objective": SampledReverseKL()}
     assert Method(**parts, rollout=mixed(1.0))
     with pytest.raises(ConfigurationError, match=r"SampledReverseKL estimates from .* but rollout Mixed has text of"):
         Method(**parts, rollout=mixed(0.9))
@@ -79,8 +79,8 @@ def test_an_answer_is_read_to_its_end_or_cut(make: Any) -> None:
     box = engines(make_world(0, 6), Notes())
     prompts = [make.prompt([1], answer="4 5"), make.prompt([1], answer="4 5 3 2")]
     whole, cut = asyncio.run(AnswerRollout(max_tokens=3)(prompts, box))
-    assert whole.token_ids.tolist() == [4, 5, 0] and whole.stop is Stop.END
-    assert cut.token_ids.tolist() == [4, 5, 3] and cut.stop is Stop.LENGTH
+    assert whole.token_ids.tolist() == [4, 5, 0] and whole.stop is StopReason.END
+    assert cut.token_ids.tolist() == [4, 5, 3] and cut.stop is StopReason.LENGTH
     assert cut.sample == 1 and not cut.behavior.logprobs.any() and cut.loss_mask.all()
     with pytest.raises(DataError, match=r"AnswerRollout needs an answer for every prompt, but 'p' has none; set"):
         asyncio.run(AnswerRollout(max_tokens=3)([make.prompt([1])], box))
@@ -147,7 +147,7 @@ def test_a_scorer_s_returns_are_of_what_the_teacher_and_the_writer_said(
     assert said.topk_ids.shape == (4, 2) and said.rest.shape == (4,)
 
 
-def test_without_normalisation_minillm_is_the_gradient_of_the_sequence_kl(make: Any) -> None:
+def test_without_normalization_minillm_is_the_gradient_of_the_sequence_kl(make: Any) -> None:
     """All sequences of two tokens, enumerated: both parts together see how a token moves the next state."""
     world, context = make_world(3, 6), np.array([1], dtype=np.int32)
     texts = [np.array(pair, dtype=np.int32) for pair in product(range(6), repeat=2)]

@@ -18,8 +18,8 @@ import opd.scorers
 import opd.token_weights
 from opd.errors import ConfigurationError, DataError
 from opd.loop.ledger import Ledger
-from opd.loop.rollout_buffer import Collected
-from opd.loop.staleness import Pipeline
+from opd.loop.rollout_buffer import BufferedStep
+from opd.loop.staleness import StalenessSchedule
 from opd.loop.train import StepRecord
 from opd.loss.packing import TokenMean
 from opd.method.method import Method, check_prompts, weigh
@@ -27,11 +27,11 @@ from opd.method.promises import Union
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL
 from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.ports import AtIds, Engines, LastHidden, Sampling, ScoreRequest, TopK, Want, WrittenToken
+from opd.ports import AtIds, Engines, LastHidden, SampledToken, Sampling, ScoreKind, ScoreRequest, TopK
 from opd.rollouts.mixed import Mixed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
-from opd.scorers.teacher import StudentTopK, TeacherHidden, TeacherTopK, Unscored, WrittenTokens
+from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK, Unscored
 from opd.scorers.validation import verify
 from opd.token_weights.length import SkipTruncated
 from opd.types import (
@@ -40,7 +40,7 @@ from opd.types import (
     RemoteRows,
     Scored,
     Scores,
-    Stop,
+    StopReason,
     TokenScores,
     TopKScores,
     VocabularyScores,
@@ -49,7 +49,7 @@ from opd.types import (
 ON_SUPPORT = {HeadTailReverseKL, TailBucketReverseKL, RenormalizedReverseKL}
 ON_VOCABULARY = {FullReverseKL, FullForwardKL, JensenShannon}
 MEANINGFUL: dict[Any, set[type]] = {
-    WrittenTokens(): {Likelihood, SampledReverseKL},
+    SampledTokens(): {Likelihood, SampledReverseKL},
     TeacherTopK(k=4): {Likelihood, SampledReverseKL} | ON_SUPPORT,
     StudentTopK(): {Likelihood, SampledReverseKL} | ON_SUPPORT,
     TeacherHidden(): {Likelihood, SampledReverseKL} | ON_VOCABULARY,
@@ -74,7 +74,7 @@ FACTS: dict[str, dict[str, object]] = {
     "SkipFirst": {"reads_written": True},
     "PromptWeight": {"reads_written": False},
     **{name: {"min_group": 1} for name in (
-        "Ensemble", "WithReturns", "WrittenTokens", "TeacherTopK", "StudentTopK", "TeacherHidden", "Unscored"
+        "Ensemble", "WithReturns", "SampledTokens", "TeacherTopK", "StudentTopK", "TeacherHidden", "Unscored"
     )},
 }  # fmt: skip
 
@@ -116,11 +116,11 @@ DEFAULTS: dict[str, dict[str, object]] = TOP_16 | {  # what a part is whose conf
     "WithReturns": {"k": 16, "discount": 1.0, "length_normalized": True, "own_reward": False, "reward_scale": 1.0},
     "GroupAdvantage": {"scale_by_std": True, "epsilon": 1e-4},
     "Constant": {"divisor": 1.0},
-    "Limit": {"scale": 1.0, "tolerance": 1e-3},
+    "LimitingCase": {"scale": 1.0, "tolerance": 1e-3},
     "StepRecord": {"live": True},
     "Ledger": {"issued": 0, "generated": 0, "scored": 0, "trained": 0, "_first": 0},
-    "Collected": {"nbytes": 0},
-    "Pipeline": {
+    "BufferedStep": {"nbytes": 0},
+    "StalenessSchedule": {
         "max_staleness": 0, "update": "IN_FLIGHT", "deterministic": True, "max_buffer_bytes": 4 * 1024**3,
         "barrier_every": 0, "teacher_follows": False,
     },
@@ -133,7 +133,7 @@ def test_defaults_are_the_ones_that_are_published() -> None:
     names = [m.name for package in packages for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     homes = {
         *map(importlib.import_module, names),
-        *(sys.modules[p.__module__] for p in (Union, TokenMean, Pipeline, StepRecord, Ledger, Collected)),
+        *(sys.modules[p.__module__] for p in (Union, TokenMean, StalenessSchedule, StepRecord, Ledger, BufferedStep)),
     }
     parts = [part for home in homes for part in vars(home).values() if is_dataclass(part) and isinstance(part, type)]
     found: dict[str, dict[str, object]] = {}
@@ -286,7 +286,7 @@ def test_sampling_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
 def test_weights_multiply_each_other_and_the_loss_mask(make: Any) -> None:
     step = [
         make.scored([1], [2, 3], loss_mask=np.array([True, False])),
-        make.scored([1], [2, 3, 4], stop=Stop.LENGTH),
+        make.scored([1], [2, 3, 4], stop=StopReason.LENGTH),
         make.scored([1], [2]),
     ]
     weights = {"half": Reading(Scores, 0.5), "triple": Reading(Scores, 3.0), "whole": SkipTruncated()}
@@ -312,7 +312,7 @@ class Teacher:
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         self.asked += requests
-        return [answer(r.want, len(r.token_ids)) for r in requests]
+        return [answer(r.kind, len(r.token_ids)) for r in requests]
 
 
 class Grader:
@@ -345,8 +345,8 @@ def floats(*shape: int) -> np.ndarray:
     return np.full(shape, -2.0, dtype=np.float32)
 
 
-def answer(want: Want, n: int) -> TokenScores:
-    match want:
+def answer(kind: ScoreKind, n: int) -> TokenScores:
+    match kind:
         case LastHidden():
             return HiddenScores(logprobs=floats(n), hidden=RemoteRows(pieces=(("h", np.arange(n)),)))
         case TopK(k=k):
@@ -362,20 +362,20 @@ def test_teachers_read_their_own_context_and_answer_what_was_wanted(make: Any) -
     ids = np.array([[5, 6], [6, 2]], dtype=np.int32)
     behavior = TopKScores(logprobs=floats(2), topk_ids=ids, topk_logprobs=floats(2, 2))
     written = make.trajectory([1], [3, 4], prompt=prompt, behavior=behavior)
-    wants = {WrittenTokens(): WrittenToken, TeacherTopK(k=3): TopK, StudentTopK(): AtIds, TeacherHidden(): LastHidden}
-    for scorer, want in wants.items():
+    wants = {SampledTokens(): SampledToken, TeacherTopK(k=3): TopK, StudentTopK(): AtIds, TeacherHidden(): LastHidden}
+    for scorer, kind in wants.items():
         teacher = Teacher()
         (said,) = asyncio.run(scorer([written], engines(teacher)))
         assert type(said) is scorer.produces
-        assert isinstance(teacher.asked[0].want, want)
-        assert scorer.asks == {want}
+        assert isinstance(teacher.asked[0].kind, kind)
+        assert scorer.requires == {kind}
         assert teacher.asked[0].context_ids.tolist() == [7, 8, 9]
         assert teacher.asked[0].token_ids.tolist() == [3, 4]
     assert asyncio.run(Unscored()([written], engines())) == [Scores()]
-    assert Unscored().asks == GroupAdvantage().asks == frozenset()
+    assert Unscored().requires == GroupAdvantage().requires == frozenset()
     stranger = make.trajectory([1], [2], prompt=make.prompt([1], teacher="nobody"))
     with pytest.raises(ConfigurationError, match=r"asks for teacher 'nobody', but the run has \['default'\]; name one"):
-        asyncio.run(WrittenTokens()([stranger], engines()))
+        asyncio.run(SampledTokens()([stranger], engines()))
 
 
 def test_advantages_are_relative_to_the_group(make: Any) -> None:
@@ -383,7 +383,7 @@ def test_advantages_are_relative_to_the_group(make: Any) -> None:
     group = [
         make.trajectory([1], [4, 2], prompt=make.prompt([1], task="sum", answer="4 2")),
         make.trajectory([1], [9], prompt=make.prompt([1], task="sum", answer="4 2")),
-        make.trajectory([1], [8], prompt=make.prompt([1], task="sum", answer="8"), stop=Stop.LENGTH),
+        make.trajectory([1], [8], prompt=make.prompt([1], task="sum", answer="8"), stop=StopReason.LENGTH),
         make.trajectory([1], [7], prompt=make.prompt([1], task="other", answer="7")),
     ]
     said = asyncio.run(GroupAdvantage()(group, engines()))
@@ -398,13 +398,18 @@ def test_advantages_are_relative_to_the_group(make: Any) -> None:
 
 
 IDS = np.array([[1, 2], [3, 4]], dtype=np.int32)
-WANTS: dict[str, Want] = {"written": WrittenToken(), "top": TopK(k=2), "at": AtIds(ids=IDS), "hidden": LastHidden()}
+WANTS: dict[str, ScoreKind] = {
+    "written": SampledToken(),
+    "top": TopK(k=2),
+    "at": AtIds(ids=IDS),
+    "hidden": LastHidden(),
+}
 
 
 @pytest.mark.parametrize("want", WANTS.values(), ids=WANTS)
-def test_true_testimony_is_believed(want: Want) -> None:
-    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], want=want)
-    said = answer(want, 2)
+def test_true_testimony_is_believed(kind: ScoreKind) -> None:
+    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kind=kind)
+    said = answer(kind, 2)
     verify([request, request], [said, said])
     if not isinstance(said, TopKScores):  # which would have to agree
         verify([request], [replace(said, logprobs=np.array([5e-4, -80.0], dtype=np.float32))])  # rounding is no lie
@@ -440,9 +445,9 @@ LIES: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("name", LIES)
 def test_false_testimony_is_refused(name: str) -> None:
-    want, lie, problem = LIES[name]
-    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], want=WANTS[want])
-    true = answer(WANTS[want], 2)
+    kind, lie, problem = LIES[name]
+    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kind=WANTS[kind])
+    true = answer(WANTS[kind], 2)
     said = replace(true, **lie) if isinstance(lie, dict) else lie
     with pytest.raises(DataError, match=f"teacher scores are refused: .*{problem}.*check the teacher's"):
         verify([request, request], [true, said])
@@ -450,6 +455,6 @@ def test_false_testimony_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_missing_or_extra_answer_is_refused(count: int) -> None:
-    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], want=WrittenToken())
+    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kind=SampledToken())
     with pytest.raises(DataError, match=f"teacher answered {count} of 1 requests"):
-        verify([request], [answer(WrittenToken(), 2)] * count)
+        verify([request], [answer(SampledToken(), 2)] * count)

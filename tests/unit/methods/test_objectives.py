@@ -34,7 +34,7 @@ from opd.objectives.estimators import (
 )
 from opd.objectives.montecarlo import MonteCarloDivergence, _mix, uniform
 from opd.objectives.returns import MiniLLM
-from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL, Speaker
+from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
 from opd.objectives.support import (
     ABSENT,
     EntropyAwareKL,
@@ -201,7 +201,7 @@ def surrogate(w: World) -> Tensor:
 
 
 def promised(objective: Any) -> Callable[[World], Tensor]:
-    """What the objective promises (`tests/unit/methods/test_divergences.py` checks the promises themselves)."""
+    """What the objective promises (`tests/unit/methods/test_promises.py` checks the promises themselves)."""
 
     def exact(w: World) -> Tensor:
         members = torch.zeros(V, dtype=torch.bool)
@@ -231,7 +231,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(objective=SampledReverseKL(), exact=reverse_kl, stale=False, value="reverse_kl"),
     Claim(objective=SampledReverseKL(), exact=published_signal),
     Claim(objective=SampledReverseKL(coefficient=0.5), exact=lambda w: 0.5 * reverse_kl(w), stale=False),
-    Claim(objective=SampledReverseKL(signal=Speaker.STUDENT), exact=reverse_kl),
+    Claim(objective=SampledReverseKL(signal=LogprobSource.STUDENT), exact=reverse_kl),
     Claim(objective=HeadTailReverseKL(), exact=reverse_kl, value="reverse_kl"),
     Claim(objective=TailBucketReverseKL(), exact=coarsened, value="reverse_kl"),
     Claim(objective=RenormalizedReverseKL(), exact=renormalized, value="reverse_kl"),
@@ -291,7 +291,12 @@ CLAIMS += tuple(
 # Where no ratio exceeds the bound, what it wraps; where some do, see the tests of truncation.
 CLAIMS += tuple(
     Claim(objective=TruncatedRatio(of=part, max_ratio=1e6), exact=reverse_kl)
-    for part in (SquaredReverseKL(), RatioReverseKL(), HeadTailReverseKL(), SampledReverseKL(signal=Speaker.STUDENT))
+    for part in (
+        SquaredReverseKL(),
+        RatioReverseKL(),
+        HeadTailReverseKL(),
+        SampledReverseKL(signal=LogprobSource.STUDENT),
+    )
 )
 DRAWING = {MonteCarloDivergence}  # their own noise is enumerated by `opd.certify`
 DISTILLING = tuple(claim for claim in CLAIMS if claim.zero_at_teacher)
@@ -352,13 +357,13 @@ def test_p3_a_support_of_the_whole_vocabulary_is_the_exact_reverse_kl(claim: Cla
         assert float(error.abs().max()) < 1e-12
 
 
-def test_p4_one_renormalised_token_says_nothing() -> None:
+def test_p4_one_renormalized_token_says_nothing() -> None:
     w = world(0, k=1)
     assert not outcome(RenormalizedReverseKL(), w).loss.any()
     assert per_sample(RenormalizedReverseKL(), w) == 0
 
 
-def test_the_tail_bucket_is_a_lower_bound_and_the_renormalised_form_forgets_the_mass() -> None:
+def test_the_tail_bucket_is_a_lower_bound_and_the_renormalized_form_forgets_the_mass() -> None:
     for seed in SEEDS:
         w = world(seed)
         assert outcome(TailBucketReverseKL(), w).loss.max().item() <= reverse_kl(w).item() + 1e-12
@@ -557,7 +562,7 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
 
 
 def advantage(p: list[float], q: list[float], shared: set[int]) -> float:
-    """`sum p' log(q' / p')` of both renormalised on `shared`; NaN where that is empty."""
+    """`sum p' log(q' / p')` of both renormalized on `shared`; NaN where that is empty."""
     own, its = (sum(x[v] for v in shared) for x in (p, q))
     return sum(p[v] / own * log(q[v] / its * own / p[v]) for v in shared) if shared else float("nan")
 
@@ -575,7 +580,7 @@ def estimate(objective: Any, p: list[float], q: list[float], mu: list[float], me
             return head
         case TailBucketReverseKL() | RenormalizedReverseKL() | GeneralizedReverseKL():
             return float("inf")
-        case SampledReverseKL(signal=Speaker.BEHAVIOR):
+        case SampledReverseKL(signal=LogprobSource.BEHAVIOR):
             return log(mu[y] / q[y])
     return log(p[y] / q[y])
 
@@ -623,7 +628,7 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
         case TruncatedRatio():  # whose bound is above every ratio here
             return formula(of.of, student, batch, states, i)
         case SampledReverseKL():
-            own = mu if of.signal is Speaker.BEHAVIOR else p
+            own = mu if of.signal is LogprobSource.BEHAVIOR else p
             return ratio * of.coefficient * float((own - q)[y])
         case SquaredReverseKL():
             return ratio * log_ratio**2 / 2
@@ -822,7 +827,7 @@ def spread(objective: Any, w: World) -> float:
 
 
 SAME = {
-    SampledDivergence(of=FullReverseKL()): SampledReverseKL(signal=Speaker.STUDENT),
+    SampledDivergence(of=FullReverseKL()): SampledReverseKL(signal=LogprobSource.STUDENT),
     HeadTailDivergence(of=FullReverseKL()): HeadTailReverseKL(),
     TopKDivergence(of=FullReverseKL()): TailBucketReverseKL(),
     TopKDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED): RenormalizedReverseKL(),
@@ -898,7 +903,7 @@ def test_a_teacher_at_the_threshold_is_not_uncertain() -> None:
     w = replace(world(0, stale=True), q=certain)
     result = outcome(EntropyAwareKL(threshold=0.0, k=2), w)
     assert result.metrics["uncertain_share"].tolist() == [0.0] * V
-    torch.testing.assert_close(result.loss, outcome(SampledReverseKL(signal=Speaker.STUDENT), w).loss)
+    torch.testing.assert_close(result.loss, outcome(SampledReverseKL(signal=LogprobSource.STUDENT), w).loss)
 
 
 def test_a_baseline_changes_the_variance_and_not_the_expectation() -> None:
@@ -1063,7 +1068,7 @@ def test_many_drawn_tokens_average_to_few() -> None:
 @pytest.mark.parametrize("cap", [1.0, 1.5])
 @pytest.mark.parametrize(
     "part",
-    [SampledReverseKL(signal=Speaker.STUDENT), SquaredReverseKL(), RatioReverseKL(), BaselinedReverseKL()],
+    [SampledReverseKL(signal=LogprobSource.STUDENT), SquaredReverseKL(), RatioReverseKL(), BaselinedReverseKL()],
     ids=str,
 )
 def test_a_truncated_ratio_scales_the_tokens_above_the_bound_and_no_other(part: Any, cap: float) -> None:

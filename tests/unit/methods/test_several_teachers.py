@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits, read
-from opd.loss.metric_sums import Tally
+from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import TokenMean, pack
 from opd.loss.per_teacher import by_teacher
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import AtIds, Engines, LastHidden, Layout, ScoreRequest
 from opd.scorers.ensemble import Ensemble
-from opd.scorers.teacher import StudentTopK, TeacherHidden, TeacherTopK, WrittenTokens
+from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK
 from opd.token_weights.length import SkipTruncated
 from opd.token_weights.teachers import PromptWeight, TeacherBalance
 from opd.types import (
@@ -31,7 +31,7 @@ from opd.types import (
     RemoteRows,
     Scored,
     Scores,
-    Stop,
+    StopReason,
     TokenLoss,
     TokenScores,
     TopKScores,
@@ -61,7 +61,7 @@ def trajectory(
     )
     return Trajectory(
         prompt=prompt, sample=0, token_ids=written, behavior=behavior, loss_mask=np.ones(tokens, dtype=bool),
-        versions=np.zeros(tokens, dtype=np.int32), stop=Stop.END, rewards={},
+        versions=np.zeros(tokens, dtype=np.int32), stop=StopReason.END, rewards={},
     )  # fmt: skip
 
 
@@ -167,11 +167,11 @@ class Table:
         answers = []
         for r in requests:
             at = table[r.token_ids]
-            if isinstance(r.want, LastHidden):
+            if isinstance(r.kind, LastHidden):
                 rows = RemoteRows(pieces=((str(self.number), np.zeros(len(at), dtype=int)),))
                 answers.append(HiddenScores(logprobs=at, hidden=rows))
-            elif isinstance(r.want, AtIds):
-                answers.append(TopKScores(logprobs=at, topk_ids=r.want.ids, topk_logprobs=table[r.want.ids]))
+            elif isinstance(r.kind, AtIds):
+                answers.append(TopKScores(logprobs=at, topk_ids=r.kind.ids, topk_logprobs=table[r.kind.ids]))
             else:
                 answers.append(TokenScores(logprobs=at))
         return answers
@@ -206,7 +206,7 @@ def engines() -> Engines:
 def test_all_readers_of_an_ensemble_tell_of_the_same_mixture() -> None:
     mixture = (3 * exact(1, 0).exp() + exact(2, 0).exp()) / 4
     ours = [trajectory("x", 4), trajectory("y", 2, teacher="c")]
-    for reader in (WrittenTokens(), StudentTopK(), TeacherHidden()):
+    for reader in (SampledTokens(), StudentTopK(), TeacherHidden()):
         scorer = Ensemble(shares={"b": 3.0, "c": 1.0}, reader=reader)
         said = asyncio.run(scorer(ours, engines()))
         assert all(isinstance(s, scorer.produces) for s in said)
@@ -237,7 +237,7 @@ def test_a_privileged_teacher_reads_its_own_prompt_and_the_student_never_does() 
     """Whatever the hint's length, testimony about a token stays with that token, and inputs are the student's."""
     ours = [trajectory("x", 4, hint=3), trajectory("y", 2, context=5, hint=1), trajectory("z", 3)]
     school = engines()
-    said = asyncio.run(WrittenTokens()(ours, school))
+    said = asyncio.run(SampledTokens()(ours, school))
     shown = school.teachers["default"].seen  # type: ignore[attr-defined]
     for t, request in zip(ours, shown, strict=True):
         assert request.context_ids.tolist() == t.prompt.teacher_ids.tolist()
@@ -267,7 +267,10 @@ def test_each_teacher_gets_its_share_of_the_trained_tokens(case: list, data: st.
     """Also where completions are left out; the weights of the step still add up to its trained tokens."""
     relative = {name: data.draw(st.floats(0.1, 9)) for name in "abc"}
     scored = [
-        Scored(trajectory=replace(trajectory(str(i), n, name), stop=Stop.LENGTH if cut else Stop.END), scores=Scores())
+        Scored(
+            trajectory=replace(trajectory(str(i), n, name), stop=StopReason.LENGTH if cut else StopReason.END),
+            scores=Scores(),
+        )
         for i, (name, n, cut) in enumerate(case)
     ]
     weights = TeacherBalance(shares=relative, filters={"whole": SkipTruncated()})(scored)
@@ -310,7 +313,7 @@ def test_the_metric_of_a_teacher_is_the_mean_over_its_own_tokens(case: list, ran
         scored.append(Scored(trajectory=trajectory(str(i), n, name), scores=TokenScores(logprobs=said)))
         values.setdefault(name, []).append(said)
     layout = Layout(ranks=ranks, tokens_per_microbatch=budget)
-    tallies: list[Tally] = []
+    tallies: list[MetricSums] = []
     for batch in [b for r in pack(scored, [np.ones(n) for _, n, _ in case], layout, TokenMean()) for b in r]:
         here = batch.to("cpu", fetch)
         result = TokenLoss(loss=-here.scores.logprobs, metrics={"reverse_kl": here.scores.logprobs})
@@ -320,9 +323,9 @@ def test_the_metric_of_a_teacher_is_the_mean_over_its_own_tokens(case: list, ran
             part = TokenLoss(
                 loss=result.loss[slice(*cut)], metrics={k: v[slice(*cut)] for k, v in result.metrics.items()}
             )
-            tallies.append(Tally.of(by_teacher(part, rows).metrics, rows.weights > 0))
+            tallies.append(MetricSums.of(by_teacher(part, rows).metrics, rows.weights > 0))
     total = sum(n for _, n, _ in case)
-    means = reduce(Tally.plus, tallies).means()
+    means = reduce(MetricSums.plus, tallies).means()
     for name, said in values.items() if len(values) > 1 else ():
         assert means[f"{name}/reverse_kl"] == pytest.approx(float(np.concatenate(said).mean()), rel=1e-5)
         assert means[f"{name}/share"] == pytest.approx(sum(map(len, said)) / total)

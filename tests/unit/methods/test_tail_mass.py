@@ -19,7 +19,7 @@ from opd.scorers.validation import verify
 from opd.types import Batch, TopKScores
 from opd.types.log_mass import ABSENT, remainder
 from teacher_service import scoring
-from teacher_service.frames import Limits, Reply, decode_reply, encode_reply
+from teacher_service.frames import FrameLimits, Reply, decode_reply, encode_reply
 
 V, K, ROWS = 152, 16, 8
 MASSES = (5e-2, 1e-2, 1e-7, 1e-8, 1e-10)  # outside the support
@@ -41,15 +41,17 @@ def logits(outside: float, seed: int) -> Tensor:
     return (torch.cat([inside, tail[:, K:].log_softmax(-1) + np.log(outside)], -1) + 3.0).float()
 
 
-def told(z: Tensor, want: Any) -> TopKScores:
+def told(z: Tensor, kind: Any) -> TopKScores:
     """What a backend with whole rows says of a teacher's logits, after its way over the wire."""
     written = np.zeros(ROWS, dtype=np.int32)
-    request = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, want=want)
+    request = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, kind=kind)
     said = list(
-        scoring.testify([request], torch.arange(ROWS)[:, None].float(), lambda h: z[h[:, 0].long()], 3, lambda a: a)
+        scoring.scores_from_hidden(
+            [request], torch.arange(ROWS)[:, None].float(), lambda h: z[h[:, 0].long()], 3, lambda a: a
+        )
     )
     frame = encode_reply(Reply(call=bytes(16), model=bytes(16), digests=(bytes(16),), answers=tuple(said)))
-    (answer,) = decode_reply(frame, Limits()).answers
+    (answer,) = decode_reply(frame, FrameLimits()).answers
     assert isinstance(answer, TopKScores)
     return answer
 
@@ -115,8 +117,8 @@ def test_a_teachers_own_top_k_brings_the_same_mass_as_ids_that_are_asked() -> No
 
 def test_what_is_left_fits_what_is_named_also_if_an_id_is_named_twice() -> None:
     q, written = logits(0.3, 0), np.zeros(ROWS, dtype=np.int32)
-    want = AtIds(ids=np.tile(np.array([5, 3, 5, 20], dtype=np.int32), (ROWS, 1)))
-    request, answer = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, want=want), told(q, want)
+    kind = AtIds(ids=np.tile(np.array([5, 3, 5, 20], dtype=np.int32), (ROWS, 1)))
+    request, answer = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, kind=kind), told(q, kind)
     verify([request], [answer])
     with pytest.raises(DataError, match="do not sum to 1"):
         verify([request], [replace(answer, rest=answer.rest - 1)])

@@ -14,17 +14,17 @@ import pytest
 from launch.monitors.accounting import Costs, StepTokens, Totals, process_tree_cpu_seconds, step_flops
 from launch.monitors.step_metrics import Meter, StepContext, step_metrics
 from opd.loop.train import StepRecord
-from opd.observability.spans import Role, Span
-from opd.observability.utilization import Staffing
+from opd.observability.spans import Span, Stage
+from opd.observability.utilization import DeviceCounts
 from opd.ports import PublishReport
 from opd.types import (
-    NOBODY,
+    NO_VERSION,
     AdvantageScores,
     Prompt,
     Scored,
     Scores,
     StepReport,
-    Stop,
+    StopReason,
     TokenScores,
     Trajectory,
 )
@@ -38,7 +38,7 @@ REPEATS = (
 SECONDS = {"rollout": 0.2, "score": 0.1, "wait": 0.3, "train": 0.15, "publish": 0.05, "step": 0.5}
 
 
-def scored(length: int, version: int, scores: Scores, stop: Stop = Stop.END, hint: int = 0) -> Scored[Any]:
+def scored(length: int, version: int, scores: Scores, stop: StopReason = StopReason.END, hint: int = 0) -> Scored[Any]:
     prompt = Prompt(id="p", student_ids=np.arange(4, dtype=np.int32), teacher_ids=np.arange(4 + hint, dtype=np.int32))
     trajectory = Trajectory(
         prompt=prompt, sample=0, token_ids=np.arange(length, dtype=np.int32),
@@ -83,7 +83,7 @@ def context() -> StepContext:
 
 def test_every_number_of_a_distillation_step() -> None:
     step = record(
-        scored(10, 4, said(10)), scored(20, 2, said(20), Stop.LENGTH),
+        scored(10, 4, said(10)), scored(20, 2, said(20), StopReason.LENGTH),
         metrics={
             "reverse_kl": 0.3, "entropy": 0.2, "ratio": 1.01, "probs_diff": 0.02, "teacher_mass": 0.9,
             "logprob_gap": 0.1, "logprob_gap_max": 0.4,
@@ -116,7 +116,7 @@ def working(step: int, start: float) -> StepRecord:
     """10 s from `start`: 4 of rollout, 2 of teacher, 3 of learner, 1 of publishing."""
     ends = list(itertools.accumulate([4.0, 2.0, 3.0, 1.0], initial=start))
     spans = [
-        Span(role=role, step=step, start=a, end=b) for role, (a, b) in zip(Role, itertools.pairwise(ends), strict=True)
+        Span(role=role, step=step, start=a, end=b) for role, (a, b) in zip(Stage, itertools.pairwise(ends), strict=True)
     ]
     plain = record(scored(10, step - 1, said(10)), step=step, seconds=SECONDS | {"step": 10.0})
     return replace(plain, spans=spans)
@@ -131,8 +131,8 @@ def test_who_was_busy_is_a_metric_of_every_step_and_a_sentence_at_the_end() -> N
     assert busy == pytest.approx(meter.usage)
     assert busy == pytest.approx(
         {
-            "perf/utilisation_rollout": 0.4, "perf/utilisation_teacher": 0.2, "perf/utilisation_learner": 0.3,
-            "perf/utilisation_publish": 0.1, "rollouter/idle_ratio": 0.5, "perf/bubble_frac": 1 - (5 + 2 + 4) / 30,
+            "perf/utilization_rollout": 0.4, "perf/utilization_teacher": 0.2, "perf/utilization_learner": 0.3,
+            "perf/utilization_publish": 0.1, "rollouter/idle_ratio": 0.5, "perf/bubble_frac": 1 - (5 + 2 + 4) / 30,
             "perf/overlap_efficiency": 0.4, "perf/fraction_of_limit": 0.25,
         }
     )  # fmt: skip
@@ -140,7 +140,7 @@ def test_who_was_busy_is_a_metric_of_every_step_and_a_sentence_at_the_end() -> N
 
 
 def test_figures_of_a_run_ahead_wait_until_all_work_is_known() -> None:
-    meter = Meter(OPD, read_cpu=lambda: 0.0, staffing=Staffing(ahead=2))
+    meter = Meter(OPD, read_cpu=lambda: 0.0, staffing=DeviceCounts(ahead=2))
     seen = ["perf/bubble_frac" in meter(working(step, 10.0 * step)) for step in (1, 2, 3)]
     assert seen == [False, False, True]
     assert "perf/fraction_of_limit" not in meter.usage
@@ -153,7 +153,7 @@ def test_rewards_count_a_trajectory_once_however_long() -> None:
 
 
 def test_what_does_not_exist_is_absent() -> None:
-    metrics = step_metrics(record(scored(10, NOBODY, Scores())), context())
+    metrics = step_metrics(record(scored(10, NO_VERSION, Scores())), context())
     assert not [name for name in metrics if name.startswith(("sample/", "reward/", "distill/", "training/"))]
 
 
@@ -177,7 +177,7 @@ def test_operations_per_token(costs: Costs, per_token: int) -> None:
 
 
 def test_of_mixed_text_only_the_student_s_is_written_by_it_and_ages() -> None:
-    mixed = record(scored(10, 2, said(10)), scored(30, NOBODY, said(30)), step=5)
+    mixed = record(scored(10, 2, said(10)), scored(30, NO_VERSION, said(30)), step=5)
     assert step_metrics(mixed, context())["sample/staleness_mean"] == 2
     for costs, others in ((OPD, 0), (replace(OPD, teacher_writes=True), 34 * 2 * 100)):
         meter = Meter(costs, read_cpu=lambda: 0.0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.artifacts.evaluation_point import EvaluationPoint, Examinee
+from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, append_json
 from launch.artifacts.samples import Sample
@@ -44,7 +44,7 @@ def point(step: int, sampled: float | None, *, tokens: int = 0, teacher: bool = 
         tokens=tokens or 3000 * step,
         flops=1e9 * step,
         cpu_s=1.0 * step,
-        examinee=Examinee.TEACHER if teacher else Examinee.STUDENT,
+        examinee=EvaluatedModel.TEACHER if teacher else EvaluatedModel.STUDENT,
     )
 
 
@@ -72,7 +72,7 @@ def summary(name: str, outcome: Outcome = Outcome.FINISHED, **changes: Any) -> R
         "student_start": point(0, 0.3), "student_end": point(20, 0.9), "teacher": None,
         "facts": {"student": "0.31M parameters"}, "ledger": {"issued": 1280}, "versions": {"torch": "2.13"},
         "notes": ("The student was made weak on purpose.",),
-        "utilisation": {"perf/utilisation_rollout": 0.612, "perf/bubble_frac": 0.345}, "verdict": "rollout-bound: go",
+        "utilization": {"perf/utilization_rollout": 0.612, "perf/bubble_frac": 0.345}, "verdict": "rollout-bound: go",
     }  # fmt: skip
     return RunSummary(**{**values, **changes})
 
@@ -188,11 +188,11 @@ def test_what_models_write_is_text_and_nothing_else(written: RunDirectory) -> No
     assert Page(written.report).text.count(EVIL) == 3 * 2
 
 
-def test_tokens_are_coloured_by_what_the_teacher_thinks(written: RunDirectory) -> None:
+def test_tokens_are_colored_by_what_the_teacher_thinks(written: RunDirectory) -> None:
     raw = " ".join(written.report.read_text().split())
     assert f'<span class="down strongly" style="--a:0.50" title="teacher minus student: -2.50 nats">{ESCAPED}' in raw
     assert '<span class="up" style="--a:0.08" title="teacher minus student: +0.40 nats">ok</span>' in raw
-    assert '<p class="text">Mon <span' in raw  # an equal opinion has no colour, a space neither
+    assert '<p class="text">Mon <span' in raw  # an equal opinion has no color, a space neither
 
 
 def test_writing_it_again_gives_the_same_files(written: RunDirectory) -> None:
@@ -406,14 +406,14 @@ def test_a_running_mean_keeps_a_constant_and_the_ends(count: int) -> None:
     assert len(at) == min(count, 400)
 
 
-def test_alarms_are_shown_also_where_a_run_was_killed(tmp_path: Path) -> None:
+def test_alerts_are_shown_also_where_a_run_was_killed(tmp_path: Path) -> None:
     directory = finished(tmp_path)
     directory.summary.unlink()
     for step in range(21, 121):
         append_json(directory.metrics, step_line(step, **{"response_length/clip_ratio": 0.4}))
     write_report(directory)
     page = directory.report.read_text()
-    assert page.count("Alarm at step") == 1 and "40% of the completions are cut by the token limit" in page
+    assert page.count("Alert at step") == 1 and "40% of the completions are cut by the token limit" in page
 
 
 def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -20,19 +20,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from launch.artifacts.evaluation_point import EvaluationPoint, Examinee
+from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, read_jsonl
 from launch.artifacts.samples import Sample, token_pieces
 from launch.config.tracker import TrackerConfig, WandbMode
 from launch.monitors.accounting import Costs
 from launch.monitors.live_view import LiveView
 from launch.monitors.step_metrics import Meter
-from launch.monitors.trackers import JsonlTracker, RunPlan, WandbTracker, check_login, make_trackers
+from launch.monitors.trackers import JsonlTracker, PlannedRun, WandbTracker, check_login, make_trackers
 from opd.errors import ConfigurationError
 from opd.loop.train import StepRecord
-from opd.observability.alerts import Thresholds
+from opd.observability.alerts import AlertThresholds
 from opd.ports import PublishReport
-from opd.types import AdvantageScores, Prompt, Scored, Scores, StepReport, Stop, TokenScores, Trajectory
+from opd.types import AdvantageScores, Prompt, Scored, Scores, StepReport, StopReason, TokenScores, Trajectory
 from tests.fault_matrix import Witness
 
 STEPS = 20
@@ -60,7 +60,7 @@ def record(step: int, *, reward: float | None = None) -> StepRecord:
                 behavior=TokenScores(logprobs=behavior),
                 loss_mask=np.ones(5, dtype=bool),
                 versions=np.full(5, step - 1, dtype=np.int32),
-                stop=Stop.END,
+                stop=StopReason.END,
                 rewards={},
             ),
             scores=scores,
@@ -77,7 +77,7 @@ def record(step: int, *, reward: float | None = None) -> StepRecord:
     )  # fmt: skip
 
 
-def point(step: int, examinee: Examinee = Examinee.STUDENT) -> EvaluationPoint:
+def point(step: int, examinee: EvaluatedModel = EvaluatedModel.STUDENT) -> EvaluationPoint:
     return EvaluationPoint(
         step=step, greedy=0.87, mean_at_k=0.78, pass_at_k=None, k=4, reverse_kl=float("nan"), length_mean=5.0,
         truncation_rate=0.0, seconds=1.0, tokens=100, flops=1e9, cpu_s=3.0, examinee=examinee,
@@ -97,8 +97,8 @@ def directory(tmp_path: Path) -> RunDirectory:
 
 
 @pytest.fixture
-def plan() -> RunPlan:
-    return RunPlan(method="opd", steps=STEPS, resolved={"lr": 2e-3, "hf_token": "geheim"}, decode=decode)
+def plan() -> PlannedRun:
+    return PlannedRun(method="opd", steps=STEPS, resolved={"lr": 2e-3, "hf_token": "geheim"}, decode=decode)
 
 
 def tell(tracker: Callable[[StepRecord], Any], *steps: int) -> None:
@@ -129,12 +129,12 @@ def test_a_field_out_of_range_is_a_sentence(wrong: dict[str, Any]) -> None:
 # -- files
 
 
-def test_lines_for_steps_evaluations_and_due_samples(directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+def test_lines_for_steps_evaluations_and_due_samples(directory: RunDirectory, meter: Meter, plan: PlannedRun) -> None:
     config = TrackerConfig(samples=2, samples_every=8)
     with JsonlTracker(config, directory, meter, plan) as tracker:
         tell(tracker, *range(1, STEPS + 1))
         tracker.evaluated(point(0))
-        tracker.evaluated(point(0, Examinee.TEACHER))
+        tracker.evaluated(point(0, EvaluatedModel.TEACHER))
     assert [line["step"] for line in read_jsonl(directory.metrics)] == list(range(1, STEPS + 1))
     assert [line["step"] for line in read_jsonl(directory.samples)] == [1, 1, 8, 8, 16, 16, 20, 20]
     assert read_jsonl(directory.evaluations)[0]["reverse_kl"] is None
@@ -147,12 +147,12 @@ def test_lines_for_steps_evaluations_and_due_samples(directory: RunDirectory, me
     assert first.text == "w0 w1 w2 w3 w4"
 
 
-def test_no_samples_wanted_none_kept(directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+def test_no_samples_wanted_none_kept(directory: RunDirectory, meter: Meter, plan: PlannedRun) -> None:
     tell(JsonlTracker(TrackerConfig(samples=0), directory, meter, plan), 1, STEPS)
     assert not directory.samples.exists()
 
 
-def test_a_reward_is_kept_where_nobody_read_the_tokens(directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+def test_a_reward_is_kept_where_nobody_read_the_tokens(directory: RunDirectory, meter: Meter, plan: PlannedRun) -> None:
     asyncio.run(JsonlTracker(TrackerConfig(), directory, meter, plan)(record(1, reward=1.0)))
     line = read_jsonl(directory.samples)[0]
     assert (line["reward"], line["gaps"]) == (1.0, None)
@@ -179,7 +179,7 @@ def test_plain_lines_where_nothing_can_be_redrawn(meter: Meter) -> None:
     with LiveView(title="first · opd", steps=STEPS, meter=meter, console=console, print_every=10) as view:
         view.evaluated(point(0))
         tell(view, *range(1, STEPS + 1))
-        view.evaluated(point(0, Examinee.TEACHER))
+        view.evaluated(point(0, EvaluatedModel.TEACHER))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[0] == "evaluated student at step 0: greedy 87.0%, sampled 78.0%"
     assert [line.split(" | ")[0] for line in lines[1:-1]] == ["step 1/20", "step 10/20", "step 20/20"]
@@ -194,7 +194,7 @@ def test_a_panel_on_a_terminal(meter: Meter) -> None:
     console.print(view)
     tell(view, *range(1, 11))
     view.evaluated(point(10))
-    view.evaluated(point(0, Examinee.TEACHER))
+    view.evaluated(point(0, EvaluatedModel.TEACHER))
     console.print(view)
     text = console.export_text()
     for expected in (
@@ -236,7 +236,7 @@ def test_a_step_that_trained_nothing_is_shown_and_the_run_goes_on(meter: Meter) 
 def cut_short(step: int) -> StepRecord:
     """A step whose completions all ran into the token limit."""
     plain = record(step)
-    items = [replace(item, trajectory=replace(item.trajectory, stop=Stop.LENGTH)) for item in plain.scored]
+    items = [replace(item, trajectory=replace(item.trajectory, stop=StopReason.LENGTH)) for item in plain.scored]
     return replace(plain, scored=items)
 
 
@@ -245,8 +245,10 @@ def tell_cut_short(tracker: Any, steps: int) -> None:
         asyncio.run(tracker(cut_short(step)))
 
 
-def test_an_alarm_is_a_line_when_it_begins_and_a_metric_while_it_lasts(directory: RunDirectory, plan: RunPlan) -> None:
-    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=Thresholds(window=2))
+def test_an_alert_is_a_line_when_it_begins_and_a_metric_while_it_lasts(
+    directory: RunDirectory, plan: PlannedRun
+) -> None:
+    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=AlertThresholds(window=2))
     console = Console(file=io.StringIO(), force_terminal=False, width=60)
     with LiveView(title="first · opd", steps=STEPS, meter=meter, console=console) as view:
         tell_cut_short(view, 6)
@@ -254,15 +256,15 @@ def test_an_alarm_is_a_line_when_it_begins_and_a_metric_while_it_lasts(directory
         asyncio.run(files(cut_short(6)))
         for step in range(7, 11):
             asyncio.run(view(record(step)))
-    said = [line for line in console.file.getvalue().splitlines() if "alarm" in line]  # type: ignore[attr-defined]
-    assert len(said) == 1 and said[0].startswith("alarm at step 4: 100% of the completions are cut by the token limit")
-    assert read_jsonl(directory.metrics)[-1]["alarm/truncation"] == 1.0
-    assert not meter.alarms, "the completions end by themselves again"
+    said = [line for line in console.file.getvalue().splitlines() if "alert" in line]  # type: ignore[attr-defined]
+    assert len(said) == 1 and said[0].startswith("alert at step 4: 100% of the completions are cut by the token limit")
+    assert read_jsonl(directory.metrics)[-1]["alert/truncation"] == 1.0
+    assert not meter.alerts, "the completions end by themselves again"
     assert [sentence.split(": ")[0] for sentence in meter.ever.values()] == ["step 4"]
 
 
-def test_an_alarm_stands_in_the_panel(directory: RunDirectory) -> None:
-    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=Thresholds(window=2))
+def test_an_alert_stands_in_the_panel(directory: RunDirectory) -> None:
+    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=AlertThresholds(window=2))
     console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
     view = LiveView(title="first", steps=STEPS, meter=meter, console=console)
     tell_cut_short(view, 4)
@@ -282,7 +284,7 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_online_without_a_login_is_refused_before_anything_starts(
-    no_login: Path, directory: RunDirectory, meter: Meter, plan: RunPlan
+    no_login: Path, directory: RunDirectory, meter: Meter, plan: PlannedRun
 ) -> None:
     config = TrackerConfig(mode=WandbMode.ONLINE)
     with pytest.raises(ConfigurationError, match=r"needs a login for api\.wandb\.ai"):
@@ -308,13 +310,13 @@ def test_a_key_or_a_netrc_entry_is_a_login(no_login: Path, monkeypatch: pytest.M
     check_login(config)
 
 
-def test_disabled_means_no_wandb(directory: RunDirectory, meter: Meter, plan: RunPlan) -> None:
+def test_disabled_means_no_wandb(directory: RunDirectory, meter: Meter, plan: PlannedRun) -> None:
     made = make_trackers(TrackerConfig(mode=WandbMode.DISABLED), directory, meter, plan, Console())
     assert [type(tracker) for tracker in made] == [JsonlTracker, LiveView]
 
 
 def test_wandb_offline_for_real_and_resumed(
-    directory: RunDirectory, meter: Meter, plan: RunPlan, no_login: Path, monkeypatch: pytest.MonkeyPatch
+    directory: RunDirectory, meter: Meter, plan: PlannedRun, no_login: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that fails and is resumed: the same run id, our own steps, no secret (of the arguments, which wandb keeps,
     neither), all inside."""
@@ -328,7 +330,7 @@ def test_wandb_offline_for_real_and_resumed(
     with WandbTracker(config, directory, meter, plan) as tracker:
         tell(tracker, 3)
         tracker.evaluated(point(3))
-        tracker.evaluated(point(0, Examinee.TEACHER))
+        tracker.evaluated(point(0, EvaluatedModel.TEACHER))
     logs = sorted(directory.path.glob("wandb/offline-run-*/*.wandb"))  # their names begin with the time
     deadline = monotonic() + 60
     while True:  # wandb's own process may write its last record a moment after `finish`
@@ -355,8 +357,8 @@ def test_wandb_offline_for_real_and_resumed(
     assert not any(b"geheim" in path.read_bytes() for path in directory.path.rglob("*") if path.is_file())
 
 
-def test_an_alarm_is_a_wandb_alert_once(directory: RunDirectory, plan: RunPlan, no_login: Path) -> None:
-    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=Thresholds(window=2))
+def test_an_alert_is_a_wandb_alert_once(directory: RunDirectory, plan: PlannedRun, no_login: Path) -> None:
+    meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=AlertThresholds(window=2))
     with WandbTracker(TrackerConfig(samples=0), directory, meter, plan) as tracker:
         tell_cut_short(tracker, 6)
     (log,) = directory.path.glob("wandb/offline-run-*/*.wandb")
@@ -375,12 +377,12 @@ def test_a_run_survives_the_death_of_wandb(directory: RunDirectory, no_login: Pa
 import logging, sys, time, psutil
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_tracking import COSTS, Meter, RunDirectory, RunPlan, TrackerConfig, WandbTracker, decode, point
+from test_tracking import COSTS, Meter, RunDirectory, PlannedRun, TrackerConfig, WandbTracker, decode, point
 said = []
 handler = logging.Handler(logging.WARNING)
 handler.emit = lambda entry: said.append(entry.getMessage())
 logging.getLogger("launch").addHandler(handler)
-plan = RunPlan(method="opd", steps=9, resolved={}, decode=decode)
+plan = PlannedRun(method="opd", steps=9, resolved={}, decode=decode)
 with WandbTracker(TrackerConfig(), RunDirectory(Path(sys.argv[1])), Meter(COSTS), plan) as tracker:
     tracker.evaluated(point(1))
     services = psutil.Process().children(recursive=True)
@@ -419,9 +421,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from launch.monitors import trackers as tracking
-from test_tracking import COSTS, Meter, RunDirectory, RunPlan, TrackerConfig, WandbMode, WandbTracker, decode
+from test_tracking import COSTS, Meter, RunDirectory, PlannedRun, TrackerConfig, WandbMode, WandbTracker, decode
 tracking._START_S = 5
-plan = RunPlan(method="opd", steps=9, resolved={}, decode=decode)
+plan = PlannedRun(method="opd", steps=9, resolved={}, decode=decode)
 config = TrackerConfig(mode=WandbMode.ONLINE)
 try:
     WandbTracker(config, RunDirectory(Path(sys.argv[1])), Meter(COSTS), plan).__enter__()

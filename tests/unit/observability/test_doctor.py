@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from launch.run.doctor import BFLOAT16, seconds, summary
 from opd.doctor.examine import examine, teacher_gain
-from opd.doctor.findings import Evidence, Finding, Subject, Thresholds, Verdict, ask, fine, refused, warned
+from opd.doctor.findings import CheckThresholds, Evidence, Finding, Subject, Verdict, ask, fine, refused, warned
 from opd.doctor.teacher_checks import causality
 from opd.loss.chunked import StudentLogits, read
 from opd.ports import (
@@ -27,19 +27,19 @@ from opd.ports import (
     GenerateRequest,
     LastHidden,
     Layout,
+    SampledToken,
     Sampling,
     ScoreRequest,
     TopK,
-    WrittenToken,
 )
 from opd.rollouts.student import write
-from opd.types import Batch, HiddenScores, RemoteRows, Stop, TokenScores, TopKScores
+from opd.types import Batch, HiddenScores, RemoteRows, StopReason, TokenScores, TopKScores
 from teacher_service.config import Backend, TeacherConfig
 from tests.conftest import Make
 from tests.tiny_models import completion_logprobs, tiny_model
 
 V, EOS = 12, 2
-ALL = frozenset({WrittenToken, TopK, AtIds, LastHidden})
+ALL = frozenset({SampledToken, TopK, AtIds, LastHidden})
 Answers = list[TokenScores]
 
 
@@ -66,7 +66,7 @@ class Table:
         logits = self.rows(request.context_ids, request.token_ids)
         full = log_softmax(logits)
         logprobs = full[np.arange(len(full)), request.token_ids]
-        match request.want:
+        match request.kind:
             case TopK(k=k):
                 ids = np.argsort(-full, axis=-1)[:, :k].astype(np.int32)
                 return TopKScores(logprobs=logprobs, topk_ids=ids, topk_logprobs=np.take_along_axis(full, ids, -1))
@@ -95,7 +95,7 @@ class Table:
             topk_ids=best,
             topk_logprobs=np.take_along_axis(full, best, -1),
         )
-        stop = Stop.END if ids[-1] == EOS else Stop.LENGTH
+        stop = StopReason.END if ids[-1] == EOS else StopReason.LENGTH
         return Completion(token_ids=ids, behavior=behavior, versions=np.zeros(len(ids), np.int32), stop=stop)
 
 
@@ -176,7 +176,7 @@ def test_a_good_pair_passes_every_check(make: Any) -> None:
 
 
 def test_what_a_backend_cannot_answer_is_not_asked(make: Any) -> None:
-    found = examined(make, subject(answers=frozenset({WrittenToken})))
+    found = examined(make, subject(answers=frozenset({SampledToken})))
     assert not {"overlap", "full softmax", "hidden states"} & found.keys() and len(found) == 7
 
 
@@ -257,7 +257,7 @@ FAULTS: dict[str, tuple[Callable[[], Subject], str, str]] = {
     "one position early": (lambda: lying(early), "alignment", "one position early"),
     "one position late": (lambda: lying(late), "alignment", "teacher 'default' is late"),
     "company changes answers": (lambda: lying(unordered), "steadiness", "in another order or alone"),
-    "renormalised top-k": (lambda: lying(renormalized), "full softmax", "renormalises its top-k"),
+    "renormalized top-k": (lambda: lying(renormalized), "full softmax", "renormalizes its top-k"),
     "ids mixed up": (lambda: lying(other_ids), "full softmax", "another in its support"),
     "not a number": (lambda: lying(poisoned), "answers", "NaN"),
     "another replica": (stranger_among_replicas, "replicas", "replica 1 serves another checkpoint"),
@@ -300,7 +300,7 @@ def test_a_flat_teacher_is_called_flat_and_not_late(make: Any, scale: float) -> 
 
 @dataclass
 class Untrained:
-    """A random-initialised model, as transformers makes one, behind the port of a teacher."""
+    """A random-initialized model, as transformers makes one, behind the port of a teacher."""
 
     model: Any
 
@@ -309,17 +309,17 @@ class Untrained:
 
     def _answer(self, request: ScoreRequest, full: torch.Tensor) -> TokenScores:
         logprobs = full.gather(1, torch.from_numpy(request.token_ids).long()[:, None])[:, 0].numpy()
-        if not isinstance(request.want, TopK):
+        if not isinstance(request.kind, TopK):
             return TokenScores(logprobs=logprobs)
-        best = full.topk(request.want.k)
+        best = full.topk(request.kind.k)
         return TopKScores(logprobs=logprobs, topk_ids=best.indices.int().numpy(), topk_logprobs=best.values.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_random_initialised_teacher_is_warned_of_and_can_be_used(make: Any, dtype: torch.dtype) -> None:
+def test_a_random_initialized_teacher_is_warned_of_and_can_be_used(make: Any, dtype: torch.dtype) -> None:
     teacher = Untrained(tiny_model(3, tied=True, std=0.02, vocab_size=V).to(dtype))
-    thresholds = Thresholds() if dtype is torch.float32 else BFLOAT16
-    found = examined(make, subject(teacher=teacher, answers=frozenset({WrittenToken, TopK}), thresholds=thresholds))
+    thresholds = CheckThresholds() if dtype is torch.float32 else BFLOAT16
+    found = examined(make, subject(teacher=teacher, answers=frozenset({SampledToken, TopK}), thresholds=thresholds))
     assert "is flat" in found["alignment"].sentence
     assert Verdict.REFUSED not in {f.verdict for f in found.values()}, found
 
@@ -346,7 +346,7 @@ def test_alignment_is_told_whatever_the_teachers_sharpness_and_noise(
     sick = subject(teacher=Table(flattened(scale), shifted))
     prompts = [Make.prompt([1, 3 + i % 4], id=f"p{i}") for i in range(12)]
     written = asyncio.run(write(prompts, sick.engines.student, Sampling(max_tokens=8, topk=4)))
-    said = asyncio.run(ask(sick.teacher, written, WrittenToken()))
+    said = asyncio.run(ask(sick.teacher, written, SampledToken()))
     found = asyncio.run(causality(sick, Evidence(written=written, said=said)))
     if shift == 0:
         assert found.verdict is not Verdict.REFUSED, found
@@ -362,7 +362,7 @@ def test_a_flat_teacher_of_a_large_vocabulary_is_not_said_to_have_another_templa
     def wide(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
         return [TokenScores(logprobs=np.full_like(a.logprobs, -12.5)) for a in answers]
 
-    sick = subject(student=Table(tables()[0] * 30), teacher=Table(tables()[1], wide), answers=frozenset({WrittenToken}))
+    sick = subject(student=Table(tables()[0] * 30), teacher=Table(tables()[1], wide), answers=frozenset({SampledToken}))
     found = examined(make, sick)
     assert found["first token"].verdict is Verdict.FINE, found
     assert found["end of text"].verdict is not Verdict.REFUSED, found

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launch.artifacts.run_directory import RunDirectory, append_events
 from launch.monitors.trace import TraceTracker, Tracks
 from opd.loop.train import StepRecord
-from opd.observability.spans import Role, Span
+from opd.observability.spans import Span, Stage
 from opd.ports import PublishReport
 from opd.types import StepReport
 
@@ -22,7 +22,7 @@ TIMES = st.floats(0, 1000, allow_nan=False, allow_subnormal=False)
 SPANS = st.lists(
     st.builds(
         lambda role, step, a, b: Span(role=role, step=step, start=min(a, b), end=max(a, b)),
-        st.sampled_from(Role), st.integers(1, 9), TIMES, TIMES,
+        st.sampled_from(Stage), st.integers(1, 9), TIMES, TIMES,
     ),
     max_size=30,
 )  # fmt: skip
@@ -69,7 +69,7 @@ def test_every_span_is_an_event_and_no_thread_has_two_at_once(told: list[list[Sp
 
 def test_spans_that_touch_share_a_thread_and_overlapping_ones_do_not() -> None:
     def span(a: float, b: float) -> Span:
-        return Span(role=Role.TEACHER, step=1, start=a, end=b)
+        return Span(role=Stage.TEACHER, step=1, start=a, end=b)
 
     drawn = check(Tracks().events([span(5.0, 6.0), span(6.0, 8.0), span(5.5, 7.0)]))
     assert [(e["tid"], e["ts"], e["dur"]) for e in drawn] == [
@@ -84,7 +84,7 @@ def test_the_file_is_valid_after_every_step(tmp_path: Path) -> None:
     for step in range(1, 5):
         spans = [
             Span(role=role, step=step, start=10.0 * step + shift, end=10.0 * step + 6 + shift)
-            for role in Role
+            for role in Stage
             for shift in (0.0, 1.0)
         ]
         asyncio.run(tracker(record(step, spans)))
@@ -96,7 +96,7 @@ def test_the_file_is_valid_after_every_step(tmp_path: Path) -> None:
 def test_a_resumed_run_writes_a_file_of_its_own(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path, "first")
     for clock in (1.0, 0.5):  # killed before its next checkpoint, and resumed there once more
-        span = Span(role=Role.LEARNER, step=8, start=clock, end=clock + 1)
+        span = Span(role=Stage.LEARNER, step=8, start=clock, end=clock + 1)
         asyncio.run(TraceTracker(directory)(record(8, [span])))
         assert len(check(json.loads((directory.path / "trace_from_step_8.json").read_text()))) == 1
     assert json.loads((directory.path / "trace_from_step_8.json").read_text())

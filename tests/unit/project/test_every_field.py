@@ -30,17 +30,17 @@ from opd.loss import packing
 from opd.loss.chunked import StudentLogits
 from opd.loss.packing import pack
 from opd.method import promises
-from opd.objectives.sampled import ClippedPolicyGradient, SampledReverseKL, Speaker
+from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import Completion, Engines, GenerateRequest, Layout
 from opd.rollouts.student import StudentRollout, TeacherRollout
-from opd.scorers.teacher import TeacherHidden, WrittenTokens
+from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.settings.ranges import AtMost, In
 from opd.settings.validation import default_of, fields_of, parts_of
 from opd.token_weights.length import SkipTruncated
 from opd.token_weights.special_tokens import look_up
-from opd.types import Scored, Scores, Stop, TokenScores, Trajectory
+from opd.types import Scored, Scores, StopReason, TokenScores, Trajectory
 from tests.unit.methods.test_objectives import World, every_token, expected_gradient, gradient, promised, said, world
 
 TEACHERS = ("default", "second")
@@ -49,10 +49,10 @@ VOCABULARY = 40
 PARTS: Mapping[str, Sequence[Any]] = {
     "Direction": (FullReverseKL(), FullForwardKL(), JensenShannon(beta=0.3)),
     "Support": (promises.Union(k=2), promises.TeacherTop(k=3), promises.StudentTop(k=2)),
-    "Objective": (SampledReverseKL(signal=Speaker.STUDENT), ClippedPolicyGradient()),
+    "Objective": (SampledReverseKL(signal=LogprobSource.STUDENT), ClippedPolicyGradient()),
     "Rollout": (TeacherRollout(max_tokens=8), StudentRollout(max_tokens=8)),
     "StudentRollout": (StudentRollout(max_tokens=8), StudentRollout(max_tokens=5)),
-    "Scorer": (TeacherHidden(), WrittenTokens()),
+    "Scorer": (TeacherHidden(), SampledTokens()),
 }
 FILLED: Mapping[str, Sequence[Any]] = {
     "shares": ({"default": 1.0, "second": 2.0}, {"default": 3.0, "second": 2.0}),
@@ -178,7 +178,7 @@ class Recorder:
                 token_ids=np.arange(len(z), dtype=np.int32),
                 behavior=TokenScores(logprobs=z),
                 versions=z.astype(np.int32),
-                stop=Stop.END,
+                stop=StopReason.END,
             )
             for z in zeros
         ]
@@ -225,7 +225,9 @@ def scores(scorer: Any) -> Any:
 def weighed(weight: Any) -> Any:
     _, texts = _group()
     step = [
-        replace(t, stop=Stop.LENGTH if i % 3 else Stop.END, prompt=replace(t.prompt, teacher=TEACHERS[i % 2]))
+        replace(
+            t, stop=StopReason.LENGTH if i % 3 else StopReason.END, prompt=replace(t.prompt, teacher=TEACHERS[i % 2])
+        )
         for i, t in enumerate(texts)
     ]
     known = look_up({"w": weight}, {"c": 6})["w"]

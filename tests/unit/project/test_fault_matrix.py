@@ -1,4 +1,4 @@
-"""The matrix itself: a fault that did not fire is no pass, and the catalogue says what the documentation says."""
+"""The matrix itself: a fault that did not fire is no pass, and the catalog says what the documentation says."""
 
 import re
 import subprocess
@@ -71,7 +71,7 @@ def test_the_whole_matrix_needs_every_kind(tmp_path: Path) -> None:
     assert f"1 of {len(CATALOGUE)} kinds held, 3 faults fired" in whole.stdout
 
 
-def test_a_kind_that_is_in_no_catalogue_is_refused(tmp_path: Path) -> None:
+def test_a_kind_that_is_in_no_catalog_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, CASES.replace("slow engine", "slow motor"))
     assert done.returncode == 4 and "declares ['slow motor']" in done.stderr + done.stdout
 

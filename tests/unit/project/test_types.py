@@ -37,7 +37,7 @@ def test_remote_rows_are_indexed_like_the_rows_themselves(first: list, second: l
         np.testing.assert_array_equal(taken.take(again).fetch(ARRAYS.__getitem__), whole[index][again])
 
 
-def test_each_array_is_fetched_once_and_neighbouring_rows_stay_one_piece() -> None:
+def test_each_array_is_fetched_once_and_neighboring_rows_stay_one_piece() -> None:
     asked: list[str] = []
 
     def get(handle: str) -> np.ndarray:

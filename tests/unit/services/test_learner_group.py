@@ -13,7 +13,7 @@ from launch.services.learner_group import LearnerGroup, RanksLost
 from launch.services.replicas import Fault
 from learner.config import LearnerConfig
 from opd.errors import DataError, OpdError
-from opd.ports import Manifest, Receipt, Sentinel, Share, Weights
+from opd.ports import Manifest, PublishedWeights, Sentinel, WeightAck, WeightShard
 
 DEADLINE_S, START_S = 1.0, 3.0  # as short as settings allow
 
@@ -83,7 +83,7 @@ class Engine:
     async def generate(self, requests: list) -> list:
         return []
 
-    async def receive(self, weights: Weights) -> Receipt:
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
         raise DataError("chunk 0 cannot be opened")
 
 
@@ -91,7 +91,7 @@ class Engine:
 def test_weights_that_nobody_can_read_are_a_lost_rank_if_one_is_gone(alive: bool) -> None:
     sentinel = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
     manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
-    share = Share(version=3, manifest=manifest, chunks=(), sentinel=sentinel)
+    share = WeightShard(version=3, manifest=manifest, chunks=(), sentinel=sentinel)
     one = rank(share=lambda: say(share), stats=lambda: say({} if alive else died()))
     kind, says = (DataError, "chunk 0 cannot be opened") if alive else (RanksLost, "a learner rank died")
     with pytest.raises(kind, match=says):

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from launch.services.learner_group import RanksLost
-from launch.services.learner_restart import Recipe, RestartingLearner
-from launch.services.replay_log import Journal
+from launch.services.learner_restart import RankFactory, RestartingLearner
+from launch.services.replay_log import ReplayLog
 from launch.services.replicas import Fault
 from opd.errors import DataError, OpdError
-from opd.ports import Layout, Manifest, PublishReport, Sentinel, Weights
+from opd.ports import Layout, Manifest, PublishedWeights, PublishReport, Sentinel
 from opd.types import Batch, HiddenScores, RemoteRows, StepReport, nbytes
 
-NOBODY: Any = None  # no objective, no engine is looked at here
+NO_VERSION: Any = None  # no objective, no engine is looked at here
 
 
 def batch(number: int, trained: int = 4) -> list[list[Batch[Any]]]:
@@ -32,9 +32,9 @@ def batch(number: int, trained: int = 4) -> list[list[Batch[Any]]]:
     return [[made]]
 
 
-def weights(version: int, digest: str) -> Weights:
+def weights(version: int, digest: str) -> PublishedWeights:
     sentinel = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
-    return Weights(
+    return PublishedWeights(
         version=version,
         manifest=Manifest(names=(), dtypes=(), shapes=(), nbytes=0),
         chunks=(),
@@ -59,8 +59,8 @@ class World:
         self.generations.append(FakeRanks(self))
         return self.generations[-1]
 
-    def recipe(self) -> Recipe:
-        return Recipe(
+    def recipe(self) -> RankFactory:
+        return RankFactory(
             make=self.make,
             renew=lambda weights: self.renewed.append((weights.version, weights.digest)),
             check=self.check,
@@ -109,7 +109,7 @@ class FakeRanks:
         self._say("evaluate")
         return {"loss": float(hash(self.steps))}
 
-    async def share(self, version: int) -> Weights:
+    async def share(self, version: int) -> PublishedWeights:
         self._say(f"share {version}")
         return weights(version, self._digest())
 
@@ -143,9 +143,12 @@ class FakeRanks:
 
 
 def play(
-    world: World, work: Callable[[RestartingLearner], Awaitable[None]], restarts: int = 8, journal_bytes: int = 1 << 20
+    world: World,
+    work: Callable[[RestartingLearner], Awaitable[None]],
+    restarts: int = 8,
+    replay_log_bytes: int = 1 << 20,
 ) -> RestartingLearner:
-    learner = RestartingLearner(world.recipe(), restarts, journal_bytes)
+    learner = RestartingLearner(world.recipe(), restarts, replay_log_bytes)
 
     async def main() -> None:
         async with asyncio.timeout(5):
@@ -158,8 +161,8 @@ def play(
 
 async def steps(learner: RestartingLearner, *numbers: int) -> None:
     for number in numbers:
-        await learner.step(batch(number), NOBODY)
-        await learner.publish(NOBODY, number)
+        await learner.step(batch(number), NO_VERSION)
+        await learner.publish(NO_VERSION, number)
 
 
 async def checkpoint(learner: RestartingLearner, step: int) -> None:
@@ -263,7 +266,7 @@ def test_every_verb_is_asked_again(verb: str) -> None:
 
     async def work(learner: RestartingLearner) -> None:
         await steps(learner, 1, 2)
-        loss = await learner.evaluate(batch(9), NOBODY)
+        loss = await learner.evaluate(batch(9), NO_VERSION)
         assert loss == {"loss": float(hash((1, 2)))}
         await checkpoint(learner, 2)
         await learner.export(Path("export"))
@@ -310,7 +313,7 @@ def test_without_restarts_a_death_ends_the_run_and_nothing_is_kept(verb: str) ->
         with pytest.raises(OpdError, match=r"nobody can take its place \(cluster.restarts=0\)") as caught:
             await ask
         assert type(caught.value) is OpdError
-        assert not learner._journal.steps
+        assert not learner._replay_log.steps
 
     play(world, work, restarts=0)
     assert len(world.generations) == 1
@@ -326,9 +329,9 @@ def test_more_than_the_bytes_allowed_is_let_go_of_until_the_next_checkpoint(
 
     async def work(learner: RestartingLearner) -> None:
         await steps(learner, 1, 2)
-        assert len(learner._journal.steps) == 2 and not caplog.text
+        assert len(learner._replay_log.steps) == 2 and not caplog.text
         await steps(learner, 3, 4)
-        assert not learner._journal.steps and caplog.text.count("cluster.journal_bytes") == 1
+        assert not learner._replay_log.steps and caplog.text.count("cluster.replay_log_bytes") == 1
         await learner.save(Path("step_4"), 4)
         await steps(learner, 5)
         world.faults = ["step 6"]
@@ -337,19 +340,21 @@ def test_more_than_the_bytes_allowed_is_let_go_of_until_the_next_checkpoint(
             await learner.kept(Path("step_4"))
             await steps(learner, 6)
         else:
-            with pytest.raises(OpdError, match=r"more than cluster.journal_bytes=\d+ \(set a smaller checkpoint_every"):
+            with pytest.raises(
+                OpdError, match=r"more than cluster.replay_log_bytes=\d+ \(set a smaller checkpoint_every"
+            ):
                 await steps(learner, 6)
 
     world = World()
-    play(world, work, journal_bytes=2 * one)
+    play(world, work, replay_log_bytes=2 * one)
 
 
 def test_a_checkpoint_after_which_too_much_came_does_not_lead_to_now() -> None:
-    journal = Journal(most=2 * nbytes(batch(1)[0][0]))
-    journal.add(batch(1), NOBODY)
+    journal = ReplayLog(most=2 * nbytes(batch(1)[0][0]))
+    journal.add(batch(1), NO_VERSION)
     journal.saving()
     for number in (2, 3, 4):
-        journal.add(batch(number), NOBODY)
+        journal.add(batch(number), NO_VERSION)
     journal.kept(Path("step_1"))
     assert not journal.whole
     journal.saving()

@@ -12,7 +12,7 @@ from launch.config.run_config import RunConfig, run_config
 from launch.plan.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.plan import Plan, make_plan
-from launch.services.placement import Machine, Role, asked, check_fits, share
+from launch.services.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device, Dtype
 
@@ -141,14 +141,14 @@ def test_a_head_with_two_processors_is_told_at_once_which_override_helps() -> No
 
 
 def test_a_tensor_parallel_engine_needs_one_node() -> None:
-    engines = [Role(name="rollout actor", count=1, cpus=1, gpus=2, key="cluster.gpus_per_engine")]
+    engines = [ActorRole(name="rollout actor", count=1, cpus=1, gpus=2, key="cluster.gpus_per_engine")]
     with pytest.raises(ConfigurationError, match=r"1 rollout actor of 1 CPUs and 2 GPUs each, all of one on one node"):
         check_fits(engines, [Machine(cpus=8, gpus=1)] * 2, "this cluster")
     check_fits(engines, [Machine(cpus=8, gpus=2)], "this cluster")
 
 
 ROLES = st.builds(
-    Role,
+    ActorRole,
     name=st.just("actor"),
     count=st.integers(0, 3),
     cpus=st.sampled_from([0.0, 0.5, 1.0, 4.0]),
@@ -158,7 +158,7 @@ ROLES = st.builds(
 MACHINES = st.builds(Machine, cpus=st.integers(0, 8).map(float), gpus=st.integers(0, 4).map(float))
 
 
-def fit(actors: list[Role], machines: list[tuple[float, list[float]]]) -> bool:
+def fit(actors: list[ActorRole], machines: list[tuple[float, list[float]]]) -> bool:
     """Is there a place for every actor? Tries all."""
     if not actors:
         return True
@@ -182,7 +182,7 @@ def fit(actors: list[Role], machines: list[tuple[float, list[float]]]) -> bool:
 
 
 @given(st.lists(ROLES, min_size=1, max_size=2), st.lists(MACHINES, min_size=1, max_size=2))
-def test_nothing_that_fits_is_refused(asking: list[Role], machines: list[Machine]) -> None:
+def test_nothing_that_fits_is_refused(asking: list[ActorRole], machines: list[Machine]) -> None:
     """Against every layout there is; what is refused is one sentence."""
     actors = [replace(role, count=1) for role in asking for _ in range(role.count)]
     possible = fit(actors, [(m.cpus, [1.0] * int(m.gpus)) for m in machines])
@@ -190,7 +190,7 @@ def test_nothing_that_fits_is_refused(asking: list[Role], machines: list[Machine
     assert not (said and possible) and "\n" not in said and (not said or "set " in said or "lower " in said)
 
 
-def refusal(asking: list[Role], machines: list[Machine]) -> str:
+def refusal(asking: list[ActorRole], machines: list[Machine]) -> str:
     try:
         check_fits(asking, machines, "this cluster")
     except ConfigurationError as error:
@@ -201,7 +201,7 @@ def refusal(asking: list[Role], machines: list[Machine]) -> str:
 @given(st.integers(1, 20), st.integers(1, 16))
 def test_equal_shares_fit(actors: int, cards: int) -> None:
     each = min(1.0, share(actors, cards))
-    check_fits([Role(name="actor", count=actors, cpus=0, gpus=each)], [Machine(cpus=0, gpus=cards)], "here")
+    check_fits([ActorRole(name="actor", count=actors, cpus=0, gpus=each)], [Machine(cpus=0, gpus=cards)], "here")
 
 
 @pytest.mark.parametrize(("stage", "bytes_each"), [(1, 2 + 4 + 12 / 4), (2, 2 + (4 + 12) / 4), (3, (2 + 4 + 12) / 4)])

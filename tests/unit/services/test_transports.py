@@ -7,13 +7,13 @@ import torch
 
 from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
-from launch.services.transports import check_places, outlet, transport_of
+from launch.services.transports import check_places, sender, transport_of
 from learner.config import Transport
-from learner.publishing import Staged
+from learner.publishing import StagedSender
 from opd.errors import ConfigurationError
-from weight_sync.cuda_ipc import DeviceMemory
-from weight_sync.nccl import Shelf
-from weight_sync.shared_memory import SharedMemory
+from weight_sync.cuda_ipc import CudaIpcSender
+from weight_sync.nccl import PullSender
+from weight_sync.shared_memory import SharedMemorySender
 
 ON_GPUS = ["experiment=shop", "learner.device=GPU", "student.device=GPU", "cluster.address=auto"]
 APART = ["cluster.gpus_per_learner=1", "cluster.gpus_per_engine=1"]
@@ -23,14 +23,14 @@ TOGETHER = ["cluster.gpus_per_learner=0.4", "cluster.gpus_per_engine=0.6"]
 def made(transport: Transport) -> type | str:
     """The outlet of a transport, or what it says where there is no GPU."""
     try:
-        return type(outlet(transport, 5.0)())
+        return type(sender(transport, 5.0)())
     except ConfigurationError as error:
         return str(error)
 
 
 def test_each_transport_has_an_outlet() -> None:
-    assert made(Transport.OBJECT_STORE) is Staged
-    assert made(Transport.SHARED_MEMORY) is SharedMemory
+    assert made(Transport.OBJECT_STORE) is StagedSender
+    assert made(Transport.SHARED_MEMORY) is SharedMemorySender
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -41,7 +41,7 @@ def test_a_learner_without_a_gpu_cannot_open_a_transport_between_gpus() -> None:
 
 @pytest.mark.gpu
 def test_a_learner_with_a_gpu_opens_every_transport() -> None:
-    assert (made(Transport.NCCL), made(Transport.CUDA_IPC)) == (Shelf, DeviceMemory)
+    assert (made(Transport.NCCL), made(Transport.CUDA_IPC)) == (PullSender, CudaIpcSender)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError
-from opd.ports import AtIds, LastHidden, TopK, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, TopK
 from opd.settings.devices import Device
 from teacher_service.config import ANSWERS, Backend, TeacherConfig, check_answers, environment
 
@@ -19,7 +19,7 @@ REMOTE = ["teacher.backend=openai", "teacher.url=http://127.0.0.1:1", "teacher.m
 
 
 METHOD_ASKS = {
-    "sampled_reverse_kl": WrittenToken,
+    "sampled_reverse_kl": SampledToken,
     "topk_reverse_kl": TopK,
     "student_topk_reverse_kl": AtIds,
     "full_reverse_kl": LastHidden,
@@ -66,7 +66,7 @@ def test_a_teacher_that_follows_the_student_gives_no_hidden_states() -> None:
     [
         ({"backend": Backend.HTTP}, r"HTTP needs teacher\.url"),
         ({"backend": Backend.OPENAI, "url": "http://h"}, r"needs teacher\.model"),
-        ({"strikes": 0}, r"strikes needs a whole number from 1 to"),
+        ({"max_consecutive_failures": 0}, r"max_consecutive_failures needs a whole number from 1 to"),
         ({"retries": -1}, r"retries needs a whole number from 0 to"),
         ({"read_s": 0.0}, r"read_s needs a number from 0\.1 to"),
         ({"gpu_memory_utilization": 1.5}, r"share of the whole device"),

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, Want, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreKind, ScoreRequest, TopK
 from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 from teacher_service.backends.http import HttpTeacher, _believed, _check_identity, frames
 from teacher_service.backends.openai import OpenAITeacher, exchanges, room
 from teacher_service.config import Backend, TeacherConfig
 from teacher_service.control_question import aligned, control
-from teacher_service.frames import Limits, Reply, encode_reply, request_digest
+from teacher_service.frames import FrameLimits, Reply, encode_reply, request_digest
 from teacher_service.retries import NoAnswer, WrongAnswer, fetch, session
 from teacher_service.scoring import Bounds, Unreadable
 from teacher_service.server import ServerConfig, TeacherServer
@@ -37,17 +37,23 @@ ROWS, WIDTH = 64, 8
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def text(context: Sequence[int], tokens: Sequence[int], want: Want | None = None) -> ScoreRequest:
+def text(context: Sequence[int], tokens: Sequence[int], kind: ScoreKind | None = None) -> ScoreRequest:
     return ScoreRequest(
         context_ids=np.array(context, dtype=np.int32),
         token_ids=np.array(tokens, dtype=np.int32),
-        want=want or WrittenToken(),
+        kind=kind or SampledToken(),
     )
 
 
 def config(backend: Backend, url: str, **fields: Any) -> TeacherConfig:
     """Without a second attempt, unless it is asked for."""
-    quick: dict[str, Any] = {"retries": 0, "strikes": 1, "backoff_s": 0.001, "deadline_s": 20.0, **fields}
+    quick: dict[str, Any] = {
+        "retries": 0,
+        "max_consecutive_failures": 1,
+        "backoff_s": 0.001,
+        "deadline_s": 20.0,
+        **fields,
+    }
     return TeacherConfig(path=str(ASSETS), backend=backend, url=url, model="m", **quick)
 
 
@@ -163,7 +169,7 @@ def test_a_control_question_changes_the_last_of_at_most_eight_tokens_into_each_o
     tried = set[int]()
     for attempt in range(len(others)):
         check = control([request], attempt)
-        assert check is not None and isinstance(check.question.want, WrittenToken)
+        assert check is not None and isinstance(check.question.kind, SampledToken)
         assert check.question.context_ids.tolist() == context
         *kept, last = check.question.token_ids.tolist()
         assert kept == cut[:-1]
@@ -201,13 +207,13 @@ def test_rows_are_aligned_when_the_last_number_alone_changes(
 
 
 def known(**fields: Any) -> Identity:
-    made = identity_of(config(Backend.HTTP, "http://h"), "float32", Limits())
+    made = identity_of(config(Backend.HTTP, "http://h"), "float32", FrameLimits())
     return replace(made, **fields)
 
 
 def test_an_identity_comes_back_as_it_went_and_another_protocol_is_refused() -> None:
-    said = known(answers=("written", "at_ids"), limits=Limits(requests=3))
-    assert parse_identity(said.to_json()) == said and said.kinds == {WrittenToken, AtIds}
+    said = known(answers=("written", "at_ids"), limits=FrameLimits(requests=3))
+    assert parse_identity(said.to_json()) == said and said.kinds == {SampledToken, AtIds}
     fields = json.loads(said.to_json())
     assert fields["protocol"] == 1
     assert parse_identity(json.dumps(fields | {"answers": ["written", "of tomorrow", "at_ids"]})) == said
@@ -219,8 +225,8 @@ def test_an_identity_comes_back_as_it_went_and_another_protocol_is_refused() -> 
 
 
 def test_an_identity_is_that_of_the_folder_and_of_what_its_backend_answers() -> None:
-    served = identity_of(config(Backend.OPENAI, "http://h"), "bfloat16", Limits(k=5))
-    assert (served.rows, served.dtype, served.limits) == (ROWS, "bfloat16", Limits(k=5))
+    served = identity_of(config(Backend.OPENAI, "http://h"), "bfloat16", FrameLimits(k=5))
+    assert (served.rows, served.dtype, served.limits) == (ROWS, "bfloat16", FrameLimits(k=5))
     assert served.answers == ("written", "topk") and known().answers == ("written", "topk", "at_ids", "hidden")
     assert served.model == model_digest(str(ASSETS)) and len(served.model) == 32
 
@@ -282,7 +288,7 @@ class Scholar:
     @staticmethod
     def _answer(request: ScoreRequest) -> TokenScores:
         written, tokens = -1.0 - request.token_ids.astype(np.float32), len(request.token_ids)
-        if isinstance(request.want, LastHidden):
+        if isinstance(request.kind, LastHidden):
             rows = RemoteRows(pieces=((np.ones((tokens, WIDTH), np.float32), np.arange(tokens)),))
             return HiddenScores(logprobs=written, hidden=rows)
         return TokenScores(logprobs=written)
@@ -318,7 +324,7 @@ def test_a_control_question_allows_the_noise_of_the_dtype_and_no_more(dtype: str
 def test_at_most_four_frames_of_a_call_are_under_way_and_all_are_answered_in_order() -> None:
     scholar = Scholar(takes_s=0.03)
     asked = [text([1], [2 + i, 1]) for i in range(10)]
-    answers = scored(scholar, asked, slash="/", limits=Limits(requests=2))
+    answers = scored(scholar, asked, slash="/", limits=FrameLimits(requests=2))
     assert [float(np.asarray(a.logprobs)[0]) for a in answers] == [-3.0 - i for i in range(10)]
     assert scholar.most == 4
 
@@ -369,19 +375,19 @@ DEEP = text([1], [2], LastHidden())  # and 32768 more for a hidden state
 @pytest.mark.parametrize(
     ("request_", "limits", "sizes"),
     [
-        (SMALL, Limits(), [7]),
-        (SMALL, Limits(requests=4), [3, 3, 1]),  # one more is for the control question
-        (SMALL, Limits(tokens=8), [2, 2, 2, 1]),  # which may be as long as all of it
-        (SMALL, Limits(tokens=11), [2, 2, 2, 1]),
-        (SMALL, Limits(tokens=12), [3, 3, 1]),
-        (SMALL, Limits(frame_bytes=264), [3, 3, 1]),
-        (SMALL, Limits(frame_bytes=263), [2, 2, 2, 1]),
-        (SMALL, Limits(tokens=1), [1] * 7),  # what never fits is sent alone, and refused there
-        (DEEP, Limits(frame_bytes=131_248), [2, 2, 2, 1]),
-        (DEEP, Limits(frame_bytes=131_247), [1] * 7),
+        (SMALL, FrameLimits(), [7]),
+        (SMALL, FrameLimits(requests=4), [3, 3, 1]),  # one more is for the control question
+        (SMALL, FrameLimits(tokens=8), [2, 2, 2, 1]),  # which may be as long as all of it
+        (SMALL, FrameLimits(tokens=11), [2, 2, 2, 1]),
+        (SMALL, FrameLimits(tokens=12), [3, 3, 1]),
+        (SMALL, FrameLimits(frame_bytes=264), [3, 3, 1]),
+        (SMALL, FrameLimits(frame_bytes=263), [2, 2, 2, 1]),
+        (SMALL, FrameLimits(tokens=1), [1] * 7),  # what never fits is sent alone, and refused there
+        (DEEP, FrameLimits(frame_bytes=131_248), [2, 2, 2, 1]),
+        (DEEP, FrameLimits(frame_bytes=131_247), [1] * 7),
     ],
 )
-def test_frames_are_filled_up_to_the_limits(request_: ScoreRequest, limits: Limits, sizes: list[int]) -> None:
+def test_frames_are_filled_up_to_the_limits(request_: ScoreRequest, limits: FrameLimits, sizes: list[int]) -> None:
     asked = [request_] * 7
     assert [len(part) for part in frames(asked, limits)] == sizes
     assert list(frames([], limits)) == []
@@ -397,13 +403,13 @@ def test_an_answer_is_believed_only_if_it_is_whole_and_ours() -> None:
     identity = known(model="ab" * 16)
     right = Reply(call=bytes(16), model=b"\xab" * 16, digests=tuple(request_digest(r) for r in asked), answers=(said,))
 
-    def believed(reply: Reply | bytes, who: Identity = identity) -> list[TokenScores]:
-        return _believed(reply if isinstance(reply, bytes) else encode_reply(reply), bytes(16), asked, who)
+    def believed(reply: Reply | bytes, subject: Identity = identity) -> list[TokenScores]:
+        return _believed(reply if isinstance(reply, bytes) else encode_reply(reply), bytes(16), asked, subject)
 
     (answer,) = believed(right)
     assert np.array_equal(answer.logprobs, said.logprobs)
     frame = encode_reply(right)
-    tight = replace(identity, limits=Limits(frame_bytes=len(frame) - 1))
+    tight = replace(identity, limits=FrameLimits(frame_bytes=len(frame) - 1))
     positive = replace(said, logprobs=np.array([-1, 2], np.float32))
     beyond = replace(said, topk_ids=np.array([[2, ROWS], [5, 3]], np.int32))
     cases: list[tuple[Reply | bytes, Identity, type[OpdError], str]] = [
@@ -416,9 +422,9 @@ def test_an_answer_is_believed_only_if_it_is_whole_and_ours() -> None:
         (replace(right, answers=(positive,)), identity, WrongAnswer, "refused"),
         (replace(right, answers=(beyond,)), identity, WrongAnswer, "outside its vocabulary"),
     ]
-    for reply, who, kind, says in cases:
+    for reply, subject, kind, says in cases:
         with pytest.raises(kind, match=says):
-            believed(reply, who)
+            believed(reply, subject)
 
 
 # Any completions endpoint.
@@ -515,7 +521,7 @@ def test_at_most_four_exchanges_of_a_call_are_under_way() -> None:
     ],
 )
 def test_exchanges_are_filled_with_requests_of_one_k(ks: list[int], budget: int, groups: list[list[int]]) -> None:
-    asked = [text([1], [2], TopK(k=k) if k else WrittenToken()) for k in ks]  # 2 tokens each
+    asked = [text([1], [2], TopK(k=k) if k else SampledToken()) for k in ks]  # 2 tokens each
     assert list(exchanges(asked, budget)) == groups
 
 

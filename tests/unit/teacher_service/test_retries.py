@@ -59,11 +59,11 @@ def test_a_call_is_tried_as_often_as_it_may_with_a_pause_between_any_two(monkeyp
 
 def test_wrong_answers_in_a_row_give_a_teacher_up_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "LONGEST_WAIT_S", 0.0)
-    teacher = patience(retries=9, strikes=3)
+    teacher = patience(retries=9, max_consecutive_failures=3)
     tried, said = ends(teacher, WrongAnswer("it lies"))
     assert "not asked again after 3 wrong answers in a row (last: it lies)" in str(said) and teacher.quarantined == 3
     assert ends(teacher, WrongAnswer("it lies"))[0] == 0 and tried <= 3
-    teacher = patience(retries=9, strikes=3)
+    teacher = patience(retries=9, max_consecutive_failures=3)
     for _ in range(3):  # a right answer between them clears it
         assert ends(teacher, WrongAnswer("it lies"), right_at=2)[1] == "an answer"
 

@@ -21,7 +21,7 @@ from opd.types import HiddenScores, RemoteRows
 from teacher_service import connections, server
 from teacher_service.backends.http import WIDEST_HIDDEN
 from teacher_service.connections import Budget, Pace
-from teacher_service.frames import Limits, Question, TooLarge, answer_bytes, check_answer, encode_question
+from teacher_service.frames import FrameLimits, Question, TooLarge, answer_bytes, check_answer, encode_question
 from teacher_service.server import ServerConfig, TeacherServer
 from tests.fuzz.server import (
     ALLOWED,
@@ -92,7 +92,7 @@ def test_nobody_is_told_to_go_on_before_the_token_is_seen(asked: Any) -> None:
 
 
 def test_what_is_asked_for_is_bounded_like_the_question(asked: Any, caplog: Any) -> None:
-    hidden = ScoreRequest(context_ids=TEN, token_ids=TEN, want=LastHidden())
+    hidden = ScoreRequest(context_ids=TEN, token_ids=TEN, kind=LastHidden())
     question = Question(call=bytes(16), requests=(hidden,))
     assert is_right(question, *asked(lambda port: exchange(port, posted(question))))
     status, said = asked(lambda port: exchange(port, posted(question)), hidden_bytes=LIMITS.frame_bytes)
@@ -101,10 +101,10 @@ def test_what_is_asked_for_is_bounded_like_the_question(asked: Any, caplog: Any)
 
 
 def test_an_answer_has_the_size_that_was_foretold() -> None:
-    deep = ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=8))
+    deep = ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=8))
     assert answer_bytes(deep, 0) == 16 + 16 + 10 * (4 + 4 + 8 * 8)  # written, the rest, the support
     with pytest.raises(TooLarge, match="lower k"):
-        check_answer([deep] * 9, Limits(frame_bytes=6000), 0)
+        check_answer([deep] * 9, FrameLimits(frame_bytes=6000), 0)
 
 
 def test_questions_and_answers_share_one_budget() -> None:
@@ -116,7 +116,7 @@ def test_questions_and_answers_share_one_budget() -> None:
 
 
 def test_no_more_calls_are_scored_at_once_than_are_pending(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=2)),))
+    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=2)),))
     score = PlainTeacher.score
 
     async def slow(teacher: PlainTeacher, requests: Any) -> Any:
@@ -160,7 +160,7 @@ def test_a_transfer_may_be_as_slow_as_its_pace(moved: int, within_s: float) -> N
 
 def test_a_body_that_comes_steadily_has_all_its_time(asked: Any) -> None:
     """Slower than the grace of its beginning, and faster than the least rate."""
-    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=2)),))
+    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=2)),))
     sent = posted(question)
 
     async def work(port: int) -> bytes:
@@ -216,8 +216,8 @@ def sized(body: bytes, head: bytes = ALLOWED) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-GOOD = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=2)),))
-FAR = replace(GOOD, requests=(ScoreRequest(context_ids=TEN + 60, token_ids=TEN, want=TopK(k=2)),))
+GOOD = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=2)),))
+FAR = replace(GOOD, requests=(ScoreRequest(context_ids=TEN + 60, token_ids=TEN, kind=TopK(k=2)),))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def read_from_a_server_with_wide_answers(first_pause_s: float, every_pause_s: fl
     plain = make_server(hidden_bytes=1 << 16, **fields)
     limits = replace(LIMITS, frame_bytes=2 * WIDE)
     made = TeacherServer(WideTeacher(), replace(plain._identity, limits=limits), plain._config)
-    wide = ScoreRequest(context_ids=TEN, token_ids=np.ones(256, np.int32), want=LastHidden())
+    wide = ScoreRequest(context_ids=TEN, token_ids=np.ones(256, np.int32), kind=LastHidden())
 
     async def work() -> int:
         port = int((await made.start()).rsplit(":", 1)[1])
@@ -354,7 +354,7 @@ def test_slow_bodies_of_token_holders_take_no_place(asked: Any) -> None:
         slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
         for _, writer in slow:
             writer.write(ALLOWED + b"Content-Length: 900\r\n\r\nx")
-        question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, want=TopK(k=2)),))
+        question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=2)),))
         right = is_right(question, *await exchange(port, posted(question)))
         ends = [await reader.readline() for reader, _ in slow]
         for _, writer in slow:

@@ -12,8 +12,8 @@ from learner.model import Student, load_student
 from tests.tiny_models import VOCABULARY, logprobs, save, tiny_model
 from weight_sync.sentinel import LONGEST, NUMERICS, SHORTEST, TIMES, Gap, allowed, text
 
-Weights = dict[str, Tensor]
-Fault = Callable[[str, Weights, Weights, torch.Generator], Tensor]
+PublishedWeights = dict[str, Tensor]
+Fault = Callable[[str, PublishedWeights, PublishedWeights, torch.Generator], Tensor]
 F32, BF16 = torch.float32, torch.bfloat16
 PAIRS = [(F32, F32), (BF16, F32), (F32, BF16), (BF16, BF16)]
 IDS = text(np.random.default_rng(3).integers(3, VOCABULARY, 90).tolist(), VOCABULARY, 97)
@@ -26,7 +26,9 @@ class Both:
     engines: dict[torch.dtype, torch.nn.Module]
     learners: dict[torch.dtype, Student]
 
-    def gap(self, pair: tuple[torch.dtype, torch.dtype], published: Weights, loaded: Weights | None = None) -> Gap:
+    def gap(
+        self, pair: tuple[torch.dtype, torch.dtype], published: PublishedWeights, loaded: PublishedWeights | None = None
+    ) -> Gap:
         """What an engine that `loaded` says, against a learner that has `published`."""
         engine, learner = self.engines[pair[0]], self.learners[pair[1]]
         engine.load_state_dict(loaded or published, strict=False)
@@ -45,19 +47,19 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     )
 
 
-def weights(seed: int = 7, scale: float = 1.0) -> Weights:
+def weights(seed: int = 7, scale: float = 1.0) -> PublishedWeights:
     """A version of the student; a larger `scale` makes it sharper."""
     model = tiny_model(seed, tied=False, positions=LONGEST)
     return {n: p.detach() * (scale if "norm" not in n else 1.0) for n, p in model.named_parameters()}
 
 
-def trained(before: Weights, by: float = 0.1) -> Weights:
+def trained(before: PublishedWeights, by: float = 0.1) -> PublishedWeights:
     """The version after an update: every weight has moved by a tenth of what weights are."""
     draw = torch.Generator().manual_seed(1)
     return {n: w + by * w.abs().mean() * torch.randn(w.shape, generator=draw).sign() for n, w in before.items()}
 
 
-def versions() -> Iterator[Weights]:
+def versions() -> Iterator[PublishedWeights]:
     yield from (weights(), trained(weights()), weights(8), weights(7, 0.1), weights(7, 1.3))
 
 

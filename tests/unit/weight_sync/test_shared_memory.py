@@ -14,54 +14,55 @@ import pytest
 
 from opd.errors import DataError
 from weight_sync import shared_memory
-from weight_sync.shared_memory import Segment, SharedMemory, place, read
+from weight_sync.shared_memory import SharedMemorySegment, SharedMemorySender, place, read
 
 ROOT = Path(__file__).resolve().parents[3]
 WRITER = """
 import dataclasses, json, sys
 import numpy as np
-from weight_sync.shared_memory import SharedMemory
-segment = SharedMemory().put(1, 0, 100_000, lambda room: np.copyto(room, np.arange(100_000) % 251, casting="unsafe"))
+from weight_sync.shared_memory import SharedMemorySender
+fill = lambda room: np.copyto(room, np.arange(100_000) % 251, casting="unsafe")
+segment = SharedMemorySender().put(1, 0, 100_000, fill)
 print(json.dumps(dataclasses.asdict(segment)), flush=True)
 sys.stdin.read()
 """
 
 
-def put(outlet: SharedMemory, turn: int, content: bytes) -> Segment:
-    return outlet.put(turn, 0, len(content), lambda room: np.copyto(room, np.frombuffer(content, np.uint8)))
+def put(sender: SharedMemorySender, turn: int, content: bytes) -> SharedMemorySegment:
+    return sender.put(turn, 0, len(content), lambda room: np.copyto(room, np.frombuffer(content, np.uint8)))
 
 
 def test_what_is_put_is_read_and_the_last_two_turns_stay() -> None:
-    outlet = SharedMemory()
-    first, second = put(outlet, 1, b"one"), put(outlet, 2, b"two")
+    sender = SharedMemorySender()
+    first, second = put(sender, 1, b"one"), put(sender, 2, b"two")
     assert bytes(read(first)) == b"one" and bytes(read(second)) == b"two"
-    third = put(outlet, 3, b"six")
+    third = put(sender, 3, b"six")
     assert bytes(read(second)) == b"two" and bytes(read(third)) == b"six"
     assert bytes(read(first)) == b"six", "a turn's memory is used again, which is why digests are checked"
-    longer = put(outlet, 5, b"longer")
+    longer = put(sender, 5, b"longer")
     assert bytes(read(longer)) == b"longer"
-    assert bytes(read(put(outlet, 6, b""))) == b""
+    assert bytes(read(put(sender, 6, b""))) == b""
     with pytest.raises(DataError, match=r"not the one that was published|cannot be opened"):
         read(third)
-    outlet.close()
+    sender.close()
 
 
 def test_a_reader_can_change_nothing() -> None:
-    outlet = SharedMemory()
-    view = read(put(outlet, 1, b"fixed"))
+    sender = SharedMemorySender()
+    view = read(put(sender, 1, b"fixed"))
     with pytest.raises(ValueError, match="read-only"):
         view[0] = 0
-    outlet.close()
+    sender.close()
 
 
 def test_another_machine_and_another_file_are_refused() -> None:
-    outlet = SharedMemory()
-    segment = put(outlet, 1, b"here")
+    sender = SharedMemorySender()
+    segment = put(sender, 1, b"here")
     with pytest.raises(DataError, match=r"on one machine.*OBJECT_STORE"):
         read(replace(segment, place="elsewhere"))
     with pytest.raises(DataError, match="not the one that was published"):
         read(replace(segment, inode=segment.inode + 1))
-    outlet.close()
+    sender.close()
     with pytest.raises(DataError, match="cannot be opened"):
         read(segment)
 
@@ -73,7 +74,7 @@ def test_nothing_is_left_of_a_learner_that_is_killed() -> None:
     ) as writer:
         assert writer.stdout is not None
 
-        segment = Segment(**json.loads(writer.stdout.readline()))
+        segment = SharedMemorySegment(**json.loads(writer.stdout.readline()))
         assert segment.pid == writer.pid and segment.place == place()
         held = read(segment)
         writer.send_signal(signal.SIGKILL)
@@ -89,18 +90,18 @@ def test_what_is_given_back_is_closed_and_nothing_stays_open_that_is_read() -> N
     def opened() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    before, outlet = opened(), SharedMemory()
-    segments = [outlet.put(turn, number, 8, lambda room: room.fill(1)) for turn in (1, 2) for number in range(3)]
+    before, sender = opened(), SharedMemorySender()
+    segments = [sender.put(turn, number, 8, lambda room: room.fill(1)) for turn in (1, 2) for number in range(3)]
     held = opened()
-    assert [outlet.put(3, number, 8, lambda room: room.fill(1)) for number in range(3)] == segments[:3]
+    assert [sender.put(3, number, 8, lambda room: room.fill(1)) for number in range(3)] == segments[:3]
     assert opened() == held > before
     views = [read(segment) for segment in segments]
     assert opened() <= held + len(segments), "a mapping and the file it was made of"
     held = opened()
-    put(outlet, 5, b"another size")
+    put(sender, 5, b"another size")
     assert opened() == held, "the smaller one is not kept beside it"
-    outlet.close()
-    outlet.close()
+    sender.close()
+    sender.close()
     assert all(bool((view == 1).all()) for view in views)
     with pytest.raises(DataError, match="cannot be opened"):
         read(segments[0])
@@ -110,7 +111,7 @@ def test_what_is_given_back_is_closed_and_nothing_stays_open_that_is_read() -> N
 
 def test_memory_is_mapped_once_and_let_go_when_its_writer_is_gone() -> None:
     """A learner that is started again would double it otherwise."""
-    gone, lives = SharedMemory(), SharedMemory()
+    gone, lives = SharedMemorySender(), SharedMemorySender()
     dead, alive = put(gone, 1, b"dead"), put(lives, 1, b"alive")
     views = [read(dead), read(alive)]
     assert all(read(segment) is view for segment, view in zip((dead, alive), views, strict=True))

@@ -18,9 +18,9 @@ from ray.exceptions import ActorDiedError
 
 from actors.engine import VLLMEngine
 from benchmarks.virtual_time import simulate
-from launch.config.care import Care
+from launch.config.retry_policy import RetryPolicy
 from launch.services.dispatch import MANY_CALLS, SMALLEST_SHARE, Dispatcher, share_bounds
-from launch.services.replicas import Fault, Faulty, Replicas, within
+from launch.services.replicas import Fault, ReplicaFault, Replicas, within
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung, ServiceLost
 from teacher_service.backends.torch_forward import TorchTeacher
 from tests.fault_matrix import Witness
@@ -131,21 +131,21 @@ class Shop:
             self.breaks_at_start -= 1
             raise ServiceLost(self.broken) if self.broken else ActorDiedError
 
-    async def prime(self, actor: Actor) -> None:
+    async def warm_up(self, actor: Actor) -> None:
         while actor.version != self.version:
             version = self.version
             await asyncio.sleep(0)
             actor.version = version
 
-    async def pool(self, count: int = 2, **care: Any) -> Dispatcher[int, int]:
-        settings: Any = {"deadline_s": 0.2, "restarts": 1000, "cooldown_s": 0.001} | care
+    async def pool(self, count: int = 2, **retry: Any) -> Dispatcher[int, int]:
+        settings: Any = {"deadline_s": 0.2, "restarts": 1000, "cooldown_s": 0.001} | retry
         replicas = Replicas(
-            who="worker", care=Care(**settings), ready=self.ready, prime=self.prime, end=self.ended.append,
-            make=self.make,
+            service="worker", retry=RetryPolicy(**settings), ready=self.ready, warm_up=self.warm_up,
+            end=self.ended.append, make=self.make,
         )  # fmt: skip
         await replicas.start(count)
         for actor in self.made:
-            await self.prime(actor)
+            await self.warm_up(actor)
         return Dispatcher(replicas=replicas, ask=lambda actor, r: actor.ask(r), check=check, lost=is_lost)
 
 
@@ -202,7 +202,7 @@ def test_two_hundred_kills_lose_and_repeat_nothing(witness: Witness) -> None:
             shop.faults = [str(draw.choice(["", *FAULTS])) for _ in range(8)]
             shop.version = step
             for replica in list(pool.replicas.serving):
-                await shop.prime(replica.actor)
+                await shop.warm_up(replica.actor)
             groups = [[step * 1000 + 8 * g + i for i in range(8)] for g in range(8)]
             assert await ask_groups(pool, groups) == [[10 * r for r in group] for group in groups]
             step += 1
@@ -252,7 +252,7 @@ def test_a_replica_that_says_itself_that_it_is_stuck_hangs() -> None:
 
         pool.replicas.look = look
         assert await ask_groups(pool, [[1, 2]]) == [[10, 20]]
-        assert pool.replicas.faults == {Fault.DIED: 0, Fault.HUNG: 1, Fault.LIED: 0}
+        assert pool.replicas.faults == {Fault.DIED: 0, Fault.HUNG: 1, Fault.INVALID_ANSWER: 0}
         assert looked == shop.ended == shop.made[:1]
 
     simulate(run(), 1e6)
@@ -272,7 +272,7 @@ def test_the_breaker_pauses_and_closes_again() -> None:
     async def run() -> list[float]:
         shop = Shop(faults=["die before"] * 6)
         shop.delay = lambda: 0.0
-        pool = await shop.pool(1, strikes=3, attempts=10, cooldown_s=1.0, deadline_s=3.0)
+        pool = await shop.pool(1, max_consecutive_failures=3, attempts=10, cooldown_s=1.0, deadline_s=3.0)
         took = []
         for _ in range(2):
             began = asyncio.get_running_loop().time()
@@ -296,8 +296,8 @@ def test_a_service_that_always_fails_ends_in_one_sentence(fault: str, kind: type
         with pytest.raises(kind, match=r"worker: no replica is left after 2 restarts"):
             await ask_groups(scarce, [[1]])
 
-    async def used(shop: Shop, **care: int) -> "Dispatcher[int, int]":
-        pool = await shop.pool(2, **care)
+    async def used(shop: Shop, **retry: int) -> "Dispatcher[int, int]":
+        pool = await shop.pool(2, **retry)
         assert await ask_groups(pool, [[7]]) == [[70]]
         return pool
 
@@ -486,7 +486,7 @@ def test_a_deadline_counts_only_while_the_driver_is_awake() -> None:
 
     assert asyncio.run(answered(0.3)) == "said"
     begun = time.monotonic()
-    with pytest.raises(Faulty, match=r"^somebody did not answer within 0 s"):
+    with pytest.raises(ReplicaFault, match=r"^somebody did not answer within 0 s"):
         asyncio.run(answered(60))
     assert time.monotonic() - begun < 10
 
@@ -496,7 +496,7 @@ def test_a_deadline_is_kept(deadline_s: float) -> None:
     async def waited() -> float:
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        with pytest.raises(Faulty):
+        with pytest.raises(ReplicaFault):
             await within(deadline_s, "somebody", loop.create_future())
         return loop.time() - begun
 
@@ -504,10 +504,10 @@ def test_a_deadline_is_kept(deadline_s: float) -> None:
 
 
 def test_care_out_of_range_is_refused() -> None:
-    for wrong in ({"attempts": 0}, {"restarts": -1}, {"hedge_quantile": 1.0}, {"strikes": 0}):
+    for wrong in ({"attempts": 0}, {"restarts": -1}, {"hedge_quantile": 1.0}, {"max_consecutive_failures": 0}):
         fields: Any = {"deadline_s": 1.0} | wrong
-        with pytest.raises(ConfigurationError, match="care needs"):
-            Care(**fields)
+        with pytest.raises(ConfigurationError, match="a retry policy needs"):
+            RetryPolicy(**fields)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ WHOLE: dict[Any, Callable[[list[tuple[float, float]]], float]] = {
 
 @pytest.mark.parametrize("of", WHOLE, ids=str)
 def test_a_divergence_is_its_formula_on_the_vocabulary_and_on_every_support(of: Any) -> None:
-    s, formula, said = states(), WHOLE[of], exact.Testified()
+    s, formula, said = states(), WHOLE[of], exact.ScoredSupport()
     for row in range(N):
         members = ids(s.support[row])
         expected = {
@@ -90,7 +90,7 @@ def test_the_ends_of_a_support_are_the_whole_and_nothing_and_have_gradients(of: 
     for fill, value in ((True, of(states())), (False, torch.zeros(N).double())):
         s = replace(states(), support=torch.full((N, V), fill))
         leaf = s.student.clone().requires_grad_()
-        result = wrap(of=of, support=exact.Testified())(replace(s, student=leaf))
+        result = wrap(of=of, support=exact.ScoredSupport())(replace(s, student=leaf))
         torch.testing.assert_close(result.detach(), value, rtol=0, atol=1e-12)
         (gradient,) = torch.autograd.grad(result.sum(), leaf)
         assert gradient.isfinite().all()
@@ -146,7 +146,7 @@ def test_combinations_and_credits_are_their_formulas() -> None:
         exact.FromBehavior(): (p * (s.student - s.behavior)).sum(-1),
         exact.ExpectedCredit(): -(p * a).sum(-1),
         exact.ClippedCredit(low=0.2, high=0.3): clipped,
-        exact.PerMass(of=exact.ReverseKL(), support=exact.Testified()): reverse / (p * s.support).sum(-1),
+        exact.PerMass(of=exact.ReverseKL(), support=exact.ScoredSupport()): reverse / (p * s.support).sum(-1),
     }
     for promise, value in expected.items():
         torch.testing.assert_close(promise(s), value, rtol=1e-12, atol=1e-12)

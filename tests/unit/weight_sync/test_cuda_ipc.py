@@ -11,11 +11,11 @@ import torch
 
 from opd.errors import DataError
 from weight_sync.checksum import checksum
-from weight_sync.cuda_ipc import DeviceSegment, Rooms, read_device
+from weight_sync.cuda_ipc import CudaIpcSegment, DeviceBuffers, read_device
 from weight_sync.shared_memory import place
 
 ROOT = Path(__file__).resolve().parents[3]
-SEGMENT = DeviceSegment(
+SEGMENT = CudaIpcSegment(
     place=place(),
     pid=1,
     gpu="GPU-of-another",
@@ -33,8 +33,8 @@ WRITER = """
 import json, sys
 from dataclasses import asdict
 import torch
-from weight_sync.cuda_ipc import DeviceMemory
-outlet = DeviceMemory()
+from weight_sync.cuda_ipc import CudaIpcSender
+outlet = CudaIpcSender()
 for turn, line in enumerate(sys.stdin, 1):
     segment = outlet.put(turn, 0, 100_000, lambda room: room.copy_(torch.arange(100_000) * int(line) % 251))
     print(json.dumps({k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(segment).items()}), flush=True)
@@ -53,7 +53,7 @@ def test_a_handle_is_plain_values() -> None:
 
 
 def test_two_turns_take_turns_in_the_same_memory() -> None:
-    rooms = Rooms(torch.device("cpu"))
+    rooms = DeviceBuffers(torch.device("cpu"))
     first, second = rooms.room(1, 0, 16), rooms.room(2, 0, 16)
     assert first.data_ptr() != second.data_ptr()
     assert rooms.room(3, 0, 16).data_ptr() == first.data_ptr() != rooms.room(3, 1, 16).data_ptr()
@@ -67,11 +67,11 @@ def test_what_is_put_is_read_by_another_process_and_a_dead_learner_is_told() -> 
     ) as writer:
         assert writer.stdin is not None and writer.stdout is not None
 
-        def put(factor: int) -> DeviceSegment:
+        def put(factor: int) -> CudaIpcSegment:
             writer.stdin.write(f"{factor}\n")
             writer.stdin.flush()
             said = json.loads(writer.stdout.readline())
-            return DeviceSegment(
+            return CudaIpcSegment(
                 **{k: bytes.fromhex(v) if k in ("handle", "counter", "event") else v for k, v in said.items()}
             )
 

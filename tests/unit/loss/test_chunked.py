@@ -30,7 +30,7 @@ from opd.loss.chunked import (
     mixture,
     read,
 )
-from opd.loss.metric_sums import Tally
+from opd.loss.metric_sums import MetricSums
 from opd.objectives.sampled import SampledReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.types import Batch, HiddenScores, TokenLoss, TokenScores, TopKScores, VocabularyScores
@@ -118,7 +118,7 @@ def test_chunks_and_blocks_within_them_give_the_plain_loss(rows: int, chunk: int
     torch.testing.assert_close(silent, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=1e-12)
     assert asked == 2 * [(at, min(at + chunk, rows)) for at in range(0, rows, chunk)], "a teacher is read once a chunk"
-    whole = Tally.of(plain.metrics, batch.weights > 0).means()
+    whole = MetricSums.of(plain.metrics, batch.weights > 0).means()
     assert metrics.means() == pytest.approx(whole, abs=1e-12) and same.means() == pytest.approx(whole, abs=1e-12)
 
 
@@ -183,10 +183,10 @@ def test_a_token_of_weight_0_may_have_any_loss(infinite: float) -> None:
         loss = student.logprobs[:, 0] + spoil[start:stop]
         return TokenLoss(loss=loss, metrics={"loss": loss.detach()})
 
-    total, tally = chunked_loss(hidden, head, weights, evaluate, 2)
+    total, sums = chunked_loss(hidden, head, weights, evaluate, 2)
     chosen = ((hidden @ head.T).log_softmax(-1)[:, 0] + spoil)[[0, 2]]
     torch.testing.assert_close(total, (weights[[0, 2]] * chosen).sum())
-    assert tally.means()["loss"] == pytest.approx(chosen.mean().item())
+    assert sums.means()["loss"] == pytest.approx(chosen.mean().item())
     torch.testing.assert_close(
         torch.autograd.grad(total, head), torch.autograd.grad((weights[[0, 2]] * chosen).sum(), head)
     )

@@ -1,4 +1,4 @@
-"""Alarms are raised by the pattern they name, by no other, and not by healthy runs.
+"""Alerts are raised by the pattern they name, by no other, and not by healthy runs.
 
 `histories/` holds metrics of real runs of the embedded task: one that went well (full reverse KL, learning rate 1e-3),
 and one that collapsed (GRPO, learning rate 6e-4: within 60 steps every completion ran into the token limit).
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from opd.errors import ConfigurationError
-from opd.observability.alerts import Thresholds, first_raised, raised
+from opd.observability.alerts import AlertThresholds, first_raised, raised
 
 HISTORIES = Path(__file__).parent / "histories"
-W = Thresholds().window
+W = AlertThresholds().window
 
 HEALTHY = {
     "actor/loss": 0.3, "actor/grad_norm": 1.0, "actor/entropy": 0.3, "distill/reverse_kl": 0.3,
@@ -46,20 +46,20 @@ def recorded(name: str) -> list[dict[str, float]]:
 
 
 def names(lines: list[dict[str, Any]]) -> list[str]:
-    return [alarm.name for alarm in raised(lines)]
+    return [alert.name for alert in raised(lines)]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_each_pattern_raises_its_own_alarm_and_says_what_to_do(name: str) -> None:
+def test_each_pattern_raises_its_own_alert_and_says_what_to_do(name: str) -> None:
     changed, says = PATTERNS[name]
-    (alarm,) = raised(history({}, changed))
-    assert alarm.name == name and says in alarm.sentence
-    assert ":" in alarm.sentence or ";" in alarm.sentence, "what is seen, then what to do"
-    assert "\n" not in alarm.sentence and not alarm.sentence.endswith(".")
+    (alert,) = raised(history({}, changed))
+    assert alert.name == name and says in alert.sentence
+    assert ":" in alert.sentence or ";" in alert.sentence, "what is seen, then what to do"
+    assert "\n" not in alert.sentence and not alert.sentence.endswith(".")
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_no_alarm_without_its_metrics_or_before_enough_steps(name: str) -> None:
+def test_no_alert_without_its_metrics_or_before_enough_steps(name: str) -> None:
     changed, _ = PATTERNS[name]
     lines = history({}, changed)
     assert not names(lines[W + 1 :])
@@ -112,14 +112,14 @@ def test_quiet_on_a_healthy_run() -> None:
 
 
 def test_a_recorded_collapse_is_found_while_it_happens() -> None:
-    found = {alarm.name: step for step, alarm in first_raised(recorded("collapsed_grpo"))}
+    found = {alert.name: step for step, alert in first_raised(recorded("collapsed_grpo"))}
     assert set(found) == {"truncation", "length_inflation"}
     assert 45 <= min(found.values()) <= 75
 
 
 def test_thresholds_can_be_set_and_nonsense_is_refused() -> None:
-    strict = Thresholds(truncation=0.005, window=3)
-    assert [alarm.name for alarm in raised(history({}), strict)] == ["truncation"]
+    strict = AlertThresholds(truncation=0.005, window=3)
+    assert [alert.name for alert in raised(history({}), strict)] == ["truncation"]
     for wrong in ({"window": 0}, {"length_rise": 1.0}):
         with pytest.raises(ConfigurationError, match="window >= 1 and rises above 1"):
-            Thresholds(**wrong)
+            AlertThresholds(**wrong)

@@ -11,18 +11,18 @@ import pytest
 from ray.exceptions import OwnerDiedError
 
 from benchmarks.virtual_time import simulate
-from launch.config.care import Care
+from launch.config.retry_policy import RetryPolicy
 from launch.services.pools import StudentPool
-from launch.services.replicas import Fault, Faulty
+from launch.services.replicas import Fault, ReplicaFault
 from opd.errors import DataError, OpdError
-from opd.ports import Completion, GenerateRequest, Manifest, Receipt, Sampling, Sentinel, Weights
-from opd.types import Stop, TokenScores
+from opd.ports import Completion, GenerateRequest, Manifest, PublishedWeights, Sampling, Sentinel, WeightAck
+from opd.types import StopReason, TokenScores
 
 
-def weights(version: int, digest: str) -> Weights:
+def weights(version: int, digest: str) -> PublishedWeights:
     sentinel = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
     manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
-    return Weights(version=version, manifest=manifest, chunks=(), digest=digest, sentinel=sentinel)
+    return PublishedWeights(version=version, manifest=manifest, chunks=(), digest=digest, sentinel=sentinel)
 
 
 def requests(count: int) -> list[GenerateRequest]:
@@ -37,7 +37,7 @@ class Engine:
     number: int
     holds: tuple[int, str] = (0, "")
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
-    answer: Callable[[Weights], Receipt] = lambda w: Receipt(version=w.version, digest=w.digest, gap=0.25)
+    answer: Callable[[PublishedWeights], WeightAck] = lambda w: WeightAck(version=w.version, digest=w.digest, gap=0.25)
     asked: int = 0
     ended: bool = False
 
@@ -48,10 +48,10 @@ class Engine:
         one = np.full(1, self.number, np.int32)
         said = TokenScores(logprobs=np.zeros(1, np.float32))
         versions, digests = np.full(1, version, np.int32), {version: digest}
-        done = Completion(token_ids=one, behavior=said, versions=versions, stop=Stop.END, digests=digests)
+        done = Completion(token_ids=one, behavior=said, versions=versions, stop=StopReason.END, digests=digests)
         return [done] * len(asked)
 
-    async def take(self, sent: Weights) -> Receipt:
+    async def take(self, sent: PublishedWeights) -> WeightAck:
         await self.may_answer.wait()
         self.may_answer.clear()
         receipt = self.answer(sent)
@@ -77,7 +77,7 @@ class Engine:
         return SimpleNamespace(engine=self, **{name: SimpleNamespace(remote=m) for name, m in methods.items()})
 
 
-def scene(work: Callable[[StudentPool, list[Engine]], Any], engines: int = 2, restarts: int = 0, **care: Any) -> None:
+def scene(work: Callable[[StudentPool, list[Engine]], Any], engines: int = 2, restarts: int = 0, **retry: Any) -> None:
     """`made` grows with every engine that is started; an engine that is ended cannot be asked any more."""
 
     async def play() -> None:
@@ -91,7 +91,7 @@ def scene(work: Callable[[StudentPool, list[Engine]], Any], engines: int = 2, re
             actor.engine.ended = True
 
         pool = StudentPool(
-            Care(**({"deadline_s": 5.0, "start_deadline_s": 5.0, "restarts": restarts} | care)), make, end
+            RetryPolicy(**({"deadline_s": 5.0, "start_deadline_s": 5.0, "restarts": restarts} | retry)), make, end
         )
         await pool.replicas.start(engines)
         await work(pool, made)
@@ -125,7 +125,7 @@ def test_only_engines_that_acknowledged_are_asked_and_requests_wait_for_the_firs
         assert {int(c.token_ids[0]) for c in written} == {1} and {c.digests[1] for c in written} == {"aa"}
         assert not receiving.done()
         engines[0].may_answer.set()
-        assert await receiving == Receipt(version=1, digest="aa", gap=0.25)
+        assert await receiving == WeightAck(version=1, digest="aa", gap=0.25)
         assert {int(c.token_ids[0]) for c in await pool.generate(requests(40))} == {0, 1}
 
     scene(work)
@@ -136,7 +136,7 @@ def test_an_engine_that_acknowledges_something_else_is_replaced_by_one_that_has_
     version: int, digest: str
 ) -> None:
     async def work(pool: StudentPool, engines: list[Engine]) -> None:
-        engines[0].answer = lambda w: Receipt(version=version, digest=digest, gap=0.0)
+        engines[0].answer = lambda w: WeightAck(version=version, digest=digest, gap=0.0)
         for engine in engines:
             engine.may_answer.set()
         assert (await pool.receive(weights(1, "aa"))).digest == "aa"
@@ -153,7 +153,7 @@ def test_an_engine_that_acknowledges_something_else_is_replaced_by_one_that_has_
 
 def test_an_engine_that_refuses_is_replaced_and_the_replacement_takes_the_newest() -> None:
     async def work(pool: StudentPool, engines: list[Engine]) -> None:
-        def refuse(sent: Weights) -> Receipt:
+        def refuse(sent: PublishedWeights) -> WeightAck:
             raise DataError("damaged")
 
         engines[0].answer = refuse
@@ -176,7 +176,7 @@ def test_an_engine_that_refuses_is_replaced_and_the_replacement_takes_the_newest
 
 def test_weights_that_every_engine_refuses_are_at_fault() -> None:
     async def work(pool: StudentPool, engines: list[Engine]) -> None:
-        def refuse(sent: Weights) -> Receipt:
+        def refuse(sent: PublishedWeights) -> WeightAck:
             raise DataError("half-loaded")
 
         for engine in engines:
@@ -195,7 +195,7 @@ def test_a_late_acknowledgement_of_older_weights_opens_nothing() -> None:
         second = asyncio.create_task(pool.receive(weights(2, "bb")))
         await settle()
         engines[0].may_answer.set()  # wakes both calls of this engine; it holds what the last of them said
-        engines[0].answer = lambda w: Receipt(version=1, digest="aa", gap=0.0)
+        engines[0].answer = lambda w: WeightAck(version=1, digest="aa", gap=0.0)
         await settle()
         writing = asyncio.create_task(pool.generate(requests(1)))
         await settle()
@@ -224,7 +224,7 @@ def test_waiting_for_an_engine_has_a_deadline() -> None:
 def test_an_engine_that_cannot_read_what_a_lost_learner_laid_out_waits_for_the_next_weights() -> None:
     """It is not at fault, and another in its place could not read them either."""
 
-    def gone(_: Weights) -> Receipt:
+    def gone(_: PublishedWeights) -> WeightAck:
         raise OwnerDiedError("0" * 56, None, "")  # type: ignore[arg-type]
 
     async def work(pool: StudentPool, engines: list[Engine]) -> None:
@@ -257,10 +257,10 @@ def test_an_engine_that_starts_fetches_live_weights_from_where_they_lie_now() ->
         pool.renew(other)
         pool.renew(moved)
         pool.renew(weights(2, "two"))
-        taken: list[Weights] = []
-        await pool.replicas.report(pool.replicas.serving[0], Faulty(Fault.DIED, "killed"))
+        taken: list[PublishedWeights] = []
+        await pool.replicas.report(pool.replicas.serving[0], ReplicaFault(Fault.DIED, "killed"))
         await settle()
-        engines[1].answer = lambda w: taken.append(w) or Receipt(version=w.version, digest=w.digest, gap=0.0)
+        engines[1].answer = lambda w: taken.append(w) or WeightAck(version=w.version, digest=w.digest, gap=0.0)
         engines[1].may_answer.set()
         await pool.generate(requests(1))
         assert taken == [moved] and taken[0] is moved

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner import publishing
-from learner.publishing import Publisher, Staged
+from learner.publishing import Publisher, StagedSender
 from opd.errors import DataError
 from opd.loop.staleness import unknown_weights
-from opd.ports import Chunk, Manifest, Sentinel, Share, Weights
+from opd.ports import Manifest, PublishedWeights, Sentinel, WeightChunk, WeightShard
 from tests.fault_matrix import Witness
 from weight_sync.manifest import cut, digest, sizes, unpack
-from weight_sync.receiver import _READERS, Receiver, assemble, collect, digest_of
+from weight_sync.receiver import _READERS, WeightReceiver, assemble, collect, digest_of
 
 SENTINEL = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
 SHAPES = [(3, 4), (5,), (), (2, 2, 3), (7,), (1, 9), (6,)]
@@ -34,7 +34,7 @@ def model(seed: int) -> dict[str, torch.Tensor]:
     return {f"p{i}": v.to(kind) for i, (v, kind) in enumerate(zip(values, KINDS, strict=True))}
 
 
-def shares(version: int, seed: int, chunk_bytes: int = 40, ranks: int = 2, device: str = "cpu") -> list[Share]:
+def shares(version: int, seed: int, chunk_bytes: int = 40, ranks: int = 2, device: str = "cpu") -> list[WeightShard]:
     """What `ranks` ranks that all hold `model(seed)` publish; a handle is the bytes."""
     named = {name: value.to(device) for name, value in model(seed).items()}
     made = []
@@ -46,15 +46,15 @@ def shares(version: int, seed: int, chunk_bytes: int = 40, ranks: int = 2, devic
             chunk_bytes=chunk_bytes,
             rank=rank,
             ranks=ranks,
-            outlet=Staged(np.copy),
+            sender=StagedSender(np.copy),
         )
         ordered = [named[n] for n in publisher.manifest.names]
         chunks = publisher.chunks(lambda first, last, ordered=ordered: nullcontext(ordered[first:last]))
-        made.append(Share(version=version, manifest=publisher.manifest, chunks=chunks, sentinel=SENTINEL))
+        made.append(WeightShard(version=version, manifest=publisher.manifest, chunks=chunks, sentinel=SENTINEL))
     return made
 
 
-def weights(version: int, seed: int, **how: Any) -> Weights:
+def weights(version: int, seed: int, **how: Any) -> PublishedWeights:
     return assemble(shares(version, seed, **how))
 
 
@@ -79,7 +79,7 @@ def test_any_cut_on_any_number_of_ranks_gives_the_same_parameters(chunk_bytes: i
     assert whole.digest == weights(4, 1, chunk_bytes=chunk_bytes).digest, "the digest depends on ranks or version"
 
 
-class Faulty(Staged):
+class ReplicaFault(StagedSender):
     """An outlet in whose memory a byte changes after it was written."""
 
     def put(self, turn: int, number: int, nbytes: int, fill: Any) -> Any:
@@ -94,14 +94,14 @@ class Faulty(Staged):
 def test_the_digest_is_of_the_weights_and_not_of_what_the_copy_made_of_them(nbytes: int) -> None:
     """A tensor of several pieces arrives as it is; a copy that went wrong is found by whoever receives it."""
     tensor = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for kind in (Staged, Faulty):
+    for kind in (StagedSender, ReplicaFault):
         publisher = Publisher(
-            ["p"], [(nbytes,)], [torch.uint8], chunk_bytes=1 << 30, rank=0, ranks=1, outlet=kind(np.copy)
+            ["p"], [(nbytes,)], [torch.uint8], chunk_bytes=1 << 30, rank=0, ranks=1, sender=kind(np.copy)
         )
         chunks = publisher.chunks(lambda *_: nullcontext([tensor]))
         assert chunks[0].digest == digest(tensor.numpy())
-        whole = assemble([Share(version=1, manifest=publisher.manifest, chunks=chunks, sentinel=SENTINEL)])
-        if kind is Faulty:
+        whole = assemble([WeightShard(version=1, manifest=publisher.manifest, chunks=chunks, sentinel=SENTINEL)])
+        if kind is ReplicaFault:
             with pytest.raises(DataError, match=r"chunk 0 is .* damaged"):
                 collect(whole, value, "a test")
         else:
@@ -116,7 +116,7 @@ def test_weights_on_a_gpu_are_published_as_those_on_a_cpu() -> None:
 
 
 @given(most=st.integers(1, 200), counts=st.lists(st.integers(1, 100), min_size=1, max_size=20))
-def test_runs_cover_the_model_and_no_neighbours_would_fit_together(most: int, counts: list[int]) -> None:
+def test_runs_cover_the_model_and_no_neighbors_would_fit_together(most: int, counts: list[int]) -> None:
     manifest = Manifest(
         names=tuple(map(str, range(len(counts)))),
         dtypes=("uint8",) * len(counts),
@@ -150,7 +150,7 @@ messages = st.builds(
 )
 
 
-def deliver(receiver: Receiver, message: Message) -> dict[str, torch.Tensor] | None:
+def deliver(receiver: WeightReceiver, message: Message) -> dict[str, torch.Tensor] | None:
     """Hand a message over; what was committed, if it was a commit."""
     announced = PUBLISHED[message.version]
     if message.kind == "begin":
@@ -175,7 +175,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @given(history=st.lists(messages, max_size=60))
 def test_no_history_commits_wrong_bytes_and_after_any_the_right_ones_commit(history: Sequence[Message]) -> None:
     """Loss, repetition, any order, damage and interleaved versions; then one version comes undamaged."""
-    receiver = Receiver("a test")
+    receiver = WeightReceiver("a test")
     for message in history:
         with suppress(DataError):
             committed = deliver(receiver, message)
@@ -194,7 +194,7 @@ def test_order_and_repetition_are_nothing_and_loss_and_damage_are_everything(
 ) -> None:
     repeated = data.draw(st.lists(st.sampled_from(order)))
     damaged, lost = data.draw(st.sampled_from(order)), data.draw(st.sampled_from(order))
-    receiver = Receiver("a test")
+    receiver = WeightReceiver("a test")
     receiver.begin(PUBLISHED[1])
     with pytest.raises(DataError, match=f"chunk {damaged} is .* damaged"):
         deliver(receiver, Message("chunk", 1, damaged, flip=data.draw(st.integers(0, 10**6))))
@@ -217,7 +217,7 @@ def test_order_and_repetition_are_nothing_and_loss_and_damage_are_everything(
 
 @pytest.mark.faults("chunk damaged")
 def test_every_single_bit_of_every_chunk_counts(witness: Witness) -> None:
-    receiver = Receiver("a test")
+    receiver = WeightReceiver("a test")
     receiver.begin(PUBLISHED[1])
     flips = [(n, bit) for n, chunk in enumerate(PUBLISHED[1].chunks) for bit in range(8 * chunk.nbytes)]
     assert len(flips) > 1000
@@ -228,12 +228,12 @@ def test_every_single_bit_of_every_chunk_counts(witness: Witness) -> None:
 
 
 def test_what_does_not_belong_is_refused_by_name() -> None:
-    receiver = Receiver("the student engine")
-    who = "the student engine refuses weights version 2 and keeps its own: "
-    with pytest.raises(DataError, match=rf"^{who}it was not begun \(none is\)"):
+    receiver = WeightReceiver("the student engine")
+    subject = "the student engine refuses weights version 2 and keeps its own: "
+    with pytest.raises(DataError, match=rf"^{subject}it was not begun \(none is\)"):
         deliver(receiver, Message("chunk", 2, 0))
     receiver.begin(PUBLISHED[1])
-    with pytest.raises(DataError, match=rf"^{who}it was not begun \(version 1 is\)"):
+    with pytest.raises(DataError, match=rf"^{subject}it was not begun \(version 1 is\)"):
         deliver(receiver, Message("chunk", 2, 0))
     receiver.begin(PUBLISHED[2])
     for number in (-1, CHUNKS):
@@ -247,20 +247,20 @@ def test_what_does_not_belong_is_refused_by_name() -> None:
         receiver.commit(2, PUBLISHED[1].digest)
 
 
-def changed(base: Weights, number: int, **fields: Any) -> Weights:
+def changed(base: PublishedWeights, number: int, **fields: Any) -> PublishedWeights:
     """`base` with another chunk `number`, under the digest that fits."""
     chunks = [replace(c, **fields) if i == number else c for i, c in enumerate(base.chunks)]
     return renamed(replace(base, chunks=tuple(chunks)))
 
 
-def renamed(value: Weights) -> Weights:
+def renamed(value: PublishedWeights) -> PublishedWeights:
     return replace(value, digest=digest_of(value.manifest, value.chunks))
 
 
 def test_an_announcement_that_does_not_add_up_is_refused() -> None:
     base = PUBLISHED[1]
     second = base.chunks[1]
-    wrong: list[tuple[Weights, str]] = [
+    wrong: list[tuple[PublishedWeights, str]] = [
         (changed(base, 1, first=second.first - 1), "overlaps the one before"),
         (changed(base, 1, first=second.first + 1, last=second.last + 1), "leaves out parameters"),
         (changed(base, 1, last=second.first), "leaves out parameters or has none"),
@@ -311,7 +311,7 @@ def test_trajectories_are_known_by_version_and_digest(make: Any) -> None:
 
 
 def test_a_chunk_is_the_bytes_it_names() -> None:
-    chunk: Chunk = PUBLISHED[1].chunks[0]
+    chunk: WeightChunk = PUBLISHED[1].chunks[0]
     assert len(chunk.handle) == chunk.nbytes
 
 
@@ -375,13 +375,13 @@ def test_every_copy_lays_the_same_bytes_and_names_them(
 def test_publications_are_counted_from_one_and_chunks_from_zero() -> None:
     asked = list[tuple[int, int, int]]()
 
-    class Counting(Staged):
+    class Counting(StagedSender):
         def put(self, turn: int, number: int, nbytes: int, fill: Any) -> Any:
             asked.append((turn, number, nbytes))
             return super().put(turn, number, nbytes, fill)
 
     publisher = Publisher(
-        ["a", "b", "c"], [(3,)] * 3, [torch.float32] * 3, chunk_bytes=12, rank=1, ranks=2, outlet=Counting(np.copy)
+        ["a", "b", "c"], [(3,)] * 3, [torch.float32] * 3, chunk_bytes=12, rank=1, ranks=2, sender=Counting(np.copy)
     )
     for _ in range(2):
         publisher.chunks(lambda first, last: nullcontext([torch.zeros(3)] * (last - first)))
@@ -391,7 +391,7 @@ def test_publications_are_counted_from_one_and_chunks_from_zero() -> None:
 def test_one_buffer_is_used_for_all_that_fits_into_it() -> None:
     """Fresh memory costs as much as the copy."""
     places = list[tuple[int, int]]()
-    staged = Staged(lambda array: places.append((array.ctypes.data, len(array))))
+    staged = StagedSender(lambda array: places.append((array.ctypes.data, len(array))))
     for nbytes in (64, 64, 10, 64, 0):
         staged.put(1, 0, nbytes, lambda room: room.fill(1))
     assert [n for _, n in places] == [64, 64, 10, 64, 0] and len({place for place, n in places if n}) == 1

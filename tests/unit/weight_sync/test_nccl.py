@@ -23,20 +23,20 @@ import torch
 
 from learner.publishing import Publisher
 from opd.errors import DataError, OpdError
-from opd.ports import Chunk, Manifest, Sentinel, Share, Weights
-from weight_sync.nccl import Shelf, Shelved, Wire, _pass, pull
-from weight_sync.receiver import Delivered, assemble, collect
+from opd.ports import Manifest, PublishedWeights, Sentinel, WeightChunk, WeightShard
+from weight_sync.nccl import PullBackend, PullHandle, PullSender, _pass, pull
+from weight_sync.receiver import ReceivedWeights, assemble, collect
 
 ROOT = Path(__file__).resolve().parents[3]
 SENTINEL = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
 ON_TWO_GPUS = pytest.param(
-    Wire.NCCL,
+    PullBackend.NCCL,
     marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU per process")],
 )
 # A learner in a process of its own: publishes model(seed) as a version whenever it is told a seed.
 LEARNER = """
 import sys
-from tests.unit.weight_sync.test_pull import Source
+from tests.unit.weight_sync.test_nccl import Source
 source = Source(sys.argv[1], float(sys.argv[2]))
 for line in sys.stdin:
     print(source.publish(int(line)), flush=True)
@@ -56,7 +56,7 @@ class Source:
     """A learner rank that holds `model(seed)`; what it publishes can be written down as JSON."""
 
     def __init__(self, wire: str, deadline_s: float) -> None:
-        device = "cuda:1" if Wire(wire) is Wire.NCCL else "cpu"
+        device = "cuda:1" if PullBackend(wire) is PullBackend.NCCL else "cpu"
         if device != "cpu":
             torch.cuda.set_device(device)
         first = model(0)
@@ -68,7 +68,7 @@ class Source:
             chunk_bytes=2000,
             rank=0,
             ranks=1,
-            outlet=Shelf(Wire(wire), deadline_s),
+            sender=PullSender(PullBackend(wire), deadline_s),
         )
 
     def publish(self, seed: int) -> str:
@@ -79,17 +79,22 @@ class Source:
         return json.dumps({"version": seed, "manifest": asdict(self.publisher.manifest), "chunks": plain}, default=str)
 
 
-def announced(text: str) -> Weights:
+def announced(text: str) -> PublishedWeights:
     said = json.loads(text)
     manifest = said["manifest"]
     shapes = tuple(tuple(shape) for shape in manifest["shapes"])
     chunks = [
-        Chunk(**(chunk | {"handle": Shelved(**(chunk["handle"] | {"wire": Wire[chunk["handle"]["wire"][5:]]}))}))
+        WeightChunk(
+            **(
+                chunk
+                | {"handle": PullHandle(**(chunk["handle"] | {"wire": PullBackend[chunk["handle"]["wire"][12:]]}))}
+            )
+        )
         for chunk in said["chunks"]
     ]
     return assemble(
         [
-            Share(
+            WeightShard(
                 version=said["version"],
                 manifest=Manifest(
                     names=tuple(manifest["names"]),
@@ -107,7 +112,7 @@ def announced(text: str) -> Weights:
 class Learner:
     """A `Source` in another process."""
 
-    def __init__(self, wire: Wire, deadline_s: float) -> None:
+    def __init__(self, wire: PullBackend, deadline_s: float) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", LEARNER, wire.value, str(deadline_s)],
             cwd=ROOT,
@@ -117,7 +122,7 @@ class Learner:
             text=True,
         )
 
-    def publish(self, seed: int) -> Weights:
+    def publish(self, seed: int) -> PublishedWeights:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{seed}\n")
         self.process.stdin.flush()
@@ -125,7 +130,7 @@ class Learner:
 
 
 @contextmanager
-def learner(wire: Wire = Wire.GLOO, deadline_s: float = 60.0) -> Iterator[Learner]:
+def learner(wire: PullBackend = PullBackend.GLOO, deadline_s: float = 60.0) -> Iterator[Learner]:
     made = Learner(wire, deadline_s)
     try:
         yield made
@@ -135,13 +140,13 @@ def learner(wire: Wire = Wire.GLOO, deadline_s: float = 60.0) -> Iterator[Learne
         made.process.wait()
 
 
-def holds(delivered: Delivered, seed: int) -> bool:
+def holds(delivered: ReceivedWeights, seed: int) -> bool:
     values = dict(delivered.tensors())
     return values.keys() == model(seed).keys() and all(torch.equal(values[n].cpu(), t) for n, t in model(seed).items())
 
 
-@pytest.mark.parametrize("wire", [Wire.GLOO, ON_TWO_GPUS])
-def test_what_is_published_arrives_in_another_process_and_the_last_two_turns_stay(wire: Wire) -> None:
+@pytest.mark.parametrize("wire", [PullBackend.GLOO, ON_TWO_GPUS])
+def test_what_is_published_arrives_in_another_process_and_the_last_two_turns_stay(wire: PullBackend) -> None:
     with learner(wire) as other:
         first, second = other.publish(1), other.publish(2)
         assert len(first.chunks) > 2 and all(chunk.digest.startswith("sum64:") for chunk in first.chunks)
@@ -154,8 +159,8 @@ def test_what_is_published_arrives_in_another_process_and_the_last_two_turns_sta
             collect(first, pull, "a test")
 
 
-@pytest.mark.parametrize("wire", [Wire.GLOO, ON_TWO_GPUS])
-def test_bytes_that_are_not_those_announced_are_refused(wire: Wire) -> None:
+@pytest.mark.parametrize("wire", [PullBackend.GLOO, ON_TWO_GPUS])
+def test_bytes_that_are_not_those_announced_are_refused(wire: PullBackend) -> None:
     with learner(wire) as other:
         weights = other.publish(1)
         wrong = replace(weights.chunks[0], handle=weights.chunks[1].handle)
@@ -231,7 +236,7 @@ def test_a_learner_that_hangs_is_waited_for_until_the_deadline_and_no_longer(lin
 
 
 def test_strangers_and_the_dead_do_not_keep_others_from_their_weights() -> None:
-    shelf = Shelf(Wire.GLOO, deadline_s=2.0)
+    shelf = PullSender(PullBackend.GLOO, deadline_s=2.0)
     content = torch.arange(200, dtype=torch.uint8)
     handle = shelf.put(1, 0, 200, lambda room: torch.as_tensor(room).copy_(content))
     assert "token" not in repr(handle)

@@ -13,7 +13,7 @@ from launch.plan.checks.models import parameter_count
 from launch.run.step_floor import StepLimit, model_shape
 from opd.errors import ConfigurationError
 from opd.observability import roofline
-from opd.observability.roofline import Decoding, Floors, Hardware, Lengths, ModelShape, Training
+from opd.observability.roofline import Decoding, Floors, Hardware, Lengths, ModelShape, UpdateCost
 
 STUDENT = ModelShape(
     params=7_570_000_000, layers=36, width=4096, vocabulary=151_936, heads=32, kv_heads=8, head_dim=128
@@ -51,7 +51,7 @@ def test_the_worked_example_of_the_notes(
     assert floor.compute == pytest.approx(compute, rel=0.03)
     assert floor.memory == pytest.approx(memory, rel=0.03)
     assert roofline.teacher(TEACHER, batch, H200) == pytest.approx(teach, rel=0.03)
-    assert roofline.learner(STUDENT, batch, H200, Training(recompute=True)) == pytest.approx(learn, rel=0.03)
+    assert roofline.learner(STUDENT, batch, H200, UpdateCost(recompute=True)) == pytest.approx(learn, rel=0.03)
     assert roofline.push(roofline.dense_bytes(STUDENT), H200) == pytest.approx(0.30, rel=0.03)
 
 
@@ -72,18 +72,18 @@ def test_teacher_learner_and_push_by_hand() -> None:
     forward = 2 * 85 * 5 + 2 * 2 * 4 * 25 + 2 * 15 * 3
     assert roofline.teacher(TINY, one, SLOW, actors=2) == pytest.approx(forward / 20)
     assert roofline.teacher(TINY, one, SLOW, sends_hidden=True) == pytest.approx((forward - 90) / 10)
-    assert roofline.learner(TINY, one, SLOW, Training()) == pytest.approx(3 * forward / 10 + 30 * 100 / 100)
-    again = Training(recompute=True, teacher_head=7)
+    assert roofline.learner(TINY, one, SLOW, UpdateCost()) == pytest.approx(3 * forward / 10 + 30 * 100 / 100)
+    again = UpdateCost(recompute=True, teacher_head=7)
     assert roofline.learner(TINY, one, SLOW, again) == pytest.approx((4 * forward + 2 * 7 * 3) / 10 + 30)
-    assert roofline.zero_bytes(TINY, Training(ranks=4, stage=2)) == 2 * 100 * 2 * 3 / 4
-    assert roofline.zero_bytes(TINY, Training(ranks=4, stage=3, microbatches=5)) == 15 * 100 * 2 * 3 / 4
+    assert roofline.zero_bytes(TINY, UpdateCost(ranks=4, stage=2)) == 2 * 100 * 2 * 3 / 4
+    assert roofline.zero_bytes(TINY, UpdateCost(ranks=4, stage=3, microbatches=5)) == 15 * 100 * 2 * 3 / 4
     assert roofline.push(50.0, SLOW, receivers=5, chunks=2) == pytest.approx(10 * 3)
     assert roofline.lora_bytes(8, [(3, 4), (5, 6)]) == 2 * 8 * 18
     assert roofline.dense_bytes(TINY) == 200
 
 
 def test_slow_links_bound_a_learner_that_computes_fast() -> None:
-    many = Training(ranks=2, stage=3, microbatches=100)
+    many = UpdateCost(ranks=2, stage=3, microbatches=100)
     seconds = roofline.learner(TINY, lengths([2], [3]), SLOW, many)
     assert seconds == pytest.approx(300 * 100 * 2 / 2 / 5 + 30 * 100 / 200)
 
@@ -106,7 +106,7 @@ def test_the_run_counts_operations_with_the_same_constants() -> None:
     flat = replace(TINY, params=1000)
     batch = lengths([0], [50])
     attention = flat.forward_flops(np.zeros(1), np.array([50.0]), 50.0) - 2 * 1000 * 50
-    floor = roofline.teacher(flat, batch, SLOW) + roofline.learner(flat, batch, SLOW, Training()) - 30 * 1000 / 100
+    floor = roofline.teacher(flat, batch, SLOW) + roofline.learner(flat, batch, SLOW, UpdateCost()) - 30 * 1000 / 100
     assert accounting.step_flops(tokens, costs) == pytest.approx(10 * floor - 4 * attention)
 
 
@@ -119,7 +119,7 @@ def seconds(batch: Lengths, engines: int = 1) -> np.ndarray:
         [
             floor.prefill, floor.compute, floor.memory, floor.seconds,
             roofline.teacher(TEACHER, batch, H200, engines),
-            roofline.learner(STUDENT, batch, H200, Training(ranks=engines)),
+            roofline.learner(STUDENT, batch, H200, UpdateCost(ranks=engines)),
         ]
     )  # fmt: skip
 
@@ -225,14 +225,14 @@ def test_the_limit_of_a_run_has_every_role_do_its_own_part(make: Any) -> None:
     run = StepLimit(
         hardware=SLOW, writer=TINY, engines=2, student=TINY, teachers={"default": TINY, "other": TINY},
         replicas={"default": 1, "other": 3}, members=(), sends_hidden=False, group=1,
-        decoding=Decoding(slots=8), training=Training(),
+        decoding=Decoding(slots=8), training=UpdateCost(),
     )  # fmt: skip
     every = lengths([2, 3, 3], [4, 7, 1])
     apart = roofline.teacher(TINY, lengths([2], [4]), SLOW), roofline.teacher(TINY, lengths([3, 3], [7, 1]), SLOW, 3)
     assert run.floors(written, 60) == Floors(
         rollout=roofline.rollout(TINY, every, SLOW, Decoding(slots=8), 2).seconds,
         teacher=max(apart),
-        learner=roofline.learner(TINY, every, SLOW, Training()),
+        learner=roofline.learner(TINY, every, SLOW, UpdateCost()),
         push=roofline.push(60.0, SLOW, 2),
     )
     assert replace(run, members=("default",)).floors(written, 60).teacher == roofline.teacher(TINY, every, SLOW)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.services.owned_returns import handing_over, keep, taken_over
+from launch.services.owned_returns import keep, owned_answers, with_owned_returns
 from opd.types import HiddenScores, RemoteRows, TokenScores
 
 
@@ -30,46 +30,46 @@ class References:
     """What a streaming call of Ray gives: all parts are made before the first is read, each behind a name."""
 
     def __init__(self, parts: AsyncIterator[Any]) -> None:
-        self._parts, self.travelled = parts, []
+        self._parts, self.traveled = parts, []
 
     async def completed(self) -> None:
         async for part in self._parts:
             future = asyncio.get_running_loop().create_future()
             future.set_result(part)
-            self.travelled.append(future)
+            self.traveled.append(future)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
-        for future in self.travelled:
+        for future in self.traveled:
             yield future
 
 
 def asked(teacher: Any, requests: list[int]) -> tuple[list[TokenScores], list[Any]]:
-    """What the driver gets, and what travelled, when references stand for arrays."""
+    """What the driver gets, and what traveled, when references stand for arrays."""
 
     async def ask() -> tuple[list[TokenScores], list[Any]]:
-        stream = References(teacher.hand_over(requests))
+        stream = References(teacher.score_owned(requests))
         method = SimpleNamespace(remote=lambda _: stream)
-        ((positions, answers),) = [part async for part in taken_over(method, requests)]
+        ((positions, answers),) = [part async for part in owned_answers(method, requests)]
         assert list(positions) == list(range(len(requests)))
-        return answers, stream.travelled
+        return answers, stream.traveled
 
     return asyncio.run(ask())
 
 
 def test_arrays_travel_once_behind_the_answers_and_are_named_by_references() -> None:
-    teacher = handing_over(Teacher)()
-    answers, travelled = asked(teacher, [1, 2, 3])
+    teacher = with_owned_returns(Teacher)()
+    answers, traveled = asked(teacher, [1, 2, 3])
     assert type(teacher).__name__ == "Teacher"
-    first, *arrays = [future.result() for future in travelled]
+    first, *arrays = [future.result() for future in traveled]
     assert [a is b for a, b in zip(arrays, (teacher.shared, teacher.own), strict=True)] == [True, True]
     assert not any(isinstance(handle, np.ndarray) for a in (first[0], first[2]) for handle, _ in a.hidden.pieces)
     handles = [[handle for handle, _ in a.hidden.pieces] for a in (answers[0], answers[2])]
-    assert handles == [[travelled[1]], [travelled[2], travelled[1]]]
-    get = {id(future): future.result() for future in travelled}
+    assert handles == [[traveled[1]], [traveled[2], traveled[1]]]
+    get = {id(future): future.result() for future in traveled}
     assert answers[2].hidden.fetch(lambda handle: get[id(handle)]).tolist() == [[1, 1], [0, 0], [0, 0]]
     assert isinstance(answers[1], TokenScores) and answers[2].hidden.row_nbytes == 8
 
 
 def test_answers_without_arrays_travel_alone() -> None:
-    answers, travelled = asked(handing_over(Teacher)(), [])
-    assert answers == [] and len(travelled) == 1
+    answers, traveled = asked(with_owned_returns(Teacher)(), [])
+    assert answers == [] and len(traveled) == 1

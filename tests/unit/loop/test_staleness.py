@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from opd import ports
 from opd.errors import ConfigurationError
 from opd.loop.ledger import Ledger
-from opd.loop.rollout_buffer import Collected, Collector
-from opd.loop.staleness import Pipeline, WeightUpdate
-from opd.objectives.sampled import SampledReverseKL, Speaker
+from opd.loop.rollout_buffer import BufferedStep, RolloutBuffer
+from opd.loop.staleness import StalenessSchedule, WeightUpdate
+from opd.objectives.sampled import LogprobSource, SampledReverseKL
 from opd.objectives.vocabulary import FullReverseKL
-from opd.observability.spans import Role, Span
+from opd.observability.spans import Span, Stage
 from opd.rollouts.student import StudentRollout, TeacherRollout
-from opd.scorers.teacher import TeacherHidden, Unscored, WrittenTokens
-from opd.types import NOBODY, nbytes
+from opd.scorers.teacher import SampledTokens, TeacherHidden, Unscored
+from opd.types import NO_VERSION, nbytes
 from tests.unit.loop.test_loop import GROUP, SHORT, Bench, Likelihood, Model, Pause, TableLearner, log_softmax, method
 
 FULL = method(TeacherHidden(), FullReverseKL())
@@ -35,26 +35,26 @@ FULL = method(TeacherHidden(), FullReverseKL())
 def test_the_schedule_is_bounded_and_never_waits_for_itself(
     staleness: int, start: int, every: int, step: int, deterministic: bool
 ) -> None:
-    pipeline = Pipeline(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
+    pipeline = StalenessSchedule(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
     step += start
-    writer = pipeline.writer(step, start)
-    assert start <= writer <= step and step - writer <= staleness
-    assert writer <= pipeline.writer(step + 1, start)
+    min_version = pipeline.min_version(step, start)
+    assert start <= min_version <= step and step - min_version <= staleness
+    assert min_version <= pipeline.min_version(step + 1, start)
     if (
         deterministic and every
     ):  # no text is written across a checkpoint, and what is written does not depend on `start`
         last = max(step - step % every, start)
-        assert writer >= last
-        assert writer == pipeline.writer(step, last)
+        assert min_version >= last
+        assert min_version == pipeline.min_version(step, last)
     elif step - staleness >= start:
-        assert writer == step - staleness
+        assert min_version == step - staleness
 
 
 def test_a_pipeline_without_room_is_refused() -> None:
     wrongs: list[Any] = [{"max_staleness": -1}, {"max_buffer_bytes": 0}, {"barrier_every": -1}]
     for wrong in wrongs:
         with pytest.raises(ConfigurationError, match="the pipeline needs"):
-            Pipeline(**wrong)
+            StalenessSchedule(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_a_pipeline_without_room_is_refused() -> None:
         ([7, 7, 7], ""),
         ([5, 7, 7], "stale"),  # the newest token is young enough, the oldest is not
         ([7, 7, 5], "stale"),
-        ([6, 7, NOBODY], ""),
-        ([NOBODY] * 3, ""),
+        ([6, 7, NO_VERSION], ""),
+        ([NO_VERSION] * 3, ""),
         ([6, 7, 9], "unknown weights"),  # never published
         ([6, 6, 8], "unknown weights"),  # published, but with other weights
     ],
@@ -74,9 +74,12 @@ def test_the_bound_holds_for_every_token_and_every_version_must_be_known(
 ) -> None:
     published = {v: f"w{v}" for v in range(5, 9)}
     text = make.trajectory(
-        [1], [2, 3, 4], versions=np.array(versions, np.int32), digests=published | {8: "others", 9: "w9", NOBODY: ""}
+        [1],
+        [2, 3, 4],
+        versions=np.array(versions, np.int32),
+        digests=published | {8: "others", 9: "w9", NO_VERSION: ""},
     )
-    assert Pipeline(max_staleness=2).refusal(text, 8, published | {NOBODY: ""}) == why
+    assert StalenessSchedule(max_staleness=2).reject_reason(text, 8, published | {NO_VERSION: ""}) == why
 
 
 def gaps(bench: Bench) -> list[int]:
@@ -175,7 +178,7 @@ def test_what_a_teacher_says_that_follows_the_student_does_not_depend_on_speeds(
         bench = Bench(make, wait=Pause(seed, turns=40), lr=4.0)
         own, reader = bench.learner, bench.engines.teachers["default"]
         bench.learner = FollowedLearner(own.table, own.teacher, own.lr, own.wait, reader=reader)
-        chosen = method(WrittenTokens(), SampledReverseKL(signal=Speaker.STUDENT))
+        chosen = method(SampledTokens(), SampledReverseKL(signal=LogprobSource.STUDENT))
         options = {"max_staleness": max_staleness, "teacher_follows": follows}
         asyncio.run(bench.run(chosen, 12, deterministic=True, **options))
         runs.add(tuple(losses(bench)))
@@ -274,7 +277,7 @@ def test_text_of_weights_that_nobody_published_is_dropped(make: Any) -> None:
 def test_a_teacher_s_text_has_no_age(make: Any) -> None:
     bench = Bench(make)
     asyncio.run(bench.run(method(Unscored(), Likelihood(), rollout=TeacherRollout(max_tokens=8)), 4))
-    assert {int(v) for r in bench.records for i in r.scored for v in i.trajectory.versions} == {NOBODY}
+    assert {int(v) for r in bench.records for i in r.scored for v in i.trajectory.versions} == {NO_VERSION}
     assert bench.learner.steps == 4
 
 
@@ -370,7 +373,7 @@ def test_what_a_rollout_was_asked_for_and_did_not_write_is_dropped_with_that_rea
     make: Any, deterministic: bool
 ) -> None:
     bench = Bench(make)
-    lazy = method(WrittenTokens(), SampledReverseKL(), rollout=Lazy(max_tokens=8))
+    lazy = method(SampledTokens(), SampledReverseKL(), rollout=Lazy(max_tokens=8))
     ledger = asyncio.run(bench.run(lazy, 3, deterministic=deterministic))
     assert ledger.dropped == {"not written": 3 * 2 * 2} and ledger.outstanding == 0
     assert ledger.generated == ledger.trained == 3 * 2 * (GROUP - 2)
@@ -380,13 +383,13 @@ def test_nothing_new_is_begun_between_draining_and_new_weights(make: Any) -> Non
     bench = Bench(make)
 
     async def look() -> list[bool]:
-        pipeline = Pipeline(deterministic=False, update=WeightUpdate.DRAIN, max_staleness=5)
+        pipeline = StalenessSchedule(deterministic=False, update=WeightUpdate.DRAIN, max_staleness=5)
         sources = ports.Sources(tokenizer=bench.engines.tokenizer, rows=lambda path, columns: ())
-        collector = Collector(SHORT, bench.prompts, sources, bench.engines, Ledger(), pipeline, 0, 9)
+        collector = RolloutBuffer(SHORT, bench.prompts, sources, bench.engines, Ledger(), pipeline, 0, 9)
         seen = [collector._may_begin(3)]
         await collector.drained(1)
         seen.append(collector._may_begin(3))
-        await collector.advance(1, Collected(step=0, began=0.0, asked=[]))
+        await collector.advance(1, BufferedStep(step=0, began=0.0, asked=[]))
         return [*seen, collector._may_begin(3), collector._may_begin(7)]
 
     assert asyncio.run(look()) == [True, False, True, False]
@@ -394,7 +397,7 @@ def test_nothing_new_is_begun_between_draining_and_new_weights(make: Any) -> Non
 
 def test_what_was_trained_is_let_go(make: Any) -> None:
     def collected() -> int:
-        return sum(type(one) is Collected for one in gc.get_objects())
+        return sum(type(one) is BufferedStep for one in gc.get_objects())
 
     bench = Bench(make)
     gc.collect()
@@ -422,9 +425,9 @@ def test_what_was_trained_is_let_go(make: Any) -> None:
 def test_which_checkpoints_a_run_goes_on_from_as_if_it_had_not_stopped(
     staleness: int, deterministic: bool, every: int, repeating: Sequence[int]
 ) -> None:
-    pipeline = Pipeline(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
+    pipeline = StalenessSchedule(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
     assert [step for step in range(10) if pipeline.repeats_from(step)] == list(repeating)
-    assert pipeline.writer(0) == 0
+    assert pipeline.min_version(0) == 0
     anywhere = not (deterministic and every)
     assert [step for step in range(10) if pipeline.may_pause(step)] == [
         step for step in range(10) if anywhere or step in repeating
@@ -435,9 +438,9 @@ def test_when_a_step_was_written_and_read() -> None:
     """The last of all groups counts, in whatever order they came; a step without any took no time."""
     spans = [
         Span(role=role, step=1, start=1.0, end=end)
-        for role, end in [(Role.ROLLOUT, 4.0), (Role.TEACHER, 9.0), (Role.ROLLOUT, 3.0), (Role.TEACHER, 7.0)]
+        for role, end in [(Stage.ROLLOUT, 4.0), (Stage.TEACHER, 9.0), (Stage.ROLLOUT, 3.0), (Stage.TEACHER, 7.0)]
     ]
-    collected = Collected(step=0, began=1.0, asked=[], spans=spans)
+    collected = BufferedStep(step=0, began=1.0, asked=[], spans=spans)
     assert (collected.written, collected.read) == (4.0, 9.0)
-    nothing = Collected(step=0, began=1.0, asked=[])
+    nothing = BufferedStep(step=0, began=1.0, asked=[])
     assert (nothing.written, nothing.read) == (1.0, 1.0)

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.config.care import Care
-from launch.services.replicas import Fault, Faulty, Replicas
+from launch.config.retry_policy import RetryPolicy
+from launch.services.replicas import Fault, ReplicaFault, Replicas
 from launch.services.stack_dumps import Listener, Stacks, describe, keep_traceback
 from opd.errors import OpdError
 from weight_sync.shared_memory import place
@@ -98,11 +98,16 @@ def test_a_replica_that_hangs_is_looked_at_before_it_is_ended_and_the_sentence_n
         async def nothing(_: Any) -> None: ...
 
         replicas = Replicas(
-            who="rollout actor", care=Care(deadline_s=1.0), ready=nothing, prime=nothing, end=end, look=stacks.look
+            service="rollout actor",
+            retry=RetryPolicy(deadline_s=1.0),
+            ready=nothing,
+            warm_up=nothing,
+            end=end,
+            look=stacks.look,
         )
         replicas.adopt([actor])
         (replica,) = replicas.serving
-        reporting = asyncio.ensure_future(replicas.report(replica, Faulty(Fault.HUNG, "it did not answer")))
+        reporting = asyncio.ensure_future(replicas.report(replica, ReplicaFault(Fault.HUNG, "it did not answer")))
         await asyncio.sleep(0)
         reporting.cancel()  # a hedge has answered meanwhile
         with pytest.raises(asyncio.CancelledError):
@@ -149,12 +154,12 @@ def test_of_one_that_died_there_is_what_it_raised_and_the_end_of_its_log(tmp_pat
             raise ValueError("\x1b[31mno such layer\x1b[0m")
 
         replicas = Replicas(
-            who="teacher actor", care=Care(deadline_s=1.0), ready=refuse, prime=refuse, end=lambda _: None,
-            make=lambda: actor, look=stacks.look,
+            service="teacher actor", retry=RetryPolicy(deadline_s=1.0), ready=refuse, warm_up=refuse,
+            end=lambda _: None, make=lambda: actor, look=stacks.look,
         )  # fmt: skip
-        if fault is Fault.LIED:
+        if fault is Fault.INVALID_ANSWER:
             replicas.adopt([actor])
-            await replicas.report(replicas.serving[0], Faulty(fault, "chunk 0 is damaged", repeats=True))
+            await replicas.report(replicas.serving[0], ReplicaFault(fault, "chunk 0 is damaged", repeats=True))
             await replicas.close()
             return OpdError(replicas.history[0])
         with pytest.raises(OpdError) as caught:
@@ -169,7 +174,7 @@ def test_of_one_that_died_there_is_what_it_raised_and_the_end_of_its_log(tmp_pat
     assert "free(): invalid pointer" in text and "== teacher, process 1" in text
     assert text.count("too old") < 5000, "the log is kept whole"
     file.unlink()
-    assert "last words" not in str(asyncio.run(play(Fault.LIED))), "one that lied is there and has said why"
+    assert "last words" not in str(asyncio.run(play(Fault.INVALID_ANSWER))), "one that lied is there and has said why"
 
 
 def test_two_that_die_alike_are_known_though_each_has_a_file_of_its_own(tmp_path: Path) -> None:
@@ -191,11 +196,11 @@ def test_two_that_die_alike_are_known_though_each_has_a_file_of_its_own(tmp_path
         async def nothing(_: Any) -> None: ...
 
         replicas = Replicas(
-            who="rollout actor", care=Care(deadline_s=1.0, restarts=8), ready=nothing, prime=refuse,
+            service="rollout actor", retry=RetryPolicy(deadline_s=1.0, restarts=8), ready=nothing, warm_up=refuse,
             end=lambda _: None, make=make, look=stacks.look,
         )  # fmt: skip
         replicas.adopt([make()])
-        died = Faulty.of(Fault.DIED, ValueError("no memory for prompt 3"))
+        died = ReplicaFault.of(Fault.DIED, ValueError("no memory for prompt 3"))
         await replicas.report(replicas.serving[0], died)
         with pytest.raises(OpdError, match=r"two failed alike.*no memory for prompt 7 \(its last words"):
             await replicas.acquire(1)

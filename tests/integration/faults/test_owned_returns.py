@@ -12,7 +12,7 @@ import pytest
 
 from launch.config.settings import ClusterConfig
 from launch.services.cluster import connected, fetch, is_lost, store
-from launch.services.owned_returns import Following, handing_over, keep, taken_over
+from launch.services.owned_returns import DeferredArray, keep, owned_answers, with_owned_returns
 from opd.types import HiddenScores, RemoteRows, TokenScores
 from tests.fault_matrix import Witness
 
@@ -42,8 +42,8 @@ class Learner:
 class Dying(Teacher):
     """Its process is gone when its answers and one of two arrays have been handed over."""
 
-    async def hand_over(self, requests: Sequence[float]) -> AsyncIterator[Any]:
-        rows = [RemoteRows(pieces=((Following(i), np.arange(2)),)) for i, _ in enumerate(requests)]
+    async def score_owned(self, requests: Sequence[float]) -> AsyncIterator[Any]:
+        rows = [RemoteRows(pieces=((DeferredArray(i), np.arange(2)),)) for i, _ in enumerate(requests)]
         yield [HiddenScores(logprobs=np.zeros(2, np.float32), hidden=row) for row in rows]
         yield np.full((4000, 100), requests[0], np.float32)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -61,7 +61,7 @@ def test_what_was_said_outlives_who_said_it(witness: Witness) -> None:
         import ray
 
         learner = ray.remote(Learner).options(num_cpus=0.1).remote()
-        teacher = ray.remote(handing_over(Teacher)).options(num_cpus=0.1, max_concurrency=8).remote(keeping)
+        teacher = ray.remote(with_owned_returns(Teacher)).options(num_cpus=0.1, max_concurrency=8).remote(keeping)
         process = psutil.Process(await teacher.pid.remote())
         ((_, answers),) = [part async for part in ask(getattr(teacher, method), [3.0, 4.0])]
         os.kill(process.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ def test_what_was_said_outlives_who_said_it(witness: Witness) -> None:
         return await learner.read.remote(answers)
 
     with connected(ClusterConfig()):
-        assert asyncio.run(play(keep, taken_over, "hand_over")) == [3.0, 4.0]
+        assert asyncio.run(play(keep, owned_answers, "score_owned")) == [3.0, 4.0]
         with pytest.raises(Exception, match="OwnerDied"):  # so the news was there
             asyncio.run(play(store, put, "score"))
 
@@ -86,7 +86,7 @@ def test_an_answer_without_its_arrays_is_a_death_and_no_answer(witness: Witness)
         import ray
 
         teacher = ray.remote(Dying).options(num_cpus=0.1).remote(keep)
-        return [part async for part in taken_over(teacher.hand_over, [3.0, 4.0])]
+        return [part async for part in owned_answers(teacher.score_owned, [3.0, 4.0])]
 
     with connected(ClusterConfig()):
         with pytest.raises(Exception, match="died") as raised:

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from learner import checkpoint
 from opd.errors import DataError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK, WrittenToken
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 from teacher_service.frames import (
     FrameError,
-    Limits,
+    FrameLimits,
     Question,
     Reply,
     TooDeep,
@@ -35,7 +35,7 @@ from teacher_service.frames import (
 )
 from tests.fault_matrix import Witness
 
-LIMITS = Limits(requests=9, tokens=400, k=8, frame_bytes=1 << 16)
+LIMITS = FrameLimits(requests=9, tokens=400, k=8, frame_bytes=1 << 16)
 CALL, MODEL = bytes(range(16)), bytes(range(16, 32))
 
 
@@ -45,9 +45,9 @@ def question(seed: int, count: int = 5) -> Question:
     made = []
     for i in range(count):
         context, tokens, k = random.integers(0, 9), random.integers(0, 12), random.integers(1, 5)
-        wants = (WrittenToken(), TopK(k=int(k)), AtIds(ids=ids(random, (tokens, k))), LastHidden())
+        wants = (SampledToken(), TopK(k=int(k)), AtIds(ids=ids(random, (tokens, k))), LastHidden())
         made.append(
-            ScoreRequest(context_ids=ids(random, context), token_ids=ids(random, tokens), want=wants[(seed + i) % 4])
+            ScoreRequest(context_ids=ids(random, context), token_ids=ids(random, tokens), kind=wants[(seed + i) % 4])
         )
     return Question(call=random.bytes(16), requests=tuple(made))
 
@@ -223,7 +223,7 @@ def test_limits_are_kept_before_anything_is_allocated() -> None:
     with pytest.raises(TooLarge, match=f"{len(frame)} bytes, but 100"):
         decode_question(frame, replace(LIMITS, frame_bytes=100))
     one = np.ones(1, dtype=np.int32)
-    deep = ScoreRequest(context_ids=one, token_ids=one, want=TopK(k=9))
+    deep = ScoreRequest(context_ids=one, token_ids=one, kind=TopK(k=9))
     with pytest.raises(TooDeep, match="9 log-probabilities per token, but 8"):
         decode_question(encode_question(Question(call=CALL, requests=(deep,))), LIMITS)
     with pytest.raises(TooLarge, match="tokens, but 3"):
@@ -245,18 +245,18 @@ def test_a_question_is_no_answer() -> None:
 
 def test_the_digest_of_a_request_covers_all_of_it() -> None:
     ids = np.arange(1, 5, dtype=np.int32)
-    base = ScoreRequest(context_ids=ids, token_ids=ids, want=TopK(k=3))
+    base = ScoreRequest(context_ids=ids, token_ids=ids, kind=TopK(k=3))
     at = np.ones((4, 2), dtype=np.int32)
     others = [
         replace(base, context_ids=ids[:-1]),
         replace(base, context_ids=ids + 1),
         replace(base, token_ids=np.roll(ids, 1)),
         replace(base, context_ids=np.append(ids, 1).astype(np.int32), token_ids=ids[1:]),
-        replace(base, want=TopK(k=2)),
-        replace(base, want=WrittenToken()),
-        replace(base, want=LastHidden()),
-        replace(base, want=AtIds(ids=at)),
-        replace(base, want=AtIds(ids=at + 1)),
+        replace(base, kind=TopK(k=2)),
+        replace(base, kind=SampledToken()),
+        replace(base, kind=LastHidden()),
+        replace(base, kind=AtIds(ids=at)),
+        replace(base, kind=AtIds(ids=at + 1)),
     ]
     digests = {request_digest(r) for r in [base, *others]}
     assert len(digests) == 1 + len(others)
@@ -299,11 +299,11 @@ def with_row(frame: bytes, *row: int) -> bytes:
 @pytest.mark.parametrize("k", range(3))
 def test_a_question_has_a_k_where_its_kind_needs_one_and_nowhere_else(kind: int, k: int) -> None:
     nothing = np.zeros(0, dtype=np.int32)
-    empty = ScoreRequest(context_ids=nothing, token_ids=nothing, want=WrittenToken())
+    empty = ScoreRequest(context_ids=nothing, token_ids=nothing, kind=SampledToken())
     frame = with_row(encode_question(Question(call=CALL, requests=(empty,))), 0, 0, kind, k)
     if kind <= 3 and (k > 0) == (kind in (1, 2)):
         (read,) = decode_question(frame, LIMITS).requests
-        assert type(read.want) is (WrittenToken, TopK, AtIds, LastHidden)[kind]
+        assert type(read.kind) is (SampledToken, TopK, AtIds, LastHidden)[kind]
         return
     with pytest.raises(FrameError, match="do not exist"):
         decode_question(frame, LIMITS)
@@ -329,15 +329,15 @@ def test_what_is_exactly_at_a_limit_is_taken() -> None:
     asked, said = question(0, 5), reply(0, 5)
     tokens = sum(len(r.context_ids) + len(r.token_ids) for r in asked.requests)
     deepest = max(w.k if isinstance(w, TopK) else w.ids.shape[1] for r in asked.requests if
-                  isinstance(w := r.want, TopK | AtIds))  # fmt: skip
+                  isinstance(w := r.kind, TopK | AtIds))  # fmt: skip
     frame = encode_question(asked)
-    fits = Limits(requests=5, tokens=tokens, k=deepest, frame_bytes=len(frame))
+    fits = FrameLimits(requests=5, tokens=tokens, k=deepest, frame_bytes=len(frame))
     assert same(decode_question(frame, fits), asked)
     for name, error in {"requests": TooLarge, "tokens": TooLarge, "k": TooDeep, "frame_bytes": TooLarge}.items():
         with pytest.raises(error):
             decode_question(frame, replace(fits, **{name: getattr(fits, name) - 1}))
     frame, written = encode_reply(said), sum(len(a.logprobs) for a in said.answers)
-    fits = Limits(requests=5, tokens=written, k=0, frame_bytes=len(frame))
+    fits = FrameLimits(requests=5, tokens=written, k=0, frame_bytes=len(frame))
     assert same(decode_reply(frame, fits), said)
     for name in ("requests", "tokens", "frame_bytes"):
         with pytest.raises(TooLarge):
@@ -346,7 +346,7 @@ def test_what_is_exactly_at_a_limit_is_taken() -> None:
 
 def test_one_frame_holds_what_it_always_could() -> None:
     """Client and server have these limits by default, each in its own process, which may be of another release."""
-    assert Limits() == Limits(requests=4096, tokens=1_048_576, k=1024, frame_bytes=268_435_456)
+    assert FrameLimits() == FrameLimits(requests=4096, tokens=1_048_576, k=1024, frame_bytes=268_435_456)
 
 
 def test_what_is_asked_may_be_written_to_and_what_is_said_is_not_copied() -> None:
@@ -367,16 +367,16 @@ def test_an_answer_is_as_large_as_was_foretold(seed: int, count: int, narrow: bo
     for request in asked:
         tokens = len(request.token_ids)
         logprobs = bits(random, (tokens,), np.float32)
-        match request.want:
-            case TopK() | AtIds() as want:
-                k = want.k if isinstance(want, TopK) else want.ids.shape[1]
+        match request.kind:
+            case TopK() | AtIds() as kind:
+                k = kind.k if isinstance(kind, TopK) else kind.ids.shape[1]
                 values = bits(random, (tokens, k), np.float32)
                 made.append(TopKScores(logprobs=logprobs, topk_ids=ids(random, (tokens, k)), topk_logprobs=values))
             case LastHidden():
                 rows = bits(random, (tokens, width), np.uint16 if narrow else np.float32)
                 pieces = ((rows, np.arange(tokens)),)
                 made.append(HiddenScores(logprobs=logprobs, hidden=RemoteRows(pieces=pieces)))
-            case WrittenToken():
+            case SampledToken():
                 made.append(TokenScores(logprobs=logprobs))
     digests = tuple(request_digest(r) for r in asked)
     frame = encode_reply(Reply(call=CALL, model=MODEL, digests=digests, answers=tuple(made)))
