@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # install.sh packages|runtime|dev: put what requirements/*.lock pins into .venv, once.
 #   packages  the locked runtime packages      runtime  ... and this project, editable (the default)
-#   dev       ... and the test and lint tools
+#   dev       ... and the tools that test, lint and build the docs site
 # Each part leaves a stamp, the sha256 of what it was made from, so a second run has nothing to do. A mark that names
 # the installing process tells a half-made .venv from a finished one.
 set -euo pipefail
@@ -145,5 +145,5 @@ case $goal in packages | runtime | dev) ;; *) stop "install.sh takes packages, r
 # A .venv with vLLM's CUDA build was made by `pip install '.[gpu]'`, and stays as it is.
 has_cuda_vllm || part packages "the runtime: torch, vLLM, Ray, DeepSpeed" "about two minutes, 2.5 GB"
 [ "$goal" = packages ] || part project "this project, editable"
-[ "$goal" != dev ] || part tools "the test and lint tools"
+[ "$goal" != dev ] || part tools "the tools that test, lint and build the docs site"
 [ "$(cat "$mark" 2>/dev/null)" != $$ ] || rm -f "$mark"
