@@ -4,7 +4,8 @@ An actor is a node of eight H200s: a 72B student, a teacher of 405B. The work pe
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -74,10 +75,23 @@ def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
     ]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the sentence that is logged for every failure."""
+    loggers = [logging.getLogger(f"launch.services.{name}") for name in ("replicas", "learner_restart")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@quiet()
 def cluster(sizes: Sequence[int], steps: int = 60) -> None:
     """The table, a row at a time."""
-    for name in ("launch.services.replicas", "launch.services.learner_restart"):  # a sentence for every failure
-        logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(width=200)
     table = Table(
         "devices", "arm", "step, s", "weak scaling (0.95)", "effective time (0.90)", "not lost",

@@ -142,7 +142,10 @@ def loop_cost(samples: int = 1024, *, with_ray: bool = False) -> None:
     load = Workload(sequences=samples, group=4, prompt=512, most=TOKENS * 256)
     spent(8, load)  # imports and first calls
     gc.freeze()  # as a run does when everything has started
-    rounds = [[spent(actors, load) for actors in ACTORS] for _ in range(ROUNDS)]
+    try:
+        rounds = [[spent(actors, load) for actors in ACTORS] for _ in range(ROUNDS)]
+    finally:
+        gc.unfreeze()
     cost = [median(done[i][0] for done in rounds) for i in range(len(ACTORS))]
     unit = ray_call_s() if with_ray else math.nan
     table = Table("actors", "CPU us a sample", "spread", "of 8 actors", "Ray calls' worth (0.1)", "calls a sample")

@@ -1,6 +1,6 @@
 """Scale in virtual time and on the processor's clock: schedules (P6), the loop's own cost (P10), clusters (P12).
 
-python benchmarks/scale.py overlap  [devices] [steps]
+python benchmarks/scale.py overlap  [devices] [steps] [steps at either end that are not measured]
 python benchmarks/scale.py loop     [samples] [ray]
 python benchmarks/scale.py cluster  [devices ...] [steps=60]
 """

@@ -277,7 +277,7 @@ def best_cluster(actors: int, load: Workload, slots: int, kind: Kind = DEVICE) -
     return Cluster(rollout=rollout, teacher=teacher, learner=learner, slots=slots, kind=kind)
 
 
-def overlap(devices: int = 32, steps: int = 24) -> None:
+def overlap(devices: int = 32, steps: int = 24, filling: int = 9) -> None:
     """P6: every arm on the same work, heavy tails and moderate ones."""
     console = Console(width=170)
     for sigma, per_slot in ((1.0, 2), (1.0, 6), (0.5, 2)):
@@ -301,7 +301,7 @@ def overlap(devices: int = 32, steps: int = 24) -> None:
                       "bubble from spans", "oldest token", "virtual s a CPU s")  # fmt: skip
         lock = 0.0
         for arm in ARMS:
-            made = run(cluster, load, arm, steps)
+            made = run(cluster, load, arm, steps, filling=filling)
             step_s = made.step_s
             lock = lock or step_s
             counts: dict[Stage, int] = dict(zip(STAFFED, made.counts, strict=True))

@@ -1,6 +1,6 @@
 """Where a step's time and CPU go, as shares measured in one run on the embedded task.
 
-    python benchmarks/step_breakdown.py [steps] [OVERRIDE ...]
+    python benchmarks/step_breakdown.py [steps] [OVERRIDE ...]      (default 40 steps, 3 at least)
 
 Prints, beside the limits of the project: seconds from process start to the first step, CPU-seconds per step and, with
 enough steps, to 90 % accuracy at T=1 (measured every 5 steps, evaluation apart), the share of a steady step outside
@@ -23,10 +23,16 @@ from launch.monitors.accounting import process_tree_cpu_seconds
 STARTED = time()
 GOAL = 0.9  # accuracy at T=1
 EVERY = 5
+WARM = 2  # steps at least
 
 
 def main() -> None:
     """Train, measuring every step; the first fifth of the steps is warm-up."""
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    if steps <= WARM:  # said before the minute that a run takes
+        sys.exit(
+            f"the first {WARM} steps are warm-up and not measured, so {steps} are too few; give {WARM + 1} or more"
+        )
     from launch.config.run_config import run_config
     from launch.monitors.accounting import Totals
     from launch.plan.plan import make_plan
@@ -35,10 +41,9 @@ def main() -> None:
     from launch.services.cluster import connected
     from opd.loop.train import StepRecord, train
 
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     config = run_config(["experiment=shop", f"steps={steps}", *sys.argv[2:]])
     plan = make_plan(config)
-    warm = max(2, steps // 5)
+    warm = max(WARM, steps // 5)
 
     async def measure() -> None:
         session = await open_session(plan)

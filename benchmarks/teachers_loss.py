@@ -1,6 +1,8 @@
 """The loss against vocabulary and number of teachers (P4): memory does not grow with them, time only with their heads.
 
-    python benchmarks/teachers_loss.py [TOKENS WIDTH ROUNDS]      (default 512 64 3)
+    python benchmarks/teachers_loss.py [TOKENS WIDTH ROUNDS [VOCABULARY TEACHERS]]      (default 512 64 3)
+
+VOCABULARY is the only one to measure, and TEACHERS (2 or more) how many there are at most.
 
 Several teachers are read as their mixture (`opd.loss.chunked.mixture`), one after another within a chunk; the naive arm
 holds the stacked log-probabilities of all. Memory: a fresh process per arm, growth of the peak resident set beyond
@@ -14,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -108,17 +111,18 @@ def peak(name: str, *sizes: int) -> tuple[float, float]:
     return found["bytes"] / 1e6, found["loss"]
 
 
-def memory(tokens: int, width: int) -> None:
+def memory(tokens: int, width: int, vocabularies: Sequence[int], counts: Sequence[int]) -> None:
+    ends = f"T={counts[-1]} / T=1"
     print(f"peak MB at {tokens} tokens, width {width} (of naive only up to 32,768: it would need too much)")
-    for vocabulary in VOCABULARIES:
-        mine = [peak("ours", tokens, vocabulary, width, count) for count in TEACHERS]
-        said = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(TEACHERS, mine, strict=True))
-        print(f"  V={vocabulary:>7,}  ours   {said}  T=8 / T=1: {mine[-1][0] / mine[0][0]:.3f} (limit {MEMORY_LIMIT})")
+    for vocabulary in vocabularies:
+        mine = [peak("ours", tokens, vocabulary, width, count) for count in counts]
+        said = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(counts, mine, strict=True))
+        print(f"  V={vocabulary:>7,}  ours   {said}  {ends}: {mine[-1][0] / mine[0][0]:.3f} (limit {MEMORY_LIMIT})")
         if vocabulary <= 32_768:
-            plain = [peak("naive", tokens, vocabulary, width, count) for count in TEACHERS]
+            plain = [peak("naive", tokens, vocabulary, width, count) for count in counts]
             assert all(abs(a[1] - b[1]) < 1e-5 for a, b in zip(mine, plain, strict=True)), "not the same loss"
-            said = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(TEACHERS, plain, strict=True))
-            print(f"  {'':>9}  naive  {said}  T=8 / T=1: {plain[-1][0] / plain[0][0]:.3f}")
+            said = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(counts, plain, strict=True))
+            print(f"  {'':>9}  naive  {said}  {ends}: {plain[-1][0] / plain[0][0]:.3f}")
 
 
 def reading(case: Case) -> float:
@@ -130,10 +134,9 @@ def reading(case: Case) -> float:
     return process_time() - began
 
 
-def time(tokens: int, width: int, rounds: int) -> None:
-    vocabulary = VOCABULARIES[1]
-    cases = {count: Case(tokens, vocabulary, width, count) for count in TEACHERS}
-    seconds: dict[int, list[float]] = {count: [] for count in TEACHERS}
+def time(tokens: int, width: int, rounds: int, vocabulary: int, counts: Sequence[int]) -> None:
+    cases = {count: Case(tokens, vocabulary, width, count) for count in counts}
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
     alone: list[float] = []
     for at in range(rounds + 1):
         spent = {count: run("ours", case)[0] for count, case in cases.items()}
@@ -145,7 +148,8 @@ def time(tokens: int, width: int, rounds: int) -> None:
     print(f"CPU ms at {tokens} tokens, vocabulary {vocabulary:,}, width {width}, {rounds} rounds: median (min to max)")
     for count, found in seconds.items():
         print(f"  T={count}: {1e3 * median(found):,.0f} ({1e3 * min(found):,.0f} to {1e3 * max(found):,.0f})")
-    slopes = [(b - a) / 7 / c for a, b, c in zip(seconds[1], seconds[8], alone, strict=True)]
+    most = counts[-1]
+    slopes = [(b - a) / (most - 1) / c for a, b, c in zip(seconds[1], seconds[most], alone, strict=True)]
     print(
         f"  per further teacher, in units of its head GEMM and softmax alone: {median(slopes):.2f} "
         f"({min(slopes):.2f} to {max(slopes):.2f}; limit {SLOPE_LIMIT}, the mixture itself comes on top)"
@@ -160,9 +164,13 @@ def main() -> None:
     if sys.argv[1:2] == ["arm"]:
         measure_peak(sys.argv[2], *(int(value) for value in sys.argv[3:]))
         return
-    tokens, width, rounds = (int(value) for value in sys.argv[1:]) if sys.argv[1:] else (512, 64, 3)
-    memory(tokens, width)
-    time(tokens, width, rounds)
+    tokens, width, rounds, *few = (int(value) for value in sys.argv[1:]) if sys.argv[1:] else (512, 64, 3)
+    vocabularies = tuple(few[:1]) or VOCABULARIES
+    counts = [count for count in TEACHERS if count <= few[1]] if few[1:] else TEACHERS
+    if len(counts) < 2:
+        raise SystemExit(__doc__)
+    memory(tokens, width, vocabularies, counts)
+    time(tokens, width, rounds, few[0] if few else VOCABULARIES[1], counts)
 
 
 if __name__ == "__main__":

@@ -58,3 +58,27 @@ def test_an_installed_wheel_does_what_a_checkout_does(
     )
     assert done.returncode == code, done.stderr[-2000:]
     assert says in " ".join((done.stdout + done.stderr).split()) and "Traceback" not in done.stderr
+
+
+def test_an_installed_wheel_writes_a_report(installed: Path, tmp_path: Path) -> None:
+    """The page needs its templates, which are files of the package and no Python."""
+    write = (
+        "from pathlib import Path\n"
+        "from launch.artifacts.run_directory import RunDirectory\n"
+        "from launch.report.report import write_report\n"
+        "directory = RunDirectory.create(Path('runs'), 'first')\n"
+        "directory.write_config('steps: 20')\n"
+        "write_report(directory)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", write],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (tmp_path / "runs" / "first" / "report.html").read_text()
+    assert "not evaluated yet" in page and "--surface" in page
