@@ -39,7 +39,7 @@ NAV = {
     ],
     "Operations": [
         "The doctor <docs/doctor>",
-        "Metrics and alarms <docs/diagnostics>",
+        "Metrics and alerts <docs/diagnostics>",
         "Performance <docs/performance>",
         "Reliability <docs/reliability>",
     ],

@@ -44,7 +44,7 @@ DESCRIPTION = (
 
 # The driver's steps: name and the height of its middle.
 STEPS = {"collect": 138, "score": 276, "weigh": 374, "pack": 438, "learn": 534, "publish": 674}
-# The boxes beside them: colour, name, what it is, its folder, from where to where.
+# The boxes beside them: color, name, what it is, its folder, from where to where.
 BOXES = (
     ("rollout", "Rollout actors", ["vLLM writes text"], "actors/", 86, 190),
     ("teacher", "Teacher actors", ["one pool per teacher,", "own model or HTTP"], "teacher_service/", 214, 338),
