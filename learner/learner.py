@@ -18,7 +18,7 @@ from weight_sync.rendezvous import free_port, own_host
 
 if TYPE_CHECKING:
     from learner.training import MakeSender, Training
-    from opd.method.method import Objective
+    from opd.ports import LossFunction
 
 
 class LearnerRank:
@@ -71,7 +71,7 @@ class LearnerRank:
         self._training = Training(self._config, rank, host, port, self._seed, self._steps)
         self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._sender, self._text)
 
-    def step(self, batches: Sequence[Batch[Scores]], objective: "Objective") -> StepReport:
+    def step(self, batches: Sequence[Batch[Scores]], objective: "LossFunction") -> StepReport:
         """One update from this rank's micro-batches; all ranks bring the same number and get the same report.
 
         Raises:
@@ -82,7 +82,7 @@ class LearnerRank:
         with self._busy() as training:
             return training.step(batches, objective)
 
-    def evaluate(self, batches: Sequence[Batch[Scores]], objective: "Objective") -> dict[str, float]:
+    def evaluate(self, batches: Sequence[Batch[Scores]], objective: "LossFunction") -> dict[str, float]:
         """The objective's `loss` and metrics at the current weights, computed as in `step`."""
         with self._busy() as training:
             return training.evaluate(batches, objective)

@@ -17,9 +17,9 @@ from learner.config import LossKernel
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.loss.metrics import vocabulary_metrics
-from opd.method.method import Objective
 from opd.method.promises import Promise
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
+from opd.ports import LossFunction
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 _IGNORE_INDEX = -100  # the kernel's own default; no labels are passed, so no row is ignored
@@ -59,7 +59,7 @@ def divergence(p: Float[Tensor, "n V"], q: Float[Tensor, "n V"], beta: float) ->
 class LigerDivergence:
     """`of`, computed by liger-kernel; `reports` is the metric that has the loss itself, as `of` has it ("": none)."""
 
-    of: Objective
+    of: LossFunction
     beta: float
     reports: str = ""
 
@@ -81,7 +81,7 @@ class LigerDivergence:
         return TokenLoss(loss=loss, metrics={**own, **vocabulary_metrics(student, batch)})
 
 
-def with_kernel(kernel: LossKernel, objective: Objective) -> Objective:
+def with_kernel(kernel: LossKernel, objective: LossFunction) -> LossFunction:
     """`objective`, computed by the chosen kernel.
 
     Raises:

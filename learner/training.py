@@ -28,8 +28,7 @@ from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
 from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import halves
 from opd.loss.per_teacher import by_teacher
-from opd.method.method import Objective
-from opd.ports import Sentinel, WeightSender, WeightShard
+from opd.ports import LossFunction, Sentinel, WeightSender, WeightShard
 from opd.scorers.validation import check_support
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
@@ -94,7 +93,7 @@ class Training:
         self._ordered = [named[i][1] for i in self._publisher.order]
         self._origin = self._read_sentinel()
 
-    def step(self, batches: Sequence[Batch[Scores]], objective: Objective) -> StepReport:
+    def step(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> StepReport:
         """See `LearnerRank.step`."""
         sums = _Sums(batches)
         for i, batch in enumerate(batches):
@@ -120,7 +119,7 @@ class Training:
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch[Scores]], objective: Objective) -> dict[str, float]:
+    def evaluate(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> dict[str, float]:
         """See `LearnerRank.evaluate`."""
         sums = _Sums(batches)
         for batch in batches:
@@ -189,7 +188,7 @@ class Training:
         self._writer.close()
         engine.leave(self._engine)
 
-    def _learn(self, batch: Batch[Scores], objective: Objective, sums: "_Sums", *, last: bool) -> None:
+    def _learn(self, batch: Batch[Scores], objective: LossFunction, sums: "_Sums", *, last: bool) -> None:
         """Forward and backward of a micro-batch, in two halves if memory does not suffice for it as a whole."""
         self._engine.set_gradient_accumulation_boundary(last)
         seen = self._try(batch, objective)
@@ -211,7 +210,7 @@ class Training:
                 raise self._too_large(part)
             self._backward(seen, sums, last=end)
 
-    def _try(self, batch: Batch[Scores], objective: Objective) -> "_Seen | None":
+    def _try(self, batch: Batch[Scores], objective: LossFunction) -> "_Seen | None":
         """The forward pass, or None if memory does not suffice."""
         try:
             return self._forward(self._engine, batch, objective)
@@ -272,9 +271,10 @@ class Training:
             self._forward(self._student, batch, watching)
         return told(" ".join(watching.found), self._rank, self._config.ranks, self._device)
 
-    def _forward(self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: Objective) -> "_Seen":
+    def _forward(self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: LossFunction) -> "_Seen":
         """The weighted sum of the objective over a micro-batch."""
-        check_support(batch.scores, self._student.vocabulary)
+        for scores in (batch.scores, *(term.scores for term in batch.terms.values())):
+            check_support(scores, self._student.vocabulary)
         here, objective = batch.to(self._device, self._fetch), with_kernel(self._config.loss_kernel, objective)
 
         def prepare(first: int, last: int) -> Evaluate:

@@ -35,7 +35,7 @@ from learner.liger import with_kernel
 from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
 from opd.ports import Sources
 from opd.settings.devices import Device, Dtype
-from opd.token_weights.special_tokens import look_up
+from opd.token_weights.special_tokens import with_known_tokens
 from weight_sync import sentinel
 
 GIB = 2**30
@@ -112,7 +112,9 @@ class Plan:
         for role, count, what in rows:
             table.add_row(role, str(count), what, f"{memory[role] / GIB:.3f} GiB")
         method = config.method
-        parts = (method.rollout, method.scorer, *method.weights.values(), method.objective, method.update)
+        terms = method.every_term.values()
+        summed = [part for t in terms for part in (t.scorer, *t.weights.values(), t.objective)]
+        parts = (method.rollout, *summed, method.update)
         table.add_section()
         table.add_row("method", "", " -> ".join(type(p).__name__ for p in parts), "")
         table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
@@ -146,7 +148,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_transport(config)
     open_device = config.cluster.address != "local" and undecided(config)
     config = resolved(config)
-    with_kernel(config.learner.loss_kernel, config.method.objective)
+    with_kernel(config.learner.loss_kernel, config.method.loss)
     check_adapters(config)
     check_numbers(config)
     check_checkpoint(config.student.path, "student")
@@ -157,7 +159,7 @@ def make_plan(config: RunConfig) -> Plan:
     exact_kl &= all(teacher.causal.get_output_embeddings().bias is None for teacher in teachers.values())
     check_settings(config)
     tokens = tokenizer_identity(config.student.path).tokens
-    config = replace(config, method=replace(config.method, weights=look_up(config.method.weights, tokens)))
+    config = replace(config, method=with_known_tokens(config.method, tokens))
     tokenizer = HuggingFaceTokenizer(config.student.path)
     sources = Sources(tokenizer=tokenizer, rows=read_rows)
     ends = text_ends(config.student.path, tokenizer, config.teachers)

@@ -12,7 +12,7 @@ from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.config.settings import EvaluationConfig
 from launch.monitors.accounting import Totals
 from opd.loss.packing import TokenMean, pack
-from opd.method.method import weigh
+from opd.method.method import loss_masks
 from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Engines, Learner, Sampling, Sources, TextEngine
 from opd.rollouts.student import write
@@ -91,7 +91,7 @@ class Evaluator:
         scorer = TeacherHidden()
         scores = await self._score(trajectories, scorer)
         scored = [Scored(trajectory=t, scores=s) for t, s in zip(trajectories, scores, strict=True)]
-        batches = pack(scored, weigh({}, scored), self._learner.layout, TokenMean())
+        batches = pack(scored, loss_masks(scored), self._learner.layout, TokenMean())
         return (await self._learner.evaluate(batches, FullReverseKL()))["loss"]
 
     async def _sampled_reverse_kl(self, trajectories: Sequence[Trajectory]) -> float:

@@ -38,7 +38,6 @@ from launch.services.signals import StopRequest
 from launch.services.stack_dumps import Stacks
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
-from opd.scorers.ensemble import Ensemble
 from opd.types import TokenScores
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
@@ -248,6 +247,7 @@ class Run:
                 [remember, *trackers, measure, boundary],
                 start=self._first,
                 steps=config.steps,
+                seed=config.seed,
                 pipeline=config.pipeline,
                 ledger=self._ledger,
             )
@@ -374,12 +374,15 @@ def make_evaluator(plan: Plan, session: Session) -> Evaluator:
 
 def costs(plan: Plan) -> Costs:
     """Who does what with every token, and how large they are."""
-    rollout, scorer, params = plan.config.method.rollout, plan.config.method.scorer, plan.teacher_params
-    members = list(scorer.shares) if isinstance(scorer, Ensemble) else []
+    method, params = plan.config.method, plan.teacher_params
+    named = method.named_teachers
+    read = sum(params[name] for name in named)
+    if method.asks_prompts_teacher or not named:
+        read += params[DEFAULT]
     return Costs(
         student_params=plan.student_params,
-        teacher_params=sum(params[name] for name in members) if members else params[DEFAULT],
-        by_teacher={} if members or len(params) == 1 else params,
-        teacher_writes=rollout.needs_writer,
-        teacher_reads=issubclass(scorer.produces, TokenScores),
+        teacher_params=read,
+        by_teacher={} if named or len(params) == 1 else params,
+        teacher_writes=method.rollout.needs_writer,
+        teacher_reads=any(issubclass(term.scorer.produces, TokenScores) for term in method.every_term.values()),
     )

@@ -18,7 +18,6 @@ from opd.observability.roofline import Decoding, Floors, Hardware, Lengths, Mode
 from opd.observability.spans import Stage
 from opd.observability.utilization import DeviceCounts
 from opd.ports import LastHidden
-from opd.scorers.ensemble import Ensemble
 from opd.settings.devices import Dtype
 from opd.types import Trajectory
 
@@ -110,7 +109,7 @@ class StepLimit:
 
 def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
     """The run's limit per step; None where the hardware or a model's shape is not known."""
-    config, requires = plan.config, plan.config.method.scorer.requires
+    config, requires = plan.config, plan.config.method.requires
     student = model_shape(config.student.path)
     shapes = {name: model_shape(teacher.path) for name, teacher in config.teachers.items()}
     teachers = {name: shape for name, shape in shapes.items() if shape is not None}
@@ -118,7 +117,7 @@ def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
     wanted = len(shapes) if costs.teacher_reads or costs.teacher_writes else 0
     if hardware is None or student is None or len(teachers) < wanted:
         return None
-    scorer, sends_hidden = config.method.scorer, LastHidden in requires
+    sends_hidden = LastHidden in requires
     width = 4.0 if config.learner.dtype is Dtype.FLOAT32 else 2.0
     return StepLimit(
         hardware=hardware,
@@ -127,7 +126,7 @@ def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
         student=student,
         teachers=teachers if costs.teacher_reads else {},
         replicas={name: teacher.replicas for name, teacher in config.teachers.items()},
-        members=tuple(scorer.shares) if isinstance(scorer, Ensemble) else (),
+        members=config.method.named_teachers,
         sends_hidden=sends_hidden,
         group=config.prompts.group_size,
         decoding=Decoding(slots=config.student.max_num_seqs, weight_bytes=width, cache_bytes=width),

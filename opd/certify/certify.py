@@ -6,6 +6,7 @@ certificate is the same on every machine, up to rounding.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from opd.certify.draws import of_draws
 from opd.certify.expected_gradient import (
@@ -21,6 +22,7 @@ from opd.certify.gradients import Case, case
 from opd.certify.page import Certificate, Finding, Row, at_least, worst
 from opd.certify.relations import of_masks, of_steps, of_tokens, with_teacher
 from opd.certify.scoring import of_credit, of_order, of_questions
+from opd.certify.sums import of_terms
 from opd.certify.worlds import VOCABULARY, make_world, stale
 from opd.method.method import Method
 
@@ -29,6 +31,8 @@ SEEDS = (0, 1)
 
 def certify(method: Method) -> Certificate:
     """Check every property that applies to `method`. Raises what its parts raise."""
+    if method.is_sum:
+        return _of_sum(method)
     promise = getattr(method.objective, "promise", None)
     if promise is None:
         return Certificate(
@@ -51,6 +55,20 @@ def certify(method: Method) -> Certificate:
     for finding in _of_one(method, cases[0], olds[0] or cases[0]):
         _note(finding, rows, skipped)
     return Certificate(method=method.name, promise=str(promise), rows=tuple(rows), skipped=skipped)
+
+
+def _of_sum(method: Method) -> Certificate:
+    """Each term by itself, and the gradient of all of them together."""
+    alone = {name: certify(method.one_term(name)) for name in method.every_term}
+    rows = [replace(row, name=f"{name}: {row.name}") for name, page in alone.items() for row in page.rows]
+    skipped = {f"{name}: {what}": why for name, page in alone.items() for what, why in page.skipped.items()}
+    if all(page.promise for page in alone.values()):
+        for finding in of_terms(method):
+            _note(finding, rows, skipped)
+    promise = " + ".join(
+        f"{name}: {term.coefficient} * {alone[name].promise}" for name, term in method.every_term.items()
+    )
+    return Certificate(method=method.name, promise=promise, rows=tuple(rows), skipped=skipped)
 
 
 def _note(finding: Finding, rows: list[Row], skipped: dict[str, str]) -> None:

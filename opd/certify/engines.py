@@ -1,4 +1,4 @@
-"""Engines of an enumerable world; nothing in them waits or is random, and they note what they were asked."""
+"""Context of an enumerable world; nothing in them waits or is random, and they note what they were asked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from opd.errors import ConfigurationError
 from opd.ports import (
     AtIds,
     Completion,
-    Engines,
+    Context,
     GenerateRequest,
     LastHidden,
     Sampling,
@@ -46,9 +46,9 @@ class Notes:
     asked: list[tuple[str, ScoreRequest]] = field(default_factory=list)
 
 
-def engines(world: World, notes: Notes) -> Engines:
+def engines(world: World, notes: Notes) -> Context:
     """Everything that the parts of a method may call in `world`."""
-    return Engines(
+    return Context(
         student=_Writer(model=world.writer, world=world, notes=notes, as_teacher=False),
         teachers={
             name: _Reader(name=name, model=model, world=world, notes=notes) for name, model in world.teachers.items()

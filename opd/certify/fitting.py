@@ -9,7 +9,7 @@ from zlib import crc32
 from opd.certify.worlds import MORE
 from opd.errors import OpdError
 from opd.method.method import Method
-from opd.token_weights.special_tokens import look_up
+from opd.token_weights.special_tokens import with_known_tokens
 
 SUPPORT_FIELDS = ("k", "record_topk")
 SUPPORT = 4  # the most ids a support has in a small world
@@ -37,7 +37,7 @@ class _AnyName(Mapping[str, int]):
 def fitted(method: Method, vocabulary: int, largest: int = SUPPORT) -> Method:
     """The method with supports of at most `largest` ids, and with ids for all tokens that its weights name."""
     small = with_supports(method, lambda k: min(k, largest))
-    return replace(small, weights=look_up(small.weights, _AnyName(vocabulary)))
+    return with_known_tokens(small, _AnyName(vocabulary))
 
 
 def with_supports(part: Any, size: Callable[[int], int]) -> Any:

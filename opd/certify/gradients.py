@@ -1,6 +1,6 @@
 """The gradient that a method trains with in a world, and the gradient of what it promises there."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -41,7 +41,12 @@ class Case:
 
     def weights(self) -> list[Float[np.ndarray, " _T"]]:
         """Every token that could be written, by its chance times the weight that the method gives it."""
-        own = [w[p] for w, p in zip(weigh(self.method.weights, self.seen.scored), self.seen.place, strict=True)]
+        own = [
+            w[p]
+            for w, p in zip(
+                weigh(self.method.weights, self.seen.scored, self.seen.context), self.seen.place, strict=True
+            )
+        ]
         return self.seen.weights(self.seen.chances * np.asarray(own))
 
     def training(self, objective: Any = None) -> Float[Tensor, " D"]:
@@ -89,14 +94,21 @@ def gradient(
 ) -> Float[Tensor, " D"]:
     """The gradient that a learner would step along, through the real packing and the real loss."""
     order = np.arange(len(weights)) if order is None else order
-    student = _leaf(seen.world.student)
-    total = torch.zeros((), dtype=torch.float64)
     scored: list[Scored[Any]] = [seen.scored[i] for i in order]
-    for batches in pack(scored, [weights[i] for i in order], layout, normalizer):
+    return descent(pack(scored, [weights[i] for i in order], layout, normalizer), objective, seen.world, chunk)
+
+
+def descent(
+    packed: Sequence[Sequence[Batch[Any]]], objective: Any, world: World, chunk: int = ALL
+) -> Float[Tensor, " D"]:
+    """The gradient of micro-batches `[rank][i]`, through the real loss."""
+    student = _leaf(world.student)
+    total = torch.zeros((), dtype=torch.float64)
+    for batches in packed:
         for batch in batches:
             here = batch.to("cpu", lambda rows: rows)
             hidden = student.hidden(here.input_ids, here.position_ids)[here.predict_at]
-            evaluate = _evaluation(objective, here, seen.world)
+            evaluate = _evaluation(objective, here, world)
             loss, _ = flat_loss(hidden, student.head, here.weights, lambda *_, e=evaluate: e, chunk=chunk, overlap_k=0)
             total = total + loss / batch.denominator
     return _flat(torch.autograd.grad(total, (student.embedding, student.head)), student)

@@ -119,7 +119,7 @@ def some(found: Case) -> tuple[Enumerated, list[np.ndarray]]:
     pick = [i for i in range(0, len(seen.scored), 7) if seen.chances[i] > 0][:12]
     pick += [i for i in range(len(seen.scored) - 1, 0, -11) if seen.chances[i] > 0][:5]  # of another prompt
     few = replace(seen, scored=[seen.scored[i] for i in pick], place=seen.place[pick], chances=seen.chances[pick])
-    own = weigh(found.method.weights, few.scored)
+    own = weigh(found.method.weights, few.scored, few.context)
     factors = (0.5, 1.0, 2.0)
     uneven = [w * [factors[(i + t) % 3] for t in range(len(w))] for i, w in enumerate(own)]
     likely = [np.isfinite(s.trajectory.behavior.logprobs) for s in few.scored]

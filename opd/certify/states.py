@@ -20,6 +20,7 @@ from opd.certify.models import TinyModel
 from opd.certify.worlds import World
 from opd.errors import DataError
 from opd.method.promises import States
+from opd.ports import Context
 from opd.types import Scored, TopKScores, Trajectory
 
 
@@ -36,6 +37,7 @@ class Enumerated:
     scored: list[Scored[Any]]
     place: Int[np.ndarray, " n"]
     chances: Float[np.ndarray, " n"]
+    context: Context
     notes: Notes = field(default_factory=Notes)
 
     def weights(self, values: Float[np.ndarray, " n"]) -> list[Float[np.ndarray, " _T"]]:
@@ -109,7 +111,7 @@ async def enumerate_world(rollout: Any, scorer: Any, world: World) -> Enumerated
         )
     chances = np.exp([_drawn(s.trajectory, int(p), notes) for s, p in zip(scored, place, strict=True)]).reshape(-1, v)
     chances = (chances / chances.sum(-1, keepdims=True)).reshape(-1)
-    return Enumerated(world=world, scorer=scorer, scored=scored, place=place, chances=chances, notes=notes)
+    return Enumerated(world=world, scorer=scorer, scored=scored, place=place, chances=chances, context=box, notes=notes)
 
 
 def _drawn(trajectory: Trajectory, place: int, notes: Notes) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from opd.doctor.findings import Evidence, Finding, Subject, fine, refused
 from opd.loss.chunked import StudentLogits
 from opd.loss.packing import TokenMean, pack
-from opd.method.method import weigh
+from opd.method.method import loss_masks
 from opd.scorers.teacher import TeacherHidden
 from opd.types import Batch, Scored, Scores, TokenLoss, Trajectory, VocabularyScores
 
@@ -73,5 +73,5 @@ async def _evaluated(
     subject: Subject, written: Sequence[Trajectory], said: Sequence[Scores], objective: _HeadGap | _WriterGap
 ) -> Mapping[str, float]:
     scored = [Scored(trajectory=t, scores=s) for t, s in zip(written, said, strict=True)]
-    batches = pack(scored, weigh({}, scored), subject.learner.layout, TokenMean())
+    batches = pack(scored, loss_masks(scored), subject.learner.layout, TokenMean())
     return await subject.learner.evaluate(batches, objective)

@@ -10,9 +10,9 @@ from typing import Any
 from opd.errors import OpdError
 from opd.loop.ledger import Entry, Ledger, State, entries_of
 from opd.loop.staleness import StalenessSchedule
-from opd.method.method import Method
+from opd.method.method import Method, scored
 from opd.observability.spans import Span, Stage
-from opd.ports import Engines, PromptSource, Sources
+from opd.ports import Context, PromptSource, Sources
 from opd.types import Prompt, Scored, Trajectory, nbytes
 
 Group = list[Scored[Any]]
@@ -52,10 +52,16 @@ class RolloutBuffer:
     """Begins steps in order; `run` in a task, `take` what is ready, `advance` when new weights are live."""
 
     def __init__(
-        self, method: Method, prompts: PromptSource, sources: Sources, engines: Engines, ledger: Ledger,
-        pipeline: StalenessSchedule, start: int, steps: int,
-    ) -> None:  # fmt: skip
-        self._method, self._prompts, self._sources, self._engines = method, prompts, sources, engines
+        self,
+        method: Method,
+        prompts: PromptSource,
+        sources: Sources,
+        context: Context,
+        ledger: Ledger,
+        pipeline: StalenessSchedule,
+    ) -> None:
+        start, steps = context.step, context.steps
+        self._method, self._prompts, self._sources, self._context = method, prompts, sources, context
         self._ledger, self._pipeline, self._start, self._steps = ledger, pipeline, start, steps
         self._live, self._swapping = start, False
         self._held = self._largest = self._writing = 0  # bytes ready, bytes of the largest step, steps not yet ready
@@ -74,15 +80,36 @@ class RolloutBuffer:
                     await self._changed.wait_for(lambda s=step: self._may_begin(s))
                 tasks.create_task(self._collect(self._begin(step)))
 
-    async def take(self, step: int) -> BufferedStep:
-        """The step's groups, written and read; steps are taken by number, not by who finished first."""
-        return await self._ready[step]
+    async def take(self, step: int, published: Mapping[int, str]) -> BufferedStep:
+        """The step's rollouts, written, scored and admitted to training; steps are taken by number.
 
-    async def again(self, collected: BufferedStep, which: Sequence[int]) -> None:
-        """Have the groups `which` written and read once more, by the weights that are live now."""
-        fresh = await _all([self._through(collected, collected.asked[i]) for i in which])
+        Text that is too old, or of weights that were not `published` (digests by version), is written again, once. With
+        the schedule's own order there is none; it takes an engine that missed an update. What comes back like that a
+        second time is dropped.
+        """
+        found = await self._ready[step]
+        reasons = rejected(found, self._pipeline, published)
+        which = [i for i, g in enumerate(found.groups) if any(n in reasons for n in names_of(step, g))]
+        for i in which:
+            names = names_of(step, found.groups[i])
+            self._ledger.requeue(names, next(reasons[name] for name in names if name in reasons))
+        if which:
+            await self._again(found, which)
+            reasons = rejected(found, self._pipeline, published)
+            for name, reason in reasons.items():
+                self._ledger.move([name], State.DROPPED, reason)
+            found.groups = [
+                [item for name, item in zip(names_of(step, group), group, strict=True) if name not in reasons]
+                for group in found.groups
+            ]
+        self._ledger.move(names_of(step, found.scored), State.LEASED)
+        return found
+
+    async def _again(self, found: BufferedStep, which: Sequence[int]) -> None:
+        """Have the groups `which` written and scored once more, by the weights that are live now."""
+        fresh = await _all([self._through(found, found.asked[i]) for i in which])
         for i, group in zip(which, fresh, strict=True):
-            collected.groups[i] = group
+            found.groups[i] = group
 
     async def drained(self, version: int) -> None:
         """Before `version` goes live: wait for the text that weights before it must finish (and have read)."""
@@ -156,7 +183,7 @@ class RolloutBuffer:
 
     async def _write(self, collected: BufferedStep, group: list[Prompt]) -> list[Trajectory]:
         began = asyncio.get_running_loop().time()
-        written = await self._method.rollout(group, self._engines)
+        written = await self._method.rollout(group, self._context.at(collected.step))
         collected.spans.append(self._span(Stage.ROLLOUT, collected.step, began))
         names = _names(collected.step, written)
         asked = entries_of(collected.step, [group])[0]
@@ -166,10 +193,10 @@ class RolloutBuffer:
 
     async def _read(self, collected: BufferedStep, written: list[Trajectory]) -> Group:
         began = asyncio.get_running_loop().time()
-        scores = await self._method.scorer(written, self._engines) if written else []
+        items = await scored(self._method, written, self._context.at(collected.step))
         collected.spans.append(self._span(Stage.TEACHER, collected.step, began))
         self._ledger.move(_names(collected.step, written), State.SCORED)
-        return [Scored(trajectory=t, scores=s) for t, s in zip(written, scores, strict=True)]
+        return items
 
     def _span(self, role: Stage, step: int, began: float) -> Span:
         return Span(role=role, step=step + 1, start=began, end=asyncio.get_running_loop().time())

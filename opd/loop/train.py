@@ -1,4 +1,4 @@
-"""The central loop: prompts -> rollout -> scorer -> weights -> objective -> update, one step after another."""
+"""The training loop: collect, score, weigh, pack, learn, publish, one step after another."""
 
 import asyncio
 import math
@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from opd.loop.clock import StepClock
 from opd.loop.ledger import Ledger, State
-from opd.loop.rollout_buffer import BufferedStep, RolloutBuffer, names_of, rejected
+from opd.loop.rollout_buffer import BufferedStep, RolloutBuffer, names_of
 from opd.loop.staleness import StalenessSchedule
-from opd.loss.packing import pack
-from opd.method.method import Method, weigh
-from opd.observability.spans import Span, Stage
-from opd.ports import Engines, Learner, Observer, PromptSource, PublishReport, Sources
+from opd.loss.packing import WeighedTerm
+from opd.method.method import Method, packed, weighed
+from opd.method.terms import MAIN
+from opd.observability.spans import Span
+from opd.ports import Context, Engines, Learner, Observer, PromptSource, PublishReport, Sources
 from opd.types import Scored, StepReport
+
+TokenWeights = Sequence[Float[np.ndarray, " _T"]]
 
 _EMPTY_STEPS = 3  # so many in a row with nothing to train are no accident of a filter
 _ON_POLICY = StalenessSchedule()
@@ -30,6 +34,7 @@ class StepRecord:
     `wait` (learner idle), `train` (with packing), `publish` and `step` (all of it). `spans` says who worked for this
     step when: one span of rollout and teacher per group, one of learner and publish. `live` is False where the run
     breaks off: the student has learned this step, but its weights reached no engine, and none should be asked now.
+    `weights` are those of the method's own term, or of several terms the largest, per token.
     """
 
     step: int
@@ -53,6 +58,7 @@ async def train(
     *,
     start: int,
     steps: int,
+    seed: int = 0,
     pipeline: StalenessSchedule = _ON_POLICY,
     ledger: Ledger | None = None,
 ) -> Ledger:
@@ -62,162 +68,131 @@ async def train(
     the run that is gone on with. A step without a token to train is skipped, several in a row are an error. A failure
     anywhere stops everything, but no update in the middle: observers hear of every step that the student has learned.
     """
-    now = asyncio.get_running_loop().time  # a simulation brings its own
-    ledger, empty = ledger or Ledger(), 0
+    ledger = ledger or Ledger()
     ledger.begin(start)
-    collector = RolloutBuffer(method, prompts, sources, engines, ledger, pipeline, start, steps)
+    context = Context.of(engines, step=start, steps=steps, seed=seed)
+    buffer = RolloutBuffer(method, prompts, sources, context, ledger, pipeline)
     # The engines repeat the learner's weights before the first token is written, not only after the first update.
-    published = await learner.publish(engines.student, start)
-    digests = {published.version: published.digest}
+    digests = _Digests.of(await learner.publish(engines.student, start))
+    empty_steps = 0
 
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(collector.run())
+        tasks.create_task(buffer.run())
         for step in range(start, steps):
-            began = now()
-            collected = await collector.take(step)
-            await _lease(collector, collected, pipeline, digests, ledger)
-            waited = now()
-            weights = weigh(method.weights, collected.scored)  # 0 = not trained
-            empty = 0 if any(w.any() for w in weights) else empty + 1
-            update = asyncio.ensure_future(_update(method, learner, collected.scored, weights, empty, step + 1))
-            taken = _LearnedStep(step=step, collected=collected, weights=weights, began=began, waited=waited)
+            clock = StepClock()
+            rollouts = await buffer.take(step, digests.by_version)
+            clock.mark_rollouts()
+            terms = weighed(method, rollouts.scored, context.at(step))
+            weights = _largest(terms)  # 0 = not trained
+            empty_steps = 0 if any(w.any() for w in weights) else empty_steps + 1
+            update = asyncio.ensure_future(_update(method, learner, rollouts.scored, terms, empty_steps, step + 1))
+            done = _Trained(rollouts=rollouts, weights=weights, clock=clock)
             try:
-                live = await _go_live(update, collector, learner, engines, step + 1)
+                published = await _go_live(update, buffer, learner, engines, step + 1, clock)
             except BaseException:
                 # Whatever has failed meanwhile: a step that the student has learned is accounted for and told of.
-                await _tell(observers, ledger, taken, await update, _Publication.nowhere(step + 1))
+                await _tell(observers, ledger, done, await update, _nowhere(step + 1), live=False)
                 raise
-            digests[live.published.version] = live.published.digest
-            await _tell(observers, ledger, taken, await update, live)  # the update has long ended
-            await collector.advance(step + 1, collected)
+            digests.add(published)
+            await _tell(observers, ledger, done, await update, published, live=True)  # the update has long ended
+            await buffer.advance(step + 1, rollouts)
     return ledger
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LearnedStep:
-    """A step that is handed to the learner; times are of the loop's clock."""
+@dataclass(frozen=True, slots=True)
+class _Digests:
+    """Digests of all published versions of a run."""
 
-    step: int
-    collected: BufferedStep
-    weights: Sequence[Float[np.ndarray, " _T"]]
-    began: float
-    waited: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Publication:
-    """When a step's update, the text before it and its publication had ended; did its weights reach the engines?"""
-
-    published: PublishReport
-    updated: float
-    drained: float
-    ended: float
-    reached: bool = True
+    by_version: dict[int, str]
 
     @classmethod
-    def nowhere(cls, version: int) -> "_Publication":
-        """They are in no engine."""
-        now = asyncio.get_running_loop().time()
-        report = PublishReport(version=version, gap=math.nan, nbytes=0)
-        return cls(published=report, updated=now, drained=now, ended=now, reached=False)
+    def of(cls, first: PublishReport) -> "_Digests":
+        return cls({first.version: first.digest})
+
+    def add(self, published: PublishReport) -> None:
+        self.by_version[published.version] = published.digest
 
 
-async def _go_live(
-    update: "asyncio.Future[StepReport]", collector: RolloutBuffer, learner: Learner, engines: Engines, version: int
-) -> _Publication:
-    now = asyncio.get_running_loop().time
-    await asyncio.shield(update)
-    updated = now()
-    await collector.drained(version)
-    drained = now()
-    published = await learner.publish(engines.student, version)
-    return _Publication(published=published, updated=updated, drained=drained, ended=now())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    """A step that is handed to the learner."""
+
+    rollouts: BufferedStep
+    weights: TokenWeights
+    clock: StepClock
 
 
-async def _tell(
-    observers: Sequence[Observer], ledger: Ledger, taken: _LearnedStep, report: StepReport, live: _Publication
-) -> None:
-    """Account for a step, and tell everybody of it."""
-    _account(ledger, taken.step, taken.collected.scored, taken.weights)
-    record = StepRecord(
-        step=taken.step + 1,
-        scored=taken.collected.scored,
-        weights=taken.weights,
-        report=report,
-        published=live.published,
-        ledger=ledger.summary(),
-        seconds=_seconds(taken, live),
-        spans=_spans(taken, live),
-        live=live.reached,
-    )
-    for observer in observers:  # an evaluation must not share engines, or its bill, with training
-        await observer(record)
-
-
-def _seconds(taken: _LearnedStep, live: _Publication) -> dict[str, float]:
-    """See `StepRecord.seconds`."""
-    collected = taken.collected
-    return {
-        "rollout": collected.written - collected.began,
-        "score": max(collected.read - collected.written, 0.0),
-        "wait": taken.waited - taken.began + live.drained - live.updated,
-        "train": live.updated - taken.waited,
-        "publish": live.ended - live.drained,
-        "step": live.ended - taken.began,
-    }
-
-
-def _spans(taken: _LearnedStep, live: _Publication) -> list[Span]:
-    """See `StepRecord.spans`."""
-    step = taken.step + 1
-    return [
-        *taken.collected.spans,
-        Span(role=Stage.LEARNER, step=step, start=taken.waited, end=live.updated),
-        Span(role=Stage.PUBLISH, step=step, start=live.drained, end=live.ended),
-    ]
-
-
-async def _lease(
-    collector: RolloutBuffer,
-    collected: BufferedStep,
-    pipeline: StalenessSchedule,
-    digests: Mapping[int, str],
-    ledger: Ledger,
-) -> None:
-    """Hand a step to the learner: text that is too old, or of weights nobody published, is written again, once.
-
-    With the pipeline's own schedule there is none; it takes an engine that missed an update. What comes back like that
-    a second time is dropped.
-    """
-    reasons = rejected(collected, pipeline, digests)
-    which = [i for i, g in enumerate(collected.groups) if any(n in reasons for n in names_of(collected.step, g))]
-    for i in which:
-        names = names_of(collected.step, collected.groups[i])
-        ledger.requeue(names, next(reasons[name] for name in names if name in reasons))
-    if which:
-        await collector.again(collected, which)
-        reasons = rejected(collected, pipeline, digests)
-        for name, reason in reasons.items():
-            ledger.move([name], State.DROPPED, reason)
-        collected.groups = [
-            [item for name, item in zip(names_of(collected.step, group), group, strict=True) if name not in reasons]
-            for group in collected.groups
-        ]
-    ledger.move(names_of(collected.step, collected.scored), State.LEASED)
+def _largest(terms: Mapping[str, WeighedTerm]) -> TokenWeights:
+    """The largest weight that any term gives, per token."""
+    if len(terms) == 1:
+        return terms[MAIN].weights
+    return [np.max(each, axis=0) for each in zip(*(term.weights for term in terms.values()), strict=True)]
 
 
 async def _update(
     method: Method,
     learner: Learner,
     scored: Sequence[Scored[Any]],
-    weights: Sequence[Float[np.ndarray, " _T"]],
+    terms: Mapping[str, WeighedTerm],
     empty: int,
     step: int,
 ) -> StepReport:
     if 0 < empty < _EMPTY_STEPS:  # a filter took everything: the student stays as it is
         return StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
-    batches = pack(scored, weights, learner.layout, method.normalizer, turn=f" at step {step}")
-    return await method.update(learner, batches, method.objective)
+    batches = packed(method, scored, terms, learner.layout, turn=f" at step {step}")
+    return await method.update(learner, batches, method.loss)
+
+
+async def _go_live(
+    update: "asyncio.Future[StepReport]",
+    buffer: RolloutBuffer,
+    learner: Learner,
+    engines: Engines,
+    version: int,
+    clock: StepClock,
+) -> PublishReport:
+    """Wait for the update, then for text of older weights where the schedule says so, and publish."""
+    await asyncio.shield(update)
+    clock.mark_update()
+    await buffer.drained(version)
+    clock.mark_drained()
+    published = await learner.publish(engines.student, version)
+    clock.mark_end()
+    return published
+
+
+def _nowhere(version: int) -> PublishReport:
+    """Weights that reached no engine."""
+    return PublishReport(version=version, gap=math.nan, nbytes=0)
+
+
+async def _tell(
+    observers: Sequence[Observer],
+    ledger: Ledger,
+    done: _Trained,
+    report: StepReport,
+    published: PublishReport,
+    *,
+    live: bool,
+) -> None:
+    """Account for a step, and tell all observers of it."""
+    rollouts = done.rollouts
+    if not live:
+        done.clock.mark_unpublished()
+    _account(ledger, rollouts.step, rollouts.scored, done.weights)
+    record = StepRecord(
+        step=rollouts.step + 1,
+        scored=rollouts.scored,
+        weights=done.weights,
+        report=report,
+        published=published,
+        ledger=ledger.summary(),
+        seconds=done.clock.seconds(rollouts),
+        spans=done.clock.spans(rollouts),
+        live=live,
+    )
+    for observer in observers:  # an evaluation must not share engines, or its bill, with training
+        await observer(record)
 
 
 def _account(

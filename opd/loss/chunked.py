@@ -6,7 +6,7 @@ large, for the matrix products; within them the objective sees blocks of few row
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -122,15 +122,19 @@ def read(batch: Batch[Scores], heads: Tensor | Sequence[Tensor] | None) -> Batch
     `heads` are the teachers' output matrices `[V, H]`, by the number that `HiddenScores.head` names; of a single
     teacher also the matrix itself.
     """
-    if not isinstance(batch.scores, HiddenScores | EnsembleScores):
-        return batch
     given = [heads] if isinstance(heads, Tensor) else heads
-    if not given:
-        raise ConfigurationError(
-            "hidden states of a teacher need its output matrix to become probabilities, but the learner was "
-            "given none; pass the teacher's checkpoint to the learner"
-        )
-    return replace(batch, scores=vocabulary_scores(batch.scores, given))
+
+    def whole(scores: Scores) -> Scores:
+        if not isinstance(scores, HiddenScores | EnsembleScores):
+            return scores
+        if not given:
+            raise ConfigurationError(
+                "hidden states of a teacher need its output matrix to become probabilities, but the learner was "
+                "given none; pass the teacher's checkpoint to the learner"
+            )
+        return vocabulary_scores(scores, given)
+
+    return batch.with_scores(whole)
 
 
 def log_softmax_(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:

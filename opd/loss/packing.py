@@ -1,6 +1,6 @@
 """Weighted trajectories to micro-batches: the only place where tokens are shifted, padded or dropped."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapreplace
 from typing import Annotated, ClassVar, Protocol
@@ -12,7 +12,7 @@ from opd.errors import ConfigurationError, DataError
 from opd.ports import Layout
 from opd.settings.ranges import In
 from opd.settings.validation import may_lack, settings
-from opd.types import Batch, S, Scored
+from opd.types import Batch, S, Scored, Scores, TermRows
 
 TokenWeights = Float[np.ndarray, " _T"]
 
@@ -76,6 +76,15 @@ class Constant:
         return self.divisor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeighedTerm:
+    """One term of a method at one step: a weight per token of every trajectory, and what scales their sum."""
+
+    weights: Sequence[TokenWeights]
+    normalizer: Normalizer
+    coefficient: float = 1.0
+
+
 def pack(
     scored: Sequence[Scored[S]],
     weights: Sequence[TokenWeights],
@@ -96,6 +105,45 @@ def pack(
         DataError: nothing has a weight, a weight is negative or not finite, or a prompt to train on is empty.
         ConfigurationError: a sequence is longer than the token budget.
     """
+    _check(scored, weights)
+    denominator = normalizer(weights)
+    return _packed(scored, _shared_out(weights, normalizer), layout, denominator, turn)
+
+
+def pack_terms(
+    scored: Sequence[Scored[S]], terms: Mapping[str, WeighedTerm], layout: Layout, *, turn: str = ""
+) -> list[list[Batch[S]]]:
+    """`pack` for the sum of several terms: a token is packed once, if any of them trains it.
+
+    Scores of a term are `Scored.terms[name]`, or else `Scored.scores`.
+    """
+    for term in terms.values():
+        _check(scored, term.weights)
+    anywhere = [
+        np.any(each, axis=0).astype(np.float64) for each in zip(*(t.weights for t in terms.values()), strict=True)
+    ]
+    shares = {
+        name: _Share(
+            weights=_shared_out(term.weights, term.normalizer),
+            denominator=term.normalizer(term.weights) or 1.0,  # a term may train nothing in a step
+            coefficient=term.coefficient,
+        )
+        for name, term in terms.items()
+    }
+    return _packed(scored, anywhere, layout, 1.0, turn, shares)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """A term's weights as they are multiplied, and the rest of `TermRows`."""
+
+    weights: Sequence[TokenWeights]
+    denominator: float
+    coefficient: float
+
+
+def _check(scored: Sequence[Scored[S]], weights: Sequence[TokenWeights]) -> None:
+    """Raise if there is not one weight, and one log-probability of the writer, per token."""
     finite = bool(weights) and _good(np.concatenate(weights))  # all at once: a check of each costs more than the rest
     for item, weight in zip(scored, weights, strict=True):
         if len(weight) != len(item.trajectory) or not (finite or _good(weight)):
@@ -105,29 +153,74 @@ def pack(
             )
         if len(item.trajectory.behavior.logprobs) != len(item.trajectory):
             raise DataError(
-                f"prompt {item.trajectory.prompt.id!r}: the writer's testimony has "
-                f"{len(item.trajectory.behavior.logprobs)} logprobs for {len(item.trajectory)} tokens; it must have "
+                f"prompt {item.trajectory.prompt.id!r}: the writer's scores have "
+                f"{len(item.trajectory.behavior.logprobs)} logprobs for {len(item.trajectory)} tokens; they must have "
                 "one for each: correct the rollout part"
             )
+
+
+def _shared_out(weights: Sequence[TokenWeights], normalizer: Normalizer) -> Sequence[TokenWeights]:
+    if not getattr(normalizer, "per_sequence", False):
+        return weights
+    return [weight / max(np.count_nonzero(weight), 1) for weight in weights]
+
+
+def _packed(
+    scored: Sequence[Scored[S]],
+    weights: Sequence[TokenWeights],
+    layout: Layout,
+    denominator: float,
+    turn: str,
+    terms: Mapping[str, _Share] | None = None,
+) -> list[list[Batch[S]]]:
     kept = [i for i, weight in enumerate(weights) if np.count_nonzero(weight)]
     if not kept:
         raise DataError(
             "the step has no token to train: every weight is 0; check loss masks, filters and the weight parts"
         )
-    denominator = normalizer(weights)
-    if getattr(normalizer, "per_sequence", False):
-        weights = [weight / max(np.count_nonzero(weight), 1) for weight in weights]
-    lengths = {i: _inputs(scored[i]) for i in kept}
-    bins = _fill(lengths, layout)
+    bins = _fill({i: _inputs(scored[i]) for i in kept}, layout)
     spare = kept[0]
     routes = tuple(sorted({item.trajectory.prompt.teacher for item in scored}))  # of the step, alike in all batches
-    batches = [
-        _batch(
-            [scored[i] for i in b or [spare]], [weights[i] * bool(b) for i in b or [spare]], denominator, routes, turn
-        )
-        for b in bins
-    ]
+    batches = []
+    for b in bins:
+        chosen = b or [spare]
+        batch = _batch([scored[i] for i in chosen], [weights[i] * bool(b) for i in chosen], denominator, routes, turn)
+        if terms:
+            rows = _term_rows(scored, weights, terms, chosen, bool(b))
+            batch = replace(batch, terms=rows, scores=next(iter(rows.values())).scores)
+        batches.append(batch)
     return [batches[rank :: layout.ranks] for rank in range(layout.ranks)]
+
+
+def _term_rows(
+    scored: Sequence[Scored[S]],
+    anywhere: Sequence[TokenWeights],
+    terms: Mapping[str, _Share],
+    chosen: Sequence[int],
+    trained: bool,
+) -> dict[str, TermRows]:
+    """What each term needs of the sequences `chosen`; equal scores of several terms become one object."""
+    rows = [np.flatnonzero(anywhere[i]) if trained else np.arange(len(anywhere[i])) for i in chosen]
+    joined: dict[tuple[int, ...], Scores] = {}
+
+    def of(name: str) -> Scores:
+        parts = [scored[i].terms.get(name, scored[i].scores) for i in chosen]
+        key = tuple(map(id, parts))
+        if key not in joined:
+            joined[key] = type(parts[0]).concat([part.take(r) for part, r in zip(parts, rows, strict=True)])
+        return joined[key]
+
+    return {
+        name: TermRows(
+            scores=of(name),
+            weights=np.concatenate([term.weights[i][r] * trained for i, r in zip(chosen, rows, strict=True)]).astype(
+                np.float32
+            ),
+            denominator=term.denominator,
+            coefficient=term.coefficient,
+        )
+        for name, term in terms.items()
+    }
 
 
 def halves(batch: Batch[S]) -> tuple[Batch[S], Batch[S]] | None:

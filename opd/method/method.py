@@ -1,37 +1,48 @@
-"""A method is a frozen value with slots: rollout -> scorer -> weights -> objective -> update.
+"""Distillation methods: a rollout, a sum of terms (scorer -> weights -> objective), and an update.
 
-Parts are frozen dataclasses whose fields are their whole configuration; engines are call arguments. Each part
-declares what testimony it consumes and produces, so a combination that would be meaningless is refused when it
-is composed.
+Parts are frozen dataclasses whose fields are their whole configuration; engines come with the context of a call. Each
+part declares which scores it consumes and produces, so a combination that would be meaningless is refused when it is
+composed.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from opd.errors import ConfigurationError, DataError
-from opd.loss.packing import Normalizer, TokenMean
+from opd.loss.packing import Normalizer, TokenMean, WeighedTerm, pack, pack_terms
 from opd.method.promises import ClippedCredit, ScoredSupport, Union, renormalized
+from opd.method.schedules import Factor, Schedule, value
 from opd.method.slots import Objective, Rollout, Scorer, TokenWeight, Update
-from opd.ports import PromptSource
+from opd.method.terms import MAIN, SumOfTerms, Term
+from opd.ports import Context, Layout, LossFunction, PromptSource, ScoreKinds
 from opd.settings.ranges import Matches
 from opd.settings.validation import settings
-from opd.types import Scored, Scores, TopKScores
+from opd.types import Batch, Scored, Scores, TopKScores, Trajectory
 from opd.updates.optimizer import OptimizerStep
 
 MethodName = Annotated[
     str,
     Matches(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}", "of letters, digits and . _ = , + - (runs are named after it)"),
 ]
+TermName = Annotated[
+    str, Matches(r"[A-Za-z][A-Za-z0-9_]{0,49}", "of letters, digits and _ (metrics are named after it)")
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Method:
-    """A distillation method, complete. See `conf/method/` for the shipped ones."""
+    """A distillation method, complete. See `conf/method/` for the shipped ones.
+
+    Its loss is a sum of terms (`opd.method.terms`). The fields of a term stand in the method itself for the first,
+    `MAIN`; `terms` are further ones by name, each with a scorer, weights, objective, normalizer and coefficient of its
+    own. With one term of coefficient 1 the sum is that objective.
+    """
 
     # what reports call the method
     name: MethodName
@@ -44,62 +55,137 @@ class Method:
     weights: Mapping[str, TokenWeight] = field(default_factory=dict)
     # what a step's sum of losses is divided by
     normalizer: Normalizer = field(default_factory=TokenMean)
+    # factor of the objective: a number, or a schedule over steps
+    coefficient: Factor | Schedule = 1.0
+    # further terms of the loss, by name
+    terms: Mapping[TermName, Term] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        said = self.scorer.produces
-        if not issubclass(self.rollout.records, self.scorer.needs):
+        if MAIN in self.terms:
             raise ConfigurationError(
-                f"scorer {_name(self.scorer)} needs {self.scorer.needs.__name__} from the writer, but rollout "
-                f"{_name(self.rollout)} records {self.rollout.records.__name__}; set rollout.record_topk"
+                f"method.terms.{MAIN} is the term of method.scorer and method.objective themselves; name it otherwise"
             )
-        # Declared, not assumed: a rollout that does not say so is not on-policy.
-        if getattr(self.objective, "on_policy", False) and not getattr(self.rollout, "on_policy", False):
-            raise ConfigurationError(
-                f"objective {_name(self.objective)} estimates from tokens that the student drew, but rollout "
-                f"{_name(self.rollout)} has text of somebody else's; choose rollout StudentRollout, or an objective "
-                "over distributions such as FullReverseKL"
-            )
-        if _estimates(self.objective) and getattr(self.rollout, "truncated", False):
-            raise ConfigurationError(
-                f"objective {_name(self.objective)} estimates from the written token and needs every token to have a "
-                f"chance of being written, but rollout {_name(self.rollout)} has top_p < 1 or temperature 0; set "
-                "rollout.top_p=1 and a temperature above 0, or choose an objective over distributions such as "
-                "FullReverseKL"
-            )
-        readers = {"objective": self.objective} | {f"weight {k!r}": w for k, w in self.weights.items()}
-        for role, reader in readers.items():
-            if not issubclass(said, reader.consumes) and not (
-                role == "objective" and issubclass(getattr(said, "reads_as", Scores), reader.consumes)
-            ):
-                raise ConfigurationError(
-                    f"{role} {_name(reader)} needs {reader.consumes.__name__}, but scorer {_name(self.scorer)} "
-                    f"produces {said.__name__}; choose a scorer that produces it or another {role}"
-                )
-        self._check_weights()
-        self._check_supports()
+        for name, term in self.every_term.items():
+            _check_term(self.rollout, term, "method" if name == MAIN else f"method.terms.{name}")
 
-    def _check_weights(self) -> None:
-        """Refuse weights that would bend what an estimate expects."""
-        if not _estimates(self.objective):
-            return
-        for name, part in self.weights.items():
-            if getattr(part, "reads_written", True):
-                raise ConfigurationError(
-                    f"weight {name!r} {_name(part)} depends on what was written, but objective {_name(self.objective)} "
-                    "estimates from written tokens, whose expectation such a weight changes; choose an objective over "
-                    "distributions such as FullReverseKL, or leave the weight out (one that reads the state alone "
-                    "declares reads_written = False)"
-                )
+    @property
+    def every_term(self) -> Mapping[str, Term]:
+        """All terms of the sum, `MAIN` first."""
+        main = Term(
+            scorer=self.scorer,
+            objective=self.objective,
+            weights=self.weights,
+            normalizer=self.normalizer,
+            coefficient=self.coefficient,
+        )
+        return {MAIN: main, **self.terms}
 
-    def _check_supports(self) -> None:
-        """Refuse an objective that renormalizes over a single id, where every distribution is the same."""
-        for support in renormalized(getattr(self.objective, "promise", None)):
-            setting, ids = _ids(self) if isinstance(support, ScoredSupport) else _ids_of(self.objective, support)
-            if ids == 1:
-                raise ConfigurationError(
-                    f"objective {_name(self.objective)} renormalizes over its support and needs at least 2 ids there, "
-                    f"but {setting}=1, and of a single id nothing is left to learn; set {setting}=2 or more"
-                )
+    @property
+    def is_sum(self) -> bool:
+        """Whether the loss is more than one objective with coefficient 1."""
+        return bool(self.terms) or callable(self.coefficient) or self.coefficient != 1
+
+    @property
+    def loss(self) -> LossFunction:
+        """The whole loss as one objective, for batches that `packed` made."""
+        if not self.is_sum:
+            return self.objective
+        return SumOfTerms(objectives={name: term.objective for name, term in self.every_term.items()})
+
+    @property
+    def requires(self) -> ScoreKinds:
+        """The kinds of scores that any term asks of teachers."""
+        return frozenset(kind for term in self.every_term.values() for kind in term.scorer.requires)
+
+    @property
+    def named_teachers(self) -> tuple[str, ...]:
+        """Teachers that terms ask whatever a prompt names."""
+        named = [name for term in self.every_term.values() for name in getattr(term.scorer, "teachers", ())]
+        return tuple(dict.fromkeys(named))
+
+    @property
+    def asks_prompts_teacher(self) -> bool:
+        """Whether any term asks the teacher that a prompt names."""
+        return any(t.scorer.requires and not getattr(t.scorer, "teachers", ()) for t in self.every_term.values())
+
+    def one_term(self, name: str) -> "Method":
+        """The method with the term `name` alone, at coefficient 1."""
+        term = self.every_term[name]
+        return replace(
+            self,
+            scorer=term.scorer,
+            objective=term.objective,
+            weights=term.weights,
+            normalizer=term.normalizer,
+            coefficient=1.0,
+            terms={},
+        )
+
+
+def _check_term(rollout: Rollout, term: Term, place: str) -> None:
+    """Refuse a combination of parts that would be meaningless; `place` is where the settings of the term stand."""
+    _check_writer(rollout, term)
+    produced = term.scorer.produces
+    readers = {"objective": term.objective} | {f"weight {k!r}": w for k, w in term.weights.items()}
+    for role, reader in readers.items():
+        if not issubclass(produced, reader.consumes) and not (
+            role == "objective" and issubclass(getattr(produced, "reads_as", Scores), reader.consumes)
+        ):
+            raise ConfigurationError(
+                f"{role} {_name(reader)} needs {reader.consumes.__name__}, but scorer {_name(term.scorer)} "
+                f"produces {produced.__name__}; choose a scorer that produces it or another {role}"
+            )
+    _check_weights(term)
+    _check_supports(rollout, term, place)
+
+
+def _check_writer(rollout: Rollout, term: Term) -> None:
+    """Refuse a rollout whose text is none that scorer and objective can use."""
+    if not issubclass(rollout.records, term.scorer.needs):
+        raise ConfigurationError(
+            f"scorer {_name(term.scorer)} needs {term.scorer.needs.__name__} from the writer, but rollout "
+            f"{_name(rollout)} records {rollout.records.__name__}; set rollout.record_topk"
+        )
+    # Declared, not assumed: a rollout that does not say so is not on-policy.
+    if getattr(term.objective, "on_policy", False) and not getattr(rollout, "on_policy", False):
+        raise ConfigurationError(
+            f"objective {_name(term.objective)} estimates from tokens that the student drew, but rollout "
+            f"{_name(rollout)} has text of somebody else's; choose rollout StudentRollout, or an objective "
+            "over distributions such as FullReverseKL"
+        )
+    if _estimates(term.objective) and getattr(rollout, "truncated", False):
+        raise ConfigurationError(
+            f"objective {_name(term.objective)} estimates from the written token and needs every token to have a "
+            f"chance of being written, but rollout {_name(rollout)} has top_p < 1 or temperature 0; set "
+            "rollout.top_p=1 and a temperature above 0, or choose an objective over distributions such as "
+            "FullReverseKL"
+        )
+
+
+def _check_weights(term: Term) -> None:
+    """Refuse weights that would bend what an estimate expects."""
+    if not _estimates(term.objective):
+        return
+    for name, part in term.weights.items():
+        if getattr(part, "reads_written", True):
+            raise ConfigurationError(
+                f"weight {name!r} {_name(part)} depends on what was written, but objective {_name(term.objective)} "
+                "estimates from written tokens, whose expectation such a weight changes; choose an objective over "
+                "distributions such as FullReverseKL, or leave the weight out (one that reads the state alone "
+                "declares reads_written = False)"
+            )
+
+
+def _check_supports(rollout: Rollout, term: Term, place: str) -> None:
+    """Refuse an objective that renormalizes over a single id, where every distribution is the same."""
+    for support in renormalized(getattr(term.objective, "promise", None)):
+        scored = isinstance(support, ScoredSupport)
+        setting, ids = _ids(rollout, term, place) if scored else _ids_of(term.objective, support, place)
+        if ids == 1:
+            raise ConfigurationError(
+                f"objective {_name(term.objective)} renormalizes over its support and needs at least 2 ids there, "
+                f"but {setting}=1, and of a single id nothing is left to learn; set {setting}=2 or more"
+            )
 
 
 def _estimates(objective: Any) -> bool:
@@ -110,38 +196,80 @@ def _estimates(objective: Any) -> bool:
     return getattr(objective, "on_policy", False) and not isinstance(getattr(objective, "promise", None), ClippedCredit)
 
 
-def _ids(method: Method) -> tuple[str, int]:
-    """The setting that says of how many ids the scorer's testimony is, and its value; 0 where that is not known."""
-    scorer: Any = method.scorer
-    if issubclass(scorer.needs, TopKScores):
-        rollout: Any = method.rollout
+def _ids(rollout: Any, term: Term, place: str) -> tuple[str, int]:
+    """The setting that says of how many ids the scores are, and its value; 0 where that is not known."""
+    if issubclass(term.scorer.needs, TopKScores):
         mixed = "student." if hasattr(rollout, "student") else ""
         writer = rollout.student if mixed else rollout
         return f"method.rollout.{mixed}record_topk", getattr(writer, "record_topk", 0)
-    return "method.scorer.k", getattr(scorer, "k", 0)
+    return f"{place}.scorer.k", getattr(term.scorer, "k", 0)
 
 
-def _ids_of(objective: Any, support: Any) -> tuple[str, int]:
+def _ids_of(objective: Any, support: Any, place: str) -> tuple[str, int]:
     """The same of a support that the objective chooses. The union of two single ids may hold two."""
     inside = "support." if hasattr(objective, "support") else ""
-    return f"method.objective.{inside}k", 0 if isinstance(support, Union) else getattr(support, "k", 0)
+    return f"{place}.objective.{inside}k", 0 if isinstance(support, Union) else getattr(support, "k", 0)
 
 
 def check_prompts(method: Method, prompts: PromptSource) -> None:
-    """Refuse a prompt source whose groups the method's scorer cannot judge."""
-    if prompts.group_size < method.scorer.min_group:
-        raise ConfigurationError(
-            f"scorer {_name(method.scorer)} compares the trajectories of a group and needs "
-            f"prompts.group_size >= {method.scorer.min_group}, but got {prompts.group_size}; raise prompts.group_size"
+    """Refuse a prompt source whose groups a scorer of the method cannot judge."""
+    for term in method.every_term.values():
+        if prompts.group_size < term.scorer.min_group:
+            raise ConfigurationError(
+                f"scorer {_name(term.scorer)} compares the trajectories of a group and needs "
+                f"prompts.group_size >= {term.scorer.min_group}, but got {prompts.group_size}; raise prompts.group_size"
+            )
+
+
+async def scored(method: Method, trajectories: Sequence[Trajectory], context: Context) -> list[Scored[Any]]:
+    """The trajectories of one group with the scores of all terms; equal scorers are asked once."""
+    if not trajectories:
+        return []
+    scorers = {name: term.scorer for name, term in method.every_term.items()}
+    first = {name: next(n for n, other in scorers.items() if other == scorer) for name, scorer in scorers.items()}
+    asked = list(dict.fromkeys(first.values()))
+    answers = await asyncio.gather(*[scorers[name](trajectories, context) for name in asked])
+    by_name = dict(zip(asked, answers, strict=True))
+    further = {name: by_name[first[name]] for name in method.terms}
+    return [
+        Scored(trajectory=t, scores=s, terms={name: scores[i] for name, scores in further.items()})
+        for i, (t, s) in enumerate(zip(trajectories, by_name[MAIN], strict=True))
+    ]
+
+
+def weighed(method: Method, items: Sequence[Scored[Any]], context: Context) -> dict[str, WeighedTerm]:
+    """The weights and the coefficient of every term at a step."""
+    return {
+        name: WeighedTerm(
+            weights=weigh(term.weights, items if name == MAIN else [_of_term(item, name) for item in items], context),
+            normalizer=term.normalizer,
+            coefficient=value(term.coefficient, context),
         )
+        for name, term in method.every_term.items()
+    }
 
 
-def weigh(weights: Mapping[str, TokenWeight], scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
+def _of_term(item: Scored[Any], name: str) -> Scored[Any]:
+    return Scored(trajectory=item.trajectory, scores=item.terms[name])
+
+
+def packed(
+    method: Method, items: Sequence[Scored[Any]], terms: Mapping[str, WeighedTerm], layout: Layout, turn: str
+) -> list[list[Batch[Any]]]:
+    """Micro-batches for `method.loss`."""
+    if method.is_sum:
+        return pack_terms(items, terms, layout, turn=turn)
+    return pack(items, terms[MAIN].weights, layout, method.normalizer, turn=turn)
+
+
+def weigh(
+    weights: Mapping[str, TokenWeight], items: Sequence[Scored[Any]], context: Context
+) -> list[Float[np.ndarray, " _T"]]:
     """The product of all weights and the loss mask, per trajectory."""
-    total = [item.trajectory.loss_mask.astype(np.float64) for item in scored]
+    total = loss_masks(items)
     for name, part in weights.items():
-        factors = part(scored)
-        lengths, got = [len(item.trajectory) for item in scored], [len(factor) for factor in factors]
+        factors = part(items, context)
+        lengths, got = [len(item.trajectory) for item in items], [len(factor) for factor in factors]
         if got != lengths:
             raise DataError(
                 f"weight {name!r} {_name(part)} must give one number per token, {lengths} for the step's "
@@ -149,6 +277,11 @@ def weigh(weights: Mapping[str, TokenWeight], scored: Sequence[Scored[Any]]) -> 
             )
         total = [a * b for a, b in zip(total, factors, strict=True)]
     return total
+
+
+def loss_masks(items: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
+    """1.0 at every token that is no context, per trajectory."""
+    return [item.trajectory.loss_mask.astype(np.float64) for item in items]
 
 
 def _name(part: object) -> str:

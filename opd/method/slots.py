@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.method.promises import Promise
-from opd.ports import Engines, Learner, ScoreKinds
+from opd.ports import Context, Learner, LossFunction, ScoreKinds
 from opd.settings.validation import may_lack
 from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, TokenScores, Trajectory
 
@@ -36,11 +36,12 @@ class Rollout(Protocol):
         """Whether the writer left out tokens that its distribution holds (top-p below 1, greedy writing)."""
         ...
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         """One trajectory per prompt of the group, in order."""
         ...
 
 
+@may_lack("teachers")  # it then asks the teacher that a prompt names
 class Scorer(Protocol):
     """Who reads what was written, and what do they testify?"""
 
@@ -60,11 +61,16 @@ class Scorer(Protocol):
         ...
 
     @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers that it asks, whatever a prompt names; empty if the prompts' own are asked."""
+        ...
+
+    @property
     def min_group(self) -> int:
         """The smallest group it can judge (1 unless it compares trajectories of a group)."""
         ...
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         """Testimony per trajectory of one group, in order."""
         ...
 
@@ -86,7 +92,7 @@ class TokenWeight(Protocol):
         """
         ...
 
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " _T"]]:
         """One weight >= 0 per token, given the *whole* step, so that quantiles do not depend on packing."""
         ...
 
@@ -119,7 +125,7 @@ class Update(Protocol):
     """How does a gradient become new weights?"""
 
     async def __call__(
-        self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: Objective
+        self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
     ) -> StepReport:
         """One step of training on `batches[rank][micro-batch]`."""
         ...

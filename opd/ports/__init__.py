@@ -3,7 +3,16 @@
 Applications implement these without inheriting from them; a pool of engines has the same protocol as one engine.
 """
 
-from opd.ports.engines import Engines, Grader, LogprobTeacher, ReadsReferences, StudentEngine, TextEngine, Tokenizer
+from opd.ports.engines import (
+    Context,
+    Engines,
+    Grader,
+    LogprobTeacher,
+    ReadsReferences,
+    StudentEngine,
+    TextEngine,
+    Tokenizer,
+)
 from opd.ports.learner import Layout, Learner, LossFunction, Observer
 from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources
 from opd.ports.requests import (
@@ -34,6 +43,7 @@ __all__ = [
     "Answered",
     "AtIds",
     "Completion",
+    "Context",
     "Engines",
     "Fill",
     "GenerateRequest",

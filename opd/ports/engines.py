@@ -1,7 +1,7 @@
 """Engines that a method may call: writers, teachers, graders, the tokenizer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -87,3 +87,31 @@ class Engines:
     writers: Mapping[str, TextEngine]
     graders: Mapping[str, Grader]
     tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context(Engines):
+    """What rollouts, scorers and token weights are called with: the engines, and where in the run they are called.
+
+    `step` counts from 0 to `steps - 1`; `seed` is the run's. So a part may follow a schedule, and still be a pure
+    function of its arguments: a step that is written again, or resumed, gets the same context.
+    """
+
+    step: int = 0
+    steps: int = 1
+    seed: int = 0
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that lies behind, in [0, 1): `step / steps`."""
+        return self.step / self.steps
+
+    def at(self, step: int) -> "Context":
+        """The same at another step."""
+        return replace(self, step=step)
+
+    @classmethod
+    def of(cls, engines: Engines, *, step: int, steps: int, seed: int) -> "Context":
+        """`engines` at a step of a run."""
+        own = {f.name: getattr(engines, f.name) for f in fields(Engines)}
+        return cls(**own, step=step, steps=steps, seed=seed)

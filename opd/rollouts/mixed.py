@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from opd.errors import DataError
 from opd.method.slots import Rollout
-from opd.ports import Completion, Engines
+from opd.ports import Completion, Context
 from opd.rollouts.student import StudentRollout, trajectory
 from opd.settings.ranges import In, Seed, Tokens
 from opd.settings.validation import settings
@@ -32,11 +33,11 @@ class AnswerRollout:
     # longest answer
     max_tokens: Tokens
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+    async def __call__(self, group: Sequence[Prompt], engines: Context) -> list[Trajectory]:
         start = engines.tokenizer.encode("")  # what a template puts before every text
         return [self._one(prompt, i, len(start), engines) for i, prompt in enumerate(group)]
 
-    def _one(self, prompt: Prompt, sample: int, skip: int, engines: Engines) -> Trajectory:
+    def _one(self, prompt: Prompt, sample: int, skip: int, engines: Context) -> Trajectory:
         if not prompt.answer:
             raise DataError(
                 f"rollout AnswerRollout needs an answer for every prompt, but {prompt.id!r} has none; set "
@@ -62,14 +63,21 @@ class MixtureLimit:
     equals: Any
 
 
+class Coin(Enum):
+    """What one flip of the coin of `Mixed` decides."""
+
+    GROUP = "group"
+    STEP = "step"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Mixed:
     """With probability `fraction` the student writes for a group, otherwise `fixed` does (GKD, arXiv 2306.13649).
 
     `fraction` is the paper's lambda, the share of on-policy text. Which source a group gets is a pure function of the
-    seed and its prompt's id: runs repeat, ranks agree, and a prompt that comes again gets the same source again. (The
-    paper flips one coin per step; a group is the unit here, because a rollout does not know the step.)
+    seed and its prompt's id, or with `coin=STEP`, as in the paper, of the seed and the step: runs repeat, ranks
+    agree. With `coin=GROUP` a prompt that comes again gets the same source again.
     """
 
     # how the student writes
@@ -78,7 +86,9 @@ class Mixed:
     fixed: Rollout
     # share of groups that the student writes (GKD's lambda)
     fraction: Annotated[float, In(0, 1, because="GKD's lambda: the paper uses 0, 0.5 and 1")] = 0.5
-    # of which group is whose
+    # what the coin is flipped for: each GROUP, or a whole STEP (as published)
+    coin: Coin = Coin.GROUP
+    # of the coin
     seed: Seed = 0
 
     @property
@@ -105,11 +115,12 @@ class Mixed:
             MixtureLimit(name="lambda = 1 is the student", rollout=replace(self, fraction=1.0), equals=self.student),
         )
 
-    def student_writes(self, prompt_id: str) -> bool:
-        """Which side of the coin a group has."""
-        digest = hashlib.blake2b(f"{self.seed}\x1f{prompt_id}".encode(), digest_size=8).digest()
+    def student_writes(self, prompt_id: str, step: int = 0) -> bool:
+        """Which side of the coin the group of a prompt has at a step."""
+        unit = prompt_id if self.coin is Coin.GROUP else f"step\x1f{step}"
+        digest = hashlib.blake2b(f"{self.seed}\x1f{unit}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < self.fraction
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
-        source = self.student if self.student_writes(group[0].id) else self.fixed
+    async def __call__(self, group: Sequence[Prompt], engines: Context) -> list[Trajectory]:
+        source = self.student if self.student_writes(group[0].id, engines.step) else self.fixed
         return await source(group, engines)

@@ -9,7 +9,7 @@ import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.method.slots import Scorer
-from opd.ports import Engines, ScoreKinds
+from opd.ports import Context, ScoreKinds
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden
 from opd.settings.ranges import Length, Relative
 from opd.settings.validation import settings
@@ -52,10 +52,15 @@ class Ensemble:
         return EnsembleScores if isinstance(self.reader, TeacherHidden) else self.reader.produces
 
     @property
+    def teachers(self) -> tuple[str, ...]:
+        """All of them read, whatever teacher a prompt names."""
+        return tuple(self.shares)
+
+    @property
     def requires(self) -> ScoreKinds:
         return self.reader.requires
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Context) -> Sequence[Scores]:
         def rerouted(name: str) -> list[Trajectory]:
             return [replace(t, prompt=replace(t.prompt, teacher=name)) for t in trajectories]
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
+from opd.ports import Context
 from opd.types import Scored, Scores, StopReason
 
 
@@ -17,5 +18,5 @@ class SkipTruncated:
     consumes: ClassVar[type[Scores]] = Scores
     reads_written: ClassVar[bool] = True
 
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " T"]]:
         return [np.full(len(s.trajectory), 0.0 if s.trajectory.stop is StopReason.LENGTH else 1.0) for s in scored]

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.errors import ConfigurationError
+from opd.method.method import Method
+from opd.ports import Context
 from opd.settings.ranges import In
 from opd.settings.validation import settings
 from opd.types import Scored, Scores
@@ -25,6 +27,12 @@ class NamesTokens(Protocol):
 def look_up(weights: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, Any]:
     """The same weights, with the ids of all tokens that they (or weights inside them) name."""
     return {name: part.known(vocabulary) if isinstance(part, NamesTokens) else part for name, part in weights.items()}
+
+
+def with_known_tokens(method: Method, vocabulary: Mapping[str, int]) -> Method:
+    """The same method, with the ids of all tokens that the weights of its terms name."""
+    terms = {n: replace(term, weights=look_up(term.weights, vocabulary)) for n, term in method.terms.items()}
+    return replace(method, weights=look_up(method.weights, vocabulary), terms=terms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +58,7 @@ class SkipFirst:
         ids = [vocabulary[token] for token in self.tokens if token in vocabulary]
         return replace(self, token_ids=(*self.token_ids, *ids), tokens=())
 
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " T"]]:
         if self.tokens:
             raise ConfigurationError(
                 f"weight SkipFirst names tokens {list(self.tokens)} and needs their ids before it can weigh a step; "

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from opd.errors import ConfigurationError
 from opd.method.slots import TokenWeight
+from opd.ports import Context
 from opd.settings.ranges import Relative
 from opd.settings.validation import settings
 from opd.token_weights.special_tokens import look_up
@@ -22,7 +23,7 @@ class PromptWeight:
     consumes: ClassVar[type[Scores]] = Scores
     reads_written: ClassVar[bool] = False
 
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " T"]]:
         return [np.full(len(s.trajectory), s.trajectory.prompt.weight) for s in scored]
 
 
@@ -58,10 +59,10 @@ class TeacherBalance:
         """The same, with the ids of the tokens that its filters name (`special_tokens.NamesTokens`)."""
         return replace(self, filters=look_up(self.filters, vocabulary))
 
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " T"]]:
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " T"]]:
         kept = [s.trajectory.loss_mask.astype(np.float64) for s in scored]
         for part in self.filters.values():
-            kept = [a * b for a, b in zip(kept, part(scored), strict=True)]
+            kept = [a * b for a, b in zip(kept, part(scored, context), strict=True)]
         budget: dict[str, float] = {}
         for s, weight in zip(scored, kept, strict=True):
             name = s.trajectory.prompt.teacher

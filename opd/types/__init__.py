@@ -6,7 +6,7 @@ Axes: `P` student context, `Q` teacher context, `T` completion tokens of one tra
 stages return new values.
 """
 
-from opd.types.batch import Batch, StepReport, TokenLoss, nbytes
+from opd.types.batch import Batch, StepReport, TermRows, TokenLoss, nbytes
 from opd.types.remote_rows import Fetch, RemoteRows
 from opd.types.scores import (
     AdvantageScores,
@@ -37,6 +37,7 @@ __all__ = [
     "Scores",
     "StepReport",
     "StopReason",
+    "TermRows",
     "TokenLoss",
     "TokenScores",
     "TopKReturnScores",

@@ -1,6 +1,6 @@
 """Micro-batches, unreduced losses and what an optimizer step did."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Generic
@@ -29,10 +29,26 @@ def nbytes(value: Any) -> int:
         return len(value) * value.row_nbytes
     if isinstance(value, tuple):
         return sum(map(nbytes, value))
-    if isinstance(value, Prompt | Scores | Trajectory | Scored | Batch):
+    if isinstance(value, Mapping):
+        return sum(map(nbytes, value.values()))
+    if isinstance(value, Prompt | Scores | Trajectory | Scored | Batch | TermRows):
         parts = [getattr(value, name) for name in _large(type(value))]
         return sum([part.nbytes if isinstance(part, np.ndarray) else nbytes(part) for part in parts])
     return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermRows:
+    """What one of several terms of a method needs at the trained tokens of a micro-batch.
+
+    Its part of the loss is `coefficient * sum(weights * loss) / denominator`; `denominator` is global, as in `Batch`.
+    Tokens of weight 0 are trained by other terms alone.
+    """
+
+    scores: Scores
+    weights: Float[Array, " L"]
+    denominator: float
+    coefficient: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +60,10 @@ class Batch(Generic[S]):
     `sum(weights * loss) / denominator` and adds up over any split. `depth` is a token's place in its completion,
     from 0; tokens of weight 0 count as places. `routes` names the teachers that the prompts of the step ask, and
     `route` is the number of each trained token's; with a single one `route` is empty (`R` is 0 or `L`).
+
+    Of a method with several terms `terms` holds each one's share; `weights` is then 1 where any of them trains and
+    `denominator` is 1, so that all the above holds (`opd.method.terms.SumOfTerms` divides). Terms with equal scorers
+    share one `Scores` object.
     """
 
     input_ids: Int[Array, " N"]
@@ -58,7 +78,8 @@ class Batch(Generic[S]):
     denominator: float
     routes: tuple[str, ...] = ("default",)
     route: Int[Array, " R"] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    names: tuple[str, ...] = ()  # of the sequences, for messages and for what is drawn; () where nobody gave any
+    names: tuple[str, ...] = ()  # of the sequences, for messages and seeds of draws; () where none were given
+    terms: Mapping[str, TermRows] = field(default_factory=dict)
 
     _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
         "predict_at",
@@ -75,18 +96,38 @@ class Batch(Generic[S]):
     def rows(self, start: int, stop: int) -> "Batch[S]":
         """The trained tokens `start:stop`; the packed sequences stay whole."""
         cut = {name: getattr(self, name)[start:stop] for name in self._TOKEN_FIELDS}
-        return replace(self, **cut, scores=self.scores.rows(start, stop))
+        return self._with_scores(lambda s: s.rows(start, stop), cut, lambda w: w[start:stop])
+
+    def _with_scores(
+        self, change: Callable[[Any], Any], fields_: Mapping[str, Any], weigh: Callable[[Any], Any] = lambda w: w
+    ) -> "Batch[Any]":
+        """`fields_` replaced, and `change` applied to all scores, once to an object that several terms share."""
+        if not self.terms:
+            return replace(self, **fields_, scores=change(self.scores))
+        made: dict[int, Any] = {}
+
+        def once(scores: Any) -> Any:
+            if id(scores) not in made:
+                made[id(scores)] = change(scores)
+            return made[id(scores)]
+
+        terms = {n: replace(t, scores=once(t.scores), weights=weigh(t.weights)) for n, t in self.terms.items()}
+        return replace(self, **fields_, scores=once(self.scores), terms=terms)
+
+    def with_scores(self, change: Callable[[Any], Any]) -> "Batch[Any]":
+        """The same batch with `change` applied to the scores of all terms."""
+        return self._with_scores(change, {})
 
     def to(self, device: torch.device | str, get: Fetch) -> "Batch[S]":
         """Tensors on `device`, ids widened to int64 (what embedding and gather want)."""
         moved = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("scores", "denominator", "routes", "names"):
+            if f.name in ("scores", "denominator", "routes", "names", "terms"):
                 continue
             tensor = torch.as_tensor(value)
             moved[f.name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)
-        return replace(self, **moved, scores=self.scores.to(device, get))
+        return self._with_scores(lambda s: s.to(device, get), moved, lambda w: torch.as_tensor(w).to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Generic
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from opd.types.scores import S, TokenScores
+from opd.types.scores import S, Scores, TokenScores
 
 NO_VERSION = -1
 """The version of tokens that no policy of the run wrote: a teacher's text, or text of a data set."""
@@ -66,7 +66,8 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored(Generic[S]):
-    """A trajectory with the testimony about it."""
+    """A trajectory and its scores; `terms` are those of the method's further terms, by name (`opd.method.terms`)."""
 
     trajectory: Trajectory
     scores: S
+    terms: Mapping[str, Scores] = field(default_factory=dict)

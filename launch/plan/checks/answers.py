@@ -20,7 +20,8 @@ MANY = 5_000  # rows whose reading is shown, because it takes more than a second
 def check_rewards(config: RunConfig, training: Survey) -> None:
     """Refuse a method that learns from rewards where there is nothing to grade against."""
     without = training.unanswered
-    if without.count and issubclass(config.method.scorer.produces, AdvantageScores):
+    rewarded = any(issubclass(term.scorer.produces, AdvantageScores) for term in config.method.every_term.values())
+    if without.count and rewarded:
         raise ConfigurationError(
             f"method {config.method.name} learns from graded answers, but {without.first} has no reference "
             "answer; set prompts.answer_column to the column that has them, or choose a method that needs none"

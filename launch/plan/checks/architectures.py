@@ -43,7 +43,7 @@ def check_student(config: RunConfig) -> Folder:
 
 def check_teacher(config: RunConfig, name: str) -> Folder:
     """Refuse a teacher whose backend could not use it; a remote one counts where its weights are read here."""
-    teacher, requires = config.teachers[name], config.method.scorer.requires
+    teacher, requires = config.teachers[name], config.method.requires
     folder = read_folder(teacher.path, _key(name))
     if teacher.backend is Backend.TORCH:
         check_layers(folder.causal, folder.part)

@@ -12,7 +12,6 @@ from opd.errors import ConfigurationError, DataError
 from opd.ports import Listed, Routed, Sources
 from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
-from opd.scorers.ensemble import Ensemble
 
 
 def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
@@ -21,8 +20,7 @@ def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if isinstance(source, Routed) and not isinstance(source, Listed):
             asked = dict.fromkeys(source.routes(sources), place) | asked
-    if isinstance(config.method.scorer, Ensemble):
-        asked |= dict.fromkeys(config.method.scorer.shares, "method.scorer")
+    asked |= dict.fromkeys(config.method.named_teachers, f"method {config.method.name}")
     unknown = sorted(asked.keys() - config.teachers.keys())
     if unknown:
         raise ConfigurationError(
@@ -61,9 +59,8 @@ def check_lengths(config: RunConfig, training: Survey, held_out: Survey) -> int:
 
 def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
     tokens, where = found.longest_for_teacher
-    scorer = config.method.scorer
-    asked = scorer.shares.keys() if isinstance(scorer, Ensemble) else found.teachers.keys()
-    for name in asked & config.teachers.keys():
+    asked = {*config.method.named_teachers, *(found.teachers if config.method.asks_prompts_teacher else ())}
+    for name in sorted(asked & config.teachers.keys()):
         teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
         for key, room in (("max_batch_tokens", teacher.max_batch_tokens), ("max_model_len", teacher.max_model_len)):
             if room and tokens + more > room:

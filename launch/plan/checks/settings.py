@@ -13,6 +13,7 @@ from launch.plan.checks.survey import Survey
 from learner.config import learning_rate
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError
+from opd.method.terms import MAIN, Term
 from opd.objectives.truncated import TruncatedRatio
 from opd.ports import AtIds, TopK
 from opd.settings.ranges import AtMost
@@ -60,13 +61,21 @@ def schedule_notes(config: RunConfig) -> list[str]:
 
 def check_shares(config: RunConfig, training: Survey) -> None:
     """Refuse a balance of teachers that leaves one out whom prompts ask: the first step would end the run."""
-    for name, part in config.method.weights.items():
-        if isinstance(part, TeacherBalance) and part.shares:
-            for teacher in sorted(training.teachers.keys() - part.shares.keys()):
-                raise ConfigurationError(
-                    f"method.weights.{name}.shares lacks teacher {teacher!r} ({training.teachers[teacher]}); set "
-                    f"method.weights.{name}.shares.{teacher}=1"
-                )
+    for place, term in _terms(config):
+        for name, part in term.weights.items():
+            if isinstance(part, TeacherBalance) and part.shares:
+                for teacher in sorted(training.teachers.keys() - part.shares.keys()):
+                    raise ConfigurationError(
+                        f"{place}.weights.{name}.shares lacks teacher {teacher!r} ({training.teachers[teacher]}); set "
+                        f"{place}.weights.{name}.shares.{teacher}=1"
+                    )
+
+
+def _terms(config: RunConfig) -> list[tuple[str, Term]]:
+    """Every term of the method, and where its settings stand."""
+    return [
+        ("method" if name == MAIN else f"method.terms.{name}", term) for name, term in config.method.every_term.items()
+    ]
 
 
 def _at(name: str) -> str:
@@ -113,12 +122,13 @@ def _check_prompts_per_step(config: RunConfig) -> None:
 
 def _parts(config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """Every setting of the method and the learner by the name that a user gave it."""
-    method, objective = config.method, config.method.objective
-    if isinstance(objective, TruncatedRatio):  # max_ratio put it there
-        objective = objective.of
-    for name, part in (("rollout", method.rollout), ("scorer", method.scorer), ("weights", method.weights)):
-        yield from walk(part, f"method.{name}")
-    yield from walk(objective, "method.objective")
+    yield from walk(config.method.rollout, "method.rollout")
+    for place, term in _terms(config):
+        objective = term.objective
+        if isinstance(objective, TruncatedRatio):  # max_ratio put it there
+            objective = objective.of
+        for name, part in (("scorer", term.scorer), ("weights", term.weights), ("objective", objective)):
+            yield from walk(part, f"{place}.{name}")
     yield from walk(config.learner, "learner")
 
 
@@ -137,9 +147,8 @@ def _check_bounds(config: RunConfig) -> None:
 
 
 def _check_max_k(config: RunConfig) -> None:
-    scorer = config.method.scorer
-    kinds = {TopK: "method.scorer", AtIds: "method.rollout"}
-    asking = [place for kind, place in kinds.items() if kind in scorer.requires]
+    asking = [f"{place}.scorer" for place, term in _terms(config) if TopK in term.scorer.requires]
+    asking += ["method.rollout"] if AtIds in config.method.requires else []
     for name, _, value in _parts(config):
         if name.endswith((".k", ".record_topk")) and name.startswith(tuple(asking)) and asking:
             for teacher, its in config.teachers.items():

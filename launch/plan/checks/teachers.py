@@ -21,7 +21,7 @@ def check_adapters(config: RunConfig) -> None:
 
 def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:
     """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
-    requires, remote = config.method.scorer.requires, teacher.backend in REMOTE
+    requires, remote = config.method.requires, teacher.backend in REMOTE
     check_answers(teacher, requires, f"method {config.method.name}")
     if not remote or LastHidden in requires or config.method.rollout.needs_writer:
         check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
@@ -30,14 +30,15 @@ def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None
 def check_teachers(config: RunConfig) -> bool:
     """Refuse a teacher whose tokens are not the student's; whether all have the student's vocabulary of logits."""
     student, rows = tokenizer_identity(config.student.path), vocabulary_rows(config.student.path)
-    said, wanted = config.method.scorer.produces, config.method.objective.consumes
+    whole = [t for t in config.method.every_term.values() if t.objective.consumes is VocabularyScores]
+    made_here = all(issubclass(term.scorer.produces, VocabularyScores) for term in whole)
     exact = True
     for name, teacher in config.teachers.items():
         _check_teacher(config, name, teacher)
         compare(student, tokenizer_identity(teacher.path))
         theirs = vocabulary_rows(teacher.path)
         exact &= theirs == rows and LastHidden in teacher.answers and parameter_count(teacher.path) > 0
-        if theirs != rows and wanted is VocabularyScores and not issubclass(said, VocabularyScores):
+        if theirs != rows and not made_here:
             whose = "the teacher's" if name == DEFAULT else f"that of teacher {name!r}"
             raise ConfigurationError(
                 f"method {config.method.name} compares whole vocabularies, but the student's output has {rows} rows "

@@ -1,0 +1,132 @@
+"""A sum of terms: its gradient, in one pass over one packed step, is the sum of its terms' promises."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opd.certify.fitting import fitted, teacher_names
+from opd.certify.gradients import ALL, EXACT, NOTICED, SAME, Case, case, descent, distance, enumerable
+from opd.certify.page import Finding, Row, at_least
+from opd.certify.worlds import VOCABULARY, make_world
+from opd.loss.packing import WeighedTerm, pack_terms
+from opd.method.method import Method
+from opd.method.schedules import value
+from opd.method.terms import MAIN, SumOfTerms
+from opd.ports import Context, Layout
+from opd.types import Scored
+
+GRADIENT = "gradient of the sum of the promises"
+STEPS = (0, 3, 9)  # of ten: where schedules are looked at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sum:
+    """A method with several terms in a world, each term also by itself."""
+
+    method: Method
+    cases: Mapping[str, Case]
+
+    @property
+    def objective(self) -> SumOfTerms:
+        return SumOfTerms(objectives={name: enumerable(one.method.objective) for name, one in self.cases.items()})
+
+    def scored(self) -> list[Scored[Any]]:
+        """Every trajectory with the scores of all terms."""
+        seen = {name: one.seen.scored for name, one in self.cases.items()}
+        return [
+            Scored(
+                trajectory=item.trajectory,
+                scores=item.scores,
+                terms={name: seen[name][i].scores for name in self.method.terms},
+            )
+            for i, item in enumerate(seen[MAIN])
+        ]
+
+    def weighed(self, context: Context) -> dict[str, WeighedTerm]:
+        """Weights and coefficients at a step."""
+        return {
+            name: WeighedTerm(
+                weights=self.cases[name].weights(),
+                normalizer=term.normalizer,
+                coefficient=value(term.coefficient, context),
+            )
+            for name, term in self.method.every_term.items()
+        }
+
+    def training(
+        self, context: Context, ranks: int = 1, tokens: int = ALL, chunk: int = ALL, order: np.ndarray | None = None
+    ) -> Float[Tensor, " D"]:
+        """The gradient that a learner would step along."""
+        scored, terms = self.scored(), self.weighed(context)
+        order = np.arange(len(scored)) if order is None else order
+        turned = {name: replace(term, weights=[term.weights[i] for i in order]) for name, term in terms.items()}
+        packed = pack_terms([scored[i] for i in order], turned, Layout(ranks=ranks, tokens_per_microbatch=tokens))
+        return descent(packed, self.objective, self.cases[MAIN].world, chunk)
+
+    def exact(self, context: Context) -> Float[Tensor, " D"]:
+        """The coefficients times the gradients of the promises."""
+        parts = [
+            value(term.coefficient, context) * self.cases[name].exact() for name, term in self.method.every_term.items()
+        ]
+        return torch.stack(parts).sum(0)
+
+
+def of_terms(method: Method) -> Iterator[Finding]:
+    """What is promised of the sum, beyond what each term promises."""
+    small = fitted(method, VOCABULARY)
+    world = make_world(0, names=teacher_names(method))
+    found = _Sum(method=small, cases={name: case(small.one_term(name), world) for name in small.every_term})
+    context = replace(found.cases[MAIN].seen.context, steps=10)
+    measured = [distance(found.training(context.at(step)), found.exact(context.at(step))) for step in STEPS]
+    yield Row(name=GRADIENT, measured=max(measured), tolerance=EXACT)
+    whole = found.training(context)
+    for name, term in small.every_term.items():
+        if value(term.coefficient, context):
+            others = replace(found, cases=_silenced(found.cases, name))
+            yield at_least(f"the sum has a part of {name}", distance(whole, others.training(context)), NOTICED)
+    longest = max(len(s.trajectory.prompt.student_ids) + len(s.trajectory) for s in found.cases[MAIN].seen.scored)
+    again = {
+        "micro-batch size": found.training(context, tokens=longest * 5),
+        "number of ranks": found.training(context, ranks=3, tokens=longest * 3),
+        "chunks of the loss": found.training(context, chunk=7),
+        "order of the trajectories": found.training(
+            context, order=np.random.default_rng(0).permutation(len(found.cases[MAIN].seen.scored))
+        ),
+    }
+    for name, one in again.items():
+        yield Row(name=f"sum, invariance: {name}", measured=distance(one, whole), tolerance=SAME)
+
+
+def _silenced(cases: Mapping[str, Case], name: str) -> dict[str, Case]:
+    """The same with an objective of the term `name` that is 0 everywhere."""
+    one = cases[name]
+    silent: Any = _Zero(of=one.method.objective)
+    return {**cases, name: replace(one, method=replace(one.method, objective=silent))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Zero:
+    """An objective times 0, with the promise, and all that is declared, of what it silences."""
+
+    of: Any
+
+    @property
+    def consumes(self) -> Any:
+        return self.of.consumes
+
+    @property
+    def on_policy(self) -> bool:
+        return getattr(self.of, "on_policy", False)
+
+    @property
+    def promise(self) -> Any:
+        return self.of.promise
+
+    def __call__(self, student: Any, batch: Any) -> Any:
+        result = enumerable(self.of)(student, batch)
+        return replace(result, loss=result.loss * 0.0)
