@@ -59,7 +59,7 @@ def divergence(p: Float[Tensor, "n V"], q: Float[Tensor, "n V"], beta: float) ->
 class LigerDivergence:
     """`of`, computed by liger-kernel; `reports` is the metric that has the loss itself, as `of` has it ("": none)."""
 
-    of: LossFunction
+    of: JensenShannon | FullReverseKL | FullForwardKL
     beta: float
     reports: str = ""
 

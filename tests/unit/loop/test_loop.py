@@ -194,7 +194,7 @@ class Bench:
         self.learner = TableLearner(table=student, teacher=teacher, lr=self.lr, wait=self.wait)
         self.student = Model(log_softmax(student), wait=self.wait)
         reader = Model(log_softmax(teacher), wait=self.wait)
-        self.engines = ports.Engines(
+        self.engines = ports.Context(
             student=self.student,
             teachers={"default": reader},
             writers={"default": reader},

@@ -27,7 +27,7 @@ from opd.method.promises import Union
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL
 from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.ports import AtIds, Engines, LastHidden, SampledToken, Sampling, ScoreKind, ScoreRequest, TopK
+from opd.ports import AtIds, Context, LastHidden, SampledToken, Sampling, ScoreKind, ScoreRequest, TopK
 from opd.rollouts.mixed import Mixed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
@@ -331,8 +331,8 @@ class Silent:
     generate = receive = Teacher.score
 
 
-def engines(teacher: Any = None) -> Engines:
-    return Engines(
+def engines(teacher: Any = None) -> Context:
+    return Context(
         student=Silent(),
         teachers={"default": teacher or Teacher()},
         writers={},

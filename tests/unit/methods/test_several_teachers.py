@@ -18,7 +18,7 @@ from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import TokenMean, pack
 from opd.loss.per_teacher import by_teacher
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.ports import AtIds, Engines, LastHidden, Layout, ScoreRequest
+from opd.ports import AtIds, Context, LastHidden, Layout, ScoreRequest
 from opd.scorers.ensemble import Ensemble
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK
 from opd.token_weights.length import SkipTruncated
@@ -198,9 +198,9 @@ class Nobody:
         raise NotImplementedError
 
 
-def engines() -> Engines:
+def engines() -> Context:
     teachers = {"default": Table(0, []), "b": Table(1, []), "c": Table(2, [])}
-    return Engines(student=Nobody(), teachers=teachers, writers={}, graders={}, tokenizer=Nobody())
+    return Context(student=Nobody(), teachers=teachers, writers={}, graders={}, tokenizer=Nobody())
 
 
 def test_all_readers_of_an_ensemble_tell_of_the_same_mixture() -> None:

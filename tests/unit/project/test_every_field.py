@@ -33,7 +33,7 @@ from opd.method import promises
 from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.ports import Completion, Engines, GenerateRequest, Layout
+from opd.ports import Completion, Context, GenerateRequest, Layout
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.settings.ranges import AtMost, In
@@ -192,7 +192,7 @@ def _prompts(make_id: str = "p") -> list[Any]:
 def written(rollout: Any) -> Any:
     asked: list[Any] = []
     teachers = {name: Recorder(name=name, asked=asked) for name in TEACHERS}
-    box = Engines(
+    box = Context(
         student=Recorder(name="student", asked=asked),  # type: ignore[arg-type]
         teachers={},
         writers=teachers,
