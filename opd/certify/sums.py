@@ -15,10 +15,11 @@ from opd.certify.page import Finding, Row, at_least
 from opd.certify.worlds import VOCABULARY, make_world
 from opd.loss.packing import WeighedTerm, pack_terms
 from opd.method.method import Method
+from opd.method.promises import Promise
 from opd.method.schedules import value
 from opd.method.terms import MAIN, SumOfTerms
 from opd.ports import Context, Layout
-from opd.types import Scored
+from opd.types import Batch, Scored, Scores, TokenLoss
 
 GRADIENT = "gradient of the sum of the promises"
 STEPS = (0, 3, 9)  # of ten: where schedules are looked at
@@ -116,7 +117,7 @@ class _Zero:
     of: Any
 
     @property
-    def consumes(self) -> Any:
+    def consumes(self) -> type[Scores]:
         return self.of.consumes
 
     @property
@@ -124,9 +125,9 @@ class _Zero:
         return getattr(self.of, "on_policy", False)
 
     @property
-    def promise(self) -> Any:
+    def promise(self) -> Promise:
         return self.of.promise
 
-    def __call__(self, student: Any, batch: Any) -> Any:
+    def __call__(self, student: Any, batch: Batch[Any]) -> TokenLoss:
         result = enumerable(self.of)(student, batch)
         return replace(result, loss=result.loss * 0.0)

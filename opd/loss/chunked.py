@@ -123,6 +123,9 @@ def read(batch: Batch[Scores], heads: Tensor | Sequence[Tensor] | None) -> Batch
     teacher also the matrix itself.
     """
     given = [heads] if isinstance(heads, Tensor) else heads
+    every = (batch.scores, *(term.scores for term in batch.terms.values()))
+    if not any(isinstance(scores, HiddenScores | EnsembleScores) for scores in every):
+        return batch
 
     def whole(scores: Scores) -> Scores:
         if not isinstance(scores, HiddenScores | EnsembleScores):

@@ -6,6 +6,7 @@ composed.
 """
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -29,9 +30,7 @@ MethodName = Annotated[
     str,
     Matches(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}", "of letters, digits and . _ = , + - (runs are named after it)"),
 ]
-TermName = Annotated[
-    str, Matches(r"[A-Za-z][A-Za-z0-9_]{0,49}", "of letters, digits and _ (metrics are named after it)")
-]
+_TERM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,49}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +57,18 @@ class Method:
     # factor of the objective: a number, or a schedule over steps
     coefficient: Factor | Schedule = 1.0
     # further terms of the loss, by name
-    terms: Mapping[TermName, Term] = field(default_factory=dict)
+    terms: Mapping[str, Term] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if MAIN in self.terms:
             raise ConfigurationError(
                 f"method.terms.{MAIN} is the term of method.scorer and method.objective themselves; name it otherwise"
+            )
+        wrong = [name for name in self.terms if not _TERM_NAME.fullmatch(name)]
+        if wrong:
+            raise ConfigurationError(
+                f"method.terms.{wrong[0]} needs a name of letters, digits and _, after which its metrics are named; "
+                "name it otherwise"
             )
         for name, term in self.every_term.items():
             _check_term(self.rollout, term, "method" if name == MAIN else f"method.terms.{name}")

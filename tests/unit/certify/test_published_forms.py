@@ -160,7 +160,7 @@ def test_a_weight_that_reads_what_was_written_is_refused_with_a_sampled_estimate
     class Silent:  # what does not say so is taken to read everything
         consumes: ClassVar[type[Scores]] = Scores
 
-        def __call__(self, scored: Any) -> list[np.ndarray]:
+        def __call__(self, scored: Any, context: Any) -> list[np.ndarray]:
             return [np.ones(len(s.trajectory)) for s in scored]
 
     with pytest.raises(ConfigurationError, match="Silent depends on") if refused else nullcontext():

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from opd import ports
+from opd.loop.clock import StepClock
 from opd.loop.ledger import Ledger
 from opd.loop.rollout_buffer import BufferedStep
 from opd.loop.staleness import StalenessSchedule
-from opd.loop.train import StepRecord, _LearnedStep, _Publication, _seconds, _spans, train
+from opd.loop.train import StepRecord, train
 from opd.loss.chunked import StudentLogits, chunked_loss, read
 from opd.method.method import Method
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
 from opd.objectives.topk import HeadTailReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.observability.spans import Span, Stage
-from opd.ports import PublishReport
 from opd.rollouts.seeds import sampling_seed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
@@ -363,7 +363,7 @@ def test_a_step_counts_where_a_single_token_of_it_does(make: Any) -> None:
     class First:
         consumes, reads_written = Scores, False
 
-        def __call__(self, scored: Sequence[Any]) -> list[np.ndarray]:
+        def __call__(self, scored: Sequence[Any], context: Any) -> list[np.ndarray]:
             return [(np.arange(len(s.trajectory)) < (i == 0)).astype(float) for i, s in enumerate(scored)]
 
     bench = Bench(make)
@@ -457,7 +457,7 @@ class Nothing:
     consumes = Scores
     reads_written = False
 
-    def __call__(self, scored: Sequence[Any]) -> list[np.ndarray]:
+    def __call__(self, scored: Sequence[Any], context: Any) -> list[np.ndarray]:
         self.called += 1
         return [np.full(len(s.trajectory), float(self.called not in self.calls)) for s in scored]
 
@@ -493,13 +493,11 @@ def test_the_seconds_of_a_step_are_those_of_its_spans(read: float, score: float)
         Span(role=Stage.TEACHER, step=8, start=2.0, end=read),
     ]
     collected = BufferedStep(step=7, began=1.0, asked=[], spans=spans)
-    taken = _LearnedStep(step=7, collected=collected, weights=[], began=3.0, waited=7.0)
-    published = PublishReport(version=8, gap=0.0, nbytes=1)
-    live = _Publication(published=published, updated=12.0, drained=14.0, ended=17.0)
-    assert _seconds(taken, live) == {
+    clock = StepClock(began=3.0, waited=7.0, updated=12.0, drained=14.0, ended=17.0)
+    assert clock.seconds(collected) == {
         "rollout": 3.0, "score": score, "wait": 4.0 + 2.0, "train": 5.0, "publish": 3.0, "step": 14.0
     }  # fmt: skip
-    of_the_learner, of_publishing = _spans(taken, live)[2:]
+    of_the_learner, of_publishing = clock.spans(collected)[2:]
     assert of_the_learner == Span(role=Stage.LEARNER, step=8, start=7.0, end=12.0)
     assert of_publishing == Span(role=Stage.PUBLISH, step=8, start=14.0, end=17.0)
 

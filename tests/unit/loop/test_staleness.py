@@ -385,7 +385,9 @@ def test_nothing_new_is_begun_between_draining_and_new_weights(make: Any) -> Non
     async def look() -> list[bool]:
         pipeline = StalenessSchedule(deterministic=False, update=WeightUpdate.DRAIN, max_staleness=5)
         sources = ports.Sources(tokenizer=bench.engines.tokenizer, rows=lambda path, columns: ())
-        collector = RolloutBuffer(SHORT, bench.prompts, sources, bench.engines, Ledger(), pipeline, 0, 9)
+        collector = RolloutBuffer(
+            SHORT, bench.prompts, sources, ports.Context.of(bench.engines, step=0, steps=9, seed=0), Ledger(), pipeline
+        )
         seen = [collector._may_begin(3)]
         await collector.drained(1)
         seen.append(collector._may_begin(3))

@@ -33,6 +33,9 @@ from opd.types import Scored, StopReason, TokenScores, TopKReturnScores
 STUDENT, TEACHER = StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)
 
 
+BOX = engines(make_world(0, 6), Notes())
+
+
 def mixed(fraction: float, seed: int = 0) -> Mixed:
     return Mixed(student=STUDENT, fixed=TEACHER, fraction=fraction, seed=seed)
 
@@ -88,8 +91,8 @@ def test_an_answer_is_read_to_its_end_or_cut(make: Any) -> None:
 
 def test_the_first_occurrence_is_left_out_and_the_second_is_not(make: Any) -> None:
     step = [make.scored([7], [5, 7, 5, 7, 2]), make.scored([7], [1, 2])]
-    assert [w.tolist() for w in SkipFirst(token_ids=[7, 5])(step)] == [[0, 0, 1, 1, 1], [1, 1]]
-    assert [w.tolist() for w in SkipFirst()(step)] == [[1] * 5, [1, 1]]
+    assert [w.tolist() for w in SkipFirst(token_ids=[7, 5])(step, BOX)] == [[0, 0, 1, 1, 1], [1, 1]]
+    assert [w.tolist() for w in SkipFirst()(step, BOX)] == [[1] * 5, [1, 1]]
 
 
 def test_tokens_are_left_out_by_name_where_the_vocabulary_has_them(make: Any) -> None:
@@ -97,7 +100,7 @@ def test_tokens_are_left_out_by_name_where_the_vocabulary_has_them(make: Any) ->
     known = look_up({"special": named, "whole": SkipTruncated()}, {"<": 7, "a": 5})
     assert known == {"special": SkipFirst(token_ids=(2, 7)), "whole": SkipTruncated()}
     step = [make.scored([7], [5, 7, 7, 2])]
-    assert [w.tolist() for w in known["special"](step)] == [[1, 0, 1, 0]]
+    assert [w.tolist() for w in known["special"](step, BOX)] == [[1, 0, 1, 0]]
     inside = look_up({"balance": TeacherBalance(filters={"special": named})}, {"<": 7})
     assert inside == {"balance": TeacherBalance(filters={"special": SkipFirst(token_ids=(2, 7))})}
 
@@ -107,7 +110,7 @@ def test_a_token_whose_id_was_not_looked_up_is_never_trained_by_mistake(make: An
     named = SkipFirst(tokens=["<"])
     for weight in (named, TeacherBalance(filters={"special": named})):
         with pytest.raises(ConfigurationError, match=r"SkipFirst names tokens \['<'\] and needs their ids .*; look"):
-            weight(step)
+            weight(step, BOX)
 
 
 def test_returns_are_what_comes_after() -> None:

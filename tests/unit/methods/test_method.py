@@ -110,12 +110,13 @@ DEFAULTS: dict[str, dict[str, object]] = TOP_16 | {  # what a part is whose conf
     "JensenShannon": {"beta": 0.5},
     "SkewedReverseKL": {"alpha": 0.1},
     "SkewedForwardKL": {"alpha": 0.1},
-    "Mixed": {"fraction": 0.5, "seed": 0},
+    "Mixed": {"fraction": 0.5, "coin": "GROUP", "seed": 0},
     "StudentRollout": {"temperature": 1.0, "top_p": 1.0, "record_topk": 0},
     "TeacherRollout": {"temperature": 1.0, "top_p": 1.0},
     "WithReturns": {"k": 16, "discount": 1.0, "length_normalized": True, "own_reward": False, "reward_scale": 1.0},
     "GroupAdvantage": {"scale_by_std": True, "epsilon": 1e-4},
     "Constant": {"divisor": 1.0},
+    "WeighedTerm": {"coefficient": 1.0},
     "LimitingCase": {"scale": 1.0, "tolerance": 1e-3},
     "StepRecord": {"live": True},
     "Ledger": {"issued": 0, "generated": 0, "scored": 0, "trained": 0, "_first": 0},
@@ -217,7 +218,7 @@ class Reading:
     consumes: type[Scores]
     factor: float = 1.0
 
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[np.ndarray]:
+    def __call__(self, scored: Sequence[Scored[Any]], context: Any) -> list[np.ndarray]:
         return [np.full(len(s.trajectory), self.factor) for s in scored]
 
 
@@ -290,18 +291,18 @@ def test_weights_multiply_each_other_and_the_loss_mask(make: Any) -> None:
         make.scored([1], [2]),
     ]
     weights = {"half": Reading(Scores, 0.5), "triple": Reading(Scores, 3.0), "whole": SkipTruncated()}
-    assert [w.tolist() for w in weigh(weights, step)] == [[1.5, 0.0], [0.0, 0.0, 0.0], [1.5]]
-    assert [w.tolist() for w in weigh({}, step)] == [[1, 0], [1, 1, 1], [1]]
+    assert [w.tolist() for w in weigh(weights, step, engines())] == [[1.5, 0.0], [0.0, 0.0, 0.0], [1.5]]
+    assert [w.tolist() for w in weigh({}, step, engines())] == [[1, 0], [1, 1, 1], [1]]
 
 
 @pytest.mark.parametrize("lengths", [[1, 3], [2, 1], [2, 4], [2]], ids=str)
 def test_a_weight_part_that_miscounts_is_named(make: Any, lengths: list[int]) -> None:
     class Wrong(Reading):
-        def __call__(self, scored: Sequence[Scored[Any]]) -> list[np.ndarray]:
+        def __call__(self, scored: Sequence[Scored[Any]], context: Any) -> list[np.ndarray]:
             return [np.ones(n) for n in lengths]
 
     with pytest.raises(DataError, match=r"weight 'mine' Wrong must give one number per token, \[2, 3\] for"):
-        weigh({"mine": Wrong(Scores)}, [make.scored([1], [2, 3]), make.scored([1], [2, 3, 4])])
+        weigh({"mine": Wrong(Scores)}, [make.scored([1], [2, 3]), make.scored([1], [2, 3, 4])], engines())
 
 
 class Teacher:

@@ -273,7 +273,7 @@ def test_each_teacher_gets_its_share_of_the_trained_tokens(case: list, data: st.
         )
         for i, (name, n, cut) in enumerate(case)
     ]
-    weights = TeacherBalance(shares=relative, filters={"whole": SkipTruncated()})(scored)
+    weights = TeacherBalance(shares=relative, filters={"whole": SkipTruncated()})(scored, engines())
     kept = {name: sum(n for other, n, cut in case if other == name and not cut) for name, _, _ in case}
     present = {name: relative[name] for name, n in kept.items() if n}
     total = sum(kept.values())
@@ -281,15 +281,15 @@ def test_each_teacher_gets_its_share_of_the_trained_tokens(case: list, data: st.
         got = sum(w.sum() for w, (other, _, _) in zip(weights, case, strict=True) if other == name)
         assert got == pytest.approx(total * relative[name] / sum(present.values()) if n else 0)
     assert all((w == 0).all() for w, (_, _, cut) in zip(weights, case, strict=True) if cut)
-    backwards = TeacherBalance(shares=relative, filters={"whole": SkipTruncated()})(scored[::-1])
+    backwards = TeacherBalance(shares=relative, filters={"whole": SkipTruncated()})(scored[::-1], engines())
     assert all(np.allclose(a, b) for a, b in zip(weights, backwards[::-1], strict=True))
 
 
 def test_one_teacher_is_always_in_balance_and_an_unknown_one_is_refused() -> None:
     scored = [Scored(trajectory=trajectory(n, 3), scores=Scores()) for n in "xy"]
-    assert all((w == 1).all() for w in TeacherBalance()(scored))
+    assert all((w == 1).all() for w in TeacherBalance()(scored, engines()))
     with pytest.raises(ConfigurationError, match=r"no share for teacher 'default' \(has \['b'\]\)"):
-        TeacherBalance(shares={"b": 1.0})(scored)
+        TeacherBalance(shares={"b": 1.0})(scored, engines())
     with pytest.raises(ConfigurationError, match=r"TeacherBalance\.shares\.b needs"):
         TeacherBalance(shares={"b": 0.0})
 
@@ -299,7 +299,7 @@ def test_a_prompt_counts_what_it_says() -> None:
     scored = [
         Scored(trajectory=replace(light, prompt=replace(light.prompt, weight=w)), scores=Scores()) for w in (0.25, 2.0)
     ]
-    assert [w.tolist() for w in PromptWeight()(scored)] == [[0.25, 0.25], [2.0, 2.0]]
+    assert [w.tolist() for w in PromptWeight()(scored, engines())] == [[0.25, 0.25], [2.0, 2.0]]
 
 
 @settings(max_examples=40)

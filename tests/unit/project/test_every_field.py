@@ -223,7 +223,7 @@ def scores(scorer: Any) -> Any:
 
 
 def weighed(weight: Any) -> Any:
-    _, texts = _group()
+    box, texts = _group()
     step = [
         replace(
             t, stop=StopReason.LENGTH if i % 3 else StopReason.END, prompt=replace(t.prompt, teacher=TEACHERS[i % 2])
@@ -231,7 +231,7 @@ def weighed(weight: Any) -> Any:
         for i, t in enumerate(texts)
     ]
     known = look_up({"w": weight}, {"c": 6})["w"]
-    return [w.tolist() for w in known([Scored(trajectory=t, scores=Scores()) for t in step])]
+    return [w.tolist() for w in known([Scored(trajectory=t, scores=Scores()) for t in step], box)]
 
 
 def divided(normalizer: Any) -> Any:
