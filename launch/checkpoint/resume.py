@@ -11,6 +11,7 @@ from time import strftime
 
 from rich.console import Console
 
+from hf.digest import model_digest
 from hf.tokenizer_check import tokenizer_digest
 from launch.artifacts.checkpoint_state import (
     LATEST,
@@ -33,7 +34,6 @@ from launch.config.run_config import RunConfig
 from launch.inputs.prompt_paths import content_digest
 from opd.errors import ConfigurationError
 from opd.ports import Listed
-from teacher_service.server_identity import model_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

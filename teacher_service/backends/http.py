@@ -15,6 +15,7 @@ from typing import TypeVar
 import aiohttp
 import numpy as np
 
+from hf.digest import model_digest
 from hf.tokenizer_check import tokenizer_identity
 from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -37,7 +38,7 @@ from teacher_service.frames import (
 )
 from teacher_service.retries import NoAnswer, Patience, WrongAnswer, fetch, session, together
 from teacher_service.scoring import Store, TeacherStats, length
-from teacher_service.server_identity import Identity, model_digest, parse_identity
+from teacher_service.server_identity import Identity, parse_identity
 
 Result = TypeVar("Result")
 IDENTITY_BYTES = 1 << 16

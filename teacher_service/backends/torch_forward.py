@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hf.digest import file_digest
 from hf.tokenizer_check import check_checkpoint
 from opd.errors import ConfigurationError, OpdError
 from opd.ports import PublishedWeights, ScoreRequest
@@ -20,7 +21,6 @@ from opd.types import Fetch, TokenScores
 from teacher_service.config import START_S, TeacherConfig
 from teacher_service.deadlines import in_time
 from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
-from teacher_service.server_identity import file_digest
 from weight_sync.receiver import collect
 
 if TYPE_CHECKING:
