@@ -94,7 +94,7 @@ def test_requests_that_cannot_be_read_are_refused(school: Class) -> None:
     good = make_request(1, 0)
 
     def refused(match: str, **changes: Any) -> None:
-        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "want": good.kind}
+        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "kind": good.kind}
         with pytest.raises(DataError, match=match):
             school.run(school.teacher.score([good, ScoreRequest(**(fields | changes))]))
 

@@ -205,7 +205,7 @@ def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
     good = request(WANTS[0], 0)
 
     def refused(match: str, **changes: Any) -> None:
-        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "want": good.kind}
+        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "kind": good.kind}
         with pytest.raises(DataError, match=f"score request 1 cannot be read.*{match}"):
             run(school.teacher.score([good, ScoreRequest(**(fields | changes))]))
 

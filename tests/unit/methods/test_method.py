@@ -406,7 +406,7 @@ WANTS: dict[str, ScoreKind] = {
 }
 
 
-@pytest.mark.parametrize("want", WANTS.values(), ids=WANTS)
+@pytest.mark.parametrize("kind", WANTS.values(), ids=WANTS)
 def test_true_testimony_is_believed(kind: ScoreKind) -> None:
     request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kind=kind)
     said = answer(kind, 2)

@@ -131,7 +131,7 @@ def staffing(ahead: int, rollout: int = 1, teacher: int = 1, learner: int = 1) -
 
 
 @pytest.mark.parametrize(
-    ("usage", "who", "said"),
+    ("usage", "subject", "said"),
     [
         (
             overlapped(60, 100, 59),
