@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from hf.folder import read_headers
+from hf.tensors import read_tensor
 from opd.errors import DataError
 from weight_sync.lora import pairs, with_adapters
 from weight_sync.receiver import ReceivedWeights
@@ -22,7 +22,7 @@ class BaseWeights:
 
     def __init__(self, folder: Path, fused: Mapping[str, Sequence[str]]) -> None:
         self._fused = fused
-        self._files = {name: stored.file for name, stored in read_headers(str(folder), "student").items()}
+        self._stored = read_headers(str(folder), "student")
 
     def tensors(self, delivered: ReceivedWeights, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the layers that the delivered adapters touch, merged on `device`.
@@ -31,7 +31,7 @@ class BaseWeights:
             DataError: there are no such layers here, or other shapes.
         """
         adapters = pairs((name, value.to(device)) for name, value in delivered.tensors())
-        strange = sorted(layer for layer in adapters if f"{layer}.weight" not in self._files)
+        strange = sorted(layer for layer in adapters if f"{layer}.weight" not in self._stored)
         if strange:
             raise DataError(
                 f"{len(strange)} adapters are for layers that the engine's checkpoint does not have, the first is "
@@ -48,7 +48,6 @@ class BaseWeights:
                 yield from (f"{parent}.{other}" for other in together)
 
     def _read(self, layers: set[str]) -> Iterator[tuple[str, Tensor]]:
-        for name, path in self._files.items():
+        for name, stored in self._stored.items():
             if name.rpartition(".")[0] in layers:
-                with safe_open(path, framework="pt") as file:
-                    yield name, file.get_tensor(name)
+                yield name, read_tensor(name, stored)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from opd.settings.devices import Device, Dtype, on_gpu
-from opd.settings.ranges import Count, Deadline, In, MemoryShare, Names, Replicas, Tokens
+from opd.settings.ranges import HARMLESS, Count, Deadline, In, MemoryShare, Names, Replicas, Tokens
 from opd.settings.validation import settings
 
 CPU_KV_CACHE_BYTES = 64 << 20
@@ -28,25 +28,25 @@ class StudentConfig:
     # Hugging Face folder of the model that is trained
     path: Names
     # tokens of context and completion together, at most
-    max_model_len: Tokens
+    max_model_len: Annotated[Tokens, HARMLESS]
     # AUTO is a GPU where there is one
-    device: Device = Device.AUTO
+    device: Annotated[Device, HARMLESS] = Device.AUTO
     # what the engine computes in; AUTO is the checkpoint's own
     dtype: Dtype = Dtype.AUTO
     # devices that share one engine's weights
-    tensor_parallel: Annotated[int, In(1, 1024)] = 1
+    tensor_parallel: Annotated[int, In(1, 1024), HARMLESS] = 1
     # memory of the key-value cache; 0 lets the engine choose
-    kv_cache_bytes: Annotated[int, In(0, 2**50)] = 0
+    kv_cache_bytes: Annotated[int, In(0, 2**50), HARMLESS] = 0
     # share of the whole device that an engine takes on a GPU
-    gpu_memory_utilization: MemoryShare = 0.85
+    gpu_memory_utilization: Annotated[MemoryShare, HARMLESS] = 0.85
     # sequences that an engine writes at the same time
-    max_num_seqs: Count = 256
+    max_num_seqs: Annotated[Count, HARMLESS] = 256
     # no graph capture and no compilation (always so without a GPU)
-    enforce_eager: bool = False
+    enforce_eager: Annotated[bool, HARMLESS] = False
     # rollout engines
-    replicas: Replicas = 1
+    replicas: Annotated[Replicas, HARMLESS] = 1
     # seconds that bound every single wait for an engine (starting one: 300 at least)
-    deadline_s: Deadline = 600.0
+    deadline_s: Annotated[Deadline, HARMLESS] = 600.0
 
 
 def environment(device: Device) -> dict[str, str]:

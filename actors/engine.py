@@ -16,6 +16,7 @@ import torch
 from actors.config import StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import EngineLimits, build, read_limits
+from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 from opd.ports import Completion, GenerateRequest, PublishedWeights, Sampling, Sentinel, WeightAck
 from opd.rollouts.seeds import sampling_seed
@@ -247,13 +248,11 @@ class VLLMEngine:
         self, work: Awaitable[Result], what: str, at_least: float = 0.0, raises: type[OpdError] = ServiceHung
     ) -> Result:
         deadline_s = max(self._config.deadline_s, at_least)
-        try:
-            return await asyncio.wait_for(work, deadline_s)
-        except TimeoutError as error:
-            raise raises(
-                f"the student engine did not finish {what} within {deadline_s:.0f} s; raise "
-                "student.deadline_s, or ask for less at once"
-            ) from error
+        late = raises(
+            f"the student engine did not finish {what} within {deadline_s:.0f} s; raise student.deadline_s, or ask for "
+            "less at once"
+        )
+        return await within(deadline_s, work, late)
 
 
 def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:

@@ -1,15 +1,14 @@
 """From a `StudentConfig` to a running vLLM engine, and the limits that its requests must keep."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from actors.config import CPU_KV_CACHE_BYTES, StudentConfig
-from actors.ends import read_ends
+from hf.ends import read_ends
+from hf.folder import text_config
 from opd.errors import DataError
 from opd.ports import GenerateRequest, Sampling, Sentinel
 from opd.settings.devices import resolve_device, resolve_dtype
@@ -106,11 +105,8 @@ def read_limits(config: StudentConfig, ends: Sequence[int] = ()) -> EngineLimits
     Raises `ConfigurationError` if the folder is none, `DataError` if no end-of-text token is known.
     """
     named = read_ends(config.path).ids
-    model = json.loads((Path(config.path) / "config.json").read_text())
-    model = model | model.get("text_config", {})
-    return EngineLimits(
-        vocabulary=int(model["vocab_size"]), longest=config.max_model_len, ends=tuple(sorted({*named, *ends}))
-    )
+    rows = int(text_config(config.path, "student")["vocab_size"])
+    return EngineLimits(vocabulary=rows, longest=config.max_model_len, ends=tuple(sorted({*named, *ends})))
 
 
 def build(config: StudentConfig) -> "LLMEngine":

@@ -16,6 +16,7 @@ from opd.errors import ConfigurationError, DataError
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+CONFIG = "config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -66,8 +67,8 @@ def read_config(path: str, part: str) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigurationError(_no_folder(path, part))
-    if (folder / "config.json").is_file():
-        return read_json(folder / "config.json", part)
+    if has_config(folder):
+        return read_json(folder / CONFIG, part)
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json", part).get("base_model_name_or_path")
         raise DataError(
@@ -76,6 +77,11 @@ def read_config(path: str, part: str) -> dict[str, Any]:
             "tokenizer there, and give that folder"
         )
     raise DataError(f"{part} needs a Hugging Face checkpoint, but {path!r} has no config.json; correct the path")
+
+
+def has_config(path: str | Path) -> bool:
+    """Whether `path` is a folder of a model, judged by its `config.json` alone."""
+    return (Path(path) / CONFIG).is_file()
 
 
 def _no_folder(path: str, part: str) -> str:

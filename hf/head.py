@@ -1,11 +1,13 @@
 """A model's output matrix alone, for backends that give hidden states only."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor
 
-from hf.folder import output_matrix, read_headers, text_config
+from hf.folder import Stored, output_matrix, read_headers, text_config
+from hf.tensors import read_tensor
 from opd.errors import ConfigurationError, DataError
 
 _EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
@@ -23,10 +25,13 @@ def load_head(path: str, dtype: torch.dtype, device: torch.device) -> Float[Tens
             f"teacher.backend=VLLM multiplies hidden states by the output matrix, but {path!r} has also "
             f"{extra or 'lm_head.bias'}; use teacher.backend=VLLM_LOGPROBS"
         )
+    absent = f"the teacher {path!r} has no output matrix in its safetensors; use teacher.backend=VLLM_LOGPROBS"
+    return read_head(stored, absent).to(device=device, dtype=dtype)
+
+
+def read_head(stored: Mapping[str, Stored], absent: str) -> Float[Tensor, "V H"]:
+    """The output matrix among a folder's tensors as it is stored. Raises `DataError`, which is `absent`, for none."""
     name = output_matrix(stored)
     if name is None:
-        raise DataError(
-            f"the teacher {path!r} has no output matrix in its safetensors; use teacher.backend=VLLM_LOGPROBS"
-        )
-    with safe_open(str(stored[name].file), framework="pt") as tensors:
-        return tensors.get_tensor(name).to(device=device, dtype=dtype)
+        raise DataError(absent)
+    return read_tensor(name, stored[name])

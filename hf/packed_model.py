@@ -1,6 +1,7 @@
 """A Hugging Face causal model that reads packed sequences: one row, attention within each."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from hf.packable import Trial, check_head, check_layers, context_length, unlike
 from opd.errors import DataError
 from opd.loss.attention import NAME, Packing, register
+
+Model = TypeVar("Model")
 
 
 class PackedModel:
@@ -59,19 +62,33 @@ class PackedModel:
         )
         return body.last_hidden_state[0]
 
+    def read(self, sequences: Sequence[Int[Tensor, " n"]]) -> Float[Tensor, "N V"]:
+        """Float32 logits after every token of `sequences`."""
+        return self.logits(self.hidden(sequences))
+
     def logits(self, hidden: Float[Tensor, "rows H"]) -> Float[Tensor, "rows V"]:
         """Float32 logits over the whole vocabulary."""
         return F.linear(hidden, self._head.weight, self._head.bias).float()
 
 
-def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PackedModel:
-    """The model in `path`, frozen.
+def load_causal(
+    path: str,
+    part: str,
+    dtype: torch.dtype,
+    make: Callable[[PreTrainedModel], Model],
+    read: Callable[[Model, Sequence[Tensor]], Tensor],
+    *,
+    bias: bool,
+    device: torch.device | None = None,
+    gradient_checkpointing: bool = False,
+) -> Model:
+    """What `make` builds of the causal model in `path`, on `device` (None: the host), with packed attention.
 
-    It is compared with itself before it is used: a model with layers that carry a state from one packed sequence to
-    the next, with an attention that is not ours, or with a head that does more than multiply, is refused with a
-    `ConfigurationError`.
+    It is compared with itself before it is used, `read` giving its logits `[N, V]` after every token of packed
+    sequences: a model with layers that carry a state from one packed sequence to the next, with an attention that is
+    not ours, or with a head that does more than multiply (`bias` allows one to add), is refused with a
+    `ConfigurationError` that begins with `part`.
     """
-    part = f"the teacher {path!r}"
     causal = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
@@ -80,15 +97,26 @@ def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PackedMo
         trust_remote_code=False,
         use_safetensors=True,
     )
+    assert isinstance(causal, PreTrainedModel)
     check_layers(causal, part)
-    nn.Module.to(causal.eval().requires_grad_(False), device)
-    head = check_head(causal, part, bias=True)
+    nn.Module.to(causal, device)
+    head = check_head(causal, part, bias=bias)
     trial = Trial.of(causal, len(head.weight), part)
-    model = PackedModel(causal)
     causal.set_attn_implementation(NAME)
-    with torch.inference_mode():
-        trial.check(lambda sequences: model.logits(model.hidden(sequences)), part)
+    model = make(causal)
+    trial.check(lambda sequences: read(model, sequences), part)
+    if gradient_checkpointing:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def load_packed(path: str, dtype: torch.dtype, device: torch.device) -> PackedModel:
+    """The teacher in `path`, frozen."""
+
+    def frozen(causal: PreTrainedModel) -> PackedModel:
+        return PackedModel(causal.eval().requires_grad_(False))
+
+    return load_causal(path, f"the teacher {path!r}", dtype, frozen, PackedModel.read, bias=True, device=device)
 
 
 register(AttentionInterface, AttentionMaskInterface)

@@ -7,7 +7,19 @@ from typing import Annotated
 from learner.schedule import Schedule, rate
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device, Dtype
-from opd.settings.ranges import AtMost, Bytes, Deadline, Every, In, Length, Names, Replicas, Tokens, WeightShard
+from opd.settings.ranges import (
+    HARMLESS,
+    AtMost,
+    Bytes,
+    Deadline,
+    Every,
+    In,
+    Length,
+    Names,
+    Replicas,
+    Tokens,
+    WeightShard,
+)
 from opd.settings.validation import settings
 
 
@@ -95,13 +107,13 @@ class LearnerConfig:
     """
 
     # processes that train
-    ranks: Replicas = 1
+    ranks: Annotated[Replicas, HARMLESS] = 1
     # what ranks share: 0 nothing (float32 only), 1 optimizer state, 2 also gradients, 3 also weights
-    zero_stage: Annotated[int, In(0, 3)] = 2
+    zero_stage: Annotated[int, In(0, 3), HARMLESS] = 2
     # FLOAT32 or BFLOAT16: what the student computes in and is published in
     dtype: Dtype = Dtype.BFLOAT16
     # AUTO is a GPU where there is one
-    device: Device = Device.AUTO
+    device: Annotated[Device, HARMLESS] = Device.AUTO
     # learning rate at the end of the warm-up (AdamW)
     lr: LearningRate = 5e-6
     # decay of AdamW's mean of gradients
@@ -123,26 +135,26 @@ class LearnerConfig:
     # last updates in which WARMUP_STABLE_DECAY falls (transformers' num_decay_steps)
     decay_steps: Every = 0
     # packed tokens of one forward and backward pass; a step's batch is cut into such micro-batches
-    tokens_per_microbatch: Tokens = 8192
+    tokens_per_microbatch: Annotated[Tokens, HARMLESS] = 8192
     # rows of vocabulary-wide logits alive at once; 0 chooses by memory
-    head_chunk: Annotated[int, In(0, 10_000_000)] = 0
+    head_chunk: Annotated[int, In(0, 10_000_000), HARMLESS] = 0
     # TORCH, or LIGER's fused kernel on a GPU
-    loss_kernel: LossKernel = LossKernel.TORCH
+    loss_kernel: Annotated[LossKernel, HARMLESS] = LossKernel.TORCH
     # top-k in which the overlap of student and teacher is measured; 0 measures none
-    overlap_k: Annotated[int, In(0, 1_000_000), AtMost("vocabulary")] = 16
+    overlap_k: Annotated[int, In(0, 1_000_000), AtMost("vocabulary"), HARMLESS] = 16
     # compute activations anew in the backward pass: less memory, a third more work
-    gradient_checkpointing: bool = False
-    sentinel_tolerance: Annotated[float, In(1e-6, 5, or_zero=True, because=TRUST)] = 0.0
+    gradient_checkpointing: Annotated[bool, HARMLESS] = False
+    sentinel_tolerance: Annotated[float, In(1e-6, 5, or_zero=True, because=TRUST), HARMLESS] = 0.0
     # bytes of one piece of published weights
-    publish_chunk_bytes: Bytes = 256 << 20
+    publish_chunk_bytes: Annotated[Bytes, HARMLESS] = 256 << 20
     # how weights travel: AUTO, OBJECT_STORE, SHARED_MEMORY, NCCL or CUDA_IPC
-    transport: Transport = Transport.AUTO
+    transport: Annotated[Transport, HARMLESS] = Transport.AUTO
     # seconds that bound every wait for another rank
-    deadline_s: Deadline = 600.0
+    deadline_s: Annotated[Deadline, HARMLESS] = 600.0
     # updates with a gradient that is not finite, in a row, that end a run
-    max_skipped_steps: Annotated[int, In(0, 100, because="a run that only skips learns nothing")] = 3
+    max_skipped_steps: Annotated[int, In(0, 100, because="a run that only skips learns nothing"), HARMLESS] = 3
     # kernels that repeat bit for bit on a GPU (CPUs always do)
-    deterministic: bool = False
+    deterministic: Annotated[bool, HARMLESS] = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:

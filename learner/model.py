@@ -11,16 +11,17 @@ from typing import cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf.folder import output_matrix, read_headers
-from hf.packable import Trial, check_head, check_layers
+from hf.folder import read_headers
+from hf.head import read_head
+from hf.packable import check_head
+from hf.packed_model import load_causal
 from hf.weight_names import stored_names
-from opd.errors import ConfigurationError, DataError
-from opd.loss.attention import NAME, Packing, register
+from opd.errors import ConfigurationError
+from opd.loss.attention import NAME, Packing
 from weight_sync.lora import A, B
 
 Use = Callable[[Float[Tensor, "L H"], Float[Tensor, "V H"]], Tensor]
@@ -153,19 +154,13 @@ def load_student(path: str, dtype: torch.dtype, gradient_checkpointing: bool) ->
             as its modules have them (an engine could then not receive them).
     """
     part = f"the student {path!r}"
-    causal = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="eager", trust_remote_code=False, use_safetensors=True
+
+    def made(causal: PreTrainedModel) -> Student:  # to be tried as it is trained, so that a dropout would be seen
+        return Student(causal, stored_names(causal, read_headers(path, "the student"), part)).train()
+
+    return load_causal(
+        path, part, dtype, made, Student.logits, bias=False, gradient_checkpointing=gradient_checkpointing
     )
-    assert isinstance(causal, PreTrainedModel)
-    check_layers(causal, part)
-    stored = stored_names(causal, read_headers(path, "the student"), part)
-    head = check_head(causal, part, bias=False)
-    trial = Trial.of(causal, len(head.weight), part)
-    student = Student(causal, stored).train()
-    trial.check(student.logits, part)  # as it is trained, so that a dropout would be seen
-    if gradient_checkpointing:
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return student
 
 
 def load_head(path: str, dtype: torch.dtype, vocabulary: int) -> Float[Tensor, "V H"]:
@@ -175,21 +170,14 @@ def load_head(path: str, dtype: torch.dtype, vocabulary: int) -> Float[Tensor, "
         DataError: the checkpoint holds none.
         ConfigurationError: it has other rows than the student's vocabulary.
     """
-    stored = read_headers(path, "the teacher")
-    name = output_matrix(stored)
-    if name is None:
-        raise DataError(
-            f"full-vocabulary objectives need the teacher's output matrix, but {path} has none in its safetensors; "
-            "choose another checkpoint or a top-k method"
-        )
-    with safe_open(stored[name].file, framework="pt") as handle:
-        head = handle.get_tensor(name)
+    absent = (
+        f"full-vocabulary objectives need the teacher's output matrix, but {path} has none in its safetensors; choose "
+        "another checkpoint or a top-k method"
+    )
+    head = read_head(read_headers(path, "the teacher"), absent)
     if len(head) != vocabulary:
         raise ConfigurationError(
             f"full-vocabulary objectives need equal vocabularies, but the teacher's output matrix has "
             f"{len(head)} rows and the student's {vocabulary}; use a top-k method or models of one family"
         )
     return head.to(dtype)
-
-
-register(AttentionInterface, AttentionMaskInterface)

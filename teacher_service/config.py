@@ -9,6 +9,7 @@ from opd.errors import ConfigurationError
 from opd.ports import AtIds, LastHidden, SampledToken, ScoreKinds, TopK
 from opd.settings.devices import Device, Dtype, on_gpu
 from opd.settings.ranges import (
+    HARMLESS,
     Bytes,
     Count,
     Deadline,
@@ -87,45 +88,45 @@ class TeacherConfig:
     """
 
     # Hugging Face folder of the teacher; a remote one needs only its config and tokenizer here
-    path: Names
+    path: Annotated[Names, HARMLESS]
     # TORCH, VLLM or VLLM_LOGPROBS in an actor of this run; HTTP or OPENAI on a server
-    backend: Backend = Backend.TORCH
+    backend: Annotated[Backend, HARMLESS] = Backend.TORCH
     # AUTO is a GPU where there is one
-    device: Device = Device.AUTO
+    device: Annotated[Device, HARMLESS] = Device.AUTO
     # what the teacher computes in; AUTO is the checkpoint's own
     dtype: Dtype = Dtype.AUTO
     # actors that score for this teacher
-    replicas: Replicas = 1
+    replicas: Annotated[Replicas, HARMLESS] = 1
     # tokens of one forward: sequences times the longest of them
-    max_batch_tokens: Tokens = 16384
+    max_batch_tokens: Annotated[Tokens, HARMLESS] = 16384
     # rows whose logits over the vocabulary are alive at the same time
-    head_chunk: Count = 1024
+    head_chunk: Annotated[Count, HARMLESS] = 1024
     # largest top-k that a scorer may ask for
-    max_k: Count = 1024
+    max_k: Annotated[Count, HARMLESS] = 1024
     # seconds that bound every wait for an answer (loading a model: 300 at least)
-    deadline_s: Deadline = 600.0
+    deadline_s: Annotated[Deadline, HARMLESS] = 600.0
     # longest sequence; 0 is the model's own limit
-    max_model_len: Annotated[int, In(0, 100_000_000)] = 0
+    max_model_len: Annotated[int, In(0, 100_000_000), HARMLESS] = 0
     # vLLM on a CPU: memory of its key-value cache
-    kv_cache_bytes: Bytes = 64 << 20
+    kv_cache_bytes: Annotated[Bytes, HARMLESS] = 64 << 20
     # vLLM on a GPU: its share of the whole device
-    gpu_memory_utilization: MemoryShare = 0.85
+    gpu_memory_utilization: Annotated[MemoryShare, HARMLESS] = 0.85
     # root of the server, http://HOST:PORT (backends HTTP and OPENAI)
-    url: Url = ""
+    url: Annotated[Url, HARMLESS] = ""
     # name under which an OpenAI-compatible endpoint serves the model
-    model: Line = ""
+    model: Annotated[Line, HARMLESS] = ""
     # digest that opd serve-teacher printed; empty trusts the weights in path, or what the server says first
-    fingerprint: Line = ""
+    fingerprint: Annotated[Line, HARMLESS] = ""
     # seconds to connect to a server
-    connect_s: Attempt = 10.0
+    connect_s: Annotated[Attempt, HARMLESS] = 10.0
     # seconds that one attempt may take
-    read_s: Attempt = 120.0
+    read_s: Annotated[Attempt, HARMLESS] = 120.0
     # further attempts after one that failed
-    retries: Annotated[int, In(0, 1000)] = 6
+    retries: Annotated[int, In(0, 1000), HARMLESS] = 6
     # seconds before the first further attempt; each later wait doubles
-    backoff_s: Annotated[float, In(0.001, 3600)] = 0.5
+    backoff_s: Annotated[float, In(0.001, 3600), HARMLESS] = 0.5
     # wrong answers in a row after which a teacher is not asked again
-    max_consecutive_failures: Annotated[int, In(1, 1000)] = 5
+    max_consecutive_failures: Annotated[int, In(1, 1000), HARMLESS] = 5
     # share of the student's weights that the teacher takes over (ref_model_mixup_alpha of TRL); 0 never changes it
     mixup: WeightShard = 0.0
     # published versions between two such mixtures (ref_model_sync_steps of TRL)

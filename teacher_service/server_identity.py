@@ -1,13 +1,11 @@
-"""Which model is it? A digest of its weights, and what a server says about itself."""
+"""What a server says about itself: which model it is, and what it answers."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from hf.digest import model_digest
 from hf.tokenizer_check import tokenizer_identity
 from opd.errors import DataError
 from opd.ports import AtIds, LastHidden, SampledToken, ScoreKinds, TopK
@@ -15,7 +13,6 @@ from teacher_service.config import TeacherConfig
 from teacher_service.frames import FrameLimits
 
 PROTOCOL = 1
-_PIECE = 16 << 20
 _NAMES: Mapping[str, type] = {"written": SampledToken, "topk": TopK, "at_ids": AtIds, "hidden": LastHidden}
 
 
@@ -58,29 +55,6 @@ def parse_identity(text: str) -> Identity:
     if protocol != PROTOCOL:
         raise DataError(f"the teacher's server speaks protocol {protocol}, this client {PROTOCOL}; update one of them")
     return identity
-
-
-def model_digest(path: str) -> str:
-    """xxh3-128 (hex) over the safetensors in `path`, by name; "" if there are none."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    hasher = xxhash.xxh3_128()
-    for file in files:
-        hasher.update(f"{file.name}:{file.stat().st_size};".encode())
-        _feed(hasher, file)
-    return hasher.hexdigest() if files else ""
-
-
-def file_digest(path: Path) -> str:
-    """xxh3-128 (hex) of one file."""
-    hasher = xxhash.xxh3_128()
-    _feed(hasher, path)
-    return hasher.hexdigest()
-
-
-def _feed(hasher: xxhash.xxh3_128, path: Path) -> None:
-    with path.open("rb") as stream:
-        while piece := stream.read(_PIECE):
-            hasher.update(piece)
 
 
 def identity_of(config: TeacherConfig, dtype: str, limits: FrameLimits) -> Identity:

@@ -1,46 +1,19 @@
-"""A run's checkpoints as values: names, order, how long they live, and what a resumed run may change. Pure."""
+"""A run's checkpoints as values: names, order, how long they live, and the settings they were made with. Pure."""
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from fnmatch import fnmatchcase
 from typing import Any
 
 from launch.artifacts.moved import todays, todays_setting
 from launch.artifacts.redaction import redacted
-from opd.errors import ConfigurationError, DataError
+from opd.errors import DataError
 
 FORMAT = "opd run checkpoint 1"
 MANIFEST, STATE, LEARNER = "manifest.json", "state.json", "learner"
 LATEST = "latest"
-
-HARMLESS = (
-    # What a run is called, where it runs, how long, and what is recorded of it.
-    *("run_name", "output_dir", "resume", "steps", "notes*", "dry_run", "doctor", "grace_s", "checkpoint_*"),
-    *("evaluation.*", "cluster.*", "tracker.*", "trace", "hardware.*", "max_buffer_bytes"),
-    # How many processes, how much memory, how long they may take: the same numbers come out.
-    *("student.replicas", "student.deadline_s", "student.kv_cache_bytes", "student.gpu_memory_utilization"),
-    *("student.max_num_seqs", "student.max_model_len", "student.tensor_parallel", "student.enforce_eager"),
-    *("learner.ranks", "learner.zero_stage", "learner.tokens_per_microbatch", "learner.head_chunk"),
-    *("learner.gradient_checkpointing", "learner.sentinel_tolerance", "learner.deadline_s", "learner.overlap_k"),
-    *(
-        "learner.publish_chunk_bytes",
-        "learner.transport",
-        "learner.max_skipped_steps",
-        "learner.deterministic",
-        "learner.loss_kernel",
-        "learner.device",
-        "student.device",
-    ),
-    # Where a teacher stands; that it is the same one, its fingerprint says.
-    *(f"teachers.*.{name}" for name in ("path", "backend", "device", "replicas", "max_batch_tokens", "head_chunk")),
-    *(f"teachers.*.{name}" for name in ("max_k", "deadline_s", "max_model_len", "kv_cache_bytes", "url", "model")),
-    *(f"teachers.*.{name}" for name in ("gpu_memory_utilization", "fingerprint", "connect_s", "read_s", "retries")),
-    *(f"teachers.*.{name}" for name in ("backoff_s", "max_consecutive_failures")),
-)
-"""Settings that a resumed run may change; every other one decides what is trained."""
 
 _NAME = re.compile(r"step_(\d+)")
 _STRAY = re.compile(r"\.(step_\d+)\.(partial|old)")
@@ -190,69 +163,3 @@ def in_todays_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
     old = {"CONSTANT": "WARMUP_TIMES_LINEAR", "LINEAR": "WARMUP_TIMES_LINEAR", "COSINE": "an older COSINE"}
     name = old.get(config["learner.schedule"], config["learner.schedule"])
     return {**config, "learner.schedule": name, "learner.decay_steps": 0, **flat}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A setting that is not what it was; None = it was, or is, not there."""
-
-    name: str
-    before: Any
-    now: Any
-
-    @property
-    def harmless(self) -> bool:
-        """The same training comes out."""
-        return any(fnmatchcase(self.name, pattern) for pattern in HARMLESS)
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Every setting that differs between two `described` configurations."""
-    names = [*before, *(name for name in now if name not in before)]
-    return [
-        Change(name=name, before=before.get(name), now=now.get(name))
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
-def check_changes(place: str, found: Sequence[Change]) -> None:
-    """Refuse to go on with settings that would train something else."""
-    wrong = [change for change in found if not change.harmless]
-    if wrong:
-        first, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ConfigurationError(
-            f"the checkpoint {place} was made with {first.name}={first.before}, but this run has "
-            f"{first.name}={first.now}{more}, which would train something else; set it back, or start a new run from "
-            "the export"
-        )
-
-
-def check_inputs(place: str, before: Mapping[str, str], now: Mapping[str, str], found: Sequence[Change]) -> None:
-    """Refuse another teacher, student or prompt file: what each is, its digest says ("" = it is not here), and not
-    its path. Held-out prompts may be exchanged on purpose, by another path (see `HARMLESS`).
-    """
-    for name in sorted(before.keys() | now.keys()):
-        was, is_now = before.get(name), now.get(name)
-        if was == is_now:
-            continue
-        if "." not in name:
-            raise ConfigurationError(
-                f"the checkpoint {place} was made with teacher {name!r} of fingerprint {was or 'none'}, but this run's "
-                f"has {is_now or 'none'}; give the teacher that taught until then, or start a new run from the export"
-            )
-        exchanged = any(change.name == name and change.harmless for change in found)
-        if was and is_now and not exchanged:  # an older checkpoint knows none, and then the path must be the same
-            raise ConfigurationError(
-                f"the checkpoint {place} was made with another content of {name} (digest {was}) than this run's "
-                f"({is_now}), which would train or measure something else; give what was read until then, or start a "
-                "new run from the export"
-            )
-
-
-def check_steps(place: str, step: int, steps: int) -> None:
-    """Refuse a run that would end before it begins."""
-    if steps < step:
-        raise ConfigurationError(
-            f"the checkpoint {place} is of step {step}, but steps={steps}; raise steps, or resume from an earlier one"
-        )

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hf.folder import has_config
 from launch.artifacts.redaction import masked, redacted, without_secret
 from opd.errors import ConfigurationError, DataError, OpdError
 
@@ -84,7 +85,7 @@ class RunDirectory:
     def took_a_step(self) -> bool:
         """Is there anything in it that was trained? A checkpoint, a line of a step, or a student."""
         trained = any(self.checkpoints.glob("step_*")) or any(self.checkpoints.glob(".step_*.old"))
-        return trained or bool(read_jsonl(self.metrics)) or (self.export / "config.json").exists()
+        return trained or bool(read_jsonl(self.metrics)) or has_config(self.export)
 
     @property
     def name(self) -> str:

@@ -11,15 +11,11 @@ from time import strftime
 
 from rich.console import Console
 
+from hf.digest import model_digest
 from hf.tokenizer_check import tokenizer_digest
 from launch.artifacts.checkpoint_state import (
     LATEST,
-    Change,
     DriverState,
-    changes,
-    check_changes,
-    check_inputs,
-    check_steps,
     described,
     in_todays_names,
     name_of,
@@ -29,11 +25,11 @@ from launch.artifacts.checkpoint_store import CheckpointStore, verify
 from launch.artifacts.run_directory import RunDirectory, check_name, read_jsonl
 from launch.artifacts.run_lock import check_not_running, is_over
 from launch.artifacts.summary import Outcome, RunSummary
+from launch.checkpoint.changes import Change, changes, check_changes, check_inputs, check_steps
 from launch.config.run_config import RunConfig
 from launch.inputs.prompt_paths import content_digest
 from opd.errors import ConfigurationError
 from opd.ports import Listed
-from teacher_service.server_identity import model_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

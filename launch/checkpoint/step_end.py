@@ -13,6 +13,7 @@ from launch.config.run_config import RunConfig
 from launch.services.causes import brief
 from launch.services.learner_restart import RestartingLearner
 from launch.services.signals import Preempted, StopRequest
+from opd.deadlines import awake
 from opd.errors import OpdError
 from opd.loop.train import StepRecord
 
@@ -101,7 +102,7 @@ class Boundary:
         if isinstance(error, Preempted) or self.hopeless or self._stop.at_once:
             return
         try:
-            async with asyncio.timeout(self._config.learner.deadline_s):
+            async with awake(self._config.learner.deadline_s):
                 await learner.settle()
                 if self._saver.kept != self.over:
                     await self._rescue()

@@ -24,7 +24,6 @@ from launch.config.shipped import option_files, shipped
 from opd.errors import ConfigurationError
 
 _RUN = "launch.config.run_config.RunConfig"
-_NO_SETTINGS = ("text", "overrides")  # fields of it that say where it came from
 _HOME = Path(__file__).resolve().parents[2]
 _COMMENT = re.compile(r"^( *)([a-z_]\w*):[^#]*(?:#\s*(.*))?$")
 
@@ -115,8 +114,9 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
         kind, field = ast.unparse(_Plain(tree, known).visit(deepcopy(line.annotation))), line.target.id
-        if kind.startswith("ClassVar") or "init=False" in (ast.unparse(line.value) if line.value else ""):
-            continue
+        given = ast.unparse(line.value) if line.value else ""
+        if kind.startswith("ClassVar") or "init=False" in given or "repr=False" in given:
+            continue  # what is not shown says where a run came from
         found[field] = Setting(
             name=field,
             kind=kind,
@@ -179,7 +179,7 @@ def _fields(cls: str) -> Mapping[str, Setting] | None:
     data = "folder of the data that an experiment asks for (experiment=gsm8k_tiny)"
     extra = {"teacher": ("TeacherConfig", ""), "allow_targets": ("Sequence[str]", ""), "data": ("str", data)}
     added = {n: Setting(name=n, kind=kind, default="", text=text, module=module) for n, (kind, text) in extra.items()}
-    return {name: setting for name, setting in {**found, **added}.items() if name not in _NO_SETTINGS}
+    return {**found, **added}
 
 
 def _class_of(kind: str, module: str) -> str:

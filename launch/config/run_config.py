@@ -25,8 +25,8 @@ from opd.loop.staleness import StalenessSchedule, WeightUpdate
 from opd.method.method import Method, check_prompts
 from opd.objectives.truncated import TruncatedRatio
 from opd.ports import PromptSource
-from opd.settings.ranges import Bytes, Count, Every, In, Line, Names, RunName, Seed, Steps, Tokens
-from opd.settings.validation import fields_of, fit, settings
+from opd.settings.ranges import HARMLESS, Bytes, Count, Every, In, Line, Names, RunName, Seed, Steps, Tokens
+from opd.settings.validation import default_of, fields_of, fit, parts_of, settings
 from teacher_service.config import TeacherConfig
 
 DEFAULT = "default"  # the teacher of prompts that name none
@@ -41,36 +41,36 @@ class RunConfig:
     (`teachers.NAME.path=...`). Their order numbers the output matrices (`HiddenScores.head`).
     """
 
-    run_name: RunName
-    output_dir: Names
+    run_name: Annotated[RunName, HARMLESS]
+    output_dir: Annotated[Names, HARMLESS]
     seed: Seed
-    steps: Steps
+    steps: Annotated[Steps, HARMLESS]
     max_tokens: Tokens
     max_staleness: Annotated[int, In(0, 1_000_000, because="0: strictly on-policy")]
     max_ratio: Annotated[float, In(1, 1e6, or_zero=True, because="0 leaves importance ratios as they are")]
     weight_update: WeightUpdate
     deterministic: bool
-    max_buffer_bytes: Bytes
-    checkpoint_every: Every
-    checkpoint_minutes: Annotated[float, In(0, 7 * 24 * 60.0, because="0 saves by steps only")]
-    checkpoint_keep: Count
-    checkpoint_keep_every: Every
-    grace_s: Annotated[float, In(0, 24 * 3600.0)]
-    resume: Line
-    doctor: bool
+    max_buffer_bytes: Annotated[Bytes, HARMLESS]
+    checkpoint_every: Annotated[Every, HARMLESS]
+    checkpoint_minutes: Annotated[float, In(0, 7 * 24 * 60.0, because="0 saves by steps only"), HARMLESS]
+    checkpoint_keep: Annotated[Count, HARMLESS]
+    checkpoint_keep_every: Annotated[Every, HARMLESS]
+    grace_s: Annotated[float, In(0, 24 * 3600.0), HARMLESS]
+    resume: Annotated[Line, HARMLESS]
+    doctor: Annotated[bool, HARMLESS]
     doctor_everything: bool
-    trace: bool
-    dry_run: bool
-    notes: Sequence[str]
+    trace: Annotated[bool, HARMLESS]
+    dry_run: Annotated[bool, HARMLESS]
+    notes: Annotated[Sequence[str], HARMLESS] = ()
     method: Method
     prompts: PromptSource
     student: StudentConfig
     teachers: Mapping[str, TeacherConfig]
     learner: LearnerConfig
-    evaluation: EvaluationConfig
-    cluster: ClusterConfig
-    hardware: HardwareConfig
-    tracker: TrackerConfig
+    evaluation: Annotated[EvaluationConfig, HARMLESS]
+    cluster: Annotated[ClusterConfig, HARMLESS]
+    hardware: Annotated[HardwareConfig, HARMLESS]
+    tracker: Annotated[TrackerConfig, HARMLESS]
     text: str = field(repr=False)
     overrides: tuple[str, ...] = field(repr=False)
 
@@ -94,18 +94,6 @@ class RunConfig:
     def teacher(self) -> TeacherConfig:
         """The teacher of prompts that name none."""
         return self.teachers[DEFAULT]
-
-
-_SECTIONS: Mapping[str, type] = {
-    "student": StudentConfig,
-    "learner": LearnerConfig,
-    "cluster": ClusterConfig,
-    "hardware": HardwareConfig,
-    "tracker": TrackerConfig,
-}
-
-_BUILT = {*_SECTIONS, "teachers", "notes", "method", "prompts", "evaluation", "text", "overrides"}
-_PLAIN = [f.name for f in dataclasses.fields(RunConfig) if f.name not in _BUILT]
 
 
 def _resolved(node: DictConfig) -> tuple[dict[str, Any], str]:
@@ -136,22 +124,36 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
     check_names(node, overrides)
     values, text = _resolved(node)
     _refuse_nothing(overrides, values)
-    hints = fields_of(RunConfig)
     allowed = fit(AllowedPackages, values.get("allow_targets"), "allow_targets", [])
-    plain = {name: fit(hints[name], values.get(name), name) for name in _PLAIN}
-    sections = {name: construct(cls, values.get(name), name) for name, cls in _SECTIONS.items()}
-    notes = fit(hints["notes"], values.get("notes"), "notes", [])
+    given = _settings(values, allowed)
     return RunConfig(
-        **plain,
-        **sections,
-        teachers=_teachers(values),
-        notes=[" ".join(note.split()) for note in notes],
-        method=_truncated(construct(Method, values.get("method"), "method", allowed), plain["max_ratio"]),
-        prompts=built(hints["prompts"], values.get("prompts"), "prompts", allowed),
-        evaluation=construct(EvaluationConfig, values.get("evaluation"), "evaluation", allowed),
+        **given
+        | {
+            "teachers": _teachers(values),
+            "notes": [" ".join(note.split()) for note in given["notes"]],
+            "method": _truncated(given["method"], given["max_ratio"]),
+        },
         text=text,
         overrides=tuple(overrides),
     )
+
+
+def _settings(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+    """The fields of `RunConfig` that stand in the YAML under their own names: plain values first, then groups, parts.
+
+    Teachers do not (one is under `teacher`), and what is not shown says where the run came from.
+    """
+    hints = fields_of(RunConfig)
+    own = {f.name: default_of(f) for f in dataclasses.fields(RunConfig) if f.repr and f.name != "teachers"}
+    kinds = {name: parts_of(hints[name])[0] for name in own}
+    groups = {name: cls for name, cls in kinds.items() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
+    parts = [name for name, kind in kinds.items() if getattr(kind, "_is_protocol", False)]
+    plain = [name for name in own if name not in groups and name not in parts]
+    return {
+        **{name: fit(hints[name], values.get(name), name, own[name]) for name in plain},
+        **{name: construct(cls, values.get(name), name, allowed) for name, cls in groups.items()},
+        **{name: built(hints[name], values.get(name), name, allowed) for name in parts},
+    }
 
 
 def _refuse_nothing(overrides: Sequence[str], values: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hf.folder import has_config
 from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.summary import Outcome, RunSummary
@@ -40,7 +41,7 @@ def _steps(directory: RunDirectory, summary: RunSummary | None) -> Iterator[Next
     if kept and not finished:
         again = [*_without(given, _OF_ONE_RUN), f"run_name={directory.name}", "resume=latest"]
         yield NextStep(what=f"go on after step {kept[0]}", command=_command("train", *again))
-    if (directory.export / "config.json").is_file():
+    if has_config(directory.export):
         measured = _command("eval", f"checkpoint={directory.export}", *_without(others, ("student.path",)))
         yield NextStep(what="measure the student", command=measured)
         yield NextStep(what="copy it for other tools", command=_command("export", run, "output=FOLDER"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from hf.folder import has_config
 from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import check_checkpoint
 from launch.artifacts.checkpoint_state import LEARNER, MANIFEST, newest_first
@@ -103,7 +104,7 @@ def _place(run: str, step: str) -> Path:
         if not step.isdecimal() or int(step) not in store.steps():
             raise ConfigurationError(f"run {run} has no checkpoint of step {step} (have: {have}); choose one of these")
         return store.path(int(step))
-    if (directory.export / "config.json").is_file():
+    if has_config(directory.export):
         return directory.export
     return store.newest_whole()[0]
 

@@ -1,13 +1,11 @@
 """The roofline of a run: what its steps take at least on its hardware (`opd.observability.roofline`)."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from hf.folder import has_config, text_config
 from launch.config.run_config import DEFAULT
 from launch.monitors.accounting import Costs
 from launch.plan.checks.models import parameter_count
@@ -35,11 +33,10 @@ def staffing(plan: Plan) -> DeviceCounts:
 
 def model_shape(path: str) -> ModelShape | None:
     """The shape of a Hugging Face folder's decoder; None without weights here, or if it does not say its shape."""
-    file, params = Path(path) / "config.json", parameter_count(path)
-    if not file.exists() or not params:
+    params = parameter_count(path)
+    if not has_config(path) or not params:
         return None
-    said: dict[str, Any] = json.loads(file.read_text())
-    said = said.get("text_config") or said
+    said = text_config(path, f"the model {path!r}")
     wanted = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
     if not all(said.get(name) for name in wanted):
         return None

@@ -3,21 +3,20 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
 from launch.config.retry_policy import RetryPolicy
 from launch.services.causes import ProcessFailed, brief, find_own, vanished
+from opd import deadlines
 from opd.errors import DataError, OpdError, ServiceHung
 
 Answer = TypeVar("Answer")
 DescribeStacks = Callable[
     ..., Awaitable[str]
 ]  # where these actors stand or (error=...) how they died: the end of a sentence
-_SLICES = 8
 _NUMBERS = re.compile(r"\d+")
 GO_ON = (
     "the same command with run_name=... resume=latest goes on from the newest checkpoint, if the run has one; without "
@@ -52,43 +51,10 @@ class ReplicaFault(OpdError):
         return faulty
 
 
-@asynccontextmanager
-async def awake(deadline_s: float) -> AsyncIterator[None]:
-    """`asyncio.timeout` of a clock that stands still while this process does.
-
-    It counts slices one after the other, so a driver that was stopped, or a machine that slept, loses one at most and
-    hears first what was answered meanwhile.
-    """
-    loop = asyncio.get_running_loop()
-
-    def count(left: int) -> asyncio.TimerHandle:
-        return loop.call_later(deadline_s / _SLICES, over, left - 1)
-
-    def over(left: int) -> None:
-        nonlocal slice_
-        if left:
-            slice_ = count(left)
-        else:
-            limit.reschedule(loop.time())
-
-    async with asyncio.timeout(None) as limit:
-        slice_ = count(_SLICES)
-        try:
-            yield
-        finally:
-            slice_.cancel()
-
-
 async def within(deadline_s: float, service: str, work: Awaitable[Answer]) -> Answer:
-    """`work`, or a sentence after `deadline_s` seconds."""
-    try:
-        async with awake(deadline_s):
-            return await work
-    except TimeoutError as error:
-        raise ReplicaFault(
-            Fault.HUNG,
-            f"{service} did not answer within {deadline_s:.0f} s; look at its log, or raise its deadline_s",
-        ) from error
+    """The answer of `service`. Raises `ReplicaFault` (`HUNG`) after `deadline_s` seconds."""
+    late = f"{service} did not answer within {deadline_s:.0f} s; look at its log, or raise its deadline_s"
+    return await deadlines.within(deadline_s, work, ReplicaFault(Fault.HUNG, late))
 
 
 def fault_of(error: BaseException) -> Fault:

@@ -14,17 +14,8 @@ from opd.loss.metrics import known
 from opd.objectives.vocabulary import Estimate
 from opd.settings.ranges import In, Seed
 from opd.settings.validation import settings
+from opd.splitmix64 import GOLDEN, mix_
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
-
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed word
-_FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # splitmix64
-
-
-def _mix(words: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """splitmix64's finalizer; int64 wraps as an unsigned word would, and shifts are made logical by masks."""
-    words = (words ^ ((words >> 30) & (2**34 - 1))) * _FIRST
-    words = (words ^ ((words >> 27) & (2**37 - 1))) * _SECOND
-    return words ^ ((words >> 31) & (2**33 - 1))
 
 
 def _sequences(batch: Batch[Scores]) -> Int[Tensor, " n"]:
@@ -47,9 +38,9 @@ def uniform(batch: Batch[Scores], count: int, seed: int) -> Float[Tensor, "n m"]
     bits = batch.behavior_logprobs.float().contiguous().view(torch.int32).long()
     key = torch.full_like(position, seed)
     for part in (_sequences(batch), position, batch.target_ids.long(), bits):
-        key = _mix((key ^ part) + _GOLDEN)
-    counter = torch.arange(1, count + 1, device=key.device) * _GOLDEN
-    words = _mix(key[:, None] + counter)
+        key = mix_((key ^ part) + GOLDEN)
+    counter = torch.arange(1, count + 1, device=key.device) * GOLDEN
+    words = mix_(key[:, None] + counter)
     return ((words >> 11) & (2**53 - 1)).double() / 2**53
 
 

@@ -98,6 +98,15 @@ class Whole:
         return f"{kind}, whole above 1"
 
 
+@dataclass(frozen=True, slots=True)
+class Harmless:
+    """Mark of a setting (or of a group of them) that a resumed run may change: the same training comes out.
+
+    A setting without it decides what is trained. Example: `Annotated[Replicas, HARMLESS]`.
+    """
+
+
+HARMLESS = Harmless()
 Count = Annotated[int, In(1, 1_000_000)]
 Replicas = Annotated[int, In(1, 10_000)]
 Tokens = Annotated[int, In(1, 100_000_000)]

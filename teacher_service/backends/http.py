@@ -7,15 +7,17 @@ Whatever does not is thrown away and asked again.
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import TypeVar
 
 import aiohttp
 import numpy as np
 
+from hf.digest import model_digest
 from hf.tokenizer_check import tokenizer_identity
+from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import ScoreRequest
 from opd.scorers.validation import verify
@@ -36,8 +38,9 @@ from teacher_service.frames import (
 )
 from teacher_service.retries import NoAnswer, Patience, WrongAnswer, fetch, session, together
 from teacher_service.scoring import Store, TeacherStats, length
-from teacher_service.server_identity import Identity, model_digest, parse_identity
+from teacher_service.server_identity import Identity, parse_identity
 
+Result = TypeVar("Result")
 IDENTITY_BYTES = 1 << 16
 AT_ONCE = 4  # frames under way per call
 NOISE = {"float32": 1e-3}  # nats between two forwards of one text; 16-bit models differ by more
@@ -81,14 +84,12 @@ class HttpTeacher:
             quarantined=self._patience.quarantined,
         )
 
-    async def _within(self, work: Any, what: str) -> Any:
-        try:
-            return await asyncio.wait_for(work, self._config.deadline_s)
-        except TimeoutError as error:
-            raise OpdError(
-                f"the teacher at {self._config.url} did not finish {what} within {self._config.deadline_s:.0f} s; "
-                "raise teacher.deadline_s, or add servers"
-            ) from error
+    async def _within(self, work: Awaitable[Result], what: str) -> Result:
+        late = OpdError(
+            f"the teacher at {self._config.url} did not finish {what} within {self._config.deadline_s:.0f} s; "
+            "raise teacher.deadline_s, or add servers"
+        )
+        return await within(self._config.deadline_s, work, late)
 
     async def _identity(self) -> Identity:
         async with self._greeting:

@@ -15,6 +15,7 @@ import aiohttp
 import numpy as np
 
 from hf.tokenizer_check import tokenizer_identity
+from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import ScoreRequest, TopK
 from opd.scorers.validation import verify
@@ -59,14 +60,11 @@ class OpenAITeacher:
         check_answers(self._config, frozenset(type(r.kind) for r in requests), "a scorer")
         self._bounds.check(requests)
         start = perf_counter()
-        try:
-            async with asyncio.timeout(self._config.deadline_s), session(self._config, self._token) as client:
-                answers = await self._score(client, requests)
-        except TimeoutError as error:
-            raise OpdError(
-                f"the teacher at {self._config.url} did not score {len(requests)} completions within "
-                f"{self._config.deadline_s:.0f} s; raise teacher.deadline_s, or add servers"
-            ) from error
+        late = OpdError(
+            f"the teacher at {self._config.url} did not score {len(requests)} completions within "
+            f"{self._config.deadline_s:.0f} s; raise teacher.deadline_s, or add servers"
+        )
+        answers = await within(self._config.deadline_s, self._score(requests), late)
         self._busy_s += perf_counter() - start
         self._requests += len(requests)
         self._scored += sum(len(r.token_ids) for r in requests)
@@ -84,18 +82,19 @@ class OpenAITeacher:
             quarantined=self._patience.quarantined,
         )
 
-    async def _score(self, client: aiohttp.ClientSession, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def _score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         answers: list[TokenScores | None] = [None] * len(requests)
         gate = asyncio.Semaphore(AT_ONCE)
+        async with session(self._config, self._token) as client:
 
-        async def one(places: list[int]) -> None:
-            part = [requests[i] for i in places]
-            async with gate:
-                said = await self._patience(lambda _: self._attempt(client, part))
-            for place, answer in zip(places, said, strict=True):
-                answers[place] = answer
+            async def one(places: list[int]) -> None:
+                part = [requests[i] for i in places]
+                async with gate:
+                    said = await self._patience(lambda _: self._attempt(client, part))
+                for place, answer in zip(places, said, strict=True):
+                    answers[place] = answer
 
-        await together([one(places) for places in exchanges(requests, self._config.max_batch_tokens)])
+            await together([one(places) for places in exchanges(requests, self._config.max_batch_tokens)])
         return [answer for answer in answers if answer is not None]
 
     async def _attempt(self, client: aiohttp.ClientSession, part: Sequence[ScoreRequest]) -> list[TokenScores]:

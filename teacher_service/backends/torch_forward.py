@@ -6,20 +6,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hf.digest import file_digest
 from hf.tokenizer_check import check_checkpoint
-from opd.errors import ConfigurationError, OpdError, ServiceHung
+from opd.errors import ConfigurationError, OpdError
 from opd.ports import PublishedWeights, ScoreRequest
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Fetch, TokenScores
 from teacher_service.config import START_S, TeacherConfig
+from teacher_service.deadlines import in_time
 from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
-from teacher_service.server_identity import file_digest
 from weight_sync.receiver import collect
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class TorchTeacher:
 
     async def ready(self) -> None:
         """Return when the model is loaded. Raises `ConfigurationError` if it cannot be used."""
-        await self._within(asyncio.to_thread(self._loaded), "loading its model", at_least=START_S)
+        await in_time(self._config, asyncio.to_thread(self._loaded), "loading its model", at_least=START_S)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         """Testimony per request, in order: float32 logprobs under the full softmax at temperature 1.
@@ -51,7 +52,9 @@ class TorchTeacher:
         What is said of a request does not depend on which others it came with (up to float rounding). Raises
         `DataError` for a request that cannot be read, and for a model that answers with NaN or infinity.
         """
-        return await self._within(asyncio.to_thread(self._scores, requests), f"scoring {len(requests)} completions")
+        return await in_time(
+            self._config, asyncio.to_thread(self._scores, requests), f"scoring {len(requests)} completions"
+        )
 
     async def follow(self, weights: PublishedWeights, get: Fetch) -> None:
         """Take the student's published weights in (`TeacherConfig.mixup`); what is scored from now on sees them.
@@ -59,7 +62,9 @@ class TorchTeacher:
         Raises:
             DataError: they are damaged, or of another architecture; the teacher keeps its own.
         """
-        await self._within(asyncio.to_thread(self._follow, weights, get), f"following version {weights.version}")
+        await in_time(
+            self._config, asyncio.to_thread(self._follow, weights, get), f"following version {weights.version}"
+        )
 
     def _follow(self, weights: PublishedWeights, get: Fetch) -> None:
         model = self._loaded()
@@ -73,7 +78,7 @@ class TorchTeacher:
         Raises:
             OpdError: the disk is full or cannot be written.
         """
-        return await self._within(asyncio.to_thread(self._save, Path(path)), "saving its weights")
+        return await in_time(self._config, asyncio.to_thread(self._save, Path(path)), "saving its weights")
 
     def _save(self, path: Path) -> str:
         model = self._loaded()
@@ -96,7 +101,7 @@ class TorchTeacher:
         Raises:
             DataError: they are of another architecture; the teacher keeps its own.
         """
-        await self._within(asyncio.to_thread(self._restore, Path(path)), "loading its weights")
+        await in_time(self._config, asyncio.to_thread(self._restore, Path(path)), "loading its weights")
 
     def _restore(self, path: Path) -> None:
         model, state = self._loaded(), load_file(path)
@@ -106,16 +111,6 @@ class TorchTeacher:
     async def stats(self) -> TeacherStats:
         """What this teacher has done so far."""
         return TeacherStats(requests=self._requests, scored=self._scored, read=self._read, busy_s=self._busy_s)
-
-    async def _within(self, work: Any, what: str, at_least: float = 0.0) -> Any:
-        deadline_s = max(self._config.deadline_s, at_least)
-        try:
-            return await asyncio.wait_for(work, deadline_s)
-        except TimeoutError as error:
-            raise ServiceHung(
-                f"the teacher did not finish {what} within {deadline_s:.0f} s; raise "
-                "teacher.deadline_s, or add teacher.replicas"
-            ) from error
 
     def _loaded(self) -> "PackedModel":
         with self._lock:

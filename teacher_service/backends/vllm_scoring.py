@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from hf.folder import text_config
 from hf.head import load_head
 from hf.tokenizer_check import check_checkpoint
-from opd.errors import DataError, OpdError, ServiceHung
+from opd.errors import DataError, OpdError
 from opd.ports import ScoreRequest, TopK
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import TokenScores, TopKScores
 from teacher_service.backends.torch_forward import microbatches
 from teacher_service.config import START_S, TeacherConfig, check_answers
+from teacher_service.deadlines import in_time
 from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
 from weight_sync.rendezvous import be_alone
 
@@ -62,7 +63,7 @@ class _VLLMTeacher(ABC):
 
     async def ready(self) -> None:
         """Return when vLLM is loaded."""
-        await self._within(asyncio.wrap_future(self._engine), "starting vLLM", at_least=START_S)
+        await in_time(self._config, asyncio.wrap_future(self._engine), "starting vLLM", at_least=START_S)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
         """Testimony per request, in order: float32 logprobs under the full softmax at temperature 1.
@@ -72,7 +73,7 @@ class _VLLMTeacher(ABC):
         check_answers(self._config, frozenset(type(r.kind) for r in requests), "a scorer")
         self._bounds.check(requests)
         work = asyncio.wrap_future(self._thread.submit(self._scores, list(requests)))
-        return await self._within(work, f"scoring {len(requests)} completions")
+        return await in_time(self._config, work, f"scoring {len(requests)} completions")
 
     async def stats(self) -> TeacherStats:
         """What this teacher has done so far."""
@@ -83,16 +84,6 @@ class _VLLMTeacher(ABC):
         engine = await asyncio.wrap_future(self._engine)
         await asyncio.wrap_future(self._thread.submit(engine.engine_core.shutdown))
         self._thread.shutdown()
-
-    async def _within(self, work: Any, what: str, at_least: float = 0.0) -> Any:
-        deadline_s = max(self._config.deadline_s, at_least)
-        try:
-            return await asyncio.wait_for(work, deadline_s)
-        except TimeoutError as error:
-            raise ServiceHung(
-                f"the teacher did not finish {what} within {deadline_s:.0f} s; raise "
-                "teacher.deadline_s, or add teacher.replicas"
-            ) from error
 
     def _start(self) -> "LLMEngine":
         from vllm.engine.arg_utils import EngineArgs

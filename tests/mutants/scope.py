@@ -22,7 +22,7 @@ AREAS = {
     "teacher service": [
         "teacher_service/control_question.py", "teacher_service/scoring.py", "teacher_service/frames.py",
         "teacher_service/server.py", "teacher_service/retries.py", "teacher_service/server_identity.py",
-        "hf/packed_model.py", "teacher_service/backends/http.py", "teacher_service/backends/openai.py",
+        "hf/packed_model.py", "hf/digest.py", "teacher_service/backends/http.py", "teacher_service/backends/openai.py",
         "teacher_service/backends/torch_forward.py",
     ],
 }  # fmt: skip

@@ -7,10 +7,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from actors.config import CPU_HEAD_SIZES
+from hf.folder_check import Folder, read_folder
 from hf.packable import check_head, check_layers, unlike
 from hf.weight_names import stored_names
 from launch.config.run_config import DEFAULT, RunConfig
-from launch.plan.checks.folders import Folder, read_folder
 from launch.plan.checks.numbers import narrow, part_dtype
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError

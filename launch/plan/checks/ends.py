@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from actors.ends import Ends, read_ends
+from hf.ends import Ends, read_ends
+from hf.folder import has_config
 from hf.tokenizer import HuggingFaceTokenizer
 from teacher_service.config import TeacherConfig
 
@@ -31,7 +31,7 @@ def text_ends(path: str, tokenizer: HuggingFaceTokenizer, teachers: Mapping[str,
             "files calls an end of text; completions end there, too"
         )
     for name, teacher in teachers.items():
-        if (Path(teacher.path) / "config.json").is_file():
+        if has_config(teacher.path):
             theirs = read_ends(teacher.path, f"teacher {name!r}")
             if not set(theirs.ids) <= set(ids):
                 more = _shown(sorted(set(theirs.ids) - set(ids)), tokenizer)

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from math import floor
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
+from hf.folder import read_headers
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
@@ -212,11 +210,8 @@ def _check_adapters(config: RunConfig) -> None:
 
 def _matrices(path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a folder's matrices that are no embeddings, from the headers of its safetensors."""
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                shape = tuple(tensors.get_slice(name).get_shape())
-                if len(shape) == 2 and name.endswith(".weight") and not any(e in name for e in ("embed", "wte", "wpe")):
-                    found[name] = shape
-    return found
+    return {
+        name: stored.shape
+        for name, stored in sorted(read_headers(path, "student").items())
+        if len(stored.shape) == 2 and name.endswith(".weight") and not any(e in name for e in ("embed", "wte", "wpe"))
+    }

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM, Qwen3ForCausalLM
 
+from hf.digest import file_digest
 from hf.packed_model import load_packed
 from learner.publishing import Publisher, StagedSender
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -41,7 +42,6 @@ from opd.types import HiddenScores, TokenScores, TopKScores
 from opd.types.log_mass import ABSENT
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
 from teacher_service.config import TeacherConfig
-from teacher_service.server_identity import file_digest
 from tests.shelf import PullSender
 from tests.tiny_models import VOCABULARY, completion_logprobs, impatient, tiny_model
 from weight_sync.receiver import assemble

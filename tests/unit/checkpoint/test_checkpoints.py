@@ -5,8 +5,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from hypothesis import given
@@ -14,10 +15,6 @@ from hypothesis import strategies as st
 
 from launch.artifacts.checkpoint_state import (
     DriverState,
-    changes,
-    check_changes,
-    check_inputs,
-    check_steps,
     described,
     expired,
     leftovers,
@@ -26,11 +23,13 @@ from launch.artifacts.checkpoint_state import (
 )
 from launch.artifacts.checkpoint_store import CheckpointStore, verify
 from launch.artifacts.run_directory import RunDirectory, append_json, read_jsonl
+from launch.checkpoint.changes import changes, check_changes, check_inputs, check_steps, harmless
 from launch.checkpoint.resume import ResumePoint, _remarks, fingerprints, rewind
 from launch.config.run_config import RunConfig, run_config
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.loop.ledger import Ledger
+from opd.settings.ranges import HARMLESS, In
 from tests.fault_matrix import Witness
 
 STEPS = st.sets(st.integers(0, 400), max_size=12)
@@ -246,6 +245,55 @@ def test_what_trains_the_same_may_change(override: str) -> None:
     found = changes(before, now)
     assert found, "nothing changed"
     check_changes("c", found)
+
+
+MAY_CHANGE = {
+    # What a run is called, where it runs, how long, and what is recorded of it.
+    *("run_name", "output_dir", "resume", "steps", "notes.*", "dry_run", "doctor", "grace_s", "trace"),
+    *("checkpoint_every", "checkpoint_minutes", "checkpoint_keep", "checkpoint_keep_every", "max_buffer_bytes"),
+    *("evaluation.*", "cluster.*", "tracker.*", "hardware.*"),
+    # How many processes, how much memory, how long they may take: the same numbers come out.
+    *("student.replicas", "student.deadline_s", "student.kv_cache_bytes", "student.gpu_memory_utilization"),
+    *("student.max_num_seqs", "student.max_model_len", "student.tensor_parallel", "student.enforce_eager"),
+    *("student.device", "learner.device", "learner.ranks", "learner.zero_stage", "learner.tokens_per_microbatch"),
+    *("learner.head_chunk", "learner.gradient_checkpointing", "learner.sentinel_tolerance", "learner.deadline_s"),
+    *("learner.overlap_k", "learner.publish_chunk_bytes", "learner.transport", "learner.max_skipped_steps"),
+    *("learner.deterministic", "learner.loss_kernel"),
+    # Where a teacher stands; that it is the same one, its fingerprint says.
+    *(f"teachers.*.{name}" for name in ("path", "backend", "device", "replicas", "max_batch_tokens", "head_chunk")),
+    *(f"teachers.*.{name}" for name in ("max_k", "deadline_s", "max_model_len", "kv_cache_bytes", "url", "model")),
+    *(f"teachers.*.{name}" for name in ("gpu_memory_utilization", "fingerprint", "connect_s", "read_s", "retries")),
+    *(f"teachers.*.{name}" for name in ("backoff_s", "max_consecutive_failures")),
+}
+
+
+def test_what_a_resumed_run_may_change_is_marked_beside_each_setting() -> None:
+    """The list was kept by hand once; whoever marks a setting says here why, too."""
+    found = list(harmless(RunConfig))
+    assert set(found) == MAY_CHANGE and len(found) == len(MAY_CHANGE)
+
+
+def test_a_setting_decides_what_is_trained_unless_it_is_marked() -> None:
+    @dataclasses.dataclass
+    class Group:
+        new: int
+        bounded: Annotated[int, In(0, 5)]
+        marked: Annotated[float, In(0, 1), HARMLESS]
+
+    @dataclasses.dataclass
+    class Run:
+        new: str
+        name: Annotated[str | None, HARMLESS]
+        part: Group
+        whole: Annotated[Group, HARMLESS]
+        several: Mapping[str, Group]
+        words: Annotated[tuple[str, ...], HARMLESS]
+
+    # The names of a class that is declared within a function are found in no module.
+    Run.__annotations__ |= {"part": Group, "several": Mapping[str, Group], "whole": Annotated[Group, HARMLESS]}
+    assert [*harmless(Run)] == ["name", "part.marked", "whole.*", "several.*.marked", "words.*"]
+    assert all(c.harmless for c in changes({"steps": 1, "notes.length": 0}, {"steps": 2, "notes.length": 1}))
+    assert not any(c.harmless for c in changes({}, {"brand_new": 1, "learner.brand_new": 2, "cluster": "another"}))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from launch.artifacts.checkpoint_state import changes, check_changes, described, in_todays_names
+from launch.artifacts.checkpoint_state import described, in_todays_names
+from launch.checkpoint.changes import changes, check_changes
 from launch.config.run_config import run_config
 from launch.config.typed import construct
 from launch.plan.checks.settings import schedule_notes

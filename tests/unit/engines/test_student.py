@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
+from hf import packed_model
 from learner import model
 from learner.config import LoraConfig
 from learner.lora import adapt
@@ -33,7 +34,8 @@ def test_the_packed_attention_is_known_to_transformers_once_there_are_students(m
     """Whoever else makes it known: a learner runs in a process of its own."""
     for known in (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
         monkeypatch.delitem(known, NAME)
-    runpy.run_path(str(model.__file__))
+    assert model.load_causal is packed_model.load_causal, "the learner imports what makes it known"
+    runpy.run_path(str(packed_model.__file__))
     assert AttentionInterface()[NAME] is attend and AttentionMaskInterface()[NAME] is mask
 
 

@@ -16,8 +16,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from actors.config import StudentConfig
-from actors.ends import read_ends
 from actors.startup import read_limits
+from hf.ends import read_ends
 from hf.tokenizer import HuggingFaceTokenizer
 from launch.plan.checks.ends import text_ends
 from opd.errors import ConfigurationError, DataError

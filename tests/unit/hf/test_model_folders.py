@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hf.folder import Stored, output_matrix, read_headers
+from hf.folder_check import read_folder
 from launch.config.run_config import run_config
-from launch.plan.checks.folders import read_folder
 from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError, DataError
 from tests.fuzz.families import make

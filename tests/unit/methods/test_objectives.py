@@ -32,7 +32,7 @@ from opd.objectives.estimators import (
     SquaredReverseKL,
     TopKBaselinedReverseKL,
 )
-from opd.objectives.montecarlo import MonteCarloDivergence, _mix, uniform
+from opd.objectives.montecarlo import MonteCarloDivergence, uniform
 from opd.objectives.returns import MiniLLM
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
 from opd.objectives.support import (
@@ -57,6 +57,7 @@ from opd.objectives.topk import (
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.ports import Layout
+from opd.splitmix64 import mix_
 from opd.types import (
     AdvantageScores,
     Batch,
@@ -995,7 +996,7 @@ def splitmix64(z: int) -> int:
 
 def test_draws_are_mixed_by_splitmix64() -> None:
     words = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15, 0xC0FFEE00DEADBEEF, 0x8000_0001_8000_0001]
-    mixed = _mix(torch.from_numpy(np.array(words, dtype=np.uint64).view(np.int64)))
+    mixed = mix_(torch.from_numpy(np.array(words, dtype=np.uint64).view(np.int64)))
     assert mixed.numpy().view(np.uint64).tolist() == [splitmix64(word) for word in words]
 
 

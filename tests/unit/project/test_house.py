@@ -199,3 +199,31 @@ def test_every_pin_has_a_hash(lock: str) -> None:
     for pin, following in zip(lines, [*lines[1:], ""], strict=True):
         if "==" in pin:
             assert pin.endswith(" \\") and following.startswith("    --hash=sha256:"), pin
+
+
+READS_MODELS = {"from_pretrained", "load_file", "safe_open"}
+MODEL_FILES = {"config.json", "model.safetensors", "model.safetensors.index.json", "*.safetensors"}
+READ_OUTSIDE_HF = {
+    "demos/recipes/evaluate_task.py": {"from_pretrained"},  # a recipe is a page of plain transformers
+    "demos/recipes/pretrain.py": {"model.safetensors"},  # it has just written it
+    "learner/checkpoint.py": {"safe_open"},  # the learner's own shards
+    "teacher_service/backends/torch_forward.py": {"load_file"},  # what a teacher that follows the student has saved
+}
+
+
+def reads_of_models(tree: ast.Module) -> set[str]:
+    """What opens a model folder in a module: calls into safetensors and transformers, and names of files."""
+    found = set[str]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name):
+                found |= {name} & READS_MODELS
+            case ast.Constant(value=str(text)):
+                found |= {text} & MODEL_FILES
+    return found
+
+
+def test_model_folders_are_opened_in_hf_alone() -> None:
+    rooms = [package for package in PACKAGES if package != "hf"]
+    found = {path: reads for path, _, tree in sources(*rooms) if (reads := reads_of_models(tree))}
+    assert found == READ_OUTSIDE_HF

@@ -4,8 +4,9 @@ import importlib
 
 import pytest
 
-from launch.artifacts.checkpoint_state import changes, described, in_todays_names
+from launch.artifacts.checkpoint_state import described, in_todays_names
 from launch.artifacts.moved import CLASSES, MODULES, SETTINGS, todays, todays_setting
+from launch.checkpoint.changes import changes
 from launch.config.run_config import run_config
 from opd.errors import ConfigurationError
 

@@ -16,6 +16,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf.digest import model_digest
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import AtIds, LastHidden, SampledToken, ScoreKind, ScoreRequest, TopK
 from opd.settings.secret import Secret
@@ -28,7 +29,7 @@ from teacher_service.frames import FrameLimits, Reply, encode_reply, request_dig
 from teacher_service.retries import NoAnswer, WrongAnswer, fetch, session
 from teacher_service.scoring import Bounds, Unreadable
 from teacher_service.server import ServerConfig, TeacherServer
-from teacher_service.server_identity import Identity, identity_of, model_digest, parse_identity
+from teacher_service.server_identity import Identity, identity_of, parse_identity
 from tests.tiny_models import impatient
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "shop" / "teacher"

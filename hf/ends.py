@@ -1,11 +1,11 @@
 """The token ids that end a text: what each file of a checkpoint says, and the union of all."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf.folder import CONFIG, has_config, read_json
 from opd.errors import ConfigurationError, DataError
 
 GENERATION = "generation_config.json"
@@ -41,17 +41,17 @@ def read_ends(path: str, part: str = "student") -> Ends:
         DataError: no file names an id, or one names what is no id of the model's vocabulary.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    if not has_config(folder):
         raise ConfigurationError(
             f"{part}.path needs a Hugging Face checkpoint folder, but {path!r} has no config.json; correct it"
         )
-    model = _read(folder / "config.json")
+    model = _read(folder / CONFIG, part)
     text = model.get("text_config") or {}
     rows = int((model | text)["vocab_size"])
     named = {
-        "config.json": [*_listed(model.get("eos_token_id")), *_listed(text.get("eos_token_id"))],
-        GENERATION: _listed(_read(folder / GENERATION).get("eos_token_id")),
-        _TOKENIZER: _of_tokenizer(folder),
+        CONFIG: [*_listed(model.get("eos_token_id")), *_listed(text.get("eos_token_id"))],
+        GENERATION: _listed(_read(folder / GENERATION, part).get("eos_token_id")),
+        _TOKENIZER: _of_tokenizer(folder, part),
     }
     for file, ids in named.items():
         for i in ids:
@@ -68,9 +68,9 @@ def read_ends(path: str, part: str = "student") -> Ends:
     return Ends(said={file: tuple(dict.fromkeys(ids)) for file, ids in named.items() if ids})
 
 
-def _of_tokenizer(folder: Path) -> list[Any]:
+def _of_tokenizer(folder: Path, part: str) -> list[Any]:
     """The id of `eos_token`, from the lists of added tokens (short) or the vocabulary."""
-    config, tokens = _read(folder / _TOKENIZER), _read(folder / "special_tokens_map.json")
+    config, tokens = _read(folder / _TOKENIZER, part), _read(folder / "special_tokens_map.json", part)
     token = config.get("eos_token") or tokens.get("eos_token")
     token = token.get("content") if isinstance(token, Mapping) else token
     if not token:
@@ -78,11 +78,11 @@ def _of_tokenizer(folder: Path) -> list[Any]:
     for i, added in (config.get("added_tokens_decoder") or {}).items():
         if added.get("content") == token:
             return [int(i)]
-    whole = _read(folder / "tokenizer.json")
+    whole = _read(folder / "tokenizer.json", part)
     for added in whole.get("added_tokens") or ():
         if added.get("content") == token:
             return [added.get("id")]
-    vocabulary = (whole.get("model") or {}).get("vocab") or _read(folder / "vocab.json")
+    vocabulary = (whole.get("model") or {}).get("vocab") or _read(folder / "vocab.json", part)
     return _listed(vocabulary.get(token)) if isinstance(vocabulary, Mapping) else []
 
 
@@ -92,14 +92,6 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, part: str) -> dict[str, Any]:
     """A JSON object; an empty one where there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, no UTF-8
-        raise DataError(f"{file} is damaged ({error}); copy it anew") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{file} needs a JSON object, but holds a {type(found).__name__}; copy it anew")
-    return found
+    return read_json(file, part) if file.is_file() else {}

@@ -1,0 +1,103 @@
+"""Settings and inputs that differ between a checkpoint and the run that goes on from it, and which of them may."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, get_args, get_origin
+
+from launch.config.run_config import RunConfig
+from opd.errors import ConfigurationError
+from opd.settings.ranges import HARMLESS
+from opd.settings.validation import fields_of, parts_of
+
+
+def harmless(cls: type, where: str = "") -> Iterator[str]:
+    """Patterns (`fnmatch`) of the settings below `cls` that are marked `HARMLESS`, by the names of `described`.
+
+    Example: `{*harmless(StudentConfig, "student.")}` has `student.replicas`, and a group that is marked is `cluster.*`.
+    """
+    for name, hint in fields_of(cls).items():
+        base, dotted = parts_of(hint)[0], f"{where}{name}"
+        origin, arguments = get_origin(base) or base, get_args(base)
+        kind = origin if isinstance(origin, type) else object  # a union is one value
+        group = dataclasses.is_dataclass(kind)
+        if HARMLESS in get_args(hint):
+            many = group or (issubclass(kind, Sequence | Mapping) and kind is not str)
+            yield f"{dotted}.*" if many else dotted
+        elif group:
+            yield from harmless(kind, f"{dotted}.")
+        elif issubclass(kind, Mapping) and dataclasses.is_dataclass(arguments[-1]):
+            yield from harmless(arguments[-1], f"{dotted}.*.")
+
+
+@cache
+def _of_a_run() -> tuple[str, ...]:
+    return tuple(harmless(RunConfig))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A setting that is not what it was; None = it was, or is, not there."""
+
+    name: str
+    before: Any
+    now: Any
+
+    @property
+    def harmless(self) -> bool:
+        """The same training comes out."""
+        return any(fnmatchcase(self.name, pattern) for pattern in _of_a_run())
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Every setting that differs between two `described` configurations."""
+    names = [*before, *(name for name in now if name not in before)]
+    return [
+        Change(name=name, before=before.get(name), now=now.get(name))
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def check_changes(place: str, found: Sequence[Change]) -> None:
+    """Refuse to go on with settings that would train something else."""
+    wrong = [change for change in found if not change.harmless]
+    if wrong:
+        first, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ConfigurationError(
+            f"the checkpoint {place} was made with {first.name}={first.before}, but this run has "
+            f"{first.name}={first.now}{more}, which would train something else; set it back, or start a new run from "
+            "the export"
+        )
+
+
+def check_inputs(place: str, before: Mapping[str, str], now: Mapping[str, str], found: Sequence[Change]) -> None:
+    """Refuse another teacher, student or prompt file: what each is, its digest says ("" = it is not here), and not
+    its path. Held-out prompts may be exchanged on purpose, by another path (its group is marked `HARMLESS`).
+    """
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(name), now.get(name)
+        if was == is_now:
+            continue
+        if "." not in name:
+            raise ConfigurationError(
+                f"the checkpoint {place} was made with teacher {name!r} of fingerprint {was or 'none'}, but this run's "
+                f"has {is_now or 'none'}; give the teacher that taught until then, or start a new run from the export"
+            )
+        exchanged = any(change.name == name and change.harmless for change in found)
+        if was and is_now and not exchanged:  # an older checkpoint knows none, and then the path must be the same
+            raise ConfigurationError(
+                f"the checkpoint {place} was made with another content of {name} (digest {was}) than this run's "
+                f"({is_now}), which would train or measure something else; give what was read until then, or start a "
+                "new run from the export"
+            )
+
+
+def check_steps(place: str, step: int, steps: int) -> None:
+    """Refuse a run that would end before it begins."""
+    if steps < step:
+        raise ConfigurationError(
+            f"the checkpoint {place} is of step {step}, but steps={steps}; raise steps, or resume from an earlier one"
+        )
