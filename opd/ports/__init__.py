@@ -6,18 +6,8 @@ Applications implement these without inheriting from them; a pool of engines has
 from opd.ports.engines import Engines, Grader, LogprobTeacher, ReadsReferences, StudentEngine, TextEngine, Tokenizer
 from opd.ports.learner import Layout, Learner, LossFunction, Observer
 from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources
-from opd.ports.requests import (
-    AtIds,
-    Completion,
-    GenerateRequest,
-    LastHidden,
-    SampledToken,
-    Sampling,
-    ScoreKind,
-    ScoreKinds,
-    ScoreRequest,
-    TopK,
-)
+from opd.ports.requests import Completion, GenerateRequest, Sampling, ScoreAnswer, ScoreRequest
+from opd.ports.score_kinds import AtIds, LastHidden, LogitRows, SampledToken, ScoreKind, ScoreKinds, TopK
 from opd.ports.weights import (
     Fill,
     Manifest,
@@ -42,6 +32,7 @@ __all__ = [
     "Layout",
     "Learner",
     "Listed",
+    "LogitRows",
     "LogprobTeacher",
     "LossFunction",
     "Manifest",
@@ -54,6 +45,7 @@ __all__ = [
     "Routed",
     "SampledToken",
     "Sampling",
+    "ScoreAnswer",
     "ScoreKind",
     "ScoreKinds",
     "ScoreRequest",
