@@ -64,16 +64,16 @@ class StubEngines:
             ports.Completion(token_ids=ids, behavior=SAID, versions=versions, stop=StopReason.END) for _ in requests
         ]
 
-    async def _heard(self, requests: list[ports.ScoreRequest]) -> list[TokenScores]:
+    async def _heard(self, requests: list[ports.ScoreRequest]) -> list[ports.ScoreAnswer]:
         self.calls += 1
         await asyncio.sleep(0)
-        return [SAID] * len(requests)
+        return [(SAID,)] * len(requests)
 
     async def generate(self, requests: Sequence[ports.GenerateRequest]) -> list[ports.Completion]:
         """Through the pool."""
         return await self._write(requests)
 
-    async def score(self, requests: Sequence[ports.ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ports.ScoreRequest]) -> list[ports.ScoreAnswer]:
         """Through the pool."""
         return await self._read(requests)
 

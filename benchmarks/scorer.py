@@ -56,7 +56,7 @@ def requests(count: int, k: int, vocabulary: int) -> list[ScoreRequest]:
     """`count` completions of `TOKENS` tokens."""
     random = np.random.default_rng(0)
     ids = random.integers(0, vocabulary, (count, CONTEXT + TOKENS)).astype(np.int32)
-    return [ScoreRequest(context_ids=row[:CONTEXT], token_ids=row[CONTEXT:], kind=TopK(k=k)) for row in ids]
+    return [ScoreRequest(context_ids=row[:CONTEXT], token_ids=row[CONTEXT:], kinds=(TopK(k=k),)) for row in ids]
 
 
 def timed(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

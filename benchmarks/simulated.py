@@ -213,7 +213,7 @@ class SimulatedTeacher:
     def _make(self) -> Any:
         return actor(self.crew.make(), self._call_seconds, self._heard, _part, _nothing)
 
-    async def score(self, requests: Sequence[ports.ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ports.ScoreRequest]) -> list[ports.ScoreAnswer]:
         """Through the pool, when it is time."""
         await self._wait_for_all(len(requests))
         return await self.pool.score(requests)
@@ -231,8 +231,8 @@ class SimulatedTeacher:
         worker: Worker,
         requests: Sequence[ports.ScoreRequest],
         done: Sequence[int],
-    ) -> list[TokenScores]:
-        return [_said(len(requests[i].token_ids), -0.5) for i in done]
+    ) -> list[ports.ScoreAnswer]:
+        return [(_said(len(requests[i].token_ids), -0.5),) for i in done]
 
     async def _wait_for_all(self, count: int) -> None:
         if not self._whole:

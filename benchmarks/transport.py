@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from opd.ports import TopK
 from opd.types import TokenScores, TopKScores
 from teacher_service.frames import FrameLimits, Reply, decode_reply, encode_reply
 
@@ -49,11 +50,12 @@ def answers(k: int) -> tuple[TopKScores, ...]:
 
 def frame(said: Sequence[TokenScores]) -> bytes:
     digests = tuple(bytes(16) for _ in said)
-    return encode_reply(Reply(call=bytes(16), model=bytes(16), digests=digests, answers=tuple(said)))
+    kinds, answers = ((TopK,),) * len(said), tuple((one,) for one in said)
+    return encode_reply(Reply(call=bytes(16), model=bytes(16), digests=digests, kinds=kinds, answers=answers))
 
 
 def unframe(body: bytes) -> Sequence[TokenScores]:
-    return decode_reply(body, LIMITS).answers
+    return [scores for (scores,) in decode_reply(body, LIMITS).answers if isinstance(scores, TokenScores)]
 
 
 def base64_json(said: Sequence[TokenScores]) -> bytes:

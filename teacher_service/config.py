@@ -6,7 +6,8 @@ from enum import Enum
 from typing import Annotated
 
 from opd.errors import ConfigurationError
-from opd.ports import AtIds, LastHidden, SampledToken, ScoreKinds, TopK
+from opd.ports import LastHidden, SampledToken, ScoreKind, ScoreKinds, TopK
+from opd.ports.score_kinds import BUILT_IN
 from opd.settings.devices import Device, Dtype, on_gpu
 from opd.settings.ranges import (
     HARMLESS,
@@ -24,6 +25,8 @@ from opd.settings.ranges import (
     WeightShard,
 )
 from opd.settings.validation import settings
+from opd.types import Scores
+from teacher_service.known_kinds import known_kinds
 
 
 class Backend(Enum):
@@ -36,23 +39,20 @@ class Backend(Enum):
     OPENAI = "openai"  # any OpenAI-compatible endpoint that gives prompt_logprobs
 
 
-ANSWERS: Mapping[Backend, ScoreKinds] = {
-    Backend.TORCH: frozenset({SampledToken, TopK, AtIds, LastHidden}),
-    Backend.VLLM: frozenset({SampledToken, TopK, AtIds, LastHidden}),
+SUPPORTS: Mapping[Backend, ScoreKinds] = {
+    Backend.TORCH: frozenset(BUILT_IN),
+    Backend.VLLM: frozenset(BUILT_IN),
     Backend.VLLM_LOGPROBS: frozenset({SampledToken, TopK}),
-    Backend.HTTP: frozenset({SampledToken, TopK, AtIds, LastHidden}),
+    Backend.HTTP: frozenset(BUILT_IN),
     Backend.OPENAI: frozenset({SampledToken, TopK}),
 }
+"""The kinds of this project that a backend answers."""
+COMPUTING = frozenset({Backend.TORCH, Backend.VLLM})
+"""Backends that have logits in this process, and so answer any other kind, too."""
 REMOTE = frozenset({Backend.HTTP, Backend.OPENAI})
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
 START_S = 300.0  # a model may take as long to load, however soon its answers are due
 
-_ASKED = {
-    SampledToken: "log-probabilities of written tokens",
-    TopK: "the teacher's own top-k",
-    AtIds: "log-probabilities at ids the student chose",
-    LastHidden: "the whole vocabulary (last hidden states)",
-}
 _WHY = {
     Backend.VLLM_LOGPROBS: "vLLM's prompt_logprobs rank the teacher's own tokens and score no ids it is given",
     Backend.OPENAI: "prompt_logprobs rank the teacher's own tokens, and no such endpoint gives hidden states",
@@ -60,6 +60,9 @@ _WHY = {
 
 
 Attempt = Annotated[float, In(0.1, 24 * 3600.0)]  # seconds for one try of several
+ClassPath = Annotated[
+    str, Matches(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", "that is the path of a class, e.g. my_kinds.Margin")
+]
 Url = Annotated[str, Matches(r"(https?://[^\s/?#@]+[^\s?#]*)?", "http://HOST:PORT without a login, or none at all")]
 
 
@@ -80,6 +83,7 @@ class TeacherConfig:
     else what the server says first), `connect_s` and `read_s` bound one attempt, `retries` the further ones (waits
     start at `backoff_s` and double), `max_consecutive_failures` the wrong answers in a row after which the teacher is
     not asked again. The token is read from the environment variable OPD_TEACHER_TOKEN and never from here.
+    `score_kinds` are classes that may be imported and whose questions are read from the wire; nothing else is.
 
     A teacher that follows its student: at every `mixup_every`-th published version its weights become
     `mixup` times the student's plus `1 - mixup` times its own (TRL's `ref_model_mixup_alpha` and
@@ -127,6 +131,8 @@ class TeacherConfig:
     backoff_s: Annotated[float, In(0.001, 3600), HARMLESS] = 0.5
     # wrong answers in a row after which a teacher is not asked again
     max_consecutive_failures: Annotated[int, In(1, 1000), HARMLESS] = 5
+    # score kinds outside the project that travel over HTTP, by the path of their class; the same on both sides
+    score_kinds: tuple[ClassPath, ...] = ()
     # share of the student's weights that the teacher takes over (ref_model_mixup_alpha of TRL); 0 never changes it
     mixup: WeightShard = 0.0
     # published versions between two such mixtures (ref_model_sync_steps of TRL)
@@ -148,29 +154,45 @@ class TeacherConfig:
             )
 
     @property
-    def answers(self) -> ScoreKinds:
-        """The kinds of requests this teacher can answer.
+    def supports(self) -> ScoreKinds:
+        """The kinds of scores this teacher is known to answer; a backend that computes them answers others, too.
 
         One that follows the student gives no hidden states: the learner's copy of its output matrix would stay behind.
         """
-        return ANSWERS[self.backend] - ({LastHidden} if self.mixup else set())
+        named = frozenset(known_kinds(self.score_kinds).values()) if self.backend is Backend.HTTP else frozenset()
+        return (SUPPORTS[self.backend] | named) - ({LastHidden} if self.mixup else set())
 
 
-def check_answers(config: TeacherConfig, requires: ScoreKinds, subject: str) -> None:
+def check_supports(config: TeacherConfig, requires: ScoreKinds, subject: str) -> None:
     """Raise `ConfigurationError` if `subject` asks the teacher what its backend cannot answer; says why."""
-    lacking = [kind for kind in _ASKED if kind in requires - config.answers]
-    if lacking:
-        if config.mixup:
-            raise ConfigurationError(
-                f"{subject} asks for {_ASKED[lacking[0]]}, but a teacher that follows the student "
-                f"(teacher.mixup={config.mixup}) changes its output matrix, of which the learner has a fixed copy; "
-                "choose a method over a top-k or the written token, or set teacher.mixup=0"
-            )
-        able = [b.name for b in Backend if requires <= ANSWERS[b]]
+    lacking = sorted(requires - config.supports, key=_place)
+    if config.backend in COMPUTING:
+        lacking = [kind for kind in lacking if kind in BUILT_IN]
+    if not lacking:
+        return
+    asked = lacking[0].asked()
+    if config.mixup:
         raise ConfigurationError(
-            f"{subject} asks for {_ASKED[lacking[0]]}, which teacher.backend={config.backend.name} cannot answer "
-            f"({_WHY[config.backend]}); set teacher.backend to one of {', '.join(able)}, or choose another method"
+            f"{subject} asks for {asked}, but a teacher that follows the student "
+            f"(teacher.mixup={config.mixup}) changes its output matrix, of which the learner has a fixed copy; "
+            "choose a method over a top-k or the written token, or set teacher.mixup=0"
         )
+    if config.backend is Backend.HTTP:
+        path = f"{lacking[0].__module__}.{lacking[0].__qualname__}"
+        raise ConfigurationError(
+            f"{subject} asks for {asked}, a kind of scores that travels only where both sides name its class; set "
+            f"teacher.score_kinds=[{path}] here and for opd serve-teacher, or teacher.backend=TORCH"
+        )
+    able = [b.name for b in Backend if requires <= SUPPORTS[b] or b in COMPUTING]
+    raise ConfigurationError(
+        f"{subject} asks for {asked}, which teacher.backend={config.backend.name} cannot answer "
+        f"({_WHY[config.backend]}); set teacher.backend to one of {', '.join(able)}, or choose another method"
+    )
+
+
+def _place(kind: type[ScoreKind[Scores]]) -> tuple[int, str]:
+    """The project's own kinds in their order, then the others by name."""
+    return BUILT_IN.index(kind) if kind in BUILT_IN else len(BUILT_IN), kind.wire_name()
 
 
 def environment(device: Device, backend: Backend = Backend.TORCH) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What every backend that reads tokens shares: which requests it takes, and how hidden states become testimony."""
+"""What every backend that reads tokens shares: which requests it takes, and how hidden states become scores."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.errors import DataError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
-from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
-from opd.types.log_mass import ABSENT
+from opd.errors import ConfigurationError, DataError
+from opd.ports import LogitRows, ScoreAnswer, ScoreKind, ScoreKinds, ScoreRequest
+from opd.types import RemoteRows, Scores
 
 Logits = Callable[[Float[Tensor, "rows H"]], Float[Tensor, "rows V"]]
 Store = Callable[[np.ndarray], Any]
@@ -61,17 +60,17 @@ class Bounds:
 
 def scores_from_hidden(
     requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"], logits: Logits, head_chunk: int, store: Store
-) -> Iterator[TokenScores]:
-    """Testimony per request from the `hidden` states that predict their tokens, one request after the other.
+) -> Iterator[ScoreAnswer]:
+    """Scores of every kind per request from the `hidden` states that predict their tokens, one request after the other.
 
     At most `head_chunk` rows have logits over the vocabulary at the same time. Hidden states that are asked for
     are stored in one array.
     """
-    testimony = _ScoreRows(requests)
+    collected = _ScoreRows(requests)
     for at in range(0, len(hidden), head_chunk):
         rows = logits(hidden[at : at + head_chunk])
-        testimony.add(at, rows, _normalizer(rows))
-    return testimony.answers(_kept(requests, hidden, store))
+        collected.add(at, rows, _normalizer(rows))
+    return collected.answers(_kept(requests, hidden, store))
 
 
 def completion_rows(requests: Sequence[ScoreRequest]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -80,6 +79,11 @@ def completion_rows(requests: Sequence[ScoreRequest]) -> tuple[list[np.ndarray],
     ends = np.cumsum([len(s) for s in sequences])
     rows = np.concatenate([np.arange(e - len(r.token_ids), e) for e, r in zip(ends, requests, strict=True)])
     return sequences, rows
+
+
+def kinds_of(requests: Sequence[ScoreRequest]) -> ScoreKinds:
+    """The kinds that are asked for."""
+    return frozenset(type(kind) for request in requests for kind in request.kinds)
 
 
 def length(request: ScoreRequest) -> int:
@@ -97,16 +101,21 @@ def _normalizer(logits: Float[Tensor, "rows V"]) -> Float[Tensor, "rows 1"]:
     return total
 
 
+def _remote(request: ScoreRequest) -> bool:
+    """Whether hidden states are asked for."""
+    return any(column.remote for kind in request.kinds for column in kind.columns())
+
+
 def _kept(requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"], store: Store) -> Iterator[RemoteRows]:
     """Where the hidden states of the requests that want them are; one stored array for all."""
-    wanted = np.concatenate([np.full(len(r.token_ids), isinstance(r.kind, LastHidden)) for r in requests])
+    wanted = np.concatenate([np.full(len(r.token_ids), _remote(r)) for r in requests])
     if not wanted.any():
         return
     kept = hidden[torch.from_numpy(wanted).to(hidden.device)].cpu().contiguous()
     handle = store((kept.view(torch.uint16) if kept.dtype == torch.bfloat16 else kept).numpy())
     row_nbytes, start = kept.shape[1] * kept.itemsize, 0
     for request in requests:
-        if isinstance(request.kind, LastHidden):
+        if _remote(request):
             stop = start + len(request.token_ids)
             yield RemoteRows(pieces=((handle, np.arange(start, stop)),), row_nbytes=row_nbytes)
             start = stop
@@ -119,76 +128,65 @@ class _ScoreRows:
         self._requests = requests
         self._stops = np.cumsum([len(r.token_ids) for r in requests])
         self._written = torch.from_numpy(np.concatenate([r.token_ids for r in requests])).long()
-        self._logprobs = np.empty(len(self._written), dtype=np.float32)
-        widths = [_width(r) for r in requests]
-        sizes = list(zip((len(r.token_ids) for r in requests), widths, strict=True))
-        self._topk_logprobs = [np.empty(size, dtype=np.float32) for size in sizes]
-        self._topk_ids = [np.empty(size, dtype=np.int32) for size in sizes]
-        self._rest = [np.empty(tokens, dtype=np.float32) for tokens, _ in sizes]
+        self._arrays = [[_empty(kind, len(r.token_ids)) for kind in r.kinds] for r in requests]
 
     def add(self, at: int, logits: Float[Tensor, "rows V"], total: Float[Tensor, "rows 1"]) -> None:
         """The completion tokens `at .. at + rows` of the micro-batch; `total` is subtracted only where it is asked."""
         end = at + len(logits)
-        written = self._written[at:end, None].to(logits.device)
-        self._logprobs[at:end] = (logits.gather(1, written) - total)[:, 0].cpu().numpy()
         touched = range(int(np.searchsorted(self._stops, at, "right")), len(self._requests))
         present = [i for i in touched if self._stops[i] - len(self._requests[i].token_ids) < end]
-        deepest = max((w.k for i in present if isinstance(w := self._requests[i].kind, TopK)), default=0)
-        best = logits.topk(deepest) if deepest else None
+        deepest = max((kind.depth for i in present for kind in self._requests[i].kinds), default=0)
+        chunk = LogitRows.of(logits, total, self._written[at:end].to(logits.device), deepest)
+        read: list[tuple[np.ndarray, Tensor]] = []
         for i in present:
             first = int(self._stops[i]) - len(self._requests[i].token_ids)
             low, high = max(first, at), min(int(self._stops[i]), end)
-            mine, here = slice(low - first, high - first), slice(low - at, high - at)
-            match self._requests[i].kind:
-                case TopK(k=k) if best is not None:
-                    values, ids = best.values[here, :k], best.indices[here, :k]
-                    self._note(i, mine, ids, values, logits[here], total[here])
-                case AtIds(ids=ids):
-                    asked = torch.from_numpy(ids[mine]).long().to(logits.device)
-                    self._note(i, mine, asked, logits[here].gather(1, asked), logits[here], total[here])
+            rows, mine = chunk.rows(low - at, high - at), slice(low - first, high - first)
+            for kind, arrays in zip(self._requests[i].kinds, self._arrays[i], strict=True):
+                fields = kind.rows(mine.start, mine.stop).read(rows)
+                check_fields(kind, fields, {name: array[mine].shape for name, array in arrays.items()})
+                read += [(array[mine], fields[name]) for name, array in arrays.items()]
+        _copy_back(read)
 
-    def _note(
-        self,
-        i: int,
-        mine: slice,
-        ids: Tensor,
-        values: Tensor,
-        logits: Float[Tensor, "rows V"],
-        total: Float[Tensor, "rows 1"],
-    ) -> None:
-        """What request `i` hears of its tokens `mine`; their `logits` are not needed again and are overwritten."""
-        self._topk_logprobs[i][mine] = (values - total).cpu().numpy()
-        self._topk_ids[i][mine] = ids.cpu().numpy()
-        others = logits.scatter_(1, ids, -torch.inf).logsumexp(-1, keepdim=True) - total
-        self._rest[i][mine] = others.nan_to_num(neginf=ABSENT)[:, 0].cpu().numpy()
-
-    def answers(self, kept: Iterator[RemoteRows]) -> Iterator[TokenScores]:
+    def answers(self, kept: Iterator[RemoteRows]) -> Iterator[ScoreAnswer]:
         """One answer per request; `kept` are the hidden states of those that want them, in order."""
-        for i, request in enumerate(self._requests):
-            stop = int(self._stops[i])
-            logprobs = self._logprobs[stop - len(request.token_ids) : stop]
-            match request.kind:
-                case TopK() | AtIds():
-                    yield TopKScores(
-                        logprobs=logprobs,
-                        topk_ids=self._topk_ids[i],
-                        topk_logprobs=self._topk_logprobs[i],
-                        rest=self._rest[i],
-                    )
-                case LastHidden():
-                    yield HiddenScores(logprobs=logprobs, hidden=next(kept))
-                case _:
-                    yield TokenScores(logprobs=logprobs)
+        for request, arrays in zip(self._requests, self._arrays, strict=True):
+            states = next(kept) if _remote(request) else None
+            yield tuple(
+                kind.answer(**columns, **{c.name: states for c in kind.columns() if c.remote})
+                for kind, columns in zip(request.kinds, arrays, strict=True)
+            )
 
 
-def _width(request: ScoreRequest) -> int:
-    match request.kind:
-        case TopK(k=k):
-            return k
-        case AtIds(ids=ids):
-            return ids.shape[1]
-        case _:
-            return 0
+def _empty(kind: ScoreKind[Scores], tokens: int) -> dict[str, np.ndarray]:
+    """Room for the columns of an answer, without those that are held elsewhere."""
+    here = [column for column in kind.columns() if not column.remote]
+    try:
+        return {c.name: np.empty((tokens, *(kind.axes[axis] for axis in c.axes)), dtype=c.dtype) for c in here}
+    except KeyError as error:
+        raise ConfigurationError(
+            f"{type(kind).__qualname__}.axes gives no size for the axis {error} of {kind.answer.__name__}; add it"
+        ) from error
+
+
+def check_fields(kind: ScoreKind[Scores], fields: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ConfigurationError` unless `kind` read the columns that its answer has, in their `shapes`."""
+    found = {name: tuple(value.shape) for name, value in fields.items()}
+    if found != shapes:
+        raise ConfigurationError(
+            f"{type(kind).__qualname__}.read must give {shapes} by the annotations of {kind.answer.__name__}, but gave "
+            f"{found}; correct one of them"
+        )
+
+
+def _copy_back(read: Sequence[tuple[np.ndarray, Tensor]]) -> None:
+    """Fill each array with its tensor; one transfer from the device per dtype, since each waits for the device."""
+    for dtype in {array.dtype for array, _ in read}:
+        some = [(array, tensor) for array, tensor in read if array.dtype == dtype]
+        there = torch.float32 if dtype.kind == "f" else torch.int32
+        flat = torch.cat([tensor.to(there).reshape(-1) for _, tensor in some]).cpu().numpy()
+        for (array, _), part in zip(some, np.split(flat, np.cumsum([a.size for a, _ in some])[:-1]), strict=True):
+            array[...] = part.reshape(array.shape)
 
 
 def _problem(request: ScoreRequest, bounds: Bounds) -> str:
@@ -203,21 +201,7 @@ def _problem(request: ScoreRequest, bounds: Bounds) -> str:
     for what, ids in (("context", request.context_ids), ("completion", request.token_ids)):
         if ids.min() < 0 or ids.max() >= vocabulary:
             return f"its {what} has ids outside the vocabulary of {vocabulary}; check that tokenizers agree"
-    match request.kind:
-        case TopK(k=k) if not 1 <= k <= min(bounds.max_k, vocabulary):
-            most = min(bounds.max_k, vocabulary)
-            return f"k={k} is not within 1 and {most} (teacher.max_k, vocabulary); correct it"
-        case AtIds(ids=ids):
-            return _problem_at(ids, len(request.token_ids), bounds)
-    return ""
-
-
-def _problem_at(ids: np.ndarray, tokens: int, bounds: Bounds) -> str:
-    if ids.ndim != 2 or len(ids) != tokens or not 1 <= ids.shape[1] <= bounds.max_k:
-        return (
-            f"it asks at ids of shape {ids.shape}, but that must be ({tokens}, K) with K from 1 to "
-            f"{bounds.max_k} (teacher.max_k); correct the scorer"
-        )
-    if ids.min() < 0 or ids.max() >= bounds.vocabulary:
-        return f"it asks at ids outside the vocabulary of {bounds.vocabulary}; check that tokenizers agree"
-    return ""
+    if not request.kinds:
+        return "it asks for no kind of scores; name one in ScoreRequest.kinds"
+    problems = (kind.unreadable(len(request.token_ids), vocabulary, bounds.max_k) for kind in request.kinds)
+    return next(filter(None, problems), "")

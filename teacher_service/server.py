@@ -19,9 +19,8 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import LogprobTeacher, ScoreRequest
+from opd.ports import LogprobTeacher, ScoreAnswer, ScoreRequest
 from opd.settings.secret import Secret
-from opd.types import TokenScores
 from teacher_service.config import TOKEN_VARIABLE
 from teacher_service.connections import Budget, Connections, Held, Pace, quiet_logger
 from teacher_service.frames import (
@@ -34,6 +33,7 @@ from teacher_service.frames import (
     encode_reply,
     request_digest,
 )
+from teacher_service.known_kinds import OWN_KINDS, KnownKinds
 from teacher_service.scoring import Unreadable
 from teacher_service.server_identity import Identity
 
@@ -85,10 +85,15 @@ class _Refused(Exception):
 
 
 class TeacherServer:
-    """Serves `teacher` (which stores hidden states as the arrays themselves) until it is closed."""
+    """Serves `teacher` (which stores hidden states as the arrays themselves) until it is closed.
 
-    def __init__(self, teacher: LogprobTeacher, identity: Identity, config: ServerConfig) -> None:
-        self._teacher, self._identity, self._config = teacher, identity, config
+    `kinds` are the kinds of scores whose questions it reads; `identity` says their names.
+    """
+
+    def __init__(
+        self, teacher: LogprobTeacher, identity: Identity, config: ServerConfig, kinds: KnownKinds = OWN_KINDS
+    ) -> None:
+        self._teacher, self._identity, self._config, self._kinds = teacher, identity, config, kinds
         self._model = bytes.fromhex(identity.model)
         self._open = 0
         self._budget = Budget(config.frames * identity.limits.frame_bytes)
@@ -183,14 +188,15 @@ class TeacherServer:
 
     async def _score(self, request: web.Request) -> web.StreamResponse:
         with self._budget.held() as held:
-            asked = decode_question(await self._read(request, held), self._identity.limits)
+            asked = decode_question(await self._read(request, held), self._identity.limits, self._kinds)
             _taken(held, check_answer(asked.requests, self._identity.limits, self._config.hidden_bytes))
             digests = tuple(request_digest(r) for r in asked.requests)
             answers = await self._scored(asked.requests)
-            reply = Reply(call=asked.call, model=self._model, digests=digests, answers=tuple(answers))
+            kinds = tuple(tuple(type(kind) for kind in r.kinds) for r in asked.requests)
+            reply = Reply(call=asked.call, model=self._model, digests=digests, kinds=kinds, answers=tuple(answers))
             return await self._send(request, await asyncio.to_thread(encode_reply, reply))
 
-    async def _scored(self, requests: Sequence[ScoreRequest]) -> Sequence[TokenScores]:
+    async def _scored(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreAnswer]:
         if self._open >= self._config.pending:
             raise _Refused(429, f"{self._open} calls are open; come again")
         self._open += 1

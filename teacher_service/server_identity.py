@@ -1,19 +1,18 @@
 """What a server says about itself: which model it is, and what it answers."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf.digest import model_digest
 from hf.tokenizer_check import tokenizer_identity
 from opd.errors import DataError
-from opd.ports import AtIds, LastHidden, SampledToken, ScoreKinds, TopK
-from teacher_service.config import TeacherConfig
+from opd.ports.score_kinds import BUILT_IN
+from teacher_service.config import COMPUTING, Backend, TeacherConfig
 from teacher_service.frames import FrameLimits
+from teacher_service.known_kinds import KnownKinds, known_kinds, wire_code
 
-PROTOCOL = 1
-_NAMES: Mapping[str, type] = {"written": SampledToken, "topk": TopK, "at_ids": AtIds, "hidden": LastHidden}
+PROTOCOL = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,24 +20,20 @@ class Identity:
     """What a teacher server says about itself, before anything is scored.
 
     `model` is the digest of its weights (hex), `vocabulary` that of its tokens with their ids, `rows` the ids it
-    accepts, `dtype` the numbers it computes in, `answers` the kinds of testimony, `limits` those of one frame.
+    accepts, `dtype` the numbers it computes in, `supports` the wire names of the kinds of scores, `limits` those of
+    one frame.
     """
 
     model: str
     vocabulary: str
     rows: int
     dtype: str
-    answers: tuple[str, ...]
+    supports: tuple[str, ...]
     limits: FrameLimits
 
     def to_json(self) -> str:
         """As the server sends it."""
         return json.dumps({"protocol": PROTOCOL, **asdict(self)})
-
-    @property
-    def kinds(self) -> ScoreKinds:
-        """`answers` as request kinds."""
-        return frozenset(_NAMES[name] for name in self.answers)
 
 
 def parse_identity(text: str) -> Identity:
@@ -46,15 +41,24 @@ def parse_identity(text: str) -> Identity:
     try:
         said: dict[str, Any] = json.loads(text)
         protocol = said.pop("protocol")
-        answers = tuple(str(name) for name in said.pop("answers") if name in _NAMES)
-        identity = Identity(**(said | {"answers": answers, "limits": FrameLimits(**said["limits"])}))
+        if protocol != PROTOCOL:
+            raise DataError(
+                f"the teacher's server speaks protocol {protocol}, this client {PROTOCOL}; update one of them"
+            )
+        supports = tuple(str(name) for name in said.pop("supports"))
+        identity = Identity(**(said | {"supports": supports, "limits": FrameLimits(**said["limits"])}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             "the teacher's server does not say who it is; is teacher.url an `opd serve-teacher` of this version?"
         ) from error
-    if protocol != PROTOCOL:
-        raise DataError(f"the teacher's server speaks protocol {protocol}, this client {PROTOCOL}; update one of them")
     return identity
+
+
+def served_kinds(config: TeacherConfig) -> KnownKinds:
+    """The kinds that a server over `config.backend` answers: those of the project, and those that it names."""
+    named = {code: kind for code, kind in known_kinds(config.score_kinds).items() if kind not in BUILT_IN}
+    own = {wire_code(kind): kind for kind in BUILT_IN if kind in config.supports}
+    return own | (named if config.backend in (*COMPUTING, Backend.HTTP) else {})
 
 
 def identity_of(config: TeacherConfig, dtype: str, limits: FrameLimits) -> Identity:
@@ -65,6 +69,6 @@ def identity_of(config: TeacherConfig, dtype: str, limits: FrameLimits) -> Ident
         vocabulary=tokens.digest,
         rows=tokens.rows,
         dtype=dtype,
-        answers=tuple(name for name, kind in _NAMES.items() if kind in config.answers),
+        supports=tuple(kind.wire_name() for kind in served_kinds(config).values()),
         limits=limits,
     )

@@ -32,7 +32,7 @@ async def _serve(config: TeacherConfig, own: Mapping[str, str], console: Console
     from teacher_service.backends import backend
     from teacher_service.frames import FrameLimits
     from teacher_service.server import LOOPBACK, ServerConfig, TeacherServer
-    from teacher_service.server_identity import identity_of
+    from teacher_service.server_identity import identity_of, served_kinds
 
     precision = resolve_dtype(config.dtype, resolve_device(config.device, "teacher"))
     listening = ServerConfig(
@@ -45,7 +45,7 @@ async def _serve(config: TeacherConfig, own: Mapping[str, str], console: Console
     identity = identity_of(config, dtype, FrameLimits(k=config.max_k))
     teacher = backend(config.backend)(config, lambda array: array)
     await teacher.ready()
-    server = TeacherServer(teacher, identity, listening)
+    server = TeacherServer(teacher, identity, listening, served_kinds(config))
     url = await server.start()
     try:
         console.print(f"teacher {config.path} serves at {url}; teacher.fingerprint={identity.model}")

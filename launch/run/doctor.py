@@ -138,7 +138,7 @@ async def _examine(
         engines=session.engines,
         learner=session.learner,
         replicas=[TeacherPool.of([actor], retry) for actor in pool.replicas.actors],
-        answers=teacher.answers,
+        supports=teacher.supports,
         vocabulary=plan.vocabulary,
         reference=reference,
         twin=twin,

@@ -6,13 +6,13 @@ their names and never their bytes.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from opd.ports import ScoreRequest
-from opd.types import HiddenScores, RemoteRows, TokenScores
+from opd.ports import ScoreAnswer, ScoreRequest
+from opd.types import RemoteRows, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,15 @@ async def owned_answers(
     yield range(len(requests)), [_with_handles(answer, lambda held: arrays[held.number]) for answer in await answers]
 
 
-def _with_handles(answer: TokenScores, name: Callable[[Any], Any]) -> TokenScores:
-    if not isinstance(answer, HiddenScores) or not isinstance(answer.hidden, RemoteRows):
-        return answer
-    pieces = tuple((name(handle), rows) for handle, rows in answer.hidden.pieces)
-    return replace(answer, hidden=RemoteRows(pieces=pieces, row_nbytes=answer.hidden.row_nbytes))
+def _with_handles(answer: ScoreAnswer, name: Callable[[Any], Any]) -> ScoreAnswer:
+    return tuple(_renamed(scores, name) for scores in answer)
+
+
+def _renamed(scores: Scores, name: Callable[[Any], Any]) -> Scores:
+    """The same scores, with other handles in every field that names rows of arrays."""
+    held = {f.name: rows for f in fields(scores) if isinstance(rows := getattr(scores, f.name), RemoteRows)}
+    return replace(scores, **{field: _other_handles(rows, name) for field, rows in held.items()}) if held else scores
+
+
+def _other_handles(rows: RemoteRows, name: Callable[[Any], Any]) -> RemoteRows:
+    return replace(rows, pieces=tuple((name(handle), numbers) for handle, numbers in rows.pieces))

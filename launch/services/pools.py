@@ -24,10 +24,9 @@ from launch.services.replicas import (
     within,
 )
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import Completion, GenerateRequest, PublishedWeights, ScoreRequest, StudentEngine, WeightAck
+from opd.ports import Completion, GenerateRequest, PublishedWeights, ScoreAnswer, ScoreRequest, StudentEngine, WeightAck
 from opd.rollouts.validation import verify as verify_completions
 from opd.scorers.validation import verify as verify_scores
-from opd.types import TokenScores
 
 
 async def _ready(actor: Any) -> None:
@@ -179,7 +178,7 @@ class TeacherPool:
         self.replicas = Replicas(
             service="teacher actor", retry=retry, ready=_ready, warm_up=_nothing_to_do, end=end, make=make, look=look
         )
-        self._score: Dispatcher[ScoreRequest, TokenScores] = Dispatcher(
+        self._score: Dispatcher[ScoreRequest, ScoreAnswer] = Dispatcher(
             replicas=self.replicas,
             ask=lambda actor, requests: owned_answers(actor.score_owned, requests),
             check=verify_scores,
@@ -193,8 +192,8 @@ class TeacherPool:
         pool.replicas.adopt(list(actors))
         return pool
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """Testimony per request, in order."""
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        """Scores per request, in order."""
         return await self._score(requests)
 
 

@@ -1,30 +1,31 @@
 """Context of an enumerable world; nothing in them waits or is random, and they note what they were asked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from opd.certify.models import TinyModel
 from opd.certify.worlds import World
 from opd.errors import ConfigurationError
 from opd.ports import (
-    AtIds,
     Completion,
     Context,
     GenerateRequest,
-    LastHidden,
+    LogitRows,
+    SampledToken,
     Sampling,
+    ScoreAnswer,
+    ScoreKind,
     ScoreRequest,
     TopK,
     WeightAck,
 )
-from opd.types import HiddenScores, RemoteRows, StopReason, TokenScores, TopKScores
-from opd.types.log_mass import ABSENT
+from opd.types import RemoteRows, Scores, StopReason, TokenScores
 from opd.types.prompt_rows import PromptText
 
 
@@ -89,9 +90,12 @@ class _Writer:
         chances = sampled(logprobs, request.sampling)
         note = Written(request=request, as_teacher=self.as_teacher, token_ids=written, chances=chances)
         self.notes.written[request.prompt_id, request.sample] = note
+        topk = request.sampling.topk
+        (behavior,) = _said(chances, written, (TopK(k=topk) if topk else SampledToken(),), chances[:, :0])
+        assert isinstance(behavior, TokenScores)
         return Completion(
             token_ids=written,
-            behavior=_said(chances, written, request.sampling.topk),
+            behavior=behavior,
             versions=np.zeros(len(written), dtype=np.int32),
             stop=StopReason.END,
         )
@@ -119,23 +123,23 @@ def sampled(logprobs: Float[Tensor, "T V"], sampling: Sampling) -> Float[Tensor,
     return logprobs
 
 
-def _said(logprobs: Float[Tensor, "T V"], written: np.ndarray, topk: int) -> TokenScores:
-    if topk:
-        return _at(logprobs, written, logprobs.topk(topk, dim=-1).indices)
-    return TokenScores(logprobs=_own(logprobs, written))
+def _said(
+    logprobs: Float[Tensor, "T V"], written: np.ndarray, kinds: Sequence[ScoreKind[Scores]], hidden: Tensor
+) -> ScoreAnswer:
+    """What a model with these log-probabilities and hidden states answers to each kind."""
+    ids, total = torch.as_tensor(written).long(), logprobs.new_zeros(len(logprobs), 1)
+    rows = LogitRows.of(logprobs, total, ids, max((kind.depth for kind in kinds), default=0))
+    return tuple(kind.answer(**_arrays(kind.read(rows)), **_states(kind, hidden)) for kind in kinds)
 
 
-def _own(logprobs: Float[Tensor, "T V"], written: np.ndarray) -> np.ndarray:
-    return logprobs.gather(-1, torch.as_tensor(written).long()[:, None])[:, 0].numpy()
+def _arrays(read: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Integers as they travel, other numbers as exact as they are."""
+    return {name: (x if x.is_floating_point() else x.to(torch.int32)).numpy() for name, x in read.items()}
 
 
-def _at(logprobs: Float[Tensor, "T V"], written: np.ndarray, ids: Int[Tensor, "T K"]) -> TopKScores:
-    return TopKScores(
-        logprobs=_own(logprobs, written),
-        topk_ids=ids.numpy().astype(np.int32),
-        topk_logprobs=logprobs.gather(-1, ids).numpy(),
-        rest=logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1).nan_to_num(neginf=ABSENT).numpy(),
-    )
+def _states(kind: ScoreKind[Scores], hidden: Tensor) -> dict[str, RemoteRows]:
+    pieces = ((_words(hidden), np.arange(len(hidden))),)
+    return {column.name: RemoteRows(pieces=pieces) for column in kind.columns() if column.remote}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,27 +151,18 @@ class _Reader:
     world: World
     notes: Notes
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         self.notes.asked.extend((self.name, request) for request in requests)
         with torch.no_grad():
             hidden = self.model.readings([(r.context_ids, r.token_ids) for r in requests])
             return [self._read(h.roll(self.world.shift, 0), r) for h, r in zip(hidden, requests, strict=True)]
 
-    def _read(self, hidden: Float[Tensor, "T H"], request: ScoreRequest) -> TokenScores:
+    def _read(self, hidden: Float[Tensor, "T H"], request: ScoreRequest) -> ScoreAnswer:
         logprobs = self.model.logits(hidden).log_softmax(-1)
         if 0 <= self.world.doubt < len(request.token_ids):
             logprobs[self.world.doubt, int(request.token_ids[self.world.doubt])] -= 1.0
             logprobs = logprobs.log_softmax(-1)
-        match request.kind:
-            case TopK(k=k):
-                return _said(logprobs, request.token_ids, k)
-            case AtIds(ids=ids):
-                return _at(logprobs, request.token_ids, torch.as_tensor(ids).long())
-            case LastHidden():
-                own = _own(logprobs, request.token_ids)
-                rows = RemoteRows(pieces=((_words(hidden), np.arange(len(own))),))
-                return HiddenScores(logprobs=own, hidden=rows)
-        return _said(logprobs, request.token_ids, 0)
+        return _said(logprobs, request.token_ids, request.kinds, hidden)
 
 
 def _words(hidden: Tensor) -> np.ndarray:

@@ -51,13 +51,13 @@ def _checks(subject: Subject) -> Mapping[str, Check]:
     }
     if subject.reference is not None:
         checks |= {"backends": teacher_checks.backends_agree}
-    if TopK in subject.answers:
+    if TopK in subject.supports:
         checks |= {
             "full softmax": teacher_checks.full_softmax,
             "padding": teacher_checks.padding,
             "overlap": teacher_checks.overlap,
         }
-    if LastHidden in subject.answers and subject.exact:
+    if LastHidden in subject.supports and subject.exact:
         checks |= {"hidden states": learner_checks.hidden_states}
     if subject.twin is not None:
         checks |= {"own teacher": teacher_checks.own_teacher}

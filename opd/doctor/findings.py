@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import cast
 
 import numpy as np
 
 from opd.ports import Engines, Learner, LogprobTeacher, ScoreKind, ScoreKinds, ScoreRequest
+from opd.ports.score_kinds import A
 from opd.scorers.validation import verify
 from opd.types import TokenScores, Trajectory
 
@@ -54,8 +56,8 @@ class CheckThresholds:
 class Subject:
     """A student, its learner and one teacher, as the run will use them.
 
-    `replicas` are the teacher's members one by one; `reference` is its checkpoint on another backend; `answers` are the
-    request kinds it can answer; `vocabulary` counts the tokenizer's tokens (columns beyond are padding); `twin` is a
+    `replicas` are the teacher's members one by one; `reference` is its checkpoint on another backend; `supports` are
+    the kinds of scores it answers; `vocabulary` counts the tokenizer's tokens (columns beyond are padding); `twin` is a
     teacher of the same backend made from the student's checkpoint; `support` is the k of top-k probes; `exact` says
     that the learner can read hidden states with the teacher's output matrix.
     """
@@ -64,7 +66,7 @@ class Subject:
     engines: Engines
     learner: Learner
     replicas: Sequence[LogprobTeacher]
-    answers: ScoreKinds
+    supports: ScoreKinds
     vocabulary: int
     reference: LogprobTeacher | None = None
     twin: LogprobTeacher | None = None
@@ -86,12 +88,12 @@ class Evidence:
     said: Sequence[TokenScores]
 
 
-async def ask(teacher: LogprobTeacher, written: Sequence[Trajectory], kind: ScoreKind) -> list[TokenScores]:
-    """Testimony about the written texts, verified."""
-    requests = [ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kind=kind) for t in written]
+async def ask(teacher: LogprobTeacher, written: Sequence[Trajectory], kind: ScoreKind[A]) -> list[A]:
+    """Scores of one kind about the written texts, verified."""
+    requests = [ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kinds=(kind,)) for t in written]
     answers = await teacher.score(requests)
     verify(requests, answers)
-    return list(answers)
+    return [cast(A, scores) for (scores,) in answers]
 
 
 def distance(a: TokenScores, b: TokenScores, start: int = 0, stop: int | None = None) -> float:

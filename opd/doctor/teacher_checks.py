@@ -128,7 +128,7 @@ async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
 async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
     """Top-k logprobs are under the full softmax, not renormalized on the k, and know the written token."""
     wide = await topk(subject, evidence)
-    few = [s for s in await ask(subject.teacher, evidence.written, TopK(k=2)) if isinstance(s, TopKScores)]
+    few = await ask(subject.teacher, evidence.written, TopK(k=2))
     gap = max(
         float(np.abs(np.asarray(w.topk_logprobs)[:, :2] - np.asarray(f.topk_logprobs)).max())
         for w, f in zip(wide, few, strict=True)
@@ -266,5 +266,4 @@ async def own_teacher(subject: Subject, evidence: Evidence) -> Finding:
 
 async def topk(subject: Subject, evidence: Evidence) -> list[TopKScores]:
     k = min(subject.support, subject.vocabulary)
-    answers = await ask(subject.teacher, evidence.written, TopK(k=k))
-    return [a for a in answers if isinstance(a, TopKScores)]
+    return await ask(subject.teacher, evidence.written, TopK(k=k))

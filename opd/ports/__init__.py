@@ -15,18 +15,8 @@ from opd.ports.engines import (
 )
 from opd.ports.learner import Layout, Learner, LossFunction, Observer
 from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources
-from opd.ports.requests import (
-    AtIds,
-    Completion,
-    GenerateRequest,
-    LastHidden,
-    SampledToken,
-    Sampling,
-    ScoreKind,
-    ScoreKinds,
-    ScoreRequest,
-    TopK,
-)
+from opd.ports.requests import Completion, GenerateRequest, Sampling, ScoreAnswer, ScoreRequest
+from opd.ports.score_kinds import AtIds, LastHidden, LogitRows, SampledToken, ScoreKind, ScoreKinds, TopK
 from opd.ports.weights import (
     Fill,
     Manifest,
@@ -52,6 +42,7 @@ __all__ = [
     "Layout",
     "Learner",
     "Listed",
+    "LogitRows",
     "LogprobTeacher",
     "LossFunction",
     "Manifest",
@@ -64,6 +55,7 @@ __all__ = [
     "Routed",
     "SampledToken",
     "Sampling",
+    "ScoreAnswer",
     "ScoreKind",
     "ScoreKinds",
     "ScoreRequest",

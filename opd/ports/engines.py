@@ -7,9 +7,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from opd.ports.requests import Completion, GenerateRequest, ScoreRequest
+from opd.ports.requests import Completion, GenerateRequest, ScoreAnswer, ScoreRequest
 from opd.ports.weights import PublishedWeights, WeightAck
-from opd.types import TokenScores
 from opd.types.prompt_rows import PromptText
 
 
@@ -35,8 +34,8 @@ class StudentEngine(TextEngine, Protocol):
 class LogprobTeacher(Protocol):
     """A teacher that reads given tokens."""
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """Testimony per request, in order, of the type its `kind` names; hidden states as `RemoteRows`."""
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        """Scores per request, in order: one value per kind it asks for; hidden states as `RemoteRows`."""
         ...
 
 

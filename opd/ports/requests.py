@@ -7,9 +7,10 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Int32
 
+from opd.ports.score_kinds import ScoreKind
 from opd.settings.ranges import In, Temperature, Tokens, TopP
 from opd.settings.validation import settings
-from opd.types import StopReason, TokenScores
+from opd.types import Scores, StopReason, TokenScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,40 +53,16 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledToken:
-    """Ask for the log-probability of each written token: answered with `TokenScores`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopK:
-    """Ask for the teacher's own `k` likeliest ids and their full-softmax logprobs: `TopKScores`."""
-
-    k: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AtIds:
-    """Ask for full-softmax logprobs at ids the caller names per token: `TopKScores` with those ids."""
-
-    ids: Int32[np.ndarray, "T K"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LastHidden:
-    """Ask for the hidden states that predict each written token: `HiddenScores`."""
-
-
-ScoreKind = SampledToken | TopK | AtIds | LastHidden
-
-
-ScoreKinds = frozenset[type[SampledToken] | type[TopK] | type[AtIds] | type[LastHidden]]
-"""Kinds of requests: what a scorer `requires`, what a teacher backend `answers`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """A completion to be read in a context. `context_ids` has at least one token."""
+    """A completion to be read in a context, once for all `kinds`. `context_ids` has at least one token.
+
+    Example: `ScoreRequest(context_ids=[1, 40], token_ids=[6, 2], kinds=(SampledToken(), TopK(k=8)))`.
+    """
 
     context_ids: Int32[np.ndarray, " Q"]
     token_ids: Int32[np.ndarray, " T"]
-    kind: ScoreKind
+    kinds: tuple[ScoreKind[Scores], ...]
+
+
+ScoreAnswer = tuple[Scores, ...]
+"""What a `ScoreRequest` is answered with: scores of the type that each kind names, in the order of `kinds`."""

@@ -2,25 +2,45 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 
 from opd.errors import ConfigurationError
-from opd.ports import AtIds, Engines, LastHidden, SampledToken, ScoreKind, ScoreKinds, ScoreRequest, TopK
+from opd.ports import (
+    AtIds,
+    Engines,
+    LastHidden,
+    SampledToken,
+    ScoreAnswer,
+    ScoreKind,
+    ScoreKinds,
+    ScoreRequest,
+    TopK,
+)
+from opd.ports.score_kinds import A
 from opd.scorers.validation import verify
 from opd.settings.ranges import TopIds
 from opd.settings.validation import settings
 from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 
-async def ask(
-    trajectories: Sequence[Trajectory], wants: Sequence[ScoreKind], engines: Engines
-) -> Sequence[TokenScores]:
-    """Ask the prompts' teacher (one per group), verify the answer, and note whose output matrix reads it."""
+async def ask(trajectories: Sequence[Trajectory], kinds: Sequence[ScoreKind[A]], engines: Engines) -> list[A]:
+    """Scores of one kind per trajectory, verified: `kinds[i]` is asked about `trajectories[i]`."""
+    answers = await ask_several(trajectories, [(kind,) for kind in kinds], engines)
+    return [cast(A, scores) for (scores,) in answers]
+
+
+async def ask_several(
+    trajectories: Sequence[Trajectory], kinds: Sequence[tuple[ScoreKind[Scores], ...]], engines: Engines
+) -> list[ScoreAnswer]:
+    """Scores of several kinds per trajectory, verified, from one forward of the prompts' teacher (one per group).
+
+    Hidden states are given the number of the output matrix that reads them.
+    """
     requests = [
-        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kind=kind)
-        for t, kind in zip(trajectories, wants, strict=True)
+        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kinds=asked)
+        for t, asked in zip(trajectories, kinds, strict=True)
     ]
     name = trajectories[0].prompt.teacher
     if name not in engines.teachers:
@@ -31,10 +51,13 @@ async def ask(
     answers = await engines.teachers[name].score(requests)
     verify(requests, answers)
     number = list(engines.teachers).index(name)
-    return [
-        replace(a, head=np.full(len(a.logprobs), number, dtype=np.int32)) if isinstance(a, HiddenScores) else a
-        for a in answers
-    ]
+    return [tuple(_with_head(scores, number) for scores in answer) for answer in answers]
+
+
+def _with_head(scores: Scores, number: int) -> Scores:
+    if not isinstance(scores, HiddenScores):
+        return scores
+    return replace(scores, head=np.full(len(scores.logprobs), number, dtype=np.int32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +103,11 @@ class StudentTopK(_TeacherScorer):
     requires: ClassVar[ScoreKinds] = frozenset({AtIds})
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        wants: list[ScoreKind] = []
+        kinds: list[AtIds] = []
         for trajectory in trajectories:
             assert isinstance(trajectory.behavior, TopKScores)
-            wants.append(AtIds(ids=np.asarray(trajectory.behavior.topk_ids, dtype=np.int32)))
-        return await ask(trajectories, wants, engines)
+            kinds.append(AtIds(ids=np.asarray(trajectory.behavior.topk_ids, dtype=np.int32)))
+        return await ask(trajectories, kinds, engines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

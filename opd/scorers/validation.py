@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd.errors import DataError
-from opd.ports import AtIds, LastHidden, ScoreRequest, TopK
-from opd.types import HiddenScores, RemoteRows, Scores, TokenScores, TopKScores
-from opd.types.log_probs import MASS, are_logprobs, contradiction
+from opd.ports import ScoreAnswer, ScoreRequest
+from opd.types import Scores, TopKScores
 
 
-def verify(requests: Sequence[ScoreRequest], answers: Sequence[Scores]) -> None:
-    """Raise `DataError` unless every answer has its request's type and length and is made of log-probabilities."""
+def verify(requests: Sequence[ScoreRequest], answers: Sequence[ScoreAnswer]) -> None:
+    """Raise `DataError` unless every request has an answer to each of its kinds (`ScoreKind.problem`)."""
     if len(answers) != len(requests):
         raise DataError(
             f"teacher answered {len(answers)} of {len(requests)} requests; its scores are refused, check the "
@@ -35,52 +34,8 @@ def check_support(scores: Scores, rows: int) -> None:
         )
 
 
-def _problem(request: ScoreRequest, answer: Scores) -> str:
-    tokens = len(request.token_ids)
-    if not isinstance(answer, TokenScores):
-        return f"asked for log-probabilities, got {type(answer).__name__}"
-    arrays = {"logprobs": np.asarray(answer.logprobs)}
-    match request.kind:
-        case LastHidden():
-            if not isinstance(answer, HiddenScores) or not isinstance(answer.hidden, RemoteRows):
-                return f"asked for hidden states by reference, got {type(answer).__name__}"
-            if len(answer.hidden) != tokens:
-                return f"expected {tokens} hidden states, got {len(answer.hidden)}"
-        case TopK() | AtIds():
-            if not isinstance(answer, TopKScores):
-                return f"asked for a top-k support, got {type(answer).__name__}"
-            arrays["topk_logprobs"], arrays["rest"] = np.asarray(answer.topk_logprobs), np.asarray(answer.rest)
-            if isinstance(request.kind, AtIds) and not np.array_equal(answer.topk_ids, request.kind.ids):
-                return "the answer is about other token ids than were asked"
-            if isinstance(request.kind, TopK) and arrays["topk_logprobs"].shape[-1] != request.kind.k:
-                return f"asked for k={request.kind.k}, got k={arrays['topk_logprobs'].shape[-1]}"
-            if np.shape(answer.topk_ids) != arrays["topk_logprobs"].shape:
-                return f"{np.shape(answer.topk_ids)} ids have {arrays['topk_logprobs'].shape} log-probabilities"
-    for name, values in arrays.items():
-        if len(values) != tokens:
-            return f"expected {tokens} rows of {name}, got {len(values)}"
-        if not are_logprobs(values):
-            return f"{name} contains NaN, an infinity or a value above 0"
-    if not isinstance(answer, TopKScores):
-        return ""
-    values, rest = arrays["topk_logprobs"], arrays["rest"]
-    problem = contradiction(
-        np.asarray(request.token_ids),
-        np.asarray(answer.logprobs),
-        np.asarray(answer.topk_ids),
-        values,
-        likeliest=isinstance(request.kind, TopK),
-    )
-    whole = _mass(np.asarray(answer.topk_ids), values) + np.exp(rest.astype(np.float64))
-    if not problem and (np.abs(whole - 1) > MASS).any():
-        return "the probabilities of a support and of the rest of the vocabulary do not sum to 1"
-    return problem
-
-
-def _mass(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-    """Probability of each row's ids; an id that is named twice counts once."""
-    order = ids.argsort(-1, kind="stable")
-    ordered = np.take_along_axis(ids, order, -1)
-    new = np.ones(ids.shape, dtype=bool)
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    return (np.exp(np.take_along_axis(logprobs, order, -1).astype(np.float64)) * new).sum(-1)
+def _problem(request: ScoreRequest, answer: ScoreAnswer) -> str:
+    if len(answer) != len(request.kinds):
+        return f"asked for {len(request.kinds)} kinds of scores, got {len(answer)}"
+    problems = (k.problem(request.token_ids, scores) for k, scores in zip(request.kinds, answer, strict=True))
+    return next(filter(None, problems), "")

@@ -37,3 +37,12 @@ def contradiction(
     if (np.exp(values.astype(np.float64)).sum(axis=1) > 1 + MASS).any():
         return "the probabilities of a top-k sum to more than 1"
     return ""
+
+
+def support_mass(ids: Int[np.ndarray, "T k"], logprobs: Float[np.ndarray, "T k"]) -> Float[np.ndarray, " T"]:
+    """The probability of each row's ids; an id that is named twice counts once."""
+    order = ids.argsort(-1, kind="stable")
+    ordered = np.take_along_axis(ids, order, -1)
+    new = np.ones(ids.shape, dtype=bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return (np.exp(np.take_along_axis(logprobs, order, -1).astype(np.float64)) * new).sum(-1)

@@ -8,7 +8,7 @@ Whatever does not is thrown away and asked again.
 import asyncio
 import secrets
 from collections.abc import Awaitable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from time import perf_counter
 from typing import TypeVar
 
@@ -19,10 +19,10 @@ from hf.digest import model_digest
 from hf.tokenizer_check import tokenizer_identity
 from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import ScoreRequest
+from opd.ports import ScoreAnswer, ScoreRequest
 from opd.scorers.validation import verify
 from opd.settings.secret import Secret
-from opd.types import HiddenScores, RemoteRows, TokenScores
+from opd.types import RemoteRows, Scores, TokenScores
 from teacher_service.config import TeacherConfig
 from teacher_service.control_question import aligned, control
 from teacher_service.frames import (
@@ -36,8 +36,9 @@ from teacher_service.frames import (
     encode_question,
     request_digest,
 )
+from teacher_service.known_kinds import OWN_KINDS, KnownKinds, known_kinds
 from teacher_service.retries import NoAnswer, Patience, WrongAnswer, fetch, session, together
-from teacher_service.scoring import Store, TeacherStats, length
+from teacher_service.scoring import Store, TeacherStats, kinds_of, length
 from teacher_service.server_identity import Identity, parse_identity
 
 Result = TypeVar("Result")
@@ -54,6 +55,7 @@ class HttpTeacher:
     def __init__(self, config: TeacherConfig, store: Store, token: str) -> None:
         self._config, self._store, self._token = config, store, Secret(token)
         self._patience = Patience(config)
+        self._kinds = known_kinds(config.score_kinds)
         self._known: Identity | None = None
         self._greeting = asyncio.Lock()
         self._requests = self._scored = self._read = 0
@@ -63,8 +65,8 @@ class HttpTeacher:
         """Return when the server has said who it is. Raises `ConfigurationError` if it is another than expected."""
         await self._within(self._identity(), "saying who it is")
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """Testimony per request, in order. Raises `OpdError` when the server gives no believable one."""
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        """Scores per request, in order. Raises `OpdError` when the server gives no believable one."""
         start = perf_counter()
         answers = await self._within(self._score(requests), f"scoring {len(requests)} completions")
         self._busy_s += perf_counter() - start
@@ -107,43 +109,58 @@ class HttpTeacher:
     def _url(self, path: str) -> str:
         return self._config.url.rstrip("/") + path
 
-    async def _score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def _score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         if not requests:
             return []
         identity = await self._identity()
+        self._check_kinds(requests, identity)
         gate = asyncio.Semaphore(AT_ONCE)
         async with session(self._config, self._token) as client:
 
-            async def one(part: list[ScoreRequest]) -> list[TokenScores]:
+            async def one(part: list[ScoreRequest]) -> list[ScoreAnswer]:
                 async with gate:
                     return await self._patience(lambda number: self._attempt(client, identity, part, number))
 
             answers = await together([one(part) for part in frames(requests, identity.limits)])
-        return [self._stored(answer) for part in answers for answer in part]
+        return [tuple(map(self._stored, answer)) for part in answers for answer in part]
 
     async def _attempt(
         self, client: aiohttp.ClientSession, identity: Identity, part: list[ScoreRequest], number: int
-    ) -> list[TokenScores]:
+    ) -> list[ScoreAnswer]:
         check = control(part, number)
-        asked = [*part, *([check.question] if check else [])]
+        asked = list(part)
+        if check is not None:
+            asked[check.about] = check.plain
+            asked.append(check.question)
         call = secrets.token_bytes(DIGEST_BYTES)
         frame = await asyncio.to_thread(encode_question, Question(call=call, requests=tuple(asked)))
         url = self._url("/v1/score")
         body = await fetch(client, "POST", url, identity.limits.frame_bytes, data=frame)
-        said = await asyncio.to_thread(_believed, body, call, asked, identity)
+        said = await asyncio.to_thread(_believed, body, call, asked, identity, self._kinds)
         if check is not None:
             noise = NOISE.get(identity.dtype, COARSE)
-            if not aligned(np.asarray(said[check.about].logprobs), np.asarray(said[-1].logprobs), noise):
+            if not aligned(_written(said[check.about][check.place]), _written(said[-1][0]), noise):
                 raise WrongAnswer("the control question shows that its rows are not those of the tokens (shifted?)")
-        return said[: len(part)]
+        return [answer[: len(request.kinds)] for request, answer in zip(part, said, strict=False)]
 
-    def _stored(self, answer: TokenScores) -> TokenScores:
-        if not isinstance(answer, HiddenScores):
-            return answer
-        assert isinstance(answer.hidden, RemoteRows)
-        pieces = tuple((self._store(array), rows) for array, rows in answer.hidden.pieces)
-        width = max((array.shape[1] * array.itemsize for array, _ in answer.hidden.pieces), default=0)
-        return replace(answer, hidden=RemoteRows(pieces=pieces, row_nbytes=width))
+    def _check_kinds(self, requests: Sequence[ScoreRequest], identity: Identity) -> None:
+        asked = {kind.wire_name() for kind in kinds_of(requests)}
+        lacking = sorted(asked - {*identity.supports})
+        if lacking:
+            raise ConfigurationError(
+                f"the teacher at {self._config.url} supports the kinds of scores {', '.join(identity.supports)}, but "
+                f"{lacking[0]} is asked; start opd serve-teacher with a teacher.backend that answers it, and with "
+                "teacher.score_kinds if it is a class of your own"
+            )
+
+    def _stored(self, scores: Scores) -> Scores:
+        held = _remote(scores)
+        return replace(scores, **{name: self._moved(rows) for name, rows in held}) if held else scores
+
+    def _moved(self, held: RemoteRows) -> RemoteRows:
+        pieces = tuple((self._store(array), rows) for array, rows in held.pieces)
+        width = max((array.shape[1] * array.itemsize for array, _ in held.pieces), default=0)
+        return RemoteRows(pieces=pieces, row_nbytes=width)
 
 
 def frames(requests: Sequence[ScoreRequest], limits: FrameLimits) -> Iterator[list[ScoreRequest]]:
@@ -167,10 +184,23 @@ def _both_ways(request: ScoreRequest) -> int:
     return 4 * (len(request.context_ids) + len(request.token_ids)) + answer_bytes(request, WIDEST_HIDDEN)
 
 
-def _believed(body: bytes, call: bytes, asked: Sequence[ScoreRequest], identity: Identity) -> list[TokenScores]:
+def _written(scores: Scores) -> np.ndarray:
+    assert isinstance(scores, TokenScores)
+    return np.asarray(scores.logprobs)
+
+
+def _remote(scores: Scores) -> list[tuple[str, RemoteRows]]:
+    """The fields that name rows of arrays."""
+    named = [(f.name, getattr(scores, f.name)) for f in fields(scores)]
+    return [(name, value) for name, value in named if isinstance(value, RemoteRows)]
+
+
+def _believed(
+    body: bytes, call: bytes, asked: Sequence[ScoreRequest], identity: Identity, known: KnownKinds = OWN_KINDS
+) -> list[ScoreAnswer]:
     """The answers in `body`, or `NoAnswer` for a damaged frame and `WrongAnswer` for one that must not be used."""
     try:
-        reply = decode_reply(body, identity.limits)
+        reply = decode_reply(body, identity.limits, known)
     except TooLarge as error:
         raise WrongAnswer(str(error)) from error
     except FrameError as error:
@@ -183,20 +213,18 @@ def _believed(body: bytes, call: bytes, asked: Sequence[ScoreRequest], identity:
         verify(asked, reply.answers)
     except DataError as error:
         raise WrongAnswer(str(error)) from error
-    for answer in reply.answers:
-        _check_values(answer, identity)
+    for scores in (scores for answer in reply.answers for scores in answer):
+        _check_values(scores, identity)
     return list(reply.answers)
 
 
-def _check_values(answer: TokenScores, identity: Identity) -> None:
+def _check_values(scores: Scores, identity: Identity) -> None:
     """What `verify` cannot know: the vocabulary, and the insides of hidden states."""
-    ids = getattr(answer, "topk_ids", None)
+    ids = getattr(scores, "topk_ids", None)
     if ids is not None and ids.size and (ids.min() < 0 or ids.max() >= identity.rows):
         raise WrongAnswer(f"it names ids outside its vocabulary of {identity.rows}")
-    if isinstance(answer, HiddenScores):
-        assert isinstance(answer.hidden, RemoteRows)
-        if not all(_finite(array) for array, _ in answer.hidden.pieces):
-            raise WrongAnswer("its hidden states contain NaN or infinity")
+    if not all(_finite(array) for _, held in _remote(scores) for array, _ in held.pieces):
+        raise WrongAnswer("its hidden states contain NaN or infinity")
 
 
 def _finite(array: np.ndarray) -> bool:

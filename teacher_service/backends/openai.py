@@ -17,13 +17,13 @@ import numpy as np
 from hf.tokenizer_check import tokenizer_identity
 from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import ScoreRequest, TopK
+from opd.ports import ScoreAnswer, ScoreRequest, TopK
 from opd.scorers.validation import verify
 from opd.settings.secret import Secret
-from opd.types import TokenScores, TopKScores
-from teacher_service.config import TeacherConfig, check_answers
+from teacher_service.config import TeacherConfig, check_supports
+from teacher_service.ranked import most_ids, ranked
 from teacher_service.retries import NoAnswer, Patience, WrongAnswer, fetch, session, together
-from teacher_service.scoring import Bounds, Store, TeacherStats, length
+from teacher_service.scoring import Bounds, Store, TeacherStats, kinds_of, length
 
 PROMPTS = 64  # per exchange
 ROW_BYTES = 160  # of JSON per log-probability, generously
@@ -53,11 +53,11 @@ class OpenAITeacher:
     async def ready(self) -> None:
         """Return when the endpoint has scored a text. Raises what is wrong with it otherwise."""
         ids = np.arange(1, 4, dtype=np.int32)
-        await self.score([ScoreRequest(context_ids=ids[:1], token_ids=ids[1:], kind=TopK(k=1))])
+        await self.score([ScoreRequest(context_ids=ids[:1], token_ids=ids[1:], kinds=(TopK(k=1),))])
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """Testimony per request, in order. Raises `OpdError` when the endpoint gives no believable one."""
-        check_answers(self._config, frozenset(type(r.kind) for r in requests), "a scorer")
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        """Scores per request, in order. Raises `OpdError` when the endpoint gives no believable one."""
+        check_supports(self._config, kinds_of(requests), "a scorer")
         self._bounds.check(requests)
         start = perf_counter()
         late = OpdError(
@@ -82,8 +82,8 @@ class OpenAITeacher:
             quarantined=self._patience.quarantined,
         )
 
-    async def _score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        answers: list[TokenScores | None] = [None] * len(requests)
+    async def _score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        answers: list[ScoreAnswer | None] = [None] * len(requests)
         gate = asyncio.Semaphore(AT_ONCE)
         async with session(self._config, self._token) as client:
 
@@ -97,13 +97,13 @@ class OpenAITeacher:
             await together([one(places) for places in exchanges(requests, self._config.max_batch_tokens)])
         return [answer for answer in answers if answer is not None]
 
-    async def _attempt(self, client: aiohttp.ClientSession, part: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def _attempt(self, client: aiohttp.ClientSession, part: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         question = {
             "model": self._config.model,
             "prompt": [[*r.context_ids.tolist(), *r.token_ids.tolist()] for r in part],
             "max_tokens": 1,
             "temperature": 0.0,
-            "prompt_logprobs": _k(part[0]),
+            "prompt_logprobs": most_ids(part[0]),
             "return_token_ids": True,
         }
         url = self._config.url.rstrip("/") + "/v1/completions"
@@ -114,9 +114,11 @@ def exchanges(requests: Sequence[ScoreRequest], budget: int) -> Iterator[list[in
     """Places of requests that travel together: equal k, at most `PROMPTS` and `budget` tokens."""
     part: list[int] = []
     tokens = 0
-    for i in sorted(range(len(requests)), key=lambda i: (_k(requests[i]), i)):
+    for i in sorted(range(len(requests)), key=lambda i: (most_ids(requests[i]), i)):
         size = length(requests[i]) + 1
-        if part and (len(part) == PROMPTS or tokens + size > budget or _k(requests[part[0]]) != _k(requests[i])):
+        if part and (
+            len(part) == PROMPTS or tokens + size > budget or most_ids(requests[part[0]]) != most_ids(requests[i])
+        ):
             yield part
             part, tokens = [], 0
         part.append(i)
@@ -127,14 +129,10 @@ def exchanges(requests: Sequence[ScoreRequest], budget: int) -> Iterator[list[in
 
 def room(part: Sequence[ScoreRequest]) -> int:
     """The most bytes that the answer to one exchange may have: the written token and the top-k at every position."""
-    return FRAME_BYTES + ROW_BYTES * sum((_k(r) + 1) * (length(r) + 1) for r in part)
+    return FRAME_BYTES + ROW_BYTES * sum((most_ids(r) + 1) * (length(r) + 1) for r in part)
 
 
-def _k(request: ScoreRequest) -> int:
-    return request.kind.k if isinstance(request.kind, TopK) else 0
-
-
-def _parsed(body: bytes, part: Sequence[ScoreRequest]) -> list[TokenScores]:
+def _parsed(body: bytes, part: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
     try:
         choices = {c["index"]: c for c in json.loads(body)["choices"]}
         answers = [_answer(request, choices[i]) for i, request in enumerate(part)]
@@ -149,7 +147,7 @@ def _parsed(body: bytes, part: Sequence[ScoreRequest]) -> list[TokenScores]:
     return answers
 
 
-def _answer(request: ScoreRequest, choice: Mapping[str, Any]) -> TokenScores:
+def _answer(request: ScoreRequest, choice: Mapping[str, Any]) -> ScoreAnswer:
     rows = choice["prompt_logprobs"]
     if rows is None:
         raise ConfigurationError(
@@ -163,14 +161,8 @@ def _answer(request: ScoreRequest, choice: Mapping[str, Any]) -> TokenScores:
     rows = rows[len(request.context_ids) :]
     written = [row[str(token)]["logprob"] for row, token in zip(rows, request.token_ids.tolist(), strict=True)]
     logprobs = np.asarray(written, dtype=np.float32)
-    if not isinstance(request.kind, TopK):
-        return TokenScores(logprobs=logprobs)
-    k = request.kind.k
+    k = most_ids(request)
     best = [sorted(((-e["logprob"], int(token)) for token, e in row.items()))[:k] for row in rows]
-    return TopKScores(
-        logprobs=logprobs,
-        topk_ids=np.asarray([[token for _, token in row] for row in best], dtype=np.int32).reshape(len(best), k),
-        topk_logprobs=np.asarray([[-minus for minus, _ in row] for row in best], dtype=np.float32).reshape(
-            len(best), k
-        ),
-    )
+    ids = np.asarray([[token for _, token in row] for row in best], dtype=np.int32).reshape(len(best), k)
+    values = np.asarray([[-minus for minus, _ in row] for row in best], dtype=np.float32).reshape(len(best), k)
+    return tuple(ranked(kind, logprobs, ids, values) for kind in request.kinds)

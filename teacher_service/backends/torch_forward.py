@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from hf.digest import file_digest
 from hf.tokenizer_check import check_checkpoint
 from opd.errors import ConfigurationError, OpdError
-from opd.ports import PublishedWeights, ScoreRequest
+from opd.ports import PublishedWeights, ScoreAnswer, ScoreRequest
 from opd.settings.devices import resolve_device, resolve_dtype
-from opd.types import Fetch, TokenScores
+from opd.types import Fetch
 from teacher_service.config import START_S, TeacherConfig
 from teacher_service.deadlines import in_time
 from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
@@ -46,8 +46,8 @@ class TorchTeacher:
         """Return when the model is loaded. Raises `ConfigurationError` if it cannot be used."""
         await in_time(self._config, asyncio.to_thread(self._loaded), "loading its model", at_least=START_S)
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """Testimony per request, in order: float32 logprobs under the full softmax at temperature 1.
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        """Scores per request, in order: float32 logprobs under the full softmax at temperature 1.
 
         What is said of a request does not depend on which others it came with (up to float rounding). Raises
         `DataError` for a request that cannot be read, and for a model that answers with NaN or infinity.
@@ -119,10 +119,10 @@ class TorchTeacher:
             return self._model
 
     @torch.inference_mode()
-    def _scores(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    def _scores(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         model = self._loaded()
         _bounds(model, self._config).check(requests)
-        answers: list[TokenScores | None] = [None] * len(requests)
+        answers: list[ScoreAnswer | None] = [None] * len(requests)
         with self._lock:
             start = perf_counter()
             for members in microbatches([length(r) for r in requests], self._config.max_batch_tokens):
@@ -135,7 +135,7 @@ class TorchTeacher:
             self._scored += sum(len(r.token_ids) for r in requests)
         return [answer for answer in answers if answer is not None]
 
-    def _microbatch(self, model: "PackedModel", requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
+    def _microbatch(self, model: "PackedModel", requests: Sequence[ScoreRequest]) -> Iterator[ScoreAnswer]:
         sequences, rows = completion_rows(requests)
         everywhere = model.hidden([torch.from_numpy(s) for s in sequences])
         hidden = everywhere[torch.from_numpy(rows).to(everywhere.device)]

@@ -22,13 +22,21 @@ from hf.folder import text_config
 from hf.head import load_head
 from hf.tokenizer_check import check_checkpoint
 from opd.errors import DataError, OpdError
-from opd.ports import ScoreRequest, TopK
+from opd.ports import ScoreAnswer, ScoreRequest
 from opd.settings.devices import resolve_device, resolve_dtype
-from opd.types import TokenScores, TopKScores
 from teacher_service.backends.torch_forward import microbatches
-from teacher_service.config import START_S, TeacherConfig, check_answers
+from teacher_service.config import START_S, TeacherConfig, check_supports
 from teacher_service.deadlines import in_time
-from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
+from teacher_service.ranked import most_ids, ranked
+from teacher_service.scoring import (
+    Bounds,
+    Store,
+    TeacherStats,
+    completion_rows,
+    kinds_of,
+    length,
+    scores_from_hidden,
+)
 from weight_sync.rendezvous import be_alone
 
 if TYPE_CHECKING:
@@ -65,12 +73,12 @@ class _VLLMTeacher(ABC):
         """Return when vLLM is loaded."""
         await in_time(self._config, asyncio.wrap_future(self._engine), "starting vLLM", at_least=START_S)
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        """Testimony per request, in order: float32 logprobs under the full softmax at temperature 1.
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        """Scores per request, in order: float32 logprobs under the full softmax at temperature 1.
 
         Raises `Unreadable` for a request that cannot be read, `ConfigurationError` for a kind it cannot answer.
         """
-        check_answers(self._config, frozenset(type(r.kind) for r in requests), "a scorer")
+        check_supports(self._config, kinds_of(requests), "a scorer")
         self._bounds.check(requests)
         work = asyncio.wrap_future(self._thread.submit(self._scores, list(requests)))
         return await in_time(self._config, work, f"scoring {len(requests)} completions")
@@ -127,9 +135,9 @@ class _VLLMTeacher(ABC):
             ) from error
         return [outputs[name] for name in names]
 
-    def _scores(self, requests: list[ScoreRequest]) -> list[TokenScores]:
+    def _scores(self, requests: list[ScoreRequest]) -> list[ScoreAnswer]:
         start = perf_counter()
-        answers: list[TokenScores | None] = [None] * len(requests)
+        answers: list[ScoreAnswer | None] = [None] * len(requests)
         for members in microbatches([length(r) for r in requests], self._config.max_batch_tokens):
             for i, answer in zip(members, self._microbatch([requests[i] for i in members]), strict=True):
                 answers[i] = answer
@@ -144,12 +152,12 @@ class _VLLMTeacher(ABC):
         """Engine arguments of its own."""
 
     @abstractmethod
-    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
+    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[ScoreAnswer]:
         """Answers to requests of one forward, in order."""
 
 
 class HiddenTeacher(_VLLMTeacher):
-    """vLLM's hidden states, our head: any kind of testimony (`opd.ports.LogprobTeacher`)."""
+    """vLLM's hidden states, our head: any kind of scores (`opd.ports.LogprobTeacher`)."""
 
     spare = 0
 
@@ -165,7 +173,7 @@ class HiddenTeacher(_VLLMTeacher):
         return {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
 
     @torch.inference_mode()
-    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
+    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[ScoreAnswer]:
         from vllm import PoolingParams
 
         params = PoolingParams(task="token_embed", use_activation=False)
@@ -188,7 +196,7 @@ class PromptLogprobsTeacher(_VLLMTeacher):
     def _arguments(self) -> Mapping[str, Any]:
         return {"max_logprobs": -1, "generation_config": "vllm", "logprobs_mode": "raw_logprobs"}
 
-    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[TokenScores]:
+    def _microbatch(self, requests: Sequence[ScoreRequest]) -> Iterator[ScoreAnswer]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -198,7 +206,7 @@ class PromptLogprobsTeacher(_VLLMTeacher):
                 SamplingParams(
                     max_tokens=1,
                     temperature=0.0,
-                    prompt_logprobs=r.kind.k if isinstance(r.kind, TopK) else 0,
+                    prompt_logprobs=most_ids(r),
                     flat_logprobs=True,
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
@@ -210,9 +218,9 @@ class PromptLogprobsTeacher(_VLLMTeacher):
         return (_answer(r, o.prompt_logprobs) for r, o in zip(requests, outputs, strict=True))
 
 
-def _answer(request: ScoreRequest, flat: Any) -> TokenScores:
+def _answer(request: ScoreRequest, flat: Any) -> ScoreAnswer:
     """From parallel lists of `(1 + k)` entries per position: the prompt's own token, then the likeliest."""
-    k = request.kind.k if isinstance(request.kind, TopK) else 0
+    k = most_ids(request)
     tokens, first = len(request.token_ids), flat.start_indices[len(request.context_ids)]
     ids = np.asarray(flat.token_ids[first:], dtype=np.int32)
     values = np.asarray(flat.logprobs[first:], dtype=np.float32)
@@ -222,6 +230,4 @@ def _answer(request: ScoreRequest, flat: Any) -> TokenScores:
             "teacher.backend=VLLM and report this"
         )
     ids, values = ids.reshape(tokens, 1 + k), values.reshape(tokens, 1 + k)
-    if not k:
-        return TokenScores(logprobs=values[:, 0])
-    return TopKScores(logprobs=values[:, 0].copy(), topk_ids=ids[:, 1:].copy(), topk_logprobs=values[:, 1:].copy())
+    return tuple(ranked(kind, values[:, 0].copy(), ids[:, 1:], values[:, 1:]) for kind in request.kinds)

@@ -20,7 +20,6 @@ from transformers import Qwen3ForCausalLM
 from opd.ports import AtIds, LastHidden, LogprobTeacher, SampledToken, ScoreKind, ScoreKinds, ScoreRequest, TopK
 from opd.scorers.validation import verify
 from opd.settings.secret import Secret
-from opd.types import TokenScores
 from teacher_service.backends import backend
 from teacher_service.backends.http import HttpTeacher
 from teacher_service.backends.torch_forward import TorchTeacher
@@ -28,6 +27,7 @@ from teacher_service.frames import FrameLimits
 from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.server_identity import identity_of
 from tests.contract.endpoint import CompletionsEndpoint
+from tests.one_kind import singles
 from tests.shelf import PullSender
 from tests.tiny_models import VOCABULARY, save, tiny_model
 
@@ -48,17 +48,18 @@ class Class:
     loop: asyncio.AbstractEventLoop
 
     @property
-    def answers(self) -> ScoreKinds:
-        return self.config.answers
+    def supports(self) -> ScoreKinds:
+        return self.config.supports
 
     def run(self, work: Awaitable[T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, 60))
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Any]:
+        """The scores of requests of one kind each, verified."""
         assert isinstance(self.teacher, LogprobTeacher)
         answers = self.run(self.teacher.score(requests))
         verify(requests, answers)
-        return answers
+        return singles(answers)
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,11 @@ def make_request(kind: int, seed: int, tokens: int = 0) -> ScoreRequest:
     return ScoreRequest(
         context_ids=random.integers(0, VOCABULARY, context).astype(np.int32),
         token_ids=random.integers(0, VOCABULARY, tokens).astype(np.int32),
-        kind=wants(tokens, random)[kind],
+        kinds=(wants(tokens, random)[kind],),
     )
 
 
-def make_requests(answers: ScoreKinds, count: int, seed: int = 0) -> list[ScoreRequest]:
+def make_requests(supports: ScoreKinds, count: int, seed: int = 0) -> list[ScoreRequest]:
     """`count` requests of the kinds a backend answers, mixed."""
     every = [make_request(i % 5, seed + i) for i in range(2 * count)]
-    return [r for r in every if type(r.kind) in answers][:count]
+    return [r for r in every if type(r.kinds[0]) in supports][:count]

@@ -13,12 +13,12 @@ import pytest
 from aiohttp import web
 
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreAnswer, ScoreRequest, TopK
 from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 from teacher_service.backends.http import HttpTeacher
 from teacher_service.backends.openai import OpenAITeacher
-from teacher_service.config import ANSWERS, Backend
+from teacher_service.config import SUPPORTS, Backend
 from teacher_service.frames import Question, Reply, decode_question, encode_question, encode_reply, request_digest
 from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.server_identity import parse_identity
@@ -34,9 +34,11 @@ from tests.contract.conftest import (
 )
 from tests.contract.endpoint import CompletionsEndpoint
 from tests.fault_matrix import Witness
+from tests.one_kind import answered, singles
 from tests.tiny_models import VOCABULARY, completion_logprobs, tiny_model
 
 Spoil = Callable[[list[TokenScores]], list[TokenScores]]
+SAYS: dict[type, Any] = {TokenScores: SampledToken, TopKScores: TopK, HiddenScores: LastHidden}
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -134,12 +136,14 @@ class LyingServer(TeacherServer):
         answers = await teacher.score(question.requests)
         digests = tuple(request_digest(r) for r in question.requests)
         if fault in LIES:
-            answers = LIES[fault](list(answers))
+            answers = answered(LIES[fault](singles(answers)))
             digests = digests[: len(answers)]
         if fault == "swapped":
             digests, answers = digests[::-1], answers[::-1]
         model = self.other._model if fault == "another model" else self._model
-        frame = encode_reply(Reply(call=question.call, model=model, digests=digests, answers=tuple(answers)))
+        kinds = tuple((SAYS[type(scores)],) for scores in singles(answers))
+        reply = Reply(call=question.call, model=model, digests=digests, kinds=kinds, answers=tuple(answers))
+        frame = encode_reply(reply)
         stale, self.last = self.last or encode_question(question), frame
         if fault == "bit flip":
             return frame[:90] + bytes([frame[90] ^ 4]) + frame[91:]
@@ -179,16 +183,16 @@ def written_by(tiny: Tiny, request: ScoreRequest, seed: int) -> ScoreRequest:
     """`request` with a completion that the model itself would write: what a teacher is really asked about."""
     random, ids = np.random.default_rng(seed), request.context_ids
     for _ in range(len(request.token_ids)):
-        one = ScoreRequest(context_ids=ids, token_ids=ids[:1], kind=SampledToken())
+        one = ScoreRequest(context_ids=ids, token_ids=ids[:1], kinds=(SampledToken(),))
         p = completion_logprobs(tiny.plain, one)[0].double().exp().numpy()
         ids = np.append(ids, random.choice(len(p), p=p / p.sum())).astype(np.int32)
     return replace(request, token_ids=ids[len(request.context_ids) :])
 
 
-def wrong_rows(tiny: Tiny, asked: list[ScoreRequest], answers: list[TokenScores], shelf: PullSender) -> int:
+def wrong_rows(tiny: Tiny, asked: list[ScoreRequest], answers: list[ScoreAnswer], shelf: PullSender) -> int:
     """Rows that differ from a plain forward."""
     wrong = 0
-    for request, answer in zip(asked, answers, strict=True):
+    for request, answer in zip(asked, singles(answers), strict=True):
         full = completion_logprobs(tiny.plain, request).numpy()
         rows = np.arange(len(full))
         bad = np.abs(full[rows, request.token_ids] - answer.logprobs) > 2e-5
@@ -216,7 +220,7 @@ def test_no_wrong_row_gets_through(tiny: Tiny, liar: tuple[LyingServer, str], lo
     server.plan = iter(plan)
     shelf = PullSender()
     teacher = client(tiny, url, shelf)
-    every = [written_by(tiny, r, i) for i, r in enumerate(make_requests(ANSWERS[Backend.HTTP], 20))]
+    every = [written_by(tiny, r, i) for i, r in enumerate(make_requests(SUPPORTS[Backend.HTTP], 20))]
     rows = wrong = calls = 0
     while sum(server.done.values()) < len(plan):
         kinds = random.permutation(20)[:6]
@@ -278,7 +282,7 @@ def test_a_server_that_restarts_is_waited_for(tiny: Tiny, loop: Any, witness: Wi
     again = made_server(tiny)
     again._config = ServerConfig(port=int(url.rsplit(":", 1)[1]), token=Secret(TOKEN))
 
-    async def scene() -> list[TokenScores]:
+    async def scene() -> list[ScoreAnswer]:
         await teacher.ready()
         await first.close()
         waiting = asyncio.ensure_future(teacher.score(asked))
@@ -371,8 +375,8 @@ def test_the_server_refuses_what_it_must_with_a_clear_status(tiny: Tiny, loop: A
         (413, AUTHORIZED, frame(good, good, good, good), "4 requests, but 3"),
         (413, AUTHORIZED, frame(replace(good, context_ids=long)), "tokens, but 90"),
         (422, AUTHORIZED, frame(replace(good, token_ids=far)), "outside the vocabulary"),
-        (422, AUTHORIZED, frame(replace(good, kind=TopK(k=51))), "51 log-probabilities"),
-        (422, AUTHORIZED, frame(replace(good, kind=AtIds(ids=far[:, None]))), "outside the vocabulary"),
+        (422, AUTHORIZED, frame(replace(good, kinds=(TopK(k=51),))), "51 log-probabilities"),
+        (422, AUTHORIZED, frame(replace(good, kinds=(AtIds(ids=far[:, None]),))), "outside the vocabulary"),
         (200, AUTHORIZED, frame(good), ""),
     ]
 
@@ -412,7 +416,7 @@ def test_too_many_calls_at_once_are_told_to_come_again(tiny: Tiny, loop: Any) ->
     url = loop.run_until_complete(server.start())
     shelf = PullSender()
     teacher = client(tiny, url, shelf, retries=30)
-    asked = [r for r in make_requests(ANSWERS[Backend.HTTP], 12) if not isinstance(r.kind, LastHidden)]
+    asked = [r for r in make_requests(SUPPORTS[Backend.HTTP], 12) if not isinstance(r.kinds[0], LastHidden)]
     answers = loop.run_until_complete(teacher.score(asked))
     assert wrong_rows(tiny, asked, answers, shelf) == 0
     loop.run_until_complete(server.close())

@@ -13,6 +13,7 @@ from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
 from opd.types import HiddenScores, TokenScores, TopKScores
 from teacher_service.config import Backend
 from tests.contract.conftest import Class, Tiny, make_request, make_requests, open_class
+from tests.one_kind import singles
 from tests.tiny_models import VOCABULARY, completion_logprobs
 
 EXACT = 2e-5  # nats, float32
@@ -24,14 +25,14 @@ def school(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[Class]:
 
 
 def test_every_kind_of_testimony_is_the_model_s_own(school: Class) -> None:
-    requests = make_requests(school.answers, 30)  # mixed in one call
-    assert {type(r.kind) for r in requests} == school.answers
+    requests = make_requests(school.supports, 30)  # mixed in one call
+    assert {type(r.kinds[0]) for r in requests} == school.supports
     worst = 0.0
     for asked, answer in zip(requests, school.score(requests), strict=True):
         full = completion_logprobs(school.plain, asked)
         ids = torch.from_numpy(asked.token_ids).long()
         worst = max(worst, gap(answer.logprobs, full.gather(1, ids[:, None])[:, 0]))
-        match asked.kind:
+        match asked.kinds[0]:
             case TopK(k=k):
                 assert isinstance(answer, TopKScores)
                 worst = max(worst, gap(answer.topk_logprobs, full.topk(k).values))
@@ -60,14 +61,14 @@ def gap(ours: Any, theirs: torch.Tensor) -> float:
 
 
 def test_answers_do_not_depend_on_order_company_or_overlap(school: Class) -> None:
-    requests = [r for r in make_requests(school.answers, 20, seed=100) if not isinstance(r.kind, LastHidden)]
+    requests = [r for r in make_requests(school.supports, 20, seed=100) if not isinstance(r.kinds[0], LastHidden)]
     together = school.score(requests)
     shuffled = np.random.default_rng(1).permutation(len(requests))
     apart = school.score([requests[i] for i in shuffled])
 
     async def overlapping() -> list[Any]:
         halves = (requests[::2], requests[1::2])
-        return await asyncio.gather(*(school.teacher.score(half) for half in halves))
+        return [singles(one) for one in await asyncio.gather(*(school.teacher.score(half) for half in halves))]
 
     even, odd = school.run(overlapping())
     for i, answer in zip(shuffled, apart, strict=True):
@@ -85,7 +86,7 @@ def test_nothing_asked_is_nothing_answered(school: Class) -> None:
 
 
 def test_a_completion_of_one_token_after_a_context_of_one(school: Class) -> None:
-    one = ScoreRequest(context_ids=np.array([7], np.int32), token_ids=np.array([9], np.int32), kind=TopK(k=1))
+    one = ScoreRequest(context_ids=np.array([7], np.int32), token_ids=np.array([9], np.int32), kinds=(TopK(k=1),))
     (answer,) = school.score([one])
     assert gap(answer.logprobs, completion_logprobs(school.plain, one)[:, 9]) <= EXACT
 
@@ -94,7 +95,7 @@ def test_requests_that_cannot_be_read_are_refused(school: Class) -> None:
     good = make_request(1, 0)
 
     def refused(match: str, **changes: Any) -> None:
-        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "kind": good.kind}
+        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "kinds": good.kinds}
         with pytest.raises(DataError, match=match):
             school.run(school.teacher.score([good, ScoreRequest(**(fields | changes))]))
 
@@ -104,16 +105,18 @@ def test_requests_that_cannot_be_read_are_refused(school: Class) -> None:
     refused("context has ids outside", context_ids=far)
     refused("completion has ids outside", token_ids=-far)
     refused("tokens, more than the", context_ids=np.ones(200, dtype=np.int32))
-    refused(r"51.*50", kind=TopK(k=51))
-    if AtIds in school.answers:
-        refused("asks at ids outside", kind=AtIds(ids=np.full((len(good.token_ids), 2), VOCABULARY, dtype=np.int32)))
+    refused(r"51.*50", kinds=(TopK(k=51),))
+    if AtIds in school.supports:
+        refused(
+            "asks at ids outside", kinds=(AtIds(ids=np.full((len(good.token_ids), 2), VOCABULARY, dtype=np.int32)),)
+        )
     school.score([good])  # and it serves on
 
 
 def test_what_a_backend_cannot_answer_it_refuses(school: Class) -> None:
     for kind in range(5):
         asked = make_request(kind, 3)
-        if type(asked.kind) not in school.answers:
+        if type(asked.kinds[0]) not in school.supports:
             with pytest.raises(ConfigurationError, match="cannot answer"):
                 school.run(school.teacher.score([asked]))
 

@@ -23,9 +23,10 @@ from time import perf_counter
 import numpy as np
 import xxhash
 
-from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreAnswer, ScoreKind, ScoreRequest, TopK
+from opd.ports.score_kinds import BUILT_IN
 from opd.settings.secret import Secret
-from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
+from opd.types import HiddenScores, RemoteRows, Scores, TokenScores, TopKScores
 from teacher_service.frames import DIGEST_BYTES, FrameLimits, Question, decode_reply, encode_question, request_digest
 from teacher_service.scoring import Bounds
 from teacher_service.server import ServerConfig, TeacherServer
@@ -43,15 +44,15 @@ AT_ONCE = 16
 class PlainTeacher:
     """`opd.ports.LogprobTeacher` that answers from the ids alone, at once."""
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         Bounds(vocabulary=ROWS, longest=200, max_k=LIMITS.k, limits="the fuzz").check(requests)
-        return [_answered(request) for request in requests]
+        return [tuple(_answered(request, kind) for kind in request.kinds) for request in requests]
 
 
-def _answered(request: ScoreRequest) -> TokenScores:
+def _answered(request: ScoreRequest, kind: ScoreKind[Scores]) -> TokenScores:
     written = -1.0 - request.token_ids.astype(np.float32)
     tokens = len(written)
-    match request.kind:
+    match kind:
         case TopK(k=k):
             ids = np.tile(np.arange(k, dtype=np.int32), (tokens, 1))
             return TopKScores(logprobs=written, topk_ids=ids, topk_logprobs=-1.0 - ids.astype(np.float32))
@@ -60,14 +61,14 @@ def _answered(request: ScoreRequest) -> TokenScores:
         case LastHidden():
             states = np.ones((tokens, WIDTH), np.float32)
             return HiddenScores(logprobs=written, hidden=RemoteRows(pieces=((states, np.arange(tokens)),)))
-        case SampledToken():
+        case _:
             return TokenScores(logprobs=written)
 
 
 def make_server(**fields: float) -> TeacherServer:
     """A server over `PlainTeacher` that loses patience soon; not yet started."""
-    answers = ("written", "topk", "at_ids", "hidden")
-    known = Identity(model="ab" * 16, vocabulary="fuzz", rows=ROWS, dtype="float32", answers=answers, limits=LIMITS)
+    names = tuple(kind.wire_name() for kind in BUILT_IN)
+    known = Identity(model="ab" * 16, vocabulary="fuzz", rows=ROWS, dtype="float32", supports=names, limits=LIMITS)
     config: dict[str, float] = {**QUICK, "connections": 128, **fields}
     return TeacherServer(PlainTeacher(), known, ServerConfig(port=0, token=Secret(TOKEN), **config))  # pyright: ignore
 
@@ -107,13 +108,14 @@ def watched() -> Iterator[Watch]:
 
 
 def a_request(rng: random.Random) -> ScoreRequest:
-    """A valid request of any kind."""
+    """A valid request of one to three kinds."""
     tokens = rng.randint(1, 12)
     ids = np.asarray([[rng.randrange(ROWS) for _ in range(3)] for _ in range(tokens)], np.int32)
+    every = [SampledToken(), TopK(k=rng.randint(1, 8)), AtIds(ids=ids), LastHidden()]
     return ScoreRequest(
         context_ids=np.asarray([rng.randrange(ROWS) for _ in range(rng.randint(1, 12))], np.int32),
         token_ids=np.asarray([rng.randrange(ROWS) for _ in range(tokens)], np.int32),
-        kind=rng.choice([SampledToken(), TopK(k=rng.randint(1, 8)), AtIds(ids=ids), LastHidden()]),
+        kinds=tuple(rng.sample(every, rng.randint(1, 3))),
     )
 
 
@@ -277,8 +279,14 @@ def is_right(question: Question, status: int, body: bytes) -> bool:
         return False
     reply = decode_reply(body, LIMITS)
     same = reply.call == question.call and reply.digests == tuple(request_digest(r) for r in question.requests)
-    sums = [float(np.asarray(a.logprobs).sum()) for a in reply.answers]
-    return same and sums == [float(np.asarray(_answered(r).logprobs).sum()) for r in question.requests]
+    said = [scores for answer in reply.answers for scores in answer]
+    expected = [_answered(request, kind) for request in question.requests for kind in request.kinds]
+    return same and [_sum(scores) for scores in said] == [_sum(scores) for scores in expected]
+
+
+def _sum(scores: Scores) -> float:
+    assert isinstance(scores, TokenScores)
+    return float(np.asarray(scores.logprobs).sum())
 
 
 # Connections.

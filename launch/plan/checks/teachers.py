@@ -6,7 +6,7 @@ from launch.plan.checks.models import parameter_count, vocabulary_rows
 from opd.errors import ConfigurationError
 from opd.ports import LastHidden
 from opd.types import VocabularyScores
-from teacher_service.config import REMOTE, TeacherConfig, check_answers
+from teacher_service.config import REMOTE, TeacherConfig, check_supports
 
 
 def check_adapters(config: RunConfig) -> None:
@@ -22,7 +22,7 @@ def check_adapters(config: RunConfig) -> None:
 def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:
     """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
     requires, remote = config.method.requires, teacher.backend in REMOTE
-    check_answers(teacher, requires, f"method {config.method.name}")
+    check_supports(teacher, requires, f"method {config.method.name}")
     if not remote or LastHidden in requires or config.method.rollout.needs_writer:
         check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
 
@@ -37,7 +37,7 @@ def check_teachers(config: RunConfig) -> bool:
         _check_teacher(config, name, teacher)
         compare(student, tokenizer_identity(teacher.path))
         theirs = vocabulary_rows(teacher.path)
-        exact &= theirs == rows and LastHidden in teacher.answers and parameter_count(teacher.path) > 0
+        exact &= theirs == rows and LastHidden in teacher.supports and parameter_count(teacher.path) > 0
         if theirs != rows and not made_here:
             whose = "the teacher's" if name == DEFAULT else f"that of teacher {name!r}"
             raise ConfigurationError(

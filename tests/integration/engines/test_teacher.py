@@ -42,6 +42,7 @@ from opd.types import HiddenScores, TokenScores, TopKScores
 from opd.types.log_mass import ABSENT
 from teacher_service.backends.torch_forward import TorchTeacher, microbatches
 from teacher_service.config import TeacherConfig
+from tests.one_kind import singles
 from tests.shelf import PullSender
 from tests.tiny_models import VOCABULARY, completion_logprobs, impatient, tiny_model
 from weight_sync.receiver import assemble
@@ -72,10 +73,10 @@ class School:
     shelf: PullSender
     path: Path
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Any]:
         answers = run(self.teacher.score(requests))
         verify(requests, answers)
-        return answers
+        return singles(answers)
 
     def twin(self) -> Qwen3ForCausalLM:
         """A copy of the plain model, to be changed."""
@@ -104,7 +105,7 @@ def request(kind: Callable[[int, np.random.Generator], ScoreKind], seed: int) ->
     return ScoreRequest(
         context_ids=random.integers(0, VOCABULARY, context).astype(np.int32),
         token_ids=random.integers(0, VOCABULARY, tokens).astype(np.int32),
-        kind=kind(int(tokens), random),
+        kinds=(kind(int(tokens), random),),
     )
 
 
@@ -123,7 +124,7 @@ def test_every_kind_of_testimony_is_the_model_s_own(school: School) -> None:
         full = school.expected(asked)
         ids = torch.from_numpy(asked.token_ids).long()
         np.testing.assert_allclose(answer.logprobs, full.gather(1, ids[:, None])[:, 0].numpy(), atol=1e-5)
-        match asked.kind:
+        match asked.kinds[0]:
             case TopK(k=k):
                 assert isinstance(answer, TopKScores)
                 values, best = full.topk(k)
@@ -173,7 +174,7 @@ def test_bfloat16_travels_as_words(school: School) -> None:
     config = TeacherConfig(path=str(school.path), dtype=Dtype.BFLOAT16, deadline_s=60)
     teacher = TorchTeacher(config, school.shelf.store)
     asked = request(WANTS[4], 3)
-    (answer,) = run(teacher.score([asked]))
+    (answer,) = singles(run(teacher.score([asked])))
     assert isinstance(answer, HiddenScores)
     hidden = answer.hidden.fetch(school.shelf.fetch)
     assert hidden.dtype == torch.bfloat16
@@ -205,7 +206,7 @@ def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
     good = request(WANTS[0], 0)
 
     def refused(match: str, **changes: Any) -> None:
-        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "kind": good.kind}
+        fields = {"context_ids": good.context_ids, "token_ids": good.token_ids, "kinds": good.kinds}
         with pytest.raises(DataError, match=f"score request 1 cannot be read.*{match}"):
             run(school.teacher.score([good, ScoreRequest(**(fields | changes))]))
 
@@ -217,10 +218,10 @@ def test_requests_that_cannot_be_read_are_refused(school: School) -> None:
     school.score([replace(good, context_ids=np.ones(65 - tokens, dtype=np.int32))])  # 64, as many as there may be
     refused("context has ids outside", context_ids=far)
     refused("completion has ids outside", token_ids=far)
-    refused("k=51 is not within 1 and 50", kind=TopK(k=51))
-    refused("k=0", kind=TopK(k=0))
-    refused("shape", kind=AtIds(ids=np.zeros((tokens + 1, 2), dtype=np.int32)))
-    refused("asks at ids outside", kind=AtIds(ids=np.full((tokens, 2), VOCABULARY, dtype=np.int32)))
+    refused("k=51 is not within 1 and 50", kinds=(TopK(k=51),))
+    refused("k=0", kinds=(TopK(k=0),))
+    refused("shape", kinds=(AtIds(ids=np.zeros((tokens + 1, 2), dtype=np.int32)),))
+    refused("asks at ids outside", kinds=(AtIds(ids=np.full((tokens, 2), VOCABULARY, dtype=np.int32)),))
 
 
 def published(model: Qwen3ForCausalLM, version: int = 1) -> PublishedWeights:
@@ -247,7 +248,7 @@ def test_a_teacher_that_follows_is_the_moving_average_of_its_students(school: Sc
             for own, new in zip(twin.parameters(), student.parameters(), strict=True):
                 own.copy_(0.75 * own + 0.25 * new)
     asked = [request(WANTS[1], seed) for seed in range(4)]
-    for one, answer in zip(asked, run(teacher.score(asked)), strict=True):
+    for one, answer in zip(asked, singles(run(teacher.score(asked))), strict=True):
         expected = completion_logprobs(twin, one).gather(1, torch.from_numpy(one.token_ids).long()[:, None])
         np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
 
@@ -264,7 +265,7 @@ def test_a_teacher_that_followed_goes_on_from_its_file(school: School, tmp_path:
     run(second.restore(str(tmp_path / "teacher.safetensors")))
     for teacher in (first, second):
         run(teacher.follow(students[1], np.asarray))
-    for one, other in zip(run(first.score(asked)), run(second.score(asked)), strict=True):
+    for one, other in zip(singles(run(first.score(asked))), singles(run(second.score(asked))), strict=True):
         assert np.array_equal(one.logprobs, other.logprobs)
     (tmp_path / "file").write_text("")
     with pytest.raises(OpdError, match="cannot write"):
@@ -274,7 +275,7 @@ def test_a_teacher_that_followed_goes_on_from_its_file(school: School, tmp_path:
 def test_a_teacher_keeps_its_weights_when_what_it_should_follow_is_wrong(school: School, tmp_path: Path) -> None:
     teacher = TorchTeacher(TeacherConfig(path=str(school.path), mixup=1.0, deadline_s=60), school.shelf.store)
     asked = [request(WANTS[0], 0)]
-    before = run(teacher.score(asked))[0].logprobs
+    before = singles(run(teacher.score(asked)))[0].logprobs
     tied = bool(school.plain.config.tie_word_embeddings)
     good = published(checkpoint(tmp_path / "wide", tied=tied, seed=9))
     damaged = good.chunks[2].handle.copy()
@@ -285,9 +286,9 @@ def test_a_teacher_keeps_its_weights_when_what_it_should_follow_is_wrong(school:
     other = published(checkpoint(tmp_path / "narrow", intermediate_size=48))
     with pytest.raises(DataError, match=r"needs the student's architecture, but .* differs"):
         run(teacher.follow(other, np.asarray))
-    assert np.array_equal(run(teacher.score(asked))[0].logprobs, before)
+    assert np.array_equal(singles(run(teacher.score(asked)))[0].logprobs, before)
     run(teacher.follow(good, np.asarray))
-    assert not np.allclose(run(teacher.score(asked))[0].logprobs, before)
+    assert not np.allclose(singles(run(teacher.score(asked)))[0].logprobs, before)
 
 
 def test_a_moving_average_in_bfloat16_is_refused(school: School) -> None:
@@ -343,7 +344,7 @@ def test_a_head_with_a_bias_is_read_with_it(school: School, tmp_path: Path) -> N
     plain.save_pretrained(tmp_path)
     teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
     asked = [request(WANTS[0], seed) for seed in range(3)]
-    for one, answer in zip(asked, run(teacher.score(asked)), strict=True):
+    for one, answer in zip(asked, singles(run(teacher.score(asked))), strict=True):
         expected = completion_logprobs(plain, one).gather(1, torch.from_numpy(one.token_ids).long()[:, None])  # pyright: ignore
         np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
 
@@ -352,8 +353,8 @@ def test_a_support_over_the_whole_vocabulary_leaves_nothing(school: School, tmp_
     teacher = TorchTeacher(TeacherConfig(path=str(school.path), deadline_s=60), school.shelf.store)
     every = np.tile(np.arange(VOCABULARY, dtype=np.int32), (3, 1))
     ids = np.array([4, 5, 6], dtype=np.int32)
-    asked = [ScoreRequest(context_ids=ids, token_ids=ids, kind=w) for w in (TopK(k=VOCABULARY), AtIds(ids=every))]
-    for answer in run(teacher.score(asked)):
+    asked = [ScoreRequest(context_ids=ids, token_ids=ids, kinds=(w,)) for w in (TopK(k=VOCABULARY), AtIds(ids=every))]
+    for answer in singles(run(teacher.score(asked))):
         assert isinstance(answer, TopKScores) and np.array_equal(
             np.asarray(answer.rest), np.full(3, ABSENT, np.float32)
         )
@@ -366,7 +367,7 @@ def test_a_damaged_model_does_not_testify(school: School, tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
     asked = [
-        ScoreRequest(context_ids=np.full(3, i, np.int32), token_ids=np.ones(4, np.int32), kind=SampledToken())
+        ScoreRequest(context_ids=np.full(3, i, np.int32), token_ids=np.ones(4, np.int32), kinds=(SampledToken(),))
         for i in (76, 77)
     ]
     run(teacher.score(asked[:1]))
@@ -395,9 +396,9 @@ def test_a_window_shorter_than_the_sequence_is_kept(school: School, tmp_path: Pa
     plain = checkpoint(tmp_path, **window)
     teacher = TorchTeacher(TeacherConfig(path=str(tmp_path), deadline_s=60), school.shelf.store)
     ids = np.arange(3, 42, dtype=np.int32)
-    asked = [ScoreRequest(context_ids=ids[:9], token_ids=ids[9:], kind=SampledToken())] * 2
+    asked = [ScoreRequest(context_ids=ids[:9], token_ids=ids[9:], kinds=(SampledToken(),))] * 2
     expected = completion_logprobs(plain, asked[0]).gather(1, torch.from_numpy(ids[9:, None]).long())
-    for answer in run(teacher.score(asked)):
+    for answer in singles(run(teacher.score(asked))):
         np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5)
 
 

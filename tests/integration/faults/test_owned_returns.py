@@ -13,8 +13,10 @@ import pytest
 from launch.config.settings import ClusterConfig
 from launch.services.cluster import connected, fetch, is_lost, store
 from launch.services.owned_returns import DeferredArray, keep, owned_answers, with_owned_returns
-from opd.types import HiddenScores, RemoteRows, TokenScores
+from opd.ports import ScoreAnswer
+from opd.types import HiddenScores, RemoteRows
 from tests.fault_matrix import Witness
+from tests.one_kind import answered, singles
 
 
 class Teacher:
@@ -26,10 +28,10 @@ class Teacher:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def score(self, requests: Sequence[float]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[float]) -> list[ScoreAnswer]:
         held = [self._store(np.full((4000, 100), n, np.float32)) for n in requests]
         rows = [RemoteRows(pieces=((handle, np.arange(2)),)) for handle in held]
-        return [HiddenScores(logprobs=np.zeros(2, np.float32), hidden=row) for row in rows]
+        return answered(HiddenScores(logprobs=np.zeros(2, np.float32), hidden=row) for row in rows)
 
 
 class Learner:
@@ -44,7 +46,7 @@ class Dying(Teacher):
 
     async def score_owned(self, requests: Sequence[float]) -> AsyncIterator[Any]:
         rows = [RemoteRows(pieces=((DeferredArray(i), np.arange(2)),)) for i, _ in enumerate(requests)]
-        yield [HiddenScores(logprobs=np.zeros(2, np.float32), hidden=row) for row in rows]
+        yield answered(HiddenScores(logprobs=np.zeros(2, np.float32), hidden=row) for row in rows)
         yield np.full((4000, 100), requests[0], np.float32)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -71,7 +73,7 @@ def test_what_was_said_outlives_who_said_it(witness: Witness) -> None:
         except ray.exceptions.RayActorError:
             witness("teacher killed after its answer")
         await asyncio.sleep(5)  # until the news has reached the learner
-        return await learner.read.remote(answers)
+        return await learner.read.remote(singles(answers))
 
     with connected(ClusterConfig()):
         assert asyncio.run(play(keep, owned_answers, "score_owned")) == [3.0, 4.0]

@@ -24,7 +24,7 @@ from launch.report.report import write_report
 from launch.run.evaluate import Evaluator, Spent
 from opd.doctor.examine import teacher_gain
 from opd.doctor.findings import Verdict
-from opd.ports import Completion, Engines, GenerateRequest, ScoreRequest, Sources
+from opd.ports import Completion, Engines, GenerateRequest, ScoreAnswer, ScoreRequest, Sources
 from opd.types import Prompt, StopReason, TokenScores
 
 
@@ -39,8 +39,8 @@ class Engine:
             for _ in requests
         ]
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-        return [self._scores(len(request.token_ids)) for request in requests]
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        return [(self._scores(len(request.token_ids)),) for request in requests]
 
     async def receive(self, weights: Any) -> Any:
         raise NotImplementedError

@@ -89,10 +89,11 @@ class Model:
             for i, (ids, logprobs) in enumerate(zip(written, said, strict=True))
         ]
 
-    async def score(self, requests: Sequence[ports.ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ports.ScoreRequest]) -> list[ports.ScoreAnswer]:
         await self.wait("scorer")
         read_from = [np.concatenate([r.context_ids[-1:], r.token_ids[:-1]]) for r in requests]
-        return [said_about(r.token_ids, self.table[at], r.kind, at) for r, at in zip(requests, read_from, strict=True)]
+        pairs = zip(requests, read_from, strict=True)
+        return [tuple(said_about(r.token_ids, self.table[at], kind, at) for kind in r.kinds) for r, at in pairs]
 
     async def receive(self, weights: Any) -> float:
         raise NotImplementedError

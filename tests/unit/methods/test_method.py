@@ -27,7 +27,7 @@ from opd.method.promises import Union
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL
 from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.ports import AtIds, Context, LastHidden, SampledToken, Sampling, ScoreKind, ScoreRequest, TopK
+from opd.ports import AtIds, Context, LastHidden, SampledToken, Sampling, ScoreAnswer, ScoreKind, ScoreRequest, TopK
 from opd.rollouts.mixed import Mixed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
@@ -311,9 +311,9 @@ class Teacher:
     def __init__(self) -> None:
         self.asked: list[ScoreRequest] = []
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         self.asked += requests
-        return [answer(r.kind, len(r.token_ids)) for r in requests]
+        return [tuple(answer(kind, len(r.token_ids)) for kind in r.kinds) for r in requests]
 
 
 class Grader:
@@ -368,7 +368,7 @@ def test_teachers_read_their_own_context_and_answer_what_was_wanted(make: Any) -
         teacher = Teacher()
         (said,) = asyncio.run(scorer([written], engines(teacher)))
         assert type(said) is scorer.produces
-        assert isinstance(teacher.asked[0].kind, kind)
+        assert [type(one) for one in teacher.asked[0].kinds] == [kind]
         assert scorer.requires == {kind}
         assert teacher.asked[0].context_ids.tolist() == [7, 8, 9]
         assert teacher.asked[0].token_ids.tolist() == [3, 4]
@@ -409,11 +409,11 @@ WANTS: dict[str, ScoreKind] = {
 
 @pytest.mark.parametrize("kind", WANTS.values(), ids=WANTS)
 def test_true_testimony_is_believed(kind: ScoreKind) -> None:
-    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kind=kind)
+    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kinds=(kind,))
     said = answer(kind, 2)
-    verify([request, request], [said, said])
+    verify([request, request], [(said,), (said,)])
     if not isinstance(said, TopKScores):  # which would have to agree
-        verify([request], [replace(said, logprobs=np.array([5e-4, -80.0], dtype=np.float32))])  # rounding is no lie
+        verify([request], [(replace(said, logprobs=np.array([5e-4, -80.0], dtype=np.float32)),)])  # rounding is no lie
 
 
 def spoiled(value: float) -> np.ndarray:
@@ -425,9 +425,9 @@ LIES: dict[str, tuple[str, Any, str]] = {
     "positive": ("written", {"logprobs": spoiled(0.1)[1]}, "a value above 0"),
     "minus infinity": ("written", {"logprobs": spoiled(-np.inf)[1]}, "an infinity"),
     "too long": ("written", {"logprobs": floats(3)}, "expected 2 rows of logprobs, got 3"),
-    "nothing": ("written", Scores(), "asked for log-probabilities, got Scores"),
+    "nothing": ("written", Scores(), "asked for log-probabilities of written tokens, got Scores"),
     "advantages": ("written", AdvantageScores(advantages=floats(2), rewards=floats(2)), "got AdvantageScores"),
-    "no support": ("top", TokenScores(logprobs=floats(2)), "asked for a top-k support, got TokenScores"),
+    "no support": ("top", TokenScores(logprobs=floats(2)), "asked for the teacher's own top-k, got TokenScores"),
     "k": ("top", answer(TopK(k=3), 2), "asked for k=2, got k=3"),
     "NaN in the support": ("top", {"topk_logprobs": spoiled(np.nan)}, "topk_logprobs contains NaN"),
     "positive in the support": ("at", {"topk_logprobs": spoiled(0.1)}, "a value above 0"),
@@ -437,9 +437,13 @@ LIES: dict[str, tuple[str, Any, str]] = {
     "a token twice": ("top", {"topk_ids": np.array([[5, 5], [6, 7]], np.int32)}, "names a token twice"),
     "too much mass": ("top", {"topk_logprobs": np.array([[-0.1, -2], [-0.1, -0.1]], np.float32)}, "sum to more than 1"),
     "shorter support": ("top", answer(TopK(k=2), 1), "expected 2 rows"),
-    "no states": ("hidden", TokenScores(logprobs=floats(2)), "asked for hidden states by reference, got TokenScores"),
-    "states by value": ("hidden", {"hidden": floats(2, 4)}, "by reference, got HiddenScores"),
-    "too many states": ("hidden", {"hidden": RemoteRows(pieces=(("h", IDS.ravel()),))}, "2 hidden states, got 4"),
+    "no states": (
+        "hidden",
+        TokenScores(logprobs=floats(2)),
+        r"\(last hidden states\), got TokenScores",
+    ),
+    "states by value": ("hidden", {"hidden": floats(2, 4)}, "by reference, got ndarray in HiddenScores"),
+    "too many states": ("hidden", {"hidden": RemoteRows(pieces=(("h", IDS.ravel()),))}, "2 rows of hidden, got 4"),
     "NaN beside states": ("hidden", {"logprobs": spoiled(np.nan)[1]}, "logprobs contains NaN"),
 }
 
@@ -447,15 +451,15 @@ LIES: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("name", LIES)
 def test_false_testimony_is_refused(name: str) -> None:
     kind, lie, problem = LIES[name]
-    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kind=WANTS[kind])
+    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kinds=(WANTS[kind],))
     true = answer(WANTS[kind], 2)
     said = replace(true, **lie) if isinstance(lie, dict) else lie
     with pytest.raises(DataError, match=f"teacher scores are refused: .*{problem}.*check the teacher's"):
-        verify([request, request], [true, said])
+        verify([request, request], [(true,), (said,)])
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_missing_or_extra_answer_is_refused(count: int) -> None:
-    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kind=SampledToken())
+    request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kinds=(SampledToken(),))
     with pytest.raises(DataError, match=f"teacher answered {count} of 1 requests"):
-        verify([request], [answer(SampledToken(), 2)] * count)
+        verify([request], [(answer(SampledToken(), 2),)] * count)

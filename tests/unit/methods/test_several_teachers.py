@@ -18,7 +18,7 @@ from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import TokenMean, pack
 from opd.loss.per_teacher import by_teacher
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.ports import AtIds, Context, LastHidden, Layout, ScoreRequest
+from opd.ports import AtIds, Context, LastHidden, Layout, ScoreAnswer, ScoreRequest
 from opd.scorers.ensemble import Ensemble
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK
 from opd.token_weights.length import SkipTruncated
@@ -37,6 +37,7 @@ from opd.types import (
     TopKScores,
     Trajectory,
 )
+from tests.one_kind import answered
 
 V = 7
 WIDTHS = (5, 3, 4)
@@ -161,20 +162,20 @@ class Table:
     number: int
     seen: list[ScoreRequest]
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         self.seen += requests
         table = exact(self.number, 0).float().numpy()
         answers = []
         for r in requests:
-            at = table[r.token_ids]
-            if isinstance(r.kind, LastHidden):
+            at, (kind,) = table[r.token_ids], r.kinds
+            if isinstance(kind, LastHidden):
                 rows = RemoteRows(pieces=((str(self.number), np.zeros(len(at), dtype=int)),))
                 answers.append(HiddenScores(logprobs=at, hidden=rows))
-            elif isinstance(r.kind, AtIds):
-                answers.append(TopKScores(logprobs=at, topk_ids=r.kind.ids, topk_logprobs=table[r.kind.ids]))
+            elif isinstance(kind, AtIds):
+                answers.append(TopKScores(logprobs=at, topk_ids=kind.ids, topk_logprobs=table[kind.ids]))
             else:
                 answers.append(TokenScores(logprobs=at))
-        return answers
+        return answered(answers)
 
 
 class Nobody:

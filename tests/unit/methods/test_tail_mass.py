@@ -44,14 +44,16 @@ def logits(outside: float, seed: int) -> Tensor:
 def told(z: Tensor, kind: Any) -> TopKScores:
     """What a backend with whole rows says of a teacher's logits, after its way over the wire."""
     written = np.zeros(ROWS, dtype=np.int32)
-    request = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, kind=kind)
+    request = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, kinds=(kind,))
     said = list(
         scoring.scores_from_hidden(
             [request], torch.arange(ROWS)[:, None].float(), lambda h: z[h[:, 0].long()], 3, lambda a: a
         )
     )
-    frame = encode_reply(Reply(call=bytes(16), model=bytes(16), digests=(bytes(16),), answers=tuple(said)))
-    (answer,) = decode_reply(frame, FrameLimits()).answers
+    frame = encode_reply(
+        Reply(call=bytes(16), model=bytes(16), digests=(bytes(16),), kinds=((type(kind),),), answers=tuple(said))
+    )
+    ((answer,),) = decode_reply(frame, FrameLimits()).answers
     assert isinstance(answer, TopKScores)
     return answer
 
@@ -118,10 +120,10 @@ def test_a_teachers_own_top_k_brings_the_same_mass_as_ids_that_are_asked() -> No
 def test_what_is_left_fits_what_is_named_also_if_an_id_is_named_twice() -> None:
     q, written = logits(0.3, 0), np.zeros(ROWS, dtype=np.int32)
     kind = AtIds(ids=np.tile(np.array([5, 3, 5, 20], dtype=np.int32), (ROWS, 1)))
-    request, answer = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, kind=kind), told(q, kind)
-    verify([request], [answer])
+    request, answer = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, kinds=(kind,)), told(q, kind)
+    verify([request], [(answer,)])
     with pytest.raises(DataError, match="do not sum to 1"):
-        verify([request], [replace(answer, rest=answer.rest - 1)])
+        verify([request], [(replace(answer, rest=answer.rest - 1),)])
 
 
 def test_a_support_of_everything_has_no_bucket() -> None:

@@ -29,6 +29,7 @@ from opd.ports import (
     Layout,
     SampledToken,
     Sampling,
+    ScoreAnswer,
     ScoreRequest,
     TopK,
 )
@@ -36,6 +37,7 @@ from opd.rollouts.student import write
 from opd.types import Batch, HiddenScores, RemoteRows, StopReason, TokenScores, TopKScores
 from teacher_service.config import Backend, TeacherConfig
 from tests.conftest import Make
+from tests.one_kind import answered
 from tests.tiny_models import completion_logprobs, tiny_model
 
 V, EOS = 12, 2
@@ -59,14 +61,14 @@ class Table:
         text = np.concatenate([[0, 0], context, ids]).astype(int)
         return self.logits[text[len(context) : -2] * V + text[len(context) + 1 : -1]]
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> Answers:
-        return self.lie(requests, [self._answer(r) for r in requests])
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        return answered(self.lie(requests, [self._answer(r) for r in requests]))
 
     def _answer(self, request: ScoreRequest) -> TokenScores:
         logits = self.rows(request.context_ids, request.token_ids)
         full = log_softmax(logits)
         logprobs = full[np.arange(len(full)), request.token_ids]
-        match request.kind:
+        match request.kinds[0]:
             case TopK(k=k):
                 ids = np.argsort(-full, axis=-1)[:, :k].astype(np.int32)
                 return TopKScores(logprobs=logprobs, topk_ids=ids, topk_logprobs=np.take_along_axis(full, ids, -1))
@@ -156,7 +158,7 @@ def subject(**changes: Any) -> Subject:
         ),
         "learner": Reader(student, np.eye(V, dtype=np.float32)),
         "replicas": [reader],
-        "answers": ALL,
+        "supports": ALL,
         "vocabulary": V,
         "support": 4,
     }
@@ -176,7 +178,7 @@ def test_a_good_pair_passes_every_check(make: Any) -> None:
 
 
 def test_what_a_backend_cannot_answer_is_not_asked(make: Any) -> None:
-    found = examined(make, subject(answers=frozenset({SampledToken})))
+    found = examined(make, subject(supports=frozenset({SampledToken})))
     assert not {"overlap", "full softmax", "hidden states"} & found.keys() and len(found) == 7
 
 
@@ -304,14 +306,15 @@ class Untrained:
 
     model: Any
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> Answers:
-        return [self._answer(r, completion_logprobs(self.model, r)) for r in requests]
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        return answered(self._answer(r, completion_logprobs(self.model, r)) for r in requests)
 
     def _answer(self, request: ScoreRequest, full: torch.Tensor) -> TokenScores:
         logprobs = full.gather(1, torch.from_numpy(request.token_ids).long()[:, None])[:, 0].numpy()
-        if not isinstance(request.kind, TopK):
+        (kind,) = request.kinds
+        if not isinstance(kind, TopK):
             return TokenScores(logprobs=logprobs)
-        best = full.topk(request.kind.k)
+        best = full.topk(kind.k)
         return TopKScores(logprobs=logprobs, topk_ids=best.indices.int().numpy(), topk_logprobs=best.values.numpy())
 
 
@@ -319,7 +322,7 @@ class Untrained:
 def test_a_random_initialized_teacher_is_warned_of_and_can_be_used(make: Any, dtype: torch.dtype) -> None:
     teacher = Untrained(tiny_model(3, tied=True, std=0.02, vocab_size=V).to(dtype))
     thresholds = CheckThresholds() if dtype is torch.float32 else BFLOAT16
-    found = examined(make, subject(teacher=teacher, answers=frozenset({SampledToken, TopK}), thresholds=thresholds))
+    found = examined(make, subject(teacher=teacher, supports=frozenset({SampledToken, TopK}), thresholds=thresholds))
     assert "is flat" in found["alignment"].sentence
     assert Verdict.REFUSED not in {f.verdict for f in found.values()}, found
 
@@ -362,7 +365,9 @@ def test_a_flat_teacher_of_a_large_vocabulary_is_not_said_to_have_another_templa
     def wide(requests: Sequence[ScoreRequest], answers: Answers) -> Answers:
         return [TokenScores(logprobs=np.full_like(a.logprobs, -12.5)) for a in answers]
 
-    sick = subject(student=Table(tables()[0] * 30), teacher=Table(tables()[1], wide), answers=frozenset({SampledToken}))
+    sick = subject(
+        student=Table(tables()[0] * 30), teacher=Table(tables()[1], wide), supports=frozenset({SampledToken})
+    )
     found = examined(make, sick)
     assert found["first token"].verdict is Verdict.FINE, found
     assert found["end of text"].verdict is not Verdict.REFUSED, found

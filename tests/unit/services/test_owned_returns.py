@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from launch.services.owned_returns import keep, owned_answers, with_owned_returns
+from opd.ports import ScoreAnswer
 from opd.types import HiddenScores, RemoteRows, TokenScores
+from tests.one_kind import answered, singles
 
 
 class Teacher:
@@ -17,13 +19,14 @@ class Teacher:
     def __init__(self) -> None:
         self.shared, self.own = np.zeros((5, 2), np.float32), np.ones((2, 2), np.float32)
 
-    async def score(self, requests: Sequence[Any]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[Any]) -> list[ScoreAnswer]:
         def said(*pieces: tuple[np.ndarray, list[int]]) -> HiddenScores:
             rows = RemoteRows(pieces=tuple((keep(a), np.asarray(r)) for a, r in pieces), row_nbytes=8)
             return HiddenScores(logprobs=np.zeros(len(rows), np.float32), hidden=rows)
 
         plain = TokenScores(logprobs=np.zeros(1, np.float32))
-        return [said((self.shared, [0, 1])), plain, said((self.own, [0]), (self.shared, [3, 4]))][: len(requests)]
+        three = [said((self.shared, [0, 1])), plain, said((self.own, [0]), (self.shared, [3, 4]))]
+        return answered(three[: len(requests)])
 
 
 class References:
@@ -51,7 +54,7 @@ def asked(teacher: Any, requests: list[int]) -> tuple[list[TokenScores], list[An
         method = SimpleNamespace(remote=lambda _: stream)
         ((positions, answers),) = [part async for part in owned_answers(method, requests)]
         assert list(positions) == list(range(len(requests)))
-        return answers, stream.traveled
+        return singles(answers), stream.traveled
 
     return asyncio.run(ask())
 
@@ -62,7 +65,7 @@ def test_arrays_travel_once_behind_the_answers_and_are_named_by_references() -> 
     assert type(teacher).__name__ == "Teacher"
     first, *arrays = [future.result() for future in traveled]
     assert [a is b for a, b in zip(arrays, (teacher.shared, teacher.own), strict=True)] == [True, True]
-    assert not any(isinstance(handle, np.ndarray) for a in (first[0], first[2]) for handle, _ in a.hidden.pieces)
+    assert not any(isinstance(handle, np.ndarray) for (a,) in (first[0], first[2]) for handle, _ in a.hidden.pieces)
     handles = [[handle for handle, _ in a.hidden.pieces] for a in (answers[0], answers[2])]
     assert handles == [[traveled[1]], [traveled[2], traveled[1]]]
     get = {id(future): future.result() for future in traveled}

@@ -12,7 +12,7 @@ from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError
 from opd.ports import AtIds, LastHidden, SampledToken, TopK
 from opd.settings.devices import Device
-from teacher_service.config import ANSWERS, Backend, TeacherConfig, check_answers, environment
+from teacher_service.config import SUPPORTS, Backend, TeacherConfig, check_supports, environment
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "shop"
 REMOTE = ["teacher.backend=openai", "teacher.url=http://127.0.0.1:1", "teacher.model=m"]
@@ -31,8 +31,8 @@ METHOD_ASKS = {
 def test_a_plan_is_refused_exactly_where_the_backend_cannot_answer(method: str, backend: Backend) -> None:
     remote = ["teacher.url=http://127.0.0.1:1", "teacher.model=m"]
     config = run_config(["experiment=shop", f"method={method}", f"teacher.backend={backend.name}", *remote])
-    if METHOD_ASKS[method] in ANSWERS[backend]:
-        assert make_plan(config).exact_kl == (LastHidden in ANSWERS[backend])
+    if METHOD_ASKS[method] in SUPPORTS[backend]:
+        assert make_plan(config).exact_kl == (LastHidden in SUPPORTS[backend])
         return
     with pytest.raises(ConfigurationError) as caught:
         make_plan(config)
@@ -81,7 +81,7 @@ def test_a_wrong_teacher_configuration_is_one_sentence(fields: dict[str, Any], s
 
 
 def test_every_backend_is_named_and_has_its_environment() -> None:
-    assert set(ANSWERS) == set(Backend)
+    assert set(SUPPORTS) == set(Backend)
     assert environment(Device.CPU, Backend.VLLM)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert not any(name.startswith("VLLM") for name in environment(Device.CPU, Backend.HTTP))
-    check_answers(TeacherConfig(path="x"), frozenset({AtIds, LastHidden}), "anybody")
+    check_supports(TeacherConfig(path="x"), frozenset({AtIds, LastHidden}), "anybody")

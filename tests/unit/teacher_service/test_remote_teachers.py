@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hf.digest import model_digest
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import AtIds, LastHidden, SampledToken, ScoreKind, ScoreRequest, TopK
+from opd.ports import AtIds, LastHidden, SampledToken, ScoreAnswer, ScoreKind, ScoreRequest, TopK
 from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
 from teacher_service.backends.http import HttpTeacher, _believed, _check_identity, frames
@@ -30,6 +30,7 @@ from teacher_service.retries import NoAnswer, WrongAnswer, fetch, session
 from teacher_service.scoring import Bounds, Unreadable
 from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.server_identity import Identity, identity_of, parse_identity
+from tests.one_kind import answered, singles
 from tests.tiny_models import impatient
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "shop" / "teacher"
@@ -42,7 +43,7 @@ def text(context: Sequence[int], tokens: Sequence[int], kind: ScoreKind | None =
     return ScoreRequest(
         context_ids=np.array(context, dtype=np.int32),
         token_ids=np.array(tokens, dtype=np.int32),
-        kind=kind or SampledToken(),
+        kinds=(kind or SampledToken(),),
     )
 
 
@@ -170,7 +171,7 @@ def test_a_control_question_changes_the_last_of_at_most_eight_tokens_into_each_o
     tried = set[int]()
     for attempt in range(len(others)):
         check = control([request], attempt)
-        assert check is not None and isinstance(check.question.kind, SampledToken)
+        assert check is not None and check.question.kinds == (SampledToken(),)
         assert check.question.context_ids.tolist() == context
         *kept, last = check.question.token_ids.tolist()
         assert kept == cut[:-1]
@@ -213,13 +214,12 @@ def known(**fields: Any) -> Identity:
 
 
 def test_an_identity_comes_back_as_it_went_and_another_protocol_is_refused() -> None:
-    said = known(answers=("written", "at_ids"), limits=FrameLimits(requests=3))
-    assert parse_identity(said.to_json()) == said and said.kinds == {SampledToken, AtIds}
+    said = known(supports=("written", "at_ids"), limits=FrameLimits(requests=3))
+    assert parse_identity(said.to_json()) == said
     fields = json.loads(said.to_json())
-    assert fields["protocol"] == 1
-    assert parse_identity(json.dumps(fields | {"answers": ["written", "of tomorrow", "at_ids"]})) == said
-    with pytest.raises(DataError, match="speaks protocol 2, this client 1"):
-        parse_identity(json.dumps(fields | {"protocol": 2}))
+    assert fields["protocol"] == 2
+    with pytest.raises(DataError, match="speaks protocol 1, this client 2"):
+        parse_identity(json.dumps({"protocol": 1, "answers": ["written"]}))
     for wrong in ("", "[]", "{}", json.dumps(fields | {"more": 1}), json.dumps(fields | {"limits": {"more": 1}})):
         with pytest.raises(DataError, match="does not say who it is"):
             parse_identity(wrong)
@@ -228,7 +228,7 @@ def test_an_identity_comes_back_as_it_went_and_another_protocol_is_refused() -> 
 def test_an_identity_is_that_of_the_folder_and_of_what_its_backend_answers() -> None:
     served = identity_of(config(Backend.OPENAI, "http://h"), "bfloat16", FrameLimits(k=5))
     assert (served.rows, served.dtype, served.limits) == (ROWS, "bfloat16", FrameLimits(k=5))
-    assert served.answers == ("written", "topk") and known().answers == ("written", "topk", "at_ids", "hidden")
+    assert served.supports == ("written", "topk") and known().supports == ("written", "topk", "at_ids", "hidden")
     assert served.model == model_digest(str(ASSETS)) and len(served.model) == 32
 
 
@@ -277,35 +277,35 @@ class Scholar:
         self._noise, self._takes_s = noise, takes_s
         self._open = self.most = 0
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         self._open += 1
         self.most = max(self.most, self._open)
         await asyncio.sleep(self._takes_s)
         self._open -= 1
         answers = [self._answer(r) for r in requests]
         answers[-1].logprobs[:-1] -= np.float32(self._noise)
-        return answers
+        return answered(answers)
 
     @staticmethod
     def _answer(request: ScoreRequest) -> TokenScores:
         written, tokens = -1.0 - request.token_ids.astype(np.float32), len(request.token_ids)
-        if isinstance(request.kind, LastHidden):
+        if isinstance(request.kinds[0], LastHidden):
             rows = RemoteRows(pieces=((np.ones((tokens, WIDTH), np.float32), np.arange(tokens)),))
             return HiddenScores(logprobs=written, hidden=rows)
         return TokenScores(logprobs=written)
 
 
-def scored(scholar: Scholar, requests: Sequence[ScoreRequest], *, slash: str = "", **fields: Any) -> list[TokenScores]:
+def scored(scholar: Scholar, requests: Sequence[ScoreRequest], *, slash: str = "", **fields: Any) -> list[Any]:
     """What a client is told by a server over `scholar`; `fields` are those of its identity."""
 
-    async def main() -> list[TokenScores]:
+    async def main() -> list[ScoreAnswer]:
         async with AsyncExitStack() as stack:
             server = TeacherServer(scholar, known(**fields), ServerConfig(port=0, token=Secret(TOKEN)))
             stack.push_async_callback(server.close)
             setting = config(Backend.HTTP, await server.start() + slash)
             return await HttpTeacher(setting, lambda array: ("kept", array), TOKEN).score(requests)
 
-    return asyncio.run(asyncio.wait_for(main(), 20))
+    return singles(asyncio.run(asyncio.wait_for(main(), 20)))
 
 
 @pytest.mark.parametrize(
@@ -369,8 +369,8 @@ def test_a_call_ends_at_the_deadline(backend: Backend) -> None:
         against(handler, work)
 
 
-SMALL = text([1], [2])  # 44 bytes there and back
-DEEP = text([1], [2], LastHidden())  # and 32768 more for a hidden state
+SMALL = text([1], [2])  # 40 bytes there and back
+DEEP = text([1], [2], LastHidden())  # and 32768 + 16 more for a hidden state
 
 
 @pytest.mark.parametrize(
@@ -381,11 +381,11 @@ DEEP = text([1], [2], LastHidden())  # and 32768 more for a hidden state
         (SMALL, FrameLimits(tokens=8), [2, 2, 2, 1]),  # which may be as long as all of it
         (SMALL, FrameLimits(tokens=11), [2, 2, 2, 1]),
         (SMALL, FrameLimits(tokens=12), [3, 3, 1]),
-        (SMALL, FrameLimits(frame_bytes=264), [3, 3, 1]),
-        (SMALL, FrameLimits(frame_bytes=263), [2, 2, 2, 1]),
+        (SMALL, FrameLimits(frame_bytes=240), [3, 3, 1]),
+        (SMALL, FrameLimits(frame_bytes=239), [2, 2, 2, 1]),
         (SMALL, FrameLimits(tokens=1), [1] * 7),  # what never fits is sent alone, and refused there
-        (DEEP, FrameLimits(frame_bytes=131_248), [2, 2, 2, 1]),
-        (DEEP, FrameLimits(frame_bytes=131_247), [1] * 7),
+        (DEEP, FrameLimits(frame_bytes=131_296), [2, 2, 2, 1]),
+        (DEEP, FrameLimits(frame_bytes=131_295), [1] * 7),
     ],
 )
 def test_frames_are_filled_up_to_the_limits(request_: ScoreRequest, limits: FrameLimits, sizes: list[int]) -> None:
@@ -402,10 +402,11 @@ def test_an_answer_is_believed_only_if_it_is_whole_and_ours() -> None:
         topk_logprobs=np.array([[-1, -1.5], [-1, -2]], np.float32),
     )
     identity = known(model="ab" * 16)
-    right = Reply(call=bytes(16), model=b"\xab" * 16, digests=tuple(request_digest(r) for r in asked), answers=(said,))
+    digests = tuple(request_digest(r) for r in asked)
+    right = Reply(call=bytes(16), model=b"\xab" * 16, digests=digests, kinds=((TopK,),), answers=((said,),))
 
-    def believed(reply: Reply | bytes, subject: Identity = identity) -> list[TokenScores]:
-        return _believed(reply if isinstance(reply, bytes) else encode_reply(reply), bytes(16), asked, subject)
+    def believed(reply: Reply | bytes, subject: Identity = identity) -> list[Any]:
+        return singles(_believed(reply if isinstance(reply, bytes) else encode_reply(reply), bytes(16), asked, subject))
 
     (answer,) = believed(right)
     assert np.array_equal(answer.logprobs, said.logprobs)
@@ -420,8 +421,8 @@ def test_an_answer_is_believed_only_if_it_is_whole_and_ours() -> None:
         (replace(right, model=bytes(16)), identity, WrongAnswer, "another model answered"),
         (replace(right, call=b"x" * 16), identity, WrongAnswer, "other requests"),
         (replace(right, digests=(bytes(16),)), identity, WrongAnswer, "other requests"),
-        (replace(right, answers=(positive,)), identity, WrongAnswer, "refused"),
-        (replace(right, answers=(beyond,)), identity, WrongAnswer, "outside its vocabulary"),
+        (replace(right, answers=((positive,),)), identity, WrongAnswer, "refused"),
+        (replace(right, answers=((beyond,),)), identity, WrongAnswer, "outside its vocabulary"),
     ]
     for reply, subject, kind, says in cases:
         with pytest.raises(kind, match=says):
@@ -466,11 +467,11 @@ class Endpoint:
         return {"index": index, "prompt_logprobs": rows, "prompt_token_ids": ids}
 
 
-def told(endpoint: Endpoint, requests: Sequence[ScoreRequest], slash: str = "", **fields: Any) -> list[TokenScores]:
-    def work(url: str) -> Awaitable[list[TokenScores]]:
+def told(endpoint: Endpoint, requests: Sequence[ScoreRequest], slash: str = "", **fields: Any) -> list[Any]:
+    def work(url: str) -> Awaitable[list[ScoreAnswer]]:
         return OpenAITeacher(config(Backend.OPENAI, url + slash, **fields), lambda array: array, "").score(requests)
 
-    return against(endpoint.answer, work)
+    return singles(against(endpoint.answer, work))
 
 
 def test_an_endpoint_is_asked_for_what_is_needed_and_its_numbers_are_put_in_order() -> None:

@@ -92,7 +92,7 @@ def test_nobody_is_told_to_go_on_before_the_token_is_seen(asked: Any) -> None:
 
 
 def test_what_is_asked_for_is_bounded_like_the_question(asked: Any, caplog: Any) -> None:
-    hidden = ScoreRequest(context_ids=TEN, token_ids=TEN, kind=LastHidden())
+    hidden = ScoreRequest(context_ids=TEN, token_ids=TEN, kinds=(LastHidden(),))
     question = Question(call=bytes(16), requests=(hidden,))
     assert is_right(question, *asked(lambda port: exchange(port, posted(question))))
     status, said = asked(lambda port: exchange(port, posted(question)), hidden_bytes=LIMITS.frame_bytes)
@@ -101,8 +101,9 @@ def test_what_is_asked_for_is_bounded_like_the_question(asked: Any, caplog: Any)
 
 
 def test_an_answer_has_the_size_that_was_foretold() -> None:
-    deep = ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=8))
-    assert answer_bytes(deep, 0) == 16 + 16 + 10 * (4 + 4 + 8 * 8)  # written, the rest, the support
+    deep = ScoreRequest(context_ids=TEN, token_ids=TEN, kinds=(TopK(k=8),))
+    # its row, its digest, its code, two sizes; written, the rest, the support
+    assert answer_bytes(deep, 0) == 8 + 16 + 4 + 16 + 10 * (4 + 4 + 8 * 8)
     with pytest.raises(TooLarge, match="lower k"):
         check_answer([deep] * 9, FrameLimits(frame_bytes=6000), 0)
 
@@ -116,7 +117,7 @@ def test_questions_and_answers_share_one_budget() -> None:
 
 
 def test_no_more_calls_are_scored_at_once_than_are_pending(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=2)),))
+    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kinds=(TopK(k=2),)),))
     score = PlainTeacher.score
 
     async def slow(teacher: PlainTeacher, requests: Any) -> Any:
@@ -160,7 +161,7 @@ def test_a_transfer_may_be_as_slow_as_its_pace(moved: int, within_s: float) -> N
 
 def test_a_body_that_comes_steadily_has_all_its_time(asked: Any) -> None:
     """Slower than the grace of its beginning, and faster than the least rate."""
-    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=2)),))
+    question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kinds=(TopK(k=2),)),))
     sent = posted(question)
 
     async def work(port: int) -> bytes:
@@ -216,8 +217,8 @@ def sized(body: bytes, head: bytes = ALLOWED) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-GOOD = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=2)),))
-FAR = replace(GOOD, requests=(ScoreRequest(context_ids=TEN + 60, token_ids=TEN, kind=TopK(k=2)),))
+GOOD = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kinds=(TopK(k=2),)),))
+FAR = replace(GOOD, requests=(ScoreRequest(context_ids=TEN + 60, token_ids=TEN, kinds=(TopK(k=2),)),))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def read_from_a_server_with_wide_answers(first_pause_s: float, every_pause_s: fl
     plain = make_server(hidden_bytes=1 << 16, **fields)
     limits = replace(LIMITS, frame_bytes=2 * WIDE)
     made = TeacherServer(WideTeacher(), replace(plain._identity, limits=limits), plain._config)
-    wide = ScoreRequest(context_ids=TEN, token_ids=np.ones(256, np.int32), kind=LastHidden())
+    wide = ScoreRequest(context_ids=TEN, token_ids=np.ones(256, np.int32), kinds=(LastHidden(),))
 
     async def work() -> int:
         port = int((await made.start()).rsplit(":", 1)[1])
@@ -322,7 +323,7 @@ class WideTeacher(PlainTeacher):
         (request,) = requests
         rows = np.ones((len(request.token_ids), 1 << 14), np.float32)
         hidden = RemoteRows(pieces=((rows, np.arange(len(rows))),))
-        return [HiddenScores(logprobs=np.zeros(len(rows), np.float32), hidden=hidden)]
+        return [(HiddenScores(logprobs=np.zeros(len(rows), np.float32), hidden=hidden),)]
 
 
 def test_a_server_takes_by_default_what_its_clients_and_the_docs_count_on() -> None:
@@ -354,7 +355,9 @@ def test_slow_bodies_of_token_holders_take_no_place(asked: Any) -> None:
         slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
         for _, writer in slow:
             writer.write(ALLOWED + b"Content-Length: 900\r\n\r\nx")
-        question = Question(call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kind=TopK(k=2)),))
+        question = Question(
+            call=bytes(16), requests=(ScoreRequest(context_ids=TEN, token_ids=TEN, kinds=(TopK(k=2),)),)
+        )
         right = is_right(question, *await exchange(port, posted(question)))
         ends = [await reader.readline() for reader, _ in slow]
         for _, writer in slow:
