@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from launch.config.run_config import RunConfig
 from opd.errors import ConfigurationError
@@ -27,7 +27,7 @@ def harmless(cls: type, where: str = "") -> Iterator[str]:
             many = group or (issubclass(kind, Sequence | Mapping) and kind is not str)
             yield f"{dotted}.*" if many else dotted
         elif group:
-            yield from harmless(kind, f"{dotted}.")
+            yield from harmless(cast(type, kind), f"{dotted}.")
         elif issubclass(kind, Mapping) and dataclasses.is_dataclass(arguments[-1]):
             yield from harmless(arguments[-1], f"{dotted}.*.")
 
