@@ -1,4 +1,4 @@
-"""Files of a run that somebody else may have written: read within bounds and by their types, or one sentence.
+"""Untrusted files of a run: read within bounds and by their types, or refused with one sentence.
 
 What a run has written itself comes back; what was edited, cut off, copied from elsewhere or made to do harm is a
 `DataError` that names the file.
@@ -21,7 +21,7 @@ Record = TypeVar("Record")
 
 
 def read_text(path: Path, advice: str, most: int = MOST_BYTES) -> str:
-    """The text in `path`. Raises `DataError`, which ends with `advice`, if it is too long or none."""
+    """Text in `path`. Raises `DataError`, which ends with `advice`, if it is too long or no text."""
     try:
         if path.stat().st_size > most:
             raise DataError(f"{path} has {path.stat().st_size} bytes, more than a run writes ({most}); {advice}")
@@ -31,7 +31,7 @@ def read_text(path: Path, advice: str, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path, advice: str, most: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `DataError`, which ends with `advice`, for anything else."""
+    """JSON object in `path`. Raises `DataError`, which ends with `advice`, for anything else."""
     text = read_text(path, advice, most)
     try:
         said = json.loads(text)
@@ -45,7 +45,7 @@ def read_json(path: Path, advice: str, most: int = MOST_BYTES) -> dict[str, Any]
 
 
 def read_yaml(path: Path, advice: str) -> dict[str, Any]:
-    """The YAML mapping in `path`, whose aliases stand for few values. Raises `DataError` for anything else."""
+    """YAML mapping in `path`, whose aliases expand to few values. Raises `DataError` for anything else."""
     try:
         check_files([path])
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def read_yaml(path: Path, advice: str) -> dict[str, Any]:
 
 
 def record(cls: type[Record], values: Mapping[str, Any], where: str, advice: str) -> Record:
-    """The dataclass that a mapping describes; a value that was no number may be null.
+    """Dataclass that a mapping describes; a value that was no number may be null.
 
     Raises:
         DataError: a field is missing, unknown, or not of its type.

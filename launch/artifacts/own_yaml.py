@@ -1,4 +1,4 @@
-"""Configuration files of the user's own, looked at before Hydra reads them: plain data of bounded size, or refused."""
+"""Check of the user's own configuration files before Hydra reads them: plain data of bounded size, or refused."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,4 +65,4 @@ def _walked(root: yaml.Node) -> str:
 
 
 class _Strange(Exception):
-    """What a file must not have."""
+    """Error about a construct that such a file must not have."""

@@ -1,4 +1,4 @@
-"""One run, one process: who is writing into a run directory, as long as it lives on this machine."""
+"""Lock of a run directory: the one process that writes into it, while it runs on this machine."""
 
 import fcntl
 import json
@@ -42,14 +42,14 @@ def running(directory: Path) -> Iterator[None]:
 
 
 def check_not_running(directory: Path) -> None:
-    """Raise `ConfigurationError` if a living process of this host is at the run in `directory`."""
+    """Raise `ConfigurationError` if a running process of this host holds the run in `directory`."""
     path = directory / LOCK
     if path.exists():
         _refuse(directory, path.read_text(errors="replace"))
 
 
 def is_over(directory: Path) -> bool:
-    """Is certainly nobody at the run in `directory`? A note of another host cannot be checked."""
+    """Whether certainly no process holds the run in `directory`. A note of another host cannot be checked."""
     try:
         text = (directory / LOCK).read_text(errors="replace")
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def _refuse(directory: Path, text: str) -> None:
 
 
 def _holder(text: str) -> int | None:
-    """The living process on this host that `text` names, if it is not this one."""
+    """The running process on this host that `text` names, if it is not this one."""
     try:
         note = json.loads(text)
         pid, started, host = int(note["pid"]), float(note["started"]), str(note["host"])

@@ -1,4 +1,4 @@
-"""Where a run goes on: finds the checkpoint that `resume=` means, and refuses what would not be the same run."""
+"""Resuming: finds the checkpoint that `resume=` means, and refuses settings that would not continue the same run."""
 
 import fcntl
 import os
@@ -46,7 +46,7 @@ class ResumePoint:
 
 
 def fingerprints(config: RunConfig) -> dict[str, str]:
-    """Digests of what a run reads: of each teacher's weights by its name, of everything else by the setting's.
+    """Digests of a run's inputs: of each teacher's weights by its name, of everything else by the setting's.
 
     Of a teacher whose weights are elsewhere, what the settings say. Example: `{"default": "9a..", "student.path":
     "c1..", "prompts.path": "03.."}`.
@@ -60,7 +60,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
 
 
 def resumption(config: RunConfig, console: Console) -> ResumePoint | None:
-    """What `resume=` means, or None for a run from the start. Changes nothing but leftovers of a crash.
+    """The resume point of `resume=`, or None for a run from the start. Changes nothing but leftovers of a crash.
 
     Raises:
         ConfigurationError: there is no such checkpoint, the run is still running or finished, or the settings or the
@@ -150,7 +150,7 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
 
 
 def open_directory(config: RunConfig, resumed: ResumePoint | None, console: Console) -> RunDirectory:
-    """The directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off.
+    """Directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off.
 
     One in which no step was ever finished does not use up its name: it is moved aside, and the run begins.
     """
@@ -171,7 +171,7 @@ def open_directory(config: RunConfig, resumed: ResumePoint | None, console: Cons
 
 
 def can_begin_again(path: Path) -> bool:
-    """Is this the directory of a run that is over and has finished no step?"""
+    """Whether this is the directory of a run that is over and has finished no step."""
     if not (path / "config.yaml").is_file() or not is_over(path):
         return False
     return not RunDirectory(path).took_a_step
@@ -179,7 +179,7 @@ def can_begin_again(path: Path) -> bool:
 
 @contextmanager
 def _alone_in(root: Path) -> Iterator[None]:
-    """Of two that look which names are free, one waits for the other."""
+    """Mutual exclusion of processes that look for a free name."""
     if not root.is_dir():
         yield
         return
@@ -192,7 +192,7 @@ def _alone_in(root: Path) -> Iterator[None]:
 
 
 def way_on(directory: RunDirectory, rescued: Path | None = None) -> str:
-    """How to go on after a run that did not finish: what is there, or was `rescued` elsewhere, decides it."""
+    """Advice on how to continue a run that did not finish, from what is there or was `rescued` elsewhere."""
     if rescued is not None:
         step = newest_first([rescued.name])[0]
         return (
@@ -215,7 +215,7 @@ def way_on(directory: RunDirectory, rescued: Path | None = None) -> str:
 
 
 def rewind(directory: RunDirectory, resumed: ResumePoint, steps: int) -> None:
-    """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended.
+    """Remove what will be written again: lines after the checkpoint, newer checkpoints, and the run's outcome.
 
     Checkpoints go first: one whose lines are gone would leave a hole if a crash came between.
     """
@@ -224,5 +224,5 @@ def rewind(directory: RunDirectory, resumed: ResumePoint, steps: int) -> None:
 
 
 def history(directory: RunDirectory) -> list[Mapping[str, float]]:
-    """The kept lines of metrics, for alerts that look back; what was no number is left out."""
+    """The kept lines of metrics, for alerts that look back; values that are no numbers are left out."""
     return [{k: v for k, v in line.items() if v is not None} for line in read_jsonl(directory.metrics)]

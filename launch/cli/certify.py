@@ -1,4 +1,4 @@
-"""`opd certify`: proves on tiny models that methods train what their names say, as a table and as JSON."""
+"""`opd certify`: gradient certificates of methods, computed on tiny models, as a table and as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from opd.errors import ConfigurationError
 
 
 def certify_methods(overrides: Sequence[str], output: str, console: Console) -> int:
-    """Certify `method=NAME`; without one all of `conf=DIR`, or all that are shipped. 1 if a property fails.
+    """Certify `method=NAME`, or else all of `conf=DIR`, or all shipped methods; exit status 1 if a property fails.
 
     Writes a list of certificates as JSON to `output` unless it is "".
     """
@@ -45,7 +45,7 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
 
 
 def table(certificate: Certificate) -> Table:
-    """The certificate for people."""
+    """Table of one certificate: property, measured value, bound, verdict."""
     title = Text.assemble(f"{certificate.method}: ", _verdict(certificate), style="table.title")
     shown = Table(title=title, caption=f"promise: {certificate.promise}")
     shown.add_column("property")
@@ -60,7 +60,7 @@ def table(certificate: Certificate) -> Table:
 
 
 def summary(certificates: Sequence[Certificate]) -> Table:
-    """One line per method."""
+    """Table with one row per certified method."""
     shown = Table(title="certificates")
     for heading in ("method", "verdict", "properties", "fails"):
         shown.add_column(heading)
@@ -74,7 +74,7 @@ def _verdict(certificate: Certificate) -> Text:
 
 
 def as_json(certificate: Certificate) -> dict[str, Any]:
-    """The certificate for programs; a number that is not finite becomes null."""
+    """One certificate as JSON values; a number that is not finite becomes null."""
     return {
         "method": certificate.method,
         "promise": certificate.promise,

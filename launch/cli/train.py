@@ -77,7 +77,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
 
 
 def train_once(plan: Plan, console: Console) -> RunDirectory:
-    """A whole run in a new run directory, or the rest of one in its own; its summary says how it ended."""
+    """Train a whole run in a new run directory, or the rest of one in its own; its summary records the outcome."""
     config = plan.config
     resumed = resumption(config, console)
     directory = open_directory(config, resumed, console)
@@ -121,7 +121,7 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
 
 
 def _in_session(plan: Plan, run: Run, stop: StopRequest) -> None:
-    """The run within a Ray session; what fails after the export is a warning, since training has done its work."""
+    """Train within a Ray session; a failure after the export is a warning, since training has done its work."""
 
     async def watch(node: Node) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Chat messages of a prompt file as a chat template takes them: whole, or refused with the row."""
+"""Chat messages of a prompt file in the form of chat templates: whole, or refused with the row."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _SHAREGPT = {"from", "value"}
 
 
 def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, key: str) -> tuple[Message, ...]:
-    """The conversation that `value` is, ending where an assistant is to write.
+    """Conversation in `value`, ending where an assistant is to write.
 
     Text parts are joined, other parts refused; keys that are null are left out, except for the content of a message
     with tool calls. `sparse`: nulls in objects mean nothing (see `launch.inputs.records.Record`). `key` is the setting
@@ -64,7 +64,7 @@ def text(value: str, where: str) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+    """Name of a value's type in the words of JSON."""
     names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object", Number: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")
 
@@ -119,7 +119,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _plain(value: Any, where: str, sparse: bool, depth: int) -> Any:
-    """Numbers as Python's, texts checked, nothing else changed."""
+    """A value with numbers as Python's and texts checked, nothing else changed."""
     if not depth:
         raise DataError(f"{where} nests more than {DEEPEST} levels; correct the row")
     match value:

@@ -1,4 +1,4 @@
-"""Can a reference be graded at all? Its notation is looked at first, which is cheap; the library is asked last."""
+"""Gradability of references: notation is checked first, which is cheap, and the math library last."""
 
 import re
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _BROKEN = re.compile(r"[-+/^_]\s*$|^\s*[/^_]|[+/^_]\s*[+/^_]|\{\s*\}|\(\s*\)")
 
 
 def doubtful(answer: str) -> str | None:
-    """Why a reference cannot be read, "" if nothing is wrong with it, None if only the library can tell."""
+    """Reason why a reference cannot be read; "" if nothing is wrong with it, None if only the library can decide."""
     asked = False
     for leaf in _leaves(finding.reference(answer)):
         if isinstance(leaf, Unreadable):
@@ -43,7 +43,9 @@ def doubtful(answer: str) -> str | None:
 
 
 def trouble(answer: str) -> str:
-    """Why a reference cannot be graded, "" if it can. Every formula is parsed and evaluated, which may never end."""
+    """Reason why a reference cannot be graded, "" if it can. Every formula is parsed and evaluated, which may never
+    end.
+    """
     for leaf in _leaves(finding.reference(answer)):
         if isinstance(leaf, Unreadable):
             return leaf.why
@@ -53,7 +55,7 @@ def trouble(answer: str) -> str:
 
 
 def _leaves(answer: Answer) -> Iterator[str | Unreadable]:
-    """All formulas of an answer, and what is unreadable in it."""
+    """All formulas of an answer, and its unreadable parts."""
     match answer:
         case Expression():
             if not answer.base:
