@@ -1,4 +1,4 @@
-"""The checkpoint an engine was started from, as the matrices that published adapters are added to."""
+"""Checkpoint an engine was started from, as the matrices that published adapters are added to."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from weight_sync.receiver import ReceivedWeights
 
 
 class BaseWeights:
-    """Reads from the files each time: the page cache keeps them, and the engine no second copy.
+    """Reader of the base checkpoint's tensors: the page cache keeps the files, and the engine no second copy.
 
     `fused` are the runs of layers that the engine's model keeps as one, as in `{"qkv_proj": ["q_proj", ...]}`: they can
     only be loaded together.

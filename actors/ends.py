@@ -1,4 +1,4 @@
-"""The token ids that end a text: what each file of a checkpoint says, and the union of all."""
+"""End-of-text token ids: those in each file of a checkpoint, and the union of all."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _TOKENIZER = "tokenizer_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
-    """`said` maps a file of the checkpoint to the ids it names; files that name none are left out.
+    """End ids of a checkpoint: `said` maps a file to the ids it names; files that name none are left out.
 
     Example: `Ends(said={"config.json": (2,), "generation_config.json": (2, 0)}).ids` is `(0, 2)`.
     """
@@ -28,13 +28,13 @@ class Ends:
 
     @property
     def disagree(self) -> bool:
-        """One file lacks what another names, and it is the one that generation obeys (or there is none such)."""
+        """Whether a file lacks an id that another names: the one that generation obeys, or any if it names none."""
         named = {frozenset(ids) for ids in self.said.values()}
         return len(named) > 1 and set(self.said.get(GENERATION, ())) != set(self.ids)
 
 
 def read_ends(path: str, part: str = "student") -> Ends:
-    """What the files in `path` say.
+    """End ids in the files of `path`.
 
     Raises:
         ConfigurationError: the folder is no checkpoint.

@@ -1,4 +1,4 @@
-"""The student as a writer: vLLM in this process behind `opd.ports.StudentEngine`."""
+"""Rollout engine of the student: vLLM in this process behind `opd.ports.StudentEngine`."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -34,7 +34,7 @@ _START_S = 300.0  # a model may take as long to load, however soon its answers a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Since the start: finished completions and their tokens, engine steps, weight updates, seconds in both.
+    """Counters since the start: finished completions and their tokens, engine steps, weight updates, seconds in both.
 
     `version` is the policy version that writes now, `digest` names its weights (`opd.ports.PublishedWeights.digest`).
     """
@@ -50,7 +50,7 @@ class EngineStats:
 
 
 class VLLMEngine:
-    """A vLLM engine that writes completions and takes new weights; several calls may be open at once.
+    """A vLLM engine that generates completions and loads new weights; several calls may be open at once.
 
     `fetch` turns a handle (of a chunk of weights) into the bytes behind it. Until the first `receive` the
     engine writes with the checkpoint's own weights, as version 0 with the digest "".
@@ -59,7 +59,7 @@ class VLLMEngine:
     def __init__(
         self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray], ends: Sequence[int] = ()
     ) -> None:
-        """`ends` are ids that end a completion beside those that the checkpoint's own files name."""
+        """Start the engine; `ends` are ids that end a completion beside those in the checkpoint's own files."""
         self._config = config
         self._run_seed = run_seed
         self._fetch = fetch
@@ -72,7 +72,7 @@ class VLLMEngine:
         self._thread = EngineThread(partial(build, config))
 
     async def ready(self) -> None:
-        """Return when the engine can write. Raises why it cannot, if it cannot."""
+        """Return when the engine can generate. Raises its start-up error otherwise."""
         await self._soon(asyncio.wrap_future(self._thread.started), "starting vLLM", at_least=_START_S)
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -197,7 +197,7 @@ class VLLMEngine:
         return allowed(floor, coarse=self._coarse(delivered))
 
     def _calibrated(self, ids: np.ndarray, origin: np.ndarray, delivered: ReceivedWeights, loop: EngineLoop) -> Gap:
-        """How engine and learner differ on the checkpoint that both have loaded themselves: rounding alone."""
+        """Gap of engine and learner on the checkpoint that both have loaded themselves: rounding alone."""
         floor = Gap.of(self._read(ids, loop), origin)
         most = NUMERICS[self._coarse(delivered)]
         if not floor.mean <= most:
@@ -210,7 +210,7 @@ class VLLMEngine:
         return floor
 
     def _coarse(self, delivered: ReceivedWeights) -> bool:
-        """Does the engine or the learner compute in bfloat16?"""
+        """Whether the engine or the learner computes in bfloat16."""
         own = resolve_dtype(self._config.dtype, resolve_device(self._config.device, "student"))
         return own is torch.bfloat16 or "bfloat16" in delivered.manifest.dtypes
 
@@ -220,7 +220,7 @@ class VLLMEngine:
         return np.asarray(said.logprobs, dtype=np.float32)
 
     async def stats(self) -> EngineStats:
-        """What this engine has done so far."""
+        """Counters of this engine since its start."""
         await self.ready()
         return await self._within(self._thread.run(self._stats), "reading statistics")
 
@@ -237,7 +237,7 @@ class VLLMEngine:
         )
 
     async def close(self) -> None:
-        """End the engine; whatever is still being written fails."""
+        """End the engine; unfinished completions fail."""
         await asyncio.to_thread(self._thread.close)
 
     async def _within(self, future: Future[Result], what: str) -> Result:
@@ -288,7 +288,7 @@ def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
 
 
 def _label(version: int, digest: str) -> str:
-    """What vLLM calls the weights: it hands this back with every run of tokens that they wrote."""
+    """Label of the weights at vLLM, which returns it with every run of tokens that they generated."""
     return f"{version}:{digest}"
 
 

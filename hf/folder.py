@@ -32,7 +32,7 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """Its numbers."""
+        """Number of elements."""
         return prod(self.shape)
 
 
@@ -98,7 +98,7 @@ def text_config(path: str, part: str) -> dict[str, Any]:
 
 
 def read_headers(path: str, part: str) -> Mapping[str, Stored]:
-    """What the folder's weights are, by name: of `model.safetensors`, or else of the shards its index names.
+    """Headers of the folder's weights by name: of `model.safetensors`, or else of the shards its index names.
 
     Only headers are read, so a file may be larger than memory. No weights at all are an empty mapping.
 
@@ -133,7 +133,7 @@ def read_headers(path: str, part: str) -> Mapping[str, Stored]:
 
 
 def output_matrix(stored: Mapping[str, Stored]) -> str | None:
-    """The name of the output matrix among a folder's tensors; of a tied one, which is not stored, the embedding's."""
+    """Name of the output matrix among a folder's tensors; of a tied one, which is not stored, the embedding's."""
     return next((name for end in (*HEADS, *TIED) for name in sorted(stored) if name.endswith(end)), None)
 
 

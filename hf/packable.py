@@ -1,4 +1,4 @@
-"""Does a causal model read packed sequences exactly: told by its layers and its head, and tried on itself.
+"""Exactness of a causal model on packed sequences: checked by its layers and its head, and by a trial.
 
 A model is one of transformers', of which only plain attributes are used. What cannot work is refused with a sentence
 that begins with `part`, e.g. "the student 'models/mamba'".
@@ -25,7 +25,7 @@ _CHANGED = 0.1  # times the floor: how far one sequence may move another, which 
 
 
 def context_length(config: Any) -> int | None:
-    """Tokens a sequence may have, rope scaling considered; None where a configuration of transformers names no bound.
+    """Maximum sequence length, rope scaling considered; None where a configuration of transformers names no bound.
 
     Example: 2048 positions with linear scaling by 4 are 8192. What YaRN, llama3 and longrope scale is already counted.
     """
@@ -116,7 +116,7 @@ def check_head(causal: Any, part: str, bias: bool) -> nn.Linear:
 
 
 class _Saying(nn.Module):
-    """A body, and any part of one, that says `hidden`, whatever it is asked."""
+    """Stand-in for a model's body, and any part of one, that returns `hidden` for every input."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _Saying(nn.Module):
 
 
 class _Said(dict[str, Any]):
-    """What transformers' models return: fields by name, by place, and None for what is missing."""
+    """Stand-in for the output of transformers' models: fields by name, by place, and None for missing ones."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)
@@ -141,7 +141,7 @@ class _Said(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """Some sequences, what a model says of each alone (float32 log-probabilities), and how much that is rounded.
+    """Reference log-probabilities (float32) of a model on some sequences, each alone, and their rounding error.
 
     `floor` (nats) is how far that moves if what the embedding and each layer write is rounded otherwise.
     """
@@ -153,7 +153,7 @@ class Trial:
     @staticmethod
     @torch.no_grad()
     def of(causal: Any, vocabulary: int, part: str) -> "Trial":
-        """Ask `causal` about each sequence alone, by transformers' own attention.
+        """Reference of `causal` on each sequence alone, by transformers' own attention.
 
         Raises:
             DataError: it answers with NaN.
@@ -187,7 +187,7 @@ class Trial:
 
     @torch.no_grad()
     def check(self, packed: Read, part: str) -> float:
-        """The gap of `packed` (sequences in one row to logits `[N, V]`) in nats; refuses one that is no rounding.
+        """The gap of `packed` (sequences in one row to logits `[N, V]`) in nats; refuses one above rounding.
 
         Raises:
             ConfigurationError: sequences are read otherwise than alone, or one changes what is said of another.
@@ -210,14 +210,14 @@ class Trial:
 
 
 def _stream(causal: Any) -> list[nn.Module]:
-    """What writes the residual stream: the embedding and every layer."""
+    """Modules that write the residual stream: the embedding and every layer."""
     layers = causal.config.get_text_config().num_hidden_layers
     lists = [m for m in causal.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     return [causal.get_input_embeddings(), *(layer for found in lists[:1] for layer in found)]
 
 
 def _nudge(_: nn.Module, __: Any, written: Tensor | tuple[Any, ...]) -> Tensor | tuple[Any, ...]:
-    """The stream, of which every second number is larger by a rounding."""
+    """The residual stream with every second number larger by a rounding."""
     if isinstance(written, tuple):
         return (_nudge(_, __, written[0]), *written[1:])
     places = torch.arange(written.shape[-1], device=written.device) % 2
@@ -225,7 +225,7 @@ def _nudge(_: nn.Module, __: Any, written: Tensor | tuple[Any, ...]) -> Tensor |
 
 
 def _gap(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
-    """The worst sequence's usual gap: of each token the largest over the vocabulary, of these the median.
+    """Typical gap of the worst sequence: of each token the largest over the vocabulary, of these the median.
 
     A median, since a router may choose another expert for a token by a rounding.
     """

@@ -15,7 +15,7 @@ from opd.types.prompt_rows import PromptText
 
 
 class HuggingFaceTokenizer:
-    """Text to ids with the template the checkpoint brings along."""
+    """Tokenizer with the chat template of its checkpoint."""
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     def special_texts(self) -> "re.Pattern[str] | None":
-        """Finds in a text what would be read as a special token."""
+        """Pattern of the special tokens that would be recognized in a text; None without any."""
         tokens = sorted(map(str, self._tokenizer.all_special_tokens), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
@@ -77,7 +77,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
 
     def _single_start(self, ids: list[int]) -> list[int]:
-        """Without the first of two `<bos>`: a prompt that brings one along gets no second."""
+        """Ids without the first of two `<bos>`: a prompt that begins with one gets no second."""
         bos = self._tokenizer.bos_token_id
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
@@ -100,7 +100,7 @@ class HuggingFaceTokenizer:
         return str(self._tokenizer.convert_ids_to_tokens(i))
 
     def turn_end(self) -> int | None:
-        """The special token that the chat template puts behind what the assistant said; None if there is none."""
+        """The special token that the chat template puts behind an assistant's message; None if there is none."""
         if not self._tokenizer.chat_template:
             return None
         said = "ok"

@@ -35,7 +35,7 @@ def _words(piece: UInt8[Tensor, " nbytes"]) -> Int64[Tensor, " words"]:
 
 
 def _mixed(words: Int64[Tensor, " words"], start: int) -> Int64[Tensor, ""]:
-    """The sum of the mixed words, the first of which is word number `start`; int64 wraps, as it must."""
+    """Sum of the mixed words, the first of which is word number `start`; int64 wraps, as it must."""
     places = torch.arange(start + 1, start + 1 + len(words), device=words.device)
     mixed = words ^ places.mul_(_signed(_PLACE))
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
@@ -46,7 +46,7 @@ def _mixed(words: Int64[Tensor, " words"], start: int) -> Int64[Tensor, ""]:
 
 
 def _shifted(words: Tensor, by: int) -> Tensor:
-    """A shift to the right that fills with zeros (torch's own fills with the sign)."""
+    """Logical shift to the right, which fills with zeros (torch's own fills with the sign)."""
     return (words >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Where processes of a run meet, on one address: torch's own stores listen on every interface.
+"""Rendezvous of the processes of a run on one address: torch's own stores listen on every interface.
 
 `OPD_HOST` (set in the actors of a local session) is the address to use; otherwise that of the interface that faces
 the other machines is used.
@@ -54,13 +54,13 @@ def hosted_store(host: str, port: int, deadline: timedelta) -> TCPStore:
 
 
 def meeting_place(host: str, port: int) -> str:
-    """What torch and DeepSpeed take as `init_method`: rank 0 has a `hosted_store` at `host:port`."""
+    """`init_method` for torch and DeepSpeed: rank 0 has a `hosted_store` at `host:port`."""
     _register()
     return f"{_SCHEME}://{host}:{port}"
 
 
 def be_alone(backend: str) -> None:
-    """Make this process a group of its own, which needs no store that listens; vLLM takes one that is there."""
+    """Make this process a group of its own, with no store that listens; vLLM uses an existing one."""
     if not distributed.is_initialized():
         distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 

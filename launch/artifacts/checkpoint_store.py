@@ -73,9 +73,7 @@ class CheckpointStore:
             self._remove(step)
 
     def make_room(self, keep_every: int) -> bool:
-        """Remove all but the newest, if that is whole, and milestones, where one more has no room; whether any was
-        removed.
-        """
+        """Remove all but a whole newest one and milestones if one more has no room; whether any was removed."""
         try:
             newest, *older = self.steps()
             if not set(older) & set(expired([newest, *older], 1, keep_every)):

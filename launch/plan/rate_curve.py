@@ -9,7 +9,7 @@ WIDEST = 72  # characters of a curve
 
 
 def rate_curve(config: LearnerConfig, steps: int, width: int, levels: str = BLOCKS) -> tuple[str, str]:
-    """What the rate is first, at most and last, and its curve in at most `width` characters.
+    """First, largest and last rate, and the curve in at most `width` characters.
 
     Example: `("learning rate: LINEAR, first 0, greatest 0.001 at update 3, last 0.00025", "▁▅█▆▄▂")` of 6 steps.
     """

@@ -29,7 +29,7 @@ _PHASES = {"rollout": BLUE, "score": ORANGE, "train": GREEN, "publish": PURPLE}
 
 
 def panels(data: RunData) -> list[Panel]:
-    """The pictures for which the run has numbers, the most telling first."""
+    """Panels for which the run has numbers, the most informative first."""
     made = [_accuracy(data), *_signals(data), *_lengths(data), _phases(data), _entropy(data)]
     return [panel for panel in made if panel is not None]
 
@@ -82,7 +82,7 @@ def _draw_accuracy(axes: Axes, data: RunData) -> None:
 
 
 def _signals(data: RunData) -> list[Panel | None]:
-    """What is minimized or maximized: divergence and reward where the method has them, else the loss."""
+    """Minimized or maximized quantities: divergence and reward where the method has them, else the loss."""
     made = []
     if data.series("distill/reverse_kl"):
         made.append(
@@ -220,7 +220,7 @@ def _entropy(data: RunData) -> Panel | None:
 
 
 def _from_zero(axes: Axes) -> None:
-    """Begin at 0 where all values are positive: a small change must look small."""
+    """Start the axis at 0 where all values are positive: a small change must look small."""
     low, high = axes.dataLim.intervaly
     if low >= 0:
         axes.set_ylim(0, high * 1.06 or 1.0)

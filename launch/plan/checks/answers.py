@@ -1,4 +1,4 @@
-"""Can the reference answers be graded against? Counted when a run is planned, and shown with an example."""
+"""Gradability of the reference answers: counted when a run is planned, and shown with an example."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,7 +28,7 @@ def check_rewards(config: RunConfig, training: Survey) -> None:
 
 
 def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict[str, str]:
-    """What is to be said of the answers, by the name of the prompts that have them or lack them.
+    """Remarks about the answers, by the name of the prompts that have them or lack them.
 
     Raises:
         DataError: more of a file's answers are unreadable than `max_unreadable_answers` allows.

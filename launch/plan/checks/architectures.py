@@ -1,4 +1,4 @@
-"""Can these models be the student and teachers of a run? Rehearsed without numbers, before anything is started."""
+"""Architectures of student and teachers, built on the meta device before anything is started."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ _REHEARSAL = "opd_rehearsal"
 
 
 def check_student(config: RunConfig) -> Folder:
-    """Refuse a student that learner or engine could not use; the folder as it was read."""
+    """Refuse a student that learner or engine could not use; returns the folder as it was read."""
     folder = read_folder(config.student.path, "student")
     causal, part, longest = folder.causal, folder.part, config.student.max_model_len
     if getattr(causal.config, "quantization_config", None):
@@ -57,7 +57,7 @@ def check_teacher(config: RunConfig, name: str) -> Folder:
 
 
 def check_followers(config: RunConfig, student: Folder, teachers: Mapping[str, Folder]) -> None:
-    """Refuse a teacher that is to follow the student and cannot take in what the student publishes."""
+    """Refuse a teacher that is to follow the student and cannot load the weights it publishes."""
     for name, folder in teachers.items():
         teacher, key = config.teachers[name], _key(name)
         if not teacher.mixup:
@@ -103,12 +103,12 @@ def check_ids(folders: Sequence[Folder], *found: Survey) -> None:
 
 
 def _key(name: str) -> str:
-    """Where the settings of teacher `name` stand."""
+    """Dotted key of the settings of teacher `name`."""
     return "teacher" if name == DEFAULT else f"teachers.{name}"
 
 
 def _rehearse(folder: Folder) -> None:
-    """One forward without numbers, which shows what each layer would ask of packed attention."""
+    """Run one forward pass on the meta device, which shows each layer's use of packed attention."""
     causal, asked = folder.causal, []
 
     def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ def _rehearse(folder: Folder) -> None:
 
 
 def _check_head_width(folder: Folder, device: Device) -> None:
-    """What vLLM's CPU kernels cannot do is known before they are asked."""
+    """Refuse head widths that vLLM's CPU kernels do not have."""
     said = folder.causal.config.get_text_config()
     heads = getattr(said, "num_attention_heads", None)
     width = getattr(said, "head_dim", None) or (said.hidden_size // heads if heads else None)

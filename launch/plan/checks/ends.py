@@ -1,4 +1,4 @@
-"""What ends a text in this run, and where the files of a checkpoint do not say the same of it."""
+"""End-of-text ids of this run, and disagreements between the files of a checkpoint about them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class TextEnds:
 
 
 def text_ends(path: str, tokenizer: HuggingFaceTokenizer, teachers: Mapping[str, TeacherConfig]) -> TextEnds:
-    """The union of all that the student's checkpoint says, with the token that ends a turn in its chat template.
+    """Union of all ids in the student's checkpoint, with the token that ends a turn in its chat template.
 
     Raises `DataError` for an id outside of the model's vocabulary, and where nothing ends a text.
     """

@@ -1,4 +1,4 @@
-"""Does a model folder agree with itself? Its configuration, and the headers of its weights, nothing more.
+"""Consistency of a model folder: its configuration against the headers of its weights, nothing more.
 
 A model is built without numbers (on the meta device), so what its class wants is compared with what is stored. That
 takes a second or so, whatever the size.
@@ -30,7 +30,7 @@ _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|atte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folder:
-    """A model as transformers would build it, without numbers, and what its folder stores (nothing: no weights here).
+    """A model as transformers would build it, on the meta device, and the tensors in its folder, if it has any.
 
     `part` begins every sentence, as in "student 'models/small'".
     """
@@ -41,7 +41,7 @@ class Folder:
 
     @property
     def context(self) -> int | None:
-        """Tokens a sequence may have, if the configuration says so."""
+        """Maximum sequence length in tokens, if the configuration has one."""
         return context_length(self.causal.config)
 
 
@@ -66,7 +66,7 @@ def read_folder(path: str, role: str) -> Folder:
 
 @contextmanager
 def _sentences(part: str, what: str) -> Iterator[None]:
-    """Whatever transformers says about a foreign file is one sentence, and its warnings are not printed."""
+    """Context in which any error of transformers about a file is one sentence, and its warnings are not printed."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -79,7 +79,7 @@ def _sentences(part: str, what: str) -> Iterator[None]:
 
 
 def _check_config(said: Mapping[str, Any], stored: Mapping[str, Stored], part: str) -> None:
-    """What transformers would take without a word, or only after hours."""
+    """Refuse a configuration that transformers would accept silently, or fail on only after hours."""
     kind = said.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise DataError(
@@ -106,7 +106,7 @@ def _check_config(said: Mapping[str, Any], stored: Mapping[str, Stored], part: s
 
 
 def _check_ids(said: Mapping[str, Any], file: str, part: str) -> None:
-    """Special tokens are ids, or (the end of text) several."""
+    """Refuse special tokens that are no ids; the end of text may have several."""
     for name in _SPECIAL:
         given = said.get(name)
         ids = given if isinstance(given, list) else [given] if given is not None else []
@@ -122,7 +122,7 @@ def _check_generation(file: Path, part: str) -> None:
 
 
 def _compare(causal: Any, stored: Mapping[str, Stored], part: str) -> None:
-    """Every parameter is stored in its shape, and nothing is stored that the model would leave out."""
+    """Compare names and shapes: every parameter is stored, and no stored tensor would be left out."""
     wanted, kind = causal.state_dict(), type(causal).__name__
     remedy = "config.json and weights are not of one model, so copy the folder anew"
     loaded = places(causal, stored)
@@ -153,7 +153,7 @@ def _compare_fused(
     part: str,
     remedy: str,
 ) -> None:
-    """Tensors that are put together on loading have as many numbers as what they become."""
+    """Check that tensors fused on loading have as many numbers as their result."""
     sizes: dict[str, int] = {}
     for name, (place, converted) in loaded.items():
         if converted and place in wanted:

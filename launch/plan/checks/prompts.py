@@ -1,4 +1,4 @@
-"""Do the prompts fit the run: lengths, graders, teachers, templates? All of them are looked at."""
+"""Checks of all prompts against the run: lengths, graders, teachers, templates."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from opd.scorers.ensemble import Ensemble
 
 
 def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
-    """Refuse a teacher that a prompt asks for and the run does not have, and one that no prompt asks for."""
+    """Refuse a teacher that a prompt names and the run does not have, and one that no prompt names."""
     asked = dict(held_out.teachers) | dict(training.teachers)
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if isinstance(source, Routed) and not isinstance(source, Listed):
@@ -90,7 +90,7 @@ def check_tasks(*found: Survey) -> None:
 
 
 def check_rows(config: RunConfig, sources: Sources, training: Survey) -> None:
-    """Refuse what would end a run when its row comes: an answer to learn from is missing, a step is empty."""
+    """Refuse rows that would end a run: an answer to learn from is missing, a step is empty."""
     if training.unanswered.count and any(isinstance(p, AnswerRollout) for p in _parts(config.method.rollout)):
         raise DataError(
             f"{training.unanswered.first} has no answer, which method {config.method.name} learns from; set "
@@ -115,7 +115,7 @@ def _parts(part: Any) -> Iterator[Any]:
 def check_templates(
     config: RunConfig, student: TokenizerIdentity, teachers: Mapping[str, TokenizerIdentity], training: Survey
 ) -> list[str]:
-    """What is to be said of chat templates that differ.
+    """Remarks about chat templates that differ.
 
     Prompts are written with the student's template for both. That is refused where a teacher writes the answer to
     messages: it would answer in another form than its own.
@@ -142,7 +142,7 @@ def check_templates(
 def remarks(
     config: RunConfig, training: Survey, held_out: Survey, more: Sequence[str], *, dated: bool
 ) -> tuple[str, ...]:
-    """What is no error and should be known before training, one sentence each; `more` was found by other checks."""
+    """Remarks that are no errors and matter before training, one sentence each; `more` is from other checks."""
     said = list(more)
     for place, found in (("prompts", training), ("evaluation.prompts", held_out)):
         said += _about(place, found)

@@ -1,4 +1,4 @@
-"""What needs more than one setting: bounds that another part of the run, or a model folder, sets."""
+"""Checks across settings: bounds that another part of the run, or a model folder, sets."""
 
 from collections.abc import Iterator, Mapping
 from math import floor
@@ -38,7 +38,7 @@ def check_settings(config: RunConfig) -> None:
 
 
 def schedule_notes(config: RunConfig) -> list[str]:
-    """What a schedule makes of the other settings, where that may not be meant."""
+    """Notes on a learning-rate schedule that may be unintended together with the other settings."""
     learner, notes = config.learner, list[str]()
     if learner.schedule is Schedule.CONSTANT and learner.warmup_steps:
         notes.append(
@@ -59,7 +59,7 @@ def schedule_notes(config: RunConfig) -> list[str]:
 
 
 def check_shares(config: RunConfig, training: Survey) -> None:
-    """Refuse a balance of teachers that leaves one out whom prompts ask: the first step would end the run."""
+    """Refuse a balance of teachers that leaves one out although prompts name it: the first step would end the run."""
     for name, part in config.method.weights.items():
         if isinstance(part, TeacherBalance) and part.shares:
             for teacher in sorted(training.teachers.keys() - part.shares.keys()):
@@ -112,7 +112,7 @@ def _check_prompts_per_step(config: RunConfig) -> None:
 
 
 def _parts(config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Every setting of the method and the learner by the name that a user gave it."""
+    """All settings of the method and the learner under the names that the user gave."""
     method, objective = config.method, config.method.objective
     if isinstance(objective, TruncatedRatio):  # max_ratio put it there
         objective = objective.of
@@ -123,7 +123,7 @@ def _parts(config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _check_bounds(config: RunConfig) -> None:
-    """What is marked with `AtMost` in the field's annotation."""
+    """Check fields whose annotation has `AtMost`."""
     paths = [config.student.path, *(teacher.path for teacher in config.teachers.values())]
     vocabulary = min(vocabulary_rows(path) for path in paths)
     bounds: Mapping[str, tuple[int, str]] = {

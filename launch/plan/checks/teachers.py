@@ -1,4 +1,4 @@
-"""Can these teachers answer this method about this student?"""
+"""Checks of teachers against the method and the student."""
 
 from hf.tokenizer_check import check_checkpoint, compare, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
@@ -20,7 +20,7 @@ def check_adapters(config: RunConfig) -> None:
 
 
 def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:
-    """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
+    """Refuse a method whose requests the teacher cannot answer, or weights that are missing although read here."""
     requires, remote = config.method.scorer.requires, teacher.backend in REMOTE
     check_answers(teacher, requires, f"method {config.method.name}")
     if not remote or LastHidden in requires or config.method.rollout.needs_writer:
