@@ -22,7 +22,7 @@ OURS, NARROW = Arm(name="ahead 8", ahead=8), Arm(name="ahead 4", ahead=4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is injected: `actors` deaths of each actor in a step, `learner` of the learner."""
+    """Failures to inject: `actors` deaths of each actor in a step, `learner` of the learner."""
 
     name: str
     actors: float
@@ -30,7 +30,7 @@ class Plan:
     resume: bool = False
 
     def faults(self, step_s: float) -> Faults:
-        """For steps that take so long when nothing fails."""
+        """Faults for steps of this length without failures."""
         return Faults(rate=self.actors, every_s=step_s, learner=self.learner, resume=self.resume)
 
 
@@ -46,7 +46,7 @@ def plans(cluster: Cluster, steps: int) -> list[Plan]:
 
 
 def not_lost(healthy: Run, failed: Run) -> tuple[float, float]:
-    """Which share of the busiest role's time was not lost: of all, and if no text were, but only the time away.
+    """Share of the busiest role's time that was not lost: of all, and if no text were lost, but only the downtime.
 
     Per role: the work of the run, what was done in vain (or again) and the time away, over its actors. Without idle
     time effective time cannot be more than that; a run that waits anyway can lose some for nothing.
@@ -60,7 +60,7 @@ def not_lost(healthy: Run, failed: Run) -> tuple[float, float]:
 
 
 def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
-    """What is run at a size: every arm first without failures, so that others can be compared with it."""
+    """Simulations of one size: every arm first without failures, as the baseline of the others."""
     failing = plans(best, steps)
     few = [(OURS.name, OURS, None), *((plan.name, OURS, plan) for plan in failing[:3])]
     if best.devices > 512:
@@ -77,7 +77,7 @@ def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the sentence that is logged for every failure."""
+    """Suppress the log line of every failure."""
     loggers = [logging.getLogger(f"launch.services.{name}") for name in ("replicas", "learner_restart")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Packing (P5): how full micro-batches are, how even, and that the loss is that of padded batches.
+"""Packing (P5): fill and balance of micro-batches, and equality of the loss with that of padded batches.
 
     python benchmarks/packing.py
 
@@ -29,7 +29,7 @@ VOCABULARY, WIDTH = 64, 16
 
 
 def step(trajectories: int, median: float, most: int, seed: int) -> list[Scored[TokenScores]]:
-    """A step's trajectories; what is said about their tokens is random."""
+    """Trajectories of a step, with random scores."""
     draw = np.random.default_rng(seed)
     lengths = np.clip(np.exp(draw.normal(np.log(median), 0.8, trajectories)).astype(int), 1, most)
     made = []
@@ -51,7 +51,7 @@ def inputs(item: Scored[TokenScores]) -> int:
 
 
 def padded_fill(lengths: Sequence[int], budget: int) -> float:
-    """Sequences in the order of arrival, padded to the longest of their batch, as many as the budget holds."""
+    """Fill of sequences in the order of arrival, padded to the longest of their batch, as many as the budget holds."""
     batches: list[list[int]] = [[]]
     for length in lengths:
         if max([*batches[-1], length]) * (len(batches[-1]) + 1) > budget:

@@ -1,4 +1,4 @@
-"""P7, P9: what publishing a version costs: against one memcpy, against the number of receivers, and in rollout time.
+"""P7, P9: cost of publishing a version: against one memcpy, against the number of receivers, and in rollout time.
 
     python benchmarks/publish.py [rounds] [megabytes] [completions]
     python benchmarks/publish.py parts [rounds] [megabytes]       what P7 consists of, without Ray and vLLM
@@ -58,7 +58,7 @@ SENTINEL = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32),
 
 
 class Source:
-    """Tensors, and the versions of them that are published through an outlet."""
+    """Tensors, and the versions of them that are published through a sender."""
 
     def __init__(self, named: dict[str, torch.Tensor], sender: WeightSender) -> None:
         shapes, kinds = [tuple(t.shape) for t in named.values()], [t.dtype for t in named.values()]
@@ -130,7 +130,7 @@ def against_memcpy(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
 
 
 def parts(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
-    """Where the time goes: what has to be done at least, and what is done, each alone."""
+    """Time of each part alone: the least possible work, and the actual work."""
     source = Source(tensors, SharedMemorySender())
     held = [source.publish(), source.publish()]
     flat = torch.cat([t.reshape(-1) for t in tensors.values()]).numpy()
@@ -157,7 +157,7 @@ def parts(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
 
 
 def receive(pipe: Connection) -> None:
-    """A receiver: verify what is announced, acknowledge, until there is nothing more."""
+    """Receive versions: verify and acknowledge each announcement, until there is none left."""
     while (announced := pipe.recv()) is not None:
         before = process_time()
         digest = collect(announced, read, "a benchmark").digest
@@ -208,7 +208,7 @@ def to_many(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
 
 
 async def rollout_stall(rounds: int, completions: int) -> Table:
-    """What a version that arrives costs a step of writing."""
+    """Delay of a rollout step by a version that arrives during it."""
     from transformers import AutoModelForCausalLM
 
     from actors.engine import VLLMEngine

@@ -1,4 +1,4 @@
-"""P1: what a scored token costs on the wire, in bytes and CPU: our frame, what TRL reads, and plain JSON.
+"""P1: cost of a scored token on the wire, in bytes and CPU: our frame, TRL's input, and plain JSON.
 
     python benchmarks/transport.py [rounds]
 
@@ -35,7 +35,7 @@ FIELDS = ("logprobs", "topk_ids", "topk_logprobs")
 
 
 def answers(k: int) -> tuple[TopKScores, ...]:
-    """Random testimony about `REQUESTS` completions of `TOKENS` tokens."""
+    """Random scores of `REQUESTS` completions of `TOKENS` tokens."""
     random = np.random.default_rng(k)
 
     def one() -> TopKScores:
@@ -97,7 +97,7 @@ class Peer:
         )  # fmt: skip
 
     def encode(self, said: Sequence[TokenScores]) -> bytes:
-        """The written token is the likeliest one in `answers`, so it is no entry of its own."""
+        """The encoded answer; the sampled token is the likeliest one in `answers`, so it is no entry of its own."""
 
         def position(ids: np.ndarray, values: np.ndarray) -> dict[int, Any]:
             ranked = enumerate(zip(ids.tolist(), values.tolist(), strict=True), 1)

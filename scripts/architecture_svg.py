@@ -1,4 +1,4 @@
-"""Draws docs/images/architecture.svg, the picture of the system: python scripts/architecture_svg.py.
+"""Drawing of docs/images/architecture.svg, the picture of the system: python scripts/architecture_svg.py.
 
 Text is at least 17 units high where the picture is 600 wide, so that it is 10 pixels high on a phone of 390. The
 picture brings its own background, for a page may be light where the reader's system is dark.
@@ -104,7 +104,7 @@ def driver() -> list[str]:
 
 
 def boxes() -> list[str]:
-    """What the driver calls."""
+    """The boxes that the driver calls."""
     middle = (BOX_LEFT + BOX_RIGHT) / 2
     parts = [text(middle, 40, "Ray actors", "name mid"), text(middle, 64, "launch/services/", "room mid")]
     for style, name, lines, room, top, bottom in BOXES:
@@ -115,7 +115,7 @@ def boxes() -> list[str]:
 
 
 def exchanges() -> list[str]:
-    """What travels: between a step and its box, from teachers to learners, from learners to engines."""
+    """Data exchanged: between a step and its box, from teachers to learners, from learners to engines."""
     left, right = DRIVER_RIGHT + 4, BOX_LEFT - 4
     parts = []
     for step, (sent, answered) in EXCHANGES.items():

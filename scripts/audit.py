@@ -1,4 +1,4 @@
-"""`make audit`: asks an advisory service about every pinned version, and says clearly when it could not be asked.
+"""`make audit`: queries an advisory service for every pinned version, or reports that the query failed.
 
     python scripts/audit.py [deadline_s=600] [locks=requirements]
 
@@ -28,7 +28,7 @@ def pins(locks: Iterable[str]) -> list[str]:
 
 
 def verdict(report: str, said: str) -> tuple[int, list[str]]:
-    """Exit status and lines to print, from pip-audit's JSON (empty: it did not get so far) and its last words."""
+    """Exit status and lines to print, from pip-audit's JSON (empty: it did not get so far) and its last output."""
     try:
         packages: list[dict[str, Any]] = json.loads(report)["dependencies"]
     except (ValueError, KeyError, TypeError):
@@ -50,7 +50,7 @@ def verdict(report: str, said: str) -> tuple[int, list[str]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Ask about the locks and print what is known."""
+    """Query the locks and print the advisories."""
     given = dict(argument.split("=", 1) for argument in arguments)
     locks = sorted((ROOT / given.get("locks", "requirements")).glob("*.lock"))
     deadline_s = float(given.get("deadline_s", 600))

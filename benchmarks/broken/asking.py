@@ -1,4 +1,4 @@
-"""Rollouts and scorers that ask the engines for something else, beside objectives that are right."""
+"""Rollouts and scorers that send wrong requests to the engines, beside objectives that are right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ def _reading(trajectories: Sequence[Trajectory], last: int, *, own: bool) -> lis
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentsContext(SampledTokens):
-    """A teacher that knows more is asked in the student's context, where it does not."""
+    """Scorer that queries a privileged teacher in the student's context, which lacks the privileged part."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await SampledTokens()(_reading(trajectories, 10**9, own=True), engines)
@@ -31,7 +31,7 @@ class StudentsContext(SampledTokens):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShortContext(SampledTokens):
-    """Only the last 128 ids of a prompt reach the teacher."""
+    """Scorer that sends the teacher only the last 128 ids of a prompt."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await SampledTokens()(_reading(trajectories, 128, own=False), engines)
@@ -39,7 +39,7 @@ class ShortContext(SampledTokens):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstMatrix(TeacherHidden):
-    """Hidden states of every teacher, to be read with the first one's matrix."""
+    """Hidden states of every teacher, all read with the first one's output matrix."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await TeacherHidden()(trajectories, engines)
@@ -48,7 +48,7 @@ class FirstMatrix(TeacherHidden):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithWritten(TeacherTopK):
-    """The teacher's top-k, whose last id makes place for the written token: what is compared depends on the draw."""
+    """The teacher's top-k, with the sampled token in place of its last id: the support depends on the draw."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await TeacherTopK(k=self.k)(trajectories, engines)
@@ -63,7 +63,7 @@ class WithWritten(TeacherTopK):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemperatureIgnored(StudentRollout):
-    """Writes at temperature 1, whatever was set."""
+    """Rollout that samples at temperature 1, whatever was set."""
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         return await StudentRollout(max_tokens=self.max_tokens)(group, engines)
@@ -71,7 +71,7 @@ class TemperatureIgnored(StudentRollout):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemperatureTwice(StudentRollout):
-    """The writer's log-probabilities divided by a temperature that they have already."""
+    """The behavior's log-probabilities divided by a temperature that they have already."""
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         written = await StudentRollout.__call__(self, group, engines)
@@ -82,7 +82,7 @@ class TemperatureTwice(StudentRollout):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastTokenMasked(StudentRollout):
-    """The last token of a text, which ends it, is context only."""
+    """Rollout that masks the last token of a text, which ends it."""
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         written = await StudentRollout.__call__(self, group, engines)

@@ -35,7 +35,7 @@ class PastReturns(WithReturns):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShortReturns(WithReturns):
-    """Returns that see the next 32 tokens alone."""
+    """Returns over the next 32 tokens alone."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await WithReturns.__call__(self, trajectories, engines)
@@ -58,7 +58,7 @@ class OwnReward(WithReturns):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleIgnored(WithReturns):
-    """Rewards as they are, whatever `reward_scale` says, which does not show while that is 1."""
+    """Rewards that ignore `reward_scale`, which does not show while that is 1."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await WithReturns.__call__(replace(self, reward_scale=1.0), trajectories, engines)
@@ -66,7 +66,7 @@ class ScaleIgnored(WithReturns):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NegatedAdvantage(GroupAdvantage):
-    """Worse answers have the greater advantage."""
+    """Greater advantages for worse answers."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await GroupAdvantage.__call__(self, trajectories, engines)
@@ -85,7 +85,7 @@ class LengthAdvantage(GroupAdvantage):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenTeacher(GroupAdvantage):
-    """Group advantages with a teacher's praise on top, which neither name nor promise mentions."""
+    """Group advantages plus a teacher's bonus, which neither name nor promise mentions."""
 
     requires: ClassVar[ScoreKinds] = SampledTokens.requires
 
@@ -101,7 +101,7 @@ class HiddenTeacher(GroupAdvantage):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alphabetical(SampledTokens):
-    """What was said of the texts, in the order of the alphabet."""
+    """Scores of the texts, in alphabetical order of the texts."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         said = await SampledTokens.__call__(self, trajectories, engines)
@@ -122,7 +122,7 @@ def _name(trajectories: Sequence[Trajectory]) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surprise:
-    """Tokens weigh what it cost the writer to write them: the expectation of the estimate is another one.
+    """Token weights that grow with the behavior's surprise: the estimate has another expectation.
 
     It does not say so; `Method` would refuse it otherwise.
     """
@@ -136,7 +136,7 @@ class Surprise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EveryTokenMean:
-    """Divided by all tokens there are, masked ones and texts without weight included."""
+    """Normalizer that counts all tokens, masked ones and texts without weight included."""
 
     def __call__(self, weights: Sequence[TokenWeights]) -> float:
         return float(sum(len(w) for w in weights))

@@ -1,4 +1,4 @@
-"""Is this teacher fit to teach this student? Probes of the running parts, through the ports alone.
+"""Examination of a teacher for a student: probes of the running parts, through the ports alone.
 
 Every probe asks one question and answers with a `Finding`: what was measured, and, where training would be wrong, a
 sentence that says why and what to do. They cost a few short completions and a dozen teacher calls.
@@ -69,7 +69,7 @@ def _checks(subject: Subject) -> Mapping[str, Check]:
 
 
 async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[Prompt], max_tokens: int) -> Finding:
-    """Does the teacher end the student's half-written texts better than the student (arXiv 2604.13016, 6.1)?
+    """Whether the teacher ends the student's half-written texts better than the student (arXiv 2604.13016, 6.1).
 
     Both write on from the middle of the student's own completions, each in its own context (a privileged teacher knows
     more); the task's grader judges the whole texts.
@@ -110,7 +110,7 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
 
 
 def _after(half: np.ndarray, rest: Trajectory) -> Trajectory:
-    """A text in two parts, for a grader: what was said of its tokens is left out."""
+    """A text in two parts as one trajectory for a grader, without scores of its tokens."""
     ids = np.concatenate([half, rest.token_ids]).astype(np.int32)
     nothing = TokenScores(logprobs=np.zeros(len(ids), dtype=np.float32))
     versions, mask = np.zeros(len(ids), dtype=np.int32), np.ones(len(ids), dtype=bool)

@@ -1,4 +1,4 @@
-"""The doctor's probes of a teacher: one question each, answered from what the teacher says of the student's texts.
+"""Checks of a teacher: one property each, measured on the teacher's scores of the student's texts.
 
 None needs a second model to compare with: a shifted, renormalized or unsteady teacher contradicts itself.
 """
@@ -14,7 +14,7 @@ from opd.types.log_probs import ROUNDING
 
 
 async def causality(subject: Subject, evidence: Evidence) -> Finding:
-    """Change one token: what stands before it must not notice, and it must.
+    """Causality: a changed token must change scores from its place on, and none before it.
 
     An answer that is one position early or late fails one of the two, without any reference to compare with: the change
     at the token is compared with the changes before and behind it, and with what the same question asked twice gives.
@@ -36,7 +36,7 @@ async def causality(subject: Subject, evidence: Evidence) -> Finding:
 
 
 def _aligned(subject: Subject, *, before: float, here: float, behind: float, floor: float) -> Finding:
-    """What the changes (nats) before, at and behind an exchanged token say; `floor` is what no change at all gives."""
+    """Finding from the changes (nats) before, at and behind an exchanged token; `floor` is that of no exchange."""
     measured = f"changed token: {here:.2g} nats at it, {before:.2g} before it, {behind:.2g} behind it"
     server = "shift its answers, or check the server's prompt_logprobs offset"
     if before > floor and before > here / 4:
@@ -65,14 +65,14 @@ def _aligned(subject: Subject, *, before: float, here: float, behind: float, flo
 
 
 def _exchanged(trajectory: Trajectory, at: int, vocabulary: int) -> Trajectory:
-    """The same text with another token at one place."""
+    """The same text with one token exchanged."""
     ids = trajectory.token_ids.copy()
     ids[at] = (ids[at] + 1) % vocabulary
     return replace(trajectory, token_ids=ids)
 
 
 async def steadiness(subject: Subject, evidence: Evidence) -> Finding:
-    """The same text in other company and order gets the same answer."""
+    """Batch invariance: the same text in another batch and order gets the same scores."""
     backwards = (await ask(subject.teacher, evidence.written[::-1], SampledToken()))[::-1]
     alone = await ask(subject.teacher, evidence.written[:1], SampledToken())
     gap = max(
@@ -90,7 +90,7 @@ async def steadiness(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
-    """Every member of the pool is the same teacher."""
+    """Agreement of all replicas of the pool."""
     if len(subject.replicas) < 2:
         return fine("replicas", "one replica")
     worst = 0.0
@@ -109,7 +109,7 @@ async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
-    """The same checkpoint, read by another backend, says the same."""
+    """Agreement of two backends on the same checkpoint."""
     assert subject.reference is not None
     said = await ask(subject.reference, evidence.written, SampledToken())
     gap = max(distance(a, b) for a, b in zip(evidence.said, said, strict=True))
@@ -126,7 +126,7 @@ async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
-    """Top-k logprobs are under the full softmax, not renormalized on the k, and know the written token."""
+    """Full softmax: top-k logprobs are not renormalized on the k, and agree with the sampled token's."""
     wide = await topk(subject, evidence)
     few = [s for s in await ask(subject.teacher, evidence.written, TopK(k=2)) if isinstance(s, TopKScores)]
     gap = max(
@@ -161,7 +161,7 @@ async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def padding(subject: Subject, evidence: Evidence) -> Finding:
-    """Columns of the output beyond the tokenizer hold no probability."""
+    """Padding: columns of the output beyond the tokenizer hold no probability."""
     wide = await topk(subject, evidence)
     said = [(w.topk_ids, w.topk_logprobs) for w in wide] + [
         (b.topk_ids, b.topk_logprobs) for t in evidence.written if isinstance(b := t.behavior, TopKScores)
@@ -179,7 +179,7 @@ async def padding(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def overlap(subject: Subject, evidence: Evidence) -> Finding:
-    """How many of the student's likeliest tokens are among the teacher's (arXiv 2604.13016, overlap ratio)."""
+    """Overlap of the student's likeliest tokens with the teacher's (arXiv 2604.13016, overlap ratio)."""
     wide = await topk(subject, evidence)
     shares = [
         (np.asarray(b.topk_ids)[:, :, None] == np.asarray(w.topk_ids)[:, None, :]).any(-1).mean(-1)
@@ -198,7 +198,7 @@ async def overlap(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def first_token(subject: Subject, evidence: Evidence) -> Finding:
-    """A chat template or thinking mode that differs shows at the first token of a completion.
+    """Agreement on the first token of a completion, where a different chat template or thinking mode shows.
 
     Compared with the tokens after it: a teacher to which all that the student writes is strange (or that is flat) is
     not one with another template.
@@ -222,7 +222,7 @@ async def first_token(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
-    """The token that ends a completion is one with which the teacher ends texts, too."""
+    """End of text: the token that ends a completion is one with which the teacher ends texts, too."""
     ended = [s for t, s in zip(evidence.written, evidence.said, strict=True) if t.stop is StopReason.END]
     if not ended:
         longest = max(len(t) for t in evidence.written)
@@ -249,7 +249,7 @@ async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def own_teacher(subject: Subject, evidence: Evidence) -> Finding:
-    """A teacher of the same backend that holds the student's checkpoint says what the student said: KL 0."""
+    """Reference check: a teacher of the same backend with the student's checkpoint scores as the student: KL 0."""
     assert subject.twin is not None
     said = await ask(subject.twin, evidence.written, SampledToken())
     gap = max(distance(t.behavior, s) for t, s in zip(evidence.written, said, strict=True))

@@ -1,4 +1,4 @@
-"""Known ways in which a run goes wrong, recognized from its metrics: a sentence or nothing.
+"""Alerts: known failure patterns of a run, recognized from its metrics.
 
 Pure functions of the history of step metrics (the newest last, under their logged names). The patterns are
 published; the thresholds are ours, chosen to be quiet on healthy runs, and fields of `AlertThresholds`. A pattern whose
@@ -18,7 +18,7 @@ _OVERLAP = ("distill/overlap_ratio", "distill/support_overlap")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlertThresholds:
-    """When an alert is raised. All defaults are ours; only `truncation` has been used elsewhere (5 %).
+    """Thresholds of the alerts. All defaults are ours; only `truncation` has been used elsewhere (5 %).
 
     Means of the last `window` steps are compared with the `window` steps before them. `overlap_fall` is absolute
     (0.05: from 0.90 to 0.85), `*_rise` are factors. Floors keep small numbers from counting: `length_floor` in
@@ -48,7 +48,7 @@ class AlertThresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """A pattern that is there now. `sentence` says what is seen, what it usually means, and what to do."""
+    """A pattern in the newest metrics. `sentence` says what is seen, what it usually means, and what to do."""
 
     name: str
     sentence: str
@@ -65,7 +65,7 @@ class _Change:
 
 
 def raised(history: Sequence[Line], limits: AlertThresholds | None = None) -> list[Alert]:
-    """The alerts at the newest step of `history`; of it the last `2 * window` steps are looked at."""
+    """The alerts at the newest step of `history`, of which the last `2 * window` steps are read."""
     limits = limits or AlertThresholds()
     seen = history[-2 * limits.window :]
     found = [(name, pattern(seen, limits)) for name, pattern in _PATTERNS.items()]
@@ -100,7 +100,7 @@ def _mean(history: Sequence[Line], name: str, window: int) -> float | None:
 
 
 def _collapse(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """Rethinking OPD (arXiv 2604.13016): late collapse shows as falling overlap, rising entropy and gradient norm."""
+    """Alert on late collapse (arXiv 2604.13016): falling overlap, rising entropy and gradient norm."""
     changes = (_change(history, name, limits.window) for name in _OVERLAP)
     overlap = next((change for change in changes if change is not None), None)
     entropy = _change(history, "actor/entropy", limits.window)
@@ -119,7 +119,7 @@ def _collapse(history: Sequence[Line], limits: AlertThresholds) -> str | None:
 
 
 def _inflation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """StableOPD (arXiv 2604.08527): abrupt length inflation, then truncation, then repetition."""
+    """Alert on abrupt length inflation, then truncation, then repetition (StableOPD, arXiv 2604.08527)."""
     length = _change(history, "response_length/mean", limits.window)
     if length is None or length.factor < limits.length_rise or length.now - length.before < limits.length_floor:
         return None
@@ -131,7 +131,7 @@ def _inflation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
 
 
 def _truncation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """Above the limit and not on its way down: a student that has yet to learn to stop is no news."""
+    """Alert on a share above the threshold that does not fall: a student that has yet to learn to stop is normal."""
     cut = _change(history, "response_length/clip_ratio", limits.window)
     if cut is None or cut.now <= limits.truncation or cut.now < limits.still_falling * cut.before:
         return None
@@ -164,7 +164,7 @@ def _mismatch(history: Sequence[Line], limits: AlertThresholds) -> str | None:
 
 
 def _determinism(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """A student that always writes the same and is wrong: too high a learning rate does it (docs/log.md)."""
+    """Alert on a student that always writes the same and is wrong: too high a learning rate does it (docs/log.md)."""
     entropy = _change(history, "actor/entropy", limits.window)
     divergence = _change(history, "distill/reverse_kl", limits.window)
     if entropy is None or divergence is None:
@@ -180,7 +180,7 @@ def _determinism(history: Sequence[Line], limits: AlertThresholds) -> str | None
 
 
 def _skipped(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """A step without a token to train has no loss."""
+    """Alert on a step without a token to train, which has no loss."""
     recent = history[-limits.window :]
     count = sum("actor/loss" not in line for line in recent)
     if not count:

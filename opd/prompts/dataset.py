@@ -149,7 +149,7 @@ class DatasetPrompts:
         return f"{self.path}/{number}"
 
     def _prompts(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> list[Prompt | None]:
-        """Of each row its prompt, or None where it is too long and may be left out."""
+        """Prompt of each row, or None where it is too long and may be left out."""
         mine = self._encode([self._said(n, rows[n], rows[n].prompt) for n in numbers], sources)
         privileged = [n for n in numbers if rows[n].teacher_prompt]
         said = [self._said(n, rows[n], rows[n].teacher_prompt) for n in privileged]

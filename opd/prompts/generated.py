@@ -1,4 +1,4 @@
-"""Prompts of an embedded task, generated on demand: what the tasks' sources share."""
+"""Prompts of an embedded task, generated on demand: common code of the tasks' sources."""
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ SAMPLE = 1024  # problems that show what all are like
 
 
 class Problem(Protocol):
-    """What is asked and what is right."""
+    """A drawn problem: its prompt and its answer."""
 
     @property
     def prompt(self) -> str: ...
@@ -62,7 +62,7 @@ class GeneratedPrompts:
         return self.problems
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
-        """The first problems stand for all: they are made alike (see `opd.ports.Listed`)."""
+        """The first problems, which represent all: they are generated alike (see `opd.ports.Listed`)."""
         numbers = range(min(self.problems or SAMPLE, SAMPLE)) if step is None else dict.fromkeys(self._numbers(step))
         for number in numbers:
             prompt = self._prompt(number, sources)

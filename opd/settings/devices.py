@@ -1,4 +1,4 @@
-"""Where a model runs and in which numbers: one vocabulary for students, teachers and learners."""
+"""Devices and dtypes: one vocabulary for students, teachers and learners."""
 
 from enum import Enum
 
@@ -8,7 +8,7 @@ from opd.errors import ConfigurationError
 
 
 class Device(Enum):
-    """Where a model runs. `AUTO` is a GPU where the process sees one."""
+    """Device of a model. `AUTO` is a GPU where the process sees one."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -16,7 +16,7 @@ class Device(Enum):
 
 
 class Dtype(Enum):
-    """The numbers of weights and activations. `AUTO` is bfloat16 on a GPU and float32 on a CPU."""
+    """Dtype of weights and activations. `AUTO` is bfloat16 on a GPU and float32 on a CPU."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -29,7 +29,7 @@ def on_gpu(asked: Device) -> bool:
 
 
 def resolve_device(asked: Device, role: str) -> torch.device:
-    """The device to use. Raises `ConfigurationError` if a GPU was asked for and this process sees none."""
+    """The device to use. Raises `ConfigurationError` if a GPU is requested and this process sees none."""
     if asked is Device.GPU and not torch.cuda.is_available():
         raise ConfigurationError(
             f"{role}.device is GPU, but this process sees no CUDA device; set {role}.device=AUTO, or "

@@ -59,12 +59,12 @@ def _digest(text: bytes) -> bytes:
 
 
 def names_a_secret(key: str) -> bool:
-    """Is what stands under this key a secret, whatever its type? Example: `hf_api_key`."""
+    """Whether the value under this key is a secret, whatever its type. Example: `hf_api_key`."""
     return _SECRET_KEY.search(key) is not None
 
 
 def names_a_token(key: str) -> bool:
-    """Is a *text* under this key a secret? `hf_token` is one; `max_tokens` holds a number, `tokenizer` is no token."""
+    """Whether a *text* under this key is a secret: `hf_token` is; `max_tokens` is a number, `tokenizer` no token."""
     return _TOKEN_KEY.search(key) is not None
 
 
