@@ -31,11 +31,11 @@ class BaseWeights:
             DataError: there are no such layers here, or other shapes.
         """
         adapters = pairs((name, value.to(device)) for name, value in delivered.tensors())
-        strange = sorted(layer for layer in adapters if f"{layer}.weight" not in self._files)
-        if strange:
+        unknown = sorted(layer for layer in adapters if f"{layer}.weight" not in self._files)
+        if unknown:
             raise DataError(
-                f"{len(strange)} adapters are for layers that the engine's checkpoint does not have, the first is "
-                f"{strange[0]}; give learner and engine the same student.path"
+                f"{len(unknown)} adapters are for layers that the engine's checkpoint does not have, the first is "
+                f"{unknown[0]}; give learner and engine the same student.path"
             )
         layers = {sibling for layer in adapters for sibling in self._siblings(layer)}
         yield from with_adapters(self._read(layers), adapters, delivered.manifest.lora_scale)

@@ -216,8 +216,8 @@ class VLLMEngine:
 
     def _read(self, ids: np.ndarray, loop: EngineLoop) -> np.ndarray:
         """Log-probabilities of the tokens 1.. of a text."""
-        said: Any = loop.finish(ids.tolist(), self._limits.reading()).prompt_logprobs
-        return np.asarray(said.logprobs, dtype=np.float32)
+        output: Any = loop.finish(ids.tolist(), self._limits.reading()).prompt_logprobs
+        return np.asarray(output.logprobs, dtype=np.float32)
 
     async def stats(self) -> EngineStats:
         """Counters of this engine since its start."""

@@ -21,7 +21,7 @@ OURS, NARROW = Arm(name="ahead 8", ahead=8), Arm(name="ahead 4", ahead=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Failures:
     """Failures to inject: `actors` deaths of each actor in a step, `learner` of the learner."""
 
     name: str
@@ -34,14 +34,14 @@ class Plan:
         return Faults(rate=self.actors, every_s=step_s, learner=self.learner, resume=self.resume)
 
 
-def plans(cluster: Cluster, steps: int) -> list[Plan]:
+def plans(cluster: Cluster, steps: int) -> list[Failures]:
     """Three readings of "10 % failures", and the first with the restart of everything when the learner dies."""
     each, learner = 0.1 / cluster.actors, 0.1 * cluster.learner / cluster.actors
     return [
-        Plan(name="one in 10 % of steps", actors=each, learner=learner),
-        Plan(name="the same, the run resumed", actors=each, learner=learner, resume=True),
-        Plan(name="10 % of actors, learner once", actors=0.1 / steps, learner=1 / steps),
-        Plan(name="each actor in 10 % of steps", actors=0.1, learner=0.0),
+        Failures(name="one in 10 % of steps", actors=each, learner=learner),
+        Failures(name="the same, the run resumed", actors=each, learner=learner, resume=True),
+        Failures(name="10 % of actors, learner once", actors=0.1 / steps, learner=1 / steps),
+        Failures(name="each actor in 10 % of steps", actors=0.1, learner=0.0),
     ]
 
 
@@ -59,7 +59,7 @@ def not_lost(healthy: Run, failed: Run) -> tuple[float, float]:
     return max(needed) / max(lost), max(needed) / max(away)
 
 
-def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
+def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Failures | None]]:
     """Simulations of one size: every arm first without failures, as the baseline of the others."""
     failing = plans(best, steps)
     few = [(OURS.name, OURS, None), *((plan.name, OURS, plan) for plan in failing[:3])]

@@ -102,8 +102,10 @@ def spent(actors: int, load: Workload) -> tuple[float, float]:
     """CPU-seconds and actor calls per sample, with this many actors."""
     student = StubEngines(actors // 2, actors // 4)
     inputs = load.sequences * (load.prompt // load.grain + TOKENS)
-    nobody: Any = None
-    engines = ports.Engines(student=student, teachers={"default": student}, writers={}, graders={}, tokenizer=nobody)
+    no_tokenizer: Any = None
+    engines = ports.Engines(
+        student=student, teachers={"default": student}, writers={}, graders={}, tokenizer=no_tokenizer
+    )
 
     async def observe(record: Any) -> None:
         pass

@@ -35,14 +35,14 @@ def step(trajectories: int, median: float, most: int, seed: int) -> list[Scored[
     made = []
     for i, length in enumerate(lengths):
         context = draw.integers(0, VOCABULARY, draw.integers(20, 120)).astype(np.int32)
-        said, behavior = (-draw.random(length, dtype=np.float32) - 1 for _ in range(2))
+        teacher, behavior = (-draw.random(length, dtype=np.float32) - 1 for _ in range(2))
         trajectory = Trajectory(
             prompt=Prompt(id=str(i), student_ids=context, teacher_ids=context), sample=0,
             token_ids=draw.integers(0, VOCABULARY, length).astype(np.int32), behavior=TokenScores(logprobs=behavior),
             loss_mask=np.ones(length, dtype=bool), versions=np.zeros(length, dtype=np.int32),
             stop=StopReason.END, rewards={},
         )  # fmt: skip
-        made.append(Scored(trajectory=trajectory, scores=TokenScores(logprobs=said)))
+        made.append(Scored(trajectory=trajectory, scores=TokenScores(logprobs=teacher)))
     return made
 
 

@@ -216,8 +216,8 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
     model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
     ids = torch.arange(3, 27)
     with torch.no_grad():
-        said = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-    sentinel = Sentinel(ids=ids.numpy().astype(np.int32), logprobs=said.numpy(), tolerance=1e-3)
+        log_probs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    sentinel = Sentinel(ids=ids.numpy().astype(np.int32), logprobs=log_probs.numpy(), tolerance=1e-3)
     source = Source({n: p.detach() for n, p in model.named_parameters()}, SharedMemorySender())
     config = StudentConfig(path=str(STUDENT), max_model_len=128, dtype=Dtype.FLOAT32)
     engine = VLLMEngine(config, 0, read)
@@ -225,26 +225,26 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
     random = np.random.default_rng(0)
     contexts = [random.integers(3, 40, 12).astype(np.int32) for _ in range(completions)]
     sampling = Sampling(max_tokens=64)
-    asked = [
+    requests = [
         GenerateRequest(prompt_id=str(i), sample=0, context_ids=c, sampling=sampling) for i, c in enumerate(contexts)
     ]
 
     async def none() -> None:
-        await engine.generate(asked)
+        await engine.generate(requests)
 
     halfway = 0.0
 
     async def in_flight() -> None:
         # In the middle of the writing, as long as the round before took.
-        writing = asyncio.create_task(engine.generate(asked))
+        writing = asyncio.create_task(engine.generate(requests))
         await asyncio.sleep(halfway)
         await engine.receive(source.publish(sentinel))
         await writing
 
     async def drained() -> None:
-        await engine.generate(asked[: completions // 2])
+        await engine.generate(requests[: completions // 2])
         await engine.receive(source.publish(sentinel))
-        await engine.generate(asked[completions // 2 :])
+        await engine.generate(requests[completions // 2 :])
 
     arms = {"none arrives": none, "in-flight swap": in_flight, "drain and swap": drained}
     seconds: Times = {name: [] for name in arms}
@@ -259,7 +259,7 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
                 seconds[name].append(perf_counter() - start)
                 loads[name].append((await engine.stats()).update_s - before)
     await engine.close()
-    table = Table(title=f"P9: {len(asked)} completions of up to {sampling.max_tokens} tokens")
+    table = Table(title=f"P9: {len(requests)} completions of up to {sampling.max_tokens} tokens")
     for column in ("arm", "seconds", "of none", "loading, seconds", "stall: loading / all"):
         table.add_column(column)
     for name, values in seconds.items():

@@ -289,14 +289,14 @@ def overlap(devices: int = 32, steps: int = 24, filling: int = 9) -> None:
         least, work = floors(cluster, load, steps)
         overlapped = max(work, least.teacher, least.learner + least.push)
         bound = least.lock_step / overlapped
-        said = [
+        parts = [
             f"\n{devices} H200: {cluster.rollout} rollout x {slots} slots, {cluster.teacher} teacher",
             f"{cluster.learner} learner; {load.sequences} sequences a step, median {load.median:g}, sigma {sigma}",
             f"mean {load.mean:.0f}, cut at {load.most}; limit: rollout {work:.0f} s (longest {least.rollout:.0f})",
             f"teacher {least.teacher:.0f}, learner {least.learner:.0f}, push {least.push:.2f}",
             f"lock-step {least.lock_step:.0f}, overlapped {overlapped:.0f}: at most {bound:.2f}x",
         ]
-        console.print(", ".join(said), soft_wrap=True, highlight=False)
+        console.print(", ".join(parts), soft_wrap=True, highlight=False)
         table = Table("arm", "step, s", "faster than lock-step", "of the bound (0.95)", "eta (0.95)", "bubble (5 %)",
                       "bubble from spans", "oldest token", "virtual s a CPU s")  # fmt: skip
         lock = 0.0

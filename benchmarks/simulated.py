@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from actors.engine import SMALLEST_PART
-from benchmarks.stand_ins import CARE, Crew, Faults, Worker, actor, end
+from benchmarks.stand_ins import RETRIES, Crew, Faults, Worker, actor, end
 from launch.services.pools import StudentPool, TeacherPool
 from opd import ports
 from opd.observability import roofline
@@ -88,9 +88,9 @@ class Workload:
 
     def lengths(self, step: int) -> Lengths:
         """The real tokens of a step (counted from 0)."""
-        asked = [(f"{step}/{i}", s) for i in range(self.sequences // self.group) for s in range(self.group)]
-        response = np.array([self.response(p, s) * self.grain for p, s in asked], dtype=np.int64)
-        return Lengths(prompt=np.full(len(asked), self.prompt), response=response, group=self.group)
+        copies = [(f"{step}/{i}", s) for i in range(self.sequences // self.group) for s in range(self.group)]
+        response = np.array([self.response(p, s) * self.grain for p, s in copies], dtype=np.int64)
+        return Lengths(prompt=np.full(len(copies), self.prompt), response=response, group=self.group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,7 @@ class SimulatedStudent:
 
     async def start(self) -> None:
         """All engines, anew."""
-        self.pool = StudentPool(CARE, self._make, end)
+        self.pool = StudentPool(RETRIES, self._make, end)
         await self.pool.replicas.start(self._count)
 
     async def stop(self) -> None:
@@ -203,7 +203,7 @@ class SimulatedTeacher:
 
     async def start(self) -> None:
         """All actors, anew."""
-        self.pool = TeacherPool(CARE, self._make, end)
+        self.pool = TeacherPool(RETRIES, self._make, end)
         await self.pool.replicas.start(self._count)
         self._arrived, self._gate = 0, asyncio.Event()
 

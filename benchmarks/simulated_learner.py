@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.simulated import Cluster, Workload
-from benchmarks.stand_ins import CARE, Busy, Faults
+from benchmarks.stand_ins import RETRIES, Busy, Faults
 from launch.services.learner_group import RanksLost
 from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.replicas import Fault
@@ -69,7 +69,7 @@ class SimulatedLearner:
 
         if self.faults.resume:
             return make()
-        return RestartingLearner(RankFactory(make=make, check=_whole), CARE.restarts, 1 << 60)
+        return RestartingLearner(RankFactory(make=make, check=_whole), RETRIES.restarts, 1 << 60)
 
     def seconds(self, batches: Sequence[Sequence[Any]]) -> tuple[float, float]:
         """Seconds of a step, and the part of them that a rank computes on average."""

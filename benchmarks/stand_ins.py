@@ -16,7 +16,7 @@ from launch.config.retry_policy import RetryPolicy
 from opd.errors import ServiceLost, ServiceVanished
 
 # As a run has it, but with as many tries and replacements as it takes (a run has 4 and 8).
-CARE = RetryPolicy(deadline_s=1e6, start_deadline_s=1e6, attempts=50, restarts=1_000_000)
+RETRIES = RetryPolicy(deadline_s=1e6, start_deadline_s=1e6, attempts=50, restarts=1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +89,11 @@ class Worker:
         left = len(seconds)
         try:
             while left:
-                said = await call.out.get()
-                if isinstance(said, ServiceLost):
-                    raise said
-                left -= len(said)
-                yield said
+                delivered = await call.out.get()
+                if isinstance(delivered, ServiceLost):
+                    raise delivered
+                left -= len(delivered)
+                yield delivered
         finally:
             del self._calls[call]
             if left and self.alive:

@@ -47,21 +47,21 @@ def answers(k: int) -> tuple[TopKScores, ...]:
     return tuple(one() for _ in range(REQUESTS))
 
 
-def frame(said: Sequence[TokenScores]) -> bytes:
-    digests = tuple(bytes(16) for _ in said)
-    return encode_reply(Reply(call=bytes(16), model=bytes(16), digests=digests, answers=tuple(said)))
+def frame(scores: Sequence[TokenScores]) -> bytes:
+    digests = tuple(bytes(16) for _ in scores)
+    return encode_reply(Reply(call=bytes(16), model=bytes(16), digests=digests, answers=tuple(scores)))
 
 
 def unframe(body: bytes) -> Sequence[TokenScores]:
     return decode_reply(body, LIMITS).answers
 
 
-def base64_json(said: Sequence[TokenScores]) -> bytes:
+def base64_json(scores: Sequence[TokenScores]) -> bytes:
     def packed(array: np.ndarray) -> dict[str, Any]:
         data = base64.b64encode(array.tobytes()).decode()
         return {"data": data, "dtype": array.dtype.str, "shape": array.shape}
 
-    return json.dumps([{f: packed(getattr(a, f)) for f in FIELDS} for a in said]).encode()
+    return json.dumps([{f: packed(getattr(a, f)) for f in FIELDS} for a in scores]).encode()
 
 
 def unbase64_json(body: bytes) -> Sequence[TokenScores]:
@@ -71,8 +71,8 @@ def unbase64_json(body: bytes) -> Sequence[TokenScores]:
     return [TopKScores(**{f: unpacked(a[f]) for f in FIELDS}) for a in json.loads(body)]
 
 
-def list_json(said: Sequence[TokenScores]) -> bytes:
-    return json.dumps([{f: getattr(a, f).tolist() for f in FIELDS} for a in said]).encode()
+def list_json(scores: Sequence[TokenScores]) -> bytes:
+    return json.dumps([{f: getattr(a, f).tolist() for f in FIELDS} for a in scores]).encode()
 
 
 def unlist_json(body: bytes) -> Sequence[TokenScores]:
@@ -96,7 +96,7 @@ class Peer:
             CompletionResponse, CompletionResponseChoice, UsageInfo, Logprob
         )  # fmt: skip
 
-    def encode(self, said: Sequence[TokenScores]) -> bytes:
+    def encode(self, scores: Sequence[TokenScores]) -> bytes:
         """The encoded answer; the sampled token is the likeliest one in `answers`, so it is no entry of its own."""
 
         def position(ids: np.ndarray, values: np.ndarray) -> dict[int, Any]:
@@ -108,16 +108,16 @@ class Peer:
             scored = [None, *(position(*row) for row in rows)]
             return self._choice(index=number, text="", finish_reason="length", prompt_logprobs=scored)
 
-        choices = [choice(i, a) for i, a in enumerate(said) if isinstance(a, TopKScores)]
+        choices = [choice(i, a) for i, a in enumerate(scores) if isinstance(a, TopKScores)]
         return self._response(model="teacher", choices=choices, usage=self._usage()).model_dump_json().encode()
 
     def decode(self, body: bytes) -> Sequence[TokenScores]:
         return [self._read(choice) for choice in json.loads(body)["choices"]]
 
     def _read(self, choice: dict[str, Any]) -> TopKScores:
-        said = choice["prompt_logprobs"]
-        written = [0, *(int(next(iter(position))) for position in said[1:])]
-        read = self._client._format_sequence_logprobs(choice, written, 1, len(said[1]))
+        entries = choice["prompt_logprobs"]
+        written = [0, *(int(next(iter(position))) for position in entries[1:])]
+        read = self._client._format_sequence_logprobs(choice, written, 1, len(entries[1]))
         return TopKScores(
             logprobs=np.asarray(read["actual_logprobs"], np.float32)[:, 0],
             topk_ids=np.asarray(read["logprob_token_ids"], np.int32),
@@ -144,26 +144,26 @@ ARMS: dict[str, Arm] = {
 
 def measure(k: int, rounds: int) -> dict[str, tuple[int, list[float]]]:
     """Per arm: bytes of the message, and CPU nanoseconds per token of encoding plus decoding, once per round."""
-    said = answers(k)
+    scores = answers(k)
     sizes, spent = dict.fromkeys(ARMS, 0), {name: [] for name in ARMS}
     for turn in range(rounds + 1):
         for name, (encode, decode) in ARMS.items():
             repeats = 100 if name == "frame" else 1  # one frame takes less than the clock can tell
-            body, back = b"", said
+            body, back = b"", scores
             start = process_time_ns()
             for _ in range(repeats):
-                body = encode(said)
+                body = encode(scores)
                 back = decode(body)
             used = (process_time_ns() - start) / repeats / (REQUESTS * TOKENS)
             sizes[name] = len(body)
-            _same(said, back)
+            _same(scores, back)
             if turn:  # the first is warm-up
                 spent[name].append(used)
     return {name: (sizes[name], spent[name]) for name in ARMS}
 
 
-def _same(said: Sequence[Any], back: Sequence[Any]) -> None:
-    for a, b in zip(said, back, strict=True):
+def _same(scores: Sequence[Any], back: Sequence[Any]) -> None:
+    for a, b in zip(scores, back, strict=True):
         assert all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS), "an arm changed the numbers"
 
 

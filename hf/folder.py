@@ -43,17 +43,17 @@ def read_json(file: Path, part: str) -> dict[str, Any]:
         DataError: it is no UTF-8, no JSON, nested too deep, or no mapping.
     """
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number without end
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise DataError(f"{part} has a damaged {file.name} in {str(file.parent)!r} ({reason}); copy it anew") from error
-    if not isinstance(said, dict):
-        kind = "null" if said is None else f"a {type(said).__name__}"
+    if not isinstance(value, dict):
+        kind = "null" if value is None else f"a {type(value).__name__}"
         raise DataError(
             f"{part} has a damaged {file.name} in {str(file.parent)!r} (it holds {kind} instead of a mapping); copy it "
             "anew"
         )
-    return said
+    return value
 
 
 def read_config(path: str, part: str) -> dict[str, Any]:
@@ -155,13 +155,13 @@ def _header(file: Path, part: str) -> dict[str, Stored]:
                 raise damaged("it is a pickle and no safetensors, and is never opened")
             else:
                 raise damaged("it is empty" if not total else "it has no header of safetensors, or is cut off")
-        said = json.loads(text.decode("utf-8"))
+        header = json.loads(text.decode("utf-8"))
         tensors = {
             name: (
                 Stored(file=file, dtype=str(t["dtype"]), shape=tuple(map(index, t["shape"]))),
                 tuple(t["data_offsets"]),
             )
-            for name, t in said.items()
+            for name, t in header.items()
             if name != "__metadata__"
         }
         end = 0

@@ -98,24 +98,24 @@ def check_head(causal: Any, part: str, bias: bool) -> nn.Linear:
         small.weight.copy_(40 * F.normalize(torch.randn(small.weight.shape, generator=generator), dim=-1))
         body = getattr(causal, prefix)
         try:
-            setattr(causal, prefix, _Saying(hidden))
+            setattr(causal, prefix, _ConstantBody(hidden))
             causal.set_output_embeddings(small)
-            said = causal(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False).logits
+            logits = causal(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False).logits
         finally:
             setattr(causal, prefix, body)
             causal.set_output_embeddings(head)
         expected = F.linear(hidden, small.weight)
-    if not torch.allclose(said.float(), expected, rtol=1e-3, atol=1e-3):
-        worst = int((said.float() - expected).abs().argmax())
+    if not torch.allclose(logits.float(), expected, rtol=1e-3, atol=1e-3):
+        worst = int((logits.float() - expected).abs().argmax())
         raise ConfigurationError(
             f"{part} needs logits that are hidden states times the output matrix, but {name} scales or bounds them "
-            f"afterwards ({float(expected.flatten()[worst]):.1f} becomes {float(said.flatten()[worst]):.1f}); choose "
+            f"afterwards ({float(expected.flatten()[worst]):.1f} becomes {float(logits.flatten()[worst]):.1f}); choose "
             "a model with a plain output layer"
         )
     return head
 
 
-class _Saying(nn.Module):
+class _ConstantBody(nn.Module):
     """Stand-in for a model's body, and any part of one, that returns `hidden` for every input."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -125,11 +125,11 @@ class _Saying(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name) if name == "hidden" or name.startswith("_") else self
 
-    def forward(self, *_: Any, **__: Any) -> "_Said":
-        return _Said(last_hidden_state=self.hidden)
+    def forward(self, *_: Any, **__: Any) -> "_Output":
+        return _Output(last_hidden_state=self.hidden)
 
 
-class _Said(dict[str, Any]):
+class _Output(dict[str, Any]):
     """Stand-in for the output of transformers' models: fields by name, by place, and None for missing ones."""
 
     def __getattr__(self, name: str) -> Any:
@@ -169,20 +169,20 @@ class Trial:
         def alone(after: int) -> list[Tensor]:
             rows = [F.pad(s, (0, after), value=1)[None].to(device) for s in ids]
             logits = [causal(input_ids=row, use_cache=False).logits[0] for row in rows]
-            return [said[: len(s)].float() for said, s in zip(logits, ids, strict=True)]
+            return [one[: len(s)].float() for one, s in zip(logits, ids, strict=True)]
 
         causal.set_attn_implementation("eager")  # the only one that computes whatever a model asks
         logits = alone(0)
-        if any(bool(said.isnan().any()) for said in logits):
+        if any(bool(one.isnan().any()) for one in logits):
             raise DataError(f"{part} answers with NaN, so its weights are damaged; copy the folder anew")
         hooks = [module.register_forward_hook(_nudge) for module in _stream(causal)]
         again = alone(1 if max(lengths) < positions else 0)
         for hook in hooks:
             hook.remove()
-        expected = tuple(said.log_softmax(-1) for said in logits)
+        expected = tuple(one.log_softmax(-1) for one in logits)
         # Never less than the rounding of a logit itself.
-        grain = torch.finfo(next(causal.parameters()).dtype).eps * max(float(said.abs().median()) for said in logits)
-        floor = max(_gap(expected, (said.log_softmax(-1) for said in again)), grain)
+        grain = torch.finfo(next(causal.parameters()).dtype).eps * max(float(one.abs().median()) for one in logits)
+        floor = max(_gap(expected, (one.log_softmax(-1) for one in again)), grain)
         return Trial(sequences=tuple(ids), expected=expected, floor=floor)
 
     @torch.no_grad()

@@ -114,7 +114,7 @@ def _vocabulary(key: _Key) -> tuple[Mapping[str, int], str]:
     return tokens, _digest(json.dumps(sorted(tokens.items(), key=lambda item: (item[1], item[0]))))
 
 
-def compare(student: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
+def check_same_tokens(student: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
     """Raise `DataError` that names the first difference. Padding of the output (`rows`) is ignored, and of chat
     templates only the student's is used (see `launch.plan.checks.prompts`).
     """

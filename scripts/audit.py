@@ -27,12 +27,12 @@ def pins(locks: Iterable[str]) -> list[str]:
     return [f"{name}=={version}" for name, version in sorted(found)]
 
 
-def verdict(report: str, said: str) -> tuple[int, list[str]]:
+def verdict(report: str, output: str) -> tuple[int, list[str]]:
     """Exit status and lines to print, from pip-audit's JSON (empty: it did not get so far) and its last output."""
     try:
         packages: list[dict[str, Any]] = json.loads(report)["dependencies"]
     except (ValueError, KeyError, TypeError):
-        why = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+        why = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "it said nothing")
         return NOT_ASKED, [f"the advisory service could not be asked, so nothing is known: {why[:300]}"]
     lines = [
         f"{package['name']} {package['version']}: {advisory['id']}, fixed in {advisory['fix_versions']}"
@@ -40,13 +40,16 @@ def verdict(report: str, said: str) -> tuple[int, list[str]]:
         for advisory in package.get("vulns", [])
     ]
     unknown = [package["name"] for package in packages if "skip_reason" in package]
-    asked = len(packages) - len(unknown)
+    queried = len(packages) - len(unknown)
     if unknown:
         lines.append(f"not known to the service: {', '.join(unknown)}")
-    if not asked:
+    if not queried:
         return NOT_ASKED, [*lines, "the advisory service knows none of the packages, so nothing is known"]
     bad = any("vulns" in package and package["vulns"] for package in packages)
-    return (FOUND if bad else 0), [*lines, f"{asked} packages asked about, {'see above' if bad else 'nothing known'}"]
+    return (FOUND if bad else 0), [
+        *lines,
+        f"{queried} packages asked about, {'see above' if bad else 'nothing known'}",
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,16 +58,16 @@ def main(arguments: Sequence[str]) -> int:
     locks = sorted((ROOT / given.get("locks", "requirements")).glob("*.lock"))
     deadline_s = float(given.get("deadline_s", 600))
     with tempfile.TemporaryDirectory() as folder:
-        asked, report = Path(folder, "pins.txt"), Path(folder, "report.json")
-        asked.write_text("\n".join(pins(lock.read_text() for lock in locks)) + "\n")
-        command = [sys.executable, "-m", "pip_audit", "--requirement", str(asked), "--no-deps", "--disable-pip"]
+        listing, report = Path(folder, "pins.txt"), Path(folder, "report.json")
+        listing.write_text("\n".join(pins(lock.read_text() for lock in locks)) + "\n")
+        command = [sys.executable, "-m", "pip_audit", "--requirement", str(listing), "--no-deps", "--disable-pip"]
         command += ["--format", "json", "--output", str(report), "--progress-spinner", "off", "--timeout", "15"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, check=False)
-            said = done.stderr
+            output = done.stderr
         except subprocess.TimeoutExpired:
-            said = f"it gave no answer within {deadline_s:g} s"
-        status, lines = verdict(report.read_text() if report.exists() else "", said)
+            output = f"it gave no answer within {deadline_s:g} s"
+        status, lines = verdict(report.read_text() if report.exists() else "", output)
     print("\n".join(lines))
     return status
 

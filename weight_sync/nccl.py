@@ -128,8 +128,8 @@ class PullSender:
                 _say(lines, {"link": number})
                 group = _group(self._wire, (self._host, self._store.port), number, 0, self._deadline_s)
                 connection.settimeout(None)  # between publications there is nothing to ask for
-                while asked := _heard(lines):
-                    room = self._filled.get((asked["turn"], asked["number"]))
+                while request := _heard(lines):
+                    room = self._filled.get((request["turn"], request["number"]))
                     _say(lines, {"nbytes": -1 if room is None else len(room)})
                     if room is not None:
                         _pass(group, room, self._deadline_s)

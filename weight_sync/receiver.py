@@ -107,15 +107,15 @@ class WeightReceiver:
         subject, chunks = self._refusing(version), self._announced(version).chunks
         if not 0 <= number < len(chunks):
             raise DataError(f"{subject}: chunk {number} came, but it announced {len(chunks)}; check the learner")
-        said, buffer = chunks[number], data if isinstance(data, Tensor) else flat_bytes(data)
-        if buffer.nbytes != said.nbytes:
+        chunk, buffer = chunks[number], data if isinstance(data, Tensor) else flat_bytes(data)
+        if buffer.nbytes != chunk.nbytes:
             raise DataError(
-                f"{subject}: chunk {number} should have {said.nbytes} bytes, but {buffer.nbytes} came; publish again"
+                f"{subject}: chunk {number} should have {chunk.nbytes} bytes, but {buffer.nbytes} came; publish again"
             )
         found = digest(buffer)
-        if found != said.digest:
+        if found != chunk.digest:
             raise DataError(
-                f"{subject}: the digest of chunk {number} is {found}, not {said.digest} as announced; it was damaged "
+                f"{subject}: the digest of chunk {number} is {found}, not {chunk.digest} as announced; it was damaged "
                 "on the way, publish again"
             )
         self._parts.setdefault(number, buffer if isinstance(buffer, Tensor) else torch.from_numpy(buffer))

@@ -72,8 +72,8 @@ def _register() -> None:
 
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
     place = urlsplit(url)
-    said = dict(part.split("=") for part in place.query.split("&"))
-    host, port, rank, world = str(place.hostname), place.port or 0, int(said["rank"]), int(said["world_size"])
+    query = dict(part.split("=") for part in place.query.split("&"))
+    host, port, rank, world = str(place.hostname), place.port or 0, int(query["rank"]), int(query["world_size"])
     if rank == 0:
         yield hosted_store(host, port, timeout), rank, world
     else:

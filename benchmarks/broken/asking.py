@@ -42,8 +42,8 @@ class FirstMatrix(TeacherHidden):
     """Hidden states of every teacher, all read with the first one's output matrix."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await TeacherHidden()(trajectories, engines)
-        return [replace(s, head=np.zeros_like(s.head)) for s in said if isinstance(s, HiddenScores)]
+        scores = await TeacherHidden()(trajectories, engines)
+        return [replace(s, head=np.zeros_like(s.head)) for s in scores if isinstance(s, HiddenScores)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +51,14 @@ class WithWritten(TeacherTopK):
     """The teacher's top-k, with the sampled token in place of its last id: the support depends on the draw."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await TeacherTopK(k=self.k)(trajectories, engines)
-        return [self._with(t, s) for t, s in zip(trajectories, said, strict=True) if isinstance(s, TopKScores)]
+        scores = await TeacherTopK(k=self.k)(trajectories, engines)
+        return [self._with(t, s) for t, s in zip(trajectories, scores, strict=True) if isinstance(s, TopKScores)]
 
-    def _with(self, trajectory: Trajectory, said: TopKScores) -> TopKScores:
-        ids, logprobs = np.array(said.topk_ids), np.array(said.topk_logprobs)
+    def _with(self, trajectory: Trajectory, scores: TopKScores) -> TopKScores:
+        ids, logprobs = np.array(scores.topk_ids), np.array(scores.topk_logprobs)
         missing = (ids != trajectory.token_ids[:, None]).all(1)
-        ids[missing, -1], logprobs[missing, -1] = trajectory.token_ids[missing], said.logprobs[missing]
-        return replace(said, topk_ids=ids, topk_logprobs=logprobs)
+        ids[missing, -1], logprobs[missing, -1] = trajectory.token_ids[missing], scores.logprobs[missing]
+        return replace(scores, topk_ids=ids, topk_logprobs=logprobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,8 +165,8 @@ class CachedByShape(_Spoilt):
     kept: ClassVar[dict[int, Tensor]] = {}
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        said = self.kept.setdefault(len(batch), batch.scores.logprobs)
-        return (student.at(batch.target_ids) - said.to(batch.scores.logprobs.dtype)).detach()
+        kept = self.kept.setdefault(len(batch), batch.scores.logprobs)
+        return (student.at(batch.target_ids) - kept.to(batch.scores.logprobs.dtype)).detach()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

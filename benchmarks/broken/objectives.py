@@ -109,8 +109,8 @@ class ShiftedWrittenTokens(SampledTokens):
     """The teacher's log-probabilities, one position late."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await SampledTokens()(trajectories, engines)
-        return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in said if isinstance(s, TokenScores)]
+        scores = await SampledTokens()(trajectories, engines)
+        return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in scores if isinstance(s, TokenScores)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,9 +144,9 @@ def verify(folder: Path) -> DriverState:
 
 
 def _state(path: Path) -> DriverState:
-    said = read_json(path, ANOTHER)
+    content = read_json(path, ANOTHER)
     try:
-        state = DriverState.from_json(said)
+        state = DriverState.from_json(content)
         Ledger.from_json(state.ledger)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error

@@ -13,7 +13,7 @@ import psutil
 from opd.errors import ConfigurationError
 
 LOCK = "running.json"
-_STRANGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what a note of nobody's is read with
+_MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what a note of nobody's is read with
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def is_over(directory: Path) -> bool:
         return True
     try:
         here = json.loads(text)["host"] == socket.gethostname()
-    except _STRANGE:
+    except _MALFORMED:
         here = True
     return here and _holder(text) is None
 
@@ -74,7 +74,7 @@ def _holder(text: str) -> int | None:
     try:
         note = json.loads(text)
         pid, started, host = int(note["pid"]), float(note["started"]), str(note["host"])
-    except _STRANGE:  # empty, cut off by a crash, or none of ours
+    except _MALFORMED:  # empty, cut off by a crash, or none of ours
         return None
     if host != socket.gethostname() or pid == os.getpid():
         return None

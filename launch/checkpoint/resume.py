@@ -124,21 +124,21 @@ def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
 
 
 def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
-    said = {change.name: change for change in found}
+    changed = {change.name: change for change in found}
     remarks: list[str] = []
-    if moved := next((change for name, change in said.items() if re.fullmatch(r"prompts\.(.+\.)?path", name)), None):
+    if moved := next((change for name, change in changed.items() if re.fullmatch(r"prompts\.(.+\.)?path", name)), None):
         remarks.append(
             f"note: {moved.name} was {moved.before} and is {moved.now} now, with the same content; prompts are named "
             "after their path, so from here on text is sampled with other seeds than it would have been"
         )
-    if "steps" in said and not config.learner.schedule.constant:
+    if "steps" in changed and not config.learner.schedule.constant:
         remarks.append(
-            f"note: steps was {said['steps'].before} and is {config.steps} now, so the learning rate's schedule "
+            f"note: steps was {changed['steps'].before} and is {config.steps} now, so the learning rate's schedule "
             f"({config.learner.schedule.name}) ends elsewhere from here on"
         )
-    if "checkpoint_every" in said and config.deterministic and config.max_staleness:
+    if "checkpoint_every" in changed and config.deterministic and config.max_staleness:
         remarks.append(
-            f"note: checkpoint_every was {said['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
+            f"note: checkpoint_every was {changed['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
             "text is written across a checkpoint, so from here on other versions write than would have"
         )
     elif config.deterministic and not config.pipeline.repeats_from(step):

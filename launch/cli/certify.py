@@ -24,17 +24,17 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
     """
     if output and not Path(output).resolve().parent.is_dir():
         raise ConfigurationError(f"output={output} lies in a folder that does not exist; make the folder first")
-    asked = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
+    requested = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
     own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
     rest = [o for o in overrides if not o.startswith("method=")]
-    if "," in "".join(asked):
-        raise ConfigurationError(f"method={asked[-1]} names several; give one, or none to certify all of them")
+    if "," in "".join(requested):
+        raise ConfigurationError(f"method={requested[-1]} names several; give one, or none to certify all of them")
     # A group, because some scorers compare trajectories; `method.x=...` still changes the method's parts.
     torch.set_num_threads(1)  # the world is tiny: a second thread only waits
     grouped = rest if any(o.startswith("prompts") for o in rest) else ["prompts.group_size=2", *rest]
     found = []
     every = sorted(path.stem for path in Path(own, "method").glob("*.yaml")) if own else groups()["method"]
-    for name in asked[-1:] or every:
+    for name in requested[-1:] or every:
         found.append(certify(run_config([f"method={name}", *grouped]).method))
         console.print(table(found[-1]))
     if len(found) > 1:

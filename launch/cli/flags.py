@@ -43,8 +43,8 @@ def read_flags(arguments: Sequence[str]) -> Flags:
     if any(argument.partition("=")[0] in _HELP for argument in arguments):
         words = [a.partition("=")[2] if a.startswith("--help=") else a for a in arguments]
         words = [w for w in words if w and not w.startswith("-")]
-        asked = [w for w in words if "=" not in w]
-        return Flags(helps=True, words=asked, rest=[w for w in words if "=" in w])
+        topics = [w for w in words if "=" not in w]
+        return Flags(helps=True, words=topics, rest=[w for w in words if "=" in w])
     rest: list[str] = []
     shows = False
     waiting = list(arguments)

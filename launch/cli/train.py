@@ -17,7 +17,7 @@ from launch.monitors.live_view import busy_words
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trackers import check_login
 from launch.plan.plan import Plan, make_plan
-from launch.report.next_steps import told
+from launch.report.next_steps import next_steps_text
 from launch.run.evaluate import Spent
 from launch.run.run import Run, costs, make_evaluator
 from launch.run.session import open_session
@@ -46,7 +46,7 @@ def run_training(overrides: Sequence[str]) -> int:
     if config.dry_run:
         return 0
     directory = train_once(plan, console)
-    console.print(told(directory), soft_wrap=True, markup=False, highlight=False)
+    console.print(next_steps_text(directory), soft_wrap=True, markup=False, highlight=False)
     return 0
 
 

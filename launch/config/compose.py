@@ -79,8 +79,8 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
         return
     close = difflib.get_close_matches(value, known[group], n=1, cutoff=0.5)
     meant = f"did you mean {group}={close[0]}? " if close else ""
-    said = override if len(override) < LONG else shown(override)
-    raise ConfigurationError(f"{said} does not exist; {meant}(have: {', '.join(known[group])})")
+    given = override if len(override) < LONG else shown(override)
+    raise ConfigurationError(f"{given} does not exist; {meant}(have: {', '.join(known[group])})")
 
 
 def _readable(override: str, known: Sequence[Key], own: str) -> str:
@@ -115,8 +115,8 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
             f"override {shown(override)} cannot be read ({first_line(error)}); "
             + (f"quote its value: {_for_a_shell(name, value)}" if len(value) < LONG else "shorten its value")
         ) from error
-    told = parsed.value()
-    if is_text and (parsed.is_sweep_override() or isinstance(told, bool | int | float)):
+    value = parsed.value()
+    if is_text and (parsed.is_sweep_override() or isinstance(value, bool | int | float)):
         return _quoted(prefixed)
     if parsed.is_sweep_override():
         raise ConfigurationError(

@@ -110,7 +110,7 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
     for base in node.bases:
         inherited = settings(known[base.id]) if isinstance(base, ast.Name) and base.id in known else None
         found |= inherited or {}
-    said = " ".join((ast.get_docstring(node) or "").split())
+    docstring = " ".join((ast.get_docstring(node) or "").split())
     for line in node.body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
@@ -121,7 +121,7 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
             name=field,
             kind=kind,
             default=_shown(line.value),
-            text=_comment(lines, line) or _clause(said, field),
+            text=_comment(lines, line) or _clause(docstring, field),
             module=module,
         )
     return found

@@ -34,8 +34,8 @@ def construct(cls: type, values: Any, where: str, allowed: Sequence[str] = ()) -
     given: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            said = nearest(str(name), list(fields)) if fields else "it has none, leave it out"
-            raise ConfigurationError(f"{where}.{name}: {cls.__name__} has no such field; {said}")
+            meant = nearest(str(name), list(fields)) if fields else "it has none, leave it out"
+            raise ConfigurationError(f"{where}.{name}: {cls.__name__} has no such field; {meant}")
         default = default_of(fields[name])
         given[name] = built(hints[name], value, f"{where}.{name}", allowed, default)
     unset = [n for n, f in fields.items() if n not in given and default_of(f) is dataclasses.MISSING]

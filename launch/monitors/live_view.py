@@ -173,13 +173,13 @@ def _signal_name(metrics: Mapping[str, float]) -> str:
 
 
 def _accuracy(result: EvaluationPoint) -> str:
-    said = [
+    shares = [
         f"{label} {value:.1%}"
         for label, value in (("greedy", result.greedy), ("sampled", result.mean_at_k))
         if value is not None
     ]
-    said += [f"{task} {value:.1%}" for task, value in result.mean_at_k_by_task.items()]
-    return ", ".join(said) or NOT_MEASURED
+    shares += [f"{task} {value:.1%}" for task, value in result.mean_at_k_by_task.items()]
+    return ", ".join(shares) or NOT_MEASURED
 
 
 def _results(result: EvaluationPoint) -> str:

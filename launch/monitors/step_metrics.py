@@ -72,10 +72,10 @@ def _learning(record: StepRecord) -> dict[str, float]:
     report = record.report
     if not report.trained_tokens:  # the step was skipped
         return {}
-    said = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in report.metrics.items()}
+    named = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in report.metrics.items()}
     # Where an objective reports `loss`, it is the unweighted mean; what is minimized is `report.loss`.
-    said.pop("distill/loss", None)
-    learned = {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **said}
+    named.pop("distill/loss", None)
+    learned = {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **named}
     return learned | {"actor/skipped": 1.0} if report.skipped else learned
 
 

@@ -116,8 +116,8 @@ class Plan:
         table.add_section()
         table.add_row("method", "", " -> ".join(type(p).__name__ for p in parts), "")
         table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
-        for place, said in self.answers.items():
-            table.add_row(f"{place}: answers", "", said, "")
+        for place, sentence in self.answers.items():
+            table.add_row(f"{place}: answers", "", sentence, "")
         table.add_row("GPUs", "", gpus(config), "")
         table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
         table.add_row("ends of text", "", ", ".join(map(str, self.ends)), "")
@@ -174,7 +174,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
     identities = {name: tokenizer_identity(t.path) for name, t in config.teachers.items()}
-    said = check_templates(config, tokenizer_identity(config.student.path), identities, training)
+    template_notes = check_templates(config, tokenizer_identity(config.student.path), identities, training)
     return Plan(
         config=config,
         sources=sources,
@@ -187,7 +187,7 @@ def make_plan(config: RunConfig) -> Plan:
         answers=answers,
         prompts=_shown(training, tokenizer),
         remarks=[
-            *remarks(config, training, held_out, said, dated=tokenizer.dated),
+            *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
             *numbers_notes(config),
             *schedule_notes(config),

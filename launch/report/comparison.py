@@ -96,12 +96,12 @@ def read_arms(arms: Sequence[Arm], reference: str, notes: Sequence[str] = ()) ->
             )
         curves.append(Curve(label=arm.label, seed=arm.seed, points=points))
     teachers = [data.teacher for data in found.values() if data.teacher is not None]
-    said = [note for data in found.values() if data.summary for note in data.summary.notes]
+    recorded = [note for data in found.values() if data.summary for note in data.summary.notes]
     return SideBySide(
         curves=tuple(curves),
         reference=reference,
         teacher=teachers[0] if teachers else None,
-        notes=tuple(dict.fromkeys([*notes, *said])),
+        notes=tuple(dict.fromkeys([*notes, *recorded])),
     )
 
 

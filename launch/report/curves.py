@@ -118,8 +118,8 @@ def _draw_signal(axes: Axes, data: RunData, name: str, checked: str | None) -> N
     at = thinned(len(line))
     axes.plot(series.steps[at], series.values[at], color=BLUE, linewidth=0.9, alpha=0.3)
     axes.plot(series.steps[at], line[at], color=BLUE)
-    said = "training " if checked else ""
-    labels = [EndLabel(y=line[-1], text=f"{said}{line[-1]:.2g}", color=BLUE)]
+    prefix = "training " if checked else ""
+    labels = [EndLabel(y=line[-1], text=f"{prefix}{line[-1]:.2g}", color=BLUE)]
     dots = data.evaluated(checked) if checked else None
     if dots:
         axes.plot(dots.steps, dots.values, color=ORANGE, linestyle="none", marker="o", markersize=5)

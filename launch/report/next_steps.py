@@ -25,7 +25,7 @@ def next_steps(directory: RunDirectory, summary: RunSummary | None) -> list[Next
     return list(_steps(directory, summary))
 
 
-def told(directory: RunDirectory) -> str:
+def next_steps_text(directory: RunDirectory) -> str:
     """Outputs of a finished run, and the commands that go on with it, as text."""
     steps = next_steps(directory, RunSummary.read(directory.summary))
     left = [f"report: {directory.report}", f"student: {directory.export}"]

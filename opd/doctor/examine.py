@@ -26,10 +26,10 @@ async def examine(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) 
     sampling = Sampling(max_tokens=max_tokens, topk=min(subject.support, subject.vocabulary))
     written = await write(prompts, subject.engines.student, sampling)
     try:
-        said = await ask(subject.teacher, written, SampledToken())
+        scores = await ask(subject.teacher, written, SampledToken())
     except DataError as error:
         return [_unreadable("answers", subject, error)]
-    evidence = Evidence(written=written, said=said)
+    evidence = Evidence(written=written, scores=scores)
     findings = [fine("answers", f"{sum(map(len, written))} tokens scored")]
     for name, check in _checks(subject).items():
         try:
@@ -92,8 +92,8 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
     rewards = []
     for engine, as_teacher in ((engines.student, False), (writer, True)):
         rests = [Sampling(max_tokens=max(1, max_tokens - len(half))) for half in halves]
-        asked = [write([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
-        ended = await asyncio.gather(*asked)
+        endings = [write([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
+        ended = await asyncio.gather(*endings)
         whole = [_after(half, t) for half, (t,) in zip(halves, ended, strict=True)]
         rewards.append(np.asarray(await task_rewards(whole, engines)))
     student, teacher = (float(np.mean(r)) for r in rewards)

@@ -83,7 +83,7 @@ class Evidence:
     """Short completions of the student (with its top-k), and the teacher's scores of their tokens."""
 
     written: Sequence[Trajectory]
-    said: Sequence[TokenScores]
+    scores: Sequence[TokenScores]
 
 
 async def ask(teacher: LogprobTeacher, written: Sequence[Trajectory], kind: ScoreKind) -> list[TokenScores]:

@@ -41,8 +41,8 @@ class _WriterGap:
 
 async def hidden_states(subject: Subject, evidence: Evidence) -> Finding:
     """Check that hidden states times the output matrix of the learner repeat the teacher's own logprobs."""
-    said = await TeacherHidden()(evidence.written, subject.engines)
-    gap = (await _evaluated(subject, evidence.written, said, _HeadGap()))["gap"]
+    scores = await TeacherHidden()(evidence.written, subject.engines)
+    gap = (await _evaluated(subject, evidence.written, scores, _HeadGap()))["gap"]
     measured = f"{gap:.2g} nats on average between logprobs and hidden states"
     if not gap <= subject.thresholds.mean_tolerance:
         return refused(
@@ -70,8 +70,8 @@ async def engine_equals_learner(subject: Subject, evidence: Evidence) -> Finding
 
 
 async def _evaluated(
-    subject: Subject, written: Sequence[Trajectory], said: Sequence[Scores], objective: _HeadGap | _WriterGap
+    subject: Subject, written: Sequence[Trajectory], scores: Sequence[Scores], objective: _HeadGap | _WriterGap
 ) -> Mapping[str, float]:
-    scored = [Scored(trajectory=t, scores=s) for t, s in zip(written, said, strict=True)]
+    scored = [Scored(trajectory=t, scores=s) for t, s in zip(written, scores, strict=True)]
     batches = pack(scored, weigh({}, scored), subject.learner.layout, TokenMean())
     return await subject.learner.evaluate(batches, objective)

@@ -19,7 +19,7 @@ async def causality(subject: Subject, evidence: Evidence) -> Finding:
     An answer that is one position early or late fails one of the two, without any reference to compare with: the change
     at the token is compared with the changes before and behind it, and with what the same question asked twice gives.
     """
-    texts = [(t, s) for t, s in zip(evidence.written, evidence.said, strict=True) if len(t) > 1]
+    texts = [(t, s) for t, s in zip(evidence.written, evidence.scores, strict=True) if len(t) > 1]
     if not texts:
         return warned("alignment", "no completion has two tokens", "alignment of teacher and student is unknown")
     written, plain = [t for t, _ in texts], [s for _, s in texts]
@@ -76,7 +76,8 @@ async def steadiness(subject: Subject, evidence: Evidence) -> Finding:
     backwards = (await ask(subject.teacher, evidence.written[::-1], SampledToken()))[::-1]
     alone = await ask(subject.teacher, evidence.written[:1], SampledToken())
     gap = max(
-        *[distance(a, b) for a, b in zip(evidence.said, backwards, strict=True)], distance(evidence.said[0], alone[0])
+        *[distance(a, b) for a, b in zip(evidence.scores, backwards, strict=True)],
+        distance(evidence.scores[0], alone[0]),
     )
     measured = f"{gap:.2g} nats between orders"
     if gap > subject.thresholds.tolerance:
@@ -96,7 +97,7 @@ async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
     worst = 0.0
     for number, replica in enumerate(subject.replicas):
         answers = await ask(replica, evidence.written[:4], SampledToken())
-        gap = max(distance(a, b) for a, b in zip(evidence.said, answers, strict=False))
+        gap = max(distance(a, b) for a, b in zip(evidence.scores, answers, strict=False))
         worst = max(worst, gap)
         if gap > subject.thresholds.tolerance:
             return refused(
@@ -111,8 +112,8 @@ async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
 async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
     """Agreement of two backends on the same checkpoint."""
     assert subject.reference is not None
-    said = await ask(subject.reference, evidence.written, SampledToken())
-    gap = max(distance(a, b) for a, b in zip(evidence.said, said, strict=True))
+    scores = await ask(subject.reference, evidence.written, SampledToken())
+    gap = max(distance(a, b) for a, b in zip(evidence.scores, scores, strict=True))
     measured = f"{gap:.2g} nats from the torch backend"
     if gap > subject.thresholds.tolerance:
         return refused(
@@ -136,7 +137,7 @@ async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
     mass = max(float(np.exp(np.asarray(w.topk_logprobs)).sum(-1).max()) for w in wide)
     inside = [
         np.abs(np.asarray(w.topk_logprobs) - np.asarray(s.logprobs)[:, None])[np.asarray(w.topk_ids) == ids[:, None]]
-        for w, s, ids in zip(wide, evidence.said, [t.token_ids for t in evidence.written], strict=True)
+        for w, s, ids in zip(wide, evidence.scores, [t.token_ids for t in evidence.written], strict=True)
     ]
     written = float(max((part.max() for part in inside if len(part)), default=0.0))
     tolerance = subject.thresholds.tolerance
@@ -163,10 +164,10 @@ async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
 async def padding(subject: Subject, evidence: Evidence) -> Finding:
     """Padding: columns of the output beyond the tokenizer hold no probability."""
     wide = await topk(subject, evidence)
-    said = [(w.topk_ids, w.topk_logprobs) for w in wide] + [
+    supports = [(w.topk_ids, w.topk_logprobs) for w in wide] + [
         (b.topk_ids, b.topk_logprobs) for t in evidence.written if isinstance(b := t.behavior, TopKScores)
     ]
-    mass = max(float((np.exp(lp) * (np.asarray(ids) >= subject.vocabulary)).sum(-1).max()) for ids, lp in said)
+    mass = max(float((np.exp(lp) * (np.asarray(ids) >= subject.vocabulary)).sum(-1).max()) for ids, lp in supports)
     measured = f"mass {mass:.2g} beyond {subject.vocabulary} tokens"
     if mass > subject.thresholds.padding_mass:
         return refused(
@@ -205,7 +206,7 @@ async def first_token(subject: Subject, evidence: Evidence) -> Finding:
     """
     gaps = [
         np.asarray(t.behavior.logprobs, dtype=np.float64) - np.asarray(s.logprobs)
-        for t, s in zip(evidence.written, evidence.said, strict=True)
+        for t, s in zip(evidence.written, evidence.scores, strict=True)
     ]
     first = float(np.mean([gap[0] for gap in gaps]))
     rest = np.concatenate([gap[1:] for gap in gaps])
@@ -223,7 +224,7 @@ async def first_token(subject: Subject, evidence: Evidence) -> Finding:
 
 async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
     """End of text: the token that ends a completion is one with which the teacher ends texts, too."""
-    ended = [s for t, s in zip(evidence.written, evidence.said, strict=True) if t.stop is StopReason.END]
+    ended = [s for t, s in zip(evidence.written, evidence.scores, strict=True) if t.stop is StopReason.END]
     if not ended:
         longest = max(len(t) for t in evidence.written)
         return warned(
@@ -251,8 +252,8 @@ async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
 async def own_teacher(subject: Subject, evidence: Evidence) -> Finding:
     """Reference check: a teacher of the same backend with the student's checkpoint scores as the student: KL 0."""
     assert subject.twin is not None
-    said = await ask(subject.twin, evidence.written, SampledToken())
-    gap = max(distance(t.behavior, s) for t, s in zip(evidence.written, said, strict=True))
+    scores = await ask(subject.twin, evidence.written, SampledToken())
+    gap = max(distance(t.behavior, s) for t, s in zip(evidence.written, scores, strict=True))
     measured = f"{gap:.2g} nats from its own text"
     if gap > subject.thresholds.tolerance:
         return refused(

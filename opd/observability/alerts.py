@@ -64,19 +64,19 @@ class _Change:
         return self.now / self.before if self.before > 0 else 1.0
 
 
-def raised(history: Sequence[Line], limits: AlertThresholds | None = None) -> list[Alert]:
+def raised(history: Sequence[Line], thresholds: AlertThresholds | None = None) -> list[Alert]:
     """The alerts at the newest step of `history`, of which the last `2 * window` steps are read."""
-    limits = limits or AlertThresholds()
-    seen = history[-2 * limits.window :]
-    found = [(name, pattern(seen, limits)) for name, pattern in _PATTERNS.items()]
+    thresholds = thresholds or AlertThresholds()
+    seen = history[-2 * thresholds.window :]
+    found = [(name, pattern(seen, thresholds)) for name, pattern in _PATTERNS.items()]
     return [Alert(name=name, sentence=sentence) for name, sentence in found if sentence is not None]
 
 
-def first_raised(history: Sequence[Line], limits: AlertThresholds | None = None) -> list[tuple[int, Alert]]:
+def first_raised(history: Sequence[Line], thresholds: AlertThresholds | None = None) -> list[tuple[int, Alert]]:
     """Every alert of a whole run with the step at which it was first raised."""
-    limits, found = limits or AlertThresholds(), dict[str, tuple[int, Alert]]()
+    thresholds, found = thresholds or AlertThresholds(), dict[str, tuple[int, Alert]]()
     for end in range(1, len(history) + 1):
-        for alert in raised(history[max(0, end - 2 * limits.window) : end], limits):
+        for alert in raised(history[max(0, end - 2 * thresholds.window) : end], thresholds):
             found.setdefault(alert.name, (int(history[end - 1].get("step") or end), alert))
     return list(found.values())
 
@@ -99,16 +99,16 @@ def _mean(history: Sequence[Line], name: str, window: int) -> float | None:
     return sum(values) / window if len(values) == window else None
 
 
-def _collapse(history: Sequence[Line], limits: AlertThresholds) -> str | None:
+def _collapse(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
     """Alert on late collapse (arXiv 2604.13016): falling overlap, rising entropy and gradient norm."""
-    changes = (_change(history, name, limits.window) for name in _OVERLAP)
+    changes = (_change(history, name, thresholds.window) for name in _OVERLAP)
     overlap = next((change for change in changes if change is not None), None)
-    entropy = _change(history, "actor/entropy", limits.window)
-    norm = _change(history, "actor/grad_norm", limits.window)
+    entropy = _change(history, "actor/entropy", thresholds.window)
+    norm = _change(history, "actor/grad_norm", thresholds.window)
     if overlap is None or entropy is None or norm is None:
         return None
-    fell = overlap.before - overlap.now >= limits.overlap_fall
-    if not fell or entropy.factor < limits.entropy_rise or norm.factor < limits.grad_norm_rise:
+    fell = overlap.before - overlap.now >= thresholds.overlap_fall
+    if not fell or entropy.factor < thresholds.entropy_rise or norm.factor < thresholds.grad_norm_rise:
         return None
     return (
         f"student and teacher come apart: the overlap of their likeliest tokens fell from {overlap.before:.2f} to "
@@ -118,33 +118,33 @@ def _collapse(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     )
 
 
-def _inflation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
+def _inflation(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
     """Alert on abrupt length inflation, then truncation, then repetition (StableOPD, arXiv 2604.08527)."""
-    length = _change(history, "response_length/mean", limits.window)
-    if length is None or length.factor < limits.length_rise or length.now - length.before < limits.length_floor:
+    length = _change(history, "response_length/mean", thresholds.window)
+    if length is None or length.factor < thresholds.length_rise or length.now - length.before < thresholds.length_floor:
         return None
     return (
-        f"completions grow: from {length.before:.0f} to {length.now:.0f} tokens in {2 * limits.window} steps; "
+        f"completions grow: from {length.before:.0f} to {length.now:.0f} tokens in {2 * thresholds.window} steps; "
         "length inflation usually ends in truncated and repetitive text: look at samples.jsonl, mix in reference "
         "completions or keep the student close to its start, and do not let long answers dilute the loss"
     )
 
 
-def _truncation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
+def _truncation(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
     """Alert on a share above the threshold that does not fall: a student that has yet to learn to stop is normal."""
-    cut = _change(history, "response_length/clip_ratio", limits.window)
-    if cut is None or cut.now <= limits.truncation or cut.now < limits.still_falling * cut.before:
+    cut = _change(history, "response_length/clip_ratio", thresholds.window)
+    if cut is None or cut.now <= thresholds.truncation or cut.now < thresholds.still_falling * cut.before:
         return None
     return (
-        f"{cut.now:.0%} of the completions are cut by the token limit (alert above {limits.truncation:.0%}); the "
+        f"{cut.now:.0%} of the completions are cut by the token limit (alert above {thresholds.truncation:.0%}); the "
         "student then learns from texts without an end: raise max_tokens, shorten the prompts' task, or give cut "
         "completions weight 0"
     )
 
 
-def _repetition(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    rate = _mean(history, "repetition/rate", limits.window)
-    if rate is None or rate <= limits.repetition:
+def _repetition(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    rate = _mean(history, "repetition/rate", thresholds.window)
+    if rate is None or rate <= thresholds.repetition:
         return None
     return (
         f"{rate:.0%} of the completions repeat themselves; teachers often find repetition likely, so the loss will not "
@@ -152,9 +152,9 @@ def _repetition(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     )
 
 
-def _mismatch(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    gap = _change(history, "training/rollout_logprob_gap_mean", limits.window)
-    if gap is None or gap.factor < limits.gap_rise or gap.now < limits.gap_floor:
+def _mismatch(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    gap = _change(history, "training/rollout_logprob_gap_mean", thresholds.window)
+    if gap is None or gap.factor < thresholds.gap_rise or gap.now < thresholds.gap_floor:
         return None
     return (
         f"engine and learner drift apart: the mean |log p - log mu| of written tokens grew from {gap.before:.3g} to "
@@ -163,14 +163,14 @@ def _mismatch(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     )
 
 
-def _determinism(history: Sequence[Line], limits: AlertThresholds) -> str | None:
+def _determinism(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
     """Alert on a student that always writes the same and is wrong: too high a learning rate does it (docs/log.md)."""
-    entropy = _change(history, "actor/entropy", limits.window)
-    divergence = _change(history, "distill/reverse_kl", limits.window)
+    entropy = _change(history, "actor/entropy", thresholds.window)
+    divergence = _change(history, "distill/reverse_kl", thresholds.window)
     if entropy is None or divergence is None:
         return None
-    wrong = divergence.now >= limits.reverse_kl_floor and divergence.factor >= limits.reverse_kl_rise
-    if entropy.now > limits.entropy_floor or entropy.factor >= 1 or not wrong:
+    wrong = divergence.now >= thresholds.reverse_kl_floor and divergence.factor >= thresholds.reverse_kl_rise
+    if entropy.now > thresholds.entropy_floor or entropy.factor >= 1 or not wrong:
         return None
     return (
         f"the student becomes deterministic and wrong: entropy fell from {entropy.before:.3g} to {entropy.now:.3g} "
@@ -179,9 +179,9 @@ def _determinism(history: Sequence[Line], limits: AlertThresholds) -> str | None
     )
 
 
-def _skipped(history: Sequence[Line], limits: AlertThresholds) -> str | None:
+def _skipped(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
     """Alert on a step without a token to train, which has no loss."""
-    recent = history[-limits.window :]
+    recent = history[-thresholds.window :]
     count = sum("actor/loss" not in line for line in recent)
     if not count:
         return None

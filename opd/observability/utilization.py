@@ -94,14 +94,14 @@ def step_utilization(start: float, end: float, spans: Sequence[Span], limit_s: f
     def together(roles: Sequence[Stage]) -> float:
         return _length(_merged([interval for role in roles for interval in cut[role]]))
 
-    everybody = together(list(Stage))
+    every_role = together(list(Stage))
     return Utilization(
         steps=1,
         wall_s=end - start,
         limit_s=limit_s,
         busy={role: _length(cut[role]) for role in Stage},
         held={role: together([role] if role is Stage.TEACHER else [role, Stage.PUBLISH]) for role in STAFFED},
-        alone={role: everybody - together([other for other in Stage if other is not role]) for role in Stage},
+        alone={role: every_role - together([other for other in Stage if other is not role]) for role in Stage},
     )
 
 

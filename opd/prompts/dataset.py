@@ -150,22 +150,22 @@ class DatasetPrompts:
 
     def _prompts(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> list[Prompt | None]:
         """Prompt of each row, or None where it is too long and may be left out."""
-        mine = self._encode([self._said(n, rows[n], rows[n].prompt) for n in numbers], sources)
+        mine = self._encode([self._prompt_text(n, rows[n], rows[n].prompt) for n in numbers], sources)
         privileged = [n for n in numbers if rows[n].teacher_prompt]
-        said = [self._said(n, rows[n], rows[n].teacher_prompt) for n in privileged]
-        its = dict(zip(privileged, self._encode(said, sources), strict=True))
+        texts = [self._prompt_text(n, rows[n], rows[n].teacher_prompt) for n in privileged]
+        its = dict(zip(privileged, self._encode(texts, sources), strict=True))
         return [
             self._prompt(number, rows[number], ids, its.get(number, ids), sources.place)
             for number, ids in zip(numbers, mine, strict=True)
         ]
 
-    def _said(self, number: int, row: Row, text: str | Messages) -> PromptText:
+    def _prompt_text(self, number: int, row: Row, text: str | Messages) -> PromptText:
         where = row.where or f"{self.path}: row {number + 1}"
         return PromptText(text=text + self.suffix if isinstance(text, str) else text, tools=row.tools, where=where)
 
-    def _encode(self, said: Sequence[PromptText], sources: Sources) -> list[np.ndarray]:
-        encoded = [np.asarray(ids, dtype=np.int32) for ids in sources.tokenizer.encode_all(said)]
-        for one, ids in zip(said, encoded, strict=True):
+    def _encode(self, texts: Sequence[PromptText], sources: Sources) -> list[np.ndarray]:
+        encoded = [np.asarray(ids, dtype=np.int32) for ids in sources.tokenizer.encode_all(texts)]
+        for one, ids in zip(texts, encoded, strict=True):
             if len(ids) == 0:
                 raise DataError(f"prompts {one.where} has an empty prompt; remove the row")
         return encoded

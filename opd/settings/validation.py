@@ -153,7 +153,7 @@ def _simple(kind: type, value: Any) -> Any:
     if issubclass(kind, Enum) and isinstance(value, str):
         return kind.__members__.get(value.upper()) or kind._missing_(value.lower()) or _must(value, False)
     if getattr(kind, "_is_protocol", False):
-        if reason := strange(kind, value):
+        if reason := misfit(kind, value):
             raise _Misfit(reason)
         return value
     return _must(value, isinstance(value, kind))
@@ -201,31 +201,31 @@ def may_lack(*names: str) -> Callable[[type[Class]], type[Class]]:
     return mark
 
 
-def strange(protocol: type, part: Any) -> str:
+def misfit(protocol: type, part: Any) -> str:
     """Reason why `part` cannot fill a slot of this protocol; "" if it can."""
     name = type(part).__name__
     if not dataclasses.is_dataclass(part) and isinstance(part, str | int | float | list | tuple | Mapping | NoneType):
         return "no part is named"
     if isinstance(part, type):
         return f"{part.__name__} is a class, build one"
-    asked = members_of(protocol)
+    required = members_of(protocol)
     if lacking := missing(protocol, type(part)):
         return lacking
-    for member, hint in asked.items():
+    for member, hint in required.items():
         if hint is Any or not _has(part, member):
             continue
         try:
             fit(hint, getattr(part, member), member)
         except Exception as error:  # noqa: BLE001  # a user's property may raise anything
             return f"its {member} is not what it should be: {error}"
-    return _other_call(getattr(protocol, "__call__"), part, name) if "__call__" in asked else ""  # noqa: B004, B009
+    return _other_call(getattr(protocol, "__call__"), part, name) if "__call__" in required else ""  # noqa: B004, B009
 
 
 def missing(protocol: type, cls: type) -> str:
     """Members that a class lacks for a slot of this protocol; "" if none."""
     fields = {spec.name for spec in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    asked = members_of(protocol).keys() - {*getattr(protocol, MAY_LACK, ()), *fields}
-    lacking = sorted(name for name in asked if not hasattr(cls, name))
+    required = members_of(protocol).keys() - {*getattr(protocol, MAY_LACK, ()), *fields}
+    lacking = sorted(name for name in required if not hasattr(cls, name))
     return f"{cls.__name__} lacks {', '.join(lacking)}" if lacking else ""
 
 
@@ -236,16 +236,16 @@ def _has(part: Any, name: str) -> bool:
         return False
 
 
-def _other_call(asked: Callable[..., Any], part: Any, name: str) -> str:
+def _other_call(declared: Callable[..., Any], part: Any, name: str) -> str:
     given = type(part).__call__
-    if inspect.iscoroutinefunction(asked) != inspect.iscoroutinefunction(given):
-        return f"{name} is called {'without' if inspect.iscoroutinefunction(asked) else 'with'} await"
-    wants = list(inspect.signature(asked).parameters)[1:]
+    if inspect.iscoroutinefunction(declared) != inspect.iscoroutinefunction(given):
+        return f"{name} is called {'without' if inspect.iscoroutinefunction(declared) else 'with'} await"
+    wants = list(inspect.signature(declared).parameters)[1:]
     try:
         inspect.signature(given).bind(*[None] * (len(wants) + 1))
     except TypeError:
         return f"{name} is not called with ({', '.join(wants)})"
-    theirs, ours = _returns(given), _returns(asked)
+    theirs, ours = _returns(given), _returns(declared)
     if theirs and ours and not issubclass(theirs, ours) and not issubclass(ours, theirs):
         return f"{name} gives {theirs.__name__} and not {ours.__name__}"
     return ""
@@ -272,10 +272,10 @@ def _sentence(hint: Any, value: Any, where: str, default: Any, because: str) -> 
 
 def _wanted(hint: Any) -> str:
     base, marks = parts_of(hint)
-    said = _kind(base)
+    described = _kind(base)
     for mark in marks:
-        said = said if isinstance(mark, AtMost) else mark.says(said)
-    return said
+        described = described if isinstance(mark, AtMost) else mark.says(described)
+    return described
 
 
 def _kind(base: Any) -> str:

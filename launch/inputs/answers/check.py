@@ -30,7 +30,7 @@ _BROKEN = re.compile(r"[-+/^_]\s*$|^\s*[/^_]|[+/^_]\s*[+/^_]|\{\s*\}|\(\s*\)")
 
 def doubtful(answer: str) -> str | None:
     """Reason why a reference cannot be read; "" if nothing is wrong with it, None if only the library can decide."""
-    asked = False
+    unknown = False
     for leaf in _leaves(finding.reference(answer)):
         if isinstance(leaf, Unreadable):
             return leaf.why
@@ -38,8 +38,8 @@ def doubtful(answer: str) -> str | None:
             continue
         if _BROKEN.search(leaf):
             return f"{leaf!r} is no formula"
-        asked |= not set(re.findall(r"\\([A-Za-z]+)", leaf)) <= _KNOWN
-    return None if asked else ""
+        unknown |= not set(re.findall(r"\\([A-Za-z]+)", leaf)) <= _KNOWN
+    return None if unknown else ""
 
 
 def trouble(answer: str) -> str:

@@ -33,13 +33,13 @@ def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict
     Raises:
         DataError: more of a file's answers are unreadable than `max_unreadable_answers` allows.
     """
-    said: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         found = source.references(replace(sources, place=place)) if isinstance(source, Answered) else ()
-        said |= {references.place: _sentence(references) for references in found}
+        sentences |= {references.place: _sentence(references) for references in found}
     if held_out.unanswered.count == held_out.seen:
-        said["evaluation.prompts"] = NO_ANSWERS
-    return said
+        sentences["evaluation.prompts"] = NO_ANSWERS
+    return sentences
 
 
 def _sentence(references: References) -> str:

@@ -109,10 +109,10 @@ def _key(name: str) -> str:
 
 def _rehearse(folder: Folder) -> None:
     """Run one forward pass on the meta device, which shows each layer's use of packed attention."""
-    causal, asked = folder.causal, []
+    causal, called = folder.causal, []
 
     def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append(module)
+        called.append(module)
         return attend(module, *args, **kwargs)
 
     AttentionInterface.register(_REHEARSAL, watched)
@@ -133,9 +133,9 @@ def _rehearse(folder: Folder) -> None:
     except ConfigurationError as error:
         raise ConfigurationError(f"{folder.part} cannot be packed: {error}") from error
     layers = causal.config.get_text_config().num_hidden_layers
-    if len(asked) < layers:
+    if len(called) < layers:
         raise ConfigurationError(
-            f"{folder.part} is a {type(causal).__name__}, of whose {layers} layers {layers - len(asked)} have an "
+            f"{folder.part} is a {type(causal).__name__}, of whose {layers} layers {layers - len(called)} have an "
             "attention of their own, which would not read packed sequences exactly; choose a model with full or "
             "sliding-window attention in every layer"
         )
@@ -143,10 +143,10 @@ def _rehearse(folder: Folder) -> None:
 
 def _check_head_width(folder: Folder, device: Device) -> None:
     """Refuse head widths that vLLM's CPU kernels do not have."""
-    said = folder.causal.config.get_text_config()
-    heads = getattr(said, "num_attention_heads", None)
-    width = getattr(said, "head_dim", None) or (said.hidden_size // heads if heads else None)
-    if not on_gpu(device) and width and width not in CPU_HEAD_SIZES and not getattr(said, "kv_lora_rank", None):
+    config = folder.causal.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    if not on_gpu(device) and width and width not in CPU_HEAD_SIZES and not getattr(config, "kv_lora_rank", None):
         raise ConfigurationError(
             f"{folder.part} has attention heads of width {width}, which vLLM has no CPU kernel for (it has "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}); choose another model, or run its engine on a GPU"

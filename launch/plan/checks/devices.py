@@ -60,8 +60,8 @@ def resolved(config: RunConfig) -> RunConfig:
         here = f"this machine (torch sees {visible} GPU{'s' * (visible != 1)})"
         check_fits([replace(role, cpus=0.0) for role in roles(config)], [Machine(cpus=0, gpus=visible)], here)
 
-    def device(told: Device, requires: float) -> Device:
-        return told if told is not Device.AUTO else Device.GPU if requires or visible else Device.CPU
+    def device(setting: Device, requires: float) -> Device:
+        return setting if setting is not Device.AUTO else Device.GPU if requires or visible else Device.CPU
 
     def teacher(of: TeacherConfig) -> TeacherConfig:
         return replace(of, device=Device.CPU if of.backend in REMOTE else device(of.device, cluster.gpus_per_teacher))
@@ -75,8 +75,8 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def _check_counts(config: RunConfig, visible: int) -> None:
-    cluster, parallel, told = config.cluster, config.student.tensor_parallel, config.student.device
-    on_gpu = told is Device.GPU or (told is Device.AUTO and (visible or cluster.gpus_per_engine))
+    cluster, parallel, device = config.cluster, config.student.tensor_parallel, config.student.device
+    on_gpu = device is Device.GPU or (device is Device.AUTO and (visible or cluster.gpus_per_engine))
     if parallel > 1 and on_gpu and cluster.gpus_per_engine != parallel:
         raise ConfigurationError(
             f"student.tensor_parallel={parallel} spreads each rollout actor over {parallel} GPUs of one node, but "

@@ -43,8 +43,8 @@ def text_ends(path: str, tokenizer: HuggingFaceTokenizer, teachers: Mapping[str,
 
 
 def _disagreement(whose: str, named: Ends, tokenizer: HuggingFaceTokenizer) -> str:
-    said = ", ".join(f"{file} {_shown(ids, tokenizer)}" for file, ids in named.said.items())
-    return f"the files of {whose} name different ends of text ({said}); completions end at each of them"
+    listed = ", ".join(f"{file} {_shown(ids, tokenizer)}" for file, ids in named.by_file.items())
+    return f"the files of {whose} name different ends of text ({listed}); completions end at each of them"
 
 
 def _shown(ids: Sequence[int], tokenizer: HuggingFaceTokenizer) -> str:

@@ -53,13 +53,13 @@ def read_folder(path: str, role: str) -> Folder:
         DataError: a file is damaged, or the configuration and the weights contradict each other.
     """
     part = f"{role} {path!r}"
-    said, stored = read_config(path, role), read_headers(path, role)
-    _check_config(said, stored, part)
+    raw, stored = read_config(path, role), read_headers(path, role)
+    _check_config(raw, stored, part)
     _check_generation(Path(path) / "generation_config.json", part)
     with _sentences(part, "a config.json of which transformers cannot make a model"), torch.device("meta"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         causal = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    if stored and "quantization_config" not in said:
+    if stored and "quantization_config" not in raw:
         _compare(causal, stored, part)
     return Folder(part=part, causal=causal, stored=stored)
 
@@ -78,18 +78,18 @@ def _sentences(part: str, what: str) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _check_config(said: Mapping[str, Any], stored: Mapping[str, Stored], part: str) -> None:
+def _check_config(raw: Mapping[str, Any], stored: Mapping[str, Stored], part: str) -> None:
     """Refuse a configuration that transformers would accept silently, or fail on only after hours."""
-    kind = said.get("model_type")
+    kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise DataError(
             f"{part} has a config.json with model_type={kind!r}, which is no causal language model that this "
             "transformers knows; correct it, or choose another model"
         )
-    text = said.get("text_config")
+    text = raw.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise DataError(f"{part} has a config.json with text_config={text!r}, which is no mapping; copy it anew")
-    config = {**said, **(text or {})}
+    config = {**raw, **(text or {})}
     for name in ("dtype", "torch_dtype"):
         dtype = config.get(name)
         if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
@@ -105,10 +105,10 @@ def _check_config(said: Mapping[str, Any], stored: Mapping[str, Stored], part: s
         )
 
 
-def _check_ids(said: Mapping[str, Any], file: str, part: str) -> None:
+def _check_ids(raw: Mapping[str, Any], file: str, part: str) -> None:
     """Refuse special tokens that are no ids; the end of text may have several."""
     for name in _SPECIAL:
-        given = said.get(name)
+        given = raw.get(name)
         ids = given if isinstance(given, list) else [given] if given is not None else []
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise DataError(f"{part} has a {file} with {name}={given!r}, which is no token id; correct it")

@@ -13,10 +13,10 @@ place of a logit near 1."""
 
 def check_numbers(config: RunConfig) -> None:
     """Refuse a tolerance between engine and learner that correct weights could not keep."""
-    asked, coarser = config.learner.sentinel_tolerance, coarsest(engine_dtype(config), config.learner.dtype)
-    if asked and asked < FINEST[coarser]:
+    tolerance, coarser = config.learner.sentinel_tolerance, coarsest(engine_dtype(config), config.learner.dtype)
+    if tolerance and tolerance < FINEST[coarser]:
         raise ConfigurationError(
-            f"learner.sentinel_tolerance={asked} asks engine and learner to agree more closely than "
+            f"learner.sentinel_tolerance={tolerance} asks engine and learner to agree more closely than "
             f"{coarser.name} can (about {FINEST[coarser]:.2g} nats; student.dtype is {config.student.dtype.name}, "
             f"learner.dtype {config.learner.dtype.name}); leave it 0, which measures it when the run starts, or set "
             "both dtypes to FLOAT32"

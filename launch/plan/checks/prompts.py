@@ -17,19 +17,19 @@ from opd.scorers.ensemble import Ensemble
 
 def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
     """Refuse a teacher that a prompt names and the run does not have, and one that no prompt names."""
-    asked = dict(held_out.teachers) | dict(training.teachers)
+    named = dict(held_out.teachers) | dict(training.teachers)
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if isinstance(source, Routed) and not isinstance(source, Listed):
-            asked = dict.fromkeys(source.routes(sources), place) | asked
+            named = dict.fromkeys(source.routes(sources), place) | named
     if isinstance(config.method.scorer, Ensemble):
-        asked |= dict.fromkeys(config.method.scorer.shares, "method.scorer")
-    unknown = sorted(asked.keys() - config.teachers.keys())
+        named |= dict.fromkeys(config.method.scorer.shares, "method.scorer")
+    unknown = sorted(named.keys() - config.teachers.keys())
     if unknown:
         raise ConfigurationError(
-            f"{asked[unknown[0]]} asks for teacher {unknown[0]!r}, but the run has {sorted(config.teachers)}; name one "
+            f"{named[unknown[0]]} asks for teacher {unknown[0]!r}, but the run has {sorted(config.teachers)}; name one "
             f"of those, or add it with teachers.{unknown[0]}.path=..."
         )
-    idle = sorted(config.teachers.keys() - asked.keys() - {DEFAULT})
+    idle = sorted(config.teachers.keys() - named.keys() - {DEFAULT})
     if idle and isinstance(config.prompts, Listed):
         raise ConfigurationError(
             f"no prompt asks for teacher {idle[0]!r}, so it would be started and never teach; name it in a column with "
@@ -62,8 +62,8 @@ def check_lengths(config: RunConfig, training: Survey, held_out: Survey) -> int:
 def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
     tokens, where = found.longest_for_teacher
     scorer = config.method.scorer
-    asked = scorer.shares.keys() if isinstance(scorer, Ensemble) else found.teachers.keys()
-    for name in asked & config.teachers.keys():
+    named = scorer.shares.keys() if isinstance(scorer, Ensemble) else found.teachers.keys()
+    for name in named & config.teachers.keys():
         teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
         for key, room in (("max_batch_tokens", teacher.max_batch_tokens), ("max_model_len", teacher.max_model_len)):
             if room and tokens + more > room:
@@ -120,7 +120,7 @@ def check_templates(
     Prompts are written with the student's template for both. That is refused where a teacher writes the answer to
     messages: it would answer in another form than its own.
     """
-    said: list[str] = []
+    notes: list[str] = []
     for name in training.teachers.keys() & teachers.keys():
         teacher = teachers[name]
         if teacher.template == student.template:
@@ -135,27 +135,27 @@ def check_templates(
                 "; copy one chat template to the other, or choose a teacher of the student's family"
             )
         used = "both read messages in the student's" if training.chats.count else "the prompts are plain text"
-        said.append(f"{differ}; {used}")
-    return said
+        notes.append(f"{differ}; {used}")
+    return notes
 
 
 def remarks(
     config: RunConfig, training: Survey, held_out: Survey, more: Sequence[str], *, dated: bool
 ) -> tuple[str, ...]:
     """Remarks that are no errors and matter before training, one sentence each; `more` is from other checks."""
-    said = list(more)
+    notes = list(more)
     for place, found in (("prompts", training), ("evaluation.prompts", held_out)):
-        said += _about(place, found)
+        notes += _about(place, found)
     if training.seen < training.total and not _generated(config.prompts):
-        said.append(f"prompts: {training.total - training.seen} of {training.total} rows are too long and left out")
+        notes.append(f"prompts: {training.total - training.seen} of {training.total} rows are too long and left out")
     if _generated(config.evaluation.prompts) and not _generated(config.prompts):
-        said.append(
+        notes.append(
             "evaluation measures the embedded task, not the prompts that are trained on; set evaluation=dataset "
             "evaluation.prompts.path=... to held-out rows"
         )
     if dated and training.chats.count:
-        said.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
-    return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in said))
+        notes.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
+    return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in notes))
 
 
 def _about(place: str, found: Survey) -> Iterator[str]:

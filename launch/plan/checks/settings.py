@@ -102,10 +102,10 @@ def _check_prompts_per_step(config: RunConfig) -> None:
             if field in ("prompts_per_step", "group_size"):
                 sizes.setdefault(where, {})[field] = value
         for where, size in sizes.items():
-            asked = size.get("prompts_per_step", 1) * size.get("group_size", 1)
-            if asked > MOST_PROMPTS:
+            count = size.get("prompts_per_step", 1) * size.get("group_size", 1)
+            if count > MOST_PROMPTS:
                 raise ConfigurationError(
-                    f"{where}.prompts_per_step times {where}.group_size are {asked} completions a step, of which a run "
+                    f"{where}.prompts_per_step times {where}.group_size are {count} completions a step, of which a run "
                     f"holds at most {MOST_PROMPTS}; set "
                     f"{where}.prompts_per_step={max(1, MOST_PROMPTS // size['group_size'])} or less"
                 )

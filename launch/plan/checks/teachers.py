@@ -1,6 +1,6 @@
 """Checks of teachers against the method and the student."""
 
-from hf.tokenizer_check import check_checkpoint, compare, tokenizer_identity
+from hf.tokenizer_check import check_checkpoint, check_same_tokens, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.models import parameter_count, vocabulary_rows
 from opd.errors import ConfigurationError
@@ -30,14 +30,14 @@ def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None
 def check_teachers(config: RunConfig) -> bool:
     """Refuse a teacher whose tokens are not the student's; whether all have the student's vocabulary of logits."""
     student, rows = tokenizer_identity(config.student.path), vocabulary_rows(config.student.path)
-    said, wanted = config.method.scorer.produces, config.method.objective.consumes
+    produced, wanted = config.method.scorer.produces, config.method.objective.consumes
     exact = True
     for name, teacher in config.teachers.items():
         _check_teacher(config, name, teacher)
-        compare(student, tokenizer_identity(teacher.path))
+        check_same_tokens(student, tokenizer_identity(teacher.path))
         theirs = vocabulary_rows(teacher.path)
         exact &= theirs == rows and LastHidden in teacher.answers and parameter_count(teacher.path) > 0
-        if theirs != rows and wanted is VocabularyScores and not issubclass(said, VocabularyScores):
+        if theirs != rows and wanted is VocabularyScores and not issubclass(produced, VocabularyScores):
             whose = "the teacher's" if name == DEFAULT else f"that of teacher {name!r}"
             raise ConfigurationError(
                 f"method {config.method.name} compares whole vocabularies, but the student's output has {rows} rows "
