@@ -12,6 +12,7 @@ from opd.settings.ranges import (
     Bytes,
     Count,
     Deadline,
+    Fraction,
     In,
     Line,
     Matches,
@@ -20,7 +21,6 @@ from opd.settings.ranges import (
     Replicas,
     Steps,
     Tokens,
-    WeightShard,
 )
 from opd.settings.validation import settings
 
@@ -127,7 +127,7 @@ class TeacherConfig:
     # wrong answers in a row after which a teacher is not asked again
     max_consecutive_failures: Annotated[int, In(1, 1000)] = 5
     # share of the student's weights that the teacher takes over (ref_model_mixup_alpha of TRL); 0 never changes it
-    mixup: WeightShard = 0.0
+    mixup: Fraction = 0.0
     # published versions between two such mixtures (ref_model_sync_steps of TRL)
     mixup_every: Steps = 1
 

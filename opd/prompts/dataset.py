@@ -9,7 +9,7 @@ import numpy as np
 from opd.errors import DataError
 from opd.ports import References, Sources
 from opd.prompts.order import draw
-from opd.settings.ranges import GroupSize, In, Line, Names, PromptsPerStep, Seed, Tokens, WeightShard
+from opd.settings.ranges import Fraction, GroupSize, In, Line, Names, PromptsPerStep, Seed, Tokens
 from opd.settings.validation import settings
 from opd.types import Prompt
 from opd.types.prompt_rows import Columns, Messages, PromptText, Row
@@ -67,7 +67,7 @@ class DatasetPrompts:
     skip_long: bool = False
     # teacher of rows that name none
     teacher: Names = "default"
-    max_unreadable_answers: WeightShard = 0.01
+    max_unreadable_answers: Fraction = 0.01
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
         rows = self._rows(sources)

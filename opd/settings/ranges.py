@@ -106,7 +106,7 @@ Seed = Annotated[int, In(0, 2**32 - 1)]
 Steps = Annotated[int, In(1, 1_000_000_000)]
 Every = Annotated[int, In(0, 1_000_000_000)]  # 0: never
 TopIds = Annotated[int, In(1, 1_000_000), AtMost("vocabulary")]
-WeightShard = Annotated[float, In(0, 1)]
+Fraction = Annotated[float, In(0, 1)]
 Relative = Annotated[float, In(1e-6, 1e6, because="shares are divided by their sum")]
 PromptsPerStep = Annotated[int, In(1, 20_000, because="a step's prompts are in memory at once")]
 GroupSize = Annotated[int, In(1, 4096, because="a step's prompts are in memory at once")]
