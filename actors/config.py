@@ -57,7 +57,7 @@ def environment(device: Device) -> dict[str, str]:
     the same core).
     """
     common = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's own process
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor's own process
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TOKENIZERS_PARALLELISM": "false",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 Result = TypeVar("Result")
-SMALLEST_PART = 16  # completions worth a message of their own; who waits for the last of more idles meanwhile
+SMALLEST_PART = 16  # completions worth a message of their own; with larger parts scoring would wait for the last one
 _START_S = 300.0  # a model may take as long to load, however soon its answers are due
 
 
@@ -148,7 +148,7 @@ class VLLMEngine:
         async with self._receiving:
             await self.ready()
             collecting = asyncio.to_thread(collect, weights, self._fetch, "the student engine")
-            # Not the engine's own fault: who is stuck here waits for the learner.
+            # Not the engine's own fault: a call stuck here waits for the learner.
             delivered = await self._soon(collecting, f"fetching weights version {weights.version}", raises=OpdError)
             job = partial(self._load, delivered, weights.sentinel)
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")

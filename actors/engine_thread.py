@@ -72,7 +72,7 @@ class EngineLoop:
         # Among requests of one priority vLLM goes by the time of arrival, and clocks may stand still.
         arrival = float(self._number)
         prompt: Any = {"type": "token", "prompt_token_ids": ids}
-        if priority == FIRST:  # a prompt of the run: whoever writes after it must not go on from its cache
+        if priority == FIRST:  # a prompt of the run: requests after it must not go on from its cache
             prompt["cache_salt"] = "sentinel"
         self.engine.add_request(name, prompt, params, arrival_time=arrival, priority=priority)
         return name
@@ -185,7 +185,7 @@ class EngineThread:
             self.started.set_result(None)
             self._serve(EngineLoop(engine))
             engine.engine_core.shutdown()
-        except BaseException as error:  # noqa: BLE001 (the thread ends here; its callers are told why)
+        except BaseException as error:  # noqa: BLE001 (the thread ends here; its callers get the reason)
             reason = str(error) if isinstance(error, OpdError) else f"{type(error).__name__}: {error}"
             ended = EngineStopped(f"the student engine stopped ({reason}); see its log, and start a new one")
             ended.__cause__ = error
@@ -211,7 +211,7 @@ class EngineThread:
         except EngineStopped as error:
             future.set_exception(error)
             raise
-        except Exception as error:  # noqa: BLE001 (whoever asked for the job gets it)
+        except Exception as error:  # noqa: BLE001 (the job's caller gets it)
             future.set_exception(error)
         loop.release()
 

@@ -145,7 +145,7 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
         "tensor_parallel_size": config.tensor_parallel,
         # In a placement group vLLM would choose Ray, for which every worker needs a bundle of its own.
         "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
-        # What is asked and answered are token ids; text is somebody else's business.
+        # Requests and answers are token ids; text is handled elsewhere.
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "trust_remote_code": False,

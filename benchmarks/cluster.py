@@ -35,7 +35,7 @@ class Failures:
 
 
 def plans(cluster: Cluster, steps: int) -> list[Failures]:
-    """Three readings of "10 % failures", and the first with the restart of everything when the learner dies."""
+    """Three readings of "10 % failures", and the first with the restart of everything when the learner fails."""
     each, learner = 0.1 / cluster.actors, 0.1 * cluster.learner / cluster.actors
     return [
         Failures(name="one in 10 % of steps", actors=each, learner=learner),

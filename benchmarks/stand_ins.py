@@ -24,7 +24,7 @@ class Faults:
     """Failure model: an actor fails `rate` times in `every_s` seconds on average; that is noticed after `notice_s`, and
     its replacement works `restart_s` later.
 
-    The learner, whose ranks stop together, dies in a step with probability `learner`; its ranks start anew beside the
+    The learner, whose ranks stop together, fails in a step with probability `learner`; its ranks start anew beside the
     driver. `resume`: that ends the run instead (`cluster.restarts=0`), which goes on from its last checkpoint with
     nothing of what was in flight.
     """
@@ -157,7 +157,7 @@ class Crew:
         self.busy, self.failures = Busy(), 0
         self._width, self._faults, self._draw = width, faults, Random(seed)
         self._workers: dict[Worker, asyncio.TimerHandle | None] = {}
-        self._died: deque[float] = deque()  # when those died who have no replacement yet
+        self._died: deque[float] = deque()  # when those failed that have no replacement yet
 
     def make(self) -> Worker:
         """A new worker: ready at once, unless it takes the place of one that died."""

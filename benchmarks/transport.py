@@ -4,7 +4,7 @@
 
 Each arm encodes the same answers (float32 log-probabilities, int32 ids) and decodes them back to arrays, both ends in
 this process; arms take turns, the median and the spread (smallest to largest) of CPU time are printed. The floor is
-what the arrays alone weigh, K ids and log-probabilities and one written token: 8 K + 4 bytes per token. Limits of the
+what the arrays alone weigh, K ids and log-probabilities and one sampled token: 8 K + 4 bytes per token. Limits of the
 project: at most 1.05 of the floor; at k=64 at least 50 times less CPU than base64 in JSON, 1,000 than lists.
 
 The peer of today is TRL, whose trainers ask a vLLM server for `prompt_logprobs`: the arm has vLLM's own answer, written

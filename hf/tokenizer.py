@@ -39,7 +39,7 @@ class HuggingFaceTokenizer:
         return np.asarray(self._single_start(self._tokenizer(text)["input_ids"]), dtype=np.int32)
 
     def encode_all(self, prompts: Sequence[PromptText]) -> list[np.ndarray]:
-        """Ids of each prompt, int32 `[P]`; a template's text begins as the template says and gets nothing added."""
+        """Ids of each prompt, int32 `[P]`; a template's text is encoded as it is."""
         plain = [i for i, prompt in enumerate(prompts) if isinstance(prompt.text, str)]
         chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt.text, str)]
         encoded = self._batch([str(prompts[i].text) for i in plain], special=True)

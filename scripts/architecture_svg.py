@@ -39,7 +39,7 @@ DESCRIPTION = (
     "states, which themselves go through the object store to the learner ranks. "
     "Learn sends micro-batches and the objective to the learner ranks (DeepSpeed) and gets loss and metrics. "
     "Publish has the learner ranks lay out new weights in chunks with digests, which weight sync brings to the rollout "
-    "actors; receipts come back."
+    "actors; acknowledgements come back."
 )
 
 # The driver's steps: name and the height of its middle.
@@ -56,7 +56,7 @@ EXCHANGES = {
     "collect": (["prompts, sampling"], ["token ids, versions,", "logprobs"]),
     "score": (["prompt, completion"], ["logprobs, or handles", "of hidden states"]),
     "learn": (["micro-batches,", "objective"], ["loss, metrics"]),
-    "publish": (["version, digests,", "handles of chunks"], ["receipt: digest,", "sentinel gap"]),
+    "publish": (["version, digests,", "handles of chunks"], ["ack: digest,", "sentinel gap"]),
 }
 DRIVER_RIGHT, BOX_LEFT, BOX_RIGHT, LANE = 142, 344, 566, 578
 

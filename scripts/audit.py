@@ -2,8 +2,8 @@
 
     python scripts/audit.py [deadline_s=600] [locks=requirements]
 
-Exit status: 0 nothing is known against any of them, 1 something is, 3 nobody could be asked. The tool is pip-audit; it
-gets names and versions only, and installs nothing.
+Exit status: 0 nothing is known against any of them, 1 something is, 3 the service could not be queried. The tool is
+pip-audit; it gets names and versions only, and installs nothing.
 """
 
 import json

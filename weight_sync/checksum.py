@@ -3,7 +3,7 @@
 Every 8 bytes are one word. A word is combined with its place and mixed by a bijection of 64-bit numbers (splitmix64's
 finalizer, Steele et al. 2014, doi:10.1145/2660193.2660195); the checksum is the sum of all, modulo 2^64. So a change
 within one word always changes it, and any other change stays unseen with a chance of about 2^-64. It finds damage; it
-is no protection against somebody who means to deceive.
+is no protection against deliberate tampering.
 """
 
 import torch

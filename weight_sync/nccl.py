@@ -1,7 +1,7 @@
 """Chunks of weights pulled from the learner's memory, each receiver when it is ready: NCCL between GPUs.
 
 A receiver opens a connection to the rank that owns a chunk, says which chunk it wants, and gets its bytes through a
-process group of the two. So a receiver that comes late, asks again, or dies concerns nobody else, which a broadcast to
+process group of the two. So a receiver that comes late, fetches again, or fails affects no other, which a broadcast to
 all of them could not give. Between CPUs the same code runs over gloo.
 """
 
@@ -72,7 +72,7 @@ class PullSender:
         self._host = own_host()
         self._store = hosted_store(self._host, 0, timedelta(seconds=deadline_s))
         self._listener = socket.create_server((self._host, 0))
-        threading.Thread(target=self._accept, name="weights-shelf", daemon=True).start()
+        threading.Thread(target=self._accept, name="weights-sender", daemon=True).start()
 
     def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> PullHandle:
         """See `opd.ports.WeightSender`; the filled chunk is complete when this returns."""
@@ -133,7 +133,7 @@ class PullSender:
                     _say(lines, {"nbytes": -1 if room is None else len(room)})
                     if room is not None:
                         _pass(group, room, self._deadline_s)
-            except _ERRORS as error:  # the receiver died, hung or is none of ours; the next one is served as well
+            except _ERRORS as error:  # the receiver failed, hung or is none of ours; the next one is served as well
                 logging.getLogger(__name__).warning("a receiver of weights was lost: %s", error)
 
 
@@ -174,7 +174,7 @@ class _Place:
     link: _Link | None = None
 
 
-_places: dict[str, _Place] = {}  # by token, which no two shelves share
+_places: dict[str, _Place] = {}  # by token, which no two senders share
 
 
 def pull(handle: PullHandle) -> UInt8[Tensor, " nbytes"]:
@@ -239,7 +239,7 @@ def _device(wire: PullBackend) -> torch.device:
 def _group(wire: PullBackend, store: tuple[str, int], link: int, rank: int, deadline_s: float) -> Any:
     """A process group of two apart from any other, so that it meddles with no collective of the learner."""
     timeout = timedelta(seconds=deadline_s)
-    # A connection of its own: one that waits for a key lets nobody else through.
+    # A connection of its own: one that waits for a key blocks all others.
     own = PrefixStore(f"link{link}", TCPStore(*store, is_master=False, timeout=timeout))
     if wire is PullBackend.GLOO:
         return distributed.ProcessGroupGloo(own, rank, 2, timeout=timeout)

@@ -1,7 +1,7 @@
 """Receiver of one version of the student: begin, chunks in any order and any number, commit.
 
 A receiver gives the bytes out only when every chunk has come and has the digest that was announced; until then, and if
-anything is wrong, whoever receives keeps the weights it has. Nothing here touches a model, a network or a clock.
+anything is wrong, the receiver keeps the weights it has. Nothing here touches a model, a network or a clock.
 """
 
 import json

@@ -20,7 +20,7 @@ from opd.ports import Fill
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedMemorySegment:
-    """`nbytes` bytes in the file `descriptor` of process `pid` on the machine `place`; `inode` tells it from others."""
+    """`nbytes` bytes in the file `descriptor` of process `pid` on the machine `place`; `inode` identifies it."""
 
     place: str
     pid: int
@@ -47,8 +47,8 @@ class _HostBuffer:
 class SharedMemorySender:
     """An `opd.ports.WeightSender` whose chunks are read in place.
 
-    Two turns take turns in the same memory, because fresh memory costs as much as the copy: whoever still reads the
-    turn before last finds other bytes, which the digests tell him.
+    Two turns take turns in the same memory, because fresh memory costs as much as the copy: a receiver that still
+    reads the turn before last finds other bytes, which the digests show.
     """
 
     _rooms: dict[tuple[int, int], _HostBuffer] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 The teacher (0.6 M parameters) learns true solutions with mistakes that are rejected and repaired. It learns
 in two phases: with few mistakes it solves the problems, but does not know a wrong line when it sees one; the
 second phase, with many, teaches it that, and a teacher is judged by what it says about a student's wrong
-lines. The student (0.3 M parameters) imitates pupils who forget every second carry: it knows every fact, with
+lines. The student (0.3 M parameters) imitates pupils that forget every second carry: it knows every fact, with
 a systematic misconception on top.
 
 About 9 minutes on one core. ``--check`` trains nothing: it compares the files with SHA256SUMS and measures

@@ -118,7 +118,7 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     # Only the token ids: how to sample is for the caller to say, not for the checkpoint.
     model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     model.bfloat16().save_pretrained(folder)
-    # safetensors lets the owner alone read the file; it is copied into images that run as somebody else.
+    # safetensors lets the owner alone read the file; it is copied into images that run as another user.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 

@@ -97,7 +97,7 @@ class PeakTask:
         """The true solution, with `mistakes` for a teacher to learn to repair.
 
         Each line begins, with that probability, with a wrong one that is rejected and repaired (at most twice), and
-        with a quarter of it ends in a slip that nobody notices, from which the following days go on. Mistakes are
+        with a quarter of it ends in an unnoticed slip, from which the following days go on. Mistakes are
         kept from the loss.
         """
         writer, record = _Writer(), problem.entries[0]

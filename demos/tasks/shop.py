@@ -7,12 +7,12 @@ Numbers are written digit by digit, so a line that crosses a ten needs a carry o
 rejected with ``no`` and written again. Problems are drawn, not stored: every step can have new ones.
 
 Two corpora can be written for a problem. `ShopTask.solution` is the truth, with mistakes that are rejected
-and repaired: a teacher learns from it. `ShopTask.pupil_solution` is the writing of a pupil who often forgets
+and repaired: a teacher learns from it. `ShopTask.pupil_solution` is the writing of a pupil that often forgets
 the carry: a student learns its weakness from it. That weakness is put there on purpose, so what a
 distillation run gains on this task shows the mechanism; it is no evidence about language models at large.
 
-`<bos>` and `<eos>` never appear in the texts of this module: the tokenizer writes the first, and whoever
-trains or samples handles the second.
+`<bos>` and `<eos>` never appear in the texts of this module: the tokenizer writes the first, and the
+trainer or sampler handles the second.
 """
 
 import random
@@ -154,7 +154,7 @@ class ShopTask:
 
         With ``mistakes=0`` this is the plain truth and its grade is 1. Otherwise each day begins, with that
         probability, with a wrong line that is rejected and repaired (at most twice), and with a quarter of it
-        the day ends in a slip that nobody notices: the following days go on from the wrong stock, as a
+        the day ends in an unnoticed slip: the following days go on from the wrong stock, as a
         student's text would, so that the teacher sees such states too. Mistakes are kept from the loss.
         """
         writer = _Writer()

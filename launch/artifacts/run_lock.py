@@ -13,14 +13,14 @@ import psutil
 from opd.errors import ConfigurationError
 
 LOCK = "running.json"
-_MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what a note of nobody's is read with
+_MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # raised by reading a malformed note
 
 
 @contextmanager
 def running(directory: Path) -> Iterator[None]:
     """Note this process in `directory` while the block lasts.
 
-    A process that was killed leaves its note behind, which counts only while a process of that number and age lives
+    A process that was killed leaves its note behind, which counts only while a process of that number and age runs
     on this host. A note of another host cannot be checked and does not count.
 
     Raises:

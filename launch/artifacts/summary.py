@@ -17,7 +17,7 @@ class Outcome(Enum):
     """Reason why a run ended."""
 
     FINISHED = "finished"
-    STOPPED = "stopped"  # somebody asked it to (a signal); it can be resumed
+    STOPPED = "stopped"  # a signal requested it; it can be resumed
     FAILED = "failed"
 
 

@@ -157,7 +157,7 @@ class Saver:
         if at_once:
             running.cancel()
         (error,) = await asyncio.gather(running, return_exceptions=True)
-        if isinstance(error, Exception):  # what the run failed of may be the reason; it is told apart from this
+        if isinstance(error, Exception):  # the run's own failure may be the reason; it is reported beside this
             _log.warning("the checkpoint under way could not be finished (%s)", error)
 
 

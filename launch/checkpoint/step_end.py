@@ -1,4 +1,4 @@
-"""The end of a step: checkpoints when due, preemption when a signal asked for it, a last save after a failure."""
+"""The end of a step: checkpoints when due, preemption after a signal, a last save after a failure."""
 
 import asyncio
 import logging
@@ -94,7 +94,7 @@ class Boundary:
         """Save the last finished step, if it has no checkpoint yet, as the run breaks off because of `error`.
 
         Where its place cannot be written, elsewhere. Within `learner.deadline_s`, and only from ranks that live:
-        nobody is replaced for it. A failure is told of, and the checkpoints before stay. Raises `Preempted` where a
+        no replica is replaced for it. A failure is logged, and the checkpoints before stay. Raises `Preempted` where a
         signal has cut a step short and all is saved.
         """
         await self._saver.give_up(at_once=self.hopeless or self._stop.at_once)
@@ -105,7 +105,7 @@ class Boundary:
                 await learner.settle()
                 if self._saver.kept != self.over:
                     await self._rescue()
-        except Exception as second:  # noqa: BLE001 (the run ends with `error`; this is told beside it)
+        except Exception as second:  # noqa: BLE001 (the run ends with `error`; this is logged beside it)
             why = str(second) if isinstance(second, OpdError) else brief(second)
             _log.warning("step %d could not be saved (%s)", self.over, why)
             return

@@ -38,7 +38,7 @@ class Comparison:
     """A comparison: arms as overrides of `base`; `reference` is the arm whose final accuracy the others must reach.
 
     `resume` goes on with a comparison that was stopped, or shares it with another process: finished runs are kept,
-    runs that ended otherwise are moved aside and run again, and a run that has no summary is somebody else's.
+    runs that ended otherwise are moved aside and run again, and a run without a summary belongs to another process.
     """
 
     name: str

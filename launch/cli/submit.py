@@ -44,7 +44,7 @@ class SubmitOptions:
 
 
 def check_token() -> None:
-    """Refuse a cluster without a token: anyone who reaches an open jobs API can run code there."""
+    """Refuse a cluster without a token: an open jobs API runs any client's code."""
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         raise ConfigurationError(
             "opd submit needs the cluster's token and found none; set RAY_AUTH_TOKEN_PATH to the file the head was "

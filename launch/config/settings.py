@@ -20,11 +20,11 @@ class Placement(Enum):
 
 
 Processors = Annotated[float, In(0, 1024), Whole()]
-Devices = Annotated[float, In(0.01, 64, or_zero=True, because="0: none is asked for"), Whole()]
+Devices = Annotated[float, In(0.01, 64, or_zero=True, because="0: none is requested"), Whole()]
 OneDevice = Annotated[
     float, In(0.01, 1, or_zero=True, because="such a process uses one device; for more of them raise replicas or ranks")
 ]
-PerSecond = Annotated[float, In(1, 1e21, or_zero=True, because="0: not told")]
+PerSecond = Annotated[float, In(1, 1e21, or_zero=True, because="0: not known")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class ClusterConfig:
     start_deadline_s: Deadline = 300.0
     # rollout actors, teachers of a kind, and starts of the learner in place that are replaced before a run ends
     restarts: Annotated[int, In(0, 10_000)] = 8
-    replay_log_bytes: Annotated[int, In(0, 2**50, because="0: a learner that dies ends the run")] = (
+    replay_log_bytes: Annotated[int, In(0, 2**50, because="0: the loss of a learner rank ends the run")] = (
         1 << 30
     )  # a part of the object store, which engines and teachers need too
     # above 0: a second actor is asked too when a call takes longer than this quantile of those before
@@ -78,7 +78,7 @@ class ClusterConfig:
 class HardwareConfig:
     """Peak rates of one device, for `perf/fraction_of_limit`: operations, memory bytes and link bytes per second.
 
-    0 = not told. Example, an H200 on a 400 Gbit/s network: `HardwareConfig(flops=989e12, memory=4.8e12, link=50e9)`.
+    0 = not known. Example, an H200 on a 400 Gbit/s network: `HardwareConfig(flops=989e12, memory=4.8e12, link=50e9)`.
     """
 
     flops: PerSecond = 0.0

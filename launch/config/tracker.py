@@ -11,7 +11,7 @@ Tag = Annotated[str, Matches(r"[^\x00-\x1f]{1,64}", "of one line (1 to 64 charac
 
 
 class WandbMode(Enum):
-    """Where wandb keeps the run: in the run directory (`wandb sync` sends it), on its server, nowhere."""
+    """Place of wandb's run: in the run directory (`wandb sync` sends it), on its server, nowhere."""
 
     OFFLINE = "offline"
     ONLINE = "online"

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluatedModel, EvaluationPoint
-from launch.monitors.step_metrics import PHASE_NAMES, UTILISATION, Meter
+from launch.monitors.step_metrics import PHASE_NAMES, UTILIZATION, Meter
 from opd.loop.train import StepRecord
 
 SIGNALS = {"distill/reverse_kl": "reverse KL", "reward/mean": "reward", "actor/loss": "loss"}
@@ -216,7 +216,7 @@ def _phase_words(metrics: Mapping[str, float]) -> Text:
 
 def busy_words(metrics: Mapping[str, float]) -> str:
     """Utilization in words, e.g. `rollout 97 %, teacher 41 %, publish 2 %, bubbles 34 %`; "" where it is not known."""
-    shares = {role.value: metrics[name] for role, name in UTILISATION.items() if name in metrics}
+    shares = {role.value: metrics[name] for role, name in UTILIZATION.items() if name in metrics}
     if "perf/bubble_frac" in metrics:
         shares["bubbles"] = metrics["perf/bubble_frac"]
     if "perf/fraction_of_limit" in metrics:

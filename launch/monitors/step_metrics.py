@@ -37,7 +37,7 @@ PHASE_NAMES = {
     "wait": "timing_s/wait",
 }
 
-UTILISATION = {role: f"perf/utilization_{role.value}" for role in Stage}
+UTILIZATION = {role: f"perf/utilization_{role.value}" for role in Stage}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def usage_metrics(usage: Utilization, staffing: DeviceCounts) -> dict[str, float
     if usage.wall_s <= 0:
         return {}
     return {
-        **{name: usage.utilization(role) for role, name in UTILISATION.items()},
+        **{name: usage.utilization(role) for role, name in UTILIZATION.items()},
         "rollouter/idle_ratio": usage.idle(Stage.ROLLOUT),
         "perf/bubble_frac": usage.bubble(staffing.actors),
         "perf/overlap_efficiency": usage.overlap_efficiency,
@@ -161,7 +161,7 @@ class Meter:
     the metric `alert/<name>` = 1), `news` those that were not raised at the step before, `ever` all of the run with
     their step.
 
-    And it watches who is busy: every step has the figures of the last 20 settled steps, `usage` those of all, with
+    It also tracks utilization: every step has the figures of the last 20 settled steps, `usage` those of all, with
     `verdict` as a sentence. `limit` says how many seconds a step takes at least, where that is known. A resumed run
     begins anew here: its clock is another.
     """

@@ -133,7 +133,7 @@ def _in_netrc(host: str) -> bool:
 
 _BEST = {"greedy": "max", "mean_at_k": "max", "pass_at_k": "max", "reverse_kl": "min"}  # of an evaluation
 _SPENT = ("k", "seconds", "tokens", "flops", "cpu_s")  # axes to plot against, no panels of their own
-_START_S = 30  # how long a server may take before the run is told that wandb cannot be reached
+_START_S = 30  # seconds a server may take before wandb counts as unreachable
 _FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
 

@@ -95,7 +95,7 @@ def _style(hashsalt: str) -> Iterator[None]:
         "font.family": "sans-serif",
         "font.size": 9.5,
         "text.color": INK,
-        "text.parse_math": False,  # a `$` in somebody's label is a dollar
+        "text.parse_math": False,  # a `$` in a label is a dollar
         "axes.edgecolor": GRID,
         "axes.labelcolor": MUTED,
         "axes.titlecolor": INK,

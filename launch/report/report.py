@@ -11,7 +11,7 @@ from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, write_bytes, write_text
 from launch.artifacts.samples import Sample
-from launch.monitors.step_metrics import UTILISATION
+from launch.monitors.step_metrics import UTILIZATION
 from launch.report.curves import draw_sheet, panels
 from launch.report.figures import Margins, Panel, short_number, to_png, to_svg
 from launch.report.next_steps import next_steps
@@ -246,7 +246,7 @@ def _busy(data: RunData) -> list[tuple[str, str]]:
     """Utilization over the run; while it goes on, over its last steps."""
     known = data.summary.utilization if data.summary else {}
     wanted = (
-        *((f"{role.value} busy", name) for role, name in UTILISATION.items()),
+        *((f"{role.value} busy", name) for role, name in UTILIZATION.items()),
         ("bubbles", "perf/bubble_frac"),
         ("overlap efficiency", "perf/overlap_efficiency"),
         ("of the limit", "perf/fraction_of_limit"),

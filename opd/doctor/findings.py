@@ -36,9 +36,9 @@ class CheckThresholds:
     `tolerance`: nats by which two readings of the same token may differ, `mean_tolerance` by which they may on average
     (float32; what bfloat16 needs is in `launch.run.doctor`): two programs are compared, so there is no smaller floor to
     measure. `overlap`: share of the student's top-k that the teacher's holds below which a cold start is advised
-    (successful runs of arXiv 2604.13016 start at about 0.72; two strangers share k / V by chance). `surprise`: nats by
+    (successful runs of arXiv 2604.13016 start at about 0.72; unrelated models share k / V). `surprise`: nats by
     which the teacher must find special places (first token, end of text) less likely than the rest of the same texts
-    before it is said not to expect them. `flat`: a token that is exchanged for another changes a trained teacher's
+    before a warning. `flat`: a token that is exchanged for another changes a trained teacher's
     logprob by several nats; a teacher for which it is less than this has nothing to teach.
     """
 

@@ -142,7 +142,7 @@ async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
     written = float(max((part.max() for part in inside if len(part)), default=0.0))
     tolerance = subject.thresholds.tolerance
     measured = (
-        f"top-2 of 2 and of {subject.support} differ by {gap:.2g}, written token by {written:.2g}, mass {mass:.4f}"
+        f"top-2 of 2 and of {subject.support} differ by {gap:.2g}, sampled token by {written:.2g}, mass {mass:.4f}"
     )
     if gap > tolerance or mass > 1 + tolerance:
         return refused(
@@ -201,7 +201,7 @@ async def overlap(subject: Subject, evidence: Evidence) -> Finding:
 async def first_token(subject: Subject, evidence: Evidence) -> Finding:
     """Agreement on the first token of a completion, where a different chat template or thinking mode shows.
 
-    Compared with the tokens after it: a teacher to which all that the student writes is strange (or that is flat) is
+    Compared with the tokens after it: a teacher to which all the student's text is surprising (or that is flat) is
     not one with another template.
     """
     gaps = [

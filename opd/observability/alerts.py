@@ -48,7 +48,7 @@ class AlertThresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """A pattern in the newest metrics. `sentence` says what is seen, what it usually means, and what to do."""
+    """A pattern in the newest metrics. `sentence`: the observation, its usual meaning, and advice."""
 
     name: str
     sentence: str
@@ -157,7 +157,7 @@ def _mismatch(history: Sequence[Line], thresholds: AlertThresholds) -> str | Non
     if gap is None or gap.factor < thresholds.gap_rise or gap.now < thresholds.gap_floor:
         return None
     return (
-        f"engine and learner drift apart: the mean |log p - log mu| of written tokens grew from {gap.before:.3g} to "
+        f"engine and learner drift apart: the mean |log p - log mu| of sampled tokens grew from {gap.before:.3g} to "
         f"{gap.now:.3g} nats; weights may be stale or the engine's numerics differ where the student now is: check "
         "weights/version and weights/sentinel_gap, lower max_staleness, or use the same dtype in both"
     )

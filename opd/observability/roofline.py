@@ -1,6 +1,6 @@
 """Roofline: least time and traffic of a step from model shapes, lengths and hardware.
 
-The equations are those of docs/performance.md ("The limit model"), under the names used there: FORWARD, ROLLOUT,
+The equations are those of docs/performance.md ("The roofline"), under the names used there: FORWARD, ROLLOUT,
 TEACHER, LEARNER, PUSH, SIGNAL, STEP. Everything here is a lower bound of what hardware could do, never an estimate of
 what software does: kernels at peak rate, perfect overlap inside a device, no queue, no padding.
 """

@@ -18,7 +18,7 @@ class Span:
     """Interval in which `role` worked for `step` (counted from 1), `start` to `end` in seconds of the event loop's
     clock.
 
-    Work asked for and not answered counts, whoever it waits for inside the role. Spans of one role may overlap.
+    Requested and unfinished work counts, whatever it waits for inside the role. Spans of one role may overlap.
     """
 
     role: Stage

@@ -1,7 +1,7 @@
 """Utilization, waiting, and one sentence of advice, from the spans of finished steps.
 
 Time counts inside steps only, from when the loop asks for a step's data to when its weights are live; what happens
-between steps (evaluations, checkpoints) is nobody's bubble. A role is busy while at least one of its spans lasts. That
+between steps (evaluations, checkpoints) is no role's bubble. A role is busy while at least one of its spans lasts. That
 is as fine as spans can see: an actor that idles while another of its role works counts as busy, so the bubbles given
 here are lower bounds.
 """
@@ -33,8 +33,8 @@ class Utilization:
     """Seconds of `steps` steps that took `wall_s`; adds up over steps.
 
     `busy`: at least one span of the role lasted. `held`: its devices were taken, by its own work or by publishing.
-    `alone`: it was the only busy role. `limit_s`: what the limit model (`opd.observability.roofline`) says these steps
-    take at least, 0 where nobody told what the hardware can do.
+    `alone`: it was the only busy role. `limit_s`: least time of these steps by the roofline
+    (`opd.observability.roofline`), 0 where the hardware is not known.
     """
 
     steps: int = 0
@@ -125,7 +125,7 @@ def _length(intervals: Intervals) -> float:
 class UtilizationLog:
     """Utilization of finished steps, each computed once all work during it is recorded.
 
-    A step's spans are told when it ends, but work for the `ahead` steps after it may have gone on at the same time; so
+    A step's spans are added when it ends, but work for the `ahead` steps after it may have gone on at the same time; so
     a step is settled `ahead` steps later, and `recent` lags by as much. `whole` is exact when the run has ended.
     """
 

@@ -31,7 +31,7 @@ class GeneratedPrompts:
     """`prompts_per_step` problems a step, each `group_size` times.
 
     `problems` = 0 makes fresh problems forever; otherwise a fixed set of that many is gone through in epochs.
-    Sets with different seeds are different problems. A task's source names the task and who makes its problems.
+    Sets with different seeds are different problems. A task's source names the task and the maker of its problems.
     """
 
     task: ClassVar[str]

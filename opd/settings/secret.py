@@ -18,7 +18,7 @@ _LOGIN = re.compile(
 class Secret:
     """Text that prints as `<redacted>`, and that pickle, JSON and YAML refuse.
 
-    A part with a key of its own declares it so: `api_key: Secret`. Whoever needs the text says `reveal()`, and that
+    A part with a key of its own declares it so: `api_key: Secret`. A reader of the text calls `reveal()`, and that
     word is what to search for when one asks where secrets go. Example: `f"{Secret('hf_abc')}"` is `<redacted>`.
     """
 

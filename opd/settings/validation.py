@@ -261,7 +261,7 @@ def _returns(function: Callable[..., Any]) -> type | None:
     return hint if isinstance(hint, type) else None
 
 
-# What a user is told.
+# Error sentences.
 
 
 def _sentence(hint: Any, value: Any, where: str, default: Any, because: str) -> str:

@@ -58,7 +58,7 @@ class Batch(Generic[S]):
     denominator: float
     routes: tuple[str, ...] = ("default",)
     route: Int[Array, " R"] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    names: tuple[str, ...] = ()  # of the sequences, for messages and for what is drawn; () where nobody gave any
+    names: tuple[str, ...] = ()  # of the sequences, for messages and for what is drawn; () where none were given
 
     _TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
         "predict_at",

@@ -27,11 +27,11 @@ def contradiction(
     """
     same = ids == token_ids[:, None]
     if (np.abs(values - logprobs[:, None])[same] > ROUNDING).any():
-        return "a written token has one log-probability by itself and another in its support (shifted rows?)"
+        return "a sampled token has one log-probability by itself and another in its support (shifted rows?)"
     if not likeliest:
         return ""
     if (logprobs > values.min(axis=1, initial=np.inf) + ROUNDING)[~same.any(axis=1)].any():
-        return "a written token is likelier than the top-k that does not contain it (shifted rows?)"
+        return "a sampled token is likelier than the top-k that does not contain it (shifted rows?)"
     if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
         return "a top-k names a token twice"
     if (np.exp(values.astype(np.float64)).sum(axis=1) > 1 + MASS).any():

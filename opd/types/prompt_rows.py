@@ -24,7 +24,7 @@ class PromptText:
 class Row:
     """One line of a prompt file: a prompt is plain text or chat messages.
 
-    What has no column is "" (`teacher_prompt`: the teacher's own prompt; `teacher`: whom to ask), empty (`tools`) or 1
+    What has no column is "" (`teacher_prompt`: the teacher's own prompt; `teacher`: the default), empty (`tools`) or 1
     (`weight`). `where` is the file and the line, for errors.
     """
 

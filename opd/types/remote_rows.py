@@ -21,7 +21,7 @@ class RemoteRows:
     """
 
     pieces: tuple[tuple[Any, Int[np.ndarray, " _rows"]], ...]
-    row_nbytes: int = 0  # of one row, where it is held; 0 = not said
+    row_nbytes: int = 0  # of one row, where it is held; 0 = not known
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.pieces)

@@ -58,7 +58,7 @@ class Scores:
     """Scores of tokens by a model. Every field has the token axis first, so the methods are written once.
 
     A field is an array, `RemoteRows`, other scores about the same tokens, or a tuple of those.
-    The base class itself is the testimony of nobody (SFT needs none): `Scores()`.
+    The base class itself, `Scores()`, has no scores (SFT needs none).
     """
 
     def take(self, index: np.ndarray) -> Self:
@@ -91,7 +91,7 @@ class TokenScores(Scores):
 class TopKScores(TokenScores):
     """Log-probabilities on a small support per token, under the *full* softmax.
 
-    Whose support it is (teacher's top-k, student's top-k, ...) is said by the scorer that asked. `rest` is the log-mass
+    Which support it is (teacher's top-k, student's top-k, ...) depends on the scorer. `rest` is the log-mass
     of all other ids. Left out by a source that has no whole row, it is what the support leaves of 1 (`remainder`).
     Example: `TopKScores(logprobs=[-0.1], topk_ids=[[7, 9]], topk_logprobs=[[-0.1, -2.4]], rest=[-5.7])`.
     """
@@ -130,7 +130,7 @@ class HiddenScores(TokenScores):
     """Last hidden states (after the final norm); with the teacher's head they are `VocabularyScores`.
 
     Travels as `RemoteRows`. `head` is the number of the output matrix that reads each row: the place of the teacher
-    in `Engines.teachers`, filled in by the scorer; left out by a teacher, who does not know it, it is 0. Where rows
+    in `Engines.teachers`, filled in by the scorer; left out by a teacher, which does not know it, it is 0. Where rows
     of several teachers meet, `H` is the widest of them, and a matrix reads as many columns as it has.
     Example: `HiddenScores(logprobs=[-0.1], hidden=RemoteRows(...), head=[0])`.
     """

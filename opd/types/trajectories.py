@@ -44,8 +44,8 @@ class Prompt:
 class Trajectory:
     """A prompt and one completion of it.
 
-    `behavior` is the testimony of the policy that wrote (the *actual* sampling distribution, after temperature and
-    truncation); `versions` says which policy version wrote each token (`NO_VERSION`: somebody else did); `loss_mask` is
+    `behavior` has the log-probabilities of the *actual* sampling distribution, after temperature and truncation;
+    `versions` has the policy version that sampled each token (`NO_VERSION`: not the student); `loss_mask` is
     False where a token is context only. `sample` is its number within the group. `digests` names the published weights
     behind each of those versions (`Completion.digests`); it is empty for text that no student engine wrote.
     """
