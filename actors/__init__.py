@@ -1,1 +1,1 @@
-"""The student as a writer: vLLM behind `opd.ports.StudentEngine`. Importing it does not import vLLM."""
+"""Rollout engine of the student: vLLM behind `opd.ports.StudentEngine`. Importing it does not import vLLM."""

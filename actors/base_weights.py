@@ -1,4 +1,4 @@
-"""The checkpoint an engine was started from, as the matrices that published adapters are added to."""
+"""Checkpoint an engine was started from, as the matrices that published adapters are added to."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from weight_sync.receiver import ReceivedWeights
 
 
 class BaseWeights:
-    """Reads from the files each time: the page cache keeps them, and the engine no second copy.
+    """Reader of the base checkpoint's tensors: the page cache keeps the files, and the engine no second copy.
 
     `fused` are the runs of layers that the engine's model keeps as one, as in `{"qkv_proj": ["q_proj", ...]}`: they can
     only be loaded together.
@@ -31,11 +31,11 @@ class BaseWeights:
             DataError: there are no such layers here, or other shapes.
         """
         adapters = pairs((name, value.to(device)) for name, value in delivered.tensors())
-        strange = sorted(layer for layer in adapters if f"{layer}.weight" not in self._stored)
-        if strange:
+        unknown = sorted(layer for layer in adapters if f"{layer}.weight" not in self._stored)
+        if unknown:
             raise DataError(
-                f"{len(strange)} adapters are for layers that the engine's checkpoint does not have, the first is "
-                f"{strange[0]}; give learner and engine the same student.path"
+                f"{len(unknown)} adapters are for layers that the engine's checkpoint does not have, the first is "
+                f"{unknown[0]}; give learner and engine the same student.path"
             )
         layers = {sibling for layer in adapters for sibling in self._siblings(layer)}
         yield from with_adapters(self._read(layers), adapters, delivered.manifest.lora_scale)

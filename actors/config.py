@@ -1,4 +1,4 @@
-"""What a rollout actor is told: plain types with their ranges; nothing here imports vLLM."""
+"""Settings of a rollout actor: plain types with their ranges; nothing here imports vLLM."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,7 +16,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class StudentConfig:
-    """One rollout engine and how many of them.
+    """One rollout engine and the number of its replicas.
 
     `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens, `deadline_s`
     bounds every single wait (starting vLLM: 300 s at least). `kv_cache_bytes=0` is 64 MiB on a CPU, and on a GPU what
@@ -57,7 +57,7 @@ def environment(device: Device) -> dict[str, str]:
     the same core).
     """
     common = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's own process
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor's own process
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TOKENIZERS_PARALLELISM": "false",

@@ -1,4 +1,4 @@
-"""Norms in one kernel on CPUs: vLLM ships the kernel but there computes norms as six small operations each.
+"""RMS norms in one kernel on CPUs: vLLM ships the kernel but there computes norms as six small operations each.
 
 A small model on a CPU spends more time between operations than in them; this takes a tenth off a rollout.
 """

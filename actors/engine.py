@@ -1,4 +1,4 @@
-"""The student as a writer: vLLM in this process behind `opd.ports.StudentEngine`."""
+"""Rollout engine of the student: vLLM in this process behind `opd.ports.StudentEngine`."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 Result = TypeVar("Result")
-SMALLEST_PART = 16  # completions worth a message of their own; who waits for the last of more idles meanwhile
+SMALLEST_PART = 16  # completions worth a message of their own; with larger parts scoring would wait for the last one
 _START_S = 300.0  # a model may take as long to load, however soon its answers are due
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Since the start: finished completions and their tokens, engine steps, weight updates, seconds in both.
+    """Counters since the start: finished completions and their tokens, engine steps, weight updates, seconds in both.
 
     `version` is the policy version that writes now, `digest` names its weights (`opd.ports.PublishedWeights.digest`).
     """
@@ -51,7 +51,7 @@ class EngineStats:
 
 
 class VLLMEngine:
-    """A vLLM engine that writes completions and takes new weights; several calls may be open at once.
+    """A vLLM engine that generates completions and loads new weights; several calls may be open at once.
 
     `fetch` turns a handle (of a chunk of weights) into the bytes behind it. Until the first `receive` the
     engine writes with the checkpoint's own weights, as version 0 with the digest "".
@@ -60,7 +60,7 @@ class VLLMEngine:
     def __init__(
         self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray], ends: Sequence[int] = ()
     ) -> None:
-        """`ends` are ids that end a completion beside those that the checkpoint's own files name."""
+        """Start the engine; `ends` are ids that end a completion beside those in the checkpoint's own files."""
         self._config = config
         self._run_seed = run_seed
         self._fetch = fetch
@@ -73,7 +73,7 @@ class VLLMEngine:
         self._thread = EngineThread(partial(build, config))
 
     async def ready(self) -> None:
-        """Return when the engine can write. Raises why it cannot, if it cannot."""
+        """Return when the engine can generate. Raises its start-up error otherwise."""
         await self._soon(asyncio.wrap_future(self._thread.started), "starting vLLM", at_least=_START_S)
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -149,7 +149,7 @@ class VLLMEngine:
         async with self._receiving:
             await self.ready()
             collecting = asyncio.to_thread(collect, weights, self._fetch, "the student engine")
-            # Not the engine's own fault: who is stuck here waits for the learner.
+            # Not the engine's own fault: a call stuck here waits for the learner.
             delivered = await self._soon(collecting, f"fetching weights version {weights.version}", raises=OpdError)
             job = partial(self._load, delivered, weights.sentinel)
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
@@ -198,7 +198,7 @@ class VLLMEngine:
         return allowed(floor, coarse=self._coarse(delivered))
 
     def _calibrated(self, ids: np.ndarray, origin: np.ndarray, delivered: ReceivedWeights, loop: EngineLoop) -> Gap:
-        """How engine and learner differ on the checkpoint that both have loaded themselves: rounding alone."""
+        """Gap of engine and learner on the checkpoint that both have loaded themselves: rounding alone."""
         floor = Gap.of(self._read(ids, loop), origin)
         most = NUMERICS[self._coarse(delivered)]
         if not floor.mean <= most:
@@ -211,17 +211,17 @@ class VLLMEngine:
         return floor
 
     def _coarse(self, delivered: ReceivedWeights) -> bool:
-        """Does the engine or the learner compute in bfloat16?"""
+        """Whether the engine or the learner computes in bfloat16."""
         own = resolve_dtype(self._config.dtype, resolve_device(self._config.device, "student"))
         return own is torch.bfloat16 or "bfloat16" in delivered.manifest.dtypes
 
     def _read(self, ids: np.ndarray, loop: EngineLoop) -> np.ndarray:
         """Log-probabilities of the tokens 1.. of a text."""
-        said: Any = loop.finish(ids.tolist(), self._limits.reading()).prompt_logprobs
-        return np.asarray(said.logprobs, dtype=np.float32)
+        output: Any = loop.finish(ids.tolist(), self._limits.reading()).prompt_logprobs
+        return np.asarray(output.logprobs, dtype=np.float32)
 
     async def stats(self) -> EngineStats:
-        """What this engine has done so far."""
+        """Counters of this engine since its start."""
         await self.ready()
         return await self._within(self._thread.run(self._stats), "reading statistics")
 
@@ -238,7 +238,7 @@ class VLLMEngine:
         )
 
     async def close(self) -> None:
-        """End the engine; whatever is still being written fails."""
+        """End the engine; unfinished completions fail."""
         await asyncio.to_thread(self._thread.close)
 
     async def _within(self, future: Future[Result], what: str) -> Result:
@@ -287,7 +287,7 @@ def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
 
 
 def _label(version: int, digest: str) -> str:
-    """What vLLM calls the weights: it hands this back with every run of tokens that they wrote."""
+    """Label of the weights at vLLM, which returns it with every run of tokens that they generated."""
     return f"{version}:{digest}"
 
 

@@ -1,4 +1,4 @@
-"""One thread owns the vLLM engine: whatever touches it is a job that runs there, between two engine steps.
+"""The thread that owns the vLLM engine: every access to it is a job that runs there, between two engine steps.
 
 So requests of concurrent calls share one batch, an update never meets a running step, and no lock is needed.
 """
@@ -23,13 +23,14 @@ FIRST = -1  # the priority of what need not wait for its turn
 
 
 class EngineStopped(ServiceLost):
-    """The engine of this process is gone; only a new process can serve again."""
+    """Error of requests to an engine that is gone; only a new process can serve again."""
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """The requests of one `generate` call. What they wrote goes to `deliver` in parts of at least `part`, with the
-    position of each; `future` is done when all have."""
+    """Requests of one `generate` call. Their completions go to `deliver` in parts of at least `part`, with the position
+    of each; `future` is done when all have.
+    """
 
     deliver: "Callable[[list[tuple[int, RequestOutput]]], None]"
     part: int
@@ -43,7 +44,7 @@ class Call:
 
 
 class EngineLoop:
-    """What jobs are given: the engine and the calls it is working on. Lives on the engine's thread."""
+    """State that jobs receive: the engine and the calls it is working on. Used on the engine's thread alone."""
 
     def __init__(self, engine: "LLMEngine") -> None:
         self.engine = engine
@@ -71,19 +72,19 @@ class EngineLoop:
         # Among requests of one priority vLLM goes by the time of arrival, and clocks may stand still.
         arrival = float(self._number)
         prompt: Any = {"type": "token", "prompt_token_ids": ids}
-        if priority == FIRST:  # a prompt of the run: whoever writes after it must not go on from its cache
+        if priority == FIRST:  # a prompt of the run: requests after it must not go on from its cache
             prompt["cache_salt"] = "sentinel"
         self.engine.add_request(name, prompt, params, arrival_time=arrival, priority=priority)
         return name
 
     def abort(self, call: Call) -> None:
-        """Drop what is unfinished of a call nobody waits for any more."""
+        """Drop unfinished requests of a call that was abandoned."""
         alive = [name for name in call.ids if self._calls.pop(name, None)]
         if alive:
             self.engine.abort_request(alive)
 
     def fail(self, error: OpdError) -> None:
-        """End every call with `error`; nothing they wrote is delivered."""
+        """End every call with `error`; no completion of theirs is delivered."""
         calls = {id(call): call for call, _ in self._calls.values()}
         self._held.clear()
         for call in calls.values():
@@ -91,7 +92,7 @@ class EngineLoop:
             call.future.set_exception(error)
 
     def step(self) -> None:
-        """One engine step (a token for every running request), and what it finished."""
+        """Run one engine step (a token for every running request), and collect finished requests."""
         self._deliver(self._step())
 
     def _step(self) -> "list[RequestOutput]":
@@ -120,8 +121,9 @@ class EngineLoop:
                 call.future.set_result(None)
 
     def finish(self, ids: list[int], params: "SamplingParams") -> "RequestOutput":
-        """Run one request to its end, before all that wait. Others go on, but what they finish is held back until
-        `release`."""
+        """Run one request to its end, before all that wait. Others go on, but their completions are held back until
+        `release`.
+        """
         mine = self._add(ids, params, FIRST)
         while True:
             outputs = self._step()
@@ -131,13 +133,13 @@ class EngineLoop:
                     return output
 
     def release(self) -> None:
-        """Deliver what `finish` held back."""
+        """Deliver the completions that `finish` held back."""
         held, self._held = self._held, []
         self._deliver(held)
 
 
 class EngineThread:
-    """Starts the engine on a thread of its own and feeds it jobs. If the thread dies, everybody is told."""
+    """Owner of the engine's thread; feeds it jobs. If the thread ends, every pending call fails."""
 
     def __init__(self, build: "Callable[[], LLMEngine]") -> None:
         self.started: Future[None] = Future()
@@ -161,7 +163,7 @@ class EngineThread:
         return future
 
     def watch(self, future: Future[Any]) -> None:
-        """Let `future` fail with the engine, should it end before it is answered."""
+        """Fail `future` with the engine, should it end before the future is done."""
         with self._lock:
             if self._end is not None:
                 raise self._end
@@ -183,7 +185,7 @@ class EngineThread:
             self.started.set_result(None)
             self._serve(EngineLoop(engine))
             engine.engine_core.shutdown()
-        except BaseException as error:  # noqa: BLE001 (the thread ends here; its callers are told why)
+        except BaseException as error:  # noqa: BLE001 (the thread ends here; its callers get the reason)
             reason = str(error) if isinstance(error, OpdError) else f"{type(error).__name__}: {error}"
             ended = EngineStopped(f"the student engine stopped ({reason}); see its log, and start a new one")
             ended.__cause__ = error
@@ -209,7 +211,7 @@ class EngineThread:
         except EngineStopped as error:
             future.set_exception(error)
             raise
-        except Exception as error:  # noqa: BLE001 (whoever asked for the job gets it)
+        except Exception as error:  # noqa: BLE001 (the job's caller gets it)
             future.set_exception(error)
         loop.release()
 

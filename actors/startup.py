@@ -1,4 +1,4 @@
-"""From a `StudentConfig` to a running vLLM engine, and the limits that its requests must keep."""
+"""From a `StudentConfig` to a running vLLM engine, and the limits of its requests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PREFILL_TOKENS = 8192  # of prompts, read in one engine step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """What the checkpoint and its configuration allow: token ids below `vocabulary`, `longest` tokens in all.
+    """Limits set by the checkpoint and its configuration: token ids below `vocabulary`, `longest` tokens in all.
 
     `ends` are the ids that end a completion.
     """
@@ -33,7 +33,7 @@ class EngineLimits:
     ends: tuple[int, ...]
 
     def check(self, request: GenerateRequest) -> None:
-        """Raise `DataError` if `request` cannot be written."""
+        """Raise `DataError` if `request` cannot be generated."""
         context, most = len(request.context_ids), request.sampling.max_tokens
         subject = f"prompt {request.prompt_id!r} cannot be written"
         if not context:
@@ -67,7 +67,7 @@ class EngineLimits:
             )
 
     def params(self, sampling: Sampling, seed: int) -> "SamplingParams":
-        """How vLLM is to write one completion."""
+        """Sampling parameters of one completion for vLLM."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -85,7 +85,7 @@ class EngineLimits:
         )
 
     def reading(self) -> "SamplingParams":
-        """How vLLM is to read a text: the logprob of each token (it insists on writing one, too)."""
+        """Sampling parameters for scoring a text: the logprob of each token (vLLM requires one new token, too)."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -132,7 +132,7 @@ def build(config: StudentConfig) -> "LLMEngine":
 
 
 def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, Any]:
-    """What vLLM is told of an engine on `device`."""
+    """vLLM's engine arguments on `device`."""
     return {
         "model": config.path,
         "dtype": str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
@@ -141,7 +141,7 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
         "tensor_parallel_size": config.tensor_parallel,
         # In a placement group vLLM would choose Ray, for which every worker needs a bundle of its own.
         "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
-        # What is asked and answered are token ids; text is somebody else's business.
+        # Requests and answers are token ids; text is handled elsewhere.
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "trust_remote_code": False,
@@ -157,7 +157,7 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
 
 
 def _on_gpu(config: StudentConfig) -> dict[str, Any]:
-    """What only an engine on a GPU is told."""
+    """Engine arguments of GPUs only."""
     return {
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
@@ -169,7 +169,7 @@ def _on_gpu(config: StudentConfig) -> dict[str, Any]:
 
 
 def _on_cpu(config: StudentConfig) -> dict[str, Any]:
-    """What only an engine without a GPU is told."""
+    """Engine arguments of CPUs only."""
     from actors.cpu_kernels import PRIORITY
 
     return {

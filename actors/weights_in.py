@@ -1,4 +1,4 @@
-"""New weights enter a vLLM worker: chunks of bytes, all verified beforehand, loaded layer by layer.
+"""Loading of new weights in a vLLM worker: chunks of bytes, all verified beforehand, loaded layer by layer.
 
 vLLM imports this module in every worker (it is named by `worker_extension_cls`), also in worker processes of
 tensor-parallel engines, and the import is what registers the transfer backend there.
@@ -28,7 +28,7 @@ EXTENSION = f"{__name__}.WorkerExtension"
 
 
 def transfer(delivered: ReceivedWeights) -> dict[str, Any]:
-    """What `update_weights` of vLLM's worker is given."""
+    """Request to `update_weights` of vLLM's worker."""
     return {"delivered": delivered}
 
 
@@ -39,7 +39,7 @@ _NOTHING = ReceivedWeights(
 
 @dataclass
 class ChunksInit(WeightTransferInitInfo):
-    """Nothing needs to be agreed on beforehand."""
+    """Empty initialization message: nothing needs to be agreed on beforehand."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
     _checkpoint: BaseWeights | None = None
 
     def init_transfer_engine(self, init_info: ChunksInit) -> None:
-        """Nothing to agree on; quiet a warning about every layer that a checkpoint has no tensors for.
+        """Quiet a warning about every layer that a checkpoint has no tensors for; there is nothing to agree on.
 
         (Rotary tables, tied heads; `receive_weights` raises where something is really missing.) Not at
         import, because vLLM sets up its logging later.
@@ -96,7 +96,7 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
         return self._checkpoint
 
     def finish_weight_update(self) -> None:
-        """Make the loaded weights what the layers compute with."""
+        """Finish the update: layers compute with the loaded weights."""
         finalize_layerwise_reload(self.model, self.model_config)
         for module in self.model.modules():
             # A tied output head gets no weights of its own, so the reload leaves its packed copy (CPU) stale.
@@ -108,7 +108,7 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
 
 
 class WorkerExtension:
-    """Adds nothing to a worker; naming it makes the worker import this module."""
+    """Empty worker extension; naming it makes the worker import this module."""
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, ChunksTransfer)

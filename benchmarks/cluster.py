@@ -21,8 +21,8 @@ OURS, NARROW = Arm(name="ahead 8", ahead=8), Arm(name="ahead 4", ahead=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is injected: `actors` deaths of each actor in a step, `learner` of the learner."""
+class Failures:
+    """Failures to inject: `actors` deaths of each actor in a step, `learner` of the learner."""
 
     name: str
     actors: float
@@ -30,23 +30,23 @@ class Plan:
     resume: bool = False
 
     def faults(self, step_s: float) -> Faults:
-        """For steps that take so long when nothing fails."""
+        """Faults for steps of this length without failures."""
         return Faults(rate=self.actors, every_s=step_s, learner=self.learner, resume=self.resume)
 
 
-def plans(cluster: Cluster, steps: int) -> list[Plan]:
-    """Three readings of "10 % failures", and the first with the restart of everything when the learner dies."""
+def plans(cluster: Cluster, steps: int) -> list[Failures]:
+    """Three readings of "10 % failures", and the first with the restart of everything when the learner fails."""
     each, learner = 0.1 / cluster.actors, 0.1 * cluster.learner / cluster.actors
     return [
-        Plan(name="one in 10 % of steps", actors=each, learner=learner),
-        Plan(name="the same, the run resumed", actors=each, learner=learner, resume=True),
-        Plan(name="10 % of actors, learner once", actors=0.1 / steps, learner=1 / steps),
-        Plan(name="each actor in 10 % of steps", actors=0.1, learner=0.0),
+        Failures(name="one in 10 % of steps", actors=each, learner=learner),
+        Failures(name="the same, the run resumed", actors=each, learner=learner, resume=True),
+        Failures(name="10 % of actors, learner once", actors=0.1 / steps, learner=1 / steps),
+        Failures(name="each actor in 10 % of steps", actors=0.1, learner=0.0),
     ]
 
 
 def not_lost(healthy: Run, failed: Run) -> tuple[float, float]:
-    """Which share of the busiest role's time was not lost: of all, and if no text were, but only the time away.
+    """Share of the busiest role's time that was not lost: of all, and if no text were lost, but only the downtime.
 
     Per role: the work of the run, what was done in vain (or again) and the time away, over its actors. Without idle
     time effective time cannot be more than that; a run that waits anyway can lose some for nothing.
@@ -59,8 +59,8 @@ def not_lost(healthy: Run, failed: Run) -> tuple[float, float]:
     return max(needed) / max(lost), max(needed) / max(away)
 
 
-def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
-    """What is run at a size: every arm first without failures, so that others can be compared with it."""
+def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Failures | None]]:
+    """Simulations of one size: every arm first without failures, as the baseline of the others."""
     failing = plans(best, steps)
     few = [(OURS.name, OURS, None), *((plan.name, OURS, plan) for plan in failing[:3])]
     if best.devices > 512:
@@ -77,7 +77,7 @@ def rows(best: Cluster, steps: int) -> list[tuple[str, Arm, Plan | None]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the sentence that is logged for every failure."""
+    """Suppress the log line of every failure."""
     loggers = [logging.getLogger(f"launch.services.{name}") for name in ("replicas", "learner_restart")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""P10: what the loop itself costs per sample, from 8 to 1,024 actors, on the processor's clock.
+"""P10: cost of the loop itself per sample, from 8 to 1,024 actors, in processor time.
 
 Engines are pools (`launch.services.dispatch.Dispatcher`) of stubs that answer at once, half of them rollout actors, a
 quarter each teachers and learner ranks; ledger, weighing and packing are the real ones. Responses are short, so what is
@@ -83,7 +83,7 @@ class StubEngines:
 
 
 class StubLearner:
-    """Takes its batches and does nothing with them."""
+    """Learner stub that takes its batches and does nothing with them."""
 
     def __init__(self, ranks: int, tokens: int) -> None:
         self.layout = ports.Layout(ranks=ranks, tokens_per_microbatch=max(64, 2 * tokens // ranks))
@@ -99,11 +99,13 @@ class StubLearner:
 
 
 def spent(actors: int, load: Workload) -> tuple[float, float]:
-    """CPU-seconds and calls of actors per sample, with so many actors."""
+    """CPU-seconds and actor calls per sample, with this many actors."""
     student = StubEngines(actors // 2, actors // 4)
     inputs = load.sequences * (load.prompt // load.grain + TOKENS)
-    nobody: Any = None
-    engines = ports.Engines(student=student, teachers={"default": student}, writers={}, graders={}, tokenizer=nobody)
+    no_tokenizer: Any = None
+    engines = ports.Engines(
+        student=student, teachers={"default": student}, writers={}, graders={}, tokenizer=no_tokenizer
+    )
 
     async def observe(record: Any) -> None:
         pass
@@ -116,7 +118,7 @@ def spent(actors: int, load: Workload) -> tuple[float, float]:
 
 
 def ray_call_s() -> float:
-    """Seconds of a call of a Ray actor that does nothing, on this machine, now: the unit."""
+    """Seconds of an empty call of a Ray actor on this machine now: the unit."""
     from launch.config.settings import ClusterConfig
     from launch.services.cluster import connected
 

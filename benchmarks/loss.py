@@ -1,4 +1,4 @@
-"""Memory and time of full-vocabulary losses against what others do (P3): loss, and both gradients, in float32.
+"""Memory and time of full-vocabulary losses against other implementations (P3): loss, and both gradients, in float32.
 
     python benchmarks/loss.py memory TOKENS VOCABULARY WIDTH [ARM ...]        peak memory, a fresh process per arm
     python benchmarks/loss.py time TOKENS VOCABULARY WIDTH ROUNDS [ARM ...]   arms interleaved in one process
@@ -123,7 +123,7 @@ def flat(objective: Any, diagnostics: bool) -> Arm:
 
 
 def loss_alone(objective: Any, student: StudentLogits, batch: Any) -> TokenLoss:
-    """The objective's loss as its own lines compute it, without the diagnostics it reports."""
+    """The objective's loss by its own lines, without the diagnostics it reports."""
     from opd.objectives import vocabulary
 
     kept = vocabulary.vocabulary_metrics
@@ -160,7 +160,7 @@ def resident(name: str) -> int:
 
 
 def measure_peak(name: str, sizes: list[int]) -> None:
-    """In a process of its own: growth of the peak resident set while the arm runs for the first time."""
+    """Peak growth of the resident set in an own process, while the arm runs for the first time."""
     run(ARMS[name], Case.make(2, 16, 4))  # imports and first-use allocations of libraries
     case = Case.make(*sizes)
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
@@ -173,7 +173,7 @@ PEERS = {"trl_jsd": "trl", "liger_jsd": "liger-kernel"}
 
 
 def version(name: str) -> str | None:
-    """The version of a peer's package that is installed, if it is one that can be imported from here."""
+    """Installed version of a peer's package, if it can be imported here."""
     try:
         return f"{PEERS[name]} {metadata.version(PEERS[name])}"
     except metadata.PackageNotFoundError:

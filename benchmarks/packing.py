@@ -1,4 +1,4 @@
-"""Packing (P5): how full micro-batches are, how even, and that the loss is that of padded batches.
+"""Packing (P5): fill and balance of micro-batches, and equality of the loss with that of padded batches.
 
     python benchmarks/packing.py
 
@@ -29,20 +29,20 @@ VOCABULARY, WIDTH = 64, 16
 
 
 def step(trajectories: int, median: float, most: int, seed: int) -> list[Scored[TokenScores]]:
-    """A step's trajectories; what is said about their tokens is random."""
+    """Trajectories of a step, with random scores."""
     draw = np.random.default_rng(seed)
     lengths = np.clip(np.exp(draw.normal(np.log(median), 0.8, trajectories)).astype(int), 1, most)
     made = []
     for i, length in enumerate(lengths):
         context = draw.integers(0, VOCABULARY, draw.integers(20, 120)).astype(np.int32)
-        said, behavior = (-draw.random(length, dtype=np.float32) - 1 for _ in range(2))
+        teacher, behavior = (-draw.random(length, dtype=np.float32) - 1 for _ in range(2))
         trajectory = Trajectory(
             prompt=Prompt(id=str(i), student_ids=context, teacher_ids=context), sample=0,
             token_ids=draw.integers(0, VOCABULARY, length).astype(np.int32), behavior=TokenScores(logprobs=behavior),
             loss_mask=np.ones(length, dtype=bool), versions=np.zeros(length, dtype=np.int32),
             stop=StopReason.END, rewards={},
         )  # fmt: skip
-        made.append(Scored(trajectory=trajectory, scores=TokenScores(logprobs=said)))
+        made.append(Scored(trajectory=trajectory, scores=TokenScores(logprobs=teacher)))
     return made
 
 
@@ -51,7 +51,7 @@ def inputs(item: Scored[TokenScores]) -> int:
 
 
 def padded_fill(lengths: Sequence[int], budget: int) -> float:
-    """Sequences in the order of arrival, padded to the longest of their batch, as many as the budget holds."""
+    """Fill of sequences in the order of arrival, padded to the longest of their batch, as many as the budget holds."""
     batches: list[list[int]] = [[]]
     for length in lengths:
         if max([*batches[-1], length]) * (len(batches[-1]) + 1) > budget:

@@ -1,4 +1,4 @@
-"""P7, P9: what publishing a version costs: against one memcpy, against the number of receivers, and in rollout time.
+"""P7, P9: cost of publishing a version: against one memcpy, against the number of receivers, and in rollout time.
 
     python benchmarks/publish.py [rounds] [megabytes] [completions]
     python benchmarks/publish.py parts [rounds] [megabytes]       what P7 consists of, without Ray and vLLM
@@ -58,7 +58,7 @@ SENTINEL = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32),
 
 
 class Source:
-    """Tensors, and the versions of them that are published through an outlet."""
+    """Tensors, and the versions of them that are published through a sender."""
 
     def __init__(self, named: dict[str, torch.Tensor], sender: WeightSender) -> None:
         shapes, kinds = [tuple(t.shape) for t in named.values()], [t.dtype for t in named.values()]
@@ -130,7 +130,7 @@ def against_memcpy(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
 
 
 def parts(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
-    """Where the time goes: what has to be done at least, and what is done, each alone."""
+    """Time of each part alone: the least possible work, and the actual work."""
     source = Source(tensors, SharedMemorySender())
     held = [source.publish(), source.publish()]
     flat = torch.cat([t.reshape(-1) for t in tensors.values()]).numpy()
@@ -157,7 +157,7 @@ def parts(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
 
 
 def receive(pipe: Connection) -> None:
-    """A receiver: verify what is announced, acknowledge, until there is nothing more."""
+    """Receive versions: verify and acknowledge each announcement, until there is none left."""
     while (announced := pipe.recv()) is not None:
         before = process_time()
         digest = collect(announced, read, "a benchmark").digest
@@ -208,7 +208,7 @@ def to_many(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
 
 
 async def rollout_stall(rounds: int, completions: int) -> Table:
-    """What a version that arrives costs a step of writing."""
+    """Delay of a rollout step by a version that arrives during it."""
     from transformers import AutoModelForCausalLM
 
     from actors.engine import VLLMEngine
@@ -216,8 +216,8 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
     model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
     ids = torch.arange(3, 27)
     with torch.no_grad():
-        said = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-    sentinel = Sentinel(ids=ids.numpy().astype(np.int32), logprobs=said.numpy(), tolerance=1e-3)
+        log_probs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    sentinel = Sentinel(ids=ids.numpy().astype(np.int32), logprobs=log_probs.numpy(), tolerance=1e-3)
     source = Source({n: p.detach() for n, p in model.named_parameters()}, SharedMemorySender())
     config = StudentConfig(path=str(STUDENT), max_model_len=128, dtype=Dtype.FLOAT32)
     engine = VLLMEngine(config, 0, read)
@@ -225,26 +225,26 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
     random = np.random.default_rng(0)
     contexts = [random.integers(3, 40, 12).astype(np.int32) for _ in range(completions)]
     sampling = Sampling(max_tokens=64)
-    asked = [
+    requests = [
         GenerateRequest(prompt_id=str(i), sample=0, context_ids=c, sampling=sampling) for i, c in enumerate(contexts)
     ]
 
     async def none() -> None:
-        await engine.generate(asked)
+        await engine.generate(requests)
 
     halfway = 0.0
 
     async def in_flight() -> None:
         # In the middle of the writing, as long as the round before took.
-        writing = asyncio.create_task(engine.generate(asked))
+        writing = asyncio.create_task(engine.generate(requests))
         await asyncio.sleep(halfway)
         await engine.receive(source.publish(sentinel))
         await writing
 
     async def drained() -> None:
-        await engine.generate(asked[: completions // 2])
+        await engine.generate(requests[: completions // 2])
         await engine.receive(source.publish(sentinel))
-        await engine.generate(asked[completions // 2 :])
+        await engine.generate(requests[completions // 2 :])
 
     arms = {"none arrives": none, "in-flight swap": in_flight, "drain and swap": drained}
     seconds: Times = {name: [] for name in arms}
@@ -259,7 +259,7 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
                 seconds[name].append(perf_counter() - start)
                 loads[name].append((await engine.stats()).update_s - before)
     await engine.close()
-    table = Table(title=f"P9: {len(asked)} completions of up to {sampling.max_tokens} tokens")
+    table = Table(title=f"P9: {len(requests)} completions of up to {sampling.max_tokens} tokens")
     for column in ("arm", "seconds", "of none", "loading, seconds", "stall: loading / all"):
         table.add_column(column)
     for name, values in seconds.items():

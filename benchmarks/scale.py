@@ -13,7 +13,7 @@ from benchmarks.schedule import overlap
 
 
 def main() -> None:
-    """One of the three parts."""
+    """Run one of the three parts."""
     if len(sys.argv) < 2 or sys.argv[1] not in ("overlap", "loop", "cluster"):
         sys.exit(__doc__)
     part, rest = sys.argv[1], [int(a) for a in sys.argv[2:] if a.isdigit()]

@@ -1,4 +1,4 @@
-"""The real loop in virtual time: what schedules overlap (P6), and the runs of a simulated cluster (P12).
+"""The real loop in virtual time: overlap of schedules (P6), and the runs of a simulated cluster (P12).
 
 The real loop, ledger, packing and pools on simulated H200s (`simulated.py`), with response lengths that are
 log-normal. Every figure has its limit beside it; `scale.py` is the command.
@@ -47,7 +47,7 @@ HORIZON_S = 1e8  # virtual seconds after which a run counts as hung
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One way to schedule: how far rollouts run ahead, and whether the teacher waits for the whole step."""
+    """A schedule: how far rollouts run ahead, and whether the teacher waits for the whole step."""
 
     name: str
     ahead: int
@@ -67,7 +67,7 @@ ARMS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What was known when a step ended: the time, and useful actor-seconds of the roles of `STAFFED`."""
+    """State at the end of a step: the time, and useful actor-seconds of the roles of `STAFFED`."""
 
     at: float
     busy: tuple[float, float, float]
@@ -75,7 +75,7 @@ class Mark:
 
 @dataclass(slots=True)
 class Run:
-    """A simulated run: what was seen at every step."""
+    """Records of a simulated run at every step."""
 
     cluster: Cluster
     filling: int  # steps at either end that are not measured
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a steady step."""
+        """Mean seconds of a steady step."""
         first, last, count = self.steady()
         return (last.at - first.at) / count
 
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def alone_s(self) -> tuple[float, ...]:
-        """Seconds a step that each role needs for the work it did, if nobody made it wait."""
+        """Seconds a step that each role needs for its work, if it never waits."""
         first, last, count = self.steady()
         return tuple((b - a) / count / n for a, b, n in zip(first.busy, last.busy, self.counts, strict=True))
 
@@ -129,7 +129,7 @@ class Run:
 
 @dataclass
 class _Player:
-    """A run in virtual time: if it ends when the learner dies, it is resumed until all steps are done."""
+    """A run in virtual time: if it ends when the learner fails, it is resumed until all steps are done."""
 
     made: Run
     load: Workload
@@ -182,7 +182,7 @@ class _Player:
             await self.teacher.stop()
 
     async def _fall_back(self) -> None:
-        """Nothing after the checkpoint counts; while the run started anew, nobody worked."""
+        """Discard everything after the checkpoint; while the run restarted, no role worked."""
         self.learner.done = self.saved[0]
         await asyncio.sleep(self.faults.restart_s)
         away = self.faults.notice_s + self.faults.restart_s
@@ -226,7 +226,7 @@ async def go(
     load: Workload, engines: ports.Engines, learner: Any, observers: Sequence[Any], start: int, steps: int, ahead: int,
     ledger: Ledger,
 ) -> None:  # fmt: skip
-    """The real loop with the simplest method that asks a teacher."""
+    """Run the real loop with the simplest method that uses a teacher."""
     slots: dict[str, Any] = {  # a class variable fills a property of a protocol, which the checker does not follow
         "rollout": StudentRollout(max_tokens=load.most), "scorer": SampledTokens(), "objective": SampledReverseKL(),
     }  # fmt: skip
@@ -289,14 +289,14 @@ def overlap(devices: int = 32, steps: int = 24, filling: int = 9) -> None:
         least, work = floors(cluster, load, steps)
         overlapped = max(work, least.teacher, least.learner + least.push)
         bound = least.lock_step / overlapped
-        said = [
+        parts = [
             f"\n{devices} H200: {cluster.rollout} rollout x {slots} slots, {cluster.teacher} teacher",
             f"{cluster.learner} learner; {load.sequences} sequences a step, median {load.median:g}, sigma {sigma}",
             f"mean {load.mean:.0f}, cut at {load.most}; limit: rollout {work:.0f} s (longest {least.rollout:.0f})",
             f"teacher {least.teacher:.0f}, learner {least.learner:.0f}, push {least.push:.2f}",
             f"lock-step {least.lock_step:.0f}, overlapped {overlapped:.0f}: at most {bound:.2f}x",
         ]
-        console.print(", ".join(said), soft_wrap=True, highlight=False)
+        console.print(", ".join(parts), soft_wrap=True, highlight=False)
         table = Table("arm", "step, s", "faster than lock-step", "of the bound (0.95)", "eta (0.95)", "bubble (5 %)",
                       "bubble from spans", "oldest token", "virtual s a CPU s")  # fmt: skip
         lock = 0.0

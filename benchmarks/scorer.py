@@ -1,4 +1,4 @@
-"""P2: what scoring costs on top of the forward pass that it needs, and whether its memory grows with the tokens.
+"""P2: cost of scoring on top of its forward pass, and growth of its memory with the number of tokens.
 
     python benchmarks/scorer.py [rounds] [width] [layers] [vocabulary]
 
@@ -79,7 +79,7 @@ def resident(field: str) -> int:
 
 
 def peak_bytes(work: Callable[[], Sequence[object]]) -> int:
-    """How far the resident set rises above its state before, while `work` runs."""
+    """Peak rise of the resident set while `work` runs."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     work()

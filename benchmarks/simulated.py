@@ -1,4 +1,4 @@
-"""Simulated engines behind the real ports: they wait as long as the limit model says, and answer.
+"""Simulated engines behind the real ports: they wait as long as the roofline predicts, and answer.
 
 The loop, the method, the ledger, the packing and the pools with their supervision are the real ones; actors are
 stand-ins (`stand_ins.py`). One simulated token stands for `grain` real ones. An engine of the student writes in
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from actors.engine import SMALLEST_PART
-from benchmarks.stand_ins import CARE, Crew, Faults, Worker, actor, end
+from benchmarks.stand_ins import RETRIES, Crew, Faults, Worker, actor, end
 from launch.services.pools import StudentPool, TeacherPool
 from opd import ports
 from opd.observability import roofline
@@ -36,7 +36,7 @@ H200 = Hardware(flops=989e12, memory=4.8e12, link=50e9)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What an actor is: a device or several that work as one, and the models on them."""
+    """Kind of an actor: a device or several that work as one, and the models on them."""
 
     devices: int
     student: ModelShape
@@ -62,7 +62,7 @@ _NORMAL = NormalDist()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is asked in a step: `sequences` in groups, with log-normal response lengths cut at `most` (real tokens)."""
+    """Work of a step: `sequences` in groups, with log-normal response lengths cut at `most` (real tokens)."""
 
     sequences: int
     group: int = 4
@@ -74,7 +74,7 @@ class Workload:
     seed: int = 0
 
     def response(self, prompt_id: str, sample: int) -> int:
-        """Simulated tokens of a response: a function of what is asked, whoever writes it and however often."""
+        """Simulated tokens of a response: a function of the request alone."""
         share = (sampling_seed(self.seed, prompt_id, sample, 0) + 0.5) / 2**63
         real = self.median * math.exp(self.sigma * _NORMAL.inv_cdf(share))
         return max(1, round(min(real, self.most) / self.grain))
@@ -88,14 +88,14 @@ class Workload:
 
     def lengths(self, step: int) -> Lengths:
         """The real tokens of a step (counted from 0)."""
-        asked = [(f"{step}/{i}", s) for i in range(self.sequences // self.group) for s in range(self.group)]
-        response = np.array([self.response(p, s) * self.grain for p, s in asked], dtype=np.int64)
-        return Lengths(prompt=np.full(len(asked), self.prompt), response=response, group=self.group)
+        copies = [(f"{step}/{i}", s) for i in range(self.sequences // self.group) for s in range(self.group)]
+        response = np.array([self.response(p, s) * self.grain for p, s in copies], dtype=np.int64)
+        return Lengths(prompt=np.full(len(copies), self.prompt), response=response, group=self.group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Actors (or ranks) of each role, of one kind, and how many sequences an engine writes at once."""
+    """Actors (or ranks) of each role, of one kind, and the number of sequences an engine generates at once."""
 
     rollout: int
     teacher: int
@@ -116,13 +116,14 @@ class Cluster:
 
 @cache
 def _said(n: int, value: float) -> TokenScores:
-    """Testimony that is always the same: nobody looks at it."""
+    """Constant scores: they are never looked at."""
     return TokenScores(logprobs=np.full(n, value, dtype=np.float32))
 
 
 class SimulatedStudent:
-    """Engines behind the real pool (`opd.ports.StudentEngine`); new weights go live without a pause, in text in
-    flight too."""
+    """Engines behind the real pool (`opd.ports.StudentEngine`); new weights go live without a pause, in text in flight
+    too.
+    """
 
     def __init__(self, cluster: Cluster, load: Workload, faults: Faults) -> None:
         kind = cluster.kind
@@ -138,7 +139,7 @@ class SimulatedStudent:
 
     async def start(self) -> None:
         """All engines, anew."""
-        self.pool = StudentPool(CARE, self._make, end)
+        self.pool = StudentPool(RETRIES, self._make, end)
         await self.pool.replicas.start(self._count)
 
     async def stop(self) -> None:
@@ -159,14 +160,14 @@ class SimulatedStudent:
         return await self.pool.receive(weights)
 
     def seconds(self, tokens: int) -> float:
-        """How long a response holds its slot."""
+        """Seconds for which a response holds its slot."""
         return self.prefill_s + tokens * self.token_s
 
     def _all_seconds(self, requests: Sequence[ports.GenerateRequest]) -> list[float]:
         return [self.seconds(self._load.response(r.prompt_id, r.sample)) for r in requests]
 
     async def _take(self, worker: Worker, weights: ports.PublishedWeights) -> ports.WeightAck:
-        """Live at once."""
+        """Make a version live at once."""
         worker.lived.append((asyncio.get_running_loop().time(), weights.version))
         return ports.WeightAck(version=weights.version, digest=weights.digest, gap=0.0)
 
@@ -178,8 +179,9 @@ class SimulatedStudent:
         return [self._completion(n, now, worker.lived) for n in lengths]
 
     def _completion(self, tokens: int, ended: float, lived: Sequence[tuple[float, int]]) -> ports.Completion:
-        """The last token was written when it `ended`; those before it a token's time apart, each by the version then
-        live."""
+        """Completion whose last token was generated when it `ended`; those before it a token's time apart, each by the
+        version then live.
+        """
         first = next(i for i in range(len(lived) - 1, -1, -1) if not i or lived[i][0] <= ended - tokens * self.token_s)
         versions = np.full(tokens, lived[-1][1], dtype=np.int32)
         if first < len(lived) - 1:
@@ -201,7 +203,7 @@ class SimulatedTeacher:
 
     async def start(self) -> None:
         """All actors, anew."""
-        self.pool = TeacherPool(CARE, self._make, end)
+        self.pool = TeacherPool(RETRIES, self._make, end)
         await self.pool.replicas.start(self._count)
         self._arrived, self._gate = 0, asyncio.Event()
 
@@ -214,12 +216,12 @@ class SimulatedTeacher:
         return actor(self.crew.make(), self._call_seconds, self._heard, _part, _nothing)
 
     async def score(self, requests: Sequence[ports.ScoreRequest]) -> list[ports.ScoreAnswer]:
-        """Through the pool, when it is time."""
+        """Score through the pool, when it is time."""
         await self._wait_for_all(len(requests))
         return await self.pool.score(requests)
 
     def seconds(self, response: np.ndarray) -> float:
-        """How long one actor reads sequences of these responses."""
+        """Seconds of one actor to read sequences of these responses."""
         prompt = np.full(len(response), self._load.prompt)
         return roofline.teacher(self._kind.teacher, Lengths(prompt=prompt, response=response), self._kind.hardware)
 
@@ -245,12 +247,12 @@ class SimulatedTeacher:
 
 
 def _part(requests: int) -> int:
-    """How an engine cuts its answer (`actors.engine`)."""
+    """Parts of an engine's answer (`actors.engine`)."""
     return max(SMALLEST_PART, requests // 8)
 
 
 async def _nothing(_: Any) -> None:
-    """A teacher takes no weights."""
+    """Ignore weights: a teacher takes none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

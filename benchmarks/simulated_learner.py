@@ -1,4 +1,4 @@
-"""A simulated learner behind the real port: ranks that take as long as the limit model says, die and start anew.
+"""A simulated learner behind the real port: ranks that take as long as the roofline predicts, fail and restart.
 
 What happens then is the real `launch.services.learner_restart`; only the ranks are stand-ins.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.simulated import Cluster, Workload
-from benchmarks.stand_ins import CARE, Busy, Faults
+from benchmarks.stand_ins import RETRIES, Busy, Faults
 from launch.services.learner_group import RanksLost
 from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.replicas import Fault
@@ -26,12 +26,12 @@ CHECKPOINT_BYTES = 12  # of a parameter: float32 weight and two moments
 
 
 async def _whole(_: Path) -> None:
-    """A checkpoint in no file."""
+    """Checkpoint without a file."""
 
 
 @dataclass(slots=True)
 class SimulatedLearner:
-    """What `cluster.learner` ranks take for their work, at the pace of the slowest; `learner` makes them."""
+    """Timing of `cluster.learner` ranks, at the pace of the slowest; `learner` makes them."""
 
     cluster: Cluster
     load: Workload
@@ -69,15 +69,15 @@ class SimulatedLearner:
 
         if self.faults.resume:
             return make()
-        return RestartingLearner(RankFactory(make=make, check=_whole), CARE.restarts, 1 << 60)
+        return RestartingLearner(RankFactory(make=make, check=_whole), RETRIES.restarts, 1 << 60)
 
     def seconds(self, batches: Sequence[Sequence[Any]]) -> tuple[float, float]:
-        """What a step takes, and how much of that a rank computes on average."""
+        """Seconds of a step, and the part of them that a rank computes on average."""
         loads = [self._flops(rank) for rank in batches]
         return self.computing_s(max(loads) * len(loads)), self.computing_s(sum(loads))
 
     async def maybe_die(self, seconds: float) -> None:
-        """At some moment of a step that takes `seconds`, if it comes to that."""
+        """Fail at a random moment of a step that takes `seconds`, with the given probability."""
         if self._draw.random() >= self.faults.learner:
             return
         done, away = self._draw.random() * seconds, self.faults.notice_s + self.faults.restart_s
@@ -108,7 +108,7 @@ class SimulatedLearner:
 
 @dataclass(slots=True)
 class SimulatedRanks:
-    """Ranks that live and die together (`learner_restart.Ranks`); `at` counts the steps in their weights."""
+    """Ranks that fail together (`learner_restart.Ranks`); `at` counts the steps in their weights."""
 
     site: SimulatedLearner
     at: int
@@ -116,12 +116,12 @@ class SimulatedRanks:
     layout: ports.Layout
 
     async def setup(self) -> None:
-        """As long as a replacement takes; the first ranks are there."""
+        """Wait as long as a replacement takes; the first ranks are there."""
         await asyncio.sleep(self.site.faults.restart_s if self.late else 0.0)
         self.at = 0
 
     async def step(self, batches: Sequence[Sequence[Any]], objective: Any) -> StepReport:
-        """As long as the slowest rank takes; of what is done again nothing is progress."""
+        """Wait as long as the slowest rank takes; a repeated step is no progress."""
         site, ranks = self.site, self.site.cluster.learner
         seconds, mean = site.seconds(batches)
         await site.maybe_die(seconds)
@@ -136,11 +136,11 @@ class SimulatedRanks:
         return StepReport(loss=1.0, grad_norm=1.0, lr=1.0, tokens=tokens, trained_tokens=tokens, metrics={})
 
     async def share(self, version: int) -> ports.PublishedWeights:
-        """Where the weights lie costs nobody anything."""
+        """Announcement of weights without bytes, at no cost."""
         return _weights(version)
 
     async def publish(self, student: ports.StudentEngine, version: int) -> ports.PublishReport:
-        """Push, then live."""
+        """Push the weights, then make them live."""
         site = self.site
         await asyncio.sleep(site.push_s)
         site.busy.useful += site.push_s * site.cluster.learner
@@ -149,34 +149,34 @@ class SimulatedRanks:
         return ports.PublishReport(version=version, gap=0.0, nbytes=nbytes)
 
     async def save(self, directory: Path, step: int) -> None:
-        """UpdateCost waits for the copy; that it is on the disk at once is assumed."""
+        """Wait for the copy; that it is on the disk at once is assumed."""
         await asyncio.sleep(self.site.copy_s)
         self.site.saved[str(directory)] = self.at
 
     async def load(self, directory: Path) -> int:
-        """As long as the copy took, on the way back."""
+        """Wait as long as the copy took, on the way back."""
         await asyncio.sleep(self.site.copy_s)
         self.site.busy.down += self.site.copy_s * self.site.cluster.learner
         self.at = self.site.saved[str(directory)]
         return self.at
 
     async def written(self) -> dict[str, str]:
-        """There are no files."""
+        """Digests of no files."""
         return {}
 
     async def export(self, directory: Path) -> None:
-        """There is no model."""
+        """Raise: there is no model."""
         raise NotImplementedError(f"nothing can be exported to {directory} of ranks that are simulated")
 
     async def settled(self) -> None:
-        """Whatever they were asked is waited for."""
+        """Nothing to wait for: every call is awaited by its caller."""
 
     async def evaluate(self, batches: Sequence[Sequence[Any]], objective: Any) -> dict[str, float]:
-        """Nothing is measured of them."""
+        """Raise: no evaluation is simulated."""
         raise NotImplementedError(f"{type(objective).__name__} cannot be evaluated on {len(batches)} simulated ranks")
 
     def end(self) -> None:
-        """They are gone already."""
+        """Nothing to end: they are gone already."""
 
 
 def _weights(version: int) -> ports.PublishedWeights:

@@ -1,4 +1,4 @@
-"""Actors in virtual time, behind the real pools: they take as long as they are told, they die, and others are started.
+"""Actors in virtual time, behind the real pools: they take a given time, fail, and are replaced.
 
 What a pool sees is what Ray shows it: methods with `.remote`, generators of references, an error when an actor is gone.
 """
@@ -16,15 +16,15 @@ from launch.config.retry_policy import RetryPolicy
 from opd.errors import ServiceLost, ServiceVanished
 
 # As a run has it, but with as many tries and replacements as it takes (a run has 4 and 8).
-CARE = RetryPolicy(deadline_s=1e6, start_deadline_s=1e6, attempts=50, restarts=1_000_000)
+RETRIES = RetryPolicy(deadline_s=1e6, start_deadline_s=1e6, attempts=50, restarts=1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """An actor dies `rate` times in `every_s` seconds on average; that is noticed after `notice_s`, and its replacement
-    works `restart_s` later.
+    """Failure model: an actor fails `rate` times in `every_s` seconds on average; that is noticed after `notice_s`, and
+    its replacement works `restart_s` later.
 
-    The learner, whose ranks stop together, dies in a step with probability `learner`; its ranks start anew beside the
+    The learner, whose ranks stop together, fails in a step with probability `learner`; its ranks start anew beside the
     driver. `resume`: that ends the run instead (`cluster.restarts=0`), which goes on from its last checkpoint with
     nothing of what was in flight.
     """
@@ -57,7 +57,7 @@ class _Job:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """Jobs that were asked for together; what is done goes out in parts of at least `part` (or when all is)."""
+    """Jobs of one request; finished ones are delivered in parts of at least `part` (or when all are)."""
 
     part: int
     left: int
@@ -67,7 +67,7 @@ class _Call:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """Does `width` jobs at once, first come, first served, until it is killed."""
+    """Actor that does `width` jobs at once, first come, first served, until it is killed."""
 
     width: int
     busy: Busy
@@ -79,7 +79,7 @@ class Worker:
     _running: dict[_Job, None] = field(default_factory=dict)
 
     async def work(self, seconds: Sequence[float], part: int) -> AsyncIterator[list[int]]:
-        """Have jobs of these lengths done; yields positions of those that are."""
+        """Run jobs of these lengths; yields positions of finished ones."""
         if not self.alive:
             raise ServiceVanished("the actor is gone")
         call = _Call(part=part, left=len(seconds))
@@ -89,11 +89,11 @@ class Worker:
         left = len(seconds)
         try:
             while left:
-                said = await call.out.get()
-                if isinstance(said, ServiceLost):
-                    raise said
-                left -= len(said)
-                yield said
+                delivered = await call.out.get()
+                if isinstance(delivered, ServiceLost):
+                    raise delivered
+                left -= len(delivered)
+                yield delivered
         finally:
             del self._calls[call]
             if left and self.alive:
@@ -119,7 +119,7 @@ class Worker:
         self._start()
 
     def _drop(self, call: _Call) -> None:
-        """Nobody waits for the rest of `call` any more."""
+        """Drop the rest of `call`, which was abandoned."""
         self._waiting = deque(job for job in self._waiting if job.call is not call)
         self._lose([job for job in self._running if job.call is call], [call])
         self._start()
@@ -136,7 +136,7 @@ class Worker:
             call.done.clear()
 
     def kill(self, notice_s: float = math.inf) -> None:
-        """Everything it had not delivered is lost; those who wait are told `notice_s` later, if ever."""
+        """Kill the actor: undelivered work is lost; waiting calls are notified `notice_s` later, if ever."""
         if not self.alive:
             return
         self.alive = False
@@ -151,13 +151,13 @@ class Worker:
 
 
 class Crew:
-    """Makes the workers of one role, and lets them die as `faults` says; the same every time for one `seed`."""
+    """The workers of one role, which fail as `faults` describes; the same every time for one `seed`."""
 
     def __init__(self, width: int, faults: Faults, seed: int) -> None:
         self.busy, self.failures = Busy(), 0
         self._width, self._faults, self._draw = width, faults, Random(seed)
         self._workers: dict[Worker, asyncio.TimerHandle | None] = {}
-        self._died: deque[float] = deque()  # when those died who have no replacement yet
+        self._died: deque[float] = deque()  # when those failed that have no replacement yet
 
     def make(self) -> Worker:
         """A new worker: ready at once, unless it takes the place of one that died."""
@@ -178,7 +178,7 @@ class Crew:
         worker.kill(self._faults.notice_s)
 
     def close(self) -> None:
-        """The run is over: all are killed, what they had in hand is lost."""
+        """End the run: all are killed, and their work under way is lost."""
         for worker, timer in self._workers.items():
             if timer is not None:
                 timer.cancel()
@@ -220,7 +220,7 @@ def actor(
     part: Callable[[int], int],
     receive: Callable[[Any], Awaitable[Any]],
 ) -> Any:
-    """`worker` as Ray shows an engine and a teacher: `seconds` says how long requests take, `answer` what comes out."""
+    """`worker` with the interface of Ray's engines and teachers: `seconds` times requests, `answer` makes results."""
 
     async def in_parts(requests: Sequence[Any]) -> AsyncIterator[Any]:
         async for done in worker.work(seconds(requests), part(len(requests))):
@@ -247,5 +247,5 @@ def actor(
 
 
 def end(seen: Any) -> None:
-    """What a pool does with an actor that it does not trust any more."""
+    """Kill an actor that the pool gives up."""
     seen.worker.kill()

@@ -1,4 +1,4 @@
-"""Where a step's time and CPU go, as shares measured in one run on the embedded task.
+"""Breakdown of a step's time and CPU, as shares measured in one run on the embedded task.
 
     python benchmarks/step_breakdown.py [steps] [OVERRIDE ...]      (default 40 steps, 3 at least)
 
@@ -94,7 +94,7 @@ async def spent(session: Any) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What training had spent when a step ended (as `spent` says it), and the Ray calls it had made."""
+    """Resources spent when a step ended (as `spent` measures them), and the Ray calls made."""
 
     spent: np.ndarray
     calls: int
@@ -102,7 +102,7 @@ class Mark:
 
 @dataclass(slots=True)
 class Measured:
-    """What the run showed; `goal` is the step and the CPU-seconds of the first evaluation above `GOAL`."""
+    """Measurements of the run; `goal` is the step and the CPU-seconds of the first evaluation above `GOAL`."""
 
     ready_s: float
     records: list = field(default_factory=list)

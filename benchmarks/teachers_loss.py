@@ -56,9 +56,9 @@ def ours(case: Case) -> Tensor:
     logprobs = torch.full((len(every),), -1.0)
 
     def prepare(first: int, last: int) -> Evaluate:
-        said = (log_softmax_(hidden[first:last] @ case.teacher_head.T) for hidden in case.teacher_hidden)
+        logprobs_of = (log_softmax_(hidden[first:last] @ case.teacher_head.T) for hidden in case.teacher_hidden)
         scores = VocabularyScores(
-            logprobs=logprobs[first:last], vocabulary_logprobs=mixture(said, [1 / count] * count)
+            logprobs=logprobs[first:last], vocabulary_logprobs=mixture(logprobs_of, [1 / count] * count)
         )  # fmt: skip
         rows = Batch(
             input_ids=every, position_ids=every, cu_seqlens=torch.tensor([0, len(every)]), predict_at=every[first:last],
@@ -72,8 +72,8 @@ def ours(case: Case) -> Tensor:
 
 def naive(case: Case) -> Tensor:
     with torch.no_grad():
-        said = torch.stack([(hidden @ case.teacher_head.T).log_softmax(-1) for hidden in case.teacher_hidden])
-        q = said.logsumexp(0) - torch.tensor(float(len(said))).log()
+        log_probs = torch.stack([(hidden @ case.teacher_head.T).log_softmax(-1) for hidden in case.teacher_hidden])
+        q = log_probs.logsumexp(0) - torch.tensor(float(len(log_probs))).log()
     p = (case.hidden @ case.head.T).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()
 
@@ -116,13 +116,13 @@ def memory(tokens: int, width: int, vocabularies: Sequence[int], counts: Sequenc
     print(f"peak MB at {tokens} tokens, width {width} (of naive only up to 32,768: it would need too much)")
     for vocabulary in vocabularies:
         mine = [peak("ours", tokens, vocabulary, width, count) for count in counts]
-        said = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(counts, mine, strict=True))
-        print(f"  V={vocabulary:>7,}  ours   {said}  {ends}: {mine[-1][0] / mine[0][0]:.3f} (limit {MEMORY_LIMIT})")
+        sizes = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(counts, mine, strict=True))
+        print(f"  V={vocabulary:>7,}  ours   {sizes}  {ends}: {mine[-1][0] / mine[0][0]:.3f} (limit {MEMORY_LIMIT})")
         if vocabulary <= 32_768:
             plain = [peak("naive", tokens, vocabulary, width, count) for count in counts]
             assert all(abs(a[1] - b[1]) < 1e-5 for a, b in zip(mine, plain, strict=True)), "not the same loss"
-            said = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(counts, plain, strict=True))
-            print(f"  {'':>9}  naive  {said}  {ends}: {plain[-1][0] / plain[0][0]:.3f}")
+            sizes = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(counts, plain, strict=True))
+            print(f"  {'':>9}  naive  {sizes}  {ends}: {plain[-1][0] / plain[0][0]:.3f}")
 
 
 def reading(case: Case) -> float:

@@ -1,10 +1,10 @@
-"""P1: what a scored token costs on the wire, in bytes and CPU: our frame, what TRL reads, and plain JSON.
+"""P1: cost of a scored token on the wire, in bytes and CPU: our frame, TRL's input, and plain JSON.
 
     python benchmarks/transport.py [rounds]
 
 Each arm encodes the same answers (float32 log-probabilities, int32 ids) and decodes them back to arrays, both ends in
 this process; arms take turns, the median and the spread (smallest to largest) of CPU time are printed. The floor is
-what the arrays alone weigh, K ids and log-probabilities and one written token: 8 K + 4 bytes per token. Limits of the
+what the arrays alone weigh, K ids and log-probabilities and one sampled token: 8 K + 4 bytes per token. Limits of the
 project: at most 1.05 of the floor; at k=64 at least 50 times less CPU than base64 in JSON, 1,000 than lists.
 
 The peer of today is TRL, whose trainers ask a vLLM server for `prompt_logprobs`: the arm has vLLM's own answer, written
@@ -36,7 +36,7 @@ FIELDS = ("logprobs", "topk_ids", "topk_logprobs")
 
 
 def answers(k: int) -> tuple[TopKScores, ...]:
-    """Random testimony about `REQUESTS` completions of `TOKENS` tokens."""
+    """Random scores of `REQUESTS` completions of `TOKENS` tokens."""
     random = np.random.default_rng(k)
 
     def one() -> TopKScores:
@@ -48,9 +48,9 @@ def answers(k: int) -> tuple[TopKScores, ...]:
     return tuple(one() for _ in range(REQUESTS))
 
 
-def frame(said: Sequence[TokenScores]) -> bytes:
-    digests = tuple(bytes(16) for _ in said)
-    kinds, answers = ((TopK,),) * len(said), tuple((one,) for one in said)
+def frame(scores: Sequence[TokenScores]) -> bytes:
+    digests = tuple(bytes(16) for _ in scores)
+    kinds, answers = ((TopK,),) * len(scores), tuple((one,) for one in scores)
     return encode_reply(Reply(call=bytes(16), model=bytes(16), digests=digests, kinds=kinds, answers=answers))
 
 
@@ -58,12 +58,12 @@ def unframe(body: bytes) -> Sequence[TokenScores]:
     return [scores for (scores,) in decode_reply(body, LIMITS).answers if isinstance(scores, TokenScores)]
 
 
-def base64_json(said: Sequence[TokenScores]) -> bytes:
+def base64_json(scores: Sequence[TokenScores]) -> bytes:
     def packed(array: np.ndarray) -> dict[str, Any]:
         data = base64.b64encode(array.tobytes()).decode()
         return {"data": data, "dtype": array.dtype.str, "shape": array.shape}
 
-    return json.dumps([{f: packed(getattr(a, f)) for f in FIELDS} for a in said]).encode()
+    return json.dumps([{f: packed(getattr(a, f)) for f in FIELDS} for a in scores]).encode()
 
 
 def unbase64_json(body: bytes) -> Sequence[TokenScores]:
@@ -73,8 +73,8 @@ def unbase64_json(body: bytes) -> Sequence[TokenScores]:
     return [TopKScores(**{f: unpacked(a[f]) for f in FIELDS}) for a in json.loads(body)]
 
 
-def list_json(said: Sequence[TokenScores]) -> bytes:
-    return json.dumps([{f: getattr(a, f).tolist() for f in FIELDS} for a in said]).encode()
+def list_json(scores: Sequence[TokenScores]) -> bytes:
+    return json.dumps([{f: getattr(a, f).tolist() for f in FIELDS} for a in scores]).encode()
 
 
 def unlist_json(body: bytes) -> Sequence[TokenScores]:
@@ -98,8 +98,8 @@ class Peer:
             CompletionResponse, CompletionResponseChoice, UsageInfo, Logprob
         )  # fmt: skip
 
-    def encode(self, said: Sequence[TokenScores]) -> bytes:
-        """The written token is the likeliest one in `answers`, so it is no entry of its own."""
+    def encode(self, scores: Sequence[TokenScores]) -> bytes:
+        """The encoded answer; the sampled token is the likeliest one in `answers`, so it is no entry of its own."""
 
         def position(ids: np.ndarray, values: np.ndarray) -> dict[int, Any]:
             ranked = enumerate(zip(ids.tolist(), values.tolist(), strict=True), 1)
@@ -110,16 +110,16 @@ class Peer:
             scored = [None, *(position(*row) for row in rows)]
             return self._choice(index=number, text="", finish_reason="length", prompt_logprobs=scored)
 
-        choices = [choice(i, a) for i, a in enumerate(said) if isinstance(a, TopKScores)]
+        choices = [choice(i, a) for i, a in enumerate(scores) if isinstance(a, TopKScores)]
         return self._response(model="teacher", choices=choices, usage=self._usage()).model_dump_json().encode()
 
     def decode(self, body: bytes) -> Sequence[TokenScores]:
         return [self._read(choice) for choice in json.loads(body)["choices"]]
 
     def _read(self, choice: dict[str, Any]) -> TopKScores:
-        said = choice["prompt_logprobs"]
-        written = [0, *(int(next(iter(position))) for position in said[1:])]
-        read = self._client._format_sequence_logprobs(choice, written, 1, len(said[1]))
+        entries = choice["prompt_logprobs"]
+        written = [0, *(int(next(iter(position))) for position in entries[1:])]
+        read = self._client._format_sequence_logprobs(choice, written, 1, len(entries[1]))
         return TopKScores(
             logprobs=np.asarray(read["actual_logprobs"], np.float32)[:, 0],
             topk_ids=np.asarray(read["logprob_token_ids"], np.int32),
@@ -146,26 +146,26 @@ ARMS: dict[str, Arm] = {
 
 def measure(k: int, rounds: int) -> dict[str, tuple[int, list[float]]]:
     """Per arm: bytes of the message, and CPU nanoseconds per token of encoding plus decoding, once per round."""
-    said = answers(k)
+    scores = answers(k)
     sizes, spent = dict.fromkeys(ARMS, 0), {name: [] for name in ARMS}
     for turn in range(rounds + 1):
         for name, (encode, decode) in ARMS.items():
             repeats = 100 if name == "frame" else 1  # one frame takes less than the clock can tell
-            body, back = b"", said
+            body, back = b"", scores
             start = process_time_ns()
             for _ in range(repeats):
-                body = encode(said)
+                body = encode(scores)
                 back = decode(body)
             used = (process_time_ns() - start) / repeats / (REQUESTS * TOKENS)
             sizes[name] = len(body)
-            _same(said, back)
+            _same(scores, back)
             if turn:  # the first is warm-up
                 spent[name].append(used)
     return {name: (sizes[name], spent[name]) for name in ARMS}
 
 
-def _same(said: Sequence[Any], back: Sequence[Any]) -> None:
-    for a, b in zip(said, back, strict=True):
+def _same(scores: Sequence[Any], back: Sequence[Any]) -> None:
+    for a, b in zip(scores, back, strict=True):
         assert all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS), "an arm changed the numbers"
 
 

@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 
 class Stalled(RuntimeError):
-    """All tasks wait for something that no timer will bring, or time ran past the horizon."""
+    """Error of a simulation in which all tasks wait for no timer, or time ran past the horizon."""
 
 
 class _Jumping(selectors.DefaultSelector):
-    """Where a real loop would sleep, time is moved on."""
+    """Selector that advances the clock where a real loop would sleep."""
 
     def __init__(self) -> None:
         super().__init__()
         self.advance: Callable[[float], None] = lambda _: None
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        """What is ready now; if that is nothing and the loop would wait `timeout` seconds, the clock jumps by it."""
+        """Ready events; if there are none and the loop would wait `timeout` seconds, the clock jumps by it."""
         ready = super().select(0)
         if ready or (timeout is not None and timeout <= 0):
             return ready
@@ -37,7 +37,9 @@ class _Jumping(selectors.DefaultSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Starts at 0 s; raises `Stalled` beyond `horizon_s`, so that a deadlock among timers that repeat is found, too."""
+    """Event loop from 0 s; raises `Stalled` beyond `horizon_s`, so that a deadlock among repeating timers is found,
+    too.
+    """
 
     def __init__(self, horizon_s: float = math.inf) -> None:
         self._now, self._horizon_s = 0.0, horizon_s
@@ -56,6 +58,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def simulate(main: Coroutine[Any, Any, T], horizon_s: float = math.inf) -> T:
-    """Run `main` in virtual time; its result."""
+    """Result of `main`, run in virtual time."""
     with asyncio.Runner(loop_factory=lambda: VirtualTimeLoop(horizon_s)) as runner:
         return runner.run(main)

@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation, and whether all of it is there."""
+"""Rendering of conversations with a chat template, and a check that nothing was lost."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,7 @@ def _with_contents(render: Render, messages: Messages, tools: Messages, where: s
 
 
 def _shows_content(render: Render, messages: Messages, tools: Messages, i: int, text: str, where: str) -> bool:
-    """Whether what a message says makes a difference; most are found word for word."""
+    """Whether the content of a message changes the rendered text; most are found word for word."""
     content = messages[i]["content"]
     if not content or not content.strip() or content.strip() in text:
         return True

@@ -1,4 +1,4 @@
-"""The token ids that end a text: what each file of a checkpoint says, and the union of all."""
+"""End-of-text token ids: those in each file of a checkpoint, and the union of all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ _TOKENIZER = "tokenizer_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
-    """`said` maps a file of the checkpoint to the ids it names; files that name none are left out.
+    """End ids of a checkpoint: `by_file` maps a file to the ids it names; files that name none are left out.
 
-    Example: `Ends(said={"config.json": (2,), "generation_config.json": (2, 0)}).ids` is `(0, 2)`.
+    Example: `Ends(by_file={"config.json": (2,), "generation_config.json": (2, 0)}).ids` is `(0, 2)`.
     """
 
-    said: Mapping[str, tuple[int, ...]]
+    by_file: Mapping[str, tuple[int, ...]]
 
     @property
     def ids(self) -> tuple[int, ...]:
         """Every id that one of the files names."""
-        return tuple(sorted({i for ids in self.said.values() for i in ids}))
+        return tuple(sorted({i for ids in self.by_file.values() for i in ids}))
 
     @property
     def disagree(self) -> bool:
-        """One file lacks what another names, and it is the one that generation obeys (or there is none such)."""
-        named = {frozenset(ids) for ids in self.said.values()}
-        return len(named) > 1 and set(self.said.get(GENERATION, ())) != set(self.ids)
+        """Whether a file lacks an id that another names: the one that generation obeys, or any if it names none."""
+        named = {frozenset(ids) for ids in self.by_file.values()}
+        return len(named) > 1 and set(self.by_file.get(GENERATION, ())) != set(self.ids)
 
 
 def read_ends(path: str, part: str = "student") -> Ends:
-    """What the files in `path` say.
+    """End ids in the files of `path`.
 
     Raises:
         ConfigurationError: the folder is no checkpoint.
@@ -65,7 +65,7 @@ def read_ends(path: str, part: str = "student") -> Ends:
             f"the {part} checkpoint {path!r} names no end-of-text token (eos_token_id in {GENERATION} or config.json, "
             f"eos_token in {_TOKENIZER}), so its completions could never end; add it"
         )
-    return Ends(said={file: tuple(dict.fromkeys(ids)) for file, ids in named.items() if ids})
+    return Ends(by_file={file: tuple(dict.fromkeys(ids)) for file, ids in named.items() if ids})
 
 
 def _of_tokenizer(folder: Path, part: str) -> list[Any]:

@@ -33,7 +33,7 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """Its numbers."""
+        """Number of elements."""
         return prod(self.shape)
 
 
@@ -44,17 +44,17 @@ def read_json(file: Path, part: str) -> dict[str, Any]:
         DataError: it is no UTF-8, no JSON, nested too deep, or no mapping.
     """
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number without end
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise DataError(f"{part} has a damaged {file.name} in {str(file.parent)!r} ({reason}); copy it anew") from error
-    if not isinstance(said, dict):
-        kind = "null" if said is None else f"a {type(said).__name__}"
+    if not isinstance(value, dict):
+        kind = "null" if value is None else f"a {type(value).__name__}"
         raise DataError(
             f"{part} has a damaged {file.name} in {str(file.parent)!r} (it holds {kind} instead of a mapping); copy it "
             "anew"
         )
-    return said
+    return value
 
 
 def read_config(path: str, part: str) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def text_config(path: str, part: str) -> dict[str, Any]:
 
 
 def read_headers(path: str, part: str) -> Mapping[str, Stored]:
-    """What the folder's weights are, by name: of `model.safetensors`, or else of the shards its index names.
+    """Headers of the folder's weights by name: of `model.safetensors`, or else of the shards its index names.
 
     Only headers are read, so a file may be larger than memory. No weights at all are an empty mapping.
 
@@ -139,7 +139,7 @@ def read_headers(path: str, part: str) -> Mapping[str, Stored]:
 
 
 def output_matrix(stored: Mapping[str, Stored]) -> str | None:
-    """The name of the output matrix among a folder's tensors; of a tied one, which is not stored, the embedding's."""
+    """Name of the output matrix among a folder's tensors; of a tied one, which is not stored, the embedding's."""
     return next((name for end in (*HEADS, *TIED) for name in sorted(stored) if name.endswith(end)), None)
 
 
@@ -161,13 +161,13 @@ def _header(file: Path, part: str) -> dict[str, Stored]:
                 raise damaged("it is a pickle and no safetensors, and is never opened")
             else:
                 raise damaged("it is empty" if not total else "it has no header of safetensors, or is cut off")
-        said = json.loads(text.decode("utf-8"))
+        header = json.loads(text.decode("utf-8"))
         tensors = {
             name: (
                 Stored(file=file, dtype=str(t["dtype"]), shape=tuple(map(index, t["shape"]))),
                 tuple(t["data_offsets"]),
             )
-            for name, t in said.items()
+            for name, t in header.items()
             if name != "__metadata__"
         }
         end = 0

@@ -1,4 +1,4 @@
-"""Does a model folder agree with itself? Its configuration, and the headers of its weights, nothing more.
+"""Consistency of a model folder: its configuration against the headers of its weights, nothing more.
 
 A model is built without numbers (on the meta device), so what its class wants is compared with what is stored. That
 takes a second or so, whatever the size.
@@ -30,7 +30,7 @@ _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|atte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folder:
-    """A model as transformers would build it, without numbers, and what its folder stores (nothing: no weights here).
+    """A model as transformers would build it, on the meta device, and the tensors in its folder, if it has any.
 
     `part` begins every sentence, as in "student 'models/small'".
     """
@@ -41,7 +41,7 @@ class Folder:
 
     @property
     def context(self) -> int | None:
-        """Tokens a sequence may have, if the configuration says so."""
+        """Maximum sequence length in tokens, if the configuration has one."""
         return context_length(self.causal.config)
 
 
@@ -53,20 +53,20 @@ def read_folder(path: str, role: str) -> Folder:
         DataError: a file is damaged, or the configuration and the weights contradict each other.
     """
     part = f"{role} {path!r}"
-    said, stored = read_config(path, role), read_headers(path, role)
-    _check_config(said, stored, part)
+    raw, stored = read_config(path, role), read_headers(path, role)
+    _check_config(raw, stored, part)
     _check_generation(Path(path) / "generation_config.json", part)
     with _sentences(part, "a config.json of which transformers cannot make a model"), torch.device("meta"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         causal = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    if stored and "quantization_config" not in said:
+    if stored and "quantization_config" not in raw:
         _compare(causal, stored, part)
     return Folder(part=part, causal=causal, stored=stored)
 
 
 @contextmanager
 def _sentences(part: str, what: str) -> Iterator[None]:
-    """Whatever transformers says about a foreign file is one sentence, and its warnings are not printed."""
+    """Context in which any error of transformers about a file is one sentence, and its warnings are not printed."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -78,18 +78,18 @@ def _sentences(part: str, what: str) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _check_config(said: Mapping[str, Any], stored: Mapping[str, Stored], part: str) -> None:
-    """What transformers would take without a word, or only after hours."""
-    kind = said.get("model_type")
+def _check_config(raw: Mapping[str, Any], stored: Mapping[str, Stored], part: str) -> None:
+    """Refuse a configuration that transformers would accept silently, or fail on only after hours."""
+    kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise DataError(
             f"{part} has a config.json with model_type={kind!r}, which is no causal language model that this "
             "transformers knows; correct it, or choose another model"
         )
-    text = said.get("text_config")
+    text = raw.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise DataError(f"{part} has a config.json with text_config={text!r}, which is no mapping; copy it anew")
-    config = {**said, **(text or {})}
+    config = {**raw, **(text or {})}
     for name in ("dtype", "torch_dtype"):
         dtype = config.get(name)
         if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
@@ -105,10 +105,10 @@ def _check_config(said: Mapping[str, Any], stored: Mapping[str, Stored], part: s
         )
 
 
-def _check_ids(said: Mapping[str, Any], file: str, part: str) -> None:
-    """Special tokens are ids, or (the end of text) several."""
+def _check_ids(raw: Mapping[str, Any], file: str, part: str) -> None:
+    """Refuse special tokens that are no ids; the end of text may have several."""
     for name in _SPECIAL:
-        given = said.get(name)
+        given = raw.get(name)
         ids = given if isinstance(given, list) else [given] if given is not None else []
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise DataError(f"{part} has a {file} with {name}={given!r}, which is no token id; correct it")
@@ -122,7 +122,7 @@ def _check_generation(file: Path, part: str) -> None:
 
 
 def _compare(causal: Any, stored: Mapping[str, Stored], part: str) -> None:
-    """Every parameter is stored in its shape, and nothing is stored that the model would leave out."""
+    """Compare names and shapes: every parameter is stored, and no stored tensor would be left out."""
     wanted, kind = causal.state_dict(), type(causal).__name__
     remedy = "config.json and weights are not of one model, so copy the folder anew"
     loaded = places(causal, stored)
@@ -153,7 +153,7 @@ def _compare_fused(
     part: str,
     remedy: str,
 ) -> None:
-    """Tensors that are put together on loading have as many numbers as what they become."""
+    """Check that tensors fused on loading have as many numbers as their result."""
     sizes: dict[str, int] = {}
     for name, (place, converted) in loaded.items():
         if converted and place in wanted:

@@ -1,4 +1,4 @@
-"""Does a causal model read packed sequences exactly: told by its layers and its head, and tried on itself.
+"""Exactness of a causal model on packed sequences: checked by its layers and its head, and by a trial.
 
 A model is one of transformers', of which only plain attributes are used. What cannot work is refused with a sentence
 that begins with `part`, e.g. "the student 'models/mamba'".
@@ -25,7 +25,7 @@ _CHANGED = 0.1  # times the floor: how far one sequence may move another, which 
 
 
 def context_length(config: Any) -> int | None:
-    """Tokens a sequence may have, rope scaling considered; None where a configuration of transformers names no bound.
+    """Maximum sequence length, rope scaling considered; None where a configuration of transformers names no bound.
 
     Example: 2048 positions with linear scaling by 4 are 8192. What YaRN, llama3 and longrope scale is already counted.
     """
@@ -98,25 +98,25 @@ def check_head(causal: Any, part: str, bias: bool) -> nn.Linear:
         small.weight.copy_(40 * F.normalize(torch.randn(small.weight.shape, generator=generator), dim=-1))
         body = getattr(causal, prefix)
         try:
-            setattr(causal, prefix, _Saying(hidden))
+            setattr(causal, prefix, _ConstantBody(hidden))
             causal.set_output_embeddings(small)
-            said = causal(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False).logits
+            logits = causal(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False).logits
         finally:
             setattr(causal, prefix, body)
             causal.set_output_embeddings(head)
         expected = F.linear(hidden, small.weight)
-    if not torch.allclose(said.float(), expected, rtol=1e-3, atol=1e-3):
-        worst = int((said.float() - expected).abs().argmax())
+    if not torch.allclose(logits.float(), expected, rtol=1e-3, atol=1e-3):
+        worst = int((logits.float() - expected).abs().argmax())
         raise ConfigurationError(
             f"{part} needs logits that are hidden states times the output matrix, but {name} scales or bounds them "
-            f"afterwards ({float(expected.flatten()[worst]):.1f} becomes {float(said.flatten()[worst]):.1f}); choose "
+            f"afterwards ({float(expected.flatten()[worst]):.1f} becomes {float(logits.flatten()[worst]):.1f}); choose "
             "a model with a plain output layer"
         )
     return head
 
 
-class _Saying(nn.Module):
-    """A body, and any part of one, that says `hidden`, whatever it is asked."""
+class _ConstantBody(nn.Module):
+    """Stand-in for a model's body, and any part of one, that returns `hidden` for every input."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -125,12 +125,12 @@ class _Saying(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name) if name == "hidden" or name.startswith("_") else self
 
-    def forward(self, *_: Any, **__: Any) -> "_Said":
-        return _Said(last_hidden_state=self.hidden)
+    def forward(self, *_: Any, **__: Any) -> "_Output":
+        return _Output(last_hidden_state=self.hidden)
 
 
-class _Said(dict[str, Any]):
-    """What transformers' models return: fields by name, by place, and None for what is missing."""
+class _Output(dict[str, Any]):
+    """Stand-in for the output of transformers' models: fields by name, by place, and None for missing ones."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)
@@ -141,7 +141,7 @@ class _Said(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """Some sequences, what a model says of each alone (float32 log-probabilities), and how much that is rounded.
+    """Reference log-probabilities (float32) of a model on some sequences, each alone, and their rounding error.
 
     `floor` (nats) is how far that moves if what the embedding and each layer write is rounded otherwise.
     """
@@ -153,7 +153,7 @@ class Trial:
     @staticmethod
     @torch.no_grad()
     def of(causal: Any, vocabulary: int, part: str) -> "Trial":
-        """Ask `causal` about each sequence alone, by transformers' own attention.
+        """Reference of `causal` on each sequence alone, by transformers' own attention.
 
         Raises:
             DataError: it answers with NaN.
@@ -169,25 +169,25 @@ class Trial:
         def alone(after: int) -> list[Tensor]:
             rows = [F.pad(s, (0, after), value=1)[None].to(device) for s in ids]
             logits = [causal(input_ids=row, use_cache=False).logits[0] for row in rows]
-            return [said[: len(s)].float() for said, s in zip(logits, ids, strict=True)]
+            return [one[: len(s)].float() for one, s in zip(logits, ids, strict=True)]
 
         causal.set_attn_implementation("eager")  # the only one that computes whatever a model asks
         logits = alone(0)
-        if any(bool(said.isnan().any()) for said in logits):
+        if any(bool(one.isnan().any()) for one in logits):
             raise DataError(f"{part} answers with NaN, so its weights are damaged; copy the folder anew")
         hooks = [module.register_forward_hook(_nudge) for module in _stream(causal)]
         again = alone(1 if max(lengths) < positions else 0)
         for hook in hooks:
             hook.remove()
-        expected = tuple(said.log_softmax(-1) for said in logits)
+        expected = tuple(one.log_softmax(-1) for one in logits)
         # Never less than the rounding of a logit itself.
-        grain = torch.finfo(next(causal.parameters()).dtype).eps * max(float(said.abs().median()) for said in logits)
-        floor = max(_gap(expected, (said.log_softmax(-1) for said in again)), grain)
+        grain = torch.finfo(next(causal.parameters()).dtype).eps * max(float(one.abs().median()) for one in logits)
+        floor = max(_gap(expected, (one.log_softmax(-1) for one in again)), grain)
         return Trial(sequences=tuple(ids), expected=expected, floor=floor)
 
     @torch.no_grad()
     def check(self, packed: Read, part: str) -> float:
-        """The gap of `packed` (sequences in one row to logits `[N, V]`) in nats; refuses one that is no rounding.
+        """The gap of `packed` (sequences in one row to logits `[N, V]`) in nats; refuses one above rounding.
 
         Raises:
             ConfigurationError: sequences are read otherwise than alone, or one changes what is said of another.
@@ -210,14 +210,14 @@ class Trial:
 
 
 def _stream(causal: Any) -> list[nn.Module]:
-    """What writes the residual stream: the embedding and every layer."""
+    """Modules that write the residual stream: the embedding and every layer."""
     layers = causal.config.get_text_config().num_hidden_layers
     lists = [m for m in causal.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     return [causal.get_input_embeddings(), *(layer for found in lists[:1] for layer in found)]
 
 
 def _nudge(_: nn.Module, __: Any, written: Tensor | tuple[Any, ...]) -> Tensor | tuple[Any, ...]:
-    """The stream, of which every second number is larger by a rounding."""
+    """The residual stream with every second number larger by a rounding."""
     if isinstance(written, tuple):
         return (_nudge(_, __, written[0]), *written[1:])
     places = torch.arange(written.shape[-1], device=written.device) % 2
@@ -225,7 +225,7 @@ def _nudge(_: nn.Module, __: Any, written: Tensor | tuple[Any, ...]) -> Tensor |
 
 
 def _gap(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
-    """The worst sequence's usual gap: of each token the largest over the vocabulary, of these the median.
+    """Typical gap of the worst sequence: of each token the largest over the vocabulary, of these the median.
 
     A median, since a router may choose another expert for a token by a rounding.
     """

@@ -1,4 +1,4 @@
-"""A Hugging Face causal model that reads packed sequences: one row, attention within each."""
+"""A Hugging Face causal model on packed sequences: one row, attention within each sequence."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -17,7 +17,7 @@ Model = TypeVar("Model")
 
 
 class PackedModel:
-    """A frozen model, asked for hidden states; the vocabulary is made from them only where it is wanted.
+    """A frozen model that returns hidden states; logits over the vocabulary are computed only on request.
 
     `vocabulary` counts the rows of the output matrix (with padding), `positions` the tokens a sequence may
     have.
@@ -31,7 +31,7 @@ class PackedModel:
         self.positions = context_length(causal.config)
 
     def mix_in(self, tensors: Iterable[tuple[str, Tensor]], share: float) -> None:
-        """Every parameter becomes `share` times the one given plus `1 - share` times its own, in place.
+        """In-place update of every parameter: `share` times the given one plus `1 - share` times its own.
 
         Raises:
             DataError: names or shapes are not this model's; nothing is changed then.

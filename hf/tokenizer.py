@@ -15,7 +15,7 @@ from opd.types.prompt_rows import PromptText
 
 
 class HuggingFaceTokenizer:
-    """Text to ids with the template the checkpoint brings along."""
+    """Tokenizer with the chat template of its checkpoint."""
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
@@ -39,9 +39,9 @@ class HuggingFaceTokenizer:
         return np.asarray(self._single_start(self._tokenizer(text)["input_ids"]), dtype=np.int32)
 
     def encode_all(self, prompts: Sequence[PromptText]) -> list[np.ndarray]:
-        """Ids of each prompt, int32 `[P]`; a template's text begins as the template says and gets nothing added."""
-        plain = [i for i, said in enumerate(prompts) if isinstance(said.text, str)]
-        chats = [i for i, said in enumerate(prompts) if not isinstance(said.text, str)]
+        """Ids of each prompt, int32 `[P]`; a template's text is encoded as it is."""
+        plain = [i for i, prompt in enumerate(prompts) if isinstance(prompt.text, str)]
+        chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt.text, str)]
         encoded = self._batch([str(prompts[i].text) for i in plain], special=True)
         encoded += self._batch([self._chat(prompts[i]) for i in chats], special=False)
         made = dict(zip([*plain, *chats], encoded, strict=True))
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     def special_texts(self) -> "re.Pattern[str] | None":
-        """Finds in a text what would be read as a special token."""
+        """Pattern of the special tokens that would be recognized in a text; None without any."""
         tokens = sorted(map(str, self._tokenizer.all_special_tokens), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
@@ -77,18 +77,18 @@ class HuggingFaceTokenizer:
         return self._tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
 
     def _single_start(self, ids: list[int]) -> list[int]:
-        """Without the first of two `<bos>`: a prompt that brings one along gets no second."""
+        """Ids without the first of two `<bos>`: a prompt that begins with one gets no second."""
         bos = self._tokenizer.bos_token_id
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
-    def _chat(self, said: PromptText) -> str:
+    def _chat(self, prompt: PromptText) -> str:
         if not self._tokenizer.chat_template:
             raise DataError(
-                f"{said.where}: the prompts are chat messages, but the student's tokenizer has no chat template; use "
+                f"{prompt.where}: the prompts are chat messages, but the student's tokenizer has no chat template; use "
                 "plain text prompts or a checkpoint with a template"
             )
-        assert not isinstance(said.text, str)
-        return rendered(self._render, said.text, said.tools, said.where)
+        assert not isinstance(prompt.text, str)
+        return rendered(self._render, prompt.text, prompt.tools, prompt.where)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
         return self._tokenizer.apply_chat_template(
@@ -100,16 +100,16 @@ class HuggingFaceTokenizer:
         return str(self._tokenizer.convert_ids_to_tokens(i))
 
     def turn_end(self) -> int | None:
-        """The special token that the chat template puts behind what the assistant said; None if there is none."""
+        """The special token that the chat template puts behind an assistant's message; None if there is none."""
         if not self._tokenizer.chat_template:
             return None
-        said = "ok"
-        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
+        reply = "ok"
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": reply}]
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
         except (TemplateError, TypeError, ValueError):  # a template that wants other messages: nothing is known
             return None
-        after = self._tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        after = self._tokenizer(text.rpartition(reply)[2].lstrip(), add_special_tokens=False)["input_ids"]
         return int(after[0]) if after and after[0] in self._special() else None
 
     def _special(self) -> set[int]:

@@ -1,4 +1,4 @@
-"""Do two checkpoints speak the same tokens, and is a folder a checkpoint? Known before anything starts."""
+"""Comparison of the tokenizers of two checkpoints, and validity of a checkpoint folder, before anything starts."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _OF_THE_MODEL = ("config.json", "generation_config.json", "model.safetensors.ind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerIdentity:
-    """What makes a tokenizer the one it is.
+    """Identity of a tokenizer: everything that must agree between student and teacher.
 
     `digest` covers all tokens with their ids, added ones too; `size` counts them; `rows` is what the model's
     output has (often padded, so it may differ between sizes of one family); `special` maps roles to ids.
@@ -40,7 +40,7 @@ class TokenizerIdentity:
 
 
 def tokenizer_identity(path: str) -> TokenizerIdentity:
-    """Read the tokenizer and the model's configuration in `path`. Raises `DataError` if there is none."""
+    """Tokenizer identity of the checkpoint in `path`. Raises `DataError` if there is none."""
     part = f"the tokenizer in {path!r}"
     rows = text_config(path, part).get("vocab_size", 0)
     if not isinstance(rows, int) or rows < 0:
@@ -71,13 +71,13 @@ def load_tokenizer(path: str) -> Any:
 
 
 def tokenizer_digest(path: str) -> str:
-    """xxh3-128 (hex) over the files that make the tokenizer in `path`, its chat template too."""
+    """xxh3-128 (hex) over the files that define the tokenizer in `path`, its chat template too."""
     return _key(path).digest
 
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """A tokenizer by the content of its files; where they were found is not part of it."""
+    """Cache key: a tokenizer by the content of its files, whatever their folder."""
 
     digest: str
     path: str = field(compare=False)
@@ -114,9 +114,10 @@ def _vocabulary(key: _Key) -> tuple[Mapping[str, int], str]:
     return tokens, _digest(json.dumps(sorted(tokens.items(), key=lambda item: (item[1], item[0]))))
 
 
-def compare(student: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
-    """Raise `DataError` that names the first difference. Padding of the output (`rows`) is none, and of chat templates
-    only the student's is used (see `launch.plan.checks.prompts`)."""
+def check_same_tokens(student: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
+    """Raise `DataError` that names the first difference. Padding of the output (`rows`) is ignored, and of chat
+    templates only the student's is used (see `launch.plan.checks.prompts`).
+    """
     subject = f"student {student.path!r} and teacher {teacher.path!r} need the same tokenizer, but"
     remedy = "; choose a teacher of the student's family"
     if student.digest != teacher.digest:

@@ -1,4 +1,4 @@
-"""Under which names a checkpoint keeps what a model's parameters hold: those that engines and exports go by."""
+"""Names in the checkpoint of a model's parameters, which engines and exports use."""
 
 from collections.abc import Iterable
 

@@ -13,12 +13,12 @@ from opd.settings.ranges import (
     Bytes,
     Deadline,
     Every,
+    Fraction,
     In,
     Length,
     Names,
     Replicas,
     Tokens,
-    WeightShard,
 )
 from opd.settings.validation import settings
 
@@ -131,7 +131,7 @@ class LearnerConfig:
     # transformers' CONSTANT, CONSTANT_WITH_WARMUP, LINEAR, COSINE or WARMUP_STABLE_DECAY; or ours, WARMUP_TIMES_LINEAR
     schedule: Schedule = Schedule.CONSTANT_WITH_WARMUP
     # share of lr to which what falls falls: floor + (1 - floor) * shape (transformers' min_lr_rate), not cut off at it
-    final_lr_fraction: WeightShard = 0.0
+    final_lr_fraction: Fraction = 0.0
     # last updates in which WARMUP_STABLE_DECAY falls (transformers' num_decay_steps)
     decay_steps: Every = 0
     # packed tokens of one forward and backward pass; a step's batch is cut into such micro-batches

@@ -1,4 +1,4 @@
-"""Draws docs/images/architecture.svg, the picture of the system: python scripts/architecture_svg.py.
+"""Drawing of docs/images/architecture.svg, the picture of the system: python scripts/architecture_svg.py.
 
 Text is at least 17 units high where the picture is 600 wide, so that it is 10 pixels high on a phone of 390. The
 picture brings its own background, for a page may be light where the reader's system is dark.
@@ -39,7 +39,7 @@ DESCRIPTION = (
     "states, which themselves go through the object store to the learner ranks. "
     "Learn sends micro-batches and the objective to the learner ranks (DeepSpeed) and gets loss and metrics. "
     "Publish has the learner ranks lay out new weights in chunks with digests, which weight sync brings to the rollout "
-    "actors; receipts come back."
+    "actors; acknowledgements come back."
 )
 
 # The driver's steps: name and the height of its middle.
@@ -56,7 +56,7 @@ EXCHANGES = {
     "collect": (["prompts, sampling"], ["token ids, versions,", "logprobs"]),
     "score": (["prompt, completion"], ["logprobs, or handles", "of hidden states"]),
     "learn": (["micro-batches,", "objective"], ["loss, metrics"]),
-    "publish": (["version, digests,", "handles of chunks"], ["receipt: digest,", "sentinel gap"]),
+    "publish": (["version, digests,", "handles of chunks"], ["ack: digest,", "sentinel gap"]),
 }
 DRIVER_RIGHT, BOX_LEFT, BOX_RIGHT, LANE = 142, 344, 566, 578
 
@@ -104,7 +104,7 @@ def driver() -> list[str]:
 
 
 def boxes() -> list[str]:
-    """What the driver calls."""
+    """The boxes that the driver calls."""
     middle = (BOX_LEFT + BOX_RIGHT) / 2
     parts = [text(middle, 40, "Ray actors", "name mid"), text(middle, 64, "launch/services/", "room mid")]
     for style, name, lines, room, top, bottom in BOXES:
@@ -115,7 +115,7 @@ def boxes() -> list[str]:
 
 
 def exchanges() -> list[str]:
-    """What travels: between a step and its box, from teachers to learners, from learners to engines."""
+    """Data exchanged: between a step and its box, from teachers to learners, from learners to engines."""
     left, right = DRIVER_RIGHT + 4, BOX_LEFT - 4
     parts = []
     for step, (sent, answered) in EXCHANGES.items():

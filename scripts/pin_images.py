@@ -1,4 +1,4 @@
-"""Names the base images of docker/ by digest: what is built tomorrow is then built from what was built today.
+"""Pinning of docker/'s base images by digest: a later build starts from the same images as today's.
 
     python scripts/pin_images.py [docker/cpu.Dockerfile ...]
 
@@ -24,7 +24,7 @@ def pinned(dockerfile: str, digest_of: Callable[[str], str]) -> str:
 
 
 def digest(image: str) -> str:
-    """What the registry has under this name now. Raises `SystemExit` with a sentence if it cannot be asked."""
+    """Current digest of this name in the registry. Raises `SystemExit` with a sentence if the query fails."""
     command = ["docker", "buildx", "imagetools", "inspect", image, "--format", "{{.Manifest.Digest}}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)

@@ -14,6 +14,7 @@ from opd.settings.ranges import (
     Bytes,
     Count,
     Deadline,
+    Fraction,
     In,
     Line,
     Matches,
@@ -22,7 +23,6 @@ from opd.settings.ranges import (
     Replicas,
     Steps,
     Tokens,
-    WeightShard,
 )
 from opd.settings.validation import settings
 from opd.types import Scores
@@ -134,7 +134,7 @@ class TeacherConfig:
     # score kinds outside the project that travel over HTTP, by the path of their class; the same on both sides
     score_kinds: tuple[ClassPath, ...] = ()
     # share of the student's weights that the teacher takes over (ref_model_mixup_alpha of TRL); 0 never changes it
-    mixup: WeightShard = 0.0
+    mixup: Fraction = 0.0
     # published versions between two such mixtures (ref_model_sync_steps of TRL)
     mixup_every: Steps = 1
 

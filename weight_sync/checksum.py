@@ -2,8 +2,8 @@
 
 Every 8 bytes are one word. A word is combined with its place and mixed by a bijection of 64-bit numbers
 (`opd.splitmix64`); the checksum is the sum of all, modulo 2^64. So a change within one word always changes it, and any
-other change stays unseen with a chance of about 2^-64. It finds damage; it is no protection against somebody who means
-to deceive.
+other change stays unseen with a chance of about 2^-64. It finds damage; it is no protection against deliberate
+tampering.
 """
 
 import torch
@@ -36,6 +36,6 @@ def _words(piece: UInt8[Tensor, " nbytes"]) -> Int64[Tensor, " words"]:
 
 
 def _mixed(words: Int64[Tensor, " words"], start: int) -> Int64[Tensor, ""]:
-    """The sum of the mixed words, the first of which is word number `start`; int64 wraps, as it must."""
+    """Sum of the mixed words, the first of which is word number `start`; int64 wraps, as it must."""
     places = torch.arange(start + 1, start + 1 + len(words), device=words.device)
     return mix_(words ^ places.mul_(GOLDEN)).sum()

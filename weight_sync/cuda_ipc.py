@@ -1,4 +1,4 @@
-"""Chunks of weights in a GPU's memory, read where they lie by other processes on the same GPU (CUDA IPC).
+"""Chunks of weights in a GPU's memory, read in place by other processes on the same GPU (CUDA IPC).
 
 The handle of a piece of device memory is what torch's own reductions make of it, but as plain values in a dataclass:
 nothing is pickled that could run code when it is read. Not run on a GPU by this project so far (docs/publishing.md).
@@ -20,13 +20,13 @@ from weight_sync.shared_memory import place
 
 @dataclass(slots=True)
 class DeviceBuffers:
-    """Memory on `device` for chunks. Two turns take turns in it, as in `weight_sync.shared_memory`."""
+    """Double-buffered memory on `device` for chunks, as in `weight_sync.shared_memory`."""
 
     device: torch.device
     _rooms: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def room(self, turn: int, number: int, nbytes: int) -> UInt8[Tensor, " nbytes"]:
-        """Where chunk `number` of turn `turn` lies; the same memory again two turns later, if the size is the same."""
+        """Memory of chunk `number` of turn `turn`; the same memory again two turns later, if the size is the same."""
         key = (turn % 2, number)
         found = self._rooms.get(key)
         if found is None or len(found) != nbytes:
@@ -68,7 +68,7 @@ class CudaIpcSender:
         self._segments: dict[int, CudaIpcSegment] = {}  # by address: rooms are used again, and so are their handles
 
     def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> CudaIpcSegment:
-        """See `opd.ports.WeightSender`; what was filled has arrived when this returns."""
+        """See `opd.ports.WeightSender`; the filled chunk is complete when this returns."""
         room = self._rooms.room(turn, number, nbytes)
         fill(room)
         torch.cuda.synchronize(room.device)
@@ -100,7 +100,7 @@ def _gpu() -> str:
 
 
 def read_device(segment: CudaIpcSegment) -> UInt8[Tensor, " nbytes"]:
-    """The bytes behind a segment, as a view of the learner's memory; nobody may write into it.
+    """Bytes of a segment, as a view of the learner's memory that must not be written.
 
     Raises:
         DataError: this process is on another machine or GPU, or the one that wrote has ended.

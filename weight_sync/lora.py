@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): how their parts are called, and what they add up to.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): names of their parts, and merging.
 
 The output of a linear layer NAME with the matrix W becomes `W x + scale * B (A x)`. A is published as
 `NAME.lora_A.weight` and B as `NAME.lora_B.weight`, as in PEFT's files; `scale` is `lora_alpha / r`.
@@ -37,7 +37,7 @@ def pairs(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, Tens
 def merged(
     base: Float[Tensor, "out inside"], a: Float[Tensor, "r columns"], b: Float[Tensor, "rows rank"], scale: float
 ) -> Float[Tensor, "out inside"]:
-    """W with its adapter (`[r, inside]` and `[out, r]`) in it.
+    """W with its adapter (`[r, inside]` and `[out, r]`) merged into it.
 
     Computed in float32 from W in the adapter's dtype, which is the learner's, and rounded to it once.
 

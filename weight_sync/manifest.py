@@ -1,4 +1,4 @@
-"""A model's parameters as bytes: how many, where they are cut, what lies in a run of them, and their digest."""
+"""Layout of a model's parameters as bytes: sizes, chunk boundaries, contents of a chunk, and digests."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,7 +80,7 @@ def flat_bytes(array: np.ndarray) -> UInt8[np.ndarray, " nbytes"]:
 
 
 def digest(data: np.ndarray | Tensor) -> str:
-    """Names the bytes: xxh3_64 (hexadecimal) of an array in host memory, `checksum` of a tensor where it lies."""
+    """Digest of bytes: xxh3_64 (hexadecimal) of an array in host memory, `checksum` of a tensor on its device."""
     return checksum(data) if isinstance(data, Tensor) else xxhash.xxh3_64_hexdigest(flat_bytes(data).data)
 
 

@@ -1,7 +1,7 @@
-"""Chunks of weights pulled out of the learner's memory, each receiver when it is ready: NCCL between GPUs.
+"""Chunks of weights pulled from the learner's memory, each receiver when it is ready: NCCL between GPUs.
 
 A receiver opens a connection to the rank that owns a chunk, says which chunk it wants, and gets its bytes through a
-process group of the two. So a receiver that comes late, asks again, or dies concerns nobody else, which a broadcast to
+process group of the two. So a receiver that comes late, fetches again, or fails affects no other, which a broadcast to
 all of them could not give. Between CPUs the same code runs over gloo.
 """
 
@@ -34,7 +34,7 @@ _ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError)  # what socke
 
 
 class PullBackend(Enum):
-    """What bytes travel by."""
+    """Transport backend of the bytes."""
 
     NCCL = "nccl"
     GLOO = "gloo"
@@ -42,7 +42,7 @@ class PullBackend(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullHandle:
-    """Chunk `number` of turn `turn` on the shelf at `host:port`, whose store is at `store_port`.
+    """Handle of chunk `number` of turn `turn` on the sender at `host:port`, with its store at `store_port`.
 
     `deadline_s` bounds every wait for it.
     """
@@ -72,10 +72,10 @@ class PullSender:
         self._host = own_host()
         self._store = hosted_store(self._host, 0, timedelta(seconds=deadline_s))
         self._listener = socket.create_server((self._host, 0))
-        threading.Thread(target=self._accept, name="weights-shelf", daemon=True).start()
+        threading.Thread(target=self._accept, name="weights-sender", daemon=True).start()
 
     def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> PullHandle:
-        """See `opd.ports.WeightSender`; what was filled has arrived when this returns."""
+        """See `opd.ports.WeightSender`; the filled chunk is complete when this returns."""
         room = self._rooms.room(turn, number, nbytes)
         self._filled.pop((turn - 2, number), None)
         fill(room)
@@ -95,7 +95,7 @@ class PullSender:
         )
 
     def close(self) -> None:
-        """Take no more receivers and let go of those there are; waits for transfers under way."""
+        """Accept no more receivers and close the links to those there are; waits for transfers under way."""
         self._listener.close()
         for connection, thread in self._served:
             with suppress(OSError):  # it is gone already
@@ -119,7 +119,7 @@ class PullSender:
             thread.start()
 
     def _serve(self, connection: socket.socket, number: int) -> None:
-        """Answer one receiver until it goes. It notices by itself when this ends: its next answer does not come."""
+        """Serve one receiver until it leaves. It notices the end of this process by an answer that does not come."""
         with connection, connection.makefile("rwb") as lines:
             try:
                 connection.settimeout(self._deadline_s)
@@ -128,17 +128,17 @@ class PullSender:
                 _say(lines, {"link": number})
                 group = _group(self._wire, (self._host, self._store.port), number, 0, self._deadline_s)
                 connection.settimeout(None)  # between publications there is nothing to ask for
-                while asked := _heard(lines):
-                    room = self._filled.get((asked["turn"], asked["number"]))
+                while request := _heard(lines):
+                    room = self._filled.get((request["turn"], request["number"]))
                     _say(lines, {"nbytes": -1 if room is None else len(room)})
                     if room is not None:
                         _pass(group, room, self._deadline_s)
-            except _ERRORS as error:  # the receiver died, hung or is none of ours; the next one is served as well
+            except _ERRORS as error:  # the receiver failed, hung or is none of ours; the next one is served as well
                 logging.getLogger(__name__).warning("a receiver of weights was lost: %s", error)
 
 
 class _Link:
-    """A receiver's connection to one shelf, and the process group of the two."""
+    """A receiver's connection to one sender, and the process group of the two."""
 
     def __init__(self, to: PullHandle) -> None:
         self._device = _device(to.wire)
@@ -162,19 +162,19 @@ class _Link:
         return room
 
     def close(self) -> None:
-        """Let the other side know that nobody listens."""
+        """Close the connection, so that the sender stops serving it."""
         self._socket.close()
 
 
 @dataclass(slots=True)
 class _Place:
-    """This process's link to one shelf, if it has one; whoever has the lock may use, make and give it up."""
+    """This process's link to one sender, if it has one; the lock guards its use, creation and removal."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     link: _Link | None = None
 
 
-_places: dict[str, _Place] = {}  # by token, which no two shelves share
+_places: dict[str, _Place] = {}  # by token, which no two senders share
 
 
 def pull(handle: PullHandle) -> UInt8[Tensor, " nbytes"]:
@@ -211,7 +211,7 @@ def pull(handle: PullHandle) -> UInt8[Tensor, " nbytes"]:
 
 
 def _pulled(where: _Place, handle: PullHandle) -> UInt8[Tensor, " nbytes"] | None:
-    """Through the link there is; if that broke while nobody used it, once more through a new one."""
+    """Bytes through the existing link; if that broke while unused, once more through a new one."""
     kept = where.link is not None
     try:
         where.link = where.link or _Link(handle)
@@ -237,9 +237,9 @@ def _device(wire: PullBackend) -> torch.device:
 
 
 def _group(wire: PullBackend, store: tuple[str, int], link: int, rank: int, deadline_s: float) -> Any:
-    """A process group of two outside of any other, so that it meddles with no collective of the learner."""
+    """A process group of two apart from any other, so that it meddles with no collective of the learner."""
     timeout = timedelta(seconds=deadline_s)
-    # A connection of its own: one that waits for a key lets nobody else through.
+    # A connection of its own: one that waits for a key blocks all others.
     own = PrefixStore(f"link{link}", TCPStore(*store, is_master=False, timeout=timeout))
     if wire is PullBackend.GLOO:
         return distributed.ProcessGroupGloo(own, rank, 2, timeout=timeout)
@@ -261,7 +261,7 @@ _environment = threading.Lock()  # all links of a process set and unset the same
 
 
 def _pass(group: Any, room: UInt8[Tensor, " nbytes"], deadline_s: float, *, fresh: bool = False) -> None:
-    """Bytes from member 0 to member 1; they are there when this returns.
+    """Transfer bytes from member 0 to member 1; they are there when this returns.
 
     `fresh` memory comes from this thread's stream, where kernels of its last owner may still be at work in it.
     """
@@ -286,6 +286,6 @@ def _say(lines: Any, message: dict[str, Any]) -> None:
 
 
 def _heard(lines: Any) -> dict[str, Any]:
-    """The next message; empty if the other side has gone."""
+    """The next message; empty if the peer has gone."""
     line = lines.readline(_LONGEST_LINE)
     return json.loads(line) if line else {}

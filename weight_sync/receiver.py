@@ -1,7 +1,7 @@
-"""How one version of the student is handed over: begin, chunks in any order and any number, commit.
+"""Receiver of one version of the student: begin, chunks in any order and any number, commit.
 
 A receiver gives the bytes out only when every chunk has come and has the digest that was announced; until then, and if
-anything is wrong, whoever receives keeps the weights it has. Nothing here touches a model, a network or a clock.
+anything is wrong, the receiver keeps the weights it has. Nothing here touches a model, a network or a clock.
 """
 
 import json
@@ -28,7 +28,7 @@ _READERS = 4  # chunks fetched and hashed at once; both leave Python's lock to o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceivedWeights:
-    """A version that came whole: `buffers[i]` (uint8) holds the parameters of the run `runs[i]`."""
+    """A version received whole: `buffers[i]` (uint8) holds the parameters of the run `runs[i]`."""
 
     version: int
     digest: str
@@ -43,14 +43,14 @@ class ReceivedWeights:
 
 
 def digest_of(manifest: Manifest, chunks: Sequence[WeightChunk]) -> str:
-    """The digest of a whole version: xxh3_64 of its manifest and of what each chunk is and contains."""
+    """Digest of a whole version: xxh3_64 of its manifest and of the name and content of each chunk."""
     named = [manifest.names, manifest.dtypes, manifest.shapes, manifest.nbytes, manifest.lora_scale]
     content = [[chunk.first, chunk.last, chunk.nbytes, chunk.digest] for chunk in chunks]
     return xxhash.xxh3_64_hexdigest(json.dumps([named, content]).encode())
 
 
 def assemble(shares: Sequence[WeightShard]) -> PublishedWeights:
-    """What the ranks published, as one version.
+    """One version from the parts that the ranks published.
 
     Raises:
         DataError: the ranks speak of different versions or models, or their chunks do not cover the model once.
@@ -75,7 +75,7 @@ def assemble(shares: Sequence[WeightShard]) -> PublishedWeights:
 
 
 class WeightReceiver:
-    """Takes in one version at a time for `subject`, in whose name it refuses.
+    """Receiver of one version at a time; errors name `subject`.
 
     What is wrong is refused with a `DataError` and changes nothing: a good chunk may still follow a damaged one, and
     a chunk that comes twice is taken once. Beginning another version forgets what came of the one before. Threads may
@@ -88,7 +88,7 @@ class WeightReceiver:
         self._parts: dict[int, Tensor] = {}
 
     def begin(self, weights: PublishedWeights) -> None:
-        """Get ready for what `weights` announces. Saying it again is harmless.
+        """Begin receiving the version that `weights` announces. A repeated call is harmless.
 
         Raises:
             DataError: its chunks overlap, leave a gap or do not add up, or its digest is not theirs.
@@ -107,15 +107,15 @@ class WeightReceiver:
         subject, chunks = self._refusing(version), self._announced(version).chunks
         if not 0 <= number < len(chunks):
             raise DataError(f"{subject}: chunk {number} came, but it announced {len(chunks)}; check the learner")
-        said, buffer = chunks[number], data if isinstance(data, Tensor) else flat_bytes(data)
-        if buffer.nbytes != said.nbytes:
+        chunk, buffer = chunks[number], data if isinstance(data, Tensor) else flat_bytes(data)
+        if buffer.nbytes != chunk.nbytes:
             raise DataError(
-                f"{subject}: chunk {number} should have {said.nbytes} bytes, but {buffer.nbytes} came; publish again"
+                f"{subject}: chunk {number} should have {chunk.nbytes} bytes, but {buffer.nbytes} came; publish again"
             )
         found = digest(buffer)
-        if found != said.digest:
+        if found != chunk.digest:
             raise DataError(
-                f"{subject}: the digest of chunk {number} is {found}, not {said.digest} as announced; it was damaged "
+                f"{subject}: the digest of chunk {number} is {found}, not {chunk.digest} as announced; it was damaged "
                 "on the way, publish again"
             )
         self._parts.setdefault(number, buffer if isinstance(buffer, Tensor) else torch.from_numpy(buffer))
@@ -148,7 +148,7 @@ class WeightReceiver:
         return delivered
 
     def abort(self, version: int) -> None:
-        """Forget what came of `version`; harmless if it was not begun."""
+        """Discard what arrived of `version`; harmless if it was not begun."""
         if self._open is not None and self._open.version == version:
             self._open, self._parts = None, {}
 

@@ -1,4 +1,4 @@
-"""Where processes of a run meet, on one address: torch's own stores listen on every interface.
+"""Rendezvous of the processes of a run on one address: torch's own stores listen on every interface.
 
 `OPD_HOST` (set in the actors of a local session) is the address to use; otherwise that of the interface that faces
 the other machines is used.
@@ -54,13 +54,13 @@ def hosted_store(host: str, port: int, deadline: timedelta) -> TCPStore:
 
 
 def meeting_place(host: str, port: int) -> str:
-    """What torch and DeepSpeed take as `init_method`: rank 0 has a `hosted_store` at `host:port`."""
+    """`init_method` for torch and DeepSpeed: rank 0 has a `hosted_store` at `host:port`."""
     _register()
     return f"{_SCHEME}://{host}:{port}"
 
 
 def be_alone(backend: str) -> None:
-    """Make this process a group of its own, which needs no store that listens; vLLM takes one that is there."""
+    """Make this process a group of its own, with no store that listens; vLLM uses an existing one."""
     if not distributed.is_initialized():
         distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
@@ -72,8 +72,8 @@ def _register() -> None:
 
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
     place = urlsplit(url)
-    said = dict(part.split("=") for part in place.query.split("&"))
-    host, port, rank, world = str(place.hostname), place.port or 0, int(said["rank"]), int(said["world_size"])
+    query = dict(part.split("=") for part in place.query.split("&"))
+    host, port, rank, world = str(place.hostname), place.port or 0, int(query["rank"]), int(query["world_size"])
     if rank == 0:
         yield hosted_store(host, port, timeout), rank, world
     else:

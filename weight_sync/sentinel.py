@@ -1,4 +1,4 @@
-"""Does an engine compute with the weights that the learner published? A text that both read, and what it tells.
+"""Sentinel: check that an engine computes with the published weights, by a fixed text that engine and learner read.
 
 Two right programs differ by rounding. How much is measured once per engine, on the same text, before any weights
 arrive, when both hold the unchanged checkpoint; later versions may differ by a few times that, and wrong weights (a
@@ -31,7 +31,7 @@ class Gap:
         return cls(mean=float(gaps.mean()), high=float(np.quantile(gaps, _HIGH)), greatest=float(gaps.max()))
 
     def within(self, bound: "Gap") -> bool:
-        """Nothing of it is more than `bound`; NaN is within nothing."""
+        """Whether all its values are at most `bound`; NaN is within nothing."""
         return all(mine <= most for mine, most in zip(astuple(self), astuple(bound), strict=True))
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ NUMERICS = {False: 0.02, True: 0.25}
 
 
 def allowed(floor: Gap, *, coarse: bool) -> Gap:
-    """By how much a version may differ whose unchanged checkpoint differed by `floor`."""
+    """Allowed gap of a version whose unchanged checkpoint differed by `floor`."""
     least = LEAST[coarse]
     return Gap(
         mean=max(least.mean, TIMES * floor.mean),
@@ -57,7 +57,7 @@ def allowed(floor: Gap, *, coarse: bool) -> Gap:
 
 
 def text(prompt: Sequence[int], vocabulary: int, longest: int) -> Int32[np.ndarray, " S"]:
-    """The ids to read: the run's first prompt, cut to `LONGEST` tokens (and below `longest`, what an engine can read).
+    """Ids of the sentinel: the run's first prompt, cut to `LONGEST` tokens (and below `longest`, the engine's limit).
 
     One shorter than `SHORTEST` is filled up with pseudo-random ids of the tokenizer's `vocabulary`, never of padding.
     """

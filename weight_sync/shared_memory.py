@@ -20,7 +20,7 @@ from opd.ports import Fill
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedMemorySegment:
-    """`nbytes` bytes in the file `descriptor` of process `pid` on the machine `place`; `inode` tells it from others."""
+    """`nbytes` bytes in the file `descriptor` of process `pid` on the machine `place`; `inode` identifies it."""
 
     place: str
     pid: int
@@ -31,7 +31,7 @@ class SharedMemorySegment:
 
 @cache
 def place() -> str:
-    """What processes that can share memory have in common: the machine since its start, and the PID namespace."""
+    """Identity of a place where processes can share memory: the machine since its start, and the PID namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
@@ -45,10 +45,10 @@ class _HostBuffer:
 
 @dataclass(slots=True)
 class SharedMemorySender:
-    """An `opd.ports.WeightSender` whose chunks are read where they were written.
+    """An `opd.ports.WeightSender` whose chunks are read in place.
 
-    Two turns take turns in the same memory, because fresh memory costs as much as the copy: whoever still reads the
-    turn before last finds other bytes, which the digests tell him.
+    Two turns take turns in the same memory, because fresh memory costs as much as the copy: a receiver that still
+    reads the turn before last finds other bytes, which the digests show.
     """
 
     _rooms: dict[tuple[int, int], _HostBuffer] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class SharedMemorySender:
         return room.segment
 
     def close(self) -> None:
-        """Give everything back; receivers that have mapped it keep it until they are done."""
+        """Release all memory; receivers that have mapped it keep it until they are done."""
         for key in tuple(self._rooms):
             self._drop(key)
 
@@ -131,14 +131,14 @@ def _map(segment: SharedMemorySegment) -> UInt8[np.ndarray, " nbytes"]:
 
 
 def _forget_the_dead() -> None:
-    """Let go of memory whose writer is gone, so that a learner that is started again does not double it."""
+    """Unmap memory whose writer is gone, so that a learner that is started again does not double it."""
     for segment in tuple(_mapped):
         if not _is_kept(segment):
             _mapped.pop(segment, None)
 
 
 def _is_kept(segment: SharedMemorySegment) -> bool:
-    """Does its writer still hold it? The number of a descriptor that was closed is soon another file's."""
+    """Whether its writer still holds it. The number of a closed descriptor is soon another file's."""
     try:
         return os.stat(_path(segment)).st_ino == segment.inode
     except OSError:

@@ -1,4 +1,4 @@
-"""Rollouts and scorers that ask the engines for something else, beside objectives that are right."""
+"""Rollouts and scorers that send wrong requests to the engines, beside objectives that are right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ def _reading(trajectories: Sequence[Trajectory], last: int, *, own: bool) -> lis
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentsContext(SampledTokens):
-    """A teacher that knows more is asked in the student's context, where it does not."""
+    """Scorer that queries a privileged teacher in the student's context, which lacks the privileged part."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await SampledTokens()(_reading(trajectories, 10**9, own=True), engines)
@@ -31,7 +31,7 @@ class StudentsContext(SampledTokens):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShortContext(SampledTokens):
-    """Only the last 128 ids of a prompt reach the teacher."""
+    """Scorer that sends the teacher only the last 128 ids of a prompt."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await SampledTokens()(_reading(trajectories, 128, own=False), engines)
@@ -39,31 +39,31 @@ class ShortContext(SampledTokens):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstMatrix(TeacherHidden):
-    """Hidden states of every teacher, to be read with the first one's matrix."""
+    """Hidden states of every teacher, all read with the first one's output matrix."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await TeacherHidden()(trajectories, engines)
-        return [replace(s, head=np.zeros_like(s.head)) for s in said if isinstance(s, HiddenScores)]
+        scores = await TeacherHidden()(trajectories, engines)
+        return [replace(s, head=np.zeros_like(s.head)) for s in scores if isinstance(s, HiddenScores)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithWritten(TeacherTopK):
-    """The teacher's top-k, whose last id makes place for the written token: what is compared depends on the draw."""
+    """The teacher's top-k, with the sampled token in place of its last id: the support depends on the draw."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await TeacherTopK(k=self.k)(trajectories, engines)
-        return [self._with(t, s) for t, s in zip(trajectories, said, strict=True) if isinstance(s, TopKScores)]
+        scores = await TeacherTopK(k=self.k)(trajectories, engines)
+        return [self._with(t, s) for t, s in zip(trajectories, scores, strict=True) if isinstance(s, TopKScores)]
 
-    def _with(self, trajectory: Trajectory, said: TopKScores) -> TopKScores:
-        ids, logprobs = np.array(said.topk_ids), np.array(said.topk_logprobs)
+    def _with(self, trajectory: Trajectory, scores: TopKScores) -> TopKScores:
+        ids, logprobs = np.array(scores.topk_ids), np.array(scores.topk_logprobs)
         missing = (ids != trajectory.token_ids[:, None]).all(1)
-        ids[missing, -1], logprobs[missing, -1] = trajectory.token_ids[missing], said.logprobs[missing]
-        return replace(said, topk_ids=ids, topk_logprobs=logprobs)
+        ids[missing, -1], logprobs[missing, -1] = trajectory.token_ids[missing], scores.logprobs[missing]
+        return replace(scores, topk_ids=ids, topk_logprobs=logprobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemperatureIgnored(StudentRollout):
-    """Writes at temperature 1, whatever was set."""
+    """Rollout that samples at temperature 1, whatever was set."""
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         return await StudentRollout(max_tokens=self.max_tokens)(group, engines)
@@ -71,7 +71,7 @@ class TemperatureIgnored(StudentRollout):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemperatureTwice(StudentRollout):
-    """The writer's log-probabilities divided by a temperature that they have already."""
+    """The behavior's log-probabilities divided by a temperature that they have already."""
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         written = await StudentRollout.__call__(self, group, engines)
@@ -82,7 +82,7 @@ class TemperatureTwice(StudentRollout):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastTokenMasked(StudentRollout):
-    """The last token of a text, which ends it, is context only."""
+    """Rollout that masks the last token of a text, which ends it."""
 
     async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
         written = await StudentRollout.__call__(self, group, engines)

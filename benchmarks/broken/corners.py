@@ -1,6 +1,6 @@
-"""Objectives that are right in a small, fresh world of float64, and wrong where training happens.
+"""Objectives that are right in a small, fresh world of float64, and wrong in conditions of training.
 
-Every one is the policy gradient of the reverse KL with one thing spoilt: the promise, the mean of a step, and most of
+Every one is the policy gradient of the reverse KL with one thing broken: the promise, the mean of a step, and most of
 its gradient look right.
 """
 
@@ -22,11 +22,11 @@ from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores, To
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Spoilt(SoldAsReverseKL):
-    """The right estimator, for subclasses to spoil."""
+class _Broken(SoldAsReverseKL):
+    """The right estimator, base class of the broken ones."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        """Of writing each token, detached."""
+        """Cost of each sampled token, detached."""
         return (student.at(batch.target_ids) - batch.scores.logprobs).detach()
 
     def ratio(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
@@ -38,8 +38,8 @@ class _Spoilt(SoldAsReverseKL):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LateK1(_Spoilt):
-    """From the 64th token on it is direct k1, which has no signal."""
+class LateK1(_Broken):
+    """Direct k1 from the 64th token on, which has no signal."""
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         late = student.at(batch.target_ids) - batch.scores.logprobs
@@ -48,130 +48,130 @@ class LateK1(_Spoilt):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FirstTokenLeftOut(_Spoilt):
+class FirstTokenLeftOut(_Broken):
     """Off by one: the first token of a completion has no cost."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Spoilt.cost(self, student, batch) * (batch.depth > 0)
+        return _Broken.cost(self, student, batch) * (batch.depth > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundedLogRatio(_Spoilt):
+class RoundedLogRatio(_Broken):
     """The log-ratio rounded to what a float holds near 2**26: 0 in float32, itself in float64."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return (_Spoilt.cost(self, student, batch) + 2**26) - 2**26
+        return (_Broken.cost(self, student, batch) + 2**26) - 2**26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HalfLogRatio(_Spoilt):
+class HalfLogRatio(_Broken):
     """The log-ratio in 16 bits wherever the learner's numbers have 32."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Spoilt.cost(self, student, batch)
+        cost = _Broken.cost(self, student, batch)
         return cost.bfloat16().float() if cost.dtype == torch.float32 else cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FirstTeacherOnly(_Spoilt):
-    """Tokens of every teacher but the first are pushed away from it."""
+class FirstTeacherOnly(_Broken):
+    """Pushes tokens of every teacher but the first away from that teacher."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Spoilt.cost(self, student, batch)
+        cost = _Broken.cost(self, student, batch)
         return torch.where(batch.route > 0, -cost, cost) if len(batch.route) else cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClampedLogRatio(_Spoilt):
-    """The log-ratio within 4 nats, which it leaves where the teacher is far away."""
+class ClampedLogRatio(_Broken):
+    """The log-ratio clamped to 4 nats, which hides teachers that are farther away."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Spoilt.cost(self, student, batch).clamp(-4, 4)
+        return _Broken.cost(self, student, batch).clamp(-4, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClampedRatio(_Spoilt):
-    """Importance ratios of at most 20, unannounced: they are larger where the writer is far away."""
+class ClampedRatio(_Broken):
+    """Importance ratios clamped to 20, unannounced: they are larger where the behavior is far away."""
 
     def ratio(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Spoilt.ratio(self, student, batch).clamp(max=20)
+        return _Broken.ratio(self, student, batch).clamp(max=20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EndLeftOut(_Spoilt):
-    """The end-of-text token has no cost, so the student never learns when to stop."""
+class EndLeftOut(_Broken):
+    """No cost on the end-of-text token, so the student never learns to stop."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Spoilt.cost(self, student, batch) * (batch.target_ids != 0)
+        return _Broken.cost(self, student, batch) * (batch.target_ids != 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchBaseline(_Spoilt):
-    """Less the mean cost of whatever lies in the same chunk, the token's own included."""
+class BatchBaseline(_Broken):
+    """The cost less the mean cost of its chunk, the token's own included."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Spoilt.cost(self, student, batch)
+        cost = _Broken.cost(self, student, batch)
         return cost - cost.mean()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightTwice(_Spoilt):
-    """Token weights count twice: here, and where the learner sums up."""
+class WeightTwice(_Broken):
+    """Token weights applied twice: here, and in the learner's sum."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Spoilt.cost(self, student, batch) * batch.weights
+        return _Broken.cost(self, student, batch) * batch.weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noisy(_Spoilt):
+class Noisy(_Broken):
     """Costs with noise from the process's own generator: right on average, and no run can be repeated."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Spoilt.cost(self, student, batch)
+        cost = _Broken.cost(self, student, batch)
         return cost + 1e-9 * torch.randn_like(cost)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LargeVocabulary(_Spoilt):
-    """Away from the teacher in every vocabulary that a language model has."""
+class LargeVocabulary(_Broken):
+    """The negated objective, in every vocabulary of a language model's size."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Spoilt.cost(self, student, batch)
+        cost = _Broken.cost(self, student, batch)
         return -cost if student.logits.shape[-1] > 1000 else cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WhileReported(_Spoilt):
+class WhileReported(_Broken):
     """No signal while the learner also measures overlaps, as it does by default."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Spoilt.cost(self, student, batch) * (student.overlap_k == 0)
+        return _Broken.cost(self, student, batch) * (student.overlap_k == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FadingAway(_Spoilt):
-    """The signal ends after a number of evaluations, which the class counts."""
+class FadingAway(_Broken):
+    """No signal after a number of evaluations, which the class counts."""
 
     calls: ClassVar[Iterator[int]] = count()
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Spoilt.cost(self, student, batch) * (next(self.calls) % 128 < 64)
+        return _Broken.cost(self, student, batch) * (next(self.calls) % 128 < 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CachedByShape(_Spoilt):
-    """What was said of a batch is kept and used again for the next one of as many tokens."""
+class CachedByShape(_Broken):
+    """Scores of a batch, cached and used again for the next one of as many tokens."""
 
     kept: ClassVar[dict[int, Tensor]] = {}
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        said = self.kept.setdefault(len(batch), batch.scores.logprobs)
-        return (student.at(batch.target_ids) - said.to(batch.scores.logprobs.dtype)).detach()
+        kept = self.kept.setdefault(len(batch), batch.scores.logprobs)
+        return (student.at(batch.target_ids) - kept.to(batch.scores.logprobs.dtype)).detach()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Away(SoldAsReverseKL):
-    """Away from the teacher, and the promise says so."""
+    """The negated objective, with a promise that admits it."""
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
     promise: ClassVar[exact.Promise] = exact.Weighted(weight=-1.0, of=exact.ReverseKL())
@@ -183,7 +183,7 @@ class Away(SoldAsReverseKL):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nothing(SoldAsReverseKL):
-    """Trains nothing, as its promise says: gradients of 0 are equal."""
+    """An objective of gradient 0, as its promise admits: gradients of 0 are equal."""
 
     promise: ClassVar[exact.Promise] = exact.Weighted(weight=0.0, of=exact.ReverseKL())
 
@@ -206,7 +206,7 @@ def _left(logprobs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostTail(TailBucketReverseKL):
-    """The bucket of all other ids as one minus the sum of the support, which float32 has lost where a model is sure."""
+    """The bucket of all other ids as one minus the sum of the support, which float32 loses where a model is sure."""
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -216,7 +216,7 @@ class LostTail(TailBucketReverseKL):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwappedClip(ClippedPolicyGradient):
-    """The bounds of the ratio are swapped, which does not show while they are equal."""
+    """Swapped bounds of the ratio, which does not show while they are equal."""
 
     def __call__(self, student: StudentLogits, batch: Batch[AdvantageScores]) -> TokenLoss:
         swapped = ClippedPolicyGradient(clip_low=min(self.clip_high, 1.0), clip_high=self.clip_low)
@@ -225,7 +225,7 @@ class SwappedClip(ClippedPolicyGradient):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgainstCredit(ClippedPolicyGradient):
-    """What was rewarded becomes less likely, and the promise says so."""
+    """Rewarded text made less likely, with a promise that admits it."""
 
     @property
     def promise(self) -> exact.Promise:

@@ -15,11 +15,11 @@ from opd.scorers.teacher import SampledTokens
 from opd.types import AdvantageScores, Scored, Scores, TokenScores, TopKReturnScores, Trajectory
 
 
-def _returns(trajectories: Sequence[Trajectory], said: Sequence[Scores], of: Any) -> list[Scores]:
+def _returns(trajectories: Sequence[Trajectory], scores: Sequence[Scores], of: Any) -> list[Scores]:
     """The scores with other returns, made by `of` from the rewards `log q - log mu`."""
     return [
         replace(s, returns=np.asarray(of(np.asarray(s.logprobs - t.behavior.logprobs)), dtype=np.float64))
-        for t, s in zip(trajectories, said, strict=True)
+        for t, s in zip(trajectories, scores, strict=True)
         if isinstance(s, TopKReturnScores)
     ]
 
@@ -29,22 +29,22 @@ class PastReturns(WithReturns):
     """Returns of the tokens *before*, with the wrong sign."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await WithReturns.__call__(self, trajectories, engines)
-        return _returns(trajectories, said, lambda rewards: rewards - np.cumsum(rewards))
+        scores = await WithReturns.__call__(self, trajectories, engines)
+        return _returns(trajectories, scores, lambda rewards: rewards - np.cumsum(rewards))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShortReturns(WithReturns):
-    """Returns that see the next 32 tokens alone."""
+    """Returns over the next 32 tokens alone."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await WithReturns.__call__(self, trajectories, engines)
+        scores = await WithReturns.__call__(self, trajectories, engines)
 
         def of(rewards: np.ndarray) -> list[float]:
             seen = [rewards[i : i + 33] for i in range(len(rewards))]
             return [returns(part, self.discount, self.length_normalized)[0] for part in seen]
 
-        return _returns(trajectories, said, of)
+        return _returns(trajectories, scores, of)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +52,13 @@ class OwnReward(WithReturns):
     """Returns that begin with the token's own reward, which the objective counts a second time."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await WithReturns.__call__(self, trajectories, engines)
-        return _returns(trajectories, said, lambda rewards: np.cumsum(rewards[::-1])[::-1])
+        scores = await WithReturns.__call__(self, trajectories, engines)
+        return _returns(trajectories, scores, lambda rewards: np.cumsum(rewards[::-1])[::-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleIgnored(WithReturns):
-    """Rewards as they are, whatever `reward_scale` says, which does not show while that is 1."""
+    """Rewards that ignore `reward_scale`, which does not show while that is 1."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
         return await WithReturns.__call__(replace(self, reward_scale=1.0), trajectories, engines)
@@ -66,11 +66,11 @@ class ScaleIgnored(WithReturns):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NegatedAdvantage(GroupAdvantage):
-    """Worse answers have the greater advantage."""
+    """Greater advantages for worse answers."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await GroupAdvantage.__call__(self, trajectories, engines)
-        return [replace(s, advantages=-s.advantages) for s in said if isinstance(s, AdvantageScores)]
+        scores = await GroupAdvantage.__call__(self, trajectories, engines)
+        return [replace(s, advantages=-s.advantages) for s in scores if isinstance(s, AdvantageScores)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,33 +78,33 @@ class LengthAdvantage(GroupAdvantage):
     """Advantages divided by the length of their text: of two wrong answers the longer one is less wrong."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await GroupAdvantage.__call__(self, trajectories, engines)
-        made = [s for s in said if isinstance(s, AdvantageScores)]
+        scores = await GroupAdvantage.__call__(self, trajectories, engines)
+        made = [s for s in scores if isinstance(s, AdvantageScores)]
         return [replace(s, advantages=s.advantages / len(s.advantages)) for s in made]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenTeacher(GroupAdvantage):
-    """Group advantages with a teacher's praise on top, which neither name nor promise mentions."""
+    """Group advantages plus a teacher's bonus, which neither name nor promise mentions."""
 
     requires: ClassVar[ScoreKinds] = SampledTokens.requires
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await GroupAdvantage.__call__(self, trajectories, engines)
-        taught = await SampledTokens()(trajectories, engines)
+        scores = await GroupAdvantage.__call__(self, trajectories, engines)
+        teacher = await SampledTokens()(trajectories, engines)
         return [
             replace(s, advantages=s.advantages + t.logprobs)
-            for s, t in zip(said, taught, strict=True)
+            for s, t in zip(scores, teacher, strict=True)
             if isinstance(s, AdvantageScores) and isinstance(t, TokenScores)
         ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alphabetical(SampledTokens):
-    """What was said of the texts, in the order of the alphabet."""
+    """Scores of the texts, in alphabetical order of the texts."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await SampledTokens.__call__(self, trajectories, engines)
+        scores = await SampledTokens.__call__(self, trajectories, engines)
         by_length: dict[int, list[int]] = {}
         for i, t in enumerate(trajectories):
             by_length.setdefault(len(t), []).append(i)
@@ -113,7 +113,7 @@ class Alphabetical(SampledTokens):
             for same in by_length.values()
             for i, j in zip(same, sorted(same, key=_name(trajectories)), strict=True)
         }
-        return [said[turned[i]] for i in range(len(said))]
+        return [scores[turned[i]] for i in range(len(scores))]
 
 
 def _name(trajectories: Sequence[Trajectory]) -> Any:
@@ -122,7 +122,7 @@ def _name(trajectories: Sequence[Trajectory]) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surprise:
-    """Tokens weigh what it cost the writer to write them: the expectation of the estimate is another one.
+    """Token weights that grow with the behavior's surprise: the estimate has another expectation.
 
     It does not say so; `Method` would refuse it otherwise.
     """
@@ -136,7 +136,7 @@ class Surprise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EveryTokenMean:
-    """Divided by all tokens there are, masked ones and texts without weight included."""
+    """Normalizer that counts all tokens, masked ones and texts without weight included."""
 
     def __call__(self, weights: Sequence[TokenWeights]) -> float:
         return float(sum(len(w) for w in weights))

@@ -1,4 +1,4 @@
-"""The parts of the broken methods. Every `promise` is what the method's name makes people believe."""
+"""Parts of the broken methods. Every `promise` is the one that the method's name suggests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Traject
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoldAsReverseKL:
-    """An estimate on the written token whose name promises the reverse KL."""
+    """An estimator on the sampled token whose name promises the reverse KL."""
 
     consumes: ClassVar[type[Scores]] = TokenScores
     on_policy: ClassVar[bool] = True
@@ -27,7 +27,7 @@ class SoldAsReverseKL:
 
 
 def written(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
-    """The loss, with the metrics that every method on written tokens has."""
+    """Loss and the metrics of every method on sampled tokens."""
     logprobs = student.at(batch.target_ids)
     log_ratio = (logprobs - batch.scores.logprobs).detach()
     return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **mismatch(logprobs, batch)})
@@ -43,7 +43,7 @@ class DirectK1(SoldAsReverseKL):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JointK1(SoldAsReverseKL):
-    """The same under an importance weight that is not differentiated: the teacher still drops out of the gradient."""
+    """Direct k1 under an importance weight that is not differentiated: the teacher still drops out of the gradient."""
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
@@ -95,7 +95,7 @@ class HeadTailAsPublished(SoldAsReverseKL):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchMean(SoldAsReverseKL):
-    """The exact reverse KL, averaged over whatever tokens happen to lie in the same micro-batch."""
+    """The exact reverse KL, averaged over the tokens of each micro-batch."""
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
 
@@ -109,12 +109,12 @@ class ShiftedWrittenTokens(SampledTokens):
     """The teacher's log-probabilities, one position late."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await SampledTokens()(trajectories, engines)
-        return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in said if isinstance(s, TokenScores)]
+        scores = await SampledTokens()(trajectories, engines)
+        return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in scores if isinstance(s, TokenScores)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SilentNucleus(StudentRollout):
-    """Text cut to the nucleus that does not say so; `Method` would refuse it otherwise."""
+    """Text cut to the nucleus without declaring it; `Method` would refuse it otherwise."""
 
     truncated: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleMethodOverride]  # that is the lie

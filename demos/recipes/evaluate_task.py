@@ -1,4 +1,4 @@
-"""Measures a checkpoint on held-out problems: how many it solves, and whether it rejects wrong lines."""
+"""Evaluation of a checkpoint on held-out problems: share solved, and whether it rejects wrong lines."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ class Rejection:
 
 
 class Problem(Protocol):
-    """What can be asked and graded."""
+    """A problem with a prompt and a grader."""
 
     @property
     def prompt(self) -> str: ...
@@ -53,7 +53,7 @@ class Drawer(Protocol[P]):
 
 
 def held_out_problems(count: int, task: Drawer[P]) -> list[P]:
-    """Always the same problems, from a seed that no recipe trains on."""
+    """The same held-out problems every time, from a seed that no recipe trains on."""
     rng = random.Random(HELD_OUT_SEED)
     return [task.problem(rng) for _ in range(count)]
 
@@ -102,7 +102,7 @@ def complete(
 def rejection(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[ShopProblem]
 ) -> Rejection:
-    """Ask for the verdict on every line that crosses a ten, once with its carry and once without.
+    """Verdicts on every line that crosses a ten, once with its carry and once without.
 
     A teacher that is right by itself need not know a wrong line when it reads one, and reading a student's
     wrong lines is what it is for.

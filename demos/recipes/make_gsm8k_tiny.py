@@ -1,4 +1,4 @@
-r"""Makes a teacher and a student on real text: ``python -m demos.recipes.make_gsm8k_tiny --data PATH``.
+r"""Recipe of a teacher and a student on real text: ``python -m demos.recipes.make_gsm8k_tiny --data PATH``.
 
 PATH holds train.jsonl and test.jsonl of GSM8K (one ``{"question": ..., "answer": ...}`` per line). A prompt
 is the question and a newline, a completion is the answer text as it stands in the file, and then <eos>:
@@ -53,7 +53,7 @@ HELD_OUT = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFactory:
-    """How one of the models is made."""
+    """Constructor of one of the models."""
 
     shape: Shape
     schedule: Schedule
@@ -94,7 +94,7 @@ def read_problems(file: Path) -> list[Problem]:
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be written, <unk> is not needed; <bos> is written in front."""
+    """Byte-level BPE tokenizer: any text can be encoded, <unk> is not needed; <bos> is put in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -112,7 +112,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, problem: Problem, *, learn_prompt: bool) -> Example:
-    """Encode prompt and completion apart, so that the prompt's tokens are those a rollout starts from."""
+    """Token ids of prompt and completion, encoded apart, so that the prompt's are those a rollout starts from."""
     prompt = tokenizer.encode(problem.prompt)
     completion = [*tokenizer.encode(problem.completion, add_special_tokens=False), EOS]
     mask = [learn_prompt] * len(prompt) + [True] * len(completion)

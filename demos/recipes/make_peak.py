@@ -1,4 +1,4 @@
-"""Makes the second specialist and the student of two teachers: ``python -m demos.recipes.make_peak``.
+"""Recipe of the second specialist and the student of two teachers: ``python -m demos.recipes.make_peak``.
 
 The specialist (0.5 M parameters, narrower and deeper than the shop's teacher) learns true solutions of the peak task
 with mistakes that are rejected and repaired; it never sees a shop problem. The student (0.3 M parameters) imitates
@@ -44,7 +44,7 @@ def teacher_batches(mistakes: float, seed: int) -> Iterator[list[Example]]:
 
 
 def student_batches(seed: int) -> Iterator[list[Example]]:
-    """Endless batches of what pupils write, half of it in the shop."""
+    """Endless batches of pupils' solutions, half of them of the shop task."""
     rng = random.Random(seed)
     shop_task, peak_task = ShopTask(), PeakTask()
     while True:
@@ -72,7 +72,7 @@ MAKERS = {"teacher": make_teacher, "student": make_student}
 
 
 def check(output: Path) -> bool:
-    """Compare the files with SHA256SUMS, measure the checkpoints, and say whether all is as it should be."""
+    """Compare the files with SHA256SUMS, measure the checkpoints, and print whether all is as it should be."""
     if not (output / DIGESTS).is_file():
         sys.exit(f"make_peak --check needs {output / DIGESTS}, but there is none: make the checkpoints first.")
     within = (output / DIGESTS).read_text(encoding="utf-8") == digest_lines(output)

@@ -1,9 +1,9 @@
-"""Makes the teacher and the student of the shop task from scratch: ``python -m demos.recipes.make_shop``.
+"""Recipe of the teacher and the student of the shop task from scratch: ``python -m demos.recipes.make_shop``.
 
 The teacher (0.6 M parameters) learns true solutions with mistakes that are rejected and repaired. It learns
 in two phases: with few mistakes it solves the problems, but does not know a wrong line when it sees one; the
 second phase, with many, teaches it that, and a teacher is judged by what it says about a student's wrong
-lines. The student (0.3 M parameters) imitates pupils who forget every second carry: it knows every fact, with
+lines. The student (0.3 M parameters) imitates pupils that forget every second carry: it knows every fact, with
 a systematic misconception on top.
 
 About 9 minutes on one core. ``--check`` trains nothing: it compares the files with SHA256SUMS and measures
@@ -54,7 +54,7 @@ TARGETS = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One word, one token; texts are split and joined at spaces, and <bos> is written in front."""
+    """Word-level tokenizer; texts are split and joined at spaces, and <bos> is put in front."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.add_special_tokens([*SPECIAL_WORDS, "<unk>"])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -73,7 +73,7 @@ def teacher_batches(mistakes: float, seed: int) -> Iterator[list[Example]]:
 
 
 def student_batches(seed: int) -> Iterator[list[Example]]:
-    """Endless batches of what pupils write."""
+    """Endless batches of pupils' solutions."""
     task, rng = ShopTask(), random.Random(seed)
     while True:
         problems = [task.problem(rng) for _ in range(BATCH)]
@@ -97,7 +97,7 @@ MAKERS = {"teacher": make_teacher, "student": make_student}
 
 
 def check(output: Path, names: Sequence[str]) -> bool:
-    """Compare the files with SHA256SUMS, measure the checkpoints, and say whether all is as it should be."""
+    """Compare the files with SHA256SUMS, measure the checkpoints, and print whether all is as it should be."""
     if not (output / DIGESTS).is_file():
         sys.exit(f"make_shop --check needs {output / DIGESTS}, but there is none: make the checkpoints first.")
     problems = held_out_problems(500, ShopTask())
@@ -119,7 +119,7 @@ def check(output: Path, names: Sequence[str]) -> bool:
 
 
 def digest_lines(output: Path) -> str:
-    """What SHA256SUMS should say, in the format of ``sha256sum --check``."""
+    """Content of SHA256SUMS, in the format of ``sha256sum --check``."""
     files = {path: digest for path, digest in digests(output).items() if path.split("/")[0] in MAKERS}
     return "".join(f"{digest}  {path}\n" for path, digest in files.items())
 
@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def example(prompt: str, working: Working) -> Example:
-    """Prompt and solution as token ids; the prompt is read, not learned."""
+    """Prompt and solution as token ids; the prompt is context, not trained."""
     context = (BOS, *(_ID_OF[word] for word in prompt.split()))
     completion = (*(_ID_OF[word] for word in working.words), EOS)
     return Example(ids=context + completion, loss_mask=(False,) * len(context) + (*working.loss_mask, True))

@@ -1,4 +1,4 @@
-"""Trains a tiny language model from scratch on token sequences, and writes it as a Hugging Face folder.
+"""Pretraining of a tiny language model from scratch on token sequences, written as a Hugging Face folder.
 
 Shared by the recipes. One CPU thread, a fixed number of steps and fixed seeds: on one machine, the same
 recipe writes the same bytes (another processor or torch may round differently).
@@ -35,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A sequence and which tokens are learned: ``ids=(1, 5, 2)``, ``loss_mask=(False, True, True)``."""
+    """A sequence and its trained tokens: ``ids=(1, 5, 2)``, ``loss_mask=(False, True, True)``."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How long and how fast to learn, e.g. ``Schedule(steps=400, lr=1.5e-3)``.
+    """Number of steps and learning rate, e.g. ``Schedule(steps=400, lr=1.5e-3)``.
 
     The rate rises for `warmup` steps, stays, and falls linearly to 3 % over the last 40 % of the steps.
     `bfloat16` computes in bfloat16 (parameters stay in float32): it pays from about a million parameters on.
@@ -61,7 +61,7 @@ class Schedule:
 
 
 def make_reproducible() -> None:
-    """One thread and deterministic kernels: the order of every sum is fixed."""
+    """Set one thread and deterministic kernels: the order of every sum is fixed."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 
@@ -118,7 +118,7 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     # Only the token ids: how to sample is for the caller to say, not for the checkpoint.
     model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     model.bfloat16().save_pretrained(folder)
-    # safetensors lets the owner alone read the file; it is copied into images that run as somebody else.
+    # safetensors lets the owner alone read the file; it is copied into images that run as another user.
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 

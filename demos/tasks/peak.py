@@ -21,7 +21,7 @@ _WORDS_PER_LINE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What one day had, e.g. ``Entry(day="Mon", amount=37)``; amounts have two digits."""
+    """Amount of one day, e.g. ``Entry(day="Mon", amount=37)``; amounts have two digits."""
 
     day: str
     amount: int
@@ -59,7 +59,7 @@ class _Writer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeakTask:
-    """How problems are drawn and how the pupil errs, e.g. ``PeakTask(min_days=6)`` for long problems only.
+    """Distribution of problems and of a pupil's errors, e.g. ``PeakTask(min_days=6)`` for long problems only.
 
     The pupil compares only the last digits with probability `hasty` where that changes the outcome, errs with
     probability `slip` elsewhere, and rejects a wrong line with probability `notice`.
@@ -94,10 +94,10 @@ class PeakTask:
         return PeakProblem(prompt=" ".join([*words, "?"]), answer=answer, entries=entries)
 
     def solution(self, problem: PeakProblem, rng: random.Random, mistakes: float = 0.0) -> Working:
-        """Write the true solution, with `mistakes` for a teacher to learn to repair.
+        """The true solution, with `mistakes` for a teacher to learn to repair.
 
         Each line begins, with that probability, with a wrong one that is rejected and repaired (at most twice), and
-        with a quarter of it ends in a slip that nobody notices, from which the following days go on. Mistakes are
+        with a quarter of it ends in an unnoticed slip, from which the following days go on. Mistakes are
         kept from the loss.
         """
         writer, record = _Writer(), problem.entries[0]
@@ -113,7 +113,7 @@ class PeakTask:
         return Working(words=tuple(writer.words), loss_mask=tuple(writer.loss_mask))
 
     def pupil_solution(self, problem: PeakProblem, rng: random.Random) -> Working:
-        """Write what the pupil would: imitated mistakes and all, so nothing is kept from the loss."""
+        """A pupil's solution: imitated mistakes and all, so nothing is masked from the loss."""
         writer, record = _Writer(), problem.entries[0]
         for entry in problem.entries:
             right, wrong = _compare(record, entry)
@@ -133,7 +133,7 @@ class PeakTask:
 
 
 def hasty_choice(entries: Sequence[Entry]) -> Entry:
-    """Whose last digit is largest, the earlier one on a tie: what a pupil takes for the largest amount.
+    """The day whose last digit is largest, the earlier one on a tie: a pupil's wrong choice of the largest amount.
 
     Example: of Mon 37 and Tue 29 it is Tue.
     """

@@ -7,12 +7,12 @@ Numbers are written digit by digit, so a line that crosses a ten needs a carry o
 rejected with ``no`` and written again. Problems are drawn, not stored: every step can have new ones.
 
 Two corpora can be written for a problem. `ShopTask.solution` is the truth, with mistakes that are rejected
-and repaired: a teacher learns from it. `ShopTask.pupil_solution` is the writing of a pupil who often forgets
+and repaired: a teacher learns from it. `ShopTask.pupil_solution` is the writing of a pupil that often forgets
 the carry: a student learns its weakness from it. That weakness is put there on purpose, so what a
 distillation run gains on this task shows the mechanism; it is no evidence about language models at large.
 
-`<bos>` and `<eos>` never appear in the texts of this module: the tokenizer writes the first, and whoever
-trains or samples handles the second.
+`<bos>` and `<eos>` never appear in the texts of this module: the tokenizer writes the first, and the
+trainer or sampler handles the second.
 """
 
 import random
@@ -44,7 +44,7 @@ _RETRIES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What truly happens on one day, e.g. ``Step(day="Mon", before=37, sign="-", amount=8, after=29)``."""
+    """True event of one day, e.g. ``Step(day="Mon", before=37, sign="-", amount=8, after=29)``."""
 
     day: str
     before: int
@@ -64,7 +64,7 @@ class ShopProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Working:
-    """A written solution, word by word, and which words a learner may imitate (no injected mistake).
+    """A written solution, word by word, with its loss mask (False for injected mistakes).
 
     Example: ``words=("Mon", "3", "7", "-", "8", "=", "3", "9", "no", ...)`` with ``loss_mask`` False at the
     ``3`` after ``=`` (37 - 8 is 29) and True elsewhere.
@@ -81,13 +81,13 @@ class Working:
 
 @dataclass(slots=True)
 class _Writer:
-    """Collects the words of a `Working`."""
+    """Builder of a `Working`, word by word."""
 
     words: list[str] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
 
     def line(self, step: Step, result: int, verdict: str) -> None:
-        """Write one day; only the wrong words are kept from the loss: what follows them is learned."""
+        """Write one day; only the wrong words are masked from the loss: those after them are trained."""
         self._add(step.day, *_digits(step.before), step.sign, str(step.amount), "=")
         for digit, right in zip(_digits(result), _digits(step.after), strict=True):
             self._add(digit, learn=digit == right)
@@ -108,7 +108,7 @@ class _Writer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShopTask:
-    """How problems are drawn and how the pupil errs, e.g. ``ShopTask(min_days=6)`` for long problems only.
+    """Distribution of problems and of a pupil's errors, e.g. ``ShopTask(min_days=6)`` for long problems only.
 
     The pupil forgets the carry on a line that crosses a ten with probability `forget_carry`, is off by one
     with probability `slip` on a line where it did not, and rejects a wrong line with probability `notice`.
@@ -150,11 +150,11 @@ class ShopTask:
         return ShopProblem(prompt=" ".join([*words, "?"]), answer=" ".join(_digits(value)), steps=tuple(steps))
 
     def solution(self, problem: ShopProblem, rng: random.Random, mistakes: float = 0.0) -> Working:
-        """Write the true solution, with `mistakes` for a teacher to learn to repair.
+        """The true solution, with `mistakes` for a teacher to learn to repair.
 
         With ``mistakes=0`` this is the plain truth and its grade is 1. Otherwise each day begins, with that
         probability, with a wrong line that is rejected and repaired (at most twice), and with a quarter of it
-        the day ends in a slip that nobody notices: the following days go on from the wrong stock, as a
+        the day ends in an unnoticed slip: the following days go on from the wrong stock, as a
         student's text would, so that the teacher sees such states too. Mistakes are kept from the loss.
         """
         writer = _Writer()
@@ -173,7 +173,7 @@ class ShopTask:
         return writer.working()
 
     def pupil_solution(self, problem: ShopProblem, rng: random.Random) -> Working:
-        """Write what the pupil would: imitated mistakes and all, so nothing is kept from the loss."""
+        """A pupil's solution: imitated mistakes and all, so nothing is masked from the loss."""
         writer = _Writer()
         value = problem.steps[0].before
         for planned in problem.steps:
@@ -205,7 +205,7 @@ class ShopTask:
 
 
 def without_carry(step: Step) -> int | None:
-    """The result of a line whose carry or borrow was forgotten; None where there is none to forget.
+    """Result of a line whose carry or borrow was forgotten; None where there is none to forget.
 
     Example: 37 - 8 gives 39 (the borrow from the 3 is missing), 33 + 4 gives None.
     """
@@ -233,12 +233,12 @@ def _apply(before: int, sign: Sign, amount: int) -> int:
 
 
 def _from_stock(step: Step, value: int) -> Step:
-    """The same event seen from another stock: an earlier mistake may have left the true path."""
+    """The same event from another stock: an earlier mistake may have left the true path."""
     return replace(step, before=value, after=_apply(value, step.sign, step.amount))
 
 
 def _wrong_result(step: Step, rng: random.Random) -> int:
-    """Mostly what the pupil would write, where there is a carry to forget; else a small error."""
+    """A wrong result: mostly a pupil's, where there is a carry to forget; else a small error."""
     forgotten = without_carry(step)
     if forgotten is not None and rng.random() < 0.6:
         return forgotten

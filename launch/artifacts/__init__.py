@@ -1,1 +1,1 @@
-"""What lies in a run directory: written safely, read back within bounds."""
+"""Contents of a run directory: written safely, read back within bounds."""

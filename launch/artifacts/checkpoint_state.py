@@ -1,4 +1,4 @@
-"""A run's checkpoints as values: names, order, how long they live, and the settings they were made with. Pure."""
+"""A run's checkpoints as values: names, order, retention, and the settings a resumed run may change. Pure."""
 
 import dataclasses
 import re
@@ -20,26 +20,27 @@ _STRAY = re.compile(r"\.(step_\d+)\.(partial|old)")
 
 
 def name_of(step: int) -> str:
-    """The folder of a checkpoint. Example: `step_40`."""
+    """Folder name of a checkpoint. Example: `step_40`."""
     return f"step_{step}"
 
 
 def newest_first(names: Iterable[str]) -> list[int]:
-    """Steps of those names that are checkpoints; leftovers of a crash and strangers are none."""
+    """Steps of the names that are checkpoints, newest first; leftovers of a crash and other files are none."""
     return sorted((int(found[1]) for name in names if (found := _NAME.fullmatch(name))), reverse=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftovers:
-    """What a crash left in the folder: `remove` these, and rename these `back` (name now, name then)."""
+    """Leftovers of a crash in the folder: `remove` these, and rename these `back` (name now, name then)."""
 
     remove: Sequence[str]
     back: Sequence[tuple[str, str]]
 
 
 def leftovers(names: Iterable[str]) -> Leftovers:
-    """A `.partial` was never a checkpoint. An `.old` is a whole one that was about to be replaced: if the new one did
-    not get its name, the old one gets it back."""
+    """Cleanup after a crash. A `.partial` was never a checkpoint; an `.old` is a whole one that was about to be
+    replaced: if the new one did not get its name, the old one gets it back.
+    """
     present = set(names)
     strays = {name: found for name in sorted(present) if (found := _STRAY.fullmatch(name))}
     back = [(name, found[1]) for name, found in strays.items() if found[2] == "old" and found[1] not in present]
@@ -47,14 +48,14 @@ def leftovers(names: Iterable[str]) -> Leftovers:
 
 
 def expired(steps: Iterable[int], keep: int, keep_every: int) -> list[int]:
-    """Steps whose checkpoints go: all but the newest `keep` and the multiples of `keep_every` (0: no such)."""
+    """Steps whose checkpoints are removed: all but the newest `keep` and the multiples of `keep_every` (0: no such)."""
     newest = sorted(steps, reverse=True)
     return [step for step in newest[keep:] if not (keep_every and step % keep_every == 0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverState:
-    """What a run knows after `step` beside the weights.
+    """State of the driver after `step`, beside the weights.
 
     `ledger` is what `Ledger.to_json` wrote, `totals` the last line of metrics that a `Meter` goes on from,
     `wall_s` the seconds up to here, `teachers` the digests of what it reads (teachers' weights by their names,
@@ -72,12 +73,12 @@ class DriverState:
     followers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """A plain mapping."""
+        """The state as a plain mapping."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DriverState":
-        """The inverse of `as_json`. Raises `DataError` if it is something else."""
+        """Inverse of `as_json`. Raises `DataError` for anything else."""
         try:
             state = cls(**values)
         except TypeError as error:
@@ -90,7 +91,7 @@ class DriverState:
         return state
 
     def _fit(self) -> dict[str, bool]:
-        """Is each field of the type that it is declared to be?"""
+        """Whether each field has its declared type."""
         return {
             "run_name": isinstance(self.run_name, str),
             "step": type(self.step) is int and self.step >= 0,
@@ -122,7 +123,7 @@ def described(value: Any, where: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses become mappings that also name their class."""
+    """Dataclasses as mappings that also name their class."""
     match value:
         case Enum():
             return value.name
@@ -151,7 +152,7 @@ def _describe(value: Any, where: str, flat: dict[str, Any]) -> None:
 
 
 def in_todays_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `described` settings of a checkpoint by the names of today: settings, classes, and an old schedule's shape.
+    """The `described` settings of a checkpoint under current names: settings, classes, and an old schedule's shape.
 
     What had no `learner.decay_steps` fell through the warm-up: LINEAR was WARMUP_TIMES_LINEAR, CONSTANT the same with
     a floor of 1. The old COSINE has no name.

@@ -28,16 +28,18 @@ MOST_MANIFEST = 16 << 20  # bytes: a line per file
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStore:
-    """`step_<N>/` per checkpoint: `learner/rank_<R>.safetensors`, `state.json`, teachers, and `manifest.json` last."""
+    """Store of checkpoints: `step_<N>/` has `learner/rank_<R>.safetensors`, `state.json`, teachers, `manifest.json`
+    last.
+    """
 
     folder: Path
 
     def steps(self) -> list[int]:
-        """Steps that have a folder, newest first; `verify` says which of them are whole."""
+        """Steps that have a folder, newest first; `verify` finds out which of them are whole."""
         return newest_first(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` is, or will be."""
+        """Path of the checkpoint of `step`, existing or to be written."""
         return self.folder / name_of(step)
 
     def begin(self, step: int) -> Path:
@@ -46,7 +48,7 @@ class CheckpointStore:
         return checkpoint.partial(self.path(step))
 
     def commit(self, state: DriverState, files: Mapping[str, str]) -> None:
-        """Add the driver's state and the manifest (`files`: name -> digest of what lies there already), and rename."""
+        """Add the driver's state and the manifest (`files`: name -> digest of every file already there), and rename."""
         folder = checkpoint.partial(self.path(state.step))
         write_json(folder / STATE, state.as_json())
         every = {**files, STATE: checkpoint.digest(folder / STATE)}
@@ -54,11 +56,11 @@ class CheckpointStore:
         checkpoint.commit(self.path(state.step))
 
     def abandon(self, step: int) -> None:
-        """Remove what was begun."""
+        """Remove a checkpoint that was begun."""
         shutil.rmtree(checkpoint.partial(self.path(step)), ignore_errors=True)
 
     def recover(self) -> None:
-        """Clear up after a crash; only when no run writes here."""
+        """Clean up after a crash; only when no run writes here."""
         found = leftovers(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else leftovers(())
         for now, then in found.back:
             (self.folder / now).rename(self.folder / then)
@@ -66,12 +68,12 @@ class CheckpointStore:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def prune(self, keep: int, keep_every: int) -> None:
-        """Remove what the policy no longer keeps; each is renamed first, so a half-removed one is none."""
+        """Remove checkpoints beyond the retention; each is renamed first, so a half-removed one is none."""
         for step in expired(self.steps(), keep, keep_every):
             self._remove(step)
 
     def make_room(self, keep_every: int) -> bool:
-        """Where one more has no room: remove all but the newest, if that is whole, and milestones; was any removed?"""
+        """Remove all but a whole newest one and milestones if one more has no room; whether any was removed."""
         try:
             newest, *older = self.steps()
             if not set(older) & set(expired([newest, *older], 1, keep_every)):
@@ -115,7 +117,7 @@ class CheckpointStore:
 
 
 def verify(folder: Path) -> DriverState:
-    """What the checkpoint in `folder` says, after every byte of it was compared with its manifest.
+    """The verified checkpoint in `folder`: every byte of it is compared with its manifest first.
 
     Raises:
         DataError: it is foreign, cut off, or damaged; the sentence names the file.
@@ -142,9 +144,9 @@ def verify(folder: Path) -> DriverState:
 
 
 def _state(path: Path) -> DriverState:
-    said = read_json(path, ANOTHER)
+    content = read_json(path, ANOTHER)
     try:
-        state = DriverState.from_json(said)
+        state = DriverState.from_json(content)
         Ledger.from_json(state.ledger)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
@@ -172,5 +174,5 @@ def _manifest(folder: Path) -> dict[str, str]:
 
 
 def _within(name: str) -> bool:
-    """Is this the name of a file below the folder, and of none elsewhere?"""
+    """Whether this is the name of a file below the folder, and of none elsewhere."""
     return bool(name) and not name.startswith("/") and ".." not in name.split("/")

@@ -1,4 +1,4 @@
-"""What one evaluation measured, as a value that is tracked, stored and drawn."""
+"""Results of one evaluation, as a value that is tracked, stored and drawn."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ NOT_MEASURED = "not measured"
 
 
 class EvaluatedModel(Enum):
-    """Whose answers were graded."""
+    """The model whose answers were graded."""
 
     STUDENT = "student"
     TEACHER = "teacher"
@@ -51,7 +51,7 @@ class EvaluationPoint:
     mean_at_k_by_task: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """A plain mapping; what was not measured (None, NaN) is null."""
+        """The point as a plain mapping; values that were not measured (None, NaN) are null."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["examinee"] = self.examinee.value
         return {
@@ -61,5 +61,5 @@ class EvaluationPoint:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str = "an evaluation") -> "EvaluationPoint":
-        """The inverse of `as_json`. Raises `DataError` if it is none."""
+        """Inverse of `as_json`. Raises `DataError` for anything else."""
         return record(cls, values, where, "remove it, or write the report with the version that wrote it")

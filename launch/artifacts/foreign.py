@@ -1,4 +1,4 @@
-"""Files of a run that somebody else may have written: read within bounds and by their types, or one sentence.
+"""Untrusted files of a run: read within bounds and by their types, or refused with one sentence.
 
 What a run has written itself comes back; what was edited, cut off, copied from elsewhere or made to do harm is a
 `DataError` that names the file.
@@ -21,7 +21,7 @@ Record = TypeVar("Record")
 
 
 def read_text(path: Path, advice: str, most: int = MOST_BYTES) -> str:
-    """The text in `path`. Raises `DataError`, which ends with `advice`, if it is too long or none."""
+    """Text in `path`. Raises `DataError`, which ends with `advice`, if it is too long or no text."""
     try:
         if path.stat().st_size > most:
             raise DataError(f"{path} has {path.stat().st_size} bytes, more than a run writes ({most}); {advice}")
@@ -31,33 +31,33 @@ def read_text(path: Path, advice: str, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path, advice: str, most: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `DataError`, which ends with `advice`, for anything else."""
+    """JSON object in `path`. Raises `DataError`, which ends with `advice`, for anything else."""
     text = read_text(path, advice, most)
     try:
-        said = json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise DataError(f"{path} cannot be read (it is nested too deep); {advice}") from None
     except ValueError as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); {advice}") from error
-    if not isinstance(said, dict):
+    if not isinstance(value, dict):
         raise DataError(f"{path} holds no JSON object; {advice}")
-    return said
+    return value
 
 
 def read_yaml(path: Path, advice: str) -> dict[str, Any]:
-    """The YAML mapping in `path`, whose aliases stand for few values. Raises `DataError` for anything else."""
+    """YAML mapping in `path`, whose aliases expand to few values. Raises `DataError` for anything else."""
     try:
         check_files([path])
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ConfigurationError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} is no configuration of a run ({' '.join(str(error).split())}); {advice}") from error
-    if not isinstance(said, dict):
+    if not isinstance(value, dict):
         raise DataError(f"{path} holds no mapping; {advice}")
-    return said
+    return value
 
 
 def record(cls: type[Record], values: Mapping[str, Any], where: str, advice: str) -> Record:
-    """The dataclass that a mapping describes; a value that was no number may be null.
+    """Dataclass that a mapping describes; a value that was no number may be null.
 
     Raises:
         DataError: a field is missing, unknown, or not of its type.
@@ -67,9 +67,9 @@ def record(cls: type[Record], values: Mapping[str, Any], where: str, advice: str
     specs = fields(cls)  # type: ignore[arg-type]
     needed = {spec.name for spec in specs if spec.default is MISSING and spec.default_factory is MISSING}
     known = {spec.name for spec in specs}
-    if strange := sorted(needed - values.keys()) or sorted(map(str, values.keys() - known)):
-        verb = "lacks" if strange[0] in known else "has a field that no run writes,"
-        raise DataError(f"{where} {verb} {strange[0][:60]!r}; {advice}")
+    if mismatched := sorted(needed - values.keys()) or sorted(map(str, values.keys() - known)):
+        verb = "lacks" if mismatched[0] in known else "has a field that no run writes,"
+        raise DataError(f"{where} {verb} {mismatched[0][:60]!r}; {advice}")
     hints = fields_of(cls)
     try:
         return cls(**{name: fit(_or_null(hints[name]), value, name) for name, value in values.items()})

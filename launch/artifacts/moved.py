@@ -1,4 +1,4 @@
-"""Old dotted paths and setting names of parts that configurations and checkpoints name, and those of today."""
+"""Old dotted paths and setting names in configurations and checkpoints, and their current names."""
 
 MODULES = {
     "opd.divergences.": "opd.method.promises.",
@@ -29,13 +29,13 @@ SETTINGS = {
 
 
 def todays(path: str) -> str:
-    """The dotted path of a class by its name today. Example: `opd.weights.special.SkipFirst`."""
+    """Current dotted path of a class. Example: `opd.weights.special.SkipFirst`."""
     module, dot, name = path.rpartition(".")
     moved = MODULES.get(module + dot, module + dot) + name
     return CLASSES.get(moved, moved)
 
 
 def todays_setting(name: str) -> str:
-    """The dotted name of a setting today. Example: `cluster.journal_bytes` is `cluster.replay_log_bytes`."""
+    """Current dotted name of a setting. Example: `cluster.journal_bytes` is `cluster.replay_log_bytes`."""
     place, dot, last = name.rpartition(".")
     return place + dot + SETTINGS.get(last, last)

@@ -1,4 +1,4 @@
-"""Configuration files of the user's own, looked at before Hydra reads them: plain data of bounded size, or refused."""
+"""Check of the user's own configuration files before Hydra reads them: plain data of bounded size, or refused."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,25 +44,25 @@ def _walked(root: yaml.Node) -> str:
     def size(node: yaml.Node) -> int:
         if id(node) in sizes:
             if not sizes[id(node)]:
-                raise _Strange(f"has an alias within itself (line {node.start_mark.line + 1})")
+                raise _Refused(f"has an alias within itself (line {node.start_mark.line + 1})")
             return sizes[id(node)]
         sizes[id(node)] = 0
         if node.tag not in _TAGS:
             tag, line = node.tag.removeprefix(_PLAIN), node.start_mark.line + 1
-            raise _Strange(f"has the tag {tag!r} (line {line}), which is no plain data")
+            raise _Refused(f"has the tag {tag!r} (line {line}), which is no plain data")
         inner = [n for pair in node.value for n in (pair if isinstance(pair, tuple) else (pair,))]
         sizes[id(node)] = 1 + (sum(map(size, inner)) if isinstance(node, yaml.CollectionNode) else 0)
         if sizes[id(node)] > MOST_NODES:
             line = node.start_mark.line + 1
-            raise _Strange(f"has aliases that stand for more than {MOST_NODES} values (line {line})")
+            raise _Refused(f"has aliases that stand for more than {MOST_NODES} values (line {line})")
         return sizes[id(node)]
 
     try:
         size(root)
-    except _Strange as strange:
-        return str(strange)
+    except _Refused as refused:
+        return str(refused)
     return ""
 
 
-class _Strange(Exception):
-    """What a file must not have."""
+class _Refused(Exception):
+    """Error about a construct that such a file must not have."""

@@ -1,4 +1,4 @@
-"""Keeps secrets out of everything that is stored, sent or said; the one place that knows which texts are secret.
+"""Redaction of secrets in everything that is stored, sent or printed; the one place that decides what is secret.
 
 Three kinds are known: a setting whose name says so, the login of a URL, and the value of an environment variable whose
 name says so. A command line takes none of them (`check_arguments`), since Ray, wandb and `ps` show it; what a
@@ -39,7 +39,7 @@ def masked(text: str) -> str:
 
 
 def remember(node: Any) -> None:
-    """From now on `masked` knows the secrets of this configuration."""
+    """Add the secrets of this configuration to those that `masked` replaces."""
     _remembered.update(_secrets_in(node))
 
 
@@ -81,7 +81,7 @@ def _refusal(what: str, remedy: str) -> str:
 
 
 def _names(key: str, value: str) -> bool:
-    """Is `value`, as it stands on a command line, a secret because of its key?"""
+    """Whether `value`, as it stands on a command line, is a secret because of its key."""
     bare = value.strip().strip("'\"")
     if not bare or bare.startswith("${") or bare in ("null", "[]", "{}"):
         return False
@@ -120,7 +120,7 @@ def _without(text: str, secrets: Sequence[str]) -> str:
 
 
 def _without_rest(text: str, secret: str) -> str:
-    """`text` without what is left of a secret where a sentence cut it, before the cut and behind it."""
+    """`text` without the remainder of a secret that was truncated, before the cut and behind it."""
     for cut in reversed(list(_CUT.finditer(text))):
         before, behind = text[: cut.start()], text[cut.end() :]
         lengths = range(len(secret) - 1, _SHORTEST - 1, -1)
@@ -160,7 +160,7 @@ def _value(key: str, value: Any, secrets: Sequence[str]) -> Any:
 
 
 def _secrets_in(node: Any) -> Iterator[str]:
-    """Texts that a configuration's own keys call secret, long enough to be told from other words."""
+    """Texts under secret keys of a configuration, long enough to be distinguished from other words."""
     match node:
         case Mapping():
             for key, value in node.items():

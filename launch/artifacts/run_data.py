@@ -1,4 +1,4 @@
-"""Everything a run directory tells, read back for reports."""
+"""All data of a run directory, read back for reports."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from opd.errors import DataError
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """A line of numbers per step. Raises `DataError` about a line that has anything else."""
+    """One line of numbers per step. Raises `DataError` about a line that has anything else."""
     lines = read_steps(path)
     for line in lines:
         for name, value in line.items():
@@ -40,7 +40,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """A run as far as it got; `summary` is None while it runs or when it was killed."""
+    """Data of a run as far as it got; `summary` is None while it runs or when it was killed."""
 
     name: str
     metrics: Sequence[Mapping[str, float | None]]
@@ -52,7 +52,7 @@ class RunData:
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "RunData":
-        """Read what is there; only the configuration must be."""
+        """Data of a directory; only the configuration must exist."""
         points = [
             EvaluationPoint.from_json(line, f"a line of {directory.evaluations}")
             for line in read_steps(directory.evaluations)
@@ -82,7 +82,7 @@ class RunData:
         return _series([(step, value) for step, value in pairs if value is not None])
 
     def last(self, name: str) -> float | None:
-        """The newest value of a metric."""
+        """Newest value of a metric."""
         series = self.series(name)
         return float(series.values[-1]) if series else None
 

@@ -1,4 +1,4 @@
-"""A run's directory: everything it remembers, written so that a crash or a full disk cannot falsify it."""
+"""A run's directory: all files of a run, written so that a crash or a full disk cannot falsify them."""
 
 import json
 import math
@@ -22,7 +22,7 @@ _LONGEST = 200  # letters of a name: file systems allow 255, and ours get ending
 
 
 def check_name(name: str) -> None:
-    """Raise `ConfigurationError` unless a run, or a comparison, can be called so."""
+    """Raise `ConfigurationError` unless `name` is valid for a run or a comparison."""
     if not _NAME.fullmatch(name):
         raise ConfigurationError(
             "run_name needs letters, digits and . _ = , + - only, beginning with a letter or digit, but "
@@ -35,7 +35,7 @@ def check_name(name: str) -> None:
 
 
 def taken(path: Path) -> ConfigurationError:
-    """The sentence about a directory that is another run's."""
+    """Error sentence about a directory that is another run's."""
     return ConfigurationError(
         f"run directory {path} exists and is never overwritten; choose another run_name=..., or move the old one away"
     )
@@ -83,7 +83,7 @@ class RunDirectory:
 
     @property
     def took_a_step(self) -> bool:
-        """Is there anything in it that was trained? A checkpoint, a line of a step, or a student."""
+        """Whether the directory holds any training: a checkpoint, a line of a step, or a student."""
         trained = any(self.checkpoints.glob("step_*")) or any(self.checkpoints.glob(".step_*.old"))
         return trained or bool(read_jsonl(self.metrics)) or has_config(self.export)
 
@@ -114,7 +114,7 @@ class RunDirectory:
 
     @property
     def summary(self) -> Path:
-        """How the run ended; absent while it runs."""
+        """Outcome of the run; absent while it runs."""
         return self.path / "summary.json"
 
     @property
@@ -134,22 +134,24 @@ class RunDirectory:
 
     @property
     def stacks(self) -> Path:
-        """Where processes stood that did not answer, and the last words of those that died; absent while all work."""
+        """Stack traces of processes that did not answer, and the last output of those that ended; absent while all
+        work.
+        """
         return self.path / "stacks"
 
     @property
     def failure(self) -> Path:
-        """The traceback of what ended the run, where it is no sentence of ours; absent otherwise."""
+        """Traceback of the error that ended the run, where it is no sentence of ours; absent otherwise."""
         return self.path / "failure.txt"
 
     @property
     def checkpoints(self) -> Path:
-        """Where the learner saves."""
+        """Folder of the learner's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def rescued(self) -> Path:
-        """Where the last step is saved when `checkpoints` cannot be written; absent otherwise."""
+        """Folder of the last step where `checkpoints` cannot be written; absent otherwise."""
         return self.path / "rescued"
 
     @property
@@ -163,11 +165,11 @@ class RunDirectory:
         write_text(self.config, yaml.safe_dump(safe, sort_keys=False, allow_unicode=True))
 
     def write_command(self, overrides: Sequence[str]) -> None:
-        """Store the command that trains, for whoever repeats it; secrets are replaced."""
+        """Store the command that trains, for reproduction; secrets are replaced."""
         write_text(self.command, shlex.join(["opd", "train", *map(without_secret, overrides)]) + "\n")
 
     def rewind(self, step: int, steps: int) -> None:
-        """Forget what came after `step`: a run that resumes from its checkpoint writes that again.
+        """Remove everything after `step`: a run that resumes from its checkpoint writes that again.
 
         What is measured when all `steps` are done (the student once more, the teacher) comes again, too.
         """
@@ -181,17 +183,17 @@ class RunDirectory:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old or the new text, also after a crash. Secrets are masked."""
+    """Replace a file atomically: a reader sees the old or the new text, also after a crash. Secrets are masked."""
     write_bytes(path, masked(text).encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file at once; numbers that are not finite become null."""
+    """Replace a JSON file atomically; numbers that are not finite become null."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file at once: written beside it, flushed to the disk, renamed."""
+    """Replace a file atomically: written beside it, flushed to the disk, renamed."""
     part = path.with_name(f".{path.name}.part")
     with _writing(path):
         try:
@@ -252,7 +254,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """As `read_jsonl`, of a file whose lines are about steps. Raises `DataError` about one that says not which."""
+    """As `read_jsonl`, of a file with one line per step. Raises `DataError` about a line without its step."""
     lines = read_jsonl(path)
     for number, line in enumerate(lines, 1):
         if type(line.get("step")) is not int or not 0 <= line["step"] < 1 << 53:
@@ -277,7 +279,7 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: both become null."""
+    """Value with NaN and infinities, which JSON lacks, as null."""
     match value:
         case float() if not math.isfinite(value):
             return None
@@ -289,7 +291,7 @@ def _finite(value: Any) -> Any:
 
 
 def _end_of_last_line(handle: int) -> int:
-    """Where the next line begins. After a crash the file may end in a piece of a line, which is given up."""
+    """Offset of the next line. After a crash the file may end in a piece of a line, which is given up."""
     size = os.fstat(handle).st_size
     block, end = 1 << 16, size
     while end > 0:

@@ -1,4 +1,4 @@
-"""One run, one process: who is writing into a run directory, as long as it lives on this machine."""
+"""Lock of a run directory: the one process that writes into it, while it runs on this machine."""
 
 import fcntl
 import json
@@ -13,14 +13,14 @@ import psutil
 from opd.errors import ConfigurationError
 
 LOCK = "running.json"
-_STRANGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what a note of nobody's is read with
+_MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # raised by reading a malformed note
 
 
 @contextmanager
 def running(directory: Path) -> Iterator[None]:
     """Note this process in `directory` while the block lasts.
 
-    A process that was killed leaves its note behind, which counts only while a process of that number and age lives
+    A process that was killed leaves its note behind, which counts only while a process of that number and age runs
     on this host. A note of another host cannot be checked and does not count.
 
     Raises:
@@ -42,21 +42,21 @@ def running(directory: Path) -> Iterator[None]:
 
 
 def check_not_running(directory: Path) -> None:
-    """Raise `ConfigurationError` if a living process of this host is at the run in `directory`."""
+    """Raise `ConfigurationError` if a running process of this host holds the run in `directory`."""
     path = directory / LOCK
     if path.exists():
         _refuse(directory, path.read_text(errors="replace"))
 
 
 def is_over(directory: Path) -> bool:
-    """Is certainly nobody at the run in `directory`? A note of another host cannot be checked."""
+    """Whether certainly no process holds the run in `directory`. A note of another host cannot be checked."""
     try:
         text = (directory / LOCK).read_text(errors="replace")
     except FileNotFoundError:
         return True
     try:
         here = json.loads(text)["host"] == socket.gethostname()
-    except _STRANGE:
+    except _MALFORMED:
         here = True
     return here and _holder(text) is None
 
@@ -70,11 +70,11 @@ def _refuse(directory: Path, text: str) -> None:
 
 
 def _holder(text: str) -> int | None:
-    """The living process on this host that `text` names, if it is not this one."""
+    """The running process on this host that `text` names, if it is not this one."""
     try:
         note = json.loads(text)
         pid, started, host = int(note["pid"]), float(note["started"]), str(note["host"])
-    except _STRANGE:  # empty, cut off by a crash, or none of ours
+    except _MALFORMED:  # empty, cut off by a crash, or none of ours
         return None
     if host != socket.gethostname() or pid == os.getpid():
         return None

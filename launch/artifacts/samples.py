@@ -1,4 +1,4 @@
-"""Completions to look at: text, and how much likelier the teacher finds every token than its writer did."""
+"""Recorded completions: text, and the log-probability difference teacher - behavior of every token."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,7 +47,7 @@ class Sample:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str = "a sample") -> "Sample":
-        """The inverse of `as_json`. Raises `DataError` if it is none."""
+        """Inverse of `as_json`. Raises `DataError` for anything else."""
         return record(cls, values, where, "remove that line")
 
 
@@ -58,7 +58,7 @@ def samples_of(record: StepRecord, decode: Decode, count: int) -> list[Sample]:
 
 
 def token_pieces(ids: np.ndarray, decode: Decode) -> list[str]:
-    """The text that each token adds.
+    """Text that each token adds.
 
     Tokens are decoded in their context, because a tokenizer may write a space only between two of them. Bytes
     of an unfinished character are shown with the token that completes it.

@@ -1,4 +1,4 @@
-"""The consoles of the program: names, paths and sentences that are printed are text, never markup or emoji codes."""
+"""Consoles of the program: names, paths and sentences that are printed are text, never markup or emoji codes."""
 
 from rich.console import Console
 

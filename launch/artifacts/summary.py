@@ -1,4 +1,4 @@
-"""How a run ended, as it is stored and shown."""
+"""Outcome of a run, as it is stored and shown."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,16 +14,16 @@ _POINTS = ("student_start", "student_end", "teacher")
 
 
 class Outcome(Enum):
-    """Why a run ended."""
+    """Reason why a run ended."""
 
     FINISHED = "finished"
-    STOPPED = "stopped"  # somebody asked it to (a signal); it can be resumed
+    STOPPED = "stopped"  # a signal requested it; it can be resumed
     FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """What `summary.json` says. `facts`, `versions` and `ledger` are shown as tables in the order given.
+    """Content of `summary.json`. `facts`, `versions` and `ledger` are shown as tables in the order given.
 
     `wall_s` counts from the start of the program, `ready_s` until all actors answered, `first_step_s` until
     the first training step began. `cpu_s`, `tokens` (of completions) and `flops` are those of training:
@@ -60,14 +60,14 @@ class RunSummary:
     verdict: str = ""
 
     def write(self, directory: RunDirectory) -> None:
-        """Replace the directory's summary at once."""
+        """Replace the directory's summary atomically."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         points = {name: values[name] and values[name].as_json() for name in _POINTS}
         write_json(directory.summary, values | points | {"outcome": self.outcome.value})
 
     @classmethod
     def read(cls, path: Path) -> "RunSummary":
-        """The inverse of `write`."""
+        """Inverse of `write`."""
         advice = "remove it, the report can do without"
         values = read_json(path, advice)
         points = {n: EvaluationPoint.from_json(values[n], f"{n} of {path}") for n in _POINTS if values.get(n)}

@@ -1,4 +1,4 @@
-"""Whether a run can be where it is to be, and what can be done with one that has ended."""
+"""Checks of the place of a run: its name, its directory, and write access."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,7 @@ from opd.errors import ConfigurationError
 
 
 def check_place(config: RunConfig) -> None:
-    """Refuse a name that cannot be one, a directory that is another run's, and a place that cannot be written."""
+    """Refuse an invalid name, a directory that is another run's, and a place that cannot be written."""
     if config.run_name:
         check_name(config.run_name)
     goes_on = config.resume == LATEST or config.resume.isdecimal()
@@ -22,7 +22,7 @@ def check_place(config: RunConfig) -> None:
 
 
 def check_writable(root: Path) -> None:
-    """Raise `ConfigurationError` unless a folder can be made in `root`, or in what is there of the way to it."""
+    """Raise `ConfigurationError` unless a folder can be made in `root`, or in the deepest existing parent of it."""
     there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".opd-", dir=there):

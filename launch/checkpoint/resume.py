@@ -1,4 +1,4 @@
-"""Where a run goes on: finds the checkpoint that `resume=` means, and refuses what would not be the same run."""
+"""Resuming: finds the checkpoint that `resume=` means, and refuses settings that would not continue the same run."""
 
 import fcntl
 import os
@@ -42,7 +42,7 @@ class ResumePoint:
 
 
 def fingerprints(config: RunConfig) -> dict[str, str]:
-    """Digests of what a run reads: of each teacher's weights by its name, of everything else by the setting's.
+    """Digests of a run's inputs: of each teacher's weights by its name, of everything else by the setting's.
 
     Of a teacher whose weights are elsewhere, what the settings say. Example: `{"default": "9a..", "student.path":
     "c1..", "prompts.path": "03.."}`.
@@ -56,7 +56,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
 
 
 def resumption(config: RunConfig, console: Console) -> ResumePoint | None:
-    """What `resume=` means, or None for a run from the start. Changes nothing but leftovers of a crash.
+    """The resume point of `resume=`, or None for a run from the start. Changes nothing but leftovers of a crash.
 
     Raises:
         ConfigurationError: there is no such checkpoint, the run is still running or finished, or the settings or the
@@ -120,21 +120,21 @@ def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
 
 
 def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
-    said = {change.name: change for change in found}
+    changed = {change.name: change for change in found}
     remarks: list[str] = []
-    if moved := next((change for name, change in said.items() if re.fullmatch(r"prompts\.(.+\.)?path", name)), None):
+    if moved := next((change for name, change in changed.items() if re.fullmatch(r"prompts\.(.+\.)?path", name)), None):
         remarks.append(
             f"note: {moved.name} was {moved.before} and is {moved.now} now, with the same content; prompts are named "
             "after their path, so from here on text is sampled with other seeds than it would have been"
         )
-    if "steps" in said and not config.learner.schedule.constant:
+    if "steps" in changed and not config.learner.schedule.constant:
         remarks.append(
-            f"note: steps was {said['steps'].before} and is {config.steps} now, so the learning rate's schedule "
+            f"note: steps was {changed['steps'].before} and is {config.steps} now, so the learning rate's schedule "
             f"({config.learner.schedule.name}) ends elsewhere from here on"
         )
-    if "checkpoint_every" in said and config.deterministic and config.max_staleness:
+    if "checkpoint_every" in changed and config.deterministic and config.max_staleness:
         remarks.append(
-            f"note: checkpoint_every was {said['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
+            f"note: checkpoint_every was {changed['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
             "text is written across a checkpoint, so from here on other versions write than would have"
         )
     elif config.deterministic and not config.pipeline.repeats_from(step):
@@ -146,7 +146,7 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
 
 
 def open_directory(config: RunConfig, resumed: ResumePoint | None, console: Console) -> RunDirectory:
-    """The directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off.
+    """Directory of the run: a new one, or that of the resumed run with everything after the checkpoint cut off.
 
     One in which no step was ever finished does not use up its name: it is moved aside, and the run begins.
     """
@@ -167,7 +167,7 @@ def open_directory(config: RunConfig, resumed: ResumePoint | None, console: Cons
 
 
 def can_begin_again(path: Path) -> bool:
-    """Is this the directory of a run that is over and has finished no step?"""
+    """Whether this is the directory of a run that is over and has finished no step."""
     if not (path / "config.yaml").is_file() or not is_over(path):
         return False
     return not RunDirectory(path).took_a_step
@@ -175,7 +175,7 @@ def can_begin_again(path: Path) -> bool:
 
 @contextmanager
 def _alone_in(root: Path) -> Iterator[None]:
-    """Of two that look which names are free, one waits for the other."""
+    """Mutual exclusion of processes that look for a free name."""
     if not root.is_dir():
         yield
         return
@@ -188,7 +188,7 @@ def _alone_in(root: Path) -> Iterator[None]:
 
 
 def way_on(directory: RunDirectory, rescued: Path | None = None) -> str:
-    """How to go on after a run that did not finish: what is there, or was `rescued` elsewhere, decides it."""
+    """Advice on how to continue a run that did not finish, from what is there or was `rescued` elsewhere."""
     if rescued is not None:
         step = newest_first([rescued.name])[0]
         return (
@@ -211,7 +211,7 @@ def way_on(directory: RunDirectory, rescued: Path | None = None) -> str:
 
 
 def rewind(directory: RunDirectory, resumed: ResumePoint, steps: int) -> None:
-    """Forget what comes again: lines after the checkpoint, newer checkpoints, and how the run had ended.
+    """Remove what will be written again: lines after the checkpoint, newer checkpoints, and the run's outcome.
 
     Checkpoints go first: one whose lines are gone would leave a hole if a crash came between.
     """
@@ -220,5 +220,5 @@ def rewind(directory: RunDirectory, resumed: ResumePoint, steps: int) -> None:
 
 
 def history(directory: RunDirectory) -> list[Mapping[str, float]]:
-    """The kept lines of metrics, for alerts that look back; what was no number is left out."""
+    """The kept lines of metrics, for alerts that look back; values that are no numbers are left out."""
     return [{k: v for k, v in line.items() if v is not None} for line in read_jsonl(directory.metrics)]

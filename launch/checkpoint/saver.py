@@ -1,4 +1,4 @@
-"""When a run's checkpoint is due, and how it gets to the disk while training goes on."""
+"""Writer of a run's checkpoints: decides when one is due and writes it while training goes on."""
 
 import asyncio
 import logging
@@ -18,19 +18,19 @@ _log = logging.getLogger(__name__)
 
 
 class NotKept(OpdError):
-    """Ranks that were to write a checkpoint were lost, and those in their place, too."""
+    """Error about a checkpoint that was not written: its ranks were lost, and their replacements, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """The newest `keep` checkpoints stay, and every multiple of `keep_every` steps (0: no milestones)."""
+    """Retention of checkpoints: the newest `keep`, and every multiple of `keep_every` steps (0: no milestones)."""
 
     keep: int
     keep_every: int
 
 
 class Saver:
-    """Writes a run's checkpoints. `begin` returns once the state is copied; the files follow in the background.
+    """Writer of a run's checkpoints. `begin` returns once the state is copied; the files follow in the background.
 
     One at a time: the next waits for the one before. What goes wrong in the background is raised by the next `begin`,
     `check` or `finish`; it leaves no half checkpoint, and the one before stays. A checkpoint whose writers are
@@ -52,7 +52,7 @@ class Saver:
 
     @property
     def follows(self) -> bool:
-        """Does a teacher follow the student?"""
+        """Whether a teacher follows the student."""
         return bool(self._followers)
 
     async def begin(self, state: DriverState) -> None:
@@ -75,7 +75,7 @@ class Saver:
         self._writing = asyncio.create_task(self._finish(replace(state, followers=files), digests))
 
     async def _finish(self, state: DriverState, digests: Mapping[str, str]) -> bool:
-        """Is it on the disk?"""
+        """Finish the checkpoint under way; whether it is on the disk."""
         try:
             shards = {f"{LEARNER}/{name}": digest for name, digest in (await self._learner.written()).items()}
             await _to_its_end(self._store.commit, state, {**digests, **shards})
@@ -95,7 +95,7 @@ class Saver:
         return True
 
     def check(self) -> None:
-        """Raise what went wrong in the background so far."""
+        """Raise any error of the background writer so far."""
         if self._writing is not None and self._writing.done():
             done, self._writing = self._writing, None
             done.result()
@@ -116,7 +116,8 @@ class Saver:
             )
 
     async def rescue(self, state: DriverState, elsewhere: Sequence[Path]) -> Path:
-        """Save the learner as it is now: in its place, without the older checkpoints if there is no room, `elsewhere`.
+        """Save the learner as it is now: in its place, without the older checkpoints if there is no room, or
+        `elsewhere`.
 
         Returns where it lies. Raises what was wrong with its place, if no folder of `elsewhere` takes it either.
         """
@@ -149,19 +150,19 @@ class Saver:
         return await running
 
     async def give_up(self, *, at_once: bool) -> None:
-        """The run has failed: a checkpoint that is being written is finished, if it can be, or left (`at_once`)."""
+        """Finish a checkpoint that is being written, if possible, or leave it (`at_once`): the run has failed."""
         if self._writing is None:
             return
         running, self._writing = self._writing, None
         if at_once:
             running.cancel()
         (error,) = await asyncio.gather(running, return_exceptions=True)
-        if isinstance(error, Exception):  # what the run failed of may be the reason; it is told apart from this
+        if isinstance(error, Exception):  # the run's own failure may be the reason; it is reported beside this
             _log.warning("the checkpoint under way could not be finished (%s)", error)
 
 
 async def _to_its_end(work: Callable[..., None], *arguments: Any) -> None:
-    """`work` in a thread. A thread cannot be stopped, so whoever is cancelled meanwhile goes when it has ended."""
+    """Run `work` in a thread to its end. A thread cannot be stopped, so a cancelled caller waits until it has ended."""
     running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
         await asyncio.shield(running)

@@ -1,4 +1,4 @@
-"""The end of a step: when a checkpoint is due, when a run that was asked to stop stops, and what a failure leaves."""
+"""The end of a step: checkpoints when due, preemption after a signal, a last save after a failure."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Boundary:
-    """The last observer of every step. Steps that are `over` have been told of; those `saved` have a checkpoint.
+    """The last observer of every step. Steps that are `over` were observed; those `saved` have a checkpoint.
 
     A checkpoint is due every `checkpoint_every` steps, `checkpoint_minutes` after the one before (where the pipeline
     allows it), at the last step, and when a signal asked the run to stop. `state` is what the driver knows after a
@@ -47,7 +47,7 @@ class Boundary:
         self.rescued: Path | None = None  # where the last step lies that could not be written in its place
 
     async def __call__(self, record: StepRecord) -> None:
-        """A step is over, and everybody else has heard of it."""
+        """Handle the end of a step, after all other observers."""
         self._saver.check()
         if record.live and self._due(record.step):
             await self._save(record.step)
@@ -55,7 +55,7 @@ class Boundary:
             await self.stop_if_asked()
 
     def ended(self, record: StepRecord) -> None:
-        """A step is finished; to be told first."""
+        """Note that a step is finished; the first observer called."""
         self.over = record.step
         if not record.live and self._saver.follows:  # in part, perhaps: their weights belong to no step
             self.hopeless = True
@@ -83,7 +83,7 @@ class Boundary:
         self.rescued = place if place.parent in self._elsewhere else None
 
     async def stop_if_asked(self) -> None:
-        """Raise `Preempted` if a signal asked the run to stop: what is finished has its checkpoint then."""
+        """Raise `Preempted` if a signal requested it: the last finished step has its checkpoint then."""
         if not self._stop.asked:
             return
         self._stop.saving()
@@ -92,10 +92,10 @@ class Boundary:
         raise Preempted(f"stopped by {self._stop.name} after step {self.saved}, with a checkpoint", self._stop.name)
 
     async def rescue(self, error: BaseException, learner: RestartingLearner) -> None:
-        """The run breaks off because of `error`: save the last finished step, if that has no checkpoint yet.
+        """Save the last finished step, if it has no checkpoint yet, as the run breaks off because of `error`.
 
         Where its place cannot be written, elsewhere. Within `learner.deadline_s`, and only from ranks that live:
-        nobody is replaced for it. A failure is told of, and the checkpoints before stay. Raises `Preempted` where a
+        no replica is replaced for it. A failure is logged, and the checkpoints before stay. Raises `Preempted` where a
         signal has cut a step short and all is saved.
         """
         await self._saver.give_up(at_once=self.hopeless or self._stop.at_once)
@@ -106,7 +106,7 @@ class Boundary:
                 await learner.settle()
                 if self._saver.kept != self.over:
                     await self._rescue()
-        except Exception as second:  # noqa: BLE001 (the run ends with `error`; this is told beside it)
+        except Exception as second:  # noqa: BLE001 (the run ends with `error`; this is logged beside it)
             why = str(second) if isinstance(second, OpdError) else brief(second)
             _log.warning("step %d could not be saved (%s)", self.over, why)
             return

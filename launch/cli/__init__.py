@@ -1,1 +1,1 @@
-"""The commands of `opd` and what a user reads of them."""
+"""Commands of `opd`: argument parsing, help pages and error messages."""

@@ -1,4 +1,4 @@
-"""`python -m launch.cli ...` is `opd ...`, where the program itself is not on the path."""
+"""Entry point `python -m launch.cli ...`, the same as `opd ...` where the program is not on the path."""
 
 from launch.cli.main import main
 

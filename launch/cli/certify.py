@@ -1,4 +1,4 @@
-"""`opd certify`: proves on tiny models that methods train what their names say, as a table and as JSON."""
+"""`opd certify`: gradient certificates of methods, computed on tiny models, as a table and as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ from opd.errors import ConfigurationError
 
 
 def certify_methods(overrides: Sequence[str], output: str, console: Console) -> int:
-    """Certify `method=NAME`; without one all of `conf=DIR`, or all that are shipped. 1 if a property fails.
+    """Certify `method=NAME`, or else all of `conf=DIR`, or all shipped methods; exit status 1 if a property fails.
 
     Writes a list of certificates as JSON to `output` unless it is "".
     """
     if output and not Path(output).resolve().parent.is_dir():
         raise ConfigurationError(f"output={output} lies in a folder that does not exist; make the folder first")
-    asked = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
+    requested = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
     own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
     rest = [o for o in overrides if not o.startswith("method=")]
-    if "," in "".join(asked):
-        raise ConfigurationError(f"method={asked[-1]} names several; give one, or none to certify all of them")
+    if "," in "".join(requested):
+        raise ConfigurationError(f"method={requested[-1]} names several; give one, or none to certify all of them")
     # A group, because some scorers compare trajectories; `method.x=...` still changes the method's parts.
     torch.set_num_threads(1)  # the world is tiny: a second thread only waits
     grouped = rest if any(o.startswith("prompts") for o in rest) else ["prompts.group_size=2", *rest]
     found = []
     every = sorted(path.stem for path in Path(own, "method").glob("*.yaml")) if own else groups()["method"]
-    for name in asked[-1:] or every:
+    for name in requested[-1:] or every:
         found.append(certify(run_config([f"method={name}", *grouped]).method))
         console.print(table(found[-1]))
     if len(found) > 1:
@@ -45,7 +45,7 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
 
 
 def table(certificate: Certificate) -> Table:
-    """The certificate for people."""
+    """Table of one certificate: property, measured value, bound, verdict."""
     title = Text.assemble(f"{certificate.method}: ", _verdict(certificate), style="table.title")
     shown = Table(title=title, caption=f"promise: {certificate.promise}")
     shown.add_column("property")
@@ -60,7 +60,7 @@ def table(certificate: Certificate) -> Table:
 
 
 def summary(certificates: Sequence[Certificate]) -> Table:
-    """One line per method."""
+    """Table with one row per certified method."""
     shown = Table(title="certificates")
     for heading in ("method", "verdict", "properties", "fails"):
         shown.add_column(heading)
@@ -74,7 +74,7 @@ def _verdict(certificate: Certificate) -> Text:
 
 
 def as_json(certificate: Certificate) -> dict[str, Any]:
-    """The certificate for programs; a number that is not finite becomes null."""
+    """One certificate as JSON values; a number that is not finite becomes null."""
     return {
         "method": certificate.method,
         "promise": certificate.promise,

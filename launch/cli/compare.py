@@ -1,4 +1,4 @@
-"""`experiment=compare`: several methods from the same start, one run per arm and seed, and one picture.
+"""`experiment=compare`: several methods from the same start, one run per arm and seed, one page of curves.
 
 With `comparison.tuning` every arm first chooses a setting for itself (`launch.cli.tuning`), all with as many runs.
 """
@@ -35,10 +35,10 @@ from opd.settings.validation import fields_of, fit, settings
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Comparison:
-    """Arms as overrides on top of `base`; `reference` is the arm whose final accuracy the others must reach.
+    """A comparison: arms as overrides of `base`; `reference` is the arm whose final accuracy the others must reach.
 
     `resume` goes on with a comparison that was stopped, or shares it with another process: finished runs are kept,
-    runs that ended otherwise are moved aside and run again, and a run that has no summary is somebody else's.
+    runs that ended otherwise are moved aside and run again, and a run without a summary belongs to another process.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Comparison:
 
 
 def is_comparison(overrides: Sequence[str]) -> bool:
-    """Does the experiment consist of arms?"""
+    """Whether the experiment consists of arms."""
     return "comparison" in compose(overrides)
 
 
 def run_comparison(overrides: Sequence[str]) -> int:
-    """Run every arm with every seed, one after another, then draw and print what came out."""
+    """Run every arm with every seed, one after another, then draw and print the results."""
     comparison, passed_on, dry_run = _read(overrides)
     check_name(comparison.name)
     check_writable(Path(comparison.output_dir))
@@ -136,8 +136,9 @@ def _others_are_at(missing: int, console: Console) -> bool:
 
 
 def _run_all(root: Path, plans: Mapping[str, Sequence[Plan]], console: Console) -> list[Arm]:
-    """Whatever is not there yet; all that is finished. Arms take turns, so that what else the machine does meets all
-    of them alike."""
+    """Runs all that have no result yet; returns every finished one. Arms alternate, so that other load on the machine
+    affects all of them alike.
+    """
     return [
         Arm(label=arm, seed=plan.config.seed, directory=directory)
         for round_ in zip(*plans.values(), strict=True)
@@ -147,7 +148,7 @@ def _run_all(root: Path, plans: Mapping[str, Sequence[Plan]], console: Console) 
 
 
 def run_once(root: Path, plan: Plan, console: Console) -> Path | None:
-    """The directory of a finished run of `plan`, now or before; None if another process is at it.
+    """Directory of a finished run of `plan`, run now or before; None while another process runs it.
 
     Raises:
         ConfigurationError: it was finished with other settings.
@@ -164,7 +165,9 @@ def run_once(root: Path, plan: Plan, console: Console) -> Path | None:
 
 
 def finished_with(path: Path, text: str) -> bool:
-    """Has the run in `path` finished? Raises `ConfigurationError` if it did with other settings than `text`."""
+    """Whether the run in `path` has finished. Raises `ConfigurationError` if it finished with other settings than
+    `text`.
+    """
     advice = "choose another run_name=..."
     if read_json(path / "summary.json", advice).get("outcome") != Outcome.FINISHED.value:
         return False

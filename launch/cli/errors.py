@@ -1,4 +1,4 @@
-"""What a user reads when something goes wrong: our own errors as one sentence, everything else whole."""
+"""Error output of the commands: our own errors as one sentence, everything else with its traceback."""
 
 import logging
 import sys
@@ -19,7 +19,7 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 
 @contextmanager
 def sentences(console: Console) -> Iterator[None]:
-    """Turn our own errors into one sentence and an exit code; anything else keeps its traceback."""
+    """Context in which our own errors become one sentence and an exit code; anything else keeps its traceback."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -42,17 +42,17 @@ def sentences(console: Console) -> Iterator[None]:
 
 
 def keep_secrets() -> None:
-    """What goes past `sentences`, warnings and stack traces of what nobody expected, is masked as well."""
+    """Mask secrets in all that does not pass through `sentences`: warnings and tracebacks of unexpected errors."""
     sys.excepthook = _masked_trace
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Masked())
 
 
 class _Masked(logging.Formatter):
-    """A message without the secrets in it."""
+    """Log formatter that masks secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As without it, masked."""
+        """The formatted record, secrets masked."""
         return masked(super().format(record))
 
 
@@ -61,6 +61,6 @@ def _masked_trace(kind: type[BaseException], error: BaseException, trace: Traceb
 
 
 def _notes(error: BaseException, console: Console) -> None:
-    """How to go on, where that is known."""
+    """Print the notes attached to an error: how to go on, where that is known."""
     for note in getattr(error, "__notes__", ()):
         console.print(masked(note), markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Options that begin with a dash: what users of Hydra and argparse write, and how it is written here."""
+"""Options that begin with a dash, as users of Hydra and argparse write them, and their equivalent here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _RENAMED = {"--config-dir": "conf", "-cd": "conf", "--config-path": "conf", "-cp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
-    """What the flags of a command ask for: `words` to explain (with `helps`), or the configuration (`shows`)."""
+    """Parsed flags of a command: `words` to explain (with `helps`), or a request for the configuration (`shows`)."""
 
     helps: bool = False
     words: Sequence[str] = ()
@@ -36,15 +36,15 @@ class Flags:
 
 
 def read_flags(arguments: Sequence[str]) -> Flags:
-    """Tell flags from overrides. Raises `ConfigurationError` with the override to write for a flag that is none.
+    """Separates flags from overrides. Raises `ConfigurationError` with the override to write for an unknown flag.
 
     Example: `read_flags(["--help", "lr"])` is `Flags(helps=True, words=["lr"])`.
     """
     if any(argument.partition("=")[0] in _HELP for argument in arguments):
         words = [a.partition("=")[2] if a.startswith("--help=") else a for a in arguments]
         words = [w for w in words if w and not w.startswith("-")]
-        asked = [w for w in words if "=" not in w]
-        return Flags(helps=True, words=asked, rest=[w for w in words if "=" in w])
+        topics = [w for w in words if "=" not in w]
+        return Flags(helps=True, words=topics, rest=[w for w in words if "=" in w])
     rest: list[str] = []
     shows = False
     waiting = list(arguments)

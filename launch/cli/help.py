@@ -1,4 +1,4 @@
-"""`--help` of every command, group and key, read without importing a part of a run."""
+"""`--help` of every command, group and key, from the sources alone: no part of a run is imported."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ Overrides are Hydra's: group=option or key=value.
 
 
 def show_help(command: str, words: Sequence[str], overrides: Sequence[str], console: Console) -> None:
-    """Print the page of `command`, or of each of `words`: a group, a key, or what to search for."""
+    """Print the page of `command`, or of each of `words`: a group, a key, or a word to search for."""
     if not words:
         print(USAGE if not command else _page(command))
         if command in _CONFIGURED:
@@ -60,7 +60,7 @@ _CONFIGURED = frozenset({"train", "eval", "doctor", "certify", "submit", "serve-
 
 
 def _page(command: str) -> str:
-    """The lines of the usage that are about `command`, and how to ask on."""
+    """Usage lines of `command`, and how to get more help."""
     lines = USAGE.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"  opd {command}"))
     end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith("    ")), len(lines))
@@ -69,7 +69,7 @@ def _page(command: str) -> str:
 
 
 def _matching(word: str, known: Sequence[Key]) -> list[Key]:
-    """The key of that name and those below it; otherwise all whose name, or else whose text, has the word in it."""
+    """The key of that name and those below it; else all keys with the word in their name, or else in their text."""
     exact = [key for key in known if key.name == word or key.name.startswith(f"{word}.")]
     named = [key for key in known if word.lower() in key.name.lower()]
     return exact or named or [key for key in known if word.lower() in key.text.lower()]
@@ -83,7 +83,7 @@ def _options(group: str, options: Mapping[str, Path]) -> Table:
 
 
 def _first_sentence(path: Path) -> str:
-    """What the comment at the top of a YAML file says first."""
+    """First sentence of the comment at the top of a YAML file."""
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

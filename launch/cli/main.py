@@ -1,4 +1,4 @@
-"""`opd`: one program; its verbs are in `launch.cli.help.USAGE`, and most take Hydra overrides.
+"""`opd`, the program: dispatch to its commands (`launch.cli.help.USAGE`), most of which take Hydra overrides.
 
 A verb imports what it needs when it is called: a typo and a question for help are answered before torch is imported.
 """
@@ -30,8 +30,9 @@ _DEMO = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits 0, 2 for a wrong request, 1 for a failure, 130 when interrupted, 75 when SIGTERM left a
-    checkpoint to go on from."""
+    """Run one command and exit: 0, 2 for a wrong request, 1 for a failure, 130 when interrupted, 75 when SIGTERM left a
+    checkpoint to resume from.
+    """
     end_on_signals()  # before anything takes its time
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
@@ -81,7 +82,7 @@ def _help(command: str, words: Sequence[str], overrides: Sequence[str]) -> int:
 
 
 def _show(overrides: Sequence[str]) -> int:
-    """The resolved configuration, secrets left out."""
+    """Print the resolved configuration, secrets left out."""
     import yaml
     from omegaconf import OmegaConf
 

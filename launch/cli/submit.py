@@ -29,7 +29,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitOptions:
-    """Where the job goes. Secrets are set where the cluster's nodes start: Ray shows a job's command to who asks.
+    """Destination of a job. Secrets are set where the cluster's nodes start: Ray shows a job's command to every client.
 
     The token comes from the environment (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH).
 
@@ -44,7 +44,7 @@ class SubmitOptions:
 
 
 def check_token() -> None:
-    """Refuse to talk to a cluster without a token: whoever reaches an open jobs API can run code there."""
+    """Refuse a cluster without a token: an open jobs API runs any client's code."""
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         raise ConfigurationError(
             "opd submit needs the cluster's token and found none; set RAY_AUTH_TOKEN_PATH to the file the head was "
@@ -96,7 +96,7 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
 
 
 def check_output(command: Sequence[str]) -> None:
-    """Refuse a run whose directory would lie in a temporary folder of the cluster, where nobody finds it.
+    """Refuse a run whose directory would lie in a temporary folder of the cluster.
 
     A job runs in a copy of the working directory that Ray makes on one of the nodes and removes again, so a relative
     path is nowhere. Checkpoints are written by every rank, so what comes back from one node alone would be a part.
@@ -114,7 +114,7 @@ def check_output(command: Sequence[str]) -> None:
 
 
 def check_size(folder: Path, excludes: Sequence[str], most: int = MOST_BYTES) -> None:
-    """Refuse a working directory that the cluster would not take, naming its largest parts, before it is packed."""
+    """Refuse a working directory above the cluster's size limit, naming its largest parts, before it is packed."""
     from ray._private.runtime_env import packaging
 
     root, sizes = folder.resolve(), dict[str, int]()
@@ -138,7 +138,7 @@ def check_size(folder: Path, excludes: Sequence[str], most: int = MOST_BYTES) ->
 
 
 def _accepted(submit_job: Callable[[], str]) -> str:
-    """The job's id. A head that has just started answers before the agent that takes jobs is there."""
+    """Id of the accepted job; retries while a head that has just started has no job agent yet."""
     deadline = monotonic() + AGENT_DEADLINE_S
     while True:
         try:
@@ -150,7 +150,7 @@ def _accepted(submit_job: Callable[[], str]) -> str:
 
 
 async def _follow(client: "JobSubmissionClient", job: str, console: Console) -> int:
-    """Print the log until the job ends."""
+    """Print the job's log until it ends."""
     from ray.job_submission import JobStatus
 
     async for text in client.tail_job_logs(job):

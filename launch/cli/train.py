@@ -17,7 +17,7 @@ from launch.monitors.live_view import busy_words
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trackers import check_login
 from launch.plan.plan import Plan, make_plan
-from launch.report.next_steps import told
+from launch.report.next_steps import next_steps_text
 from launch.run.evaluate import Spent
 from launch.run.run import Run, costs, make_evaluator
 from launch.run.session import open_session
@@ -46,7 +46,7 @@ def run_training(overrides: Sequence[str]) -> int:
     if config.dry_run:
         return 0
     directory = train_once(plan, console)
-    console.print(told(directory), soft_wrap=True, markup=False, highlight=False)
+    console.print(next_steps_text(directory), soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
@@ -77,7 +77,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
 
 
 def train_once(plan: Plan, console: Console) -> RunDirectory:
-    """A whole run in a new run directory, or the rest of one in its own; its summary says how it ended."""
+    """Train a whole run in a new run directory, or the rest of one in its own; its summary records the outcome."""
     config = plan.config
     resumed = resumption(config, console)
     directory = open_directory(config, resumed, console)
@@ -121,7 +121,7 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
 
 
 def _in_session(plan: Plan, run: Run, stop: StopRequest) -> None:
-    """The run within a Ray session; what fails after the export is a warning, since training has done its work."""
+    """Train within a Ray session; a failure after the export is a warning, since training has done its work."""
 
     async def watch(node: Node) -> None:
         try:

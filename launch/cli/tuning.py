@@ -1,4 +1,4 @@
-"""Before arms are compared: each gets the value of one setting that serves it best, on problems no table reports."""
+"""Tuning of one setting per arm before arms are compared, on problems that no table reports."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from opd.settings.validation import settings
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Tuning:
-    """A setting whose value every arm chooses for itself, all in the same way.
+    """A setting whose value is chosen separately for every arm, all in the same way.
 
     One run per arm and value, with `seed` and the `overrides`, which name other evaluation problems than the ones
     that the comparison reports. The value whose run ends with the highest accuracy at temperature 1 is taken.
@@ -39,7 +39,7 @@ class Tuning:
             )
 
     def check(self, arms: Sequence[str], passed_on: Sequence[str]) -> None:
-        """Raise `ConfigurationError` unless it is about these arms, and nothing else sets what it chooses."""
+        """Raise `ConfigurationError` unless `arms` are those tuned here, and no override sets the tuned setting."""
         if set(arms) != set(self.values):
             raise ConfigurationError(
                 f"comparison.tuning.values needs values for {', '.join(arms)}, but has them for "
@@ -52,7 +52,7 @@ class Tuning:
             )
 
     def trials(self, plan: Callable[..., Plan]) -> dict[str, list[Plan]]:
-        """The runs to be made, named `ARM_VALUE`; `plan(arm, seed, label, *overrides)` plans one."""
+        """Plans of the trial runs, named `ARM_VALUE`; `plan(arm, seed, label, *overrides)` plans one."""
         return {
             f"{arm}_{value}": [plan(arm, self.seed, f"{arm}_{value}", *self.overrides, f"{self.key}={value}")]
             for arm, values in self.values.items()

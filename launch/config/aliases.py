@@ -1,4 +1,4 @@
-"""What users of Hugging Face, TRL, verl and prime-rl call a setting, and what it is called here."""
+"""Names of settings in Hugging Face, TRL, verl and prime-rl, and their names here."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""The command line as one configuration: the only place, with `launch.config.run_config`, that knows Hydra.
+"""Composition of the command line into one configuration: with `launch.config.run_config` all that knows Hydra.
 
 `compose` reads `conf/` and the overrides; every field of a dataclass can be overridden whether or not a YAML file
 mentions it. Nothing here imports a part of a run, so a mistyped key is answered at once.
@@ -29,7 +29,7 @@ LONG = 500  # characters that no value has that is worth repeating
 
 
 def own_folder(overrides: Sequence[str]) -> str:
-    """The folder of the user's own options, which `conf=DIR` names; "" without one."""
+    """Folder of the user's own options, given by `conf=DIR`; "" without one."""
     own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
     if own and not Path(own).is_dir():
         raise ConfigurationError(f"conf={own} is no folder; give one laid out like the project's conf/")
@@ -37,7 +37,8 @@ def own_folder(overrides: Sequence[str]) -> str:
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """Read `conf/config.yaml` with Hydra `overrides`. Raises `ConfigurationError` about the override that is wrong.
+    """Composed configuration: `conf/config.yaml` under Hydra `overrides`. Raises `ConfigurationError` about a wrong
+    one.
 
     `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
     """
@@ -78,12 +79,12 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
         return
     close = difflib.get_close_matches(value, known[group], n=1, cutoff=0.5)
     meant = f"did you mean {group}={close[0]}? " if close else ""
-    said = override if len(override) < LONG else shown(override)
-    raise ConfigurationError(f"{said} does not exist; {meant}(have: {', '.join(known[group])})")
+    given = override if len(override) < LONG else shown(override)
+    raise ConfigurationError(f"{given} does not exist; {meant}(have: {', '.join(known[group])})")
 
 
 def _readable(override: str, known: Sequence[Key], own: str) -> str:
-    """The override as Hydra reads it: values may be set whether or not the YAML has the key, and text is text.
+    """The override in Hydra's grammar: values may be set whether or not the YAML has the key, and text is text.
 
     What stands behind a key that holds text is taken as it was written, whatever Hydra's grammar makes of it (1e3, a
     comma, a space, an equals sign).
@@ -114,8 +115,8 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
             f"override {shown(override)} cannot be read ({first_line(error)}); "
             + (f"quote its value: {_for_a_shell(name, value)}" if len(value) < LONG else "shorten its value")
         ) from error
-    told = parsed.value()
-    if is_text and (parsed.is_sweep_override() or isinstance(told, bool | int | float)):
+    value = parsed.value()
+    if is_text and (parsed.is_sweep_override() or isinstance(value, bool | int | float)):
         return _quoted(prefixed)
     if parsed.is_sweep_override():
         raise ConfigurationError(
@@ -126,7 +127,7 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
 
 
 def _quoted(override: str) -> str:
-    """`key='value'`, whatever the value has in it; a leading `~/` is the home directory, as shells have it."""
+    """`key='value'`, whatever characters the value has; a leading `~/` is the home directory, as in shells."""
     key, _, value = override.partition("=")
     value = os.path.expanduser(value) if value.startswith("~/") else value
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
@@ -134,11 +135,11 @@ def _quoted(override: str) -> str:
 
 
 def _for_a_shell(name: str, value: str) -> str:
-    """The override as one types it, its value in quotes, e.g. `"notes=['a: b']"`."""
+    """The override as typed in a shell, its value in quotes, e.g. `"notes=['a: b']"`."""
     quoted = _quoted(f"{name}={value}")
     return shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first."""
+    """First line of an error's message."""
     return str(error).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""Every key of a run with its type, value and one line about it, read from the sources without importing them.
+"""Every key of a run with its type, value and one line of help, read from the sources without importing them.
 
 Importing the parts imports torch, which takes seconds; a mistyped key and `--help` are answered in less than one.
 """
@@ -30,7 +30,7 @@ _COMMENT = re.compile(r"^( *)([a-z_]\w*):[^#]*(?:#\s*(.*))?$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A field of a dataclass as its source says it: `kind` is the annotation, `default` "" where it must be given."""
+    """A field of a dataclass as its source declares it: `kind` is the annotation, `default` "" where one is needed."""
 
     name: str
     kind: str
@@ -41,7 +41,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """A setting in its place, e.g. `Key(name="learner.lr", kind="float", value="0.001", text="...")`."""
+    """A setting at its place in a run, e.g. `Key(name="learner.lr", kind="float", value="0.001", text="...")`."""
 
     name: str
     kind: str
@@ -54,7 +54,7 @@ class Key:
 
 @cache
 def _source(module: str) -> tuple[ast.Module, tuple[str, ...]] | None:
-    """A module's syntax tree and lines; None if it is not found (a part of a package that is no file here)."""
+    """Syntax tree and lines of a module; None if it is not found (a part of a package that is no file here)."""
     for root in (_HOME, *map(Path, sys.path)):
         base = root.joinpath(*module.split("."))
         for path in (base.with_suffix(".py"), base / "__init__.py"):
@@ -65,7 +65,7 @@ def _source(module: str) -> tuple[ast.Module, tuple[str, ...]] | None:
 
 
 def _imported(tree: ast.Module, module: str) -> dict[str, str]:
-    """What each name of a module stands for, e.g. `{"Dtype": "opd.settings.devices.Dtype"}`."""
+    """Dotted origin of each name that a module imports, e.g. `{"Dtype": "opd.settings.devices.Dtype"}`."""
     known = {node.name: f"{module}.{node.name}" for node in tree.body if isinstance(node, ast.ClassDef)}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -74,7 +74,7 @@ def _imported(tree: ast.Module, module: str) -> dict[str, str]:
 
 
 class _Plain(ast.NodeTransformer):
-    """An annotation without what bounds it: `Annotated[int, In(1, 9)]`, or a name for that, is `int`."""
+    """An annotation without its bounds: `Annotated[int, In(1, 9)]`, or an alias of that, is `int`."""
 
     def __init__(self, tree: ast.Module, known: Mapping[str, str]) -> None:
         self._tree, self._known = tree, known
@@ -95,7 +95,7 @@ class _Plain(ast.NodeTransformer):
 
 @cache
 def settings(cls: str) -> Mapping[str, Setting] | None:
-    """The fields of the dataclass `cls` (a dotted name), its bases' first; None if that is no class we can read."""
+    """Fields of the dataclass `cls` (a dotted name), those of its bases first; None if no such class can be read."""
     module, _, name = cls.rpartition(".")
     source = _source(module)
     if source is None:
@@ -109,7 +109,7 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
     for base in node.bases:
         inherited = settings(known[base.id]) if isinstance(base, ast.Name) and base.id in known else None
         found |= inherited or {}
-    said = " ".join((ast.get_docstring(node) or "").split())
+    docstring = " ".join((ast.get_docstring(node) or "").split())
     for line in node.body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
@@ -121,7 +121,7 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
             name=field,
             kind=kind,
             default=_shown(line.value),
-            text=_comment(lines, line) or _clause(said, field),
+            text=_comment(lines, line) or _clause(docstring, field),
             module=module,
         )
     return found
@@ -137,14 +137,14 @@ def _shown(default: ast.expr | None) -> str:
 
 
 def _comment(lines: Sequence[str], field: ast.AnnAssign) -> str:
-    """What stands behind a field, or in the line above it."""
+    """Comment behind a field, or in the line above it."""
     behind = lines[(field.end_lineno or field.lineno) - 1].partition("  # ")[2]
     above = lines[field.lineno - 2].strip()
     return behind or (above.removeprefix("# ") if above.startswith("# ") else "")
 
 
 def _clause(docstring: str, name: str) -> str:
-    """What a docstring says of a field: from its name in backticks to the end of that clause."""
+    """Clause of a docstring about a field: from its name in backticks to the end of that clause."""
     at = re.search(rf"`{name}`(?:=\S+)?", docstring)
     if not at:
         return ""
@@ -154,7 +154,7 @@ def _clause(docstring: str, name: str) -> str:
 
 @cache
 def _comments(path: Path) -> Mapping[str, str]:
-    """The comments behind the keys of a YAML file, by dotted key."""
+    """Comments behind the keys of a YAML file, by dotted key."""
     found: dict[str, str] = {}
     above: list[tuple[int, str]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -171,7 +171,7 @@ def _comments(path: Path) -> Mapping[str, str]:
 
 
 def _fields(cls: str) -> Mapping[str, Setting] | None:
-    """The settings of `cls`; of a whole run with what stands in its YAML and not in its dataclass."""
+    """The settings of `cls`; for a whole run also those that stand in its YAML and not in its dataclass."""
     found = settings(cls) if cls else None
     if cls != _RUN or found is None:
         return found
@@ -183,14 +183,14 @@ def _fields(cls: str) -> Mapping[str, Setting] | None:
 
 
 def _class_of(kind: str, module: str) -> str:
-    """The dataclass of ours that an annotation names, as a dotted name; "" if it names none."""
+    """Dotted name of our dataclass that an annotation names; "" if it names none."""
     source = _source(module)
     target = _imported(source[0], module).get(kind.strip("'\""), "") if source else ""
     return target if target and settings(target) else ""
 
 
 def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, Setting | None, Any]]:
-    """Every key below `node`: its dotted name, its setting and the raw node; None is a setting that `cls` lacks.
+    """Every key below `node`: dotted name, setting and raw node; None for a setting that `cls` lacks.
 
     Below a class whose source is not found every key is taken for a setting of it.
     """
@@ -229,7 +229,7 @@ def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, 
 
 
 def _target(node: Mapping[Any, Any], otherwise: str = "") -> str:
-    """The class that a node names, by its name today."""
+    """The class that a node names, by its current name."""
     return todays(str(node.get("_target_") or otherwise))
 
 
@@ -238,7 +238,7 @@ def _unknown(name: str) -> Setting:
 
 
 def keys(node: DictConfig) -> list[Key]:
-    """All keys of a composed run with what they are set to."""
+    """All keys of a composed run with their values."""
     comments = dict(_comments(shipped("conf") / "config.yaml"))
     found = []
     for name, setting, value in _leaves(node, _RUN):
@@ -250,7 +250,7 @@ def keys(node: DictConfig) -> list[Key]:
 
 
 def _value(node: Any) -> str:
-    """What stands at a node, as one would write it."""
+    """Value of a node, as one would write it."""
     if node._is_missing():
         return "???"
     try:
@@ -263,7 +263,7 @@ def _value(node: Any) -> str:
 
 
 def holds_text(kind: str) -> bool:
-    """Is a value of this type text, so that it means what was written?"""
+    """Whether values of this type are text, to be taken literally."""
     return bool(re.search(r"\bstr\b", kind)) and not re.search(r"\b(int|float|bool|Mapping|dict)\b", kind)
 
 
@@ -276,7 +276,7 @@ def check_names(node: DictConfig, overrides: Sequence[str] = ()) -> None:
 
 
 def advice(written: str, known: Sequence[Key], own: str = "") -> str:
-    """Where a setting that does not exist leads: another option, another name for it, its place, or the nearest name.
+    """Advice about a setting that does not exist: another option, another name for it, its place, or the nearest name.
 
     Example: `advice("lr=1e-3", keys(node))` is `"it is learner.lr here; write learner.lr=1e-3"`.
     """
@@ -305,7 +305,7 @@ def advice(written: str, known: Sequence[Key], own: str = "") -> str:
 
 
 def _options_with(name: str, own: str) -> list[str]:
-    """The options of a group that have this setting, e.g. `["prompts=dataset"]` for `prompts.path`."""
+    """Options of a group that have this setting, e.g. `["prompts=dataset"]` for `prompts.path`."""
     group, *path = name.split(".")
     found = []
     for option, file in option_files(own).get(group, {}).items():
@@ -319,11 +319,11 @@ def _options_with(name: str, own: str) -> list[str]:
 
 
 def _example(value: str, why: str) -> str:
-    """The value that was given, unless it counts something else."""
+    """The given value as an example, unless the setting counts something else."""
     return "..." if why else value or "..."
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
-    """What was probably meant, of few names."""
+    """Nearest of a few names to the one given."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}? " if close else f"valid are {', '.join(sorted(valid))} "

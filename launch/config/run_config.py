@@ -1,4 +1,4 @@
-"""From a composed configuration to typed objects; beside `launch.config.compose` the only place that knows OmegaConf.
+"""From a composed configuration to typed objects; with `launch.config.compose` all that knows OmegaConf.
 
 `run_config` is the only way to a run, and no node leaves it.
 """
@@ -35,7 +35,7 @@ DEFAULT = "default"  # the teacher of prompts that name none
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class RunConfig:
-    """A whole run, typed; `text` is the resolved YAML it came from, and `overrides` made that, as they were given.
+    """A whole run, typed; `text` is the resolved YAML it came from, `overrides` the ones that led to it, as given.
 
     `teachers` has them by name: `default` is the group `teacher`, the others stand under `teachers` in the YAML
     (`teachers.NAME.path=...`). Their order numbers the output matrices (`HiddenScores.head`).
@@ -80,7 +80,7 @@ class RunConfig:
 
     @property
     def pipeline(self) -> StalenessSchedule:
-        """How far collecting runs ahead. Raises `ConfigurationError` where that makes no sense."""
+        """Staleness schedule of the run. Raises `ConfigurationError` where it makes no sense."""
         return StalenessSchedule(
             max_staleness=self.max_staleness,
             update=self.weight_update,
@@ -157,7 +157,7 @@ def _settings(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, An
 
 
 def _refuse_nothing(overrides: Sequence[str], values: Mapping[str, Any]) -> None:
-    """An empty mapping is merged into what is there and changes nothing, which is never what was meant."""
+    """Refuse an empty mapping: it would be merged into the existing one and change nothing."""
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         here: Any = values

@@ -1,4 +1,4 @@
-"""What a user sets about a run as a whole: where it runs, what it may use, how it is measured."""
+"""Settings of a run as a whole: cluster, hardware and evaluation."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -12,7 +12,7 @@ from opd.settings.validation import settings
 
 
 class Placement(Enum):
-    """How actors are spread over the nodes of a cluster."""
+    """Placement strategy: how actors are spread over the nodes of a cluster."""
 
     NONE = "none"
     PACK = "PACK"
@@ -20,17 +20,17 @@ class Placement(Enum):
 
 
 Processors = Annotated[float, In(0, 1024), Whole()]
-Devices = Annotated[float, In(0.01, 64, or_zero=True, because="0: none is asked for"), Whole()]
+Devices = Annotated[float, In(0.01, 64, or_zero=True, because="0: none is requested"), Whole()]
 OneDevice = Annotated[
     float, In(0.01, 1, or_zero=True, because="such a process uses one device; for more of them raise replicas or ranks")
 ]
-PerSecond = Annotated[float, In(1, 1e21, or_zero=True, because="0: not told")]
+PerSecond = Annotated[float, In(1, 1e21, or_zero=True, because="0: not known")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class ClusterConfig:
-    """Where actors run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined.
+    """Cluster of a run. `address`: `local` starts Ray for this run; otherwise a running cluster is joined.
 
     `restarts`: how many rollout actors, and how many of each teacher, are replaced in a run before it ends, and how
     often the learner's ranks start anew in place. For the ranks the driver holds on to what was trained since the
@@ -57,14 +57,14 @@ class ClusterConfig:
     start_deadline_s: Deadline = 300.0
     # rollout actors, teachers of a kind, and starts of the learner in place that are replaced before a run ends
     restarts: Annotated[int, In(0, 10_000)] = 8
-    replay_log_bytes: Annotated[int, In(0, 2**50, because="0: a learner that dies ends the run")] = (
+    replay_log_bytes: Annotated[int, In(0, 2**50, because="0: the loss of a learner rank ends the run")] = (
         1 << 30
     )  # a part of the object store, which engines and teachers need too
     # above 0: a second actor is asked too when a call takes longer than this quantile of those before
     hedge_quantile: Annotated[float, In(0, 1, high_open=True, because="0: no call is asked twice")] = 0.0
 
     def retry_policy(self, deadline_s: float) -> RetryPolicy:
-        """How the replicas of a pool whose answers have `deadline_s` are looked after."""
+        """Retry policy of a pool whose answers have `deadline_s`."""
         return RetryPolicy(
             deadline_s=deadline_s,
             start_deadline_s=self.start_deadline_s,
@@ -76,9 +76,9 @@ class ClusterConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class HardwareConfig:
-    """What one device can do at most, for `perf/fraction_of_limit`: operations, memory bytes and link bytes per second.
+    """Peak rates of one device, for `perf/fraction_of_limit`: operations, memory bytes and link bytes per second.
 
-    0 = not told. Example, an H200 on a 400 Gbit/s network: `HardwareConfig(flops=989e12, memory=4.8e12, link=50e9)`.
+    0 = not known. Example, an H200 on a 400 Gbit/s network: `HardwareConfig(flops=989e12, memory=4.8e12, link=50e9)`.
     """
 
     flops: PerSecond = 0.0
@@ -86,7 +86,7 @@ class HardwareConfig:
     link: PerSecond = 0.0
 
     def hardware(self) -> Hardware | None:
-        """None where nothing is told; all three rates or none."""
+        """The device's rates; None if none is set. All three must be set, or none."""
         if not self.flops and not self.memory and not self.link:
             return None
         return Hardware(flops=self.flops, memory=self.memory, link=self.link)
@@ -98,7 +98,7 @@ class HardwareConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class EvaluationConfig:
-    """What is measured: the source's step 0 is the held-out set.
+    """Evaluation of a run: the source's step 0 is the held-out set.
 
     `teacher` also measures the teacher itself, once at the end, for which an engine of its size is started.
     """

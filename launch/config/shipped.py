@@ -1,4 +1,4 @@
-"""Files that come with the program, conf/ and assets/, and what a user's own conf/ adds to them."""
+"""Files shipped with the program, conf/ and assets/, and the user's own conf/ on top of them."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _LAUNCH = Path(__file__).resolve().parents[1]
 
 
 def shipped(name: str) -> Path:
-    """A folder of the project: beside `launch/` in a checkout, inside it in an installed wheel."""
+    """Path of a folder of the project: beside `launch/` in a checkout, inside it in an installed wheel."""
     for parent in (_LAUNCH.parent, _LAUNCH):
         if (parent / name).is_dir():
             return parent / name

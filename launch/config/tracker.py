@@ -1,4 +1,4 @@
-"""Tracker settings: what is recorded beside the metrics, and where wandb puts it."""
+"""Tracker settings: records beside the metrics, and the place of wandb's files."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +11,7 @@ Tag = Annotated[str, Matches(r"[^\x00-\x1f]{1,64}", "of one line (1 to 64 charac
 
 
 class WandbMode(Enum):
-    """Where wandb keeps the run: in the run directory (`wandb sync` sends it), on its server, nowhere."""
+    """Place of wandb's run: in the run directory (`wandb sync` sends it), on its server, nowhere."""
 
     OFFLINE = "offline"
     ONLINE = "online"
@@ -21,7 +21,7 @@ class WandbMode(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class TrackerConfig:
-    """What is recorded beside the metrics, and where wandb puts it.
+    """Tracker settings: records beside the metrics, and the place of wandb's files.
 
     Every `samples_every` steps (and at the first and last) `samples` completions are kept to look at; a
     terminal that cannot be redrawn gets a line every `print_every` steps.

@@ -1,4 +1,4 @@
-"""From plain values to typed objects: a dataclass is the schema of what stands under its name.
+"""From plain values to typed objects: a dataclass is the schema of the mapping under its name.
 
 Every field can be overridden whether or not a YAML file mentions it, an unknown key, a wrong type or a value out of
 range is refused by name, and `_target_` may only point below `OWN` and packages the user lists.
@@ -24,7 +24,7 @@ OWN = ("opd.", "demos.prompts.")  # packages whose parts are always built
 
 
 def construct(cls: type, values: Any, where: str, allowed: Sequence[str] = ()) -> Any:
-    """A `cls` of `values`, whose names are its fields, each built and checked against its declared type."""
+    """An instance of `cls` from `values`, keyed by field, each built and checked against its declared type."""
     if not isinstance(values, Mapping):
         raise ConfigurationError(
             f"{where} needs fields of {cls.__name__} such as {_first_field(cls)}, got {shown(values)}; set "
@@ -34,8 +34,8 @@ def construct(cls: type, values: Any, where: str, allowed: Sequence[str] = ()) -
     given: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            said = nearest(str(name), list(fields)) if fields else "it has none, leave it out"
-            raise ConfigurationError(f"{where}.{name}: {cls.__name__} has no such field; {said}")
+            meant = nearest(str(name), list(fields)) if fields else "it has none, leave it out"
+            raise ConfigurationError(f"{where}.{name}: {cls.__name__} has no such field; {meant}")
         default = default_of(fields[name])
         given[name] = built(hints[name], value, f"{where}.{name}", allowed, default)
     unset = [n for n, f in fields.items() if n not in given and default_of(f) is dataclasses.MISSING]
@@ -52,12 +52,12 @@ def construct(cls: type, values: Any, where: str, allowed: Sequence[str] = ()) -
 
 
 def built(hint: Any, value: Any, where: str, allowed: Sequence[str] = (), default: Any = dataclasses.MISSING) -> Any:
-    """`value` as `hint` declares it: parts are made of what names them, and all of it is checked."""
+    """`value` as `hint` declares it: parts are instantiated from their `_target_`, and all of it is checked."""
     return fit(hint, _parts(hint, value, where, allowed, default), where, default)
 
 
 def _parts(hint: Any, value: Any, where: str, allowed: Sequence[str], default: Any) -> Any:
-    """`value` with everything that describes a part or a group of fields replaced by the object."""
+    """`value` with every mapping that describes a part or a group of fields replaced by the object."""
     base, _ = parts_of(hint)
     if isinstance(value, Mapping) and "_target_" in value:
         cls = _target(value["_target_"], where, (*OWN, *allowed))

@@ -1,1 +1,1 @@
-"""What a run is given from outside: prompt files, tokenizers, graders of answers."""
+"""Inputs of a run: prompt files, tokenizers, graders of answers."""

@@ -1,4 +1,4 @@
-"""Strict JSON: what could be read in two ways is refused, and numbers keep their own spelling."""
+"""Strict JSON: an ambiguous text is refused, and numbers keep their own spelling."""
 
 import json
 import re
@@ -17,7 +17,7 @@ class Number:
 
 
 class _Ambiguous(ValueError):
-    """Well-formed for a lenient reader, but it says two things, or nothing that JSON knows."""
+    """Error about text that a lenient reader accepts although it is ambiguous or no JSON."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def parse(text: str, where: str) -> Any:
-    """The value of `text`, its numbers as `Number`. Raises `DataError` with `where` if it is not exactly one."""
+    """Value of `text`, its numbers as `Number`. Raises `DataError` with `where` if it is not exactly one."""
     value, end = _value(text, _end_of_space(text, 0), where)
     if _end_of_space(text, end) < len(text):
         raise DataError(f"{where} is no JSON (Extra data); correct or remove it")
@@ -46,7 +46,7 @@ def parse(text: str, where: str) -> Any:
 
 
 def parse_array(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """The items of the array that `text` is, each with the line on which it begins."""
+    """Items of the array in `text`, each with the line on which it begins."""
     place = _end_of_space(text, _end_of_space(text, 0) + 1)
     line, seen, more = 1, 0, text[place : place + 1] != "]"
     while more:

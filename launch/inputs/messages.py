@@ -1,4 +1,4 @@
-"""Chat messages of a prompt file as a chat template takes them: whole, or refused with the row."""
+"""Chat messages of a prompt file in the form of chat templates: whole, or refused with the row."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _SHAREGPT = {"from", "value"}
 
 
 def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, key: str) -> tuple[Message, ...]:
-    """The conversation that `value` is, ending where an assistant is to write.
+    """Conversation in `value`, ending where an assistant is to write.
 
     Text parts are joined, other parts refused; keys that are null are left out, except for the content of a message
     with tool calls. `sparse`: nulls in objects mean nothing (see `launch.inputs.records.Record`). `key` is the setting
@@ -26,19 +26,19 @@ def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, ke
         )
     if not isinstance(value, list) or not value or not all(map(_is_message, value)):
         raise DataError(f"{where} must be text or a list of messages with role and content")
-    said = [_message(item, f"{where} message {i}", sparse) for i, item in enumerate(value, start=1)]
-    if said[-1]["role"] == "assistant":
+    turns = [_message(item, f"{where} message {i}", sparse) for i, item in enumerate(value, start=1)]
+    if turns[-1]["role"] == "assistant":
         if not drop_last_answer:
             raise DataError(
                 f"{where} ends with an assistant's turn, which would stand in the prompt as if it were asked; cut it "
                 f"off with {key}=true, or store the prompt without it"
             )
-        said.pop()
-        if not said or said[-1]["role"] == "assistant":
+        turns.pop()
+        if not turns or turns[-1]["role"] == "assistant":
             raise DataError(f"{where} has no turn before the assistant's last one to answer to; remove the row")
-    if not any(isinstance(m["content"], str) and m["content"].strip() for m in said):
+    if not any(isinstance(m["content"], str) and m["content"].strip() for m in turns):
         raise DataError(f"{where} has messages without any text; remove the row")
-    return tuple(said)
+    return tuple(turns)
 
 
 def tools(value: Any, where: str, *, sparse: bool) -> tuple[Mapping[str, Any], ...]:
@@ -64,7 +64,7 @@ def text(value: str, where: str) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+    """Name of a value's type in the words of JSON."""
     names = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object", Number: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")
 
@@ -86,13 +86,13 @@ def _is_message(item: Any) -> bool:
 
 
 def _message(item: Message, where: str, sparse: bool) -> Message:
-    said = {text(k, where): _plain(v, where, sparse, DEEPEST) for k, v in item.items() if v is not None}
-    said.pop("content", None)
-    role = said.get("role")
+    fields = {text(k, where): _plain(v, where, sparse, DEEPEST) for k, v in item.items() if v is not None}
+    fields.pop("content", None)
+    role = fields.get("role")
     if not isinstance(role, str) or not role.strip():
         raise DataError(f"{where} needs a role that is text, and content; got {kind(role)}")
-    content = _content(item.get("content"), where, bool(said.get("tool_calls")))
-    return {"role": role, "content": content} | said
+    content = _content(item.get("content"), where, bool(fields.get("tool_calls")))
+    return {"role": role, "content": content} | fields
 
 
 def _content(value: Any, where: str, calls: bool) -> str | None:
@@ -119,7 +119,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _plain(value: Any, where: str, sparse: bool, depth: int) -> Any:
-    """Numbers as Python's, texts checked, nothing else changed."""
+    """A value with numbers as Python's and texts checked, nothing else changed."""
     if not depth:
         raise DataError(f"{where} nests more than {DEEPEST} levels; correct the row")
     match value:

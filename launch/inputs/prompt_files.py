@@ -18,7 +18,7 @@ _ABSENT = object()
 
 @cache
 def read_rows(path: str, columns: Columns) -> tuple[Row, ...]:
-    """All rows of `path` (see `launch.inputs.prompt_paths.files_of`), checked; the first bad one is named.
+    """All rows of `path` (see `launch.inputs.prompt_paths.files_of`), checked; the first invalid one is named.
 
     Raises:
         ConfigurationError: the path does not exist or is of no known kind.
@@ -49,7 +49,7 @@ def _row(record: Record, columns: Columns) -> Row:
 
 
 def _cell(record: Record, columns: Columns, part: str, column: str) -> tuple[Any, str]:
-    """The value of a column, and what an error calls it."""
+    """Value of a column, and its name in error messages."""
     value = _find(record.values, column)
     if value is _ABSENT:
         names = sorted(map(str, record.values))

@@ -1,4 +1,4 @@
-"""Which files a prompt path means: one file, a folder of them, a pattern, or a saved `datasets` folder."""
+"""Files behind a prompt path: one file, a folder of them, a pattern, or a saved `datasets` folder."""
 
 import json
 import re
@@ -21,14 +21,14 @@ _PIECE = 16 << 20
 
 
 def endings(path: Path) -> tuple[str, str]:
-    """What a file holds and how it is compressed. Example: `endings(Path("a.CSV.gz")) == (".csv", ".gz")`."""
+    """Format and compression of a file by its name. Example: `endings(Path("a.CSV.gz")) == (".csv", ".gz")`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     squeezed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else ""
     return (suffixes[-1] if suffixes else ""), squeezed
 
 
 def files_of(path: str, key: str) -> tuple[Path, ...]:
-    """The files that `path`, the value of the setting `key`, means, in the order in which they are read.
+    """Files of `path`, the value of the setting `key`, in the order in which they are read.
 
     Raises:
         ConfigurationError: nothing is there, or nothing that can be read.
@@ -52,7 +52,7 @@ def files_of(path: str, key: str) -> tuple[Path, ...]:
 
 
 def content_digest(path: str, key: str) -> str:
-    """xxh3-128 (hex) over the bytes of all files that `path` means, whatever they are called."""
+    """xxh3-128 (hex) over the bytes of all files of `path`, whatever their names."""
     hasher = xxhash.xxh3_128()
     for file in files_of(path, key):
         hasher.update(f"{file.stat().st_size};".encode())
@@ -89,7 +89,7 @@ def _in_folder(folder: Path, key: str) -> tuple[Path, ...]:
 
 
 def _saved(folder: Path) -> tuple[Path, ...]:
-    """The arrow files that a saved data set lists."""
+    """Arrow files that a saved data set lists."""
     try:
         state = json.loads((folder / "state.json").read_bytes())
         names = [str(item["filename"]) for item in state["_data_files"]]

@@ -1,4 +1,4 @@
-"""Files of rows in the formats that people bring: every row as a mapping, with the place that an error names."""
+"""Files of rows in common formats: every row as a mapping, with its place for error messages."""
 
 import bz2
 import csv
@@ -26,7 +26,7 @@ csv.field_size_limit(sys.maxsize)
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row and where it stands.
+    """A row and its place.
 
     `untyped`: all values are text, because the format knows nothing else. `sparse`: objects have a null for what they
     lack, because the format gives all rows the same fields.
@@ -40,7 +40,7 @@ class Record:
 
 
 def records(file: Path) -> Iterator[Record]:
-    """All rows of `file`. Raises `DataError` with file and line where it cannot be read as what its name says."""
+    """All rows of `file`. Raises `DataError` with file and line where its content is not of the format in its name."""
     form, squeezed = endings(file)
     with _whole(file), _OPENERS[squeezed](file) as stream:
         yield from _READERS[form](stream, str(file))
@@ -48,7 +48,7 @@ def records(file: Path) -> Iterator[Record]:
 
 @contextmanager
 def _whole(file: Path) -> Iterator[None]:
-    """Damage that a file system or a decompressor reports becomes one sentence."""
+    """Context in which damage that a file system or a decompressor reports becomes one sentence."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -77,7 +77,7 @@ _OPENERS: Mapping[str, Callable[[Path], Any]] = {
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
-    """Lines as text with their numbers from 1; `\\n`, `\\r\\n` and `\\r` end one, and stay at its end."""
+    """Lines as text with their numbers from 1; `\n`, `\r\n` and `\r` end one, and stay at its end."""
     number = 0
     for chunk in stream:
         for raw in chunk.splitlines(keepends=True):
@@ -194,7 +194,7 @@ def _arrow_rows(batches: Callable[[], Iterator[Any]], name: str) -> Iterator[Rec
 
 
 def _exact(batch: Any) -> Any:
-    """The batch with short floats as the doubles that are written alike, so that 0.1 stays 0.1."""
+    """The batch with short floats as the doubles of the same spelling, so that 0.1 stays 0.1."""
     import pyarrow
 
     for i, field in enumerate(batch.schema):

@@ -1,4 +1,4 @@
-"""What training costs: tokens, floating-point operations and processor seconds."""
+"""Costs of training: tokens, floating-point operations and processor seconds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from opd.types import NO_VERSION, Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Sizes of the models, and who does what with every token.
+    """Model sizes, and the models that read or write every token.
 
     With `Ns` and `Nt` parameters, a token (of prompt or completion) costs `8 Ns + 2 Nt` in on-policy distillation
     (student writes and learns, teacher reads), `8 Ns` in GRPO (no teacher) and `6 Ns + 2 Nt` in SFT on teacher text
@@ -40,9 +40,10 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """Tokens of one step: `prompt` and `completion` as written, `student` = those of both in what the student wrote,
-    `scored` = all the teacher read (its own context included), `learned` = all that went through the learner,
-    `trained` = those with a loss."""
+    """Tokens of one step: `prompt` and `completion` as generated, `student` = those of both in text that the student
+    generated, `scored` = all the teacher read (its own context included), `learned` = all that went through the
+    learner, `trained` = those with a loss.
+    """
 
     prompt: int
     completion: int
@@ -54,7 +55,7 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What a run has spent so far. Example: `Totals(completion=346_000, flops=1.8e12)`."""
+    """Cumulative costs of a run. Example: `Totals(completion=346_000, flops=1.8e12)`."""
 
     prompt: int = 0
     completion: int = 0
@@ -73,7 +74,7 @@ class Totals:
         )
 
     def as_metrics(self) -> dict[str, float]:
-        """Under the names of the metrics file."""
+        """The totals under their names in the metrics file."""
         return {
             "tokens/prompt": self.prompt,
             "tokens/completion": self.completion,
@@ -84,7 +85,7 @@ class Totals:
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, float]) -> "Totals":
-        """Where a resumed run goes on: the totals of its last kept line."""
+        """Totals of the last kept line of metrics, from which a resumed run continues."""
         return cls(
             prompt=int(metrics["tokens/prompt"]),
             completion=int(metrics["tokens/completion"]),
@@ -95,7 +96,7 @@ class Totals:
 
 
 def step_tokens(record: StepRecord, costs: Costs) -> StepTokens:
-    """Count a step's tokens."""
+    """Token counts of a step."""
     trajectories = [item.trajectory for item in record.scored]
     completion = sum(len(t) for t in trajectories)
     read = sum(len(t.prompt.teacher_ids) for t in trajectories) + completion
@@ -110,7 +111,7 @@ def step_tokens(record: StepRecord, costs: Costs) -> StepTokens:
 
 
 def step_flops(tokens: StepTokens, costs: Costs) -> float:
-    """Operations of one step: 2N per token and forward pass, 6N per token that is learned from."""
+    """Operations of one step: 2N per token and forward pass, 6N per trained token."""
     by_teacher = (tokens.prompt + tokens.completion - tokens.student) * costs.teacher_writes
     return float(
         FORWARD * (costs.student_params * tokens.student + costs.teacher_params * by_teacher)

@@ -1,4 +1,4 @@
-"""A run in the terminal: one panel that is redrawn, or plain lines where nothing can be redrawn."""
+"""A run in the terminal: one panel that is redrawn, or plain lines where the terminal cannot be redrawn."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluatedModel, EvaluationPoint
-from launch.monitors.step_metrics import PHASE_NAMES, UTILISATION, Meter
+from launch.monitors.step_metrics import PHASE_NAMES, UTILIZATION, Meter
 from opd.loop.train import StepRecord
 
 SIGNALS = {"distill/reverse_kl": "reverse KL", "reward/mean": "reward", "actor/loss": "loss"}
@@ -34,7 +34,7 @@ _WIDTH = 36  # characters of the progress bar, the phase bar and the curve
 
 
 class LiveView:
-    """Shows step, signal, accuracy, speed, seconds per phase and time left.
+    """Terminal view: step, signal, accuracy, speed, seconds per phase and time left.
 
     On a terminal it is a panel that stays at the bottom while other output scrolls above it. Elsewhere (a log
     file, a pipe) it prints a line every `print_every` steps, at the first and last one and per evaluation. Alerts
@@ -163,27 +163,27 @@ class LiveView:
         return " | ".join(parts)
 
     def _left(self) -> float:
-        """From the mean pace so far, evaluations included."""
+        """Time left, from the mean pace so far, evaluations included."""
         return (self._last - self._began) / max(1, self._seen) * (self._steps - int(self._metrics["step"]))
 
 
 def _signal_name(metrics: Mapping[str, float]) -> str:
-    """ "" for a step in which no token had a weight: it has no signal."""
+    """Name of the metric shown as the signal; "" for a step in which no token had a weight."""
     return next((name for name in SIGNALS if name in metrics), "")
 
 
 def _accuracy(result: EvaluationPoint) -> str:
-    said = [
+    shares = [
         f"{label} {value:.1%}"
         for label, value in (("greedy", result.greedy), ("sampled", result.mean_at_k))
         if value is not None
     ]
-    said += [f"{task} {value:.1%}" for task, value in result.mean_at_k_by_task.items()]
-    return ", ".join(said) or NOT_MEASURED
+    shares += [f"{task} {value:.1%}" for task, value in result.mean_at_k_by_task.items()]
+    return ", ".join(shares) or NOT_MEASURED
 
 
 def _results(result: EvaluationPoint) -> str:
-    """The accuracy; where there is none, what else was measured."""
+    """Accuracy of the newest evaluation, or else its other measurements."""
     if result.greedy is not None or result.mean_at_k is not None:
         return _accuracy(result)
     return f"accuracy {NOT_MEASURED}" + ("" if result.reverse_kl is None else f", reverse KL {result.reverse_kl:.4f}")
@@ -215,8 +215,8 @@ def _phase_words(metrics: Mapping[str, float]) -> Text:
 
 
 def busy_words(metrics: Mapping[str, float]) -> str:
-    """Example: `rollout 97 %, teacher 41 %, learner 55 %, publish 2 %, bubbles 34 %`; "" where it is not known."""
-    shares = {role.value: metrics[name] for role, name in UTILISATION.items() if name in metrics}
+    """Utilization in words, e.g. `rollout 97 %, teacher 41 %, publish 2 %, bubbles 34 %`; "" where it is not known."""
+    shares = {role.value: metrics[name] for role, name in UTILIZATION.items() if name in metrics}
     if "perf/bubble_frac" in metrics:
         shares["bubbles"] = metrics["perf/bubble_frac"]
     if "perf/fraction_of_limit" in metrics:
@@ -225,7 +225,7 @@ def busy_words(metrics: Mapping[str, float]) -> str:
 
 
 def _sparkline(values: Sequence[float] | deque[float]) -> str:
-    """One character per value; `!` where it is not a number, which the eye must not miss."""
+    """One character per value; `!` where it is not a number, so that it is seen."""
     numbers = [value for value in values if isfinite(value)]
     low = min(numbers, default=0.0)
     step = (max(numbers, default=0.0) - low) / (len(_BARS) - 1) or 1.0

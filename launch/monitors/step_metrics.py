@@ -37,12 +37,12 @@ PHASE_NAMES = {
     "wait": "timing_s/wait",
 }
 
-UTILISATION = {role: f"perf/utilization_{role.value}" for role in Stage}
+UTILIZATION = {role: f"perf/utilization_{role.value}" for role in Stage}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
-    """What a step's own record does not say: totals up to and including it, and processor seconds."""
+    """Context that a step's own record lacks: totals up to and including it, and processor seconds."""
 
     totals: Totals
     cpu_s: float
@@ -72,15 +72,17 @@ def _learning(record: StepRecord) -> dict[str, float]:
     report = record.report
     if not report.trained_tokens:  # the step was skipped
         return {}
-    said = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in report.metrics.items()}
+    named = {OBJECTIVE_NAMES.get(n, f"distill/{n}"): v for n, v in report.metrics.items()}
     # Where an objective reports `loss`, it is the unweighted mean; what is minimized is `report.loss`.
-    said.pop("distill/loss", None)
-    learned = {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **said}
+    named.pop("distill/loss", None)
+    learned = {"actor/loss": report.loss, "actor/grad_norm": report.grad_norm, "actor/lr": report.lr, **named}
     return learned | {"actor/skipped": 1.0} if report.skipped else learned
 
 
 def _staleness(step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Step `s` trains version `s - 1`; a token the student wrote at an earlier version is stale by the difference."""
+    """Staleness: step `s` trains version `s - 1`; a token the student wrote at an earlier version is stale by the
+    difference.
+    """
     versions = np.concatenate([t.versions for t in trajectories]) if trajectories else np.zeros(0)
     gaps = (step - 1) - versions[versions != NO_VERSION]
     if not len(gaps):
@@ -136,11 +138,11 @@ def _speed(seconds: Mapping[str, float], completion_tokens: int) -> dict[str, fl
 
 
 def usage_metrics(usage: Utilization, staffing: DeviceCounts) -> dict[str, float]:
-    """Who was busy (`opd.observability.utilization`); nothing before there is a step to tell of."""
+    """Metrics of `opd.observability.utilization`; empty before the first step."""
     if usage.wall_s <= 0:
         return {}
     return {
-        **{name: usage.utilization(role) for role, name in UTILISATION.items()},
+        **{name: usage.utilization(role) for role, name in UTILIZATION.items()},
         "rollouter/idle_ratio": usage.idle(Stage.ROLLOUT),
         "perf/bubble_frac": usage.bubble(staffing.actors),
         "perf/overlap_efficiency": usage.overlap_efficiency,
@@ -149,7 +151,7 @@ def usage_metrics(usage: Utilization, staffing: DeviceCounts) -> dict[str, float
 
 
 class Meter:
-    """Reads every step once for all who want its metrics, and keeps the totals between steps.
+    """Metrics of every step, computed once for all trackers, with the totals between steps.
 
     Share one meter among the trackers of a run. A resumed run passes the last kept line of its metrics file
     as `before`, so that totals and processor seconds go on from there. `read_cpu` decides what counts as the
@@ -159,7 +161,7 @@ class Meter:
     the metric `alert/<name>` = 1), `news` those that were not raised at the step before, `ever` all of the run with
     their step.
 
-    And it watches who is busy: every step has the figures of the last 20 settled steps, `usage` those of all, with
+    It also tracks utilization: every step has the figures of the last 20 settled steps, `usage` those of all, with
     `verdict` as a sentence. `limit` says how many seconds a step takes at least, where that is known. A resumed run
     begins anew here: its clock is another.
     """
@@ -191,28 +193,28 @@ class Meter:
         self.ever: dict[str, str] = {}
 
     def recall(self, lines: Sequence[Mapping[str, float]]) -> None:
-        """Know the alerts of a run that is resumed, from its kept lines of metrics."""
+        """Restore the alerts of a resumed run from its kept lines of metrics."""
         for line in lines:
             self._metrics, self._step = dict(line), int(line["step"])
             self._watch()
 
     def as_before(self) -> dict[str, float]:
-        """What a later meter takes as `before`."""
+        """State that a later meter takes as `before`."""
         return {**self._totals.as_metrics(), "cpu/total_s": self.cpu_seconds()}
 
     @property
     def totals(self) -> Totals:
-        """What has been spent up to the last step read."""
+        """Totals up to the last step read."""
         return self._totals
 
     @property
     def usage(self) -> dict[str, float]:
-        """Who was busy in all steps so far, under the names of the metrics; empty before the first."""
+        """Utilization over all steps so far, under the names of the metrics; empty before the first."""
         return usage_metrics(self._usage.whole(), self._staffing)
 
     @property
     def verdict(self) -> str:
-        """What all steps so far say about the schedule, in a sentence; "" before the first."""
+        """Verdict of all steps so far about the schedule, in a sentence; "" before the first."""
         return verdict(self._usage.whole(), self._staffing)
 
     def cpu_seconds(self) -> float:
@@ -221,7 +223,7 @@ class Meter:
         return self._cpu_s
 
     def __call__(self, record: StepRecord) -> Mapping[str, float]:
-        """The step's metrics. Asking again for the same step counts nothing twice."""
+        """The step's metrics. A second call for the same step counts nothing twice."""
         if record.step != self._step:
             costs = self._costs.of([item.trajectory for item in record.scored])
             self._totals = self._totals.plus(step_tokens(record, costs), costs)
@@ -233,7 +235,7 @@ class Meter:
         return self._metrics
 
     def _clock(self, record: StepRecord) -> None:
-        """A step ends when its weights are live, which is when the span of publishing ends."""
+        """Update the clock of the log: a step ends when its weights are live, which is the end of its publish span."""
         if record.spans:
             end = max(span.end for span in record.spans)
             self._usage.add(

@@ -1,4 +1,4 @@
-"""A run as a picture of who worked when: `trace.json`, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""Timeline of a run: `trace.json`, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +57,7 @@ class Tracks:
 
 
 class TraceTracker:
-    """Adds every step's spans to the run directory's `trace.json`, which is valid JSON after every step.
+    """Tracker that adds every step's spans to the run directory's `trace.json`, valid JSON after every step.
 
     A resumed run has another clock, so it writes `trace_from_step_<n>.json` instead, anew each time it goes on there.
     """
@@ -75,7 +75,7 @@ class TraceTracker:
         append_events(self._path, self._tracks.events(record.spans))
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """Evaluations are no part of the schedule."""
+        """Ignored: evaluations are no part of the schedule."""
 
     def __enter__(self) -> Self:
         return self

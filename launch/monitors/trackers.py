@@ -1,4 +1,4 @@
-"""Who is told of finished steps and evaluations: the run directory, wandb and the terminal."""
+"""Trackers of finished steps and evaluations: the run directory, wandb and the terminal."""
 
 import logging
 import netrc
@@ -29,14 +29,14 @@ _log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """An `opd.ports.Observer` that also hears of evaluations; used as a context manager around a run."""
+    """An `opd.ports.Observer` that also receives evaluations; used as a context manager around a run."""
 
     async def __call__(self, record: StepRecord) -> None:
-        """A step has ended."""
+        """Record a finished step."""
         ...
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """The student or its teacher has been evaluated."""
+        """Record an evaluation of the student or its teacher."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -48,7 +48,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """What trackers must know of a run before it starts. `resolved` is its whole configuration."""
+    """Facts about a run that trackers need before it starts. `resolved` is its whole configuration."""
 
     method: str
     steps: int
@@ -59,7 +59,7 @@ class PlannedRun:
 def make_trackers(
     config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: PlannedRun, console: Console
 ) -> list[Tracker]:
-    """All trackers of a run, to be entered before it starts; the files come first, so they know the most."""
+    """All trackers of a run, to be entered before it starts; files come first, so they are the most complete."""
     trackers: list[Tracker] = [
         JsonlTracker(config, directory, meter, plan),
         LiveView(
@@ -76,12 +76,12 @@ def make_trackers(
 
 
 def samples_are_due(config: TrackerConfig, step: int, steps: int) -> bool:
-    """Are completions of this step kept?"""
+    """Whether completions of this step are kept."""
     return config.samples > 0 and (step in (1, steps) or step % config.samples_every == 0)
 
 
 class JsonlTracker:
-    """The run directory's memory: a line per step, per evaluation and per sample, written when it happens."""
+    """Tracker of the run directory: a line per step, per evaluation and per sample, written at once."""
 
     def __init__(self, config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: PlannedRun) -> None:
         self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
@@ -106,7 +106,7 @@ class JsonlTracker:
 
 
 def check_login(config: TrackerConfig) -> None:
-    """Refuse `mode=online` without a login, before anything is started; asks no server."""
+    """Refuse `mode=online` without a login, before anything is started; contacts no server."""
     if config.mode is not WandbMode.ONLINE:
         return
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
@@ -133,12 +133,12 @@ def _in_netrc(host: str) -> bool:
 
 _BEST = {"greedy": "max", "mean_at_k": "max", "pass_at_k": "max", "reverse_kl": "min"}  # of an evaluation
 _SPENT = ("k", "seconds", "tokens", "flops", "cpu_s")  # axes to plot against, no panels of their own
-_START_S = 30  # how long a server may take before the run is told that wandb cannot be reached
+_START_S = 30  # seconds a server may take before wandb counts as unreachable
 _FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
 
 class WandbTracker:
-    """Sends metrics, evaluations, sample tables and alerts (as wandb alerts) to wandb.
+    """Tracker that sends metrics, evaluations, sample tables and alerts (as wandb alerts) to wandb.
 
     wandb writes through a process of its own, which keeps everything in the run directory and, online, sends
     what it can when it can: a server that is down or slow does not reach training. Should that process itself
@@ -209,7 +209,7 @@ class WandbTracker:
             self._alert(alert, record.step)
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """Log as `eval/*` at the step that was evaluated; the teacher, who has no steps, in the summary."""
+        """Log as `eval/*` at the step that was evaluated; the teacher, which has no steps, in the summary."""
         measured = {name: value for name, value in result.as_json().items() if value not in (None, {})}
         del measured["examinee"]
         step = measured.pop("step")
@@ -227,7 +227,7 @@ class WandbTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the run whatever happened; a failed one is marked as failed."""
+        """Finish the wandb run in any case; a failed one is marked as failed."""
         self._guarded(lambda run: run.finish(exit_code=0 if kind is None else 1))
         self._run = None
         for name in self._set:  # the next run of this process has a directory of its own
@@ -252,7 +252,7 @@ class WandbTracker:
         return wandb.Table(columns=list(self._COLUMNS), data=rows)
 
     def _guarded(self, act: Callable[[Any], object]) -> None:
-        """Do something with the run; if wandb's process is gone, say so once and go on without."""
+        """Run an action on the wandb run; if wandb's process is gone, warn once and go on without."""
         if self._run is None:
             return
         import wandb
@@ -270,7 +270,7 @@ class WandbTracker:
 
 
 def _forget_wandb() -> None:
-    """Take back what wandb would do when this program ends: with its process gone that is a traceback on the screen."""
+    """Tear wandb down: with its process gone, its exit hook would print a traceback."""
     import wandb
 
     try:
@@ -280,7 +280,7 @@ def _forget_wandb() -> None:
 
 
 def _stable_id(directory: RunDirectory) -> str:
-    """The wandb id of this run directory, made once."""
+    """Id of this run directory at wandb, made once."""
     path = directory.path / "wandb_id"
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:12])

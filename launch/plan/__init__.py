@@ -1,1 +1,1 @@
-"""Everything that can be known before anything is started."""
+"""Plan of a run: all checks and estimates that are possible before anything is started."""

@@ -1,4 +1,4 @@
-"""`opd env`: what this machine has, and what is missing."""
+"""`opd env`: versions and devices of this machine, and what is missing."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ DEVICE = Path("/dev/nvidia0")
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of what a run depends on; absent packages are left out."""
+    """Installed versions of a run's dependencies; absent packages are left out."""
     found: dict[str, str] = {"python": platform.python_version()}
     for name in (*REQUIRED, *ENGINES, *OPTIONAL, "opd"):
         try:
@@ -35,7 +35,7 @@ def package_versions() -> dict[str, str]:
 
 
 def show_environment(console: Console) -> None:
-    """Print versions, what the machine has, and devices; raises a sentence when something required is missing."""
+    """Print versions, resources and devices; raises a sentence when something required is missing."""
     found = package_versions()
     table = Table("package", "version")
     for name in ("python", *REQUIRED, *ENGINES, *OPTIONAL, "opd"):
@@ -76,7 +76,7 @@ def _host() -> Line:
 
 
 def compiler(found: str | None, on_gpu: bool) -> Line:
-    """A C compiler: engines on GPUs compile the launchers of their kernels when they start."""
+    """Presence of a C compiler: engines on GPUs compile the launchers of their kernels when they start."""
     if found:
         return f"C compiler: {found}", ""
     lacks = "a C compiler, with which engines on GPUs compile their kernels' launchers (apt install gcc)"
@@ -84,7 +84,7 @@ def compiler(found: str | None, on_gpu: bool) -> Line:
 
 
 def headers(file: Path, on_gpu: bool) -> Line:
-    """Python's headers, for the same launchers."""
+    """Presence of Python's headers, for the same launchers."""
     if file.is_file():
         return f"Python.h: {file}", ""
     lacks = f"Python.h, without which nothing can be compiled for this Python (apt install python3.11-dev; not {file})"
@@ -92,7 +92,7 @@ def headers(file: Path, on_gpu: bool) -> Line:
 
 
 def shared_memory(gib: float) -> Line:
-    """/dev/shm, of which containers have 64 MiB unless they are given more; Ray keeps its objects there."""
+    """Size of /dev/shm, of which containers have 64 MiB unless they are given more; Ray keeps its objects there."""
     line = f"/dev/shm: {gib:.1f} GiB" if gib >= 1 else f"/dev/shm: {1024 * gib:.0f} MiB"
     if gib >= _SHARED:
         return line, ""
@@ -103,7 +103,7 @@ def shared_memory(gib: float) -> Line:
 
 
 def driver(text: str, device: bool, visible: int, cuda: str) -> Line:
-    """NVIDIA's driver: `text` is what it says of itself, `device` whether there is a GPU, `cuda` torch's version."""
+    """NVIDIA's driver: `text` is its own version line, `device` whether there is a GPU, `cuda` torch's version."""
     found = next((word for word in text.split() if word[0].isdigit() and "." in word), "")
     line = f"NVIDIA driver: {found or 'none'}"
     if visible or not (found or device):
@@ -114,7 +114,7 @@ def driver(text: str, device: bool, visible: int, cuda: str) -> Line:
 
 
 def too_old(cuda: str) -> str:
-    """Why torch, built for `cuda`, does not see a GPU that is there, and what to do."""
+    """Reason why torch, built for `cuda`, does not see a GPU that is there, and advice."""
     return (
         f"torch (built for CUDA {cuda}) sees none, as a rule because the driver is older than that needs (CUDA 13: 580 "
         "or newer; nvidia-smi says which it is); update it, or set student.device=CPU teacher.device=CPU "

@@ -1,4 +1,4 @@
-"""Everything that can be known before anything is started: checked, and shown as a table."""
+"""Plan of a run: everything that can be known before anything is started, checked and shown as a table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +45,7 @@ GRADIENT_BYTES, ADAM_BYTES = 4, 8  # of a parameter, in float32: what is accumul
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run will be made of.
+    """A checked run: configuration, resolved parts and estimates.
 
     `exact_kl` = the exact divergence can be measured: student and all teachers have equal vocabularies of logits, and
     every teacher gives hidden states and has its output matrix here. A remote teacher without weights here counts 0
@@ -95,7 +95,7 @@ class Plan:
         }
 
     def table(self) -> Table:
-        """The plan for people."""
+        """The plan as a table."""
         config, memory = self.config, self.memory_bytes()
         adapters = f", adapters of rank {config.learner.lora.r}" if config.learner.lora.r else ""
         table = Table(title=f"plan: {config.method.name}, {config.steps} steps", show_header=True)
@@ -118,21 +118,21 @@ class Plan:
         table.add_section()
         table.add_row("method", "", " -> ".join(type(p).__name__ for p in parts), "")
         table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
-        for place, said in self.answers.items():
-            table.add_row(f"{place}: answers", "", said, "")
+        for place, sentence in self.answers.items():
+            table.add_row(f"{place}: answers", "", sentence, "")
         table.add_row("GPUs", "", gpus(config), "")
         table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
         table.add_row("ends of text", "", ", ".join(map(str, self.ends)), "")
         return table
 
     def show_rate(self, console: Console) -> None:
-        """The learning rate's curve, as wide as the terminal at most."""
+        """Print the learning rate's curve, as wide as the terminal at most."""
         levels = BLOCKS if console.encoding.startswith("utf") else PLAIN
         for line in rate_curve(self.config.learner, self.config.steps, console.width, levels):
             console.print(line, highlight=False)
 
     def show_prompts(self, console: Console) -> None:
-        """The first prompt, and what should be known of all of them before training."""
+        """Print the first prompt, and the remarks about all of them."""
         for name, text in self.prompts.items():
             console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
         for remark in self.remarks:
@@ -144,7 +144,7 @@ def _role(teacher: str) -> str:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Check checkpoints, tokenizers, prompts and sizes; raises one sentence about the first thing wrong."""
+    """Plan of a run: checks checkpoints, tokenizers, prompts and sizes; raises one sentence about the first error."""
     check_transport(config)
     open_device = config.cluster.address != "local" and undecided(config)
     config = resolved(config)
@@ -176,7 +176,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
     identities = {name: tokenizer_identity(t.path) for name, t in config.teachers.items()}
-    said = check_templates(config, tokenizer_identity(config.student.path), identities, training)
+    template_notes = check_templates(config, tokenizer_identity(config.student.path), identities, training)
     return Plan(
         config=config,
         sources=sources,
@@ -189,7 +189,7 @@ def make_plan(config: RunConfig) -> Plan:
         answers=answers,
         prompts=_shown(training, tokenizer),
         remarks=[
-            *remarks(config, training, held_out, said, dated=tokenizer.dated),
+            *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
             *numbers_notes(config),
             *schedule_notes(config),

@@ -9,7 +9,7 @@ WIDEST = 72  # characters of a curve
 
 
 def rate_curve(config: LearnerConfig, steps: int, width: int, levels: str = BLOCKS) -> tuple[str, str]:
-    """What the rate is first, at most and last, and its curve in at most `width` characters.
+    """First, largest and last rate, and the curve in at most `width` characters.
 
     Example: `("learning rate: LINEAR, first 0, greatest 0.001 at update 3, last 0.00025", "▁▅█▆▄▂")` of 6 steps.
     """
@@ -19,8 +19,8 @@ def rate_curve(config: LearnerConfig, steps: int, width: int, levels: str = BLOC
     rates = {update: learning_rate(config, update, steps) for update in sorted({*shown, *turns})}
     top = max(rates, key=lambda update: rates[update])
     first, most, last = (f"{rates[update]:.3g}" for update in (0, top, steps - 1))
-    said = f"learning rate: {config.schedule.name}, first {first}, greatest {most} at update {top + 1}, last {last}"
-    return said, sparkline([rates[update] for update in shown], levels)
+    caption = f"learning rate: {config.schedule.name}, first {first}, greatest {most} at update {top + 1}, last {last}"
+    return caption, sparkline([rates[update] for update in shown], levels)
 
 
 def sparkline(values: Sequence[float], levels: str = BLOCKS) -> str:

@@ -1,4 +1,4 @@
-"""Several runs side by side: what each needed for the same accuracy, in steps, tokens and operations."""
+"""Several runs side by side: cost of the same accuracy in steps, tokens and operations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Accuracy (sampled at temperature 1) of one run after what it had spent; at least one point."""
+    """Accuracy (sampled at temperature 1) of one run against its cost; at least one point."""
 
     label: str
     seed: int
@@ -55,7 +55,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideBySide:
-    """Curves of all arms; `reference` names the arm whose final accuracy all others are asked to reach."""
+    """Curves of all arms; `reference` names the arm whose final accuracy all others should reach."""
 
     curves: tuple[Curve, ...]
     reference: str
@@ -85,7 +85,7 @@ class SideBySide:
 
 
 def read_arms(arms: Sequence[Arm], reference: str, notes: Sequence[str] = ()) -> SideBySide:
-    """What the run directories say, below `notes`. The teacher is the first that was evaluated (all runs share it)."""
+    """Curves of the run directories, below `notes`. The teacher is the first that was evaluated (all runs share it)."""
     found = {arm: RunData.read(RunDirectory.open(arm.directory)) for arm in arms}
     curves = []
     for arm, data in found.items():
@@ -96,12 +96,12 @@ def read_arms(arms: Sequence[Arm], reference: str, notes: Sequence[str] = ()) ->
             )
         curves.append(Curve(label=arm.label, seed=arm.seed, points=points))
     teachers = [data.teacher for data in found.values() if data.teacher is not None]
-    said = [note for data in found.values() if data.summary for note in data.summary.notes]
+    recorded = [note for data in found.values() if data.summary for note in data.summary.notes]
     return SideBySide(
         curves=tuple(curves),
         reference=reference,
         teacher=teachers[0] if teachers else None,
-        notes=tuple(dict.fromkeys([*notes, *said])),
+        notes=tuple(dict.fromkeys([*notes, *recorded])),
     )
 
 
@@ -158,7 +158,7 @@ _AXES: tuple[tuple[str, str, _Cost], ...] = (
 
 
 def table(sides: SideBySide) -> tuple[str, str, list[str], list[list[str]]]:
-    """Title, note, columns and cells of what every run needed to reach the target."""
+    """Title, note, columns and cells of every run's cost to reach the target."""
     target = sides.target
     columns = ["arm", "seed", "greedy", "sampled"]
     for _, name, _ in _AXES:
@@ -186,7 +186,7 @@ def table(sides: SideBySide) -> tuple[str, str, list[str], list[list[str]]]:
 
 
 def _least(sides: SideBySide, cost: _Cost) -> float:
-    """What the reference's seeds needed for the score at the very least, on average."""
+    """Least cost of the reference's seeds up to the target score, averaged."""
     return float(np.mean([cost(curve.last_below(sides.target)) for curve in sides.of(sides.reference)]))
 
 
@@ -226,7 +226,7 @@ def _draw(figure: Figure, sides: SideBySide, tall: bool = False) -> None:
 
 
 def _draw_arms(axes: Axes, sides: SideBySide, cost: _Cost) -> list[EndLabel]:
-    """Every seed thin, their mean thick; returns what to write at the ends."""
+    """Draw every seed thin, their mean thick; returns the labels of the line ends."""
     spent = [cost(point) for curve in sides.curves for point in curve.points if cost(point) > 0]
     start = min(spent, default=1.0) / 2  # where 0 stands on a logarithmic axis
     labels = []

@@ -29,7 +29,7 @@ _PHASES = {"rollout": BLUE, "score": ORANGE, "train": GREEN, "publish": PURPLE}
 
 
 def panels(data: RunData) -> list[Panel]:
-    """The pictures for which the run has numbers, the most telling first."""
+    """Panels for which the run has numbers, the most informative first."""
     made = [_accuracy(data), *_signals(data), *_lengths(data), _phases(data), _entropy(data)]
     return [panel for panel in made if panel is not None]
 
@@ -82,7 +82,7 @@ def _draw_accuracy(axes: Axes, data: RunData) -> None:
 
 
 def _signals(data: RunData) -> list[Panel | None]:
-    """What is minimized or maximized: divergence and reward where the method has them, else the loss."""
+    """Minimized or maximized quantities: divergence and reward where the method has them, else the loss."""
     made = []
     if data.series("distill/reverse_kl"):
         made.append(
@@ -118,8 +118,8 @@ def _draw_signal(axes: Axes, data: RunData, name: str, checked: str | None) -> N
     at = thinned(len(line))
     axes.plot(series.steps[at], series.values[at], color=BLUE, linewidth=0.9, alpha=0.3)
     axes.plot(series.steps[at], line[at], color=BLUE)
-    said = "training " if checked else ""
-    labels = [EndLabel(y=line[-1], text=f"{said}{line[-1]:.2g}", color=BLUE)]
+    prefix = "training " if checked else ""
+    labels = [EndLabel(y=line[-1], text=f"{prefix}{line[-1]:.2g}", color=BLUE)]
     dots = data.evaluated(checked) if checked else None
     if dots:
         axes.plot(dots.steps, dots.values, color=ORANGE, linestyle="none", marker="o", markersize=5)
@@ -220,7 +220,7 @@ def _entropy(data: RunData) -> Panel | None:
 
 
 def _from_zero(axes: Axes) -> None:
-    """Begin at 0 where all values are positive: a small change must look small."""
+    """Start the axis at 0 where all values are positive: a small change must look small."""
     low, high = axes.dataLim.intervaly
     if low >= 0:
         axes.set_ylim(0, high * 1.06 or 1.0)

@@ -29,7 +29,7 @@ Draw = Callable[[Axes], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """A small picture with a title, and a sentence that says how to read it."""
+    """A small picture with a title, and a sentence about how to read it."""
 
     title: str
     note: str
@@ -38,7 +38,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Margins:
-    """Where the axes end, as shares of the picture; with the same for all, their axes line up."""
+    """Margins of the axes as shares of the picture; with the same for all, their axes line up."""
 
     left: float
     right: float
@@ -48,7 +48,7 @@ class Margins:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndLabel:
-    """The name of a line, to be written where it ends."""
+    """Label written at the end of a line."""
 
     y: float
     text: str
@@ -95,7 +95,7 @@ def _style(hashsalt: str) -> Iterator[None]:
         "font.family": "sans-serif",
         "font.size": 9.5,
         "text.color": INK,
-        "text.parse_math": False,  # a `$` in somebody's label is a dollar
+        "text.parse_math": False,  # a `$` in a label is a dollar
         "axes.edgecolor": GRID,
         "axes.labelcolor": MUTED,
         "axes.titlecolor": INK,
@@ -122,18 +122,18 @@ def _style(hashsalt: str) -> Iterator[None]:
 
 
 def whole_steps(axes: Axes, label: str = "step") -> None:
-    """A horizontal axis of steps."""
+    """Format a horizontal axis of steps."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def percent(axes: Axes) -> None:
-    """A vertical axis of shares."""
+    """Format a vertical axis of shares."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
 
 
 def short_number(value: float) -> str:
-    """Example: 345000 is `345 k`, 1.8e12 is `1.8 T`."""
+    """Number in short form, e.g. 345000 as `345 k`, 1.8e12 as `1.8 T`."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.3g} {unit}"
@@ -186,5 +186,5 @@ def smooth(values: np.ndarray, share: float = 0.08) -> np.ndarray:
 
 
 def thinned(count: int, most: int = 400) -> np.ndarray:
-    """Which of `count` points to draw: all of them, or `most` evenly spaced ones with both ends."""
+    """Indices of the drawn points among `count`: all of them, or `most` evenly spaced ones with both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))

@@ -1,4 +1,4 @@
-"""What can be done with a run: commands to copy, made of what lies in its directory."""
+"""Next steps with a run: commands to copy, from the contents of its directory."""
 
 import shlex
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ _OF_ANOTHER = (*_OF_ONE_RUN, "output_dir", "seed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextStep:
-    """Something to do, and the command that does it."""
+    """An action on a run, and the command for it."""
 
     what: str
     command: str
 
 
 def next_steps(directory: RunDirectory, summary: RunSummary | None) -> list[NextStep]:
-    """Measure, copy, repeat and compare what is finished, go on with what is not, and where wandb keeps it."""
+    """Commands to measure, copy, repeat and compare a finished run or resume another, and where wandb's files are."""
     return list(_steps(directory, summary))
 
 
-def told(directory: RunDirectory) -> str:
-    """What a finished run has left, and the commands that go on with it."""
+def next_steps_text(directory: RunDirectory) -> str:
+    """Outputs of a finished run, and the commands that go on with it, as text."""
     steps = next_steps(directory, RunSummary.read(directory.summary))
     left = [f"report: {directory.report}", f"student: {directory.export}"]
     return "\n".join([*left, *(f"{step.what}: {step.command}" for step in steps)])
@@ -58,7 +58,7 @@ def _steps(directory: RunDirectory, summary: RunSummary | None) -> Iterator[Next
 
 
 def _overrides(directory: RunDirectory) -> list[str]:
-    """Those of the run's own command; none where it did not write it down."""
+    """Overrides of the run's own command; none where it was not recorded."""
     return shlex.split(directory.command.read_text())[2:] if directory.command.exists() else []
 
 

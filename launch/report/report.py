@@ -1,4 +1,4 @@
-"""A run as one page: where the student began, where it is, how it got there, and what it writes."""
+"""A run as one page: results at the start and now, curves, and sample completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, write_bytes, write_text
 from launch.artifacts.samples import Sample
-from launch.monitors.step_metrics import UTILISATION
+from launch.monitors.step_metrics import UTILIZATION
 from launch.report.curves import draw_sheet, panels
 from launch.report.figures import Margins, Panel, short_number, to_png, to_svg
 from launch.report.next_steps import next_steps
@@ -63,7 +63,7 @@ class _ShownSample:
 
 
 def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
-    """Write `report.html` and `curves.png` from what the directory holds; same content, same files.
+    """Write `report.html` and `curves.png` from the contents of the directory; same content, same files.
 
     Works on a run that is still going or was killed. `notes` are shown before those of the summary.
     """
@@ -112,7 +112,7 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
 
 
 def _alerts(data: RunData) -> list[str]:
-    """From the metrics, not from the summary, so that a run that was killed shows them too."""
+    """Alerts, from the metrics and not the summary, so that a run that was killed shows them too."""
     return [f"Alert at step {step}: {alert.sentence}." for step, alert in first_raised(data.metrics)]
 
 
@@ -134,7 +134,7 @@ def _columns(first: EvaluationPoint | None, last: EvaluationPoint | None, teache
 
 
 def _rows(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: EvaluationPoint | None) -> list[_Row]:
-    """Start, end and teacher; for accuracies also how much of the distance between them is gone."""
+    """Rows of start, end and teacher; for accuracies also the share of the gap that was closed."""
     if first is None or last is None:
         return []
     wanted = (  # +1: more is better, -1: less is, 0: neither
@@ -179,14 +179,14 @@ def _format(value: float | None, form: str) -> str:
 
 
 def _closed(start: float | None, end: float | None, goal: float | None, sign: int) -> str:
-    """The share of the way from the start to the teacher, where the teacher is better."""
+    """Share of the way from the start to the teacher, where the teacher is better."""
     if start is None or end is None or goal is None or sign * (goal - start) <= 0:
         return ""
     return f"{(end - start) / (goal - start):.0%}"
 
 
 def _chosen(samples: Sequence[Sample]) -> list[Sample]:
-    """Those of the first and of the last recorded step."""
+    """Samples of the first and of the last recorded step."""
     if not samples:
         return []
     first, last = samples[0].step, samples[-1].step
@@ -243,10 +243,10 @@ def _spent(data: RunData) -> list[tuple[str, str]]:
 
 
 def _busy(data: RunData) -> list[tuple[str, str]]:
-    """Over the run; while it goes on, over its last steps."""
+    """Utilization over the run; while it goes on, over its last steps."""
     known = data.summary.utilization if data.summary else {}
     wanted = (
-        *((f"{role.value} busy", name) for role, name in UTILISATION.items()),
+        *((f"{role.value} busy", name) for role, name in UTILIZATION.items()),
         ("bubbles", "perf/bubble_frac"),
         ("overlap efficiency", "perf/overlap_efficiency"),
         ("of the limit", "perf/fraction_of_limit"),

@@ -1,1 +1,1 @@
-"""Is this teacher fit to teach this student? Checks of the running parts, through the ports alone."""
+"""Checks of whether a teacher is fit to teach a student, made on the running parts through the ports alone."""

@@ -1,4 +1,4 @@
-"""Is this teacher fit to teach this student? Probes of the running parts, through the ports alone.
+"""Examination of a teacher for a student: probes of the running parts, through the ports alone.
 
 Every probe asks one question and answers with a `Finding`: what was measured, and, where training would be wrong, a
 sentence that says why and what to do. They cost a few short completions and a dozen teacher calls.
@@ -26,10 +26,10 @@ async def examine(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) 
     sampling = Sampling(max_tokens=max_tokens, topk=min(subject.support, subject.vocabulary))
     written = await write(prompts, subject.engines.student, sampling)
     try:
-        said = await ask(subject.teacher, written, SampledToken())
+        scores = await ask(subject.teacher, written, SampledToken())
     except DataError as error:
         return [_unreadable("answers", subject, error)]
-    evidence = Evidence(written=written, said=said)
+    evidence = Evidence(written=written, scores=scores)
     findings = [fine("answers", f"{sum(map(len, written))} tokens scored")]
     for name, check in _checks(subject).items():
         try:
@@ -69,7 +69,7 @@ def _checks(subject: Subject) -> Mapping[str, Check]:
 
 
 async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[Prompt], max_tokens: int) -> Finding:
-    """Does the teacher end the student's half-written texts better than the student (arXiv 2604.13016, 6.1)?
+    """Whether the teacher ends the student's half-written texts better than the student (arXiv 2604.13016, 6.1).
 
     Both write on from the middle of the student's own completions, each in its own context (a privileged teacher knows
     more); the task's grader judges the whole texts.
@@ -92,8 +92,8 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
     rewards = []
     for engine, as_teacher in ((engines.student, False), (writer, True)):
         rests = [Sampling(max_tokens=max(1, max_tokens - len(half))) for half in halves]
-        asked = [write([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
-        ended = await asyncio.gather(*asked)
+        endings = [write([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
+        ended = await asyncio.gather(*endings)
         whole = [_after(half, t) for half, (t,) in zip(halves, ended, strict=True)]
         rewards.append(np.asarray(await task_rewards(whole, engines)))
     student, teacher = (float(np.mean(r)) for r in rewards)
@@ -110,7 +110,7 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
 
 
 def _after(half: np.ndarray, rest: Trajectory) -> Trajectory:
-    """A text in two parts, for a grader: what was said of its tokens is left out."""
+    """A text in two parts as one trajectory for a grader, without scores of its tokens."""
     ids = np.concatenate([half, rest.token_ids]).astype(np.int32)
     nothing = TokenScores(logprobs=np.zeros(len(ids), dtype=np.float32))
     versions, mask = np.zeros(len(ids), dtype=np.int32), np.ones(len(ids), dtype=bool)

@@ -1,4 +1,4 @@
-"""What a doctor works with: the subject, the evidence, findings, and how readings of a text are compared."""
+"""Data of the doctor: the subject, the evidence, findings, and the comparison of two scorings of a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from opd.types import TokenScores, Trajectory
 
 
 class Verdict(Enum):
-    """What a finding means for the run."""
+    """Severity of a finding."""
 
     FINE = "fine"
     WARNING = "warning"  # training is right, but may not be what is wanted
@@ -23,7 +23,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """`measured` is for people; `sentence` is empty when all is well."""
+    """Result of one check; `measured` is for people; `sentence` is empty when the check passed."""
 
     check: str
     verdict: Verdict
@@ -33,14 +33,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckThresholds:
-    """Where a finding stops being fine. Chosen by us; no paper gives them, except where named.
+    """Thresholds of the findings. Chosen by us; no paper gives them, except where named.
 
     `tolerance`: nats by which two readings of the same token may differ, `mean_tolerance` by which they may on average
     (float32; what bfloat16 needs is in `launch.run.doctor`): two programs are compared, so there is no smaller floor to
     measure. `overlap`: share of the student's top-k that the teacher's holds below which a cold start is advised
-    (successful runs of arXiv 2604.13016 start at about 0.72; two strangers share k / V by chance). `surprise`: nats by
+    (successful runs of arXiv 2604.13016 start at about 0.72; unrelated models share k / V). `surprise`: nats by
     which the teacher must find special places (first token, end of text) less likely than the rest of the same texts
-    before it is said not to expect them. `flat`: a token that is exchanged for another changes a trained teacher's
+    before a warning. `flat`: a token that is exchanged for another changes a trained teacher's
     logprob by several nats; a teacher for which it is less than this has nothing to teach.
     """
 
@@ -76,16 +76,16 @@ class Subject:
 
     @property
     def teacher(self) -> LogprobTeacher:
-        """The teacher as the run asks it."""
+        """The teacher as the run uses it."""
         return self.engines.teachers[self.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Short completions of the student (with its top-k), and what the teacher says of their tokens."""
+    """Short completions of the student (with its top-k), and the teacher's scores of their tokens."""
 
     written: Sequence[Trajectory]
-    said: Sequence[TokenScores]
+    scores: Sequence[TokenScores]
 
 
 async def ask(teacher: LogprobTeacher, written: Sequence[Trajectory], kind: ScoreKind[A]) -> list[A]:
@@ -97,21 +97,21 @@ async def ask(teacher: LogprobTeacher, written: Sequence[Trajectory], kind: Scor
 
 
 def distance(a: TokenScores, b: TokenScores, start: int = 0, stop: int | None = None) -> float:
-    """The largest difference of two readings of the same tokens, in nats."""
+    """Largest difference of two scorings of the same tokens, in nats."""
     difference = np.abs(np.asarray(a.logprobs)[start:stop] - np.asarray(b.logprobs)[start:stop])
     return float(difference.max()) if len(difference) else 0.0
 
 
 def fine(check: str, measured: str) -> Finding:
-    """All is well."""
+    """Finding of a check that passed."""
     return Finding(check=check, verdict=Verdict.FINE, measured=measured)
 
 
 def warned(check: str, measured: str, sentence: str) -> Finding:
-    """Training is right, but may not be what is wanted."""
+    """Finding of a check that failed, although training is correct: it may not be as intended."""
     return Finding(check=check, verdict=Verdict.WARNING, measured=measured, sentence=sentence)
 
 
 def refused(check: str, measured: str, sentence: str) -> Finding:
-    """Training would be wrong."""
+    """Finding of a check that failed and makes training wrong."""
     return Finding(check=check, verdict=Verdict.REFUSED, measured=measured, sentence=sentence)

@@ -1,4 +1,4 @@
-"""The doctor's probes that the learner answers: does it read what teacher and engine wrote as they do?"""
+"""Checks of the doctor that the learner answers: its log-probabilities against those of teacher and engine."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from opd.types import Batch, Scored, Scores, TokenLoss, Trajectory, VocabularySc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _HeadGap:
-    """|what the teacher said of the written token - what its hidden states say of it|, as a metric."""
+    """|teacher's own log-probability of the sampled token - that from its hidden states|, as a metric."""
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
 
@@ -30,7 +30,7 @@ class _HeadGap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _WriterGap:
-    """|learner - engine| logprob of the written token, as a metric."""
+    """|learner - engine| logprob of the sampled token, as a metric."""
 
     consumes: ClassVar[type[Scores]] = Scores
 
@@ -40,9 +40,9 @@ class _WriterGap:
 
 
 async def hidden_states(subject: Subject, evidence: Evidence) -> Finding:
-    """Hidden states, read with the output matrix that the learner loaded, repeat the teacher's own logprobs."""
-    said = await TeacherHidden()(evidence.written, subject.engines)
-    gap = (await _evaluated(subject, evidence.written, said, _HeadGap()))["gap"]
+    """Check that hidden states times the output matrix of the learner repeat the teacher's own logprobs."""
+    scores = await TeacherHidden()(evidence.written, subject.engines)
+    gap = (await _evaluated(subject, evidence.written, scores, _HeadGap()))["gap"]
     measured = f"{gap:.2g} nats on average between logprobs and hidden states"
     if not gap <= subject.thresholds.mean_tolerance:
         return refused(
@@ -55,7 +55,7 @@ async def hidden_states(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def engine_equals_learner(subject: Subject, evidence: Evidence) -> Finding:
-    """What the learner says of what the engine wrote is what the engine said: the learner as the student's teacher."""
+    """Check that the learner scores the engine's text as the engine did: the learner as the student's teacher."""
     nothing = [Scores() for _ in evidence.written]
     gap = (await _evaluated(subject, evidence.written, nothing, _WriterGap()))["gap"]
     measured = f"{gap:.2g} nats on average between engine and learner"
@@ -70,8 +70,8 @@ async def engine_equals_learner(subject: Subject, evidence: Evidence) -> Finding
 
 
 async def _evaluated(
-    subject: Subject, written: Sequence[Trajectory], said: Sequence[Scores], objective: _HeadGap | _WriterGap
+    subject: Subject, written: Sequence[Trajectory], scores: Sequence[Scores], objective: _HeadGap | _WriterGap
 ) -> Mapping[str, float]:
-    scored = [Scored(trajectory=t, scores=s) for t, s in zip(written, said, strict=True)]
+    scored = [Scored(trajectory=t, scores=s) for t, s in zip(written, scores, strict=True)]
     batches = pack(scored, loss_masks(scored), subject.learner.layout, TokenMean())
     return await subject.learner.evaluate(batches, objective)

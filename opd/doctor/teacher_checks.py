@@ -1,4 +1,4 @@
-"""The doctor's probes of a teacher: one question each, answered from what the teacher says of the student's texts.
+"""Checks of a teacher: one property each, measured on the teacher's scores of the student's texts.
 
 None needs a second model to compare with: a shifted, renormalized or unsteady teacher contradicts itself.
 """
@@ -14,12 +14,12 @@ from opd.types.log_probs import ROUNDING
 
 
 async def causality(subject: Subject, evidence: Evidence) -> Finding:
-    """Change one token: what stands before it must not notice, and it must.
+    """Causality: a changed token must change scores from its place on, and none before it.
 
     An answer that is one position early or late fails one of the two, without any reference to compare with: the change
     at the token is compared with the changes before and behind it, and with what the same question asked twice gives.
     """
-    texts = [(t, s) for t, s in zip(evidence.written, evidence.said, strict=True) if len(t) > 1]
+    texts = [(t, s) for t, s in zip(evidence.written, evidence.scores, strict=True) if len(t) > 1]
     if not texts:
         return warned("alignment", "no completion has two tokens", "alignment of teacher and student is unknown")
     written, plain = [t for t, _ in texts], [s for _, s in texts]
@@ -36,7 +36,7 @@ async def causality(subject: Subject, evidence: Evidence) -> Finding:
 
 
 def _aligned(subject: Subject, *, before: float, here: float, behind: float, floor: float) -> Finding:
-    """What the changes (nats) before, at and behind an exchanged token say; `floor` is what no change at all gives."""
+    """Finding from the changes (nats) before, at and behind an exchanged token; `floor` is that of no exchange."""
     measured = f"changed token: {here:.2g} nats at it, {before:.2g} before it, {behind:.2g} behind it"
     server = "shift its answers, or check the server's prompt_logprobs offset"
     if before > floor and before > here / 4:
@@ -65,18 +65,19 @@ def _aligned(subject: Subject, *, before: float, here: float, behind: float, flo
 
 
 def _exchanged(trajectory: Trajectory, at: int, vocabulary: int) -> Trajectory:
-    """The same text with another token at one place."""
+    """The same text with one token exchanged."""
     ids = trajectory.token_ids.copy()
     ids[at] = (ids[at] + 1) % vocabulary
     return replace(trajectory, token_ids=ids)
 
 
 async def steadiness(subject: Subject, evidence: Evidence) -> Finding:
-    """The same text in other company and order gets the same answer."""
+    """Batch invariance: the same text in another batch and order gets the same scores."""
     backwards = (await ask(subject.teacher, evidence.written[::-1], SampledToken()))[::-1]
     alone = await ask(subject.teacher, evidence.written[:1], SampledToken())
     gap = max(
-        *[distance(a, b) for a, b in zip(evidence.said, backwards, strict=True)], distance(evidence.said[0], alone[0])
+        *[distance(a, b) for a, b in zip(evidence.scores, backwards, strict=True)],
+        distance(evidence.scores[0], alone[0]),
     )
     measured = f"{gap:.2g} nats between orders"
     if gap > subject.thresholds.tolerance:
@@ -90,13 +91,13 @@ async def steadiness(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
-    """Every member of the pool is the same teacher."""
+    """Agreement of all replicas of the pool."""
     if len(subject.replicas) < 2:
         return fine("replicas", "one replica")
     worst = 0.0
     for number, replica in enumerate(subject.replicas):
         answers = await ask(replica, evidence.written[:4], SampledToken())
-        gap = max(distance(a, b) for a, b in zip(evidence.said, answers, strict=False))
+        gap = max(distance(a, b) for a, b in zip(evidence.scores, answers, strict=False))
         worst = max(worst, gap)
         if gap > subject.thresholds.tolerance:
             return refused(
@@ -109,10 +110,10 @@ async def replicas_agree(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
-    """The same checkpoint, read by another backend, says the same."""
+    """Agreement of two backends on the same checkpoint."""
     assert subject.reference is not None
-    said = await ask(subject.reference, evidence.written, SampledToken())
-    gap = max(distance(a, b) for a, b in zip(evidence.said, said, strict=True))
+    scores = await ask(subject.reference, evidence.written, SampledToken())
+    gap = max(distance(a, b) for a, b in zip(evidence.scores, scores, strict=True))
     measured = f"{gap:.2g} nats from the torch backend"
     if gap > subject.thresholds.tolerance:
         return refused(
@@ -126,7 +127,7 @@ async def backends_agree(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
-    """Top-k logprobs are under the full softmax, not renormalized on the k, and know the written token."""
+    """Full softmax: top-k logprobs are not renormalized on the k, and agree with the sampled token's."""
     wide = await topk(subject, evidence)
     few = await ask(subject.teacher, evidence.written, TopK(k=2))
     gap = max(
@@ -136,12 +137,12 @@ async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
     mass = max(float(np.exp(np.asarray(w.topk_logprobs)).sum(-1).max()) for w in wide)
     inside = [
         np.abs(np.asarray(w.topk_logprobs) - np.asarray(s.logprobs)[:, None])[np.asarray(w.topk_ids) == ids[:, None]]
-        for w, s, ids in zip(wide, evidence.said, [t.token_ids for t in evidence.written], strict=True)
+        for w, s, ids in zip(wide, evidence.scores, [t.token_ids for t in evidence.written], strict=True)
     ]
     written = float(max((part.max() for part in inside if len(part)), default=0.0))
     tolerance = subject.thresholds.tolerance
     measured = (
-        f"top-2 of 2 and of {subject.support} differ by {gap:.2g}, written token by {written:.2g}, mass {mass:.4f}"
+        f"top-2 of 2 and of {subject.support} differ by {gap:.2g}, sampled token by {written:.2g}, mass {mass:.4f}"
     )
     if gap > tolerance or mass > 1 + tolerance:
         return refused(
@@ -161,12 +162,12 @@ async def full_softmax(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def padding(subject: Subject, evidence: Evidence) -> Finding:
-    """Columns of the output beyond the tokenizer hold no probability."""
+    """Padding: columns of the output beyond the tokenizer hold no probability."""
     wide = await topk(subject, evidence)
-    said = [(w.topk_ids, w.topk_logprobs) for w in wide] + [
+    supports = [(w.topk_ids, w.topk_logprobs) for w in wide] + [
         (b.topk_ids, b.topk_logprobs) for t in evidence.written if isinstance(b := t.behavior, TopKScores)
     ]
-    mass = max(float((np.exp(lp) * (np.asarray(ids) >= subject.vocabulary)).sum(-1).max()) for ids, lp in said)
+    mass = max(float((np.exp(lp) * (np.asarray(ids) >= subject.vocabulary)).sum(-1).max()) for ids, lp in supports)
     measured = f"mass {mass:.2g} beyond {subject.vocabulary} tokens"
     if mass > subject.thresholds.padding_mass:
         return refused(
@@ -179,7 +180,7 @@ async def padding(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def overlap(subject: Subject, evidence: Evidence) -> Finding:
-    """How many of the student's likeliest tokens are among the teacher's (arXiv 2604.13016, overlap ratio)."""
+    """Overlap of the student's likeliest tokens with the teacher's (arXiv 2604.13016, overlap ratio)."""
     wide = await topk(subject, evidence)
     shares = [
         (np.asarray(b.topk_ids)[:, :, None] == np.asarray(w.topk_ids)[:, None, :]).any(-1).mean(-1)
@@ -198,14 +199,14 @@ async def overlap(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def first_token(subject: Subject, evidence: Evidence) -> Finding:
-    """A chat template or thinking mode that differs shows at the first token of a completion.
+    """Agreement on the first token of a completion, where a different chat template or thinking mode shows.
 
-    Compared with the tokens after it: a teacher to which all that the student writes is strange (or that is flat) is
+    Compared with the tokens after it: a teacher to which all the student's text is surprising (or that is flat) is
     not one with another template.
     """
     gaps = [
         np.asarray(t.behavior.logprobs, dtype=np.float64) - np.asarray(s.logprobs)
-        for t, s in zip(evidence.written, evidence.said, strict=True)
+        for t, s in zip(evidence.written, evidence.scores, strict=True)
     ]
     first = float(np.mean([gap[0] for gap in gaps]))
     rest = np.concatenate([gap[1:] for gap in gaps])
@@ -222,8 +223,8 @@ async def first_token(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
-    """The token that ends a completion is one with which the teacher ends texts, too."""
-    ended = [s for t, s in zip(evidence.written, evidence.said, strict=True) if t.stop is StopReason.END]
+    """End of text: the token that ends a completion is one with which the teacher ends texts, too."""
+    ended = [s for t, s in zip(evidence.written, evidence.scores, strict=True) if t.stop is StopReason.END]
     if not ended:
         longest = max(len(t) for t in evidence.written)
         return warned(
@@ -249,10 +250,10 @@ async def end_of_text(subject: Subject, evidence: Evidence) -> Finding:
 
 
 async def own_teacher(subject: Subject, evidence: Evidence) -> Finding:
-    """A teacher of the same backend that holds the student's checkpoint says what the student said: KL 0."""
+    """Reference check: a teacher of the same backend with the student's checkpoint scores as the student: KL 0."""
     assert subject.twin is not None
-    said = await ask(subject.twin, evidence.written, SampledToken())
-    gap = max(distance(t.behavior, s) for t, s in zip(evidence.written, said, strict=True))
+    scores = await ask(subject.twin, evidence.written, SampledToken())
+    gap = max(distance(t.behavior, s) for t, s in zip(evidence.written, scores, strict=True))
     measured = f"{gap:.2g} nats from its own text"
     if gap > subject.thresholds.tolerance:
         return refused(

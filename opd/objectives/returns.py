@@ -7,7 +7,7 @@ from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.method import promises as exact
 from opd.objectives.topk import HeadTailReverseKL
-from opd.settings.ranges import In, WeightShard
+from opd.settings.ranges import Fraction, In
 from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, TopKReturnScores
 
@@ -30,7 +30,7 @@ class MiniLLM:
     on_policy: ClassVar[bool] = True
 
     # the paper's share of teacher-written tokens (0.2 there)
-    alpha: WeightShard = 0.0
+    alpha: Fraction = 0.0
     # weight of the long-term part beside the single-step one
     long_weight: Annotated[float, In(0, 1000, because="below 0 it trains away from the teacher")] = 1.0
 

@@ -1,1 +1,1 @@
-"""What is told of a run: spans of work, utilization, roofline, alerts."""
+"""Observability of a run: spans of work, utilization, roofline, alerts."""

@@ -1,4 +1,4 @@
-"""Known ways in which a run goes wrong, recognized from its metrics: a sentence or nothing.
+"""Alerts: known failure patterns of a run, recognized from its metrics.
 
 Pure functions of the history of step metrics (the newest last, under their logged names). The patterns are
 published; the thresholds are ours, chosen to be quiet on healthy runs, and fields of `AlertThresholds`. A pattern whose
@@ -18,7 +18,7 @@ _OVERLAP = ("distill/overlap_ratio", "distill/support_overlap")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlertThresholds:
-    """When an alert is raised. All defaults are ours; only `truncation` has been used elsewhere (5 %).
+    """Thresholds of the alerts. All defaults are ours; only `truncation` has been used elsewhere (5 %).
 
     Means of the last `window` steps are compared with the `window` steps before them. `overlap_fall` is absolute
     (0.05: from 0.90 to 0.85), `*_rise` are factors. Floors keep small numbers from counting: `length_floor` in
@@ -48,7 +48,7 @@ class AlertThresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """A pattern that is there now. `sentence` says what is seen, what it usually means, and what to do."""
+    """A pattern in the newest metrics. `sentence`: the observation, its usual meaning, and advice."""
 
     name: str
     sentence: str
@@ -64,19 +64,19 @@ class _Change:
         return self.now / self.before if self.before > 0 else 1.0
 
 
-def raised(history: Sequence[Line], limits: AlertThresholds | None = None) -> list[Alert]:
-    """The alerts at the newest step of `history`; of it the last `2 * window` steps are looked at."""
-    limits = limits or AlertThresholds()
-    seen = history[-2 * limits.window :]
-    found = [(name, pattern(seen, limits)) for name, pattern in _PATTERNS.items()]
+def raised(history: Sequence[Line], thresholds: AlertThresholds | None = None) -> list[Alert]:
+    """The alerts at the newest step of `history`, of which the last `2 * window` steps are read."""
+    thresholds = thresholds or AlertThresholds()
+    seen = history[-2 * thresholds.window :]
+    found = [(name, pattern(seen, thresholds)) for name, pattern in _PATTERNS.items()]
     return [Alert(name=name, sentence=sentence) for name, sentence in found if sentence is not None]
 
 
-def first_raised(history: Sequence[Line], limits: AlertThresholds | None = None) -> list[tuple[int, Alert]]:
+def first_raised(history: Sequence[Line], thresholds: AlertThresholds | None = None) -> list[tuple[int, Alert]]:
     """Every alert of a whole run with the step at which it was first raised."""
-    limits, found = limits or AlertThresholds(), dict[str, tuple[int, Alert]]()
+    thresholds, found = thresholds or AlertThresholds(), dict[str, tuple[int, Alert]]()
     for end in range(1, len(history) + 1):
-        for alert in raised(history[max(0, end - 2 * limits.window) : end], limits):
+        for alert in raised(history[max(0, end - 2 * thresholds.window) : end], thresholds):
             found.setdefault(alert.name, (int(history[end - 1].get("step") or end), alert))
     return list(found.values())
 
@@ -99,16 +99,16 @@ def _mean(history: Sequence[Line], name: str, window: int) -> float | None:
     return sum(values) / window if len(values) == window else None
 
 
-def _collapse(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """Rethinking OPD (arXiv 2604.13016): late collapse shows as falling overlap, rising entropy and gradient norm."""
-    changes = (_change(history, name, limits.window) for name in _OVERLAP)
+def _collapse(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    """Alert on late collapse (arXiv 2604.13016): falling overlap, rising entropy and gradient norm."""
+    changes = (_change(history, name, thresholds.window) for name in _OVERLAP)
     overlap = next((change for change in changes if change is not None), None)
-    entropy = _change(history, "actor/entropy", limits.window)
-    norm = _change(history, "actor/grad_norm", limits.window)
+    entropy = _change(history, "actor/entropy", thresholds.window)
+    norm = _change(history, "actor/grad_norm", thresholds.window)
     if overlap is None or entropy is None or norm is None:
         return None
-    fell = overlap.before - overlap.now >= limits.overlap_fall
-    if not fell or entropy.factor < limits.entropy_rise or norm.factor < limits.grad_norm_rise:
+    fell = overlap.before - overlap.now >= thresholds.overlap_fall
+    if not fell or entropy.factor < thresholds.entropy_rise or norm.factor < thresholds.grad_norm_rise:
         return None
     return (
         f"student and teacher come apart: the overlap of their likeliest tokens fell from {overlap.before:.2f} to "
@@ -118,33 +118,33 @@ def _collapse(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     )
 
 
-def _inflation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """StableOPD (arXiv 2604.08527): abrupt length inflation, then truncation, then repetition."""
-    length = _change(history, "response_length/mean", limits.window)
-    if length is None or length.factor < limits.length_rise or length.now - length.before < limits.length_floor:
+def _inflation(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    """Alert on abrupt length inflation, then truncation, then repetition (StableOPD, arXiv 2604.08527)."""
+    length = _change(history, "response_length/mean", thresholds.window)
+    if length is None or length.factor < thresholds.length_rise or length.now - length.before < thresholds.length_floor:
         return None
     return (
-        f"completions grow: from {length.before:.0f} to {length.now:.0f} tokens in {2 * limits.window} steps; "
+        f"completions grow: from {length.before:.0f} to {length.now:.0f} tokens in {2 * thresholds.window} steps; "
         "length inflation usually ends in truncated and repetitive text: look at samples.jsonl, mix in reference "
         "completions or keep the student close to its start, and do not let long answers dilute the loss"
     )
 
 
-def _truncation(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """Above the limit and not on its way down: a student that has yet to learn to stop is no news."""
-    cut = _change(history, "response_length/clip_ratio", limits.window)
-    if cut is None or cut.now <= limits.truncation or cut.now < limits.still_falling * cut.before:
+def _truncation(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    """Alert on a share above the threshold that does not fall: a student that has yet to learn to stop is normal."""
+    cut = _change(history, "response_length/clip_ratio", thresholds.window)
+    if cut is None or cut.now <= thresholds.truncation or cut.now < thresholds.still_falling * cut.before:
         return None
     return (
-        f"{cut.now:.0%} of the completions are cut by the token limit (alert above {limits.truncation:.0%}); the "
+        f"{cut.now:.0%} of the completions are cut by the token limit (alert above {thresholds.truncation:.0%}); the "
         "student then learns from texts without an end: raise max_tokens, shorten the prompts' task, or give cut "
         "completions weight 0"
     )
 
 
-def _repetition(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    rate = _mean(history, "repetition/rate", limits.window)
-    if rate is None or rate <= limits.repetition:
+def _repetition(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    rate = _mean(history, "repetition/rate", thresholds.window)
+    if rate is None or rate <= thresholds.repetition:
         return None
     return (
         f"{rate:.0%} of the completions repeat themselves; teachers often find repetition likely, so the loss will not "
@@ -152,25 +152,25 @@ def _repetition(history: Sequence[Line], limits: AlertThresholds) -> str | None:
     )
 
 
-def _mismatch(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    gap = _change(history, "training/rollout_logprob_gap_mean", limits.window)
-    if gap is None or gap.factor < limits.gap_rise or gap.now < limits.gap_floor:
+def _mismatch(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    gap = _change(history, "training/rollout_logprob_gap_mean", thresholds.window)
+    if gap is None or gap.factor < thresholds.gap_rise or gap.now < thresholds.gap_floor:
         return None
     return (
-        f"engine and learner drift apart: the mean |log p - log mu| of written tokens grew from {gap.before:.3g} to "
+        f"engine and learner drift apart: the mean |log p - log mu| of sampled tokens grew from {gap.before:.3g} to "
         f"{gap.now:.3g} nats; weights may be stale or the engine's numerics differ where the student now is: check "
         "weights/version and weights/sentinel_gap, lower max_staleness, or use the same dtype in both"
     )
 
 
-def _determinism(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """A student that always writes the same and is wrong: too high a learning rate does it (docs/log.md)."""
-    entropy = _change(history, "actor/entropy", limits.window)
-    divergence = _change(history, "distill/reverse_kl", limits.window)
+def _determinism(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    """Alert on a student that always writes the same and is wrong: too high a learning rate does it (docs/log.md)."""
+    entropy = _change(history, "actor/entropy", thresholds.window)
+    divergence = _change(history, "distill/reverse_kl", thresholds.window)
     if entropy is None or divergence is None:
         return None
-    wrong = divergence.now >= limits.reverse_kl_floor and divergence.factor >= limits.reverse_kl_rise
-    if entropy.now > limits.entropy_floor or entropy.factor >= 1 or not wrong:
+    wrong = divergence.now >= thresholds.reverse_kl_floor and divergence.factor >= thresholds.reverse_kl_rise
+    if entropy.now > thresholds.entropy_floor or entropy.factor >= 1 or not wrong:
         return None
     return (
         f"the student becomes deterministic and wrong: entropy fell from {entropy.before:.3g} to {entropy.now:.3g} "
@@ -179,9 +179,9 @@ def _determinism(history: Sequence[Line], limits: AlertThresholds) -> str | None
     )
 
 
-def _skipped(history: Sequence[Line], limits: AlertThresholds) -> str | None:
-    """A step without a token to train has no loss."""
-    recent = history[-limits.window :]
+def _skipped(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    """Alert on a step without a token to train, which has no loss."""
+    recent = history[-thresholds.window :]
     count = sum("actor/loss" not in line for line in recent)
     if not count:
         return None

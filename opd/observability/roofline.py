@@ -1,6 +1,6 @@
-"""What a step must cost at least: floors of time and traffic from model shapes, lengths and hardware.
+"""Roofline: least time and traffic of a step from model shapes, lengths and hardware.
 
-The equations are those of docs/performance.md ("The limit model"), under the names used there: FORWARD, ROLLOUT,
+The equations are those of docs/performance.md ("The roofline"), under the names used there: FORWARD, ROLLOUT,
 TEACHER, LEARNER, PUSH, SIGNAL, STEP. Everything here is a lower bound of what hardware could do, never an estimate of
 what software does: kernels at peak rate, perfect overlap inside a device, no queue, no padding.
 """
@@ -21,8 +21,8 @@ LOGPROB_BYTES, ID_BYTES, STATE_BYTES = 2.0, 4.0, 2.0  # float16, int32, bfloat16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What the equations need of a model: `params` counts all matrices a token is multiplied with, the output matrix
-    included and a separate input embedding not (it is looked up).
+    """Model sizes in the equations: `params` counts all matrices a token is multiplied with, the output matrix included
+    and a separate input embedding not (it is looked up).
 
     Example, Qwen3-8B: `ModelShape(params=7_570_000_000, layers=36, width=4096, vocabulary=151_936, heads=32,
     kv_heads=8, head_dim=128)`.
@@ -116,7 +116,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
-    """`slots` sequences are written at once by an engine; bytes of a weight (FP8: 1) and of a cached number."""
+    """Decoding parameters: `slots` sequences per engine at once; bytes of a weight (FP8: 1) and of a cached number."""
 
     slots: int
     weight_bytes: float = 2.0
@@ -145,8 +145,9 @@ def decode_steps(lengths: Lengths, slots: int) -> float:
 def rollout(
     model: ModelShape, lengths: Lengths, hardware: Hardware, decoding: Decoding, engines: int = 1
 ) -> RolloutFloor:
-    """ROLLOUT of a step shared evenly by `engines`: a group's prompt is read once, the longest response sets how
-    often at least one engine reads its weights."""
+    """ROLLOUT of a step shared evenly by `engines`: a group's prompt is read once, and the longest response bounds from
+    below how often at least one engine reads its weights.
+    """
     zero = np.zeros_like(lengths.p)
     once = model.forward_flops(zero, lengths.p, float(len(lengths.p))) / lengths.group
     written = model.forward_flops(lengths.p, lengths.r, float(lengths.r.sum()))
@@ -169,9 +170,10 @@ def teacher(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCost:
-    """How the learner works: `ranks`, ZeRO `stage`, whether activations are computed again (`recompute`), bytes of a
-    sent number, micro-batches a step, and output matrices of teachers whose hidden states are read here
-    (`teacher_head`: parameters)."""
+    """Learner parameters: `ranks`, ZeRO `stage`, whether activations are computed again (`recompute`), bytes of a sent
+    number, micro-batches a step, and output matrices of teachers whose hidden states are read here (`teacher_head`:
+    parameters).
+    """
 
     ranks: int = 1
     stage: int = 0
@@ -222,7 +224,7 @@ def sampled_bytes(samples: int = 1) -> float:
 
 
 def known_ids_bytes(k: int) -> float:
-    """SIGNAL per response token: log-probabilities at `k` ids that the asker knows."""
+    """SIGNAL per response token: log-probabilities at `k` ids that the request names."""
     return k * LOGPROB_BYTES
 
 

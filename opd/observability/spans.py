@@ -1,11 +1,11 @@
-"""Who worked when: the record from which utilization, bubbles and traces are computed."""
+"""Spans of work by role: the record from which utilization, bubbles and traces are computed."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class Stage(Enum):
-    """Who can be busy. Publishing occupies learner and engines at once and is therefore a role of its own."""
+    """Role that can be busy. Publishing occupies learner and engines at once and is therefore a role of its own."""
 
     ROLLOUT = "rollout"
     TEACHER = "teacher"
@@ -15,9 +15,10 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """`role` had work of `step` (counted from 1) from `start` to `end`: seconds of the event loop's clock.
+    """Interval in which `role` worked for `step` (counted from 1), `start` to `end` in seconds of the event loop's
+    clock.
 
-    Work asked for and not answered counts, whoever it waits for inside the role. Spans of one role may overlap.
+    Requested and unfinished work counts, whatever it waits for inside the role. Spans of one role may overlap.
     """
 
     role: Stage

@@ -1,7 +1,7 @@
-"""Who was busy, who waited, and one sentence about what to do: all from the spans of finished steps.
+"""Utilization, waiting, and one sentence of advice, from the spans of finished steps.
 
 Time counts inside steps only, from when the loop asks for a step's data to when its weights are live; what happens
-between steps (evaluations, checkpoints) is nobody's bubble. A role is busy while at least one of its spans lasts. That
+between steps (evaluations, checkpoints) is no role's bubble. A role is busy while at least one of its spans lasts. That
 is as fine as spans can see: an actor that idles while another of its role works counts as busy, so the bubbles given
 here are lower bounds.
 """
@@ -22,7 +22,7 @@ Intervals = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCounts:
-    """How many actors each role of `STAFFED` has, and how many steps rollouts may run ahead (`max_staleness`)."""
+    """Number of actors of each role of `STAFFED`, and how many steps rollouts may run ahead (`max_staleness`)."""
 
     actors: Mapping[Stage, int] = field(default_factory=lambda: dict.fromkeys(STAFFED, 1))
     ahead: int = 0
@@ -33,8 +33,8 @@ class Utilization:
     """Seconds of `steps` steps that took `wall_s`; adds up over steps.
 
     `busy`: at least one span of the role lasted. `held`: its devices were taken, by its own work or by publishing.
-    `alone`: it was the only busy role. `limit_s`: what the limit model (`opd.observability.roofline`) says these steps
-    take at least, 0 where nobody told what the hardware can do.
+    `alone`: it was the only busy role. `limit_s`: least time of these steps by the roofline
+    (`opd.observability.roofline`), 0 where the hardware is not known.
     """
 
     steps: int = 0
@@ -45,7 +45,7 @@ class Utilization:
     alone: Mapping[Stage, float] = field(default_factory=lambda: dict.fromkeys(Stage, 0.0))
 
     def plus(self, other: "Utilization") -> "Utilization":
-        """Both together."""
+        """Sum of both."""
         return Utilization(
             steps=self.steps + other.steps,
             wall_s=self.wall_s + other.wall_s,
@@ -64,15 +64,17 @@ class Utilization:
         return 1.0 - self.held[role] / self.wall_s
 
     def bubble(self, actors: Mapping[Stage, int]) -> float:
-        """`1 - sum_role n_role held_role / sum_role (n_role wall)`: the share of device-seconds in which nothing was
-        done (docs/performance.md, STEP)."""
+        """`1 - sum_role n_role held_role / sum_role (n_role wall)`: the share of device-seconds without work
+        (docs/performance.md, STEP).
+        """
         devices = sum(actors[role] for role in STAFFED)
         return sum(actors[role] * self.idle(role) for role in STAFFED) / devices
 
     @property
     def overlap_efficiency(self) -> float:
-        """`max_role busy_role / wall`: what the slowest role takes, over what the steps took. 1 = the others' work is
-        hidden behind it altogether."""
+        """`max_role busy_role / wall`: time of the slowest role over the time of the steps. 1 = the others' work is
+        hidden behind it altogether.
+        """
         return max(self.busy.values()) / self.wall_s
 
     @property
@@ -92,19 +94,19 @@ def step_utilization(start: float, end: float, spans: Sequence[Span], limit_s: f
     def together(roles: Sequence[Stage]) -> float:
         return _length(_merged([interval for role in roles for interval in cut[role]]))
 
-    everybody = together(list(Stage))
+    every_role = together(list(Stage))
     return Utilization(
         steps=1,
         wall_s=end - start,
         limit_s=limit_s,
         busy={role: _length(cut[role]) for role in Stage},
         held={role: together([role] if role is Stage.TEACHER else [role, Stage.PUBLISH]) for role in STAFFED},
-        alone={role: everybody - together([other for other in Stage if other is not role]) for role in Stage},
+        alone={role: every_role - together([other for other in Stage if other is not role]) for role in Stage},
     )
 
 
 def _merged(intervals: Intervals) -> Intervals:
-    """Their union as disjoint intervals in order; empty ones vanish."""
+    """Union of intervals as disjoint ones in order; empty ones vanish."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(intervals):
         if end <= start:
@@ -121,9 +123,9 @@ def _length(intervals: Intervals) -> float:
 
 
 class UtilizationLog:
-    """Turns finished steps into usage, each as soon as all that worked during it has been told.
+    """Utilization of finished steps, each computed once all work during it is recorded.
 
-    A step's spans are told when it ends, but work for the `ahead` steps after it may have gone on at the same time; so
+    A step's spans are added when it ends, but work for the `ahead` steps after it may have gone on at the same time; so
     a step is settled `ahead` steps later, and `recent` lags by as much. `whole` is exact when the run has ended.
     """
 
@@ -134,7 +136,7 @@ class UtilizationLog:
         self._total = Utilization()
 
     def add(self, start: float, end: float, spans: Sequence[Span], limit_s: float = 0.0) -> None:
-        """A step that lasted from `start` to `end`, with the spans of all work for it."""
+        """Add a step from `start` to `end`, with the spans of all work for it."""
         self._open.append((start, end, limit_s, spans))
         if len(self._open) > self._ahead:
             usage = self._first(0)
@@ -152,7 +154,7 @@ class UtilizationLog:
         return _sum([self._total, *(self._first(i) for i in range(len(self._open)))])
 
     def _first(self, i: int) -> Utilization:
-        """The `i`-th open step: work for steps before it had ended when it began."""
+        """Utilization of the `i`-th open step: work for steps before it had ended when it began."""
         start, end, limit_s, _ = self._open[i]
         later = [span for *_, spans in list(self._open)[i:] for span in spans]
         return step_utilization(start, end, later, limit_s)
@@ -166,7 +168,7 @@ def _sum(usages: Sequence[Utilization]) -> Utilization:
 
 
 def gain_of_another(usage: Utilization, role: Stage, staffing: DeviceCounts) -> float:
-    """About how many times faster steps are with one more actor of `role`, on a device of its own.
+    """Speedup of steps from one more actor of `role`, on a device of its own (estimate).
 
     Its work shrinks to `n/(n+1)`. Where steps may overlap, until another role is the slowest:
     `T' = T - min(busy/(n+1), busy - busy_next)`. In lock-step only what it did alone counts: `T' = T - alone/(n+1)`.
@@ -181,12 +183,12 @@ def gain_of_another(usage: Utilization, role: Stage, staffing: DeviceCounts) -> 
 
 
 def gain_of_overlap(usage: Utilization) -> float:
-    """At most how many times faster steps are if all roles work at once: `wall / max held`."""
+    """Upper bound of the speedup if all roles work at once: `wall / max held`."""
     return usage.wall_s / max(*usage.held.values(), 1e-12)
 
 
 def verdict(usage: Utilization, staffing: DeviceCounts) -> str:
-    """One sentence: which role bounds the steps, who waits for it, and what would help how much; "" without a step.
+    """One sentence: the role that bounds the steps, those that wait for it, and the remedy; "" without a step.
 
     Example: "teacher-bound: the learner waited 41 % of the time; a second teacher actor would give about 1.5x".
     """

@@ -1,1 +1,1 @@
-"""Where prompts come from: pure functions of the step."""
+"""Prompt sources: pure functions of the step."""

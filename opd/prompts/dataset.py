@@ -9,7 +9,7 @@ import numpy as np
 from opd.errors import DataError
 from opd.ports import References, Sources
 from opd.prompts.order import draw
-from opd.settings.ranges import GroupSize, In, Line, Names, PromptsPerStep, Seed, Tokens, WeightShard
+from opd.settings.ranges import Fraction, GroupSize, In, Line, Names, PromptsPerStep, Seed, Tokens
 from opd.settings.validation import settings
 from opd.types import Prompt
 from opd.types.prompt_rows import Columns, Messages, PromptText, Row
@@ -67,7 +67,7 @@ class DatasetPrompts:
     skip_long: bool = False
     # teacher of rows that name none
     teacher: Names = "default"
-    max_unreadable_answers: WeightShard = 0.01
+    max_unreadable_answers: Fraction = 0.01
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
         rows = self._rows(sources)
@@ -149,23 +149,23 @@ class DatasetPrompts:
         return f"{self.path}/{number}"
 
     def _prompts(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> list[Prompt | None]:
-        """Of each row its prompt, or None where it is too long and may be left out."""
-        mine = self._encode([self._said(n, rows[n], rows[n].prompt) for n in numbers], sources)
+        """Prompt of each row, or None where it is too long and may be left out."""
+        mine = self._encode([self._prompt_text(n, rows[n], rows[n].prompt) for n in numbers], sources)
         privileged = [n for n in numbers if rows[n].teacher_prompt]
-        said = [self._said(n, rows[n], rows[n].teacher_prompt) for n in privileged]
-        its = dict(zip(privileged, self._encode(said, sources), strict=True))
+        texts = [self._prompt_text(n, rows[n], rows[n].teacher_prompt) for n in privileged]
+        its = dict(zip(privileged, self._encode(texts, sources), strict=True))
         return [
             self._prompt(number, rows[number], ids, its.get(number, ids), sources.place)
             for number, ids in zip(numbers, mine, strict=True)
         ]
 
-    def _said(self, number: int, row: Row, text: str | Messages) -> PromptText:
+    def _prompt_text(self, number: int, row: Row, text: str | Messages) -> PromptText:
         where = row.where or f"{self.path}: row {number + 1}"
         return PromptText(text=text + self.suffix if isinstance(text, str) else text, tools=row.tools, where=where)
 
-    def _encode(self, said: Sequence[PromptText], sources: Sources) -> list[np.ndarray]:
-        encoded = [np.asarray(ids, dtype=np.int32) for ids in sources.tokenizer.encode_all(said)]
-        for one, ids in zip(said, encoded, strict=True):
+    def _encode(self, texts: Sequence[PromptText], sources: Sources) -> list[np.ndarray]:
+        encoded = [np.asarray(ids, dtype=np.int32) for ids in sources.tokenizer.encode_all(texts)]
+        for one, ids in zip(texts, encoded, strict=True):
             if len(ids) == 0:
                 raise DataError(f"prompts {one.where} has an empty prompt; remove the row")
         return encoded

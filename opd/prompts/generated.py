@@ -1,4 +1,4 @@
-"""Prompts of an embedded task, generated on demand: what the tasks' sources share."""
+"""Prompts of an embedded task, generated on demand: common code of the tasks' sources."""
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ SAMPLE = 1024  # problems that show what all are like
 
 
 class Problem(Protocol):
-    """What is asked and what is right."""
+    """A drawn problem: its prompt and its answer."""
 
     @property
     def prompt(self) -> str: ...
@@ -31,7 +31,7 @@ class GeneratedPrompts:
     """`prompts_per_step` problems a step, each `group_size` times.
 
     `problems` = 0 makes fresh problems forever; otherwise a fixed set of that many is gone through in epochs.
-    Sets with different seeds are different problems. A task's source names the task and who makes its problems.
+    Sets with different seeds are different problems. A task's source names the task and the maker of its problems.
     """
 
     task: ClassVar[str]
@@ -62,7 +62,7 @@ class GeneratedPrompts:
         return self.problems
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
-        """The first problems stand for all: they are made alike (see `opd.ports.Listed`)."""
+        """The first problems, which represent all: they are generated alike (see `opd.ports.Listed`)."""
         numbers = range(min(self.problems or SAMPLE, SAMPLE)) if step is None else dict.fromkeys(self._numbers(step))
         for number in numbers:
             prompt = self._prompt(number, sources)

@@ -1,4 +1,4 @@
-"""Several prompt sources at once: one student, several tasks, each with its teacher."""
+"""Mixture of several prompt sources: one student, several tasks, each with its teacher."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from opd.types.prompt_rows import Row
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class MixedPrompts:
-    """Every step has the prompts of all `sources`, by their own `prompts_per_step`.
+    """Mixture of all `sources` in every step, by their own `prompts_per_step`.
 
     `teachers` routes by task: `{"peak": "comparer"}` sends every prompt of task `peak` to the teacher `comparer`,
     whatever its source says; tasks it does not name keep the source's choice. The sources stand side by side, not
@@ -47,7 +47,7 @@ class MixedPrompts:
         return prompts
 
     def routes(self, sources: Sources) -> frozenset[str]:
-        """All teachers that a prompt may ask (see `opd.ports.Routed`)."""
+        """All teachers that a prompt may name (see `opd.ports.Routed`)."""
         named = [s.routes(_below(sources, name)) for name, s in self.sources.items() if isinstance(s, Routed)]
         return frozenset().union(*named) if not self.teachers else frozenset(self.teachers.values())
 
@@ -66,13 +66,13 @@ class MixedPrompts:
         return sum(counts) if all(counts) else 0
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
-        """What every source can show (see `opd.ports.Listed`)."""
+        """Rows of every source that can list them (see `opd.ports.Listed`)."""
         for name, source in self._listed():
             for row, prompt in source.every(_below(sources, name), step):
                 yield row, self._routed(prompt)
 
     def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
-        """A source that has nothing for a step ends it, whatever the others have (see `opd.ports.Listed`)."""
+        """First step for which any source has no prompts, whatever the others have (see `opd.ports.Listed`)."""
         found = [source.starved(kept, steps, _below(sources, name)) for name, source in self._listed()]
         return min((step for step in found if step is not None), default=None)
 

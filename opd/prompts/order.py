@@ -1,4 +1,4 @@
-"""Which items of a finite collection a step sees: a pure function of (seed, step)."""
+"""Order of a finite collection's items over steps: a pure function of (seed, step)."""
 
 import random
 from array import array

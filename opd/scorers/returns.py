@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from opd.ports import Engines, ScoreKinds, TopK
 from opd.scorers.teacher import TeacherTopK
-from opd.settings.ranges import In, TopIds, WeightShard
+from opd.settings.ranges import Fraction, In, TopIds
 from opd.settings.validation import settings
 from opd.types import Scores, TokenScores, TopKReturnScores, TopKScores, Trajectory
 
@@ -37,7 +37,7 @@ class WithReturns:
     # likeliest tokens of the teacher at each position
     k: TopIds = 16
     # decay of later rewards in a return
-    discount: WeightShard = 1.0
+    discount: Fraction = 1.0
     # divide a return by the tokens that remain
     length_normalized: bool = True
     # count a token's own reward in its return, as the released code does

@@ -1,1 +1,1 @@
-"""What a setting may be: types, ranges, secrets, devices, and the check of all of them."""
+"""Settings: types, ranges, secrets, devices, and the check of all of them."""

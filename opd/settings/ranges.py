@@ -1,4 +1,4 @@
-"""What a setting may be: the marks that a field's annotation carries, and the ranges that several fields share.
+"""Ranges of settings: the marks in a field's annotation, and the ranges that several fields share.
 
 Every number has an upper end, too: what is beyond it was mistyped, and would otherwise be found when memory runs out.
 `opd.settings.validation` checks them.
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 
 def number(value: float | int) -> str:
-    """A bound as people write it."""
+    """A bound in short decimal notation."""
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else f"{value:g}"
 
 
@@ -29,13 +29,13 @@ class In:
     because: str = ""
 
     def allows(self, value: Any) -> bool:
-        """Whether it is in the range; NaN is in none."""
+        """Whether the value is in the range; NaN is in none."""
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         return (above and below) or (self.or_zero and value == 0)
 
     def says(self, kind: str) -> str:
-        """As a sentence's object: `a number from 0 to 100`."""
+        """The range as a sentence's object: `a number from 0 to 100`."""
         low = f"above {number(self.low)}" if self.low_open else f"from {number(self.low)}"
         high = f"below {number(self.high)}" if self.high_open else f"{number(self.high)}"
         joint = " and " if self.low_open or self.high_open else " to "
@@ -45,7 +45,7 @@ class In:
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """A text of the form `pattern`, which people are told as `form`. Example: `Matches(r"[a-z]+", "small letters")`."""
+    """A text of the form `pattern`, which errors call `form`. Example: `Matches(r"[a-z]+", "small letters")`."""
 
     pattern: str
     form: str
@@ -56,7 +56,7 @@ class Matches:
         return re.fullmatch(self.pattern, value) is not None
 
     def says(self, kind: str) -> str:
-        """As a sentence's object: `text of small letters`."""
+        """The form as a sentence's object: `text of small letters`."""
         return f"{kind} {self.form}"
 
 
@@ -72,20 +72,20 @@ class Length:
         return len(value) >= self.least
 
     def says(self, kind: str) -> str:
-        """As a sentence's object: `a list of texts (at least 1)`."""
+        """The length as a sentence's object: `a list of texts (at least 1)`."""
         return f"{kind} (at least {self.least})"
 
 
 @dataclass(frozen=True, slots=True)
 class AtMost:
-    """Bounded by something only a planned run knows (`launch.plan.checks.settings`): `AtMost("the vocabulary")`."""
+    """A bound known only in a planned run (`launch.plan.checks.settings`): `AtMost("the vocabulary")`."""
 
     fact: str
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Of a device or processor a fraction, or several whole ones: what Ray gives."""
+    """A fraction of a device or processor, or several whole ones: Ray's rule."""
 
     because: str = "a part of one, or several whole ones"
 
@@ -94,7 +94,7 @@ class Whole:
         return value <= 1 or float(value).is_integer()
 
     def says(self, kind: str) -> str:
-        """As a sentence's object."""
+        """The rule as a sentence's object."""
         return f"{kind}, whole above 1"
 
 
@@ -115,7 +115,7 @@ Seed = Annotated[int, In(0, 2**32 - 1)]
 Steps = Annotated[int, In(1, 1_000_000_000)]
 Every = Annotated[int, In(0, 1_000_000_000)]  # 0: never
 TopIds = Annotated[int, In(1, 1_000_000), AtMost("vocabulary")]
-WeightShard = Annotated[float, In(0, 1)]
+Fraction = Annotated[float, In(0, 1)]
 Relative = Annotated[float, In(1e-6, 1e6, because="shares are divided by their sum")]
 PromptsPerStep = Annotated[int, In(1, 20_000, because="a step's prompts are in memory at once")]
 GroupSize = Annotated[int, In(1, 4096, because="a step's prompts are in memory at once")]

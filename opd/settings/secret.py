@@ -18,7 +18,7 @@ _LOGIN = re.compile(
 class Secret:
     """Text that prints as `<redacted>`, and that pickle, JSON and YAML refuse.
 
-    A part with a key of its own declares it so: `api_key: Secret`. Whoever needs the text says `reveal()`, and that
+    A part with a key of its own declares it so: `api_key: Secret`. A reader of the text calls `reveal()`, and that
     word is what to search for when one asks where secrets go. Example: `f"{Secret('hf_abc')}"` is `<redacted>`.
     """
 
@@ -59,12 +59,12 @@ def _digest(text: bytes) -> bytes:
 
 
 def names_a_secret(key: str) -> bool:
-    """Is what stands under this key a secret, whatever its type? Example: `hf_api_key`."""
+    """Whether the value under this key is a secret, whatever its type. Example: `hf_api_key`."""
     return _SECRET_KEY.search(key) is not None
 
 
 def names_a_token(key: str) -> bool:
-    """Is a *text* under this key a secret? `hf_token` is one; `max_tokens` holds a number, `tokenizer` is no token."""
+    """Whether a *text* under this key is a secret: `hf_token` is; `max_tokens` is a number, `tokenizer` no token."""
     return _TOKEN_KEY.search(key) is not None
 
 

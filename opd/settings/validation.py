@@ -1,4 +1,4 @@
-"""Types and ranges of settings: a field's annotation says both, and everything is checked here.
+"""Validation of settings: a field's annotation declares type and range, and everything is checked here.
 
 `temperature: Annotated[float, In(0, 100)]` is a finite number in that range, wherever it comes from: `settings` makes a
 dataclass check its fields when it is built, and the configuration calls `fit` with the name a user knows a field by.
@@ -29,7 +29,7 @@ SHOWN = 60  # characters of a wrong value in a sentence
 
 
 def settings(cls: type[Class]) -> type[Class]:
-    """Class decorator, below `@dataclass`: whoever builds one has its fields checked, before its own `__post_init__`.
+    """Class decorator, below `@dataclass`, that checks all fields of every instance before its `__post_init__`.
 
     Raises `ConfigurationError` that names class and field. What was given in another form of the declared type (an int
     for a float, a list for a tuple) is kept in the declared one.
@@ -62,7 +62,7 @@ def fields_of(cls: type) -> Mapping[str, Any]:
 
 
 def default_of(spec: "dataclasses.Field[Any]") -> Any:
-    """What a field is unless it is set; `MISSING` if it must be."""
+    """Default of a field; `MISSING` if it must be set."""
     return spec.default_factory() if spec.default_factory is not MISSING else spec.default
 
 
@@ -103,7 +103,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
 
 
 class _Misfit(Exception):
-    """A value is not of its type; `reason` adds to what the sentence says in any case."""
+    """Error about a value that is not of its type; `reason` is added to the sentence."""
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(reason)
@@ -111,7 +111,7 @@ class _Misfit(Exception):
 
 
 def parts_of(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A declared type without and with what it is annotated with."""
+    """A declared type without its annotation marks, and the marks."""
     if get_origin(hint) is not Annotated:
         return hint, ()
     base, *marks = get_args(hint)
@@ -153,7 +153,7 @@ def _simple(kind: type, value: Any) -> Any:
     if issubclass(kind, Enum) and isinstance(value, str):
         return kind.__members__.get(value.upper()) or kind._missing_(value.lower()) or _must(value, False)
     if getattr(kind, "_is_protocol", False):
-        if reason := strange(kind, value):
+        if reason := misfit(kind, value):
             raise _Misfit(reason)
         return value
     return _must(value, isinstance(value, kind))
@@ -177,7 +177,7 @@ def _either(kinds: Sequence[Any], value: Any, where: str) -> Any:
 
 @cache
 def members_of(protocol: type) -> Mapping[str, Any]:
-    """What a protocol asks for: its attributes, each with its declared type (`Any` for methods)."""
+    """Members of a protocol: its attributes, each with its declared type (`Any` for methods)."""
     found: dict[str, Any] = {}
     for base in reversed(protocol.__mro__):
         if not getattr(base, "_is_protocol", False):
@@ -192,7 +192,7 @@ def members_of(protocol: type) -> Mapping[str, Any]:
 
 
 def may_lack(*names: str) -> Callable[[type[Class]], type[Class]]:
-    """Class decorator of a protocol: a part may leave these out, and what reads them knows what that means."""
+    """Class decorator of a protocol that makes members optional: a part may lack them, and readers handle that."""
 
     def mark(protocol: type[Class]) -> type[Class]:
         setattr(protocol, MAY_LACK, names)
@@ -201,31 +201,31 @@ def may_lack(*names: str) -> Callable[[type[Class]], type[Class]]:
     return mark
 
 
-def strange(protocol: type, part: Any) -> str:
-    """Why `part` cannot stand in a slot of this protocol; "" if it can."""
+def misfit(protocol: type, part: Any) -> str:
+    """Reason why `part` cannot fill a slot of this protocol; "" if it can."""
     name = type(part).__name__
     if not dataclasses.is_dataclass(part) and isinstance(part, str | int | float | list | tuple | Mapping | NoneType):
         return "no part is named"
     if isinstance(part, type):
         return f"{part.__name__} is a class, build one"
-    asked = members_of(protocol)
+    required = members_of(protocol)
     if lacking := missing(protocol, type(part)):
         return lacking
-    for member, hint in asked.items():
+    for member, hint in required.items():
         if hint is Any or not _has(part, member):
             continue
         try:
             fit(hint, getattr(part, member), member)
         except Exception as error:  # noqa: BLE001  # a user's property may raise anything
             return f"its {member} is not what it should be: {error}"
-    return _other_call(getattr(protocol, "__call__"), part, name) if "__call__" in asked else ""  # noqa: B004, B009
+    return _other_call(getattr(protocol, "__call__"), part, name) if "__call__" in required else ""  # noqa: B004, B009
 
 
 def missing(protocol: type, cls: type) -> str:
-    """What a class lacks for a slot of this protocol; "" if nothing."""
+    """Members that a class lacks for a slot of this protocol; "" if none."""
     fields = {spec.name for spec in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    asked = members_of(protocol).keys() - {*getattr(protocol, MAY_LACK, ()), *fields}
-    lacking = sorted(name for name in asked if not hasattr(cls, name))
+    required = members_of(protocol).keys() - {*getattr(protocol, MAY_LACK, ()), *fields}
+    lacking = sorted(name for name in required if not hasattr(cls, name))
     return f"{cls.__name__} lacks {', '.join(lacking)}" if lacking else ""
 
 
@@ -236,23 +236,23 @@ def _has(part: Any, name: str) -> bool:
         return False
 
 
-def _other_call(asked: Callable[..., Any], part: Any, name: str) -> str:
+def _other_call(declared: Callable[..., Any], part: Any, name: str) -> str:
     given = type(part).__call__
-    if inspect.iscoroutinefunction(asked) != inspect.iscoroutinefunction(given):
-        return f"{name} is called {'without' if inspect.iscoroutinefunction(asked) else 'with'} await"
-    wants = list(inspect.signature(asked).parameters)[1:]
+    if inspect.iscoroutinefunction(declared) != inspect.iscoroutinefunction(given):
+        return f"{name} is called {'without' if inspect.iscoroutinefunction(declared) else 'with'} await"
+    wants = list(inspect.signature(declared).parameters)[1:]
     try:
         inspect.signature(given).bind(*[None] * (len(wants) + 1))
     except TypeError:
         return f"{name} is not called with ({', '.join(wants)})"
-    theirs, ours = _returns(given), _returns(asked)
+    theirs, ours = _returns(given), _returns(declared)
     if theirs and ours and not issubclass(theirs, ours) and not issubclass(ours, theirs):
         return f"{name} gives {theirs.__name__} and not {ours.__name__}"
     return ""
 
 
 def _returns(function: Callable[..., Any]) -> type | None:
-    """The class that a call gives, where it is declared and a plain one."""
+    """Return type of a call, where it is declared and a plain class."""
     try:
         hint = get_type_hints(function).get("return")
     except Exception:  # noqa: BLE001  # names that only a type checker can resolve
@@ -261,7 +261,7 @@ def _returns(function: Callable[..., Any]) -> type | None:
     return hint if isinstance(hint, type) else None
 
 
-# What a user is told.
+# Error sentences.
 
 
 def _sentence(hint: Any, value: Any, where: str, default: Any, because: str) -> str:
@@ -272,10 +272,10 @@ def _sentence(hint: Any, value: Any, where: str, default: Any, because: str) -> 
 
 def _wanted(hint: Any) -> str:
     base, marks = parts_of(hint)
-    said = _kind(base)
+    described = _kind(base)
     for mark in marks:
-        said = said if isinstance(mark, AtMost) else mark.says(said)
-    return said
+        described = described if isinstance(mark, AtMost) else mark.says(described)
+    return described
 
 
 def _kind(base: Any) -> str:
@@ -327,7 +327,7 @@ def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
 
 
 def _members_like(name: str, members: Sequence[str]) -> list[str]:
-    """Members that are nearly `name`, or else those that it has in it or that have it in them."""
+    """Members that are nearly `name`, or else those that contain it or that it contains."""
     within = sorted((member for member in members if member in name or name in member), key=len, reverse=True)
     return get_close_matches(name, members, n=1, cutoff=0.75) or within
 
@@ -347,7 +347,7 @@ def _legal(hint: Any, value: Any) -> bool:
 
 
 def spelled(value: Any) -> str:
-    """A value as an override has it on the command line. Example: `spelled([1, "a b"])` is `[1,'a b']`."""
+    """A value as an override on the command line. Example: `spelled([1, "a b"])` is `[1,'a b']`."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, Enum):
@@ -368,12 +368,12 @@ def spelled(value: Any) -> str:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """Backslashes before a quote, or before the one that closes, are written twice."""
+    """Text with backslashes doubled before a quote, or before the closing one."""
     return match[1] * 2 + ("\\'" if match[2] else "")
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence names it, cut where it is long."""
+    """A value as in an error sentence, cut where it is long."""
     if isinstance(value, int) and abs(value) >= 10**SHOWN:
         return f"a number of more than {SHOWN} digits"
     text = spelled(value) if isinstance(value, bool | Enum | NoneType) else repr(value)

@@ -1,4 +1,4 @@
-"""Micro-batches, unreduced losses and what an optimizer step did."""
+"""Micro-batches, unreduced losses and reports of optimizer steps."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,12 +17,12 @@ from opd.types.trajectories import Prompt, Scored, StopReason, Trajectory
 
 @cache
 def _large(kind: type) -> tuple[str, ...]:
-    """Those of its fields that may hold arrays."""
+    """Names of a class's fields that may hold arrays."""
     return tuple(f.name for f in fields(kind) if f.type not in (str, int, float, StopReason))
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of all arrays within a value of this module, those held elsewhere included."""
+    """Bytes of all arrays within a value of this module, remote ones included."""
     if isinstance(value, np.ndarray | Tensor):
         return value.nbytes
     if isinstance(value, RemoteRows):
@@ -132,7 +132,7 @@ class Batch(Generic[S]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLoss:
-    """An unreduced loss, so that the learner may evaluate it in chunks; metrics are per token, detached.
+    """An unreduced loss, which the learner may evaluate in chunks; metrics are per token, detached.
 
     NaN in a metric means "not defined at this token" (an empty overlap, another position bucket): means are taken
     over the tokens where it is defined. A NaN in `loss` is an error that the learner reports.
@@ -144,9 +144,10 @@ class TokenLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one optimizer step did. `metrics` are means over those trained tokens of the whole batch at which they
-    are defined (`opd.loss.metric_sums`); one that was defined nowhere is absent. `skipped`: the loss or the gradient
-    norm was not finite, so weights and optimizer are those of before."""
+    """Report of one optimizer step. `metrics` are means over those trained tokens of the whole batch at which they are
+    defined (`opd.loss.metric_sums`); one that was defined nowhere is absent. `skipped`: the loss or the gradient norm
+    was not finite, so weights and optimizer are those of before.
+    """
 
     loss: float
     grad_norm: float

@@ -1,4 +1,4 @@
-"""What is left of a distribution, in logarithms."""
+"""Remaining probability mass of a distribution, in logarithms."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ ABSENT = -80.0  # the log-probability of what a distribution leaves out: its ter
 
 
 def remainder(logprobs: Float[Array, "T K"]) -> Float[Array, " T"]:
-    """`log(1 - sum exp)` per row, never below one rounding step of the dtype: all that K numbers say of the others."""
+    """`log(1 - sum exp)` per row, never below one rounding step of the dtype: the mass outside of K known values."""
     given = logprobs if isinstance(logprobs, Tensor) else torch.from_numpy(np.array(logprobs))
     covered = given.double().exp().sum(-1).clamp(max=1 - torch.finfo(given.dtype).eps)
     left = torch.log1p(-covered).to(given.dtype)

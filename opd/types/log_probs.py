@@ -1,4 +1,4 @@
-"""What log-probabilities must be, whoever says them: an engine of what it wrote, a teacher of what it read."""
+"""Validity of log-probabilities, from an engine (of generated tokens) or a teacher (of scored tokens)."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -8,7 +8,7 @@ MASS = 1e-2  # the probabilities of distinct tokens may sum to 1 plus this
 
 
 def are_logprobs(values: Float[np.ndarray, "*shape"]) -> bool:
-    """No NaN, no infinity (an infinite KL, a NaN gradient) and, within rounding, nothing above 0."""
+    """Whether values are log-probabilities: no NaN, no infinity and, within rounding, nothing above 0."""
     # A NaN compares as false. `count_nonzero` costs a tenth of `all`.
     return bool(np.count_nonzero((values <= ROUNDING) & (values > -np.inf)) == values.size)
 
@@ -21,17 +21,17 @@ def contradiction(
     *,
     likeliest: bool,
 ) -> str:
-    """How a support (`ids`, `values`) contradicts what is said of the written tokens alone; "" if it does not.
+    """Contradiction between a support (`ids`, `values`) and the sampled tokens' own log-probabilities; "" if none.
 
     Rows shifted by one do. `likeliest`: the support is a top-k.
     """
     same = ids == token_ids[:, None]
     if (np.abs(values - logprobs[:, None])[same] > ROUNDING).any():
-        return "a written token has one log-probability by itself and another in its support (shifted rows?)"
+        return "a sampled token has one log-probability by itself and another in its support (shifted rows?)"
     if not likeliest:
         return ""
     if (logprobs > values.min(axis=1, initial=np.inf) + ROUNDING)[~same.any(axis=1)].any():
-        return "a written token is likelier than the top-k that does not contain it (shifted rows?)"
+        return "a sampled token is likelier than the top-k that does not contain it (shifted rows?)"
     if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
         return "a top-k names a token twice"
     if (np.exp(values.astype(np.float64)).sum(axis=1) > 1 + MASS).any():

@@ -1,4 +1,4 @@
-"""Rows of prompt files, and what is read of them."""
+"""Rows of prompt files, and their parsed parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class PromptText:
 class Row:
     """One line of a prompt file: a prompt is plain text or chat messages.
 
-    What has no column is "" (`teacher_prompt`: the teacher's own prompt; `teacher`: whom to ask), empty (`tools`) or 1
+    What has no column is "" (`teacher_prompt`: the teacher's own prompt; `teacher`: the default), empty (`tools`) or 1
     (`weight`). `where` is the file and the line, for errors.
     """
 
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Where in a prompt file the parts of a `Row` stand ("" = nowhere), and how they are read.
+    """Columns of a prompt file for the parts of a `Row` ("" = absent), and how they are read.
 
     A dot leads into an object (`reward_model.ground_truth`). `drop_last_answer` cuts an assistant's turn off the end of
     a conversation. `place` is the part of the settings that an error names.

@@ -21,7 +21,7 @@ class RemoteRows:
     """
 
     pieces: tuple[tuple[Any, Int[np.ndarray, " _rows"]], ...]
-    row_nbytes: int = 0  # of one row, where it is held; 0 = not said
+    row_nbytes: int = 0  # of one row, where it is held; 0 = not known
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.pieces)
@@ -38,12 +38,12 @@ class RemoteRows:
 
     @staticmethod
     def concat(values: Sequence["RemoteRows"]) -> "RemoteRows":
-        """One after the other."""
+        """Rows of several objects, one after the other."""
         widest = max((value.row_nbytes for value in values), default=0)
         return RemoteRows(pieces=tuple(piece for value in values for piece in value.pieces), row_nbytes=widest)
 
     def fetch(self, get: Fetch) -> Tensor:
-        """The rows themselves, `[rows, H]`; each array is fetched once. 16-bit words are bfloat16.
+        """Values of the rows, `[rows, H]`; each array is fetched once. 16-bit words are bfloat16.
 
         Arrays of several teachers may differ in width and dtype: `H` is the widest, narrower rows end in zeros
         (which no output matrix looks at), and the dtype is one that holds all values exactly.

@@ -1,4 +1,4 @@
-"""Scores: what a model, or a grader, says of the tokens of a trajectory."""
+"""Scores of the tokens of a trajectory, by a model or a grader."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -49,16 +49,16 @@ def _to(value: Any, device: torch.device | str, get: Fetch) -> Any:
 
 @cache
 def _names(kind: type) -> tuple[str, ...]:
-    """The fields of a dataclass; `dataclasses.fields` builds them anew at every call, which every sample would pay."""
+    """Names of a dataclass's fields; `dataclasses.fields` builds them anew at every call, once for every sample."""
     return tuple(f.name for f in fields(kind))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What a model says about tokens. Every field has the token axis first, so the verbs are written once.
+    """Scores of tokens by a model. Every field has the token axis first, so the methods are written once.
 
     A field is an array, `RemoteRows`, other scores about the same tokens, or a tuple of those.
-    The base class itself is the testimony of nobody (SFT needs none): `Scores()`.
+    The base class itself, `Scores()`, has no scores (SFT needs none).
     """
 
     def take(self, index: np.ndarray) -> Self:
@@ -75,14 +75,14 @@ class Scores:
 
     @classmethod
     def concat(cls, values: Sequence[Self]) -> Self:
-        """Testimony about several trajectories as one, in order. `values` must not be empty."""
+        """Scores of several trajectories as one, in order. `values` must not be empty."""
         joined = {name: _concat([getattr(v, name) for v in values]) for name in _names(type(values[0]))}
         return replace(values[0], **joined)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores(Scores):
-    """Log-probability of the token that was written. Example: `TokenScores(logprobs=[-0.1, -2.3])`."""
+    """Log-probability of the sampled token. Example: `TokenScores(logprobs=[-0.1, -2.3])`."""
 
     logprobs: Float[Array, " T"]
 
@@ -91,7 +91,7 @@ class TokenScores(Scores):
 class TopKScores(TokenScores):
     """Log-probabilities on a small support per token, under the *full* softmax.
 
-    Whose support it is (teacher's top-k, student's top-k, ...) is said by the scorer that asked. `rest` is the log-mass
+    Which support it is (teacher's top-k, student's top-k, ...) depends on the scorer. `rest` is the log-mass
     of all other ids. Left out by a source that has no whole row, it is what the support leaves of 1 (`remainder`).
     Example: `TopKScores(logprobs=[-0.1], topk_ids=[[7, 9]], topk_logprobs=[[-0.1, -2.4]], rest=[-5.7])`.
     """
@@ -107,7 +107,7 @@ class TopKScores(TokenScores):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopKReturnScores(TopKScores):
-    """A support, and the return of every written token: what the tokens after it earned.
+    """A support, and the return of every sampled token: the reward of the tokens after it.
 
     Example: `TopKReturnScores(logprobs=[-0.1], topk_ids=[[7]], topk_logprobs=[[-0.1]], returns=[0.3])`.
     """
@@ -117,7 +117,7 @@ class TopKReturnScores(TopKScores):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyScores(TokenScores):
-    """Log-probabilities of the whole vocabulary: what objectives over exact distributions consume.
+    """Log-probabilities of the whole vocabulary: input of objectives over exact distributions.
 
     Never travels; the learner makes it, a chunk of rows at a time, from `HiddenScores`.
     """
@@ -130,7 +130,7 @@ class HiddenScores(TokenScores):
     """Last hidden states (after the final norm); with the teacher's head they are `VocabularyScores`.
 
     Travels as `RemoteRows`. `head` is the number of the output matrix that reads each row: the place of the teacher
-    in `Engines.teachers`, filled in by the scorer; left out by a teacher, who does not know it, it is 0. Where rows
+    in `Engines.teachers`, filled in by the scorer; left out by a teacher, which does not know it, it is 0. Where rows
     of several teachers meet, `H` is the widest of them, and a matrix reads as many columns as it has.
     Example: `HiddenScores(logprobs=[-0.1], hidden=RemoteRows(...), head=[0])`.
     """
@@ -147,7 +147,7 @@ class HiddenScores(TokenScores):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsembleScores(TokenScores):
-    """Several teachers about the same tokens, to be read as one: the mixture `sum_m shares[m] * p_m`.
+    """Several teachers' scores of the same tokens, read as one: the mixture `sum_m shares[m] * p_m`.
 
     `logprobs` is already that of the mixture. Example, of two members: `EnsembleScores(logprobs=[-0.1],
     members=(HiddenScores(...), HiddenScores(...)), shares=[[0.5, 0.5]])`.

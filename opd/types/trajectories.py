@@ -1,4 +1,4 @@
-"""Prompts and the trajectories that were written for them."""
+"""Prompts and their trajectories."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ NO_VERSION = -1
 
 
 class StopReason(Enum):
-    """Why a completion ended."""
+    """Reason why a completion ended."""
 
     END = "end"  # the model wrote its end-of-text token
     LENGTH = "length"  # the token limit cut it
@@ -23,7 +23,7 @@ class StopReason(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What is asked, and what the teacher may know about it.
+    """A prompt as token ids for student and teacher, with its answer.
 
     `teacher_ids` equals `student_ids` unless the teacher is privileged. Prompts of one step that share an
     `id` form a group. `weight` >= 0 is how much the prompt counts where a method asks for it
@@ -42,10 +42,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """A prompt and what was written for it.
+    """A prompt and one completion of it.
 
-    `behavior` is the testimony of the policy that wrote (the *actual* sampling distribution, after temperature and
-    truncation); `versions` says which policy version wrote each token (`NO_VERSION`: somebody else did); `loss_mask` is
+    `behavior` has the log-probabilities of the *actual* sampling distribution, after temperature and truncation;
+    `versions` has the policy version that sampled each token (`NO_VERSION`: not the student); `loss_mask` is
     False where a token is context only. `sample` is its number within the group. `digests` names the published weights
     behind each of those versions (`Completion.digests`); it is empty for text that no student engine wrote.
     """

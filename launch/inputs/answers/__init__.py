@@ -1,1 +1,1 @@
-"""Answers as values: what a reference says, what a completion ends with, and whether the two are equal."""
+"""Answers as values: reading a reference, finding a completion's answer, and testing the two for equality."""

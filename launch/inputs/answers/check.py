@@ -1,4 +1,4 @@
-"""Can a reference be graded at all? Its notation is looked at first, which is cheap; the library is asked last."""
+"""Gradability of references: notation is checked first, which is cheap, and the math library last."""
 
 import re
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ _BROKEN = re.compile(r"[-+/^_]\s*$|^\s*[/^_]|[+/^_]\s*[+/^_]|\{\s*\}|\(\s*\)")
 
 
 def doubtful(answer: str) -> str | None:
-    """Why a reference cannot be read, "" if nothing is wrong with it, None if only the library can tell."""
-    asked = False
+    """Reason why a reference cannot be read; "" if nothing is wrong with it, None if only the library can decide."""
+    unknown = False
     for leaf in _leaves(finding.reference(answer)):
         if isinstance(leaf, Unreadable):
             return leaf.why
@@ -38,12 +38,14 @@ def doubtful(answer: str) -> str | None:
             continue
         if _BROKEN.search(leaf):
             return f"{leaf!r} is no formula"
-        asked |= not set(re.findall(r"\\([A-Za-z]+)", leaf)) <= _KNOWN
-    return None if asked else ""
+        unknown |= not set(re.findall(r"\\([A-Za-z]+)", leaf)) <= _KNOWN
+    return None if unknown else ""
 
 
 def trouble(answer: str) -> str:
-    """Why a reference cannot be graded, "" if it can. Every formula is parsed and evaluated, which may never end."""
+    """Reason why a reference cannot be graded, "" if it can. Every formula is parsed and evaluated, which may never
+    end.
+    """
     for leaf in _leaves(finding.reference(answer)):
         if isinstance(leaf, Unreadable):
             return leaf.why
@@ -53,7 +55,7 @@ def trouble(answer: str) -> str:
 
 
 def _leaves(answer: Answer) -> Iterator[str | Unreadable]:
-    """All formulas of an answer, and what is unreadable in it."""
+    """All formulas of an answer, and its unreadable parts."""
     match answer:
         case Expression():
             if not answer.base:

@@ -1,4 +1,4 @@
-"""Is a given answer equal to the reference? The rules are in docs/grading.md."""
+"""Equality of a given answer and the reference. The rules are in docs/grading.md."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _LESS = {"<": "(", "\\le": "["}
 
 
 def same(gold: Answer, given: Answer) -> bool:
-    """Equality of values; `gold` is the reference, whose brackets and names count."""
+    """Whether two values are equal; `gold` is the reference, whose brackets and names count."""
     if isinstance(gold, Unreadable) or isinstance(given, Unreadable):
         return False
     if gold == given:
@@ -86,12 +86,12 @@ def _relations(gold: Answer, given: Answer) -> bool:
 
 
 def _wordy(name: str) -> bool:
-    """A name that only says what is meant, e.g. `Area` or `f(x)` against `y`."""
+    """Whether a name only describes the value, e.g. `Area` or `f(x)` against `y`."""
     return "\\text" in name or (len(name) > 2 and name.isalpha())
 
 
 def _sides(answer: Answer) -> tuple[str, str] | None:
-    """An equation's two sides as LaTeX."""
+    """Two sides of an equation as LaTeX."""
     if isinstance(answer, Relation):
         return (answer.sides[0], answer.sides[1]) if answer.signs == ("=",) else None
     if isinstance(answer, Named) and not answer.member and isinstance(answer.value, Expression):
@@ -121,7 +121,7 @@ def _both_intervals(gold: Answer, given: Answer) -> bool:
 
 
 def interval(answer: Answer) -> Answer | None:
-    """A set of numbers as intervals: `1 < x \\le 3` as `(1, 3]`, `x < 1 or x > 3` as a union."""
+    r"""A set of numbers as intervals: `1 < x \le 3` as `(1, 3]`, `x < 1 or x > 3` as a union."""
     if isinstance(answer, Named):
         return interval(answer.value)
     if isinstance(answer, Union) or (isinstance(answer, Group) and answer.brackets != BARE):
@@ -175,7 +175,7 @@ def _collections(gold: Answer, given: Answer) -> bool:
 
 
 def _letters(group: Group, other: Answer) -> bool:
-    """Several choices written as one word: `A, C` as `AC`."""
+    """Several choices as one word: `A, C` as `AC`."""
     word = other.latex if isinstance(other, Expression) else other.words.upper() if isinstance(other, Text) else ""
     letters = [item.letter for item in group.items if isinstance(item, Choice)]
     return len(letters) == len(group.items) and group.brackets == BARE and sorted(letters) == sorted(word)
@@ -222,7 +222,7 @@ def _ordered(gold: Sequence[Answer], given: Sequence[Answer]) -> bool:
 
 
 def matched(gold: Sequence[Answer], given: Sequence[Answer], equal: Callable[[Answer, Answer], bool]) -> bool:
-    """Is there a partner for each? Equality is transitive enough for the first that fits to be taken."""
+    """Whether every item has a partner. Equality is transitive enough for the first that fits to be taken."""
     if len(gold) != len(given):
         return False
     left = list(given)
@@ -269,7 +269,7 @@ def _expressions(gold: Expression, given: Expression) -> bool:
 
 
 def _converted(with_unit: Expression, other: Expression) -> bool:
-    """A share or an angle as the number that it is: 12% and 0.12, 90 degrees and pi/2."""
+    """A percentage or an angle as a plain number: 12% and 0.12, 90 degrees and pi/2."""
     if with_unit.unit == "%":
         return expressions.equal(_times(with_unit.latex, Fraction(1, 100)), other.latex)
     if with_unit.unit == "degree":

@@ -1,4 +1,4 @@
-"""Are two formulas equal? Exact for numbers, at several points for what has variables. Imports sympy when it must."""
+"""Equality of two formulas: exact for numbers, at several points for those with variables. Imports sympy lazily."""
 
 import logging
 import re
@@ -23,7 +23,7 @@ _SCIENTIFIC = re.compile(r"([+-]?\s*(?:\d+(?:\.\d*)?|\.\d+))\s*\\(?:times|cdot)\
 
 
 def number(latex: str) -> Fraction | None:
-    """The value of a plain number (decimal, fraction, mixed number, scientific), else None."""
+    """Value of a plain number (decimal, fraction, mixed number, scientific), else None."""
     latex = latex.strip()
     if _DECIMAL.fullmatch(latex):
         return Fraction(re.sub(r"\s", "", latex).rstrip("."))
@@ -40,7 +40,7 @@ def number(latex: str) -> Fraction | None:
 
 
 def equal(gold: str, given: str) -> bool:
-    """Do two formulas have the same value?"""
+    """Whether two formulas have the same value."""
     if gold == given:
         return True
     left, right = number(gold), number(given)
@@ -50,7 +50,7 @@ def equal(gold: str, given: str) -> bool:
 
 
 def evaluated(latex: str) -> bool:
-    """Can a formula be read? It is evaluated, too, so that what never ends shows."""
+    """Whether a formula can be read. It is evaluated too, so that an endless evaluation shows."""
     if number(latex) is not None:
         return True
     found = formula(latex)
@@ -61,7 +61,7 @@ def evaluated(latex: str) -> bool:
 
 
 def proportional(gold: tuple[str, str], given: tuple[str, str], *, directed: bool) -> bool:
-    """Is `left - right` of one pair a constant multiple of the other's (a positive one if `directed`)?"""
+    """Whether `left - right` of one pair is a constant multiple of the other's (a positive one if `directed`)."""
     import mpmath
 
     first, second = (formula(f"({left})-({right})") for left, right in (gold, given))
@@ -77,7 +77,7 @@ def proportional(gold: tuple[str, str], given: tuple[str, str], *, directed: boo
 
 
 def _rounded(gold: str, given: str, left: Fraction, right: Fraction) -> bool:
-    """Is the shorter of two decimals the longer one, or the fraction, to its own number of digits?"""
+    """Whether the shorter of two decimals is the longer one, or the fraction, rounded to its own number of digits."""
     for short, text, long, other in ((left, gold, right, given), (right, given, left, gold)):
         digits = _significant(text)
         if digits is None or digits < _DIGITS or (_significant(other) or 10**6) <= digits:
@@ -88,7 +88,7 @@ def _rounded(gold: str, given: str, left: Fraction, right: Fraction) -> bool:
 
 
 def _significant(latex: str) -> int | None:
-    """Digits of a decimal with a point; None for anything else, which is exact."""
+    """Number of digits of a decimal with a point; None for anything else, which is exact."""
     if not re.fullmatch(r"[+-]?\s*\d*\.\d+", latex):
         return None
     return len(re.sub(r"\D", "", latex).lstrip("0"))
@@ -117,13 +117,13 @@ def _equal_formulas(gold: str, given: str) -> bool:
 
 
 def _rounds(latex: str, short: Any, long: Any) -> bool:
-    """`latex` is a decimal of value `short` with enough digits, and `long` is it before rounding."""
+    """Whether `latex` is a decimal of value `short` with enough digits, and `long` its value before rounding."""
     digits = _significant(latex)
     return digits is not None and digits >= _DIGITS and abs(short - long) <= 0.5000001 * float(_last_place(latex))
 
 
 def _same(first: Any, second: Any) -> bool:
-    """math-verify's own comparison, for what has no value at a point."""
+    """math-verify's own comparison, for formulas that have no value at a point."""
     from math_verify import verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # that there is no deadline: the caller has one
@@ -131,7 +131,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _values(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
-    """Both formulas at points where both have a value: rational ones, and natural ones where these give too few."""
+    """Values of both formulas where both have one: at rational points, and natural ones where these give too few."""
     from sympy import Product, Rational, Sum
 
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
@@ -150,7 +150,7 @@ def _values(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _value(expression: Any, values: dict[Any, Any]) -> Any:
-    """A number of many digits, or None where the formula has none at this point."""
+    """Value of a formula at a point to many digits, or None where it has none."""
     import mpmath
 
     try:

@@ -1,4 +1,4 @@
-"""Where in a text its answer stands: the last box, else what is announced, else the last formula or number."""
+"""Extraction of the answer from a text: the last box, else an announced answer, else the last formula or number."""
 
 import re
 
@@ -24,7 +24,7 @@ _LONG = 160  # characters of a reference that cannot be one answer
 
 
 def reference(text: str) -> Answer:
-    """What a reference says: what is behind its last `####`, in its last box, or the whole of it."""
+    """Answer of a reference: the text behind its last `####`, in its last box, or the whole of it."""
     text = text.strip()
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip()
@@ -40,7 +40,7 @@ def reference(text: str) -> Answer:
 
 
 def given(completion: str, gold: Answer) -> Answer:
-    """What a completion answers; `gold` tells only of what kind the answer is to be."""
+    """Answer of a completion; `gold` only determines which kind of answer is looked for."""
     text = completion.rpartition("</think>")[2] or completion
     if not text.strip():
         text = completion
@@ -57,7 +57,7 @@ def given(completion: str, gold: Answer) -> Answer:
 
 
 def box(text: str) -> str | None:
-    """What the last box holds, or the last ones with only `and`, `or` or a comma between; None if it is not closed."""
+    """Content of the last box, or of the last ones with only `and`, `or` or a comma between; None if unclosed."""
     boxes: list[tuple[int, int, str]] = []
     for match in _BOX.finditer(text):
         if match.end() < len(text) and text[match.end()] == "{":
@@ -84,14 +84,14 @@ def _connects(between: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without the marks of Markdown: bold, headings, quotes, trailing signs."""
+    """Text without the marks of Markdown: bold, headings, quotes, trailing signs."""
     text = re.sub(r"(?<![\w)*])(\*\*|__)(?=\S)([^\n]{1,300}?)(?<=\S)\1(?![\w(*])", r"\2", text)
     text = re.sub(r"(?m)^[ \t]*(?:#{1,3}\s|>\s|[-*]\s(?=\D))", "", text)
     return text.strip()
 
 
 def _sentence(text: str) -> str:
-    """The first sentence or line of `text`, without its stop."""
+    """First sentence or line of `text`, without its full stop."""
     text = text.strip()
     if match := re.match(r"\\\[.*?\\\]|\$\$.*?\$\$(?!\$)", text, re.DOTALL):
         return match.group()
@@ -101,7 +101,7 @@ def _sentence(text: str) -> str:
 
 
 def _after(text: str, gold: Answer) -> Answer:
-    """The answer with which an announced sentence begins or that it is."""
+    """The answer with which an announced sentence begins, or which it is as a whole."""
     sentence = _sentence(text)
     if not sentence:
         return Unreadable(why="nothing is announced")
@@ -121,7 +121,7 @@ def _after(text: str, gold: Answer) -> Answer:
 
 
 def _fits(found: Answer, gold: Answer) -> bool:
-    """Is it of a kind that can be meant? Words are not, where a number is asked for."""
+    """Whether a candidate is of a possible kind: words are not, where the reference is a number."""
     if isinstance(found, Unreadable):
         return False
     if isinstance(gold, Text):
@@ -139,7 +139,7 @@ def _inside(match: re.Match[str]) -> str:
 
 
 def _last(text: str, gold: Answer) -> Answer:
-    """The last thing of the right kind in running text."""
+    """Last candidate of the right kind in running text."""
     if isinstance(gold, Text):
         return _last_words(text, len(gold.words.split()))
     spans = list(_MATH.finditer(text))
@@ -165,7 +165,7 @@ def _last(text: str, gold: Answer) -> Answer:
 
 
 def _last_words(text: str, count: int) -> Answer:
-    """The last words of the last sentence, unless it denies them."""
+    """Last words of the last sentence, unless it negates them."""
     lines = [line for line in re.split(r"\n|(?<=[.!?])\s+", text.strip()) if line.strip()]
     words = re.sub(r"[$*`\"]", "", lines[-1]).rstrip(" .!?").split() if lines else []
     if not words or "not" in [word.lower() for word in words]:
@@ -174,7 +174,7 @@ def _last_words(text: str, count: int) -> Answer:
 
 
 def _last_formula(text: str, *, several: bool) -> Answer:
-    """The last run of signs that are no words; `several` lets `and` and `or` stand in it."""
+    """Last run of characters that are no words; `several` admits `and` and `or` in it."""
     for line in reversed([line for line in text.splitlines() if line.strip()]):
         run: list[str] = []
         for token in reversed(line.split()):

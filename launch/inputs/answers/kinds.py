@@ -1,4 +1,4 @@
-"""What an answer can be: a small tree whose leaves are LaTeX or words. Nothing here knows sympy."""
+"""Kinds of answers: a small tree whose leaves are LaTeX or words. Nothing here knows sympy."""
 
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """What stands between colons, e.g. `3:4`."""
+    """Terms of a ratio, e.g. `3:4`."""
 
     items: "tuple[Answer, ...]"
 
@@ -81,7 +81,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreadable:
-    """What no rule reads: equal to nothing but the same characters."""
+    """Text that no rule reads: equal to nothing but the same characters."""
 
     why: str
 

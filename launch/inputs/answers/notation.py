@@ -1,4 +1,4 @@
-"""One spelling for what LaTeX, Unicode and plain text write in many ways. Pure text in, text out."""
+"""One spelling for the many notations of LaTeX, Unicode and plain text. Pure text in, text out."""
 
 import re
 
@@ -48,7 +48,7 @@ _NUMBER = r"\d+(?:\.\d+)?|\.\d+"
 
 
 def canonical(text: str) -> str:
-    """`text` in one spelling, e.g. `$\\dfrac12\\,$` as `\\frac{1}{2}` and `sqrt(5)` as `\\sqrt{5}`."""
+    r"""`text` in canonical spelling, e.g. `$\dfrac12\,$` as `\frac{1}{2}` and `sqrt(5)` as `\sqrt{5}`."""
     text = _undollared(_unicode(text).strip())
     text = re.sub(r"\\\\\s*\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]", r"\\\\", text)
     text = re.sub(r"(?<!\\)\\(\(|\)|\[|\])", " ", text)
@@ -73,7 +73,7 @@ def _unicode(text: str) -> str:
 
 
 def _undollared(text: str) -> str:
-    """Without `$` that delimit; one that is money becomes `\\$`."""
+    r"""Text without the `$` that delimit math; a dollar sign before money becomes `\$`."""
     plain = re.findall(r"(?<!\\)\$", text)
     if len(plain) == 1:
         return re.sub(r"(?<!\\)\$(?=\s*[\d.])", r"\\$", text).replace("$", "\\$").replace("\\\\$", "\\$")
@@ -128,7 +128,7 @@ def _texts(text: str) -> str:
 
 
 def _operators(text: str) -> str:
-    """Plain `**`, `*`, `<=`, `sqrt(2)`, `pi`, `1e-5` as LaTeX; what stands in `\\text{}` is left alone."""
+    """Plain `**`, `*`, `<=`, `sqrt(2)`, `pi`, `1e-5` as LaTeX; the content of `\\text{}` is left alone."""
     return "".join(
         part if part.startswith("\\text{") else _plain(part) for part in re.split(r"(\\text\{[^{}]*\})", text)
     )
@@ -192,7 +192,7 @@ def _argument(text: str, at: int, command: str) -> tuple[str, int]:
 
 
 def closing(text: str, at: int) -> int:
-    """Where the bracket that opens at `at` is closed; -1 if it never is. Escaped braces do not count as braces."""
+    """Position where the bracket that opens at `at` is closed; -1 if never. Escaped braces do not count as braces."""
     pairs, depth, i = {"{": "}", "(": ")", "[": "]"}, 0, at
     opening, end = text[at], pairs[text[at]]
     while i < len(text):

@@ -1,4 +1,4 @@
-"""What a process that grades imports before it is asked; nothing else imports this."""
+"""Imports of a grading process, made before its first request; nothing else imports this."""
 
 import latex2sympy2_extended.latex2sympy2
 import math_verify

@@ -1,4 +1,4 @@
-"""One answer's text as a value: brackets, lists, relations, matrices, units, choices and words."""
+"""Text of one answer as a value: brackets, lists, relations, matrices, units, choices and words."""
 
 import re
 from typing import TypeGuard
@@ -61,7 +61,7 @@ def read(text: str) -> Answer:
 
 
 def balanced(text: str) -> bool:
-    """Are all braces closed?"""
+    """Whether all braces are closed."""
     depth = 0
     for brace in re.findall(r"\\.|[{}]", text):
         depth += (brace == "{") - (brace == "}")
@@ -71,7 +71,7 @@ def balanced(text: str) -> bool:
 
 
 def depth(text: str) -> int:
-    """How deeply brackets of any kind are nested."""
+    """Nesting depth of brackets of any kind."""
     deepest = now = 0
     for bracket in re.findall(r"[{}()\[\]]", text):
         now += 1 if bracket in "{([" else -1
@@ -152,7 +152,7 @@ def _is_bare(item: Answer) -> TypeGuard[Group]:
 
 
 def _rejoined(items: list[str]) -> list[str]:
-    """Thousands separators are no separators: `1,000` in `1,000 dollars` or `x = 12,500`."""
+    """Items with thousands separators joined again: `1,000` in `1,000 dollars` or `x = 12,500`."""
     joined = [items[0]]
     for item in items[1:]:
         if re.search(r"(?:^|[^\d.,])[1-9]\d{0,2}(?:,\d{3})*$", joined[-1]) and re.match(r"\d{3}(?![\d])", item):
@@ -213,7 +213,7 @@ def _is_name(side: str) -> bool:
 
 
 def _symbols(side: str) -> bool:
-    """Does a side hold a variable?"""
+    """Whether a side holds a variable."""
     bare = re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", " ", side)
     return bool(re.search(r"[A-DF-Za-df-hj-z]", bare)) or bool(re.search(r"\\(?:theta|alpha|beta|lambda|phi)", side))
 
@@ -249,7 +249,7 @@ def _bracketed(text: str) -> Answer | None:
 
 
 def _wraps(text: str) -> bool:
-    """Does the first bracket close at the very end?"""
+    """Whether the first bracket closes at the very end."""
     depth = 0
     tokens = list(re.finditer(r"\\langle(?![A-Za-z])|\\rangle(?![A-Za-z])|\\[{}]|[()\[\]{}]", text))
     for token in tokens:
@@ -315,12 +315,12 @@ def _leaf(text: str) -> Answer:
 
 
 def _grouped(number: str) -> str:
-    """Without thousands separators."""
+    """Text without thousands separators."""
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number)
 
 
 def _is_prose(text: str) -> bool:
-    """Words, and not symbols that are multiplied?"""
+    """Whether the text is words, and not symbols that are multiplied."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     bare = re.sub(r"\\begin\{[^{}]*\}|\\end\{[^{}]*\}|\\[A-Za-z]+(?:\{[A-Za-z]\})?|_\{[^{}]*\}", " ", bare)
     runs = [run for run in re.findall(r"[A-Za-z]+", bare) if run not in FUNCTIONS]

@@ -1,4 +1,4 @@
-"""Units behind a number: split off, and compared by what they measure."""
+"""Units behind a number: split off, and compared by dimension."""
 
 import re
 from collections import Counter
@@ -82,7 +82,7 @@ def split(latex: str) -> tuple[str, str]:
 
 
 def letter_unit(latex: str) -> tuple[str, str]:
-    """`5 m` as number and unit although it may be a product: for who knows that a unit is meant."""
+    """`5 m` as number and unit although it may be a product: for callers that expect a unit."""
     match = re.fullmatch(rf"(-?[\d.,]+)\s*({_WORD}(?:\s*/\s*{_WORD})*)", latex)
     return (match.group(1), match.group(2)) if match else (latex, "")
 
@@ -92,12 +92,12 @@ def _same_money(mark: str, unit: str) -> bool:
 
 
 def _is_value(number: str) -> bool:
-    """Does it end like a value, so that the text behind it can be a unit?"""
+    """Whether a text ends like a value, so that the text behind it can be a unit."""
     return bool(re.search(r"[\dA-Za-z})!]$", number)) and not number.endswith("\\text{}")
 
 
 def _is_plain_unit(words: str, spaced: bool) -> bool:
-    """Words that are no product of symbols: known units, or longer than two letters."""
+    """Whether words are a unit and no product of symbols: known units, or longer than two letters."""
     letters = re.findall(r"[A-Za-zµ]+", re.sub(r"\^\{-?\d+\}", "", words))
     if "/" in words and all(_lookup(word) is not None for word in letters):
         return True
@@ -115,7 +115,7 @@ def _lookup(word: str) -> tuple[Fraction, str] | None:
 
 
 def measure(unit: str) -> Unit:
-    """What a unit measures; a word that is in no table is a dimension of its own, e.g. apples."""
+    """Dimensions and factor of a unit; a word that is in no table is a dimension of its own, e.g. apples."""
     unit = unit.replace("\\cdot", " ").replace("\\times", " ").replace("(", " ").replace(")", " ")
     unit = re.sub(r"\bper\b", "/", unit)
     unit = re.sub(r"\b(?:square|sq)\.?\s+([A-Za-z]+)", r"\1^{2}", unit, flags=re.IGNORECASE)

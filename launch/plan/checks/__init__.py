@@ -1,1 +1,1 @@
-"""What a plan checks before anything is started, one module per part of a run."""
+"""Checks of a plan before anything is started, one module per part of a run."""

@@ -1,4 +1,4 @@
-"""Can the reference answers be graded against? Counted when a run is planned, and shown with an example."""
+"""Gradability of the reference answers: counted when a run is planned, and shown with an example."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -29,18 +29,18 @@ def check_rewards(config: RunConfig, training: Survey) -> None:
 
 
 def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict[str, str]:
-    """What is to be said of the answers, by the name of the prompts that have them or lack them.
+    """Remarks about the answers, by the name of the prompts that have them or lack them.
 
     Raises:
         DataError: more of a file's answers are unreadable than `max_unreadable_answers` allows.
     """
-    said: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         found = source.references(replace(sources, place=place)) if isinstance(source, Answered) else ()
-        said |= {references.place: _sentence(references) for references in found}
+        sentences |= {references.place: _sentence(references) for references in found}
     if held_out.unanswered.count == held_out.seen:
-        said["evaluation.prompts"] = NO_ANSWERS
-    return said
+        sentences["evaluation.prompts"] = NO_ANSWERS
+    return sentences
 
 
 def _sentence(references: References) -> str:

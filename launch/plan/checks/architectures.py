@@ -1,4 +1,4 @@
-"""Can these models be the student and teachers of a run? Rehearsed without numbers, before anything is started."""
+"""Architectures of student and teachers, built on the meta device before anything is started."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ _REHEARSAL = "opd_rehearsal"
 
 
 def check_student(config: RunConfig) -> Folder:
-    """Refuse a student that learner or engine could not use; the folder as it was read."""
+    """Refuse a student that learner or engine could not use; returns the folder as it was read."""
     folder = read_folder(config.student.path, "student")
     causal, part, longest = folder.causal, folder.part, config.student.max_model_len
     if getattr(causal.config, "quantization_config", None):
@@ -57,7 +57,7 @@ def check_teacher(config: RunConfig, name: str) -> Folder:
 
 
 def check_followers(config: RunConfig, student: Folder, teachers: Mapping[str, Folder]) -> None:
-    """Refuse a teacher that is to follow the student and cannot take in what the student publishes."""
+    """Refuse a teacher that is to follow the student and cannot load the weights it publishes."""
     for name, folder in teachers.items():
         teacher, key = config.teachers[name], _key(name)
         if not teacher.mixup:
@@ -103,16 +103,16 @@ def check_ids(folders: Sequence[Folder], *found: Survey) -> None:
 
 
 def _key(name: str) -> str:
-    """Where the settings of teacher `name` stand."""
+    """Dotted key of the settings of teacher `name`."""
     return "teacher" if name == DEFAULT else f"teachers.{name}"
 
 
 def _rehearse(folder: Folder) -> None:
-    """One forward without numbers, which shows what each layer would ask of packed attention."""
-    causal, asked = folder.causal, []
+    """Run one forward pass on the meta device, which shows each layer's use of packed attention."""
+    causal, called = folder.causal, []
 
     def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append(module)
+        called.append(module)
         return attend(module, *args, **kwargs)
 
     AttentionInterface.register(_REHEARSAL, watched)
@@ -133,20 +133,20 @@ def _rehearse(folder: Folder) -> None:
     except ConfigurationError as error:
         raise ConfigurationError(f"{folder.part} cannot be packed: {error}") from error
     layers = causal.config.get_text_config().num_hidden_layers
-    if len(asked) < layers:
+    if len(called) < layers:
         raise ConfigurationError(
-            f"{folder.part} is a {type(causal).__name__}, of whose {layers} layers {layers - len(asked)} have an "
+            f"{folder.part} is a {type(causal).__name__}, of whose {layers} layers {layers - len(called)} have an "
             "attention of their own, which would not read packed sequences exactly; choose a model with full or "
             "sliding-window attention in every layer"
         )
 
 
 def _check_head_width(folder: Folder, device: Device) -> None:
-    """What vLLM's CPU kernels cannot do is known before they are asked."""
-    said = folder.causal.config.get_text_config()
-    heads = getattr(said, "num_attention_heads", None)
-    width = getattr(said, "head_dim", None) or (said.hidden_size // heads if heads else None)
-    if not on_gpu(device) and width and width not in CPU_HEAD_SIZES and not getattr(said, "kv_lora_rank", None):
+    """Refuse head widths that vLLM's CPU kernels do not have."""
+    config = folder.causal.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    if not on_gpu(device) and width and width not in CPU_HEAD_SIZES and not getattr(config, "kv_lora_rank", None):
         raise ConfigurationError(
             f"{folder.part} has attention heads of width {width}, which vLLM has no CPU kernel for (it has "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}); choose another model, or run its engine on a GPU"

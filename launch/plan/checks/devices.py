@@ -1,4 +1,4 @@
-"""Which device every part of a run works on, what it asks the cluster for, and what cannot be."""
+"""Device of every part of a run, its resource request to the cluster, and impossible combinations."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ def roles(config: RunConfig) -> list[ActorRole]:
 
 
 def gpus(config: RunConfig) -> str:
-    """The GPUs of a run for people, and what measuring the teacher takes besides."""
+    """GPUs of a run as a sentence, with those for measuring the teacher."""
     cluster, writes = config.cluster, config.method.rollout.needs_writer
     if not (cluster.gpus_per_engine and config.evaluation.teacher) or writes:
         return asked(roles(config))
@@ -44,7 +44,7 @@ def gpus(config: RunConfig) -> str:
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """`config` with the device of every part known, and never asked again.
+    """`config` with the device of every part resolved, once for the whole run.
 
     An actor that asks for a GPU works on it. One that asks for none works on what this machine has if Ray is started
     here, and elsewhere on processors: what the driver sees says nothing of other machines.
@@ -60,8 +60,8 @@ def resolved(config: RunConfig) -> RunConfig:
         here = f"this machine (torch sees {visible} GPU{'s' * (visible != 1)})"
         check_fits([replace(role, cpus=0.0) for role in roles(config)], [Machine(cpus=0, gpus=visible)], here)
 
-    def device(told: Device, requires: float) -> Device:
-        return told if told is not Device.AUTO else Device.GPU if requires or visible else Device.CPU
+    def device(setting: Device, requires: float) -> Device:
+        return setting if setting is not Device.AUTO else Device.GPU if requires or visible else Device.CPU
 
     def teacher(of: TeacherConfig) -> TeacherConfig:
         return replace(of, device=Device.CPU if of.backend in REMOTE else device(of.device, cluster.gpus_per_teacher))
@@ -75,8 +75,8 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def _check_counts(config: RunConfig, visible: int) -> None:
-    cluster, parallel, told = config.cluster, config.student.tensor_parallel, config.student.device
-    on_gpu = told is Device.GPU or (told is Device.AUTO and (visible or cluster.gpus_per_engine))
+    cluster, parallel, device = config.cluster, config.student.tensor_parallel, config.student.device
+    on_gpu = device is Device.GPU or (device is Device.AUTO and (visible or cluster.gpus_per_engine))
     if parallel > 1 and on_gpu and cluster.gpus_per_engine != parallel:
         raise ConfigurationError(
             f"student.tensor_parallel={parallel} spreads each rollout actor over {parallel} GPUs of one node, but "
@@ -95,7 +95,7 @@ def _check_counts(config: RunConfig, visible: int) -> None:
 
 
 def _asks_here(config: RunConfig) -> list[tuple[Device, float]]:
-    """Device and GPUs that each part asks for."""
+    """Device and GPUs that each part requests."""
     teachers = [teacher.device for teacher in config.teachers.values() if teacher.backend not in REMOTE]
     cluster = config.cluster
     return [
@@ -114,18 +114,18 @@ def _check_driver(config: RunConfig, visible: int) -> None:
 
 
 def _check_idle(config: RunConfig, visible: int) -> None:
-    """Without being given one, every actor would work on the first GPU."""
+    """Refuse a visible GPU of which every actor would take the first."""
     if visible > 1 and any(device is not Device.CPU and not requires for device, requires in _asks_here(config)):
         raise _idle(config, visible, f"this machine shows {visible} GPUs", "share the first one")
 
 
 def undecided(config: RunConfig) -> bool:
-    """Is it open whether anything works on a GPU: none is asked for, and no device is told?"""
+    """Whether it is undecided that anything works on a GPU: none is requested, and no device is set."""
     return all(device is Device.AUTO and not requires for device, requires in _asks_here(config))
 
 
 def check_idle_cluster(config: RunConfig, machines: Sequence[Machine]) -> None:
-    """Refuse to leave the GPUs of a cluster idle by accident; to be asked of a run of which this is `undecided`."""
+    """Refuse to leave the GPUs of a cluster idle by accident; for a run that is `undecided`."""
     visible = int(sum(machine.gpus for machine in machines))
     if visible:
         raise _idle(config, visible, f"this cluster has {visible} GPUs", "run on processors")

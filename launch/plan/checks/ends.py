@@ -1,4 +1,4 @@
-"""What ends a text in this run, and where the files of a checkpoint do not say the same of it."""
+"""End-of-text ids of this run, and disagreements between the files of a checkpoint about them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class TextEnds:
 
 
 def text_ends(path: str, tokenizer: HuggingFaceTokenizer, teachers: Mapping[str, TeacherConfig]) -> TextEnds:
-    """The union of all that the student's checkpoint says, with the token that ends a turn in its chat template.
+    """Union of all ids in the student's checkpoint, with the token that ends a turn in its chat template.
 
     Raises `DataError` for an id outside of the model's vocabulary, and where nothing ends a text.
     """
@@ -43,8 +43,8 @@ def text_ends(path: str, tokenizer: HuggingFaceTokenizer, teachers: Mapping[str,
 
 
 def _disagreement(whose: str, named: Ends, tokenizer: HuggingFaceTokenizer) -> str:
-    said = ", ".join(f"{file} {_shown(ids, tokenizer)}" for file, ids in named.said.items())
-    return f"the files of {whose} name different ends of text ({said}); completions end at each of them"
+    listed = ", ".join(f"{file} {_shown(ids, tokenizer)}" for file, ids in named.by_file.items())
+    return f"the files of {whose} name different ends of text ({listed}); completions end at each of them"
 
 
 def _shown(ids: Sequence[int], tokenizer: HuggingFaceTokenizer) -> str:

@@ -1,4 +1,4 @@
-"""What a model folder says of its size, read without its weights."""
+"""Sizes of a model folder, read without its weights."""
 
 from hf.folder import output_matrix, read_headers, text_config
 

@@ -1,4 +1,4 @@
-"""Do engine, learner and teachers compute in numbers that fit each other?"""
+"""Compatibility of the dtypes of engine, learner and teachers."""
 
 from actors.config import StudentConfig
 from launch.config.run_config import RunConfig
@@ -12,11 +12,11 @@ place of a logit near 1."""
 
 
 def check_numbers(config: RunConfig) -> None:
-    """Refuse a tolerance between engine and learner that right weights could not keep."""
-    asked, coarser = config.learner.sentinel_tolerance, coarsest(engine_dtype(config), config.learner.dtype)
-    if asked and asked < FINEST[coarser]:
+    """Refuse a tolerance between engine and learner that correct weights could not keep."""
+    tolerance, coarser = config.learner.sentinel_tolerance, coarsest(engine_dtype(config), config.learner.dtype)
+    if tolerance and tolerance < FINEST[coarser]:
         raise ConfigurationError(
-            f"learner.sentinel_tolerance={asked} asks engine and learner to agree more closely than "
+            f"learner.sentinel_tolerance={tolerance} asks engine and learner to agree more closely than "
             f"{coarser.name} can (about {FINEST[coarser]:.2g} nats; student.dtype is {config.student.dtype.name}, "
             f"learner.dtype {config.learner.dtype.name}); leave it 0, which measures it when the run starts, or set "
             "both dtypes to FLOAT32"
@@ -24,7 +24,7 @@ def check_numbers(config: RunConfig) -> None:
 
 
 def numbers_notes(config: RunConfig) -> list[str]:
-    """What works, but may not be meant: other numbers in the engine than in the learner, float32 on a GPU."""
+    """Notes on unusual dtypes: other numbers in the engine than in the learner, float32 on a GPU."""
     engine, learner, notes = engine_dtype(config), config.learner.dtype, list[str]()
     if engine is not learner:
         notes.append(
@@ -41,12 +41,12 @@ def numbers_notes(config: RunConfig) -> list[str]:
 
 
 def narrow(*dtypes: Dtype) -> bool:
-    """Is one of them bfloat16?"""
+    """Whether one of them is bfloat16."""
     return coarsest(*dtypes) is Dtype.BFLOAT16
 
 
 def coarsest(*dtypes: Dtype) -> Dtype:
-    """The one with the fewest digits."""
+    """The dtype with the fewest digits."""
     return Dtype.BFLOAT16 if Dtype.BFLOAT16 in dtypes else Dtype.FLOAT32
 
 
@@ -56,7 +56,7 @@ def engine_dtype(config: RunConfig) -> Dtype:
 
 
 def part_dtype(part: StudentConfig | TeacherConfig) -> Dtype:
-    """FLOAT32 or BFLOAT16."""
+    """FLOAT32 or BFLOAT16: the dtype of a part on its device."""
     if part.dtype is not Dtype.AUTO:
         return part.dtype
     return Dtype.BFLOAT16 if on_gpu(part.device) else Dtype.FLOAT32

@@ -1,4 +1,4 @@
-"""Do the prompts fit the run: lengths, graders, teachers, templates? All of them are looked at."""
+"""Checks of all prompts against the run: lengths, graders, teachers, templates."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,19 +15,19 @@ from opd.rollouts.mixed import AnswerRollout
 
 
 def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
-    """Refuse a teacher that a prompt asks for and the run does not have, and one that no prompt asks for."""
-    asked = dict(held_out.teachers) | dict(training.teachers)
+    """Refuse a teacher that a prompt names and the run does not have, and one that no prompt names."""
+    named = dict(held_out.teachers) | dict(training.teachers)
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if isinstance(source, Routed) and not isinstance(source, Listed):
-            asked = dict.fromkeys(source.routes(sources), place) | asked
-    asked |= dict.fromkeys(config.method.named_teachers, f"method {config.method.name}")
-    unknown = sorted(asked.keys() - config.teachers.keys())
+            named = dict.fromkeys(source.routes(sources), place) | named
+    named |= dict.fromkeys(config.method.named_teachers, f"method {config.method.name}")
+    unknown = sorted(named.keys() - config.teachers.keys())
     if unknown:
         raise ConfigurationError(
-            f"{asked[unknown[0]]} asks for teacher {unknown[0]!r}, but the run has {sorted(config.teachers)}; name one "
+            f"{named[unknown[0]]} asks for teacher {unknown[0]!r}, but the run has {sorted(config.teachers)}; name one "
             f"of those, or add it with teachers.{unknown[0]}.path=..."
         )
-    idle = sorted(config.teachers.keys() - asked.keys() - {DEFAULT})
+    idle = sorted(config.teachers.keys() - named.keys() - {DEFAULT})
     if idle and isinstance(config.prompts, Listed):
         raise ConfigurationError(
             f"no prompt asks for teacher {idle[0]!r}, so it would be started and never teach; name it in a column with "
@@ -87,7 +87,7 @@ def check_tasks(*found: Survey) -> None:
 
 
 def check_rows(config: RunConfig, sources: Sources, training: Survey) -> None:
-    """Refuse what would end a run when its row comes: an answer to learn from is missing, a step is empty."""
+    """Refuse rows that would end a run: an answer to learn from is missing, a step is empty."""
     if training.unanswered.count and any(isinstance(p, AnswerRollout) for p in _parts(config.method.rollout)):
         raise DataError(
             f"{training.unanswered.first} has no answer, which method {config.method.name} learns from; set "
@@ -112,12 +112,12 @@ def _parts(part: Any) -> Iterator[Any]:
 def check_templates(
     config: RunConfig, student: TokenizerIdentity, teachers: Mapping[str, TokenizerIdentity], training: Survey
 ) -> list[str]:
-    """What is to be said of chat templates that differ.
+    """Remarks about chat templates that differ.
 
     Prompts are written with the student's template for both. That is refused where a teacher writes the answer to
     messages: it would answer in another form than its own.
     """
-    said: list[str] = []
+    notes: list[str] = []
     for name in training.teachers.keys() & teachers.keys():
         teacher = teachers[name]
         if teacher.template == student.template:
@@ -132,27 +132,27 @@ def check_templates(
                 "; copy one chat template to the other, or choose a teacher of the student's family"
             )
         used = "both read messages in the student's" if training.chats.count else "the prompts are plain text"
-        said.append(f"{differ}; {used}")
-    return said
+        notes.append(f"{differ}; {used}")
+    return notes
 
 
 def remarks(
     config: RunConfig, training: Survey, held_out: Survey, more: Sequence[str], *, dated: bool
 ) -> tuple[str, ...]:
-    """What is no error and should be known before training, one sentence each; `more` was found by other checks."""
-    said = list(more)
+    """Remarks that are no errors and matter before training, one sentence each; `more` is from other checks."""
+    notes = list(more)
     for place, found in (("prompts", training), ("evaluation.prompts", held_out)):
-        said += _about(place, found)
+        notes += _about(place, found)
     if training.seen < training.total and not _generated(config.prompts):
-        said.append(f"prompts: {training.total - training.seen} of {training.total} rows are too long and left out")
+        notes.append(f"prompts: {training.total - training.seen} of {training.total} rows are too long and left out")
     if _generated(config.evaluation.prompts) and not _generated(config.prompts):
-        said.append(
+        notes.append(
             "evaluation measures the embedded task, not the prompts that are trained on; set evaluation=dataset "
             "evaluation.prompts.path=... to held-out rows"
         )
     if dated and training.chats.count:
-        said.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
-    return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in said))
+        notes.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
+    return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in notes))
 
 
 def _about(place: str, found: Survey) -> Iterator[str]:

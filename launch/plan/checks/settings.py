@@ -1,4 +1,4 @@
-"""What needs more than one setting: bounds that another part of the run, or a model folder, sets."""
+"""Checks across settings: bounds that another part of the run, or a model folder, sets."""
 
 from collections.abc import Iterator, Mapping
 from math import floor
@@ -37,7 +37,7 @@ def check_settings(config: RunConfig) -> None:
 
 
 def schedule_notes(config: RunConfig) -> list[str]:
-    """What a schedule makes of the other settings, where that may not be meant."""
+    """Notes on a learning-rate schedule that may be unintended together with the other settings."""
     learner, notes = config.learner, list[str]()
     if learner.schedule is Schedule.CONSTANT and learner.warmup_steps:
         notes.append(
@@ -109,10 +109,10 @@ def _check_prompts_per_step(config: RunConfig) -> None:
             if field in ("prompts_per_step", "group_size"):
                 sizes.setdefault(where, {})[field] = value
         for where, size in sizes.items():
-            asked = size.get("prompts_per_step", 1) * size.get("group_size", 1)
-            if asked > MOST_PROMPTS:
+            count = size.get("prompts_per_step", 1) * size.get("group_size", 1)
+            if count > MOST_PROMPTS:
                 raise ConfigurationError(
-                    f"{where}.prompts_per_step times {where}.group_size are {asked} completions a step, of which a run "
+                    f"{where}.prompts_per_step times {where}.group_size are {count} completions a step, of which a run "
                     f"holds at most {MOST_PROMPTS}; set "
                     f"{where}.prompts_per_step={max(1, MOST_PROMPTS // size['group_size'])} or less"
                 )
@@ -131,7 +131,7 @@ def _parts(config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _check_bounds(config: RunConfig) -> None:
-    """What is marked with `AtMost` in the field's annotation."""
+    """Check fields whose annotation has `AtMost`."""
     paths = [config.student.path, *(teacher.path for teacher in config.teachers.values())]
     vocabulary = min(vocabulary_rows(path) for path in paths)
     bounds: Mapping[str, tuple[int, str]] = {

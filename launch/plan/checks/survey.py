@@ -1,4 +1,4 @@
-"""What all prompts of a source are like: gone through once when a run is planned, so that none can end it later."""
+"""Survey of all prompts of a source when a run is planned, so that no prompt can end the run later."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,19 +20,19 @@ MANY = 5_000  # prompts whose reading is shown, because it takes more than a sec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """How many prompts are of a kind, and where the first stands. Example: `Kind(count=2, first="a.csv line 3")`."""
+    """Number of prompts of a kind, and the place of the first. Example: `Kind(count=2, first="a.csv line 3")`."""
 
     count: int = 0
     first: str = ""
 
     def and_at(self, where: str) -> "Kind":
-        """One more."""
+        """The kind with one more prompt."""
         return Kind(count=self.count + 1, first=self.first or where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """All prompts of a source, seen once.
+    """Survey of all prompts of a source.
 
     `longest` and `longest_for_teacher` are tokens with their place, `highest` the largest id of a token, `teachers` and
     `tasks` say where each is first asked for, `ids` are the prompts' own, `texts` digests of what the student reads.
@@ -57,7 +57,7 @@ class Survey:
 
 
 def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFaceTokenizer) -> Survey:
-    """Go through prompts once."""
+    """Survey of prompts, made in one pass."""
     special = tokenizer.special_texts()
     first: Prompt | None = None
     longest = longest_for_teacher = highest = (0, "")
@@ -109,7 +109,7 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
 
 
 def survey_all(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
-    """All that `source` may ever ask; what does not depend on the order is gone through once for several plans."""
+    """Survey of all prompts that `source` may ever give; the part independent of the order is cached between plans."""
     if isinstance(source, DatasetPrompts):
         source = replace(source, seed=0, prompts_per_step=1, group_size=1, shuffle=False)
         return _survey_of_file(source, sources, tokenizer)
@@ -125,13 +125,13 @@ _survey_of_file = lru_cache(maxsize=4)(_survey_of)  # a comparison plans the sam
 
 
 def survey_step(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
-    """The prompts of step 0, which is all that an evaluation asks."""
+    """Survey of step 0, which has all prompts of an evaluation."""
     found = list(_found(source, sources, 0))
     return survey(found, len(found), tokenizer)
 
 
 def _found(source: PromptSource, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
-    """A source that cannot show what it will ask is judged by its first step."""
+    """Rows and prompts of `step` (None: of all), or of step 0 where a source cannot list what it may give."""
     if isinstance(source, Listed):
         yield from source.every(sources, step)
     else:
@@ -140,7 +140,7 @@ def _found(source: PromptSource, sources: Sources, step: int | None) -> Iterator
 
 
 def _shown(found: Iterator[tuple[Row, Prompt]], total: int, place: str) -> Iterable[tuple[Row, Prompt]]:
-    """With a bar on a terminal, if it takes a while."""
+    """The prompts with a progress bar on a terminal, if it takes a while."""
     if total < MANY:
         return found
     return track(found, f"reading {place}", total=total, console=console(stderr=True), transient=True)

@@ -1,6 +1,6 @@
-"""Can these teachers answer this method about this student?"""
+"""Checks of teachers against the method and the student."""
 
-from hf.tokenizer_check import check_checkpoint, compare, tokenizer_identity
+from hf.tokenizer_check import check_checkpoint, check_same_tokens, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.models import parameter_count, vocabulary_rows
 from opd.errors import ConfigurationError
@@ -35,7 +35,7 @@ def check_teachers(config: RunConfig) -> bool:
     exact = True
     for name, teacher in config.teachers.items():
         _check_teacher(config, name, teacher)
-        compare(student, tokenizer_identity(teacher.path))
+        check_same_tokens(student, tokenizer_identity(teacher.path))
         theirs = vocabulary_rows(teacher.path)
         exact &= theirs == rows and LastHidden in teacher.supports and parameter_count(teacher.path) > 0
         if theirs != rows and not made_here:

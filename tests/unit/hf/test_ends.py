@@ -1,4 +1,4 @@
-"""Whatever file of a checkpoint names an end of text, it ends completions; files that disagree are said aloud."""
+"""Whatever file of a checkpoint names an end of text, it ends completions; files that disagree are by_file aloud."""
 
 import json
 import shutil
@@ -54,8 +54,10 @@ def limits(path: Path) -> tuple[int, ...]:
     return read_limits(StudentConfig(path=str(path), max_model_len=16)).ends
 
 
-def ids(*said: PromptText) -> tuple[int, ...]:
-    return tuple(sorted({i for one in said for i in (one if isinstance(one, list) else [] if one is None else [one])}))
+def ids(*by_file: PromptText) -> tuple[int, ...]:
+    return tuple(
+        sorted({i for one in by_file for i in (one if isinstance(one, list) else [] if one is None else [one])})
+    )
 
 
 def test_the_engine_ends_at_what_any_file_names(tmp_path: Path) -> None:
@@ -143,4 +145,4 @@ def test_the_tokenizers_end_is_found_wherever_its_id_stands(tmp_path: Path, drop
         if "eos_token" in kept:
             kept["eos_token"] = shape(kept["eos_token"])
         (path / name).write_text(json.dumps(kept))
-    assert read_ends(str(path)).said == {"tokenizer_config.json": (2,)}
+    assert read_ends(str(path)).by_file == {"tokenizer_config.json": (2,)}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from hf.tokenizer_check import check_checkpoint, compare, tokenizer_identity
+from hf.tokenizer_check import check_checkpoint, check_same_tokens, tokenizer_identity
 from opd.errors import ConfigurationError, DataError, OpdError
 
 WORDS = ("<pad>", "<bos>", "<eos>", "one", "two", "plus")
@@ -58,7 +58,7 @@ def test_equal_tokenizers_agree_whatever_their_models_pad(tmp_path: Path) -> Non
     student = tokenizer_identity(str(checkpoint(tmp_path / "a", rows=64)))
     teacher = tokenizer_identity(str(checkpoint(tmp_path / "b", rows=128)))
     assert student.digest == teacher.digest
-    compare(student, teacher)
+    check_same_tokens(student, teacher)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_first_difference_is_named(tmp_path: Path, other: dict[str, object],
     student = tokenizer_identity(str(checkpoint(tmp_path / "a")))
     teacher = tokenizer_identity(str(checkpoint(tmp_path / "b", **other)))
     with pytest.raises(DataError, match=difference) as caught:
-        compare(student, teacher)
+        check_same_tokens(student, teacher)
     assert str(tmp_path / "a") in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -9,7 +9,7 @@ import pytest
 from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.summary import Outcome
-from launch.report.next_steps import next_steps, told
+from launch.report.next_steps import next_steps, next_steps_text
 from launch.report.report import write_report
 from tests.unit.monitors.test_report import Page, summary
 
@@ -55,7 +55,7 @@ def test_a_finished_run_is_measured_copied_repeated_compared_and_sent(tmp_path: 
     assert compare == ["opd", "train", "experiment=compare"]
     offline = str(directory.path / "wandb" / "offline-run-1-a")
     assert (look, send) == (["wandb", "leet", offline], ["wandb", "sync", offline])
-    assert f"send it to wandb: wandb sync {offline}" in told(directory)
+    assert f"send it to wandb: wandb sync {offline}" in next_steps_text(directory)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.STOPPED, Outcome.FAILED, None])

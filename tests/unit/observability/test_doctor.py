@@ -350,7 +350,7 @@ def test_alignment_is_told_whatever_the_teachers_sharpness_and_noise(
     prompts = [Make.prompt([1, 3 + i % 4], id=f"p{i}") for i in range(12)]
     written = asyncio.run(write(prompts, sick.engines.student, Sampling(max_tokens=8, topk=4)))
     said = asyncio.run(ask(sick.teacher, written, SampledToken()))
-    found = asyncio.run(causality(sick, Evidence(written=written, said=said)))
+    found = asyncio.run(causality(sick, Evidence(written=written, scores=said)))
     if shift == 0:
         assert found.verdict is not Verdict.REFUSED, found
         assert scale < 1 or found.verdict is Verdict.FINE, found

@@ -131,7 +131,7 @@ def staffing(ahead: int, rollout: int = 1, teacher: int = 1, learner: int = 1) -
 
 
 @pytest.mark.parametrize(
-    ("usage", "subject", "said"),
+    ("usage", "counts", "expected"),
     [
         (
             overlapped(60, 100, 59),
@@ -167,8 +167,8 @@ def staffing(ahead: int, rollout: int = 1, teacher: int = 1, learner: int = 1) -
         (Utilization(), staffing(0), ""),
     ],
 )
-def test_the_verdict(usage: Utilization, subject: DeviceCounts, said: str) -> None:
-    assert verdict(usage, subject) == said
+def test_the_verdict(usage: Utilization, counts: DeviceCounts, expected: str) -> None:
+    assert verdict(usage, counts) == expected
 
 
 @given(SPANS.filter(bool), st.integers(0, 2), st.integers(1, 8))
