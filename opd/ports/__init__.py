@@ -3,8 +3,9 @@
 Applications implement these without inheriting from them; a pool of engines has the same protocol as one engine.
 """
 
+from opd.ports.calls import Call
 from opd.ports.engines import Engines, Grader, LogprobTeacher, ReadsReferences, StudentEngine, TextEngine, Tokenizer
-from opd.ports.learner import Layout, Learner, LossFunction, Observer
+from opd.ports.learner import Layout, Learner, LossFunction, Observer, Rank, broadcast
 from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources
 from opd.ports.requests import (
     AtIds,
@@ -26,6 +27,7 @@ from opd.ports.weights import (
     Sentinel,
     WeightAck,
     WeightChunk,
+    WeightObserver,
     WeightSender,
     WeightShard,
 )
@@ -33,6 +35,7 @@ from opd.ports.weights import (
 __all__ = [
     "Answered",
     "AtIds",
+    "Call",
     "Completion",
     "Engines",
     "Fill",
@@ -49,6 +52,7 @@ __all__ = [
     "PromptSource",
     "PublishReport",
     "PublishedWeights",
+    "Rank",
     "ReadsReferences",
     "References",
     "Routed",
@@ -65,6 +69,8 @@ __all__ = [
     "TopK",
     "WeightAck",
     "WeightChunk",
+    "WeightObserver",
     "WeightSender",
     "WeightShard",
+    "broadcast",
 ]
