@@ -107,8 +107,8 @@ class SimulatedLearner:
 
 
 @dataclass(slots=True)
-class SimulatedRanks:
-    """Ranks that fail together (`learner_restart.Ranks`); `at` counts the steps in their weights."""
+class SimulatedRanks(ports.Learner):
+    """Ranks that live and die together (`learner_restart.RankGroup`); `at` counts the steps in their weights."""
 
     site: SimulatedLearner
     at: int
@@ -120,8 +120,15 @@ class SimulatedRanks:
         await asyncio.sleep(self.site.faults.restart_s if self.late else 0.0)
         self.at = 0
 
-    async def step(self, batches: Sequence[Sequence[Any]], objective: Any) -> StepReport:
-        """Wait as long as the slowest rank takes; a repeated step is no progress."""
+    async def call(self, call: ports.Call[Any]) -> list[Any]:
+        """What rank 0 would answer to one of the verbs that take time."""
+        answers = {ports.Rank.step: self._step, ports.Rank.save: self._save, ports.Rank.load: self._load}
+        return [await answers[call.verb](call)]
+
+    async def _step(self, call: ports.Call[Any]) -> StepReport:
+        """As long as the slowest rank takes; of what is done again nothing is progress."""
+        assert call.scattered is not None
+        batches: Sequence[Sequence[Any]] = call.scattered
         site, ranks = self.site, self.site.cluster.learner
         seconds, mean = site.seconds(batches)
         await site.maybe_die(seconds)
@@ -148,32 +155,20 @@ class SimulatedRanks:
         nbytes = round(roofline.dense_bytes(site.cluster.kind.student))
         return ports.PublishReport(version=version, gap=0.0, nbytes=nbytes)
 
-    async def save(self, directory: Path, step: int) -> None:
-        """Wait for the copy; that it is on the disk at once is assumed."""
+    async def _save(self, call: ports.Call[Any]) -> None:
+        """UpdateCost waits for the copy; that it is on the disk at once is assumed."""
         await asyncio.sleep(self.site.copy_s)
-        self.site.saved[str(directory)] = self.at
+        self.site.saved[str(call.arguments[0])] = self.at
 
-    async def load(self, directory: Path) -> int:
-        """Wait as long as the copy took, on the way back."""
+    async def _load(self, call: ports.Call[Any]) -> int:
+        """As long as the copy took, on the way back."""
         await asyncio.sleep(self.site.copy_s)
         self.site.busy.down += self.site.copy_s * self.site.cluster.learner
-        self.at = self.site.saved[str(directory)]
+        self.at = self.site.saved[str(call.arguments[0])]
         return self.at
-
-    async def written(self) -> dict[str, str]:
-        """Digests of no files."""
-        return {}
-
-    async def export(self, directory: Path) -> None:
-        """Raise: there is no model."""
-        raise NotImplementedError(f"nothing can be exported to {directory} of ranks that are simulated")
 
     async def settled(self) -> None:
         """Nothing to wait for: every call is awaited by its caller."""
-
-    async def evaluate(self, batches: Sequence[Sequence[Any]], objective: Any) -> dict[str, float]:
-        """Raise: no evaluation is simulated."""
-        raise NotImplementedError(f"{type(objective).__name__} cannot be evaluated on {len(batches)} simulated ranks")
 
     def end(self) -> None:
         """Nothing to end: they are gone already."""

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.monitors.accounting import process_tree_cpu_seconds
+from learner.learner import LearnerRank
+from opd.ports import Call
 
 STARTED = time()
 GOAL = 0.9  # accuracy at T=1
@@ -87,8 +89,7 @@ async def spent(session: Any) -> np.ndarray:
     """CPU-seconds of the process tree, then busy seconds of the busiest engine, teacher and learner rank."""
     engine = [(await a.stats.remote()).busy_s for a in session.engines.student.replicas.actors]
     teacher = [(await a.stats.remote()).busy_s for a in session.engines.teachers["default"].replicas.actors]
-    ranks = session.learner._ranks.actors  # of no interest to a run, which may replace them
-    learner = [(await a.stats.remote())["busy_s"] for a in ranks]
+    learner = await session.learner.call(Call.broadcast(LearnerRank.busy_s))
     return np.array([process_tree_cpu_seconds(), max(engine), max(teacher), max(learner)])
 
 

@@ -1,16 +1,18 @@
 """What a learner leaves on disk: one safetensors file per rank, readable by any number of ranks and any ZeRO stage.
 
 A file holds pieces of the flattened float32 master weights and of Adam's two moments, under the name
-`<key>/<start>/<parameter>`; the pieces of all files together cover every parameter. No pickle is written or read.
+`<key>/<start>/<parameter>`, and those of snapshots under `<key>@<snapshot>/<start>/<parameter>`; the pieces of all
+files together cover every parameter. No pickle is written or read.
 Also here: how directories and files come into being whole or not at all.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from opd.settings.validation import shown
 FORMAT = "opd learner shard 2"
 MASTER, KEYS = "master", ("master", "exp_avg", "exp_avg_sq")
 RANDOM = "random"
+SNAPSHOT_NAME = r"[A-Za-z0-9._-]{1,64}"
 _PIECE = 16 << 20
 _ANOTHER = "it is foreign, take another checkpoint"
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
@@ -32,7 +35,8 @@ _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What a checkpoint is of. `updates` is the place in the schedule, `model` a digest of names, shapes and dtypes,
-    `skipped` the number of updates in a row that were skipped just before, `device` whose random state it has."""
+    `skipped` the number of updates in a row that were skipped just before, `device` whose random state it has, and
+    `snapshots` has the place in the schedule of each snapshot by name (None: without the optimizer)."""
 
     step: int
     updates: int
@@ -42,6 +46,7 @@ class Facts:
     zero_stage: int
     model: str
     device: str
+    snapshots: dict = field(default_factory=dict)  # files from before there were any do not say
 
 
 def shard_name(rank: int) -> str:
@@ -52,6 +57,16 @@ def shard_name(rank: int) -> str:
 def piece_name(key: str, start: int, parameter: str) -> str:
     """The tensor's name within a file. Example: `exp_avg/4096/model.norm.weight`."""
     return f"{key}/{start}/{parameter}"
+
+
+def snapshot_keys(updates: int | None) -> tuple[str, ...]:
+    """What is kept of each parameter in a snapshot with this place in the schedule (None: without the optimizer)."""
+    return (MASTER,) if updates is None else KEYS
+
+
+def snapshot_key(key: str, snapshot: str) -> str:
+    """The key of a snapshot's pieces. Example: `exp_avg@start`."""
+    return f"{key}@{snapshot}"
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], facts: Facts) -> str:
@@ -149,7 +164,7 @@ class Shards:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 key, _, rest = name.partition("/")
                 start, _, parameter = rest.partition("/")
-                if key in KEYS:
+                if key.partition("@")[0] in KEYS:
                     if not start.isdecimal() or len(start) > 18 or file.get_slice(name).get_dtype() != "F32":
                         raise DataError(f"{directory / shard_name(rank)} has a piece {name[:60]!r}; {_ANOTHER}")
                     begin = int(start)
@@ -198,6 +213,11 @@ def _opened(path: Path) -> tuple[Facts, "safe_open"]:
         wrong = [f.name for f in fields(Facts) if type(getattr(facts, f.name)) is not f.type]
         if wrong:
             raise ValueError(f"its {wrong[0]} is {shown(getattr(facts, wrong[0]))}")
+        if not all(
+            re.fullmatch(SNAPSHOT_NAME, name) and (place is None or type(place) is int)
+            for name, place in facts.snapshots.items()
+        ):
+            raise ValueError(f"its snapshots are {shown(facts.snapshots)}")
         if not 0 <= facts.rank < facts.ranks:
             raise ValueError(f"it says rank {facts.rank} of {facts.ranks}")
         return facts, file

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, cast
@@ -16,11 +17,25 @@ from torch import Tensor, distributed, nn
 
 from learner.config import LearnerConfig
 from learner.model import Student
-from opd.errors import OpdError
+from opd.errors import ConfigurationError, OpdError
 from opd.settings.devices import Dtype
 from weight_sync.rendezvous import meeting_place
 
 _GRACE_S = 30.0  # what the library's own timeouts may be late by
+
+
+def settle(config: LearnerConfig, device: torch.device, seed: int) -> None:
+    """Torch's own settings in this process: threads, seed, determinism, and warnings that say nothing here."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Arrays out of an object store are read-only, and we only read them.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    # DeepSpeed's own calls; one line per bucket and step otherwise.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def join(rank: int, world: int, host: str, port: int, device: torch.device, deadline_s: float) -> None:
@@ -138,6 +153,44 @@ def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
     else:
         optimizer.zero_grad()
     return value
+
+
+def offload(engine: DeepSpeedEngine, zero_stage: int) -> None:
+    """Move model and optimizer from the GPU to host memory. Frozen parameters that ZeRO-3 has taken apart stay.
+
+    Raises:
+        ConfigurationError: DeepSpeed cannot move this optimizer.
+    """
+    if zero_stage and not hasattr(engine.optimizer, "offload_states"):
+        raise ConfigurationError(
+            f"offload needs an optimizer that DeepSpeed can move, but learner.zero_stage={zero_stage} in bfloat16 has "
+            "another; set learner.zero_stage=2 or 3"
+        )
+    if zero_stage:
+        engine.offload_states()
+    _move_the_rest(engine, zero_stage, torch.device("cpu"))
+
+
+def reload(engine: DeepSpeedEngine, zero_stage: int, device: torch.device) -> None:
+    """Move back what `offload` moved."""
+    if zero_stage:
+        engine.reload_states()
+    _move_the_rest(engine, zero_stage, device)
+
+
+def _move_the_rest(engine: DeepSpeedEngine, zero_stage: int, device: torch.device) -> None:
+    """What DeepSpeed's own functions do not move: frozen parameters, and without ZeRO everything."""
+    module = cast(nn.Module, engine.module)
+    for parameter in module.parameters():
+        if zero_stage == 0 or (zero_stage < 3 and not parameter.requires_grad):
+            parameter.grad = None
+            parameter.data = parameter.data.to(device)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    if zero_stage == 0:
+        optimizer: Any = engine.optimizer
+        for state in optimizer.state.values():
+            state.update({key: value.to(device) for key, value in state.items() if key != "step"})
 
 
 @contextlib.contextmanager

@@ -4,30 +4,56 @@ The work is in `learner.training`, imported when a rank joins the others: a driv
 should not pay seconds for transformers and DeepSpeed.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import isfunction
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from learner.config import LearnerConfig, StudentText
 from opd.errors import ConfigurationError
-from opd.ports import WeightShard
-from opd.types import Batch, Fetch, Scores, StepReport
+from opd.ports import Rank
+from opd.types import Fetch
 from weight_sync.rendezvous import free_port, own_host
 
 if TYPE_CHECKING:
     from learner.training import MakeSender, Training
-    from opd.ports import LossFunction
+
+Class = TypeVar("Class", bound=type)
 
 
-class LearnerRank:
-    """A rank of the learner: all ranks get the same calls, each with its own batches.
+def _forwarding(cls: Class) -> Class:
+    """A class with every verb of `Rank` that it does not write itself, each done by its `Training` and timed."""
+    for name, verb in vars(Rank).items():
+        if isfunction(verb) and not name.startswith("_") and name not in vars(cls):
+            setattr(cls, name, _forwarded(verb))
+    return cls
+
+
+def _forwarded(verb: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(verb)
+    def do(self: "LearnerRank", *arguments: Any, **options: Any) -> Any:
+        training, began = self._ready(), perf_counter()
+        if training.offloaded and verb not in (Rank.offload, Rank.reload):
+            raise ConfigurationError(
+                f"the learner's {verb.__name__} needs a model on its device, but it was offloaded to host memory; call "
+                "reload() before it"
+            )
+        try:
+            return getattr(training, verb.__name__)(*arguments, **options)
+        finally:
+            self._busy_s += perf_counter() - began
+
+    return do
+
+
+@_forwarding
+class LearnerRank(Rank):
+    """A rank of the learner: the verbs of `opd.ports.Rank`, once `setup` has made its `learner.training.Training`.
 
     `fetch` resolves the handles of remote rows, `sender` makes the place where published chunks are laid. `steps` is
     the planned number of updates, for the learning-rate schedule; `teacher_head_paths` are the checkpoints that hold
-    the output matrices, in the order of `HiddenScores.head`, and are needed when batches carry hidden states. After an
-    exception out of `step` a rank must only be asked to `save`.
+    the output matrices, in the order of `HiddenScores.head`, and are needed when batches carry hidden states.
 
     Example, alone: `rank = LearnerRank(config, "student", (), 100, 0, fetch, lambda: StagedSender(np.copy))`, then
     `rank.setup(0, 1, *rank.address())` and `rank.step([batch], objective)`.
@@ -71,66 +97,13 @@ class LearnerRank:
         self._training = Training(self._config, rank, host, port, self._seed, self._steps)
         self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._sender, self._text)
 
-    def step(self, batches: Sequence[Batch[Scores]], objective: "LossFunction") -> StepReport:
-        """One update from this rank's micro-batches; all ranks bring the same number and get the same report.
-
-        Raises:
-            DataError: the loss or the gradient was not finite too often in a row (before that, the report says
-                `skipped`); the weights are still those of before.
-            OpdError: memory does not suffice even for half a micro-batch.
-        """
-        with self._busy() as training:
-            return training.step(batches, objective)
-
-    def evaluate(self, batches: Sequence[Batch[Scores]], objective: "LossFunction") -> dict[str, float]:
-        """The objective's `loss` and metrics at the current weights, computed as in `step`."""
-        with self._busy() as training:
-            return training.evaluate(batches, objective)
-
-    def share(self, version: int) -> WeightShard:
-        """This rank's chunks of the student as `version`, and a sentinel to check it by. All ranks must call.
-
-        The last two shares can be read at any time; older ones may not be there any more.
-        """
-        with self._busy() as training:
-            return training.share(version)
-
-    def save(self, directory: str | Path, step: int) -> None:
-        """Copy weights, optimizer, schedule and random state, and begin to write them into the existing `directory`.
-
-        Returns when training may go on. Every rank writes a file of its own; `written` says when it is there.
-        Raises `OpdError` where an update broke off in the middle.
-        """
-        with self._busy() as training:
-            training.save(Path(directory), step)
-
     def written(self) -> tuple[str, str]:
-        """Name and xxh3_128 of the file that `save` began, once it is on the disk.
-
-        Raises:
-            OpdError: it could not be written; one sentence.
-        """
+        """The file that `save` began, once it is on the disk: waited for beside other verbs, so no work of the rank."""
         return self._ready().written()
 
-    def load(self, directory: str | Path) -> int:
-        """Restore what all ranks' `save` wrote, however many they were and whatever they shared; returns its `step`.
-
-        Raises:
-            DataError: the checkpoint is foreign, cut off or incomplete.
-            ConfigurationError: it is of another model.
-        """
-        with self._busy() as training:
-            return training.load(Path(directory))
-
-    def export(self, directory: str | Path) -> None:
-        """Write a folder that transformers and vLLM load: safetensors, configuration, tokenizer."""
-        with self._busy() as training:
-            training.export(Path(directory))
-
-    def stats(self) -> dict[str, float]:
-        """`busy_s`: seconds in the calls above; `peak_memory_bytes`: of the device, on CPU of the process."""
-        peak = self._training.peak_memory_bytes() if self._training else 0
-        return {"busy_s": self._busy_s, "peak_memory_bytes": float(peak)}
+    def busy_s(self) -> float:
+        """Seconds in the verbs so far."""
+        return self._busy_s
 
     def close(self) -> None:
         """Leave the other ranks and free the model. The rank cannot be set up again."""
@@ -142,11 +115,3 @@ class LearnerRank:
         if self._training is None:
             raise ConfigurationError("a learner rank needs setup(...) before it can work; call it on every rank")
         return self._training
-
-    @contextmanager
-    def _busy(self) -> "Iterator[Training]":
-        training, began = self._ready(), perf_counter()
-        try:
-            yield training
-        finally:
-            self._busy_s += perf_counter() - began

@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -22,6 +22,8 @@ from hf.packed_model import load_causal
 from hf.weight_names import stored_names
 from opd.errors import ConfigurationError
 from opd.loss.attention import NAME, Packing
+from opd.loss.chunked import StudentLogits, chunk_rows
+from opd.types import Batch, Scores
 from weight_sync.lora import A, B
 
 Use = Callable[[Float[Tensor, "L H"], Float[Tensor, "V H"]], Tensor]
@@ -120,6 +122,25 @@ class Student(nn.Module):
         plain = _plain(name)
         layer = _layer(plain)
         return self._stored.get(layer, layer) + plain.removeprefix(layer)
+
+
+def target_logprobs(student: Student, batch: Batch[Scores], device: torch.device, chunk: int) -> Float32[Tensor, " L"]:
+    """Log-probabilities of `batch.target_ids`, without gradient, as an objective sees them.
+
+    At most `chunk` rows of logits are alive at once (0: see `chunk_rows`).
+    """
+    packed = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.predict_at, batch.target_ids)
+    *text, targets = (torch.as_tensor(ids).long().to(device) for ids in packed)
+
+    def read(hidden: Tensor, matrix: Tensor) -> Tensor:
+        found = hidden.new_empty(len(hidden), dtype=torch.float32)
+        for rows in torch.arange(len(hidden), device=device).split(chunk or chunk_rows(matrix)):
+            logits = StudentLogits(logits=(hidden[rows] @ matrix.T).float())
+            found[rows] = logits.at(targets[rows])
+        return found
+
+    with torch.no_grad():
+        return student(*text, read)
 
 
 def _without_dropout(model: nn.Module) -> None:

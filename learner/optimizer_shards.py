@@ -44,18 +44,25 @@ def fragments(engine: DeepSpeedEngine, named: Named, zero_stage: int) -> list[Fr
     return [_mapped(name, p, flat, state) for name, p in named if p._hp_mapping is not None]  # type: ignore[attr-defined]
 
 
-def own_share(held: Sequence[Fragment], zero_stage: int, rank: int, ranks: int) -> dict[str, Tensor]:
-    """Host copies of what this rank writes: what it holds, or of what all hold (stage 0) an equal part."""
-    pieces: dict[str, Tensor] = {}
+def pieces(
+    held: Sequence[Fragment], zero_stage: int, rank: int, ranks: int
+) -> Iterator[tuple[tuple[str, int, str], Tensor]]:
+    """What a rank writes, by key, start and parameter: what it holds, or of what all hold (stage 0) an equal part."""
     for fragment in held:
         first, last = 0, len(fragment)
         if zero_stage == 0:
             first, last = last * rank // ranks, last * (rank + 1) // ranks
         if first < last:
             for key, values in fragment.state.items():
-                name = checkpoint.piece_name(key, fragment.start + first, fragment.parameter)
-                pieces[name] = values[first:last].detach().to("cpu", copy=True)
-    return pieces
+                yield (key, fragment.start + first, fragment.parameter), values[first:last]
+
+
+def own_share(held: Sequence[Fragment], zero_stage: int, rank: int, ranks: int) -> dict[str, Tensor]:
+    """Host copies of the rank's `pieces`, by name."""
+    return {
+        checkpoint.piece_name(*place): values.detach().to("cpu", copy=True)
+        for place, values in pieces(held, zero_stage, rank, ranks)
+    }
 
 
 @torch.no_grad()
@@ -65,26 +72,62 @@ def fill(engine: DeepSpeedEngine, named: Named, zero_stage: int, shards: checkpo
         stop = fragment.start + len(fragment)
         for key, values in fragment.state.items():
             values.copy_(shards.read(key, fragment.parameter, fragment.start, stop))
+    set_updates(engine, updates)
+    if zero_stage:  # what is computed with is a copy of the master weights, in its own dtype
+
+        def read(name: str, numel: int) -> Tensor:
+            return shards.read(checkpoint.MASTER, name, 0, numel)
+
+        _fill_working_copy(named, zero_stage, read)
+
+
+def set_updates(engine: DeepSpeedEngine, updates: int) -> None:
+    """Tell Adam, which corrects its moments by it, how many updates there were."""
     for state in _adam(engine).state.values():
         state["step"].fill_(float(updates))
-    if zero_stage:  # what is computed with is a copy of the master weights, in its own dtype
-        _fill_working_copy(named, zero_stage, shards)
 
 
-def _fill_working_copy(named: Named, zero_stage: int, shards: checkpoint.Shards) -> None:
-    for first, last in runs([int(getattr(p, "ds_numel", p.numel())) for _, p in named], _GATHER_ELEMENTS):
+@torch.no_grad()
+def refresh(named: Named, zero_stage: int, held: Sequence[Fragment]) -> None:
+    """Make what is computed with the master weights in `held` again, bit for bit; all ranks must call."""
+    if not zero_stage:
+        return
+    own = {fragment.parameter: fragment for fragment in held}
+
+    def gather(name: str, numel: int) -> Tensor:
+        whole = torch.zeros(numel, dtype=torch.float32, device=named[0][1].device)
+        if name in own:
+            begin, values = own[name].start, own[name].state[checkpoint.MASTER]
+            whole[begin : begin + len(values)] = values
+        if distributed.get_world_size() > 1:
+            distributed.all_reduce(whole.view(torch.int32))  # of every element all ranks but one have zero bits
+        return whole
+
+    _fill_working_copy(named, zero_stage, gather, everywhere=True)
+
+
+def _fill_working_copy(
+    named: Named, zero_stage: int, read: Callable[[str, int], Tensor], *, everywhere: bool = False
+) -> None:
+    """`read` has a parameter's float32 values; `everywhere`: all ranks must ask it, also where one alone uses them."""
+    for first, last in runs([_numel(p) for _, p in named], _GATHER_ELEMENTS):
         chosen = named[first:last]
         if zero_stage < 3:
-            _copy_whole(chosen, shards)
+            _copy_whole(chosen, read)
             continue
         with deepspeed.zero.GatheredParameters([p for _, p in chosen], modifier_rank=0):
-            if distributed.get_rank() == 0:
-                _copy_whole(chosen, shards)
+            if everywhere or distributed.get_rank() == 0:
+                _copy_whole(chosen, read)
 
 
-def _copy_whole(chosen: Named, shards: checkpoint.Shards) -> None:
+def _copy_whole(chosen: Named, read: Callable[[str, int], Tensor]) -> None:
     for name, p in chosen:
-        p.data.copy_(shards.read(checkpoint.MASTER, name, 0, p.numel()).view(p.shape))
+        p.data.copy_(read(name, p.numel()).view(p.shape))
+
+
+def _numel(p: nn.Parameter) -> int:
+    """Elements of a parameter, also when ZeRO-3 has taken it apart."""
+    return int(getattr(p, "ds_numel", p.numel()))
 
 
 def _whole(name: str, p: nn.Parameter, moments: Mapping[str, Tensor]) -> Fragment:

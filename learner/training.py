@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-import resource
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -21,14 +19,15 @@ from learner.config import LearnerConfig, LossKernel, StudentText, learning_rate
 from learner.diagnosis import InfiniteRatio, told
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
-from learner.model import Student, load_head, load_student, sentinel_ids
+from learner.model import Student, load_head, load_student, sentinel_ids, target_logprobs
 from learner.publishing import Publisher
+from learner.snapshots import Snapshots
 from opd.errors import DataError, OpdError
 from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
 from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import halves
 from opd.loss.per_teacher import by_teacher
-from opd.ports import LossFunction, Sentinel, WeightSender, WeightShard
+from opd.ports import LossFunction, Rank, Sentinel, WeightSender, WeightShard
 from opd.scorers.validation import check_support
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
@@ -36,27 +35,21 @@ from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 MakeSender = Callable[[], WeightSender]
 
 
-class Training:
-    """The student under DeepSpeed, on one of `config.ranks` ranks. Making one joins the others."""
+class Training(Rank):
+    """The student under DeepSpeed, on one of `config.ranks` ranks. Making one joins the others.
+
+    Its public methods are the verbs of `opd.ports.Rank`, which says what they promise.
+    """
 
     def __init__(self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int) -> None:
         self._config, self._rank, self._steps, self._seed = config, rank, steps, seed
         self._updates = self._skipped = 0  # applied; skipped in a row
         self._torn = False  # an update was begun and not finished: the weights are of no step
-        self._writer = checkpoint.ShardWriter()
+        self._writer, self._snapshots, self.offloaded = checkpoint.ShardWriter(), Snapshots(), False
         self._device = resolve_device(config.device, "learner")
         self._dtype = resolve_dtype(config.dtype, self._device)
         check_kernel(config.loss_kernel, self._device)
-        if self._device.type == "cpu":
-            torch.set_num_threads(1)
-        torch.manual_seed(seed)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        # Arrays out of an object store are read-only, and we only read them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        # DeepSpeed's own calls; one line per bucket and step otherwise.
-        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        engine.settle(config, self._device, seed)
         engine.join(rank, config.ranks, host, port, self._device, config.deadline_s)
 
     def load_models(
@@ -94,7 +87,6 @@ class Training:
         self._origin = self._read_sentinel()
 
     def step(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> StepReport:
-        """See `LearnerRank.step`."""
         sums = _Sums(batches)
         for i, batch in enumerate(batches):
             self._learn(batch, objective, sums, last=i == len(batches) - 1)
@@ -120,7 +112,6 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> dict[str, float]:
-        """See `LearnerRank.evaluate`."""
         sums = _Sums(batches)
         for batch in batches:
             sums.add(self._forward(self._student, batch, objective))
@@ -128,8 +119,45 @@ class Training:
         return {**metrics, "loss": loss}
 
     @torch.no_grad()
+    def score(self, batches: Sequence[Batch[Scores]]) -> list[np.ndarray]:
+        chunk = self._config.head_chunk
+        return [target_logprobs(self._student, batch, self._device, chunk).cpu().numpy() for batch in batches]
+
+    def snapshot(self, name: str, *, optimizer: bool = False) -> None:
+        self._snapshots.take(name, self._held(), self._updates if optimizer else None)
+
+    def restore(self, name: str) -> None:
+        held = self._held()
+        updates = self._snapshots.restore(name, held)
+        if updates is not None:
+            self._updates = updates
+            optimizer_shards.set_updates(self._engine, updates)
+        optimizer_shards.refresh(self._named, self._config.zero_stage, held)
+
+    def extrapolate(self, name: str, factor: float) -> None:
+        held = self._held()
+        self._snapshots.extrapolate(name, factor, held)
+        optimizer_shards.refresh(self._named, self._config.zero_stage, held)
+
+    def offload(self) -> None:
+        if self._device.type == "cuda" and not self.offloaded:
+            engine.offload(self._engine, self._config.zero_stage)
+            self._heads = [head.cpu() for head in self._heads]
+            torch.cuda.empty_cache()
+        self.offloaded = True
+
+    def reload(self) -> None:
+        if self._device.type == "cuda" and self.offloaded:
+            engine.reload(self._engine, self._config.zero_stage, self._device)
+            self._heads = [head.to(self._device) for head in self._heads]
+        self.offloaded = False
+
+    def _held(self) -> list[optimizer_shards.Fragment]:
+        """Live views of everything trained that is on this rank."""
+        return optimizer_shards.fragments(self._engine, self._named, self._config.zero_stage)
+
+    @torch.no_grad()
     def share(self, version: int) -> WeightShard:
-        """See `LearnerRank.share`."""
         chunks = self._publisher.chunks(self._whole)
         return WeightShard(
             version=version,
@@ -148,24 +176,23 @@ class Training:
         return self._student.logprobs(torch.from_numpy(self._sentinel_ids).long().to(self._device)).cpu().numpy()
 
     def save(self, directory: Path, step: int) -> None:
-        """See `LearnerRank.save`."""
         if self._torn:
             raise OpdError(f"the weights of step {step} cannot be saved, because the update after it broke off in them")
-        held = optimizer_shards.fragments(self._engine, self._named, self._config.zero_stage)
-        pieces = optimizer_shards.own_share(held, self._config.zero_stage, self._rank, self._config.ranks)
+        stage, rank, ranks = self._config.zero_stage, self._rank, self._config.ranks
+        pieces = optimizer_shards.own_share(self._held(), stage, rank, ranks)
+        pieces |= self._snapshots.pieces(stage, rank, ranks)
         pieces[checkpoint.RANDOM] = _generator(self._device).get_state()
         self._writer.begin(directory / checkpoint.shard_name(self._rank), pieces, self._facts(step))
 
     def written(self) -> tuple[str, str]:
-        """See `LearnerRank.written`."""
         return self._writer.finish(self._config.deadline_s)
 
     def load(self, directory: Path) -> int:
-        """See `LearnerRank.load`."""
         shards, own = checkpoint.Shards(directory), self._facts(0)
         saved = shards.facts[0]
         checkpoint.check_model(directory, saved, own.model)
         optimizer_shards.fill(self._engine, self._named, self._config.zero_stage, shards, saved.updates)
+        self._snapshots.load(shards, saved.snapshots, self._held())
         state = shards.random_state(self._rank, self._device.type)
         if state is not None:
             _generator(self._device).set_state(state)
@@ -174,17 +201,10 @@ class Training:
         return saved.step
 
     def export(self, directory: Path) -> None:
-        """See `LearnerRank.export`."""
         export(self._student, self._config, self._student_path, self._rank, directory, self._text.ends)
 
-    def peak_memory_bytes(self) -> int:
-        """The most memory the device (on CPU: the process) has held."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     def close(self) -> None:
-        """See `LearnerRank.close`."""
+        """Leave the other ranks and free the model."""
         self._writer.close()
         engine.leave(self._engine)
 
@@ -312,6 +332,7 @@ class Training:
             zero_stage=self._config.zero_stage,
             model=model,
             device=self._device.type,
+            snapshots=self._snapshots.places,
         )
 
 

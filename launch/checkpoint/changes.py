@@ -29,7 +29,7 @@ def harmless(cls: type, where: str = "") -> Iterator[str]:
         elif group:
             yield from harmless(cast(type, kind), f"{dotted}.")
         elif issubclass(kind, Mapping) and dataclasses.is_dataclass(arguments[-1]):
-            yield from harmless(arguments[-1], f"{dotted}.*.")
+            yield from harmless(cast(type, arguments[-1]), f"{dotted}.*.")
 
 
 @cache

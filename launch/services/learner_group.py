@@ -1,19 +1,19 @@
 """N DeepSpeed ranks as one learner (`opd.ports.Learner`)."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from launch.services.causes import brief, vanished
 from launch.services.cluster import end, has_died, place_of
 from launch.services.replicas import DescribeStacks, Fault, ReplicaFault, no_stack_dump, within
 from learner.config import LearnerConfig
+from learner.learner import LearnerRank
 from opd.errors import OpdError
-from opd.ports import Layout, LossFunction, PublishedWeights, PublishReport, StudentEngine
-from opd.types import Batch, Scores, StepReport
+from opd.ports import Call, Layout, Learner, PublishedWeights, PublishReport, Rank, StudentEngine
 from weight_sync.receiver import assemble
 
+Answer = TypeVar("Answer")
 _NEWS_S = 5.0  # what the news of a rank's death may take, once its partners are disturbed
 
 
@@ -21,8 +21,8 @@ class RanksLost(ReplicaFault):
     """A rank died or hangs: the others cannot go on without it, so none of them is of use any more."""
 
 
-class LearnerGroup:
-    """Calls every rank at once, because ranks meet in collectives; the answer of rank 0 stands for all.
+class LearnerGroup(Learner):
+    """Calls every rank at once, because ranks meet in collectives.
 
     Whatever is asked raises `RanksLost` if a rank dies or hangs; `launch.services.learner_restart` makes others. How
     soon answers are due does not bound how long ranks take to start: they have `start_deadline_s` at least.
@@ -47,15 +47,10 @@ class LearnerGroup:
         world = len(self.actors)
         await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)], self._start_s)
 
-    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction) -> StepReport:
-        """One optimizer step; see `opd.ports.Learner`."""
-        return (await self._all([a.step.remote(b, objective) for a, b in self._pairs(batches)]))[0]
-
-    async def evaluate(
-        self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
-    ) -> Mapping[str, float]:
-        """Means of the objective's loss and metrics, without a gradient."""
-        return (await self._all([a.evaluate.remote(b, objective) for a, b in self._pairs(batches)]))[0]
+    async def call(self, call: Call[Answer]) -> list[Answer]:
+        """What every rank answers, in their order."""
+        asked = [getattr(actor, call.name) for actor in self.actors]
+        return await self._all([ask.remote(*call.of(rank), **call.options) for rank, ask in enumerate(asked)])
 
     async def publish(self, student: StudentEngine, version: int) -> PublishReport:
         """Have every rank lay out its chunks, hand all to the engines, and have the sentinel compared there."""
@@ -63,29 +58,13 @@ class LearnerGroup:
         try:
             receipt = await student.receive(weights)
         except OpdError:
-            await self._all([a.stats.remote() for a in self.actors])  # nobody can read what a dead rank has laid out
+            await self.call(Call.broadcast(LearnerRank.busy_s))  # nobody can read what a dead rank has laid out
             raise
         return PublishReport(version=version, gap=receipt.gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
 
     async def share(self, version: int) -> PublishedWeights:
         """Have every rank lay out its chunks of the weights as they are now."""
-        return assemble(await self._all([a.share.remote(version) for a in self.actors]))
-
-    async def save(self, directory: Path, step: int) -> None:
-        """Copy the state of now and begin to write it into the existing `directory`; `written` waits for it."""
-        await self._all([a.save.remote(str(directory), step) for a in self.actors])
-
-    async def written(self) -> dict[str, str]:
-        """Names and digests of the files that `save` began, once they are on the disk."""
-        return dict(await self._all([a.written.remote() for a in self.actors]))
-
-    async def load(self, directory: Path) -> int:
-        """Take over what `save` wrote, whoever wrote it; returns its step."""
-        return (await self._all([a.load.remote(str(directory)) for a in self.actors]))[0]
-
-    async def export(self, directory: Path) -> None:
-        """The student as a Hugging Face folder."""
-        await self._all([a.export.remote(str(directory)) for a in self.actors])
+        return assemble(await self.call(Call.broadcast(Rank.share, version)))
 
     async def places(self) -> list[str]:
         """Where each rank runs (`weight_sync.shared_memory.place`)."""
@@ -100,9 +79,6 @@ class LearnerGroup:
         """Kill every rank."""
         for actor in self.actors:
             end(actor)
-
-    def _pairs(self, batches: Sequence[Sequence[Batch[Scores]]]) -> Any:
-        return zip(self.actors, batches, strict=True)
 
     async def _all(self, calls: Sequence[Any], deadline_s: float = 0.0) -> list[Any]:
         """All answers, due within `deadline_s` seconds (0: those of every call).

@@ -5,7 +5,7 @@ The driver keeps everything else: text that was written or is being written, eng
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,15 +17,14 @@ from launch.services.learner_group import RanksLost
 from launch.services.replay_log import ReplayLog
 from launch.services.replicas import GO_ON
 from opd.errors import OpdError
-from opd.ports import Layout, Learner, LossFunction, PublishedWeights, PublishReport, StudentEngine
-from opd.types import Batch, Scores, StepReport
+from opd.ports import Call, Layout, Learner, PublishedWeights, PublishReport, Rank, StudentEngine, broadcast
 
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
 class RankGroup(Learner, Protocol):
-    """Ranks that live and die together (`learner_group.LearnerGroup`); all verbs may raise `RanksLost`."""
+    """Ranks that live and die together (`learner_group.LearnerGroup`); every call may raise `RanksLost`."""
 
     async def setup(self) -> None:
         """Find each other and load the student."""
@@ -33,18 +32,6 @@ class RankGroup(Learner, Protocol):
 
     async def share(self, version: int) -> PublishedWeights:
         """Lay out the weights as they are now."""
-        ...
-
-    async def written(self) -> dict[str, str]:
-        """Names and digests of the files that `save` began."""
-        ...
-
-    async def load(self, directory: Path) -> int:
-        """Take over what `save` wrote."""
-        ...
-
-    async def export(self, directory: Path) -> None:
-        """The student as a Hugging Face folder."""
         ...
 
     async def settled(self) -> None:
@@ -79,13 +66,13 @@ class RankFactory:
     check: Callable[[Path], Awaitable[None]] = verified
 
 
-class RestartingLearner:
-    """N ranks as one learner (`opd.ports.Learner`), at most `restarts` times other ones than before.
+class RestartingLearner(Learner):
+    """N ranks as one learner, at most `restarts` times other ones than before.
 
-    New ranks load the newest checkpoint of this process that is whole, or start from the student's own, take the steps
-    of the journal again, and are asked what the lost ones did not answer. On a CPU, and elsewhere with
+    New ranks load the newest checkpoint of this process that is whole, or start from the student's own, repeat the
+    calls of the replay log, and are asked what the lost ones did not answer. On a CPU, and elsewhere with
     `learner.deterministic`, they are then bit by bit what the lost ones were. Ranks that are lost twice in a row in the
-    same call will be lost a third time (no memory, say): that ends the run, and so does everything for which a journal
+    same call will be lost a third time (no memory, say): that ends the run, and so does everything for which a log
     or a restart is missing. While nobody is lost a call costs what it costs without this class.
     """
 
@@ -115,18 +102,14 @@ class RestartingLearner:
         except RanksLost as lost:
             raise _end(lost, " while a run starts") from lost
 
-    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction) -> StepReport:
-        """One optimizer step; see `opd.ports.Learner`."""
-        report = await self._ask(f"step {self._replay_log.number + 1}", lambda ranks: ranks.step(batches, objective))
-        if self._most:
-            self._replay_log.add(batches, objective)
-        return report
+    export = broadcast(Rank.export)
 
-    async def evaluate(
-        self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
-    ) -> Mapping[str, float]:
-        """Means of the objective's loss and metrics, without a gradient."""
-        return await self._ask("an evaluation", lambda ranks: ranks.evaluate(batches, objective))
+    async def call(self, call: Call[Answer]) -> list[Answer]:
+        """The answers of all ranks, of new ones if some are lost; what changes their state is logged."""
+        answers = await self._ask(self._replay_log.label(call), lambda ranks: ranks.call(call))
+        if self._most and call.changes_state:
+            self._replay_log.add(call)
+        return answers
 
     async def publish(self, student: StudentEngine, version: int) -> PublishReport:
         """Make the weights of now live in the engines."""
@@ -136,8 +119,8 @@ class RestartingLearner:
         return report
 
     async def save(self, directory: Path, step: int) -> None:
-        """Copy the state of now and begin to write it; see `LearnerGroup.save`."""
-        await self._ask(f"saving step {step}", lambda ranks: ranks.save(directory, step))
+        """Copy the state of now and begin to write it into the existing `directory`; `written` waits for it."""
+        await self.call(Call.broadcast(Rank.save, directory, step))
         self._replay_log.saving()
 
     async def written(self) -> dict[str, str]:
@@ -149,7 +132,7 @@ class RestartingLearner:
         """
         ranks = self._ranks
         try:
-            return await ranks.written()
+            return dict(await ranks.call(Call.broadcast(Rank.written)))
         except RanksLost as lost:
             if ranks is self._ranks:  # nobody has noticed yet; whoever asks next starts others
                 self._check_restart(lost)
@@ -163,13 +146,9 @@ class RestartingLearner:
 
     async def load(self, directory: Path) -> int:
         """Take over what `save` wrote, whoever wrote it; returns its step."""
-        step = await self._ask("loading a checkpoint", lambda ranks: ranks.load(directory))
+        steps = await self.call(Call.broadcast(Rank.load, directory))
         self._replay_log.loaded(directory)
-        return step
-
-    async def export(self, directory: Path) -> None:
-        """The student as a Hugging Face folder."""
-        await self._ask("the export", lambda ranks: ranks.export(directory))
+        return steps[0]
 
     async def settle(self) -> None:
         """The run breaks off: nobody is replaced any more, and what the ranks are at comes to its end.
@@ -210,37 +189,35 @@ class RestartingLearner:
             while (lost := self._lost) is not None:
                 self._check_restart(lost)
                 self._ranks.end()
-                begin, steps = self._replay_log.base, len(self._replay_log.steps)
+                begin, again = self._replay_log.base, len(self._replay_log.calls)
                 self.history.append(
                     f"{lost}, before {what} was answered; all ranks start anew from "
-                    f"{begin.parent.name if begin else 'the student they began with'} (steps to repeat: {steps})"
+                    f"{begin.parent.name if begin else 'the student they began with'} (calls to repeat: {again})"
                 )
                 _log.warning(self.history[-1])
                 self._ranks = self._recipe.make()
                 try:
                     await self._bring_up()
-                except RanksLost as again:
-                    self._lost = again
+                except RanksLost as another:
+                    self._lost = another
                 else:
                     self._lost = None
 
     async def _bring_up(self) -> None:
-        base, first = self._replay_log.base, self._replay_log.number - len(self._replay_log.steps) + 1
+        base = self._replay_log.base
         await self._once("setting up", lambda ranks: ranks.setup())
         await self._once("setting up", self._recipe.ready)
         if base is not None:
             await self._recipe.check(base)
-            await self._once("loading", lambda ranks: ranks.load(base))
-        for number, taken in enumerate(self._replay_log.steps, first):
+            await self._once("loading", lambda ranks: ranks.call(Call.broadcast(Rank.load, base)))
+        for logged in self._replay_log.calls:
             try:
-                await self._once(
-                    f"step {number} again", lambda ranks, taken=taken: ranks.step(taken.batches, taken.objective)
-                )
+                await self._once(f"{logged.label} again", lambda ranks, call=logged.call: ranks.call(call))
             except Exception as error:
                 if isinstance(error, OpdError) or not is_lost(error):
                     raise
                 raise OpdError(
-                    f"new learner ranks cannot take step {number} again, because what a teacher said about it is gone, "
+                    f"new learner ranks cannot do {logged.label} again, because what a teacher said about it is gone, "
                     f"too ({brief(error)}); {GO_ON}"
                 ) from error
         await self._lay_out_again()
@@ -272,7 +249,7 @@ class RestartingLearner:
         if not self._replay_log.whole:
             raise _end(
                 lost,
-                f", because the steps since the newest checkpoint were more than cluster.replay_log_bytes="
+                f", because the calls since the newest checkpoint were more than cluster.replay_log_bytes="
                 f"{self._replay_log.most} (set a smaller checkpoint_every, or more bytes)",
             ) from lost
 

@@ -3,6 +3,7 @@
 Applications implement these without inheriting from them; a pool of engines has the same protocol as one engine.
 """
 
+from opd.ports.calls import Call
 from opd.ports.engines import (
     Context,
     Engines,
@@ -13,7 +14,7 @@ from opd.ports.engines import (
     TextEngine,
     Tokenizer,
 )
-from opd.ports.learner import Layout, Learner, LossFunction, Observer
+from opd.ports.learner import Layout, Learner, LossFunction, Observer, Rank, broadcast
 from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources
 from opd.ports.requests import Completion, GenerateRequest, Sampling, ScoreAnswer, ScoreRequest
 from opd.ports.score_kinds import AtIds, LastHidden, LogitRows, SampledToken, ScoreKind, ScoreKinds, TopK
@@ -25,6 +26,7 @@ from opd.ports.weights import (
     Sentinel,
     WeightAck,
     WeightChunk,
+    WeightObserver,
     WeightSender,
     WeightShard,
 )
@@ -32,6 +34,7 @@ from opd.ports.weights import (
 __all__ = [
     "Answered",
     "AtIds",
+    "Call",
     "Completion",
     "Context",
     "Engines",
@@ -50,6 +53,7 @@ __all__ = [
     "PromptSource",
     "PublishReport",
     "PublishedWeights",
+    "Rank",
     "ReadsReferences",
     "References",
     "Routed",
@@ -67,6 +71,8 @@ __all__ = [
     "TopK",
     "WeightAck",
     "WeightChunk",
+    "WeightObserver",
     "WeightSender",
     "WeightShard",
+    "broadcast",
 ]

@@ -1,13 +1,21 @@
-"""The learner as the loop sees it, and observers of finished steps."""
+"""The learner as the loop sees it: what one rank does, what all ranks together do, and observers of finished steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+import numpy as np
+from jaxtyping import Float32
+
+from opd.ports.calls import Call, changes_state
 from opd.ports.engines import StudentEngine
-from opd.ports.weights import PublishReport
+from opd.ports.weights import PublishReport, WeightShard
 from opd.types import Batch, Scores, StepReport, TokenLoss
+
+Own = TypeVar("Own")
+Answer = TypeVar("Answer")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,28 +34,179 @@ class LossFunction(Protocol):
         ...
 
 
+class Rank(Protocol):
+    """The verbs of one rank of the learner: all ranks get the same call, some verbs with batches of their own.
+
+    A verb is typed here and written in `learner.training`; `Learner` says how its arguments get to all ranks. After an
+    exception out of `step` a rank must only be asked to `save`.
+    """
+
+    @changes_state
+    def step(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> StepReport:
+        """One update from this rank's micro-batches; all ranks bring the same number and get the same report.
+
+        Raises:
+            DataError: the loss or the gradient was not finite too often in a row (before that, the report says
+                `skipped`); the weights are still those of before.
+            OpdError: memory does not suffice even for half a micro-batch.
+        """
+        ...
+
+    def evaluate(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> Mapping[str, float]:
+        """The objective's `loss` and metrics at the current weights, without a gradient, computed as in `step`."""
+        ...
+
+    def score(self, batches: Sequence[Batch[Scores]]) -> list[Float32[np.ndarray, " L"]]:
+        """The student's own log-probabilities of `target_ids`, per micro-batch and in its order; nothing changes."""
+        ...
+
+    @changes_state
+    def snapshot(self, name: str, *, optimizer: bool = False) -> None:
+        """Keep a copy of the trained float32 weights in host memory as `name`, in place of an older one of that name.
+
+        With `optimizer` also Adam's moments and the place in the schedule. Checkpoints have the snapshots, too.
+
+        Raises:
+            ConfigurationError: the name is not 1 to 64 letters, digits and `._-`.
+        """
+        ...
+
+    @changes_state
+    def restore(self, name: str) -> None:
+        """Take back the weights of a snapshot, bit for bit.
+
+        If it has the optimizer, the updates since are as if they had not been; otherwise moments and schedule stay.
+
+        Raises:
+            ConfigurationError: there is no such snapshot.
+        """
+        ...
+
+    @changes_state
+    def extrapolate(self, name: str, factor: float) -> None:
+        """Set the float32 weights to `now + factor * (now - snapshot)`; optimizer and schedule stay.
+
+        A factor of 0 changes no bit, and -1 gives the snapshot bit by bit. With adapters, it is their two matrices that
+        are extrapolated, not their product.
+
+        Raises:
+            ConfigurationError: there is no such snapshot, or `factor` is not finite.
+        """
+        ...
+
+    def offload(self) -> None:
+        """Move model and optimizer to host memory until `reload`; every other verb but `written` is refused until then.
+
+        On a CPU nothing is moved, but the same verbs are refused.
+
+        Raises:
+            ConfigurationError: DeepSpeed cannot move this optimizer (bfloat16 with `zero_stage=1`).
+        """
+        ...
+
+    def reload(self) -> None:
+        """Move back what `offload` moved; does nothing if nothing is offloaded."""
+        ...
+
+    def share(self, version: int) -> WeightShard:
+        """This rank's chunks of the student as `version`, and a sentinel to check it by. All ranks must call.
+
+        The last two shares can be read at any time; older ones may not be there any more.
+        """
+        ...
+
+    def save(self, directory: Path, step: int) -> None:
+        """Copy weights, optimizer, snapshots, schedule and random state, and begin to write them into `directory`.
+
+        Returns when training may go on. Every rank writes a file of its own; `written` says when it is there.
+        Raises `OpdError` where an update broke off in the middle.
+        """
+        ...
+
+    def written(self) -> tuple[str, str]:
+        """Name and xxh3_128 of the file that `save` began, once it is on the disk.
+
+        Raises:
+            OpdError: it could not be written; one sentence.
+        """
+        ...
+
+    def load(self, directory: Path) -> int:
+        """Restore what all ranks' `save` wrote, however many they were and whatever they shared; returns its `step`.
+
+        Raises:
+            DataError: the checkpoint is foreign, cut off or incomplete.
+            ConfigurationError: it is of another model.
+        """
+        ...
+
+    def export(self, directory: Path) -> None:
+        """Write a folder that transformers and vLLM load: safetensors, configuration, tokenizer."""
+        ...
+
+
+def broadcast(
+    verb: Callable[Concatenate[Any, P], Answer],
+) -> "Callable[Concatenate[Learner, P], Coroutine[Any, Any, Answer]]":
+    """The verb as a method of all ranks: each gets the same arguments, and the answer of rank 0 stands for all."""
+
+    async def ask(self: "Learner", *arguments: P.args, **options: P.kwargs) -> Answer:
+        return (await self.call(Call.broadcast(verb, *arguments, **options)))[0]
+
+    ask.__doc__ = verb.__doc__
+    return ask
+
+
+def scatter(
+    verb: Callable[Concatenate[Any, Own, P], Answer],
+) -> "Callable[Concatenate[Learner, Sequence[Own], P], Coroutine[Any, Any, Answer]]":
+    """The same with a first argument per rank, as in `batches[rank][micro-batch]`."""
+
+    async def ask(self: "Learner", own: Sequence[Own], *arguments: P.args, **options: P.kwargs) -> Answer:
+        return (await self.call(Call.scatter(verb, own, *arguments, **options)))[0]
+
+    ask.__doc__ = verb.__doc__
+    return ask
+
+
+def scatter_gather(
+    verb: Callable[Concatenate[Any, Own, P], Answer],
+) -> "Callable[Concatenate[Learner, Sequence[Own], P], Coroutine[Any, Any, list[Answer]]]":
+    """The same with the answers of all ranks, in their order."""
+
+    async def ask(self: "Learner", own: Sequence[Own], *arguments: P.args, **options: P.kwargs) -> list[Answer]:
+        return await self.call(Call.scatter(verb, own, *arguments, **options))
+
+    ask.__doc__ = verb.__doc__
+    return ask
+
+
 class Learner(Protocol):
-    """The trained model, however many ranks it lives on."""
+    """The trained model, however many ranks it lives on: `call`, and the verbs of a rank by name.
+
+    Example, in an `Update`: `await learner.snapshot("before")`, then a `step`, then
+    `await learner.extrapolate("before", 0.5)`.
+    """
 
     layout: Layout
 
-    async def step(self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction) -> StepReport:
-        """Forward, backward and one optimizer step over `batches[rank][micro-batch]`."""
-        ...
-
-    async def evaluate(
-        self, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
-    ) -> Mapping[str, float]:
-        """The objective's loss (`loss`) and metrics without a gradient."""
+    async def call(self, call: Call[Answer]) -> list[Answer]:
+        """The answers of all ranks, in their order."""
         ...
 
     async def publish(self, student: StudentEngine, version: int) -> PublishReport:
         """Make the learner's weights live in the engines as `version`; raises if they disagree afterwards."""
         ...
 
-    async def save(self, directory: Path, step: int) -> None:
-        """Write a checkpoint that `load` restores exactly."""
-        ...
+    step = scatter(Rank.step)
+    evaluate = scatter(Rank.evaluate)
+    score = scatter_gather(Rank.score)
+    snapshot = broadcast(Rank.snapshot)
+    restore = broadcast(Rank.restore)
+    extrapolate = broadcast(Rank.extrapolate)
+    offload = broadcast(Rank.offload)
+    reload = broadcast(Rank.reload)
+    save = broadcast(Rank.save)
 
 
 class Observer(Protocol):

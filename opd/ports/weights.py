@@ -112,3 +112,15 @@ class PublishReport:
     gap: float
     nbytes: int
     digest: str = ""
+
+
+class WeightObserver(Protocol):
+    """Anything beside the rollout engines that receives versions: a teacher that follows the student, a measure."""
+
+    async def receive(self, weights: PublishedWeights) -> None:
+        """Told of each version in order, before an engine writes with it; the step waits for the answer.
+
+        The chunks can be fetched until the second version after this one comes. Where the learner was lost meanwhile,
+        the same version may come again.
+        """
+        ...

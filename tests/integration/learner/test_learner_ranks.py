@@ -12,19 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from learner import engine
-from learner.checkpoint import MASTER, Shards
+from learner.checkpoint import KEYS, MASTER, Shards, snapshot_key
 from learner.learner import LearnerRank
 from opd.errors import OpdError
 from opd.loss.packing import halves
+from opd.settings.devices import Dtype
 from tests.integration.learner.test_learner import SMALL
 from tests.integration.learner.test_learner_faults import Hungry
-from tests.small_learner import SMOOTH, batches_of, group_of_its_own, keep, naive_loss, parameters, rank_of
+from tests.small_learner import SMOOTH, STAGES, batches_of, group_of_its_own, keep, naive_loss, parameters, rank_of
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +116,72 @@ def test_two_ranks_step_keep_and_go_on_like_a_naive_one(stage: int, models: dict
     kept, weights = Shards(tmp_path), parameters(*(shares[0] for _, shares, _ in results))
     for name, value in weights.items():
         assert torch.equal(kept.read(MASTER, name, 0, value.numel()), value.view(-1))
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [STAGES[0], STAGES[2], STAGES[3], STAGES[4], STAGES[5]], ids=str)
+def test_two_ranks_extrapolate_and_restore_as_one_would(
+    stage: int, dtype: Dtype, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """What one rank makes of their checkpoint is bit by bit what they make of their own weights; scores are equal."""
+    config = replace(
+        SMOOTH, ranks=2, zero_stage=stage, dtype=dtype, lr=1e-2, eps=1e-8, tokens_per_microbatch=40, deadline_s=20
+    )
+    port, factors = rank_of(SMOOTH, tmp_path).address()[1], (0.7, -0.3)
+
+    def work(rank: int) -> Any:
+        learner = rank_of(config, models["tied"])
+        learner.setup(rank, 2, "127.0.0.1", port)
+        learner.step(batches_of(0, config)[rank], Hungry())
+        learner.snapshot("one", optimizer=True)
+        for number in (1, 2):
+            learner.step(batches_of(number, config)[rank], Hungry())
+        scores = [learner.score(batches) for batches in batches_of(3, config)]
+        keep(learner, tmp_path / "before", 3)
+        for i, factor in enumerate(factors):
+            learner.extrapolate("one", factor)
+            keep(learner, tmp_path / f"after {i}", 3)
+        shares = [learner.share(1)]
+        learner.restore("one")
+        shares.append(learner.share(2))
+        keep(learner, tmp_path / "restored", 3)
+        learner.close()
+        return scores, shares
+
+    with group_of_its_own():
+        (scores, shares), (same, others) = on_both(work)
+    assert str(scores) == str(same), "ranks disagree about the same text"
+    with group_of_its_own():
+        alone = rank_of(replace(config, ranks=1), models["tied"])
+        alone.setup(0, 1, *alone.address())
+        alone.load(tmp_path / "before")
+        assert all(
+            np.abs(a - b).max() < 1e-5
+            for own, other in zip([alone.score(b) for b in batches_of(3, config)], scores, strict=True)
+            for a, b in zip(own, other, strict=True)
+        )
+        for i, factor in enumerate(factors):
+            alone.extrapolate("one", factor)
+            assert_same_state(tmp_path / f"after {i}", keep(alone, tmp_path / f"alone {i}", 3), alone)
+        assert_same_weights(parameters(shares[0], others[0]), parameters(alone.share(1)))
+        alone.restore("one")
+        assert_same_weights(parameters(shares[1], others[1]), parameters(alone.share(2)))
+        assert_same_state(tmp_path / "restored", keep(alone, tmp_path / "alone restored", 3), alone)
+        alone.close()
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_same_state(folder: Path, other: Path, rank: LearnerRank) -> None:
+    """Weights, moments and those of the snapshot in two checkpoints, whoever wrote which part."""
+    one, two = Shards(folder), Shards(other)
+    assert one.facts[0].snapshots == two.facts[0].snapshots == {"one": 1}
+    assert one.facts[0].updates == two.facts[0].updates
+    for name, value in parameters(rank.share(9)).items():
+        for key in (*KEYS, *(snapshot_key(key, "one") for key in KEYS)):
+            mine, theirs = (shards.read(key, name, 0, value.numel()) for shards in (one, two))
+            assert torch.equal(mine, theirs), f"{key} of {name}"
 
 
 def test_ranks_add_up_find_the_greatest_and_wait_for_each_other(models: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,10 @@ from launch.services.learner_group import LearnerGroup, RanksLost
 from launch.services.replicas import Fault
 from learner.config import LearnerConfig
 from opd.errors import DataError, OpdError
-from opd.ports import Manifest, PublishedWeights, Sentinel, WeightAck, WeightShard
+from opd.ports import Call, Manifest, PublishedWeights, Rank, Sentinel, WeightAck, WeightShard
 
 DEADLINE_S, START_S = 1.0, 3.0  # as short as settings allow
+LOAD = Call.broadcast(Rank.load, Path("step_1"))
 
 
 async def say(answer: Any = None, after_s: float = 0.0) -> Any:
@@ -49,14 +51,14 @@ def test_a_rank_that_died_is_lost_whoever_is_told_first(first: str) -> None:
     one = rank(load=lambda: say(died(), late if first == "its partner" else 0.0))
     other = rank(load=lambda: say(RuntimeError("Connection closed by peer"), 0.0 if first == "its partner" else late))
     with pytest.raises(RanksLost, match=r"^a learner rank died \(ActorDiedError\) \(last words\)$") as caught:
-        asyncio.run(group(one, other).load(Any))  # type: ignore[arg-type]
+        asyncio.run(group(one, other).call(LOAD))
     assert caught.value.fault is Fault.DIED
 
 
 def test_a_rank_that_hangs_is_looked_at_with_the_others_and_lost() -> None:
     one, other = rank(load=lambda: say(None, 9.0)), rank(load=say)
     with pytest.raises(RanksLost, match=r"a learner rank did not answer within .* \(where 2 stood\)$") as caught:
-        asyncio.run(group(one, other).load(Any))  # type: ignore[arg-type]
+        asyncio.run(group(one, other).call(LOAD))
     assert caught.value.fault is Fault.HUNG
 
 
@@ -73,7 +75,7 @@ def test_ranks_may_take_longer_to_start_than_to_answer(seconds: float) -> None:
 @pytest.mark.parametrize("error", [DataError("no number"), OpdError("out of memory")])
 def test_what_a_rank_says_itself_is_no_loss(error: OpdError) -> None:
     with pytest.raises(type(error), match=str(error)) as caught:
-        asyncio.run(group(rank(load=lambda: say(error))).load(Any))  # type: ignore[arg-type]
+        asyncio.run(group(rank(load=lambda: say(error))).call(LOAD))
     assert not isinstance(caught.value, RanksLost)
 
 
@@ -92,7 +94,7 @@ def test_weights_that_nobody_can_read_are_a_lost_rank_if_one_is_gone(alive: bool
     sentinel = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
     manifest = Manifest(names=(), dtypes=(), shapes=(), nbytes=0)
     share = WeightShard(version=3, manifest=manifest, chunks=(), sentinel=sentinel)
-    one = rank(share=lambda: say(share), stats=lambda: say({} if alive else died()))
+    one = rank(share=lambda: say(share), busy_s=lambda: say(1.0 if alive else died()))
     kind, says = (DataError, "chunk 0 cannot be opened") if alive else (RanksLost, "a learner rank died")
     with pytest.raises(kind, match=says):
         asyncio.run(group(one).publish(Engine(), 3))

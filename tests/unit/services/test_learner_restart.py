@@ -14,7 +14,7 @@ from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.replay_log import ReplayLog
 from launch.services.replicas import Fault
 from opd.errors import DataError, OpdError
-from opd.ports import Layout, Manifest, PublishedWeights, PublishReport, Sentinel
+from opd.ports import Call, Layout, Learner, Manifest, PublishedWeights, PublishReport, Rank, Sentinel
 from opd.types import Batch, HiddenScores, RemoteRows, StepReport, nbytes
 
 NO_VERSION: Any = None  # no objective, no engine is looked at here
@@ -76,7 +76,7 @@ class World:
 
 
 @dataclass
-class FakeRanks:
+class FakeRanks(Learner):
     """Ranks whose weights are the steps they took."""
 
     world: World
@@ -97,15 +97,19 @@ class FakeRanks:
     async def setup(self) -> None:
         self._say("setup")
 
-    async def step(self, batches: Sequence[Sequence[Batch[Any]]], objective: Any) -> StepReport:
-        number = int(batches[0][0].input_ids[0])
+    async def call(self, call: Call[Any]) -> list[Any]:
+        """The verbs of rank 0, the only one."""
+        return [getattr(self, f"_{call.name}")(*call.of(0), **call.options)]
+
+    def _step(self, batches: Sequence[Batch[Any]], objective: Any) -> StepReport:
+        number = int(batches[0].input_ids[0])
         self._say(f"step {number}")
         if self.world.broken is not None and len(self.world.generations) > 1:
             raise self.world.broken
         self.steps = (*self.steps, number)
         return StepReport(loss=float(hash(self.steps)), grad_norm=0.0, lr=0.0, tokens=1, trained_tokens=1, metrics={})
 
-    async def evaluate(self, batches: Any, objective: Any) -> dict[str, float]:
+    def _evaluate(self, batches: Any, objective: Any) -> dict[str, float]:
         self._say("evaluate")
         return {"loss": float(hash(self.steps))}
 
@@ -120,21 +124,21 @@ class FakeRanks:
     def _digest(self) -> str:
         return f"{self.steps}" + ("" if self.world.repeats else f" {len(self.world.generations)}")
 
-    async def save(self, directory: Path, step: int) -> None:
+    def _save(self, directory: Path, step: int) -> None:
         self._say(f"save {step}")
         self.saving = directory.name, self.steps
 
-    async def written(self) -> dict[str, str]:
+    def _written(self) -> tuple[str, str]:
         self._say("written")
         name, self.world.disk[name] = self.saving
-        return {}
+        return "rank_0.safetensors", ""
 
-    async def load(self, directory: Path) -> int:
+    def _load(self, directory: Path) -> int:
         self._say(f"load {directory.name}")
         self.steps = self.world.disk[directory.name]
         return len(self.steps)
 
-    async def export(self, directory: Path) -> None:
+    def _export(self, directory: Path) -> None:
         self._say("export")
 
     def end(self) -> None:
@@ -180,7 +184,7 @@ def test_new_ranks_take_the_steps_since_the_beginning_again_in_order() -> None:
     assert world.generations[-1].steps == (1, 2, 3, 4) and world.renewed == [(2, "(1, 2)")]
     assert learner.history == [
         "a learner rank died (ActorDiedError), before step 3 was answered; all ranks start anew from the student they "
-        "began with (steps to repeat: 2)"
+        "began with (calls to repeat: 2)"
     ]
 
 
@@ -233,11 +237,12 @@ def test_a_checkpoint_is_given_up_also_when_its_writers_took_the_last_restart() 
         await learner.save(Path("step_1"), 1)
         gate = asyncio.Event()
 
-        async def written(ranks: FakeRanks = world.generations[0]) -> dict[str, str]:
-            await gate.wait()
-            return await FakeRanks.written(ranks)
+        async def written(call: Call[Any], ranks: FakeRanks = world.generations[0]) -> list[Any]:
+            if call.verb is Rank.written:
+                await gate.wait()
+            return await FakeRanks.call(ranks, call)
 
-        world.generations[0].written = written  # type: ignore[method-assign]
+        world.generations[0].call = written  # type: ignore[method-assign]
         writing = asyncio.create_task(learner.written())
         await asyncio.sleep(0)
         await steps(learner, 2)  # the one restart there is
@@ -313,7 +318,7 @@ def test_without_restarts_a_death_ends_the_run_and_nothing_is_kept(verb: str) ->
         with pytest.raises(OpdError, match=r"nobody can take its place \(cluster.restarts=0\)") as caught:
             await ask
         assert type(caught.value) is OpdError
-        assert not learner._replay_log.steps
+        assert not learner._replay_log.calls
 
     play(world, work, restarts=0)
     assert len(world.generations) == 1
@@ -329,9 +334,9 @@ def test_more_than_the_bytes_allowed_is_let_go_of_until_the_next_checkpoint(
 
     async def work(learner: RestartingLearner) -> None:
         await steps(learner, 1, 2)
-        assert len(learner._replay_log.steps) == 2 and not caplog.text
+        assert len(learner._replay_log.calls) == 2 and not caplog.text
         await steps(learner, 3, 4)
-        assert not learner._replay_log.steps and caplog.text.count("cluster.replay_log_bytes") == 1
+        assert not learner._replay_log.calls and caplog.text.count("cluster.replay_log_bytes") == 1
         await learner.save(Path("step_4"), 4)
         await steps(learner, 5)
         world.faults = ["step 6"]
@@ -351,15 +356,15 @@ def test_more_than_the_bytes_allowed_is_let_go_of_until_the_next_checkpoint(
 
 def test_a_checkpoint_after_which_too_much_came_does_not_lead_to_now() -> None:
     journal = ReplayLog(most=2 * nbytes(batch(1)[0][0]))
-    journal.add(batch(1), NO_VERSION)
+    journal.add(Call.scatter(Rank.step, batch(1), NO_VERSION))
     journal.saving()
     for number in (2, 3, 4):
-        journal.add(batch(number), NO_VERSION)
+        journal.add(Call.scatter(Rank.step, batch(number), NO_VERSION))
     journal.kept(Path("step_1"))
     assert not journal.whole
     journal.saving()
     journal.kept(Path("step_4"))
-    assert journal.whole and not journal.steps
+    assert journal.whole and not journal.calls
 
 
 def test_weights_that_came_out_otherwise_are_not_handed_to_new_engines(caplog: pytest.LogCaptureFixture) -> None:
@@ -385,7 +390,7 @@ def test_hidden_states_that_are_gone_too_are_one_sentence() -> None:
     world = World(["step 2"], broken=OwnerDiedError("0" * 56, None, ""))  # type: ignore[arg-type]
 
     async def work(learner: RestartingLearner) -> None:
-        with pytest.raises(OpdError, match=r"cannot take step 1 again, because what a teacher said about it is gone"):
+        with pytest.raises(OpdError, match=r"cannot do step 1 again, because what a teacher said about it is gone"):
             await steps(learner, 1, 2)
 
     play(world, work)
