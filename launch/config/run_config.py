@@ -17,6 +17,7 @@ from launch.artifacts.redaction import check_logins, remember
 from launch.config.compose import compose, first_line
 from launch.config.keys import check_names
 from launch.config.settings import ClusterConfig, EvaluationConfig, HardwareConfig
+from launch.config.task_parts import BY_TASK, environments_of, graders_of, named_by_hand
 from launch.config.tracker import TrackerConfig
 from launch.config.typed import AllowedPackages, built, construct
 from learner.config import LearnerConfig
@@ -38,7 +39,8 @@ class RunConfig:
     """A whole run, typed; `text` is the resolved YAML it came from, and `overrides` made that, as they were given.
 
     `teachers` has them by name: `default` is the group `teacher`, the others stand under `teachers` in the YAML
-    (`teachers.NAME.path=...`). Their order numbers the output matrices (`HiddenScores.head`).
+    (`teachers.NAME.path=...`). Their order numbers the output matrices (`HiddenScores.head`). `graders` and
+    `environments` are parts by the name that `prompts.task` has (`launch.config.task_parts`).
     """
 
     run_name: RunName
@@ -64,6 +66,8 @@ class RunConfig:
     notes: Sequence[str]
     method: Method
     prompts: PromptSource
+    graders: Mapping[str, object]
+    environments: Mapping[str, object]
     student: StudentConfig
     teachers: Mapping[str, TeacherConfig]
     learner: LearnerConfig
@@ -104,7 +108,7 @@ _SECTIONS: Mapping[str, type] = {
     "tracker": TrackerConfig,
 }
 
-_BUILT = {*_SECTIONS, "teachers", "notes", "method", "prompts", "evaluation", "text", "overrides"}
+_BUILT = {*_SECTIONS, *BY_TASK, "teachers", "notes", "method", "prompts", "evaluation", "text", "overrides"}
 _PLAIN = [f.name for f in dataclasses.fields(RunConfig) if f.name not in _BUILT]
 
 
@@ -138,6 +142,7 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
     _refuse_nothing(overrides, values)
     hints = fields_of(RunConfig)
     allowed = fit(AllowedPackages, values.get("allow_targets"), "allow_targets", [])
+    by_name = [*allowed, *named_by_hand(overrides)]
     plain = {name: fit(hints[name], values.get(name), name) for name in _PLAIN}
     sections = {name: construct(cls, values.get(name), name) for name, cls in _SECTIONS.items()}
     notes = fit(hints["notes"], values.get("notes"), "notes", [])
@@ -148,6 +153,8 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
         notes=[" ".join(note.split()) for note in notes],
         method=_truncated(construct(Method, values.get("method"), "method", allowed), plain["max_ratio"]),
         prompts=built(hints["prompts"], values.get("prompts"), "prompts", allowed),
+        graders=graders_of(values.get("graders"), by_name),
+        environments=environments_of(values.get("environments"), by_name),
         evaluation=construct(EvaluationConfig, values.get("evaluation"), "evaluation", allowed),
         text=text,
         overrides=tuple(overrides),

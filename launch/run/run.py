@@ -38,7 +38,9 @@ from launch.services.signals import StopRequest
 from launch.services.stack_dumps import Stacks
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
-from opd.scorers.ensemble import Ensemble
+from opd.method.needs import named, needed
+from opd.ports import Role
+from opd.rollouts.environment import Plays
 from opd.types import TokenScores
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
@@ -369,17 +371,19 @@ def _tell(trackers: Sequence[Tracker], point: EvaluationPoint) -> None:
 
 def make_evaluator(plan: Plan, session: Session) -> Evaluator:
     """Measures students and teachers of this session."""
-    return Evaluator(plan.config.evaluation, plan.sources, session.engines, session.learner, exact_kl=plan.exact_kl)
+    rollout, config = plan.config.method.rollout, plan.config.evaluation
+    play = rollout.play if isinstance(rollout, Plays) else None
+    return Evaluator(config, plan.sources, session.engines, session.learner, exact_kl=plan.exact_kl, play=play)
 
 
 def costs(plan: Plan) -> Costs:
     """Who does what with every token, and how large they are."""
-    rollout, scorer, params = plan.config.method.rollout, plan.config.method.scorer, plan.teacher_params
-    members = list(scorer.shares) if isinstance(scorer, Ensemble) else []
+    scorer, params = plan.config.method.scorer, plan.teacher_params
+    members = sorted(named(plan.config.method, Role.READER))
     return Costs(
         student_params=plan.student_params,
         teacher_params=sum(params[name] for name in members) if members else params[DEFAULT],
         by_teacher={} if members or len(params) == 1 else params,
-        teacher_writes=rollout.needs_writer,
+        teacher_writes=needed(plan.config.method, Role.WRITER),
         teacher_reads=issubclass(scorer.produces, TokenScores),
     )

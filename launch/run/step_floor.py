@@ -13,12 +13,12 @@ from launch.monitors.accounting import Costs
 from launch.plan.checks.models import parameter_count
 from launch.plan.plan import Plan
 from opd.loop.train import StepRecord
+from opd.method.needs import named
 from opd.observability import roofline
 from opd.observability.roofline import Decoding, Floors, Hardware, Lengths, ModelShape, UpdateCost
 from opd.observability.spans import Stage
 from opd.observability.utilization import DeviceCounts
-from opd.ports import LastHidden
-from opd.scorers.ensemble import Ensemble
+from opd.ports import LastHidden, Role
 from opd.settings.devices import Dtype
 from opd.types import Trajectory
 
@@ -118,7 +118,7 @@ def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
     wanted = len(shapes) if costs.teacher_reads or costs.teacher_writes else 0
     if hardware is None or student is None or len(teachers) < wanted:
         return None
-    scorer, sends_hidden = config.method.scorer, LastHidden in requires
+    sends_hidden = LastHidden in requires
     width = 4.0 if config.learner.dtype is Dtype.FLOAT32 else 2.0
     return StepLimit(
         hardware=hardware,
@@ -127,7 +127,7 @@ def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
         student=student,
         teachers=teachers if costs.teacher_reads else {},
         replicas={name: teacher.replicas for name, teacher in config.teachers.items()},
-        members=tuple(scorer.shares) if isinstance(scorer, Ensemble) else (),
+        members=tuple(sorted(named(config.method, Role.READER))),
         sends_hidden=sends_hidden,
         group=config.prompts.group_size,
         decoding=Decoding(slots=config.student.max_num_seqs, weight_bytes=width, cache_bytes=width),

@@ -4,7 +4,9 @@ Applications implement these without inheriting from them; a pool of engines has
 """
 
 from opd.ports.engines import Engines, Grader, LogprobTeacher, ReadsReferences, StudentEngine, TextEngine, Tokenizer
+from opd.ports.environment import Environment, MakeEnvironment, Outcome
 from opd.ports.learner import Layout, Learner, LossFunction, Observer
+from opd.ports.needs import Need, Role, needs_of
 from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources
 from opd.ports.requests import (
     AtIds,
@@ -35,6 +37,7 @@ __all__ = [
     "AtIds",
     "Completion",
     "Engines",
+    "Environment",
     "Fill",
     "GenerateRequest",
     "Grader",
@@ -44,13 +47,17 @@ __all__ = [
     "Listed",
     "LogprobTeacher",
     "LossFunction",
+    "MakeEnvironment",
     "Manifest",
+    "Need",
     "Observer",
+    "Outcome",
     "PromptSource",
     "PublishReport",
     "PublishedWeights",
     "ReadsReferences",
     "References",
+    "Role",
     "Routed",
     "SampledToken",
     "Sampling",
@@ -67,4 +74,5 @@ __all__ = [
     "WeightChunk",
     "WeightSender",
     "WeightShard",
+    "needs_of",
 ]

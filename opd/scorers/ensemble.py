@@ -9,7 +9,7 @@ import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.method.slots import Scorer
-from opd.ports import Engines, ScoreKinds
+from opd.ports import Engines, Need, Role, ScoreKinds
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden
 from opd.settings.ranges import Length, Relative
 from opd.settings.validation import settings
@@ -42,6 +42,10 @@ class Ensemble:
                 f"scorer Ensemble mixes what {', '.join(r.__name__ for r in READERS)} say, but scorer.reader is "
                 f"{type(self.reader).__name__}, whose ids differ between teachers; choose one of those"
             )
+
+    @property
+    def needs_engines(self) -> frozenset[Need]:
+        return frozenset(Need(Role.READER, name) for name in self.shares)
 
     @property
     def needs(self) -> type[Scores]:

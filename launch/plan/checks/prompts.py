@@ -6,13 +6,12 @@ from typing import Any
 
 from hf.tokenizer_check import TokenizerIdentity
 from launch.config.run_config import DEFAULT, RunConfig
-from launch.inputs.graders import GRADERS
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Listed, Routed, Sources
+from opd.method.needs import named, needed
+from opd.ports import Listed, Role, Routed, Sources
 from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
-from opd.scorers.ensemble import Ensemble
 
 
 def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
@@ -21,8 +20,8 @@ def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if isinstance(source, Routed) and not isinstance(source, Listed):
             asked = dict.fromkeys(source.routes(sources), place) | asked
-    if isinstance(config.method.scorer, Ensemble):
-        asked |= dict.fromkeys(config.method.scorer.shares, "method.scorer")
+    for role, place in ((Role.READER, "method.scorer"), (Role.WRITER, "method.rollout")):
+        asked |= dict.fromkeys(named(config.method, role), place)
     unknown = sorted(asked.keys() - config.teachers.keys())
     if unknown:
         raise ConfigurationError(
@@ -61,8 +60,7 @@ def check_lengths(config: RunConfig, training: Survey, held_out: Survey) -> int:
 
 def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
     tokens, where = found.longest_for_teacher
-    scorer = config.method.scorer
-    asked = scorer.shares.keys() if isinstance(scorer, Ensemble) else found.teachers.keys()
+    asked = named(config.method, Role.READER) or found.teachers.keys()
     for name in asked & config.teachers.keys():
         teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
         for key, room in (("max_batch_tokens", teacher.max_batch_tokens), ("max_model_len", teacher.max_model_len)):
@@ -80,13 +78,6 @@ def _limits(part: Any) -> Iterator[int]:
         if field.name == "max_tokens" and isinstance(value, int):
             yield value
         yield from _limits(value)
-
-
-def check_tasks(*found: Survey) -> None:
-    """Refuse a prompt whose answer no grader can grade."""
-    unknown = {task for survey in found for task in survey.tasks} - GRADERS.keys()
-    if unknown:
-        raise DataError(f"no grader is called {sorted(unknown)[0]!r}; set prompts.task to one of {list(GRADERS)}")
 
 
 def check_rows(config: RunConfig, sources: Sources, training: Survey) -> None:
@@ -129,7 +120,7 @@ def check_templates(
             f"the chat templates of student {student.path!r} and teacher {teacher.path!r} differ (digests "
             f"{student.template or 'none'} and {teacher.template or 'none'})"
         )
-        if training.chats.count and config.method.rollout.needs_writer:
+        if training.chats.count and needed(config.method, Role.WRITER):
             raise DataError(
                 f"{differ}, and method {config.method.name} lets the teacher write to messages ({training.chats.first})"
                 "; copy one chat template to the other, or choose a teacher of the student's family"
