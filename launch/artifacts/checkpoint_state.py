@@ -15,6 +15,14 @@ FORMAT = "opd run checkpoint 1"
 MANIFEST, STATE, LEARNER = "manifest.json", "state.json", "learner"
 LATEST = "latest"
 
+GRADERS: Mapping[str, Any] = {
+    "graders.shop": "launch.inputs.graders.ShopGrader",
+    "graders.peak": "launch.inputs.graders.PeakGrader",
+    "graders.math": "launch.inputs.graders.MathGrader",
+    "graders.math.deadline_s": 5.0,
+}
+"""What every run had before graders were settings."""
+
 _NAME = re.compile(r"step_(\d+)")
 _STRAY = re.compile(r"\.(step_\d+)\.(partial|old)")
 
@@ -155,9 +163,11 @@ def in_todays_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `described` settings of a checkpoint under current names: settings, classes, and an old schedule's shape.
 
     What had no `learner.decay_steps` fell through the warm-up: LINEAR was WARMUP_TIMES_LINEAR, CONSTANT the same with
-    a floor of 1. The old COSINE has no name.
+    a floor of 1. The old COSINE has no name. What had no `graders` had those of the program.
     """
     config = {todays_setting(name): todays(v) if isinstance(v, str) else v for name, v in config.items()}
+    if not any(name.startswith("graders.") for name in config):
+        config = {**config, **GRADERS}
     if "learner.decay_steps" in config or "learner.schedule" not in config:
         return config
     flat = {"learner.final_lr_fraction": 1.0} if config["learner.schedule"] == "CONSTANT" else {}

@@ -1,6 +1,6 @@
 """Recorded completions: text, and the log-probability difference teacher - behavior of every token."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,11 +95,11 @@ def _gaps(item: Scored[Any]) -> tuple[float, ...] | None:
     if not isinstance(item.scores, TokenScores):
         return None
     gaps = np.asarray(item.scores.logprobs) - np.asarray(item.trajectory.behavior.logprobs)
+    gaps = np.where(item.trajectory.loss_mask, gaps, 0)  # of an observation there is no writer
     return tuple(round(float(gap), 3) for gap in gaps[:MAX_TOKENS])
 
 
 def _reward(item: Scored[Any]) -> float | None:
     if isinstance(item.scores, AdvantageScores) and len(item.scores.rewards):
         return float(np.mean(item.scores.rewards))
-    graded: Sequence[float] = list(item.trajectory.rewards.values())
-    return float(graded[0]) if graded else None
+    return item.trajectory.reward

@@ -17,6 +17,7 @@ from launch.artifacts.redaction import check_logins, remember
 from launch.config.compose import compose, first_line
 from launch.config.keys import check_names
 from launch.config.settings import ClusterConfig, EvaluationConfig, HardwareConfig
+from launch.config.task_parts import BY_TASK, environments_of, graders_of, named_by_hand
 from launch.config.tracker import TrackerConfig
 from launch.config.typed import AllowedPackages, built, construct
 from learner.config import LearnerConfig
@@ -38,7 +39,8 @@ class RunConfig:
     """A whole run, typed; `text` is the resolved YAML it came from, `overrides` the ones that led to it, as given.
 
     `teachers` has them by name: `default` is the group `teacher`, the others stand under `teachers` in the YAML
-    (`teachers.NAME.path=...`). Their order numbers the output matrices (`HiddenScores.head`).
+    (`teachers.NAME.path=...`). Their order numbers the output matrices (`HiddenScores.head`). `graders` and
+    `environments` are parts by the name that `prompts.task` has (`launch.config.task_parts`).
     """
 
     run_name: Annotated[RunName, HARMLESS]
@@ -64,6 +66,8 @@ class RunConfig:
     notes: Annotated[Sequence[str], HARMLESS] = ()
     method: Method
     prompts: PromptSource
+    graders: Mapping[str, object]
+    environments: Mapping[str, object]
     student: StudentConfig
     teachers: Mapping[str, TeacherConfig]
     learner: LearnerConfig
@@ -125,26 +129,31 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
     values, text = _resolved(node)
     _refuse_nothing(overrides, values)
     allowed = fit(AllowedPackages, values.get("allow_targets"), "allow_targets", [])
-    given = _settings(values, allowed)
+    given, by_name = _settings(values, allowed), [*allowed, *named_by_hand(overrides)]
     return RunConfig(
         **given
         | {
             "teachers": _teachers(values),
             "notes": [" ".join(note.split()) for note in given["notes"]],
             "method": _truncated(given["method"], given["max_ratio"]),
+            "graders": graders_of(values.get("graders"), by_name),
+            "environments": environments_of(values.get("environments"), by_name),
         },
         text=text,
         overrides=tuple(overrides),
     )
 
 
+_BY_NAME = {"teachers", *BY_TASK}
+
+
 def _settings(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
     """The fields of `RunConfig` that stand in the YAML under their own names: plain values first, then groups, parts.
 
-    Teachers do not (one is under `teacher`), and what is not shown says where the run came from.
+    What is built by name does not (one teacher is under `teacher`), and what is not shown says where the run came from.
     """
     hints = fields_of(RunConfig)
-    own = {f.name: default_of(f) for f in dataclasses.fields(RunConfig) if f.repr and f.name != "teachers"}
+    own = {f.name: default_of(f) for f in dataclasses.fields(RunConfig) if f.repr and f.name not in _BY_NAME}
     kinds = {name: parts_of(hints[name])[0] for name in own}
     groups = {name: cls for name, cls in kinds.items() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
     parts = [name for name, kind in kinds.items() if getattr(kind, "_is_protocol", False)]

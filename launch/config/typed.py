@@ -6,6 +6,8 @@ range is refused by name, and `_target_` may only point below `OWN` and packages
 
 import dataclasses
 import importlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -82,7 +84,8 @@ def _parts(hint: Any, value: Any, where: str, allowed: Sequence[str], default: A
     return value
 
 
-def _target(target: Any, where: str, allowed: Sequence[str]) -> type:
+def imported(target: Any, where: str, allowed: Sequence[str]) -> Any:
+    """What a `_target_` names. A module of the user's own may lie in the folder where the command was given."""
     target = todays(target) if isinstance(target, str) else target
     if not isinstance(target, str) or not any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in allowed):
         raise ConfigurationError(
@@ -90,10 +93,16 @@ def _target(target: Any, where: str, allowed: Sequence[str]) -> type:
             "to allow_targets if you trust it"
         )
     module, _, name = target.rpartition(".")
+    if target.partition(".")[0] not in ("opd", "demos", "launch") and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # last: it stands in for nothing that is installed
     try:
-        cls = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except Exception as error:  # a user's module may raise anything
         raise ConfigurationError(f"{where}._target_ {target!r} cannot be imported: {error}") from error
+
+
+def _target(target: Any, where: str, allowed: Sequence[str]) -> type:
+    cls = imported(target, where, allowed)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigurationError(f"{where}._target_ {target!r} is no dataclass; parts are frozen dataclasses")
     return cls

@@ -1,23 +1,24 @@
-"""Graders of finished completions: the embedded tasks' own, and mathematical answers in a child process."""
+"""Graders of a run: the embedded tasks' own, mathematical answers in a child process, and a user's rewards."""
 
 import asyncio
-import multiprocessing
 import resource
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from demos.tasks import peak, shop
 from launch.inputs.answers import finding
 from launch.inputs.answers.check import doubtful, trouble
 from launch.inputs.answers.equality import same
-from opd.errors import OpdError
+from launch.inputs.grading_process import GradingProcess
+from launch.inputs.own_grader import OwnGrader
 from opd.ports import Grader
+from opd.settings.ranges import Deadline
+from opd.settings.validation import settings
 
 Found = TypeVar("Found")
 
-START_S = 120.0  # importing sympy takes longer than a deadline
 MEMORY_BYTES = 8 << 30  # of the child's addresses
 MOST_FAULTS = 20  # sentences a grader keeps about what went wrong
 
@@ -36,19 +37,35 @@ class RunGrader(Grader, Protocol):
 
 
 class TaskGrader:
-    """A pure function of completion and answer, e.g. `TaskGrader(shop.grade)`."""
+    """A pure function of completion and answer that takes no time, called here."""
 
-    faults: Sequence[str] = ()
+    one: ClassVar[Callable[[str, str], float]]
 
-    def __init__(self, one: Callable[[str, str], float]) -> None:
-        self._one = one
+    @property
+    def faults(self) -> Sequence[str]:
+        """It has none."""
+        return ()
 
     async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Rewards in order."""
-        return [self._one(c, a) for c, a in zip(completions, answers, strict=True)]
+        return [type(self).one(c, a) for c, a in zip(completions, answers, strict=True)]
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+@dataclass(kw_only=True)
+class ShopGrader(TaskGrader):
+    """The embedded shop task's."""
+
+    one: ClassVar = staticmethod(shop.grade)
+
+
+@dataclass(kw_only=True)
+class PeakGrader(TaskGrader):
+    """The embedded peak task's."""
+
+    one: ClassVar = staticmethod(peak.grade)
 
 
 def verify_math(completion: str, answer: str) -> float:
@@ -64,6 +81,8 @@ def bounded() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (bound, most))
 
 
+@dataclass(kw_only=True)
+@settings
 class MathGrader:
     """Mathematical answers (docs/grading.md), compared in a child process with a deadline.
 
@@ -72,12 +91,20 @@ class MathGrader:
     child.
     """
 
-    def __init__(self, deadline_s: float = 5.0) -> None:
-        self._deadline_s = deadline_s
-        self._pool: ProcessPoolExecutor | None = None
+    # seconds that an answer may take
+    deadline_s: Deadline = 5.0
+    faults: list[str] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._process = GradingProcess(
+            verify_math,
+            r"\boxed{\sqrt{2}}",
+            r"\sqrt{3}",
+            preload=["launch.inputs.answers.preloaded"],  # which imports sympy once for all children
+            initializer=bounded,
+        )
         self._free = asyncio.Lock()
         self._broken: set[str] = set()
-        self.faults: list[str] = []
 
     async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Rewards in order; a completion that cannot be graded in time gets 0."""
@@ -101,7 +128,7 @@ class MathGrader:
 
     @property
     def _late(self) -> str:
-        return f"its value is not found within {self._deadline_s:g} s"
+        return f"its value is not found within {self.deadline_s:g} s"
 
     def _note(self, sentence: str) -> None:
         if len(self.faults) < MOST_FAULTS:
@@ -116,38 +143,18 @@ class MathGrader:
 
     def _within(self, work: Callable[..., Found], *arguments: str) -> Found | None:
         """What the child says within the deadline, else None; a child that fails or is late is replaced."""
-        if self._pool is None:
-            apart = multiprocessing.get_context("forkserver")  # which imports sympy once for all children
-            apart.set_forkserver_preload(["launch.inputs.answers.preloaded"])
-            self._pool = ProcessPoolExecutor(1, mp_context=apart, initializer=bounded)
-            try:
-                self._pool.submit(verify_math, r"\boxed{\sqrt{2}}", r"\sqrt{3}").result(START_S)
-            except (TimeoutError, BrokenProcessPool) as error:
-                self.close()
-                raise OpdError(
-                    f"the process that grades answers did not start in {START_S:g} s ({type(error).__name__}); check "
-                    "the memory and the processes of this machine, and start Python from a file or a command"
-                ) from error
         try:
-            return self._pool.submit(work, *arguments).result(self._deadline_s)
+            return self._process.call(work, *arguments, deadline_s=self.deadline_s)
         except (TimeoutError, BrokenProcessPool):
-            self.close()
+            return None
         except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError):
-            pass  # sympy's, of what it cannot evaluate; the caller finds out whose fault it is
-        return None
+            return None  # sympy's, of what it cannot evaluate; the caller finds out whose fault it is
 
     def close(self) -> None:
         """End the child process, whatever it is doing."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            for process in list(pool._processes.values()):
-                process.kill()
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._process.close()
 
 
-GRADERS: Mapping[str, Callable[[], RunGrader]] = {
-    "shop": lambda: TaskGrader(shop.grade),
-    "peak": lambda: TaskGrader(peak.grade),
-    "math": MathGrader,
-}
-"""The graders that `prompts.task` can name; another one is another line here."""
+def make_grader(name: str, part: Any) -> RunGrader:
+    """The grader of a run that the part `name` of its configuration describes; nothing is started yet."""
+    return replace(part) if isinstance(part, MathGrader | ShopGrader | PeakGrader) else OwnGrader(name, part)

@@ -115,12 +115,12 @@ def _repetition(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def _rewards(record: StepRecord) -> dict[str, float]:
-    """The mean over trajectories (a long one counts once); only where the scorer gave rewards."""
+    """The mean over trajectories (a long one counts once); only where the scorer or an environment gave rewards."""
     rewards = [
         float(np.mean(item.scores.rewards))
         for item in record.scored
         if isinstance(item.scores, AdvantageScores) and len(item.scores.rewards)
-    ]
+    ] or [item.trajectory.reward for item in record.scored if item.trajectory.reward is not None]
     return {"reward/mean": float(np.mean(rewards))} if rewards else {}
 
 

@@ -12,7 +12,7 @@ from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import check_checkpoint, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.inputs.prompt_files import read_rows
-from launch.plan.checks.answers import check_answers, check_rewards
+from launch.plan.checks.answers import check_answers
 from launch.plan.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
 from launch.plan.checks.devices import gpus, resolved, undecided
 from launch.plan.checks.ends import text_ends
@@ -22,17 +22,18 @@ from launch.plan.checks.prompts import (
     check_lengths,
     check_routes,
     check_rows,
-    check_tasks,
     check_templates,
     remarks,
 )
 from launch.plan.checks.settings import check_settings, check_shares, schedule_notes
 from launch.plan.checks.survey import Survey, survey_all, survey_step
+from launch.plan.checks.tasks import check_tasks
 from launch.plan.checks.teachers import check_adapters, check_teachers
 from launch.plan.rate_curve import BLOCKS, PLAIN, rate_curve
 from launch.services.transports import check_transport
 from learner.liger import with_kernel
 from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
+from opd.method.needs import needs
 from opd.ports import Sources
 from opd.settings.devices import Device, Dtype
 from opd.token_weights.special_tokens import with_known_tokens
@@ -117,6 +118,7 @@ class Plan:
         parts = (method.rollout, *summed, method.update)
         table.add_section()
         table.add_row("method", "", " -> ".join(type(p).__name__ for p in parts), "")
+        table.add_row("needs", "", ", ".join(sorted(map(str, needs(method)))), "")
         table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
         for place, sentence in self.answers.items():
             table.add_row(f"{place}: answers", "", sentence, "")
@@ -170,8 +172,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_contexts(config, teachers, longest, training, held_out)
     check_ids([student, *teachers.values()], training, held_out)
     check_shares(config, training)
-    check_tasks(training, held_out)
-    check_rewards(config, training)
+    notes = check_tasks(config, training, held_out)
     answers = check_answers(config, sources, held_out)
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
@@ -193,6 +194,7 @@ def make_plan(config: RunConfig) -> Plan:
             *ends.notes,
             *numbers_notes(config),
             *schedule_notes(config),
+            *notes,
         ],
         ends=ends.ids,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),

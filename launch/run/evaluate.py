@@ -15,6 +15,7 @@ from opd.loss.packing import TokenMean, pack
 from opd.method.method import loss_masks
 from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Engines, Learner, Sampling, Sources, TextEngine
+from opd.rollouts.environment import Play
 from opd.rollouts.student import write
 from opd.scorers.reward import task_rewards
 from opd.scorers.teacher import SampledTokens, TeacherHidden
@@ -36,9 +37,20 @@ class Evaluator:
     """Grades engines on one held-out set, the same problems every time."""
 
     def __init__(
-        self, config: EvaluationConfig, sources: Sources, engines: Engines, learner: Learner, *, exact_kl: bool
+        self,
+        config: EvaluationConfig,
+        sources: Sources,
+        engines: Engines,
+        learner: Learner,
+        *,
+        exact_kl: bool,
+        play: Play | None = None,
     ) -> None:
-        """`exact_kl=False` (vocabularies padded differently) measures the sampled reverse KL instead."""
+        """`exact_kl=False` (vocabularies padded differently) measures the sampled reverse KL instead.
+
+        `play` lets a writer act in environments, where the method does; otherwise it writes once for every prompt.
+        """
+        self._play = play
         self._config = config
         self._exact_kl = exact_kl
         self._prompts = list(config.prompts(0, sources))
@@ -79,13 +91,25 @@ class Evaluator:
         if isinstance(engine, Mapping):
 
             async def by_teacher(name: str, prompts: list[Prompt]) -> Sequence[Trajectory]:
-                return await write(prompts, engine[name], sampling, as_teacher=True)
+                return await self._written(prompts, engine[name], sampling, as_teacher=True)
 
             written = await _each_route(flat, [p.teacher for p in flat], by_teacher)
         else:
-            written = await write(flat, engine, sampling)
+            written = await self._written(flat, engine, sampling)
         count = len(self._prompts)
         return [[written[s * count + i] for s in range(samples)] for i in range(count)]
+
+    async def _written(
+        self, prompts: Sequence[Prompt], engine: TextEngine, sampling: Sampling, *, as_teacher: bool = False
+    ) -> list[Trajectory]:
+        if self._play is None:
+            return await write(prompts, engine, sampling, as_teacher=as_teacher)
+        return await self._play(prompts, engine, sampling, self._engines, as_teacher=as_teacher)
+
+    def _gradable(self, prompt: Prompt) -> bool:
+        """Whether there is something to grade its completions against, or none is needed."""
+        grader = self._engines.graders.get(prompt.task)
+        return bool(prompt.answer) or not getattr(grader, "needs_answer", grader is not None)
 
     async def _reverse_kl(self, trajectories: Sequence[Trajectory]) -> float:
         scorer = TeacherHidden()
@@ -97,7 +121,7 @@ class Evaluator:
     async def _sampled_reverse_kl(self, trajectories: Sequence[Trajectory]) -> float:
         read = await self._score(trajectories, SampledTokens())
         gaps = [
-            np.asarray(t.behavior.logprobs) - np.asarray(s.logprobs)
+            (np.asarray(t.behavior.logprobs) - np.asarray(s.logprobs))[t.loss_mask]
             for t, s in zip(trajectories, read, strict=True)
             if isinstance(s, TokenScores)
         ]
@@ -122,7 +146,7 @@ class Evaluator:
         spent: Spent,
     ) -> EvaluationPoint:
         flat = [t for group in sampled for t in group]
-        answered = [i for i, prompt in enumerate(self._prompts) if prompt.answer]  # others cannot be graded
+        answered = [i for i, prompt in enumerate(self._prompts) if self._gradable(prompt)]
         greedily = await self._solved([greedy[i] for i in answered])
         solved = await self._solved([sampled[i] for i in answered])
         tasks = sorted({self._prompts[i].task for i in answered})

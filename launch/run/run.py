@@ -38,6 +38,9 @@ from launch.services.signals import StopRequest
 from launch.services.stack_dumps import Stacks
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
+from opd.method.needs import asks_prompts_teacher, named, needed
+from opd.ports import Role
+from opd.rollouts.environment import Plays
 from opd.types import TokenScores
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
@@ -369,20 +372,22 @@ def _tell(trackers: Sequence[Tracker], point: EvaluationPoint) -> None:
 
 def make_evaluator(plan: Plan, session: Session) -> Evaluator:
     """Measures students and teachers of this session."""
-    return Evaluator(plan.config.evaluation, plan.sources, session.engines, session.learner, exact_kl=plan.exact_kl)
+    rollout, config = plan.config.method.rollout, plan.config.evaluation
+    play = rollout.play if isinstance(rollout, Plays) else None
+    return Evaluator(config, plan.sources, session.engines, session.learner, exact_kl=plan.exact_kl, play=play)
 
 
 def costs(plan: Plan) -> Costs:
     """Who does what with every token, and how large they are."""
     method, params = plan.config.method, plan.teacher_params
-    named = method.named_teachers
-    read = sum(params[name] for name in named)
-    if method.asks_prompts_teacher or not named:
+    members = sorted(named(method, Role.READER))
+    read = sum(params[name] for name in members)
+    if asks_prompts_teacher(method) or not members:
         read += params[DEFAULT]
     return Costs(
         student_params=plan.student_params,
         teacher_params=read,
-        by_teacher={} if named or len(params) == 1 else params,
-        teacher_writes=method.rollout.needs_writer,
+        by_teacher={} if members or len(params) == 1 else params,
+        teacher_writes=needed(method, Role.WRITER),
         teacher_reads=any(issubclass(term.scorer.produces, TokenScores) for term in method.every_term.values()),
     )

@@ -13,8 +13,18 @@ from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from launch.artifacts.checkpoint_state import LEARNER
 from launch.config.settings import ClusterConfig
-from launch.inputs.graders import GRADERS, RunGrader
-from launch.plan.checks.devices import ENGINE, LEARNER_RANK, REMOTE_TEACHER, TEACHER, WRITER, check_idle_cluster, roles
+from launch.inputs.graders import RunGrader, make_grader
+from launch.inputs.own_environment import OwnEnvironment
+from launch.plan.checks.devices import (
+    ENGINE,
+    LEARNER_RANK,
+    REMOTE_TEACHER,
+    TEACHER,
+    WRITER,
+    check_idle_cluster,
+    roles,
+    writers_of,
+)
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.plan import Plan
 from launch.services.cluster import Actors, fetch, machines, place_of
@@ -47,6 +57,7 @@ class Session:
     engines: Engines
     learner: RestartingLearner
     graders: Mapping[str, RunGrader]
+    environments: Mapping[str, OwnEnvironment]
 
     async def teacher_writer(self, name: str) -> TextEngine:
         """A teacher as a writer; started now if no part of the method needed it before.
@@ -74,8 +85,8 @@ class Session:
         of_student = student.student if isinstance(student, FollowedStudent) else student
         pools = [of_student, *self.engines.teachers.values(), *self.engines.writers.values()]
         of_pools = [pool.replicas.history for pool in pools if isinstance(pool, StudentPool | TeacherPool)]
-        graders = [grader.faults for grader in self.graders.values()]
-        return [line for lines in (*of_pools, self.learner.history, *graders) for line in lines]
+        by_task = [part.faults for part in (*self.graders.values(), *self.environments.values())]
+        return [line for lines in (*of_pools, self.learner.history, *by_task) for line in lines]
 
     async def restore(self, checkpoint: Path, followers: Mapping[str, str]) -> None:
         """Take over the learner's state, and the weights of teachers that follow the student (name -> file)."""
@@ -106,7 +117,8 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
     )
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
     learner = _learner(actors, plan, student, teachers)
-    graders = {name: make() for name, make in GRADERS.items()}
+    graders = {name: make_grader(name, part) for name, part in config.graders.items()}
+    environments = {name: OwnEnvironment(name=name, part=part) for name, part in config.environments.items()}
     starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
     if config.student.device is Device.GPU and config.cluster.gpus_per_engine < 1:
         await starting  # vLLM measures what it leaves free on a GPU, while others must not take or leave any
@@ -116,8 +128,7 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
     )
     await learner.see()
-    writing = list(config.teachers) if config.method.rollout.needs_writer else []
-    writers = {name: await _writer(actors, plan, name, actors[WRITER]) for name in writing}
+    writers = {name: await _writer(actors, plan, name, actors[WRITER]) for name in writers_of(config)}
     followers = {
         name: Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
         for name, teacher in config.teachers.items()
@@ -129,8 +140,11 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         writers=writers,
         graders=graders,
         tokenizer=plan.sources.tokenizer,
+        environments=environments,
     )
-    return Session(plan=plan, actors=actors, engines=engines, learner=learner, graders=graders)
+    return Session(
+        plan=plan, actors=actors, engines=engines, learner=learner, graders=graders, environments=environments
+    )
 
 
 def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig) -> TeacherPool:

@@ -11,11 +11,12 @@ from launch.monitors.accounting import Costs
 from launch.plan.checks.models import parameter_count
 from launch.plan.plan import Plan
 from opd.loop.train import StepRecord
+from opd.method.needs import named
 from opd.observability import roofline
 from opd.observability.roofline import Decoding, Floors, Hardware, Lengths, ModelShape, UpdateCost
 from opd.observability.spans import Stage
 from opd.observability.utilization import DeviceCounts
-from opd.ports import LastHidden
+from opd.ports import LastHidden, Role
 from opd.settings.devices import Dtype
 from opd.types import Trajectory
 
@@ -123,7 +124,7 @@ def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
         student=student,
         teachers=teachers if costs.teacher_reads else {},
         replicas={name: teacher.replicas for name, teacher in config.teachers.items()},
-        members=config.method.named_teachers,
+        members=tuple(sorted(named(config.method, Role.READER))),
         sends_hidden=sends_hidden,
         group=config.prompts.group_size,
         decoding=Decoding(slots=config.student.max_num_seqs, weight_bytes=width, cache_bytes=width),

@@ -74,7 +74,7 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
     Both write on from the middle of the student's own completions, each in its own context (a privileged teacher knows
     more); the task's grader judges the whole texts.
     """
-    prompts = [prompt for prompt in prompts if prompt.answer]
+    prompts = [prompt for prompt in prompts if prompt.answer and prompt.task in engines.graders]
     if not prompts:
         return fine("teacher gain", "not measured: the prompts have no reference answers")
     sampling = Sampling(max_tokens=max_tokens)

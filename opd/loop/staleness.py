@@ -91,7 +91,7 @@ def unknown_weights(trajectory: Trajectory, published: Mapping[int, str]) -> str
     """
     if not trajectory.digests:
         return ""
-    for version in sorted(set(trajectory.versions.tolist())):
+    for version in sorted(set(trajectory.versions.tolist()) - {NO_VERSION}):
         held = trajectory.digests.get(version, "")
         if version not in published:
             return f"version {version} wrote it, which was never published"

@@ -102,17 +102,6 @@ class Method:
         """The kinds of scores that any term asks of teachers."""
         return frozenset(kind for term in self.every_term.values() for kind in term.scorer.requires)
 
-    @property
-    def named_teachers(self) -> tuple[str, ...]:
-        """Teachers that terms ask whatever a prompt names."""
-        named = [name for term in self.every_term.values() for name in getattr(term.scorer, "teachers", ())]
-        return tuple(dict.fromkeys(named))
-
-    @property
-    def asks_prompts_teacher(self) -> bool:
-        """Whether any term asks the teacher that a prompt names."""
-        return any(t.scorer.requires and not getattr(t.scorer, "teachers", ()) for t in self.every_term.values())
-
     def one_term(self, name: str) -> "Method":
         """The method with the term `name` alone, at coefficient 1."""
         term = self.every_term[name]

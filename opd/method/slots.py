@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.method.promises import Promise
-from opd.ports import Context, Learner, LossFunction, ScoreKinds
+from opd.ports import Context, Learner, LossFunction, Need, ScoreKinds
 from opd.settings.validation import may_lack
 from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, TokenScores, Trajectory
 
 
-@may_lack("on_policy", "truncated")  # it is then taken to be neither
+@may_lack("on_policy", "truncated", "needs_engines")  # it is then neither; for the last see `opd.ports.needs_of`
 class Rollout(Protocol):
     """Who writes, in which context, how far?"""
 
@@ -22,8 +22,8 @@ class Rollout(Protocol):
         ...
 
     @property
-    def needs_writer(self) -> bool:
-        """Whether a teacher must write (`engines.writers`)."""
+    def needs_engines(self) -> frozenset[Need]:
+        """The engines that it calls: the student, a writing teacher, an environment."""
         ...
 
     @property
@@ -41,9 +41,14 @@ class Rollout(Protocol):
         ...
 
 
-@may_lack("teachers")  # it then asks the teacher that a prompt names
+@may_lack("needs_engines")  # see `opd.ports.needs_of`
 class Scorer(Protocol):
     """Who reads what was written, and what do they testify?"""
+
+    @property
+    def needs_engines(self) -> frozenset[Need]:
+        """The engines that it calls: reading teachers, graders."""
+        ...
 
     @property
     def needs(self) -> type[Scores]:
@@ -58,11 +63,6 @@ class Scorer(Protocol):
     @property
     def requires(self) -> ScoreKinds:
         """The kinds of requests it sends to teachers; a backend that cannot answer them is refused when planned."""
-        ...
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Names of the teachers that it asks, whatever a prompt names; empty if the prompts' own are asked."""
         ...
 
     @property

@@ -14,7 +14,9 @@ from opd.ports.engines import (
     TextEngine,
     Tokenizer,
 )
+from opd.ports.environment import Environment, MakeEnvironment, Outcome
 from opd.ports.learner import Layout, Learner, LossFunction, Observer, Rank, broadcast
+from opd.ports.needs import Need, Role, needs_of
 from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources
 from opd.ports.requests import Completion, GenerateRequest, Sampling, ScoreAnswer, ScoreRequest
 from opd.ports.score_kinds import AtIds, LastHidden, LogitRows, SampledToken, ScoreKind, ScoreKinds, TopK
@@ -38,6 +40,7 @@ __all__ = [
     "Completion",
     "Context",
     "Engines",
+    "Environment",
     "Fill",
     "GenerateRequest",
     "Grader",
@@ -48,14 +51,18 @@ __all__ = [
     "LogitRows",
     "LogprobTeacher",
     "LossFunction",
+    "MakeEnvironment",
     "Manifest",
+    "Need",
     "Observer",
+    "Outcome",
     "PromptSource",
     "PublishReport",
     "PublishedWeights",
     "Rank",
     "ReadsReferences",
     "References",
+    "Role",
     "Routed",
     "SampledToken",
     "Sampling",
@@ -75,4 +82,5 @@ __all__ = [
     "WeightSender",
     "WeightShard",
     "broadcast",
+    "needs_of",
 ]

@@ -1,12 +1,13 @@
 """Engines that a method may call: writers, teachers, graders, the tokenizer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
+from opd.ports.environment import MakeEnvironment
 from opd.ports.requests import Completion, GenerateRequest, ScoreAnswer, ScoreRequest
 from opd.ports.weights import PublishedWeights, WeightAck
 from opd.types.prompt_rows import PromptText
@@ -40,7 +41,11 @@ class LogprobTeacher(Protocol):
 
 
 class Grader(Protocol):
-    """Task reward of a finished completion: 0.0 .. 1.0."""
+    """Task reward of a completion: a finite number; the shipped graders give 0.0 .. 1.0.
+
+    Two attributes may be left out. `judges_cut` = True: it is also asked about completions that the token limit cut,
+    which otherwise get 0. `needs_answer` = False: it grades completions of prompts that have no reference answer.
+    """
 
     async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Rewards in order; a completion that cannot be graded in time gets 0."""
@@ -78,7 +83,8 @@ class Tokenizer(Protocol):
 class Engines:
     """Everything the parts of a method may call.
 
-    The order of `teachers` numbers their output matrices (`HiddenScores.head`), in the learner too.
+    `graders` and `environments` have the names of the tasks (`Prompt.task`). The order of `teachers` numbers their
+    output matrices (`HiddenScores.head`), in the learner too.
     """
 
     student: StudentEngine
@@ -86,6 +92,7 @@ class Engines:
     writers: Mapping[str, TextEngine]
     graders: Mapping[str, Grader]
     tokenizer: Tokenizer
+    environments: Mapping[str, MakeEnvironment] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from opd.errors import DataError
 from opd.method.slots import Rollout
-from opd.ports import Completion, Context
+from opd.ports import Completion, Context, Need, needs_of
 from opd.rollouts.student import StudentRollout, trajectory
 from opd.settings.ranges import In, Seed, Tokens
 from opd.settings.validation import settings
@@ -26,7 +26,7 @@ class AnswerRollout:
     """
 
     records: ClassVar[type[TokenScores]] = TokenScores
-    needs_writer: ClassVar[bool] = False
+    needs_engines: ClassVar[frozenset[Need]] = frozenset()
     on_policy: ClassVar[bool] = False
     truncated: ClassVar[bool] = True
 
@@ -97,8 +97,8 @@ class Mixed:
         return its if issubclass(mine, its) else TokenScores
 
     @property
-    def needs_writer(self) -> bool:
-        return self.fixed.needs_writer
+    def needs_engines(self) -> frozenset[Need]:
+        return needs_of(self.student) | needs_of(self.fixed)
 
     @property
     def on_policy(self) -> bool:

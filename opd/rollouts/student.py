@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from opd.errors import ConfigurationError
-from opd.ports import Completion, Engines, GenerateRequest, Sampling, TextEngine
+from opd.ports import Completion, Engines, GenerateRequest, Need, Role, Sampling, TextEngine
 from opd.settings.ranges import AtMost, In, Temperature, Tokens, TopP
 from opd.settings.validation import settings
 from opd.types import NO_VERSION, Prompt, TokenScores, TopKScores, Trajectory
@@ -32,7 +32,6 @@ def trajectory(prompt: Prompt, sample: int, completion: Completion) -> Trajector
         loss_mask=np.ones(len(completion.token_ids), dtype=bool),
         versions=completion.versions,
         stop=completion.stop,
-        rewards={},
         digests=completion.digests,
     )
 
@@ -60,7 +59,7 @@ class StudentRollout:
     in which all ids beyond the nucleus are alike.
     """
 
-    needs_writer: ClassVar[bool] = False
+    needs_engines: ClassVar[frozenset[Need]] = frozenset({Need(Role.STUDENT)})
     on_policy: ClassVar[bool] = True
 
     # longest completion
@@ -108,7 +107,7 @@ class TeacherRollout:
     """
 
     records: ClassVar[type[TokenScores]] = TokenScores
-    needs_writer: ClassVar[bool] = True
+    needs_engines: ClassVar[frozenset[Need]] = frozenset({Need(Role.WRITER)})
     on_policy: ClassVar[bool] = False
 
     # longest completion

@@ -9,7 +9,7 @@ import numpy as np
 
 from opd.errors import ConfigurationError
 from opd.method.slots import Scorer
-from opd.ports import Context, ScoreKinds
+from opd.ports import Context, Need, Role, ScoreKinds
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden
 from opd.settings.ranges import Length, Relative
 from opd.settings.validation import settings
@@ -44,17 +44,16 @@ class Ensemble:
             )
 
     @property
+    def needs_engines(self) -> frozenset[Need]:
+        return frozenset(Need(Role.READER, name) for name in self.shares)
+
+    @property
     def needs(self) -> type[Scores]:
         return self.reader.needs
 
     @property
     def produces(self) -> type[Scores]:
         return EnsembleScores if isinstance(self.reader, TeacherHidden) else self.reader.produces
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """All of them read, whatever teacher a prompt names."""
-        return tuple(self.shares)
 
     @property
     def requires(self) -> ScoreKinds:

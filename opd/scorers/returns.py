@@ -50,7 +50,7 @@ class WithReturns:
         return [self._with(t, s) for t, s in zip(trajectories, said, strict=True) if isinstance(s, TopKScores)]
 
     def _with(self, trajectory: Trajectory, said: TopKScores) -> TopKReturnScores:
-        rewards = (said.logprobs - trajectory.behavior.logprobs) * self.reward_scale
+        rewards = np.where(trajectory.loss_mask, said.logprobs - trajectory.behavior.logprobs, 0) * self.reward_scale
         return TopKReturnScores(
             logprobs=said.logprobs,
             topk_ids=said.topk_ids,

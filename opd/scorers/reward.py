@@ -6,21 +6,29 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
-from opd.ports import Engines, ScoreKinds
+from opd.ports import Engines, Need, Role, ScoreKinds
 from opd.settings.ranges import In
 from opd.settings.validation import settings
 from opd.types import AdvantageScores, Scores, StopReason, TokenScores, Trajectory
 
 
 async def task_rewards(trajectories: Sequence[Trajectory], engines: Engines) -> list[float]:
-    """Rewards in 0..1; a completion that the token limit cut is wrong by definition."""
-    texts = [engines.tokenizer.decode(t.token_ids) for t in trajectories]
-    graded: list[float] = [0.0] * len(trajectories)
-    for task in {t.prompt.task for t in trajectories}:
-        mine = [i for i, t in enumerate(trajectories) if t.prompt.task == task]
+    """Rewards: an environment's where it gave one, else the grader's of the prompt's task.
+
+    A completion that the token limit cut is wrong by definition (0), unless its grader judges such ones too; so is one
+    that was cut before its environment, whose task has no grader, could answer.
+    """
+    graded = [0.0 if t.reward is None else t.reward for t in trajectories]
+    left = [i for i, t in enumerate(trajectories) if t.reward is None]
+    for task in {trajectories[i].prompt.task for i in left}:
+        if task not in engines.graders and task in engines.environments:
+            continue
+        grader, mine = engines.graders[task], [i for i in left if trajectories[i].prompt.task == task]
+        texts = [engines.tokenizer.decode(trajectories[i].token_ids) for i in mine]
         answers = [trajectories[i].prompt.answer for i in mine]
-        for i, reward in zip(mine, await engines.graders[task].grade([texts[i] for i in mine], answers), strict=True):
-            graded[i] = reward if trajectories[i].stop is StopReason.END else 0.0
+        judges_cut = getattr(grader, "judges_cut", False)
+        for i, reward in zip(mine, await grader.grade(texts, answers), strict=True):
+            graded[i] = reward if judges_cut or trajectories[i].stop is StopReason.END else 0.0
     return graded
 
 
@@ -36,6 +44,7 @@ class GroupAdvantage:
     produces: ClassVar[type[Scores]] = AdvantageScores
     requires: ClassVar[ScoreKinds] = frozenset()
     min_group: ClassVar[int] = 2
+    needs_engines: ClassVar[frozenset[Need]] = frozenset({Need(Role.GRADER)})
 
     # divide advantages by the group's standard deviation
     scale_by_std: bool = True

@@ -48,6 +48,7 @@ class Trajectory:
     `versions` has the policy version that sampled each token (`NO_VERSION`: not the student); `loss_mask` is
     False where a token is context only. `sample` is its number within the group. `digests` names the published weights
     behind each of those versions (`Completion.digests`); it is empty for text that no student engine wrote.
+    `reward` is what an environment gave for all of it; None where none did.
     """
 
     prompt: Prompt
@@ -57,8 +58,8 @@ class Trajectory:
     loss_mask: Bool[np.ndarray, " T"]
     versions: Int32[np.ndarray, " T"]
     stop: StopReason
-    rewards: Mapping[str, float]
     digests: Mapping[int, str] = field(default_factory=dict)
+    reward: float | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)

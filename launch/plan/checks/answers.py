@@ -1,31 +1,19 @@
 """Gradability of the reference answers: counted when a run is planned, and shown with an example."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from rich.progress import track
 
 from launch.artifacts import screen
 from launch.config.run_config import RunConfig
-from launch.inputs.graders import GRADERS
+from launch.inputs.graders import make_grader
 from launch.plan.checks.survey import Survey
-from opd.errors import ConfigurationError, DataError
+from opd.errors import DataError
 from opd.ports import Answered, ReadsReferences, References, Sources
-from opd.types import AdvantageScores
 
 NO_ANSWERS = "no reference answers; accuracy is not measured"
 MANY = 5_000  # rows whose reading is shown, because it takes more than a second
-
-
-def check_rewards(config: RunConfig, training: Survey) -> None:
-    """Refuse a method that learns from rewards where there is nothing to grade against."""
-    without = training.unanswered
-    rewarded = any(issubclass(term.scorer.produces, AdvantageScores) for term in config.method.every_term.values())
-    if without.count and rewarded:
-        raise ConfigurationError(
-            f"method {config.method.name} learns from graded answers, but {without.first} has no reference "
-            "answer; set prompts.answer_column to the column that has them, or choose a method that needs none"
-        )
 
 
 def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict[str, str]:
@@ -37,14 +25,19 @@ def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict
     sentences: dict[str, str] = {}
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         found = source.references(replace(sources, place=place)) if isinstance(source, Answered) else ()
-        sentences |= {references.place: _sentence(references) for references in found}
-    if held_out.unanswered.count == held_out.seen:
+        sentences |= {references.place: _sentence(references, config) for references in found}
+    if held_out.unanswered.count == held_out.seen and all(needs_answer(config, task) for task in held_out.tasks):
         sentences["evaluation.prompts"] = NO_ANSWERS
     return sentences
 
 
-def _sentence(references: References) -> str:
-    total, found = len(references.answers), unreadable(references)
+def needs_answer(config: RunConfig, task: str) -> bool:
+    """Whether completions of this task can be graded only against a reference answer. An environment needs none."""
+    return task in config.graders and bool(getattr(make_grader(task, config.graders[task]), "needs_answer", True))
+
+
+def _sentence(references: References, config: RunConfig) -> str:
+    total, found = len(references.answers), unreadable(references, config.graders)
     if not found:
         return f"{total} reference answers, all readable"
     where, answer, why = found[0]
@@ -57,9 +50,11 @@ def _sentence(references: References) -> str:
     return counted
 
 
-def unreadable(references: References) -> list[tuple[str, str, str]]:
+def unreadable(references: References, graders: Mapping[str, object]) -> list[tuple[str, str, str]]:
     """Answers that the task's grader cannot read: file and line, answer, reason."""
-    grader = GRADERS[references.task]()
+    if references.task not in graders:  # an environment's
+        return []
+    grader = make_grader(references.task, graders[references.task])
     try:
         if not isinstance(grader, ReadsReferences):
             return []

@@ -9,6 +9,8 @@ from launch.config.run_config import RunConfig
 from launch.plan import environment
 from launch.services.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
+from opd.method.needs import named, needed
+from opd.ports import Role
 from opd.settings.devices import Device
 from teacher_service.config import REMOTE, TeacherConfig
 
@@ -16,16 +18,24 @@ ENGINE, WRITER, LEARNER_RANK = "rollout actor", "writing teacher", "learner rank
 TEACHER, REMOTE_TEACHER = "teacher actor", "remote teacher"
 
 
+def writers_of(config: RunConfig) -> list[str]:
+    """Teachers that write for the method: those that a part names, or all where the prompts say which."""
+    named_by_parts = named(config.method, Role.WRITER)
+    if named_by_parts or not needed(config.method, Role.WRITER):
+        return sorted(named_by_parts)
+    return list(config.teachers)
+
+
 def roles(config: RunConfig) -> list[ActorRole]:
     """All actors that a run holds from its start to its end."""
-    cluster, count = config.cluster, len(config.teachers)
+    cluster = config.cluster
 
     def of(name: str, number: int, gpus: float, key: str) -> ActorRole:
         return ActorRole(name=name, count=number, cpus=cluster.cpus_per_actor, gpus=gpus, key=f"cluster.{key}")
 
     remote = sum(teacher.replicas for teacher in config.teachers.values() if teacher.backend in REMOTE)
     local = sum(teacher.replicas for teacher in config.teachers.values()) - remote
-    writers = count if config.method.rollout.needs_writer else 0
+    writers = len(writers_of(config))
     return [
         of(ENGINE, config.student.replicas, cluster.gpus_per_engine, "gpus_per_engine"),
         of(WRITER, writers, cluster.gpus_per_engine, "gpus_per_engine"),
@@ -37,7 +47,7 @@ def roles(config: RunConfig) -> list[ActorRole]:
 
 def gpus(config: RunConfig) -> str:
     """GPUs of a run as a sentence, with those for measuring the teacher."""
-    cluster, writes = config.cluster, config.method.rollout.needs_writer
+    cluster, writes = config.cluster, bool(writers_of(config))
     if not (cluster.gpus_per_engine and config.evaluation.teacher) or writes:
         return asked(roles(config))
     return f"{asked(roles(config))}; measuring the teacher at the end takes {cluster.gpus_per_engine:g} more, if free"

@@ -6,28 +6,29 @@ from typing import Any
 
 from hf.tokenizer_check import TokenizerIdentity
 from launch.config.run_config import DEFAULT, RunConfig
-from launch.inputs.graders import GRADERS
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Listed, Routed, Sources
+from opd.method.needs import asks_prompts_teacher, named, needed
+from opd.ports import Listed, Role, Routed, Sources
 from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
 
 
 def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
-    """Refuse a teacher that a prompt names and the run does not have, and one that no prompt names."""
-    named = dict(held_out.teachers) | dict(training.teachers)
+    """Refuse a teacher that a prompt names and the run does not have, and one that nothing names."""
+    places = dict(held_out.teachers) | dict(training.teachers)
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if isinstance(source, Routed) and not isinstance(source, Listed):
-            named = dict.fromkeys(source.routes(sources), place) | named
-    named |= dict.fromkeys(config.method.named_teachers, f"method {config.method.name}")
-    unknown = sorted(named.keys() - config.teachers.keys())
+            places = dict.fromkeys(source.routes(sources), place) | places
+    for role, part in ((Role.READER, "a scorer of the method"), (Role.WRITER, "method.rollout")):
+        places |= dict.fromkeys(named(config.method, role), part)
+    unknown = sorted(places.keys() - config.teachers.keys())
     if unknown:
         raise ConfigurationError(
-            f"{named[unknown[0]]} asks for teacher {unknown[0]!r}, but the run has {sorted(config.teachers)}; name one "
-            f"of those, or add it with teachers.{unknown[0]}.path=..."
+            f"{places[unknown[0]]} asks for teacher {unknown[0]!r}, but the run has {sorted(config.teachers)}; name "
+            f"one of those, or add it with teachers.{unknown[0]}.path=..."
         )
-    idle = sorted(config.teachers.keys() - named.keys() - {DEFAULT})
+    idle = sorted(config.teachers.keys() - places.keys() - {DEFAULT})
     if idle and isinstance(config.prompts, Listed):
         raise ConfigurationError(
             f"no prompt asks for teacher {idle[0]!r}, so it would be started and never teach; name it in a column with "
@@ -59,7 +60,7 @@ def check_lengths(config: RunConfig, training: Survey, held_out: Survey) -> int:
 
 def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
     tokens, where = found.longest_for_teacher
-    asked = {*config.method.named_teachers, *(found.teachers if config.method.asks_prompts_teacher else ())}
+    asked = {*named(config.method, Role.READER), *(found.teachers if asks_prompts_teacher(config.method) else ())}
     for name in sorted(asked & config.teachers.keys()):
         teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
         for key, room in (("max_batch_tokens", teacher.max_batch_tokens), ("max_model_len", teacher.max_model_len)):
@@ -77,13 +78,6 @@ def _limits(part: Any) -> Iterator[int]:
         if field.name == "max_tokens" and isinstance(value, int):
             yield value
         yield from _limits(value)
-
-
-def check_tasks(*found: Survey) -> None:
-    """Refuse a prompt whose answer no grader can grade."""
-    unknown = {task for survey in found for task in survey.tasks} - GRADERS.keys()
-    if unknown:
-        raise DataError(f"no grader is called {sorted(unknown)[0]!r}; set prompts.task to one of {list(GRADERS)}")
 
 
 def check_rows(config: RunConfig, sources: Sources, training: Survey) -> None:
@@ -126,7 +120,7 @@ def check_templates(
             f"the chat templates of student {student.path!r} and teacher {teacher.path!r} differ (digests "
             f"{student.template or 'none'} and {teacher.template or 'none'})"
         )
-        if training.chats.count and config.method.rollout.needs_writer:
+        if training.chats.count and needed(config.method, Role.WRITER):
             raise DataError(
                 f"{differ}, and method {config.method.name} lets the teacher write to messages ({training.chats.first})"
                 "; copy one chat template to the other, or choose a teacher of the student's family"

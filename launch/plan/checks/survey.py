@@ -35,8 +35,9 @@ class Survey:
     """Survey of all prompts of a source.
 
     `longest` and `longest_for_teacher` are tokens with their place, `highest` the largest id of a token, `teachers` and
-    `tasks` say where each is first asked for, `ids` are the prompts' own, `texts` digests of what the student reads.
-    `total` counts what there is (0: without end, and these are a sample).
+    `tasks` say where each is first asked for, `first_of` has each task's first prompt, `unanswered_of` the place of its
+    first without an answer, `ids` are the prompts' own, `texts` digests of what the student reads. `total` counts what
+    there is (0: without end, and these are a sample).
     """
 
     seen: int
@@ -47,6 +48,8 @@ class Survey:
     first: Prompt
     teachers: Mapping[str, str]
     tasks: Mapping[str, str]
+    first_of: Mapping[str, Prompt]
+    unanswered_of: Mapping[str, str]
     chats: Kind
     unanswered: Kind
     unknown: Kind
@@ -63,6 +66,8 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
     longest = longest_for_teacher = highest = (0, "")
     teachers: dict[str, str] = {}
     tasks: dict[str, str] = {}
+    first_of: dict[str, Prompt] = {}
+    unanswered_of: dict[str, str] = {}
     chats = unanswered = unknown = marked = repeated = Kind()
     ids: set[str] = set()
     texts: set[int] = set()
@@ -75,10 +80,12 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
         highest = max(highest, (top, where), key=lambda pair: pair[0])
         teachers.setdefault(prompt.teacher, where)
         tasks.setdefault(prompt.task, where)
+        first_of.setdefault(prompt.task, prompt)
         if not isinstance(row.prompt, str):
             chats = chats.and_at(where)
         if not prompt.answer:
             unanswered = unanswered.and_at(where)
+            unanswered_of.setdefault(prompt.task, where)
         if tokenizer.unknown_id is not None and np.mean(prompt.student_ids == tokenizer.unknown_id) > 0.5:
             unknown = unknown.and_at(where)
         if special is not None and any(special.search(text) for text in _texts(row)):
@@ -98,6 +105,8 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
         first=first,
         teachers=teachers,
         tasks=tasks,
+        first_of=first_of,
+        unanswered_of=unanswered_of,
         chats=chats,
         unanswered=unanswered,
         unknown=unknown,

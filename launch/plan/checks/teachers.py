@@ -2,6 +2,7 @@
 
 from hf.tokenizer_check import check_checkpoint, check_same_tokens, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.checks.devices import writers_of
 from launch.plan.checks.models import parameter_count, vocabulary_rows
 from opd.errors import ConfigurationError
 from opd.ports import LastHidden
@@ -23,7 +24,7 @@ def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None
     """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
     requires, remote = config.method.requires, teacher.backend in REMOTE
     check_supports(teacher, requires, f"method {config.method.name}")
-    if not remote or LastHidden in requires or config.method.rollout.needs_writer:
+    if not remote or LastHidden in requires or name in writers_of(config):
         check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
 
 

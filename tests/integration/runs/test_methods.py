@@ -18,6 +18,7 @@ from launch.plan.plan import make_plan
 from launch.run.session import Session, open_session
 from launch.services.cluster import connected
 from opd.loop.train import StepRecord, train
+from opd.ports import Need, Role, needs_of
 from opd.types import NO_VERSION
 
 SMALL = ["experiment=shop", "prompts.prompts_per_step=8", "prompts.group_size=2", "max_tokens=77"]
@@ -65,7 +66,8 @@ def test_a_method_trains(name: str, session: tuple[Session, asyncio.Runner]) -> 
     if rollout.on_policy:
         assert versions == {1}
     else:  # a teacher's text has no version
-        assert rollout.needs_writer and versions <= ({NO_VERSION} if name == "sft" else {NO_VERSION, 1})
+        assert Need(Role.WRITER) in needs_of(rollout)
+        assert versions <= ({NO_VERSION} if name == "sft" else {NO_VERSION, 1})
     if not name.startswith("grpo") and name != "sft":
         assert records[0].report.grad_norm > 0
     if not name.startswith("grpo") and rollout.on_policy and getattr(rollout, "top_p", 1.0) == 1:

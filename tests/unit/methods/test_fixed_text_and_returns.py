@@ -20,7 +20,7 @@ from opd.method.method import Method
 from opd.objectives.returns import MiniLLM
 from opd.objectives.sampled import SampledReverseKL
 from opd.objectives.vocabulary import JensenShannon
-from opd.ports import Layout
+from opd.ports import Layout, Need, Role, needs_of
 from opd.rollouts.mixed import AnswerRollout, Mixed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.returns import WithReturns, returns
@@ -63,8 +63,8 @@ def test_a_mixture_is_on_policy_only_where_nothing_is_mixed_in() -> None:
         Method(**parts, rollout=mixed(0.9))
     assert Method(name="g", rollout=mixed(0.5), scorer=TeacherHidden(), objective=JensenShannon())
     topk = Mixed(student=StudentRollout(max_tokens=8, record_topk=4), fixed=TEACHER)
-    assert topk.records is TokenScores and topk.needs_writer
-    assert not Mixed(student=STUDENT, fixed=AnswerRollout(max_tokens=8)).needs_writer
+    assert topk.records is TokenScores and needs_of(topk) == {Need(Role.STUDENT), Need(Role.WRITER)}
+    assert needs_of(Mixed(student=STUDENT, fixed=AnswerRollout(max_tokens=8))) == {Need(Role.STUDENT)}
 
 
 def test_a_group_has_one_source() -> None:

@@ -66,10 +66,11 @@ ON_OWN_TEXT = {  # estimates over written tokens; all others are sums over the v
     "TruncatedRatio",
 }  # fmt: skip
 FACTS: dict[str, dict[str, object]] = {
-    "AnswerRollout": {"on_policy": False, "needs_writer": False, "truncated": True},
-    "StudentRollout": {"on_policy": True, "needs_writer": False},
-    "TeacherRollout": {"on_policy": False, "needs_writer": True},
-    "GroupAdvantage": {"min_group": 2},
+    "AnswerRollout": {"on_policy": False, "truncated": True, "needs_engines": ()},
+    "StudentRollout": {"on_policy": True, "needs_engines": ("student",)},
+    "TeacherRollout": {"on_policy": False, "needs_engines": ("writing teacher",)},
+    "EnvironmentRollout": {"on_policy": True, "needs_engines": ("environment", "student")},
+    "GroupAdvantage": {"min_group": 2, "needs_engines": ("grader",)},
     "SkipTruncated": {"reads_written": True},
     "SkipFirst": {"reads_written": True},
     "PromptWeight": {"reads_written": False},
@@ -88,12 +89,14 @@ def test_what_parts_say_of_themselves_is_true() -> None:
                 if is_dataclass(part) and isinstance(part, type) and part.__module__ == module.name and name[0] != "_":
                     facts = {n: getattr(part, n, None) for n in FLAGS}
                     found[name] = {n: fact for n, fact in facts.items() if isinstance(fact, bool | int)}
+                    if isinstance(declared := getattr(part, "needs_engines", None), frozenset):
+                        found[name]["needs_engines"] = tuple(sorted(map(str, declared)))
                     if package is opd.objectives and hasattr(part, "consumes"):
                         assert found[name] == {"on_policy": name in ON_OWN_TEXT}, name
     assert {name: found[name] for name in FACTS} == FACTS
 
 
-FLAGS = ("on_policy", "needs_writer", "truncated", "min_group", "reads_written")
+FLAGS = ("on_policy", "truncated", "min_group", "reads_written")
 
 
 TOP_16 = {name: {"k": 16} for name in ("TeacherTop", "StudentTop", "Union", "Intersection")}
@@ -113,6 +116,9 @@ DEFAULTS: dict[str, dict[str, object]] = TOP_16 | {  # what a part is whose conf
     "Mixed": {"fraction": 0.5, "coin": "GROUP", "seed": 0},
     "StudentRollout": {"temperature": 1.0, "top_p": 1.0, "record_topk": 0},
     "TeacherRollout": {"temperature": 1.0, "top_p": 1.0},
+    "EnvironmentRollout": {
+        "max_turns": 8, "max_turn_tokens": 0, "temperature": 1.0, "top_p": 1.0, "record_topk": 0
+    },
     "WithReturns": {"k": 16, "discount": 1.0, "length_normalized": True, "own_reward": False, "reward_scale": 1.0},
     "GroupAdvantage": {"scale_by_std": True, "epsilon": 1e-4},
     "Constant": {"divisor": 1.0},

@@ -25,11 +25,12 @@ from opd.loss.chunked import StudentLogits
 from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import Constant, SequenceMean, TokenMean, WeighedTerm, halves, pack, pack_terms
 from opd.method.method import Method, packed, scored, weighed
+from opd.method.needs import asks_prompts_teacher, named
 from opd.method.schedules import CosineSchedule, LinearSchedule, value
 from opd.method.terms import MAIN, SumOfTerms, Term
 from opd.objectives.sampled import Likelihood, SampledReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL
-from opd.ports import Context, Layout
+from opd.ports import Context, Layout, Role
 from opd.rollouts.student import StudentRollout
 from opd.scorers.ensemble import Ensemble
 from opd.scorers.teacher import SampledTokens, TeacherHidden, Unscored
@@ -240,9 +241,9 @@ def test_a_batch_that_was_packed_for_other_terms_is_refused(make: Any) -> None:
 
 def test_teachers_that_a_term_names_are_known_to_the_plan() -> None:
     method = toy()
-    assert method.named_teachers == ("start",) and method.asks_prompts_teacher
+    assert named(method, Role.READER) == {"start"} and asks_prompts_teacher(method)
     alone = method.one_term("anchor")
-    assert alone.named_teachers == ("start",) and not alone.asks_prompts_teacher and not alone.is_sum
+    assert named(alone, Role.READER) == {"start"} and not asks_prompts_teacher(alone) and not alone.is_sum
     assert isinstance(alone.scorer, Ensemble) and isinstance(alone.normalizer, SequenceMean)
 
 

@@ -33,7 +33,7 @@ from opd.method import promises
 from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
-from opd.ports import Completion, Context, GenerateRequest, Layout
+from opd.ports import Completion, Context, GenerateRequest, Layout, Outcome
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.settings.ranges import AtMost, In
@@ -60,6 +60,9 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),
 }
+
+
+ROOMY: Mapping[str, Mapping[str, Any]] = {"EnvironmentRollout": {"max_tokens": 30}}  # for several turns
 
 
 def classes() -> list[type]:
@@ -110,7 +113,8 @@ def _numbers(base: type, mark: In, start: list[Any]) -> Iterator[Any]:
 
 def example(cls: type) -> Any:
     """The part with its defaults, and where there is none with the first value that is allowed."""
-    return cls(**{f.name: values(cls, f.name)[0] for f in fields(cls) if default_of(f) is MISSING and f.init})
+    given = {f.name: values(cls, f.name)[0] for f in fields(cls) if default_of(f) is MISSING and f.init}
+    return cls(**(given | ROOMY.get(cls.__name__, {})))
 
 
 CASES = [(cls, f.name) for cls in classes() for f in fields(cls)]
@@ -184,6 +188,16 @@ class Recorder:
         ]
 
 
+class Endless:
+    """An environment that never ends an episode and says one token."""
+
+    async def reset(self, prompt: Any) -> str:
+        return ""
+
+    async def step(self, action: str) -> Outcome:
+        return Outcome(reward=0.0, done=False, text="7")
+
+
 def _prompts(make_id: str = "p") -> list[Any]:
     whole = make_world(0, 9).prompts
     return [replace(whole[0], id=f"{make_id}/{i}", answer="4 5 3 2 1 2 3 4 5 6") for i in range(12)]
@@ -198,6 +212,7 @@ def written(rollout: Any) -> Any:
         writers=teachers,
         graders={},
         tokenizer=Words(),
+        environments={"": Endless},
     )
     texts = [t for p in _prompts() for t in asyncio.run(rollout([p], box))]
     return asked, [(t.token_ids.tolist(), t.stop, t.versions.tolist()) for t in texts]

@@ -1,0 +1,70 @@
+"""A child process that calls functions with a deadline: what hangs or takes all memory ends alone."""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from opd.errors import OpdError
+
+Found = TypeVar("Found")
+
+START_S = 120.0  # importing what a grader needs takes longer than a deadline
+
+
+class GradingProcess:
+    """One child at a time, started at the first call and replaced when it is late or dies. Not for several threads.
+
+    `begin` with its arguments is the first thing that every child does; `preload` are modules that are imported once
+    for all children.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[..., object],
+        *arguments: object,
+        preload: Sequence[str] = (),
+        initializer: Callable[[], None] | None = None,
+    ) -> None:
+        self._begin, self._arguments = begin, arguments
+        self._preload, self._initializer = list(preload), initializer
+        self._pool: ProcessPoolExecutor | None = None
+
+    def call(self, work: Callable[..., Found], *arguments: object, deadline_s: float) -> Found:
+        """What `work` gives, or raises, in the child.
+
+        Raises:
+            TimeoutError: not within the deadline.
+            BrokenProcessPool: the child died of it.
+            OpdError: no child could be started.
+        """
+        pool = self._pool or self._started()
+        try:
+            return pool.submit(work, *arguments).result(deadline_s)
+        except (TimeoutError, BrokenProcessPool):
+            self.close()
+            raise
+
+    def _started(self) -> ProcessPoolExecutor:
+        apart = multiprocessing.get_context("forkserver")
+        if self._preload:
+            apart.set_forkserver_preload(self._preload)
+        pool = self._pool = ProcessPoolExecutor(1, mp_context=apart, initializer=self._initializer)
+        try:
+            pool.submit(self._begin, *self._arguments).result(START_S)
+        except (TimeoutError, BrokenProcessPool) as error:
+            self.close()
+            raise OpdError(
+                f"the process that grades answers did not start in {START_S:g} s ({type(error).__name__}); check "
+                "the memory and the processes of this machine, and start Python from a file or a command"
+            ) from error
+        return pool
+
+    def close(self) -> None:
+        """End the child process, whatever it is doing."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            for process in list(pool._processes.values()):
+                process.kill()
+            pool.shutdown(wait=True, cancel_futures=True)
