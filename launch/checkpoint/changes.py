@@ -21,15 +21,15 @@ def harmless(cls: type, where: str = "") -> Iterator[str]:
     for name, hint in fields_of(cls).items():
         base, dotted = parts_of(hint)[0], f"{where}{name}"
         origin, arguments = get_origin(base) or base, get_args(base)
-        kind = origin if isinstance(origin, type) else object  # a union is one value
+        kind: Any = origin if isinstance(origin, type) else object  # a union is one value
         group = dataclasses.is_dataclass(kind)
         if HARMLESS in get_args(hint):
             many = group or (issubclass(kind, Sequence | Mapping) and kind is not str)
             yield f"{dotted}.*" if many else dotted
         elif group:
-            yield from harmless(cast(type, kind), f"{dotted}.")
-        elif issubclass(kind, Mapping) and dataclasses.is_dataclass(arguments[-1]):
-            yield from harmless(arguments[-1], f"{dotted}.*.")
+            yield from harmless(base, f"{dotted}.")
+        elif issubclass(kind, Mapping) and dataclasses.is_dataclass(entry := arguments[-1]):
+            yield from harmless(cast(type, entry), f"{dotted}.*.")
 
 
 @cache

@@ -60,11 +60,6 @@ class Comparison:
             )
 
 
-def is_comparison(overrides: Sequence[str]) -> bool:
-    """Does the experiment consist of arms?"""
-    return "comparison" in compose(overrides)
-
-
 def run_comparison(overrides: Sequence[str]) -> int:
     """Run every arm with every seed, one after another, then draw and print what came out."""
     comparison, passed_on, dry_run = _read(overrides)
