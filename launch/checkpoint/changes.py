@@ -21,7 +21,7 @@ def harmless(cls: type, where: str = "") -> Iterator[str]:
     for name, hint in fields_of(cls).items():
         base, dotted = parts_of(hint)[0], f"{where}{name}"
         origin, arguments = get_origin(base) or base, get_args(base)
-        kind = origin if isinstance(origin, type) else object  # a union is one value
+        kind: Any = origin if isinstance(origin, type) else object  # a union is one value
         group = dataclasses.is_dataclass(kind)
         if HARMLESS in get_args(hint):
             many = group or (issubclass(kind, Sequence | Mapping) and kind is not str)

@@ -60,11 +60,6 @@ class Comparison:
             )
 
 
-def is_comparison(overrides: Sequence[str]) -> bool:
-    """Whether the experiment consists of arms."""
-    return "comparison" in compose(overrides)
-
-
 def run_comparison(overrides: Sequence[str]) -> int:
     """Run every arm with every seed, one after another, then draw and print the results."""
     comparison, passed_on, dry_run = _read(overrides)

@@ -1,7 +1,7 @@
 """Roofline: least time and traffic of a step from model shapes, lengths and hardware.
 
 The equations are those of docs/performance.md ("The roofline"), under the names used there: FORWARD, ROLLOUT,
-TEACHER, LEARNER, PUSH, SIGNAL, STEP. Everything here is a lower bound of what hardware could do, never an estimate of
+TEACHER, LEARNER, PUSH, STEP. Everything here is a lower bound of what hardware could do, never an estimate of
 what software does: kernels at peak rate, perfect overlap inside a device, no queue, no padding.
 """
 
@@ -16,7 +16,6 @@ from opd.errors import ConfigurationError
 FORWARD = 2  # operations per parameter and token: one multiplication, one addition
 TRAIN = 3 * FORWARD  # forward and backward, which is twice the forward pass
 ADAM_BYTES = 30.0  # read and written per parameter: float32 master and two moments, gradient, 16-bit copy
-LOGPROB_BYTES, ID_BYTES, STATE_BYTES = 2.0, 4.0, 2.0  # float16, int32, bfloat16: the defaults of SIGNAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,44 +207,9 @@ def dense_bytes(model: ModelShape, weight_bytes: float = 2.0) -> float:
     return model.params * weight_bytes
 
 
-def lora_bytes(rank: int, matrices: Sequence[tuple[int, int]], weight_bytes: float = 2.0) -> float:
-    """PUSH: adapters of `rank` for `matrices` of `(inputs, outputs)`: `sum b*r*(d_in + d_out)`."""
-    return weight_bytes * rank * sum(inputs + outputs for inputs, outputs in matrices)
-
-
 def push(nbytes: float, hardware: Hardware, receivers: int = 1, chunks: int = 64) -> float:
     """PUSH: `bytes/min(C, B) * (1 + (R-1)/chunks)` in seconds: a pipelined chain is flat in receivers."""
     return nbytes / min(hardware.link, hardware.memory) * (1 + (receivers - 1) / chunks)
-
-
-def sampled_bytes(samples: int = 1) -> float:
-    """SIGNAL per response token: the log-probabilities of `samples` tokens."""
-    return samples * LOGPROB_BYTES
-
-
-def known_ids_bytes(k: int) -> float:
-    """SIGNAL per response token: log-probabilities at `k` ids that the request names."""
-    return k * LOGPROB_BYTES
-
-
-def own_ids_bytes(k: int) -> float:
-    """SIGNAL per response token: the teacher's own `k` ids and their log-probabilities."""
-    return k * (LOGPROB_BYTES + ID_BYTES)
-
-
-def hidden_bytes(width: int) -> float:
-    """SIGNAL per response token: the last hidden state, or its compression to `width` numbers."""
-    return width * STATE_BYTES
-
-
-def vocabulary_bytes(vocabulary: int) -> float:
-    """SIGNAL per response token: every log-probability."""
-    return vocabulary * LOGPROB_BYTES
-
-
-def hidden_pays_from(width: int) -> float:
-    """SIGNAL: the `k` above which a hidden state is smaller than the teacher's own top-k."""
-    return hidden_bytes(width) / own_ids_bytes(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

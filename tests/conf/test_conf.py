@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.compare import is_comparison
+from launch.config.compose import compose
 from launch.config.run_config import RunConfig, run_config
 from launch.config.shipped import groups
 from launch.plan.plan import make_plan
@@ -18,7 +18,7 @@ from opd.token_weights.special_tokens import SkipFirst
 from opd.token_weights.teachers import TeacherBalance
 
 METHODS = groups()["method"]
-EXPERIMENTS = [name for name in groups()["experiment"] if not is_comparison([f"experiment={name}"])]
+EXPERIMENTS = [name for name in groups()["experiment"] if "comparison" not in compose([f"experiment={name}"])]
 GROUP_OF_TWO = {name: ["prompts.group_size=2"] for name in ("grpo", "grpo_token_mean")}
 NEEDED = {
     "student=hf": ["student.path=x"],

@@ -78,7 +78,6 @@ def test_teacher_learner_and_push_by_hand() -> None:
     assert roofline.zero_bytes(TINY, UpdateCost(ranks=4, stage=2)) == 2 * 100 * 2 * 3 / 4
     assert roofline.zero_bytes(TINY, UpdateCost(ranks=4, stage=3, microbatches=5)) == 15 * 100 * 2 * 3 / 4
     assert roofline.push(50.0, SLOW, receivers=5, chunks=2) == pytest.approx(10 * 3)
-    assert roofline.lora_bytes(8, [(3, 4), (5, 6)]) == 2 * 8 * 18
     assert roofline.dense_bytes(TINY) == 200
 
 
@@ -86,17 +85,6 @@ def test_slow_links_bound_a_learner_that_computes_fast() -> None:
     many = UpdateCost(ranks=2, stage=3, microbatches=100)
     seconds = roofline.learner(TINY, lengths([2], [3]), SLOW, many)
     assert seconds == pytest.approx(300 * 100 * 2 / 2 / 5 + 30 * 100 / 200)
-
-
-def test_signal_bytes_of_the_notes() -> None:
-    """256 x 4,096 tokens, K = 64, a teacher 5,120 wide."""
-    tokens = 256 * 4096
-    assert tokens * roofline.sampled_bytes() == pytest.approx(2e6, rel=0.05)
-    assert tokens * roofline.known_ids_bytes(64) == pytest.approx(134e6, rel=0.01)
-    assert tokens * roofline.hidden_bytes(5120) == pytest.approx(10.7e9, rel=0.01)
-    assert tokens * roofline.vocabulary_bytes(151_936) == pytest.approx(319e9, rel=0.01)
-    k = roofline.hidden_pays_from(5120)
-    assert roofline.own_ids_bytes(int(k)) <= roofline.hidden_bytes(5120) < roofline.own_ids_bytes(int(k) + 1)
 
 
 def test_the_run_counts_operations_with_the_same_constants() -> None:
