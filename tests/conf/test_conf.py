@@ -57,7 +57,7 @@ def test_every_option_builds(choice: str) -> None:
 @pytest.mark.parametrize("name", groups()["method"])
 def test_every_method_can_be_planned(name: str) -> None:
     plan = make_plan(with_method(name))
-    assert plan.config.method.scorer.requires <= plan.config.teacher.answers
+    assert plan.config.method.scorer.requires <= plan.config.teacher.supports
 
 
 def test_minillm_weighs_what_follows_as_the_papers_equation_does() -> None:
