@@ -40,7 +40,7 @@ def step(trajectories: int, median: float, most: int, seed: int) -> list[Scored[
             prompt=Prompt(id=str(i), student_ids=context, teacher_ids=context), sample=0,
             token_ids=draw.integers(0, VOCABULARY, length).astype(np.int32), behavior=TokenScores(logprobs=behavior),
             loss_mask=np.ones(length, dtype=bool), versions=np.zeros(length, dtype=np.int32),
-            stop=StopReason.END, rewards={},
+            stop=StopReason.END,
         )  # fmt: skip
         made.append(Scored(trajectory=trajectory, scores=TokenScores(logprobs=said)))
     return made

@@ -73,7 +73,6 @@ class Make:
             "loss_mask": np.ones(n, dtype=bool),
             "versions": np.zeros(n, dtype=np.int32),
             "stop": StopReason.END,
-            "rewards": {},
         }
         return Trajectory(**(default | fields))
 

@@ -98,7 +98,6 @@ def data(step: int, sequences: int = 9) -> tuple[list[Trajectory], list[np.ndarr
                 loss_mask=np.ones(n, dtype=bool),
                 versions=np.zeros(n, dtype=np.int32),
                 stop=StopReason.END,
-                rewards={},
             )
         )
     weights = [rng.choice([0.0, 0.5, 1.0, 2.0], len(t)) for t in trajectories]

@@ -1,6 +1,6 @@
 """Completions to look at: text, and how much likelier the teacher finds every token than its writer did."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,5 +101,4 @@ def _gaps(item: Scored[Any]) -> tuple[float, ...] | None:
 def _reward(item: Scored[Any]) -> float | None:
     if isinstance(item.scores, AdvantageScores) and len(item.scores.rewards):
         return float(np.mean(item.scores.rewards))
-    graded: Sequence[float] = list(item.trajectory.rewards.values())
-    return float(graded[0]) if graded else None
+    return None

@@ -32,7 +32,6 @@ def trajectory(prompt: Prompt, sample: int, completion: Completion) -> Trajector
         loss_mask=np.ones(len(completion.token_ids), dtype=bool),
         versions=completion.versions,
         stop=completion.stop,
-        rewards={},
         digests=completion.digests,
     )
 

@@ -57,7 +57,6 @@ class Trajectory:
     loss_mask: Bool[np.ndarray, " T"]
     versions: Int32[np.ndarray, " T"]
     stop: StopReason
-    rewards: Mapping[str, float]
     digests: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:

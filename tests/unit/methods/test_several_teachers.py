@@ -61,7 +61,7 @@ def trajectory(
     )
     return Trajectory(
         prompt=prompt, sample=0, token_ids=written, behavior=behavior, loss_mask=np.ones(tokens, dtype=bool),
-        versions=np.zeros(tokens, dtype=np.int32), stop=StopReason.END, rewards={},
+        versions=np.zeros(tokens, dtype=np.int32), stop=StopReason.END,
     )  # fmt: skip
 
 

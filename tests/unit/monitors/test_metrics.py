@@ -44,7 +44,6 @@ def scored(length: int, version: int, scores: Scores, stop: StopReason = StopRea
         prompt=prompt, sample=0, token_ids=np.arange(length, dtype=np.int32),
         behavior=TokenScores(logprobs=np.full(length, -1.0, dtype=np.float32)),
         loss_mask=np.ones(length, dtype=bool), versions=np.full(length, version, dtype=np.int32), stop=stop,
-        rewards={},
     )  # fmt: skip
     return Scored(trajectory=trajectory, scores=scores)
 

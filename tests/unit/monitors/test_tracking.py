@@ -61,7 +61,6 @@ def record(step: int, *, reward: float | None = None) -> StepRecord:
                 loss_mask=np.ones(5, dtype=bool),
                 versions=np.full(5, step - 1, dtype=np.int32),
                 stop=StopReason.END,
-                rewards={},
             ),
             scores=scores,
         )
