@@ -87,7 +87,7 @@ def main() -> None:
 
 async def spent(session: Any) -> np.ndarray:
     """CPU-seconds of the process tree, then busy seconds of the busiest engine, teacher and learner rank."""
-    engine = [(await a.stats.remote()).busy_s for a in session.engines.student.replicas.actors]
+    engine = [(await a.stats.remote()).busy_s for a in session.student.student.replicas.actors]
     teacher = [(await a.stats.remote()).busy_s for a in session.engines.teachers["default"].replicas.actors]
     learner = await session.learner.call(Call.broadcast(LearnerRank.busy_s))
     return np.array([process_tree_cpu_seconds(), max(engine), max(teacher), max(learner)])

@@ -32,14 +32,14 @@ from launch.services.learner_group import LearnerGroup
 from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.owned_returns import keep, with_owned_returns
 from launch.services.placement import ActorRole
-from launch.services.pools import FollowedStudent, Follower, StudentPool, TeacherPool
+from launch.services.pools import Follower, ObservedStudent, StudentPool, TeacherPool
 from launch.services.replicas import within
 from launch.services.stack_dumps import Stacks
 from launch.services.transports import check_places, sender, transport_of
 from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
-from opd.ports import Engines, TextEngine
+from opd.ports import Engines, TextEngine, WeightObserver
 from opd.settings.devices import Device
 from teacher_service.backends import backend
 from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
@@ -54,6 +54,7 @@ class Session:
 
     plan: Plan
     actors: Actors
+    student: ObservedStudent
     engines: Engines
     learner: RestartingLearner
     graders: Mapping[str, RunGrader]
@@ -75,15 +76,16 @@ class Session:
     @property
     def followers(self) -> Mapping[str, Follower]:
         """Teachers that follow the student, by name."""
-        student = self.engines.student
-        return student.followers if isinstance(student, FollowedStudent) else {}
+        return self.student.followers
+
+    def observe_weights(self, observer: WeightObserver) -> None:
+        """Let `observer` receive every version from the next publication on."""
+        self.student.observers.append(observer)
 
     @property
     def faults(self) -> list[str]:
         """What died, hung or lied and was replaced, and what could not be graded: a sentence each."""
-        student = self.engines.student
-        of_student = student.student if isinstance(student, FollowedStudent) else student
-        pools = [of_student, *self.engines.teachers.values(), *self.engines.writers.values()]
+        pools = [self.student.student, *self.engines.teachers.values(), *self.engines.writers.values()]
         of_pools = [pool.replicas.history for pool in pools if isinstance(pool, StudentPool | TeacherPool)]
         by_task = [part.faults for part in (*self.graders.values(), *self.environments.values())]
         return [line for lines in (*of_pools, self.learner.history, *by_task) for line in lines]
@@ -91,9 +93,7 @@ class Session:
     async def restore(self, checkpoint: Path, followers: Mapping[str, str]) -> None:
         """Take over the learner's state, and the weights of teachers that follow the student (name -> file)."""
         step = await self.learner.load(checkpoint / LEARNER)
-        student = self.engines.student
-        if isinstance(student, FollowedStudent):
-            student.seen = step
+        self.student.seen = step
         await asyncio.gather(*[self.followers[name].restore(checkpoint / file) for name, file in followers.items()])
 
     def close(self) -> None:
@@ -134,8 +134,9 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         for name, teacher in config.teachers.items()
         if teacher.mixup
     }
+    observed = ObservedStudent(student, followers)
     engines = Engines(
-        student=FollowedStudent(student, followers) if followers else student,
+        student=observed,
         teachers=dict(teachers),
         writers=writers,
         graders=graders,
@@ -143,7 +144,13 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         environments=environments,
     )
     return Session(
-        plan=plan, actors=actors, engines=engines, learner=learner, graders=graders, environments=environments
+        plan=plan,
+        actors=actors,
+        student=observed,
+        engines=engines,
+        learner=learner,
+        graders=graders,
+        environments=environments,
     )
 
 

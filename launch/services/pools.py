@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from launch.config.retry_policy import RetryPolicy
@@ -24,7 +25,16 @@ from launch.services.replicas import (
     within,
 )
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import Completion, GenerateRequest, PublishedWeights, ScoreAnswer, ScoreRequest, StudentEngine, WeightAck
+from opd.ports import (
+    Completion,
+    GenerateRequest,
+    PublishedWeights,
+    ScoreAnswer,
+    ScoreRequest,
+    StudentEngine,
+    WeightAck,
+    WeightObserver,
+)
 from opd.rollouts.validation import verify as verify_completions
 from opd.scorers.validation import verify as verify_scores
 
@@ -134,14 +144,14 @@ class StudentPool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Follower:
+class Follower(WeightObserver):
     """The actors of a teacher that follows the student, and at which versions (every so many) it does."""
 
     replicas: Replicas
     every: int
     deadline_s: float
 
-    async def follow(self, weights: PublishedWeights) -> None:
+    async def receive(self, weights: PublishedWeights) -> None:
         """Hand `weights` to every replica."""
         calls = [
             within(self.deadline_s, f"teacher actor {r.number} (weights)", r.actor.follow.remote(weights, fetch))
@@ -197,14 +207,20 @@ class TeacherPool:
         return await self._score(requests)
 
 
-class FollowedStudent:
-    """A student whose new weights some teachers take in, too (`TeacherConfig.mixup`).
+class ObservedStudent:
+    """A student whose new weights others receive, too: teachers that follow it (`TeacherConfig.mixup`) and observers.
 
-    `seen` is the version up to which they have done so: a resumed run publishes that one again.
+    A follower takes in a version once, because it becomes another model by it; `seen` is the version up to which they
+    have done so: a resumed run publishes that one again. Observers, in `observers`, hear of every publication.
     """
 
-    def __init__(self, student: StudentEngine, followers: Mapping[str, Follower]) -> None:
-        self.student, self.followers = student, followers
+    def __init__(
+        self,
+        student: StudentEngine,
+        followers: Mapping[str, Follower] = MappingProxyType({}),
+        observers: Sequence[WeightObserver] = (),
+    ) -> None:
+        self.student, self.followers, self.observers = student, followers, list(observers)
         self.seen = self._begun = 0
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -212,7 +228,7 @@ class FollowedStudent:
         return await self.student.generate(requests)
 
     async def receive(self, weights: PublishedWeights) -> WeightAck:
-        """Every follower first, so that no text of the new student is read by a teacher that lags behind."""
+        """Everybody else first, so that no text of the new student is read by a teacher that lags behind."""
         new = weights.version > self.seen
         due = [follower for follower in self.followers.values() if new and not weights.version % follower.every]
         if due and weights.version <= self._begun:  # the learner was lost while they did
@@ -221,6 +237,6 @@ class FollowedStudent:
                 f"so twice; {GO_ON}"
             )
         self._begun = max(self._begun, weights.version)
-        await asyncio.gather(*[follower.follow(weights) for follower in due])
+        await asyncio.gather(*[observer.receive(weights) for observer in (*due, *self.observers)])
         self.seen = max(self.seen, weights.version)
         return await self.student.receive(weights)

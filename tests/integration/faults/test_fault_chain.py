@@ -134,7 +134,7 @@ def test_a_run_whose_learner_is_lost_at_four_places_goes_on_by_itself(
     for kind, *_ in IN_PLACE:
         witness(kind)
     assert output.count("all ranks start anew from") == len(IN_PLACE), output
-    assert "start anew from the student they began with (steps to repeat: 1)" in scene.alerts()
+    assert "start anew from the student they began with (calls to repeat: 1)" in scene.alerts()
     assert "start anew from step_2 (" in scene.alerts() and "did not answer within 25 s" in scene.alerts()
     assert "the checkpoint of step 6 is given up with the ranks that wrote it (a learner rank died" in output
     assert "Traceback" not in output, output

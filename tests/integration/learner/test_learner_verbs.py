@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +14,17 @@ from ray.exceptions import ActorDiedError
 
 from launch.services.learner_group import LearnerGroup
 from launch.services.learner_restart import RankFactory, RestartingLearner
+from launch.services.pools import ObservedStudent
 from learner.checkpoint import MASTER, Shards
 from learner.config import LearnerConfig, LoraConfig
 from learner.learner import LearnerRank
 from opd.errors import ConfigurationError
+from opd.ports import PublishedWeights, WeightAck
 from opd.settings.devices import Dtype
 from opd.types import StepReport
 from tests.integration.learner.test_learner_faults import content, equal
 from tests.small_learner import SMOOTH, STAGES, Likelihood, Start, batches_of, data, keep, predictions
+from weight_sync.receiver import collect
 
 Contents = Callable[[LearnerRank], dict[str, torch.Tensor]]
 
@@ -321,3 +324,50 @@ def test_new_ranks_repeat_what_lost_ones_did_bit_for_bit(
     answers, found, history = learned(planned, tmp_path / "deaths")
     assert not none and not planned and len(history) == len(deaths)
     assert str(answers) == str(straight) and equal(found, expected)
+
+
+@dataclass
+class ChangeNorm:
+    """An observer of weights: how far each version is from the one before, in the Euclidean norm of all parameters."""
+
+    norms: list[float] = field(default_factory=list)
+    last: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    async def receive(self, weights: PublishedWeights) -> None:
+        now = {name: p.clone() for name, p in collect(weights, np.asarray, "a test").tensors()}
+        if self.last:
+            self.norms.append(sum(float((now[name] - self.last[name]).square().sum()) for name in now) ** 0.5)
+        self.last = now
+
+
+class Engine:
+    """Takes any weights."""
+
+    async def generate(self, requests: list) -> list:
+        return []
+
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
+        return WeightAck(version=weights.version, digest=weights.digest, gap=0.0)
+
+
+def test_whatever_receives_versions_may_measure_them(models: dict[str, Path], start: Start) -> None:
+    config = config_of(2, Dtype.FLOAT32)
+    rank, observer = start(config, models["tied"]), ChangeNorm()
+    student = ObservedStudent(Engine(), observers=[observer])
+
+    async def main() -> None:
+        learner = LocalGroup([Local(rank, [])], config)
+        await learner.snapshot("start")
+        await learner.publish(student, 0)
+        await learner.step(batches_of(0, config), Likelihood())
+        await learner.publish(student, 1)
+        await learner.publish(student, 1)  # as a run does that goes on
+        await learner.extrapolate("start", 1.0)
+        await learner.publish(student, 2)
+        await learner.restore("start")
+        await learner.publish(student, 3)
+
+    asyncio.run(main())
+    moved, again, doubled, back = observer.norms
+    assert moved > 0 and again == 0
+    assert (doubled, back) == pytest.approx((moved, 2 * moved), rel=1e-5)

@@ -19,7 +19,7 @@ from launch.checkpoint.saver import Retention, Saver
 from launch.config.settings import ClusterConfig
 from launch.run.run import Run
 from launch.services.learner_group import RanksLost
-from launch.services.pools import FollowedStudent, Follower
+from launch.services.pools import Follower, ObservedStudent
 from launch.services.replicas import Fault
 from launch.services.signals import Preempted, StopRequest
 from learner import checkpoint
@@ -246,7 +246,7 @@ class Engine:
 class CountingFollower(Follower):
     """Notes the versions it is told, where its replicas would be."""
 
-    async def follow(self, weights: PublishedWeights) -> None:
+    async def receive(self, weights: PublishedWeights) -> None:
         told: Any = self.replicas
         told.append(weights.version)
 
@@ -261,7 +261,7 @@ def test_a_follower_takes_a_version_in_once_also_when_a_run_goes_on() -> None:
     async def main(seen: int, versions: list[int]) -> list[int]:
         versions_told: Any = []
         told = CountingFollower(replicas=versions_told, every=2, deadline_s=1.0)
-        student = FollowedStudent(Engine(), {"default": told})
+        student = ObservedStudent(Engine(), {"default": told})
         student.seen = seen
         for version in versions:
             await student.receive(published(version))
@@ -275,13 +275,13 @@ def test_a_follower_does_not_take_a_version_in_twice_when_the_learner_was_lost_m
     class Broken(CountingFollower):
         """The learner is lost while it reads."""
 
-        async def follow(self, weights: PublishedWeights) -> None:
-            await super().follow(weights)
+        async def receive(self, weights: PublishedWeights) -> None:
+            await super().receive(weights)
             raise OpdError("the learner is gone")
 
     async def main() -> None:
         versions: Any = []
-        student = FollowedStudent(Engine(), {"default": Broken(replicas=versions, every=1, deadline_s=1.0)})
+        student = ObservedStudent(Engine(), {"default": Broken(replicas=versions, every=1, deadline_s=1.0)})
         with pytest.raises(OpdError, match="the learner is gone"):
             await student.receive(published(1))
         with pytest.raises(OpdError, match=r"may have taken in version 1 in part and cannot do so twice"):

@@ -113,6 +113,17 @@ class FakeRanks(Learner):
         self._say("evaluate")
         return {"loss": float(hash(self.steps))}
 
+    def _score(self, batches: Any) -> list[Any]:
+        self._say("score")
+        return []
+
+    def _snapshot(self, name: str, *, optimizer: bool = False) -> None:
+        self._say(f"snapshot {name} {optimizer}")
+
+    def _extrapolate(self, name: str, factor: float) -> None:
+        self._say(f"extrapolate {name} {factor}")
+        self.steps = (*self.steps, int(-100 * factor))
+
     async def share(self, version: int) -> PublishedWeights:
         self._say(f"share {version}")
         return weights(version, self._digest())
@@ -186,6 +197,25 @@ def test_new_ranks_take_the_steps_since_the_beginning_again_in_order() -> None:
         "a learner rank died (ActorDiedError), before step 3 was answered; all ranks start anew from the student they "
         "began with (calls to repeat: 2)"
     ]
+
+
+def test_new_ranks_repeat_in_order_what_changed_the_state_and_nothing_else() -> None:
+    world = World(["extrapolate a 0.5", "score"])
+
+    async def work(learner: RestartingLearner) -> None:
+        await learner.snapshot("a", optimizer=True)
+        await steps(learner, 1)
+        await learner.evaluate(batch(9), NO_VERSION)
+        await learner.extrapolate("a", 0.5)
+        await learner.step(batch(2), NO_VERSION)
+        await learner.score(batch(9))
+
+    learner = play(world, work)
+    changing = ["snapshot a True", "step 1", "extrapolate a 0.5", "step 2"]
+    assert world.calls[1] == ["setup", *changing[:2], "share 1", *changing[2:], "score", "end"]
+    assert world.calls[2] == ["setup", *changing, "share 1", "score"]
+    assert [line.split(", before ")[1].split(" was")[0] for line in learner.history] == ["extrapolate 1", "score"]
+    assert "calls to repeat: 2" in learner.history[0] and "calls to repeat: 4" in learner.history[1]
 
 
 def test_steps_that_are_in_a_whole_checkpoint_are_not_taken_again() -> None:
