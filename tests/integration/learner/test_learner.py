@@ -434,7 +434,7 @@ def test_the_digest_names_the_content_whoever_published_it(models: dict[str, Pat
 
 
 @pytest.mark.parametrize(
-    ("outlet", "read", "refusal"),
+    ("sender", "read", "refusal"),
     [
         (SharedMemorySender, read, "damaged"),  # its memory holds version 3 now: found, and not loaded
         (partial(PullSender, PullBackend.GLOO, 60.0), pull, "not with the learner any more"),
