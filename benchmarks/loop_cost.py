@@ -160,4 +160,4 @@ def loop_cost(samples: int = 1024, *, with_ray: bool = False) -> None:
     slope = float(np.polyfit(np.log(ACTORS), np.log(cost), 1)[0])
     console = Console(width=120)
     console.print(table)
-    console.print(f"log-log slope of cost in actors: {slope:.3f} (limit 0.1); a Ray call took {unit * 1e6:.0f} us")
+    console.print(f"log-log slope of cost in actors: {slope:.3f} (target 0.1); a Ray call took {unit * 1e6:.0f} us")

@@ -35,7 +35,7 @@ from opd.objectives.vocabulary import FullReverseKL, JensenShannon
 from opd.settings.devices import Device
 from opd.types import Batch, HiddenScores, TokenLoss
 
-MEMORY_LIMIT, TIME_LIMIT = 12.0, 1.05
+MEMORY_TARGET, TIME_TARGET = 12.0, 1.05
 REFERENCE = {"ours": "naive", "bare": "naive", "ours_jsd": "trl_jsd", "bare_jsd": "trl_jsd", "liger_jsd": "trl_jsd"}
 
 
@@ -193,7 +193,7 @@ def labeled(name: str) -> str:
 
 def memory(names: list[str], tokens: int, vocabulary: int, width: int) -> None:
     table = Table(
-        "arm", "peak MB", "of which gradients", "logits [L, V] would be", "times less", "limit", "CPU s", "loss"
+        "arm", "peak MB", "of which gradients", "logits [L, V] would be", "times less", "target", "CPU s", "loss"
     )
     peaks: dict[str, int] = {}
     gradients = 4 * width * (tokens + vocabulary)
@@ -208,7 +208,7 @@ def memory(names: list[str], tokens: int, vocabulary: int, width: int) -> None:
         found = json.loads(ran.stdout)
         peaks[name] = found["bytes"]
         reference = peaks.get(REFERENCE.get(name, ""))
-        least = MEMORY_LIMIT if REFERENCE.get(name) == "naive" else 1
+        least = MEMORY_TARGET if REFERENCE.get(name) == "naive" else 1
         table.add_row(
             labeled(name), f"{found['bytes'] / 1e6:,.0f}",
             f"{gradients / 1e6:,.0f}", f"{4e-6 * tokens * vocabulary:,.0f}",
@@ -226,13 +226,13 @@ def time(names: list[str], tokens: int, vocabulary: int, width: int, rounds: int
             spent, _ = run(ARMS[name], case)
             if at:  # the first round warms up
                 found.append(spent)
-    table = Table("arm", "median CPU ms", "spread (min to max)", "against its reference", "limit")
+    table = Table("arm", "median CPU ms", "spread (min to max)", "against its reference", "target")
     for name, found in seconds.items():
         reference = seconds.get(REFERENCE.get(name, ""))
         ratio = median(a / b for a, b in zip(found, reference, strict=True)) if reference else None
         table.add_row(
             labeled(name), f"{1e3 * median(found):,.2f}", f"{1e3 * min(found):,.2f} to {1e3 * max(found):,.2f}",
-            f"{ratio:.2f}" if ratio else "", f"<= {TIME_LIMIT:g}" if ratio else "",
+            f"{ratio:.2f}" if ratio else "", f"<= {TIME_TARGET:g}" if ratio else "",
         )  # fmt: skip
     Console(width=140).print(f"time: {tokens} tokens, vocabulary {vocabulary}, width {width}, {rounds} rounds", table)
     for full, bare in (("ours", "bare"), ("ours_jsd", "bare_jsd")):

@@ -7,11 +7,11 @@ P7. A version of float32 tensors of 4 MiB in chunks of 32 MiB is laid out (copie
 verified; nothing is loaded. The memcpy is of the same bytes between two buffers that were touched before. Receivers
 are processes of this machine that all verify every byte; the time ends when the last has acknowledged. Where there are
 fewer cores than receivers, the CPU time of the publisher plus that of a (median) receiver says what it would be with a
-core each. Limits of the project: 1.5 of a memcpy for one receiver with the digest, and 1.2 from 1 to 16 receivers.
+core each. Targets of the project: 1.5 of a memcpy for one receiver with the digest, and 1.2 from 1 to 16 receivers.
 
 P9. A real engine (vLLM, the shop's student) writes completions (256, about a step's worth) while a version arrives
 (in-flight swap, halfway), after which all goes on; or the version waits until all have been written (drain and swap,
-two halves); or none comes. The stall is the time in which the engine's thread loads, over the whole; limit 0.01.
+two halves); or none comes. The stall is the time in which the engine's thread loads, over the whole; target 0.01.
 
 All arms of a table take turns in this process; medians, and smallest to largest in brackets.
 """
@@ -92,10 +92,10 @@ def interleaved(arms: Arms, rounds: int) -> tuple[Times, Times]:
     return seconds, cpu
 
 
-def ratio(above: Sequence[float], below: Sequence[float], limit: str = "") -> str:
+def ratio(above: Sequence[float], below: Sequence[float], target: str = "") -> str:
     """The median of the rounds' ratios, with their spread."""
     each = [a / b for a, b in zip(above, below, strict=True)]
-    return f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f}){limit}"
+    return f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f}){target}"
 
 
 def against_memcpy(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
@@ -123,8 +123,8 @@ def against_memcpy(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
     for column in ("arm", "seconds per GB", "of a memcpy", "CPU time of a memcpy's"):
         table.add_column(column)
     for name, values in seconds.items():
-        limit = " (limit 1.5)" if name in ("shared memory", "object store") else ""
-        wall = ratio(values, seconds["memcpy"], limit)
+        target = " (target 1.5)" if name in ("shared memory", "object store") else ""
+        wall = ratio(values, seconds["memcpy"], target)
         table.add_row(name, f"{median(values) / gigabytes:.3f}", wall, ratio(cpu[name], cpu["memcpy"]))
     return table
 
@@ -201,9 +201,9 @@ def to_many(tensors: dict[str, torch.Tensor], rounds: int) -> Table:
     for column in ("receivers", "seconds", "of one receiver", "with a core each (CPU time, of one receiver)"):
         table.add_column(column)
     for count, values in seconds.items():
-        limit = " (limit 1.2)" if count == RECEIVERS[-1] else ""
+        target = " (target 1.2)" if count == RECEIVERS[-1] else ""
         path = ratio(paths[count][1:], paths[1][1:])
-        table.add_row(str(count), f"{median(values):.3f}", ratio(values, seconds[1], limit), path)
+        table.add_row(str(count), f"{median(values):.3f}", ratio(values, seconds[1], target), path)
     return table
 
 
@@ -263,8 +263,8 @@ async def rollout_stall(rounds: int, completions: int) -> Table:
     for column in ("arm", "seconds", "of none", "loading, seconds", "stall: loading / all"):
         table.add_column(column)
     for name, values in seconds.items():
-        limit = " (limit 0.01)" if name == "in-flight swap" else ""
-        stall = ratio(loads[name], values, limit)
+        target = " (target 0.01)" if name == "in-flight swap" else ""
+        stall = ratio(loads[name], values, target)
         loading = f"{median(loads[name]):.3f}"
         table.add_row(name, f"{median(values):.2f}", ratio(values, seconds["none arrives"]), loading, stall)
     return table

@@ -1,7 +1,7 @@
 """The real loop in virtual time: overlap of schedules (P6), and the runs of a simulated cluster (P12).
 
 The real loop, ledger, packing and pools on simulated H200s (`simulated.py`), with response lengths that are
-log-normal. Every figure has its limit beside it; `scale.py` is the command.
+log-normal. Every figure has its target beside it; `scale.py` is the command.
 """
 
 import asyncio
@@ -292,7 +292,7 @@ def overlap(devices: int = 32, steps: int = 24, filling: int = 9) -> None:
         parts = [
             f"\n{devices} H200: {cluster.rollout} rollout x {slots} slots, {cluster.teacher} teacher",
             f"{cluster.learner} learner; {load.sequences} sequences a step, median {load.median:g}, sigma {sigma}",
-            f"mean {load.mean:.0f}, cut at {load.most}; limit: rollout {work:.0f} s (longest {least.rollout:.0f})",
+            f"mean {load.mean:.0f}, cut at {load.most}; roofline: rollout {work:.0f} s (longest {least.rollout:.0f})",
             f"teacher {least.teacher:.0f}, learner {least.learner:.0f}, push {least.push:.2f}",
             f"lock-step {least.lock_step:.0f}, overlapped {overlapped:.0f}: at most {bound:.2f}x",
         ]

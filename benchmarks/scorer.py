@@ -4,7 +4,7 @@
 
 Arms take turns over the same packed batch of a random Qwen3, in float32, in this process: `bare` is the body and the
 output matrix at every completion token and nothing else; the others are `TorchTeacher.score` at k=1 and k=64. Printed
-are the median and spread of CPU seconds, and scored tokens per second over bare ones (limits of the project: 0.95 at
+are the median and spread of CPU seconds, and scored tokens per second over bare ones (targets of the project: 0.95 at
 k=1, 0.90 at k=64). The smaller the model, the larger a share the softmax over the vocabulary has: the figure is one
 for this model. Memory is the peak of the resident set above its state before the call, without the answers, at a
 growing number of tokens (`teacher.max_batch_tokens` bounds one forward).
@@ -112,12 +112,12 @@ def main() -> None:
 
         spent = timed({"bare": bare, "k=1": lambda: score(batch, 1), "k=64": lambda: score(batch, 64)}, rounds)
         table = Table(title=f"P2: width {width}, {layers} layers, vocabulary {vocabulary}, {batch * TOKENS} tokens")
-        for heading in ("arm", "CPU s (median, spread)", "tokens/s over bare", "limit"):
+        for heading in ("arm", "CPU s (median, spread)", "tokens/s over bare", "target"):
             table.add_column(heading, justify="right")
         for name, used in spent.items():
-            limit = {"k=1": "0.95", "k=64": "0.90"}.get(name, "")
+            target = {"k=1": "0.95", "k=64": "0.90"}.get(name, "")
             share = f"{median(spent['bare']) / median(used):.3f}"
-            table.add_row(name, f"{median(used):.3f} ({min(used):.3f} to {max(used):.3f})", share, limit)
+            table.add_row(name, f"{median(used):.3f} ({min(used):.3f} to {max(used):.3f})", share, target)
         console.print(table)
         for times in (1, 2, 4, 8, 16):
             peak = peak_bytes(lambda times=times: score(batch * times, 64))

@@ -2,7 +2,7 @@
 
     python benchmarks/step_breakdown.py [steps] [OVERRIDE ...]      (default 40 steps, 3 at least)
 
-Prints, beside the limits of the project: seconds from process start to the first step, CPU-seconds per step and, with
+Prints, beside the targets of the project: seconds from process start to the first step, CPU-seconds per step and, with
 enough steps, to 90 % accuracy at T=1 (measured every 5 steps, evaluation apart), the share of a steady step outside
 rollout, scoring and training (as the engines themselves measured them), and Ray calls per sample (counted where the
 driver, the only caller of actors, makes them).
@@ -128,14 +128,14 @@ def count_actor_calls() -> list[str]:
 
 
 def report(measured: Measured, warm: int, steps: int) -> None:
-    """The table: measured figures with the limit beside them."""
+    """The table: measured figures with the target beside them."""
     first, last = measured.marks
     records, count = measured.records[warm:], steps - warm
     step = sum(record.seconds["step"] for record in records) / count
     cpu_s, *busy = (last.spent - first.spent) / count
     shares = [seconds / step for seconds in busy]
     samples = sum(len(record.scored) for record in records)
-    table = Table("quantity", "measured", "limit")
+    table = Table("quantity", "measured", "target")
     table.add_row("process start to first step, s", f"{measured.ready_s:.1f}", "40")
     table.add_row("wall seconds per step", f"{step:.3f}", "")
     table.add_row("CPU seconds per step (whole process tree)", f"{cpu_s:.3f}", "")

@@ -32,7 +32,7 @@ from opd.types import Batch, VocabularyScores
 
 VOCABULARIES = (8_192, 32_768, 151_936, 262_144)
 TEACHERS = (1, 2, 4, 8)
-MEMORY_LIMIT, SLOPE_LIMIT = 1.05, 1.05
+MEMORY_TARGET, SLOPE_TARGET = 1.05, 1.05
 
 
 class Case:
@@ -117,7 +117,7 @@ def memory(tokens: int, width: int, vocabularies: Sequence[int], counts: Sequenc
     for vocabulary in vocabularies:
         mine = [peak("ours", tokens, vocabulary, width, count) for count in counts]
         sizes = "  ".join(f"T={count}: {size:,.0f}" for count, (size, _) in zip(counts, mine, strict=True))
-        print(f"  V={vocabulary:>7,}  ours   {sizes}  {ends}: {mine[-1][0] / mine[0][0]:.3f} (limit {MEMORY_LIMIT})")
+        print(f"  V={vocabulary:>7,}  ours   {sizes}  {ends}: {mine[-1][0] / mine[0][0]:.3f} (target {MEMORY_TARGET})")
         if vocabulary <= 32_768:
             plain = [peak("naive", tokens, vocabulary, width, count) for count in counts]
             assert all(abs(a[1] - b[1]) < 1e-5 for a, b in zip(mine, plain, strict=True)), "not the same loss"
@@ -152,7 +152,7 @@ def time(tokens: int, width: int, rounds: int, vocabulary: int, counts: Sequence
     slopes = [(b - a) / (most - 1) / c for a, b, c in zip(seconds[1], seconds[most], alone, strict=True)]
     print(
         f"  per further teacher, in units of its head GEMM and softmax alone: {median(slopes):.2f} "
-        f"({min(slopes):.2f} to {max(slopes):.2f}; limit {SLOPE_LIMIT}, the mixture itself comes on top)"
+        f"({min(slopes):.2f} to {max(slopes):.2f}; target {SLOPE_TARGET}, the mixture itself comes on top)"
     )
 
 

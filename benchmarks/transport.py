@@ -4,7 +4,7 @@
 
 Each arm encodes the same answers (float32 log-probabilities, int32 ids) and decodes them back to arrays, both ends in
 this process; arms take turns, the median and the spread (smallest to largest) of CPU time are printed. The floor is
-what the arrays alone weigh, K ids and log-probabilities and one sampled token: 8 K + 4 bytes per token. Limits of the
+what the arrays alone weigh, K ids and log-probabilities and one sampled token: 8 K + 4 bytes per token. Targets of the
 project: at most 1.05 of the floor; at k=64 at least 50 times less CPU than base64 in JSON, 1,000 than lists.
 
 The peer of today is TRL, whose trainers ask a vLLM server for `prompt_logprobs`: the arm has vLLM's own answer, written
@@ -31,7 +31,7 @@ from teacher_service.frames import FrameLimits, Reply, decode_reply, encode_repl
 
 REQUESTS, TOKENS = 16, 256
 LIMITS = FrameLimits()
-LIMIT_AT_64 = {"base64 in JSON": " (limit 50)", "lists in JSON": " (limit 1,000)"}
+TARGET_AT_64 = {"base64 in JSON": " (target 50)", "lists in JSON": " (target 1,000)"}
 FIELDS = ("logprobs", "topk_ids", "topk_logprobs")
 
 
@@ -182,9 +182,9 @@ def main() -> None:
         for name, (size, used) in measured.items():
             per_token = size / (REQUESTS * TOKENS)
             spread = f"{median(used):,.1f} ({min(used):,.1f} to {max(used):,.1f})"
-            limit = LIMIT_AT_64.get(name, "") if k == 64 else ""
-            share = f"{per_token / floor:.3f}" + (" (limit 1.05)" if name == "frame" else "")
-            table.add_row(str(k), name, f"{per_token:.2f}", share, spread, f"{median(used) / ours:,.1f}x{limit}")
+            target = TARGET_AT_64.get(name, "") if k == 64 else ""
+            share = f"{per_token / floor:.3f}" + (" (target 1.05)" if name == "frame" else "")
+            table.add_row(str(k), name, f"{per_token:.2f}", share, spread, f"{median(used) / ours:,.1f}x{target}")
     Console(width=140).print(table)
 
 

@@ -115,8 +115,8 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
             f"override {shown(override)} cannot be read ({first_line(error)}); "
             + (f"quote its value: {_for_a_shell(name, value)}" if len(value) < LONG else "shorten its value")
         ) from error
-    value = parsed.value()
-    if is_text and (parsed.is_sweep_override() or isinstance(value, bool | int | float)):
+    typed = parsed.value()
+    if is_text and (parsed.is_sweep_override() or isinstance(typed, bool | int | float)):
         return _quoted(prefixed)
     if parsed.is_sweep_override():
         raise ConfigurationError(

@@ -33,7 +33,7 @@ def test_packing_shows_how_full_batches_are_and_that_the_loss_stays() -> None:
     printed = here("benchmarks.packing")
     assert printed.splitlines()[0].split()[:4] == ["trajectories", "longest", "budget", "ranks"]
     assert sum(line.strip()[:1].isdigit() for line in printed.splitlines()) == 6
-    assert "loss packed" in printed and "(limit 1e-06)" in printed
+    assert "loss packed" in printed and "(target 1e-06)" in printed
 
 
 def test_the_losses_memory_is_compared_in_a_fresh_process_per_arm() -> None:
