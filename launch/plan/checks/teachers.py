@@ -34,8 +34,8 @@ def unread_notes(config: RunConfig) -> list[str]:
     if needed(config.method, Role.READER):
         return []
     return [
-        f"note: no part of method {config.method.name} reads a teacher; {', '.join(config.teachers)} is started for the "
-        "evaluations' reverse KL and the doctor"
+        f"note: no part of method {config.method.name} reads a teacher; {', '.join(config.teachers)} is started for "
+        "the evaluations' reverse KL and the doctor"
     ]
 
 

@@ -396,3 +396,28 @@ def test_a_need_that_no_backend_meets_is_a_sentence() -> None:
 
     with pytest.raises(ConfigurationError, match=r"needs a teacher that gives text only, which no backend"):
         check_tasks(replace(config, method=replace(config.method, rollout=BlackBox())), None, None)  # type: ignore[arg-type]
+
+
+def test_the_page_prints_the_example() -> None:
+    page = (ROOT / "docs" / "grading.md").read_text()
+    (block,) = re.findall(r"```python file=my_rewards\.py\n(.*?)```", page, flags=re.DOTALL)
+    assert block == (ROOT / "examples" / "new_reward" / "my_rewards.py").read_text()
+    command = re.search(r"```\n(opd train .*?)\n```", page, flags=re.DOTALL)
+    assert command and command[1] in (ROOT / "examples" / "new_reward" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("environments=0", r"environments needs parts by name, got 0; set environments\.NAME\._target_="),
+        ("graders.shop=3", r"graders\.shop names no part, got 3; set graders\.shop\._target_="),
+        ("graders.math.deadline_s=0", r"graders\.math\.deadline_s needs a number from 1"),
+        ("graders.math.deadlines=1", r"no setting 'graders\.math\.deadlines'.*graders\.math\.deadline_s"),
+        ("graders.shop._target_=os.getcwd", r"needs a function|is called with"),
+        ("~graders.shop", r"no grader is called 'shop'"),
+    ],
+)
+def test_what_names_no_part_is_a_sentence(override: str, says: str) -> None:
+    with pytest.raises(OpdError, match=says) as caught:
+        planned(override)
+    assert "\n" not in str(caught.value)
