@@ -53,14 +53,15 @@ def named_by_hand(overrides: Sequence[str]) -> list[str]:
 
 
 def _entries(values: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
-    if not isinstance(values or {}, Mapping):
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
         raise ConfigurationError(f"{where} needs parts by name, got {shown(values)}; set {where}.NAME._target_=...")
-    for name, fields in (values or {}).items():
+    for name, fields in values.items():
         if not (isinstance(fields, Mapping) and "_target_" in fields):
             raise ConfigurationError(
                 f"{where}.{name} names no part, got {shown(fields)}; set {where}.{name}._target_=MODULE.NAME"
             )
-    return [(str(name), dict(fields)) for name, fields in (values or {}).items()]
+    return [(str(name), dict(fields)) for name, fields in values.items()]
 
 
 def _made(part: Any, fields: Mapping[str, Any], where: str, allowed: Sequence[str], wanted: str) -> object:

@@ -4,7 +4,7 @@ import asyncio
 import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from demos.tasks import peak, shop
@@ -93,7 +93,6 @@ class MathGrader:
 
     # seconds that an answer may take
     deadline_s: Deadline = 5.0
-    faults: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._process = GradingProcess(
@@ -103,6 +102,7 @@ class MathGrader:
             preload=["launch.inputs.answers.preloaded"],  # which imports sympy once for all children
             initializer=bounded,
         )
+        self.faults: list[str] = []
         self._free = asyncio.Lock()
         self._broken: set[str] = set()
 

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any
@@ -114,7 +115,7 @@ async def _in_thread(method: Callable[[Any], Any], argument: Any) -> Any:
             said, error = method(argument), None
         except Exception as raised:  # noqa: BLE001 (handed on)
             said, error = None, raised
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: the run has ended, and nobody waits
             loop.call_soon_threadsafe(settle, error, said)
 
     Thread(target=work, name="environment", daemon=True).start()

@@ -28,7 +28,7 @@ from launch.plan.checks.prompts import (
 from launch.plan.checks.settings import check_settings, check_shares, schedule_notes
 from launch.plan.checks.survey import Survey, survey_all, survey_step
 from launch.plan.checks.tasks import check_tasks
-from launch.plan.checks.teachers import check_adapters, check_teachers
+from launch.plan.checks.teachers import check_adapters, check_teachers, unread_notes
 from launch.plan.rate_curve import BLOCKS, PLAIN, rate_curve
 from launch.services.transports import check_transport
 from learner.liger import with_kernel
@@ -195,6 +195,7 @@ def make_plan(config: RunConfig) -> Plan:
             *numbers_notes(config),
             *schedule_notes(config),
             *notes,
+            *unread_notes(config),
         ],
         ends=ends.ids,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),

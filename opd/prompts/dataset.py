@@ -49,7 +49,7 @@ class DatasetPrompts:
     # column of tool descriptions for the chat template
     tools_column: Line = ""
     drop_last_answer: bool = False
-    # what grades answers: math
+    # grader or environment of the prompts: math, or a name of your own (docs/grading.md)
     task: Names = "math"
     # text behind every plain prompt, e.g. a newline
     suffix: str = ""

@@ -5,7 +5,8 @@ from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.devices import writers_of
 from launch.plan.checks.models import parameter_count, vocabulary_rows
 from opd.errors import ConfigurationError
-from opd.ports import LastHidden
+from opd.method.needs import needed
+from opd.ports import LastHidden, Role
 from opd.types import VocabularyScores
 from teacher_service.config import REMOTE, TeacherConfig, check_supports
 
@@ -26,6 +27,16 @@ def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None
     check_supports(teacher, requires, f"method {config.method.name}")
     if not remote or LastHidden in requires or name in writers_of(config):
         check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
+
+
+def unread_notes(config: RunConfig) -> list[str]:
+    """That a teacher is started which no part of the method reads."""
+    if needed(config.method, Role.READER):
+        return []
+    return [
+        f"note: no part of method {config.method.name} reads a teacher; {', '.join(config.teachers)} is started for "
+        "the evaluations' reverse KL and the doctor"
+    ]
 
 
 def check_teachers(config: RunConfig) -> bool:
