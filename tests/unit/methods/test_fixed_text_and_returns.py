@@ -1,12 +1,15 @@
 """Text of two sources, answers as text, tokens left out, and credit for what a token leads to."""
 
 import asyncio
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from opd.certify.engines import Notes, engines
@@ -62,6 +65,27 @@ def test_a_mixture_is_on_policy_only_where_nothing_is_mixed_in() -> None:
     topk = Mixed(student=StudentRollout(max_tokens=8, record_topk=4), fixed=TEACHER)
     assert topk.records is TokenScores and topk.needs_writer
     assert not Mixed(student=STUDENT, fixed=AnswerRollout(max_tokens=8)).needs_writer
+
+
+@pytest.mark.parametrize("writer", [StudentRollout, TeacherRollout])
+@given(top_p=st.floats(0.001, 1) | st.just(1.0), temperature=st.just(0.0) | st.floats(0.01, 100))
+def test_text_is_cut_exactly_where_a_token_of_the_model_cannot_be_written(
+    writer: Any, top_p: float, temperature: float
+) -> None:
+    whole = top_p == 1 and temperature > 0
+    assert writer(max_tokens=1, top_p=top_p, temperature=temperature).truncated is not whole
+
+
+@given(
+    fraction=st.just(0.0) | st.floats(0, 1) | st.just(1.0),
+    student=st.sampled_from([STUDENT, replace(STUDENT, top_p=0.9)]),
+    fixed=st.sampled_from([TEACHER, replace(TEACHER, temperature=0.0), AnswerRollout(max_tokens=8)]),
+)
+def test_a_mixture_has_the_properties_of_whoever_may_write_in_it(fraction: float, student: Any, fixed: Any) -> None:
+    """The fixed source writes nothing at lambda = 1, and only there; the student's settings hold at any lambda."""
+    made = Mixed(student=student, fixed=fixed, fraction=fraction)
+    assert made.truncated is (student.truncated or (fraction != 1 and fixed.truncated))
+    assert made.on_policy is (fraction == 1)
 
 
 def test_a_group_has_one_source() -> None:
