@@ -88,6 +88,18 @@ def test_a_mixture_has_the_properties_of_whoever_may_write_in_it(fraction: float
     assert made.on_policy is (fraction == 1)
 
 
+def test_at_the_ends_of_lambda_a_mixture_writes_what_it_lists() -> None:
+    world = make_world(0, 9)
+    limits = mixed(0.5, seed=3).limits
+    assert [limit.rollout.fraction for limit in limits] == [0, 1] and len({limit.name for limit in limits}) == 2
+    for limit, writer in zip(limits, (TEACHER, STUDENT), strict=True):
+        assert limit.equals is writer and limit.rollout == replace(mixed(0.5, seed=3), fraction=limit.rollout.fraction)
+        pairs = zip(read(limit.rollout, Unscored(), world).scored, read(writer, Unscored(), world).scored, strict=True)
+        for one, other in pairs:
+            assert np.array_equal(one.trajectory.token_ids, other.trajectory.token_ids)
+            assert np.array_equal(one.trajectory.behavior.logprobs, other.trajectory.behavior.logprobs)
+
+
 def test_a_group_has_one_source() -> None:
     world = make_world(0, 9)
     for fraction, model in ((0.0, world.teachers["default"]), (1.0, world.student)):
