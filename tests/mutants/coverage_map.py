@@ -64,7 +64,7 @@ def asked(mutant: Mutant, tests: Iterable[Covered], most_s: float, root: Path = 
 
     What runs when its file is imported (defaults, constants of classes and modules) is run by whichever test imports
     the file first, which says nothing about who notices. Then: all tests that run anything of the file, those of test
-    files of `root` that import it, and those that look at all files' defaults.
+    files of `root` that import it, and before them those that look at the defaults of all files.
     """
     first, last = mutant.lines
     lines, ran = set(range(first, last + 1)), list(tests)
@@ -75,7 +75,7 @@ def asked(mutant: Mutant, tests: Iterable[Covered], most_s: float, root: Path = 
         files = {file for file in {test.file for test in ran} if file in OF_ALL or module in imports(root / file)}
         found = [test for test in ran if mutant.path in test.lines or test.file in files]
     chosen, total = list[Covered](), 0.0
-    for test in sorted(found, key=lambda test: (test.seconds, test.id)):
+    for test in sorted(found, key=lambda test: (test.file not in OF_ALL or mutant.inside, test.seconds, test.id)):
         total += test.seconds
         if chosen and total > most_s:
             break

@@ -133,12 +133,12 @@ def test_of_what_runs_at_import_all_are_asked_that_run_or_import_the_file(tmp_pa
             ("part.py", 3.0, {"opd/large.py": [2]}),
             ("package.py", 2.0, {}),
             ("other.py", 1.0, {"opd/large.py": [2]}),
-            (OF_ALL[0], 0.5, {}),
+            (OF_ALL[0], 7.0, {}),
         ]
     ]
     everyone = [OF_ALL[0], "package.py", "part.py", "whole.py", "gone.py", "first.py"]
     assert [test.file for test in asked(default, tests, 100.0, tmp_path)] == everyone
-    assert [test.file for test in asked(default, tests, 3.0, tmp_path)] == everyone[:2]
+    assert [test.file for test in asked(default, tests, 9.0, tmp_path)] == everyone[:2]
     assert [test.file for test in asked(inside, tests, 100.0, tmp_path)] == ["gone.py"]
     assert all((ROOT / file).exists() and file in askable(ROOT) for file in OF_ALL)
 
