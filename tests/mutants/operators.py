@@ -33,7 +33,7 @@ _SYMMETRIC = {
     "min", "max", "minimum", "maximum", "fmin", "fmax", "amin", "amax", "gcd", "lcm", "add", "mul", "multiply",
     "equal", "not_equal", "array_equal", "array_equiv", "allclose", "isclose", "eq", "ne", "compare_digest",
     "samefile", "logaddexp", "logaddexp2", "hypot", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor",
-    "union", "intersection", "symmetric_difference", "union1d", "intersect1d", "vdot",
+    "union", "intersection", "symmetric_difference", "union1d", "intersect1d", "vdot", "promote_types", "result_type",
     "isinstance", "issubclass", "getattr", "hasattr", "setattr", "cast", "TypeVar", "logical_and", "logical_or",
 }  # fmt: skip
 _SILENT = {"debug", "info", "warning", "error", "exception", "log", "print", "simplefilter", "collect", "freeze"}
