@@ -12,6 +12,7 @@ from opd.method.method import Method
 from opd.method.promises import Promise, Renormalized, ReverseKL, ScoredSupport, States, StudentTop, Union
 from opd.objectives.sampled import SampledReverseKL
 from opd.ports import ScoreKinds
+from opd.token_weights.teachers import TeacherBalance
 from opd.types import Scores, TokenLoss, TokenScores, TopKScores, Trajectory
 
 
@@ -145,6 +146,37 @@ def test_a_weight_that_does_not_say_so_reads_what_was_written() -> None:
     assert made(BareObjective(), mine=BareWeight()) and made(ESTIMATE, mine=OfState())
     with pytest.raises(ConfigurationError, match=r"weight 'mine' BareWeight depends on what was written"):
         made(ESTIMATE, mine=BareWeight())
+
+
+@dataclass(frozen=True)
+class OfTopK(OfState):
+    """A weight that reads a support."""
+
+    consumes: ClassVar[type[Scores]] = TopKScores
+
+
+FILTERS: list[tuple[list[Any], bool, type[Scores]]] = [
+    ([], False, Scores),
+    ([OfState()], False, Scores),
+    ([BareWeight()], True, Scores),
+    ([OfState(), BareWeight()], True, Scores),
+    ([OfState(), OfTopK()], False, TopKScores),
+    ([OfState(), OfTopK(), BareWeight()], True, TopKScores),
+]
+
+
+@pytest.mark.parametrize(("filters", "reads", "consumes"), FILTERS, ids=str)
+def test_a_balance_reads_whatever_one_of_its_filters_reads(
+    filters: list[Any], reads: bool, consumes: type[Scores]
+) -> None:
+    for order in (filters, filters[::-1]):
+        balance = TeacherBalance(filters={str(i): one for i, one in enumerate(order)})
+        assert (balance.reads_written, balance.consumes) == (reads, consumes)
+        if reads:
+            with pytest.raises(ConfigurationError, match=r"weight 'mine' TeacherBalance depends on what was written"):
+                made(ESTIMATE, mine=balance)
+        else:
+            assert made(ESTIMATE, mine=balance)
 
 
 def over(support: Any) -> Promise:
