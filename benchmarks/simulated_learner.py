@@ -121,7 +121,7 @@ class SimulatedRanks(ports.Learner):
         self.at = 0
 
     async def call(self, call: ports.Call[Any]) -> list[Any]:
-        """What rank 0 would answer to one of the verbs that take time."""
+        """Answer of rank 0 to one of the verbs that take time."""
         answers = {ports.Rank.step: self._step, ports.Rank.save: self._save, ports.Rank.load: self._load}
         return [await answers[call.verb](call)]
 

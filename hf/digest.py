@@ -1,4 +1,4 @@
-"""Digest of a model's weights: which model is in this folder?"""
+"""Digests of model folders and files, by which a model is known."""
 
 from pathlib import Path
 

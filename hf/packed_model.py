@@ -82,7 +82,7 @@ def load_causal(
     device: torch.device | None = None,
     gradient_checkpointing: bool = False,
 ) -> Model:
-    """What `make` builds of the causal model in `path`, on `device` (None: the host), with packed attention.
+    """Model that `make` builds of the causal model in `path`, on `device` (None: the host), with packed attention.
 
     It is compared with itself before it is used, `read` giving its logits `[N, V]` after every token of packed
     sequences: a model with layers that carry a state from one packed sequence to the next, with an attention that is

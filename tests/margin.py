@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.ports import Engines, LogitRows, SampledToken, ScoreKind, ScoreKinds
+from opd.ports import Context, LogitRows, SampledToken, ScoreKind, ScoreKinds
 from opd.scorers.teacher import ask_several
 from opd.types import Array, Scored, Scores, TokenScores, Trajectory
 
@@ -49,7 +49,7 @@ class SampledMargin:
     requires: ClassVar[ScoreKinds] = frozenset({SampledToken, Margin})
     min_group: ClassVar[int] = 1
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+    async def __call__(self, trajectories: Sequence[Trajectory], engines: Context) -> Sequence[Scores]:
         """Scores per trajectory, in order."""
         kinds = [(SampledToken(), Margin())] * len(trajectories)
         return [_joined(*answer) for answer in await ask_several(trajectories, kinds, engines)]
@@ -68,6 +68,6 @@ class WhereSure:
 
     least: float = 0.1
 
-    def __call__(self, scored: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " _T"]]:
         """1 or 0 per token."""
         return [(np.asarray(item.scores.margin) >= self.least).astype(np.float64) for item in scored]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -170,13 +170,13 @@ def copies() -> StagedSender:
 def rank_of(
     config: LearnerConfig,
     student: Path,
-    teacher: Path | None = None,
+    teacher: Path | Sequence[Path] | None = None,
     sender: Callable[[], WeightSender] = copies,
     steps: int = STEPS,
     text: StudentText = StudentText(),  # noqa: B008 (frozen)
 ) -> LearnerRank:
     """A rank that has yet to be set up."""
-    heads = [str(teacher)] if teacher else []
+    heads = [str(path) for path in ([teacher] if isinstance(teacher, Path) else teacher or [])]
     return LearnerRank(config, str(student), heads, steps, 0, lambda handle: handle, sender, text)
 
 

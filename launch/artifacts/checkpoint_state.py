@@ -166,7 +166,7 @@ def in_todays_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
     a floor of 1. The old COSINE has no name. What had no `graders` had those of the program.
     """
     config = {todays_setting(name): todays(v) if isinstance(v, str) else v for name, v in config.items()}
-    if not any(name.startswith("graders.") for name in config):
+    if "method.name" in config and not any(name.startswith("graders.") for name in config):
         config = {**config, **GRADERS}
     if "learner.decay_steps" in config or "learner.schedule" not in config:
         return config

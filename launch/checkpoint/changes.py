@@ -74,8 +74,9 @@ def check_changes(place: str, found: Sequence[Change]) -> None:
 
 
 def check_inputs(place: str, before: Mapping[str, str], now: Mapping[str, str], found: Sequence[Change]) -> None:
-    """Refuse another teacher, student or prompt file: what each is, its digest says ("" = it is not here), and not
-    its path. Held-out prompts may be exchanged on purpose, by another path (its group is marked `HARMLESS`).
+    """Refuse another teacher, student or prompt file, compared by digest ("" = it is not here) and not by path.
+
+    Held-out prompts may be exchanged on purpose, by another path.
     """
     for name in sorted(before.keys() | now.keys()):
         was, is_now = before.get(name), now.get(name)

@@ -85,7 +85,7 @@ def _parts(hint: Any, value: Any, where: str, allowed: Sequence[str], default: A
 
 
 def imported(target: Any, where: str, allowed: Sequence[str]) -> Any:
-    """What a `_target_` names. A module of the user's own may lie in the folder where the command was given."""
+    """Object that a `_target_` names. A module of the user's own may lie in the folder where the command was given."""
     target = todays(target) if isinstance(target, str) else target
     if not isinstance(target, str) or not any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in allowed):
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""What could not be graded: sentences for a run's summary, and an end to a run in which nothing can."""
+"""Grading failures: sentences for a run's summary, and the end of a run in which nothing can be graded."""
 
 from dataclasses import dataclass, field
 

@@ -14,7 +14,7 @@ START_S = 120.0  # importing what a grader needs takes longer than a deadline
 
 
 class GradingProcess:
-    """One child at a time, started at the first call and replaced when it is late or dies. Not for several threads.
+    """Child process for grading, started at the first call and replaced when it is late or dies; for one thread.
 
     `begin` with its arguments is the first thing that every child does; `preload` are modules that are imported once
     for all children.
@@ -32,7 +32,7 @@ class GradingProcess:
         self._pool: ProcessPoolExecutor | None = None
 
     def call(self, work: Callable[..., Found], *arguments: object, deadline_s: float) -> Found:
-        """What `work` gives, or raises, in the child.
+        """Result of `work` in the child; raises what it raises.
 
         Raises:
             TimeoutError: not within the deadline.

@@ -19,7 +19,7 @@ DEADLINE_S = 30.0  # of one call, where the part says nothing
 
 @dataclass(slots=True, kw_only=True)
 class OwnEnvironment:
-    """Makes episodes of a part with `reset(prompt)` and `step(action)`; `faults` tells what failed in any of them."""
+    """Maker of episodes of a part with `reset(prompt)` and `step(action)`; `faults` has what failed in any of them."""
 
     name: str
     part: Any
@@ -115,7 +115,7 @@ async def _in_thread(method: Callable[[Any], Any], argument: Any) -> Any:
             said, error = method(argument), None
         except Exception as raised:  # noqa: BLE001 (handed on)
             said, error = None, raised
-        with suppress(RuntimeError):  # the loop is closed: the run has ended, and nobody waits
+        with suppress(RuntimeError):  # the loop is closed: the run has ended, and no caller waits
             loop.call_soon_threadsafe(settle, error, said)
 
     Thread(target=work, name="environment", daemon=True).start()

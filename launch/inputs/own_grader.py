@@ -55,7 +55,7 @@ class OwnGrader:
     async def _one(self, completion: str, answer: str) -> float:
         try:
             (reward,) = await self._called([completion], [answer])
-        except OpdError:  # no child can be started: nobody's reward
+        except OpdError:  # no child can be started: not the reward's fault
             raise
         except Exception as error:  # noqa: BLE001 (a user's reward may raise anything; it is told)
             self._faults.note(f"{self._why(error)} for completion {completion[:SHOWN]!r}")
@@ -102,11 +102,11 @@ class OwnGrader:
 
 
 class _NoReward(Exception):
-    """What was given is none; the message says what it is."""
+    """A value that is no reward; the message says what it is."""
 
 
 def rewards_of(said: Any, count: int) -> list[float]:
-    """`count` finite numbers, or an exception that says what they are instead."""
+    """Rewards as `count` finite numbers; raises a sentence about anything else."""
     try:
         found = [said] if isinstance(said, str | bytes) else list(said)
     except TypeError:

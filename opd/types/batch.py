@@ -39,7 +39,7 @@ def nbytes(value: Any) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TermRows:
-    """What one of several terms of a method needs at the trained tokens of a micro-batch.
+    """Share of one of several terms of a method in a micro-batch: scores and weights at its trained tokens.
 
     Its part of the loss is `coefficient * sum(weights * loss) / denominator`; `denominator` is global, as in `Batch`.
     Tokens of weight 0 are trained by other terms alone.

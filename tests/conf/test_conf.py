@@ -171,7 +171,7 @@ def test_an_unknown_route_is_refused_before_anything_starts() -> None:
         (["evaluation.prompts.teacher=nobody"], r"'shop/1000000/0' asks for teacher 'nobody'"),
         (
             ["method.scorer={_target_: opd.scorers.ensemble.Ensemble, shares: {default: 1, nobody: 1}}"],
-            r"method.scorer asks for teacher 'nobody'.*teachers.nobody.path=",
+            r"a scorer of the method asks for teacher 'nobody'.*teachers.nobody.path=",
         ),
     ):
         with pytest.raises(ConfigurationError, match=place):

@@ -90,7 +90,10 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"grace_s", real(0, 30 * 24 * 3600)),
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
     (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward)", yes),
-    (r"weight_update|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel|signal|outside)", one),
+    (
+        r"weight_update|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel|signal|outside|coin)",
+        one,
+    ),
     (r"(.*\.)?deadline_s|.*start_deadline_s", SECONDS),
     (r"teachers\.\w+\.(connect_s|read_s|backoff_s)", real(1e-4, 30 * 24 * 3600)),
     (
@@ -141,6 +144,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.update", part("opd.updates.")),
     (r"method\.normalizer", part("opd.loss.packing")),
     (r"method\.weights", named(part("opd.token_weights."))),
+    (r"method\.terms", named(lambda v: type(v).__name__ == "Term")),
+    (r"method\.coefficient", lambda v: callable(v) or real(-1e6, 1e6)(v)),
     (r"method\.rollout(\.\w+)?\.temperature", real(1e-3, 1e3, zero=True)),
     (r"method\.rollout(\.\w+)?\.top_p", real(1e-4, 1)),
     (r"method\.scorer\.shares", named(real(1e-9, 1e9), 1)),

@@ -1,6 +1,6 @@
 """Learners of one rank, for the tests of this folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ def start() -> Iterator[Start]:
     """Makes learners of one rank; they share a process group, which is given up at the end."""
     made = list[LearnerRank]()
 
-    def make(config: LearnerConfig, student: Path, teacher: Path | None = None, **more: Any) -> LearnerRank:
+    def make(
+        config: LearnerConfig, student: Path, teacher: Path | Sequence[Path] | None = None, **more: Any
+    ) -> LearnerRank:
         rank = rank_of(config, student, teacher, **more)
         rank.setup(0, 1, *rank.address())
         made.append(rank)

@@ -28,8 +28,12 @@ _PAIRS = [
 ]  # fmt: skip
 _NAMES = dict(_PAIRS) | {right: left for left, right in _PAIRS}
 _DROPPED = {"detach", "abs", "clone", "neg", "sort", "strip", "flip", "square", "sqrt"}  # methods: x.abs() becomes x
+# Functions of which the order of the arguments is nothing (or where another order fails at once).
 _SYMMETRIC = {
-    "min", "max", "minimum", "maximum", "equal", "allclose", "isclose", "gcd", "lcm", "logaddexp", "add", "mul",
+    "min", "max", "minimum", "maximum", "fmin", "fmax", "amin", "amax", "gcd", "lcm", "add", "mul", "multiply",
+    "equal", "not_equal", "array_equal", "array_equiv", "allclose", "isclose", "eq", "ne", "compare_digest",
+    "samefile", "logaddexp", "logaddexp2", "hypot", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor",
+    "union", "intersection", "symmetric_difference", "union1d", "intersect1d", "vdot", "promote_types", "result_type",
     "isinstance", "issubclass", "getattr", "hasattr", "setattr", "cast", "TypeVar", "logical_and", "logical_or",
 }  # fmt: skip
 _SILENT = {"debug", "info", "warning", "error", "exception", "log", "print", "simplefilter", "collect", "freeze"}

@@ -1,6 +1,7 @@
 """What is mutated, by area, and which test files are asked."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,10 +28,12 @@ AREAS = {
     ],
 }  # fmt: skip
 PACKAGES = ("opd", "weight_sync", "hf", "learner", "teacher_service")
+OF_ALL = ("tests/unit/project/test_defaults.py",)  # about every module, which it imports by its name
 _MEANT = [
     "tests/unit/loop/test_completions.py", "tests/unit/engines/test_learner_config.py",
     "tests/contract/test_teachers.py",
     "tests/contract/test_faults.py",
+    *OF_ALL,
 ]  # fmt: skip
 _WITHOUT = ("test_house.py", "test_certificate.py")  # slow, and proves the whole product at once
 _OTHER = ("ray", "vllm", "actors", "launch")  # a test file that imports one of these is about something else
@@ -46,18 +49,29 @@ def sources(root: Path) -> dict[str, list[str]]:
 
 def askable(root: Path) -> list[str]:
     """Unit tests, those of learner and teacher in one process, and the contract: what is about the core alone."""
-    core = {path.removesuffix(".py").replace("/", ".") for paths in sources(root).values() for path in paths}
+    core = {module_of(path) for paths in sources(root).values() for path in paths}
     found = []
     for path in [*sorted(root.glob("tests/unit/**/test_*.py")), *sorted(root.glob("tests/integration/**/test_*.py"))]:
-        modules = _imports(path)
+        modules = imports(path)
         if path.name not in _WITHOUT and modules & core and not any(m.split(".")[0] in _OTHER for m in modules):
             found.append(str(path.relative_to(root)))
     return [*found, *_MEANT]
 
 
-def _imports(path: Path) -> set[str]:
+def module_of(path: str) -> str:
+    """The dotted name of a file: `opd.loop.ledger` of `opd/loop/ledger.py`."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names that a file imports, wherever in it; none of a file that is not there."""
+    return _imports(path.read_text()) if path.exists() else set()
+
+
+@cache
+def _imports(text: str) -> set[str]:
     found = set[str]()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):

@@ -58,7 +58,7 @@ def schedule_notes(config: RunConfig) -> list[str]:
 
 
 def check_shares(config: RunConfig, training: Survey) -> None:
-    """Refuse a balance of teachers that leaves one out whom prompts ask: the first step would end the run."""
+    """Refuse a balance of teachers that leaves one out although prompts name it: the first step would end the run."""
     for place, term in _terms(config):
         for name, part in term.weights.items():
             if isinstance(part, TeacherBalance) and part.shares:

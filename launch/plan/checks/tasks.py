@@ -1,4 +1,4 @@
-"""Can every task be graded or played, and do a user's own parts work? They are tried once before anything starts."""
+"""Checks of tasks: each can be graded or played, and a user's own parts are tried once before anything starts."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from opd.ports import Role
 
 
 def check_tasks(config: RunConfig, training: Survey, held_out: Survey) -> list[str]:
-    """Refuse a task without a part for it, and a part of the user's that does not work; what is to be said of them.
+    """Remarks about tasks; refuses a task without a part for it, and a part of the user's that does not work.
 
     A part that no prompt asks for is not tried, and not started in the run.
     """

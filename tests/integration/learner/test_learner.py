@@ -125,6 +125,44 @@ def test_hidden_states_and_whole_distributions_train_alike(teacher: str, models:
     assert rank.evaluate(by_hidden, ReverseKL())["loss"] < report.loss
 
 
+@pytest.mark.parametrize(("chunk", "block"), [(1, 1), (7, 2), (7, 3), (5, 5), (4096, 2)], ids=str)
+def test_a_step_does_not_depend_on_chunks_and_blocks_of_rows(
+    chunk: int, block: int, models: dict[str, Path], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, metrics, gradient and evaluation, where two teachers of different matrices read in turn."""
+    heads = [models["teacher"], models["untied teacher"]]
+    readers = [AutoModelForCausalLM.from_pretrained(path) for path in heads]
+
+    @torch.no_grad()
+    def hidden(t: Trajectory) -> HiddenScores:
+        head = int(t.prompt.id) % 2
+        ids = torch.from_numpy(np.concatenate([t.prompt.student_ids, t.token_ids])).long()
+        states = readers[head].model(input_ids=ids[None]).last_hidden_state[0, len(t.prompt.student_ids) - 1 : -1]
+        n = len(t.token_ids)
+        return HiddenScores(
+            logprobs=np.zeros(n, dtype=np.float32),
+            hidden=RemoteRows(pieces=((states.numpy(), np.arange(n)),)),
+            head=np.full(n, head, dtype=np.int32),
+        )
+
+    ended = []
+    for head_chunk, rows in ((4096, 4096), (chunk, block)):
+        monkeypatch.setattr("opd.loss.chunked._HOST_BLOCK", rows * VOCABULARY * 4)
+        config = replace(SMOOTH, head_chunk=head_chunk)
+        rank = start(config, models["tied"], heads)
+        batches = batches_of(1, config, hidden)[0]
+        assert sum(len(batch.predict_at) for batch in batches) > 20
+        before = rank.evaluate(batches, FullReverseKL())
+        ended.append((before, rank.step(batches, FullReverseKL()), parameters(rank.share(1))))
+    (before, report, weights), (other_before, other, others) = ended
+    assert other_before == pytest.approx(before, rel=1e-5, abs=1e-6)
+    assert other.loss == pytest.approx(report.loss, rel=1e-6)
+    assert other.grad_norm == pytest.approx(report.grad_norm, rel=1e-5)
+    assert other.metrics == pytest.approx(report.metrics, rel=1e-5, abs=1e-6)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-6, msg=name)
+
+
 @pytest.mark.gpu
 def test_the_liger_kernel_trains_alike(models: dict[str, Path], start: Start) -> None:
     """On a GPU, or with TRITON_INTERPRET=1 on a CPU."""

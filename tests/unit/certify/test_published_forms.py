@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from launch.config.run_config import run_config
+from opd.certify.engines import Notes, engines
+from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.loss.packing import SequenceMean, TokenMean, pack
@@ -104,7 +106,11 @@ def test_local_support_matching_leaves_out_an_end_that_the_paper_rewrites(make: 
     ends = {"<|endoftext|>": 4, "<|im_end|>": 5}
     weights = look_up(run_config(["method=local_support_matching"]).method.weights, ends)
     step = [make.scored([1], [2, 3, 4]), make.scored([1], [2, 5]), make.scored([1], [2, 3])]
-    assert [w.tolist() for w in weights["special"](step)] == [[1, 1, 0], [1, 0], [1, 1]]
+    assert [w.tolist() for w in weights["special"](step, engines(make_world(0, 6), Notes()))] == [
+        [1, 1, 0],
+        [1, 0],
+        [1, 1],
+    ]
 
 
 ONE_ID = {

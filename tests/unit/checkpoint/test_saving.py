@@ -200,7 +200,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
         run._directory, run._stop, run._first = RunDirectory.create(tmp_path, "r"), stop, 0
         run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
         run._config = SimpleNamespace(  # type: ignore[assignment]
-            checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, checkpoint_minutes=0, steps=3,
+            checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, checkpoint_minutes=0, steps=3, seed=0,
             method=None, prompts=None, pipeline=None, evaluation=SimpleNamespace(every=0), cluster=ClusterConfig(),
         )  # fmt: skip
         session = SimpleNamespace(learner=ranks, followers={}, engines=None)

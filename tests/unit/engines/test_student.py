@@ -1,5 +1,6 @@
 """The student as a model: what is in it besides its parameters, what they are called, and what it reads of a folder."""
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from learner.lora import adapt
 from learner.model import Student, load_head, load_student, sentinel_ids
 from opd.errors import ConfigurationError, DataError
 from opd.loss.attention import NAME, attend, mask
+from tests.fuzz.families import make
 from tests.tiny_models import VOCABULARY, logprobs, save, tiny_model
 
 
@@ -52,6 +54,14 @@ def test_parameters_have_the_names_of_their_checkpoint_with_and_without_adapters
     assert [n for n, _ in whole.named()] == [f"{n}.lora_{m}.weight" for n in layers for m in "AB"]
     assert sorted(name for name, _ in whole.frozen()) == sorted(stored.values())
     assert all(p.requires_grad for _, p in whole.named()) and not any(p.requires_grad for _, p in whole.frozen())
+
+
+def test_a_student_whose_output_has_a_bias_is_refused_by_the_name_of_its_folder(tmp_path: Path) -> None:
+    """Its learner multiplies hidden states by the matrix and adds nothing."""
+    make("Phi-2", tmp_path)
+    sentence = rf"^the student {re.escape(repr(str(tmp_path)))} needs a plain output matrix, but .* has a bias"
+    with pytest.raises(ConfigurationError, match=sentence):
+        load_student(str(tmp_path), torch.float32, False)
 
 
 def test_biases_go_by_their_layer_s_name() -> None:

@@ -190,3 +190,51 @@ def _tells(wrong: Completion) -> bool:
 def test_as_many_completions_as_were_asked_for_or_none(count: int) -> None:
     with pytest.raises(DataError, match=f"an engine wrote {count} completions for 2 requests"):
         verify([asked(), asked()], [honest(1)] * count, ROWS)
+
+
+AT_THE_BOUNDS: dict[str, tuple[dict[str, Any], bool]] = {
+    "a token": ({"tokens": 1}, True),
+    "no token": ({"tokens": 0}, False),
+    "as many tokens as were asked for": ({"tokens": TOKENS}, True),
+    "one more": ({"tokens": TOKENS + 1}, False),
+    "the first id": ({"id": 0}, True),
+    "an id below it": ({"id": -1}, False),
+    "the last id": ({"id": ROWS - 1}, True),
+    "an id beyond it": ({"id": ROWS}, False),
+    "an id beyond it of a model of unknown size": ({"id": ROWS, "rows": 0}, True),
+    "as many of the likeliest": ({"k": K}, True),
+    "one more of them": ({"k": K + 1}, True),
+    "one less of them": ({"k": K - 1}, False),
+    "certain": ({"logprob": 0.0, "other": -9.0}, True),
+    "alike": ({"logprob": -1.5, "other": -1.5}, True),
+    "impossible beside it": ({"other": -np.inf}, False),
+    "impossible beside it in a nucleus": ({"other": -np.inf, "top_p": 0.9}, True),
+}
+
+
+@pytest.mark.parametrize("case", AT_THE_BOUNDS)
+def test_what_lies_at_a_bound_is_believed_and_what_lies_beyond_is_refused(case: str) -> None:
+    given, true = AT_THE_BOUNDS[case]
+    tokens, k, id, logprob = given.get("tokens", 3), given.get("k", K), given.get("id", 2), given.get("logprob", -0.5)
+    ids = np.tile(np.array([id, *[i for i in range(ROWS) if i != id][: k - 1]], dtype=np.int32), (tokens, 1))
+    values = np.full((tokens, k), given.get("other", -4.0), dtype=np.float32)
+    values[:, :1] = logprob
+    behavior = TopKScores(
+        logprobs=np.full(tokens, logprob, dtype=np.float32),
+        topk_ids=ids,
+        topk_logprobs=values,
+        rest=np.full(tokens, -2.0, dtype=np.float32),
+    )
+    made = Completion(
+        token_ids=np.full(tokens, id, dtype=np.int32),
+        behavior=behavior,
+        versions=np.zeros(tokens, dtype=np.int32),
+        stop=StopReason.END,
+    )
+    for topk, said in ((K, behavior), (0, TokenScores(logprobs=behavior.logprobs))):
+        request, whole = asked(given.get("top_p", 1.0), topk), replace(made, behavior=said)
+        if true or (not topk and {"k", "other"} & given.keys()):
+            verify([request], [whole], given.get("rows", ROWS))
+            continue
+        with pytest.raises(DataError, match="completion of prompt 'p' is refused"):
+            verify([request], [whole], given.get("rows", ROWS))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
@@ -233,6 +233,29 @@ def test_a_run_that_stops_again_before_it_has_asked_still_asks_once_more() -> No
     with pytest.raises(DataError, match="issued before"):
         ledger.issue(0, names)
     assert ledger.summary()["issued"] == 2
+
+
+@given(
+    first=st.integers(0, 3),
+    settled=st.sets(st.integers(0, 9), max_size=6),
+    still_open=st.sets(st.integers(0, 9), max_size=3),
+)
+def test_a_name_without_an_entry_is_of_a_settled_step_or_was_never_asked_for(
+    first: int, settled: set[int], still_open: set[int]
+) -> None:
+    """Also of steps that are settled before an earlier one is, and after a checkpoint."""
+    ledger = Ledger()
+    ledger.begin(first)
+    for step in sorted(settled | still_open - set(range(first))):
+        if step >= first:
+            ledger.issue(step, [Entry(step, "p", 0)] if step in still_open else [])
+    for one in (ledger, Ledger.from_json(ledger.to_json())):
+        for step in range(12):
+            over = step < first or step in settled - still_open
+            with pytest.raises(
+                DataError, match="one whose step is settled" if over else "one that was never asked for"
+            ):
+                one.state(Entry(step, "stranger", 0))
 
 
 @pytest.mark.parametrize("order", [[9, 2, 17], [17, 9, 2], [2, 9, 17]], ids=str)

@@ -6,6 +6,7 @@ hidden state is that row's number as a one-hot vector, so packing, weighing, chu
 
 import asyncio
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -371,6 +372,52 @@ def test_a_step_counts_where_a_single_token_of_it_does(make: Any) -> None:
     chosen = method(SampledTokens(), SampledReverseKL(), weights={"first": First()})
     ledger = asyncio.run(bench.run(chosen, 2))
     assert bench.learner.steps == ledger.trained == 2
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize(
+    ("nothing", "broken_off"),
+    [
+        ((), None),
+        ((0, 1), None),
+        ((0, 1, 2), 2),
+        ((0, 1, 3, 4), None),
+        ((2, 3, 4), 4),
+        ((1, 3, 4, 5), 5),
+        ((5, 6), None),
+    ],
+    ids=str,
+)
+def test_three_steps_in_a_row_without_a_token_end_a_run_and_fewer_do_not(
+    make: Any, start: int, nothing: Sequence[int], broken_off: int | None
+) -> None:
+    """Wherever in the run they are, at its begin as well; the student stays as it is in each."""
+
+    class Filtered:
+        consumes, reads_written = Scores, False
+
+        def __call__(self, scored: Sequence[Any], context: Any) -> list[np.ndarray]:
+            step = int(scored[0].trajectory.prompt.id.split("/")[0]) - start
+            return [np.full(len(s.trajectory), float(step not in nothing)) for s in scored]
+
+    bench = Bench(make)
+    chosen = method(SampledTokens(), SampledReverseKL(), weights={"filtered": Filtered()})
+    if broken_off is None:
+        asyncio.run(bench.run(chosen, start + 7, start=start))
+        assert bench.learner.steps == 7 - len(nothing) and len(bench.records) == 7
+        return
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(bench.run(chosen, start + 7, start=start))
+    assert "no token to train" in str(leaves(caught.value)[0])
+    assert len(bench.records) == broken_off
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_an_account_names_no_step_when_a_run_has_ended_wherever_it_began(make: Any, start: int) -> None:
+    """Steps before it are none of its own, those after it are over: it does not grow with the steps."""
+    ledger = asyncio.run(Bench(make).run(SHORT, start + 6, start=start))
+    said = json.loads(ledger.to_json())
+    assert (said["first"], said["settled"], said["open"]) == (start + 6, [], [])
 
 
 def test_observers_are_told_of_every_step_in_order_and_awaited(make: Any) -> None:

@@ -322,19 +322,22 @@ def _nbytes_of_a_step(make: Any) -> int:
 
 @pytest.mark.parametrize("prompts", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_draining_finishes_all_text_of_a_step_before_new_weights_arrive(make: Any, seed: int, prompts: int) -> None:
-    bench = Bench(make, wait=Pause(seed))
+@pytest.mark.parametrize("options", [{"deterministic": True}, {"update": WeightUpdate.DRAIN}, {}], ids=str)
+def test_draining_finishes_all_text_of_a_step_before_new_weights_arrive(
+    make: Any, options: Any, seed: int, prompts: int
+) -> None:
+    """Of an engine that goes on with whatever weights it has; without draining its text is of several versions."""
+    bench = Bench(make, wait=Pause(seed), lr=0.0)
     bench.prompts.prompts_per_step = prompts
+    student = InFlight(bench.student.table, wait=Pause(seed, turns=9))
+    bench.engines = replace(bench.engines, student=student)
 
     async def run() -> None:
-        update = WeightUpdate.DRAIN
-        await asyncio.wait_for(bench.run(SHORT, 8, max_staleness=2, update=update), 60)  # it could wait for ever
+        await asyncio.wait_for(bench.run(SHORT, 30, max_staleness=2, **options), 60)  # it could wait for ever
 
     asyncio.run(run())
-    for record in bench.records:
-        for item in record.scored:
-            assert len(set(item.trajectory.versions.tolist())) == 1, "one completion has tokens of two versions"
-    assert len(bench.records) == 8
+    mixed = [len(set(item.trajectory.versions.tolist())) > 1 for record in bench.records for item in record.scored]
+    assert any(mixed) is (not options) and len(bench.records) == 30
 
 
 @pytest.mark.parametrize("options", [{"deterministic": True}, {"update": WeightUpdate.DRAIN}, {}], ids=str)

@@ -47,6 +47,13 @@ def test_the_likeliest_are_those_of_a_full_sort(columns: int, k: int, rows: int,
     assert torch.equal(likeliest(values, k), values.argsort(dim=-1, descending=True)[:, :k])
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 700), (900, 40), (900, 130), (900, 300)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_likeliest_are_those_of_their_row_however_many_rows_there_are(rows: int, columns: int, k: int) -> None:
+    values = torch.rand(rows, columns, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    assert torch.equal(likeliest(values, k), values.argsort(dim=-1, descending=True)[:, :k])
+
+
 def test_the_likeliest_include_every_tied_value_however_the_ties_lie() -> None:
     values = torch.zeros(2, 128 * 30 + 5)
     values[0, -3:] = 1.0

@@ -1,12 +1,15 @@
 """Text of two sources, answers as text, tokens left out, and credit for what a token leads to."""
 
 import asyncio
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from opd.certify.engines import Notes, engines
@@ -65,6 +68,39 @@ def test_a_mixture_is_on_policy_only_where_nothing_is_mixed_in() -> None:
     topk = Mixed(student=StudentRollout(max_tokens=8, record_topk=4), fixed=TEACHER)
     assert topk.records is TokenScores and needs_of(topk) == {Need(Role.STUDENT), Need(Role.WRITER)}
     assert needs_of(Mixed(student=STUDENT, fixed=AnswerRollout(max_tokens=8))) == {Need(Role.STUDENT)}
+
+
+@pytest.mark.parametrize("writer", [StudentRollout, TeacherRollout])
+@given(top_p=st.floats(0.001, 1) | st.just(1.0), temperature=st.just(0.0) | st.floats(0.01, 100))
+def test_text_is_cut_exactly_where_a_token_of_the_model_cannot_be_written(
+    writer: Any, top_p: float, temperature: float
+) -> None:
+    whole = top_p == 1 and temperature > 0
+    assert writer(max_tokens=1, top_p=top_p, temperature=temperature).truncated is not whole
+
+
+@given(
+    fraction=st.just(0.0) | st.floats(0, 1) | st.just(1.0),
+    student=st.sampled_from([STUDENT, replace(STUDENT, top_p=0.9)]),
+    fixed=st.sampled_from([TEACHER, replace(TEACHER, temperature=0.0), AnswerRollout(max_tokens=8)]),
+)
+def test_a_mixture_has_the_properties_of_whoever_may_write_in_it(fraction: float, student: Any, fixed: Any) -> None:
+    """The fixed source writes nothing at lambda = 1, and only there; the student's settings hold at any lambda."""
+    made = Mixed(student=student, fixed=fixed, fraction=fraction)
+    assert made.truncated is (student.truncated or (fraction != 1 and fixed.truncated))
+    assert made.on_policy is (fraction == 1)
+
+
+def test_at_the_ends_of_lambda_a_mixture_writes_what_it_lists() -> None:
+    world = make_world(0, 9)
+    limits = mixed(0.5, seed=3).limits
+    assert [limit.rollout.fraction for limit in limits] == [0, 1] and len({limit.name for limit in limits}) == 2
+    for limit, writer in zip(limits, (TEACHER, STUDENT), strict=True):
+        assert limit.equals is writer and limit.rollout == replace(mixed(0.5, seed=3), fraction=limit.rollout.fraction)
+        pairs = zip(read(limit.rollout, Unscored(), world).scored, read(writer, Unscored(), world).scored, strict=True)
+        for one, other in pairs:
+            assert np.array_equal(one.trajectory.token_ids, other.trajectory.token_ids)
+            assert np.array_equal(one.trajectory.behavior.logprobs, other.trajectory.behavior.logprobs)
 
 
 def test_a_group_has_one_source() -> None:

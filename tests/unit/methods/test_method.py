@@ -3,10 +3,8 @@
 import asyncio
 import importlib
 import pkgutil
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from enum import Enum
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +15,7 @@ import opd.rollouts
 import opd.scorers
 import opd.token_weights
 from opd.errors import ConfigurationError, DataError
-from opd.loop.ledger import Ledger
-from opd.loop.rollout_buffer import BufferedStep
-from opd.loop.staleness import StalenessSchedule
-from opd.loop.train import StepRecord
-from opd.loss.packing import TokenMean
 from opd.method.method import Method, check_prompts, weigh
-from opd.method.promises import Union
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL
 from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
@@ -97,59 +89,6 @@ def test_what_parts_say_of_themselves_is_true() -> None:
 
 
 FLAGS = ("on_policy", "truncated", "min_group", "reads_written")
-
-
-TOP_16 = {name: {"k": 16} for name in ("TeacherTop", "StudentTop", "Union", "Intersection")}
-DEFAULTS: dict[str, dict[str, object]] = TOP_16 | {  # what a part is whose configuration says nothing
-    "MonteCarloDivergence": {"samples": 4, "seed": 0},
-    "MiniLLM": {"alpha": 0.0, "long_weight": 1.0},
-    "SampledReverseKL": {"coefficient": 1.0, "signal": "BEHAVIOR"},
-    "ClippedPolicyGradient": {"clip_low": 0.2, "clip_high": 0.2},
-    "EntropyAwareKL": {"threshold": 0.8, "k": 16, "outside": "RENORMALIZED", "forward_weight": 1.0},
-    "SupportReverseKL": {"outside": "RENORMALIZED"},
-    "SupportDivergence": {"outside": "BUCKET"},
-    "TopKDivergence": {"outside": "BUCKET"},
-    "TruncatedRatio": {"max_ratio": 2.0},
-    "JensenShannon": {"beta": 0.5},
-    "SkewedReverseKL": {"alpha": 0.1},
-    "SkewedForwardKL": {"alpha": 0.1},
-    "Mixed": {"fraction": 0.5, "coin": "GROUP", "seed": 0},
-    "StudentRollout": {"temperature": 1.0, "top_p": 1.0, "record_topk": 0},
-    "TeacherRollout": {"temperature": 1.0, "top_p": 1.0},
-    "EnvironmentRollout": {
-        "max_turns": 8, "max_turn_tokens": 0, "temperature": 1.0, "top_p": 1.0, "record_topk": 0
-    },
-    "WithReturns": {"k": 16, "discount": 1.0, "length_normalized": True, "own_reward": False, "reward_scale": 1.0},
-    "GroupAdvantage": {"scale_by_std": True, "epsilon": 1e-4},
-    "Constant": {"divisor": 1.0},
-    "WeighedTerm": {"coefficient": 1.0},
-    "LimitingCase": {"scale": 1.0, "tolerance": 1e-3},
-    "StepRecord": {"live": True},
-    "Ledger": {"issued": 0, "generated": 0, "scored": 0, "trained": 0, "_first": 0},
-    "BufferedStep": {"nbytes": 0},
-    "StalenessSchedule": {
-        "max_staleness": 0, "update": "IN_FLIGHT", "deterministic": True, "max_buffer_bytes": 4 * 1024**3,
-        "barrier_every": 0, "teacher_follows": False,
-    },
-}  # fmt: skip
-
-
-def test_defaults_are_the_ones_that_are_published() -> None:
-    """Who configures nothing trains with them."""
-    packages = (opd.objectives, opd.rollouts, opd.scorers, opd.token_weights)
-    names = [m.name for package in packages for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-    homes = {
-        *map(importlib.import_module, names),
-        *(sys.modules[p.__module__] for p in (Union, TokenMean, StalenessSchedule, StepRecord, Ledger, BufferedStep)),
-    }
-    parts = [part for home in homes for part in vars(home).values() if is_dataclass(part) and isinstance(part, type)]
-    found: dict[str, dict[str, object]] = {}
-    for part in parts:
-        given = {f.name: f.default.name if isinstance(f.default, Enum) else f.default for f in fields(part)}
-        said = {name: default for name, default in given.items() if isinstance(default, bool | int | float | str)}
-        if said and part.__name__[0] != "_" and part.__module__ in {home.__name__ for home in homes}:
-            found[part.__name__] = said
-    assert found == DEFAULTS
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

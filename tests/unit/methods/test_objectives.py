@@ -863,18 +863,16 @@ def test_a_sum_over_a_part_of_the_vocabulary_is_refused_where_it_is_no_divergenc
             part(**({"of": given[0]} if given else {}), outside=Outside.NOTHING)
 
 
-LIMITS = [(part, limit) for part in EVERY for limit in getattr(part, "limits", ()) if type(part) not in DRAWING]
-
-
-@pytest.mark.parametrize(("part", "limit"), LIMITS, ids=lambda x: getattr(x, "name", type(x).__name__))
-def test_what_an_objective_becomes_at_the_ends_of_its_fields_is_what_it_lists(part: Any, limit: Any) -> None:
-    assert type(limit.objective) is type(part) and limit.objective.consumes is part.consumes
-    for seed in SEEDS:
-        w = world(seed)
-        got = limit.scale * expected_gradient(limit.objective, w)
-        wanted = gradient(promised(limit)(w), w)
-        assert float((got - wanted).abs().max()) <= limit.tolerance * float(wanted.abs().max())
-        assert float(wanted.abs().max()) > 1e-3
+@pytest.mark.parametrize("part", [part for part in EVERY if getattr(part, "limits", ())], ids=str)
+def test_what_an_objective_becomes_at_the_ends_of_its_fields_is_what_it_lists(part: Any) -> None:
+    for limit in part.limits:
+        assert type(limit.objective) is type(part) and limit.objective.consumes is part.consumes
+        for seed in SEEDS if type(part) not in DRAWING else ():
+            w = world(seed)
+            got = limit.scale * expected_gradient(limit.objective, w)
+            wanted = gradient(promised(limit)(w), w)
+            assert float((got - wanted).abs().max()) <= limit.tolerance * float(wanted.abs().max())
+            assert float(wanted.abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("objective", [part for part in EVERY if type(part) not in DRAWING], ids=str)

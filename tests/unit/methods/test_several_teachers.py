@@ -220,6 +220,24 @@ def test_all_readers_of_an_ensemble_tell_of_the_same_mixture() -> None:
                 torch.testing.assert_close(got, mixture.log().expand(len(t), -1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("reader", [SampledTokens(), StudentTopK(), TeacherHidden()], ids=str)
+def test_an_ensemble_of_one_says_what_that_one_says(reader: Any) -> None:
+    """Whatever its share; for hidden states as well, read through the head."""
+    ours = [trajectory("x", 4, teacher="c"), trajectory("y", 2, teacher="c")]
+    alone = asyncio.run(reader(ours, engines()))
+    for share in (1.0, 0.25):
+        said = asyncio.run(Ensemble(shares={"c": share}, reader=reader)(ours, engines()))
+        for t, one, mixed in zip(ours, alone, said, strict=True):
+            np.testing.assert_allclose(mixed.logprobs, one.logprobs, atol=1e-6)
+            if isinstance(one, TopKScores):
+                assert np.array_equal(mixed.topk_ids, one.topk_ids)
+                np.testing.assert_allclose(mixed.topk_logprobs, one.topk_logprobs, atol=1e-6)
+                np.testing.assert_allclose(mixed.rest, one.rest, atol=1e-6)
+            if isinstance(mixed, EnsembleScores):
+                got = read(batch_of(mixed.to("cpu", fetch), len(t)), HEADS).scores.vocabulary_logprobs
+                torch.testing.assert_close(got, exact(2, 0).expand(len(t), -1), rtol=0, atol=1e-6)
+
+
 def test_an_ensemble_without_a_mixture_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="TeacherTopK, whose ids differ between teachers"):
         Ensemble(shares={"b": 1.0}, reader=TeacherTopK(k=2))

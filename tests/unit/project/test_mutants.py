@@ -9,7 +9,7 @@ from tests.mutants import trials
 from tests.mutants.__main__ import sample
 from tests.mutants.coverage_map import Covered, asked
 from tests.mutants.operators import mutants
-from tests.mutants.scope import ROOT, askable, sources
+from tests.mutants.scope import OF_ALL, ROOT, askable, sources
 from tests.mutants.trials import Result, Trial, run
 
 SOURCE = '''"""A file."""
@@ -106,6 +106,49 @@ def test_the_tests_that_run_the_line_are_asked_the_shortest_first() -> None:
     assert [test.id for test in asked(inside, tests, 100.0)] == ["quick", "slow"]
     assert [test.id for test in asked(inside, tests, 5.0)] == ["quick"]
     assert [test.id for test in asked(constant, tests, 100.0)] == ["other line", "quick", "slow"]
+
+
+def test_of_what_runs_at_import_all_are_asked_that_run_or_import_the_file(tmp_path: Path) -> None:
+    """Whichever test comes first imports a file; a default is noticed by another, who never runs that line."""
+    texts = {
+        "whole.py": "import opd.small",
+        "part.py": "def test():\n    from opd.small import Limits",
+        "package.py": "from opd import small",
+        "other.py": "from opd.large import Limits  # not opd.small",
+        "first.py": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    path, source = (
+        "opd/small.py",
+        b"class Limits:\n    tokens: int = 1 << 20\n\n    def most(self):\n        return 3\n",
+    )
+    default, inside = (next(m for m in mutants(path, source) if m.text == text) for text in ("21", "4"))
+    tests = [
+        Covered(id=file, file=file, seconds=seconds, lines=lines)
+        for file, seconds, lines in [
+            ("first.py", 6.0, {path: [1, 2]}),
+            ("gone.py", 5.0, {path: [5]}),
+            ("whole.py", 4.0, {}),
+            ("part.py", 3.0, {"opd/large.py": [2]}),
+            ("package.py", 2.0, {}),
+            ("other.py", 1.0, {"opd/large.py": [2]}),
+            (OF_ALL[0], 7.0, {}),
+        ]
+    ]
+    everyone = [OF_ALL[0], "package.py", "part.py", "whole.py", "gone.py", "first.py"]
+    assert [test.file for test in asked(default, tests, 100.0, tmp_path)] == everyone
+    assert [test.file for test in asked(default, tests, 9.0, tmp_path)] == everyone[:2]
+    assert [test.file for test in asked(inside, tests, 100.0, tmp_path)] == ["gone.py"]
+    assert all((ROOT / file).exists() and file in askable(ROOT) for file in OF_ALL)
+
+
+def test_the_order_of_arguments_is_changed_only_where_it_means_something() -> None:
+    alike = ("np.array_equal(a, b)", "torch.allclose(a, b)", "max(a, b)", "torch.logaddexp(a, b)", "gcd(a, b)",
+             "left.union(a, b)", "np.isclose(a, b, rtol=0)", "f(a, a)", "f(a)", "f(*a, b)")  # fmt: skip
+    assert not [text for text in alike if any(m.kind == "swapped arguments" for m in mutants("a.py", text.encode()))]
+    assert changed("x = divide(a, b)") == {(1, "divide(b, a)"): "divide(a, b)"}
+    assert changed("x = clip(a, b, c)") == {(1, "clip(a, c, b)"): "clip(a, b, c)"}
 
 
 def test_what_becomes_of_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,13 @@ def plain(data: bytes) -> str:
     return f"sum64:{total & MASK:016x}"
 
 
+@given(st.integers(0, MASK) | st.sampled_from([0, (1 << 63) - 1, 1 << 63, MASK]))
+def test_a_number_of_64_bits_has_the_same_bits_as_an_int64(number: int) -> None:
+    """Where torch takes larger ones, too, that is not promised."""
+    signed = module._signed(number)
+    assert -(1 << 63) <= signed < 1 << 63 and signed % (1 << 64) == number
+
+
 def tensor(data: bytes) -> torch.Tensor:
     return torch.tensor(list(data), dtype=torch.uint8)
 

@@ -123,6 +123,17 @@ def test_not_a_number_is_within_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    "bound", [Gap(mean=0.0, high=0.0, greatest=0.0), Gap(mean=0.5, high=1.0, greatest=2.0)], ids=str
+)
+def test_a_gap_at_its_bound_is_within_and_one_beyond_in_any_number_is_not(bound: Gap) -> None:
+    assert bound.within(bound)
+    for name in ("mean", "high", "greatest"):
+        at = getattr(bound, name)
+        assert not replace(bound, **{name: float(np.nextafter(at, np.inf))}).within(bound)
+        assert replace(bound, **{name: float(np.nextafter(at, -np.inf))}).within(bound)
+
+
+@pytest.mark.parametrize(
     ("tokens", "longest", "expected"), [(5, 99, SHORTEST), (50, 99, 50), (500, 999, LONGEST), (50, 20, 19)]
 )
 def test_the_text_is_the_first_prompt_and_fits_the_engine(tokens: int, longest: int, expected: int) -> None:
