@@ -14,7 +14,7 @@ START_S = 120.0  # importing what a grader needs takes longer than a deadline
 
 
 class GradingProcess:
-    """Child process for grading, started at the first call and replaced when it is late or dies; for one thread.
+    """Child process for grading, started at the first call and replaced when it is late or has ended; for one thread.
 
     `begin` with its arguments is the first thing that every child does; `preload` are modules that are imported once
     for all children.

@@ -102,7 +102,7 @@ class OwnGrader:
 
 
 class _NoReward(Exception):
-    """A value that is no reward; the message says what it is."""
+    """Value that is no reward; the message names it."""
 
 
 def rewards_of(said: Any, count: int) -> list[float]:

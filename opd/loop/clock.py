@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from opd.loop.rollout_buffer import BufferedStep
 from opd.observability.spans import Span, Stage
@@ -17,11 +17,16 @@ class StepClock:
     """Times of one step, by the event loop's clock: it `began`, its rollouts were there, its update, the text before
     the next weights, and its publication ended. A time that was not marked is that of the mark before it."""
 
-    began: float = field(default_factory=_now)
+    began: float
     waited: float = 0.0
     updated: float = 0.0
     drained: float = 0.0
     ended: float = 0.0
+
+    @classmethod
+    def begin(cls) -> "StepClock":
+        """The clock of a step that begins now."""
+        return cls(began=_now())
 
     def mark_rollouts(self) -> None:
         """The rollouts are there; the update begins."""

@@ -79,7 +79,7 @@ async def train(
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(buffer.run())
         for step in range(start, steps):
-            clock = StepClock()
+            clock = StepClock.begin()
             rollouts = await buffer.take(step, digests.by_version)
             clock.mark_rollouts()
             terms = weighed(method, rollouts.scored, context.at(step))

@@ -109,6 +109,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"teachers\.\w+\.(url|model|fingerprint)", LINE),
     (r"teachers\.\w+\.url", text(r"(https?://.+)?")),
     (r"teachers\.\w+\.retries", whole(0, 10**4)),
+    (r"teachers\.\w+\.score_kinds", members(text(r"\w+(\.\w+)+"))),
     (r"teachers\.\w+\.mixup|learner\.final_lr_fraction|method\.rollout\.fraction|method\.scorer\.discount", SHARE),
     (r"learner\.lr", real(1e-15, 1)),
     (r"learner\.beta[12]", lambda v: real(0, 1)(v) and v < 1),

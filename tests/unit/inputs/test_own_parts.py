@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from launch.artifacts.checkpoint_state import GRADERS, changes, described, in_todays_names
+from launch.artifacts.checkpoint_state import GRADERS, described, in_todays_names
+from launch.checkpoint.changes import changes
 from launch.config.reward_function import RewardFunction
 from launch.config.run_config import run_config
 from launch.inputs.faults import HOPELESS

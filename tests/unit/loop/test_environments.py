@@ -15,7 +15,7 @@ from opd import ports
 from opd.certify.certify import certify
 from opd.errors import ConfigurationError
 from opd.loss.packing import SequenceMean, TokenMean, pack
-from opd.method.method import Method, weigh
+from opd.method.method import Method, loss_masks
 from opd.objectives.sampled import ClippedPolicyGradient, SampledReverseKL
 from opd.ports import Completion, Engines, Layout, Outcome
 from opd.rollouts.environment import EnvironmentRollout, SingleTurn
@@ -230,14 +230,14 @@ def test_only_the_students_tokens_are_trained_and_counted(make: Any) -> None:
         behavior = TokenScores(logprobs=np.where(own, t.behavior.logprobs, lie).astype(np.float32))
         scores = TokenScores(logprobs=np.where(own, -1.0, lie - 1).astype(np.float32))
         scored = [Scored(trajectory=replace(t, behavior=behavior), scores=scores)]
-        ((batch,),) = pack(scored, weigh({}, scored), Layout(ranks=1, tokens_per_microbatch=40), TokenMean())
+        ((batch,),) = pack(scored, loss_masks(scored), Layout(ranks=1, tokens_per_microbatch=40), TokenMean())
         batches.append(batch)
     first, second = batches
     assert first.denominator == own.sum() == 6 and first.target_ids.tolist() == [3] * 6
     assert first.depth.tolist() == [0, 1, 2, 5, 6, 7] and len(first.input_ids) == 2 + 8 - 1
     assert np.array_equal(first.behavior_logprobs, second.behavior_logprobs)
     assert np.array_equal(first.scores.logprobs, second.scores.logprobs)
-    per_sequence = pack(scored, weigh({}, scored), Layout(ranks=1, tokens_per_microbatch=40), SequenceMean())
+    per_sequence = pack(scored, loss_masks(scored), Layout(ranks=1, tokens_per_microbatch=40), SequenceMean())
     assert float(per_sequence[0][0].weights.sum() / per_sequence[0][0].denominator) == pytest.approx(1.0)
 
 

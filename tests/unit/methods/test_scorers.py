@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from opd.errors import DataError
-from opd.ports import AtIds, Engines, LastHidden, SampledToken, ScoreRequest, TopK
+from opd.ports import AtIds, Context, LastHidden, SampledToken, ScoreAnswer, ScoreRequest, TopK
 from opd.scorers.ensemble import Ensemble
 from opd.scorers.returns import WithReturns
 from opd.scorers.reward import GroupAdvantage
@@ -19,6 +19,7 @@ from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, Teach
 from opd.scorers.validation import check_support, verify
 from opd.types import HiddenScores, RemoteRows, Scores, StopReason, TokenScores, TopKScores
 from opd.types.log_probs import MASS, ROUNDING
+from tests.one_kind import answered
 
 N = 3
 IDS = np.tile(np.array([5, 6], dtype=np.int32), (N, 1))
@@ -31,7 +32,7 @@ def floats(value: float, *shape: int) -> np.ndarray:
 def honest(request: ScoreRequest) -> Any:
     """A true answer of the kind that was asked for."""
     n = len(request.token_ids)
-    match request.kind:
+    match request.kinds[0]:
         case LastHidden():
             return HiddenScores(logprobs=floats(-2, n), hidden=RemoteRows(pieces=(("h", np.arange(n)),)))
         case TopK(k=k):
@@ -48,11 +49,11 @@ class Teacher:
     def __init__(self, lies: int | None = None) -> None:
         self.lies = lies
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         answers = [honest(request) for request in requests]
         if self.lies is not None:
             answers[self.lies] = replace(answers[self.lies], logprobs=floats(np.nan, N))
-        return answers
+        return answered(answers)
 
 
 class Graders:
@@ -69,10 +70,10 @@ class Graders:
     generate = receive = encode = encode_all = grade
 
 
-def engines(**teachers: Any) -> Engines:
+def engines(**teachers: Any) -> Context:
     any_other: Any = Graders()
     named = teachers or {"default": Teacher()}
-    return Engines(student=any_other, teachers=named, writers={}, graders={"": any_other}, tokenizer=any_other)
+    return Context(student=any_other, teachers=named, writers={}, graders={"": any_other}, tokenizer=any_other)
 
 
 ASKING = [
@@ -106,7 +107,7 @@ def support(ids: Sequence[int], values: Sequence[float], rest: float, logprob: f
 
 def request_at(ids: Sequence[int], written: int = 1) -> ScoreRequest:
     kind = AtIds(ids=np.array([ids], dtype=np.int32))
-    return ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=np.array([written], np.int32), kind=kind)
+    return ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=np.array([written], np.int32), kinds=(kind,))
 
 
 @pytest.mark.parametrize("ids", [(5, 6, 7), (7, 5, 5), (5, 5, 5)], ids=str)
@@ -119,20 +120,20 @@ def test_the_probabilities_of_a_support_and_of_the_rest_are_1_within_the_toleran
     for error, true in ((0.0, True), (0.9, True), (1.1, False)):
         said = support(ids, [np.log(0.25)] * len(ids), float(np.log(1 - inside + sign * error * MASS)))
         if true:
-            verify([request_at(ids)], [said])
+            verify([request_at(ids)], [(said,)])
             continue
         with pytest.raises(DataError, match=r"the probabilities of a support and of the rest .* do not sum to 1"):
-            verify([request_at(ids)], [said])
+            verify([request_at(ids)], [(said,)])
 
 
 def test_a_log_probability_exceeds_0_by_rounding_at_most() -> None:
-    request = replace(request_at([1]), kind=SampledToken())
+    request = replace(request_at([1]), kinds=(SampledToken(),))
     for value, true in ((0.0, True), (0.9 * ROUNDING, True), (1.1 * ROUNDING, False)):
         if true:
-            verify([request], [TokenScores(logprobs=floats(value, 1))])
+            verify([request], [(TokenScores(logprobs=floats(value, 1)),)])
             continue
         with pytest.raises(DataError, match="a value above 0"):
-            verify([request], [TokenScores(logprobs=floats(value, 1))])
+            verify([request], [(TokenScores(logprobs=floats(value, 1)),)])
 
 
 @pytest.mark.parametrize(("largest", "true"), [(0, True), (9, True), (10, False), (11, False)])
@@ -151,7 +152,7 @@ def test_a_support_names_only_rows_that_the_student_has(largest: int, true: bool
 SHAPES: dict[str, tuple[Any, Any, str]] = {
     "one id less than asked": (TopK(k=3), honest, "asked for k=3, got k=2"),
     "one id more than asked": (TopK(k=1), honest, "asked for k=1, got k=2"),
-    "ids of another shape": (TopK(k=2), {"topk_ids": IDS[:, :1]}, r"\(3, 1\) ids have \(3, 2\) log-probabilities"),
+    "ids of another shape": (TopK(k=2), {"topk_ids": IDS[:, :1]}, "asked for k=2, got k=1 in topk_ids"),
     "one row less of the rest": (TopK(k=2), {"rest": floats(-1, N - 1)}, f"expected {N} rows of rest, got {N - 1}"),
     "one row more of the rest": (TopK(k=2), {"rest": floats(-1, N + 1)}, f"expected {N} rows of rest, got {N + 1}"),
     "a rest above 0": (TopK(k=2), {"rest": floats(0.1, N)}, "rest contains NaN"),
@@ -164,14 +165,14 @@ SHAPES: dict[str, tuple[Any, Any, str]] = {
 def test_an_answer_of_another_shape_is_refused(case: str) -> None:
     kind, change, sentence = SHAPES[case]
     token_ids = np.zeros(N, dtype=np.int32)
-    request = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=token_ids, kind=kind)
+    request = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=token_ids, kinds=(kind,))
     true = honest(request)
-    verify([request], [true])
-    wrong = honest(replace(request, kind=TopK(k=2)) if change is honest else request)
+    verify([request], [(true,)])
+    wrong = honest(replace(request, kinds=(TopK(k=2),)) if change is honest else request)
     for name, value in ({} if change is honest else change).items():
         object.__setattr__(wrong, name, value)  # tests check the shapes of what is built, a run does not
     with pytest.raises(DataError, match=f"teacher scores are refused: .*{sentence}"):
-        verify([request, request], [true, wrong])
+        verify([request, request], [(true,), (wrong,)])
 
 
 rewards = st.lists(st.integers(0, 1000), min_size=2, max_size=6)

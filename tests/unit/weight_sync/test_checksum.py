@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opd import splitmix64
 from weight_sync import checksum as module
 from weight_sync.checksum import checksum
 
@@ -28,7 +29,7 @@ def plain(data: bytes) -> str:
 @given(st.integers(0, MASK) | st.sampled_from([0, (1 << 63) - 1, 1 << 63, MASK]))
 def test_a_number_of_64_bits_has_the_same_bits_as_an_int64(number: int) -> None:
     """Where torch takes larger ones, too, that is not promised."""
-    signed = module._signed(number)
+    signed = splitmix64.signed(number)
     assert -(1 << 63) <= signed < 1 << 63 and signed % (1 << 64) == number
 
 
