@@ -112,7 +112,8 @@ def _of_class(cls: type) -> Iterator[tuple[str, str]]:
 
 def _of_function(function: Callable[..., Any]) -> Iterator[tuple[str, str]]:
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is not parameter.empty:
+        # Ray adds a private one to the methods of a class that was made an actor in the same process.
+        if parameter.default is not parameter.empty and not name.startswith("_"):
             yield name, shown(parameter.default)
 
 
