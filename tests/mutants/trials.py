@@ -27,7 +27,11 @@ from tests.mutants.operators import Mutant
 from tests.mutants.recorder import bound_examples
 from tests.mutants.scope import PACKAGES, ROOT
 
-SPARE_S, TIMES, MOST_S = 20.0, 2.0, 150.0  # a trial may take SPARE_S + TIMES what its tests took, at most MOST_S
+SPARE_S, TIMES, MOST_S = (
+    60.0,
+    2.0,
+    150.0,
+)  # a trial may take SPARE_S (collection) + TIMES what its tests took, at most MOST_S
 _MEMORY = 16 << 30  # bytes of addresses that a mutant may take
 _TICK_S = 0.05
 _NO_TESTS = 5  # exit code of pytest: none of the chosen tests was found, which says nothing about the mutant
