@@ -21,6 +21,7 @@ from opd.certify.gradients import case, descent, distance, gradient
 from opd.certify.sums import GRADIENT
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError, DataError
+from opd.loop.train import _largest
 from opd.loss.chunked import StudentLogits
 from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import Constant, SequenceMean, TokenMean, WeighedTerm, halves, pack, pack_terms
@@ -197,6 +198,14 @@ def test_a_batch_of_terms_is_halved_between_sequences_and_idle_ranks_train_nothi
     ((both,),) = pack_terms(items, {MAIN: ones, "b": ones}, Layout(ranks=1, tokens_per_microbatch=99))
     cut = halves(both)
     assert cut is not None and [len(part.terms["b"].weights) for part in cut] == [2, 1]
+
+
+def test_a_step_is_accounted_for_by_the_largest_weight_of_any_term() -> None:
+    """So a trajectory that one term alone trains counts as trained."""
+    first, second = ([np.array([0.0, 2.0]), np.array([0.0])], [np.array([1.0, 0.5]), np.array([0.0])])
+    terms = {name: WeighedTerm(weights=w, normalizer=TokenMean()) for name, w in ((MAIN, first), ("other", second))}
+    assert [w.tolist() for w in _largest(terms)] == [[1.0, 2.0], [0.0]]
+    assert _largest({MAIN: terms[MAIN]}) is first
 
 
 def test_a_step_in_which_no_term_trains_anything_is_refused(make: Any) -> None:
