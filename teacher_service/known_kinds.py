@@ -1,6 +1,5 @@
 """Kinds of scores that a process reads from the wire: the project's own, and classes that its configuration names."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -9,6 +8,7 @@ import xxhash
 from opd.errors import ConfigurationError
 from opd.ports import ScoreKind
 from opd.ports.score_kinds import BUILT_IN
+from opd.settings.own_modules import own_module
 from opd.types import Scores
 from opd.types.columns import fields_that_travel
 
@@ -45,7 +45,7 @@ def known_kinds(paths: Sequence[str] = ()) -> KnownKinds:
 def _imported(path: str) -> KindClass:
     module, _, name = path.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module), name)
+        kind = getattr(own_module(module), name)
     except Exception as error:  # a user's module may raise anything
         raise ConfigurationError(
             f"teacher.score_kinds names {path!r}, which cannot be imported ({type(error).__name__}: {error}); "

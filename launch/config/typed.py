@@ -6,8 +6,6 @@ range is refused by name, and `_target_` may only point below `OWN` and packages
 
 import dataclasses
 import importlib
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -15,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from launch.artifacts.moved import todays
 from launch.config.keys import nearest
 from opd.errors import ConfigurationError, OpdError
+from opd.settings.own_modules import own_module
 from opd.settings.ranges import Matches
 from opd.settings.validation import default_of, fields_of, fit, missing, parts_of, shown
 
@@ -93,10 +92,9 @@ def imported(target: Any, where: str, allowed: Sequence[str]) -> Any:
             "to allow_targets if you trust it"
         )
     module, _, name = target.rpartition(".")
-    if target.partition(".")[0] not in ("opd", "demos", "launch") and (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # last: it stands in for nothing that is installed
+    load = importlib.import_module if target.partition(".")[0] in ("opd", "demos", "launch") else own_module
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(load(module), name)
     except Exception as error:  # a user's module may raise anything
         raise ConfigurationError(f"{where}._target_ {target!r} cannot be imported: {error}") from error
 
