@@ -41,7 +41,6 @@ from opd.loop.train import StepRecord, train
 from opd.method.needs import asks_prompts_teacher, named, needed
 from opd.ports import Role
 from opd.rollouts.environment import Plays
-from opd.types import TokenScores
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
 
@@ -389,5 +388,5 @@ def costs(plan: Plan) -> Costs:
         teacher_params=read,
         by_teacher={} if members or len(params) == 1 else params,
         teacher_writes=needed(method, Role.WRITER),
-        teacher_reads=any(issubclass(term.scorer.produces, TokenScores) for term in method.every_term.values()),
+        teacher_reads=needed(method, Role.READER),
     )

@@ -152,6 +152,7 @@ class _Reader:
     notes: Notes
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        _check_readable(requests, self.world.vocabulary)
         self.notes.asked.extend((self.name, request) for request in requests)
         with torch.no_grad():
             hidden = self.model.readings([(r.context_ids, r.token_ids) for r in requests])
@@ -163,6 +164,17 @@ class _Reader:
             logprobs[self.world.doubt, int(request.token_ids[self.world.doubt])] -= 1.0
             logprobs = logprobs.log_softmax(-1)
         return _said(logprobs, request.token_ids, request.kinds, hidden)
+
+
+def _check_readable(requests: Sequence[ScoreRequest], vocabulary: int) -> None:
+    for request in requests:
+        for kind in request.kinds:
+            problem = kind.unreadable(len(request.token_ids), vocabulary, vocabulary)
+            if problem:
+                raise ConfigurationError(
+                    f"the certificate has a vocabulary of {vocabulary} ids and cannot give {kind.asked()}: {problem}; "
+                    "call the setting of the scorer that counts ids `k`, which the certificate lowers, or set it lower"
+                )
 
 
 def _words(hidden: Tensor) -> np.ndarray:

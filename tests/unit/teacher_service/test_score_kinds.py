@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from margin import Margin, MarginScores, SampledMargin, WhereSure
 
 from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
+from launch.run.run import costs
 from opd.certify.certify import certify
 from opd.certify.engines import Notes, engines
 from opd.certify.worlds import make_world
@@ -35,10 +37,9 @@ from teacher_service.known_kinds import known_kinds
 from teacher_service.scoring import scores_from_hidden
 from teacher_service.server import ServerConfig, TeacherServer
 from teacher_service.server_identity import identity_of, served_kinds
-from tests.margin import Margin, MarginScores, SampledMargin, WhereSure
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "shop"
-PATH, TOKEN, VOCABULARY = "tests.margin.Margin", "a-token-of-score-kinds", 64
+PATH, TOKEN, VOCABULARY = "margin.Margin", "a-token-of-score-kinds", 64
 Score = Callable[[Sequence[ScoreRequest]], list[ScoreAnswer]]
 
 
@@ -197,7 +198,35 @@ def test_a_method_that_asks_it_is_certified() -> None:
     assert len(found.rows) > 5 and found.failures == []
 
 
+@pytest.mark.parametrize("kind", [Margin, SampledToken])
+def test_a_teacher_that_is_asked_any_kind_is_counted(kind: Any) -> None:
+    """Also where the answer has no log-probability of the sampled token."""
+    plan = make_plan(run_config(["experiment=shop", "method=sft"]))
+    scorer: Any = one_kind(kind)
+    method = replace(plan.config.method, scorer=scorer)
+    assert not costs(plan).teacher_reads
+    assert costs(replace(plan, config=replace(plan.config, method=method))).teacher_reads
+
+
+def one_kind(kind: type[ScoreKind[Scores]]) -> Any:
+    """A scorer whose scores are those of one kind."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class OneKind(SampledMargin):
+        produces: ClassVar[type[Scores]] = kind.answer
+        requires: ClassVar[Any] = frozenset({kind})
+
+    return OneKind()
+
+
 # What is refused.
+
+
+def test_a_certificate_names_a_kind_that_looks_at_more_ids_than_it_has() -> None:
+    asked = replace(text(0), kinds=(Deep(),), token_ids=np.array([1, 2], dtype=np.int32))
+    reader = engines(make_world(0), Notes()).teachers["default"]
+    with pytest.raises(ConfigurationError, match=r"12 ids and cannot give the margin .*depth=32 is not within 1 and"):
+        asyncio.run(reader.score([asked]))
 
 
 @pytest.mark.parametrize("backend", [Backend.VLLM_LOGPROBS, Backend.OPENAI])
@@ -271,6 +300,15 @@ class Square(Margin):
         return {"margin": rows.logits}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deep(Margin):
+    """Looks at more ids than a small vocabulary has."""
+
+    @property
+    def depth(self) -> int:
+        return 32
+
+
 HERE = __name__
 
 
@@ -278,8 +316,8 @@ HERE = __name__
     ("path", "says"),
     [
         ("no.such.Thing", "cannot be imported"),
-        ("tests.margin.Nothing", "cannot be imported"),
-        ("tests.margin.MarginScores", "is no kind of scores"),
+        ("margin.Nothing", "cannot be imported"),
+        ("margin.MarginScores", "is no kind of scores"),
         (f"{HERE}.Nameless", "both called 'written'"),
         (f"{HERE}.Texting", "Texts.said is of type .*cannot travel"),
     ],
