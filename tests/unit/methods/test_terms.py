@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from launch.config.typed import construct
+from launch.config.run_config import run_config
 from opd.certify.certify import certify
 from opd.certify.engines import Notes, engines
 from opd.certify.gradients import case, descent, distance, gradient
@@ -37,14 +36,14 @@ from opd.scorers.ensemble import Ensemble
 from opd.scorers.teacher import SampledTokens, TeacherHidden, Unscored
 from opd.types import Batch, Scores, TokenLoss, Trajectory
 
-TOY = Path(__file__).parent / "toys/anchored_reverse_kl.yaml"
+TOY = Path(__file__).resolve().parents[3] / "examples/new_method/my_conf"
 ROLLOUT = StudentRollout(max_tokens=8)
 BOX = engines(make_world(0, 6), Notes())
 
 
 def toy() -> Method:
-    """The method of the YAML file, built as a run builds it."""
-    return construct(Method, yaml.safe_load(TOY.read_text()), "method")
+    """The method of an example's YAML file, built as a run builds it."""
+    return run_config([f"conf={TOY}", "method=anchored_reverse_kl"]).method
 
 
 def two(**fields: Any) -> Method:
