@@ -1,38 +1,58 @@
-"""The examples of a reward and an environment of one's own, run as their pages say, in a folder outside the project."""
+"""The examples of parts of one's own, run as their pages say, in a folder outside the project."""
 
 import json
 import os
 import re
+import secrets
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-SMALL = ["steps=2", "run_name=mine", "doctor=false", "tracker=none", "evaluation.teacher=false"]
+SMALL = ["steps=2", "doctor=false", "tracker=none", "evaluation.teacher=false"]
+
+
+def run(folder: Path, command: list[str], **environment: str) -> Path:
+    """The directory of the run `opd <command>` given in `folder`, where (-P) Python does not look for modules."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "launch.cli", *command, *SMALL], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs" / next(s.removeprefix("run_name=") for s in [*command, *SMALL] if s.startswith("run_name="))
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def last_step(folder: Path, command: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of the last step and the samples, of `opd <command>` given in `folder`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *command, *SMALL], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics, samples = ((folder / "runs" / "mine" / f"{name}.jsonl").read_text() for name in ("metrics", "samples"))
-    summary = json.loads((folder / "runs" / "mine" / "summary.json").read_text())
+    directory = run(folder, [*command, "run_name=mine"])
+    summary = json.loads((directory / "summary.json").read_text())
     assert not [alert for alert in summary["alerts"] if alert.startswith(("graders", "environments"))]
-    return json.loads(metrics.splitlines()[-1]), [json.loads(line) for line in samples.splitlines()]
+    return records(directory / "metrics.jsonl")[-1], records(directory / "samples.jsonl")
 
 
 def example(name: str, to: Path) -> tuple[Path, list[str]]:
-    """A copy of the example's folder, and the first command of its page."""
+    """A copy of the example's folder, and the first training of its page."""
+    folder, (command, *_) = examples(name, to)
+    return folder, command
+
+
+def examples(name: str, to: Path) -> tuple[Path, list[list[str]]]:
+    """A copy of the example's folder, and every training of its page."""
     folder = Path(shutil.copytree(ROOT / "examples" / name, to / name))
-    (command, *_) = re.findall(r"```\nopd (.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-    return folder, command.replace("\\\n", " ").split()
+    lines = (folder / "README.md").read_text().replace("\\\n", " ").splitlines()
+    return folder, [shlex.split(line)[1:] for line in lines if line.startswith("opd train ")]
 
 
 @pytest.mark.ray
@@ -54,3 +74,50 @@ def test_the_example_of_an_environment_trains(tmp_path: Path) -> None:
     assert last["step"] == 2 and last["ledger/trained"] == 2 * 64
     assert 0 < last["tokens/trained"] < last["tokens/completion"], "observations were trained, or there were none"
     assert {sample["reward"] for sample in samples} <= {-1.0, 0.0, 1.0}
+
+
+FEW = ["prompts.prompts_per_step=4", "evaluation.prompts.prompts_per_step=4", "evaluation.reverse_kl_prompts=4"]
+
+
+@pytest.mark.ray
+def test_the_examples_of_methods_train(tmp_path: Path) -> None:
+    folder, (mine, anchored) = examples("new_method", tmp_path)
+    last, _ = last_step(folder, [*mine, *FEW])
+    assert last["step"] == 2 and last["actor/grad_norm"] > 0 and -1 < last["distill/hellinger"] < 1
+    steps = records(run(folder, [*anchored, *FEW, "run_name=anchored"]) / "metrics.jsonl")
+    assert [step["distill/anchor/coefficient"] for step in steps] == [0.5, 0.25]
+    assert steps[0]["distill/anchor/reverse_kl"] == pytest.approx(0, abs=1e-4)  # the student is the anchor
+    assert 0 < steps[1]["distill/anchor/reverse_kl"] < steps[1]["distill/reverse_kl"]
+
+
+@pytest.mark.ray
+def test_the_example_of_a_score_kind_trains_the_same_here_and_over_http(tmp_path: Path) -> None:
+    folder, (here, over_http) = examples("new_score_kind", tmp_path)
+    near = records(run(folder, [*here, *FEW, "run_name=near"]) / "metrics.jsonl")
+    with teacher_server(folder) as (url, token):
+        away = [f"teacher.url={url}" if setting.startswith("teacher.url=") else setting for setting in over_http]
+        far = records(run(folder, [*away, *FEW, "run_name=far"], OPD_TEACHER_TOKEN=token) / "metrics.jsonl")
+    for step in near:
+        assert 0 < step["tokens/trained"] < step["tokens/completion"], "the teacher was sure everywhere, or nowhere"
+        assert step["actor/grad_norm"] > 0 and step["tokens/scored"] > 0
+    for name in ("actor/loss", "actor/grad_norm", "distill/reverse_kl", "tokens/trained"):
+        assert [step[name] for step in far] == pytest.approx([step[name] for step in near], rel=1e-5), name
+
+
+@contextmanager
+def teacher_server(folder: Path) -> Iterator[tuple[str, str]]:
+    """The root and the token of the `opd serve-teacher` of the page, given in `folder`."""
+    (line,) = re.findall(r"^opd (serve-teacher .*)$", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    command = [s for s in shlex.split(line) if not s.startswith("port=")] + ["port=0"]
+    token = secrets.token_hex(16)
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "launch.cli", *command], cwd=folder, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OPD_TEACHER_TOKEN": token, "COLUMNS": "200"},
+    ) as server:  # fmt: skip
+        try:
+            assert server.stdout is not None
+            said = server.stdout.readline()
+            (url,) = re.findall(r"http://127\.0\.0\.1:\d+", said)
+            yield url, token
+        finally:
+            server.terminate()
