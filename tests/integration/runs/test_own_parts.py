@@ -80,6 +80,7 @@ FEW = ["prompts.prompts_per_step=4", "evaluation.prompts.prompts_per_step=4", "e
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)  # two runs
 def test_the_examples_of_methods_train(tmp_path: Path) -> None:
     folder, (mine, anchored) = examples("new_method", tmp_path)
     last, _ = last_step(folder, [*mine, *FEW])
@@ -91,6 +92,7 @@ def test_the_examples_of_methods_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)  # two runs
 def test_the_example_of_a_score_kind_trains_the_same_here_and_over_http(tmp_path: Path) -> None:
     folder, (here, over_http) = examples("new_score_kind", tmp_path)
     near = records(run(folder, [*here, *FEW, "run_name=near"]) / "metrics.jsonl")
