@@ -49,10 +49,10 @@ class SampledMargin:
     requires: ClassVar[ScoreKinds] = frozenset({SampledToken, Margin})
     min_group: ClassVar[int] = 1
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Context) -> Sequence[Scores]:
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         """Scores per trajectory, in order."""
         kinds = [(SampledToken(), Margin())] * len(trajectories)
-        return [_joined(*answer) for answer in await ask_several(trajectories, kinds, engines)]
+        return [_joined(*answer) for answer in await ask_several(trajectories, kinds, context)]
 
 
 def _joined(written: Any, sure: Any) -> SampledMarginScores:

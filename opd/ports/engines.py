@@ -97,10 +97,11 @@ class Engines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context(Engines):
-    """What rollouts, scorers and token weights are called with: the engines, and where in the run they are called.
+    """The engines at a step of a run: the one argument of rollouts, scorers, token weights and schedules beside data.
 
-    `step` counts from 0 to `steps - 1`; `seed` is the run's. So a part may follow a schedule, and still be a pure
-    function of its arguments: a step that is written again, or resumed, gets the same context.
+    `step` counts the steps before: 0 to `steps - 1` for a step that is trained, `steps` in an evaluation after the
+    last one. `seed` is the run's. So a part may follow a schedule and is still a pure function of its arguments: a
+    step that is generated again, or resumed, gets the same context.
     """
 
     step: int = 0
@@ -109,7 +110,7 @@ class Context(Engines):
 
     @property
     def progress(self) -> float:
-        """Share of the run that lies behind, in [0, 1): `step / steps`."""
+        """Share of the run's steps that are done, in [0, 1]: `step / steps`."""
         return self.step / self.steps
 
     def at(self, step: int) -> "Context":

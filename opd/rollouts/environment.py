@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int32
 from opd.errors import ConfigurationError
 from opd.ports import (
     Completion,
-    Engines,
+    Context,
     Environment,
     GenerateRequest,
     Grader,
@@ -39,7 +39,7 @@ class Play(Protocol):
         group: Sequence[Prompt],
         engine: TextEngine,
         sampling: Sampling,
-        engines: Engines,
+        context: Context,
         *,
         as_teacher: bool = False,
     ) -> list[Trajectory]: ...
@@ -197,28 +197,28 @@ class EnvironmentRollout:
     def truncated(self) -> bool:
         return self._student.truncated
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         sampling = Sampling(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             topk=self.record_topk,
         )
-        return await self.play(group, engines.student, sampling, engines)
+        return await self.play(group, context.student, sampling, context)
 
     async def play(
         self,
         group: Sequence[Prompt],
         engine: TextEngine,
         sampling: Sampling,
-        engines: Engines,
+        context: Context,
         *,
         as_teacher: bool = False,
     ) -> list[Trajectory]:
         """One trajectory per prompt by any writer; `sampling.max_tokens` bounds a whole trajectory."""
-        playing = [_begun(prompt, i, sampling.max_tokens, engines) for i, prompt in enumerate(group)]
+        playing = [_begun(prompt, i, sampling.max_tokens, context) for i, prompt in enumerate(group)]
         for episode in playing:
-            episode.read(await episode.environment.reset(episode.prompt), engines.tokenizer)
+            episode.read(await episode.environment.reset(episode.prompt), context.tokenizer)
             if episode.stop:
                 raise ConfigurationError(
                     f"the environment of task {episode.prompt.task!r} says more to prompt {episode.prompt.id!r} than "
@@ -231,7 +231,7 @@ class EnvironmentRollout:
             written = await engine.generate([self._request(e, turn, sampling, as_teacher) for e in live])
             said = [replace(c, digests={}) for c in written] if as_teacher else written
             last = turn + 1 == self.max_turns
-            acts = [e.act(c, last, engines.tokenizer) for e, c in zip(live, said, strict=True)]
+            acts = [e.act(c, last, context.tokenizer) for e, c in zip(live, said, strict=True)]
             await asyncio.gather(*acts)
         return [episode.trajectory() for episode in playing]
 
@@ -247,12 +247,12 @@ class EnvironmentRollout:
         )
 
 
-def _begun(prompt: Prompt, sample: int, room: int, engines: Engines) -> _Episode:
-    make = engines.environments.get(prompt.task)
-    if make is None and prompt.task not in engines.graders:
+def _begun(prompt: Prompt, sample: int, room: int, context: Context) -> _Episode:
+    make = context.environments.get(prompt.task)
+    if make is None and prompt.task not in context.graders:
         raise ConfigurationError(
             f"prompt {prompt.id!r} is of task {prompt.task!r}, but the run has environments "
-            f"{sorted(engines.environments)} and graders {sorted(engines.graders)}; name one of those in prompts.task"
+            f"{sorted(context.environments)} and graders {sorted(context.graders)}; name one of those in prompts.task"
         )
-    environment = make() if make is not None else SingleTurn(grader=engines.graders[prompt.task])
+    environment = make() if make is not None else SingleTurn(grader=context.graders[prompt.task])
     return _Episode(prompt=prompt, sample=sample, environment=environment, room=room)

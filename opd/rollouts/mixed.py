@@ -33,17 +33,17 @@ class AnswerRollout:
     # longest answer
     max_tokens: Tokens
 
-    async def __call__(self, group: Sequence[Prompt], engines: Context) -> list[Trajectory]:
-        start = engines.tokenizer.encode("")  # what a template puts before every text
-        return [self._one(prompt, i, len(start), engines) for i, prompt in enumerate(group)]
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        start = context.tokenizer.encode("")  # what a template puts before every text
+        return [self._one(prompt, i, len(start), context) for i, prompt in enumerate(group)]
 
-    def _one(self, prompt: Prompt, sample: int, skip: int, engines: Context) -> Trajectory:
+    def _one(self, prompt: Prompt, sample: int, skip: int, context: Context) -> Trajectory:
         if not prompt.answer:
             raise DataError(
                 f"rollout AnswerRollout needs an answer for every prompt, but {prompt.id!r} has none; set "
                 "prompts.answer_column or choose rollout TeacherRollout"
             )
-        ids = np.append(engines.tokenizer.encode(prompt.answer)[skip:], engines.tokenizer.eos_id).astype(np.int32)
+        ids = np.append(context.tokenizer.encode(prompt.answer)[skip:], context.tokenizer.eos_id).astype(np.int32)
         kept = ids[: self.max_tokens]
         said = Completion(
             token_ids=kept,
@@ -121,6 +121,6 @@ class Mixed:
         digest = hashlib.blake2b(f"{self.seed}\x1f{unit}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < self.fraction
 
-    async def __call__(self, group: Sequence[Prompt], engines: Context) -> list[Trajectory]:
-        source = self.student if self.student_writes(group[0].id, engines.step) else self.fixed
-        return await source(group, engines)
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        source = self.student if self.student_writes(group[0].id, context.step) else self.fixed
+        return await source(group, context)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from opd.errors import ConfigurationError
-from opd.ports import Completion, Engines, GenerateRequest, Need, Role, Sampling, TextEngine
+from opd.ports import Completion, Context, GenerateRequest, Need, Role, Sampling, TextEngine
 from opd.settings.ranges import AtMost, In, Temperature, Tokens, TopP
 from opd.settings.validation import settings
 from opd.types import NO_VERSION, Prompt, TokenScores, TopKScores, Trajectory
@@ -87,14 +87,14 @@ class StudentRollout:
     def truncated(self) -> bool:
         return self.top_p < 1 or self.temperature == 0
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         sampling = Sampling(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             topk=self.record_topk,
         )
-        return await write(group, engines.student, sampling)
+        return await write(group, context.student, sampling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class TeacherRollout:
     def truncated(self) -> bool:
         return self.top_p < 1 or self.temperature == 0
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)
-        written = await write(group, engines.writers[group[0].teacher], sampling, as_teacher=True)
+        written = await write(group, context.writers[group[0].teacher], sampling, as_teacher=True)
         return [replace(t, versions=np.full(len(t), NO_VERSION, dtype=np.int32)) for t in written]

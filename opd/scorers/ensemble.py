@@ -59,11 +59,11 @@ class Ensemble:
     def requires(self) -> ScoreKinds:
         return self.reader.requires
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Context) -> Sequence[Scores]:
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         def rerouted(name: str) -> list[Trajectory]:
             return [replace(t, prompt=replace(t.prompt, teacher=name)) for t in trajectories]
 
-        said = await asyncio.gather(*[self.reader(rerouted(name), engines) for name in self.shares])
+        said = await asyncio.gather(*[self.reader(rerouted(name), context) for name in self.shares])
         shares = np.asarray(list(self.shares.values()), dtype=np.float64)
         return [_mixture(members, shares / shares.sum()) for members in zip(*said, strict=True)]
 

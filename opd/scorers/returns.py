@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from opd.ports import Engines, ScoreKinds, TopK
+from opd.ports import Context, ScoreKinds, TopK
 from opd.scorers.teacher import TeacherTopK
 from opd.settings.ranges import Fraction, In, TopIds
 from opd.settings.validation import settings
@@ -45,8 +45,8 @@ class WithReturns:
     # factor of the rewards
     reward_scale: Annotated[float, In(1e-6, 1e6)] = 1.0
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await TeacherTopK(k=self.k)(trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        said = await TeacherTopK(k=self.k)(trajectories, context)
         return [self._with(t, s) for t, s in zip(trajectories, said, strict=True) if isinstance(s, TopKScores)]
 
     def _with(self, trajectory: Trajectory, said: TopKScores) -> TopKReturnScores:

@@ -17,7 +17,7 @@ from opd.errors import ConfigurationError
 from opd.loss.packing import SequenceMean, TokenMean, pack
 from opd.method.method import Method, loss_masks
 from opd.objectives.sampled import ClippedPolicyGradient, SampledReverseKL
-from opd.ports import Completion, Engines, Layout, Outcome
+from opd.ports import Completion, Context, Layout, Outcome
 from opd.rollouts.environment import EnvironmentRollout, SingleTurn
 from opd.rollouts.student import StudentRollout
 from opd.scorers.returns import WithReturns
@@ -152,7 +152,7 @@ class Says:
 
 
 def played(rollout: EnvironmentRollout, scribe: Any, world: Any, make: Any, count: int = 1) -> list[Trajectory]:
-    box = Engines(
+    box = Context(
         student=scribe, teachers={}, writers={}, graders={}, tokenizer=Digits(), environments={"t": world}
     )  # fmt: skip
     return asyncio.run(rollout([make.prompt([1, 2], task="t")] * count, box))
