@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
+from jaxtyping import Int32
 
 from opd.errors import ConfigurationError
 from opd.method.slots import Scorer
@@ -13,9 +15,20 @@ from opd.ports import Context, Need, Role, ScoreKinds
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden
 from opd.settings.ranges import Length, Relative
 from opd.settings.validation import settings
-from opd.types import EnsembleScores, HiddenScores, Scores, TokenScores, TopKScores, Trajectory
+from opd.types import EnsembleScores, HiddenScores, Prompt, Scores, TokenScores, TopKScores, Trajectory
 
 READERS = (SampledTokens, StudentTopK, TeacherHidden)
+
+
+class ContextIds(Enum):
+    """The prompt's token ids before a completion, as a model is given them."""
+
+    TEACHER = "teacher"  # `Prompt.teacher_ids`, with what a privileged teacher knows beside
+    STUDENT = "student"  # `Prompt.student_ids`, as a copy of the student must read them
+
+    def of(self, prompt: Prompt) -> Int32[np.ndarray, " P"]:
+        """These ids of `prompt`."""
+        return prompt.teacher_ids if self is ContextIds.TEACHER else prompt.student_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +48,15 @@ class Ensemble:
     # share of each teacher, by name; they are divided by their sum
     shares: Annotated[Mapping[str, Relative], Length(1)]
     reader: Scorer = field(default_factory=lambda: cast(Any, TeacherHidden()))
+    # prompt that a teacher reads, by name, where it is not the teacher's own: STUDENT for a copy of the student
+    contexts: Mapping[str, ContextIds] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if unknown := sorted(self.contexts.keys() - self.shares.keys()):
+            raise ConfigurationError(
+                f"scorer Ensemble mixes the teachers {sorted(self.shares)}, but scorer.contexts names {unknown}; give "
+                "them a share or leave them out of scorer.contexts"
+            )
         if not isinstance(self.reader, READERS):
             raise ConfigurationError(
                 f"scorer Ensemble mixes what {', '.join(r.__name__ for r in READERS)} say, but scorer.reader is "
@@ -61,7 +81,10 @@ class Ensemble:
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         def rerouted(name: str) -> list[Trajectory]:
-            return [replace(t, prompt=replace(t.prompt, teacher=name)) for t in trajectories]
+            ids = self.contexts.get(name, ContextIds.TEACHER)
+            return [
+                replace(t, prompt=replace(t.prompt, teacher=name, teacher_ids=ids.of(t.prompt))) for t in trajectories
+            ]
 
         said = await asyncio.gather(*[self.reader(rerouted(name), context) for name in self.shares])
         shares = np.asarray(list(self.shares.values()), dtype=np.float64)
