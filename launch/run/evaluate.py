@@ -16,7 +16,7 @@ from opd.method.method import loss_masks
 from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Context, Learner, Sampling, Sources, TextEngine
 from opd.rollouts.environment import Play
-from opd.rollouts.student import write
+from opd.rollouts.student import generate
 from opd.scorers.reward import task_rewards
 from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.types import Prompt, Scored, Scores, StopReason, TokenScores, Trajectory
@@ -111,7 +111,7 @@ class Evaluator:
         as_teacher: bool = False,
     ) -> list[Trajectory]:
         if self._play is None:
-            return await write(prompts, engine, sampling, as_teacher=as_teacher)
+            return await generate(prompts, engine, sampling, as_teacher=as_teacher)
         return await self._play(prompts, engine, sampling, context, as_teacher=as_teacher)
 
     def _gradable(self, prompt: Prompt) -> bool:

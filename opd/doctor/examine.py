@@ -14,7 +14,7 @@ from opd.doctor import learner_checks, teacher_checks
 from opd.doctor.findings import Evidence, Finding, Subject, ask, fine, refused, warned
 from opd.errors import DataError
 from opd.ports import Context, LastHidden, SampledToken, Sampling, TextEngine, TopK
-from opd.rollouts.student import write
+from opd.rollouts.student import generate
 from opd.scorers.reward import task_rewards
 from opd.types import Prompt, TokenScores, Trajectory
 
@@ -24,7 +24,7 @@ Check = Callable[[Subject, Evidence], Awaitable[Finding]]
 async def examine(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) -> list[Finding]:
     """All findings about `subject`; only one if the teacher's answers cannot be read at all."""
     sampling = Sampling(max_tokens=max_tokens, topk=min(subject.support, subject.vocabulary))
-    written = await write(prompts, subject.context.student, sampling)
+    written = await generate(prompts, subject.context.student, sampling)
     try:
         scores = await ask(subject.teacher, written, SampledToken())
     except DataError as error:
@@ -78,7 +78,7 @@ async def teacher_gain(context: Context, writer: TextEngine, prompts: Sequence[P
     if not prompts:
         return fine("teacher gain", "not measured: the prompts have no reference answers")
     sampling = Sampling(max_tokens=max_tokens)
-    written = await write(prompts, context.student, sampling)
+    written = await generate(prompts, context.student, sampling)
     halves = [t.token_ids[: len(t) // 2] for t in written]
     begun = [
         replace(
@@ -92,7 +92,7 @@ async def teacher_gain(context: Context, writer: TextEngine, prompts: Sequence[P
     rewards = []
     for engine, as_teacher in ((context.student, False), (writer, True)):
         rests = [Sampling(max_tokens=max(1, max_tokens - len(half))) for half in halves]
-        endings = [write([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
+        endings = [generate([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
         ended = await asyncio.gather(*endings)
         whole = [_after(half, t) for half, (t,) in zip(halves, ended, strict=True)]
         rewards.append(np.asarray(await task_rewards(whole, context)))

@@ -1,4 +1,4 @@
-"""Several teachers about one sample, read as their mixture."""
+"""Mixture of the distributions of several teachers, as one teacher."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -34,10 +34,10 @@ class ContextIds(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Ensemble:
-    """All teachers of `shares` read every trajectory and testify as one: `p = sum_m shares[m] * p_m`.
+    """Scores of the mixture of the teachers in `shares`, which all score every trajectory: `p = sum_m shares[m] * p_m`.
 
     That is the mixture of distributions (a mean of probabilities), not their product (a mean of log-probabilities).
-    `shares` are positive and divided by their sum. `reader` says what each is asked: written tokens, the student's
+    `shares` are positive and divided by their sum. `reader` is the scorer of each member: sampled tokens, the student's
     top-k (`StudentTopK`) or hidden states, for which the mixture is exact at every id. A teacher's own top-k has no
     mixture, because each teacher would name other ids. Prompts may still name a teacher: it counts for metrics and
     balance only. Example: `Ensemble(shares={"default": 1, "peak": 1})`.
@@ -59,7 +59,7 @@ class Ensemble:
             )
         if not isinstance(self.reader, READERS):
             raise ConfigurationError(
-                f"scorer Ensemble mixes what {', '.join(r.__name__ for r in READERS)} say, but scorer.reader is "
+                f"scorer Ensemble mixes the scores of {', '.join(r.__name__ for r in READERS)}, but scorer.reader is "
                 f"{type(self.reader).__name__}, whose ids differ between teachers; choose one of those"
             )
 
@@ -86,13 +86,13 @@ class Ensemble:
                 replace(t, prompt=replace(t.prompt, teacher=name, teacher_ids=ids.of(t.prompt))) for t in trajectories
             ]
 
-        said = await asyncio.gather(*[self.reader(rerouted(name), context) for name in self.shares])
+        members = await asyncio.gather(*[self.reader(rerouted(name), context) for name in self.shares])
         shares = np.asarray(list(self.shares.values()), dtype=np.float64)
-        return [_mixture(members, shares / shares.sum()) for members in zip(*said, strict=True)]
+        return [_mixture(each, shares / shares.sum()) for each in zip(*members, strict=True)]
 
 
 def _mixture(members: Sequence[Scores], shares: np.ndarray) -> TokenScores:
-    """What the mixture says about one trajectory; every member was asked the same."""
+    """Scores of the mixture about one trajectory; those of the members are of one kind."""
     tokens = [m for m in members if isinstance(m, TokenScores)]
     logprobs = _log_mean([np.asarray(m.logprobs) for m in tokens], shares)
     hidden = tuple(m for m in tokens if isinstance(m, HiddenScores))

@@ -1,4 +1,4 @@
-"""The task itself judges: group-relative advantages from graded answers (GRPO, arXiv 2402.03300 eq. 3)."""
+"""Group-relative advantages from the rewards of graded answers (GRPO, arXiv 2402.03300 eq. 3)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A teacher reads what was written: written tokens, its own top-k, the student's top-k, or hidden states."""
+"""Scores by one teacher: at the sampled tokens, at its own top-k, at the student's top-k, or hidden states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 
 async def ask(trajectories: Sequence[Trajectory], kinds: Sequence[ScoreKind[A]], context: Context) -> list[A]:
-    """Scores of one kind per trajectory, verified: `kinds[i]` is asked about `trajectories[i]`."""
+    """Scores of one kind per trajectory, validated: `kinds[i]` is the kind for `trajectories[i]`."""
     answers = await ask_several(trajectories, [(kind,) for kind in kinds], context)
     return [cast(A, scores) for (scores,) in answers]
 
@@ -34,13 +34,13 @@ async def ask(trajectories: Sequence[Trajectory], kinds: Sequence[ScoreKind[A]],
 async def ask_several(
     trajectories: Sequence[Trajectory], kinds: Sequence[tuple[ScoreKind[Scores], ...]], context: Context
 ) -> list[ScoreAnswer]:
-    """Scores of several kinds per trajectory, verified, from one forward of the prompts' teacher (one per group).
+    """Scores of several kinds per trajectory, validated, from one forward of the prompts' teacher (one per group).
 
     Hidden states are given the number of the output matrix that reads them.
     """
     requests = [
-        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kinds=asked)
-        for t, asked in zip(trajectories, kinds, strict=True)
+        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kinds=wanted)
+        for t, wanted in zip(trajectories, kinds, strict=True)
     ]
     name = trajectories[0].prompt.teacher
     if name not in context.teachers:
@@ -62,7 +62,7 @@ def _with_head(scores: Scores, number: int) -> Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TeacherScorer:
-    """What all scorers that ask one teacher about whole trajectories share."""
+    """Declarations common to all scorers that ask one teacher about whole trajectories."""
 
     needs: ClassVar[type[Scores]] = TokenScores
     min_group: ClassVar[int] = 1
@@ -70,7 +70,7 @@ class _TeacherScorer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTokens(_TeacherScorer):
-    """The teacher's log-probability of each written token (one float per token)."""
+    """The teacher's log-probability of each sampled token (one float per token)."""
 
     produces: ClassVar[type[Scores]] = TokenScores
     requires: ClassVar[ScoreKinds] = frozenset({SampledToken})
@@ -96,7 +96,7 @@ class TeacherTopK(_TeacherScorer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentTopK(_TeacherScorer):
-    """The teacher's log-probabilities at the student's own top-k, which the student recorded while it wrote."""
+    """The teacher's log-probabilities at the student's own top-k, which the student recorded while it sampled."""
 
     needs: ClassVar[type[Scores]] = TopKScores
     produces: ClassVar[type[Scores]] = TopKScores
@@ -123,7 +123,7 @@ class TeacherHidden(_TeacherScorer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unscored(_TeacherScorer):
-    """Nobody testifies: likelihood training on the text alone."""
+    """No scores: likelihood training on the text alone, without a teacher."""
 
     produces: ClassVar[type[Scores]] = Scores
     requires: ClassVar[ScoreKinds] = frozenset()

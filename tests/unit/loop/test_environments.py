@@ -198,7 +198,7 @@ def test_what_an_environment_says_first_stands_behind_the_prompt(make: Any) -> N
     (t,) = played(EnvironmentRollout(max_tokens=10, max_turns=1), scribe, lambda: Says(first="21"), make)
     assert scribe.asked[0].context_ids.tolist() == [1, 2, 2, 1] and scribe.asked[0].sampling.max_tokens == 8
     assert t.token_ids.tolist() == [2, 1, 3, 3, 3] and t.loss_mask.tolist() == [False, False, True, True, True]
-    with pytest.raises(ConfigurationError, match=r"says more to prompt 'p' than the 2 tokens .*; raise max_tokens"):
+    with pytest.raises(ConfigurationError, match=r"gives prompt 'p' more than the 2 tokens .*; raise max_tokens"):
         played(EnvironmentRollout(max_tokens=2), scribe, lambda: Says(first="21"), make)
 
 

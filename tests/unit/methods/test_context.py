@@ -24,7 +24,7 @@ from opd.certify.worlds import make_world
 from opd.method.method import Method
 from opd.objectives.sampled import SampledReverseKL
 from opd.ports import Context
-from opd.rollouts.student import StudentRollout, write
+from opd.rollouts.student import StudentRollout, generate
 from opd.scorers.teacher import SampledTokens
 from opd.types import Prompt, Scored, Scores, Trajectory
 from tests.unit.loop.test_loop import Bench
@@ -69,7 +69,7 @@ class Player:
         self, group: Sequence[Prompt], engine: Any, sampling: Any, context: Context, *, as_teacher: bool = False
     ) -> list[Trajectory]:
         self.places.append(place(context))
-        return await write(group, engine, sampling, as_teacher=as_teacher)
+        return await generate(group, engine, sampling, as_teacher=as_teacher)
 
 
 def place(context: Context) -> Place:

@@ -33,7 +33,7 @@ from opd.ports import (
     ScoreRequest,
     TopK,
 )
-from opd.rollouts.student import write
+from opd.rollouts.student import generate
 from opd.types import Batch, HiddenScores, RemoteRows, StopReason, TokenScores, TopKScores
 from teacher_service.config import Backend, TeacherConfig
 from tests.conftest import Make
@@ -348,7 +348,7 @@ def test_alignment_is_told_whatever_the_teachers_sharpness_and_noise(
 
     sick = subject(teacher=Table(flattened(scale), shifted))
     prompts = [Make.prompt([1, 3 + i % 4], id=f"p{i}") for i in range(12)]
-    written = asyncio.run(write(prompts, sick.context.student, Sampling(max_tokens=8, topk=4)))
+    written = asyncio.run(generate(prompts, sick.context.student, Sampling(max_tokens=8, topk=4)))
     said = asyncio.run(ask(sick.teacher, written, SampledToken()))
     found = asyncio.run(causality(sick, Evidence(written=written, scores=said)))
     if shift == 0:
