@@ -50,7 +50,9 @@ def main() -> None:
     async def measure() -> None:
         session = await open_session(plan)
         measured = Measured(ready_s=time() - STARTED)
-        evaluator = Evaluator(config.evaluation, plan.sources, session.engines, session.learner, exact_kl=plan.exact_kl)
+        evaluator = Evaluator(
+            config.evaluation, plan.sources, session.context(0), session.learner, exact_kl=plan.exact_kl
+        )
         measured.calls = count_actor_calls()
         apart = await spent(session)  # by start-up and evaluation
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from opd.ports import Engines
+from opd.ports import Context
 from opd.rollouts.student import StudentRollout
 from opd.scorers.teacher import SampledTokens, TeacherHidden, TeacherTopK
 from opd.types import HiddenScores, Prompt, Scores, TopKScores, Trajectory
@@ -25,24 +25,24 @@ def _reading(trajectories: Sequence[Trajectory], last: int, *, own: bool) -> lis
 class StudentsContext(SampledTokens):
     """Scorer that queries a privileged teacher in the student's context, which lacks the privileged part."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await SampledTokens()(_reading(trajectories, 10**9, own=True), engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        return await SampledTokens()(_reading(trajectories, 10**9, own=True), context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShortContext(SampledTokens):
     """Scorer that sends the teacher only the last 128 ids of a prompt."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await SampledTokens()(_reading(trajectories, 128, own=False), engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        return await SampledTokens()(_reading(trajectories, 128, own=False), context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstMatrix(TeacherHidden):
     """Hidden states of every teacher, all read with the first one's output matrix."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await TeacherHidden()(trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await TeacherHidden()(trajectories, context)
         return [replace(s, head=np.zeros_like(s.head)) for s in scores if isinstance(s, HiddenScores)]
 
 
@@ -50,8 +50,8 @@ class FirstMatrix(TeacherHidden):
 class WithWritten(TeacherTopK):
     """The teacher's top-k, with the sampled token in place of its last id: the support depends on the draw."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await TeacherTopK(k=self.k)(trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await TeacherTopK(k=self.k)(trajectories, context)
         return [self._with(t, s) for t, s in zip(trajectories, scores, strict=True) if isinstance(s, TopKScores)]
 
     def _with(self, trajectory: Trajectory, scores: TopKScores) -> TopKScores:
@@ -65,16 +65,16 @@ class WithWritten(TeacherTopK):
 class TemperatureIgnored(StudentRollout):
     """Rollout that samples at temperature 1, whatever was set."""
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
-        return await StudentRollout(max_tokens=self.max_tokens)(group, engines)
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        return await StudentRollout(max_tokens=self.max_tokens)(group, context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemperatureTwice(StudentRollout):
     """The behavior's log-probabilities divided by a temperature that they have already."""
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
-        written = await StudentRollout.__call__(self, group, engines)
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        written = await StudentRollout.__call__(self, group, context)
         return [
             replace(t, behavior=replace(t.behavior, logprobs=t.behavior.logprobs / self.temperature)) for t in written
         ]
@@ -84,6 +84,6 @@ class TemperatureTwice(StudentRollout):
 class LastTokenMasked(StudentRollout):
     """Rollout that masks the last token of a text, which ends it."""
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
-        written = await StudentRollout.__call__(self, group, engines)
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        written = await StudentRollout.__call__(self, group, context)
         return [replace(t, loss_mask=np.arange(len(t)) < max(1, len(t) - 1)) for t in written]

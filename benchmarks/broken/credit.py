@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.loss.packing import TokenWeights
-from opd.ports import Engines, ScoreKinds
+from opd.ports import Context, ScoreKinds
 from opd.scorers.returns import WithReturns, returns
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import SampledTokens
@@ -28,8 +28,8 @@ def _returns(trajectories: Sequence[Trajectory], scores: Sequence[Scores], of: A
 class PastReturns(WithReturns):
     """Returns of the tokens *before*, with the wrong sign."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await WithReturns.__call__(self, trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await WithReturns.__call__(self, trajectories, context)
         return _returns(trajectories, scores, lambda rewards: rewards - np.cumsum(rewards))
 
 
@@ -37,8 +37,8 @@ class PastReturns(WithReturns):
 class ShortReturns(WithReturns):
     """Returns over the next 32 tokens alone."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await WithReturns.__call__(self, trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await WithReturns.__call__(self, trajectories, context)
 
         def of(rewards: np.ndarray) -> list[float]:
             seen = [rewards[i : i + 33] for i in range(len(rewards))]
@@ -51,8 +51,8 @@ class ShortReturns(WithReturns):
 class OwnReward(WithReturns):
     """Returns that begin with the token's own reward, which the objective counts a second time."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await WithReturns.__call__(self, trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await WithReturns.__call__(self, trajectories, context)
         return _returns(trajectories, scores, lambda rewards: np.cumsum(rewards[::-1])[::-1])
 
 
@@ -60,16 +60,16 @@ class OwnReward(WithReturns):
 class ScaleIgnored(WithReturns):
     """Rewards that ignore `reward_scale`, which does not show while that is 1."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await WithReturns.__call__(replace(self, reward_scale=1.0), trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        return await WithReturns.__call__(replace(self, reward_scale=1.0), trajectories, context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NegatedAdvantage(GroupAdvantage):
     """Greater advantages for worse answers."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await GroupAdvantage.__call__(self, trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await GroupAdvantage.__call__(self, trajectories, context)
         return [replace(s, advantages=-s.advantages) for s in scores if isinstance(s, AdvantageScores)]
 
 
@@ -77,8 +77,8 @@ class NegatedAdvantage(GroupAdvantage):
 class LengthAdvantage(GroupAdvantage):
     """Advantages divided by the length of their text: of two wrong answers the longer one is less wrong."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await GroupAdvantage.__call__(self, trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await GroupAdvantage.__call__(self, trajectories, context)
         made = [s for s in scores if isinstance(s, AdvantageScores)]
         return [replace(s, advantages=s.advantages / len(s.advantages)) for s in made]
 
@@ -89,9 +89,9 @@ class HiddenTeacher(GroupAdvantage):
 
     requires: ClassVar[ScoreKinds] = SampledTokens.requires
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await GroupAdvantage.__call__(self, trajectories, engines)
-        teacher = await SampledTokens()(trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await GroupAdvantage.__call__(self, trajectories, context)
+        teacher = await SampledTokens()(trajectories, context)
         return [
             replace(s, advantages=s.advantages + t.logprobs)
             for s, t in zip(scores, teacher, strict=True)
@@ -103,8 +103,8 @@ class HiddenTeacher(GroupAdvantage):
 class Alphabetical(SampledTokens):
     """Scores of the texts, in alphabetical order of the texts."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await SampledTokens.__call__(self, trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await SampledTokens.__call__(self, trajectories, context)
         by_length: dict[int, list[int]] = {}
         for i, t in enumerate(trajectories):
             by_length.setdefault(len(t), []).append(i)

@@ -11,7 +11,7 @@ from opd.loss.chunked import StudentLogits
 from opd.loss.metrics import mismatch
 from opd.method import promises as exact
 from opd.objectives.vocabulary import divergence
-from opd.ports import Engines
+from opd.ports import Context
 from opd.rollouts.student import StudentRollout
 from opd.scorers.teacher import SampledTokens
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Trajectory, VocabularyScores
@@ -108,8 +108,8 @@ class MicrobatchMean(SoldAsReverseKL):
 class ShiftedWrittenTokens(SampledTokens):
     """The teacher's log-probabilities, one position late."""
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        scores = await SampledTokens()(trajectories, engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await SampledTokens()(trajectories, context)
         return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in scores if isinstance(s, TokenScores)]
 
 

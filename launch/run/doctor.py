@@ -113,7 +113,7 @@ async def _everything(session: Session, name: str) -> list[Finding]:
     if plan.teacher_params[name]:
         writer = await session.teacher_writer(name)
         prompts = _prompts(plan, name, GAIN_PROMPTS)
-        findings.append(await teacher_gain(session.engines, writer, prompts, plan.config.max_tokens))
+        findings.append(await teacher_gain(session.context(0), writer, prompts, plan.config.max_tokens))
         _end([writer] if writer not in session.engines.writers.values() else [])
     return findings
 
@@ -135,7 +135,7 @@ async def _examine(
     coarse = narrow(config.learner.dtype, part_dtype(teacher), engine_dtype(config))
     subject = Subject(
         name=name,
-        engines=session.engines,
+        context=session.context(0),
         learner=session.learner,
         replicas=[TeacherPool.of([actor], retry) for actor in pool.replicas.actors],
         supports=teacher.supports,

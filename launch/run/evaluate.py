@@ -14,9 +14,9 @@ from launch.monitors.accounting import Totals
 from opd.loss.packing import TokenMean, pack
 from opd.method.method import loss_masks
 from opd.objectives.vocabulary import FullReverseKL
-from opd.ports import Engines, Learner, Sampling, Sources, TextEngine
+from opd.ports import Context, Learner, Sampling, Sources, TextEngine
 from opd.rollouts.environment import Play
-from opd.rollouts.student import write
+from opd.rollouts.student import generate
 from opd.scorers.reward import task_rewards
 from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.types import Prompt, Scored, Scores, StopReason, TokenScores, Trajectory
@@ -40,7 +40,7 @@ class Evaluator:
         self,
         config: EvaluationConfig,
         sources: Sources,
-        engines: Engines,
+        context: Context,
         learner: Learner,
         *,
         exact_kl: bool,
@@ -55,18 +55,19 @@ class Evaluator:
         self._exact_kl = exact_kl
         self._prompts = list(config.prompts(0, sources))
         self.teachers = sorted({prompt.teacher for prompt in self._prompts})
-        self._engines = engines
+        self._context = context
         self._learner = learner
 
     async def student(self, step: int, samples: int, spent: Spent) -> EvaluationPoint:
         """The student as the engines hold it now; reverse KL is exact, on its own fresh rollouts."""
         began = perf_counter()
-        greedy = await self._answers(self._engines.student, 0.0, 1)
-        sampled = await self._answers(self._engines.student, 1.0, samples)
+        context = self._context.at(step)
+        greedy = await self._answers(context, context.student, 0.0, 1)
+        sampled = await self._answers(context, context.student, 1.0, samples)
         some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
         measure = self._reverse_kl if self._exact_kl else self._sampled_reverse_kl
-        divergence = await measure(some)
-        return await self._point(EvaluatedModel.STUDENT, step, greedy, sampled, divergence, began, spent)
+        divergence = await measure(context, some)
+        return await self._point(EvaluatedModel.STUDENT, context, greedy, sampled, divergence, began, spent)
 
     async def teacher(self, writers: Mapping[str, TextEngine]) -> EvaluationPoint:
         """The teachers as writers with the same settings, each on its own prompts (`writers` has `self.teachers`).
@@ -75,15 +76,16 @@ class Evaluator:
         same checkpoint: it must be about 0, and checks the alignment of the whole scoring path.
         """
         began = perf_counter()
-        greedy = await self._answers(writers, 0.0, 1)
-        sampled = await self._answers(writers, 1.0, self._config.samples)
+        context = self._context.at(0)  # a teacher that can be measured is the same at every step
+        greedy = await self._answers(context, writers, 0.0, 1)
+        sampled = await self._answers(context, writers, 1.0, self._config.samples)
         some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
-        divergence = await self._sampled_reverse_kl(some)
+        divergence = await self._sampled_reverse_kl(context, some)
         nothing = Spent(totals=Totals(), cpu_s=0.0)
-        return await self._point(EvaluatedModel.TEACHER, 0, greedy, sampled, divergence, began, nothing)
+        return await self._point(EvaluatedModel.TEACHER, context, greedy, sampled, divergence, began, nothing)
 
     async def _answers(
-        self, engine: TextEngine | Mapping[str, TextEngine], temperature: float, samples: int
+        self, context: Context, engine: TextEngine | Mapping[str, TextEngine], temperature: float, samples: int
     ) -> list[list[Trajectory]]:
         """`samples` trajectories for every prompt by one engine, or by its own teacher's."""
         sampling = Sampling(max_tokens=self._config.max_tokens, temperature=temperature)
@@ -91,35 +93,41 @@ class Evaluator:
         if isinstance(engine, Mapping):
 
             async def by_teacher(name: str, prompts: list[Prompt]) -> Sequence[Trajectory]:
-                return await self._written(prompts, engine[name], sampling, as_teacher=True)
+                return await self._written(context, prompts, engine[name], sampling, as_teacher=True)
 
             written = await _each_route(flat, [p.teacher for p in flat], by_teacher)
         else:
-            written = await self._written(flat, engine, sampling)
+            written = await self._written(context, flat, engine, sampling)
         count = len(self._prompts)
         return [[written[s * count + i] for s in range(samples)] for i in range(count)]
 
     async def _written(
-        self, prompts: Sequence[Prompt], engine: TextEngine, sampling: Sampling, *, as_teacher: bool = False
+        self,
+        context: Context,
+        prompts: Sequence[Prompt],
+        engine: TextEngine,
+        sampling: Sampling,
+        *,
+        as_teacher: bool = False,
     ) -> list[Trajectory]:
         if self._play is None:
-            return await write(prompts, engine, sampling, as_teacher=as_teacher)
-        return await self._play(prompts, engine, sampling, self._engines, as_teacher=as_teacher)
+            return await generate(prompts, engine, sampling, as_teacher=as_teacher)
+        return await self._play(prompts, engine, sampling, context, as_teacher=as_teacher)
 
     def _gradable(self, prompt: Prompt) -> bool:
         """Whether there is something to grade its completions against, or none is needed."""
-        grader = self._engines.graders.get(prompt.task)
+        grader = self._context.graders.get(prompt.task)
         return bool(prompt.answer) or not getattr(grader, "needs_answer", grader is not None)
 
-    async def _reverse_kl(self, trajectories: Sequence[Trajectory]) -> float:
+    async def _reverse_kl(self, context: Context, trajectories: Sequence[Trajectory]) -> float:
         scorer = TeacherHidden()
-        scores = await self._score(trajectories, scorer)
+        scores = await self._score(context, trajectories, scorer)
         scored = [Scored(trajectory=t, scores=s) for t, s in zip(trajectories, scores, strict=True)]
         batches = pack(scored, loss_masks(scored), self._learner.layout, TokenMean())
         return (await self._learner.evaluate(batches, FullReverseKL()))["loss"]
 
-    async def _sampled_reverse_kl(self, trajectories: Sequence[Trajectory]) -> float:
-        read = await self._score(trajectories, SampledTokens())
+    async def _sampled_reverse_kl(self, context: Context, trajectories: Sequence[Trajectory]) -> float:
+        read = await self._score(context, trajectories, SampledTokens())
         gaps = [
             (np.asarray(t.behavior.logprobs) - np.asarray(s.logprobs))[t.loss_mask]
             for t, s in zip(trajectories, read, strict=True)
@@ -127,18 +135,20 @@ class Evaluator:
         ]
         return float(np.concatenate(gaps).mean())
 
-    async def _score(self, trajectories: Sequence[Trajectory], scorer: TeacherHidden | SampledTokens) -> list[Scores]:
+    async def _score(
+        self, context: Context, trajectories: Sequence[Trajectory], scorer: TeacherHidden | SampledTokens
+    ) -> list[Scores]:
         """One call per teacher: a scorer is given trajectories of one route at a time."""
 
         async def score(_: str, mine: list[Trajectory]) -> Sequence[Scores]:
-            return await scorer(mine, self._engines)
+            return await scorer(mine, context)
 
         return await _each_route(trajectories, [t.prompt.teacher for t in trajectories], score)
 
     async def _point(
         self,
         examinee: EvaluatedModel,
-        step: int,
+        context: Context,
         greedy: list[list[Trajectory]],
         sampled: list[list[Trajectory]],
         divergence: float,
@@ -147,8 +157,8 @@ class Evaluator:
     ) -> EvaluationPoint:
         flat = [t for group in sampled for t in group]
         answered = [i for i, prompt in enumerate(self._prompts) if self._gradable(prompt)]
-        greedily = await self._solved([greedy[i] for i in answered])
-        solved = await self._solved([sampled[i] for i in answered])
+        greedily = await self._solved(context, [greedy[i] for i in answered])
+        solved = await self._solved(context, [sampled[i] for i in answered])
         tasks = sorted({self._prompts[i].task for i in answered})
         places = {
             task: [row for row, i in enumerate(answered) if self._prompts[i].task == task]
@@ -156,7 +166,7 @@ class Evaluator:
         }
         return EvaluationPoint(
             examinee=examinee,
-            step=step,
+            step=context.step,
             greedy=float(greedily.mean()) if answered else None,
             mean_at_k=float(solved.mean()) if answered else None,
             pass_at_k=float((solved > 0).any(axis=1).mean()) if answered else None,
@@ -172,9 +182,11 @@ class Evaluator:
             mean_at_k_by_task={task: float(solved[at].mean()) for task, at in places.items()},
         )
 
-    async def _solved(self, groups: Sequence[Sequence[Trajectory]]) -> Float[np.ndarray, "prompts samples"]:
+    async def _solved(
+        self, context: Context, groups: Sequence[Sequence[Trajectory]]
+    ) -> Float[np.ndarray, "prompts samples"]:
         """Rewards of every prompt's trajectories; no grader is asked where there is no prompt."""
-        rewards = await task_rewards([t for group in groups for t in group], self._engines) if groups else []
+        rewards = await task_rewards([t for group in groups for t in group], context) if groups else []
         return np.asarray(rewards).reshape(len(groups), -1) if groups else np.zeros((0, 1))
 
 

@@ -373,7 +373,7 @@ def make_evaluator(plan: Plan, session: Session) -> Evaluator:
     """Measures students and teachers of this session."""
     rollout, config = plan.config.method.rollout, plan.config.evaluation
     play = rollout.play if isinstance(rollout, Plays) else None
-    return Evaluator(config, plan.sources, session.engines, session.learner, exact_kl=plan.exact_kl, play=play)
+    return Evaluator(config, plan.sources, session.context(0), session.learner, exact_kl=plan.exact_kl, play=play)
 
 
 def costs(plan: Plan) -> Costs:

@@ -39,7 +39,7 @@ from launch.services.transports import check_places, sender, transport_of
 from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank
-from opd.ports import Engines, TextEngine, WeightObserver
+from opd.ports import Context, Engines, TextEngine, WeightObserver
 from opd.settings.devices import Device
 from teacher_service.backends import backend
 from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
@@ -59,6 +59,10 @@ class Session:
     learner: RestartingLearner
     graders: Mapping[str, RunGrader]
     environments: Mapping[str, OwnEnvironment]
+
+    def context(self, step: int) -> Context:
+        """The engines at a step of this run, for parts of a method that are called beside the loop."""
+        return Context.of(self.engines, step=step, steps=self.plan.config.steps, seed=self.plan.config.seed)
 
     async def teacher_writer(self, name: str) -> TextEngine:
         """A teacher as a writer; started now if no part of the method needed it before.

@@ -15,6 +15,7 @@ from opd.certify.engines import Notes, engines
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import EXACT, Case, case, distance, enumerable, every_token, logits, slopes
 from opd.certify.page import Finding, Row, Skipped, at_least
+from opd.scorers.ensemble import ContextIds
 from opd.types import AdvantageScores, Scored, Scores, TopKReturnScores
 
 ASKED = "teachers are asked about whole texts in their own context"
@@ -37,8 +38,13 @@ def of_questions(cases: list[Case]) -> Iterator[Finding]:
 
 def _wrong_questions(found: Case) -> int:
     scorer = found.method.scorer
+    contexts = getattr(scorer, "contexts", {})
     due = {
-        (name, item.trajectory.prompt.teacher_ids.tobytes(), item.trajectory.token_ids.tobytes())
+        (
+            name,
+            contexts.get(name, ContextIds.TEACHER).of(item.trajectory.prompt).tobytes(),
+            item.trajectory.token_ids.tobytes(),
+        )
         for item in found.seen.scored
         for name in (getattr(scorer, "shares", None) or [item.trajectory.prompt.teacher])
     }

@@ -21,6 +21,7 @@ from opd.certify.worlds import World
 from opd.errors import DataError
 from opd.method.promises import States
 from opd.ports import Context
+from opd.scorers.ensemble import ContextIds
 from opd.types import Scored, TopKScores, Trajectory
 
 
@@ -59,21 +60,24 @@ class Enumerated:
         firsts = [self.scored[i].trajectory for i in range(0, len(self.scored), self.world.vocabulary)]
         chances = torch.from_numpy(self.chances).reshape(len(firsts), -1)
         return States(
-            student=self._at(student, firsts, taught=False),
+            student=self._at(student, firsts, ContextIds.STUDENT),
             teacher=self._taught(teachers, firsts).detach(),
             behavior=chances.log(),
             support=torch.from_numpy(self._support()[:, 0]),
             credit=torch.from_numpy(credit).reshape(len(firsts), -1),
         )
 
-    def _at(self, model: TinyModel, firsts: list[Trajectory], *, taught: bool) -> Float[Tensor, "n V"]:
-        texts = [(t.prompt.teacher_ids if taught else t.prompt.student_ids, t.token_ids) for t in firsts]
+    def _at(self, model: TinyModel, firsts: list[Trajectory], context: ContextIds) -> Float[Tensor, "n V"]:
+        texts = [(context.of(t.prompt), t.token_ids) for t in firsts]
         places = self.place[:: self.world.vocabulary]
         return torch.stack([row[p] for row, p in zip(model.logprobs(texts), places, strict=True)])
 
     def _taught(self, teachers: Mapping[str, TinyModel], firsts: list[Trajectory]) -> Float[Tensor, "n V"]:
         """The prompts' own teachers, or the mixture of an ensemble's."""
-        said = {name: self._at(model, firsts, taught=True) for name, model in teachers.items()}
+        contexts = getattr(self.scorer, "contexts", {})
+        said = {
+            name: self._at(model, firsts, contexts.get(name, ContextIds.TEACHER)) for name, model in teachers.items()
+        }
         shares = getattr(self.scorer, "shares", None)
         if shares:
             parts = [said[name] + np.log(share / sum(shares.values())) for name, share in shares.items()]

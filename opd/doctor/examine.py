@@ -13,8 +13,8 @@ import numpy as np
 from opd.doctor import learner_checks, teacher_checks
 from opd.doctor.findings import Evidence, Finding, Subject, ask, fine, refused, warned
 from opd.errors import DataError
-from opd.ports import Engines, LastHidden, SampledToken, Sampling, TextEngine, TopK
-from opd.rollouts.student import write
+from opd.ports import Context, LastHidden, SampledToken, Sampling, TextEngine, TopK
+from opd.rollouts.student import generate
 from opd.scorers.reward import task_rewards
 from opd.types import Prompt, TokenScores, Trajectory
 
@@ -24,7 +24,7 @@ Check = Callable[[Subject, Evidence], Awaitable[Finding]]
 async def examine(subject: Subject, prompts: Sequence[Prompt], max_tokens: int) -> list[Finding]:
     """All findings about `subject`; only one if the teacher's answers cannot be read at all."""
     sampling = Sampling(max_tokens=max_tokens, topk=min(subject.support, subject.vocabulary))
-    written = await write(prompts, subject.engines.student, sampling)
+    written = await generate(prompts, subject.context.student, sampling)
     try:
         scores = await ask(subject.teacher, written, SampledToken())
     except DataError as error:
@@ -68,17 +68,17 @@ def _checks(subject: Subject) -> Mapping[str, Check]:
     }
 
 
-async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[Prompt], max_tokens: int) -> Finding:
+async def teacher_gain(context: Context, writer: TextEngine, prompts: Sequence[Prompt], max_tokens: int) -> Finding:
     """Whether the teacher ends the student's half-written texts better than the student (arXiv 2604.13016, 6.1).
 
     Both write on from the middle of the student's own completions, each in its own context (a privileged teacher knows
     more); the task's grader judges the whole texts.
     """
-    prompts = [prompt for prompt in prompts if prompt.answer and prompt.task in engines.graders]
+    prompts = [prompt for prompt in prompts if prompt.answer and prompt.task in context.graders]
     if not prompts:
         return fine("teacher gain", "not measured: the prompts have no reference answers")
     sampling = Sampling(max_tokens=max_tokens)
-    written = await write(prompts, engines.student, sampling)
+    written = await generate(prompts, context.student, sampling)
     halves = [t.token_ids[: len(t) // 2] for t in written]
     begun = [
         replace(
@@ -90,12 +90,12 @@ async def teacher_gain(engines: Engines, writer: TextEngine, prompts: Sequence[P
         for p, half in zip(prompts, halves, strict=True)
     ]
     rewards = []
-    for engine, as_teacher in ((engines.student, False), (writer, True)):
+    for engine, as_teacher in ((context.student, False), (writer, True)):
         rests = [Sampling(max_tokens=max(1, max_tokens - len(half))) for half in halves]
-        endings = [write([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
+        endings = [generate([p], engine, rest, as_teacher=as_teacher) for p, rest in zip(begun, rests, strict=True)]
         ended = await asyncio.gather(*endings)
         whole = [_after(half, t) for half, (t,) in zip(halves, ended, strict=True)]
-        rewards.append(np.asarray(await task_rewards(whole, engines)))
+        rewards.append(np.asarray(await task_rewards(whole, context)))
     student, teacher = (float(np.mean(r)) for r in rewards)
     error = float(np.std(rewards[1] - rewards[0])) / len(prompts) ** 0.5  # of the difference, measured on pairs
     measured = f"from {len(prompts)} half-written texts: student {student:.1%}, teacher {teacher:.1%} (+- {error:.1%})"

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from opd.ports import Engines, Learner, LogprobTeacher, ScoreKind, ScoreKinds, ScoreRequest
+from opd.ports import Context, Learner, LogprobTeacher, ScoreKind, ScoreKinds, ScoreRequest
 from opd.ports.score_kinds import A
 from opd.scorers.validation import verify
 from opd.types import TokenScores, Trajectory
@@ -63,7 +63,7 @@ class Subject:
     """
 
     name: str
-    engines: Engines
+    context: Context
     learner: Learner
     replicas: Sequence[LogprobTeacher]
     supports: ScoreKinds
@@ -77,7 +77,7 @@ class Subject:
     @property
     def teacher(self) -> LogprobTeacher:
         """The teacher as the run uses it."""
-        return self.engines.teachers[self.name]
+        return self.context.teachers[self.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

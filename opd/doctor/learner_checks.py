@@ -41,7 +41,7 @@ class _WriterGap:
 
 async def hidden_states(subject: Subject, evidence: Evidence) -> Finding:
     """Check that hidden states times the output matrix of the learner repeat the teacher's own logprobs."""
-    scores = await TeacherHidden()(evidence.written, subject.engines)
+    scores = await TeacherHidden()(evidence.written, subject.context)
     gap = (await _evaluated(subject, evidence.written, scores, _HeadGap()))["gap"]
     measured = f"{gap:.2g} nats on average between logprobs and hidden states"
     if not gap <= subject.thresholds.mean_tolerance:

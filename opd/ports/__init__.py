@@ -1,4 +1,4 @@
-"""What the loop asks of the engines around it: protocols, and the requests that cross them.
+"""Ports: protocols of the engines around the loop, and the requests and answers that cross them.
 
 Applications implement these without inheriting from them; a pool of engines has the same protocol as one engine.
 """

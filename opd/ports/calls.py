@@ -1,4 +1,4 @@
-"""Calls of a learner's ranks as values, so that whatever sends, repeats or logs them need not know the verb."""
+"""Calls of a learner's ranks as values, which are sent, repeated and logged alike whatever the verb."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,12 +55,12 @@ class Call(Generic[Answer]):
 
     @property
     def name(self) -> str:
-        """The verb as a rank's method is called."""
+        """The verb's name, which is that of a rank's method."""
         return self.verb.__name__
 
     @property
     def changes_state(self) -> bool:
-        """Is it to be repeated on ranks that take the place of lost ones?"""
+        """Whether it must be repeated on ranks that take the place of lost ones."""
         return getattr(self.verb, _CHANGING, False)
 
     @property

@@ -1,4 +1,4 @@
-"""Engines that a method may call: writers, teachers, graders, the tokenizer."""
+"""Protocols of the engines that a method may call, and the context in which it calls them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,16 +15,16 @@ from opd.types.prompt_rows import PromptText
 
 @runtime_checkable
 class TextEngine(Protocol):
-    """Something that writes: the student, or a teacher that generates."""
+    """An engine that generates text: the student's, or that of a teacher."""
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """One completion per request, in the order asked."""
+        """One completion per request, in order."""
         ...
 
 
 @runtime_checkable
 class StudentEngine(TextEngine, Protocol):
-    """The student as a writer whose weights can be replaced."""
+    """The student's engine: it generates, and takes in new weights."""
 
     async def receive(self, weights: PublishedWeights) -> WeightAck:
         """Make `weights` live everywhere. Raises and keeps refusing work if the loaded model is wrong."""
@@ -33,10 +33,10 @@ class StudentEngine(TextEngine, Protocol):
 
 @runtime_checkable
 class LogprobTeacher(Protocol):
-    """A teacher that reads given tokens."""
+    """A teacher that scores given tokens."""
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
-        """Scores per request, in order: one value per kind it asks for; hidden states as `RemoteRows`."""
+        """Scores per request, in order: one value per kind it names; hidden states as `RemoteRows`."""
         ...
 
 
@@ -54,15 +54,15 @@ class Grader(Protocol):
 
 @runtime_checkable
 class ReadsReferences(Protocol):
-    """A grader that knows before a run which reference answers it can grade against."""
+    """A grader that can check reference answers before a run."""
 
     def unreadable(self, answer: str) -> str:
-        """Why a reference answer cannot be read, "" if it can."""
+        """Reason why a reference answer cannot be graded against; "" if it can."""
         ...
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. What is encoded begins as the model's texts do (e.g. with one `<bos>`)."""
+    """Conversion of text to ids and back. Encoded text begins as the model's texts do (e.g. with one `<bos>`)."""
 
     eos_id: int
 
@@ -71,7 +71,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_all(self, prompts: Sequence[PromptText]) -> list[Int32[np.ndarray, " P"]]:
-        """Ids of each prompt; those of a conversation end where the assistant begins to write."""
+        """Ids of each prompt; those of a conversation end where the assistant's turn begins."""
         ...
 
     def decode(self, ids: np.ndarray) -> str:
@@ -81,10 +81,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """Everything the parts of a method may call.
+    """All engines that the parts of a method may call.
 
     `graders` and `environments` have the names of the tasks (`Prompt.task`). The order of `teachers` numbers their
-    output matrices (`HiddenScores.head`), in the learner too.
+    output matrices (`HiddenScores.head`), in the learner too. `writers` are teachers that generate text.
     """
 
     student: StudentEngine
@@ -97,10 +97,11 @@ class Engines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context(Engines):
-    """What rollouts, scorers and token weights are called with: the engines, and where in the run they are called.
+    """The engines at a step of a run: the one argument of rollouts, scorers, token weights and schedules beside data.
 
-    `step` counts from 0 to `steps - 1`; `seed` is the run's. So a part may follow a schedule, and still be a pure
-    function of its arguments: a step that is written again, or resumed, gets the same context.
+    `step` counts the steps before: 0 to `steps - 1` for a step that is trained, `steps` in an evaluation after the
+    last one. `seed` is the run's. So a part may follow a schedule and is still a pure function of its arguments: a
+    step that is generated again, or resumed, gets the same context.
     """
 
     step: int = 0
@@ -109,7 +110,7 @@ class Context(Engines):
 
     @property
     def progress(self) -> float:
-        """Share of the run that lies behind, in [0, 1): `step / steps`."""
+        """Share of the run's steps that are done, in [0, 1]: `step / steps`."""
         return self.step / self.steps
 
     def at(self, step: int) -> "Context":

@@ -1,4 +1,4 @@
-"""Environments: what answers the student between its turns, and rewards what it did."""
+"""Protocol of environments, which answer the student between its turns and reward its actions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from opd.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What an action led to.
+    """Result of an action: its reward, and the observation that follows it.
 
-    `reward` is that of this action; a trajectory's is the sum. `text` is what the student reads before its next turn,
-    exactly as it stands there (with the marks of a chat template, if the student expects them); it is left out where
-    `done`. Example: `Outcome(reward=0.0, done=False, text=" higher ")`.
+    `reward` is that of this action; a trajectory's is the sum. `text` is the observation before the next turn,
+    exactly as the student sees it (with the marks of a chat template, if the student expects them); it is left out
+    where `done`. Example: `Outcome(reward=0.0, done=False, text=" higher ")`.
     """
 
     reward: float
@@ -23,14 +23,14 @@ class Outcome:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One episode: the world of one trajectory. Every trajectory has an instance of its own."""
+    """State of one episode. Every trajectory has an instance of its own."""
 
     async def reset(self, prompt: Prompt) -> str:
-        """Begin. What the student reads behind its prompt, before the first turn; "" if the prompt says all."""
+        """Begin, and give the first observation, which follows the prompt; "" if there is none."""
         ...
 
     async def step(self, action: str) -> Outcome:
-        """What comes of the student's turn, given as text without special tokens."""
+        """Outcome of the student's turn, which is given as text without special tokens."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The learner as the loop sees it: what one rank does, what all ranks together do, and observers of finished steps."""
+"""Protocols of the learner, of one rank and of all together, and of observers of finished steps."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a step's tokens are cut into micro-batches for `ranks` learners."""
+    """Cut of a step's tokens into micro-batches for `ranks` learners."""
 
     ranks: int
     tokens_per_microbatch: int
 
 
 class LossFunction(Protocol):
-    """What is minimized per token (see `opd.method.method`)."""
+    """Loss per token that a step minimizes (see `opd.method.method`)."""
 
     def __call__(self, student: Any, batch: Any) -> TokenLoss:
         """The unreduced loss of `batch`'s trained tokens given the student's logits at them."""
@@ -37,8 +37,8 @@ class LossFunction(Protocol):
 class Rank(Protocol):
     """The verbs of one rank of the learner: all ranks get the same call, some verbs with batches of their own.
 
-    A verb is typed here and written in `learner.training`; `Learner` says how its arguments get to all ranks. After an
-    exception out of `step` a rank must only be asked to `save`.
+    A verb is typed here and implemented in `learner.training`; `Learner` says how its arguments get to all ranks. After
+    an exception out of `step` only `save` may be called.
     """
 
     @changes_state
@@ -46,7 +46,7 @@ class Rank(Protocol):
         """One update from this rank's micro-batches; all ranks bring the same number and get the same report.
 
         Raises:
-            DataError: the loss or the gradient was not finite too often in a row (before that, the report says
+            DataError: the loss or the gradient was not finite too often in a row (before that, the report is
                 `skipped`); the weights are still those of before.
             OpdError: memory does not suffice even for half a micro-batch.
         """
@@ -118,7 +118,7 @@ class Rank(Protocol):
     def save(self, directory: Path, step: int) -> None:
         """Copy weights, optimizer, snapshots, schedule and random state, and begin to write them into `directory`.
 
-        Returns when training may go on. Every rank writes a file of its own; `written` says when it is there.
+        Returns when training may go on. Every rank writes a file of its own; `written` waits for it.
         Raises `OpdError` where an update broke off in the middle.
         """
         ...
@@ -148,7 +148,7 @@ class Rank(Protocol):
 def broadcast(
     verb: Callable[Concatenate[Any, P], Answer],
 ) -> "Callable[Concatenate[Learner, P], Coroutine[Any, Any, Answer]]":
-    """The verb as a method of all ranks: each gets the same arguments, and the answer of rank 0 stands for all."""
+    """The verb as a method of all ranks: each gets the same arguments, and the answer of rank 0 is returned."""
 
     async def ask(self: "Learner", *arguments: P.args, **options: P.kwargs) -> Answer:
         return (await self.call(Call.broadcast(verb, *arguments, **options)))[0]
@@ -182,7 +182,7 @@ def scatter_gather(
 
 
 class Learner(Protocol):
-    """The trained model, however many ranks it lives on: `call`, and the verbs of a rank by name.
+    """The trained model on any number of ranks: `call`, and the verbs of a rank by name.
 
     Example, in an `Update`: `await learner.snapshot("before")`, then a `step`, then
     `await learner.extrapolate("before", 0.5)`.
@@ -210,7 +210,7 @@ class Learner(Protocol):
 
 
 class Observer(Protocol):
-    """Somebody who is told of every finished step: trackers, the evaluator, the live view."""
+    """Callback after every finished step: trackers, the evaluator, the live view."""
 
     async def __call__(self, record: Any) -> None:
         """`record` is an `opd.loop.train.StepRecord`. Awaited before the next step is taken."""

@@ -1,4 +1,4 @@
-"""Prompt sources, and what they can show before a run."""
+"""Protocols of prompt sources, and of what they can show before a run."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from opd.types.prompt_rows import Columns, Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What prompt sources read from: the tokenizer, and files as rows. `place`: see `Columns`."""
+    """Inputs of prompt sources: the tokenizer, and files as rows. `place`: see `Columns`."""
 
     tokenizer: Tokenizer
     rows: Callable[[str, Columns], Sequence[Row]]
@@ -20,7 +20,7 @@ class Sources:
 
 @runtime_checkable
 class PromptSource(Protocol):
-    """What is asked: a pure function of the step, so resuming needs the step number and nothing else."""
+    """The prompts of a run as a pure function of the step, so that resuming needs the step number and nothing else."""
 
     @property
     def group_size(self) -> int:
@@ -34,34 +34,34 @@ class PromptSource(Protocol):
 
 @runtime_checkable
 class Routed(Protocol):
-    """A prompt source that knows beforehand whom its prompts will ask, so that a wrong name is found at the start."""
+    """A prompt source that knows its prompts' teachers beforehand, so that a wrong name is found at the start."""
 
     def routes(self, sources: Sources) -> frozenset[str]:
-        """The names of all teachers that any prompt may ask."""
+        """Names of the teachers of all prompts."""
         ...
 
 
 @runtime_checkable
 class Listed(Protocol):
-    """A prompt source that can show beforehand what it will ask, so that no prompt ends a run later."""
+    """A prompt source that can show its prompts beforehand, so that none ends a run later."""
 
     def rows(self, sources: Sources) -> int:
-        """How many different prompts there are; 0 = without end."""
+        """Number of different prompts; 0 = without end."""
         ...
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
         """All prompts, once each, or those of one step; of endless ones a sample. What is left out does not come.
 
-        Raises `DataError` for one that could never be asked.
+        Raises `DataError` for one that no run can use.
         """
         ...
 
     def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
-        """The first of `steps` steps that would have no prompt, if only those with the ids `kept` are asked."""
+        """The first of `steps` steps that would have no prompt, if only those with the ids `kept` are used."""
         ...
 
     def files(self, place: str) -> Mapping[str, str]:
-        """Paths of what is read, by the setting that names each."""
+        """Paths of the files it reads, by the setting that names each."""
         ...
 
 

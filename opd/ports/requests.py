@@ -16,7 +16,7 @@ from opd.types import Scores, StopReason, TokenScores
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Sampling:
-    """How completions are written. `topk` > 0 also records the writer's top-k at every token.
+    """Settings of sampling. `topk` > 0 also records the top-k of the sampling model at every token.
 
     `temperature=0` is greedy. Example: `Sampling(temperature=1.0, max_tokens=77)`.
     """
@@ -29,7 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One completion to write. `(prompt_id, sample)` and the policy version seed it, never the placement."""
+    """One completion to sample. `(prompt_id, sample)` and the policy version seed it, never the placement."""
 
     prompt_id: str
     sample: int
@@ -39,10 +39,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine wrote for a request; `behavior` is a `TopKScores` when `sampling.topk` > 0.
+    """An engine's answer to a request; `behavior` is a `TopKScores` when `sampling.topk` > 0.
 
-    `digests` says for every policy version that wrote here which weights the engine held under that number (see
-    `PublishedWeights.digest`; "" is a checkpoint's own weights, which nobody published).
+    `digests` names for every policy version that sampled here the weights that the engine held under that number (see
+    `PublishedWeights.digest`; "" is a checkpoint's own weights, which were never published).
     """
 
     token_ids: Int32[np.ndarray, " T"]
@@ -54,7 +54,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """A completion to be read in a context, once for all `kinds`. `context_ids` has at least one token.
+    """A completion to be scored in a context, once for all `kinds`. `context_ids` has at least one token.
 
     Example: `ScoreRequest(context_ids=[1, 40], token_ids=[6, 2], kinds=(SampledToken(), TopK(k=8)))`.
     """
@@ -65,4 +65,4 @@ class ScoreRequest:
 
 
 ScoreAnswer = tuple[Scores, ...]
-"""What a `ScoreRequest` is answered with: scores of the type that each kind names, in the order of `kinds`."""
+"""Answer to a `ScoreRequest`: scores of the type that each kind names, in the order of `kinds`."""

@@ -1,4 +1,4 @@
-"""Score kinds: what can be asked of a teacher about every token of a text.
+"""Score kinds: the quantities that a teacher can give for every token of a text.
 
 A kind is one class: its parameters, how its answer follows from logits, the type of that answer (whose annotations are
 the wire form), and what a true answer fulfills. One outside this file needs no registration: name it in a scorer's
@@ -25,10 +25,10 @@ A = TypeVar("A", bound=Scores, covariant=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitRows:
-    """Logits over the vocabulary at successive tokens, and the ids that are written there.
+    """Logits over the vocabulary at successive tokens, and the ids that were sampled there.
 
     `total` is the logsumexp of every row, so `logits - total` are log-probabilities; `own` are those of `target_ids`.
-    `best` are the largest logits and their ids, as many as somebody asked for.
+    `best` are the largest logits and their ids, as many as the deepest kind needs.
     """
 
     logits: Float[Tensor, "R V"]
@@ -41,7 +41,7 @@ class LogitRows:
     def of(
         logits: Float[Tensor, "R V"], total: Float[Tensor, "R 1"], target_ids: Int[Tensor, " R"], depth: int = 0
     ) -> "LogitRows":
-        """Rows whose `depth` likeliest ids are searched once, for all who ask for that many or fewer."""
+        """Rows whose `depth` likeliest ids are searched once, for all kinds that need as many or fewer."""
         own = (logits.gather(1, target_ids[:, None]) - total)[:, 0]
         values, ids = logits.topk(depth) if depth else (logits[:, :0], target_ids[:, None][:, :0])
         return LogitRows(logits=logits, total=total, target_ids=target_ids, own=own, best=(values, ids))
@@ -76,7 +76,7 @@ class ScoreKind(ABC, Generic[A]):
     """A kind of scores: a frozen dataclass whose fields are its parameters, numbers or arrays over tokens.
 
     `answer` is the type of the answer: its annotations (`Float[Array, "T K"]`) say what travels. `log_probabilities`
-    names the columns of it that must be such. `asks` says in a sentence what is asked for. `wire` is a short name on
+    names the columns of it that must be such. `asks` describes it in error sentences. `wire` is a short name on
     the wire; without one it is the path of the class.
     """
 
@@ -96,7 +96,7 @@ class ScoreKind(ABC, Generic[A]):
 
     @property
     def depth(self) -> int:
-        """How many of the likeliest ids `read` looks at; a search for the largest depth serves all kinds."""
+        """Number of likeliest ids that `read` uses; a search for the largest depth serves all kinds."""
         return 0
 
     @property
@@ -111,22 +111,22 @@ class ScoreKind(ABC, Generic[A]):
 
     @classmethod
     def wire_name(cls) -> str:
-        """What the kind is called between processes."""
+        """Name of the kind between processes."""
         return cls.wire or f"{cls.__module__}.{cls.__qualname__}"
 
     @classmethod
     def asked(cls) -> str:
-        """What is asked for, as the object of a sentence."""
+        """Description of the kind, as the object of a sentence."""
         return cls.asks or cls.wire_name()
 
     def rows(self, start: int, stop: int) -> Self:
-        """The same question about the tokens `start:stop` alone."""
+        """The same kind for the tokens `start:stop` alone."""
         parameters = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore[reportArgumentType]
         cut = {name: value[start:stop] for name, value in parameters.items() if isinstance(value, np.ndarray)}
         return replace(self, **cut) if cut else self  # pyright: ignore[reportArgumentType]
 
     def unreadable(self, tokens: int, vocabulary: int, max_k: int) -> str:
-        """Why a teacher that answers with at most `max_k` numbers per token cannot read it; "" if it can."""
+        """Reason why a teacher that answers with at most `max_k` numbers per token cannot give it; "" if it can."""
         most = min(max_k, vocabulary)
         wrong = next(((a.lower(), n) for a, n in self.axes.items() if not 1 <= n <= most), None)
         if wrong is None and self.depth > most:
@@ -140,11 +140,11 @@ class ScoreKind(ABC, Generic[A]):
         return ""
 
     def contradiction(self, token_ids: Int32[np.ndarray, " T"], scores: Any) -> str:
-        """How an answer of the right shape contradicts itself or the question; "" if it does not."""
+        """Contradiction of an answer of the right shape with itself or the request; "" if there is none."""
         return ""
 
     def problem(self, token_ids: Int32[np.ndarray, " T"], scores: Scores) -> str:
-        """Why `scores` are no answer about the written `token_ids`; "" if they are."""
+        """Reason why `scores` are no answer about the sampled `token_ids`; "" if they are one."""
         if not isinstance(scores, self.answer):
             return f"asked for {self.asked()}, got {type(scores).__name__}"
         for column in self.columns():
@@ -179,15 +179,15 @@ ScoreKinds = frozenset[type[ScoreKind[Scores]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken(ScoreKind[TokenScores]):
-    """The log-probability of each written token."""
+    """The log-probability of each sampled token."""
 
     answer: ClassVar[type[Scores]] = TokenScores
     log_probabilities: ClassVar[frozenset[str]] = frozenset({"logprobs"})
-    asks: ClassVar[str] = "log-probabilities of written tokens"
+    asks: ClassVar[str] = "log-probabilities of sampled tokens"
     wire: ClassVar[str] = "written"
 
     def read(self, rows: LogitRows) -> Mapping[str, Tensor]:
-        """What the written tokens have."""
+        """The log-probabilities alone."""
         return {"logprobs": rows.own}
 
 
@@ -201,7 +201,7 @@ class _Support(ScoreKind[TopKScores]):
     likeliest: ClassVar[bool]
 
     def contradiction(self, token_ids: Int32[np.ndarray, " T"], scores: Any) -> str:
-        """Another number for a written token than in its support, or probabilities that do not sum to 1."""
+        """Another number for a sampled token than in its support, or probabilities that do not sum to 1."""
         ids, values, rest = (np.asarray(x) for x in (scores.topk_ids, scores.topk_logprobs, scores.rest))
         if ids.shape != values.shape:
             return f"{ids.shape} ids have {values.shape} log-probabilities"
@@ -272,7 +272,7 @@ class AtIds(_Support):
         return ""
 
     def contradiction(self, token_ids: Int32[np.ndarray, " T"], scores: Any) -> str:
-        """Other ids than were asked, or what contradicts itself."""
+        """Other ids than were requested, or an answer that contradicts itself."""
         if not np.array_equal(scores.topk_ids, self.ids):
             return "the answer is about other token ids than were asked"
         return _Support.contradiction(self, token_ids, scores)
@@ -280,9 +280,9 @@ class AtIds(_Support):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastHidden(ScoreKind[HiddenScores]):
-    """The hidden states (after the final norm) that predict each written token, by reference.
+    """The hidden states (after the final norm) that predict each sampled token, by reference.
 
-    The one kind that is no function of logits: whoever has the states puts them beside what `read` gives.
+    The one kind that is no function of logits: the backend puts the states beside what `read` gives.
     """
 
     answer: ClassVar[type[Scores]] = HiddenScores
@@ -296,9 +296,9 @@ class LastHidden(ScoreKind[HiddenScores]):
         return tuple(column for column in columns(cls.answer) if column.name != "head")
 
     def read(self, rows: LogitRows) -> Mapping[str, Tensor]:
-        """What the written tokens have."""
+        """The log-probabilities alone."""
         return {"logprobs": rows.own}
 
 
 BUILT_IN: tuple[type[ScoreKind[Scores]], ...] = (SampledToken, TopK, AtIds, LastHidden)
-"""The kinds of this file, which every version of the wire knows."""
+"""The kinds of this file, which every version of the wire format has."""

@@ -1,4 +1,4 @@
-"""Weight sync: what learner ranks publish, what receivers fetch and acknowledge."""
+"""Weight sync: versions as learner ranks publish them, and as receivers fetch and acknowledge them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sentinel:
-    """A fixed text and the learner's logprobs of its tokens 1.. : what a rightly loaded engine must repeat.
+    """A fixed text and the learner's logprobs of its tokens 1.. , which a rightly loaded engine must repeat.
 
     `tolerance` > 0 bounds the largest difference in nats. At 0 the bound is measured (`weight_sync.sentinel`) with
     `origin`, the learner's logprobs of the same tokens before its first step, when both hold the same checkpoint.
@@ -56,7 +56,7 @@ class WeightChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightShard:
-    """What one learner rank publishes of a version: the chunks it owns."""
+    """The part of a version that one learner rank publishes: the chunks it owns."""
 
     version: int
     manifest: Manifest
@@ -83,7 +83,7 @@ Fill = Callable[[np.ndarray | Tensor], None]
 
 
 class WeightSender(Protocol):
-    """Where a learner rank lays its chunks for receivers to fetch: one side of a transport."""
+    """Sending side of a transport: it holds a learner rank's chunks for receivers to fetch."""
 
     def put(self, turn: int, number: int, nbytes: int, fill: Fill) -> Any:
         """The handle of `nbytes` bytes, which `fill` writes into what it is given: an array of host memory, or a tensor
@@ -96,7 +96,7 @@ class WeightSender(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightAck:
-    """An engine's word that it writes with exactly these weights; `gap`: see `PublishReport`."""
+    """Acknowledgement of an engine that it samples with exactly these weights; `gap`: see `PublishReport`."""
 
     version: int
     digest: str
@@ -105,8 +105,11 @@ class WeightAck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """`gap` is the largest |engine - learner| logprob on the sentinel over all engines (nats); `digest` names what
-    was published, and what the engines' completions must name (`opd.loop.staleness.unknown_weights`)."""
+    """Outcome of a publication, after all engines have acknowledged it.
+
+    `gap` is the largest |engine - learner| logprob on the sentinel over all engines (nats); `digest` names what was
+    published, and what the engines' completions must name (`opd.loop.staleness.unknown_weights`).
+    """
 
     version: int
     gap: float
@@ -118,7 +121,7 @@ class WeightObserver(Protocol):
     """Anything beside the rollout engines that receives versions: a teacher that follows the student, a measure."""
 
     async def receive(self, weights: PublishedWeights) -> None:
-        """Told of each version in order, before an engine writes with it; the step waits for the answer.
+        """Receive a version; versions come in order, each before an engine samples with it, and the step waits.
 
         The chunks can be fetched until the second version after this one comes. Where the learner was lost meanwhile,
         the same version may come again.

@@ -1,1 +1,1 @@
-"""Who writes the trajectories."""
+"""Rollouts: the parts of a method that generate its trajectories."""

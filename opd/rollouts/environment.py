@@ -1,4 +1,4 @@
-"""Trajectories of several turns: the student acts, an environment answers, until it says that it is over."""
+"""Rollout of several turns: the student acts, an environment answers, until the episode ends."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int32
 from opd.errors import ConfigurationError
 from opd.ports import (
     Completion,
-    Engines,
+    Context,
     Environment,
     GenerateRequest,
     Grader,
@@ -32,14 +32,14 @@ Ids = Int32[np.ndarray, " T"]
 
 
 class Play(Protocol):
-    """Trajectories by any writer, with settings of the caller's; see `EnvironmentRollout.play`."""
+    """Signature of `EnvironmentRollout.play`: trajectories by any engine, with the caller's sampling."""
 
     async def __call__(
         self,
         group: Sequence[Prompt],
         engine: TextEngine,
         sampling: Sampling,
-        engines: Engines,
+        context: Context,
         *,
         as_teacher: bool = False,
     ) -> list[Trajectory]: ...
@@ -47,23 +47,23 @@ class Play(Protocol):
 
 @runtime_checkable
 class Plays(Protocol):
-    """A rollout that lets other writers than the student act, too, as evaluations do."""
+    """A rollout whose environments other engines than the student can act in, as evaluations need."""
 
     @property
     def play(self) -> Play:
-        """Trajectories by any writer."""
+        """Trajectories by any engine."""
         ...
 
 
 @dataclass(slots=True, kw_only=True)
 class SingleTurn:
-    """The environment of a grader: the prompt says all, and the first action is graded and ends the episode."""
+    """Environment of a task that has a grader only: one action, which is graded and ends the episode."""
 
     grader: Grader
     _answer: str = field(init=False)
 
     async def reset(self, prompt: Prompt) -> str:
-        """Nothing stands behind the prompt."""
+        """No observation: the prompt is complete."""
         self._answer = prompt.answer
         return ""
 
@@ -75,7 +75,7 @@ class SingleTurn:
 
 @dataclass(slots=True, kw_only=True)
 class _Episode:
-    """A trajectory in the making: what was read and written behind its prompt, in order."""
+    """A trajectory under construction: turns and observations after its prompt, in order."""
 
     prompt: Prompt
     sample: int
@@ -87,12 +87,12 @@ class _Episode:
 
     @property
     def ids(self) -> Ids:
-        """All tokens behind the prompt so far."""
+        """All tokens after the prompt so far."""
         parts = [part.token_ids if isinstance(part, Completion) else part for part in self.parts]
         return np.concatenate([np.zeros(0, dtype=np.int32), *parts]).astype(np.int32)
 
-    def read(self, text: str, tokenizer: Tokenizer) -> None:
-        """Append an observation. Its ids are its own: nothing that was written before is tokenized again."""
+    def observe(self, text: str, tokenizer: Tokenizer) -> None:
+        """Append an observation. Its ids are its own: nothing that was sampled before is tokenized again."""
         start = len(tokenizer.encode(""))  # what a template puts before every text
         ids = tokenizer.encode(text)[start:].astype(np.int32) if text else np.zeros(0, dtype=np.int32)
         if len(ids) >= self.room:  # no token would be left to answer with
@@ -102,7 +102,7 @@ class _Episode:
             self.parts.append(ids)
 
     async def act(self, turn: Completion, last: bool, tokenizer: Tokenizer) -> None:
-        """Append a turn of the student's and what came of it. `last`: no further turn is allowed."""
+        """Append a turn of the student and its outcome. `last`: no further turn is allowed."""
         self.parts.append(turn)
         self.room -= len(turn.token_ids)
         if turn.stop is StopReason.LENGTH:  # an unfinished action is none
@@ -113,14 +113,14 @@ class _Episode:
         if outcome.done or last:
             self.stop = StopReason.END if outcome.done else StopReason.LENGTH
         else:
-            self.read(outcome.text, tokenizer)
+            self.observe(outcome.text, tokenizer)
 
     def trajectory(self) -> Trajectory:
-        """The whole. Observations are context: not trained, of no version, and taken to have been certain."""
+        """The finished trajectory. Observations are context: not trained, of no version, with log-probability 0."""
         turns = [part for part in self.parts if isinstance(part, Completion)]
         kind = turns[0].behavior  # there is one, and all are alike
         parts = [part for part in self.parts if isinstance(part, Completion) or len(part)]
-        said = [part.behavior if isinstance(part, Completion) else _certain(part, kind) for part in parts]
+        behavior = [part.behavior if isinstance(part, Completion) else _certain(part, kind) for part in parts]
         mask: list[Bool[np.ndarray, " T"]] = []
         versions: list[Ids] = []
         for part in parts:
@@ -132,7 +132,7 @@ class _Episode:
             prompt=self.prompt,
             sample=self.sample,
             token_ids=self.ids,
-            behavior=type(kind).concat(said),
+            behavior=type(kind).concat(behavior),
             loss_mask=np.concatenate(mask),
             versions=np.concatenate(versions).astype(np.int32),
             stop=self.stop or StopReason.END,
@@ -142,7 +142,7 @@ class _Episode:
 
 
 def _certain(ids: Ids, like: TokenScores) -> TokenScores:
-    """Log-probability 0 for every token, in the form of what the writer recorded; nothing reads it."""
+    """Log-probability 0 for every token, in the form of the turns' behavior; nothing uses it."""
     zeros = np.zeros(len(ids), dtype=np.float32)
     if not isinstance(like, TopKScores):
         return TokenScores(logprobs=zeros)
@@ -156,7 +156,7 @@ def _certain(ids: Ids, like: TokenScores) -> TokenScores:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class EnvironmentRollout:
-    """The student acts in the environment of the prompt's task, turn after turn; only its own tokens are trained.
+    """Episodes of the student in the environment of the prompt's task, of which only its own tokens are trained.
 
     A task without an environment of its own is a single turn that its grader ends. `max_tokens` bounds a whole
     trajectory, observations included. One that the bound, the last of `max_turns` or the limit of a turn cuts stops
@@ -177,11 +177,11 @@ class EnvironmentRollout:
     temperature: Temperature = 1.0
     # share of probability that is sampled from; 1 is all of it
     top_p: TopP = 1.0
-    # likeliest tokens that the student records while it writes, for scorers that need its top-k
+    # likeliest tokens that the student records while it samples, for scorers that need its top-k
     record_topk: Annotated[int, In(0, 1_000_000), AtMost("vocabulary")] = 0
 
     def __post_init__(self) -> None:
-        _ = self._student  # refuses what a student's rollout refuses
+        _ = self._student  # refuses the settings that a student's rollout refuses
 
     @property
     def _student(self) -> StudentRollout:
@@ -197,62 +197,62 @@ class EnvironmentRollout:
     def truncated(self) -> bool:
         return self._student.truncated
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         sampling = Sampling(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             topk=self.record_topk,
         )
-        return await self.play(group, engines.student, sampling, engines)
+        return await self.play(group, context.student, sampling, context)
 
     async def play(
         self,
         group: Sequence[Prompt],
         engine: TextEngine,
         sampling: Sampling,
-        engines: Engines,
+        context: Context,
         *,
         as_teacher: bool = False,
     ) -> list[Trajectory]:
-        """One trajectory per prompt by any writer; `sampling.max_tokens` bounds a whole trajectory."""
-        playing = [_begun(prompt, i, sampling.max_tokens, engines) for i, prompt in enumerate(group)]
+        """One trajectory per prompt by any engine; `sampling.max_tokens` bounds a whole trajectory."""
+        playing = [_begun(prompt, i, sampling.max_tokens, context) for i, prompt in enumerate(group)]
         for episode in playing:
-            episode.read(await episode.environment.reset(episode.prompt), engines.tokenizer)
+            episode.observe(await episode.environment.reset(episode.prompt), context.tokenizer)
             if episode.stop:
                 raise ConfigurationError(
-                    f"the environment of task {episode.prompt.task!r} says more to prompt {episode.prompt.id!r} than "
+                    f"the environment of task {episode.prompt.task!r} gives prompt {episode.prompt.id!r} more than "
                     f"the {sampling.max_tokens} tokens of a trajectory; raise max_tokens"
                 )
         for turn in range(self.max_turns):
             live = [episode for episode in playing if episode.stop is None]
             if not live:
                 break
-            written = await engine.generate([self._request(e, turn, sampling, as_teacher) for e in live])
-            said = [replace(c, digests={}) for c in written] if as_teacher else written
+            turns = await engine.generate([self._request(e, turn, sampling, as_teacher) for e in live])
+            turns = [replace(c, digests={}) for c in turns] if as_teacher else turns
             last = turn + 1 == self.max_turns
-            acts = [e.act(c, last, engines.tokenizer) for e, c in zip(live, said, strict=True)]
+            acts = [e.act(c, last, context.tokenizer) for e, c in zip(live, turns, strict=True)]
             await asyncio.gather(*acts)
         return [episode.trajectory() for episode in playing]
 
     def _request(self, episode: _Episode, turn: int, sampling: Sampling, as_teacher: bool) -> GenerateRequest:
         prompt = episode.prompt
-        context = prompt.teacher_ids if as_teacher else prompt.student_ids
-        behind = episode.ids
+        context_ids = prompt.teacher_ids if as_teacher else prompt.student_ids
+        so_far = episode.ids
         return GenerateRequest(
             prompt_id=f"{prompt.id}/turn {turn}" if turn else prompt.id,  # which seeds it
             sample=episode.sample,
-            context_ids=np.concatenate([context, behind]).astype(np.int32) if len(behind) else context,
+            context_ids=np.concatenate([context_ids, so_far]).astype(np.int32) if len(so_far) else context_ids,
             sampling=replace(sampling, max_tokens=min(episode.room, self.max_turn_tokens or episode.room)),
         )
 
 
-def _begun(prompt: Prompt, sample: int, room: int, engines: Engines) -> _Episode:
-    make = engines.environments.get(prompt.task)
-    if make is None and prompt.task not in engines.graders:
+def _begun(prompt: Prompt, sample: int, room: int, context: Context) -> _Episode:
+    make = context.environments.get(prompt.task)
+    if make is None and prompt.task not in context.graders:
         raise ConfigurationError(
             f"prompt {prompt.id!r} is of task {prompt.task!r}, but the run has environments "
-            f"{sorted(engines.environments)} and graders {sorted(engines.graders)}; name one of those in prompts.task"
+            f"{sorted(context.environments)} and graders {sorted(context.graders)}; name one of those in prompts.task"
         )
-    environment = make() if make is not None else SingleTurn(grader=engines.graders[prompt.task])
+    environment = make() if make is not None else SingleTurn(grader=context.graders[prompt.task])
     return _Episode(prompt=prompt, sample=sample, environment=environment, room=room)

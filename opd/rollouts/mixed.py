@@ -1,4 +1,4 @@
-"""Text from two sources: the student's own, and a fixed set (GKD's lambda)."""
+"""Mixture of on-policy and fixed text (GKD's lambda), and the data set's own answers as text."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,9 +20,10 @@ from opd.types import NO_VERSION, Prompt, StopReason, TokenScores, Trajectory
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class AnswerRollout:
-    """Nobody writes: the data set's own answer is the completion, followed by the end-of-text token.
+    """The data set's own answers as completions, each followed by the end-of-text token; no model generates.
 
-    A data set has no log-probabilities; it is taken to have been certain (0 everywhere), which only diagnostics read.
+    A data set has no log-probabilities: they are 0 everywhere, as of a model that is certain, and used by diagnostics
+    alone.
     """
 
     records: ClassVar[type[TokenScores]] = TokenScores
@@ -33,30 +34,30 @@ class AnswerRollout:
     # longest answer
     max_tokens: Tokens
 
-    async def __call__(self, group: Sequence[Prompt], engines: Context) -> list[Trajectory]:
-        start = engines.tokenizer.encode("")  # what a template puts before every text
-        return [self._one(prompt, i, len(start), engines) for i, prompt in enumerate(group)]
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        start = context.tokenizer.encode("")  # what a template puts before every text
+        return [self._one(prompt, i, len(start), context) for i, prompt in enumerate(group)]
 
-    def _one(self, prompt: Prompt, sample: int, skip: int, engines: Context) -> Trajectory:
+    def _one(self, prompt: Prompt, sample: int, skip: int, context: Context) -> Trajectory:
         if not prompt.answer:
             raise DataError(
                 f"rollout AnswerRollout needs an answer for every prompt, but {prompt.id!r} has none; set "
                 "prompts.answer_column or choose rollout TeacherRollout"
             )
-        ids = np.append(engines.tokenizer.encode(prompt.answer)[skip:], engines.tokenizer.eos_id).astype(np.int32)
+        ids = np.append(context.tokenizer.encode(prompt.answer)[skip:], context.tokenizer.eos_id).astype(np.int32)
         kept = ids[: self.max_tokens]
-        said = Completion(
+        completion = Completion(
             token_ids=kept,
             behavior=TokenScores(logprobs=np.zeros(len(kept), dtype=np.float32)),
             versions=np.full(len(kept), NO_VERSION, dtype=np.int32),
             stop=StopReason.END if len(kept) == len(ids) else StopReason.LENGTH,
         )
-        return trajectory(prompt, sample, said)
+        return trajectory(prompt, sample, completion)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureLimit:
-    """At the end of a mixture's range its text is that of `equals`."""
+    """A limiting case: the mixture `rollout`, at an end of its range, gives the text of `equals`."""
 
     name: str
     rollout: "Mixed"
@@ -64,7 +65,7 @@ class MixtureLimit:
 
 
 class Coin(Enum):
-    """What one flip of the coin of `Mixed` decides."""
+    """Unit that one flip of the coin of `Mixed` decides about."""
 
     GROUP = "group"
     STEP = "step"
@@ -73,18 +74,18 @@ class Coin(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Mixed:
-    """With probability `fraction` the student writes for a group, otherwise `fixed` does (GKD, arXiv 2306.13649).
+    """Mixture of two rollouts: the student with probability `fraction`, otherwise `fixed` (GKD, arXiv 2306.13649).
 
     `fraction` is the paper's lambda, the share of on-policy text. Which source a group gets is a pure function of the
     seed and its prompt's id, or with `coin=STEP`, as in the paper, of the seed and the step: runs repeat, ranks
     agree. With `coin=GROUP` a prompt that comes again gets the same source again.
     """
 
-    # how the student writes
+    # how the student generates
     student: StudentRollout
     # where the rest of the text comes from
     fixed: Rollout
-    # share of groups that the student writes (GKD's lambda)
+    # share of groups that the student generates (GKD's lambda)
     fraction: Annotated[float, In(0, 1, because="GKD's lambda: the paper uses 0, 0.5 and 1")] = 0.5
     # what the coin is flipped for: each GROUP, or a whole STEP (as published)
     coin: Coin = Coin.GROUP
@@ -93,8 +94,8 @@ class Mixed:
 
     @property
     def records(self) -> type[TokenScores]:
-        mine, its = self.student.records, self.fixed.records
-        return its if issubclass(mine, its) else TokenScores
+        student, fixed = self.student.records, self.fixed.records
+        return fixed if issubclass(student, fixed) else TokenScores
 
     @property
     def needs_engines(self) -> frozenset[Need]:
@@ -115,12 +116,12 @@ class Mixed:
             MixtureLimit(name="lambda = 1 is the student", rollout=replace(self, fraction=1.0), equals=self.student),
         )
 
-    def student_writes(self, prompt_id: str, step: int = 0) -> bool:
-        """Which side of the coin the group of a prompt has at a step."""
+    def student_generates(self, prompt_id: str, step: int = 0) -> bool:
+        """Side of the coin for the group of a prompt at a step."""
         unit = prompt_id if self.coin is Coin.GROUP else f"step\x1f{step}"
         digest = hashlib.blake2b(f"{self.seed}\x1f{unit}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < self.fraction
 
-    async def __call__(self, group: Sequence[Prompt], engines: Context) -> list[Trajectory]:
-        source = self.student if self.student_writes(group[0].id, engines.step) else self.fixed
-        return await source(group, engines)
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        source = self.student if self.student_generates(group[0].id, context.step) else self.fixed
+        return await source(group, context)

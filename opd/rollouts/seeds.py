@@ -1,4 +1,4 @@
-"""Sampling seeds that depend on what is asked, never on where or when it runs."""
+"""Sampling seeds as functions of the request, never of where or when it runs."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import hashlib
 def sampling_seed(run_seed: int, prompt_id: str, sample: int, version: int) -> int:
     """A 63-bit seed from (run seed, prompt id, sample number, policy version).
 
-    The same trajectory is written whichever actor gets the request and however often it is retried.
+    The same trajectory is sampled whichever actor gets the request and however often it is retried.
     Example: `sampling_seed(0, "shop/17", 3, 12)`.
     """
     key = f"{run_seed}\x1f{prompt_id}\x1f{sample}\x1f{version}".encode()

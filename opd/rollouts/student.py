@@ -1,4 +1,4 @@
-"""Trajectories written by somebody: the student itself (on-policy) or a teacher (the SFT baseline)."""
+"""Rollouts of one completion per prompt: by the student (on-policy), or by a teacher (the SFT baseline)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from opd.errors import ConfigurationError
-from opd.ports import Completion, Engines, GenerateRequest, Need, Role, Sampling, TextEngine
+from opd.ports import Completion, Context, GenerateRequest, Need, Role, Sampling, TextEngine
 from opd.settings.ranges import AtMost, In, Temperature, Tokens, TopP
 from opd.settings.validation import settings
 from opd.types import NO_VERSION, Prompt, TokenScores, TopKScores, Trajectory
@@ -36,15 +36,15 @@ def trajectory(prompt: Prompt, sample: int, completion: Completion) -> Trajector
     )
 
 
-async def write(
+async def generate(
     group: Sequence[Prompt], engine: TextEngine, sampling: Sampling, *, as_teacher: bool = False
 ) -> list[Trajectory]:
-    """One trajectory per prompt; a prompt that stands n times in the group gets n different samples.
+    """One trajectory per prompt; a prompt that is n times in the group gets n different samples.
 
-    `as_teacher` writes in the teacher's context, which a privileged teacher needs.
+    `as_teacher`: from the teacher's context, which a privileged teacher needs.
     """
     completions = await engine.generate(_requests(group, sampling, as_teacher=as_teacher))
-    if as_teacher:  # whatever weights a teacher writes with, no learner published them
+    if as_teacher:  # no learner has published a teacher's weights
         completions = [replace(c, digests={}) for c in completions]
     return [trajectory(p, i, c) for i, (p, c) in enumerate(zip(group, completions, strict=True))]
 
@@ -52,9 +52,9 @@ async def write(
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class StudentRollout:
-    """The student writes from its own context.
+    """On-policy completions: the student samples from its own context.
 
-    `record_topk` > 0 also records the student's top-k while it writes, for scorers that ask the teacher about
+    `record_topk` > 0 also records the student's top-k while it samples, for scorers that ask the teacher about
     the student's support. With `top_p` < 1 that is refused: what is recorded is the distribution that was sampled from,
     in which all ids beyond the nucleus are alike.
     """
@@ -68,7 +68,7 @@ class StudentRollout:
     temperature: Temperature = 1.0
     # share of probability that is sampled from; 1 is all of it
     top_p: TopP = 1.0
-    # likeliest tokens that the student records while it writes, for scorers that need its top-k
+    # likeliest tokens that the student records while it samples, for scorers that need its top-k
     record_topk: Annotated[int, In(0, 1_000_000), AtMost("vocabulary")] = 0
 
     def __post_init__(self) -> None:
@@ -87,20 +87,20 @@ class StudentRollout:
     def truncated(self) -> bool:
         return self.top_p < 1 or self.temperature == 0
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         sampling = Sampling(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             topk=self.record_topk,
         )
-        return await write(group, engines.student, sampling)
+        return await generate(group, context.student, sampling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class TeacherRollout:
-    """The prompt's teacher writes, in its own context: off-policy data for sequence-level distillation.
+    """Completions by the prompt's teacher, from its own context: off-policy data for sequence-level distillation.
 
     A teacher never changes, so a prompt that comes again (a fixed prompt set) gets the same text again: "one
     teacher sample per prompt" is what a fixed set means.
@@ -121,7 +121,7 @@ class TeacherRollout:
     def truncated(self) -> bool:
         return self.top_p < 1 or self.temperature == 0
 
-    async def __call__(self, group: Sequence[Prompt], engines: Engines) -> list[Trajectory]:
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         sampling = Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)
-        written = await write(group, engines.writers[group[0].teacher], sampling, as_teacher=True)
-        return [replace(t, versions=np.full(len(t), NO_VERSION, dtype=np.int32)) for t in written]
+        sampled = await generate(group, context.writers[group[0].teacher], sampling, as_teacher=True)
+        return [replace(t, versions=np.full(len(t), NO_VERSION, dtype=np.int32)) for t in sampled]

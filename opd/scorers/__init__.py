@@ -1,1 +1,1 @@
-"""Who reads the trajectories, and what they testify."""
+"""Scorers: the parts of a method that score the tokens of its trajectories."""

@@ -1,4 +1,4 @@
-"""What a token leads to: the teacher's testimony about all later tokens, summed up (MiniLLM)."""
+"""Returns of tokens: the discounted sum of the log-ratios of teacher and student at later tokens (MiniLLM)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from opd.ports import Engines, ScoreKinds, TopK
+from opd.ports import Context, ScoreKinds, TopK
 from opd.scorers.teacher import TeacherTopK
 from opd.settings.ranges import Fraction, In, TopIds
 from opd.settings.validation import settings
@@ -20,9 +20,10 @@ class WithReturns:
     """The teacher's top-k, plus the return of every token: discounted rewards of the tokens after it.
 
     Reward of a token: `log q - log mu`, times `reward_scale`. With `length_normalized` a return is divided by the
-    number of tokens that remain (MiniLLM, arXiv 2306.08543). `mu` is the writer: of stale text a return is that of the
-    policy that wrote it, held constant, and not the current student's. Published in code: discount 0.95, and rewards
-    divided by 0.5 before the advantages are whitened, which undoes it; the paper's equation has `reward_scale` 1.
+    number of tokens that remain (MiniLLM, arXiv 2306.08543). `mu` is the behavior: of stale text a return is that of
+    the policy that sampled it, held constant, and not the current student's. Published in code: discount 0.95, and
+    rewards divided by 0.5 before the advantages are whitened, which undoes it; the paper's equation has `reward_scale`
+    1.
 
     The paper's long-term part credits a token with what comes after it, because its own reward is the single-step part,
     which is exact; that is the default. The released code also has the token's own reward in the return (`own_reward`),
@@ -45,17 +46,17 @@ class WithReturns:
     # factor of the rewards
     reward_scale: Annotated[float, In(1e-6, 1e6)] = 1.0
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        said = await TeacherTopK(k=self.k)(trajectories, engines)
-        return [self._with(t, s) for t, s in zip(trajectories, said, strict=True) if isinstance(s, TopKScores)]
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await TeacherTopK(k=self.k)(trajectories, context)
+        return [self._with(t, s) for t, s in zip(trajectories, scores, strict=True) if isinstance(s, TopKScores)]
 
-    def _with(self, trajectory: Trajectory, said: TopKScores) -> TopKReturnScores:
-        rewards = np.where(trajectory.loss_mask, said.logprobs - trajectory.behavior.logprobs, 0) * self.reward_scale
+    def _with(self, trajectory: Trajectory, scores: TopKScores) -> TopKReturnScores:
+        rewards = np.where(trajectory.loss_mask, scores.logprobs - trajectory.behavior.logprobs, 0) * self.reward_scale
         return TopKReturnScores(
-            logprobs=said.logprobs,
-            topk_ids=said.topk_ids,
-            topk_logprobs=said.topk_logprobs,
-            rest=said.rest,
+            logprobs=scores.logprobs,
+            topk_ids=scores.topk_ids,
+            topk_logprobs=scores.topk_logprobs,
+            rest=scores.rest,
             returns=returns(np.asarray(rewards), self.discount, self.length_normalized, self.own_reward),
         )
 
@@ -63,9 +64,10 @@ class WithReturns:
 def returns(
     rewards: Float[np.ndarray, " T"], discount: float, length_normalized: bool, own_reward: bool = False
 ) -> Float[np.ndarray, " T"]:
-    """`sum_{t' > t} discount^(t' - t - 1) r_{t'}`, divided by the number of its terms if asked; 0 at the last token.
+    """Returns of tokens: `sum_{t' > t} discount^(t' - t - 1) r_{t'}`; 0 at the last token.
 
-    With `own_reward` the sum begins at `t` itself, with `discount^(t' - t)`.
+    `length_normalized` divides each by the number of its terms. With `own_reward` the sum begins at `t` itself, with
+    `discount^(t' - t)`.
     """
     total = np.zeros_like(rewards)
     for t in range(len(rewards) - 2, -1, -1):

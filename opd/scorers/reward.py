@@ -1,4 +1,4 @@
-"""The task itself judges: group-relative advantages from graded answers (GRPO, arXiv 2402.03300 eq. 3)."""
+"""Group-relative advantages from the rewards of graded answers (GRPO, arXiv 2402.03300 eq. 3)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
-from opd.ports import Engines, Need, Role, ScoreKinds
+from opd.ports import Context, Need, Role, ScoreKinds
 from opd.settings.ranges import In
 from opd.settings.validation import settings
 from opd.types import AdvantageScores, Scores, StopReason, TokenScores, Trajectory
 
 
-async def task_rewards(trajectories: Sequence[Trajectory], engines: Engines) -> list[float]:
+async def task_rewards(trajectories: Sequence[Trajectory], context: Context) -> list[float]:
     """Rewards: an environment's where it gave one, else the grader's of the prompt's task.
 
     A completion that the token limit cut is wrong by definition (0), unless its grader judges such ones too; so is one
@@ -21,10 +21,10 @@ async def task_rewards(trajectories: Sequence[Trajectory], engines: Engines) -> 
     graded = [0.0 if t.reward is None else t.reward for t in trajectories]
     left = [i for i, t in enumerate(trajectories) if t.reward is None]
     for task in {trajectories[i].prompt.task for i in left}:
-        if task not in engines.graders and task in engines.environments:
+        if task not in context.graders and task in context.environments:
             continue
-        grader, mine = engines.graders[task], [i for i in left if trajectories[i].prompt.task == task]
-        texts = [engines.tokenizer.decode(trajectories[i].token_ids) for i in mine]
+        grader, mine = context.graders[task], [i for i in left if trajectories[i].prompt.task == task]
+        texts = [context.tokenizer.decode(trajectories[i].token_ids) for i in mine]
         answers = [trajectories[i].prompt.answer for i in mine]
         judges_cut = getattr(grader, "judges_cut", False)
         for i, reward in zip(mine, await grader.grade(texts, answers), strict=True):
@@ -51,8 +51,8 @@ class GroupAdvantage:
     # added to that standard deviation
     epsilon: Annotated[float, In(1e-12, 1, because="it keeps a division finite")] = 1e-4
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        rewards = np.asarray(await task_rewards(trajectories, engines), dtype=np.float64)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        rewards = np.asarray(await task_rewards(trajectories, context), dtype=np.float64)
         advantages = rewards - rewards.mean()
         if self.scale_by_std:
             advantages = advantages / (rewards.std(ddof=1) + self.epsilon)

@@ -1,4 +1,4 @@
-"""A teacher reads what was written: written tokens, its own top-k, the student's top-k, or hidden states."""
+"""Scores by one teacher: at the sampled tokens, at its own top-k, at the student's top-k, or hidden states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import numpy as np
 from opd.errors import ConfigurationError
 from opd.ports import (
     AtIds,
-    Engines,
+    Context,
     LastHidden,
     SampledToken,
     ScoreAnswer,
@@ -25,32 +25,32 @@ from opd.settings.validation import settings
 from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
 
 
-async def ask(trajectories: Sequence[Trajectory], kinds: Sequence[ScoreKind[A]], engines: Engines) -> list[A]:
-    """Scores of one kind per trajectory, verified: `kinds[i]` is asked about `trajectories[i]`."""
-    answers = await ask_several(trajectories, [(kind,) for kind in kinds], engines)
+async def ask(trajectories: Sequence[Trajectory], kinds: Sequence[ScoreKind[A]], context: Context) -> list[A]:
+    """Scores of one kind per trajectory, validated: `kinds[i]` is the kind for `trajectories[i]`."""
+    answers = await ask_several(trajectories, [(kind,) for kind in kinds], context)
     return [cast(A, scores) for (scores,) in answers]
 
 
 async def ask_several(
-    trajectories: Sequence[Trajectory], kinds: Sequence[tuple[ScoreKind[Scores], ...]], engines: Engines
+    trajectories: Sequence[Trajectory], kinds: Sequence[tuple[ScoreKind[Scores], ...]], context: Context
 ) -> list[ScoreAnswer]:
-    """Scores of several kinds per trajectory, verified, from one forward of the prompts' teacher (one per group).
+    """Scores of several kinds per trajectory, validated, from one forward of the prompts' teacher (one per group).
 
     Hidden states are given the number of the output matrix that reads them.
     """
     requests = [
-        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kinds=asked)
-        for t, asked in zip(trajectories, kinds, strict=True)
+        ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kinds=wanted)
+        for t, wanted in zip(trajectories, kinds, strict=True)
     ]
     name = trajectories[0].prompt.teacher
-    if name not in engines.teachers:
+    if name not in context.teachers:
         raise ConfigurationError(
             f"prompt {trajectories[0].prompt.id!r} asks for teacher {name!r}, but the run has "
-            f"{sorted(engines.teachers)}; name one of those in the prompt data"
+            f"{sorted(context.teachers)}; name one of those in the prompt data"
         )
-    answers = await engines.teachers[name].score(requests)
+    answers = await context.teachers[name].score(requests)
     verify(requests, answers)
-    number = list(engines.teachers).index(name)
+    number = list(context.teachers).index(name)
     return [tuple(_with_head(scores, number) for scores in answer) for answer in answers]
 
 
@@ -62,7 +62,7 @@ def _with_head(scores: Scores, number: int) -> Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TeacherScorer:
-    """What all scorers that ask one teacher about whole trajectories share."""
+    """Declarations common to all scorers that ask one teacher about whole trajectories."""
 
     needs: ClassVar[type[Scores]] = TokenScores
     min_group: ClassVar[int] = 1
@@ -70,13 +70,13 @@ class _TeacherScorer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTokens(_TeacherScorer):
-    """The teacher's log-probability of each written token (one float per token)."""
+    """The teacher's log-probability of each sampled token (one float per token)."""
 
     produces: ClassVar[type[Scores]] = TokenScores
     requires: ClassVar[ScoreKinds] = frozenset({SampledToken})
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await ask(trajectories, [SampledToken()] * len(trajectories), engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        return await ask(trajectories, [SampledToken()] * len(trajectories), context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,24 +90,24 @@ class TeacherTopK(_TeacherScorer):
     # teacher's likeliest tokens at each position
     k: TopIds
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await ask(trajectories, [TopK(k=self.k)] * len(trajectories), engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        return await ask(trajectories, [TopK(k=self.k)] * len(trajectories), context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentTopK(_TeacherScorer):
-    """The teacher's log-probabilities at the student's own top-k, which the student recorded while it wrote."""
+    """The teacher's log-probabilities at the student's own top-k, which the student recorded while it sampled."""
 
     needs: ClassVar[type[Scores]] = TopKScores
     produces: ClassVar[type[Scores]] = TopKScores
     requires: ClassVar[ScoreKinds] = frozenset({AtIds})
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         kinds: list[AtIds] = []
         for trajectory in trajectories:
             assert isinstance(trajectory.behavior, TopKScores)
             kinds.append(AtIds(ids=np.asarray(trajectory.behavior.topk_ids, dtype=np.int32)))
-        return await ask(trajectories, kinds, engines)
+        return await ask(trajectories, kinds, context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,16 +117,16 @@ class TeacherHidden(_TeacherScorer):
     produces: ClassVar[type[Scores]] = HiddenScores
     requires: ClassVar[ScoreKinds] = frozenset({LastHidden})
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
-        return await ask(trajectories, [LastHidden()] * len(trajectories), engines)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        return await ask(trajectories, [LastHidden()] * len(trajectories), context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unscored(_TeacherScorer):
-    """Nobody testifies: likelihood training on the text alone."""
+    """No scores: likelihood training on the text alone, without a teacher."""
 
     produces: ClassVar[type[Scores]] = Scores
     requires: ClassVar[ScoreKinds] = frozenset()
 
-    async def __call__(self, trajectories: Sequence[Trajectory], engines: Engines) -> Sequence[Scores]:
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         return [Scores() for _ in trajectories]

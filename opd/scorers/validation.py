@@ -1,4 +1,4 @@
-"""No testimony is believed unread: the checks every answer of a teacher passes before it is trained on."""
+"""Validation of scores: the checks that every answer of a teacher must pass before it is trained on."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def verify(requests: Sequence[ScoreRequest], answers: Sequence[ScoreAnswer]) -> 
 
 
 def check_support(scores: Scores, rows: int) -> None:
-    """Raise `DataError` if testimony names ids beyond the student's `rows` logits (a teacher padded further)."""
+    """Raise `DataError` if scores name ids beyond the student's `rows` logits (a teacher padded further)."""
     if not isinstance(scores, TopKScores) or not np.size(scores.topk_ids):
         return
     largest = int(np.max(np.asarray(scores.topk_ids)))

@@ -24,7 +24,7 @@ from launch.report.report import write_report
 from launch.run.evaluate import Evaluator, Spent
 from opd.doctor.examine import teacher_gain
 from opd.doctor.findings import Verdict
-from opd.ports import Completion, Engines, GenerateRequest, ScoreAnswer, ScoreRequest, Sources
+from opd.ports import Completion, Context, GenerateRequest, ScoreAnswer, ScoreRequest, Sources
 from opd.types import Prompt, StopReason, TokenScores
 
 
@@ -82,11 +82,11 @@ class Held:
 
 def measured(without: int, grader: Half, samples: int = 2) -> EvaluationPoint:
     engine = Engine()
-    engines = Engines(
+    context = Context(
         student=engine, teachers={"default": engine}, writers={}, graders={"t": grader}, tokenizer=engine  # type: ignore[arg-type]
     )  # fmt: skip
     config = EvaluationConfig(prompts=Held(count=4, without=without))
-    evaluator = Evaluator(config, None, engines, None, exact_kl=False)  # type: ignore[arg-type]
+    evaluator = Evaluator(config, None, context, None, exact_kl=False)  # type: ignore[arg-type]
     return asyncio.run(evaluator.student(3, samples, Spent(totals=Totals(), cpu_s=0.0)))
 
 
@@ -136,6 +136,6 @@ def test_the_report_says_not_measured(unmeasured: EvaluationPoint, tmp_path: Pat
 
 
 def test_the_doctor_measures_no_gain() -> None:
-    engines = Engines(student=Engine(), teachers={}, writers={}, graders={}, tokenizer=Engine())  # type: ignore[arg-type]
-    found = asyncio.run(teacher_gain(engines, Engine(), Held(count=3, without=3)(0, None), 8))  # type: ignore[arg-type]
+    context = Context(student=Engine(), teachers={}, writers={}, graders={}, tokenizer=Engine())  # type: ignore[arg-type]
+    found = asyncio.run(teacher_gain(context, Engine(), Held(count=3, without=3)(0, None), 8))  # type: ignore[arg-type]
     assert found.verdict is Verdict.FINE and "no reference answers" in found.measured

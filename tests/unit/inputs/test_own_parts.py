@@ -374,7 +374,7 @@ def test_the_plan_starts_the_writers_that_a_part_names() -> None:
         records: ClassVar[type[TokenScores]] = TokenScores
         needs_engines: ClassVar[frozenset[Need]] = frozenset({Need(Role.WRITER, "peak")})
 
-        async def __call__(self, group: Any, engines: Any) -> list[Any]:
+        async def __call__(self, group: Any, context: Any) -> list[Any]:
             return []
 
     of_one = replace(config, method=replace(config.method, rollout=Named()))
@@ -392,7 +392,7 @@ def test_a_need_that_no_backend_meets_is_a_sentence() -> None:
         needs_engines: ClassVar[frozenset[Need]] = frozenset({Need(Role.TEXT_TEACHER)})
         on_policy: ClassVar[bool] = True
 
-        async def __call__(self, group: Any, engines: Any) -> list[Any]:
+        async def __call__(self, group: Any, context: Any) -> list[Any]:
             return []
 
     with pytest.raises(ConfigurationError, match=r"needs a teacher that gives text only, which no backend"):

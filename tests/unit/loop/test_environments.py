@@ -17,7 +17,7 @@ from opd.errors import ConfigurationError
 from opd.loss.packing import SequenceMean, TokenMean, pack
 from opd.method.method import Method, loss_masks
 from opd.objectives.sampled import ClippedPolicyGradient, SampledReverseKL
-from opd.ports import Completion, Engines, Layout, Outcome
+from opd.ports import Completion, Context, Layout, Outcome
 from opd.rollouts.environment import EnvironmentRollout, SingleTurn
 from opd.rollouts.student import StudentRollout
 from opd.scorers.returns import WithReturns
@@ -152,7 +152,7 @@ class Says:
 
 
 def played(rollout: EnvironmentRollout, scribe: Any, world: Any, make: Any, count: int = 1) -> list[Trajectory]:
-    box = Engines(
+    box = Context(
         student=scribe, teachers={}, writers={}, graders={}, tokenizer=Digits(), environments={"t": world}
     )  # fmt: skip
     return asyncio.run(rollout([make.prompt([1, 2], task="t")] * count, box))
@@ -198,7 +198,7 @@ def test_what_an_environment_says_first_stands_behind_the_prompt(make: Any) -> N
     (t,) = played(EnvironmentRollout(max_tokens=10, max_turns=1), scribe, lambda: Says(first="21"), make)
     assert scribe.asked[0].context_ids.tolist() == [1, 2, 2, 1] and scribe.asked[0].sampling.max_tokens == 8
     assert t.token_ids.tolist() == [2, 1, 3, 3, 3] and t.loss_mask.tolist() == [False, False, True, True, True]
-    with pytest.raises(ConfigurationError, match=r"says more to prompt 'p' than the 2 tokens .*; raise max_tokens"):
+    with pytest.raises(ConfigurationError, match=r"gives prompt 'p' more than the 2 tokens .*; raise max_tokens"):
         played(EnvironmentRollout(max_tokens=2), scribe, lambda: Says(first="21"), make)
 
 

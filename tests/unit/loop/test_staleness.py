@@ -367,8 +367,8 @@ class _Without:
 class Lazy(StudentRollout):
     """Leaves out samples 1 and 4 of every group."""
 
-    async def __call__(self, group: Sequence[Any], engines: Any) -> list[Any]:
-        return [t for t in await StudentRollout.__call__(self, group, engines) if t.sample not in (1, 4)]
+    async def __call__(self, group: Sequence[Any], context: Any) -> list[Any]:
+        return [t for t in await StudentRollout.__call__(self, group, context) if t.sample not in (1, 4)]
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -46,11 +46,11 @@ def mixed(fraction: float, seed: int = 0) -> Mixed:
 def test_the_share_of_student_text_is_lambda_and_a_pure_function_of_prompt_and_seed() -> None:
     ids = [f"shop/{i}" for i in range(2000)]
     for fraction in (0.0, 0.3, 1.0):
-        share = np.mean([mixed(fraction).student_writes(i) for i in ids])
+        share = np.mean([mixed(fraction).student_generates(i) for i in ids])
         assert abs(share - fraction) <= 4 * np.sqrt(fraction * (1 - fraction) / len(ids))
-    assert [mixed(0.5).student_writes(i) for i in ids] == [mixed(0.5).student_writes(i) for i in ids]
-    other = [mixed(0.5, seed=1).student_writes(i) for i in ids]
-    assert 0.4 < np.mean(np.equal(other, [mixed(0.5).student_writes(i) for i in ids])) < 0.6
+    assert [mixed(0.5).student_generates(i) for i in ids] == [mixed(0.5).student_generates(i) for i in ids]
+    other = [mixed(0.5, seed=1).student_generates(i) for i in ids]
+    assert 0.4 < np.mean(np.equal(other, [mixed(0.5).student_generates(i) for i in ids])) < 0.6
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])

@@ -370,7 +370,7 @@ LIES: dict[str, tuple[str, Any, str]] = {
     "positive": ("written", {"logprobs": spoiled(0.1)[1]}, "a value above 0"),
     "minus infinity": ("written", {"logprobs": spoiled(-np.inf)[1]}, "an infinity"),
     "too long": ("written", {"logprobs": floats(3)}, "expected 2 rows of logprobs, got 3"),
-    "nothing": ("written", Scores(), "asked for log-probabilities of written tokens, got Scores"),
+    "nothing": ("written", Scores(), "asked for log-probabilities of sampled tokens, got Scores"),
     "advantages": ("written", AdvantageScores(advantages=floats(2), rewards=floats(2)), "got AdvantageScores"),
     "no support": ("top", TokenScores(logprobs=floats(2)), "asked for the teacher's own top-k, got TokenScores"),
     "k": ("top", answer(TopK(k=3), 2), "asked for k=2, got k=3"),

@@ -12,14 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opd.certify.certify import certify
+from opd.certify.scoring import ASKED
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits, read
 from opd.loss.metric_sums import MetricSums
 from opd.loss.packing import TokenMean, pack
 from opd.loss.per_teacher import by_teacher
+from opd.method.method import Method
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import AtIds, Context, LastHidden, Layout, ScoreAnswer, ScoreRequest
-from opd.scorers.ensemble import Ensemble
+from opd.rollouts.student import StudentRollout
+from opd.scorers.ensemble import ContextIds, Ensemble
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK
 from opd.token_weights.length import SkipTruncated
 from opd.token_weights.teachers import PromptWeight, TeacherBalance
@@ -244,6 +248,47 @@ def test_an_ensemble_without_a_mixture_is_refused() -> None:
     for wrong in ({}, {"b": 0.0}, {"b": -1.0}):
         with pytest.raises(ConfigurationError, match=r"Ensemble\.shares.* needs"):
             Ensemble(shares=wrong)
+
+
+MEMBERS = ("default", "b", "c")
+
+
+@settings(max_examples=40)
+@given(
+    contexts=st.dictionaries(st.sampled_from(MEMBERS), st.sampled_from(ContextIds)),
+    reader=st.sampled_from([SampledTokens(), StudentTopK(), TeacherHidden()]),
+    hints=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+)
+def test_each_member_reads_the_context_that_is_chosen_for_it(contexts: Any, reader: Any, hints: list[int]) -> None:
+    """Without a choice the teacher's; the student's of an anchor, which was trained to read no other."""
+    ours, school = [trajectory(str(i), hint=hint) for i, hint in enumerate(hints)], engines()
+    asyncio.run(Ensemble(shares=dict.fromkeys(MEMBERS, 1.0), reader=reader, contexts=contexts)(ours, school))
+    for name in MEMBERS:
+        own = contexts.get(name) is ContextIds.STUDENT
+        expected = [(t.prompt.student_ids if own else t.prompt.teacher_ids).tolist() for t in ours]
+        assert [r.context_ids.tolist() for r in school.teachers[name].seen] == expected  # type: ignore[attr-defined]
+        assert [r.token_ids.tolist() for r in school.teachers[name].seen] == [t.token_ids.tolist() for t in ours]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deaf(Ensemble):
+    """An ensemble that does not listen to `contexts`."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        return await Ensemble.__call__(replace(self, contexts={}), trajectories, context)
+
+
+@pytest.mark.parametrize(("scorer", "fails"), [(Ensemble, False), (Deaf, True)], ids=["right", "wrong"])
+def test_the_certificate_knows_which_context_a_member_reads(scorer: Any, fails: bool) -> None:
+    ours = scorer(shares={"default": 2.0, "start": 1.0}, contexts={"start": ContextIds.STUDENT})
+    method = Method(name="m", rollout=StudentRollout(max_tokens=8), scorer=ours, objective=FullReverseKL())
+    failures = set(certify(method).failures)
+    assert ({"gradient of the promise", ASKED} <= failures) if fails else not failures
+
+
+def test_a_context_of_no_member_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"teachers \['b'\], but scorer\.contexts names \['start'\]"):
+        Ensemble(shares={"b": 1.0}, contexts={"start": ContextIds.STUDENT})
 
 
 def test_the_scorer_notes_whose_matrix_reads_a_row() -> None:

@@ -47,7 +47,7 @@ class BareRollout:
     records: type[TokenScores] = TokenScores
     needs_writer: ClassVar[bool] = False
 
-    async def __call__(self, group: Any, engines: Any) -> list[Trajectory]:
+    async def __call__(self, group: Any, context: Any) -> list[Trajectory]:
         raise NotImplementedError
 
 
@@ -81,7 +81,7 @@ class BareScorer:
     requires: ClassVar[ScoreKinds] = frozenset()
     min_group: ClassVar[int] = 1
 
-    async def __call__(self, trajectories: Any, engines: Any) -> Sequence[Scores]:
+    async def __call__(self, trajectories: Any, context: Any) -> Sequence[Scores]:
         raise NotImplementedError
 
 

@@ -23,7 +23,7 @@ from opd.loss.chunked import StudentLogits, read
 from opd.ports import (
     AtIds,
     Completion,
-    Engines,
+    Context,
     GenerateRequest,
     LastHidden,
     Layout,
@@ -33,7 +33,7 @@ from opd.ports import (
     ScoreRequest,
     TopK,
 )
-from opd.rollouts.student import write
+from opd.rollouts.student import generate
 from opd.types import Batch, HiddenScores, RemoteRows, StopReason, TokenScores, TopKScores
 from teacher_service.config import Backend, TeacherConfig
 from tests.conftest import Make
@@ -153,7 +153,7 @@ def subject(**changes: Any) -> Subject:
     reader = changes.pop("teacher", Table(teacher))
     whole: dict[str, Any] = {
         "name": "default",
-        "engines": Engines(
+        "context": Context(
             student=engine, teachers={"default": reader}, writers={}, graders={"t": Sum()}, tokenizer=Sum()
         ),
         "learner": Reader(student, np.eye(V, dtype=np.float32)),
@@ -348,7 +348,7 @@ def test_alignment_is_told_whatever_the_teachers_sharpness_and_noise(
 
     sick = subject(teacher=Table(flattened(scale), shifted))
     prompts = [Make.prompt([1, 3 + i % 4], id=f"p{i}") for i in range(12)]
-    written = asyncio.run(write(prompts, sick.engines.student, Sampling(max_tokens=8, topk=4)))
+    written = asyncio.run(generate(prompts, sick.context.student, Sampling(max_tokens=8, topk=4)))
     said = asyncio.run(ask(sick.teacher, written, SampledToken()))
     found = asyncio.run(causality(sick, Evidence(written=written, scores=said)))
     if shift == 0:
@@ -407,7 +407,7 @@ def test_a_student_is_its_own_teacher_or_the_backend_is_refused(make: Any) -> No
 def test_a_teacher_that_ends_no_better_is_a_warning(make: Any) -> None:
     prompts = [make.prompt([1, 4], id=f"p{i}", task="t", answer="-") for i in range(100)]
     better, worse = Table(biased(3, -30.0)), Table(biased(3, 5.0))
-    found = [asyncio.run(teacher_gain(subject().engines, writer, prompts, 8)) for writer in (better, worse)]
+    found = [asyncio.run(teacher_gain(subject().context, writer, prompts, 8)) for writer in (better, worse)]
     assert [f.verdict for f in found] == [Verdict.FINE, Verdict.WARNING], found
     assert "little to learn" in found[1].sentence
 
@@ -427,7 +427,7 @@ def test_a_privileged_teacher_writes_on_in_its_own_context(make: Any) -> None:
     knows = np.array([5, 1, 4], dtype=np.int32)
     prompts = [make.prompt([1, 4], id=f"p{i}", task="t", answer="-", teacher_ids=knows) for i in range(4)]
     student, writer = Listening(tables()[0]), Listening(tables()[1])
-    asyncio.run(teacher_gain(subject(student=student).engines, writer, prompts, 8))
+    asyncio.run(teacher_gain(subject(student=student).context, writer, prompts, 8))
     own, theirs = student.contexts[len(prompts) :], writer.contexts
     assert any(len(context) > 2 for context in own), "no text was half-written"
     assert theirs == [[5, *context] for context in own]

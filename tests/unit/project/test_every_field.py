@@ -35,6 +35,7 @@ from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import Completion, Context, GenerateRequest, Layout, Outcome
 from opd.rollouts.student import StudentRollout, TeacherRollout
+from opd.scorers.ensemble import ContextIds
 from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.settings.ranges import AtMost, In
 from opd.settings.validation import default_of, fields_of, parts_of
@@ -56,6 +57,7 @@ PARTS: Mapping[str, Sequence[Any]] = {
 }
 FILLED: Mapping[str, Sequence[Any]] = {
     "shares": ({"default": 1.0, "second": 2.0}, {"default": 3.0, "second": 2.0}),
+    "contexts": ({"second": ContextIds.STUDENT},),
     "filters": ({}, {"whole": SkipTruncated()}),
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),

@@ -15,7 +15,10 @@ ROOMS = [
         for room in ("cli", "config", "inputs", "artifacts", "checkpoint", "monitors", "report", "plan")
     ),
     *("actors", "hf", "weight_sync", "demos", "benchmarks", "scripts"),
-    *(f"opd/{room}" for room in ("doctor", "observability", "settings", "prompts", "types")),
+    *(
+        f"opd/{room}"
+        for room in ("doctor", "observability", "settings", "prompts", "types", "rollouts", "scorers", "ports")
+    ),
 ]
 NOT_YET = ["launch/inputs/graders.py"]
 PAGES = ["docs", "README.md", "CONTRIBUTING.md", "docker/README.md", "Makefile"]
