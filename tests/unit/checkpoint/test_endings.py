@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from launch.artifacts.checkpoint_state import MANIFEST, STATE, DriverState
-from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory, append_json, check_name
 from launch.artifacts.run_lock import LOCK
 from launch.checkpoint.places import check_place
@@ -94,7 +94,7 @@ def test_a_manifest_that_is_anything_else_is_one_sentence(tmp_path: Path, text: 
     place = written(tmp_path, 1)
     (place / MANIFEST).write_text(text)
     with pytest.raises(DataError, match=r"(is no manifest of|cannot be read|holds no JSON object).*take another"):
-        verify(place)
+        verified_state(place)
 
 
 # ---- when a checkpoint is due ----

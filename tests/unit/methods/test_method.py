@@ -24,7 +24,7 @@ from opd.rollouts.mixed import Mixed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK, Unscored
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.token_weights.length import SkipTruncated
 from opd.types import (
     AdvantageScores,
@@ -356,9 +356,10 @@ WANTS: dict[str, ScoreKind] = {
 def test_true_testimony_is_believed(kind: ScoreKind) -> None:
     request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kinds=(kind,))
     said = answer(kind, 2)
-    verify([request, request], [(said,), (said,)])
+    validate_scores([request, request], [(said,), (said,)])
     if not isinstance(said, TopKScores):  # which would have to agree
-        verify([request], [(replace(said, logprobs=np.array([5e-4, -80.0], dtype=np.float32)),)])  # rounding is no lie
+        rounded = replace(said, logprobs=np.array([5e-4, -80.0], dtype=np.float32))
+        validate_scores([request], [(rounded,)])
 
 
 def spoiled(value: float) -> np.ndarray:
@@ -400,11 +401,11 @@ def test_false_testimony_is_refused(name: str) -> None:
     true = answer(WANTS[kind], 2)
     said = replace(true, **lie) if isinstance(lie, dict) else lie
     with pytest.raises(DataError, match=f"teacher scores are refused: .*{problem}.*check the teacher's"):
-        verify([request, request], [(true,), (said,)])
+        validate_scores([request, request], [(true,), (said,)])
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_missing_or_extra_answer_is_refused(count: int) -> None:
     request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kinds=(SampledToken(),))
     with pytest.raises(DataError, match=f"teacher answered {count} of 1 requests"):
-        verify([request], [(answer(SampledToken(), 2),)] * count)
+        validate_scores([request], [(answer(SampledToken(), 2),)] * count)
