@@ -64,7 +64,7 @@ class WhereSure:
     """Tokens at which the teacher's margin is at least `least` nats."""
 
     consumes: ClassVar[type[Scores]] = SampledMarginScores
-    reads_written: ClassVar[bool] = False
+    reads_sampled_tokens: ClassVar[bool] = False
 
     least: float = 0.1
 

@@ -137,7 +137,7 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
             f"note: checkpoint_every was {changed['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
             "text is written across a checkpoint, so from here on other versions write than would have"
         )
-    elif config.deterministic and not config.pipeline.repeats_from(step):
+    elif config.deterministic and not config.staleness_schedule.resumes_exactly(step):
         remarks.append(
             f"note: step {step} is no multiple of checkpoint_every, so text was on its way when it was saved; nothing "
             "is lost, but the run goes on with other text than an uninterrupted one would have"

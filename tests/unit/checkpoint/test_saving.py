@@ -201,7 +201,8 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
         run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
         run._config = SimpleNamespace(  # type: ignore[assignment]
             checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, checkpoint_minutes=0, steps=3, seed=0,
-            method=None, prompts=None, pipeline=None, evaluation=SimpleNamespace(every=0), cluster=ClusterConfig(),
+            method=None, prompts=None, staleness_schedule=None,
+            evaluation=SimpleNamespace(every=0), cluster=ClusterConfig(),
         )  # fmt: skip
         session = SimpleNamespace(learner=ranks, followers={}, engines=None)
         training = asyncio.create_task(run._train(session, None, [], SimpleNamespace(apart=nullcontext)))  # type: ignore[arg-type]

@@ -63,9 +63,9 @@ FACTS: dict[str, dict[str, object]] = {
     "TeacherRollout": {"on_policy": False, "needs_engines": ("writing teacher",)},
     "EnvironmentRollout": {"on_policy": True, "needs_engines": ("environment", "student")},
     "GroupAdvantage": {"min_group": 2, "needs_engines": ("grader",)},
-    "SkipTruncated": {"reads_written": True},
-    "SkipFirst": {"reads_written": True},
-    "PromptWeight": {"reads_written": False},
+    "SkipTruncated": {"reads_sampled_tokens": True},
+    "SkipFirst": {"reads_sampled_tokens": True},
+    "PromptWeight": {"reads_sampled_tokens": False},
     **{name: {"min_group": 1} for name in (
         "Ensemble", "WithReturns", "SampledTokens", "TeacherTopK", "StudentTopK", "TeacherHidden", "Unscored"
     )},
@@ -88,7 +88,7 @@ def test_what_parts_say_of_themselves_is_true() -> None:
     assert {name: found[name] for name in FACTS} == FACTS
 
 
-FLAGS = ("on_policy", "truncated", "min_group", "reads_written")
+FLAGS = ("on_policy", "truncated", "min_group", "reads_sampled_tokens")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -105,7 +105,9 @@ def test_an_objective_takes_the_testimony_it_needs_and_no_other(scorer: Any, obj
 
 @pytest.mark.parametrize("rollout", [StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)], ids=str)
 def test_the_students_topk_must_have_been_recorded(rollout: Any) -> None:
-    sentence = f"scorer StudentTopK needs TopKScores from the writer, but rollout {type(rollout).__name__} records "
+    sentence = (
+        f"scorer StudentTopK needs TopKScores of the behavior policy, but rollout {type(rollout).__name__} records "
+    )
     with pytest.raises(ConfigurationError, match=sentence + "TokenScores; set rollout.record_topk"):
         Method(name="m", rollout=rollout, scorer=StudentTopK(), objective=HeadTailReverseKL())
 
@@ -121,7 +123,7 @@ def test_an_estimate_over_the_students_own_tokens_is_refused_on_somebody_elses_t
         assert Method(**parts, rollout=TeacherRollout(max_tokens=8))
         return
     sentence = (
-        f"objective {objective.__name__} estimates from tokens that the student drew, but rollout Teacher.*; choose"
+        f"objective {objective.__name__} estimates from tokens that the student sampled, but rollout Teacher.*; choose"
     )
     with pytest.raises(ConfigurationError, match=sentence):
         Method(**parts, rollout=TeacherRollout(max_tokens=8))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
 from opd.certify.certify import certify
-from opd.certify.engines import Notes, engines
+from opd.certify.engines import RequestLog, engines
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.method.method import Method
@@ -178,7 +178,7 @@ def test_kinds_in_any_order_and_company_are_what_each_text_alone_gets(seed: int,
 
 def test_the_enumerated_engine_answers_it_by_its_definition() -> None:
     world = make_world(0)
-    reader = engines(world, Notes()).teachers["default"]
+    reader = engines(world, RequestLog()).teachers["default"]
     ids = np.array([1, 4, 2], dtype=np.int32)
     kinds = (Margin(), TopK(k=3), LastHidden(), SampledToken())
     request = ScoreRequest(context_ids=ids, token_ids=ids[::-1].copy(), kinds=kinds)
