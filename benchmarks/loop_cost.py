@@ -24,8 +24,8 @@ from launch.services.dispatch import Dispatcher
 from launch.services.replicas import Replicas
 from opd import ports
 from opd.loop.ledger import Ledger
-from opd.rollouts.validation import verify as verify_completions
-from opd.scorers.validation import verify as verify_scores
+from opd.rollouts.validation import validate_completions
+from opd.scorers.validation import validate_scores
 from opd.types import StepReport, StopReason, TokenScores
 
 ACTORS = (8, 32, 128, 512, 1024)
@@ -53,8 +53,8 @@ class StubEngines:
 
     def __init__(self, rollout: int, teacher: int) -> None:
         self.version, self.calls = 0, 0
-        self._write = _pool("rollout actor", rollout, self._written, verify_completions)
-        self._read = _pool("teacher actor", teacher, self._heard, verify_scores)
+        self._write = _pool("rollout actor", rollout, self._written, validate_completions)
+        self._read = _pool("teacher actor", teacher, self._heard, validate_scores)
 
     async def _written(self, requests: list[ports.GenerateRequest]) -> list[ports.Completion]:
         self.calls += 1

@@ -240,7 +240,7 @@ async def go(
         observers,
         start=start,
         steps=steps,
-        pipeline=StalenessSchedule(max_staleness=ahead, deterministic=False),
+        schedule=StalenessSchedule(max_staleness=ahead, deterministic=False),
         ledger=ledger,
     )
     lost = load.sequences * steps - ledger.summary()["trained"]

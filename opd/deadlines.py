@@ -1,4 +1,4 @@
-"""Deadlines of waits: one clock, which stands still while this process does."""
+"""Deadlines of waits, by a clock that stands still while this process is suspended."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
@@ -10,11 +10,11 @@ _SLICES = 8
 
 
 @asynccontextmanager
-async def awake(deadline_s: float) -> AsyncIterator[None]:
-    """`asyncio.timeout` of a clock that stands still while this process does.
+async def running_timeout(deadline_s: float) -> AsyncIterator[None]:
+    """`asyncio.timeout` by a clock that stands still while this process is suspended.
 
     It counts slices one after the other, so a process that was stopped, or a machine that slept, loses one at most and
-    hears first what was answered meanwhile.
+    gets first what was answered meanwhile.
     """
     loop = asyncio.get_running_loop()
 
@@ -37,13 +37,13 @@ async def awake(deadline_s: float) -> AsyncIterator[None]:
 
 
 async def within(deadline_s: float, work: Awaitable[Result], late: Exception) -> Result:
-    """The result of `work`, which is cancelled after `deadline_s` seconds.
+    """Result of `work`, which is cancelled after `deadline_s` seconds.
 
     Raises:
-        late: the time is over; it says who was waited for, and what to do.
+        late: the time is over; its sentence names what was waited for, and what to do.
     """
     try:
-        async with awake(deadline_s):
+        async with running_timeout(deadline_s):
             return await work
     except TimeoutError as error:
         raise late from error

@@ -1,14 +1,14 @@
-"""What a user can get wrong, said in one sentence: which part, what it needs, what it got, what to do."""
+"""Errors with a sentence for the user: which part, what it needs, what it got, what to do."""
 
 import unicodedata
 
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, half a pair, line and paragraph separators
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, half a pair, line and paragraph separators
 
-_HEAD, _TAIL = 1000, 400  # characters of a longer message that are said
+_HEAD, _TAIL = 1000, 400  # characters of a longer message that are kept
 
 
 class OpdError(Exception):
-    """The run cannot be right and stops; the message is one sentence for the person who started it.
+    """Base of all errors that stop a run; the message is one sentence for its user.
 
     It stays one line that can be read, and leaves a terminal as it is, whatever it repeats of a file or a command
     line: characters that are not seen are escaped (`x\\ny`), and a middle too long to be read is left out.
@@ -16,32 +16,32 @@ class OpdError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        text = text if text.isprintable() else "".join(map(_seen, text))
+        text = text if text.isprintable() else "".join(map(_escaped, text))
         left_out = len(text) - _HEAD - _TAIL
         return text if left_out <= 0 else f"{text[:_HEAD]} [{left_out} characters left out] {text[-_TAIL:]}"
 
 
-def _seen(character: str) -> str:
-    if unicodedata.category(character) not in _UNSEEN:
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) not in _INVISIBLE:
         return character
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class ConfigurationError(OpdError):
-    """The request itself is wrong; found before anything was started."""
+    """Invalid configuration, found before anything was started."""
 
 
 class DataError(OpdError):
-    """A prompt, a checkpoint or a testimony is not what it claims to be."""
+    """Invalid data: a prompt, completion, score, checkpoint or file is not what it claims to be."""
 
 
 class ServiceLost(OpdError):
-    """Whoever should have answered is gone; the request was not at fault, and another may be asked."""
+    """A service that is lost; the request was not at fault, and another replica may take it."""
 
 
 class ServiceVanished(ServiceLost):
-    """A service that is gone, and nothing is known of why: another one need not fare alike."""
+    """A service that is lost for an unknown reason: another replica need not fare alike."""
 
 
 class ServiceHung(ServiceLost):
-    """Whoever should have answered says himself that he is stuck."""
+    """A service that reports itself that it hangs."""

@@ -1,4 +1,4 @@
-"""splitmix64's finalizer, a bijection of 64-bit words (Steele et al. 2014, doi:10.1145/2660193.2660195), on tensors."""
+"""splitmix64's bijection of 64-bit words, on tensors (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
 
 from jaxtyping import Int64
 from torch import Tensor

@@ -128,7 +128,7 @@ class Surprise:
     """
 
     consumes: ClassVar[type[Scores]] = TokenScores
-    reads_written: ClassVar[bool] = False
+    reads_sampled_tokens: ClassVar[bool] = False
 
     def __call__(self, scored: Sequence[Scored[Any]], context: Any) -> list[Float[np.ndarray, " _T"]]:
         return [np.maximum(-np.asarray(s.trajectory.behavior.logprobs, dtype=np.float64), 0.0) for s in scored]

@@ -69,7 +69,7 @@ class WhereSure:
     """Token weight: 1 where the teacher's margin is at least `least` nats, else 0."""
 
     consumes: ClassVar[type[Scores]] = SampledMarginScores
-    reads_written: ClassVar[bool] = False  # a margin is the state's, whichever token was sampled there
+    reads_sampled_tokens: ClassVar[bool] = False  # a margin is the state's, whichever token was sampled there
 
     least: float = 0.1
 

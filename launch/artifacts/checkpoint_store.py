@@ -35,7 +35,7 @@ class CheckpointStore:
     folder: Path
 
     def steps(self) -> list[int]:
-        """Steps that have a folder, newest first; `verify` finds out which of them are whole."""
+        """Steps that have a folder, newest first; `verified_state` finds out which of them are whole."""
         return newest_first(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
 
     def path(self, step: int) -> Path:
@@ -78,7 +78,7 @@ class CheckpointStore:
             newest, *older = self.steps()
             if not set(older) & set(expired([newest, *older], 1, keep_every)):
                 return False
-            verify(self.path(newest))
+            verified_state(self.path(newest))
             size = sum(path.stat().st_size for path in self.path(newest).rglob("*"))
             if shutil.disk_usage(self.folder).free >= size:
                 return False
@@ -107,7 +107,7 @@ class CheckpointStore:
         skipped: list[str] = []
         for step in self.steps():
             try:
-                return self.path(step), verify(self.path(step)), skipped
+                return self.path(step), verified_state(self.path(step)), skipped
             except DataError as error:
                 skipped.append(str(error))
         why = f" ({'; '.join(skipped)})" if skipped else ""
@@ -116,7 +116,7 @@ class CheckpointStore:
         )
 
 
-def verify(folder: Path) -> DriverState:
+def verified_state(folder: Path) -> DriverState:
     """The verified checkpoint in `folder`: every byte of it is compared with its manifest first.
 
     Raises:

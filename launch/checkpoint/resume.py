@@ -21,7 +21,7 @@ from launch.artifacts.checkpoint_state import (
     name_of,
     newest_first,
 )
-from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory, check_name, read_jsonl
 from launch.artifacts.run_lock import check_not_running, is_over
 from launch.artifacts.summary import Outcome, RunSummary
@@ -89,7 +89,7 @@ def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool
                 f"resume={config.resume} is neither {LATEST!r}, nor a step, nor the path of a checkpoint such as "
                 "runs/<run_name>/checkpoints/step_40; give one of these"
             )
-        return path, verify(path), False
+        return path, verified_state(path), False
     if not config.run_name:
         raise ConfigurationError(f"resume={config.resume} needs run_name=... to say which run in {config.output_dir}")
     directory = RunDirectory.open(Path(config.output_dir) / config.run_name)
@@ -109,7 +109,7 @@ def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool
     if step not in store.steps():
         have = ", ".join(map(str, store.steps())) or "none"
         raise ConfigurationError(f"{store.folder} has no checkpoint of step {step} (have: {have}); choose one of these")
-    return store.path(step), verify(store.path(step)), True
+    return store.path(step), verified_state(store.path(step)), True
 
 
 def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
@@ -137,7 +137,7 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
             f"note: checkpoint_every was {changed['checkpoint_every'].before} and is {config.checkpoint_every} now; no "
             "text is written across a checkpoint, so from here on other versions write than would have"
         )
-    elif config.deterministic and not config.pipeline.repeats_from(step):
+    elif config.deterministic and not config.staleness_schedule.resumes_exactly(step):
         remarks.append(
             f"note: step {step} is no multiple of checkpoint_every, so text was on its way when it was saved; nothing "
             "is lost, but the run goes on with other text than an uninterrupted one would have"

@@ -13,7 +13,7 @@ from launch.config.run_config import RunConfig
 from launch.services.causes import brief
 from launch.services.learner_restart import RestartingLearner
 from launch.services.signals import Preempted, StopRequest
-from opd.deadlines import awake
+from opd.deadlines import running_timeout
 from opd.errors import OpdError
 from opd.loop.train import StepRecord
 
@@ -67,7 +67,7 @@ class Boundary:
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             return True
         late = self._clock() - self._since >= 60 * config.checkpoint_minutes > 0
-        return late and config.pipeline.may_pause(step)
+        return late and config.staleness_schedule.may_checkpoint(step)
 
     async def _save(self, step: int) -> None:
         self._stop.saving()
@@ -102,7 +102,7 @@ class Boundary:
         if isinstance(error, Preempted) or self.hopeless or self._stop.at_once:
             return
         try:
-            async with awake(self._config.learner.deadline_s):
+            async with running_timeout(self._config.learner.deadline_s):
                 await learner.settle()
                 if self._saver.kept != self.over:
                     await self._rescue()

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from launch.config.run_config import run_config
 from launch.config.shipped import groups
+from opd.certify.certificate import Certificate
 from opd.certify.certify import certify
-from opd.certify.page import Certificate
 from opd.errors import ConfigurationError
 
 

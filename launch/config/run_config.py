@@ -79,11 +79,11 @@ class RunConfig:
     overrides: tuple[str, ...] = field(repr=False)
 
     def __post_init__(self) -> None:
-        _ = self.pipeline
+        _ = self.staleness_schedule
         check_prompts(self.method, self.prompts)
 
     @property
-    def pipeline(self) -> StalenessSchedule:
+    def staleness_schedule(self) -> StalenessSchedule:
         """Staleness schedule of the run. Raises `ConfigurationError` where it makes no sense."""
         return StalenessSchedule(
             max_staleness=self.max_staleness,

@@ -13,7 +13,7 @@ from hf.folder import has_config
 from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import check_checkpoint
 from launch.artifacts.checkpoint_state import LEARNER, MANIFEST, newest_first
-from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, write_text
 from launch.plan.checks.ends import text_ends
@@ -113,7 +113,7 @@ def _write(place: Path, target: Path, student: str) -> None:
     _keep_libraries_quiet()
     from learner.merging import export_checkpoint  # transformers takes seconds, which other commands need not wait for
 
-    state = verify(place)
+    state = verified_state(place)
     origin = origin_of(state.config, student)
     check_checkpoint(origin.student, "the student that was trained (student=... if it has moved)")
     ends = text_ends(origin.student, HuggingFaceTokenizer(origin.student), {}).ids

@@ -250,7 +250,7 @@ class Run:
                 start=self._first,
                 steps=config.steps,
                 seed=config.seed,
-                pipeline=config.pipeline,
+                schedule=config.staleness_schedule,
                 ledger=self._ledger,
             )
             await saver.finish()

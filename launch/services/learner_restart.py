@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from launch.artifacts.checkpoint_store import verify
+from launch.artifacts.checkpoint_store import verified_state
 from launch.services.causes import brief
 from launch.services.cluster import is_lost
 from launch.services.learner_group import RanksLost
@@ -49,7 +49,7 @@ async def _fine(_: Any) -> None:
 
 async def verified(directory: Path) -> None:
     """Raise if the checkpoint with the learner's files in `directory` is not whole: every byte of it is read."""
-    await asyncio.to_thread(verify, directory.parent)
+    await asyncio.to_thread(verified_state, directory.parent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,8 +35,8 @@ from opd.ports import (
     WeightAck,
     WeightObserver,
 )
-from opd.rollouts.validation import verify as verify_completions
-from opd.scorers.validation import verify as verify_scores
+from opd.rollouts.validation import validate_completions
+from opd.scorers.validation import validate_scores
 
 
 async def _ready(actor: Any) -> None:
@@ -71,7 +71,7 @@ class StudentPool:
         self._generate: Dispatcher[GenerateRequest, Completion] = Dispatcher(
             replicas=self.replicas,
             ask=lambda actor, requests: streamed(actor.generate_in_parts, requests),
-            check=partial(verify_completions, rows=rows),
+            check=partial(validate_completions, rows=rows),
             lost=is_lost,
         )
 
@@ -191,7 +191,7 @@ class TeacherPool:
         self._score: Dispatcher[ScoreRequest, ScoreAnswer] = Dispatcher(
             replicas=self.replicas,
             ask=lambda actor, requests: owned_answers(actor.score_owned, requests),
-            check=verify_scores,
+            check=validate_scores,
             lost=is_lost,
         )
 

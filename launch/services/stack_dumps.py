@@ -20,7 +20,7 @@ from typing import Any
 
 from launch.artifacts.run_directory import write_text
 from launch.services.causes import without_colors
-from opd.deadlines import awake
+from opd.deadlines import running_timeout
 from opd.errors import OpdError
 from weight_sync.shared_memory import place
 
@@ -87,7 +87,7 @@ class Stacks:
         if told is None:
             return f"== {role}"
         try:
-            async with awake(_TOLD_S):
+            async with running_timeout(_TOLD_S):
                 listener: Listener = await told
         except Exception as error:  # noqa: BLE001 (it is dead, or never came so far)
             return f"== {role}: it never said how it can be looked at ({type(error).__name__})"

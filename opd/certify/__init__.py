@@ -1,1 +1,1 @@
-"""The gradient certificate: does a composed method train what its name says? (`docs/certificate.md`)"""
+"""The gradient certificate: comparison of a method's expected gradient with its promise (`docs/certificate.md`)."""

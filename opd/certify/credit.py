@@ -1,4 +1,4 @@
-"""Credit as it is defined: computed from the grader and the models, never from the scorer under test."""
+"""Credit by definition: computed from the grader and the models, never from the scorer under test."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 
 from opd.certify.engines import reward
+from opd.certify.enumeration import Enumeration
 from opd.certify.models import TinyModel
-from opd.certify.states import Enumerated
 from opd.types import AdvantageScores, Scored, StopReason, TopKReturnScores
 
 Credit = list[Float[np.ndarray, " _T"]]
 
 
-def given(scored: list[Scored[Any]]) -> Credit | None:
-    """The signed credit of every token as a scorer gave it; None where a scorer gives none."""
+def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
+    """Signed credit of every token as the scorer gave it; None where a scorer gives none."""
     match scored[0].scores:
         case AdvantageScores():
             return [np.asarray(s.scores.advantages, dtype=np.float64) for s in scored]
@@ -26,68 +26,68 @@ def given(scored: list[Scored[Any]]) -> Credit | None:
     return None
 
 
-def defined(seen: Enumerated, teachers: Mapping[str, TinyModel]) -> Credit | None:
-    """The same by definition; None where no definition is known for the scorer's fields."""
-    scorer = seen.scorer
-    match seen.scored[0].scores:
+def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit | None:
+    """Signed credit of every token by definition; None where no definition is known for the scorer's fields."""
+    scorer = enumeration.scorer
+    match enumeration.scored[0].scores:
         case AdvantageScores() if hasattr(scorer, "scale_by_std"):
-            return _advantages(seen, scorer.scale_by_std)
+            return _advantages(enumeration, scorer.scale_by_std)
         case TopKReturnScores() if hasattr(scorer, "discount"):
-            return [_returns(scorer, praise) for praise in _praise(seen, teachers)]
+            return [_returns(scorer, log_ratios) for log_ratios in _log_ratios(enumeration, teachers)]
     return None
 
 
-def at_places(seen: Enumerated, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, " n"]:
-    """The credit of every enumerated token: by definition, or else as given, or 0."""
-    credit = defined(seen, teachers) or given(seen.scored)
+def credit_at_positions(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, " n"]:
+    """Credit of every enumerated token: by definition, or else as the scorer gave it, or 0."""
+    credit = credit_by_definition(enumeration, teachers) or scorer_credit(enumeration.scored)
     if credit is None:
-        return np.zeros(len(seen.scored))
-    return np.asarray([c[p] for c, p in zip(credit, seen.place, strict=True)])
+        return np.zeros(len(enumeration.scored))
+    return np.asarray([c[p] for c, p in zip(credit, enumeration.position, strict=True)])
 
 
 def rewards(scored: list[Scored[Any]]) -> Float[np.ndarray, " n"]:
-    """What the grader gives for each text; a text that the token limit cut is wrong."""
+    """Reward of the grader for each text; 0 for a text that the token limit cut."""
     texts = [" ".join(map(str, s.trajectory.token_ids.tolist())) for s in scored]
     ended = [s.trajectory.stop is StopReason.END for s in scored]
     return np.asarray([reward(text) * end for text, end in zip(texts, ended, strict=True)])
 
 
-def _advantages(seen: Enumerated, scaled: bool) -> Credit:
+def _advantages(enumeration: Enumeration, scaled: bool) -> Credit:
     """`A_i = r_i - mean(r)` of a prompt's answers, divided by their standard deviation (n - 1) if scaled."""
-    earned, made = rewards(seen.scored), []
-    for _, group in groupby(range(len(earned)), key=lambda i: seen.scored[i].trajectory.prompt.id):
+    rewarded, made = rewards(enumeration.scored), []
+    for _, group in groupby(range(len(rewarded)), key=lambda i: enumeration.scored[i].trajectory.prompt.id):
         members = list(group)
-        mean = sum(earned[members]) / len(members)
-        variance = sum((earned[members] - mean) ** 2) / (len(members) - 1)
-        scale = variance**0.5 + seen.scorer.epsilon if scaled else 1.0
-        made += [np.full(len(seen.scored[i].trajectory), (earned[i] - mean) / scale) for i in members]
+        mean = sum(rewarded[members]) / len(members)
+        variance = sum((rewarded[members] - mean) ** 2) / (len(members) - 1)
+        scale = variance**0.5 + enumeration.scorer.epsilon if scaled else 1.0
+        made += [np.full(len(enumeration.scored[i].trajectory), (rewarded[i] - mean) / scale) for i in members]
     return made
 
 
-def _praise(seen: Enumerated, teachers: Mapping[str, TinyModel]) -> Credit:
-    """`log q - log mu` of every written token."""
-    texts = [item.trajectory for item in seen.scored]
-    read = {
+def _log_ratios(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """`log q - log mu` of every sampled token."""
+    texts = [item.trajectory for item in enumeration.scored]
+    scores = {
         name: model.logprobs([(t.prompt.teacher_ids, t.token_ids) for t in texts]) for name, model in teachers.items()
     }
     made = []
     for i, text in enumerate(texts):
-        taught = read[text.prompt.teacher][i]
-        drawn = seen.notes.written[text.prompt.id, text.sample].chances.to(taught.dtype)
+        taught = scores[text.prompt.teacher][i]
+        drawn = enumeration.log.generations[text.prompt.id, text.sample].logprobs.to(taught.dtype)
         own = torch.as_tensor(text.token_ids).long()[:, None]
         made.append((taught - drawn).gather(-1, own)[:, 0].detach().double().numpy())
     return made
 
 
-def _returns(scorer: Any, praise: Float[np.ndarray, " _T"]) -> Float[np.ndarray, " _T"]:
+def _returns(scorer: Any, log_ratios: Float[np.ndarray, " _T"]) -> Float[np.ndarray, " _T"]:
     """`R_t = sum_{j > t} discount^(j - t - 1) r_j`, over the number of its terms if length-normalized."""
-    tokens = len(praise)
-    from_here = np.convolve(praise[::-1], float(scorer.discount) ** np.arange(tokens))[:tokens][::-1]
+    tokens = len(log_ratios)
+    from_here = np.convolve(log_ratios[::-1], float(scorer.discount) ** np.arange(tokens))[:tokens][::-1]
     own = begins_with_own(scorer)  # then the sum begins at t
     total = (from_here if own else np.append(from_here[1:], 0.0)) * scorer.reward_scale
     return total / np.maximum(np.arange(tokens)[::-1] + own, 1) if scorer.length_normalized else total
 
 
 def begins_with_own(scorer: Any) -> bool:
-    """Whether a scorer says that a token's own reward is in its return."""
+    """Whether the return of a token has the token's own reward, as the scorer declares."""
     return bool(getattr(scorer, "own_reward", False))

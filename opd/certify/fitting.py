@@ -1,4 +1,4 @@
-"""A method fitted into a world: supports that its vocabulary can fill, names of tokens and teachers that it has."""
+"""Methods fitted into a world: supports no larger than its vocabulary, token and teacher names that it has."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -16,8 +16,8 @@ SUPPORT = 4  # the most ids a support has in a small world
 
 
 @dataclass(frozen=True, slots=True)
-class _AnyName(Mapping[str, int]):
-    """A vocabulary that has every token, under one of a few ids, and lists none."""
+class _AnyToken(Mapping[str, int]):
+    """Vocabulary that has every token, under one of a few ids, and lists none."""
 
     size: int
 
@@ -35,30 +35,30 @@ class _AnyName(Mapping[str, int]):
 
 
 def fitted(method: Method, vocabulary: int, largest: int = SUPPORT) -> Method:
-    """The method with supports of at most `largest` ids, and with ids for all tokens that its weights name."""
+    """Method with supports of at most `largest` ids, and with ids for all tokens that its weights name."""
     small = with_supports(method, lambda k: min(k, largest))
-    return with_known_tokens(small, _AnyName(vocabulary))
+    return with_known_tokens(small, _AnyToken(vocabulary))
 
 
 def with_supports(part: Any, size: Callable[[int], int]) -> Any:
-    """The same part with every support's number of ids changed."""
+    """The part with every support's number of ids changed."""
     return _changed(part, lambda name, value: size(value) if name in SUPPORT_FIELDS and value else value)
 
 
 def with_temperature(part: Any, temperature: float) -> Any:
-    """The same part with another temperature, unless it is greedy."""
+    """The part with another temperature, unless it is greedy."""
     return _changed(part, lambda name, value: temperature if name == "temperature" and value else value)
 
 
 def teacher_names(method: Method) -> tuple[str, ...]:
-    """Teachers that the shares of a method name; a single one without a name if there are none."""
+    """Names of teachers in the shares of a method, or that of the default teacher."""
     found: dict[str, None] = {}
     _changed(method, lambda name, value: found.update(dict.fromkeys(value)) or value if _shares(name, value) else value)
     return tuple(found) or ("default",)
 
 
 def with_more_teachers(method: Method) -> Method:
-    """The same method, with shares for more teachers wherever teachers have shares."""
+    """The method with shares for more teachers wherever teachers have shares."""
     more = {name: 2.0 + number for number, name in enumerate(MORE)}
     return _changed(method, lambda name, value: {**value, **more} if _shares(name, value) else value)
 
@@ -81,7 +81,7 @@ def _changed(part: Any, change: Callable[[str, Any], Any]) -> Any:
 
 
 def other_settings(part: Any) -> Iterator[Any]:
-    """The same part with one field at another value, for each field, also of parts within, and each legal value."""
+    """Variants of a part with one field at another legal value, for each field, also of parts within."""
     if not is_dataclass(part) or isinstance(part, type):
         return
     for f in fields(part):
@@ -90,7 +90,7 @@ def other_settings(part: Any) -> Iterator[Any]:
             try:
                 yield replace(part, **{f.name: new})
             except OpdError:
-                continue  # not a value that anybody can train with
+                continue  # not a legal value
 
 
 def _others(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The gradient that a method trains with in a world, and the gradient of what it promises there."""
+"""Expected training gradient of a method in a world, and the gradient of its promise there."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.certify.credit import at_places
+from opd.certify.credit import credit_at_positions
+from opd.certify.enumeration import Enumeration, enumerated
 from opd.certify.models import TinyModel
-from opd.certify.states import Enumerated, read
 from opd.certify.worlds import World
 from opd.loss.chunked import StudentLogits, flat_loss
 from opd.loss.chunked import read as read_teacher
@@ -24,53 +24,55 @@ from opd.types import Batch, Scored, TokenLoss
 EXACT = 1e-6  # behavior log-probabilities and weights travel in float32
 SAME = 1e-9  # two sums of the same float64 numbers
 NOTICED = 1e-3  # what a defect must change to be seen
-ALL = 2**30
-ONE = Layout(ranks=1, tokens_per_microbatch=ALL)
+UNLIMITED = 2**30
+ONE_RANK = Layout(ranks=1, tokens_per_microbatch=UNLIMITED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A method in a world, and everything it reads there."""
+    """A method in a world, with the enumeration of its trajectories."""
 
     method: Method
-    seen: Enumerated
+    enumeration: Enumeration
 
     @property
     def world(self) -> World:
-        return self.seen.world
+        return self.enumeration.world
 
     def weights(self) -> list[Float[np.ndarray, " _T"]]:
-        """Every token that could be written, by its chance times the weight that the method gives it."""
+        """Weight of every token that could be sampled: its probability times the method's own token weight."""
         own = [
             w[p]
             for w, p in zip(
-                weigh(self.method.weights, self.seen.scored, self.seen.context), self.seen.place, strict=True
+                weigh(self.method.weights, self.enumeration.scored, self.enumeration.context),
+                self.enumeration.position,
+                strict=True,
             )
         ]
-        return self.seen.weights(self.seen.chances * np.asarray(own))
+        return self.enumeration.weights(self.enumeration.probabilities * np.asarray(own))
 
     def training(self, objective: Any = None) -> Float[Tensor, " D"]:
-        """The expected training gradient."""
+        """Expected training gradient."""
         chosen = enumerable(objective or self.method.objective)
-        return gradient(self.seen, self.weights(), chosen, self.method.normalizer)
+        return gradient(self.enumeration, self.weights(), chosen, self.method.normalizer)
 
     def exact(
         self, promise: Promise | None = None, teachers: Mapping[str, TinyModel] | None = None
     ) -> Float[Tensor, " D"]:
-        """The gradient of the promise over the same states in float64, weighted and divided as training does."""
+        """Gradient of the promise over the same states in float64, weighted and divided as training does."""
         weights, world = self.weights(), self.world.to(torch.float64)
         student = _leaf(world.student)
-        readers = teachers or world.teachers
-        states = self.seen.states(student, readers, at_places(self.seen, readers))
-        counted = np.asarray([w[p] for w, p in zip(weights, self.seen.place, strict=True)])
+        taught_by = teachers or world.teachers
+        states = self.enumeration.states(student, taught_by, credit_at_positions(self.enumeration, taught_by))
+        counted = np.asarray([w[p] for w, p in zip(weights, self.enumeration.position, strict=True)])
         counted = torch.from_numpy(counted.reshape(-1, world.vocabulary).sum(-1))
         value = ((promise or self.method.objective.promise)(states) * counted).sum() / self.method.normalizer(weights)
         return _flat(torch.autograd.grad(value, (student.embedding, student.head), allow_unused=True), student)
 
 
-def case(method: Method, world: World) -> Case:
-    """`method` at work in `world`."""
-    return Case(method=method, seen=read(method.rollout, method.scorer, world))
+def make_case(method: Method, world: World) -> Case:
+    """Case of `method` in `world`: its own rollout and scorer are run."""
+    return Case(method=method, enumeration=enumerated(method.rollout, method.scorer, world))
 
 
 def _leaf(model: TinyModel) -> TinyModel:
@@ -83,25 +85,27 @@ def _flat(gradients: tuple[Tensor | None, ...], model: TinyModel) -> Tensor:
 
 
 def gradient(
-    seen: Enumerated,
+    enumeration: Enumeration,
     weights: list[np.ndarray],
     objective: Any,
     normalizer: Normalizer,
     *,
-    layout: Layout = ONE,
-    chunk: int = ALL,
+    layout: Layout = ONE_RANK,
+    chunk: int = UNLIMITED,
     order: np.ndarray | None = None,
 ) -> Float[Tensor, " D"]:
-    """The gradient that a learner would step along, through the real packing and the real loss."""
+    """Gradient that a learner would compute, through the real packing and the real loss."""
     order = np.arange(len(weights)) if order is None else order
-    scored: list[Scored[Any]] = [seen.scored[i] for i in order]
-    return descent(pack(scored, [weights[i] for i in order], layout, normalizer), objective, seen.world, chunk)
+    scored: list[Scored[Any]] = [enumeration.scored[i] for i in order]
+    return microbatch_gradient(
+        pack(scored, [weights[i] for i in order], layout, normalizer), objective, enumeration.world, chunk
+    )
 
 
-def descent(
-    packed: Sequence[Sequence[Batch[Any]]], objective: Any, world: World, chunk: int = ALL
+def microbatch_gradient(
+    packed: Sequence[Sequence[Batch[Any]]], objective: Any, world: World, chunk: int = UNLIMITED
 ) -> Float[Tensor, " D"]:
-    """The gradient of micro-batches `[rank][i]`, through the real loss."""
+    """Gradient of micro-batches `[rank][i]`, through the real loss."""
     student = _leaf(world.student)
     total = torch.zeros((), dtype=torch.float64)
     for batches in packed:
@@ -121,34 +125,41 @@ def _evaluation(objective: Any, here: Batch[Any], world: World) -> Callable[[Stu
     return evaluate
 
 
-def every_token(seen: Enumerated) -> Batch[Any]:
-    """One batch with every token that could be written, each with weight 1, as a learner has it."""
-    ((batch,),) = pack(seen.scored, seen.weights((seen.chances > 0).astype(np.float64)), ONE, TokenMean())
+def every_token(enumeration: Enumeration) -> Batch[Any]:
+    """Batch of all tokens that could be sampled, each with weight 1, as a learner has it."""
+    ((batch,),) = pack(
+        enumeration.scored,
+        enumeration.weights((enumeration.probabilities > 0).astype(np.float64)),
+        ONE_RANK,
+        TokenMean(),
+    )
     here = batch.to("cpu", lambda rows: rows)
-    return read_teacher(here.rows(0, len(here)), seen.world.heads())
+    return read_teacher(here.rows(0, len(here)), enumeration.world.heads())
 
 
-def logits(seen: Enumerated, batch: Batch[Any]) -> Float[Tensor, "L V"]:
-    """Those of the current student at the trained tokens of a batch; no gradient."""
-    student = seen.world.student
+def logits(enumeration: Enumeration, batch: Batch[Any]) -> Float[Tensor, "L V"]:
+    """Logits of the current student at the trained tokens of a batch; no gradient."""
+    student = enumeration.world.student
     return student.logits(student.hidden(batch.input_ids, batch.position_ids)[batch.predict_at])
 
 
-def slopes(objective: Any, at: Float[Tensor, "L V"], batch: Batch[Any], *, overlap_k: int = 0) -> Float[Tensor, "L V"]:
-    """The gradient of every token's loss with respect to its own logits `at`."""
+def logit_gradients(
+    objective: Any, at: Float[Tensor, "L V"], batch: Batch[Any], *, overlap_k: int = 0
+) -> Float[Tensor, "L V"]:
+    """Gradient of every token's loss with respect to its own logits `at`."""
     leaf = at.detach().clone().requires_grad_()
     loss = objective(StudentLogits(logits=leaf, overlap_k=overlap_k), batch).loss
     return torch.autograd.grad(loss.sum(), leaf)[0]
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference relative to the largest number, or to a thousandth where both are smaller."""
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference over the largest magnitude, or over 1e-3 where both are smaller."""
     scale = max(float(a.abs().max()), float(b.abs().max()), 1e-3)
     return float((a - b).abs().max()) / scale
 
 
 class Drawing(Protocol):
-    """An objective that draws tokens itself, independently and from the current student, and averages over them."""
+    """Objective that draws tokens itself, independently and from the current student, and averages over them."""
 
     samples: int
 
@@ -157,22 +168,22 @@ class Drawing(Protocol):
         ...
 
     def given(self, ids: Int[Tensor, "n m"], student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
-        """The loss if `ids` were drawn."""
+        """Loss if `ids` were drawn."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _EveryDraw:
-    """A drawing objective with every draw it could make, weighted with its chance."""
+    """Expectation of a drawing objective: all draws that it could make, weighted by their probability."""
 
     of: Drawing
 
     def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
-        chances = student.logprobs.detach().exp()
-        total = torch.zeros_like(chances[:, 0])
-        for token in range(chances.shape[1]):
+        probabilities = student.logprobs.detach().exp()
+        total = torch.zeros_like(probabilities[:, 0])
+        for token in range(probabilities.shape[1]):
             ids = torch.full((len(total), self.of.samples), token)
-            total = total + chances[:, token] * self.of.given(ids, student, batch).loss
+            total = total + probabilities[:, token] * self.of.given(ids, student, batch).loss
         return TokenLoss(loss=total, metrics={})
 
 
@@ -182,5 +193,5 @@ def draws(objective: Any) -> bool:
 
 
 def enumerable(objective: Any) -> Any:
-    """The objective without noise of its own."""
+    """The objective without draws of its own: their expectation."""
     return _EveryDraw(of=objective) if draws(objective) else objective

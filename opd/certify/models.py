@@ -1,4 +1,4 @@
-"""Language models that are small enough to enumerate what they write."""
+"""Tiny language models, small enough to enumerate their completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,26 +15,26 @@ _FORGOTTEN = 64  # tokens back: 2^-64 of anything is less than a rounding step o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyModel:
-    """A causal model without attention: `h_i = tanh(sum_d 2^-d E[id_(i-d)])`, logits `h_i W^T`, in any dtype."""
+    """Causal model without attention: `h_i = tanh(sum_d 2^-d E[id_(i-d)])`, logits `h_i W^T`, in any dtype."""
 
     embedding: Float[Tensor, "V H"]
     head: Float[Tensor, "V H"]
 
     def to(self, dtype: torch.dtype) -> "TinyModel":
-        """The same numbers, rounded to `dtype`."""
+        """Model with the same parameters, rounded to `dtype`."""
         return TinyModel(embedding=self.embedding.to(dtype), head=self.head.to(dtype))
 
-    def surer(self, times: float) -> "TinyModel":
-        """A model with all its logits multiplied."""
+    def sharpened(self, times: float) -> "TinyModel":
+        """Model with all logits multiplied by `times`."""
         return replace(self, head=self.head * times)
 
-    def moved(self, draw: torch.Generator, by: float) -> "TinyModel":
-        """A model not far from this one."""
+    def perturbed(self, draw: torch.Generator, by: float) -> "TinyModel":
+        """Model with normal noise of standard deviation `by` on all parameters."""
         noise = torch.randn(2, *self.head.shape, generator=draw, dtype=torch.float64) * by
         return TinyModel(embedding=self.embedding + noise[0], head=self.head + noise[1])
 
     def hidden(self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"]) -> Float[Tensor, "N H"]:
-        """Hidden states of packed sequences; a position says how many tokens of its own sequence it may see."""
+        """Hidden states of packed sequences; `positions` count from the start of each sequence."""
         total, back = self.embedding[ids], 1
         while back <= min(int(positions.max()), _FORGOTTEN):  # each turn doubles how far back is seen
             total = total + total.roll(back, 0) * (positions >= back)[:, None] * 0.5**back
@@ -42,25 +42,25 @@ class TinyModel:
         return total.tanh()
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """As the learner has them: at least float32."""
+        """Logits as the learner has them: at least float32."""
         logits = hidden @ self.head.T
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def readings(self, texts: Sequence[Text]) -> list[Float[Tensor, "_T H"]]:
-        """For every `(context, written)` the hidden states that predict its written tokens."""
-        packed = [np.concatenate([context, written[:-1]]) for context, written in texts]
+    def hidden_states(self, texts: Sequence[Text]) -> list[Float[Tensor, "_T H"]]:
+        """Hidden states that predict the completion tokens of every `(context, completion)`."""
+        packed = [np.concatenate([context, completion[:-1]]) for context, completion in texts]
         lengths = [len(ids) for ids in packed]
         positions = torch.as_tensor(np.concatenate([np.arange(n) for n in lengths]))
         states = self.hidden(torch.as_tensor(np.concatenate(packed)).long(), positions).split(lengths)
         return [h[len(context) - 1 :] for h, (context, _) in zip(states, texts, strict=True)]
 
     def logprobs(self, texts: Sequence[Text]) -> list[Float[Tensor, "_T V"]]:
-        """The distribution at each written token of every text."""
-        return [self.logits(h).log_softmax(-1) for h in self.readings(texts)]
+        """Log-probabilities of the vocabulary at each completion token of every text."""
+        return [self.logits(h).log_softmax(-1) for h in self.hidden_states(texts)]
 
 
 def make_model(draw: torch.Generator, vocabulary: int, width: int = WIDTH) -> TinyModel:
-    """A model whose even ids lead to confident states, odd ones to open states."""
+    """Random model whose even ids lead to states of low entropy, odd ones to states of high entropy."""
     embedding, head = torch.randn(2, vocabulary, width, generator=draw, dtype=torch.float64)
     embedding[:, 0] = torch.where(torch.arange(vocabulary) % 2 == 0, 2.0, -2.0)
     head = 0.7 * head

@@ -1,4 +1,4 @@
-"""A sum of terms: its gradient, in one pass over one packed step, is the sum of its terms' promises."""
+"""Checks of a sum of terms: its gradient, in one pass over a packed step, is that of the sum of the promises."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,9 +9,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opd.certify.certificate import Finding, Row, at_least
 from opd.certify.fitting import fitted, teacher_names
-from opd.certify.gradients import ALL, EXACT, NOTICED, SAME, Case, case, descent, distance, enumerable
-from opd.certify.page import Finding, Row, at_least
+from opd.certify.gradients import (
+    EXACT,
+    NOTICED,
+    SAME,
+    UNLIMITED,
+    Case,
+    enumerable,
+    make_case,
+    microbatch_gradient,
+    relative_difference,
+)
 from opd.certify.worlds import VOCABULARY, make_world
 from opd.loss.packing import WeighedTerm, pack_terms
 from opd.method.method import Method
@@ -27,7 +37,7 @@ STEPS = (0, 3, 9)  # of ten: where schedules are looked at
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sum:
-    """A method with several terms in a world, each term also by itself."""
+    """Method of several terms in a world, with a case of each term."""
 
     method: Method
     cases: Mapping[str, Case]
@@ -37,19 +47,19 @@ class _Sum:
         return SumOfTerms(objectives={name: enumerable(one.method.objective) for name, one in self.cases.items()})
 
     def scored(self) -> list[Scored[Any]]:
-        """Every trajectory with the scores of all terms."""
-        seen = {name: one.seen.scored for name, one in self.cases.items()}
+        """All trajectories with the scores of all terms."""
+        scored = {name: one.enumeration.scored for name, one in self.cases.items()}
         return [
             Scored(
                 trajectory=item.trajectory,
                 scores=item.scores,
-                terms={name: seen[name][i].scores for name in self.method.terms},
+                terms={name: scored[name][i].scores for name in self.method.terms},
             )
-            for i, item in enumerate(seen[MAIN])
+            for i, item in enumerate(scored[MAIN])
         ]
 
     def weighed(self, context: Context) -> dict[str, WeighedTerm]:
-        """Weights and coefficients at a step."""
+        """Token weights and coefficients at a step."""
         return {
             name: WeighedTerm(
                 weights=self.cases[name].weights(),
@@ -60,51 +70,60 @@ class _Sum:
         }
 
     def training(
-        self, context: Context, ranks: int = 1, tokens: int = ALL, chunk: int = ALL, order: np.ndarray | None = None
+        self,
+        context: Context,
+        ranks: int = 1,
+        tokens: int = UNLIMITED,
+        chunk: int = UNLIMITED,
+        order: np.ndarray | None = None,
     ) -> Float[Tensor, " D"]:
-        """The gradient that a learner would step along."""
+        """Gradient that a learner would compute."""
         scored, terms = self.scored(), self.weighed(context)
         order = np.arange(len(scored)) if order is None else order
-        turned = {name: replace(term, weights=[term.weights[i] for i in order]) for name, term in terms.items()}
-        packed = pack_terms([scored[i] for i in order], turned, Layout(ranks=ranks, tokens_per_microbatch=tokens))
-        return descent(packed, self.objective, self.cases[MAIN].world, chunk)
+        reordered = {name: replace(term, weights=[term.weights[i] for i in order]) for name, term in terms.items()}
+        packed = pack_terms([scored[i] for i in order], reordered, Layout(ranks=ranks, tokens_per_microbatch=tokens))
+        return microbatch_gradient(packed, self.objective, self.cases[MAIN].world, chunk)
 
     def exact(self, context: Context) -> Float[Tensor, " D"]:
-        """The coefficients times the gradients of the promises."""
+        """Sum of the coefficients times the gradients of the promises."""
         parts = [
             value(term.coefficient, context) * self.cases[name].exact() for name, term in self.method.every_term.items()
         ]
         return torch.stack(parts).sum(0)
 
 
-def of_terms(method: Method) -> Iterator[Finding]:
-    """What is promised of the sum, beyond what each term promises."""
+def check_terms(method: Method) -> Iterator[Finding]:
+    """Gradient and invariances of the sum of all terms."""
     small = fitted(method, VOCABULARY)
     world = make_world(0, names=teacher_names(method))
-    found = _Sum(method=small, cases={name: case(small.one_term(name), world) for name in small.every_term})
-    context = replace(found.cases[MAIN].seen.context, steps=10)
-    measured = [distance(found.training(context.at(step)), found.exact(context.at(step))) for step in STEPS]
+    total = _Sum(method=small, cases={name: make_case(small.one_term(name), world) for name in small.every_term})
+    context = replace(total.cases[MAIN].enumeration.context, steps=10)
+    measured = [relative_difference(total.training(context.at(step)), total.exact(context.at(step))) for step in STEPS]
     yield Row(name=GRADIENT, measured=max(measured), tolerance=EXACT)
-    whole = found.training(context)
+    whole = total.training(context)
     for name, term in small.every_term.items():
         if value(term.coefficient, context):
-            others = replace(found, cases=_silenced(found.cases, name))
-            yield at_least(f"the sum has a part of {name}", distance(whole, others.training(context)), NOTICED)
-    longest = max(len(s.trajectory.prompt.student_ids) + len(s.trajectory) for s in found.cases[MAIN].seen.scored)
+            others = replace(total, cases=_silenced(total.cases, name))
+            yield at_least(
+                f"the sum has a part of {name}", relative_difference(whole, others.training(context)), NOTICED
+            )
+    longest = max(
+        len(s.trajectory.prompt.student_ids) + len(s.trajectory) for s in total.cases[MAIN].enumeration.scored
+    )
     again = {
-        "micro-batch size": found.training(context, tokens=longest * 5),
-        "number of ranks": found.training(context, ranks=3, tokens=longest * 3),
-        "chunks of the loss": found.training(context, chunk=7),
-        "order of the trajectories": found.training(
-            context, order=np.random.default_rng(0).permutation(len(found.cases[MAIN].seen.scored))
+        "micro-batch size": total.training(context, tokens=longest * 5),
+        "number of ranks": total.training(context, ranks=3, tokens=longest * 3),
+        "chunks of the loss": total.training(context, chunk=7),
+        "order of the trajectories": total.training(
+            context, order=np.random.default_rng(0).permutation(len(total.cases[MAIN].enumeration.scored))
         ),
     }
     for name, one in again.items():
-        yield Row(name=f"sum, invariance: {name}", measured=distance(one, whole), tolerance=SAME)
+        yield Row(name=f"sum, invariance: {name}", measured=relative_difference(one, whole), tolerance=SAME)
 
 
 def _silenced(cases: Mapping[str, Case], name: str) -> dict[str, Case]:
-    """The same with an objective of the term `name` that is 0 everywhere."""
+    """The cases with an objective of the term `name` that is 0 everywhere."""
     one = cases[name]
     silent: Any = _Zero(of=one.method.objective)
     return {**cases, name: replace(one, method=replace(one.method, objective=silent))}
@@ -112,7 +131,7 @@ def _silenced(cases: Mapping[str, Case], name: str) -> dict[str, Case]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Zero:
-    """An objective times 0, with the promise, and all that is declared, of what it silences."""
+    """Objective times 0, with the declarations of the original."""
 
     of: Any
 

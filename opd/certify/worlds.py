@@ -1,7 +1,7 @@
-"""Worlds small enough to enumerate, and corners of the space in which methods train.
+"""Worlds: tiny students, teachers and prompts, of which every completion can be enumerated.
 
-Two prompts, a few positions, and for every position one trajectory per token that could be written there. Teachers
-know more than the student: they read a longer context. Completions differ in length.
+Two prompts, a few positions, and for every position one trajectory per token that could be sampled there. Teachers
+know more than the student: their context is longer. Completions differ in length.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,29 +24,30 @@ MORE = ("second", "third")  # teachers besides those that a method names itself;
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Who reads and writes. `writer` is the student that wrote, the current one unless it is stale.
+    """Models and prompts of a world.
 
-    `teachers` read and `authors` write, by name in the order of the engines; `strangers` are to be put in the teachers'
-    place. `places` are the positions at which every token is written once. `shift` = 1 makes teachers answer for the
-    token before, the commonest mistake of all. A teacher gives less by a factor of e to what stands at place `doubt` of
-    a text (nowhere where it is below 0).
+    `behavior` is the policy that generates: the current student unless it is stale. `teachers` score and `writers`
+    generate, by name in the order of the engines; `other_teachers` can replace the teachers. `positions` are those at
+    which every token is sampled once. `shift` = 1 makes teachers answer for the token before, the commonest mistake of
+    all. A teacher's unnormalized probability of the token at `perturbed_position` is smaller by a factor of e (-1:
+    nowhere).
     """
 
     vocabulary: int
     student: TinyModel
-    writer: TinyModel
+    behavior: TinyModel
     teachers: Mapping[str, TinyModel]
-    authors: Mapping[str, TinyModel]
-    strangers: Mapping[str, TinyModel]
+    writers: Mapping[str, TinyModel]
+    other_teachers: Mapping[str, TinyModel]
     contexts: Contexts = CONTEXTS
     length: int = LENGTH
-    places: tuple[int, ...] = tuple(range(LENGTH))
+    positions: tuple[int, ...] = tuple(range(LENGTH))
     shift: int = 0
-    doubt: int = -1
+    perturbed_position: int = -1
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Every prompt once per trajectory that will be written for it; teachers take turns by name."""
+        """Prompts, one per trajectory that will be generated; teachers take turns by name."""
         made: list[Prompt] = []
         names = sorted(self.teachers)
         for number, (own, taught) in enumerate(self.contexts):
@@ -57,22 +58,22 @@ class World:
                     student_ids=ids,
                     teacher_ids=others,
                     teacher=names[number % len(names)],
-                    answer=" ".join(map(str, path)),
+                    answer=" ".join(map(str, completion)),
                     weight=1.0 + number,
                 )
-                for path in self.paths(number)
+                for completion in self.completions(number)
             ]
         return made
 
-    def paths(self, number: int) -> list[Int[np.ndarray, " _length"]]:
-        """Completions for a prompt: one writes `v` at place `t`, and up to there all are the same."""
+    def completions(self, number: int) -> list[Int[np.ndarray, " _length"]]:
+        """Completions of a prompt: one for every id at every position, equal up to there."""
         base = ((np.arange(self.length) * 3 + number + 1) % self.vocabulary).astype(np.int32)
         made = []
-        for place in self.places:
+        for position in self.positions:
             for token in range(self.vocabulary):
-                path = base[: max(place + 1, self.length - (token + place) % 2)].copy()
-                path[place] = token
-                made.append(path)
+                completion = base[: max(position + 1, self.length - (token + position) % 2)].copy()
+                completion[position] = token
+                made.append(completion)
         return made
 
     def heads(self) -> list[Tensor]:
@@ -80,12 +81,12 @@ class World:
         return [teacher.head for teacher in self.teachers.values()]
 
     def to(self, dtype: torch.dtype) -> "World":
-        """The same world in another precision."""
+        """World in another precision."""
         return self._with(lambda model: model.to(dtype), lambda model: model.to(dtype))
 
-    def surer(self, student: float, teacher: float) -> "World":
-        """The same world, student or teacher nearly certain of every token."""
-        return self._with(lambda model: model.surer(student), lambda model: model.surer(teacher))
+    def sharpened(self, student: float, teacher: float) -> "World":
+        """World with the logits of student and teachers multiplied."""
+        return self._with(lambda model: model.sharpened(student), lambda model: model.sharpened(teacher))
 
     def _with(self, own: Callable[[TinyModel], TinyModel], others: Callable[[TinyModel], TinyModel]) -> "World":
         def changed(models: Mapping[str, TinyModel]) -> dict[str, TinyModel]:
@@ -94,18 +95,18 @@ class World:
         return replace(
             self,
             student=own(self.student),
-            writer=own(self.writer),
+            behavior=own(self.behavior),
             teachers=changed(self.teachers),
-            authors=changed(self.authors),
-            strangers=changed(self.strangers),
+            writers=changed(self.writers),
+            other_teachers=changed(self.other_teachers),
         )
 
-    def taught_by(self, teachers: Mapping[str, TinyModel]) -> "World":
-        """The same texts, read by others."""
+    def with_teachers(self, teachers: Mapping[str, TinyModel]) -> "World":
+        """World with other teachers."""
         return replace(self, teachers=teachers)
 
-    def equal(self) -> "World":
-        """The student is its own teacher, and knows as much."""
+    def with_student_as_teacher(self) -> "World":
+        """World whose student is its own teacher, in the same context."""
         own = tuple((context, context) for context, _ in self.contexts)
         return replace(self, teachers=dict.fromkeys(self.teachers, self.student), contexts=own)
 
@@ -113,35 +114,35 @@ class World:
 def make_world(
     seed: int, vocabulary: int = VOCABULARY, names: Sequence[str] = ("default",), *, distance: float = 0.5
 ) -> World:
-    """A fresh student, teachers not far from it, and strangers to put in their place."""
+    """World of a random student, of teachers that are it with noise of deviation `distance`, and of other teachers."""
     draw = torch.Generator().manual_seed(seed)
     student = make_model(draw, vocabulary)
-    teachers = {name: student.moved(draw, distance) for name in names}
-    strangers = {name: student.moved(draw, distance) for name in names}
+    teachers = {name: student.perturbed(draw, distance) for name in names}
+    other_teachers = {name: student.perturbed(draw, distance) for name in names}
     if MORE[0] in teachers:
         teachers[MORE[0]] = make_model(draw, vocabulary, width=5)
     return World(
         vocabulary=vocabulary,
         student=student,
-        writer=student,
+        behavior=student,
         teachers=teachers,
-        authors=teachers,
-        strangers=strangers,
+        writers=teachers,
+        other_teachers=other_teachers,
     )
 
 
 def stale(world: World, seed: int, distance: float = 0.2) -> World:
-    """The same world, written in by an earlier student."""
-    return replace(world, writer=world.student.moved(torch.Generator().manual_seed(seed), distance))
+    """World whose behavior policy is an earlier student."""
+    return replace(world, behavior=world.student.perturbed(torch.Generator().manual_seed(seed), distance))
 
 
-def one_state(world: World, place: int = 1) -> World:
-    """A world of one prompt and one position."""
-    return replace(world, contexts=world.contexts[:1], places=(place,))
+def one_state(world: World, position: int = 1) -> World:
+    """World of one prompt and one position."""
+    return replace(world, contexts=world.contexts[:1], positions=(position,))
 
 
 def long(world: World, prompt: int = 350, completion: int = 600) -> World:
-    """Prompts of hundreds of ids, of which the teacher sees as many more, and completions of hundreds."""
+    """World of one prompt of `prompt` ids, 50 more for the teacher, and completions of `completion` ids."""
     ids = np.random.default_rng(0).integers(0, world.vocabulary, (2, prompt + 50)).tolist()
     contexts = tuple((tuple(row[50:]), tuple(row)) for row in ids)
-    return replace(world, contexts=contexts[:1], length=completion, places=(1, completion - 1))
+    return replace(world, contexts=contexts[:1], length=completion, positions=(1, completion - 1))

@@ -9,7 +9,7 @@ import numpy as np
 
 from opd.ports import Context, Learner, LogprobTeacher, ScoreKind, ScoreKinds, ScoreRequest
 from opd.ports.score_kinds import A
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.types import TokenScores, Trajectory
 
 
@@ -92,7 +92,7 @@ async def ask(teacher: LogprobTeacher, written: Sequence[Trajectory], kind: Scor
     """Scores of one kind about the written texts, verified."""
     requests = [ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kinds=(kind,)) for t in written]
     answers = await teacher.score(requests)
-    verify(requests, answers)
+    validate_scores(requests, answers)
     return [cast(A, scores) for (scores,) in answers]
 
 

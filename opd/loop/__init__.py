@@ -1,1 +1,1 @@
-"""The training loop: collect, score, weigh, pack, learn, publish; what is collected ahead, and what became of it."""
+"""The training loop, its rollout buffer, staleness schedule, step clock and ledger of trajectories."""

@@ -1,4 +1,4 @@
-"""Clock of a step: when its parts began and ended, as seconds and as spans."""
+"""Step clock: durations and spans of the parts of a training step."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,8 +14,11 @@ def _now() -> float:
 
 @dataclass(slots=True)
 class StepClock:
-    """Times of one step, by the event loop's clock: it `began`, its rollouts were there, its update, the text before
-    the next weights, and its publication ended. A time that was not marked is that of the mark before it."""
+    """Times at which the parts of a step ended, in seconds of the event loop's clock.
+
+    `began`, then the end of waiting for rollouts, of the update, of draining and of publishing. A time that was not
+    marked is that of the mark before it.
+    """
 
     began: float
     waited: float = 0.0
@@ -25,34 +28,34 @@ class StepClock:
 
     @classmethod
     def begin(cls) -> "StepClock":
-        """The clock of a step that begins now."""
+        """Clock of a step that begins now."""
         return cls(began=_now())
 
     def mark_rollouts(self) -> None:
-        """The rollouts are there; the update begins."""
+        """Mark the end of waiting for rollouts, where the update begins."""
         self.waited = self.updated = self.drained = self.ended = _now()
 
     def mark_update(self) -> None:
-        """The student is updated."""
+        """Mark the end of the update."""
         self.updated = self.drained = self.ended = _now()
 
     def mark_drained(self) -> None:
-        """No text of older weights is being written any more; the publication begins."""
+        """Mark the end of draining, where publishing begins: no text of older weights is being generated any more."""
         self.drained = self.ended = _now()
 
     def mark_end(self) -> None:
-        """The new weights are live."""
+        """Mark the end of publishing: the new weights are live."""
         self.ended = _now()
 
     def mark_unpublished(self) -> None:
-        """The run breaks off after the update: nothing was published."""
+        """Mark the end of a step whose run breaks off after the update: nothing was published."""
         self.mark_update()
 
     def seconds(self, rollouts: BufferedStep) -> Mapping[str, float]:
-        """See `opd.loop.train.StepRecord.seconds`."""
+        """Durations by part; see `opd.loop.train.StepRecord.seconds`."""
         return {
-            "rollout": rollouts.written - rollouts.began,
-            "score": max(rollouts.read - rollouts.written, 0.0),
+            "rollout": rollouts.generated_at - rollouts.began,
+            "score": max(rollouts.scored_at - rollouts.generated_at, 0.0),
             "wait": self.waited - self.began + self.drained - self.updated,
             "train": self.updated - self.waited,
             "publish": self.ended - self.drained,
@@ -60,7 +63,7 @@ class StepClock:
         }
 
     def spans(self, rollouts: BufferedStep) -> list[Span]:
-        """Who worked for the step when; see `opd.loop.train.StepRecord.spans`."""
+        """Spans of rollout, teacher, learner and publishing; see `opd.loop.train.StepRecord.spans`."""
         number = rollouts.step + 1
         return [
             *rollouts.spans,

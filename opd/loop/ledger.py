@@ -1,4 +1,4 @@
-"""What became of every trajectory: nothing is lost without a reason, and nothing is trained twice.
+"""Ledger of trajectories: none is lost without a reason, and none is trained twice.
 
 Every trajectory has an entry `(step, prompt id, sample)` that moves along `State`. The identity
 `issued == trained + dropped + outstanding` is counted from both sides and checked, not derived.
@@ -17,11 +17,11 @@ _FORMAT = "opd ledger 1"
 
 
 class State(Enum):
-    """Where a trajectory is. The last two are final."""
+    """State of a trajectory. The last two are final."""
 
-    ISSUED = "issued"  # asked for
-    GENERATED = "generated"  # written
-    SCORED = "scored"  # read by its teacher
+    ISSUED = "issued"  # requested
+    GENERATED = "generated"  # has its completion
+    SCORED = "scored"  # has its scores
     LEASED = "leased"  # taken by the learner, and fresh enough
     TRAINED = "trained"
     DROPPED = "dropped"
@@ -36,7 +36,7 @@ _NEXT: Mapping[State, frozenset[State]] = {
 
 
 class Entry(NamedTuple):
-    """One trajectory's name within a run: the step that asked for it (from 0), its prompt, its number in the group."""
+    """Identifier of a trajectory within a run: step (from 0), prompt id, number in the group."""
 
     step: int
     prompt_id: str
@@ -45,9 +45,9 @@ class Entry(NamedTuple):
 
 @dataclass(slots=True)
 class Ledger:
-    """Every trajectory that is neither trained nor dropped, by name, and counts of those that are.
+    """Outstanding trajectories by identifier, and counts of those that were trained or dropped.
 
-    A step's names are forgotten when all of them are settled; a name of such a step is refused from then on, so
+    A step's entries are forgotten when all of them are settled; an entry of such a step is refused from then on, so
     memory is that of the outstanding steps. Example: after one step of 64 prompts of which one could not be trained
     `summary()` has `issued=64, trained=63, dropped=1, outstanding=0`.
     """
@@ -61,27 +61,27 @@ class Ledger:
     _open: dict[int, dict[Entry, State]] = field(default_factory=dict)
     _settled: set[int] = field(default_factory=set)  # steps from `_first` on of which nothing is open any more
     _first: int = 0  # every step below is settled
-    _again: set[Entry] = field(default_factory=set)  # outstanding when the run stopped; to be asked for once more
+    _again: set[Entry] = field(default_factory=set)  # outstanding when the run stopped; to be issued once more
 
     @property
     def outstanding(self) -> int:
-        """Issued, and neither trained nor dropped yet; counted, not derived."""
+        """Number of trajectories that are issued, and neither trained nor dropped yet; counted, not derived."""
         return sum(state not in (State.TRAINED, State.DROPPED) for of in self._open.values() for state in of.values())
 
     def begin(self, step: int) -> None:
-        """Steps before `step` are none of this run's: it starts there."""
+        """Set the first step of this run; steps before `step` are refused."""
         self._first = max(self._first, step)
 
     def issue(self, step: int, entries: Iterable[Entry]) -> None:
-        """All trajectories of a step, asked for.
+        """Add all trajectories of a step.
 
         Raises:
-            DataError: the step was asked for before, or a name stands in it twice. What was outstanding when the run
-                stopped (`reopen`) is asked for again, once, and is not counted twice.
+            DataError: the step was issued before, or an entry stands in it twice. What was outstanding when the run
+                stopped (`reopen`) is issued again, once, and is not counted twice.
         """
         names = list(entries)
-        if step < self._first or step in self._settled or (step in self._open and not self._outstanding_again(step)):
-            raise DataError(f"step {step} was issued before; every step is asked for once")
+        if step < self._first or step in self._settled or (step in self._open and not self._is_reissued(step)):
+            raise DataError(f"step {step} was issued before; every step is issued once")
         if len(set(names)) < len(names):
             twice = next(name for name, n in Counter(names).items() if n > 1)
             raise DataError(
@@ -100,15 +100,14 @@ class Ledger:
             known.setdefault(name, State.ISSUED)
         self._settle(step)
 
-    def _outstanding_again(self, step: int) -> bool:
+    def _is_reissued(self, step: int) -> bool:
         return any(name in self._again for name in self._open[step])
 
     def move(self, entries: Iterable[Entry], to: State, reason: str = "") -> None:
-        """Move trajectories on.
+        """Change the state of trajectories to `to`, with a `reason` where they are dropped.
 
         Raises:
-            DataError: one is not where it can move to `to` from; `reason` is missing where one is dropped. Nothing is
-                moved then.
+            DataError: `to` cannot follow the state of one of them, or the reason is missing. None is changed then.
         """
         names = list(entries)
         if (to is State.DROPPED) != bool(reason):
@@ -140,7 +139,7 @@ class Ledger:
             self._settle(step)
 
     def requeue(self, entries: Iterable[Entry], reason: str) -> None:
-        """Ask again for trajectories that are outstanding.
+        """Put outstanding trajectories back to `ISSUED`, to be generated again; `reason` is counted.
 
         Raises:
             DataError: one is settled already. Nothing is requeued then.
@@ -155,10 +154,10 @@ class Ledger:
             self.requeued[reason] += len(names)
 
     def state(self, entry: Entry) -> State:
-        """Where a trajectory is. Raises `DataError` for one that was never issued, or whose step is settled."""
+        """State of a trajectory. Raises `DataError` for one that was never issued, or whose step is settled."""
         found = self._open.get(entry.step, {}).get(entry)
         if found is None:
-            when = "whose step is settled" if self._is_settled(entry.step) else "that was never asked for"
+            when = "whose step is settled" if self._is_settled(entry.step) else "that was never issued"
             raise DataError(f"the ledger has no open trajectory {entry}: one {when}")
         return found
 
@@ -173,7 +172,7 @@ class Ledger:
             )
 
     def reopen(self) -> None:
-        """The run stopped and goes on: whatever was outstanding is asked for again, under the same names."""
+        """Prepare for a resumed run: all that was outstanding is issued again, under the same identifiers."""
         for of in self._open.values():
             names = [name for name, state in of.items() if state not in (State.TRAINED, State.DROPPED)]
             self.requeue(names, "resumed")
@@ -196,7 +195,7 @@ class Ledger:
         }
 
     def to_json(self) -> str:
-        """Everything, for a checkpoint."""
+        """The ledger as JSON, for a checkpoint."""
         entries = [
             [name.step, name.prompt_id, name.sample, state.value, name in self._again]
             for step in sorted(self._open)
@@ -219,20 +218,20 @@ class Ledger:
 
     @classmethod
     def from_json(cls, text: str) -> "Ledger":
-        """What `to_json` wrote.
+        """The ledger that `to_json` wrote.
 
         Raises:
             DataError: it is not a ledger, or does not add up.
         """
         try:
-            said: dict[str, Any] = json.loads(text)
-            if said["format"] != _FORMAT:
+            content: dict[str, Any] = json.loads(text)
+            if content["format"] != _FORMAT:
                 raise ValueError("another format")
-            issued, generated, scored, trained = (int(said[n]) for n in ("issued", "generated", "scored", "trained"))
+            issued, generated, scored, trained = (int(content[n]) for n in ("issued", "generated", "scored", "trained"))
             ledger = cls(issued=issued, generated=generated, scored=scored, trained=trained)
-            ledger.dropped, ledger.requeued = _counter(said["dropped"]), _counter(said["requeued"])
-            ledger._first, ledger._settled = int(said["first"]), {int(step) for step in said["settled"]}
-            for step, prompt_id, sample, state, again in said["open"]:
+            ledger.dropped, ledger.requeued = _counter(content["dropped"]), _counter(content["requeued"])
+            ledger._first, ledger._settled = int(content["first"]), {int(step) for step in content["settled"]}
+            for step, prompt_id, sample, state, again in content["open"]:
                 name = Entry(int(step), str(prompt_id), int(sample))
                 ledger._open.setdefault(name.step, {})[name] = State(state)
                 if again:
@@ -259,9 +258,9 @@ class Ledger:
 
 
 def entries_of(step: int, groups: Iterable[Sequence[Any]]) -> list[list[Entry]]:
-    """The names of a step's groups of prompts, each numbered within its group."""
+    """Entries of a step's groups of prompts, numbered within each group."""
     return [[Entry(step, prompt.id, i) for i, prompt in enumerate(group)] for group in groups]
 
 
-def _counter(said: Mapping[str, int]) -> Counter[str]:
-    return Counter({str(reason): int(n) for reason, n in said.items()})
+def _counter(counts: Mapping[str, int]) -> Counter[str]:
+    return Counter({str(reason): int(n) for reason, n in counts.items()})

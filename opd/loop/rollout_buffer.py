@@ -1,4 +1,4 @@
-"""Collecting text ahead of training: every step's groups are written and read as early as the pipeline allows."""
+"""Rollout buffer: groups are generated and scored as far ahead of training as the staleness schedule allows."""
 
 import asyncio
 from collections import defaultdict
@@ -20,28 +20,28 @@ Group = list[Scored[Any]]
 
 @dataclass(slots=True)
 class BufferedStep:
-    """A step's groups in the order asked, and who worked for it when (`loop.time()`, from `began`)."""
+    """A step's groups in the order of its prompts, with the spans of engines that made them (`loop.time()` seconds)."""
 
     step: int
     began: float
-    asked: list[list[Prompt]]
+    prompts: list[list[Prompt]]
     groups: list[Group] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     nbytes: int = 0
 
     @property
     def scored(self) -> Group:
-        """All trajectories."""
+        """All scored trajectories of the step."""
         return [item for group in self.groups for item in group]
 
     @property
-    def written(self) -> float:
-        """When the last completion was there."""
+    def generated_at(self) -> float:
+        """Time of the last completion."""
         return self._last(Stage.ROLLOUT)
 
     @property
-    def read(self) -> float:
-        """When the last testimony was there."""
+    def scored_at(self) -> float:
+        """Time of the last scores."""
         return self._last(Stage.TEACHER)
 
     def _last(self, role: Stage) -> float:
@@ -49,7 +49,7 @@ class BufferedStep:
 
 
 class RolloutBuffer:
-    """Begins steps in order; `run` in a task, `take` what is ready, `advance` when new weights are live."""
+    """Producer of scored rollouts, step by step: `run` in a task, `take` what is ready, `advance` with new weights."""
 
     def __init__(
         self,
@@ -58,22 +58,22 @@ class RolloutBuffer:
         sources: Sources,
         context: Context,
         ledger: Ledger,
-        pipeline: StalenessSchedule,
+        schedule: StalenessSchedule,
     ) -> None:
         start, steps = context.step, context.steps
         self._method, self._prompts, self._sources, self._context = method, prompts, sources, context
-        self._ledger, self._pipeline, self._start, self._steps = ledger, pipeline, start, steps
+        self._ledger, self._schedule, self._start, self._steps = ledger, schedule, start, steps
         self._live, self._swapping = start, False
-        self._held = self._largest = self._writing = 0  # bytes ready, bytes of the largest step, steps not yet ready
+        self._held = self._largest = self._in_flight = 0  # bytes ready, bytes of the largest step, steps not yet ready
         self._changed = asyncio.Condition()
-        self._reading = asyncio.Lock()
-        self._written: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
+        self._scoring = asyncio.Lock()
+        self._generated: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._ready: defaultdict[int, asyncio.Future[BufferedStep]] = defaultdict(
             asyncio.get_running_loop().create_future
         )
 
     async def run(self) -> None:
-        """Collect all steps; a failure anywhere ends it."""
+        """Generate and score all steps; a failure anywhere ends it."""
         async with asyncio.TaskGroup() as tasks:
             for step in range(self._start, self._steps):
                 async with self._changed:
@@ -81,121 +81,121 @@ class RolloutBuffer:
                 tasks.create_task(self._collect(self._begin(step)))
 
     async def take(self, step: int, published: Mapping[int, str]) -> BufferedStep:
-        """The step's rollouts, written, scored and admitted to training; steps are taken by number.
+        """Rollouts of a step, generated, scored and admitted to training; steps are taken by number.
 
-        Text that is too old, or of weights that were not `published` (digests by version), is written again, once. With
-        the schedule's own order there is none; it takes an engine that missed an update. What comes back like that a
-        second time is dropped.
+        Text that is too old, or of weights that were not `published` (digests by version), is generated again, once.
+        With the schedule's own order there is none; it takes an engine that missed an update. What is rejected a second
+        time is dropped.
         """
-        found = await self._ready[step]
-        reasons = rejected(found, self._pipeline, published)
-        which = [i for i, g in enumerate(found.groups) if any(n in reasons for n in names_of(step, g))]
+        rollouts = await self._ready[step]
+        reasons = rejected(rollouts, self._schedule, published)
+        which = [i for i, g in enumerate(rollouts.groups) if any(n in reasons for n in names_of(step, g))]
         for i in which:
-            names = names_of(step, found.groups[i])
+            names = names_of(step, rollouts.groups[i])
             self._ledger.requeue(names, next(reasons[name] for name in names if name in reasons))
         if which:
-            await self._again(found, which)
-            reasons = rejected(found, self._pipeline, published)
+            await self._regenerate(rollouts, which)
+            reasons = rejected(rollouts, self._schedule, published)
             for name, reason in reasons.items():
                 self._ledger.move([name], State.DROPPED, reason)
-            found.groups = [
+            rollouts.groups = [
                 [item for name, item in zip(names_of(step, group), group, strict=True) if name not in reasons]
-                for group in found.groups
+                for group in rollouts.groups
             ]
-        self._ledger.move(names_of(step, found.scored), State.LEASED)
-        return found
+        self._ledger.move(names_of(step, rollouts.scored), State.LEASED)
+        return rollouts
 
-    async def _again(self, found: BufferedStep, which: Sequence[int]) -> None:
-        """Have the groups `which` written and scored once more, by the weights that are live now."""
-        fresh = await _all([self._through(found, found.asked[i]) for i in which])
+    async def _regenerate(self, rollouts: BufferedStep, which: Sequence[int]) -> None:
+        """Generate and score the groups `which` once more, by the weights that are live now."""
+        fresh = await _all([self._generate_and_score(rollouts, rollouts.prompts[i]) for i in which])
         for i, group in zip(which, fresh, strict=True):
-            found.groups[i] = group
+            rollouts.groups[i] = group
 
     async def drained(self, version: int) -> None:
-        """Before `version` goes live: wait for the text that weights before it must finish (and have read)."""
-        if not self._pipeline.drains:
+        """Wait, before `version` goes live, for the completions that older weights must finish (and have scored)."""
+        if not self._schedule.drains:
             return
-        if self._pipeline.deterministic:
-            due = [s for s in range(version, self._steps) if self._pipeline.min_version(s, self._start) < version]
+        if self._schedule.deterministic:
+            due = [s for s in range(version, self._steps) if self._schedule.min_version(s, self._start) < version]
         else:
             self._swapping = True  # nothing new is begun until `advance`
-            due = list(self._written)
+            due = list(self._generated)
         for step in due:
-            await self._written[step].wait()
-            if self._pipeline.deterministic and self._pipeline.teacher_follows:
+            await self._generated[step].wait()
+            if self._schedule.deterministic and self._schedule.teacher_follows:
                 await asyncio.wait({self._ready[step]})
 
     async def advance(self, version: int, trained: BufferedStep) -> None:
-        """`version` is live, and the text of `trained` is not needed any more."""
+        """Note that `version` is live, and release the text of `trained`."""
         async with self._changed:
             self._live, self._swapping = version, False
             self._held -= trained.nbytes
-            for kept in (self._written, self._ready):
+            for kept in (self._generated, self._ready):
                 kept.pop(trained.step, None)
             self._changed.notify_all()
 
     def _may_begin(self, step: int) -> bool:
-        if self._swapping or self._live < self._pipeline.min_version(step, self._start):
+        if self._swapping or self._live < self._schedule.min_version(step, self._start):
             return False
-        # What is being written will be as large as the largest step so far, for all we know.
-        expected = self._held + self._writing * self._largest
-        return self._pipeline.deterministic or expected < self._pipeline.max_buffer_bytes
+        # A step in flight is taken to become as large as the largest so far.
+        expected = self._held + self._in_flight * self._largest
+        return self._schedule.deterministic or expected < self._schedule.max_buffer_bytes
 
     def _begin(self, step: int) -> BufferedStep:
-        asked = [list(g) for _, g in groupby(self._prompts(step, self._sources), key=lambda prompt: prompt.id)]
-        self._ledger.issue(step, [entry for group in entries_of(step, asked) for entry in group])
-        self._written[step].clear()
-        self._writing += 1
-        return BufferedStep(step=step, began=asyncio.get_running_loop().time(), asked=asked)
+        prompts = [list(g) for _, g in groupby(self._prompts(step, self._sources), key=lambda prompt: prompt.id)]
+        self._ledger.issue(step, [entry for group in entries_of(step, prompts) for entry in group])
+        self._generated[step].clear()
+        self._in_flight += 1
+        return BufferedStep(step=step, began=asyncio.get_running_loop().time(), prompts=prompts)
 
-    async def _collect(self, collected: BufferedStep) -> None:
-        """Every group is read as soon as it is written; if all must repeat, as one batch when all are."""
-        step = collected.step
-        if self._pipeline.deterministic:
-            written = await _all([self._write(collected, group) for group in collected.asked])
-            self._written[step].set()
-            async with self._reading:  # two steps never share a call of the teacher's, whatever the timing
-                collected.groups = await _all([self._read(collected, group) for group in written])
+    async def _collect(self, rollouts: BufferedStep) -> None:
+        """Score every group as soon as it is generated; if deterministic, as one batch when all are."""
+        step = rollouts.step
+        if self._schedule.deterministic:
+            generated = await _all([self._generate(rollouts, group) for group in rollouts.prompts])
+            self._generated[step].set()
+            async with self._scoring:  # two steps never share a forward pass of the teacher, whatever the timing
+                rollouts.groups = await _all([self._score(rollouts, group) for group in generated])
         else:
-            collected.groups = await self._stream(collected)
-        collected.nbytes = sum(nbytes(item) for item in collected.scored)
-        self._held, self._writing = self._held + collected.nbytes, self._writing - 1
-        self._largest = max(self._largest, collected.nbytes)
-        self._ready[step].set_result(collected)
+            rollouts.groups = await self._stream(rollouts)
+        rollouts.nbytes = sum(nbytes(item) for item in rollouts.scored)
+        self._held, self._in_flight = self._held + rollouts.nbytes, self._in_flight - 1
+        self._largest = max(self._largest, rollouts.nbytes)
+        self._ready[step].set_result(rollouts)
 
-    async def _stream(self, collected: BufferedStep) -> list[Group]:
-        left = len(collected.asked)
+    async def _stream(self, rollouts: BufferedStep) -> list[Group]:
+        left = len(rollouts.prompts)
         if not left:
-            self._written[collected.step].set()
+            self._generated[rollouts.step].set()
 
         async def one(group: list[Prompt]) -> Group:
             nonlocal left
-            written = await self._write(collected, group)
+            generated = await self._generate(rollouts, group)
             left -= 1
             if not left:
-                self._written[collected.step].set()
-            return await self._read(collected, written)
+                self._generated[rollouts.step].set()
+            return await self._score(rollouts, generated)
 
-        return await _all([one(group) for group in collected.asked])
+        return await _all([one(group) for group in rollouts.prompts])
 
-    async def _through(self, collected: BufferedStep, group: list[Prompt]) -> Group:
-        return await self._read(collected, await self._write(collected, group))
+    async def _generate_and_score(self, rollouts: BufferedStep, group: list[Prompt]) -> Group:
+        return await self._score(rollouts, await self._generate(rollouts, group))
 
-    async def _write(self, collected: BufferedStep, group: list[Prompt]) -> list[Trajectory]:
+    async def _generate(self, rollouts: BufferedStep, group: list[Prompt]) -> list[Trajectory]:
         began = asyncio.get_running_loop().time()
-        written = await self._method.rollout(group, self._context.at(collected.step))
-        collected.spans.append(self._span(Stage.ROLLOUT, collected.step, began))
-        names = _names(collected.step, written)
-        asked = entries_of(collected.step, [group])[0]
+        generated = await self._method.rollout(group, self._context.at(rollouts.step))
+        rollouts.spans.append(self._span(Stage.ROLLOUT, rollouts.step, began))
+        names = _names(rollouts.step, generated)
+        due = entries_of(rollouts.step, [group])[0]
         self._ledger.move(names, State.GENERATED)
-        self._ledger.move(sorted(set(asked) - set(names)), State.DROPPED, "not written")
-        return written
+        self._ledger.move(sorted(set(due) - set(names)), State.DROPPED, "not written")
+        return generated
 
-    async def _read(self, collected: BufferedStep, written: list[Trajectory]) -> Group:
+    async def _score(self, rollouts: BufferedStep, generated: list[Trajectory]) -> Group:
         began = asyncio.get_running_loop().time()
-        items = await scored(self._method, written, self._context.at(collected.step))
-        collected.spans.append(self._span(Stage.TEACHER, collected.step, began))
-        self._ledger.move(_names(collected.step, written), State.SCORED)
+        items = await scored(self._method, generated, self._context.at(rollouts.step))
+        rollouts.spans.append(self._span(Stage.TEACHER, rollouts.step, began))
+        self._ledger.move(_names(rollouts.step, generated), State.SCORED)
         return items
 
     def _span(self, role: Stage, step: int, began: float) -> Span:
@@ -203,7 +203,7 @@ class RolloutBuffer:
 
 
 def names_of(step: int, group: Sequence[Scored[Any]]) -> list[Entry]:
-    """What the ledger calls them."""
+    """Ledger entries of a group's trajectories."""
     return _names(step, [item.trajectory for item in group])
 
 
@@ -211,23 +211,23 @@ def _names(step: int, trajectories: Sequence[Trajectory]) -> list[Entry]:
     return [Entry(step, t.prompt.id, t.sample) for t in trajectories]
 
 
-def rejected(collected: BufferedStep, pipeline: StalenessSchedule, published: Mapping[int, str]) -> dict[Entry, str]:
-    """The trajectories of a step that may not be trained at it, and why."""
+def rejected(rollouts: BufferedStep, schedule: StalenessSchedule, published: Mapping[int, str]) -> dict[Entry, str]:
+    """Trajectories of a step that may not be trained at it, each with the reason."""
     reasons = {
-        name: pipeline.reject_reason(item.trajectory, collected.step, published)
-        for group in collected.groups
-        for name, item in zip(names_of(collected.step, group), group, strict=True)
+        name: schedule.reject_reason(item.trajectory, rollouts.step, published)
+        for group in rollouts.groups
+        for name, item in zip(names_of(rollouts.step, group), group, strict=True)
     }
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 async def _all(work: Sequence[Any]) -> list[Any]:
-    """The results, in order; the first failure ends the others."""
+    """Results in order; the first failure cancels the others."""
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one) for one in work]
-    if any(task.cancelled() for task in running):  # not by us; a group of tasks takes no notice, and the learner waits
+    if any(task.cancelled() for task in running):  # not by us; a TaskGroup ignores it, and the learner would wait
         raise OpdError(
-            "a part of the method was cancelled while it wrote or read, and says nothing more; this is a bug, please "
-            "report it"
+            "a part of the method was cancelled while it generated or scored, for no stated reason; this is a bug, "
+            "please report it"
         )
     return [task.result() for task in running]

@@ -22,18 +22,18 @@ from opd.types import Scored, StepReport
 
 TokenWeights = Sequence[Float[np.ndarray, " _T"]]
 
-_EMPTY_STEPS = 3  # so many in a row with nothing to train are no accident of a filter
+_EMPTY_STEPS = 3  # so many in a row without a trainable token are no accident of a filter
 _ON_POLICY = StalenessSchedule()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """Everything about a finished step; `step` counts from 1 and equals the published version.
+    """Record of a finished step, for observers; `step` counts from 1 and equals the published version.
 
     `seconds` has `rollout` (first request to last completion), `score` (what scoring took beyond that),
-    `wait` (learner idle), `train` (with packing), `publish` and `step` (all of it). `spans` says who worked for this
-    step when: one span of rollout and teacher per group, one of learner and publish. `live` is False where the run
-    breaks off: the student has learned this step, but its weights reached no engine, and none should be asked now.
+    `wait` (learner idle), `train` (with packing), `publish` and `step` (all of it). `spans` has one span of rollout
+    and one of teacher per group, one of learner and one of publishing. `live` is False where the run breaks off: the
+    student was updated by this step, but its weights reached no engine, and no engine should be called now.
     `weights` are those of the method's own term, or of several terms the largest, per token.
     """
 
@@ -59,20 +59,20 @@ async def train(
     start: int,
     steps: int,
     seed: int = 0,
-    pipeline: StalenessSchedule = _ON_POLICY,
+    schedule: StalenessSchedule = _ON_POLICY,
     ledger: Ledger | None = None,
 ) -> Ledger:
-    """Train from step `start` (0 = new) to `steps`; returns the account of all trajectories.
+    """Train from step `start` (0 = new) to `steps`; returns the ledger of all trajectories.
 
-    `pipeline` says how far collecting may run ahead of training; the default is strictly on-policy. `ledger` is that of
-    the run that is gone on with. A step without a token to train is skipped, several in a row are an error. A failure
-    anywhere stops everything, but no update in the middle: observers hear of every step that the student has learned.
+    `schedule` bounds how far rollouts may run ahead of training; the default is strictly on-policy. `ledger` is that of
+    the run that is resumed. A step without a trainable token is skipped, several in a row are an error. A failure
+    anywhere stops everything, but no update in the middle: observers get the record of every update that was made.
     """
     ledger = ledger or Ledger()
     ledger.begin(start)
     context = Context.of(engines, step=start, steps=steps, seed=seed)
-    buffer = RolloutBuffer(method, prompts, sources, context, ledger, pipeline)
-    # The engines repeat the learner's weights before the first token is written, not only after the first update.
+    buffer = RolloutBuffer(method, prompts, sources, context, ledger, schedule)
+    # The sentinel compares the engines with the learner before the first token is sampled, not only after an update.
     digests = _Digests.of(await learner.publish(engines.student, start))
     empty_steps = 0
 
@@ -88,20 +88,20 @@ async def train(
             update = asyncio.ensure_future(_update(method, learner, rollouts.scored, terms, empty_steps, step + 1))
             done = _Trained(rollouts=rollouts, weights=weights, clock=clock)
             try:
-                published = await _go_live(update, buffer, learner, engines, step + 1, clock)
+                published = await _publish(update, buffer, learner, engines, step + 1, clock)
             except BaseException:
-                # Whatever has failed meanwhile: a step that the student has learned is accounted for and told of.
-                await _tell(observers, ledger, done, await update, _nowhere(step + 1), live=False)
+                # Whatever has failed meanwhile: an update that was made is accounted for, and observers get its record.
+                await _record(observers, ledger, done, await update, _unpublished(step + 1), live=False)
                 raise
             digests.add(published)
-            await _tell(observers, ledger, done, await update, published, live=True)  # the update has long ended
+            await _record(observers, ledger, done, await update, published, live=True)  # the update has long ended
             await buffer.advance(step + 1, rollouts)
     return ledger
 
 
 @dataclass(frozen=True, slots=True)
 class _Digests:
-    """Digests of all published versions of a run."""
+    """Digests of the published versions of a run."""
 
     by_version: dict[int, str]
 
@@ -115,7 +115,7 @@ class _Digests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trained:
-    """A step that is handed to the learner."""
+    """Rollouts, weights and clock of a step that the learner has."""
 
     rollouts: BufferedStep
     weights: TokenWeights
@@ -123,7 +123,7 @@ class _Trained:
 
 
 def _largest(terms: Mapping[str, WeighedTerm]) -> TokenWeights:
-    """The largest weight that any term gives, per token."""
+    """Largest weight that any term gives, per token."""
     if len(terms) == 1:
         return terms[MAIN].weights
     return [np.max(each, axis=0) for each in zip(*(term.weights for term in terms.values()), strict=True)]
@@ -137,13 +137,13 @@ async def _update(
     empty: int,
     step: int,
 ) -> StepReport:
-    if 0 < empty < _EMPTY_STEPS:  # a filter took everything: the student stays as it is
+    if 0 < empty < _EMPTY_STEPS:  # a filter removed everything: the student stays as it is
         return StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
     batches = packed(method, scored, terms, learner.layout, turn=f" at step {step}")
     return await method.update(learner, batches, method.loss)
 
 
-async def _go_live(
+async def _publish(
     update: "asyncio.Future[StepReport]",
     buffer: RolloutBuffer,
     learner: Learner,
@@ -151,7 +151,7 @@ async def _go_live(
     version: int,
     clock: StepClock,
 ) -> PublishReport:
-    """Wait for the update, then for text of older weights where the schedule says so, and publish."""
+    """Publish after the update, and after completions of older weights where the schedule drains them."""
     await asyncio.shield(update)
     clock.mark_update()
     await buffer.drained(version)
@@ -161,12 +161,12 @@ async def _go_live(
     return published
 
 
-def _nowhere(version: int) -> PublishReport:
-    """Weights that reached no engine."""
+def _unpublished(version: int) -> PublishReport:
+    """Report about weights that reached no engine."""
     return PublishReport(version=version, gap=math.nan, nbytes=0)
 
 
-async def _tell(
+async def _record(
     observers: Sequence[Observer],
     ledger: Ledger,
     done: _Trained,
@@ -175,11 +175,11 @@ async def _tell(
     *,
     live: bool,
 ) -> None:
-    """Account for a step, and tell all observers of it."""
+    """Settle a step in the ledger, and send its record to all observers."""
     rollouts = done.rollouts
     if not live:
         done.clock.mark_unpublished()
-    _account(ledger, rollouts.step, rollouts.scored, done.weights)
+    _settle(ledger, rollouts.step, rollouts.scored, done.weights)
     record = StepRecord(
         step=rollouts.step + 1,
         scored=rollouts.scored,
@@ -191,11 +191,11 @@ async def _tell(
         spans=done.clock.spans(rollouts),
         live=live,
     )
-    for observer in observers:  # an evaluation must not share engines, or its bill, with training
+    for observer in observers:  # in turn: an evaluation must not share engines, or its costs, with training
         await observer(record)
 
 
-def _account(
+def _settle(
     ledger: Ledger, step: int, scored: Sequence[Scored[Any]], weights: Sequence[Float[np.ndarray, " _T"]]
 ) -> None:
     names = names_of(step, scored)

@@ -1,1 +1,1 @@
-"""A method as a value: slots, what objectives promise, and their composition."""
+"""Methods as values: the protocols of their parts, the promises of objectives, sums of terms, and their composition."""

@@ -1,4 +1,4 @@
-"""Distillation methods: a rollout, a sum of terms (scorer -> weights -> objective), and an update.
+"""Distillation methods: a rollout, a sum of terms (scorer, token weights, objective), and an update.
 
 Parts are frozen dataclasses whose fields are their whole configuration; engines come with the context of a call. Each
 part declares which scores it consumes and produces, so a combination that would be meaningless is refused when it is
@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from opd.errors import ConfigurationError, DataError
 from opd.loss.packing import Normalizer, TokenMean, WeighedTerm, pack, pack_terms
-from opd.method.promises import ClippedCredit, ScoredSupport, Union, renormalized
+from opd.method.promises import ClippedCredit, ScoredSupport, Union, renormalized_supports
 from opd.method.schedules import Factor, Schedule, value
 from opd.method.slots import Objective, Rollout, Scorer, TokenWeight, Update
 from opd.method.terms import MAIN, SumOfTerms, Term
@@ -36,7 +36,7 @@ _TERM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,49}")
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Method:
-    """A distillation method, complete. See `conf/method/` for the shipped ones.
+    """A complete distillation method. See `conf/method/` for the shipped ones.
 
     Its loss is a sum of terms (`opd.method.terms`). The fields of a term stand in the method itself for the first,
     `MAIN`; `terms` are further ones by name, each with a scorer, weights, objective, normalizer and coefficient of its
@@ -75,7 +75,7 @@ class Method:
 
     @property
     def every_term(self) -> Mapping[str, Term]:
-        """All terms of the sum, `MAIN` first."""
+        """All terms of the loss, `MAIN` first."""
         main = Term(
             scorer=self.scorer,
             objective=self.objective,
@@ -99,11 +99,11 @@ class Method:
 
     @property
     def requires(self) -> ScoreKinds:
-        """The kinds of scores that any term asks of teachers."""
+        """Score kinds that any term requests of teachers."""
         return frozenset(kind for term in self.every_term.values() for kind in term.scorer.requires)
 
     def one_term(self, name: str) -> "Method":
-        """The method with the term `name` alone, at coefficient 1."""
+        """A method with the term `name` alone, at coefficient 1."""
         term = self.every_term[name]
         return replace(
             self,
@@ -118,61 +118,61 @@ class Method:
 
 def _check_term(rollout: Rollout, term: Term, place: str) -> None:
     """Refuse a combination of parts that would be meaningless; `place` is where the settings of the term stand."""
-    _check_writer(rollout, term)
+    _check_rollout(rollout, term)
     produced = term.scorer.produces
-    readers = {"objective": term.objective} | {f"weight {k!r}": w for k, w in term.weights.items()}
-    for role, reader in readers.items():
-        if not issubclass(produced, reader.consumes) and not (
-            role == "objective" and issubclass(getattr(produced, "reads_as", Scores), reader.consumes)
+    parts = {"objective": term.objective} | {f"weight {k!r}": w for k, w in term.weights.items()}
+    for role, part in parts.items():
+        if not issubclass(produced, part.consumes) and not (
+            role == "objective" and issubclass(getattr(produced, "reads_as", Scores), part.consumes)
         ):
             raise ConfigurationError(
-                f"{role} {_name(reader)} needs {reader.consumes.__name__}, but scorer {_name(term.scorer)} "
+                f"{role} {_name(part)} needs {part.consumes.__name__}, but scorer {_name(term.scorer)} "
                 f"produces {produced.__name__}; choose a scorer that produces it or another {role}"
             )
     _check_weights(term)
     _check_supports(rollout, term, place)
 
 
-def _check_writer(rollout: Rollout, term: Term) -> None:
-    """Refuse a rollout whose text is none that scorer and objective can use."""
+def _check_rollout(rollout: Rollout, term: Term) -> None:
+    """Refuse a rollout whose text scorer or objective cannot use."""
     if not issubclass(rollout.records, term.scorer.needs):
         raise ConfigurationError(
-            f"scorer {_name(term.scorer)} needs {term.scorer.needs.__name__} from the writer, but rollout "
+            f"scorer {_name(term.scorer)} needs {term.scorer.needs.__name__} of the behavior policy, but rollout "
             f"{_name(rollout)} records {rollout.records.__name__}; set rollout.record_topk"
         )
     # Declared, not assumed: a rollout that does not say so is not on-policy.
     if getattr(term.objective, "on_policy", False) and not getattr(rollout, "on_policy", False):
         raise ConfigurationError(
-            f"objective {_name(term.objective)} estimates from tokens that the student drew, but rollout "
-            f"{_name(rollout)} has text of somebody else's; choose rollout StudentRollout, or an objective "
+            f"objective {_name(term.objective)} estimates from tokens that the student sampled, but rollout "
+            f"{_name(rollout)} has text of another source; choose rollout StudentRollout, or an objective "
             "over distributions such as FullReverseKL"
         )
     if _estimates(term.objective) and getattr(rollout, "truncated", False):
         raise ConfigurationError(
-            f"objective {_name(term.objective)} estimates from the written token and needs every token to have a "
-            f"chance of being written, but rollout {_name(rollout)} has top_p < 1 or temperature 0; set "
+            f"objective {_name(term.objective)} estimates from the sampled token and needs every token to have a "
+            f"chance of being sampled, but rollout {_name(rollout)} has top_p < 1 or temperature 0; set "
             "rollout.top_p=1 and a temperature above 0, or choose an objective over distributions such as "
             "FullReverseKL"
         )
 
 
 def _check_weights(term: Term) -> None:
-    """Refuse weights that would bend what an estimate expects."""
+    """Refuse weights that would bias an estimate from sampled tokens."""
     if not _estimates(term.objective):
         return
     for name, part in term.weights.items():
-        if getattr(part, "reads_written", True):
+        if getattr(part, "reads_sampled_tokens", True):
             raise ConfigurationError(
-                f"weight {name!r} {_name(part)} depends on what was written, but objective {_name(term.objective)} "
-                "estimates from written tokens, whose expectation such a weight changes; choose an objective over "
+                f"weight {name!r} {_name(part)} depends on what was sampled, but objective {_name(term.objective)} "
+                "estimates from sampled tokens, whose expectation such a weight changes; choose an objective over "
                 "distributions such as FullReverseKL, or leave the weight out (one that reads the state alone "
-                "declares reads_written = False)"
+                "declares reads_sampled_tokens = False)"
             )
 
 
 def _check_supports(rollout: Rollout, term: Term, place: str) -> None:
-    """Refuse an objective that renormalizes over a single id, where every distribution is the same."""
-    for support in renormalized(getattr(term.objective, "promise", None)):
+    """Refuse an objective that renormalizes over a single id, where all distributions are equal."""
+    for support in renormalized_supports(getattr(term.objective, "promise", None)):
         scored = isinstance(support, ScoredSupport)
         setting, ids = _ids(rollout, term, place) if scored else _ids_of(term.objective, support, place)
         if ids == 1:
@@ -183,30 +183,30 @@ def _check_supports(rollout: Rollout, term: Term, place: str) -> None:
 
 
 def _estimates(objective: Any) -> bool:
-    """Whether the expected gradient needs tokens drawn from all of the student's distribution.
+    """Whether the expected gradient needs tokens sampled from all of the student's distribution.
 
-    A clipped credit counts what was written and nothing else; its promise says so.
+    A clipped credit counts the sampled tokens and nothing else, as its promise states.
     """
     return getattr(objective, "on_policy", False) and not isinstance(getattr(objective, "promise", None), ClippedCredit)
 
 
 def _ids(rollout: Any, term: Term, place: str) -> tuple[str, int]:
-    """The setting that says of how many ids the scores are, and its value; 0 where that is not known."""
+    """Name and value of the setting for the number of ids in the scores; 0 where that is not known."""
     if issubclass(term.scorer.needs, TopKScores):
         mixed = "student." if hasattr(rollout, "student") else ""
-        writer = rollout.student if mixed else rollout
-        return f"method.rollout.{mixed}record_topk", getattr(writer, "record_topk", 0)
+        generator = rollout.student if mixed else rollout
+        return f"method.rollout.{mixed}record_topk", getattr(generator, "record_topk", 0)
     return f"{place}.scorer.k", getattr(term.scorer, "k", 0)
 
 
 def _ids_of(objective: Any, support: Any, place: str) -> tuple[str, int]:
-    """The same of a support that the objective chooses. The union of two single ids may hold two."""
+    """Name and value of the setting for an objective's own support; 0 for a union, where two ids may come of k = 1."""
     inside = "support." if hasattr(objective, "support") else ""
     return f"{place}.objective.{inside}k", 0 if isinstance(support, Union) else getattr(support, "k", 0)
 
 
 def check_prompts(method: Method, prompts: PromptSource) -> None:
-    """Refuse a prompt source whose groups a scorer of the method cannot judge."""
+    """Refuse a prompt source whose groups are too small for a scorer of the method."""
     for term in method.every_term.values():
         if prompts.group_size < term.scorer.min_group:
             raise ConfigurationError(
@@ -216,14 +216,14 @@ def check_prompts(method: Method, prompts: PromptSource) -> None:
 
 
 async def scored(method: Method, trajectories: Sequence[Trajectory], context: Context) -> list[Scored[Any]]:
-    """The trajectories of one group with the scores of all terms; equal scorers are asked once."""
+    """Trajectories of one group with the scores of all terms; equal scorers are called once."""
     if not trajectories:
         return []
     scorers = {name: term.scorer for name, term in method.every_term.items()}
     first = {name: next(n for n, other in scorers.items() if other == scorer) for name, scorer in scorers.items()}
-    asked = list(dict.fromkeys(first.values()))
-    answers = await asyncio.gather(*[scorers[name](trajectories, context) for name in asked])
-    by_name = dict(zip(asked, answers, strict=True))
+    called = list(dict.fromkeys(first.values()))
+    answers = await asyncio.gather(*[scorers[name](trajectories, context) for name in called])
+    by_name = dict(zip(called, answers, strict=True))
     further = {name: by_name[first[name]] for name in method.terms}
     return [
         Scored(trajectory=t, scores=s, terms={name: scores[i] for name, scores in further.items()})
@@ -232,7 +232,7 @@ async def scored(method: Method, trajectories: Sequence[Trajectory], context: Co
 
 
 def weighed(method: Method, items: Sequence[Scored[Any]], context: Context) -> dict[str, WeighedTerm]:
-    """The weights and the coefficient of every term at a step."""
+    """Token weights and coefficient of every term at a step."""
     return {
         name: WeighedTerm(
             weights=weigh(term.weights, items if name == MAIN else [_of_term(item, name) for item in items], context),
@@ -259,7 +259,7 @@ def packed(
 def weigh(
     weights: Mapping[str, TokenWeight], items: Sequence[Scored[Any]], context: Context
 ) -> list[Float[np.ndarray, " _T"]]:
-    """The product of all weights and the loss mask, per trajectory."""
+    """Product of all token weights and the loss mask, per trajectory."""
     total = loss_masks(items)
     for name, part in weights.items():
         factors = part(items, context)
@@ -274,7 +274,7 @@ def weigh(
 
 
 def loss_masks(items: Sequence[Scored[Any]]) -> list[Float[np.ndarray, " _T"]]:
-    """1.0 at every token that is no context, per trajectory."""
+    """Loss mask per trajectory: 1.0 at sampled tokens, 0.0 at context."""
     return [item.trajectory.loss_mask.astype(np.float64) for item in items]
 
 

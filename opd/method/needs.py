@@ -1,11 +1,11 @@
-"""Needs of a whole method: the union of its parts' needs, and what a plan asks about it."""
+"""Engines that a method needs: the union of its parts' needs."""
 
 from opd.method.method import Method
 from opd.ports import Need, Role, needs_of
 
 
 def needs(method: Method) -> frozenset[Need]:
-    """Every engine that a part of `method` calls."""
+    """All engines that a part of `method` calls."""
     terms = [part for t in method.every_term.values() for part in (t.scorer, *t.weights.values(), t.objective)]
     return frozenset().union(*map(needs_of, (method.rollout, *terms, method.update)))
 
@@ -16,10 +16,10 @@ def needed(method: Method, role: Role) -> bool:
 
 
 def named(method: Method, role: Role) -> frozenset[str]:
-    """The engines of this role that parts name themselves; empty where the prompts name them."""
+    """Names of engines of this role that parts name themselves; empty where the prompts name them."""
     return frozenset(need.name for need in needs(method) if need.role is role and need.name)
 
 
 def asks_prompts_teacher(method: Method) -> bool:
-    """Whether a scorer of any term asks the teacher that a prompt names."""
+    """Whether a scorer of any term calls the teacher that a prompt names."""
     return any(Need(role=Role.READER) in needs_of(term.scorer) for term in method.every_term.values())

@@ -1,8 +1,8 @@
-"""Exact per-state divergences over the whole vocabulary: what an objective's `promise` is made of.
+"""Exact divergences per state over the whole vocabulary, of which an objective's `promise` is composed.
 
 A promise is a frozen value that is called with `States` and returns one number per state. The expected gradient of
-the objective that gives it, tokens drawn from the writer and states held fixed, must be the gradient of that number;
-`opd.certify` compares the two by enumeration. Promises are written for reading and checking (float64, small
+the objective that states it, tokens drawn from the behavior policy and states held fixed, must be the gradient of that
+number; `opd.certify` compares the two by enumeration. Promises are written for reading and checking (float64, small
 vocabularies), not for speed: nothing here runs in training.
 
 On a support, members keep their log-probability and all others become 0, the log of 1: a pair of ones adds nothing to
@@ -23,11 +23,10 @@ from opd.settings.validation import settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class States:
-    """`n` states: log-probabilities of everybody, and what was said of each token that could be written.
+    """Log-probabilities of student, teacher and behavior policy at `n` states, with support and credit of every id.
 
-    `student` carries the gradient. `behavior` is the distribution that wrote. `support` marks the ids a scorer
-    testified about (all where it testified about all). `credit` is the signed credit of writing each token (0 where
-    nobody gives credit).
+    `student` carries the gradient. `behavior` is the distribution that was sampled from. `support` marks the ids that
+    the scores are about. `credit` is the signed credit of sampling each id (0 where the scorer gives none).
     """
 
     student: Float[Tensor, "n V"]
@@ -38,7 +37,7 @@ class States:
 
 
 class Promise(Protocol):
-    """What the expected gradient of an objective is the gradient of."""
+    """Exact divergence per state whose gradient is the expected gradient of an objective."""
 
     def __call__(self, states: States) -> Float[Tensor, " n"]:
         """One differentiable number per state."""
@@ -46,10 +45,10 @@ class Promise(Protocol):
 
 
 class Support(Protocol):
-    """Which ids of a state are looked at. A function of the state: never of the token that was written."""
+    """Set of ids that a divergence is computed on; a function of the state, never of the token that was sampled."""
 
     def __call__(self, states: States) -> Bool[Tensor, "n V"]:
-        """True for members; no gradient."""
+        """Mask of the ids in the set; no gradient."""
         ...
 
 
@@ -130,14 +129,14 @@ class GeneralizedReverseKL:
 
 @dataclass(frozen=True, slots=True)
 class ScoredSupport:
-    """The ids the scorer asked the teacher about."""
+    """Support of the ids that the scores are about."""
 
     def __call__(self, states: States) -> Bool[Tensor, "n V"]:
         return states.support
 
 
 def top(logprobs: Float[Tensor, "n V"], k: int) -> Bool[Tensor, "n V"]:
-    """The `k` likeliest ids of every row as a mask (all ids where the vocabulary is smaller)."""
+    """Mask of the `k` likeliest ids of every row (all ids where the vocabulary is smaller)."""
     ids = logprobs.detach().topk(min(k, logprobs.shape[-1]), dim=-1).indices
     return torch.zeros_like(logprobs, dtype=torch.bool).scatter(-1, ids, True)
 
@@ -151,7 +150,7 @@ class _TopK:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherTop(_TopK):
-    """The teacher's `k` likeliest ids."""
+    """Support of the teacher's `k` likeliest ids."""
 
     def __call__(self, states: States) -> Bool[Tensor, "n V"]:
         return top(states.teacher, self.k)
@@ -159,7 +158,7 @@ class TeacherTop(_TopK):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentTop(_TopK):
-    """The current student's `k` likeliest ids."""
+    """Support of the current student's `k` likeliest ids."""
 
     def __call__(self, states: States) -> Bool[Tensor, "n V"]:
         return top(states.student, self.k)
@@ -167,7 +166,7 @@ class StudentTop(_TopK):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Union(_TopK):
-    """Ids among the `k` likeliest of the current student or of the teacher."""
+    """Support of the ids among the `k` likeliest of the current student or of the teacher."""
 
     def __call__(self, states: States) -> Bool[Tensor, "n V"]:
         return top(states.student, self.k) | top(states.teacher, self.k)
@@ -175,28 +174,28 @@ class Union(_TopK):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intersection(_TopK):
-    """Ids among the `k` likeliest of both; it may be empty, and then nothing is said about the state."""
+    """Support of the ids among the `k` likeliest of both; at a state where it is empty the divergence is 0."""
 
     def __call__(self, states: States) -> Bool[Tensor, "n V"]:
         return top(states.student, self.k) & top(states.teacher, self.k)
 
 
-# What becomes of a direction on a support.
+# A direction on a support.
 
 
 def _mass(logprobs: Float[Tensor, "n V"], members: Bool[Tensor, "n V"]) -> Float[Tensor, "n 1"]:
-    """Log-mass of the members of every row; of all ids where there is no member (its value is then not used)."""
+    """Log of the probability mass of the members of every row; of all ids where there is no member (then not used)."""
     counted = members | ~members.any(-1, keepdim=True)
     return torch.where(counted, logprobs, -torch.inf).logsumexp(-1, keepdim=True)
 
 
-def _nothing(logprobs: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+def _zeros(logprobs: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
     return torch.zeros_like(logprobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renormalized:
-    """`of` between both distributions conditioned on the support; blind to the mass on it and to all else."""
+    """`of` between both distributions renormalized over the support; the mass on the support does not matter."""
 
     of: Promise
     support: Support
@@ -205,14 +204,14 @@ class Renormalized:
         members = self.support(states)
 
         def conditioned(x: Tensor) -> Tensor:
-            return torch.where(members, x - _mass(x, members), _nothing(x))
+            return torch.where(members, x - _mass(x, members), _zeros(x))
 
         return self.of(replace(states, student=conditioned(states.student), teacher=conditioned(states.teacher)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coarsened:
-    """`of` between both distributions with everything outside the support merged into one bucket."""
+    """`of` between both distributions with all ids outside the support merged into one bucket."""
 
     of: Promise
     support: Support
@@ -223,23 +222,23 @@ class Coarsened:
         def merged(x: Tensor) -> Tensor:
             outside = _mass(x, ~members)
             bucket = torch.where(members.all(-1, keepdim=True), torch.zeros_like(outside), outside)
-            return torch.cat([torch.where(members, x, _nothing(x)), bucket], dim=-1)
+            return torch.cat([torch.where(members, x, _zeros(x)), bucket], dim=-1)
 
-        one, everybody = torch.zeros_like(states.credit[:, :1]), torch.ones_like(members[:, :1])
+        no_credit, member = torch.zeros_like(states.credit[:, :1]), torch.ones_like(members[:, :1])
         return self.of(
             States(
                 student=merged(states.student),
                 teacher=merged(states.teacher),
                 behavior=merged(states.behavior),
-                support=torch.cat([members, everybody], dim=-1),
-                credit=torch.cat([states.credit, one], dim=-1),  # nobody gives credit for a bucket
+                support=torch.cat([members, member], dim=-1),
+                credit=torch.cat([states.credit, no_credit], dim=-1),  # a bucket has none
             )
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncated:
-    """`of` summed over the support alone, probabilities as they are; outside it nothing is said.
+    """`of` summed over the support alone, with probabilities as they are.
 
     Only a divergence if `of` is one between unequal masses: `GeneralizedReverseKL` is, `ReverseKL` is not (it moves
     a student that equals its teacher by the gradient of the mass on the support).
@@ -252,14 +251,14 @@ class Truncated:
         members = self.support(states)
 
         def cut(x: Tensor) -> Tensor:
-            return torch.where(members, x, _nothing(x))
+            return torch.where(members, x, _zeros(x))
 
         return self.of(replace(states, student=cut(states.student), teacher=cut(states.teacher)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerMass:
-    """`of` divided by the student's mass on the support, the divisor held constant."""
+    """`of` divided by the student's probability mass on the support, the divisor held constant."""
 
     of: Promise
     support: Support
@@ -269,7 +268,7 @@ class PerMass:
         return self.of(states) / mass.detach().exp()
 
 
-# Combinations, and promises that compare with somebody else than the teacher.
+# Combinations, and promises without the teacher.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,7 +315,7 @@ class FromBehavior:
 
 @dataclass(frozen=True, slots=True)
 class CrossEntropy:
-    """-sum_v mu log p: the negative log-likelihood of what the writer writes."""
+    """-sum_v mu log p: the expected negative log-likelihood of sampled tokens."""
 
     def __call__(self, states: States) -> Float[Tensor, " n"]:
         return -(states.behavior.exp() * states.student).sum(-1)
@@ -338,39 +337,39 @@ class ClippedCredit:
     high: float
 
     def __call__(self, states: States) -> Float[Tensor, " n"]:
-        written = states.behavior.exp()
-        # A token that cannot be written has no ratio; its weight below is 0.
-        ratio = (states.student - torch.where(written > 0, states.behavior, _nothing(written))).exp()
+        sampled = states.behavior.exp()
+        # A token that cannot be sampled has no ratio; its weight below is 0.
+        ratio = (states.student - torch.where(sampled > 0, states.behavior, _zeros(sampled))).exp()
         gain = torch.where(states.credit > 0, ratio.clamp(max=1 + self.high), ratio.clamp(min=1 - self.low))
-        return -(written * gain * states.credit).sum(-1)
+        return -(sampled * gain * states.credit).sum(-1)
 
 
-def whole(promise: Promise) -> Promise:
-    """What `promise` becomes when its support is the whole vocabulary."""
+def on_whole_vocabulary(promise: Promise) -> Promise:
+    """The promise with the whole vocabulary as its support."""
     match promise:
         case Renormalized(of=of) | Coarsened(of=of) | Truncated(of=of) | PerMass(of=of):
-            return whole(of)
+            return on_whole_vocabulary(of)
         case Weighted(weight=weight, of=of):
-            return Weighted(weight=weight, of=whole(of))
+            return Weighted(weight=weight, of=on_whole_vocabulary(of))
         case WhereUncertain(of=of, threshold=threshold):
-            return WhereUncertain(of=whole(of), threshold=threshold)
+            return WhereUncertain(of=on_whole_vocabulary(of), threshold=threshold)
         case Sum(of=parts):
-            return Sum(tuple(whole(part) for part in parts))
+            return Sum(tuple(on_whole_vocabulary(part) for part in parts))
     return promise
 
 
-def renormalized(promise: Any) -> Iterator[Support]:
-    """The supports over which any part of a promise is renormalized."""
+def renormalized_supports(promise: Any) -> Iterator[Support]:
+    """Supports over which any part of a promise is renormalized."""
     if isinstance(promise, Renormalized):
         yield promise.support
     inner = getattr(promise, "of", ())
     for part in inner if isinstance(inner, tuple) else (inner,):
-        yield from renormalized(part)
+        yield from renormalized_supports(part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitingCase:
-    """A limiting case of an objective: `objective`'s expected gradient, times `scale`, tends to that of `promise`.
+    """Limiting case of an objective: the expected gradient of `objective`, times `scale`, tends to that of `promise`.
 
     `tolerance` is relative, and as wide as the distance from the limit. Objectives list theirs as `limits`.
     """

@@ -1,4 +1,4 @@
-"""Schedules: numbers that follow the step of a run, for coefficients of terms and fields of parts."""
+"""Schedules of numbers over the steps of a run, for coefficients of terms and fields of parts."""
 
 import math
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ class Schedule(Protocol):
     """A number as a pure function of the step."""
 
     def __call__(self, context: Context) -> float:
-        """The value at `context.step`."""
+        """Value at `context.step`."""
         ...
 
 
 def value(schedule: "float | Schedule", context: Context) -> float:
-    """A constant, or what a schedule gives at a step."""
+    """Value of a constant or a schedule at a step."""
     return float(schedule(context)) if callable(schedule) else float(schedule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class LinearSchedule:
-    """A straight line from `first` at step 0 to `last` at step `steps`, and `last` from there on."""
+    """Linear schedule from `first` at step 0 to `last` at step `steps`, and `last` from there on."""
 
     # value at the first step
     first: Factor
     # value from step `steps` on
     last: Factor
-    # length of the way; 0 is the whole run
+    # number of steps; 0 is the whole run
     steps: Steps = 0
 
     def __call__(self, context: Context) -> float:
@@ -44,13 +44,13 @@ class LinearSchedule:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class CosineSchedule:
-    """Half a cosine from `first` at step 0 to `last` at step `steps`, and `last` from there on."""
+    """Half-cosine schedule from `first` at step 0 to `last` at step `steps`, and `last` from there on."""
 
     # value at the first step
     first: Factor
     # value from step `steps` on
     last: Factor
-    # length of the way; 0 is the whole run
+    # number of steps; 0 is the whole run
     steps: Steps = 0
 
     def __call__(self, context: Context) -> float:
@@ -58,5 +58,5 @@ class CosineSchedule:
 
 
 def _share(steps: int, context: Context) -> float:
-    """Share of the way that lies behind, in [0, 1]."""
+    """Share of the steps that are over, in [0, 1]."""
     return min(context.step / (steps or context.steps), 1.0)

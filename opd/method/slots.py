@@ -1,4 +1,4 @@
-"""The slots of a method as protocols: what a part must have to stand there (`opd.method.method` composes them)."""
+"""Protocols of a method's parts: rollout, scorer, token weight, objective and update (composed in `method.py`)."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -14,26 +14,26 @@ from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, Toke
 
 @may_lack("on_policy", "truncated", "needs_engines")  # it is then neither; for the last see `opd.ports.needs_of`
 class Rollout(Protocol):
-    """Who writes, in which context, how far?"""
+    """Part that makes trajectories: which model generates, in which context, and how many tokens."""
 
     @property
     def records(self) -> type[TokenScores]:
-        """What the writer tells about its own tokens (`Trajectory.behavior`)."""
+        """Type of the behavior log-probabilities that it records (`Trajectory.behavior`)."""
         ...
 
     @property
     def needs_engines(self) -> frozenset[Need]:
-        """The engines that it calls: the student, a writing teacher, an environment."""
+        """Engines that it calls: the student, a generating teacher, an environment."""
         ...
 
     @property
     def on_policy(self) -> bool:
-        """Whether every trained token was drawn from the student (of this or a recent version)."""
+        """Whether every trained token was sampled from the student (of this or a recent version)."""
         ...
 
     @property
     def truncated(self) -> bool:
-        """Whether the writer left out tokens that its distribution holds (top-p below 1, greedy writing)."""
+        """Whether sampling leaves out tokens that the model gives a probability (top-p below 1, greedy decoding)."""
         ...
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
@@ -43,52 +43,52 @@ class Rollout(Protocol):
 
 @may_lack("needs_engines")  # see `opd.ports.needs_of`
 class Scorer(Protocol):
-    """Who reads what was written, and what do they testify?"""
+    """Part that scores trajectories: calls a teacher, several teachers, or a grader."""
 
     @property
     def needs_engines(self) -> frozenset[Need]:
-        """The engines that it calls: reading teachers, graders."""
+        """Engines that it calls: scoring teachers, graders."""
         ...
 
     @property
     def needs(self) -> type[Scores]:
-        """The least that `Trajectory.behavior` must be."""
+        """Type that `Trajectory.behavior` must have at least."""
         ...
 
     @property
     def produces(self) -> type[Scores]:
-        """The testimony returned."""
+        """Type of the scores that it returns."""
         ...
 
     @property
     def requires(self) -> ScoreKinds:
-        """The kinds of requests it sends to teachers; a backend that cannot answer them is refused when planned."""
+        """Score kinds that it requests of teachers; a backend that lacks one is refused when the run is planned."""
         ...
 
     @property
     def min_group(self) -> int:
-        """The smallest group it can judge (1 unless it compares trajectories of a group)."""
+        """Size of the smallest group that it can score (1 unless it compares trajectories of a group)."""
         ...
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
-        """Testimony per trajectory of one group, in order."""
+        """Scores per trajectory of one group, in order."""
         ...
 
 
-@may_lack("reads_written")  # it is then taken to read everything
+@may_lack("reads_sampled_tokens")  # it is then taken to read all tokens
 class TokenWeight(Protocol):
-    """Which tokens count, how much? 0 = not trained."""
+    """Part that weighs the loss of tokens: 0 = not trained."""
 
     @property
     def consumes(self) -> type[Scores]:
-        """The testimony it reads."""
+        """Type of the scores that it reads."""
         ...
 
     @property
-    def reads_written(self) -> bool:
+    def reads_sampled_tokens(self) -> bool:
         """Whether a token's weight depends on more than its state: on itself, on later tokens, on how the text ended.
 
-        Such a weight bends what an estimate from written tokens expects, so the two are refused together.
+        Such a weight biases an estimate from sampled tokens, so the two are refused together.
         """
         ...
 
@@ -99,33 +99,33 @@ class TokenWeight(Protocol):
 
 @may_lack("on_policy", "promise")  # without a promise it cannot be certified
 class Objective(Protocol):
-    """What is minimized per token: direction, support and estimator are one choice."""
+    """Part that gives the loss per token: direction, support and estimator in one."""
 
     @property
     def consumes(self) -> type[Scores]:
-        """The testimony it needs in the batch."""
+        """Type of the scores that it needs in the batch."""
         ...
 
     @property
     def on_policy(self) -> bool:
-        """Whether it is an estimate over tokens the student drew, and wrong on anybody else's text."""
+        """Whether it is an estimate over tokens that the student sampled, and wrong on other text."""
         ...
 
     @property
     def promise(self) -> Promise:
-        """The exact per-state quantity whose gradient its expected gradient is (`opd certify` checks it)."""
+        """Exact divergence per state whose gradient its expected gradient is (`opd certify` checks it)."""
         ...
 
     def __call__(self, student: Any, batch: Batch[Any]) -> TokenLoss:
-        """Unreduced loss at the batch's trained tokens; `student` is an `opd.loss.chunked.StudentLogits`."""
+        """Unreduced loss at the trained tokens of the batch; `student` is an `opd.loss.chunked.StudentLogits`."""
         ...
 
 
 class Update(Protocol):
-    """How does a gradient become new weights?"""
+    """Part that turns a step's batches into new weights."""
 
     async def __call__(
         self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
     ) -> StepReport:
-        """One step of training on `batches[rank][micro-batch]`."""
+        """Take one training step on `batches[rank][micro-batch]`."""
         ...

@@ -1,4 +1,4 @@
-"""Terms: what a method minimizes is a sum, and each summand has its own scorer, token weights, objective and count."""
+"""Terms of a method's loss: summands with a scorer, token weights, an objective and a normalizer of their own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from opd.settings.validation import settings
 from opd.types import Batch, TokenLoss
 
 MAIN = "main"
-"""The name of the term that stands in a method's own fields; its metrics have no prefix."""
+"""Name of the term that stands in a method's own fields; its metrics have no prefix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ MAIN = "main"
 class Term:
     """One summand of a method's loss: `coefficient * sum_t weight_t * loss_t / normalizer`.
 
-    Example, a KL to the student of the start that fades: `Term(scorer=OfTeacher(teacher="start"),
+    Example, a KL to the initial student that fades: `Term(scorer=OfTeacher(teacher="start"),
     objective=FullReverseKL(), coefficient=LinearSchedule(first=0.1, last=0.0))`.
     """
 

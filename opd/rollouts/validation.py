@@ -10,7 +10,7 @@ from opd.types import TopKScores
 from opd.types.log_probs import are_logprobs, contradiction
 
 
-def verify(requests: Sequence[GenerateRequest], completions: Sequence[Completion], rows: int = 0) -> None:
+def validate_completions(requests: Sequence[GenerateRequest], completions: Sequence[Completion], rows: int = 0) -> None:
     """Raise `DataError` unless every completion has the requested shape and is made of log-probabilities.
 
     `rows` > 0 is how many ids the engine's model has.

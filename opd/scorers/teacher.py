@@ -19,7 +19,7 @@ from opd.ports import (
     TopK,
 )
 from opd.ports.score_kinds import A
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.settings.ranges import TopIds
 from opd.settings.validation import settings
 from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
@@ -49,7 +49,7 @@ async def ask_several(
             f"{sorted(context.teachers)}; name one of those in the prompt data"
         )
     answers = await context.teachers[name].score(requests)
-    verify(requests, answers)
+    validate_scores(requests, answers)
     number = list(context.teachers).index(name)
     return [tuple(_with_head(scores, number) for scores in answer) for answer in answers]
 

@@ -9,7 +9,7 @@ from opd.ports import ScoreAnswer, ScoreRequest
 from opd.types import Scores, TopKScores
 
 
-def verify(requests: Sequence[ScoreRequest], answers: Sequence[ScoreAnswer]) -> None:
+def validate_scores(requests: Sequence[ScoreRequest], answers: Sequence[ScoreAnswer]) -> None:
     """Raise `DataError` unless every request has an answer to each of its kinds (`ScoreKind.problem`)."""
     if len(answers) != len(requests):
         raise DataError(

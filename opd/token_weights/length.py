@@ -16,7 +16,7 @@ class SkipTruncated:
     """Completions that the token limit cut are not trained on."""
 
     consumes: ClassVar[type[Scores]] = Scores
-    reads_written: ClassVar[bool] = True
+    reads_sampled_tokens: ClassVar[bool] = True
 
     def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " T"]]:
         return [np.full(len(s.trajectory), 0.0 if s.trajectory.stop is StopReason.LENGTH else 1.0) for s in scored]

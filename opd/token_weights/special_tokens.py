@@ -46,7 +46,7 @@ class SkipFirst:
     """
 
     consumes: ClassVar[type[Scores]] = Scores
-    reads_written: ClassVar[bool] = True
+    reads_sampled_tokens: ClassVar[bool] = True
 
     # ids whose first occurrence is not trained
     token_ids: Sequence[Annotated[int, In(0, 100_000_000)]] = ()

@@ -21,7 +21,7 @@ class PromptWeight:
     """Every token of a completion weighs what its prompt says (`Prompt.weight`, e.g. from a column)."""
 
     consumes: ClassVar[type[Scores]] = Scores
-    reads_written: ClassVar[bool] = False
+    reads_sampled_tokens: ClassVar[bool] = False
 
     def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " T"]]:
         return [np.full(len(s.trajectory), s.trajectory.prompt.weight) for s in scored]
@@ -51,9 +51,9 @@ class TeacherBalance:
         return max((part.consumes for part in self.filters.values()), key=lambda t: len(t.__mro__), default=Scores)
 
     @property
-    def reads_written(self) -> bool:
+    def reads_sampled_tokens(self) -> bool:
         """Budgets count tokens and do not look at them; a filter may."""
-        return any(getattr(part, "reads_written", True) for part in self.filters.values())
+        return any(getattr(part, "reads_sampled_tokens", True) for part in self.filters.values())
 
     def known(self, vocabulary: Mapping[str, int]) -> Self:
         """The same, with the ids of the tokens that its filters name (`special_tokens.NamesTokens`)."""

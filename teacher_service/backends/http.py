@@ -1,8 +1,8 @@
 """A teacher behind our own server (`opd serve-teacher`): binary frames, retried within a budget, never believed unread.
 
 An answer counts only if its frame is whole, names this call and this model, is about exactly the requests that were
-sent, passes `opd.scorers.validation.verify`, and answers a control question that tells shifted rows from right ones.
-Whatever does not is thrown away and asked again.
+sent, passes `opd.scorers.validation.validate_scores`, and answers a control question that tells shifted rows from right
+ones. Whatever does not is thrown away and asked again.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from hf.tokenizer_check import tokenizer_identity
 from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import ScoreAnswer, ScoreRequest
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.settings.secret import Secret
 from opd.types import RemoteRows, Scores, TokenScores
 from teacher_service.config import TeacherConfig
@@ -210,7 +210,7 @@ def _believed(
     if reply.call != call or reply.digests != tuple(request_digest(r) for r in asked):
         raise WrongAnswer("it answered other requests than were sent")
     try:
-        verify(asked, reply.answers)
+        validate_scores(asked, reply.answers)
     except DataError as error:
         raise WrongAnswer(str(error)) from error
     for scores in (scores for answer in reply.answers for scores in answer):
@@ -219,7 +219,7 @@ def _believed(
 
 
 def _check_values(scores: Scores, identity: Identity) -> None:
-    """What `verify` cannot know: the vocabulary, and the insides of hidden states."""
+    """What `validate_scores` cannot know: the vocabulary, and the insides of hidden states."""
     ids = getattr(scores, "topk_ids", None)
     if ids is not None and ids.size and (ids.min() < 0 or ids.max() >= identity.rows):
         raise WrongAnswer(f"it names ids outside its vocabulary of {identity.rows}")

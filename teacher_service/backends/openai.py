@@ -18,7 +18,7 @@ from hf.tokenizer_check import tokenizer_identity
 from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import ScoreAnswer, ScoreRequest, TopK
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.settings.secret import Secret
 from teacher_service.config import TeacherConfig, check_supports
 from teacher_service.ranked import most_ids, ranked
@@ -141,7 +141,7 @@ def _parsed(body: bytes, part: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise WrongAnswer(f"the answer lacks what was asked ({type(error).__name__}: {error})") from error
     try:
-        verify(part, answers)
+        validate_scores(part, answers)
     except DataError as error:
         raise WrongAnswer(str(error)) from error
     return answers

@@ -18,7 +18,7 @@ import pytest
 from transformers import Qwen3ForCausalLM
 
 from opd.ports import AtIds, LastHidden, LogprobTeacher, SampledToken, ScoreKind, ScoreKinds, ScoreRequest, TopK
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.settings.secret import Secret
 from teacher_service.backends import backend
 from teacher_service.backends.http import HttpTeacher
@@ -58,7 +58,7 @@ class Class:
         """The scores of requests of one kind each, verified."""
         assert isinstance(self.teacher, LogprobTeacher)
         answers = self.run(self.teacher.score(requests))
-        verify(requests, answers)
+        validate_scores(requests, answers)
         return singles(answers)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from launch.artifacts.checkpoint_state import MANIFEST, STATE, DriverState
-from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, append_json, write_json
@@ -229,7 +229,7 @@ def _shards(folder: Path) -> None:
 
 def _follow(folder: Path) -> None:
     """What a resumed run opens for teachers that follow their student lies in the checkpoint."""
-    for file in verify(folder).followers.values():
+    for file in verified_state(folder).followers.values():
         assert (folder / file).resolve().is_relative_to(folder.resolve()), "a file outside is read"
 
 
@@ -237,7 +237,7 @@ def readers(run: Path) -> dict[str, Callable[[], object]]:
     """Everything that reads a run directory."""
     directory, place = RunDirectory(run), run / "checkpoints" / f"step_{STEP}"
     return {
-        "verify": lambda: verify(place),
+        "checkpoint": lambda: verified_state(place),
         "newest": lambda: CheckpointStore(directory.checkpoints).newest_whole(),
         "followers": lambda: _follow(place),
         "shards": lambda: _shards(place),

@@ -36,7 +36,7 @@ from opd.ports import (
     TopK,
     WeightShard,
 )
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.settings.devices import Device, Dtype
 from opd.types import HiddenScores, TokenScores, TopKScores
 from opd.types.log_mass import ABSENT
@@ -75,7 +75,7 @@ class School:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Any]:
         answers = run(self.teacher.score(requests))
-        verify(requests, answers)
+        validate_scores(requests, answers)
         return singles(answers)
 
     def twin(self) -> Qwen3ForCausalLM:

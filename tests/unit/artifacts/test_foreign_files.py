@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launch.artifacts.checkpoint_state import MANIFEST, STATE
-from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.foreign import read_json, read_yaml
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory
@@ -53,7 +53,7 @@ def edit(run: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 def test_a_follower_s_weights_are_a_file_of_the_checkpoint(run: Path, file: str) -> None:
     place = edit(run, lambda state: state["followers"].update(default=file))
     with pytest.raises(DataError, match="which is no file of the checkpoint"):
-        verify(place)
+        verified_state(place)
     with pytest.raises(OpdError, match="no checkpoint to go on from"):
         CheckpointStore(place.parent).newest_whole()
 
@@ -65,7 +65,7 @@ def test_a_manifest_lists_files_below_it(run: Path, name: str) -> None:
     manifest["files"][name] = "ab"
     (place / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=re.escape(f"lists {name!r}, which is no file of this checkpoint")):
-        verify(place)
+        verified_state(place)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_manifest_lists_files_below_it(run: Path, name: str) -> None:
 def test_a_state_of_other_types_or_huge_numbers_is_skipped(run: Path, field: str, value: Any) -> None:
     place = edit(run, lambda state: state.update({field: value}))
     with pytest.raises(DataError, match="take another checkpoint"):
-        verify(place)
+        verified_state(place)
 
 
 def test_bombs_and_depth_take_no_time(run: Path) -> None:

@@ -14,8 +14,8 @@ from rich.console import Console
 from launch.cli.certify import certify_methods
 from launch.config.run_config import run_config
 from launch.config.shipped import groups
+from opd.certify.certificate import Bound, Certificate, Row
 from opd.certify.certify import certify
-from opd.certify.page import Bound, Certificate, Row
 from opd.errors import ConfigurationError
 from opd.types import TokenLoss
 
@@ -90,7 +90,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "swapped_clip": {SETTINGS},
     "students_context": {GRADIENT, ASKED},
     "short_context": {ASKED},
-    "support_with_the_draw": {GRADIENT, "the support does not depend on the written token"},
+    "support_with_the_draw": {GRADIENT, "the support does not depend on the sampled token"},
     "temperature_ignored": {WRITTEN},
     "temperature_twice": {COLD},
     "last_token_masked": {"text is trained whole, as it was written"},

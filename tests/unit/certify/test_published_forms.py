@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch.config.run_config import run_config
-from opd.certify.engines import Notes, engines
+from opd.certify.engines import RequestLog, engines
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
@@ -106,7 +106,7 @@ def test_local_support_matching_leaves_out_an_end_that_the_paper_rewrites(make: 
     ends = {"<|endoftext|>": 4, "<|im_end|>": 5}
     weights = look_up(run_config(["method=local_support_matching"]).method.weights, ends)
     step = [make.scored([1], [2, 3, 4]), make.scored([1], [2, 5]), make.scored([1], [2, 3])]
-    assert [w.tolist() for w in weights["special"](step, engines(make_world(0, 6), Notes()))] == [
+    assert [w.tolist() for w in weights["special"](step, engines(make_world(0, 6), RequestLog()))] == [
         [1, 1, 0],
         [1, 0],
         [1, 1],
@@ -158,7 +158,7 @@ def test_a_weight_that_reads_what_was_written_is_refused_with_a_sampled_estimate
     assert replace(method, weights=STATE)
     refused = name in SOME[:4]
     for key, weight in READING.items():
-        sentence = rf"weight '{key}' \w+ depends on what was written, but objective \w+ estimates"
+        sentence = rf"weight '{key}' \w+ depends on what was sampled, but objective \w+ estimates"
         with pytest.raises(ConfigurationError, match=sentence) if refused else nullcontext():
             replace(method, weights={key: weight})
 

@@ -21,7 +21,7 @@ from launch.artifacts.checkpoint_state import (
     name_of,
     newest_first,
 )
-from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory, append_json, read_jsonl
 from launch.checkpoint.changes import changes, check_changes, check_inputs, check_steps, harmless
 from launch.checkpoint.resume import ResumePoint, _remarks, fingerprints, rewind
@@ -89,7 +89,7 @@ def test_what_was_written_comes_back(store: CheckpointStore) -> None:
     for step in (2, 10, 4):
         write(store, step)
     assert store.steps() == [10, 4, 2]
-    assert verify(store.path(4)) == state(4)
+    assert verified_state(store.path(4)) == state(4)
     assert store.newest_whole() == (store.path(10), state(10), [])
     store.prune(1, 4)
     assert store.steps() == [10, 4]
@@ -101,7 +101,7 @@ def test_the_same_step_again_replaces_it(store: CheckpointStore) -> None:
     first = (write(store, 2) / "learner" / "rank_0.safetensors").read_bytes()
     assert (write(store, 2) / "learner" / "rank_0.safetensors").read_bytes() != first
     assert [p.name for p in store.folder.iterdir()] == ["step_2"]
-    assert verify(store.path(2)).step == 2
+    assert verified_state(store.path(2)).step == 2
 
 
 @pytest.mark.faults("checkpoint foreign or incomplete")
@@ -164,7 +164,7 @@ def test_latest_passes_over_what_is_not_whole_and_says_why(store: CheckpointStor
     write(store, 2)
     DAMAGE[what](write(store, 4))
     with pytest.raises(DataError) as caught:
-        verify(store.path(4))
+        verified_state(store.path(4))
     place, found, skipped = store.newest_whole()
     assert (place, found.step, skipped) == (store.path(2), 2, [str(caught.value)])
     witness("checkpoint foreign or incomplete")
@@ -192,7 +192,7 @@ def test_every_flipped_bit_and_every_cut_is_found(witness: Witness, data: st.Dat
             victim.write_bytes(content[:place])
         witness("checkpoint damaged")
         try:
-            found = verify(path)
+            found = verified_state(path)
         except DataError:
             return
         # White space of the manifest's JSON carries nothing; everything else is found.
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_one_before(
         write(store, 4)
     assert "\n" not in str(caught.value)
     store.abandon(4)
-    assert [p.name for p in store.folder.iterdir()] == ["step_2"] and verify(store.path(2)).step == 2
+    assert [p.name for p in store.folder.iterdir()] == ["step_2"] and verified_state(store.path(2)).step == 2
 
 
 SMALL = ["experiment=shop"]

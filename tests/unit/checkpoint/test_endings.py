@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from launch.artifacts.checkpoint_state import MANIFEST, STATE, DriverState
-from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory, append_json, check_name
 from launch.artifacts.run_lock import LOCK
 from launch.checkpoint.places import check_place
@@ -94,7 +94,7 @@ def test_a_manifest_that_is_anything_else_is_one_sentence(tmp_path: Path, text: 
     place = written(tmp_path, 1)
     (place / MANIFEST).write_text(text)
     with pytest.raises(DataError, match=r"(is no manifest of|cannot be read|holds no JSON object).*take another"):
-        verify(place)
+        verified_state(place)
 
 
 # ---- when a checkpoint is due ----
@@ -135,7 +135,7 @@ def boundary(saves: Saves, stop: StopRequest, clock: Callable[[], float] = lambd
         "checkpoint_every": 0,
         "checkpoint_minutes": 15.0,
         "steps": 100,
-        "pipeline": StalenessSchedule(),
+        "staleness_schedule": StalenessSchedule(),
     } | changed
     config: Any = SimpleNamespace(**values, learner=SimpleNamespace(deadline_s=5.0))
     saver: Any = saves
@@ -156,13 +156,16 @@ AHEAD = StalenessSchedule(max_staleness=2)
         ({"checkpoint_minutes": 0.0}, []),
         ({"checkpoint_minutes": 1.0}, [*range(1, 13)]),
         ({"checkpoint_every": 3}, [3, 6, 9, 12]),
-        ({"pipeline": AHEAD}, [4, 8, 12]),  # no barrier anywhere: nothing is promised that a checkpoint could break
-        ({"pipeline": replace(AHEAD, barrier_every=5), "checkpoint_every": 5}, [5, 10]),
-        ({"pipeline": replace(AHEAD, deterministic=False), "checkpoint_every": 10}, [4, 8, 10]),
+        (
+            {"staleness_schedule": AHEAD},
+            [4, 8, 12],
+        ),  # no barrier anywhere: nothing is promised that a checkpoint could break
+        ({"staleness_schedule": replace(AHEAD, barrier_every=5), "checkpoint_every": 5}, [5, 10]),
+        ({"staleness_schedule": replace(AHEAD, deterministic=False), "checkpoint_every": 10}, [4, 8, 10]),
         ({"steps": 11, "checkpoint_minutes": 0.0}, [11]),
     ],
 )
-def test_a_checkpoint_is_due_by_the_clock_where_the_pipeline_allows_it(
+def test_a_checkpoint_is_due_by_the_clock_where_the_schedule_allows_it(
     changed: dict[str, Any], expected: list[int]
 ) -> None:
     now = [0.0]

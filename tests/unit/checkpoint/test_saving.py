@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from launch.artifacts.checkpoint_state import DriverState
-from launch.artifacts.checkpoint_store import CheckpointStore, verify
+from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory
 from launch.checkpoint.resume import way_on
 from launch.checkpoint.saver import Retention, Saver
@@ -87,7 +87,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         assert ranks.saved == [2], "the next save did not wait"
         ranks.done.set()
         await second
-        assert verify(store.path(2)).step == 2 and ranks.saved == [2, 4]
+        assert verified_state(store.path(2)).step == 2 and ranks.saved == [2, 4]
         await saver.begin(state(6))
         await saver.finish()
         assert store.steps() == [6, 4] and ranks.kept_in == ["step_2", "step_4", "step_6"]
@@ -107,7 +107,7 @@ def test_what_goes_wrong_in_the_background_is_raised_and_leaves_nothing(tmp_path
         ask = {"check": _check, "finish": Saver.finish, "begin": lambda saver: saver.begin(state(6))}[how]
         with pytest.raises(OpdError, match="No space left"):
             await ask(saver)
-        assert [p.name for p in store.folder.iterdir()] == ["step_2"] and verify(store.path(2)).step == 2
+        assert [p.name for p in store.folder.iterdir()] == ["step_2"] and verified_state(store.path(2)).step == 2
         await saver.finish()  # it is said once
 
     run(tmp_path, work)
@@ -180,7 +180,7 @@ def test_a_checkpoint_whose_commit_has_begun_is_not_removed_under_it(tmp_path: P
             await asyncio.sleep(0)
         store.go_on.set()
         await ending
-        assert store.steps() == [2] and verify(store.path(2)).step == 2
+        assert store.steps() == [2] and verified_state(store.path(2)).step == 2
 
     asyncio.run(main())
 
@@ -201,7 +201,8 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
         run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
         run._config = SimpleNamespace(  # type: ignore[assignment]
             checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, checkpoint_minutes=0, steps=3, seed=0,
-            method=None, prompts=None, pipeline=None, evaluation=SimpleNamespace(every=0), cluster=ClusterConfig(),
+            method=None, prompts=None, staleness_schedule=None,
+            evaluation=SimpleNamespace(every=0), cluster=ClusterConfig(),
         )  # fmt: skip
         session = SimpleNamespace(learner=ranks, followers={}, engines=None)
         training = asyncio.create_task(run._train(session, None, [], SimpleNamespace(apart=nullcontext)))  # type: ignore[arg-type]
@@ -335,7 +336,7 @@ def test_the_last_step_is_saved_where_there_is_room(
         ranks.room = room
         if expected:
             place = await saver.rescue(state(7), places)
-            assert place == tmp_path / expected / "step_7" and verify(place).step == 7
+            assert place == tmp_path / expected / "step_7" and verified_state(place).step == 7
         else:
             with pytest.raises(OpdError, match="rank 0 cannot write it"):  # of its own place
                 await saver.rescue(state(7), places)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from actors.engine import _completion
 from opd.errors import DataError
 from opd.ports import Completion, GenerateRequest, Sampling
-from opd.rollouts.validation import verify
+from opd.rollouts.validation import validate_completions
 from opd.types import StopReason, TokenScores, TopKScores
 
 Spans = list[tuple[int, int, str]]
@@ -92,7 +92,7 @@ def test_an_honest_engine_is_believed(seed: int, top_p: float) -> None:
     }
     for said in (behavior, replace(behavior, **narrow), TokenScores(logprobs=behavior.logprobs)):
         topk = K if isinstance(said, TopKScores) else 0
-        verify([asked(top_p, topk)], [replace(whole, behavior=said)], ROWS)
+        validate_completions([asked(top_p, topk)], [replace(whole, behavior=said)], ROWS)
 
 
 def _set(array: np.ndarray, at: Any, value: float) -> np.ndarray:
@@ -175,7 +175,7 @@ def test_what_an_engine_cannot_have_said_is_refused(name: str, seed: int, at: in
     if "shifted" in sentence and "twice" not in sentence:  # by chance two rows may say nearly the same
         assume(_tells(wrong))
     with pytest.raises(DataError, match=f"completion of prompt 'p' is refused.*({sentence})"):
-        verify([asked()], [wrong], ROWS)
+        validate_completions([asked()], [wrong], ROWS)
 
 
 def _tells(wrong: Completion) -> bool:
@@ -188,8 +188,8 @@ def _tells(wrong: Completion) -> bool:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_as_many_completions_as_were_asked_for_or_none(count: int) -> None:
-    with pytest.raises(DataError, match=f"an engine gave {count} completions for 2 requests"):
-        verify([asked(), asked()], [honest(1)] * count, ROWS)
+    with pytest.raises(DataError, match=f"an engine wrote {count} completions for 2 requests"):
+        validate_completions([asked(), asked()], [honest(1)] * count, ROWS)
 
 
 AT_THE_BOUNDS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -234,7 +234,7 @@ def test_what_lies_at_a_bound_is_believed_and_what_lies_beyond_is_refused(case: 
     for topk, said in ((K, behavior), (0, TokenScores(logprobs=behavior.logprobs))):
         request, whole = asked(given.get("top_p", 1.0), topk), replace(made, behavior=said)
         if true or (not topk and {"k", "other"} & given.keys()):
-            verify([request], [whole], given.get("rows", ROWS))
+            validate_completions([request], [whole], given.get("rows", ROWS))
             continue
         with pytest.raises(DataError, match="completion of prompt 'p' is refused"):
-            verify([request], [whole], given.get("rows", ROWS))
+            validate_completions([request], [whole], given.get("rows", ROWS))

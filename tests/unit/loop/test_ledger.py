@@ -252,9 +252,7 @@ def test_a_name_without_an_entry_is_of_a_settled_step_or_was_never_asked_for(
     for one in (ledger, Ledger.from_json(ledger.to_json())):
         for step in range(12):
             over = step < first or step in settled - still_open
-            with pytest.raises(
-                DataError, match="one whose step is settled" if over else "one that was never asked for"
-            ):
+            with pytest.raises(DataError, match="one whose step is settled" if over else "one that was never issued"):
                 one.state(Entry(step, "stranger", 0))
 
 

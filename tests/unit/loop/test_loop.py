@@ -213,13 +213,13 @@ class Bench:
         self.records.append(record)
 
     async def run(
-        self, method: Method, steps: int, *observers: Any, start: int = 0, ledger: Any = None, **pipeline: Any
+        self, method: Method, steps: int, *observers: Any, start: int = 0, ledger: Any = None, **schedule: Any
     ) -> Ledger:
         sources = ports.Sources(tokenizer=Threes(), rows=lambda path, columns: ())
         told = [self.observe, *observers]
         self.ledger = ledger or Ledger()
         keywords: Any = {"start": start, "steps": steps, "ledger": self.ledger}
-        keywords["pipeline"] = StalenessSchedule(**({"deterministic": False} | pipeline))
+        keywords["schedule"] = StalenessSchedule(**({"deterministic": False} | schedule))
         return await train(method, self.prompts, sources, self.engines, self.learner, told, **keywords)
 
 
@@ -363,7 +363,7 @@ def test_a_step_counts_where_a_single_token_of_it_does(make: Any) -> None:
     """Not only where all its tokens do, or one of every text."""
 
     class First:
-        consumes, reads_written = Scores, False
+        consumes, reads_sampled_tokens = Scores, False
 
         def __call__(self, scored: Sequence[Any], context: Any) -> list[np.ndarray]:
             return [(np.arange(len(s.trajectory)) < (i == 0)).astype(float) for i, s in enumerate(scored)]
@@ -394,7 +394,7 @@ def test_three_steps_in_a_row_without_a_token_end_a_run_and_fewer_do_not(
     """Wherever in the run they are, at its begin as well; the student stays as it is in each."""
 
     class Filtered:
-        consumes, reads_written = Scores, False
+        consumes, reads_sampled_tokens = Scores, False
 
         def __call__(self, scored: Sequence[Any], context: Any) -> list[np.ndarray]:
             step = int(scored[0].trajectory.prompt.id.split("/")[0]) - start
@@ -491,7 +491,7 @@ def test_a_part_that_is_cancelled_from_within_ends_the_run(make: Any, place: str
     async def run() -> None:
         with pytest.raises(BaseExceptionGroup) as caught:
             await asyncio.wait_for(Bench(make, wait=give_up).run(SHORT, 9, max_staleness=2), timeout=20)
-        assert all("was cancelled while it wrote or read" in str(leaf) for leaf in leaves(caught.value))
+        assert all("was cancelled while it generated or scored" in str(leaf) for leaf in leaves(caught.value))
 
     asyncio.run(run())
 
@@ -503,7 +503,7 @@ class Nothing:
     calls: Sequence[int]
     called: int = -1
     consumes = Scores
-    reads_written = False
+    reads_sampled_tokens = False
 
     def __call__(self, scored: Sequence[Any], context: Any) -> list[np.ndarray]:
         self.called += 1
@@ -540,12 +540,12 @@ def test_the_seconds_of_a_step_are_those_of_its_spans(read: float, score: float)
         Span(role=Stage.ROLLOUT, step=8, start=1.0, end=4.0),
         Span(role=Stage.TEACHER, step=8, start=2.0, end=read),
     ]
-    collected = BufferedStep(step=7, began=1.0, asked=[], spans=spans)
+    rollouts = BufferedStep(step=7, began=1.0, prompts=[], spans=spans)
     clock = StepClock(began=3.0, waited=7.0, updated=12.0, drained=14.0, ended=17.0)
-    assert clock.seconds(collected) == {
+    assert clock.seconds(rollouts) == {
         "rollout": 3.0, "score": score, "wait": 4.0 + 2.0, "train": 5.0, "publish": 3.0, "step": 14.0
     }  # fmt: skip
-    of_the_learner, of_publishing = clock.spans(collected)[2:]
+    of_the_learner, of_publishing = clock.spans(rollouts)[2:]
     assert of_the_learner == Span(role=Stage.LEARNER, step=8, start=7.0, end=12.0)
     assert of_publishing == Span(role=Stage.PUBLISH, step=8, start=14.0, end=17.0)
 

@@ -35,25 +35,25 @@ FULL = method(TeacherHidden(), FullReverseKL())
 def test_the_schedule_is_bounded_and_never_waits_for_itself(
     staleness: int, start: int, every: int, step: int, deterministic: bool
 ) -> None:
-    pipeline = StalenessSchedule(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
+    schedule = StalenessSchedule(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
     step += start
-    min_version = pipeline.min_version(step, start)
+    min_version = schedule.min_version(step, start)
     assert start <= min_version <= step and step - min_version <= staleness
-    assert min_version <= pipeline.min_version(step + 1, start)
+    assert min_version <= schedule.min_version(step + 1, start)
     if (
         deterministic and every
     ):  # no text is written across a checkpoint, and what is written does not depend on `start`
         last = max(step - step % every, start)
         assert min_version >= last
-        assert min_version == pipeline.min_version(step, last)
+        assert min_version == schedule.min_version(step, last)
     elif step - staleness >= start:
         assert min_version == step - staleness
 
 
-def test_a_pipeline_without_room_is_refused() -> None:
+def test_a_schedule_without_room_is_refused() -> None:
     wrongs: list[Any] = [{"max_staleness": -1}, {"max_buffer_bytes": 0}, {"barrier_every": -1}]
     for wrong in wrongs:
-        with pytest.raises(ConfigurationError, match="the pipeline needs"):
+        with pytest.raises(ConfigurationError, match="the staleness schedule needs"):
             StalenessSchedule(**wrong)
 
 
@@ -386,15 +386,15 @@ def test_nothing_new_is_begun_between_draining_and_new_weights(make: Any) -> Non
     bench = Bench(make)
 
     async def look() -> list[bool]:
-        pipeline = StalenessSchedule(deterministic=False, update=WeightUpdate.DRAIN, max_staleness=5)
+        schedule = StalenessSchedule(deterministic=False, update=WeightUpdate.DRAIN, max_staleness=5)
         sources = ports.Sources(tokenizer=bench.engines.tokenizer, rows=lambda path, columns: ())
         collector = RolloutBuffer(
-            SHORT, bench.prompts, sources, ports.Context.of(bench.engines, step=0, steps=9, seed=0), Ledger(), pipeline
+            SHORT, bench.prompts, sources, ports.Context.of(bench.engines, step=0, steps=9, seed=0), Ledger(), schedule
         )
         seen = [collector._may_begin(3)]
         await collector.drained(1)
         seen.append(collector._may_begin(3))
-        await collector.advance(1, BufferedStep(step=0, began=0.0, asked=[]))
+        await collector.advance(1, BufferedStep(step=0, began=0.0, prompts=[]))
         return [*seen, collector._may_begin(3), collector._may_begin(7)]
 
     assert asyncio.run(look()) == [True, False, True, False]
@@ -430,22 +430,22 @@ def test_what_was_trained_is_let_go(make: Any) -> None:
 def test_which_checkpoints_a_run_goes_on_from_as_if_it_had_not_stopped(
     staleness: int, deterministic: bool, every: int, repeating: Sequence[int]
 ) -> None:
-    pipeline = StalenessSchedule(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
-    assert [step for step in range(10) if pipeline.repeats_from(step)] == list(repeating)
-    assert pipeline.min_version(0) == 0
+    schedule = StalenessSchedule(max_staleness=staleness, deterministic=deterministic, barrier_every=every)
+    assert [step for step in range(10) if schedule.resumes_exactly(step)] == list(repeating)
+    assert schedule.min_version(0) == 0
     anywhere = not (deterministic and every)
-    assert [step for step in range(10) if pipeline.may_pause(step)] == [
+    assert [step for step in range(10) if schedule.may_checkpoint(step)] == [
         step for step in range(10) if anywhere or step in repeating
     ]
 
 
-def test_when_a_step_was_written_and_read() -> None:
+def test_when_a_step_was_generated_and_scored() -> None:
     """The last of all groups counts, in whatever order they came; a step without any took no time."""
     spans = [
         Span(role=role, step=1, start=1.0, end=end)
         for role, end in [(Stage.ROLLOUT, 4.0), (Stage.TEACHER, 9.0), (Stage.ROLLOUT, 3.0), (Stage.TEACHER, 7.0)]
     ]
-    collected = BufferedStep(step=0, began=1.0, asked=[], spans=spans)
-    assert (collected.written, collected.read) == (4.0, 9.0)
-    nothing = BufferedStep(step=0, began=1.0, asked=[])
-    assert (nothing.written, nothing.read) == (1.0, 1.0)
+    rollouts = BufferedStep(step=0, began=1.0, prompts=[], spans=spans)
+    assert (rollouts.generated_at, rollouts.scored_at) == (4.0, 9.0)
+    nothing = BufferedStep(step=0, began=1.0, prompts=[])
+    assert (nothing.generated_at, nothing.scored_at) == (1.0, 1.0)

@@ -95,7 +95,7 @@ def test_rollout_scorer_and_weight_of_a_step_get_its_context(make: Any) -> None:
 
     class Weight:
         consumes = SampledTokens.produces
-        reads_written = False
+        reads_sampled_tokens = False
 
         def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Any]:
             note("weight", context)

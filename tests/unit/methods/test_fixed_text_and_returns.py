@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd.certify.engines import Notes, engines
+from opd.certify.engines import RequestLog, engines
+from opd.certify.enumeration import enumerated
 from opd.certify.models import TinyModel
-from opd.certify.states import read
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError, DataError
 from opd.loss.chunked import StudentLogits
@@ -36,7 +36,7 @@ from opd.types import Scored, StopReason, TokenScores, TopKReturnScores
 STUDENT, TEACHER = StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)
 
 
-BOX = engines(make_world(0, 6), Notes())
+BOX = engines(make_world(0, 6), RequestLog())
 
 
 def mixed(fraction: float, seed: int = 0) -> Mixed:
@@ -97,7 +97,11 @@ def test_at_the_ends_of_lambda_a_mixture_writes_what_it_lists() -> None:
     assert [limit.rollout.fraction for limit in limits] == [0, 1] and len({limit.name for limit in limits}) == 2
     for limit, writer in zip(limits, (TEACHER, STUDENT), strict=True):
         assert limit.equals is writer and limit.rollout == replace(mixed(0.5, seed=3), fraction=limit.rollout.fraction)
-        pairs = zip(read(limit.rollout, Unscored(), world).scored, read(writer, Unscored(), world).scored, strict=True)
+        pairs = zip(
+            enumerated(limit.rollout, Unscored(), world).scored,
+            enumerated(writer, Unscored(), world).scored,
+            strict=True,
+        )
         for one, other in pairs:
             assert np.array_equal(one.trajectory.token_ids, other.trajectory.token_ids)
             assert np.array_equal(one.trajectory.behavior.logprobs, other.trajectory.behavior.logprobs)
@@ -106,7 +110,7 @@ def test_at_the_ends_of_lambda_a_mixture_writes_what_it_lists() -> None:
 def test_a_group_has_one_source() -> None:
     world = make_world(0, 9)
     for fraction, model in ((0.0, world.teachers["default"]), (1.0, world.student)):
-        for item in read(mixed(fraction), Unscored(), world).scored:
+        for item in enumerated(mixed(fraction), Unscored(), world).scored:
             prompt = item.trajectory.prompt
             context = prompt.student_ids if fraction else prompt.teacher_ids
             (row,) = model.logprobs([(context, item.trajectory.token_ids)])
@@ -115,7 +119,7 @@ def test_a_group_has_one_source() -> None:
 
 
 def test_an_answer_is_read_to_its_end_or_cut(make: Any) -> None:
-    box = engines(make_world(0, 6), Notes())
+    box = engines(make_world(0, 6), RequestLog())
     prompts = [make.prompt([1], answer="4 5"), make.prompt([1], answer="4 5 3 2")]
     whole, cut = asyncio.run(AnswerRollout(max_tokens=3)(prompts, box))
     assert whole.token_ids.tolist() == [4, 5, 0] and whole.stop is StopReason.END
@@ -177,7 +181,7 @@ def test_a_scorer_s_returns_are_of_what_the_teacher_and_the_writer_said(
     behavior = TokenScores(logprobs=np.array([-0.5, -1.0, -2.0, -0.25]))
     text = make.trajectory([1], [2, 5, 3, 2], behavior=behavior)
     scorer = WithReturns(k=2, discount=discount, length_normalized=normalized, own_reward=own, reward_scale=scale)
-    (said,) = asyncio.run(scorer([text], engines(world, Notes())))
+    (said,) = asyncio.run(scorer([text], engines(world, RequestLog())))
     rewards = scale * (np.asarray(said.logprobs) - behavior.logprobs)
     for t in range(4):
         later = [discount ** (u - t - (not own)) * rewards[u] for u in range(t if own else t + 1, 4)]
@@ -208,7 +212,7 @@ def test_without_normalization_minillm_is_the_gradient_of_the_sequence_kl(make: 
         behavior = TokenScores(logprobs=logprob(world.student, text).numpy())
         written.append(make.trajectory(context, text, prompt=make.prompt(context), behavior=behavior))
     scorer = WithReturns(k=2, length_normalized=False)
-    said = asyncio.run(scorer(written, engines(world, Notes())))
+    said = asyncio.run(scorer(written, engines(world, RequestLog())))
     assert all(type(s) is TopKReturnScores for s in said)
     scored: Any = [Scored(trajectory=t, scores=s) for t, s in zip(written, said, strict=True)]
     chances = [np.full(2, chance) for chance in own.detach().exp().numpy()]

@@ -24,7 +24,7 @@ from opd.rollouts.mixed import Mixed
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK, Unscored
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.token_weights.length import SkipTruncated
 from opd.types import (
     AdvantageScores,
@@ -63,9 +63,9 @@ FACTS: dict[str, dict[str, object]] = {
     "TeacherRollout": {"on_policy": False, "needs_engines": ("writing teacher",)},
     "EnvironmentRollout": {"on_policy": True, "needs_engines": ("environment", "student")},
     "GroupAdvantage": {"min_group": 2, "needs_engines": ("grader",)},
-    "SkipTruncated": {"reads_written": True},
-    "SkipFirst": {"reads_written": True},
-    "PromptWeight": {"reads_written": False},
+    "SkipTruncated": {"reads_sampled_tokens": True},
+    "SkipFirst": {"reads_sampled_tokens": True},
+    "PromptWeight": {"reads_sampled_tokens": False},
     **{name: {"min_group": 1} for name in (
         "Ensemble", "WithReturns", "SampledTokens", "TeacherTopK", "StudentTopK", "TeacherHidden", "Unscored"
     )},
@@ -88,7 +88,7 @@ def test_what_parts_say_of_themselves_is_true() -> None:
     assert {name: found[name] for name in FACTS} == FACTS
 
 
-FLAGS = ("on_policy", "truncated", "min_group", "reads_written")
+FLAGS = ("on_policy", "truncated", "min_group", "reads_sampled_tokens")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -105,7 +105,9 @@ def test_an_objective_takes_the_testimony_it_needs_and_no_other(scorer: Any, obj
 
 @pytest.mark.parametrize("rollout", [StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)], ids=str)
 def test_the_students_topk_must_have_been_recorded(rollout: Any) -> None:
-    sentence = f"scorer StudentTopK needs TopKScores from the writer, but rollout {type(rollout).__name__} records "
+    sentence = (
+        f"scorer StudentTopK needs TopKScores of the behavior policy, but rollout {type(rollout).__name__} records "
+    )
     with pytest.raises(ConfigurationError, match=sentence + "TokenScores; set rollout.record_topk"):
         Method(name="m", rollout=rollout, scorer=StudentTopK(), objective=HeadTailReverseKL())
 
@@ -121,7 +123,7 @@ def test_an_estimate_over_the_students_own_tokens_is_refused_on_somebody_elses_t
         assert Method(**parts, rollout=TeacherRollout(max_tokens=8))
         return
     sentence = (
-        f"objective {objective.__name__} estimates from tokens that the student drew, but rollout Teacher.*; choose"
+        f"objective {objective.__name__} estimates from tokens that the student sampled, but rollout Teacher.*; choose"
     )
     with pytest.raises(ConfigurationError, match=sentence):
         Method(**parts, rollout=TeacherRollout(max_tokens=8))
@@ -356,9 +358,10 @@ WANTS: dict[str, ScoreKind] = {
 def test_true_testimony_is_believed(kind: ScoreKind) -> None:
     request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kinds=(kind,))
     said = answer(kind, 2)
-    verify([request, request], [(said,), (said,)])
+    validate_scores([request, request], [(said,), (said,)])
     if not isinstance(said, TopKScores):  # which would have to agree
-        verify([request], [(replace(said, logprobs=np.array([5e-4, -80.0], dtype=np.float32)),)])  # rounding is no lie
+        rounded = replace(said, logprobs=np.array([5e-4, -80.0], dtype=np.float32))
+        validate_scores([request], [(rounded,)])
 
 
 def spoiled(value: float) -> np.ndarray:
@@ -400,11 +403,11 @@ def test_false_testimony_is_refused(name: str) -> None:
     true = answer(WANTS[kind], 2)
     said = replace(true, **lie) if isinstance(lie, dict) else lie
     with pytest.raises(DataError, match=f"teacher scores are refused: .*{problem}.*check the teacher's"):
-        verify([request, request], [(true,), (said,)])
+        validate_scores([request, request], [(true,), (said,)])
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_missing_or_extra_answer_is_refused(count: int) -> None:
     request = ScoreRequest(context_ids=IDS[0], token_ids=IDS[0], kinds=(SampledToken(),))
     with pytest.raises(DataError, match=f"teacher answered {count} of 1 requests"):
-        verify([request], [(answer(SampledToken(), 2),)] * count)
+        validate_scores([request], [(answer(SampledToken(), 2),)] * count)

@@ -16,7 +16,7 @@ from opd.scorers.ensemble import Ensemble
 from opd.scorers.returns import WithReturns
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import SampledTokens, StudentTopK, TeacherHidden, TeacherTopK
-from opd.scorers.validation import check_support, verify
+from opd.scorers.validation import check_support, validate_scores
 from opd.types import HiddenScores, RemoteRows, Scores, StopReason, TokenScores, TopKScores
 from opd.types.log_probs import MASS, ROUNDING
 from tests.one_kind import answered
@@ -120,20 +120,20 @@ def test_the_probabilities_of_a_support_and_of_the_rest_are_1_within_the_toleran
     for error, true in ((0.0, True), (0.9, True), (1.1, False)):
         said = support(ids, [np.log(0.25)] * len(ids), float(np.log(1 - inside + sign * error * MASS)))
         if true:
-            verify([request_at(ids)], [(said,)])
+            validate_scores([request_at(ids)], [(said,)])
             continue
         with pytest.raises(DataError, match=r"the probabilities of a support and of the rest .* do not sum to 1"):
-            verify([request_at(ids)], [(said,)])
+            validate_scores([request_at(ids)], [(said,)])
 
 
 def test_a_log_probability_exceeds_0_by_rounding_at_most() -> None:
     request = replace(request_at([1]), kinds=(SampledToken(),))
     for value, true in ((0.0, True), (0.9 * ROUNDING, True), (1.1 * ROUNDING, False)):
         if true:
-            verify([request], [(TokenScores(logprobs=floats(value, 1)),)])
+            validate_scores([request], [(TokenScores(logprobs=floats(value, 1)),)])
             continue
         with pytest.raises(DataError, match="a value above 0"):
-            verify([request], [(TokenScores(logprobs=floats(value, 1)),)])
+            validate_scores([request], [(TokenScores(logprobs=floats(value, 1)),)])
 
 
 @pytest.mark.parametrize(("largest", "true"), [(0, True), (9, True), (10, False), (11, False)])
@@ -167,12 +167,12 @@ def test_an_answer_of_another_shape_is_refused(case: str) -> None:
     token_ids = np.zeros(N, dtype=np.int32)
     request = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=token_ids, kinds=(kind,))
     true = honest(request)
-    verify([request], [(true,)])
+    validate_scores([request], [(true,)])
     wrong = honest(replace(request, kinds=(TopK(k=2),)) if change is honest else request)
     for name, value in ({} if change is honest else change).items():
         object.__setattr__(wrong, name, value)  # tests check the shapes of what is built, a run does not
     with pytest.raises(DataError, match=f"teacher scores are refused: .*{sentence}"):
-        verify([request, request], [(true,), (wrong,)])
+        validate_scores([request, request], [(true,), (wrong,)])
 
 
 rewards = st.lists(st.integers(0, 1000), min_size=2, max_size=6)

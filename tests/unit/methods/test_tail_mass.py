@@ -15,7 +15,7 @@ from opd.objectives.support import Outside
 from opd.objectives.topk import TailBucketForwardKL, TailBucketReverseKL, TopKDivergence
 from opd.objectives.vocabulary import FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.ports import AtIds, ScoreRequest, TopK
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.types import Batch, TopKScores
 from opd.types.log_mass import ABSENT, remainder
 from teacher_service import scoring
@@ -121,9 +121,9 @@ def test_what_is_left_fits_what_is_named_also_if_an_id_is_named_twice() -> None:
     q, written = logits(0.3, 0), np.zeros(ROWS, dtype=np.int32)
     kind = AtIds(ids=np.tile(np.array([5, 3, 5, 20], dtype=np.int32), (ROWS, 1)))
     request, answer = ScoreRequest(context_ids=np.ones(1, np.int32), token_ids=written, kinds=(kind,)), told(q, kind)
-    verify([request], [(answer,)])
+    validate_scores([request], [(answer,)])
     with pytest.raises(DataError, match="do not sum to 1"):
-        verify([request], [(replace(answer, rest=answer.rest - 1),)])
+        validate_scores([request], [(replace(answer, rest=answer.rest - 1),)])
 
 
 def test_a_support_of_everything_has_no_bucket() -> None:

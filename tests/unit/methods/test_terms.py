@@ -15,8 +15,8 @@ from torch import Tensor
 
 from launch.config.run_config import run_config
 from opd.certify.certify import certify
-from opd.certify.engines import Notes, engines
-from opd.certify.gradients import case, descent, distance, gradient
+from opd.certify.engines import RequestLog, engines
+from opd.certify.gradients import gradient, make_case, microbatch_gradient, relative_difference
 from opd.certify.sums import GRADIENT
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError, DataError
@@ -38,7 +38,7 @@ from opd.types import Batch, Scores, TokenLoss, Trajectory
 
 TOY = Path(__file__).resolve().parents[3] / "examples/new_method/my_conf"
 ROLLOUT = StudentRollout(max_tokens=8)
-BOX = engines(make_world(0, 6), Notes())
+BOX = engines(make_world(0, 6), RequestLog())
 
 
 def toy() -> Method:
@@ -84,18 +84,22 @@ def test_the_gradient_of_a_sum_is_the_sum_of_gradients(
     coefficient: float, normalizers: Any, layout: Layout, seed: int
 ) -> None:
     """Whatever the weights of each: a token may be trained by either term, by both, or by none."""
-    found = case(Method(name="m", rollout=ROLLOUT, scorer=TeacherHidden(), objective=FullReverseKL()), make_world(1))
+    found = make_case(
+        Method(name="m", rollout=ROLLOUT, scorer=TeacherHidden(), objective=FullReverseKL()), make_world(1)
+    )
     draw = np.random.default_rng(seed)
-    weights = [[draw.integers(0, 3, len(s.trajectory)) * 1.0 for s in found.seen.scored] for _ in range(2)]
+    weights = [[draw.integers(0, 3, len(s.trajectory)) * 1.0 for s in found.enumeration.scored] for _ in range(2)]
     objectives = {MAIN: FullReverseKL(), "other": FullForwardKL()}
     terms = {
         name: WeighedTerm(weights=w, normalizer=n, coefficient=c)
         for name, w, n, c in zip(objectives, weights, normalizers, (1.0, coefficient), strict=True)
     }
-    batches = pack_terms(found.seen.scored, terms, layout)
-    together = descent(batches, SumOfTerms(objectives=objectives), found.world)
-    apart = [gradient(found.seen, w, o, n) for w, o, n in zip(weights, objectives.values(), normalizers, strict=True)]
-    assert distance(together, apart[0] + coefficient * apart[1]) < 1e-6
+    batches = pack_terms(found.enumeration.scored, terms, layout)
+    together = microbatch_gradient(batches, SumOfTerms(objectives=objectives), found.world)
+    apart = [
+        gradient(found.enumeration, w, o, n) for w, o, n in zip(weights, objectives.values(), normalizers, strict=True)
+    ]
+    assert relative_difference(together, apart[0] + coefficient * apart[1]) < 1e-6
 
 
 def test_one_term_with_coefficient_one_is_packed_as_ever(make: Any) -> None:
@@ -135,7 +139,7 @@ def test_terms_with_equal_scorers_share_one_answer_down_to_the_loss() -> None:
         terms={"forward": Term(scorer=Counting(), objective=FullForwardKL())},
     )
     world = make_world(0, 6)
-    box = engines(world, Notes())
+    box = engines(world, RequestLog())
     group = [p for p in world.prompts if p.id == world.prompts[0].id]
     Counting.asked.clear()
     items = asyncio.run(_collected(method, group, box))

@@ -106,7 +106,7 @@ class BareWeight:
 class OfState(BareWeight):
     """It reads the state alone."""
 
-    reads_written: ClassVar[bool] = False
+    reads_sampled_tokens: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,15 @@ ESTIMATE = SampledReverseKL()
 
 def test_a_rollout_that_does_not_say_so_is_not_on_policy() -> None:
     assert made(BareObjective(), BareRollout()) and made(ESTIMATE, OnPolicy())
-    with pytest.raises(ConfigurationError, match=r"tokens that the student drew, but rollout BareRollout has text of"):
+    with pytest.raises(
+        ConfigurationError, match=r"tokens that the student sampled, but rollout BareRollout has text of"
+    ):
         made(ESTIMATE, BareRollout())
 
 
 def test_a_weight_that_does_not_say_so_reads_what_was_written() -> None:
     assert made(BareObjective(), mine=BareWeight()) and made(ESTIMATE, mine=OfState())
-    with pytest.raises(ConfigurationError, match=r"weight 'mine' BareWeight depends on what was written"):
+    with pytest.raises(ConfigurationError, match=r"weight 'mine' BareWeight depends on what was sampled"):
         made(ESTIMATE, mine=BareWeight())
 
 
@@ -171,9 +173,9 @@ def test_a_balance_reads_whatever_one_of_its_filters_reads(
 ) -> None:
     for order in (filters, filters[::-1]):
         balance = TeacherBalance(filters={str(i): one for i, one in enumerate(order)})
-        assert (balance.reads_written, balance.consumes) == (reads, consumes)
+        assert (balance.reads_sampled_tokens, balance.consumes) == (reads, consumes)
         if reads:
-            with pytest.raises(ConfigurationError, match=r"weight 'mine' TeacherBalance depends on what was written"):
+            with pytest.raises(ConfigurationError, match=r"weight 'mine' TeacherBalance depends on what was sampled"):
                 made(ESTIMATE, mine=balance)
         else:
             assert made(ESTIMATE, mine=balance)

@@ -22,7 +22,7 @@ import opd.rollouts
 import opd.scorers
 import opd.token_weights
 import opd.updates
-from opd.certify.engines import Notes, Words, engines
+from opd.certify.engines import IdTokenizer, RequestLog, engines
 from opd.certify.gradients import draws
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError
@@ -213,7 +213,7 @@ def written(rollout: Any) -> Any:
         teachers={},
         writers=teachers,
         graders={},
-        tokenizer=Words(),
+        tokenizer=IdTokenizer(),
         environments={"": Endless},
     )
     texts = [t for p in _prompts() for t in asyncio.run(rollout([p], box))]
@@ -223,7 +223,7 @@ def written(rollout: Any) -> Any:
 @cache
 def _group() -> tuple[Any, list[Trajectory]]:
     """A small world with two teachers, and the texts of its first prompt."""
-    here, notes = make_world(0, VOCABULARY, TEACHERS), Notes()
+    here, notes = make_world(0, VOCABULARY, TEACHERS), RequestLog()
     box = engines(here, notes)
     group = [p for p in here.prompts if p.id == here.prompts[0].id][:8]
     return box, asyncio.run(StudentRollout(max_tokens=8, record_topk=4)(group, box))

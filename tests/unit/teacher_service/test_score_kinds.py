@@ -17,7 +17,7 @@ from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
 from launch.run.run import costs
 from opd.certify.certify import certify
-from opd.certify.engines import Notes, engines
+from opd.certify.engines import RequestLog, engines
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.method.method import Method
@@ -25,7 +25,7 @@ from opd.objectives.sampled import SampledReverseKL
 from opd.ports import AtIds, LastHidden, LogitRows, SampledToken, ScoreAnswer, ScoreKind, ScoreRequest, TopK
 from opd.ports.score_kinds import BUILT_IN
 from opd.rollouts.student import StudentRollout
-from opd.scorers.validation import verify
+from opd.scorers.validation import validate_scores
 from opd.settings.secret import Secret
 from opd.types import RemoteRows, Scores, TokenScores
 from opd.types.columns import columns
@@ -147,7 +147,7 @@ def test_several_kinds_are_answered_from_one_forward_as_each_alone(teacher: Coun
     before = teacher.forwards
     (together,) = score([request])
     assert teacher.forwards - before == once == 1  # the control question of a remote teacher goes along
-    verify([request], [together])
+    validate_scores([request], [together])
     assert len(together) == len(alone) == 6 and all(map(same, together, alone))
 
 
@@ -174,12 +174,12 @@ def test_kinds_in_any_order_and_company_are_what_each_text_alone_gets(seed: int,
                 one, two = getattr(scores, column.name), getattr(other, column.name)
                 if not column.remote:  # sums over rows of another chunk may differ in the last bit
                     np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
-        verify([request], [answer])
+        validate_scores([request], [answer])
 
 
 def test_the_enumerated_engine_answers_it_by_its_definition() -> None:
     world = make_world(0)
-    reader = engines(world, Notes()).teachers["default"]
+    reader = engines(world, RequestLog()).teachers["default"]
     ids = np.array([1, 4, 2], dtype=np.int32)
     kinds = (Margin(), TopK(k=3), LastHidden(), SampledToken())
     request = ScoreRequest(context_ids=ids, token_ids=ids[::-1].copy(), kinds=kinds)
@@ -357,7 +357,7 @@ def test_a_request_of_no_kind_is_refused(teacher: Counting) -> None:
 def test_a_false_answer_is_refused(answer: Any, says: str) -> None:
     ids = np.array([1, 2], dtype=np.int32)
     with pytest.raises(DataError, match=says):
-        verify([ScoreRequest(context_ids=ids, token_ids=ids, kinds=(Margin(),))], [answer])
+        validate_scores([ScoreRequest(context_ids=ids, token_ids=ids, kinds=(Margin(),))], [answer])
 
 
 def test_the_columns_of_the_projects_scores_are_those_of_their_annotations() -> None:

@@ -1,4 +1,4 @@
-"""What a certificate says: rows, each a property with a measured number, a bound and a verdict."""
+"""Certificates: rows of properties, each with a measured number, a bound and a verdict."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Bound(Enum):
-    """On which side of its bound a measured number must lie."""
+    """Side of the tolerance on which a measured number must lie."""
 
     AT_MOST = "<="
     AT_LEAST = ">="
@@ -15,7 +15,7 @@ class Bound(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One property. Example: `Row(name="ranks", measured=3e-16, bound=Bound.AT_MOST, tolerance=1e-9)`."""
+    """A measured property. Example: `Row(name="ranks", measured=3e-16, bound=Bound.AT_MOST, tolerance=1e-9)`."""
 
     name: str
     measured: float
@@ -24,7 +24,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """A number that is not finite never passes."""
+        """Whether the number is within its bound; one that is not finite never is."""
         if not math.isfinite(self.measured):
             return False
         above = self.measured >= self.tolerance
@@ -44,7 +44,7 @@ Finding = Row | Skipped
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What was found. `skipped` says which properties do not apply, and why."""
+    """Certificate of a method. `skipped` has the properties that do not apply, each with the reason."""
 
     method: str
     promise: str
@@ -62,12 +62,12 @@ class Certificate:
 
 
 def at_least(name: str, measured: float, tolerance: float) -> Row:
-    """A property whose number must not be below its bound."""
+    """Row whose number must not be below its bound."""
     return Row(name=name, measured=measured, tolerance=tolerance, bound=Bound.AT_LEAST)
 
 
 def worst(rows: list[Row]) -> Row:
-    """Of the same property in several worlds: the one that fails, or is nearest to it."""
+    """Row that fails or is nearest to failing, of the same property in several worlds."""
     broken = [row for row in rows if not row.passed]
     sign = 1 if rows[0].bound is Bound.AT_LEAST else -1
     return broken[0] if broken else min(rows, key=lambda row: sign * row.measured)

@@ -1,0 +1,185 @@
+"""Checks of the requests that a method's parts send to engines, and of its scorer's scores and credit."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd.certify.certificate import Finding, Row, Skipped, at_least
+from opd.certify.credit import Credit, begins_with_own, credit_by_definition, rewards, scorer_credit
+from opd.certify.engines import RequestLog, engines
+from opd.certify.fitting import other_settings
+from opd.certify.gradients import (
+    EXACT,
+    Case,
+    enumerable,
+    every_token,
+    logit_gradients,
+    logits,
+    make_case,
+    relative_difference,
+)
+from opd.scorers.ensemble import ContextIds
+from opd.types import AdvantageScores, Scored, Scores, TopKReturnScores
+
+ASKED = "teachers are asked about whole texts in their own context"
+WRITTEN = "text is written in its own context, as the rollout says"
+KEPT = "text is trained whole, as it was written"
+ORDER = "scores follow their text in any order, and again"
+DEFINED = "credit is what it is defined to be"
+BETTER = "the better of two answers has the greater advantage"
+LAST = "the last return of a text is 0"
+LATER = "a return falls with the teacher's doubt about later tokens, and about no others"
+RAISES = "credit makes what was written likelier"
+
+
+def check_requests(cases: list[Case]) -> Iterator[Finding]:
+    """Requests to engines have each text in its own context, at the rollout's own settings."""
+    yield Row(name=ASKED, measured=float(sum(map(_wrong_score_requests, cases))), tolerance=0.0)
+    yield Row(name=WRITTEN, measured=float(sum(map(_wrong_generate_requests, cases))), tolerance=0.0)
+    yield Row(name=KEPT, measured=float(sum(map(_cut_completions, cases))), tolerance=0.0)
+
+
+def _wrong_score_requests(case: Case) -> int:
+    scorer = case.method.scorer
+    contexts = getattr(scorer, "contexts", {})
+    due = {
+        (
+            name,
+            contexts.get(name, ContextIds.TEACHER).of(item.trajectory.prompt).tobytes(),
+            item.trajectory.token_ids.tobytes(),
+        )
+        for item in case.enumeration.scored
+        for name in (getattr(scorer, "shares", None) or [item.trajectory.prompt.teacher])
+    }
+    asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in case.enumeration.log.score_requests}
+    return len(asked - due) + (len(due - asked) if scorer.requires else 0)
+
+
+def _wrong_generate_requests(case: Case) -> int:
+    wrong = 0
+    for item in case.enumeration.scored:
+        prompt = item.trajectory.prompt
+        generation = case.enumeration.log.generations.get((prompt.id, item.trajectory.sample))
+        if generation:
+            context = prompt.teacher_ids if generation.as_teacher else prompt.student_ids
+            wrong += not np.array_equal(generation.request.context_ids, context)
+            wrong += not _as_set(case.method.rollout, generation.request.sampling)
+    return wrong
+
+
+def _cut_completions(case: Case) -> int:
+    """Number of completions that lost tokens, or whose tokens are masked although no weight is 0."""
+    texts = [item.trajectory for item in case.enumeration.scored]
+    log = [case.enumeration.log.generations.get((t.prompt.id, t.sample)) for t in texts]
+    return sum(
+        not (np.array_equal(text.token_ids, generation.token_ids) and text.loss_mask.all())
+        for text, generation in zip(texts, log, strict=True)
+        if generation
+    )
+
+
+def _as_set(rollout: Any, sampling: Any) -> bool:
+    names = ("temperature", "top_p", "max_tokens")
+    return all(getattr(sampling, name) == getattr(rollout, name) for name in names if hasattr(rollout, name))
+
+
+def check_score_order(case: Case) -> Iterator[Finding]:
+    """The scores of a text are the same again, and in any order of its group."""
+    before = [item.scores for item in case.enumeration.scored]
+    after: list[Scores] = []
+
+    async def score_again() -> None:
+        context = engines(case.world, RequestLog())
+        for _, group in groupby(case.enumeration.scored, key=lambda item: item.trajectory.prompt.id):
+            reversed_group = [item.trajectory for item in group][::-1]
+            after.extend(list(await case.method.scorer(reversed_group, context))[::-1])
+
+    asyncio.run(score_again())
+    first, again = (_numbers(type(s[0]).concat(s).to("cpu", lambda rows: rows)) for s in (before, after))
+    measured = max((relative_difference(a, b) for a, b in zip(first, again, strict=True)), default=0.0)
+    yield Row(name=ORDER, measured=measured, tolerance=EXACT)
+
+
+def _numbers(scores: Any) -> list[Tensor]:
+    """All tensors within scores."""
+    if isinstance(scores, Tensor):
+        return [scores.double()] if scores.numel() else []
+    if isinstance(scores, tuple):
+        return [tensor for part in scores for tensor in _numbers(part)]
+    return [tensor for f in fields(scores) for tensor in _numbers(getattr(scores, f.name))]
+
+
+def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
+    """Credit agrees with its definition, and raises the sampled token. `deep` has long texts."""
+    if scorer_credit(case.enumeration.scored) is None:
+        yield Skipped(name=DEFINED, why="the scorer gives no credit")
+        return
+    method, world = case.method, case.world
+    others = [make_case(replace(method, scorer=other), world) for other in other_settings(method.scorer)]
+    errors = [
+        _error(c.enumeration.scored, credit_by_definition(c.enumeration, c.world.teachers))
+        for c in (case, deep, *others)
+    ]
+    if None in errors:
+        yield Skipped(name=DEFINED, why="no definition is known for this scorer; the rows below hold without one")
+    else:
+        yield Row(name=DEFINED, measured=max(e for e in errors if e is not None), tolerance=EXACT)
+    yield from _graded(case) if isinstance(case.enumeration.scored[0].scores, AdvantageScores) else _returned(case)
+    yield at_least(RAISES, _raised(case), 1e-9)
+
+
+def _error(scored: list[Scored[Any]], expected: Credit | None) -> float | None:
+    credit = scorer_credit(scored)
+    if expected is None or credit is None:
+        return None
+    return relative_difference(torch.from_numpy(np.concatenate(credit)), torch.from_numpy(np.concatenate(expected)))
+
+
+def _graded(case: Case) -> Iterator[Finding]:
+    rewarded, credit = rewards(case.enumeration.scored), scorer_credit(case.enumeration.scored) or []
+    wrong = 0
+    for _, group in groupby(range(len(rewarded)), key=lambda i: case.enumeration.scored[i].trajectory.prompt.id):
+        members = list(group)
+        better = np.sign(rewarded[members][:, None] - rewarded[members][None, :])
+        mean = np.asarray([credit[i].mean() for i in members])
+        gap = mean[:, None] - mean[None, :]
+        wrong += int((np.sign(np.where(np.abs(gap) > EXACT, gap, 0)) != better).sum())
+    yield Row(name=BETTER, measured=float(wrong), tolerance=0.0)
+
+
+def _returned(case: Case) -> Iterator[Finding]:
+    credit, own = scorer_credit(case.enumeration.scored) or [], begins_with_own(case.method.scorer)
+    if own:
+        yield Skipped(name=LAST, why="a return begins with the token's own reward, as the scorer declares")
+    else:
+        yield Row(name=LAST, measured=max(abs(float(c[-1])) for c in credit), tolerance=EXACT)
+    wrong = 0
+    for position in range(1, case.world.length):
+        first = position + own  # of the returns without the perturbed token
+        perturbed = make_case(case.method, replace(case.world, perturbed_position=position))
+        credit_then = scorer_credit(perturbed.enumeration.scored) or []
+        changes = [after - before for before, after in zip(credit, credit_then, strict=True) if len(before) > position]
+        wrong += sum(bool((c[:first] > EXACT).any() or c[first - 1] > -EXACT) for c in changes)
+        wrong += sum(bool((np.abs(c[first:]) > EXACT).any()) for c in changes)
+    yield Row(name=LATER, measured=float(wrong), tolerance=0.0)
+
+
+def _raised(case: Case) -> float:
+    """Least increase of a sampled token's logit gradient for one more unit of its credit."""
+    batch, objective = every_token(case.enumeration), enumerable(case.method.objective)
+    at = logits(case.enumeration, batch)
+    match batch.scores:
+        case AdvantageScores(advantages=credit):
+            more = replace(batch.scores, advantages=credit + 1.0)
+        case TopKReturnScores(returns=credit):
+            more = replace(batch.scores, returns=credit + 1.0)
+        case _:
+            return 0.0
+    rise = logit_gradients(objective, at, batch) - logit_gradients(objective, at, replace(batch, scores=more))
+    return float(rise.gather(-1, batch.target_ids[:, None]).min())
