@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from opd.deadlines import backoff
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.secret import Secret
 from teacher_service.config import TOKEN_VARIABLE, TeacherConfig
@@ -77,7 +78,7 @@ class Patience:
             )
 
     def _pause(self, number: int, asked_s: float) -> float:
-        longest = min(LONGEST_WAIT_S, self._config.backoff_s * 2**number)
+        longest = backoff(self._config.backoff_s, number, LONGEST_WAIT_S)
         return max(min(asked_s, LONGEST_WAIT_S), longest * (0.5 + random.random() / 2))
 
 

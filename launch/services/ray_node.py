@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
 from typing import TypeVar
 
 import psutil
 
 from launch.services.causes import brief
 from launch.services.replicas import GO_ON
+from opd.deadlines import repeated
 from opd.errors import OpdError
 from weight_sync.shared_memory import place
 
@@ -139,8 +139,8 @@ def start_patiently(start: Callable[[], Started], deadline_s: float) -> Started:
     Raises:
         OpdError: Ray did not start.
     """
-    began = monotonic()
-    while True:
+
+    def attempt() -> Started:
         before = {p.pid for p in psutil.Process().children()}
         try:
             return start()
@@ -148,13 +148,20 @@ def start_patiently(start: Callable[[], Started], deadline_s: float) -> Started:
             for process in psutil.Process().children():
                 if process.pid not in before and _is_rays(process):
                     process.kill()
-            late = "timed out" in str(error)
-            if late and monotonic() - began + _PAUSE_S < deadline_s:
-                logger.warning("Ray needs longer than it allows itself to start on this machine; it is tried again")
-                sleep(_PAUSE_S)
-                continue
-            advice = "free processors or memory, or raise cluster.start_deadline_s" if late else "correct that"
-            raise OpdError(f"Ray did not start on this machine ({brief(error)}); {advice}, and start again") from error
+            if _timed_out(error):
+                logger.warning("Ray needs longer than it allows itself to start on this machine")
+            raise
+
+    try:
+        return repeated(attempt, _timed_out, deadline_s, _PAUSE_S)
+    except Exception as error:
+        late = "free processors or memory, or raise cluster.start_deadline_s"
+        advice = late if _timed_out(error) else "correct that"
+        raise OpdError(f"Ray did not start on this machine ({brief(error)}); {advice}, and start again") from error
+
+
+def _timed_out(error: Exception) -> bool:
+    return "timed out" in str(error)
 
 
 def _is_rays(process: psutil.Process) -> bool:

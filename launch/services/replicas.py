@@ -134,7 +134,7 @@ class Replicas:
         """
         if self._in_a_row >= self.retry.max_consecutive_failures:  # the breaker is open: one try after a pause
             rounds = self._in_a_row - self.retry.max_consecutive_failures
-            await asyncio.sleep(min(self.retry.cooldown_s * 2**rounds, self.retry.deadline_s))
+            await asyncio.sleep(deadlines.backoff(self.retry.cooldown_s, rounds, self.retry.deadline_s))
         patience = self.retry.start_deadline_s + self.retry.deadline_s
         service = f"any {self.service} (none is ready, or none has the weights it should work with)"
         return await within(patience, service, self._soon(requests))

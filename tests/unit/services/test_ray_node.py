@@ -164,7 +164,7 @@ def test_what_a_failed_start_has_left_is_ended_and_the_next_one_counts(monkeypat
             raise Exception(LATE)
 
     monkeypatch.setattr("launch.services.ray_node._PAUSE_S", 0.01)
-    start_patiently(second_time, 60)
+    start_patiently(second_time, 60.0)
     try:
         assert left[0].wait(10) == -9 and left[1].poll() is None
     finally:
