@@ -1,4 +1,4 @@
-"""Ray's own processes of a local session. When one of them dies Ray says nothing for minutes, and actors stay behind.
+"""Watch of Ray's own processes in a local session: after the death of one, Ray reports nothing for minutes.
 
 (Ray 2.60: a driver whose raylet was killed still waited after 200 s, and so did its workers, which look for a parent
 that is process 1 only after they have been asked something.)
@@ -70,7 +70,7 @@ class Node:
         return next((p for p in self.processes if _is_dead(p)), None)
 
     def end_orphans(self) -> None:
-        """Kill workers whose raylet has died: nobody else does. To be called when the session is over."""
+        """Kill workers whose raylet has died, which Ray does not; to be called when the session is over."""
         raylets = {str(p.pid) for p in self.processes if _is_dead(p)}
         for process in psutil.process_iter() if raylets else ():
             try:
@@ -101,7 +101,7 @@ def _mark(folder: Path) -> None:
 
 
 def _is_left(mark: Path) -> bool:
-    """Is the folder with `mark` this user's, and have the program that made it and all that works in it ended?"""
+    """Whether the folder with `mark` is this user's, and the program that made it and all its processes have ended."""
     folder = mark.parent
     try:
         if folder.is_symlink() or mark.stat().st_uid != os.getuid():
@@ -133,7 +133,7 @@ def on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def start_patiently(start: Callable[[], Started], deadline_s: float) -> Started:
+def start_ray(start: Callable[[], Started], deadline_s: float) -> Started:
     """Call `start` again while Ray's processes need longer than the 30 s that Ray gives them, for `deadline_s` in all.
 
     Raises:
