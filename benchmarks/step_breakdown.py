@@ -38,7 +38,7 @@ def main() -> None:
     from launch.config.run_config import run_config
     from launch.monitors.accounting import Totals
     from launch.plan.plan import make_plan
-    from launch.run.evaluate import Evaluator, Spent
+    from launch.run.evaluate import Evaluator, TrainingCost
     from launch.run.session import open_session
     from launch.services.cluster import connected
     from opd.loop.train import StepRecord, train
@@ -64,7 +64,7 @@ def main() -> None:
                 measured.marks.append(Mark(spent=before - apart, calls=calls))
             if record.step % EVERY == 0 and measured.goal is None:
                 cpu_s = float((before - apart)[0])
-                point = await evaluator.student(record.step, 1, Spent(totals=Totals(), cpu_s=cpu_s))
+                point = await evaluator.student(record.step, 1, TrainingCost(totals=Totals(), cpu_s=cpu_s))
                 if point.mean_at_k is not None and point.mean_at_k >= GOAL:
                     measured.goal = (record.step, cpu_s)
             apart = apart + await spent(session) - before

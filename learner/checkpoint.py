@@ -1,4 +1,4 @@
-"""What a learner leaves on disk: one safetensors file per rank, readable by any number of ranks and any ZeRO stage.
+"""Checkpoint files of the learner: one safetensors file per rank, readable by any number of ranks and any ZeRO stage.
 
 A file holds pieces of the flattened float32 master weights and of Adam's two moments, under the name
 `<key>/<start>/<parameter>`, and those of snapshots under `<key>@<snapshot>/<start>/<parameter>`; the pieces of all
@@ -34,9 +34,12 @@ _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a checkpoint is of. `updates` is the place in the schedule, `model` a digest of names, shapes and dtypes,
-    `skipped` the number of updates in a row that were skipped just before, `device` whose random state it has, and
-    `snapshots` has the place in the schedule of each snapshot by name (None: without the optimizer)."""
+    """Metadata of a checkpoint's file.
+
+    `updates` is the place in the schedule, `model` a digest of names, shapes and dtypes, `skipped`
+    the number of updates in a row that were skipped just before, `device` whose random state it has, and `snapshots`
+    has the place in the schedule of each snapshot by name (None: without the optimizer).
+    """
 
     step: int
     updates: int
@@ -60,7 +63,7 @@ def piece_name(key: str, start: int, parameter: str) -> str:
 
 
 def snapshot_keys(updates: int | None) -> tuple[str, ...]:
-    """What is kept of each parameter in a snapshot with this place in the schedule (None: without the optimizer)."""
+    """Keys of a snapshot's tensors per parameter, by its place in the schedule (None: without the optimizer)."""
     return (MASTER,) if updates is None else KEYS
 
 
@@ -109,7 +112,7 @@ def _serialized(tensors: Mapping[str, Tensor], facts: Facts) -> Iterable[memoryv
 
 
 class ShardWriter:
-    """Writes a rank's file in a thread of its own, one at a time."""
+    """Writer of a rank's file in a background thread, one file at a time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -206,10 +209,10 @@ def _opened(path: Path) -> tuple[Facts, "safe_open"]:
         raise DataError(f"the checkpoint {path.parent} lacks {path.name}; it is foreign or was cut off, take another")
     try:
         file = safe_open(str(path), framework="pt")
-        said = file.metadata() or {}
-        if said.get("format") != FORMAT:
-            raise ValueError(f"its format is {said.get('format')!r}")
-        facts = Facts(**json.loads(said["facts"]))
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}")
+        facts = Facts(**json.loads(metadata["facts"]))
         wrong = [f.name for f in fields(Facts) if type(getattr(facts, f.name)) is not f.type]
         if wrong:
             raise ValueError(f"its {wrong[0]} is {shown(getattr(facts, wrong[0]))}")
@@ -238,12 +241,12 @@ def check_model(directory: Path, saved: Facts, model: str) -> None:
 
 
 def partial(final: Path) -> Path:
-    """Where `final` is written before it is renamed: next to it, so that the rename is atomic."""
+    """Temporary path of `final` before its rename: next to it, so that the rename is atomic."""
     return final.with_name(f".{final.name}.partial")
 
 
 def replaced(final: Path) -> Path:
-    """Where an older `final` waits while the new one takes its place."""
+    """Path of an older `final` while the new one takes its place."""
     return final.with_name(f".{final.name}.old")
 
 
@@ -281,7 +284,7 @@ def flush_directory(folder: Path) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> OpdError:
-    """The sentence for a disk that is full, read-only or gone."""
+    """Error for a disk that is full, read-only or gone."""
     return OpdError(
         f"cannot write {path}: {error.strerror or error}; the checkpoints before it are intact, make room or choose "
         "another output_dir"

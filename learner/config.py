@@ -1,4 +1,4 @@
-"""What a user sets about training. Imports neither torch nor DeepSpeed, so a driver can read it."""
+"""Settings of the learner. Imports neither torch nor DeepSpeed, so a driver can read it."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,14 +24,14 @@ from opd.settings.validation import settings
 
 
 class LossKernel(Enum):
-    """What computes a divergence over the whole vocabulary; the loss is the same."""
+    """Implementation of a divergence over the whole vocabulary; the loss is the same."""
 
     TORCH = "torch"
     LIGER = "liger"  # liger-kernel's fused Triton kernel: a GPU and FullReverseKL, FullForwardKL or JensenShannon
 
 
 class Transport(Enum):
-    """How published chunks reach the engines (docs/publishing.md)."""
+    """Transport of published chunks to the engines (docs/publishing.md)."""
 
     AUTO = "auto"  # SHARED_MEMORY in a run on this machine alone, else OBJECT_STORE
     OBJECT_STORE = "object_store"  # Ray's, on any number of machines
@@ -71,14 +71,17 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of an adapter's two matrices is multiplied by; 0 where there are none."""
+        """Factor of the product of an adapter's two matrices; 0 where there are none."""
         return self.lora_alpha / self.r if self.r else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentText:
-    """What a rank is told of the run's texts: the ids that end them (they are exported), and the `sentinel`, ids of a
-    text of the run by which publications are checked (empty: random ids)."""
+    """Token ids that a rank needs of the run's texts.
+
+    `ends` are the ids that end them (they are exported), `sentinel` those of a text by which publications are checked
+    (empty: random ids).
+    """
 
     ends: tuple[int, ...] = ()
     sentinel: tuple[int, ...] = ()
@@ -87,7 +90,7 @@ class StudentText:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class LearnerConfig:
-    """How the student is trained.
+    """Settings of the student's training.
 
     `dtype` is what the student computes and is published in; bfloat16 keeps float32 master weights in the optimizer.
     `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the

@@ -1,4 +1,4 @@
-"""Which token made a step no number: looked for once, when a run is about to end because of it."""
+"""Diagnosis of a step that is not finite: its first infinite importance ratio, sought when a run is about to end."""
 
 from dataclasses import dataclass, field
 
@@ -41,9 +41,11 @@ def _sentence(batch: Batch[Scores], row: int, own: torch.Tensor, count: int) -> 
     )
 
 
-def told(text: str, rank: int, ranks: int, device: torch.device) -> str:
-    """The text of the first rank that has one, on every rank; all must ask."""
+def from_first_rank(text: str, rank: int, ranks: int, device: torch.device) -> str:
+    """The text of the first rank that has one, on every rank; a collective call."""
     first = engine.max_over_ranks(torch.tensor([-rank if text else -ranks], dtype=torch.float64, device=device))
     mine = text.encode()[:_BYTES] if text and -int(first[0]) == rank else b""
-    said = torch.from_numpy(np.frombuffer(mine.ljust(_BYTES, b"\0"), dtype=np.uint8).astype(np.float64)).to(device)
-    return bytes(engine.sum_over_ranks(said).cpu().to(torch.uint8).numpy()).rstrip(b"\0").decode(errors="ignore")
+    text_bytes = torch.from_numpy(np.frombuffer(mine.ljust(_BYTES, b"\0"), dtype=np.uint8).astype(np.float64)).to(
+        device
+    )
+    return bytes(engine.sum_over_ranks(text_bytes).cpu().to(torch.uint8).numpy()).rstrip(b"\0").decode(errors="ignore")

@@ -1,4 +1,4 @@
-"""Everything that knows DeepSpeed and torch.distributed: joining ranks, sharing a model, gathering it."""
+"""Calls of DeepSpeed and torch.distributed: joining ranks, partitioning a model, gathering it."""
 
 import contextlib
 import faulthandler
@@ -24,8 +24,8 @@ from weight_sync.rendezvous import meeting_place
 _GRACE_S = 30.0  # what the library's own timeouts may be late by
 
 
-def settle(config: LearnerConfig, device: torch.device, seed: int) -> None:
-    """Torch's own settings in this process: threads, seed, determinism, and warnings that say nothing here."""
+def configure_torch(config: LearnerConfig, device: torch.device, seed: int) -> None:
+    """Set torch up in this process: threads, seed, determinism, and no warnings that do not apply here."""
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -79,7 +79,7 @@ def _ending_within(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def share(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
+def initialize(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
     """The student under DeepSpeed: optimizer, ZeRO, mixed precision. Moves it to `device`."""
     student.to(device)
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -179,7 +179,7 @@ def reload(engine: DeepSpeedEngine, zero_stage: int, device: torch.device) -> No
 
 
 def _move_the_rest(engine: DeepSpeedEngine, zero_stage: int, device: torch.device) -> None:
-    """What DeepSpeed's own functions do not move: frozen parameters, and without ZeRO everything."""
+    """Move what DeepSpeed's own functions leave: frozen parameters, and without ZeRO everything."""
     module = cast(nn.Module, engine.module)
     for parameter in module.parameters():
         if zero_stage == 0 or (zero_stage < 3 and not parameter.requires_grad):

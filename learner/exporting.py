@@ -19,7 +19,7 @@ def export(
 ) -> None:
     """Write `directory`: safetensors, configuration, and the tokenizer of `source`; all ranks must call.
 
-    `ends` are the ids that ended texts in training; whoever generates with the folder ends them there, too.
+    `ends` are the ids that ended texts in training; an engine that generates with the folder ends them there, too.
     Adapters are merged, as an engine does it, and also written by themselves, in PEFT's format, into `adapter/`.
     """
     named = list(student.named())

@@ -34,7 +34,7 @@ def write_folder(
 ) -> None:
     """Write `directory`: `state` as safetensors, the configuration, and the tokenizer of `source`.
 
-    `ends` are the ids that ended texts in training; whoever generates with the folder ends them there, too.
+    `ends` are the ids that ended texts in training; an engine that generates with the folder ends them there, too.
     Adapters, which `state` has merged, are also written by themselves, in PEFT's format, into `adapter/`.
     """
     checkpoint.start(directory)

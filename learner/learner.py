@@ -1,4 +1,4 @@
-"""One rank of the learner as others see it: a plain object that `launch/` turns into an actor.
+"""A rank of the learner, for its callers: a plain object that `launch/` turns into an actor.
 
 The work is in `learner.training`, imported when a rank joins the others: a driver only names this class and
 should not pay seconds for transformers and DeepSpeed.
@@ -77,7 +77,7 @@ class LearnerRank(Rank):
         self._busy_s = 0.0
 
     def address(self) -> tuple[str, int]:
-        """This machine as other machines see it, and a port that is free now: where the ranks can meet."""
+        """Host name of this machine and a port that is free now, for the ranks' rendezvous."""
         host = own_host()
         return host, free_port(host)
 

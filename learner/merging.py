@@ -18,7 +18,7 @@ from weight_sync.lora import pairs, with_adapters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What a checkpoint was trained from: the student's folder, and the settings that decide names and dtypes."""
+    """Origin of a checkpoint: the student's folder, and the settings that decide names and dtypes."""
 
     student: str
     dtype: Dtype

@@ -1,4 +1,4 @@
-"""The student as the learner sees it: a Hugging Face model that reads packed sequences.
+"""The student in the learner: a Hugging Face model that reads packed sequences.
 
 The body is untouched: packing enters through transformers' own attention interface. The output matrix lives
 in one small module that is asked what to do with it, so that ZeRO-3 gathers it once and no tensor of tokens
@@ -32,14 +32,14 @@ ADAPTER = "learner"  # what PEFT calls the only adapter that we have
 
 
 class Head(nn.Module):
-    """The only owner of the output matrix; `use(hidden, matrix)` says what is wanted (default: logits)."""
+    """Output layer, the only owner of its matrix; `use(hidden, matrix)` is computed with it (default: logits)."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, hidden: Float[Tensor, "L H"], use: Use = F.linear) -> Tensor:
-        """Whatever `use` returns; its gradient reaches hidden states and matrix."""
+        """The value of `use`; its gradient reaches hidden states and matrix."""
         return use(hidden, self.weight)
 
 
@@ -108,14 +108,14 @@ class Student(nn.Module):
             )
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained, under the names of its checkpoint; a tied head is the embedding and does not appear.
+        """Trained parameters, under the names of their checkpoint; a tied head is the embedding and does not appear.
 
         Adapters have the names of `weight_sync.lora`; beside them nothing is trained.
         """
         return ((self._kept(name), p) for name, p in self.causal.named_parameters() if p.requires_grad)
 
     def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The rest: what adapters are added to."""
+        """Frozen parameters, under the same names: those that adapters are added to."""
         return ((self._kept(name), p) for name, p in self.causal.named_parameters() if not p.requires_grad)
 
     def _kept(self, name: str) -> str:
@@ -144,7 +144,7 @@ def target_logprobs(student: Student, batch: Batch[Scores], device: torch.device
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """The policy that is trained must be the policy that wrote; rates are kept in layers of their own or by modules."""
+    """Set all dropout rates to 0, those of layers and of modules: the trained policy must be the one that sampled."""
     for module in model.modules():
         rates = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
         for name in rates:
@@ -153,7 +153,7 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def _layer(name: str) -> str:
-    """What a tensor belongs to: `a.b` of `a.b.weight` and of `a.b.lora_A.weight`."""
+    """Name of a tensor's layer: `a.b` of `a.b.weight` and of `a.b.lora_A.weight`."""
     return next((name.removesuffix(end) for end in (A, B, ".weight", ".bias") if name.endswith(end)), name)
 
 

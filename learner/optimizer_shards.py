@@ -1,4 +1,4 @@
-"""Which part of the optimizer's state lies on this rank, under every ZeRO stage, and how to fill it.
+"""Optimizer shards: the part of master weights and moments on this rank, under every ZeRO stage.
 
 DeepSpeed keeps float32 master weights and Adam's moments in flat partitions (stage 1 to 3), or leaves everything to
 the optimizer (stage 0). Here they are seen as runs of elements of named parameters, which is what a checkpoint holds.
@@ -34,7 +34,7 @@ class Fragment:
 
 
 def fragments(engine: DeepSpeedEngine, named: Named, zero_stage: int) -> list[Fragment]:
-    """Everything this rank holds, as views into the live state; moments that do not exist yet are made (zero)."""
+    """Fragments on this rank, as views into the live state; moments that do not exist yet are made (zero)."""
     flat = list(_flat_partitions(engine, zero_stage))
     state = _moments(engine, flat)
     if zero_stage == 0:
@@ -47,7 +47,7 @@ def fragments(engine: DeepSpeedEngine, named: Named, zero_stage: int) -> list[Fr
 def pieces(
     held: Sequence[Fragment], zero_stage: int, rank: int, ranks: int
 ) -> Iterator[tuple[tuple[str, int, str], Tensor]]:
-    """What a rank writes, by key, start and parameter: what it holds, or of what all hold (stage 0) an equal part."""
+    """Pieces that a rank writes, by key, start and parameter: all it holds, at stage 0 an equal part of it."""
     for fragment in held:
         first, last = 0, len(fragment)
         if zero_stage == 0:
@@ -57,7 +57,7 @@ def pieces(
                 yield (key, fragment.start + first, fragment.parameter), values[first:last]
 
 
-def own_share(held: Sequence[Fragment], zero_stage: int, rank: int, ranks: int) -> dict[str, Tensor]:
+def host_copies(held: Sequence[Fragment], zero_stage: int, rank: int, ranks: int) -> dict[str, Tensor]:
     """Host copies of the rank's `pieces`, by name."""
     return {
         checkpoint.piece_name(*place): values.detach().to("cpu", copy=True)
@@ -67,7 +67,7 @@ def own_share(held: Sequence[Fragment], zero_stage: int, rank: int, ranks: int) 
 
 @torch.no_grad()
 def fill(engine: DeepSpeedEngine, named: Named, zero_stage: int, shards: checkpoint.Shards, updates: int) -> None:
-    """Take over the state in `shards`, whoever wrote it; all ranks must call."""
+    """Load the state in `shards`, of any number of ranks and any stage; all ranks must call."""
     for fragment in fragments(engine, named, zero_stage):
         stop = fragment.start + len(fragment)
         for key, values in fragment.state.items():
@@ -82,14 +82,14 @@ def fill(engine: DeepSpeedEngine, named: Named, zero_stage: int, shards: checkpo
 
 
 def set_updates(engine: DeepSpeedEngine, updates: int) -> None:
-    """Tell Adam, which corrects its moments by it, how many updates there were."""
+    """Set Adam's step count, which corrects its moments, to `updates`."""
     for state in _adam(engine).state.values():
         state["step"].fill_(float(updates))
 
 
 @torch.no_grad()
 def refresh(named: Named, zero_stage: int, held: Sequence[Fragment]) -> None:
-    """Make what is computed with the master weights in `held` again, bit for bit; all ranks must call."""
+    """Copy the master weights in `held` into the working copy, bit for bit; all ranks must call."""
     if not zero_stage:
         return
     own = {fragment.parameter: fragment for fragment in held}
@@ -109,7 +109,7 @@ def refresh(named: Named, zero_stage: int, held: Sequence[Fragment]) -> None:
 def _fill_working_copy(
     named: Named, zero_stage: int, read: Callable[[str, int], Tensor], *, everywhere: bool = False
 ) -> None:
-    """`read` has a parameter's float32 values; `everywhere`: all ranks must ask it, also where one alone uses them."""
+    """Copy `read(name, elements)` into the working copy; `everywhere`: all ranks call `read`, also for one alone."""
     for first, last in runs([_numel(p) for _, p in named], _GATHER_ELEMENTS):
         chosen = named[first:last]
         if zero_stage < 3:
@@ -136,7 +136,7 @@ def _whole(name: str, p: nn.Parameter, moments: Mapping[str, Tensor]) -> Fragmen
 
 
 def partition(elements: int, each: int, rank: int) -> range:
-    """Which of a parameter's `elements` lie on `rank`, where every rank has `each` and the last ones are padded."""
+    """Range of a parameter's `elements` on `rank`, where every rank has `each` and the last ones are padded."""
     return range(rank * each, min((rank + 1) * each, elements))
 
 

@@ -14,7 +14,7 @@ from weight_sync.manifest import cut, digest, nbytes
 
 
 class Publisher:
-    """Lays the chunks that rank `rank` of `ranks` owns into `sender`: every `ranks`-th of `chunk_bytes` or less.
+    """Layout of the chunks that rank `rank` of `ranks` owns into `sender`: every `ranks`-th of `chunk_bytes` or less.
 
     Wide dtypes lie first, so that every tensor starts at a multiple of its item size.
     """

@@ -47,7 +47,7 @@ def rate(schedule: Schedule, update: int, total: int, *, lr: float, warmup: int,
 
 
 def _left(schedule: Schedule, update: int, total: int, warmup: int, decay: int) -> float:
-    """How much of the fall is still to come, from 1 to 0, at an update after the warm-up."""
+    """Share of the decay that is left at an update after the warm-up, from 1 to 0."""
     if schedule in (Schedule.CONSTANT, Schedule.CONSTANT_WITH_WARMUP):
         return 1.0
     if schedule is Schedule.LINEAR:

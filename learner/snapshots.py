@@ -1,4 +1,4 @@
-"""Named host copies of what a rank holds of the trained weights, and what is made of them."""
+"""Snapshots: named host copies of the trained weights on a rank, to restore or to extrapolate from."""
 
 import math
 import re
@@ -72,7 +72,7 @@ class Snapshots:
                 now.add_((now - then).mul_(factor))
 
     def pieces(self, zero_stage: int, rank: int, ranks: int) -> dict[str, Tensor]:
-        """What this rank writes of all snapshots into a checkpoint."""
+        """This rank's pieces of all snapshots, for a checkpoint."""
         return {
             checkpoint.piece_name(checkpoint.snapshot_key(key, name), start, parameter): values
             for name, snapshot in self._kept.items()
@@ -80,7 +80,7 @@ class Snapshots:
         }
 
     def load(self, shards: checkpoint.Shards, places: Mapping[str, int | None], held: Sequence[Fragment]) -> None:
-        """Take over those of a checkpoint, in place of all that there are; `held` says which elements are this rank's.
+        """Load the snapshots of a checkpoint in place of all there are; `held` has the elements of this rank.
 
         Raises:
             DataError: the checkpoint lacks a part of one.

@@ -1,4 +1,4 @@
-"""What a rank does: losses over micro-batches, updates, weights for the engines, checkpoints, exports."""
+"""Training on one rank: losses over micro-batches, updates, weights for the engines, checkpoints, exports."""
 
 import hashlib
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from learner import checkpoint, engine, optimizer_shards
 from learner.config import LearnerConfig, LossKernel, StudentText, learning_rate
-from learner.diagnosis import InfiniteRatio, told
+from learner.diagnosis import InfiniteRatio, from_first_rank
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, load_head, load_student, sentinel_ids, target_logprobs
@@ -44,12 +44,12 @@ class Training(Rank):
     def __init__(self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int) -> None:
         self._config, self._rank, self._steps, self._seed = config, rank, steps, seed
         self._updates = self._skipped = 0  # applied; skipped in a row
-        self._torn = False  # an update was begun and not finished: the weights are of no step
+        self._update_incomplete = False  # an update was begun and not finished: the weights are of no step
         self._writer, self._snapshots, self.offloaded = checkpoint.ShardWriter(), Snapshots(), False
         self._device = resolve_device(config.device, "learner")
         self._dtype = resolve_dtype(config.dtype, self._device)
         check_kernel(config.loss_kernel, self._device)
-        engine.settle(config, self._device, seed)
+        engine.configure_torch(config, self._device, seed)
         engine.join(rank, config.ranks, host, port, self._device, config.deadline_s)
 
     def load_models(
@@ -71,7 +71,7 @@ class Training(Rank):
         vocabulary = self._student.vocabulary
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = np.array(text.sentinel or sentinel_ids(vocabulary), dtype=np.int32)
-        self._engine = engine.share(self._student, self._config, self._device)
+        self._engine = engine.initialize(self._student, self._config, self._device)
         self._named = named = list(self._student.named())
         self._publisher = Publisher(
             [name for name, _ in named],
@@ -92,9 +92,9 @@ class Training(Rank):
             self._learn(batch, objective, sums, last=i == len(batches) - 1)
         loss, metrics = sums.means(self._device)
         lr = learning_rate(self._config, self._updates, self._steps)
-        self._torn = True
+        self._update_incomplete = True
         norm = engine.apply(self._engine, self._config, lr)
-        self._torn = False
+        self._update_incomplete = False
         skipped = not (math.isfinite(loss) and math.isfinite(norm))  # of all ranks, so all agree
         if skipped:
             self._skip(loss, norm, batches)
@@ -176,10 +176,10 @@ class Training(Rank):
         return self._student.logprobs(torch.from_numpy(self._sentinel_ids).long().to(self._device)).cpu().numpy()
 
     def save(self, directory: Path, step: int) -> None:
-        if self._torn:
+        if self._update_incomplete:
             raise OpdError(f"the weights of step {step} cannot be saved, because the update after it broke off in them")
         stage, rank, ranks = self._config.zero_stage, self._rank, self._config.ranks
-        pieces = optimizer_shards.own_share(self._held(), stage, rank, ranks)
+        pieces = optimizer_shards.host_copies(self._held(), stage, rank, ranks)
         pieces |= self._snapshots.pieces(stage, rank, ranks)
         pieces[checkpoint.RANDOM] = _generator(self._device).get_state()
         self._writer.begin(directory / checkpoint.shard_name(self._rank), pieces, self._facts(step))
@@ -197,7 +197,7 @@ class Training(Rank):
         if state is not None:
             _generator(self._device).set_state(state)
         self._updates, self._skipped = saved.updates, saved.skipped
-        engine.barrier()  # nobody goes on while another still reads
+        engine.barrier()  # no rank goes on while another still reads
         return saved.step
 
     def export(self, directory: Path) -> None:
@@ -240,7 +240,7 @@ class Training(Rank):
             return None
 
     def _anywhere(self, here: bool) -> bool:
-        """Is it so on any rank? All must ask."""
+        """Whether `here` is true on any rank; a collective call."""
         if self._config.ranks == 1:
             return here
         return bool(engine.max_over_ranks(torch.tensor([float(here)], dtype=torch.float64, device=self._device))[0])
@@ -283,13 +283,13 @@ class Training(Rank):
 
     @torch.no_grad()
     def _infinite_ratio(self, batches: Sequence[Batch[Scores]]) -> str:
-        """Which token has no finite ratio between student and writer, "" if all have; all ranks must ask."""
+        """Sentence about the first token whose importance ratio is not finite, "" if all are; a collective call."""
         if self._config.loss_kernel is not LossKernel.TORCH:  # what such kernels compute has no ratio
             return ""
         watching: Any = InfiniteRatio()  # promises nothing, so it is no objective of a method
         for batch in batches:
             self._forward(self._student, batch, watching)
-        return told(" ".join(watching.found), self._rank, self._config.ranks, self._device)
+        return from_first_rank(" ".join(watching.found), self._rank, self._config.ranks, self._device)
 
     def _forward(self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: LossFunction) -> "_Seen":
         """The weighted sum of the objective over a micro-batch."""
@@ -346,7 +346,7 @@ class _Seen:
 
 
 class _Sums:
-    """Sums over a step's micro-batches, on the device until they are asked for, then over all ranks."""
+    """Sums over a step's micro-batches, kept on the device, then over all ranks."""
 
     def __init__(self, batches: Sequence[Batch[Scores]]) -> None:
         trained = [int(np.count_nonzero(batch.weights)) for batch in batches]
@@ -358,12 +358,12 @@ class _Sums:
         self._means: tuple[float, dict[str, float]] | None = None
 
     def add(self, seen: _Seen) -> None:
-        """A micro-batch's share of the loss, and the tally of its metrics."""
+        """Add a micro-batch's part of the loss, and the sums of its metrics."""
         self._loss.append(seen.total.detach() / seen.denominator)
         self._metrics.append(seen.metrics)
 
     def means(self, device: torch.device) -> tuple[float, dict[str, float]]:
-        """The loss and mean metrics of all ranks, which all must ask for after the last `add`; counts become global."""
+        """Loss and mean metrics over all ranks; a collective call after the last `add`. Counts become global."""
         if self._means is None:
             self._means = self._over_ranks(device)
         return self._means
@@ -380,7 +380,7 @@ class _Sums:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """What random numbers of a device come from where nobody names another."""
+    """Default random generator of a device."""
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device()]
     return torch.default_generator

@@ -1,4 +1,4 @@
-"""What a teacher is told: plain types with their ranges; and what each backend can answer."""
+"""Settings of a teacher, plain types with their ranges; and the score kinds that each backend supports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from teacher_service.known_kinds import known_kinds
 
 
 class Backend(Enum):
-    """Who computes a teacher's answers; one file each in `teacher_service/backends/`."""
+    """Backend that computes a teacher's answers; one file each in `teacher_service/backends/`."""
 
     TORCH = "torch"  # a plain forward pass in the teacher's actor
     VLLM = "vllm"  # vLLM's pooling runner gives hidden states, our own head does the rest
@@ -155,7 +155,7 @@ class TeacherConfig:
 
     @property
     def supports(self) -> ScoreKinds:
-        """The kinds of scores this teacher is known to answer; a backend that computes them answers others, too.
+        """Score kinds that this teacher is known to support; a backend that computes them supports others, too.
 
         One that follows the student gives no hidden states: the learner's copy of its output matrix would stay behind.
         """
@@ -164,7 +164,7 @@ class TeacherConfig:
 
 
 def check_supports(config: TeacherConfig, requires: ScoreKinds, subject: str) -> None:
-    """Raise `ConfigurationError` if `subject` asks the teacher what its backend cannot answer; says why."""
+    """Raise `ConfigurationError` if `subject` requires score kinds that the teacher's backend does not support."""
     lacking = sorted(requires - config.supports, key=_place)
     if config.backend in COMPUTING:
         lacking = [kind for kind in lacking if kind in BUILT_IN]
@@ -175,7 +175,7 @@ def check_supports(config: TeacherConfig, requires: ScoreKinds, subject: str) ->
         raise ConfigurationError(
             f"{subject} asks for {asked}, but a teacher that follows the student "
             f"(teacher.mixup={config.mixup}) changes its output matrix, of which the learner has a fixed copy; "
-            "choose a method over a top-k or the written token, or set teacher.mixup=0"
+            "choose a method over a top-k or the sampled token, or set teacher.mixup=0"
         )
     if config.backend is Backend.HTTP:
         path = f"{lacking[0].__module__}.{lacking[0].__qualname__}"

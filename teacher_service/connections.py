@@ -1,4 +1,4 @@
-"""Bounds on connections and bytes of the teacher's server: none waits for ever, no stranger keeps others out."""
+"""Bounds on connections and bytes of the teacher's server: no client without its token can block the others."""
 
 import asyncio
 import logging
@@ -13,8 +13,8 @@ GRACE_S = 5.0  # so long a transfer may stand still at its beginning, when a lin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """How slow a transfer may be: all of it within `seconds`, and `rate` bytes a second on the whole."""
+class TransferPace:
+    """Least speed of a transfer: all of it within `seconds`, and `rate` bytes a second on the whole."""
 
     seconds: float
     rate: float
@@ -31,9 +31,9 @@ class Budget:
         self._free = most
 
     @contextmanager
-    def held(self) -> Iterator["Held"]:
-        """A part of the budget that grows with `Held.take`, and is given back at the end."""
-        held = Held(self)
+    def held(self) -> Iterator["Reservation"]:
+        """A part of the budget that grows with `Reservation.take`, and is given back at the end."""
+        held = Reservation(self)
         try:
             yield held
         finally:
@@ -47,8 +47,8 @@ class Budget:
         return True
 
 
-class Held:
-    """What one call has of a `Budget`."""
+class Reservation:
+    """Bytes that one call has reserved of a `Budget`."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget, self.nbytes = budget, 0
@@ -62,10 +62,11 @@ class Held:
 
 
 class Connections:
-    """Makes the protocol of every new connection; at most `most` of them stay open.
+    """Factory of the protocol of new connections, of which at most `most` stay open.
 
-    Beyond that the oldest one ends that has not shown the token, so whoever opens many and says nothing shuts out none
-    but itself. Those that wait for a request end after aiohttp's `keepalive_timeout`, counted from their beginning too.
+    Beyond that the oldest one ends that has not shown the token, so a client that opens many and sends nothing shuts
+    out none but itself. Those that wait for a request end after aiohttp's `keepalive_timeout`, counted from their
+    beginning too.
     """
 
     def __init__(self, server: web.Server, most: int) -> None:
@@ -76,10 +77,10 @@ class Connections:
         present = self._server.connections
         self._trusted.intersection_update(present)
         if len(present) >= self._most:
-            stranger = next((one for one in present if one not in self._trusted), None)
-            if stranger is not None:
+            untrusted = next((one for one in present if one not in self._trusted), None)
+            if untrusted is not None:
                 LOG.warning("closed the oldest of %d connections that has shown no token", len(present))
-                stranger.force_close()
+                untrusted.force_close()
         return self._server()
 
     def trust(self, request: web.Request) -> None:
@@ -88,7 +89,7 @@ class Connections:
 
 
 def quiet_logger() -> logging.Logger:
-    """What aiohttp tells of requests that are no HTTP, as one line each without a stack trace."""
+    """Logger of requests that are no HTTP, one line each without aiohttp's stack trace."""
     logger = logging.getLogger("opd.teacher.server.http")
     logger.setLevel(logging.DEBUG)  # it calls some of them so
     if not logger.filters:

@@ -1,4 +1,4 @@
-"""A control question that tells shifted answers from right ones, for scores with nothing else to compare.
+"""Control question, whose answer shows whether rows are shifted, for scores with nothing else to compare.
 
 The log-probability of a token depends on the tokens before it and on itself. So when only the last token of a text
 is replaced, exactly the last number must change: rows shifted to the left change one too early, rows shifted to the
@@ -22,8 +22,8 @@ FLOOR = 1e-6  # nats; float32 noise between two forwards of one text can be smal
 class Control:
     """`question` is request `about`, cut to its first tokens and with the last of them replaced.
 
-    Both are asked for log-probabilities of written tokens: `plain` is request `about`, with that kind after its own
-    where none of its own says them. `place` is that of the kind which does.
+    Both are asked for log-probabilities of sampled tokens: `plain` is request `about`, with that kind after its own
+    where none of its own has them. `place` is that of the kind which does.
     """
 
     about: int
@@ -48,7 +48,7 @@ def control(requests: Sequence[ScoreRequest], attempt: int) -> Control | None:
 
 
 def _with_written(request: ScoreRequest) -> tuple[ScoreRequest, int]:
-    """The request with a kind that says the written tokens' log-probabilities, and the place of that kind."""
+    """The request with a kind that has the sampled tokens' log-probabilities, and the place of that kind."""
     place = next((i for i, kind in enumerate(request.kinds) if issubclass(kind.answer, TokenScores)), None)
     if place is not None:
         return request, place

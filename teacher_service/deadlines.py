@@ -1,4 +1,4 @@
-"""Deadline of a teacher in this process: what it is asked for comes within `teacher.deadline_s`."""
+"""Deadline of calls to a teacher in this process (`teacher.deadline_s`)."""
 
 from collections.abc import Awaitable
 from typing import TypeVar

@@ -60,7 +60,7 @@ class FieldGroup:
 
     @property
     def numbers(self) -> int:
-        """How many sizes and numbers are said of them: the axes of a column, and of hidden states the bytes, too."""
+        """Count of the sizes and numbers that describe the fields: axes of columns, of hidden states the bytes, too."""
         return sum(len(f.axes) + f.remote if isinstance(f, Column) else 1 for f in self.fields)
 
 
@@ -102,17 +102,17 @@ def unpack(
     body: Body, numbers: np.ndarray, groups: Sequence[FieldGroup], *, deepest: int = LARGEST, own: bool = False
 ) -> list[dict[str, Any]]:
     """The values of all groups, by name of their fields. Raises `FrameError`, or `TooDeep` where a row is longer."""
-    said = iter(numbers.tolist())
+    left = iter(numbers.tolist())
     values: list[dict[str, Any]] = [{} for _ in groups]
     shapes: list[tuple[dict[str, Any], str, tuple[int, ...], np.dtype, bool]] = []
     for group, found in zip(groups, values, strict=True):
         for field in group.fields:
             if isinstance(field, Scalar):
-                number = next(said)
+                number = next(left)
                 found[field.name] = number if field.kind is int else float(np.array(number, NUMBER).view("<f8"))
                 continue
-            sizes = [_size(next(said), deepest) for _ in field.axes]
-            dtype = _states(next(said)) if field.remote else field.dtype
+            sizes = [_size(next(left), deepest) for _ in field.axes]
+            dtype = _states(next(left)) if field.remote else field.dtype
             shapes.append((found, field.name, (group.tokens, *sizes), dtype, field.remote))
     for wanted in (INT, FLOAT):
         some = [shape for shape in shapes if shape[3] == wanted and not shape[4]]
@@ -127,7 +127,7 @@ def unpack(
 
 
 def field_bytes(fields: Sequence[Column], axes: Mapping[str, int], tokens: int, hidden_bytes: int) -> int:
-    """What the columns of an answer take in a frame, where a hidden state has `hidden_bytes`."""
+    """Bytes of an answer's columns in a frame, where a hidden state has `hidden_bytes`."""
     numbers = FieldGroup(fields=fields, tokens=tokens).numbers * NUMBER.itemsize
     rows = [f.dtype.itemsize * _count([axes[axis] for axis in f.axes]) for f in fields if not f.remote]
     return numbers + tokens * (sum(rows) + hidden_bytes * sum(f.remote for f in fields))

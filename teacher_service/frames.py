@@ -54,7 +54,7 @@ class TooLarge(DataError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameLimits:
-    """What one frame may hold. `tokens` counts contexts and completions, `k` log-probabilities per token."""
+    """Bounds of one frame. `tokens` counts contexts and completions, `k` log-probabilities per token."""
 
     requests: int = 4096
     tokens: int = 1 << 20
@@ -72,7 +72,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """A decoded frame of answers; `digests` are those of the requests they are about, `kinds` what was asked there.
+    """A decoded frame of answers; `digests` are those of the requests they are about, `kinds` their score kinds.
 
     Hidden states are `RemoteRows` whose handle is the array itself.
     """
@@ -85,7 +85,7 @@ class Reply:
 
 
 def request_digest(request: ScoreRequest) -> bytes:
-    """16 bytes over what is asked: context, completion, and the kinds with their parameters."""
+    """Digest (16 bytes) of a request: context, completion, and the kinds with their parameters."""
     asked = [pack(fields_that_travel(type(kind)), kind) for kind in request.kinds]
     hasher = xxhash.xxh3_128(np.array([*_request_row(request), *_codes([request])], dtype=_WORD).tobytes())
     hasher.update(np.array([n for kind in asked for n in kind.numbers], dtype=NUMBER).tobytes())
@@ -95,7 +95,7 @@ def request_digest(request: ScoreRequest) -> bytes:
 
 
 def answer_bytes(request: ScoreRequest, hidden_bytes: int) -> int:
-    """What the answer to `request` takes in a frame, where a hidden state has `hidden_bytes`."""
+    """Bytes of the answer to `request` in a frame, where a hidden state has `hidden_bytes`."""
     tokens = len(request.token_ids)
     kinds = (4 + field_bytes(kind.columns(), kind.axes, tokens, hidden_bytes) for kind in request.kinds)
     return 8 + DIGEST_BYTES + sum(kinds)

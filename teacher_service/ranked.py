@@ -18,7 +18,7 @@ def ranked(
     ids: Int32[np.ndarray, "T most"],
     values: Float32[np.ndarray, "T most"],
 ) -> Scores:
-    """The answer to `SampledToken` or `TopK` from the written tokens' log-probabilities and the likeliest ids."""
+    """The answer to `SampledToken` or `TopK` from the sampled tokens' log-probabilities and the likeliest ids."""
     if not isinstance(kind, TopK):
         return TokenScores(logprobs=logprobs)
     return TopKScores(logprobs=logprobs, topk_ids=ids[:, : kind.k].copy(), topk_logprobs=values[:, : kind.k].copy())

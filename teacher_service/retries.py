@@ -1,4 +1,4 @@
-"""Patience with a remote teacher, within limits: what is retried, what is thrown away, and when it is enough."""
+"""Retries of a remote teacher's answers, and the point at which it is given up."""
 
 import asyncio
 import logging
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from opd.deadlines import backoff
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.secret import Secret
 from teacher_service.config import TOKEN_VARIABLE, TeacherConfig
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 
 class NoAnswer(OpdError):
-    """This attempt brought nothing; another may. `wait_s` is what the server asked for."""
+    """An attempt without an answer, which may be repeated; `wait_s` is the server's `Retry-After` (seconds)."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -27,11 +28,11 @@ class NoAnswer(OpdError):
 
 
 class WrongAnswer(OpdError):
-    """This attempt brought something that must not be believed."""
+    """An answer that must not be used; the attempt may be repeated."""
 
 
-class Patience:
-    """Attempts with growing, jittered waits; counts what went wrong, and gives a lying teacher up for good."""
+class RetryLoop:
+    """Retry loop with exponential, jittered backoff; `max_consecutive_failures` wrong answers end it for all calls."""
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
@@ -41,7 +42,7 @@ class Patience:
         self.unanswered = self.quarantined = 0
 
     async def __call__(self, attempt: Callable[[int], Awaitable[T]]) -> T:
-        """The first believable result of `attempt(number)`. Raises one sentence when the budget is spent."""
+        """The first right result of `attempt(number)`. Raises one sentence after the last attempt."""
         last = ""
         for number in range(self._config.retries + 1):
             if self._given_up:
@@ -54,7 +55,7 @@ class Patience:
                 last, wait_s = str(error), error.wait_s
             except WrongAnswer as error:
                 last = str(error)
-                self._strike(last)
+                self._count_wrong(last)
             else:
                 self._in_a_row = 0
                 return result
@@ -67,7 +68,7 @@ class Patience:
             "at its log, or raise teacher.retries"
         )
 
-    def _strike(self, reason: str) -> None:
+    def _count_wrong(self, reason: str) -> None:
         self.quarantined += 1
         self._in_a_row += 1
         if self._in_a_row >= self._config.max_consecutive_failures:
@@ -77,7 +78,7 @@ class Patience:
             )
 
     def _pause(self, number: int, asked_s: float) -> float:
-        longest = min(LONGEST_WAIT_S, self._config.backoff_s * 2**number)
+        longest = backoff(self._config.backoff_s, number, LONGEST_WAIT_S)
         return max(min(asked_s, LONGEST_WAIT_S), longest * (0.5 + random.random() / 2))
 
 
@@ -115,16 +116,16 @@ async def fetch(client: aiohttp.ClientSession, method: str, url: str, most: int,
 
 
 def _refused(url: str, status: int, body: bytes, retry_after: str) -> OpdError:
-    said = " ".join(body.decode(errors="replace").split())
+    reason = " ".join(body.decode(errors="replace").split())
     if status in (400, 408, 425, 429) or status >= 500:
-        return NoAnswer(f"status {status} ({said})", float(retry_after) if retry_after.isdigit() else 0.0)
+        return NoAnswer(f"status {status} ({reason})", float(retry_after) if retry_after.isdigit() else 0.0)
     if status in (401, 403):
         return ConfigurationError(
             f"the teacher at {url} refuses our token (status {status}); set {TOKEN_VARIABLE} to the server's"
         )
     if status in (413, 422):
-        return Unreadable(f"the teacher at {url} cannot take a request (status {status}): {said}")
-    return ConfigurationError(f"the teacher at {url} answers status {status} ({said}); correct teacher.url")
+        return Unreadable(f"the teacher at {url} cannot take a request (status {status}): {reason}")
+    return ConfigurationError(f"the teacher at {url} answers status {status} ({reason}); correct teacher.url")
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

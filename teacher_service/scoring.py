@@ -1,4 +1,4 @@
-"""What every backend that reads tokens shares: which requests it takes, and how hidden states become scores."""
+"""Common part of all backends that read tokens: bounds of requests, and scores computed from hidden states."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,14 +34,15 @@ class TeacherStats:
 
 
 class Unreadable(DataError):
-    """A request that this teacher cannot read, whoever asks and however often."""
+    """A request that this teacher cannot read; a retry would not help."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What a backend can read: ids below `vocabulary`, `longest` tokens in one forward, `max_k` per token.
+    """Bounds of the requests that a backend can read.
 
-    `limits` says where `longest` comes from, for the error. Example: `Bounds(vocabulary=192, longest=128, max_k=64,
+    Ids are below `vocabulary`, a forward has at most `longest` tokens, a token at most `max_k` scores. `limits` says
+    where `longest` comes from, for the error. Example: `Bounds(vocabulary=192, longest=128, max_k=64,
     limits="teacher.max_batch_tokens")`.
     """
 
@@ -82,7 +83,7 @@ def completion_rows(requests: Sequence[ScoreRequest]) -> tuple[list[np.ndarray],
 
 
 def kinds_of(requests: Sequence[ScoreRequest]) -> ScoreKinds:
-    """The kinds that are asked for."""
+    """Score kinds of the requests."""
     return frozenset(type(kind) for request in requests for kind in request.kinds)
 
 
@@ -102,12 +103,12 @@ def _normalizer(logits: Float[Tensor, "rows V"]) -> Float[Tensor, "rows 1"]:
 
 
 def _remote(request: ScoreRequest) -> bool:
-    """Whether hidden states are asked for."""
+    """Whether the request wants hidden states."""
     return any(column.remote for kind in request.kinds for column in kind.columns())
 
 
 def _kept(requests: Sequence[ScoreRequest], hidden: Float[Tensor, "rows H"], store: Store) -> Iterator[RemoteRows]:
-    """Where the hidden states of the requests that want them are; one stored array for all."""
+    """Handles of the hidden states of the requests that want them; one stored array for all."""
     wanted = np.concatenate([np.full(len(r.token_ids), _remote(r)) for r in requests])
     if not wanted.any():
         return
@@ -131,7 +132,7 @@ class _ScoreRows:
         self._arrays = [[_empty(kind, len(r.token_ids)) for kind in r.kinds] for r in requests]
 
     def add(self, at: int, logits: Float[Tensor, "rows V"], total: Float[Tensor, "rows 1"]) -> None:
-        """The completion tokens `at .. at + rows` of the micro-batch; `total` is subtracted only where it is asked."""
+        """Add completion tokens `at .. at + rows` of the micro-batch; `total` is subtracted only where it is needed."""
         end = at + len(logits)
         touched = range(int(np.searchsorted(self._stops, at, "right")), len(self._requests))
         present = [i for i in touched if self._stops[i] - len(self._requests[i].token_ids) < end]

@@ -22,7 +22,7 @@ from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import LogprobTeacher, ScoreAnswer, ScoreRequest
 from opd.settings.secret import Secret
 from teacher_service.config import TOKEN_VARIABLE
-from teacher_service.connections import Budget, Connections, Held, Pace, quiet_logger
+from teacher_service.connections import Budget, Connections, Reservation, TransferPace, quiet_logger
 from teacher_service.frames import (
     FrameError,
     Reply,
@@ -48,7 +48,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Where it listens, and what it takes.
+    """Settings of the teacher's server: its address and its bounds.
 
     `pending` calls are scored at once and `connections` are open; `frames` whole frames are in memory, questions and
     answers. A question has `body_s` seconds to arrive and an answer `answer_s` to leave, and neither may be slower than
@@ -97,8 +97,8 @@ class TeacherServer:
         self._model = bytes.fromhex(identity.model)
         self._open = 0
         self._budget = Budget(config.frames * identity.limits.frame_bytes)
-        self._question_pace = Pace(seconds=config.body_s, rate=config.least_rate)
-        self._answer_pace = Pace(seconds=config.answer_s, rate=config.least_rate)
+        self._question_pace = TransferPace(seconds=config.body_s, rate=config.least_rate)
+        self._answer_pace = TransferPace(seconds=config.answer_s, rate=config.least_rate)
         self._runner: web.AppRunner | None = None
         self._connections: Connections | None = None
         self._listening: asyncio.Server | None = None
@@ -162,7 +162,7 @@ class TeacherServer:
             return _refusal(request, 500, "the teacher failed; its own log says why")
 
     def _admit(self, request: web.Request) -> None:
-        """Refuse, before any of its body is read, who has not the token, and what cannot be read."""
+        """Refuse a request without the token, or one that cannot be read, before any of its body is read."""
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         scheme, _, token = given.partition(b" ")
         if not (self._config.token.matches(token) and scheme == b"Bearer"):
@@ -205,7 +205,7 @@ class TeacherServer:
         finally:
             self._open -= 1
 
-    async def _read(self, request: web.Request, held: Held) -> bytes:
+    async def _read(self, request: web.Request, held: Reservation) -> bytes:
         """The body, as long as it comes fast enough; what is read counts as it comes, and not what was promised."""
         pieces, nbytes, began = list[bytes](), 0, asyncio.get_running_loop().time()
         try:
@@ -253,10 +253,10 @@ class TeacherServer:
 
 
 async def _expected(_: web.Request) -> None:
-    """A client is told to go on only after its token was checked (`Expect: 100-continue`)."""
+    """No answer to `Expect: 100-continue` here: a client may go on only after its token was checked."""
 
 
-def _taken(held: Held, nbytes: int) -> None:
+def _taken(held: Reservation, nbytes: int) -> None:
     if not held.take(nbytes):
         raise _Refused(429, "as much as fits into memory is on its way already; come again")
 

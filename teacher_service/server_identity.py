@@ -1,4 +1,4 @@
-"""What a server says about itself: which model it is, and what it answers."""
+"""Identity of a teacher server: its model, its vocabulary, its score kinds and bounds."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ PROTOCOL = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a teacher server says about itself, before anything is scored.
+    """Identity of a teacher server, known before anything is scored.
 
     `model` is the digest of its weights (hex), `vocabulary` that of its tokens with their ids, `rows` the ids it
     accepts, `dtype` the numbers it computes in, `supports` the wire names of the kinds of scores, `limits` those of
@@ -37,16 +37,16 @@ class Identity:
 
 
 def parse_identity(text: str) -> Identity:
-    """Read what a server said. Raises `DataError` if it is no identity, or one of another protocol."""
+    """Identity in a server's answer. Raises `DataError` if there is none, or one of another protocol."""
     try:
-        said: dict[str, Any] = json.loads(text)
-        protocol = said.pop("protocol")
+        fields: dict[str, Any] = json.loads(text)
+        protocol = fields.pop("protocol")
         if protocol != PROTOCOL:
             raise DataError(
                 f"the teacher's server speaks protocol {protocol}, this client {PROTOCOL}; update one of them"
             )
-        supports = tuple(str(name) for name in said.pop("supports"))
-        identity = Identity(**(said | {"supports": supports, "limits": FrameLimits(**said["limits"])}))
+        supports = tuple(str(name) for name in fields.pop("supports"))
+        identity = Identity(**(fields | {"supports": supports, "limits": FrameLimits(**fields["limits"])}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             "the teacher's server does not say who it is; is teacher.url an `opd serve-teacher` of this version?"

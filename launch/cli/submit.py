@@ -9,12 +9,12 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from launch.artifacts.redaction import check_arguments
+from opd.deadlines import repeated
 from opd.errors import ConfigurationError, OpdError
 
 if TYPE_CHECKING:
@@ -138,15 +138,8 @@ def check_size(folder: Path, excludes: Sequence[str], most: int = MOST_BYTES) ->
 
 
 def _accepted(submit_job: Callable[[], str]) -> str:
-    """Id of the accepted job; retries while a head that has just started has no job agent yet."""
-    deadline = monotonic() + AGENT_DEADLINE_S
-    while True:
-        try:
-            return submit_job()
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or monotonic() > deadline:
-                raise
-            sleep(1)
+    """Id of the accepted job; repeated while a head that has just started has no job agent yet."""
+    return repeated(submit_job, lambda error: "No available agent" in str(error), AGENT_DEADLINE_S, pause_s=1.0)
 
 
 async def _follow(client: "JobSubmissionClient", job: str, console: Console) -> int:

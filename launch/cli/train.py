@@ -18,13 +18,13 @@ from launch.monitors.step_metrics import Meter
 from launch.monitors.trackers import check_login
 from launch.plan.plan import Plan, make_plan
 from launch.report.next_steps import next_steps_text
-from launch.run.evaluate import Spent
+from launch.run.evaluate import TrainingCost
 from launch.run.run import Run, costs, make_evaluator
 from launch.run.session import open_session
 from launch.services.causes import ProcessFailed, find_own
 from launch.services.cluster import connected
 from launch.services.ray_node import Node
-from launch.services.signals import Preempted, StopRequest, beside, run_until_stopped
+from launch.services.signals import Preempted, StopRequest, guarded, run_until_stopped
 from launch.services.stack_dumps import keep_traceback
 from opd.errors import OpdError
 
@@ -65,7 +65,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
         try:
             evaluator = make_evaluator(plan, session)
             meter = Meter(costs(plan))
-            return await evaluator.student(0, config.evaluation.samples, Spent(totals=meter.totals, cpu_s=0.0))
+            return await evaluator.student(0, config.evaluation.samples, TrainingCost(totals=meter.totals, cpu_s=0.0))
         finally:
             session.close()
 
@@ -127,12 +127,12 @@ def _in_session(plan: Plan, run: Run, stop: StopRequest) -> None:
         try:
             await node.watch()
         except OpdError:
-            run.forsake()
+            run.ray_is_gone()
             raise
 
     try:
         with connected(plan.config.cluster) as node:
-            run_until_stopped(beside(run.everything(), watch(node)), stop)
+            run_until_stopped(guarded(run.everything(), watch(node)), stop)
     except Exception as error:
         if not run.exported:
             raise

@@ -1,4 +1,4 @@
-"""`opd doctor`, and the same examination before every training run: may this teacher teach this student?"""
+"""Checks of teachers before training: `opd doctor`, and the same checks at the start of every run."""
 
 import json
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ async def consult(session: Session, console: Console) -> list[Finding]:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many checks there were and what they found. Example: "1 warning of 11 checks, none against training"."""
+    """Summary of the findings in a line. Example: "1 warning of 11 checks, none against training"."""
     count = {v: sum(f.verdict is v for f in findings) for v in Verdict}
     warned, refused = count[Verdict.WARNING], count[Verdict.REFUSED]
     against = f"{refused} against training" if refused else "none against training"
@@ -89,8 +89,9 @@ def run_doctor(overrides: Sequence[str], output: str) -> int:
 
 
 def seconds(plan: Plan, name: str) -> tuple[TeacherConfig | None, TeacherConfig | None]:
-    """What teacher `name` is compared with: its checkpoint under a plain forward pass, and the student's checkpoint on
-    its own backend. None where there is nothing to compare with (no weights here, or a server that holds only its own).
+    """Teachers that `name` is compared with: its checkpoint in a plain forward pass, the student's on its own backend.
+
+    None where there is nothing to compare with (no weights here, or a server that holds only its own).
     """
     teacher = plan.config.teachers[name]
     plain = replace(teacher, backend=Backend.TORCH, replicas=1)
@@ -102,7 +103,7 @@ def seconds(plan: Plan, name: str) -> tuple[TeacherConfig | None, TeacherConfig 
 
 
 async def _everything(session: Session, name: str) -> list[Finding]:
-    """All that is asked of one teacher, with what needs further engines: another backend, a twin, the teacher's gain.
+    """Findings about one teacher, also by further engines: another backend, a twin, the teacher's gain.
 
     The engines that are started for it end with it.
     """
@@ -154,8 +155,8 @@ def _prompts(plan: Plan, name: str, count: int) -> list[Prompt]:
     config = plan.config
     held_out = [p for p in config.evaluation.prompts(0, plan.sources) if p.teacher == name]
     asked = held_out or [p for p in config.prompts(0, plan.sources) if p.teacher == name]
-    everybody = asked or [replace(p, teacher=name) for p in config.prompts(0, plan.sources)]
-    return everybody[:count]
+    prompts = asked or [replace(p, teacher=name) for p in config.prompts(0, plan.sources)]
+    return prompts[:count]
 
 
 async def _second(session: Session, config: TeacherConfig | None) -> LogprobTeacher | None:

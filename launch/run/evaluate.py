@@ -1,4 +1,4 @@
-"""What a model can do on held-out prompts: accuracy, exact reverse KL to the teacher, lengths."""
+"""Evaluation of a model on held-out prompts: accuracy, exact reverse KL to the teacher, lengths."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spent:
-    """What training had cost when the evaluation began."""
+class TrainingCost:
+    """Cost of training until an evaluation began."""
 
     totals: Totals
     cpu_s: float
@@ -58,7 +58,7 @@ class Evaluator:
         self._context = context
         self._learner = learner
 
-    async def student(self, step: int, samples: int, spent: Spent) -> EvaluationPoint:
+    async def student(self, step: int, samples: int, cost: TrainingCost) -> EvaluationPoint:
         """The student as the engines hold it now; reverse KL is exact, on its own fresh rollouts."""
         began = perf_counter()
         context = self._context.at(step)
@@ -67,7 +67,7 @@ class Evaluator:
         some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
         measure = self._reverse_kl if self._exact_kl else self._sampled_reverse_kl
         divergence = await measure(context, some)
-        return await self._point(EvaluatedModel.STUDENT, context, greedy, sampled, divergence, began, spent)
+        return await self._point(EvaluatedModel.STUDENT, context, greedy, sampled, divergence, began, cost)
 
     async def teacher(self, writers: Mapping[str, TextEngine]) -> EvaluationPoint:
         """The teachers as writers with the same settings, each on its own prompts (`writers` has `self.teachers`).
@@ -81,7 +81,7 @@ class Evaluator:
         sampled = await self._answers(context, writers, 1.0, self._config.samples)
         some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
         divergence = await self._sampled_reverse_kl(context, some)
-        nothing = Spent(totals=Totals(), cpu_s=0.0)
+        nothing = TrainingCost(totals=Totals(), cpu_s=0.0)
         return await self._point(EvaluatedModel.TEACHER, context, greedy, sampled, divergence, began, nothing)
 
     async def _answers(
@@ -153,7 +153,7 @@ class Evaluator:
         sampled: list[list[Trajectory]],
         divergence: float,
         began: float,
-        spent: Spent,
+        cost: TrainingCost,
     ) -> EvaluationPoint:
         flat = [t for group in sampled for t in group]
         answered = [i for i, prompt in enumerate(self._prompts) if self._gradable(prompt)]
@@ -175,9 +175,9 @@ class Evaluator:
             length_mean=float(np.mean([len(t) for t in flat])),
             truncation_rate=float(np.mean([t.stop is StopReason.LENGTH for t in flat])),
             seconds=perf_counter() - began,
-            tokens=spent.totals.completion,
-            flops=spent.totals.flops,
-            cpu_s=spent.cpu_s,
+            tokens=cost.totals.completion,
+            flops=cost.totals.flops,
+            cpu_s=cost.cpu_s,
             greedy_by_task={task: float(greedily[at].mean()) for task, at in places.items()},
             mean_at_k_by_task={task: float(solved[at].mean()) for task, at in places.items()},
         )
@@ -185,7 +185,7 @@ class Evaluator:
     async def _solved(
         self, context: Context, groups: Sequence[Sequence[Trajectory]]
     ) -> Float[np.ndarray, "prompts samples"]:
-        """Rewards of every prompt's trajectories; no grader is asked where there is no prompt."""
+        """Rewards of every prompt's trajectories; no grader is called where there is no prompt."""
         rewards = await task_rewards([t for group in groups for t in group], context) if groups else []
         return np.asarray(rewards).reshape(len(groups), -1) if groups else np.zeros((0, 1))
 

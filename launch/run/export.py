@@ -132,7 +132,7 @@ def _keep_libraries_quiet() -> None:
 
 
 def origin_of(settings: Mapping[str, Any], student: str = "") -> "Origin":
-    """What a checkpoint was trained from, out of the settings that it carries.
+    """Origin of a checkpoint, from the settings that it carries.
 
     Raises:
         DataError: they are not there, or are none.

@@ -29,13 +29,13 @@ from launch.monitors.trackers import PlannedRun, Tracker, make_trackers
 from launch.plan.environment import package_versions
 from launch.plan.plan import Plan
 from launch.run.doctor import as_json, consult
-from launch.run.evaluate import Evaluator, Spent
+from launch.run.evaluate import Evaluator, TrainingCost
 from launch.run.export import export_student, write_card
 from launch.run.session import Session, open_session
 from launch.run.step_floor import staffing, step_limit
 from launch.services.causes import brief, find_own
 from launch.services.signals import StopRequest
-from launch.services.stack_dumps import Stacks
+from launch.services.stack_dumps import StackDumps
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
 from opd.method.needs import asks_prompts_teacher, named, needed
@@ -56,7 +56,7 @@ class _Cpu:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """What happens inside is not counted."""
+        """Context whose processor time is not counted."""
         before = process_tree_cpu_seconds()
         try:
             yield
@@ -109,9 +109,9 @@ class Run:
         # Read meanwhile; a large teacher takes minutes. Known already where a checkpoint was compared with them.
         self._fingerprints = asyncio.create_task(asyncio.to_thread(fingerprints, config))
         self._say("loading the student and its teachers ...")
-        session = self._session = await open_session(plan, Stacks(self._directory.stacks))
+        session = self._session = await open_session(plan, StackDumps(self._directory.stacks))
         gc.collect()
-        gc.freeze()  # what start-up made stays: nobody need look for garbage in it at every step
+        gc.freeze()  # what start-up made stays: no garbage collection need look at it at every step
         try:
             self._ready_s = time() - self._started
             await self._see_doctor(session)
@@ -141,7 +141,7 @@ class Run:
     async def _measure_end(
         self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: "_Cpu"
     ) -> None:
-        """What comes last may fail: the student is trained and exported, and that is what the run was for."""
+        """Run the last evaluation and report; they may fail, for the student is trained and exported."""
         config = self._config
         with self._warned("the student's last evaluation"):
             self._say("last evaluation of the student ...")
@@ -156,7 +156,7 @@ class Run:
     def _warned(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 (it is told; the run has done its work)
+        except Exception as error:  # noqa: BLE001 (it is a warning; the run has done its work)
             self.warn(what, error)
 
     def warn(self, what: str, error: Exception) -> None:
@@ -261,14 +261,14 @@ class Run:
         finally:
             self._stop.waits = False
 
-    def forsake(self) -> None:
-        """Ray itself is gone: nothing can be asked of anybody any more."""
+    def ray_is_gone(self) -> None:
+        """Record that Ray is gone: no actor can be called any more."""
         if self._boundary is not None:
             self._boundary.hopeless = True
 
     @property
     def rescued(self) -> Path | None:
-        """Where the last step lies, if it could not be written in its place."""
+        """Folder of the last step, if it could not be written in its place."""
         return None if self._boundary is None else self._boundary.rescued
 
     async def _state_of(self, step: int) -> DriverState:
@@ -295,9 +295,9 @@ class Run:
     async def _measure_student(
         self, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: _Cpu, step: int, samples: int
     ) -> None:
-        spent = Spent(totals=self._meter.totals, cpu_s=cpu())
+        cost = TrainingCost(totals=self._meter.totals, cpu_s=cpu())
         with cpu.apart():
-            self._end = await evaluator.student(step, samples, spent)
+            self._end = await evaluator.student(step, samples, cost)
         _tell(trackers, self._end)
 
     async def _measure_teacher(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker]) -> None:
@@ -323,7 +323,7 @@ class Run:
         }
 
     def summary(self, outcome: Outcome, problem: str) -> RunSummary:
-        """What is known now."""
+        """Summary of the run as known now."""
         totals = self._meter.totals
         return RunSummary(
             run_name=self._directory.name,
@@ -352,8 +352,10 @@ class Run:
 
 
 def rescue_folders(config: RunConfig, directory: RunDirectory) -> list[Path]:
-    """Where the last step goes if `checkpoints/` cannot be written: beside it, and where all ranks work on this
-    machine, into the temporary folder."""
+    """Folders for the last step if `checkpoints/` cannot be written.
+
+    One is beside it; where all ranks work on this machine, another is in the temporary folder.
+    """
     spare = Path(tempfile.gettempdir()) / f"{SPARE}{directory.name}-{os.getpid()}"
     return [directory.rescued, *([spare] if config.cluster.address == "local" else [])]
 
@@ -377,7 +379,7 @@ def make_evaluator(plan: Plan, session: Session) -> Evaluator:
 
 
 def costs(plan: Plan) -> Costs:
-    """Who does what with every token, and how large they are."""
+    """Cost model of the run: the models that compute with every token, and their sizes."""
     method, params = plan.config.method, plan.teacher_params
     members = sorted(named(method, Role.READER))
     read = sum(params[name] for name in members)

@@ -34,7 +34,7 @@ from launch.services.owned_returns import keep, with_owned_returns
 from launch.services.placement import ActorRole
 from launch.services.pools import Follower, ObservedStudent, StudentPool, TeacherPool
 from launch.services.replicas import within
-from launch.services.stack_dumps import Stacks
+from launch.services.stack_dumps import StackDumps
 from launch.services.transports import check_places, sender, transport_of
 from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
@@ -50,7 +50,7 @@ CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
 
 @dataclass(slots=True)
 class Session:
-    """What `open_session` started. `close` ends what Ray's own shutdown would not."""
+    """Engines, pools and learner that `open_session` started. `close` ends what Ray's own shutdown would not."""
 
     plan: Plan
     actors: Actors
@@ -88,7 +88,7 @@ class Session:
 
     @property
     def faults(self) -> list[str]:
-        """What died, hung or lied and was replaced, and what could not be graded: a sentence each."""
+        """Sentences about replicas that failed and were replaced, and about texts that could not be graded."""
         pools = [self.student.student, *self.engines.teachers.values(), *self.engines.writers.values()]
         of_pools = [pool.replicas.history for pool in pools if isinstance(pool, StudentPool | TeacherPool)]
         by_task = [part.faults for part in (*self.graders.values(), *self.environments.values())]
@@ -107,7 +107,7 @@ class Session:
         self.actors.close()
 
 
-async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
+async def open_session(plan: Plan, stacks: StackDumps | None = None) -> Session:
     """Start every actor at once and wait until all are ready; `stacks` writes down where one stands that hangs."""
     config = plan.config
     if plan.undecided:
@@ -116,7 +116,7 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
     student = StudentPool(
         config.cluster.retry_policy(config.student.deadline_s),
         partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends),
-        look=actors.look,
+        stack_dump=actors.stack_dump,
         rows=vocabulary_rows(config.student.path),
     )
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
@@ -131,7 +131,7 @@ async def open_session(plan: Plan, stacks: Stacks | None = None) -> Session:
         starting,
         *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
     )
-    await learner.see()
+    await learner.check_placement()
     writers = {name: await _writer(actors, plan, name, actors[WRITER]) for name in writers_of(config)}
     followers = {
         name: Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
@@ -162,11 +162,11 @@ def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig
     retry_policy = cluster.retry_policy(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         retry_policy = replace(retry_policy, restarts=0)
-    return TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), look=actors.look)
+    return TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), stack_dump=actors.stack_dump)
 
 
 async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence[Any]) -> dict[str, str]:
-    """Where each of these actors runs, by name."""
+    """Node of each of these actors, by the actor's name."""
     roles = {"rollout actor": students, "teacher actor": teachers}
     actors = {f"{role} {i}": actor for role, made in roles.items() for i, actor in enumerate(made)}
     places = await asyncio.gather(*[within(deadline_s, name, place_of(actor)) for name, actor in actors.items()])
@@ -179,7 +179,7 @@ def _engine(actors: Actors, role: ActorRole, config: StudentConfig, seed: int, e
 
 
 def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
-    """A scoring actor of the config's backend; a remote teacher's is a client, which is told the server's token.
+    """A scoring actor of the config's backend; a remote teacher's is a client, which gets the server's token.
 
     With a `name` it is one more than the run has.
     """
@@ -200,7 +200,7 @@ async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> Tex
     pool = StudentPool(
         config.cluster.retry_policy(as_student.deadline_s),
         make,
-        look=actors.look,
+        stack_dump=actors.stack_dump,
         rows=vocabulary_rows(as_student.path),
     )
     await pool.replicas.start(1)
@@ -216,9 +216,9 @@ def _learner(
 
     def make() -> LearnerGroup:
         ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
-        return LearnerGroup(ranks, config.learner, actors.look, config.cluster.start_deadline_s)
+        return LearnerGroup(ranks, config.learner, actors.stack_dump, config.cluster.start_deadline_s)
 
-    others: dict[str, str] = {}  # where everybody else runs
+    others: dict[str, str] = {}  # nodes of all other actors
 
     async def ready(group: LearnerGroup) -> None:
         transport = transport_of(config)
@@ -230,8 +230,8 @@ def _learner(
         ranks = {f"learner rank {i}": where for i, where in enumerate(await group.places())}
         check_places(transport, {**ranks, **others})
 
-    recipe = RankFactory(make=make, ready=ready, renew=student.renew)
-    return RestartingLearner(recipe, config.cluster.restarts, config.cluster.replay_log_bytes)
+    factory = RankFactory(make=make, ready=ready, renew=student.renew)
+    return RestartingLearner(factory, config.cluster.restarts, config.cluster.replay_log_bytes)
 
 
 def _rank(actors: Actors, plan: Plan) -> Any:

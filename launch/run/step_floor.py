@@ -37,20 +37,20 @@ def model_shape(path: str) -> ModelShape | None:
     params = parameter_count(path)
     if not has_config(path) or not params:
         return None
-    said = text_config(path, f"the model {path!r}")
+    settings = text_config(path, f"the model {path!r}")
     wanted = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads")
-    if not all(said.get(name) for name in wanted):
+    if not all(settings.get(name) for name in wanted):
         return None
-    layers, width, vocabulary, heads = (int(said[name]) for name in wanted)
-    looked_up = 0 if said.get("tie_word_embeddings", True) else width * vocabulary
+    layers, width, vocabulary, heads = (int(settings[name]) for name in wanted)
+    looked_up = 0 if settings.get("tie_word_embeddings", True) else width * vocabulary
     return ModelShape(
         params=params - looked_up,
         layers=layers,
         width=width,
         vocabulary=vocabulary,
         heads=heads,
-        kv_heads=int(said.get("num_key_value_heads") or heads),
-        head_dim=int(said.get("head_dim") or width // heads),
+        kv_heads=int(settings.get("num_key_value_heads") or heads),
+        head_dim=int(settings.get("head_dim") or width // heads),
     )
 
 

@@ -1,4 +1,4 @@
-"""What killed an actor, in one line: the cause's own class and words.
+"""Cause of an actor's failure in one line: the class and the text of the innermost error.
 
 Ray wraps what an actor raises in errors of its own, whose text is a colored header with the actor's repr and a whole
 traceback; groups of tasks wrap it once more.
@@ -52,27 +52,27 @@ def _is_rays(error: BaseException) -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """What kind of error, and its first line, of the innermost cause."""
+    """Class and first line of the innermost cause."""
     *_, inmost = _line(error)
     text, name = str(inmost), type(inmost).__name__
-    said = one_line(text)
-    if _told(text, said):
-        return said
-    return f"{name}: {said}" if said else name
+    line = one_line(text)
+    if _quotes_cause(text, line):
+        return line
+    return f"{name}: {line}" if line else name
 
 
 def vanished(error: BaseException) -> bool:
-    """Is all that is known that a process or an object is gone? Otherwise `brief` has what was raised there."""
+    """Whether it is only known that a process or an object is gone; otherwise `brief` has what was raised there."""
     *_, inmost = _line(error)
     if isinstance(inmost, ServiceVanished):
         return True
-    return _is_rays(inmost) and not _told(str(inmost), one_line(str(inmost)))
+    return _is_rays(inmost) and not _quotes_cause(str(inmost), one_line(str(inmost)))
 
 
-def _told(text: str, said: str) -> bool:
-    """Does `said` name the error that `text` (Ray's own) only quotes?"""
+def _quotes_cause(text: str, line: str) -> bool:
+    """Whether `line` names the error that `text` (Ray's own) only quotes."""
     quotes = _HEADER.search(without_colors(text)) or _TRACEBACK.search(text)
-    return bool(quotes and _RAISED.fullmatch(said) and _ERROR.search(said.partition(": ")[0]))
+    return bool(quotes and _RAISED.fullmatch(line) and _ERROR.search(line.partition(": ")[0]))
 
 
 def _line(error: BaseException) -> Iterator[BaseException]:
@@ -112,5 +112,5 @@ def _first(text: str) -> str:
 
 
 def _boilerplate(before: str) -> bool:
-    """What Ray says of an actor whose constructor raised, or of an error that cannot travel, before it says what."""
+    """Whether `before` is Ray's preamble of a constructor's error, or of one that cannot be pickled."""
     return not before or bool(_NOTICE.match(before))

@@ -19,10 +19,10 @@ from launch.config.settings import ClusterConfig, Placement
 from launch.services.causes import brief
 from launch.services.placement import ActorRole, Machine, check_fits
 from launch.services.ray_address import check_cluster
-from launch.services.ray_node import Node, on_loopback, start_patiently
+from launch.services.ray_node import Node, on_loopback, start_ray
 from launch.services.replicas import DescribeStacks, no_stack_dump
 from launch.services.signals import signals_kept
-from launch.services.stack_dumps import Stacks
+from launch.services.stack_dumps import StackDumps
 from opd.errors import OpdError, ServiceLost
 from weight_sync.cuda_ipc import CudaIpcSegment, read_device
 from weight_sync.nccl import PullHandle, pull
@@ -31,7 +31,7 @@ from weight_sync.shared_memory import SharedMemorySegment, place, read
 
 
 def fetch(handle: Any) -> np.ndarray | Tensor:
-    """The array (weights on a GPU: the tensor) behind a handle, which says itself where that is (called in actors)."""
+    """The array (weights on a GPU: the tensor) behind a handle, which has its location (called in actors)."""
     if isinstance(handle, SharedMemorySegment):
         return read(handle)
     if isinstance(handle, CudaIpcSegment):
@@ -64,14 +64,14 @@ def end(actor: Any) -> None:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Does `error` say that an actor is gone (rather than that it refused what it was asked)?"""
+    """Whether `error` is the loss of an actor or an object (rather than an actor's refusal)."""
     from ray.exceptions import ObjectLostError, RayActorError
 
     return isinstance(error, RayActorError | ObjectLostError | ServiceLost)
 
 
 def has_died(error: BaseException) -> bool:
-    """Does `error` say that an actor is gone (and not that an object is)?"""
+    """Whether `error` is the loss of an actor (and not of an object)."""
     from ray.exceptions import RayActorError
 
     return isinstance(error, RayActorError)
@@ -96,8 +96,8 @@ def _local_token() -> str:
 def connected(config: ClusterConfig) -> Iterator[Node]:
     """A Ray session for the run: started and stopped here if local, joined and left otherwise.
 
-    A local session listens on this machine's loopback alone, and gets a token of its own, so nobody else on the machine
-    can reach it.
+    A local session listens on this machine's loopback alone, and gets a token of its own, so other users of the
+    machine cannot reach it.
     """
     local = config.address == "local"
     if local:
@@ -113,7 +113,7 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
     folder = ""
     if local:
         with signals_kept(), on_loopback():
-            session: Any = start_patiently(
+            session: Any = start_ray(
                 lambda: ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet),
                 config.start_deadline_s,
             )
@@ -140,7 +140,7 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
 
 
 def silence() -> None:
-    """Keep Ray's pages off the screen: whoever had asked what died says so, and `log_to_driver` does not stop them."""
+    """Keep Ray's reports off the screen, which `log_to_driver` does not stop: callers report what died."""
     from ray._private import worker
 
     worker.print_to_stdstream = _unprinted
@@ -153,7 +153,7 @@ def _unprinted(data: Mapping[str, Any], **_: Any) -> None:
 class Actors:
     """Makes the run's actors, within one placement group where the cluster asks for it."""
 
-    def __init__(self, config: ClusterConfig, roles: Sequence[ActorRole], stacks: Stacks | None = None) -> None:
+    def __init__(self, config: ClusterConfig, roles: Sequence[ActorRole], stacks: StackDumps | None = None) -> None:
         """`roles` are the actors that will be made; `stacks` watches them.
 
         Raises:
@@ -212,9 +212,9 @@ class Actors:
         )
 
     @property
-    def look(self) -> DescribeStacks:
-        """Writes down where actors stand, if somebody watches them."""
-        return self._stacks.look if self._stacks is not None else no_stack_dump
+    def stack_dump(self) -> DescribeStacks:
+        """Stack dump of actors, if the run has one."""
+        return self._stacks.stack_dump if self._stacks is not None else no_stack_dump
 
     def close(self) -> None:
         """Give the placement group back."""
@@ -225,7 +225,7 @@ class Actors:
 
 
 def machines() -> list[Machine]:
-    """What each machine of the session has in all, whoever holds it."""
+    """CPUs and GPUs of each machine of the session, free or not."""
     import ray
 
     return [Machine.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]

@@ -1,7 +1,7 @@
-"""Requests on their way through a pool: coalesced, split, streamed back, and given to another replica if one fails.
+"""Dispatch of a pool's requests: coalesced, split, streamed back, and given to another replica if one fails.
 
 Calls that arrive in the same turn of the event loop travel together: a step asks for tens of groups at once, and a Ray
-call costs about a millisecond. Answers come back in parts, so that who waits for the first few need not wait for all.
+call costs about a millisecond. Answers come back in parts, so a caller of the first few need not wait for all.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _HISTORY = 20  # calls before a quantile of their durations means anything
 
 @dataclass(slots=True, eq=False)
 class _Caller:
-    """Somebody who waits for all answers to his requests."""
+    """A call that waits for the answers to all its requests."""
 
     future: "asyncio.Future[list[Any]]"
     answers: list[Any]
@@ -39,7 +39,7 @@ class _Caller:
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """One request, whose it is, and where its answer belongs."""
+    """A request, the call it belongs to, and the place of its answer there."""
 
     request: Any
     caller: _Caller
@@ -51,7 +51,7 @@ class _Item:
         return not self.answered and not self.caller.future.done()
 
     def answer(self, value: Any) -> bool:
-        """False if it was answered before (a hedge came second) or nobody waits any more."""
+        """Set the answer; False if there was one (a hedge came second) or its call waits no more."""
         if not self.wanted:
             return False
         self.answered = True
@@ -64,8 +64,10 @@ class _Item:
 
 @dataclass(slots=True, kw_only=True)
 class Dispatcher(Generic[Request, Answer]):
-    """Asks replicas. `ask(actor, requests)` yields parts of the answers; `check(requests, answers)` raises `DataError`
-    for answers that cannot be true; `lost(error)` tells a dead replica from a wrong request.
+    """Dispatcher of requests to replicas.
+
+    `ask(actor, requests)` yields parts of the answers; `check(requests, answers)` raises `DataError` for answers that
+    cannot be true; `lost(error)` tells a dead replica from a wrong request.
 
     `late` counts answers that came after another replica's, `hedged` the calls that two replicas were given.
     """
@@ -100,7 +102,7 @@ class Dispatcher(Generic[Request, Answer]):
             task.add_done_callback(self._running.discard)
 
     async def _serve(self, items: list[_Item]) -> None:
-        """Have `items` answered; what a failing replica leaves unanswered goes to another."""
+        """Get `items` answered; those that a failing replica leaves go to another."""
         last = ReplicaFault(Fault.HUNG, "no replica was asked")
         try:
             for _ in range(self.replicas.retry.attempts):
@@ -128,9 +130,9 @@ class Dispatcher(Generic[Request, Answer]):
         """Ask `replica`, and a second one when it takes unusually long; returns when all are answered."""
         first = asyncio.ensure_future(self._ask(replica, items))
         try:
-            patience, done, second = self._patience(), set[Any](), None
-            while not done and second is None:  # whoever is busy now may be idle later
-                done, _ = await asyncio.wait({first}, timeout=patience)
+            delay_s, done, second = self._hedge_delay_s(), set[Any](), None
+            while not done and second is None:  # a replica that is busy now may be idle later
+                done, _ = await asyncio.wait({first}, timeout=delay_s)
                 second = None if done else self.replicas.idle()
             if second is None:
                 return await first
@@ -145,7 +147,7 @@ class Dispatcher(Generic[Request, Answer]):
         finally:
             await _end(first)
 
-    def _patience(self) -> float | None:
+    def _hedge_delay_s(self) -> float | None:
         quantile = self.replicas.retry.hedge_quantile
         if not quantile or len(self._durations) < _HISTORY:
             return None
@@ -196,8 +198,9 @@ class Dispatcher(Generic[Request, Answer]):
 
 
 def share_bounds(count: int, loads: Sequence[int]) -> list[int]:
-    """Where to cut `count` requests so that replicas with so many open ones are level afterwards, the least loaded (who
-    is asked first) having the most.
+    """Bounds of the shares of `count` requests by which replicas with so many open ones become level.
+
+    The least loaded, which is called first, gets the most.
 
     A share has at least `SMALLEST_SHARE` requests, and twice as many if there are more than `MANY_CALLS` shares: what
     calls cost the driver is then bounded per request.

@@ -32,10 +32,10 @@ class LearnerGroup(Learner):
         self,
         actors: Sequence[Any],
         config: LearnerConfig,
-        look: DescribeStacks = no_stack_dump,
+        stack_dump: DescribeStacks = no_stack_dump,
         start_deadline_s: float = 300.0,
     ) -> None:
-        self.actors, self._look = actors, look
+        self.actors, self._stack_dump = actors, stack_dump
         self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
         self._deadline_s = config.deadline_s
         self._start_s = max(config.deadline_s, start_deadline_s)
@@ -48,30 +48,30 @@ class LearnerGroup(Learner):
         await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)], self._start_s)
 
     async def call(self, call: Call[Answer]) -> list[Answer]:
-        """What every rank answers, in their order."""
+        """Answers of all ranks, in their order."""
         asked = [getattr(actor, call.name) for actor in self.actors]
         return await self._all([ask.remote(*call.of(rank), **call.options) for rank, ask in enumerate(asked)])
 
     async def publish(self, student: StudentEngine, version: int) -> PublishReport:
-        """Have every rank lay out its chunks, hand all to the engines, and have the sentinel compared there."""
+        """Publish the weights: every rank lays out its chunks, the engines load all and compare the sentinel."""
         weights = await self.share(version)
         try:
-            receipt = await student.receive(weights)
+            ack = await student.receive(weights)
         except OpdError:
-            await self.call(Call.broadcast(LearnerRank.busy_s))  # nobody can read what a dead rank has laid out
+            await self.call(Call.broadcast(LearnerRank.busy_s))  # chunks of a dead rank cannot be read
             raise
-        return PublishReport(version=version, gap=receipt.gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
+        return PublishReport(version=version, gap=ack.gap, nbytes=weights.manifest.nbytes, digest=weights.digest)
 
     async def share(self, version: int) -> PublishedWeights:
-        """Have every rank lay out its chunks of the weights as they are now."""
+        """Current weights, of which every rank lays out its chunks."""
         return assemble(await self.call(Call.broadcast(Rank.share, version)))
 
     async def places(self) -> list[str]:
-        """Where each rank runs (`weight_sync.shared_memory.place`)."""
+        """Host of each rank (`weight_sync.shared_memory.place`)."""
         return await self._all([place_of(a) for a in self.actors])
 
     async def settled(self) -> None:
-        """Wait until every rank has answered what it was asked last, also where nobody waits for it any more."""
+        """Wait until every rank has finished its last call, also one whose caller was cancelled."""
         if self._asked:
             await asyncio.wait(self._asked)
 
@@ -88,7 +88,7 @@ class LearnerGroup(Learner):
         """
         due_s = deadline_s or self._deadline_s
         tasks = [asyncio.ensure_future(within(due_s, "a learner rank", call)) for call in calls]
-        for task in tasks:  # a rank goes on with what it was asked, also when whoever asked is cancelled
+        for task in tasks:  # a rank goes on with its call, also when the caller is cancelled
             self._asked.add(task)
             task.add_done_callback(self._asked.discard)
         try:
@@ -96,7 +96,7 @@ class LearnerGroup(Learner):
         except OpdError as error:
             if isinstance(error, ReplicaFault):
                 _give_up(tasks)
-                raise RanksLost(error.fault, f"{error}{await self._look(*self.actors)}") from error
+                raise RanksLost(error.fault, f"{error}{await self._stack_dump(*self.actors)}") from error
             raise
         except Exception as error:
             # Its partners may be told first, as a connection that breaks off.
@@ -107,7 +107,7 @@ class LearnerGroup(Learner):
                 raise
             _give_up(tasks)
             why = type(lost).__name__ if vanished(lost) else brief(lost)
-            seen = await self._look(*self.actors, error=lost)
+            seen = await self._stack_dump(*self.actors, error=lost)
             raise RanksLost(Fault.DIED, f"a learner rank died ({why}){seen}") from error
 
 

@@ -1,4 +1,4 @@
-"""A learner that outlives its ranks: when one is lost all start anew, and do again what no checkpoint has.
+"""Restarts of the learner: when a rank is lost all start anew, and repeat the calls that no checkpoint has.
 
 The driver keeps everything else: text that was written or is being written, engines, teachers, the account.
 """
@@ -35,7 +35,7 @@ class RankGroup(Learner, Protocol):
         ...
 
     async def settled(self) -> None:
-        """Wait until all have answered what they were asked last, also where nobody waits for it any more."""
+        """Wait until all have finished their last call, also one whose caller was cancelled."""
         ...
 
     def end(self) -> None:
@@ -44,7 +44,7 @@ class RankGroup(Learner, Protocol):
 
 
 async def _fine(_: Any) -> None:
-    """Nothing to ask new ranks."""
+    """No check of new ranks."""
 
 
 async def verified(directory: Path) -> None:
@@ -54,10 +54,10 @@ async def verified(directory: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFactory:
-    """How ranks come into being.
+    """Factory of learner ranks.
 
-    `make` starts them, `ready` raises if they stand where they cannot work, `renew` is told where the weights lie that
-    are live already, for engines that start later, and `check` raises if a checkpoint is not whole.
+    `make` starts them, `ready` raises if they stand where they cannot work, `renew` gets the place of the weights
+    that are live already, for engines that start later, and `check` raises if a checkpoint is not whole.
     """
 
     make: Callable[[], RankGroup]
@@ -73,12 +73,12 @@ class RestartingLearner(Learner):
     calls of the replay log, and are asked what the lost ones did not answer. On a CPU, and elsewhere with
     `learner.deterministic`, they are then bit by bit what the lost ones were. Ranks that are lost twice in a row in the
     same call will be lost a third time (no memory, say): that ends the run, and so does everything for which a log
-    or a restart is missing. While nobody is lost a call costs what it costs without this class.
+    or a restart is missing. While no rank is lost a call costs what it costs without this class.
     """
 
-    def __init__(self, recipe: RankFactory, restarts: int, replay_log_bytes: int) -> None:
-        self._recipe, self._most = recipe, restarts
-        self._ranks = recipe.make()
+    def __init__(self, factory: RankFactory, restarts: int, replay_log_bytes: int) -> None:
+        self._factory, self._max_restarts = factory, restarts
+        self._ranks = factory.make()
         self.layout: Layout = self._ranks.layout
         self.history: list[str] = []  # a sentence per restart
         self._replay_log = ReplayLog(most=replay_log_bytes)
@@ -89,16 +89,16 @@ class RestartingLearner(Learner):
         self._breaking_off = False
 
     async def setup(self) -> None:
-        """The first ranks; whoever is lost here is not replaced."""
+        """Start the first ranks; one that is lost here is not replaced."""
         try:
             await self._ranks.setup()
         except RanksLost as lost:
             raise _end(lost, " while a run starts") from lost
 
-    async def see(self) -> None:
-        """Raise if the ranks stand where they cannot work; to be asked when everybody else has started, too."""
+    async def check_placement(self) -> None:
+        """Raise if the ranks run where they cannot work; to be called when all other actors have started, too."""
         try:
-            await self._recipe.ready(self._ranks)
+            await self._factory.ready(self._ranks)
         except RanksLost as lost:
             raise _end(lost, " while a run starts") from lost
 
@@ -107,19 +107,19 @@ class RestartingLearner(Learner):
     async def call(self, call: Call[Answer]) -> list[Answer]:
         """The answers of all ranks, of new ones if some are lost; what changes their state is logged."""
         answers = await self._ask(self._replay_log.label(call), lambda ranks: ranks.call(call))
-        if self._most and call.changes_state:
+        if self._max_restarts and call.changes_state:
             self._replay_log.add(call)
         return answers
 
     async def publish(self, student: StudentEngine, version: int) -> PublishReport:
-        """Make the weights of now live in the engines."""
-        self._published = None  # new ranks need not lay out a version that nobody will ask for
+        """Make the current weights live in the engines."""
+        self._published = None  # new ranks need not lay out a version that no engine will ask for
         report = await self._ask(f"publication {version}", lambda ranks: ranks.publish(student, version))
         self._published = report
         return report
 
     async def save(self, directory: Path, step: int) -> None:
-        """Copy the state of now and begin to write it into the existing `directory`; `written` waits for it."""
+        """Copy the current state and begin to write it into the existing `directory`; `written` waits for it."""
         await self.call(Call.broadcast(Rank.save, directory, step))
         self._replay_log.saving()
 
@@ -128,30 +128,30 @@ class RestartingLearner(Learner):
 
         Raises:
             RanksLost: those who wrote are gone and others will take their place, so `save` may be asked again.
-            OpdError: nobody will.
+            OpdError: no others will.
         """
         ranks = self._ranks
         try:
             return dict(await ranks.call(Call.broadcast(Rank.written)))
         except RanksLost as lost:
-            if ranks is self._ranks:  # nobody has noticed yet; whoever asks next starts others
+            if ranks is self._ranks:  # not noticed before; the next call starts others
                 self._check_restart(lost)
                 self._lost = self._lost or lost
             raise
 
     async def kept(self, directory: Path) -> None:
-        """What `save` wrote is a whole checkpoint, and lies in `directory` now."""
-        async with self._starting:  # those who start read the one before, which may be removed after this
+        """Record that what `save` wrote is a whole checkpoint, in `directory` now."""
+        async with self._starting:  # ranks that start read the one before, which may be removed after this
             self._replay_log.kept(directory)
 
     async def load(self, directory: Path) -> int:
-        """Take over what `save` wrote, whoever wrote it; returns its step."""
+        """Load what `save` of any run wrote; returns its step."""
         steps = await self.call(Call.broadcast(Rank.load, directory))
         self._replay_log.loaded(directory)
         return steps[0]
 
     async def settle(self) -> None:
-        """The run breaks off: nobody is replaced any more, and what the ranks are at comes to its end.
+        """Wait for the ranks' last calls in a run that breaks off; lost ranks are not replaced any more.
 
         Raises:
             OpdError: they are lost.
@@ -184,7 +184,7 @@ class RestartingLearner(Learner):
         return answer
 
     async def _start_anew(self, what: str) -> None:
-        """Other ranks, in the state of those that were lost."""
+        """Replace the ranks by others in the same state."""
         async with self._starting:
             while (lost := self._lost) is not None:
                 self._check_restart(lost)
@@ -195,7 +195,7 @@ class RestartingLearner(Learner):
                     f"{begin.parent.name if begin else 'the student they began with'} (calls to repeat: {again})"
                 )
                 _log.warning(self.history[-1])
-                self._ranks = self._recipe.make()
+                self._ranks = self._factory.make()
                 try:
                     await self._bring_up()
                 except RanksLost as another:
@@ -206,9 +206,9 @@ class RestartingLearner(Learner):
     async def _bring_up(self) -> None:
         base = self._replay_log.base
         await self._once("setting up", lambda ranks: ranks.setup())
-        await self._once("setting up", self._recipe.ready)
+        await self._once("setting up", self._factory.ready)
         if base is not None:
-            await self._recipe.check(base)
+            await self._factory.check(base)
             await self._once("loading", lambda ranks: ranks.call(Call.broadcast(Rank.load, base)))
         for logged in self._replay_log.calls:
             try:
@@ -217,19 +217,19 @@ class RestartingLearner(Learner):
                 if isinstance(error, OpdError) or not is_lost(error):
                     raise
                 raise OpdError(
-                    f"new learner ranks cannot do {logged.label} again, because what a teacher said about it is gone, "
+                    f"new learner ranks cannot do {logged.label} again, because a teacher's scores of it are gone, "
                     f"too ({brief(error)}); {GO_ON}"
                 ) from error
         await self._lay_out_again()
 
     async def _lay_out_again(self) -> None:
-        """Weights that are live were in the memory of ranks that are gone; an engine that starts will ask for them."""
+        """Lay out the live weights again, which lost ranks had in memory: an engine that starts will ask for them."""
         published = self._published
         if published is None:
             return
         weights = await self._once("laying out weights again", lambda ranks: ranks.share(published.version))
         if weights.digest == published.digest:
-            self._recipe.renew(weights)
+            self._factory.renew(weights)
         else:  # where arithmetic does not repeat; under the same version engines must hold the same
             _log.warning(
                 "the new learner ranks have version %d with digest %s, but %s is live (learner.deterministic=true "
@@ -242,10 +242,10 @@ class RestartingLearner(Learner):
     def _check_restart(self, lost: RanksLost) -> None:
         if self._breaking_off:
             raise _end(lost, " in a run that breaks off") from lost
-        if not self._most:
+        if not self._max_restarts:
             raise _end(lost, " (cluster.restarts=0)") from lost
-        if len(self.history) >= self._most:
-            raise _end(lost, f" after {self._most} restarts (cluster.restarts)") from lost
+        if len(self.history) >= self._max_restarts:
+            raise _end(lost, f" after {self._max_restarts} restarts (cluster.restarts)") from lost
         if not self._replay_log.whole:
             raise _end(
                 lost,
@@ -255,4 +255,4 @@ class RestartingLearner(Learner):
 
 
 def _end(lost: RanksLost, why: str) -> OpdError:
-    return OpdError(f"{lost}, and nobody can take its place{why}; {GO_ON}")
+    return OpdError(f"{lost}, and no other rank can take its place{why}; {GO_ON}")

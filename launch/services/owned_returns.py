@@ -1,7 +1,7 @@
-"""What a teacher has said outlives the teacher: the arrays of its answers belong to the driver.
+"""Owned returns: the arrays of a teacher's answers belong to the driver and outlive the teacher.
 
-An object that an actor puts into Ray's object store is lost with that actor; one that it returns belongs to whoever
-asked. So a teacher's actor returns its hidden states one after the other behind its answers, and the driver takes in
+An object that an actor puts into Ray's object store is lost with that actor; one that it returns belongs to the
+caller. So a teacher's actor returns its hidden states one after the other behind its answers, and the driver takes in
 their names and never their bytes.
 """
 
@@ -17,13 +17,13 @@ from opd.types import RemoteRows, Scores
 
 @dataclass(frozen=True, slots=True)
 class DeferredArray:
-    """In the place of a handle: the `number`-th array that follows the answers."""
+    """Placeholder of a handle: the `number`-th array that follows the answers."""
 
     number: int
 
 
 def keep(array: np.ndarray) -> np.ndarray:
-    """What a teacher in an actor stores its arrays with: they stay in the answers until these are handed over."""
+    """Store of a teacher in an actor: arrays stay in the answers until these are returned."""
     return array
 
 
@@ -54,7 +54,7 @@ async def owned_answers(
     Raises what Ray raises if the actor dies before the last array is handed over.
     """
     parts = method.remote(requests)
-    # Before that an array may be missing, which its reference would only tell to whoever reads it; and waiting for
+    # Before that an array may be missing, which its reference would show only when it is read; and waiting for
     # references one by one would make Ray fetch what they name.
     await parts.completed()
     answers, *arrays = [reference async for reference in parts]

@@ -1,4 +1,4 @@
-"""What a run asks of a machine or a cluster, role by role, and whether it is there.
+"""Resources that a run needs of a machine or a cluster, role by role, and whether they are there.
 
 GPUs are counted as Ray counts them: fractions of one share it, more than one are whole.
 """
@@ -23,7 +23,7 @@ class ActorRole:
     key: str = ""
 
     def on(self, node: "Machine") -> int:
-        """How many of them one node takes at most, were it empty."""
+        """The most of them that fit on one node, were it empty."""
         rooms = [floor(node.cpus / self.cpus + _SLACK)] if self.cpus else []
         if 0 < self.gpus < 1:  # a share never lies on two GPUs
             rooms.append(floor(node.gpus + _SLACK) * floor(1 / self.gpus + _SLACK))
@@ -41,7 +41,7 @@ class Machine:
 
     @classmethod
     def of(cls, resources: Mapping[str, float]) -> "Machine":
-        """From what Ray says of it."""
+        """The machine of Ray's resource names."""
         return cls(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
 
 
@@ -104,5 +104,5 @@ def _fewer_gpus(roles: Sequence[ActorRole], has: float) -> str:
 
 
 def share(actors: int, gpus: int) -> float:
-    """What each of so many actors may have of so many GPUs, if all have the same."""
+    """Share of a GPU for each actor, if `actors` of them have equal parts of `gpus`."""
     return floor(100 / ceil(actors / gpus)) / 100

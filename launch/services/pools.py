@@ -1,4 +1,4 @@
-"""Replicas of an engine that look like one: the student's, and each teacher's."""
+"""Pools: replicas of an engine behind one interface, for the student and for each teacher."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -44,11 +44,11 @@ async def _ready(actor: Any) -> None:
 
 
 async def _nothing_to_do(actor: Any) -> None:
-    """A teacher's weights never change."""
+    """No warm-up: a teacher's weights never change."""
 
 
 class StudentPool:
-    """Several rollout engines that look like one (`opd.ports.StudentEngine`).
+    """Pool of rollout engines behind one interface (`opd.ports.StudentEngine`).
 
     From the moment new weights are to be received, an engine is asked for text only after it has acknowledged exactly
     those, by version and digest; requests that come meanwhile wait for the first engine that has. So does a new engine.
@@ -59,14 +59,20 @@ class StudentPool:
         retry: RetryPolicy,
         make: Callable[[], Any] | None = None,
         end: Callable[[Any], None] = end,
-        look: DescribeStacks = no_stack_dump,
+        stack_dump: DescribeStacks = no_stack_dump,
         rows: int = 0,
     ) -> None:
         """`rows`: the ids that the engines' model has (0: not known, ids are only seen to be positive)."""
         self._weights: PublishedWeights | None = None
         self._gap = 0.0  # the largest sentinel gap of engines that took `_weights`
         self.replicas = Replicas(
-            service="rollout actor", retry=retry, ready=_ready, warm_up=self._warm_up, end=end, make=make, look=look
+            service="rollout actor",
+            retry=retry,
+            ready=_ready,
+            warm_up=self._warm_up,
+            end=end,
+            make=make,
+            stack_dump=stack_dump,
         )
         self._generate: Dispatcher[GenerateRequest, Completion] = Dispatcher(
             replicas=self.replicas,
@@ -96,7 +102,7 @@ class StudentPool:
         return WeightAck(version=weights.version, digest=weights.digest, gap=self._gap)
 
     def renew(self, weights: PublishedWeights) -> None:
-        """The weights that are live lie here now: engines that start later fetch them from there.
+        """Set the new place of the live weights, from which engines that start later fetch them.
 
         Engines that serve hold the same bytes already and are not disturbed.
         """
@@ -105,7 +111,7 @@ class StudentPool:
             self._weights = weights
 
     async def _give(self, replica: Replica) -> OpdError | None:
-        """Why `replica` refuses the weights, if it does; one that died or hangs does not refuse them."""
+        """Send the weights to `replica`; returns its refusal, if it refuses. One that died or hangs does not."""
         refusal: OpdError | None = None
         try:
             service = f"rollout actor {replica.number} (weights)"
@@ -131,21 +137,21 @@ class StudentPool:
     async def _warm_up(self, actor: Any) -> None:
         """Give `actor` the newest weights; again, if newer ones came meanwhile."""
         while (weights := self._weights) is not None:
-            receipt: WeightAck = await actor.receive.remote(weights)
-            said, sent = (receipt.version, receipt.digest), (weights.version, weights.digest)
-            if said != sent:
+            ack: WeightAck = await actor.receive.remote(weights)
+            got, sent = (ack.version, ack.digest), (weights.version, weights.digest)
+            if got != sent:
                 raise DataError(
-                    f"a rollout actor acknowledges version {said[0]} with digest {said[1]}, but version {sent[0]} with "
+                    f"a rollout actor acknowledges version {got[0]} with digest {got[1]}, but version {sent[0]} with "
                     f"{sent[1]} was published; look at its log"
                 )
             if weights is self._weights:
-                self._gap = max(self._gap, receipt.gap)
+                self._gap = max(self._gap, ack.gap)
                 return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Follower(WeightObserver):
-    """The actors of a teacher that follows the student, and at which versions (every so many) it does."""
+    """The actors of a teacher that follows the student at every `every`-th version."""
 
     replicas: Replicas
     every: int
@@ -173,9 +179,9 @@ class Follower(WeightObserver):
 
 
 class TeacherPool:
-    """Several scoring actors that look like one (`opd.ports.LogprobTeacher`).
+    """Pool of scoring actors behind one interface (`opd.ports.LogprobTeacher`).
 
-    What they say is checked here, where it is known who said it.
+    Scores are validated here, where it is known which replica gave them.
     """
 
     def __init__(
@@ -183,10 +189,16 @@ class TeacherPool:
         retry: RetryPolicy,
         make: Callable[[], Any] | None = None,
         end: Callable[[Any], None] = end,
-        look: DescribeStacks = no_stack_dump,
+        stack_dump: DescribeStacks = no_stack_dump,
     ) -> None:
         self.replicas = Replicas(
-            service="teacher actor", retry=retry, ready=_ready, warm_up=_nothing_to_do, end=end, make=make, look=look
+            service="teacher actor",
+            retry=retry,
+            ready=_ready,
+            warm_up=_nothing_to_do,
+            end=end,
+            make=make,
+            stack_dump=stack_dump,
         )
         self._score: Dispatcher[ScoreRequest, ScoreAnswer] = Dispatcher(
             replicas=self.replicas,
@@ -208,10 +220,10 @@ class TeacherPool:
 
 
 class ObservedStudent:
-    """A student whose new weights others receive, too: teachers that follow it (`TeacherConfig.mixup`) and observers.
+    """A student whose new weights go to observers, too, and to teachers that follow it (`TeacherConfig.mixup`).
 
     A follower takes in a version once, because it becomes another model by it; `seen` is the version up to which they
-    have done so: a resumed run publishes that one again. Observers, in `observers`, hear of every publication.
+    have done so: a resumed run publishes that one again. Observers, in `observers`, receive every publication.
     """
 
     def __init__(
@@ -224,11 +236,11 @@ class ObservedStudent:
         self.seen = self._begun = 0
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """As the student itself."""
+        """Completions of the student, in order."""
         return await self.student.generate(requests)
 
     async def receive(self, weights: PublishedWeights) -> WeightAck:
-        """Everybody else first, so that no text of the new student is read by a teacher that lags behind."""
+        """Send the weights to followers and observers first: no lagging teacher may score the new student's text."""
         new = weights.version > self.seen
         due = [follower for follower in self.followers.values() if new and not weights.version % follower.every]
         if due and weights.version <= self._begun:  # the learner was lost while they did

@@ -1,4 +1,4 @@
-"""Is there a Ray cluster at this address? Ray itself knocks for minutes, whoever stands at the port."""
+"""Check that a Ray cluster answers at an address; Ray itself would try for minutes, whatever listens there."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ def check_cluster(address: str, deadline_s: float = DEADLINE_S) -> None:
     if not colon or not port.isdecimal():
         raise _nobody(address, f"{place!r} is not of the form HOST:PORT")
     try:
-        answer = _knock(host.strip("[]"), int(port), deadline_s)
+        answer = _first_bytes(host.strip("[]"), int(port), deadline_s)
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
         raise _nobody(address, f"{place}: {reason}") from error
@@ -36,8 +36,8 @@ def _resolved(address: str) -> str:
         raise _nobody(address, "no running one was found on this machine, and RAY_ADDRESS names none") from error
 
 
-def _knock(host: str, port: int, deadline_s: float) -> bytes:
-    """The first bytes that a gRPC server sends; with TLS only that somebody is there is asked."""
+def _first_bytes(host: str, port: int, deadline_s: float) -> bytes:
+    """The first bytes that a gRPC server sends; with TLS only a connection is made."""
     with socket.create_connection((host, port), timeout=deadline_s) as connection:
         if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
             return bytes([0, 0, 0, _SETTINGS]).ljust(_HEADER)

@@ -1,4 +1,4 @@
-"""Ray's own processes of a local session. When one of them dies Ray says nothing for minutes, and actors stay behind.
+"""Watch of Ray's own processes in a local session: after the death of one, Ray reports nothing for minutes.
 
 (Ray 2.60: a driver whose raylet was killed still waited after 200 s, and so did its workers, which look for a parent
 that is process 1 only after they have been asked something.)
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
 from typing import TypeVar
 
 import psutil
 
 from launch.services.causes import brief
 from launch.services.replicas import GO_ON
+from opd.deadlines import repeated
 from opd.errors import OpdError
 from weight_sync.shared_memory import place
 
@@ -70,7 +70,7 @@ class Node:
         return next((p for p in self.processes if _is_dead(p)), None)
 
     def end_orphans(self) -> None:
-        """Kill workers whose raylet has died: nobody else does. To be called when the session is over."""
+        """Kill workers whose raylet has died, which Ray does not; to be called when the session is over."""
         raylets = {str(p.pid) for p in self.processes if _is_dead(p)}
         for process in psutil.process_iter() if raylets else ():
             try:
@@ -101,7 +101,7 @@ def _mark(folder: Path) -> None:
 
 
 def _is_left(mark: Path) -> bool:
-    """Is the folder with `mark` this user's, and have the program that made it and all that works in it ended?"""
+    """Whether the folder with `mark` is this user's, and the program that made it and all its processes have ended."""
     folder = mark.parent
     try:
         if folder.is_symlink() or mark.stat().st_uid != os.getuid():
@@ -133,14 +133,14 @@ def on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def start_patiently(start: Callable[[], Started], deadline_s: float) -> Started:
+def start_ray(start: Callable[[], Started], deadline_s: float) -> Started:
     """Call `start` again while Ray's processes need longer than the 30 s that Ray gives them, for `deadline_s` in all.
 
     Raises:
         OpdError: Ray did not start.
     """
-    began = monotonic()
-    while True:
+
+    def attempt() -> Started:
         before = {p.pid for p in psutil.Process().children()}
         try:
             return start()
@@ -148,13 +148,20 @@ def start_patiently(start: Callable[[], Started], deadline_s: float) -> Started:
             for process in psutil.Process().children():
                 if process.pid not in before and _is_rays(process):
                     process.kill()
-            late = "timed out" in str(error)
-            if late and monotonic() - began + _PAUSE_S < deadline_s:
-                logger.warning("Ray needs longer than it allows itself to start on this machine; it is tried again")
-                sleep(_PAUSE_S)
-                continue
-            advice = "free processors or memory, or raise cluster.start_deadline_s" if late else "correct that"
-            raise OpdError(f"Ray did not start on this machine ({brief(error)}); {advice}, and start again") from error
+            if _timed_out(error):
+                logger.warning("Ray needs longer than it allows itself to start on this machine")
+            raise
+
+    try:
+        return repeated(attempt, _timed_out, deadline_s, _PAUSE_S)
+    except Exception as error:
+        late = "free processors or memory, or raise cluster.start_deadline_s"
+        advice = late if _timed_out(error) else "correct that"
+        raise OpdError(f"Ray did not start on this machine ({brief(error)}); {advice}, and start again") from error
+
+
+def _timed_out(error: Exception) -> bool:
+    return "timed out" in str(error)
 
 
 def _is_rays(process: psutil.Process) -> bool:

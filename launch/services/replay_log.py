@@ -1,4 +1,4 @@
-"""What the learner was asked to do since its newest checkpoint, so that new ranks can do it again."""
+"""Replay log: the learner's calls since its newest checkpoint, which new ranks repeat."""
 
 import logging
 from collections import Counter
@@ -46,15 +46,15 @@ class ReplayLog:
 
     @property
     def whole(self) -> bool:
-        """Do the calls lead from `base` to now?"""
+        """Whether the calls lead from `base` to the present state."""
         return len(self.calls) == self.number - self._base_at
 
     def label(self, call: Call[Any]) -> str:
-        """What `call` is called in sentences: its verb, with a number if it would be the next to be logged."""
+        """Label of `call` in sentences: its verb, with a number if it would be the next to be logged."""
         return f"{call.name} {self._of[call.name] + 1}" if call.changes_state else call.name
 
     def add(self, call: Call[Any]) -> None:
-        """A call that changes the state was answered."""
+        """Log a call that changed the state and was answered."""
         logged = LoggedCall(call=call, label=self.label(call))
         self.number += 1
         self._of[call.name] += 1
@@ -73,16 +73,16 @@ class ReplayLog:
             self._writes = False
 
     def saving(self) -> None:
-        """The state of now is being written."""
+        """Record that the current state is being written."""
         self._saved_at, self._writes = self.number, True
 
     def kept(self, folder: Path) -> None:
-        """What was being written is whole: calls up to then need not be done again."""
+        """Record that the checkpoint being written is whole, in `folder`: calls before it need not be repeated."""
         self.base, self._base_at = folder, self._saved_at
         self._keep(self.number - self._base_at)
 
     def loaded(self, folder: Path) -> None:
-        """The learner has taken over what lies in `folder`."""
+        """Record that the learner has loaded the checkpoint in `folder`."""
         self.saving()
         self.kept(folder)
 

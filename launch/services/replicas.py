@@ -1,4 +1,4 @@
-"""Replicas of one service, watched: what dies, hangs or lies is replaced, and never serves before it is up to date."""
+"""Replicas of one service: after a death, a hang or an invalid answer one is replaced by another, warmed up first."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ from opd.errors import DataError, OpdError, ServiceHung
 Answer = TypeVar("Answer")
 DescribeStacks = Callable[
     ..., Awaitable[str]
-]  # where these actors stand or (error=...) how they died: the end of a sentence
+]  # where these actors are stuck or (error=...) how they died: the end of a sentence
 _NUMBERS = re.compile(r"\d+")
 GO_ON = (
     "the same command with run_name=... resume=latest goes on from the newest checkpoint, if the run has one; without "
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 class Fault(Enum):
-    """What was wrong with a replica."""
+    """Kind of a replica's failure; the value completes a sentence."""
 
     DIED = "died"
     HUNG = "hung"
-    INVALID_ANSWER = "lied"
+    INVALID_ANSWER = "gave an invalid answer"
 
 
 class ReplicaFault(OpdError):
-    """A replica failed, not the request: somebody else may be asked.
+    """A failure of a replica, not of the request, which may be given to another one.
 
-    `repeats`: it said itself why, so that another one that says the same has failed for the same reason.
+    `repeats`: the replica itself gave the reason, so another one that gives the same has failed for the same reason.
     """
 
     def __init__(self, fault: Fault, reason: str, repeats: bool = False) -> None:
@@ -45,7 +45,7 @@ class ReplicaFault(OpdError):
 
     @classmethod
     def of(cls, fault: Fault, error: BaseException) -> "ReplicaFault":
-        """The replica failed with `error`."""
+        """The failure of a replica with `error`."""
         faulty = cls(fault, brief(error), repeats=not vanished(error))
         faulty.__cause__ = error
         return faulty
@@ -58,18 +58,18 @@ async def within(deadline_s: float, service: str, work: Awaitable[Answer]) -> An
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What was wrong with a replica that is lost with this error."""
+    """Kind of failure of a replica that is lost with this error."""
     return Fault.HUNG if isinstance(error, ServiceHung) else Fault.DIED
 
 
 async def no_stack_dump(*_: Any, error: BaseException | None = None) -> str:  # noqa: ARG001
-    """Where actors stand that do not answer, and how they died, is not looked at (`stack_dumps.Stacks.look` does)."""
+    """No stack dump (see `stack_dumps.StackDumps.stack_dump`)."""
     return ""
 
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One that serves. `load` counts its open requests; while it is not `open` it is asked for nothing new."""
+    """A replica that serves. `load` counts its open requests; while it is not `open` it gets no new ones."""
 
     number: int
     actor: Any
@@ -79,11 +79,11 @@ class Replica:
 
 @dataclass(slots=True, kw_only=True)
 class Replicas:
-    """Makes replicas, hands out the least loaded, and replaces those that are reported.
+    """Set of replicas: gives out the least loaded, and replaces those that are reported.
 
     `make` starts an actor, `ready` waits until it can work, `warm_up` brings it up to date (returns when it is), `end`
-    kills it. Without `make` nothing is replaced: a fault is final. `look` is asked where one stands that hangs, before
-    it is killed.
+    kills it. Without `make` nothing is replaced: a fault is final. `stack_dump` shows where one hangs, before it is
+    killed.
     """
 
     service: str
@@ -92,38 +92,38 @@ class Replicas:
     warm_up: Callable[[Any], Awaitable[None]]
     end: Callable[[Any], None]
     make: Callable[[], Any] | None = None
-    look: DescribeStacks = no_stack_dump
+    stack_dump: DescribeStacks = no_stack_dump
     serving: list[Replica] = field(default_factory=list)
     faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(Fault, 0))
     history: list[str] = field(default_factory=list)  # a sentence per fault
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _starting: set[asyncio.Task[None]] = field(default_factory=set)
     _restarts: int = 0
-    _coming: int = 0  # replacements under way
+    _replacements: int = 0  # replacements under way
     _in_a_row: int = 0
     _broken: OpdError | None = None
-    _useful: bool = False  # somebody gave a good answer
-    _hopeless: bool = False  # two failed alike before
+    _useful: bool = False  # a replica gave a valid answer
+    _recurring: bool = False  # two failed alike before
     _reasons: set[str] = field(default_factory=set)  # why replicas failed before that
 
     async def start(self, count: int) -> None:
-        """The first replicas, all at once; one that cannot start is an error."""
+        """Start the first replicas, all at once; one that cannot start is an error."""
         assert self.make is not None
         actors = [self.make() for _ in range(count)]
         service = f"{self.service} that was to start (does the cluster have the CPUs and GPUs for it?)"
         try:
             await asyncio.gather(*[within(self.retry.start_deadline_s, service, self.ready(actor)) for actor in actors])
         except ReplicaFault as fault:
-            raise ReplicaFault(fault.fault, f"{fault}{await self.look(*actors)}") from fault
+            raise ReplicaFault(fault.fault, f"{fault}{await self.stack_dump(*actors)}") from fault
         except Exception as error:
             if not isinstance(find_own(error), ProcessFailed | None):
                 raise  # a sentence of ours, of its own kind
-            seen = await self.look(*actors, error=error)
+            seen = await self.stack_dump(*actors, error=error)
             raise OpdError(f"{self.service} did not start: {brief(error)}{seen}") from error
         self.adopt(actors)
 
     def adopt(self, actors: list[Any]) -> None:
-        """Actors that are ready serve from now on."""
+        """Add actors that are ready."""
         self.serving += [Replica(number=i, actor=actor) for i, actor in enumerate(actors, len(self.serving))]
 
     async def acquire(self, requests: int) -> Replica:
@@ -134,59 +134,59 @@ class Replicas:
         """
         if self._in_a_row >= self.retry.max_consecutive_failures:  # the breaker is open: one try after a pause
             rounds = self._in_a_row - self.retry.max_consecutive_failures
-            await asyncio.sleep(min(self.retry.cooldown_s * 2**rounds, self.retry.deadline_s))
-        patience = self.retry.start_deadline_s + self.retry.deadline_s
+            await asyncio.sleep(deadlines.backoff(self.retry.cooldown_s, rounds, self.retry.deadline_s))
+        longest_s = self.retry.start_deadline_s + self.retry.deadline_s
         service = f"any {self.service} (none is ready, or none has the weights it should work with)"
-        return await within(patience, service, self._soon(requests))
+        return await within(longest_s, service, self._least_loaded(requests))
 
     def idle(self) -> Replica | None:
-        """One that has nothing to do."""
+        """A replica without open requests, if there is one."""
         return next((replica for replica in self._open() if not replica.load), None)
 
-    async def _soon(self, requests: int) -> Replica:
+    async def _least_loaded(self, requests: int) -> Replica:
         async with self._changed:
-            while self._over() or not self._open():
-                if self._broken is not None and self._over():
+            while self._is_final() or not self._open():
+                if self._broken is not None and self._is_final():
                     raise self._broken
                 await self._changed.wait()
             chosen = min(self._open(), key=lambda replica: (replica.load, replica.number))
             chosen.load += requests
             return chosen
 
-    def _over(self) -> bool:
-        """Is there none and will be none, or would the next one fail as those before?"""
-        hopeless = self._hopeless and not self._useful
-        return self._broken is not None and (hopeless or (not self.serving and not self._coming))
+    def _is_final(self) -> bool:
+        """Whether no replica is left and none will come, or the next one would fail as those before."""
+        recurring = self._recurring and not self._useful
+        return self._broken is not None and (recurring or (not self.serving and not self._replacements))
 
     def _open(self) -> list[Replica]:
         return [replica for replica in self.serving if replica.open]
 
     async def reopen(self, replica: Replica) -> None:
-        """It has what it should work with, and is asked again."""
+        """Give requests to `replica` again, which has the weights it should work with."""
         replica.open = True
         async with self._changed:
             self._changed.notify_all()
 
     @property
     def actors(self) -> list[Any]:
-        """Those that serve."""
+        """Actors of the replicas that serve."""
         return [replica.actor for replica in self.serving]
 
     def answered(self) -> None:
-        """Somebody gave a good answer: the breaker closes."""
+        """Record a valid answer: the circuit breaker closes."""
         self._in_a_row, self._useful = 0, True
 
     async def report(self, replica: Replica, fault: ReplicaFault) -> None:
-        """`replica` is not to be trusted any more: end it, and start another. Reporting twice changes nothing."""
+        """End `replica`, which failed, and start another. Reporting twice changes nothing."""
         if replica not in self.serving:
             return
         self.serving.remove(replica)
         self.faults[fault.fault] += 1
         self._in_a_row += 1
-        # Whoever reports may be cancelled meanwhile (a hedge has answered); the replica is ended all the same.
-        await asyncio.shield(self._keep(self._retire(replica, fault)))
+        # The caller may be cancelled meanwhile (a hedge has answered); the replica is ended all the same.
+        await asyncio.shield(self._in_background(self._retire(replica, fault)))
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
         self._starting.add(task)  # the loop keeps only a weak reference
         task.add_done_callback(self._starting.discard)
@@ -194,29 +194,29 @@ class Replicas:
 
     async def _retire(self, replica: Replica, fault: ReplicaFault) -> None:
         try:
-            fault = await self._seen(replica.actor, fault)
+            fault = await self._with_stack_dump(replica.actor, fault)
         finally:
             self.end(replica.actor)
         self.history.append(f"{self.service} {replica.number} {fault.fault.value} and is replaced: {fault}")
         logger.warning(self.history[-1])
-        alike = self._alike(fault)
-        if self.make is None or alike or self._restarts >= self.retry.restarts:
-            await self._break(fault, alike)
+        recurred = self._has_recurred(fault)
+        if self.make is None or recurred or self._restarts >= self.retry.restarts:
+            await self._give_up(fault, recurred)
             return
-        self._restarts, self._coming = self._restarts + 1, self._coming + 1
-        self._keep(self._replace(replica.number))
+        self._restarts, self._replacements = self._restarts + 1, self._replacements + 1
+        self._in_background(self._replace(replica.number))
 
-    async def _seen(self, actor: Any, error: Exception) -> ReplicaFault:
-        """`error` of `actor`: with where it stands if it hangs, with its last words if it died."""
+    async def _with_stack_dump(self, actor: Any, error: Exception) -> ReplicaFault:
+        """`error` of `actor` with its stack dump if it hangs, with the end of its log if it died."""
         fault = error if isinstance(error, ReplicaFault) else ReplicaFault.of(Fault.DIED, error)
         if fault.fault is Fault.INVALID_ANSWER:
             return fault
         died = fault.fault is Fault.DIED
-        seen = await self.look(actor, error=fault if died else None)
+        seen = await self.stack_dump(actor, error=fault if died else None)
         return ReplicaFault(fault.fault, f"{fault}{seen}", repeats=died and fault.repeats)
 
-    def _alike(self, fault: ReplicaFault) -> bool:
-        """Has one failed for this very reason before, and none been of use? A third would fail so, too."""
+    def _has_recurred(self, fault: ReplicaFault) -> bool:
+        """Whether one failed for this very reason before, and none gave a valid answer: a third would fail so, too."""
         if self._useful or not fault.repeats:
             return False
         reason = _NUMBERS.sub("", str(fault))  # of the process, the prompt
@@ -242,30 +242,30 @@ class Replicas:
                 self.end(actor)
                 raise
             except Exception as error:  # noqa: BLE001 (whatever it is, this replica cannot serve)
-                fault = await self._seen(actor, error)
+                fault = await self._with_stack_dump(actor, error)
                 self.end(actor)
-                alike = self._alike(fault)
-                if alike or self._restarts >= self.retry.restarts:
-                    self._coming -= 1
-                    await self._break(fault, alike)
+                recurred = self._has_recurred(fault)
+                if recurred or self._restarts >= self.retry.restarts:
+                    self._replacements -= 1
+                    await self._give_up(fault, recurred)
                     return
                 self._restarts += 1
                 continue
-            self._coming -= 1
+            self._replacements -= 1
             self.serving.append(Replica(number=number, actor=actor))  # no await since `warm_up`: it is up to date
             async with self._changed:
                 self._changed.notify_all()
             return
 
-    async def _break(self, fault: ReplicaFault, alike: bool = False) -> None:
-        """Nothing is replaced any more; who still serves goes on, and if nobody does, everybody is told."""
+    async def _give_up(self, fault: ReplicaFault, recurred: bool = False) -> None:
+        """Replace no replica any more; those that serve go on, and if there are none, every call raises."""
         kind = DataError if fault.fault is Fault.INVALID_ANSWER else OpdError
         why = (
             "two failed alike before any was of use, so a third would, too"
-            if alike
+            if recurred
             else f"no replica is left after {self._restarts} restarts (allowed: {self.retry.restarts}); the last one "
             f"{fault.fault.value}"
         )
-        self._broken, self._hopeless = kind(f"{self.service}: {why}: {fault}"), alike
+        self._broken, self._recurring = kind(f"{self.service}: {why}: {fault}"), recurred
         async with self._changed:
             self._changed.notify_all()

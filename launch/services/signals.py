@@ -20,7 +20,7 @@ _SHARE = 0.6  # of the grace: so long the step at hand may take, the rest is for
 
 
 class Preempted(OpdError):
-    """A signal came, and the state of the last finished step was saved: the same command with resume=latest goes on.
+    """Stop by a signal after the last finished step was saved: the same command with resume=latest goes on.
 
     `code` is the exit code: 75 (EX_TEMPFAIL of sysexits.h: try again later), after Ctrl-C 130, as shells expect.
     """
@@ -31,7 +31,7 @@ class Preempted(OpdError):
 
 
 class StopRequest:
-    """Whether a signal (SIGTERM, SIGHUP, Ctrl-C) has asked the run to stop at the next step boundary.
+    """Request by a signal (SIGTERM, SIGHUP, Ctrl-C) to stop the run at the next step boundary.
 
     That can wait only while `waits` is set, when steps follow each other and a checkpoint can be written; at any other
     time, and at a second signal (`at_once`), the run is cancelled. A step that does not end within the greater part of
@@ -59,18 +59,18 @@ class StopRequest:
         )
 
     def saving(self) -> None:
-        """The checkpoint to stop with is being written: no step is left to be cut short."""
+        """Record that the checkpoint to stop with is being written: no step is left to be cut short."""
         if self._timers:
             self._timers[0].cancel()
 
     def met(self) -> None:
-        """The run has stopped where it was asked to, with its checkpoint: closing up is not cut short any more."""
+        """Record that the run has stopped with its checkpoint: closing up is not cut short any more."""
         for timer in self._timers:
             timer.cancel()
 
 
 def end_on_signals() -> None:
-    """From now on SIGTERM and SIGHUP end this process as Ctrl-C does, by `KeyboardInterrupt`.
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, by `KeyboardInterrupt`.
 
     What is ignored stays so (SIGHUP under nohup). Libraries set handlers of their own, so this is asked for again after
     them.
@@ -94,7 +94,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def _handle(numbers: Iterable[signal.Signals], handler: Any) -> dict[signal.Signals, Any]:
-    """Have `handler` called; returns the handlers before. Python allows it in the main thread only."""
+    """Install `handler`; returns the handlers before. Python allows it in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     before = {number: signal.getsignal(number) for number in numbers}
@@ -104,8 +104,8 @@ def _handle(numbers: Iterable[signal.Signals], handler: Any) -> dict[signal.Sign
     return before
 
 
-async def beside(work: Coroutine[Any, Any, Result], guard: Coroutine[Any, Any, None]) -> Result:
-    """What `work` returns, unless `guard` raises first: then `work` is cancelled, and that is raised."""
+async def guarded(work: Coroutine[Any, Any, Result], guard: Coroutine[Any, Any, None]) -> Result:
+    """The result of `work`, unless `guard` raises first: then `work` is cancelled, and that is raised."""
     working, guarding = asyncio.ensure_future(work), asyncio.ensure_future(guard)
     try:
         await asyncio.wait({working, guarding}, return_when=asyncio.FIRST_COMPLETED)

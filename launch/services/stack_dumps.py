@@ -1,4 +1,4 @@
-"""Where the processes of a run stand when one does not answer, and the last words of one that has died.
+"""Stack dumps of a run's processes when one does not answer, and the end of the log of one that has died.
 
 An actor that is watched prints its stacks on SIGUSR1 into memory of its own, which this process reads through `/proc`.
 That works while its threads are stuck, in Python or in native code. A stopped process cannot print; of every process
@@ -25,7 +25,7 @@ from opd.errors import OpdError
 from weight_sync.shared_memory import place
 
 _ANSWER_S = 3.0  # what a process may take to print
-_TOLD_S = 1.0  # what an actor that has long answered may take to be asked how it can be looked at
+_TOLD_S = 1.0  # what an actor that has long answered may take to send its listener
 _TAIL = 32 << 10  # bytes of a log that are kept
 _ERRORS = 2  # descriptor of a process's standard error
 
@@ -49,22 +49,22 @@ def listen(_: Any = None) -> Listener:
 
 
 @dataclass(slots=True)
-class Stacks:
-    """Watches actors for a run, and writes a file into `folder` each time some do not answer."""
+class StackDumps:
+    """Writer of stack dumps: a file in `folder` each time watched actors do not answer."""
 
     folder: Path
     _watched: dict[Any, tuple[str, Any]] = field(default_factory=dict)
     _files: int = 0
 
     def watch(self, role: str, actor: Any) -> None:
-        """Be ready to look at `actor`: it is asked how at its start, since one that hangs cannot be asked."""
+        """Prepare a dump of `actor` at its start, since one that hangs cannot be called."""
         self._watched[actor] = (role, actor.__ray_call__.remote(listen))
 
-    async def look(self, *actors: Any, error: BaseException | None = None) -> str:
+    async def stack_dump(self, *actors: Any, error: BaseException | None = None) -> str:
         """Write where `actors` and this process stand, or how `actors` died of `error`; names the file.
 
-        Returns the end of a sentence. It is about to be said that one does not answer or has died, so whatever goes
-        wrong here is said in its place.
+        Returns the end of a sentence, which reports that one does not answer or has died; an error here becomes a part
+        of it.
         """
         parts = [await self._actor(actor, last_words if error is not None else describe) for actor in actors]
         if error is None:
@@ -83,12 +83,12 @@ class Stacks:
         return f" ({named}: {path})"
 
     async def _actor(self, actor: Any, told_by: Callable[[Listener], str]) -> str:
-        role, told = self._watched.get(actor, ("an actor that is not watched", None))
-        if told is None:
+        role, listening = self._watched.get(actor, ("an actor that is not watched", None))
+        if listening is None:
             return f"== {role}"
         try:
             async with running_timeout(_TOLD_S):
-                listener: Listener = await told
+                listener: Listener = await listening
         except Exception as error:  # noqa: BLE001 (it is dead, or never came so far)
             return f"== {role}: it never said how it can be looked at ({type(error).__name__})"
         if listener.place != place():
@@ -110,7 +110,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def describe(listener: Listener) -> str:
-    """What a process of this host prints about itself, if it can, and what the kernel says of its threads."""
+    """Stacks that a process of this host prints, if it can, and the kernel's view of its threads."""
     seen = "".join(_threads(listener.pid)) or "  none: the process is gone\n"
     return f"{_printed(listener)}\nthreads, as the kernel sees them (state, where it waits, name):\n{seen}"
 
@@ -134,10 +134,10 @@ def _printed(listener: Listener) -> str:
         deadline, size = time.monotonic() + _ANSWER_S, -1
         while time.monotonic() < deadline:
             time.sleep(0.1)
-            said = file.read_bytes()[before:]
-            if said and len(said) == size:  # and nothing came since
-                return said.decode(errors="replace")
-            size = len(said)
+            output = file.read_bytes()[before:]
+            if output and len(output) == size:  # and nothing came since
+                return output.decode(errors="replace")
+            size = len(output)
     except OSError as error:
         return f"it cannot be asked ({error.strerror or error})\n"
     return f"it printed nothing within {_ANSWER_S:.0f} s\n"
@@ -160,7 +160,7 @@ def _where(folder: Path) -> str:
 
 
 def _own() -> str:
-    """Stacks of this process's threads, and its asyncio tasks: who waits for what."""
+    """Stacks of this process's threads and of its asyncio tasks."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         print("\ntasks:", file=file)

@@ -1,7 +1,6 @@
-"""How published weights travel: the learner's side of each transport, and where it does not fit.
+"""Transports of published weights: the learner's side of each, and the runs in which it does not work.
 
-The receivers' side is `launch.services.cluster.fetch` for all of them, because a handle says itself where its bytes
-lie.
+The receivers' side is `launch.services.cluster.fetch` for all of them, because a handle has the place of its bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from weight_sync.shared_memory import SharedMemorySender
 
 
 def transport_of(config: RunConfig) -> Transport:
-    """What the run's weights travel by; `AUTO` is shared memory where Ray is started on this machine for the run."""
+    """The transport of the run's weights; `AUTO` is shared memory where Ray is started on this machine for the run."""
     if config.learner.transport is not Transport.AUTO:
         return config.learner.transport
     alone = config.cluster.address == "local" and config.cluster.placement is not Placement.SPREAD
@@ -30,7 +29,7 @@ def transport_of(config: RunConfig) -> Transport:
 
 
 def sender(transport: Transport, deadline_s: float) -> Callable[[], WeightSender]:
-    """What a learner rank calls, in its own process, to make the place for its chunks."""
+    """Factory of a learner rank's sender, called in the rank's own process."""
     if transport is Transport.OBJECT_STORE:
         return partial(StagedSender, store)
     if transport is Transport.SHARED_MEMORY:
@@ -66,7 +65,7 @@ def check_transport(config: RunConfig) -> None:
 
 
 def _on_gpus(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """What keeps weights from staying on GPUs all the way: what is needed, and what the run has instead."""
+    """Reasons why weights cannot stay on GPUs all the way: what is needed, and what the run has instead."""
     on_cpu = [role for role in ("learner", "student") if getattr(config, role).device is Device.CPU]
     if on_cpu:
         yield "learner and engines on GPUs", f"{on_cpu[0]}.device=CPU"

@@ -1,4 +1,4 @@
-"""A teacher behind our own server (`opd serve-teacher`): binary frames, retried within a budget, never believed unread.
+"""A teacher behind our own server (`opd serve-teacher`): binary frames, retried within a budget, every one checked.
 
 An answer counts only if its frame is whole, names this call and this model, is about exactly the requests that were
 sent, passes `opd.scorers.validation.validate_scores`, and answers a control question that tells shifted rows from right
@@ -37,7 +37,7 @@ from teacher_service.frames import (
     request_digest,
 )
 from teacher_service.known_kinds import OWN_KINDS, KnownKinds, known_kinds
-from teacher_service.retries import NoAnswer, Patience, WrongAnswer, fetch, session, together
+from teacher_service.retries import NoAnswer, RetryLoop, WrongAnswer, fetch, session, together
 from teacher_service.scoring import Store, TeacherStats, kinds_of, length
 from teacher_service.server_identity import Identity, parse_identity
 
@@ -54,16 +54,16 @@ class HttpTeacher:
 
     def __init__(self, config: TeacherConfig, store: Store, token: str) -> None:
         self._config, self._store, self._token = config, store, Secret(token)
-        self._patience = Patience(config)
+        self._retries = RetryLoop(config)
         self._kinds = known_kinds(config.score_kinds)
         self._known: Identity | None = None
-        self._greeting = asyncio.Lock()
+        self._identity_lock = asyncio.Lock()
         self._requests = self._scored = self._read = 0
         self._busy_s = 0.0
 
     async def ready(self) -> None:
-        """Return when the server has said who it is. Raises `ConfigurationError` if it is another than expected."""
-        await self._within(self._identity(), "saying who it is")
+        """Return when the server's identity is known. Raises `ConfigurationError` if it is another than expected."""
+        await self._within(self._identity(), "naming its model")
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         """Scores per request, in order. Raises `OpdError` when the server gives no believable one."""
@@ -76,14 +76,14 @@ class HttpTeacher:
         return answers
 
     async def stats(self) -> TeacherStats:
-        """What this client has had scored, and what it had to retry or throw away."""
+        """Counts of this client: scored, retried and refused."""
         return TeacherStats(
             requests=self._requests,
             scored=self._scored,
             read=self._read,
             busy_s=self._busy_s,
-            unanswered=self._patience.unanswered,
-            quarantined=self._patience.quarantined,
+            unanswered=self._retries.unanswered,
+            quarantined=self._retries.quarantined,
         )
 
     async def _within(self, work: Awaitable[Result], what: str) -> Result:
@@ -94,16 +94,16 @@ class HttpTeacher:
         return await within(self._config.deadline_s, work, late)
 
     async def _identity(self) -> Identity:
-        async with self._greeting:
+        async with self._identity_lock:
             if self._known is None:
                 async with session(self._config, self._token) as client:
 
                     async def ask(_: int) -> bytes:
                         return await fetch(client, "GET", self._url("/v1/identity"), IDENTITY_BYTES)
 
-                    said = parse_identity((await self._patience(ask)).decode(errors="replace"))
-                await asyncio.to_thread(_check_identity, said, self._config)
-                self._known = said
+                    identity = parse_identity((await self._retries(ask)).decode(errors="replace"))
+                await asyncio.to_thread(_check_identity, identity, self._config)
+                self._known = identity
             return self._known
 
     def _url(self, path: str) -> str:
@@ -119,7 +119,7 @@ class HttpTeacher:
 
             async def one(part: list[ScoreRequest]) -> list[ScoreAnswer]:
                 async with gate:
-                    return await self._patience(lambda number: self._attempt(client, identity, part, number))
+                    return await self._retries(lambda number: self._attempt(client, identity, part, number))
 
             answers = await together([one(part) for part in frames(requests, identity.limits)])
         return [tuple(map(self._stored, answer)) for part in answers for answer in part]
@@ -136,12 +136,12 @@ class HttpTeacher:
         frame = await asyncio.to_thread(encode_question, Question(call=call, requests=tuple(asked)))
         url = self._url("/v1/score")
         body = await fetch(client, "POST", url, identity.limits.frame_bytes, data=frame)
-        said = await asyncio.to_thread(_believed, body, call, asked, identity, self._kinds)
+        answers = await asyncio.to_thread(_checked_answers, body, call, asked, identity, self._kinds)
         if check is not None:
             noise = NOISE.get(identity.dtype, COARSE)
-            if not aligned(_written(said[check.about][check.place]), _written(said[-1][0]), noise):
+            if not aligned(_logprobs_of(answers[check.about][check.place]), _logprobs_of(answers[-1][0]), noise):
                 raise WrongAnswer("the control question shows that its rows are not those of the tokens (shifted?)")
-        return [answer[: len(request.kinds)] for request, answer in zip(part, said, strict=False)]
+        return [answer[: len(request.kinds)] for request, answer in zip(part, answers, strict=False)]
 
     def _check_kinds(self, requests: Sequence[ScoreRequest], identity: Identity) -> None:
         asked = {kind.wire_name() for kind in kinds_of(requests)}
@@ -184,7 +184,7 @@ def _both_ways(request: ScoreRequest) -> int:
     return 4 * (len(request.context_ids) + len(request.token_ids)) + answer_bytes(request, WIDEST_HIDDEN)
 
 
-def _written(scores: Scores) -> np.ndarray:
+def _logprobs_of(scores: Scores) -> np.ndarray:
     assert isinstance(scores, TokenScores)
     return np.asarray(scores.logprobs)
 
@@ -195,7 +195,7 @@ def _remote(scores: Scores) -> list[tuple[str, RemoteRows]]:
     return [(name, value) for name, value in named if isinstance(value, RemoteRows)]
 
 
-def _believed(
+def _checked_answers(
     body: bytes, call: bytes, asked: Sequence[ScoreRequest], identity: Identity, known: KnownKinds = OWN_KINDS
 ) -> list[ScoreAnswer]:
     """The answers in `body`, or `NoAnswer` for a damaged frame and `WrongAnswer` for one that must not be used."""
@@ -219,7 +219,7 @@ def _believed(
 
 
 def _check_values(scores: Scores, identity: Identity) -> None:
-    """What `validate_scores` cannot know: the vocabulary, and the insides of hidden states."""
+    """Check what `validate_scores` does not: ids against the vocabulary, and hidden states for NaN and infinity."""
     ids = getattr(scores, "topk_ids", None)
     if ids is not None and ids.size and (ids.min() < 0 or ids.max() >= identity.rows):
         raise WrongAnswer(f"it names ids outside its vocabulary of {identity.rows}")
@@ -233,21 +233,21 @@ def _finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def _check_identity(said: Identity, config: TeacherConfig) -> None:
+def _check_identity(served: Identity, config: TeacherConfig) -> None:
     """Raise `ConfigurationError` if the server's model is not the one this run is about."""
     ours = tokenizer_identity(config.path)
     subject = f"the teacher at {config.url}"
-    if (said.vocabulary, said.rows) != (ours.digest, ours.rows):
+    if (served.vocabulary, served.rows) != (ours.digest, ours.rows):
         raise ConfigurationError(
-            f"{subject} has another vocabulary ({said.vocabulary}, {said.rows} rows) than teacher.path {config.path!r} "
-            f"({ours.digest}, {ours.rows} rows); serve that model, or correct teacher.path"
+            f"{subject} has another vocabulary ({served.vocabulary}, {served.rows} rows) than teacher.path "
+            f"{config.path!r} ({ours.digest}, {ours.rows} rows); serve that model, or correct teacher.path"
         )
     expected = config.fingerprint or model_digest(config.path)
-    if expected and expected != said.model:
+    if expected and expected != served.model:
         raise ConfigurationError(
-            f"{subject} is model {said.model}, but {expected} is expected "
+            f"{subject} is model {served.model}, but {expected} is expected "
             f"({'teacher.fingerprint' if config.fingerprint else f'the weights in {config.path!r}'}); serve that one, "
             "or correct the setting"
         )
-    if not said.model:
+    if not served.model:
         raise ConfigurationError(f"{subject} has no weights to be known by; serve a folder with safetensors")

@@ -1,7 +1,7 @@
 """A teacher behind any OpenAI-compatible completions endpoint that gives `prompt_logprobs`, such as vLLM's own.
 
 Asked with token ids, `max_tokens=1` and `prompt_logprobs=k`, so nothing is tokenized anew. Such an endpoint ranks its
-own tokens at every position and adds the written one; it cannot score ids it is given, and has no hidden states. Rows
+own tokens at every position and adds the sampled one; it cannot score ids it is given, and has no hidden states. Rows
 are objects keyed by token id, so a shifted row is one that lacks its token.
 """
 
@@ -22,7 +22,7 @@ from opd.scorers.validation import validate_scores
 from opd.settings.secret import Secret
 from teacher_service.config import TeacherConfig, check_supports
 from teacher_service.ranked import most_ids, ranked
-from teacher_service.retries import NoAnswer, Patience, WrongAnswer, fetch, session, together
+from teacher_service.retries import NoAnswer, RetryLoop, WrongAnswer, fetch, session, together
 from teacher_service.scoring import Bounds, Store, TeacherStats, kinds_of, length
 
 PROMPTS = 64  # per exchange
@@ -39,7 +39,7 @@ class OpenAITeacher:
 
     def __init__(self, config: TeacherConfig, store: Store, token: str) -> None:
         self._config, self._token = config, Secret(token)
-        self._patience = Patience(config)
+        self._retries = RetryLoop(config)
         vocabulary = tokenizer_identity(config.path).rows
         self._bounds = Bounds(
             vocabulary=vocabulary,
@@ -72,14 +72,14 @@ class OpenAITeacher:
         return answers
 
     async def stats(self) -> TeacherStats:
-        """What this client has had scored, and what it had to retry or throw away."""
+        """Counts of this client: scored, retried and refused."""
         return TeacherStats(
             requests=self._requests,
             scored=self._scored,
             read=self._read,
             busy_s=self._busy_s,
-            unanswered=self._patience.unanswered,
-            quarantined=self._patience.quarantined,
+            unanswered=self._retries.unanswered,
+            quarantined=self._retries.quarantined,
         )
 
     async def _score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
@@ -90,8 +90,8 @@ class OpenAITeacher:
             async def one(places: list[int]) -> None:
                 part = [requests[i] for i in places]
                 async with gate:
-                    said = await self._patience(lambda _: self._attempt(client, part))
-                for place, answer in zip(places, said, strict=True):
+                    scored = await self._retries(lambda _: self._attempt(client, part))
+                for place, answer in zip(places, scored, strict=True):
                     answers[place] = answer
 
             await together([one(places) for places in exchanges(requests, self._config.max_batch_tokens)])
@@ -128,7 +128,7 @@ def exchanges(requests: Sequence[ScoreRequest], budget: int) -> Iterator[list[in
 
 
 def room(part: Sequence[ScoreRequest]) -> int:
-    """The most bytes that the answer to one exchange may have: the written token and the top-k at every position."""
+    """The most bytes that the answer to one exchange may have: the sampled token and the top-k at every position."""
     return FRAME_BYTES + ROW_BYTES * sum((most_ids(r) + 1) * (length(r) + 1) for r in part)
 
 
@@ -159,8 +159,8 @@ def _answer(request: ScoreRequest, choice: Mapping[str, Any]) -> ScoreAnswer:
     if len(rows) != len(ids):
         raise WrongAnswer(f"it scored {len(rows)} positions of {len(ids)}")
     rows = rows[len(request.context_ids) :]
-    written = [row[str(token)]["logprob"] for row, token in zip(rows, request.token_ids.tolist(), strict=True)]
-    logprobs = np.asarray(written, dtype=np.float32)
+    sampled = [row[str(token)]["logprob"] for row, token in zip(rows, request.token_ids.tolist(), strict=True)]
+    logprobs = np.asarray(sampled, dtype=np.float32)
     k = most_ids(request)
     best = [sorted(((-e["logprob"], int(token)) for token, e in row.items()))[:k] for row in rows]
     ids = np.asarray([[token for _, token in row] for row in best], dtype=np.int32).reshape(len(best), k)

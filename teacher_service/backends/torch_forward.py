@@ -1,4 +1,4 @@
-"""A teacher as a plain forward pass: exact, any ids, any k; the vocabulary only where it is asked."""
+"""A teacher as a plain forward pass: exact, any ids, any k; whole distributions only where requested."""
 
 import asyncio
 import os
@@ -109,7 +109,7 @@ class TorchTeacher:
             model.mix_in(state.items(), 1.0)
 
     async def stats(self) -> TeacherStats:
-        """What this teacher has done so far."""
+        """Counts of this teacher's work so far."""
         return TeacherStats(requests=self._requests, scored=self._scored, read=self._read, busy_s=self._busy_s)
 
     def _loaded(self) -> "PackedModel":

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class _VLLMTeacher(ABC):
-    """What both share: one engine, and one thread that touches it."""
+    """Common part of both backends: one engine, and the one thread that calls it."""
 
     spare: int  # tokens of the model's length that vLLM needs besides those that are read
 
@@ -84,7 +84,7 @@ class _VLLMTeacher(ABC):
         return await in_time(self._config, work, f"scoring {len(requests)} completions")
 
     async def stats(self) -> TeacherStats:
-        """What this teacher has done so far."""
+        """Counts of this teacher's work so far."""
         return TeacherStats(requests=self._requests, scored=self._scored, read=self._read, busy_s=self._busy_s)
 
     async def close(self) -> None:
@@ -106,7 +106,7 @@ class _VLLMTeacher(ABC):
             "max_model_len": self._positions,
             "max_num_batched_tokens": max(self._config.max_batch_tokens, self._positions),
             "enable_chunked_prefill": False,
-            "enable_prefix_caching": False,  # whoever scores every position reads no cache
+            "enable_prefix_caching": False,  # scoring every position reads no cache
             "enforce_eager": cpu,
             "gpu_memory_utilization": self._config.gpu_memory_utilization,
             "skip_tokenizer_init": True,
@@ -189,7 +189,7 @@ class HiddenTeacher(_VLLMTeacher):
 
 
 class PromptLogprobsTeacher(_VLLMTeacher):
-    """vLLM's own `prompt_logprobs`: written tokens and the teacher's top-k (`opd.ports.LogprobTeacher`)."""
+    """vLLM's own `prompt_logprobs`: sampled tokens and the teacher's top-k (`opd.ports.LogprobTeacher`)."""
 
     spare = 2  # the last token is part of the prompt here, and vLLM insists on writing one more
 

@@ -308,7 +308,14 @@ def test_old_weights_and_slow_actors_train_nothing_stale(scene: Scene, witness: 
         times = sum(f.how.startswith(place) for f in scene.fired())
         assert times == (3 if "slow" in kind else 1), (kind, scene.fired())
         witness(kind, times)
-    assert len(re.findall(r"rollout actor \d lied and is replaced: .* acknowledges version", scene.alerts())) == 1
+    assert (
+        len(
+            re.findall(
+                r"rollout actor \d gave an invalid answer and is replaced: .* acknowledges version", scene.alerts()
+            )
+        )
+        == 1
+    )
     summary = scene.summary()
     print(summary["ledger"], [m["sample/staleness_max"] for m in lines(scene.run / "metrics.jsonl")])
     scene.accounts(steps, staleness=2, dropped=summary["ledger"]["dropped"])

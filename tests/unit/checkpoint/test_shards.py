@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from learner import checkpoint
 from learner.checkpoint import FORMAT, KEYS, MASTER, RANDOM, Facts, Shards, ShardWriter, piece_name, shard_name
-from learner.optimizer_shards import Fragment, own_share, partition
+from learner.optimizer_shards import Fragment, host_copies, partition
 from opd.errors import DataError, OpdError
 
 FACTS = Facts(step=3, updates=2, skipped=1, rank=0, ranks=1, zero_stage=2, model="m", device="cpu")
@@ -77,7 +77,7 @@ def test_ranks_that_all_hold_everything_write_each_element_once_and_equally_many
         )
         for i, n in enumerate(lengths)
     ]
-    shares = [own_share(held, 0, rank, ranks) for rank in range(ranks)]
+    shares = [host_copies(held, 0, rank, ranks) for rank in range(ranks)]
     assert all(len(piece) and not piece.requires_grad for share in shares for piece in share.values())
     for fragment in held:
         for key, values in fragment.state.items():
@@ -97,7 +97,7 @@ def test_ranks_that_all_hold_everything_write_each_element_once_and_equally_many
 def test_a_rank_that_holds_its_own_part_writes_all_of_it_as_a_copy() -> None:
     state = {key: torch.arange(5.0) for key in KEYS}
     for stage in (1, 2, 3):
-        share = own_share([Fragment(parameter="p", start=7, state=state)], stage, 1, 2)
+        share = host_copies([Fragment(parameter="p", start=7, state=state)], stage, 1, 2)
         assert {name: p.tolist() for name, p in share.items()} == {f"{k}/7/p": [0, 1, 2, 3, 4] for k in KEYS}
         assert not {p.data_ptr() for p in share.values()} & {p.data_ptr() for p in state.values()}
 

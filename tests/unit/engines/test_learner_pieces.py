@@ -10,7 +10,7 @@ from learner.config import LearnerConfig, LoraConfig
 from learner.engine import _settings
 from learner.lora import save_adapter
 from learner.model import _layer, load_student
-from learner.optimizer_shards import Fragment, own_share
+from learner.optimizer_shards import Fragment, host_copies
 from opd.settings.devices import Dtype
 from tests.tiny_models import VOCABULARY, save, tiny_model
 
@@ -27,7 +27,7 @@ def test_what_all_hold_is_written_once_and_whole(zero_stage: int, ranks: int) ->
     for name, size in sizes.items():
         found: dict[int, float] = {}
         for rank in range(ranks if zero_stage == 0 else 1):
-            pieces = own_share([f for f in held if f.parameter == name], zero_stage, rank, ranks)
+            pieces = host_copies([f for f in held if f.parameter == name], zero_stage, rank, ranks)
             for piece, values in pieces.items():
                 start = next(at for at in range(99) if piece == checkpoint.piece_name(checkpoint.MASTER, at, name))
                 assert not found.keys() & range(start, start + len(values)), "written twice"

@@ -2,14 +2,15 @@
 
 import asyncio
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from opd import ports
@@ -257,6 +258,45 @@ def test_text_of_an_engine_that_missed_an_update_is_written_again(make: Any) -> 
     assert ledger.requeued["stale"] == 2 * GROUP  # the second step's two groups ...
     assert ledger.dropped["stale"] == 1 * GROUP  # ... of which one came back stale once more
     assert ledger.trained == 5 * 2 * GROUP - GROUP and ledger.outstanding == 0
+
+
+@dataclass
+class LaggingInPart(Model):
+    """An engine that missed the newest update for some samples of step 1: those of `old`, by prompt and attempt."""
+
+    old: Mapping[str, Sequence[set[int]]] = field(default_factory=dict)
+    attempts: Counter[str] = field(default_factory=Counter)
+
+    async def generate(self, requests: Sequence[ports.GenerateRequest]) -> list[ports.Completion]:
+        prompt = requests[0].prompt_id
+        old = self.old[prompt][self.attempts[prompt]] if prompt in self.old else set()
+        self.attempts[prompt] += 1
+        return [replace(c, versions=c.versions - (i in old)) for i, c in enumerate(await super().generate(requests))]
+
+
+SOME = st.sets(st.integers(0, GROUP - 1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(first=st.tuples(SOME, SOME), second=st.tuples(SOME, SOME))
+@example(first=({3}, set()), second=({3}, set()))
+@example(first=(set(), {0}), second=(set(), set()))
+@example(first=({0}, {9}), second=(set(range(GROUP)), set(range(GROUP))))
+def test_a_group_is_written_again_whole_if_any_sample_of_it_is_too_old(
+    make: Any, first: tuple[set[int], set[int]], second: tuple[set[int], set[int]]
+) -> None:
+    """... and what is too old once more is dropped sample by sample."""
+    old = {f"1/{2 + i}": [once, again] for i, (once, again) in enumerate(zip(first, second, strict=True))}
+    bench = bench_with(make, lambda bench: LaggingInPart(bench.student.table, old=old))
+    ledger = asyncio.run(bench.run(SHORT, 3))
+    again = {prompt: bool(sets[0]) for prompt, sets in old.items()}
+    dropped = sum(len(sets[1]) for prompt, sets in old.items() if again[prompt])
+    assert max(gaps(bench)) == 0
+    assert {prompt: bench.engines.student.attempts[prompt] == 2 for prompt in old} == again
+    assert ledger.requeued.get("stale", 0) == GROUP * sum(again.values())
+    assert ledger.dropped.get("stale", 0) == dropped and ledger.outstanding == 0
+    assert ledger.trained == 3 * 2 * GROUP - dropped
+    assert [len(record.scored) for record in bench.records] == [2 * GROUP, 2 * GROUP - dropped, 2 * GROUP]
 
 
 def test_text_that_comes_back_stale_is_dropped_with_the_reason_and_never_trained(make: Any) -> None:

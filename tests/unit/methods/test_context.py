@@ -18,7 +18,7 @@ import opd.token_weights
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.config.settings import EvaluationConfig
 from launch.monitors.accounting import Totals
-from launch.run.evaluate import Evaluator, Spent
+from launch.run.evaluate import Evaluator, TrainingCost
 from opd.certify.engines import Notes, engines
 from opd.certify.worlds import make_world
 from opd.method.method import Method
@@ -141,7 +141,7 @@ def test_an_evaluation_calls_parts_at_its_step_of_the_run(model: str, step: int)
 async def measured(evaluator: Evaluator, model: str, step: int, context: Context) -> EvaluationPoint:
     if model == "teacher":
         return await evaluator.teacher(dict.fromkeys(context.teachers, context.student))
-    return await evaluator.student(step, 1, Spent(totals=Totals(), cpu_s=0.0))
+    return await evaluator.student(step, 1, TrainingCost(totals=Totals(), cpu_s=0.0))
 
 
 def test_progress_is_the_share_of_steps_that_are_done() -> None:

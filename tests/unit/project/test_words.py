@@ -12,9 +12,20 @@ ROOT = Path(__file__).parents[3]
 ROOMS = [
     *(
         f"launch/{room}"
-        for room in ("cli", "config", "inputs", "artifacts", "checkpoint", "monitors", "report", "plan")
+        for room in (
+            "cli",
+            "config",
+            "inputs",
+            "artifacts",
+            "checkpoint",
+            "monitors",
+            "report",
+            "plan",
+            "run",
+            "services",
+        )
     ),
-    *("actors", "hf", "weight_sync", "demos", "benchmarks", "scripts"),
+    *("actors", "learner", "teacher_service", "hf", "weight_sync", "demos", "benchmarks", "scripts"),
     *(
         f"opd/{room}"
         for room in (

@@ -85,8 +85,9 @@ def test_a_cause_that_cannot_be_pickled_is_told_as_text() -> None:
 
 
 def test_a_sentence_that_quotes_a_whole_error_loses_all_but_what_was_raised() -> None:
-    quoted = f"rollout actor 0 lied and is replaced: {raised_in_an_actor(DataError('the gap is 0.1 nats'))}"
-    assert one_line(quoted) == "rollout actor 0 lied and is replaced: DataError: the gap is 0.1 nats"
+    begin = "rollout actor 0 gave an invalid answer and is replaced:"
+    quoted = f"{begin} {raised_in_an_actor(DataError('the gap is 0.1 nats'))}"
+    assert one_line(quoted) == f"{begin} DataError: the gap is 0.1 nats"
 
 
 WORDS = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=60).filter(

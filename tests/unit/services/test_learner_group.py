@@ -35,10 +35,10 @@ def rank(**answers: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def group(*ranks: Any) -> LearnerGroup:
-    async def look(*actors: Any, error: BaseException | None = None) -> str:
+    async def stack_dump(*actors: Any, error: BaseException | None = None) -> str:
         return f" (where {len(actors)} stood)" if error is None else " (last words)"
 
-    return LearnerGroup(ranks, LearnerConfig(ranks=len(ranks), deadline_s=DEADLINE_S), look, START_S)
+    return LearnerGroup(ranks, LearnerConfig(ranks=len(ranks), deadline_s=DEADLINE_S), stack_dump, START_S)
 
 
 def died() -> ActorDiedError:

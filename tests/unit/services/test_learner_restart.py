@@ -330,7 +330,7 @@ def test_deaths_in_different_calls_are_bad_luck_up_to_the_limit() -> None:
 
     async def work(learner: RestartingLearner) -> None:
         await steps(learner, 1, 2, 3)
-        with pytest.raises(OpdError, match=r"nobody can take its place after 3 restarts \(cluster.restarts\)"):
+        with pytest.raises(OpdError, match=r"no other rank can take its place after 3 restarts \(cluster.restarts\)"):
             await steps(learner, 4)
 
     assert len(play(world, work, restarts=3).history) == 3
@@ -345,7 +345,7 @@ def test_without_restarts_a_death_ends_the_run_and_nothing_is_kept(verb: str) ->
             await steps(learner, 1)
             await learner.save(Path("step_1"), 1)
         ask = learner.written() if verb == "written" else steps(learner, 1)
-        with pytest.raises(OpdError, match=r"nobody can take its place \(cluster.restarts=0\)") as caught:
+        with pytest.raises(OpdError, match=r"no other rank can take its place \(cluster.restarts=0\)") as caught:
             await ask
         assert type(caught.value) is OpdError
         assert not learner._replay_log.calls
@@ -420,7 +420,7 @@ def test_hidden_states_that_are_gone_too_are_one_sentence() -> None:
     world = World(["step 2"], broken=OwnerDiedError("0" * 56, None, ""))  # type: ignore[arg-type]
 
     async def work(learner: RestartingLearner) -> None:
-        with pytest.raises(OpdError, match=r"cannot do step 1 again, because what a teacher said about it is gone"):
+        with pytest.raises(OpdError, match=r"cannot do step 1 again, because a teacher's scores of it are gone"):
             await steps(learner, 1, 2)
 
     play(world, work)

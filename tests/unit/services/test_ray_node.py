@@ -18,8 +18,8 @@ import pytest
 from launch.config.settings import ClusterConfig
 from launch.services.cluster import connected
 from launch.services.ray_address import check_cluster
-from launch.services.ray_node import Node, start_patiently
-from launch.services.signals import beside
+from launch.services.ray_node import Node, start_ray
+from launch.services.signals import guarded
 from opd.errors import OpdError
 from tests.tiny_models import impatient
 from weight_sync.shared_memory import place
@@ -57,7 +57,7 @@ def test_work_beside_a_ray_that_dies_is_cancelled_and_the_reason_raised(
             raise
 
     with pytest.raises(OpdError, match=rf"number {ray.pid}\) has died.*\(its logs.* session_1/logs"):
-        asyncio.run(beside(work(), Node((psutil.Process(ray.pid),), Path("session_1")).watch()))
+        asyncio.run(guarded(work(), Node((psutil.Process(ray.pid),), Path("session_1")).watch()))
     assert seen == ["begun", "cancelled"]
 
 
@@ -79,10 +79,10 @@ def test_work_ends_its_guard_whatever_becomes_of_it() -> None:
         raise OpdError("no")
 
     async def main() -> None:
-        assert await beside(answer(), guard()) == 7
+        assert await guarded(answer(), guard()) == 7
         with pytest.raises(OpdError, match="no"):
-            await beside(fail(), guard())
-        whole = asyncio.ensure_future(beside(asyncio.sleep(60), guard()))
+            await guarded(fail(), guard())
+        whole = asyncio.ensure_future(guarded(asyncio.sleep(60), guard()))
         await asyncio.sleep(0.01)
         whole.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -164,7 +164,7 @@ def test_what_a_failed_start_has_left_is_ended_and_the_next_one_counts(monkeypat
             raise Exception(LATE)
 
     monkeypatch.setattr("launch.services.ray_node._PAUSE_S", 0.01)
-    start_patiently(second_time, 60)
+    start_ray(second_time, 60.0)
     try:
         assert left[0].wait(10) == -9 and left[1].poll() is None
     finally:

@@ -245,12 +245,12 @@ def test_a_replica_that_says_itself_that_it_is_stuck_hangs() -> None:
         shop, looked = Shop(faults=["say to be stuck"]), list[Any]()
         pool = await shop.pool(1)
 
-        async def look(*actors: Any, error: BaseException | None = None) -> str:
+        async def stack_dump(*actors: Any, error: BaseException | None = None) -> str:
             looked.extend(actors)
             assert error is None, "it has not died"
             return ""
 
-        pool.replicas.look = look
+        pool.replicas.stack_dump = stack_dump
         assert await ask_groups(pool, [[1, 2]]) == [[10, 20]]
         assert pool.replicas.faults == {Fault.DIED: 0, Fault.HUNG: 1, Fault.INVALID_ANSWER: 0}
         assert looked == shop.ended == shop.made[:1]

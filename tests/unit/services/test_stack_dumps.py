@@ -15,7 +15,7 @@ import pytest
 
 from launch.config.retry_policy import RetryPolicy
 from launch.services.replicas import Fault, ReplicaFault, Replicas
-from launch.services.stack_dumps import Listener, Stacks, describe, keep_traceback
+from launch.services.stack_dumps import Listener, StackDumps, describe, keep_traceback
 from opd.errors import OpdError
 from weight_sync.shared_memory import place
 
@@ -87,7 +87,7 @@ def test_a_replica_that_hangs_is_looked_at_before_it_is_ended_and_the_sentence_n
     ended: list[Any] = []
 
     async def play() -> str:
-        stacks = Stacks(tmp_path / "stacks")
+        stacks = StackDumps(tmp_path / "stacks")
         actor = Told(stuck)
         stacks.watch("engine", actor)
 
@@ -103,7 +103,7 @@ def test_a_replica_that_hangs_is_looked_at_before_it_is_ended_and_the_sentence_n
             ready=nothing,
             warm_up=nothing,
             end=end,
-            look=stacks.look,
+            stack_dump=stacks.stack_dump,
         )
         replicas.adopt([actor])
         (replica,) = replicas.serving
@@ -129,9 +129,9 @@ def test_what_cannot_be_looked_at_is_said_and_a_full_disk_hides_nothing(tmp_path
     far = Told(Listener(place="elsewhere", pid=1, descriptor=0))
 
     async def play(folder: Path) -> str:
-        stacks = Stacks(folder)
+        stacks = StackDumps(folder)
         stacks.watch("teacher", far)
-        return await stacks.look(far, object())
+        return await stacks.stack_dump(far, object())
 
     asyncio.run(play(tmp_path / "stacks"))
     (file,) = (tmp_path / "stacks").iterdir()
@@ -147,7 +147,7 @@ def test_of_one_that_died_there_is_what_it_raised_and_the_end_of_its_log(tmp_pat
     actor = Told(Listener(place=place(), pid=1, descriptor=0, log=str(log)))
 
     async def play(fault: Fault) -> OpdError | None:
-        stacks = Stacks(tmp_path / "stacks")
+        stacks = StackDumps(tmp_path / "stacks")
         stacks.watch("teacher", actor)
 
         async def refuse(_: Any) -> None:
@@ -155,7 +155,7 @@ def test_of_one_that_died_there_is_what_it_raised_and_the_end_of_its_log(tmp_pat
 
         replicas = Replicas(
             service="teacher actor", retry=RetryPolicy(deadline_s=1.0), ready=refuse, warm_up=refuse,
-            end=lambda _: None, make=lambda: actor, look=stacks.look,
+            end=lambda _: None, make=lambda: actor, stack_dump=stacks.stack_dump,
         )  # fmt: skip
         if fault is Fault.INVALID_ANSWER:
             replicas.adopt([actor])
@@ -183,7 +183,7 @@ def test_two_that_die_alike_are_known_though_each_has_a_file_of_its_own(tmp_path
 
     async def play() -> tuple[list[str], int]:
         made: list[Told] = []
-        stacks = Stacks(tmp_path / "stacks")
+        stacks = StackDumps(tmp_path / "stacks")
 
         def make() -> Told:
             made.append(Told(Listener(place=place(), pid=len(made), descriptor=0, log=str(log))))
@@ -197,7 +197,7 @@ def test_two_that_die_alike_are_known_though_each_has_a_file_of_its_own(tmp_path
 
         replicas = Replicas(
             service="rollout actor", retry=RetryPolicy(deadline_s=1.0, restarts=8), ready=nothing, warm_up=refuse,
-            end=lambda _: None, make=make, look=stacks.look,
+            end=lambda _: None, make=make, stack_dump=stacks.stack_dump,
         )  # fmt: skip
         replicas.adopt([make()])
         died = ReplicaFault.of(Fault.DIED, ValueError("no memory for prompt 3"))

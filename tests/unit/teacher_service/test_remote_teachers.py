@@ -21,7 +21,7 @@ from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import AtIds, LastHidden, SampledToken, ScoreAnswer, ScoreKind, ScoreRequest, TopK
 from opd.settings.secret import Secret
 from opd.types import HiddenScores, RemoteRows, TokenScores, TopKScores
-from teacher_service.backends.http import HttpTeacher, _believed, _check_identity, frames
+from teacher_service.backends.http import HttpTeacher, _check_identity, _checked_answers, frames
 from teacher_service.backends.openai import OpenAITeacher, exchanges, room
 from teacher_service.config import Backend, TeacherConfig
 from teacher_service.control_question import aligned, control
@@ -406,7 +406,9 @@ def test_an_answer_is_believed_only_if_it_is_whole_and_ours() -> None:
     right = Reply(call=bytes(16), model=b"\xab" * 16, digests=digests, kinds=((TopK,),), answers=((said,),))
 
     def believed(reply: Reply | bytes, subject: Identity = identity) -> list[Any]:
-        return singles(_believed(reply if isinstance(reply, bytes) else encode_reply(reply), bytes(16), asked, subject))
+        return singles(
+            _checked_answers(reply if isinstance(reply, bytes) else encode_reply(reply), bytes(16), asked, subject)
+        )
 
     (answer,) = believed(right)
     assert np.array_equal(answer.logprobs, said.logprobs)

@@ -11,16 +11,16 @@ from opd.types import HiddenScores, RemoteRows, TopKScores
 from teacher_service import retries
 from teacher_service.backends.http import _check_values, _finite
 from teacher_service.config import TeacherConfig
-from teacher_service.retries import NoAnswer, Patience, Unreadable, WrongAnswer, _refused, together
+from teacher_service.retries import NoAnswer, RetryLoop, Unreadable, WrongAnswer, _refused, together
 
 T = np.float32
 
 
-def patience(**fields: Any) -> Patience:
-    return Patience(TeacherConfig(path="here", url="http://there", **fields))
+def retries_of(**fields: Any) -> RetryLoop:
+    return RetryLoop(TeacherConfig(path="here", url="http://there", **fields))
 
 
-def ends(attempts: Patience, error: Exception, right_at: int = 99) -> tuple[int, object]:
+def ends(attempts: RetryLoop, error: Exception, right_at: int = 99) -> tuple[int, object]:
     """How often was tried what fails with `error` before its attempt number `right_at`, and how that ended."""
     tried: list[int] = []
 
@@ -45,25 +45,25 @@ def test_a_call_is_tried_as_often_as_it_may_with_a_pause_between_any_two(monkeyp
         pauses.append(seconds)
 
     monkeypatch.setattr(retries.asyncio, "sleep", sleep)
-    tried, said = ends(patience(retries=3, backoff_s=2.0), NoAnswer("lost"))
+    tried, said = ends(retries_of(retries=3, backoff_s=2.0), NoAnswer("lost"))
     assert (tried, len(pauses)) == (4, 3), "none after the last attempt"
     assert "no believable answer in 4 attempts (last: lost)" in str(said)
     assert all(2.0**n <= pause <= 2.0 * 2.0**n for n, pause in enumerate(pauses)), "each twice as long, jittered"
     pauses.clear()
-    assert ends(patience(retries=3), NoAnswer("busy", 7.0), right_at=2)[1] == "an answer"
+    assert ends(retries_of(retries=3), NoAnswer("busy", 7.0), right_at=2)[1] == "an answer"
     assert len(pauses) == 2 and min(pauses) >= 7.0, "as long as the server asks for"
     pauses.clear()
-    ends(patience(retries=1, backoff_s=3600), NoAnswer("busy", 1e9))
+    ends(retries_of(retries=1, backoff_s=3600), NoAnswer("busy", 1e9))
     assert max(pauses) <= retries.LONGEST_WAIT_S
 
 
 def test_wrong_answers_in_a_row_give_a_teacher_up_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "LONGEST_WAIT_S", 0.0)
-    teacher = patience(retries=9, max_consecutive_failures=3)
+    teacher = retries_of(retries=9, max_consecutive_failures=3)
     tried, said = ends(teacher, WrongAnswer("it lies"))
     assert "not asked again after 3 wrong answers in a row (last: it lies)" in str(said) and teacher.quarantined == 3
     assert ends(teacher, WrongAnswer("it lies"))[0] == 0 and tried <= 3
-    teacher = patience(retries=9, max_consecutive_failures=3)
+    teacher = retries_of(retries=9, max_consecutive_failures=3)
     for _ in range(3):  # a right answer between them clears it
         assert ends(teacher, WrongAnswer("it lies"), right_at=2)[1] == "an answer"
 

@@ -20,7 +20,7 @@ from opd.settings.secret import HIDDEN, Secret, logins, without_logins
 from opd.types import HiddenScores, RemoteRows
 from teacher_service import connections, server
 from teacher_service.backends.http import WIDEST_HIDDEN
-from teacher_service.connections import Budget, Pace
+from teacher_service.connections import Budget, TransferPace
 from teacher_service.frames import FrameLimits, Question, TooLarge, answer_bytes, check_answer, encode_question
 from teacher_service.server import ServerConfig, TeacherServer
 from tests.fuzz.server import (
@@ -154,7 +154,7 @@ def test_a_token_is_as_long_as_it_must_be(length: int, enough: bool) -> None:
 @pytest.mark.parametrize(("moved", "within_s"), [(0, 5.0), (1000, 15.0), (100_000, 60.0)])
 def test_a_transfer_may_be_as_slow_as_its_pace(moved: int, within_s: float) -> None:
     async def deadline() -> float | None:
-        return Pace(seconds=60.0, rate=100.0).within(7.0, moved).when()
+        return TransferPace(seconds=60.0, rate=100.0).within(7.0, moved).when()
 
     assert asyncio.run(deadline()) == 7.0 + within_s
 
