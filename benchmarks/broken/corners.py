@@ -16,7 +16,7 @@ from broken.objectives import SoldAsReverseKL, written
 from opd.loss.chunked import StudentLogits
 from opd.method import promises as exact
 from opd.objectives.sampled import ClippedPolicyGradient
-from opd.objectives.topk import GeneralizedReverseKL, TailBucketReverseKL
+from opd.objectives.topk import GeneralizedReverseKL
 from opd.objectives.vocabulary import divergence
 from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 
@@ -205,8 +205,12 @@ def _left(logprobs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LostTail(TailBucketReverseKL):
+class LostTail:
     """The bucket of all other ids as one minus the sum of the support, which float32 loses where a model is sure."""
+
+    consumes: ClassVar[type[Scores]] = TopKScores
+    on_policy: ClassVar[bool] = False
+    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ReverseKL(), support=exact.ScoredSupport())
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from launch.artifacts.moved import todays, todays_setting
+from launch.artifacts.moved import renamed, todays_parts, todays_setting
 from launch.artifacts.redaction import redacted
 from opd.errors import DataError
 
@@ -165,7 +165,8 @@ def in_todays_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
     What had no `learner.decay_steps` fell through the warm-up: LINEAR was WARMUP_TIMES_LINEAR, CONSTANT the same with
     a floor of 1. The old COSINE has no name. What had no `graders` had those of the program.
     """
-    config = {todays_setting(name): todays(v) if isinstance(v, str) else v for name, v in config.items()}
+    config = {todays_setting(name): renamed(v) if isinstance(v, str) else v for name, v in config.items()}
+    config = todays_parts(config)
     if "method.name" in config and not any(name.startswith("graders.") for name in config):
         config = {**config, **GRADERS}
     if "learner.decay_steps" in config or "learner.schedule" not in config:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from launch.artifacts.moved import todays
+from launch.artifacts.moved import todays, todays_part
 from launch.config.keys import nearest
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.own_modules import own_module
@@ -61,6 +61,7 @@ def _parts(hint: Any, value: Any, where: str, allowed: Sequence[str], default: A
     """`value` with every mapping that describes a part or a group of fields replaced by the object."""
     base, _ = parts_of(hint)
     if isinstance(value, Mapping) and "_target_" in value:
+        value = todays_part(value, where)
         cls = _target(value["_target_"], where, (*OWN, *allowed))
         if getattr(base, "_is_protocol", False) and (lacking := missing(base, cls)):
             raise ConfigurationError(

@@ -7,14 +7,16 @@ must know. `k1`, `k2`, `k3` of log-ratio l = log p - log q are l, l^2 / 2 and q/
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from enum import Enum
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
 from opd.loss.metrics import known
 from opd.method import promises as exact
-from opd.objectives.vocabulary import LARGEST, Estimate, divergence
+from opd.objectives.vocabulary import LARGEST, Estimate
+from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, VocabularyScores
 
 
@@ -29,13 +31,6 @@ class _OnSampledTokens:
 def _result(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
     log_ratio = (student.at(batch.target_ids) - batch.scores.logprobs).detach()
     return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **known(student, batch)})
-
-
-def _rewarded(student: StudentLogits, batch: Batch[TokenScores], baseline: Tensor) -> Tensor:
-    """Policy gradient with importance ratio; log-ratio and baseline are detached."""
-    logprobs = student.at(batch.target_ids)
-    cost = logprobs.detach() - batch.scores.logprobs - baseline
-    return (logprobs - batch.behavior_logprobs).exp() * cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,46 +68,51 @@ class RatioReverseKL(_OnSampledTokens):
         return _result(student, batch, taught - ratio * (1 + back))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaselinedReverseKL(_OnSampledTokens):
-    """KL(student||teacher) on the written token, less the exact KL of the state as a baseline (vOPD, arXiv 2605.07865).
+class Baseline(Enum):
+    """A function of the state, taken off every cost there: less variance, and because scores have mean 0, no signal."""
 
-    Direction: reverse. Support: the written token; the baseline reads the whole vocabulary, detached. Policy gradient
-    with reward `-(l - KL)`: the baseline removes variance and, because the score has mean 0, no signal.
-    """
-
-    consumes: ClassVar[type[Scores]] = VocabularyScores
-
-    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        p, q = student.logprobs.detach(), batch.scores.vocabulary_logprobs
-        return _result(student, batch, _rewarded(student, batch, divergence(p, p, q)))
+    NONE = "none"
+    VOCABULARY = "vocabulary"  # the mean cost under the current student, exact
+    TOPK = "topk"  # the same summed over the scorer's top-k alone: less variance removed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopKBaselinedReverseKL(_OnSampledTokens):
-    """The same with the baseline summed over the scorer's top-k alone: less variance removed, nothing else changed."""
-
-    consumes: ClassVar[type[Scores]] = TopKScores
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        p, q = student.at_support(batch.scores.topk_ids).detach(), batch.scores.topk_logprobs
-        return _result(student, batch, _rewarded(student, batch, divergence(p, p, q)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
 class SampledDivergence(Estimate):
-    """Any direction on the written token as a policy gradient: `p / mu sg(slope)`.
+    """Any direction on the sampled token as a policy gradient: `p / mu sg(slope - baseline)`.
 
-    Direction: `of`. Support: the written token. Estimator: the divergence's slope at the token is the cost of writing
+    Direction: `of`. Support: the sampled token. Estimator: the divergence's slope at the token is the cost of sampling
     it, detached; the gradient flows through the importance ratio, and its expectation is exact, also with a stale
-    writer. With `of=FullReverseKL()` it is `SampledReverseKL(signal=STUDENT)`. A forward KL has costs of the size of
-    `q / p`, so its variance is large where the student rarely writes what the teacher would.
+    policy. With `of=FullReverseKL()` it is `SampledReverseKL(signal=STUDENT)`, and its baseline over the vocabulary is
+    the exact KL of the state (vOPD, arXiv 2605.07865). A forward KL has costs of the size of `q / p`, so its variance
+    is large where the student rarely samples what the teacher would.
     """
 
-    consumes: ClassVar[type[Scores]] = TokenScores
     on_policy: ClassVar[bool] = True
 
-    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+    # mean cost of the state that is taken off a token's cost: of the whole VOCABULARY, of the scorer's TOPK, or NONE
+    baseline: Baseline = Baseline.NONE
+
+    @property
+    def consumes(self) -> type[Scores]:
+        match self.baseline:
+            case Baseline.NONE:
+                return TokenScores
+            case Baseline.VOCABULARY:
+                return VocabularyScores
+            case Baseline.TOPK:
+                return TopKScores
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
         cost = self.of.slope(logprobs.detach(), batch.scores.logprobs)
+        if self.baseline is not Baseline.NONE:
+            cost = cost - self._mean_cost(student, batch)
         return _result(student, batch, (logprobs - batch.behavior_logprobs).exp() * cost)
+
+    def _mean_cost(self, student: StudentLogits, batch: Batch[Any]) -> Tensor:
+        if self.baseline is Baseline.TOPK:
+            p, q = student.at_support(batch.scores.topk_ids).detach(), batch.scores.topk_logprobs
+        else:
+            p, q = student.logprobs.detach(), batch.scores.vocabulary_logprobs
+        return (p.exp() * self.of.slope(p, q)).sum(-1)

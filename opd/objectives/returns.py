@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.method import promises as exact
-from opd.objectives.topk import HeadTailReverseKL
+from opd.objectives.topk import HeadTailDivergence
+from opd.objectives.vocabulary import FullReverseKL
 from opd.settings.ranges import Fraction, In
 from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, TopKReturnScores
@@ -53,7 +54,7 @@ class MiniLLM:
         return (exact.LimitingCase(name=name, objective=single, promise=exact.ReverseKL(), tolerance=1e-6),)
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKReturnScores]) -> TokenLoss:
-        single = HeadTailReverseKL()(student, batch)
+        single = HeadTailDivergence(of=FullReverseKL())(student, batch)
         ratio = (student.at(batch.target_ids) - batch.behavior_logprobs).exp()
         loss = single.loss - self.long_weight * ratio * batch.scores.returns
         return TokenLoss(loss=loss, metrics={**single.metrics, "return": batch.scores.returns})

@@ -16,7 +16,7 @@ from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.loss.metrics import vocabulary_metrics
 from opd.method import promises as exact
-from opd.objectives.vocabulary import Direction, FullForwardKL, FullReverseKL, limits_of
+from opd.objectives.vocabulary import Direction, FullForwardKL, limits_of
 from opd.settings.ranges import In, TopIds
 from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, VocabularyScores
@@ -68,12 +68,13 @@ def promised(direction: exact.Promise, support: exact.Support, outside: Outside)
             return exact.Truncated(of=exact.GeneralizedReverseKL(), support=support)
 
 
-def refuse_nothing(part: Any) -> None:
-    """Refuse a direction that is summed over a part of the vocabulary and is no divergence there."""
-    if part.outside is Outside.NOTHING:
+def refuse_nothing(part: Any, of: Direction) -> None:
+    """Refusal of a direction that is summed over a part of the vocabulary and is no divergence there."""
+    if part.outside is Outside.NOTHING and not isinstance(of.promise, exact.ReverseKL):
         raise ConfigurationError(
             f"objective {type(part).__name__} needs outside=RENORMALIZED or BUCKET, got NOTHING: summed over a part of "
-            "the vocabulary it is no divergence; choose BUCKET"
+            f"the vocabulary, {type(of).__name__} is no divergence (only the reverse KL has a stop-gradient form); "
+            "choose BUCKET"
         )
 
 
@@ -98,40 +99,13 @@ def _metrics(student: StudentLogits, batch: Batch[VocabularyScores], members: Bo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
-class SupportReverseKL:
-    """KL(student||teacher) on a support of the learner's choice.
-
-    Direction: reverse. Support: `support`, by default the union of both top-16. `outside` says what becomes of the
-    rest. Gradient: through the student's log-probabilities (with NOTHING through its probabilities alone, the
-    log-ratio is detached); which ids are members is not differentiated.
-    """
-
-    consumes: ClassVar[type[Scores]] = VocabularyScores
-    on_policy: ClassVar[bool] = False
-
-    # ids over which is summed at each position
-    support: exact.Support = field(default_factory=exact.Union)
-    # what the rest of the vocabulary is: one BUCKET, nothing (RENORMALIZED), ...
-    outside: Outside = Outside.RENORMALIZED
-
-    @property
-    def promise(self) -> exact.Promise:
-        return promised(exact.ReverseKL(), self.support, self.outside)
-
-    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        members = chosen(self.support, student, batch)
-        q = batch.scores.vocabulary_logprobs
-        loss = on_support(FullReverseKL(), student.logprobs, q, members, self.outside)
-        return TokenLoss(loss=loss, metrics={"support_kl": loss.detach(), **_metrics(student, batch, members)})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-@settings
 class SupportDivergence:
-    """Any direction on a support of the learner's choice; `outside` must be RENORMALIZED or BUCKET.
+    """Any direction on a support of the learner's choice.
 
-    Direction: `of`. Support: `support`, by default the union of both top-16. Fully differentiated; which ids are
-    members is not. `SupportReverseKL` has the form without a bucket or renormalization, which no other direction has.
+    Direction: `of`. Support: `support`, by default the union of both top-16. `outside` says what becomes of the rest.
+    Fully differentiated; which ids are members is not. With NOTHING, which the reverse KL alone allows, the log-ratio
+    is detached and the gradient flows through the student's probabilities (Many Faces, arXiv 2605.11182 eq. 12): that
+    of the generalized reverse KL on the support.
     """
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
@@ -145,7 +119,7 @@ class SupportDivergence:
     outside: Outside = Outside.BUCKET
 
     def __post_init__(self) -> None:
-        refuse_nothing(self)
+        refuse_nothing(self, self.of)
 
     @property
     def promise(self) -> exact.Promise:
@@ -158,7 +132,9 @@ class SupportDivergence:
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         members = chosen(self.support, student, batch)
         loss = on_support(self.of, student.logprobs, batch.scores.vocabulary_logprobs, members, self.outside)
-        return TokenLoss(loss=loss, metrics={"support_divergence": loss.detach(), **_metrics(student, batch, members)})
+        # `reverse_kl` is here the exact one of the whole vocabulary.
+        called = "support_kl" if isinstance(self.of.promise, exact.ReverseKL) else "support_divergence"
+        return TokenLoss(loss=loss, metrics={called: loss.detach(), **_metrics(student, batch, members)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +161,7 @@ class EntropyAwareKL:
     forward_weight: Annotated[float, In(0, 1000, because="below 0 it trains away from the teacher")] = 1.0
 
     def __post_init__(self) -> None:
-        refuse_nothing(self)
+        refuse_nothing(self, FullForwardKL())
 
     @property
     def promise(self) -> exact.Promise:

@@ -1,27 +1,21 @@
 """Divergences on a support of `K` tokens per state: several estimators, several different promises.
 
-`HeadTailDivergence` and `TopKDivergence` take any direction; the others are those of papers. The raw sum
+`HeadTailDivergence` and `TopKDivergence` take any direction; the others are two forms of papers. The raw sum
 `sum_S p (log p - log q)` is none of them: differentiated fully it moves a student that already equals its teacher (by
 the gradient of the mass on S), so it does not exist here.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
 from opd.loss.metrics import topk_metrics
 from opd.method import promises as exact
 from opd.objectives.support import Outside, promised, refuse_nothing
-from opd.objectives.vocabulary import (
-    Direction,
-    Estimate,
-    FullForwardKL,
-    FullReverseKL,
-    divergence,
-    limits_of,
-)
+from opd.objectives.vocabulary import Direction, Estimate, divergence, limits_of
 from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, TopKScores
 
@@ -32,7 +26,8 @@ class HeadTailDivergence(Estimate):
 
     Direction: `of`. Support S: the scorer's top-k (teacher's or student's; any S fixed by the state).
     Estimator: `sum_S p sg(slope) + 1[y not in S] sg(slope_y) p_y / mu_y`, `sg` stop-gradient; the slope of the reverse
-    KL is `log p - log q`.
+    KL is `log p - log q`, and of it the value is an estimate, too (EMA-PG, arXiv 2602.04417, with the head's log-ratio
+    detached: without that the gradient is biased by that of the mass on S).
     """
 
     consumes: ClassVar[type[Scores]] = TopKScores
@@ -40,63 +35,35 @@ class HeadTailDivergence(Estimate):
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
-        written = student.at(batch.target_ids)
+        sampled = student.at(batch.target_ids)
         head = (p.exp() * self.of.slope(p.detach(), q)).sum(-1)
         outside = (batch.scores.topk_ids != batch.target_ids[:, None]).all(-1)
-        ratio = (written - batch.behavior_logprobs).exp()
-        sampled = ratio * self.of.slope(written.detach(), batch.scores.logprobs)
-        loss = head + torch.where(outside, sampled, torch.zeros_like(sampled))
-        return TokenLoss(loss=loss, metrics=topk_metrics(student, batch))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadTailReverseKL:
-    """KL(student||teacher): exact on the support, sampled outside it; unbiased for the full reverse KL.
-
-    Direction: reverse. Support and estimator: those of `HeadTailDivergence`, with the slope `l = log p - log q`; the
-    value is an estimate of the KL, too. The expected gradient is that of the full-vocabulary reverse KL (EMA-PG, arXiv
-    2602.04417, with the head's log-ratio detached: without that it is biased by the gradient of the mass on S).
-    """
-
-    consumes: ClassVar[type[Scores]] = TopKScores
-    on_policy: ClassVar[bool] = True
-    promise: ClassVar[exact.Promise] = exact.ReverseKL()
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        result = HeadTailDivergence(of=FullReverseKL())(student, batch)
-        return replace(result, metrics={"reverse_kl": result.loss.detach(), **result.metrics})
+        ratio = (sampled - batch.behavior_logprobs).exp()
+        tail = ratio * self.of.slope(sampled.detach(), batch.scores.logprobs)
+        loss = head + torch.where(outside, tail, torch.zeros_like(tail))
+        value = {"reverse_kl": loss.detach()} if isinstance(self.of.promise, exact.ReverseKL) else {}
+        return TokenLoss(loss=loss, metrics={**value, **topk_metrics(student, batch)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OnScoredSupport:
-    """What the divergences on the scorer's support share: they read no written token."""
+    """Divergences on the scorer's support, which read no sampled token."""
 
     consumes: ClassVar[type[Scores]] = TopKScores
     on_policy: ClassVar[bool] = False
 
 
-def _between(
-    of: Direction, outside: Outside, called: str, student: StudentLogits, batch: Batch[TopKScores]
-) -> TokenLoss:
-    """`of` between both distributions on the scorer's support, and reported under the name `called`."""
-    p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
-    if outside is Outside.RENORMALIZED:
-        loss = of.between(p.log_softmax(-1), q.log_softmax(-1))
-    else:
-        loss = of.between(p, q)
-        if p.shape[-1] < student.logits.shape[-1]:  # else nothing is left for a bucket
-            outside_student = student.outside(batch.scores.topk_ids)
-            loss = loss + of.between(outside_student[:, None], batch.scores.rest[:, None])
-    return TokenLoss(loss=loss, metrics={called: loss.detach(), **topk_metrics(student, batch)})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class TopKDivergence(_OnScoredSupport):
-    """Any direction on the scorer's top-k; `outside` must be RENORMALIZED or BUCKET.
+    """Any direction on the scorer's top-k S, with one of three treatments of the ids outside it.
 
-    Direction: `of`. Support: top-k, with one bucket for everything else (a lower bound of the whole divergence) or
-    renormalized (blind to the mass on it). Fully differentiated. The two KLs have classes of their own, below.
+    Direction: `of`. Support: S. BUCKET: both distributions coarsened to S and one bucket for everything else, a lower
+    bound of the whole divergence; what happens inside the bucket gets no signal. RENORMALIZED: both conditioned on S;
+    the mass on S gets no signal either, so a student can satisfy it and still be far from its teacher, and with one id
+    it is always 0. Both fully differentiated. NOTHING, which the reverse KL alone allows, is `sum_S p sg(log p -
+    log q)` with probabilities of the full softmax (Many Faces, arXiv 2605.11182 eq. 12): gradient `sum_S p l grad
+    log p`, that of `GeneralizedReverseKL`; outside S no signal.
     """
 
     # direction of the divergence
@@ -105,7 +72,7 @@ class TopKDivergence(_OnScoredSupport):
     outside: Outside = Outside.BUCKET
 
     def __post_init__(self) -> None:
-        refuse_nothing(self)
+        refuse_nothing(self, self.of)
 
     @property
     def promise(self) -> exact.Promise:
@@ -116,51 +83,33 @@ class TopKDivergence(_OnScoredSupport):
         return limits_of(self, lambda direction: promised(direction, exact.ScoredSupport(), self.outside))
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        return _between(self.of, self.outside, "support_divergence", student, batch)
+        loss = self._loss(student, batch)
+        return TokenLoss(loss=loss, metrics={_value_name(self.of): loss.detach(), **topk_metrics(student, batch)})
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TailBucketReverseKL(_OnScoredSupport):
-    """KL(student||teacher) of the distributions coarsened to S plus one bucket for everything else.
-
-    Direction: reverse. Support: top-k and a tail bucket. A lower bound of the full KL, exact for the coarsened
-    distribution; what happens inside the tail gets no signal. Fully differentiated.
-    """
-
-    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ReverseKL(), support=exact.ScoredSupport())
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        return _between(FullReverseKL(), Outside.BUCKET, "reverse_kl", student, batch)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenormalizedReverseKL(_OnScoredSupport):
-    """KL(student||teacher) of both distributions renormalized on S (local support matching).
-
-    Direction: reverse. Support: top-k, renormalized; the mass on S and everything outside it get no signal, so a
-    student can satisfy it and still be far from its teacher. `k = 1` is always 0. Fully differentiated.
-    """
-
-    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ReverseKL(), support=exact.ScoredSupport())
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        return _between(FullReverseKL(), Outside.RENORMALIZED, "reverse_kl", student, batch)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopGradientReverseKL(_OnScoredSupport):
-    """KL(student||teacher) on S as `sum_S p sg(log p - log q)` (Many Faces, arXiv 2605.11182 eq. 12).
-
-    Direction: reverse. Support: top-k, not renormalized; probabilities of the full softmax. The log-ratio is detached,
-    the weight is not: gradient `sum_S p l grad log p`, which is that of `GeneralizedReverseKL`; outside S no signal.
-    """
-
-    promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.ScoredSupport())
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
+    def _loss(self, student: StudentLogits, batch: Batch[TopKScores]) -> Tensor:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
-        loss = divergence(p, p.detach(), q)
-        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
+        match self.outside:
+            case Outside.RENORMALIZED:
+                return self.of.between(p.log_softmax(-1), q.log_softmax(-1))
+            case Outside.NOTHING:
+                return (p.exp() * self.of.slope(p.detach(), q)).sum(-1)
+            case Outside.BUCKET:
+                head = self.of.between(p, q)
+                if p.shape[-1] == student.logits.shape[-1]:  # nothing is left for a bucket
+                    return head
+                rest = student.outside(batch.scores.topk_ids)
+                return head + self.of.between(rest[:, None], batch.scores.rest[:, None])
+
+
+def _value_name(of: Direction) -> str:
+    """Metric that has the value of a direction on the support."""
+    match of.promise:
+        case exact.ReverseKL():
+            return "reverse_kl"
+        case exact.ForwardKL():
+            return "forward_kl"
+        case _:
+            return "support_divergence"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +117,7 @@ class GeneralizedReverseKL(_OnScoredSupport):
     """`sum_S p log(p/q) - p + q`: the reverse KL of masses that need not sum to 1 (MOPD, arXiv 2606.30406 eq. 5).
 
     Direction: reverse. Support: top-k, not renormalized. Every term is >= 0 and 0 only where p = q. Fully
-    differentiated; the gradient is that of `StopGradientReverseKL`.
+    differentiated; the gradient is that of `TopKDivergence(of=FullReverseKL(), outside=NOTHING)`.
     """
 
     promise: ClassVar[exact.Promise] = exact.Truncated(of=exact.GeneralizedReverseKL(), support=exact.ScoredSupport())
@@ -185,8 +134,8 @@ class WeightedReverseKL(_OnScoredSupport):
 
     Direction: reverse. Support: top-k; weights renormalized on S and detached, log-ratio of the full softmax. It is a
     policy gradient over the ids of S with ratio 1 (one update per batch, so nothing is clipped). It is *not* the
-    paper's eq. 5 (that is `RenormalizedReverseKL` on the student's top-k) but differs by `mean l * grad log P_S`. What
-    it descends is the generalized KL on S, every state weighted with 1 / P_S.
+    paper's eq. 5 (the renormalized reverse KL on the student's top-k) but differs by `mean l * grad log P_S`. What it
+    descends is the generalized KL on S, every state weighted with 1 / P_S.
     """
 
     @property
@@ -199,30 +148,3 @@ class WeightedReverseKL(_OnScoredSupport):
         old = p.detach()
         loss = ((p - old).exp() * old.log_softmax(-1).exp() * (old - q)).sum(-1)
         return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TailBucketForwardKL(_OnScoredSupport):
-    """KL(teacher||student) of the distributions coarsened to S plus one bucket for everything else.
-
-    Direction: forward. Support: top-k and a tail bucket; on the teacher's top-k nearly all its mass. Fully
-    differentiated; a lower bound of the full forward KL.
-    """
-
-    promise: ClassVar[exact.Promise] = exact.Coarsened(of=exact.ForwardKL(), support=exact.ScoredSupport())
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        return _between(FullForwardKL(), Outside.BUCKET, "forward_kl", student, batch)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenormalizedForwardKL(_OnScoredSupport):
-    """KL(teacher||student) of both distributions renormalized on S; the mass on S gets no signal.
-
-    Direction: forward. Support: top-k, renormalized. Fully differentiated.
-    """
-
-    promise: ClassVar[exact.Promise] = exact.Renormalized(of=exact.ForwardKL(), support=exact.ScoredSupport())
-
-    def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
-        return _between(FullForwardKL(), Outside.RENORMALIZED, "forward_kl", student, batch)

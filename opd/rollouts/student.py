@@ -76,7 +76,7 @@ class StudentRollout:
             raise ConfigurationError(
                 f"rollout StudentRollout needs top_p=1 to record the student's top {self.record_topk}, but got "
                 f"{self.top_p}, which leaves nothing of the ids beyond the nucleus and would record any of them; set "
-                "rollout.top_p=1, or let the learner choose (objective SupportReverseKL with support StudentTop)"
+                "rollout.top_p=1, or let the learner choose (objective SupportDivergence with support StudentTop)"
             )
 
     @property

@@ -26,7 +26,8 @@ from learner.model import sentinel_ids
 from learner.schedule import Schedule
 from learner.training import MakeSender
 from opd.errors import ConfigurationError, DataError
-from opd.objectives.topk import RenormalizedReverseKL
+from opd.objectives.support import Outside
+from opd.objectives.topk import TopKDivergence
 from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import PublishedWeights
 from opd.settings.devices import Device, Dtype
@@ -193,9 +194,14 @@ def test_a_top_k_that_names_padding_of_the_teacher_is_one_sentence(models: dict[
         return TopKScores(logprobs=own, topk_ids=ids, topk_logprobs=at)
 
     rank, (last, beyond) = start(SMOOTH, models["tied"]), (VOCABULARY - 1, VOCABULARY)
-    rank.evaluate(batches_of(1, SMOOTH, partial(said, last))[0], RenormalizedReverseKL())
+    rank.evaluate(
+        batches_of(1, SMOOTH, partial(said, last))[0], TopKDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED)
+    )
     with pytest.raises(DataError, match=rf"names id {beyond}, but the student's output has {VOCABULARY} rows.*lower"):
-        rank.evaluate(batches_of(1, SMOOTH, partial(said, beyond))[0], RenormalizedReverseKL())
+        rank.evaluate(
+            batches_of(1, SMOOTH, partial(said, beyond))[0],
+            TopKDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED),
+        )
 
 
 def test_a_window_shorter_than_the_sequences_is_kept(start: Start, models: dict[str, Path], tmp_path: Path) -> None:

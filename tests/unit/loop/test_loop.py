@@ -26,7 +26,7 @@ from opd.loop.train import StepRecord, train
 from opd.loss.chunked import StudentLogits, chunked_loss, read
 from opd.method.method import Method
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
-from opd.objectives.topk import HeadTailReverseKL
+from opd.objectives.topk import HeadTailDivergence
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.observability.spans import Span, Stage
 from opd.rollouts.seeds import sampling_seed
@@ -243,8 +243,8 @@ CONVERGING = {  # method, learning rate, staleness
     "full reverse": (method(TeacherHidden(), FullReverseKL()), 8.0, 0),
     "full forward": (method(TeacherHidden(), FullForwardKL()), 8.0, 0),
     "jensen-shannon": (method(TeacherHidden(), JensenShannon()), 30.0, 0),
-    "teacher's top-k": (method(TeacherTopK(k=2), HeadTailReverseKL()), 8.0, 0),
-    "student's top-k, stale": (method(StudentTopK(), HeadTailReverseKL(), record_topk=2), 8.0, 1),
+    "teacher's top-k": (method(TeacherTopK(k=2), HeadTailDivergence(of=FullReverseKL())), 8.0, 0),
+    "student's top-k, stale": (method(StudentTopK(), HeadTailDivergence(of=FullReverseKL()), record_topk=2), 8.0, 1),
     "teacher's text": (method(Unscored(), Likelihood(), rollout=TeacherRollout(max_tokens=8)), 8.0, 0),
 }
 

@@ -21,7 +21,8 @@ from opd.errors import ConfigurationError, DataError
 from opd.loss.chunked import StudentLogits, chunked_loss
 from opd.loss.packing import Constant, Normalizer, SequenceMean, SequenceSum, TokenMean, halves, pack
 from opd.objectives.sampled import LogprobSource, SampledReverseKL
-from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
+from opd.objectives.support import Outside
+from opd.objectives.topk import HeadTailDivergence, TopKDivergence
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import Layout
 from opd.types import Batch, HiddenScores, RemoteRows, Scored, Scores, TokenScores, TopKScores, VocabularyScores
@@ -306,9 +307,9 @@ def test_p9_masked_tokens_have_no_gradient_and_stay_in_the_context(make: Any) ->
 
 OBJECTIVES = (
     SampledReverseKL(signal=LogprobSource.STUDENT),
-    HeadTailReverseKL(),
-    TailBucketReverseKL(),
-    RenormalizedReverseKL(),
+    HeadTailDivergence(of=FullReverseKL()),
+    TopKDivergence(of=FullReverseKL(), outside=Outside.BUCKET),
+    TopKDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED),
     FullReverseKL(),
     FullForwardKL(),
     JensenShannon(),

@@ -17,7 +17,8 @@ import opd.token_weights
 from opd.errors import ConfigurationError, DataError
 from opd.method.method import Method, check_prompts, weigh
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, SampledReverseKL
-from opd.objectives.topk import HeadTailReverseKL, RenormalizedReverseKL, TailBucketReverseKL
+from opd.objectives.support import Outside
+from opd.objectives.topk import HeadTailDivergence, TopKDivergence
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import AtIds, Context, LastHidden, SampledToken, Sampling, ScoreAnswer, ScoreKind, ScoreRequest, TopK
 from opd.rollouts.mixed import Mixed
@@ -38,24 +39,25 @@ from opd.types import (
     VocabularyScores,
 )
 
-ON_SUPPORT = {HeadTailReverseKL, TailBucketReverseKL, RenormalizedReverseKL}
-ON_VOCABULARY = {FullReverseKL, FullForwardKL, JensenShannon}
-MEANINGFUL: dict[Any, set[type]] = {
-    SampledTokens(): {Likelihood, SampledReverseKL},
-    TeacherTopK(k=4): {Likelihood, SampledReverseKL} | ON_SUPPORT,
-    StudentTopK(): {Likelihood, SampledReverseKL} | ON_SUPPORT,
-    TeacherHidden(): {Likelihood, SampledReverseKL} | ON_VOCABULARY,
-    GroupAdvantage(): {Likelihood, ClippedPolicyGradient},
-    Unscored(): {Likelihood},
+HEAD_TAIL = HeadTailDivergence(of=FullReverseKL())
+ANYWHERE = (Likelihood(),)
+ON_TOKENS = (*ANYWHERE, SampledReverseKL())
+ON_SUPPORT = (*ON_TOKENS, HEAD_TAIL, *(TopKDivergence(of=FullReverseKL(), outside=outside) for outside in Outside))
+MEANINGFUL: dict[Any, tuple[Any, ...]] = {
+    SampledTokens(): ON_TOKENS,
+    TeacherTopK(k=4): ON_SUPPORT,
+    StudentTopK(): ON_SUPPORT,
+    TeacherHidden(): (*ON_TOKENS, FullReverseKL(), FullForwardKL(), JensenShannon()),
+    GroupAdvantage(): (*ANYWHERE, ClippedPolicyGradient()),
+    Unscored(): ANYWHERE,
 }
-OBJECTIVES = sorted(set().union(*MEANINGFUL.values()), key=lambda part: part.__name__)
+OBJECTIVES = sorted(set().union(*MEANINGFUL.values()), key=str)
 RECORDING = StudentRollout(max_tokens=8, record_topk=4)
 
 
-ON_OWN_TEXT = {  # estimates over written tokens; all others are sums over the vocabulary, or likelihoods
-    "SquaredReverseKL", "RatioReverseKL", "BaselinedReverseKL", "TopKBaselinedReverseKL", "SampledDivergence",
-    "MiniLLM", "SampledReverseKL", "ClippedPolicyGradient", "EntropyAwareKL", "HeadTailDivergence", "HeadTailReverseKL",
-    "TruncatedRatio",
+ON_OWN_TEXT = {  # estimates over sampled tokens; all others are sums over the vocabulary, or likelihoods
+    "SquaredReverseKL", "RatioReverseKL", "SampledDivergence", "MiniLLM", "SampledReverseKL", "ClippedPolicyGradient",
+    "EntropyAwareKL", "HeadTailDivergence", "TruncatedRatio",
 }  # fmt: skip
 FACTS: dict[str, dict[str, object]] = {
     "AnswerRollout": {"on_policy": False, "truncated": True, "needs_engines": ()},
@@ -91,16 +93,18 @@ def test_what_parts_say_of_themselves_is_true() -> None:
 FLAGS = ("on_policy", "truncated", "min_group", "reads_sampled_tokens")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("scorer", MEANINGFUL, ids=lambda part: type(part).__name__)
-def test_an_objective_takes_the_testimony_it_needs_and_no_other(scorer: Any, objective: type) -> None:
+def test_an_objective_takes_the_testimony_it_needs_and_no_other(scorer: Any, objective: Any) -> None:
     if objective in MEANINGFUL[scorer]:
-        assert Method(name="m", rollout=RECORDING, scorer=scorer, objective=objective()).normalizer is not None
+        assert Method(name="m", rollout=RECORDING, scorer=scorer, objective=objective).normalizer is not None
         return
-    needs, produced = objective().consumes.__name__, scorer.produces.__name__
-    sentence = f"objective {objective.__name__} needs {needs}, but scorer {type(scorer).__name__} produces {produced}; "
+    needs, produced = objective.consumes.__name__, scorer.produces.__name__
+    sentence = (
+        f"objective {type(objective).__name__} needs {needs}, but scorer {type(scorer).__name__} produces {produced}; "
+    )
     with pytest.raises(ConfigurationError, match=sentence + "choose a scorer that produces it or another objective"):
-        Method(name="m", rollout=RECORDING, scorer=scorer, objective=objective())
+        Method(name="m", rollout=RECORDING, scorer=scorer, objective=objective)
 
 
 @pytest.mark.parametrize("rollout", [StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)], ids=str)
@@ -109,22 +113,21 @@ def test_the_students_topk_must_have_been_recorded(rollout: Any) -> None:
         f"scorer StudentTopK needs TopKScores of the behavior policy, but rollout {type(rollout).__name__} records "
     )
     with pytest.raises(ConfigurationError, match=sentence + "TokenScores; set rollout.record_topk"):
-        Method(name="m", rollout=rollout, scorer=StudentTopK(), objective=HeadTailReverseKL())
+        Method(name="m", rollout=rollout, scorer=StudentTopK(), objective=HEAD_TAIL)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda part: part.__name__)
-def test_an_estimate_over_the_students_own_tokens_is_refused_on_somebody_elses_text(objective: type) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_an_estimate_over_the_students_own_tokens_is_refused_on_somebody_elses_text(objective: Any) -> None:
     (scorer, *_) = (s for s, meaningful in MEANINGFUL.items() if objective in meaningful)
     if isinstance(scorer, StudentTopK):
         scorer = TeacherTopK(k=4)
-    parts: Any = {"name": "m", "scorer": scorer, "objective": objective()}
-    assert objective().on_policy == (objective in {SampledReverseKL, HeadTailReverseKL, ClippedPolicyGradient})
-    if not objective().on_policy:
+    parts: Any = {"name": "m", "scorer": scorer, "objective": objective}
+    assert objective.on_policy == (objective in (SampledReverseKL(), HEAD_TAIL, ClippedPolicyGradient()))
+    if not objective.on_policy:
         assert Method(**parts, rollout=TeacherRollout(max_tokens=8))
         return
-    sentence = (
-        f"objective {objective.__name__} estimates from tokens that the student sampled, but rollout Teacher.*; choose"
-    )
+    name = type(objective).__name__
+    sentence = f"objective {name} estimates from tokens that the student sampled, but rollout Teacher.*; choose"
     with pytest.raises(ConfigurationError, match=sentence):
         Method(**parts, rollout=TeacherRollout(max_tokens=8))
 
@@ -133,17 +136,17 @@ CUT = {"top-p": {"top_p": 0.9}, "greedy": {"temperature": 0.0}}
 
 
 @pytest.mark.parametrize("cut", CUT)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda part: part.__name__)
-def test_an_estimate_from_the_written_token_is_refused_where_tokens_cannot_be_written(
-    objective: type, cut: str
-) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_an_estimate_from_the_written_token_is_refused_where_tokens_cannot_be_written(objective: Any, cut: str) -> None:
     (scorer, *_) = (s for s, meaningful in MEANINGFUL.items() if objective in meaningful)
     rollout = StudentRollout(max_tokens=8, **CUT[cut])
-    parts: Any = {"name": "m", "scorer": scorer, "objective": objective()}
-    if objective not in {SampledReverseKL, HeadTailReverseKL}:
+    parts: Any = {"name": "m", "scorer": scorer, "objective": objective}
+    if objective not in (SampledReverseKL(), HEAD_TAIL):
         assert Method(**parts, rollout=rollout)
         return
-    sentence = rf"objective {objective.__name__} .*every token to have a chance .*StudentRollout has top_p < 1.*; set"
+    sentence = (
+        rf"objective {type(objective).__name__} .*every token to have a chance .*StudentRollout has top_p < 1.*; set"
+    )
     for writer in (rollout, Mixed(student=rollout, fixed=TeacherRollout(max_tokens=8), fraction=1.0)):
         with pytest.raises(ConfigurationError, match=sentence.replace("StudentRollout", type(writer).__name__)):
             Method(**parts, rollout=writer)

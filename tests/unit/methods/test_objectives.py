@@ -25,35 +25,12 @@ from opd.loss.chunked import StudentLogits, read
 from opd.loss.packing import TokenMean, pack
 from opd.method import promises
 from opd.method.promises import States
-from opd.objectives.estimators import (
-    BaselinedReverseKL,
-    RatioReverseKL,
-    SampledDivergence,
-    SquaredReverseKL,
-    TopKBaselinedReverseKL,
-)
+from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
 from opd.objectives.montecarlo import MonteCarloDivergence, uniform
 from opd.objectives.returns import MiniLLM
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
-from opd.objectives.support import (
-    ABSENT,
-    EntropyAwareKL,
-    Outside,
-    SupportDivergence,
-    SupportReverseKL,
-)
-from opd.objectives.topk import (
-    GeneralizedReverseKL,
-    HeadTailDivergence,
-    HeadTailReverseKL,
-    RenormalizedForwardKL,
-    RenormalizedReverseKL,
-    StopGradientReverseKL,
-    TailBucketForwardKL,
-    TailBucketReverseKL,
-    TopKDivergence,
-    WeightedReverseKL,
-)
+from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
+from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.ports import Layout
@@ -72,6 +49,14 @@ from opd.types import (
 
 V = 7
 SEEDS = range(3)
+HEAD_TAIL = HeadTailDivergence(of=FullReverseKL())
+BUCKETED, RENORMALIZED, STOPPED = (
+    TopKDivergence(of=FullReverseKL(), outside=outside)
+    for outside in (Outside.BUCKET, Outside.RENORMALIZED, Outside.NOTHING)
+)
+BASELINED, TOPK_BASELINED = (
+    SampledDivergence(of=FullReverseKL(), baseline=baseline) for baseline in (Baseline.VOCABULARY, Baseline.TOPK)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +218,9 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(objective=SampledReverseKL(), exact=published_signal),
     Claim(objective=SampledReverseKL(coefficient=0.5), exact=lambda w: 0.5 * reverse_kl(w), stale=False),
     Claim(objective=SampledReverseKL(signal=LogprobSource.STUDENT), exact=reverse_kl),
-    Claim(objective=HeadTailReverseKL(), exact=reverse_kl, value="reverse_kl"),
-    Claim(objective=TailBucketReverseKL(), exact=coarsened, value="reverse_kl"),
-    Claim(objective=RenormalizedReverseKL(), exact=renormalized, value="reverse_kl"),
+    Claim(objective=HEAD_TAIL, exact=reverse_kl, value="reverse_kl"),
+    Claim(objective=BUCKETED, exact=coarsened, value="reverse_kl"),
+    Claim(objective=RENORMALIZED, exact=renormalized, value="reverse_kl"),
     Claim(objective=FullReverseKL(), exact=reverse_kl, value="reverse_kl"),
     Claim(objective=FullForwardKL(), exact=forward_kl, value="forward_kl"),
     Claim(objective=JensenShannon(beta=0.1), exact=lambda w: jsd(w, 0.1), value="jsd"),
@@ -248,13 +233,11 @@ CLAIMS += tuple(
     for part, exact in {
         SquaredReverseKL(): reverse_kl,
         RatioReverseKL(): reverse_kl,
-        BaselinedReverseKL(): reverse_kl,
-        TopKBaselinedReverseKL(): reverse_kl,
-        StopGradientReverseKL(): promised(StopGradientReverseKL()),
+        BASELINED: reverse_kl,
+        TOPK_BASELINED: reverse_kl,
+        STOPPED: promised(STOPPED),
         GeneralizedReverseKL(): promised(GeneralizedReverseKL()),
         WeightedReverseKL(): promised(WeightedReverseKL()),
-        TailBucketForwardKL(): promised(TailBucketForwardKL()),
-        RenormalizedForwardKL(): promised(RenormalizedForwardKL()),
         SkewedReverseKL(): promised(SkewedReverseKL()),
         SkewedForwardKL(alpha=0.3): promised(SkewedForwardKL(alpha=0.3)),
         MiniLLM(): promised(MiniLLM()),
@@ -265,7 +248,7 @@ CLAIMS += tuple(
             part: promised(part)
             for support in (promises.Union(k=2), promises.Intersection(k=5), promises.StudentTop(k=2))
             for part in (
-                *(SupportReverseKL(support=support, outside=outside) for outside in Outside),
+                *(SupportDivergence(of=FullReverseKL(), support=support, outside=outside) for outside in Outside),
                 SupportDivergence(of=FullForwardKL(), support=support),
                 SupportDivergence(of=FullForwardKL(), support=support, outside=Outside.RENORMALIZED),
             )
@@ -278,7 +261,7 @@ CLAIMS += tuple(
     Claim(objective=part, exact=promised(part))
     for of in DIRECTIONS
     for part in (
-        SampledDivergence(of=of),
+        *(SampledDivergence(of=of, baseline=baseline) for baseline in Baseline),
         HeadTailDivergence(of=of),
         *(TopKDivergence(of=of, outside=outside) for outside in KEPT),
         *(
@@ -295,15 +278,13 @@ CLAIMS += tuple(
     for part in (
         SquaredReverseKL(),
         RatioReverseKL(),
-        HeadTailReverseKL(),
+        HEAD_TAIL,
         SampledReverseKL(signal=LogprobSource.STUDENT),
     )
 )
 DRAWING = {MonteCarloDivergence}  # their own noise is enumerated by `opd.certify`
 DISTILLING = tuple(claim for claim in CLAIMS if claim.zero_at_teacher)
-ON_SUPPORT = tuple(
-    c for c in CLAIMS if type(c.objective) in {HeadTailReverseKL, TailBucketReverseKL, RenormalizedReverseKL}
-)
+ON_SUPPORT = tuple(c for c in CLAIMS if c.objective in (HEAD_TAIL, BUCKETED, RENORMALIZED))
 FULL = tuple(claim for claim in CLAIMS if claim.objective.consumes is VocabularyScores)
 
 
@@ -360,17 +341,17 @@ def test_p3_a_support_of_the_whole_vocabulary_is_the_exact_reverse_kl(claim: Cla
 
 def test_p4_one_renormalized_token_says_nothing() -> None:
     w = world(0, k=1)
-    assert not outcome(RenormalizedReverseKL(), w).loss.any()
-    assert per_sample(RenormalizedReverseKL(), w) == 0
+    assert not outcome(RENORMALIZED, w).loss.any()
+    assert per_sample(RENORMALIZED, w) == 0
 
 
 def test_the_tail_bucket_is_a_lower_bound_and_the_renormalized_form_forgets_the_mass() -> None:
     for seed in SEEDS:
         w = world(seed)
-        assert outcome(TailBucketReverseKL(), w).loss.max().item() <= reverse_kl(w).item() + 1e-12
+        assert outcome(BUCKETED, w).loss.max().item() <= reverse_kl(w).item() + 1e-12
         moved = w.z.detach().clone()
         moved[w.support] += 3.0  # more mass on S, the same proportions within it
-        before, after = (outcome(RenormalizedReverseKL(), x).loss for x in (w, replace(w, z=moved)))
+        before, after = (outcome(RENORMALIZED, x).loss for x in (w, replace(w, z=moved)))
         torch.testing.assert_close(before, after)
 
 
@@ -438,7 +419,7 @@ def test_a_support_of_the_user_s_own_is_offered_the_whole_vocabulary() -> None:
 @pytest.mark.parametrize(
     "objective",
     [
-        SupportReverseKL(support=promises.Union(k=2)),
+        SupportDivergence(of=FullReverseKL(), support=promises.Union(k=2), outside=Outside.RENORMALIZED),
         SupportDivergence(of=FullForwardKL(), support=promises.StudentTop(k=3)),
         EntropyAwareKL(k=2),
     ],
@@ -573,13 +554,13 @@ def estimate(objective: Any, p: list[float], q: list[float], mu: list[float], me
     of = objective.of if isinstance(objective, TruncatedRatio) else objective
     head, mass = sum(p[v] * log(p[v] / q[v]) for v in members), sum(p[v] for v in members)
     match of:
-        case HeadTailReverseKL() | MiniLLM():
+        case HeadTailDivergence() | MiniLLM():
             return head + (0.0 if y in members else p[y] / mu[y] * log(p[y] / q[y]))
         case WeightedReverseKL():
             return head / mass
-        case StopGradientReverseKL():
+        case TopKDivergence(outside=Outside.NOTHING):
             return head
-        case TailBucketReverseKL() | RenormalizedReverseKL() | GeneralizedReverseKL():
+        case TopKDivergence() | GeneralizedReverseKL():
             return float("inf")
         case SampledReverseKL(signal=LogprobSource.BEHAVIOR):
             return log(mu[y] / q[y])
@@ -603,7 +584,7 @@ def test_every_metric_of_every_objective_is_its_definition(objective: Any) -> No
             assert float(values[i]) == pytest.approx(expected, rel=1e-6, abs=1e-9, nan_ok=True), f"{name} of row {i}"
 
 
-ESTIMATES = (Likelihood, MonteCarloDivergence, StopGradientReverseKL, WeightedReverseKL)
+ESTIMATES = (Likelihood, MonteCarloDivergence, WeightedReverseKL)
 COMPARED = tuple(
     o
     for o in EVERY
@@ -623,7 +604,7 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
     p, q, mu = (getattr(states, name)[i] for name in ("student", "teacher", "behavior"))
     y, members, credit = int(batch.target_ids[i]), states.support[i], float(states.credit[i, 0])
     ratio, log_ratio = float((p - mu).exp()[y]), float((p - q)[y])
-    part, whole = float((p.exp() * (p - q))[members].sum()), float((p.exp() * (p - q)).sum())
+    part = float((p.exp() * (p - q))[members].sum())
     tail = 0.0 if members[y] else ratio * log_ratio
     match of:
         case TruncatedRatio():  # whose bound is above every ratio here
@@ -635,16 +616,12 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return ratio * log_ratio**2 / 2
         case RatioReverseKL():
             return ratio * (float((q - p).exp()[y]) - 1 + log_ratio)
-        case BaselinedReverseKL():
-            return ratio * (log_ratio - whole)
-        case TopKBaselinedReverseKL():
-            return ratio * (log_ratio - part)
-        case HeadTailReverseKL():
-            return part + tail
         case MiniLLM():
             return part + tail - of.long_weight * ratio * credit
         case SampledDivergence():
-            return ratio * float(of.of.slope(p, q)[y])
+            slope = of.of.slope(p, q)
+            among = {Baseline.NONE: [], Baseline.TOPK: members, Baseline.VOCABULARY: members | True}[of.baseline]
+            return ratio * (float(slope[y]) - float((p.exp() * slope)[among].sum()))
         case HeadTailDivergence():
             slope = of.of.slope(p, q)
             return float((p.exp() * slope)[members].sum()) + (0.0 if members[y] else ratio * float(slope[y]))
@@ -659,12 +636,14 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return -float(p[y])
         case WeightedReverseKL():
             return part / float(p.exp()[members].sum())
-        case StopGradientReverseKL():
+        case TopKDivergence(outside=Outside.NOTHING):
             return part
     raise AssertionError(f"write the formula of {of}")
 
 
-@pytest.mark.parametrize("objective", [o for o in EVERY if o.on_policy or isinstance(o, ESTIMATES)], ids=str)
+@pytest.mark.parametrize(
+    "objective", [o for o in EVERY if o.on_policy or isinstance(o, ESTIMATES) or o == STOPPED], ids=str
+)
 def test_the_loss_of_an_estimate_is_its_formula(objective: Any) -> None:
     """A run reports it, and it decides what is not finite."""
     student, batch, states = rows_apart(objective.consumes)
@@ -802,7 +781,7 @@ def test_p5_the_raw_sum_is_wrong_by_the_gradient_of_the_mass_on_the_support() ->
 
 def test_the_stop_gradient_and_mopds_correction_have_one_gradient_per_sample() -> None:
     """And k2 and ratio times k3, which share the gradient `p/mu l grad log p`."""
-    for pair in ((StopGradientReverseKL(), GeneralizedReverseKL()), (SquaredReverseKL(), RatioReverseKL())):
+    for pair in ((STOPPED, GeneralizedReverseKL()), (SquaredReverseKL(), RatioReverseKL())):
         w = world(0, stale=True)
         for losses in zip(*(outcome(objective, w).loss for objective in pair), strict=True):
             torch.testing.assert_close(*(gradient(loss, w) for loss in losses), rtol=0, atol=1e-12)
@@ -811,13 +790,13 @@ def test_the_stop_gradient_and_mopds_correction_have_one_gradient_per_sample() -
 def test_rethinkings_code_and_its_equation_5_differ_by_the_mean_log_ratio_times_the_gradient_of_the_mass() -> None:
     for seed in SEEDS:
         w = world(seed)
-        code, equation = (expected_gradient(part, w) for part in (WeightedReverseKL(), RenormalizedReverseKL()))
+        code, equation = (expected_gradient(part, w) for part in (WeightedReverseKL(), RENORMALIZED))
         p = w.z.softmax(-1)[w.support]
         mean = (p / p.sum() * (p.log() - w.q[w.support])).sum().detach()
         torch.testing.assert_close(code - equation, mean * gradient(p.sum().log(), w), rtol=0, atol=1e-12)
         assert float((code - equation).abs().max()) > 1e-3
     one = world(0, k=1)
-    assert per_sample(RenormalizedReverseKL(), one) == 0 and per_sample(WeightedReverseKL(), one) > 1e-3
+    assert per_sample(RENORMALIZED, one) == 0 and per_sample(WeightedReverseKL(), one) > 1e-3
 
 
 def spread(objective: Any, w: World) -> float:
@@ -829,12 +808,7 @@ def spread(objective: Any, w: World) -> float:
 
 SAME = {
     SampledDivergence(of=FullReverseKL()): SampledReverseKL(signal=LogprobSource.STUDENT),
-    HeadTailDivergence(of=FullReverseKL()): HeadTailReverseKL(),
-    TopKDivergence(of=FullReverseKL()): TailBucketReverseKL(),
-    TopKDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED): RenormalizedReverseKL(),
-    TopKDivergence(of=FullForwardKL()): TailBucketForwardKL(),
-    TopKDivergence(of=FullForwardKL(), outside=Outside.RENORMALIZED): RenormalizedForwardKL(),
-    SupportDivergence(of=FullReverseKL(), outside=Outside.RENORMALIZED): SupportReverseKL(),
+    HEAD_TAIL: MiniLLM(long_weight=0.0),
 }
 
 
@@ -858,7 +832,7 @@ def test_a_slope_is_the_derivative_of_the_sum_and_zero_where_student_and_teacher
 
 
 def test_a_sum_over_a_part_of_the_vocabulary_is_refused_where_it_is_no_divergence() -> None:
-    for part, given in ((TopKDivergence, DIRECTIONS[:1]), (SupportDivergence, DIRECTIONS[:1]), (EntropyAwareKL, ())):
+    for part, given in ((TopKDivergence, DIRECTIONS[1:2]), (SupportDivergence, DIRECTIONS[1:2]), (EntropyAwareKL, ())):
         with pytest.raises(ConfigurationError, match=rf"{part.__name__} needs outside=RENORMALIZED or BUCKET, got NO"):
             part(**({"of": given[0]} if given else {}), outside=Outside.NOTHING)
 
@@ -906,7 +880,7 @@ def test_a_teacher_at_the_threshold_is_not_uncertain() -> None:
 
 
 def test_a_baseline_changes_the_variance_and_not_the_expectation() -> None:
-    plain, exact, topk = SampledReverseKL(), BaselinedReverseKL(), TopKBaselinedReverseKL()
+    plain, exact, topk = SampledReverseKL(), BASELINED, TOPK_BASELINED
     mean = {part: sum(spread(part, world(seed, k=5)) for seed in range(20)) for part in (plain, exact, topk)}
     assert mean[exact] < mean[plain] and mean[topk] < mean[plain]
 
@@ -917,7 +891,7 @@ def test_meaningless_fields_are_refused(alpha: float) -> None:
         assert part(alpha=1e-6) and part(alpha=1 - 1e-6)
         with pytest.raises(ConfigurationError, match=rf"{part.__name__}\.alpha needs a number .*, got"):
             part(alpha=alpha)
-    with pytest.raises(ConfigurationError, match=r"NOTHING: summed over a part .* choose BUCKET"):
+    with pytest.raises(ConfigurationError, match=r"NOTHING: summed over a part .*FullForwardKL is no .* choose BUCKET"):
         SupportDivergence(of=FullForwardKL(), outside=Outside.NOTHING)
     with pytest.raises(ConfigurationError, match=r"EntropyAwareKL\.k needs a whole number from 1"):
         EntropyAwareKL(k=0)
@@ -1067,7 +1041,7 @@ def test_many_drawn_tokens_average_to_few() -> None:
 @pytest.mark.parametrize("cap", [1.0, 1.5])
 @pytest.mark.parametrize(
     "part",
-    [SampledReverseKL(signal=LogprobSource.STUDENT), SquaredReverseKL(), RatioReverseKL(), BaselinedReverseKL()],
+    [SampledReverseKL(signal=LogprobSource.STUDENT), SquaredReverseKL(), RatioReverseKL(), BASELINED],
     ids=str,
 )
 def test_a_truncated_ratio_scales_the_tokens_above_the_bound_and_no_other(part: Any, cap: float) -> None:
@@ -1088,7 +1062,7 @@ def test_the_exact_part_of_an_objective_is_not_truncated() -> None:
     """Only the sampled tail of a head-and-tail objective has a ratio."""
     for seed in SEEDS:
         w = world(seed, stale=True)
-        whole, bounded = (outcome(o, w).loss for o in (HeadTailReverseKL(), TruncatedRatio(of=HeadTailReverseKL())))
+        whole, bounded = (outcome(o, w).loss for o in (HEAD_TAIL, TruncatedRatio(of=HEAD_TAIL)))
         for v in w.support.tolist():
             torch.testing.assert_close(bounded[v], whole[v], rtol=0, atol=0)
 

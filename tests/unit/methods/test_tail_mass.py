@@ -12,8 +12,8 @@ from opd.errors import DataError
 from opd.loss.chunked import StudentLogits
 from opd.method.promises import States
 from opd.objectives.support import Outside
-from opd.objectives.topk import TailBucketForwardKL, TailBucketReverseKL, TopKDivergence
-from opd.objectives.vocabulary import FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
+from opd.objectives.topk import TopKDivergence
+from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.ports import AtIds, ScoreRequest, TopK
 from opd.scorers.validation import validate_scores
 from opd.types import Batch, TopKScores
@@ -23,13 +23,12 @@ from teacher_service.frames import FrameLimits, Reply, decode_reply, encode_repl
 
 V, K, ROWS = 152, 16, 8
 MASSES = (5e-2, 1e-2, 1e-7, 1e-8, 1e-10)  # outside the support
-OBJECTIVES = (
-    TailBucketReverseKL(),
-    TailBucketForwardKL(),
-    *(
-        TopKDivergence(of=of, outside=Outside.BUCKET)
-        for of in (JensenShannon(beta=0.5), JensenShannon(beta=0.1), SkewedReverseKL(), SkewedForwardKL())
-    ),
+OBJECTIVES = tuple(
+    TopKDivergence(of=of, outside=Outside.BUCKET)
+    for of in (
+        *(FullReverseKL(), FullForwardKL()),
+        *(JensenShannon(beta=0.5), JensenShannon(beta=0.1), SkewedReverseKL(), SkewedForwardKL()),
+    )
 )
 
 
@@ -129,7 +128,7 @@ def test_what_is_left_fits_what_is_named_also_if_an_id_is_named_twice() -> None:
 def test_a_support_of_everything_has_no_bucket() -> None:
     """Then the coarsened divergence is the whole one, whatever is said of the rest."""
     z, q = logits(0.5, 1), logits(0.3, 2)
-    loss, gradient = trained(TailBucketReverseKL(), z, told(q, TopK(k=V)))
+    loss, gradient = trained(TopKDivergence(of=FullReverseKL()), z, told(q, TopK(k=V)))
     p = z.double().requires_grad_()
     whole = FullReverseKL().between(p.log_softmax(-1), q.double().log_softmax(-1))
     (slope,) = torch.autograd.grad(whole.sum(), p)

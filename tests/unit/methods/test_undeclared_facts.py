@@ -35,7 +35,7 @@ class Promising(BareObjective):
 
 @dataclass(frozen=True)
 class WithSupport(Promising):
-    """Its support is a field of its own, as that of `SupportReverseKL`."""
+    """Its support is a field of its own, as that of `SupportDivergence`."""
 
     support: Any = None
 

@@ -1,14 +1,20 @@
 """Configurations and checkpoints of before name parts by where they were; those go on."""
 
 import importlib
+from typing import Any
 
 import pytest
 
 from launch.artifacts.checkpoint_state import described, in_todays_names
-from launch.artifacts.moved import CLASSES, MODULES, SETTINGS, todays, todays_setting
+from launch.artifacts.moved import CLASSES, MODULES, SETTINGS, SPECIAL, todays, todays_setting
 from launch.checkpoint.changes import changes
 from launch.config.run_config import run_config
 from opd.errors import ConfigurationError
+from opd.objectives.estimators import Baseline, SampledDivergence
+from opd.objectives.support import Outside, SupportDivergence
+from opd.objectives.topk import HeadTailDivergence, TopKDivergence
+from opd.objectives.truncated import TruncatedRatio
+from opd.objectives.vocabulary import FullForwardKL, FullReverseKL
 
 BEFORE = {
     "method.weights.skip": "opd.weights.special.SkipFirst",
@@ -61,6 +67,72 @@ def test_a_checkpoint_of_before_is_the_same_run() -> None:
         _renamed(name, old): _moved(value, back) if isinstance(value, str) else value for name, value in now.items()
     }
     assert before != now and not changes(in_todays_names(before), now)
+
+
+REVERSE, FORWARD = FullReverseKL(), FullForwardKL()
+OBJECTIVES: dict[str, tuple[str, Any]] = {  # a method whose scorer fits, and what the old name must build
+    "topk.HeadTailReverseKL": ("mopd_topk", HeadTailDivergence(of=REVERSE)),
+    "topk.TailBucketReverseKL": ("mopd_topk", TopKDivergence(of=REVERSE, outside=Outside.BUCKET)),
+    "topk.TailBucketForwardKL": ("mopd_topk", TopKDivergence(of=FORWARD, outside=Outside.BUCKET)),
+    "topk.RenormalizedReverseKL": ("mopd_topk", TopKDivergence(of=REVERSE, outside=Outside.RENORMALIZED)),
+    "topk.RenormalizedForwardKL": ("mopd_topk", TopKDivergence(of=FORWARD, outside=Outside.RENORMALIZED)),
+    "topk.StopGradientReverseKL": ("mopd_topk", TopKDivergence(of=REVERSE, outside=Outside.NOTHING)),
+    "support.SupportReverseKL": ("full_reverse_kl", SupportDivergence(of=REVERSE, outside=Outside.RENORMALIZED)),
+    "estimators.BaselinedReverseKL": ("full_reverse_kl", SampledDivergence(of=REVERSE, baseline=Baseline.VOCABULARY)),
+    "estimators.TopKBaselinedReverseKL": ("mopd_topk", SampledDivergence(of=REVERSE, baseline=Baseline.TOPK)),
+}
+
+
+def test_every_special_class_of_before_is_tried_here() -> None:
+    old = {f"opd.objectives.{name}" for name in OBJECTIVES}
+    assert old == {name for name, now in SPECIAL.items() if name != now.path}
+    assert all(isinstance(_class(SPECIAL[name].path), type) for name in old)
+
+
+@pytest.mark.parametrize("old", OBJECTIVES)
+def test_a_special_class_of_before_is_the_general_one_with_its_fields(old: str) -> None:
+    method, now = OBJECTIVES[old]
+    given = f"method.objective._target_=opd.objectives.{old}"
+    assert run_config(["experiment=shop", f"method={method}", given]).method.objective == now
+    bounded = ["+method.objective.of._target_=opd.objectives." + old, "+method.objective.max_ratio=3"]
+    if now.on_policy:  # an objective within an objective
+        wrapped = "method.objective._target_=opd.objectives.truncated.TruncatedRatio"
+        config = run_config(["experiment=shop", f"method={method}", wrapped, *bounded])
+        assert config.method.objective == TruncatedRatio(of=now, max_ratio=3.0)
+
+
+def test_what_could_be_set_beside_an_old_name_still_can() -> None:
+    old = ["method=full_reverse_kl", "method.objective._target_=opd.objectives.support.SupportReverseKL"]
+    config = run_config(["experiment=shop", *old, "+method.objective.outside=NOTHING"])
+    assert config.method.objective == SupportDivergence(of=REVERSE, outside=Outside.NOTHING)
+
+
+def test_an_old_name_beside_fields_that_contradict_it_is_refused_with_the_new_one() -> None:
+    old = ["method=tail_bucket_reverse_kl", "method.objective._target_=opd.objectives.topk.RenormalizedReverseKL"]
+    sentence = r"TopKDivergence with \{of: \{_target_: .*FullReverseKL\}, outside: RENORMALIZED\} now, but .*outside is"
+    with pytest.raises(ConfigurationError, match=sentence + r" BUCKET; name .*TopKDivergence and set its fields"):
+        run_config(["experiment=shop", *old])
+
+
+@pytest.mark.parametrize("old", OBJECTIVES)
+def test_a_checkpoint_of_a_special_class_is_the_same_run(old: str) -> None:
+    method, _ = OBJECTIVES[old]
+    path = f"opd.objectives.{old}"
+    now = described(run_config(["experiment=shop", f"method={method}", f"method.objective._target_={path}"]))
+    added = {"method.objective.of", "method.objective.baseline", *({"method.objective.outside"} - _kept(path))}
+    before = {name: value for name, value in now.items() if name not in added} | {"method.objective": path}
+    assert before != now and not changes(in_todays_names(before), now) and in_todays_names(now) == now
+
+
+def test_a_checkpoint_of_a_sampled_divergence_had_no_baseline() -> None:
+    now = described(run_config(["experiment=shop", "method=sampled_jensen_shannon"]))
+    before = {name: value for name, value in now.items() if name != "method.objective.baseline"}
+    assert before != now and not changes(in_todays_names(before), now)
+
+
+def _kept(path: str) -> set[str]:
+    """Settings that the special class had, too."""
+    return {f"method.objective.{name}" for name in SPECIAL[path].defaults}
 
 
 def _renamed(name: str, old: dict[str, str]) -> str:
