@@ -21,7 +21,7 @@ from launch.monitors.live_view import LiveView
 from launch.monitors.step_metrics import Meter
 from launch.report.curves import panels
 from launch.report.report import write_report
-from launch.run.evaluate import Evaluator, Spent
+from launch.run.evaluate import Evaluator, TrainingCost
 from opd.doctor.examine import teacher_gain
 from opd.doctor.findings import Verdict
 from opd.ports import Completion, Engines, GenerateRequest, ScoreAnswer, ScoreRequest, Sources
@@ -87,7 +87,7 @@ def measured(without: int, grader: Half, samples: int = 2) -> EvaluationPoint:
     )  # fmt: skip
     config = EvaluationConfig(prompts=Held(count=4, without=without))
     evaluator = Evaluator(config, None, engines, None, exact_kl=False)  # type: ignore[arg-type]
-    return asyncio.run(evaluator.student(3, samples, Spent(totals=Totals(), cpu_s=0.0)))
+    return asyncio.run(evaluator.student(3, samples, TrainingCost(totals=Totals(), cpu_s=0.0)))
 
 
 def test_no_answers_no_accuracy_and_no_grader() -> None:
