@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf.folder import read_headers
-from hf.tensors import read_tensor
+from hf.single_tensor import read_tensor
 from opd.errors import DataError
 from weight_sync.lora import pairs, with_adapters
 from weight_sync.receiver import ReceivedWeights

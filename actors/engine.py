@@ -155,7 +155,7 @@ class VLLMEngine:
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
 
     def _load(self, delivered: ReceivedWeights, sentinel: Sentinel, loop: EngineLoop) -> WeightAck:
-        from actors.weights_in import transfer
+        from actors.weight_loader import transfer
 
         start = perf_counter()
         workers = loop.engine.collective_rpc

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.config import CPU_KV_CACHE_BYTES, StudentConfig
-from hf.ends import read_ends
 from hf.folder import text_config
+from hf.stop_tokens import read_ends
 from opd.errors import DataError
 from opd.ports import GenerateRequest, Sampling, Sentinel
 from opd.settings.devices import resolve_device, resolve_dtype
@@ -116,7 +116,7 @@ def build(config: StudentConfig) -> "LLMEngine":
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from actors.weights_in import BACKEND, EXTENSION
+    from actors.weight_loader import BACKEND, EXTENSION
 
     arguments = EngineArgs(
         **engine_arguments(config, resolve_device(config.device, "student")),

@@ -17,7 +17,7 @@ from opd.errors import ConfigurationError, DataError
 
 Read = Callable[[Sequence[Tensor]], Tensor]
 
-_SEEN = {"full_attention", "sliding_attention", "attention"}  # kinds of layers that `opd.loss.attention` computes
+_SEEN = {"full_attention", "sliding_attention", "attention"}  # layers that `opd.loss.packed_attention` computes
 _LENGTHS = (9, 3, 17, 5, 24)  # a state that leaks is largest in the short ones
 _LONGEST_WINDOW = 160  # a wider window is not filled by the trial, which is to take a second
 _TOLERATED = 3.0  # times the floor; what is right has at most 1 (docs/models.md)

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from hf.packable import Trial, check_head, check_layers, context_length, unlike
 from opd.errors import DataError
-from opd.loss.attention import NAME, Packing, register
+from opd.loss.packed_attention import NAME, Packing, register
 
 Model = TypeVar("Model")
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from learner import engine
 from learner.config import LearnerConfig
-from learner.folder import write_folder
 from learner.model import Student
+from learner.student_folder import write_folder
 from weight_sync.lora import pairs, with_adapters
 from weight_sync.manifest import runs
 

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf.folder import read_headers
-from hf.head import read_head
+from hf.lm_head import read_head
 from hf.packable import check_head
 from hf.packed_model import load_causal
 from hf.weight_names import stored_names
 from opd.errors import ConfigurationError
-from opd.loss.attention import NAME, Packing
 from opd.loss.chunked import StudentLogits, chunk_rows
+from opd.loss.packed_attention import NAME, Packing
 from opd.types import Batch, Scores
 from weight_sync.lora import A, B
 

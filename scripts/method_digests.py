@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from launch.config.run_config import run_config
-from launch.config.shipped import groups
+from launch.config.shipped_files import groups
 from opd.loss.chunked import StudentLogits
 from opd.types import (
     AdvantageScores,

@@ -1,1 +1,1 @@
-"""Models that read what the student wrote and testify about it, behind `opd.ports.LogprobTeacher`."""
+"""Teacher models that score the tokens of trajectories: in this process or behind a server."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from launch.artifacts.moved import renamed, todays_parts, todays_setting
+from launch.artifacts.old_names import renamed, todays_parts, todays_setting
 from launch.artifacts.redaction import redacted
 from opd.errors import DataError
 

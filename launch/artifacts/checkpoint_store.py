@@ -16,8 +16,8 @@ from launch.artifacts.checkpoint_state import (
     name_of,
     newest_first,
 )
-from launch.artifacts.foreign import read_json
 from launch.artifacts.run_directory import write_json
+from launch.artifacts.untrusted_files import read_json
 from learner import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.loop.ledger import Ledger

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from launch.artifacts.foreign import record
+from launch.artifacts.untrusted_files import record
 
 NOT_MEASURED = "not measured"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
-from launch.artifacts.foreign import read_text
 from launch.artifacts.run_directory import RunDirectory, read_steps
 from launch.artifacts.samples import Sample
 from launch.artifacts.summary import RunSummary
+from launch.artifacts.untrusted_files import read_text
 from opd.errors import DataError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.artifacts.foreign import record
+from launch.artifacts.untrusted_files import record
 from opd.loop.train import StepRecord
 from opd.types import AdvantageScores, Scored, TokenScores
 

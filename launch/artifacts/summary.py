@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.artifacts.evaluation_point import EvaluationPoint
-from launch.artifacts.foreign import read_json, record
 from launch.artifacts.run_directory import RunDirectory, write_json
+from launch.artifacts.untrusted_files import read_json, record
 
 _POINTS = ("student_start", "student_end", "teacher")
 

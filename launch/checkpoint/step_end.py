@@ -10,7 +10,7 @@ from time import monotonic
 from launch.artifacts.checkpoint_state import DriverState
 from launch.checkpoint.saver import Saver
 from launch.config.run_config import RunConfig
-from launch.services.causes import brief
+from launch.services.failure_causes import brief
 from launch.services.learner_restart import RestartingLearner
 from launch.services.signals import Preempted, StopRequest
 from opd.deadlines import running_timeout

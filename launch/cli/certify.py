@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.config.run_config import run_config
-from launch.config.shipped import groups
+from launch.config.shipped_files import groups
 from opd.certify.certificate import Certificate
 from opd.certify.certify import certify
 from opd.errors import ConfigurationError

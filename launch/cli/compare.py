@@ -13,11 +13,11 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from launch.artifacts import screen
-from launch.artifacts.foreign import read_json, read_yaml
+from launch.artifacts import terminal
 from launch.artifacts.redaction import redacted
 from launch.artifacts.run_directory import check_name
 from launch.artifacts.summary import Outcome
+from launch.artifacts.untrusted_files import read_json, read_yaml
 from launch.checkpoint.places import check_writable
 from launch.cli.train import train_once
 from launch.cli.tuning import Tuning
@@ -66,7 +66,7 @@ def run_comparison(overrides: Sequence[str]) -> int:
     check_name(comparison.name)
     check_writable(Path(comparison.output_dir))
     root = Path(comparison.output_dir) / comparison.name
-    console = screen.console()
+    console = terminal.console()
 
     def plan(arm: str, seed: int, label: str, *more: str) -> Plan:
         names = [f"seed={seed}", f"run_name={label}-seed{seed}", f"output_dir={root}"]

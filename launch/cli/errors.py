@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 
 from launch.artifacts.redaction import masked
-from launch.services.causes import find_own
+from launch.services.failure_causes import find_own
 from launch.services.signals import Preempted
 from opd.errors import ConfigurationError
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from launch.config.compose import compose, own_folder
 from launch.config.keys import Key, keys
-from launch.config.shipped import groups, option_files
+from launch.config.shipped_files import groups, option_files
 from opd.errors import ConfigurationError
 
 USAGE = """\

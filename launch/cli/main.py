@@ -14,7 +14,7 @@ from time import time
 from typing import TYPE_CHECKING
 
 from launch.artifacts.redaction import check_arguments
-from launch.artifacts.screen import console
+from launch.artifacts.terminal import console
 from launch.cli.errors import keep_secrets, sentences
 from launch.cli.flags import read_flags
 from launch.services.signals import end_on_signals

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from launch.artifacts import screen
+from launch.artifacts import terminal
 from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.run_lock import running
@@ -21,8 +21,8 @@ from launch.report.next_steps import next_steps_text
 from launch.run.evaluate import TrainingCost
 from launch.run.run import Run, costs, make_evaluator
 from launch.run.session import open_session
-from launch.services.causes import ProcessFailed, find_own
 from launch.services.cluster import connected
+from launch.services.failure_causes import ProcessFailed, find_own
 from launch.services.ray_node import Node
 from launch.services.signals import Preempted, StopRequest, guarded, run_until_stopped
 from launch.services.stack_dumps import keep_traceback
@@ -35,7 +35,7 @@ def run_training(overrides: Sequence[str]) -> int:
     check_login(config.tracker)
     check_place(config)
     plan = make_plan(config)
-    console = screen.console()
+    console = terminal.console()
     if config.dry_run:
         resumed = resumption(config, console)
         console.print(plan.table())
@@ -54,7 +54,7 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     """`opd eval`: measure `student.path` on the held-out prompts, and print the figures."""
     config = run_config(overrides)
     plan = make_plan(config)
-    console = screen.console()
+    console = terminal.console()
     plan.show_prompts(console)
     if config.dry_run:
         console.print(plan.table())

@@ -19,9 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.artifacts.own_yaml import check_files
+from launch.artifacts.user_yaml import check_files
 from launch.config.keys import Key, advice, holds_text, keys
-from launch.config.shipped import groups, shipped
+from launch.config.shipped_files import groups, shipped
 from opd.errors import ConfigurationError
 from opd.settings.validation import shown
 

@@ -18,9 +18,9 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.artifacts.moved import todays, todays_setting
+from launch.artifacts.old_names import todays, todays_setting
 from launch.config.aliases import ALIASES, REASONS
-from launch.config.shipped import option_files, shipped
+from launch.config.shipped_files import option_files, shipped
 from opd.errors import ConfigurationError
 
 _RUN = "launch.config.run_config.RunConfig"

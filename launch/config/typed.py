@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from launch.artifacts.moved import todays, todays_part
+from launch.artifacts.old_names import todays, todays_part
 from launch.config.keys import nearest
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.own_modules import own_module

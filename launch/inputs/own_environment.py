@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any
 
-from launch.inputs.faults import Faults
+from launch.inputs.grading_failures import Faults
 from opd.errors import ConfigurationError
 from opd.ports import Outcome
 from opd.types import Prompt

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from launch.inputs.faults import Faults
+from launch.inputs.grading_failures import Faults
 from launch.inputs.grading_process import GradingProcess
 from opd.errors import ConfigurationError, OpdError
 

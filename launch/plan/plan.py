@@ -29,8 +29,8 @@ from launch.plan.checks.settings import check_settings, check_shares, schedule_n
 from launch.plan.checks.survey import Survey, survey_all, survey_step
 from launch.plan.checks.tasks import check_tasks
 from launch.plan.checks.teachers import check_adapters, check_teachers, unread_notes
-from launch.plan.rate_curve import BLOCKS, PLAIN, rate_curve
-from launch.services.transports import check_transport
+from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
+from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
 from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
 from opd.method.needs import needs

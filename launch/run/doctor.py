@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.artifacts import screen
+from launch.artifacts import terminal
 from launch.config.run_config import run_config
 from launch.plan.checks.numbers import engine_dtype, narrow, part_dtype
 from launch.plan.plan import Plan, make_plan
@@ -69,7 +69,7 @@ def run_doctor(overrides: Sequence[str], output: str) -> int:
     """The whole examination of every teacher."""
     config = run_config(overrides)
     plan = make_plan(config)
-    console = screen.console()
+    console = terminal.console()
 
     async def everything() -> list[Finding]:
         session = await open_session(plan)

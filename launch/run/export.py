@@ -23,7 +23,7 @@ from opd.errors import ConfigurationError, DataError, OpdError
 from opd.settings.devices import Dtype
 
 if TYPE_CHECKING:
-    from learner.merging import Origin
+    from learner.checkpoint_merge import Origin
 
 
 async def export_student(
@@ -111,7 +111,9 @@ def _place(run: str, step: str) -> Path:
 
 def _write(place: Path, target: Path, student: str) -> None:
     _keep_libraries_quiet()
-    from learner.merging import export_checkpoint  # transformers takes seconds, which other commands need not wait for
+    from learner.checkpoint_merge import (
+        export_checkpoint,  # transformers takes seconds, which other commands need not wait for
+    )
 
     state = verified_state(place)
     origin = origin_of(state.config, student)
@@ -137,7 +139,7 @@ def origin_of(settings: Mapping[str, Any], student: str = "") -> "Origin":
     Raises:
         DataError: they are not there, or are none.
     """
-    from learner.merging import Origin
+    from learner.checkpoint_merge import Origin
 
     try:
         names = [

@@ -32,8 +32,8 @@ from launch.run.doctor import as_json, consult
 from launch.run.evaluate import Evaluator, TrainingCost
 from launch.run.export import export_student, write_card
 from launch.run.session import Session, open_session
-from launch.run.step_floor import staffing, step_limit
-from launch.services.causes import brief, find_own
+from launch.run.step_roofline import staffing, step_limit
+from launch.services.failure_causes import brief, find_own
 from launch.services.signals import StopRequest
 from launch.services.stack_dumps import StackDumps
 from opd.loop.ledger import Ledger

@@ -35,7 +35,7 @@ from launch.services.placement import ActorRole
 from launch.services.pools import Follower, ObservedStudent, StudentPool, TeacherPool
 from launch.services.replicas import within
 from launch.services.stack_dumps import StackDumps
-from launch.services.transports import check_places, sender, transport_of
+from launch.services.weight_transports import check_places, sender, transport_of
 from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
 from learner.learner import LearnerRank

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from launch.config.settings import ClusterConfig, Placement
-from launch.services.causes import brief
+from launch.services.failure_causes import brief
 from launch.services.placement import ActorRole, Machine, check_fits
 from launch.services.ray_address import check_cluster
 from launch.services.ray_node import Node, on_loopback, start_ray

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from launch.services.causes import brief, vanished
 from launch.services.cluster import end, has_died, place_of
+from launch.services.failure_causes import brief, vanished
 from launch.services.replicas import DescribeStacks, Fault, ReplicaFault, no_stack_dump, within
 from learner.config import LearnerConfig
 from learner.learner import LearnerRank

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import psutil
 
-from launch.services.causes import brief
+from launch.services.failure_causes import brief
 from launch.services.replicas import GO_ON
 from opd.deadlines import repeated
 from opd.errors import OpdError

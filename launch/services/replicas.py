@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from launch.config.retry_policy import RetryPolicy
-from launch.services.causes import ProcessFailed, brief, find_own, vanished
+from launch.services.failure_causes import ProcessFailed, brief, find_own, vanished
 from opd import deadlines
 from opd.errors import DataError, OpdError, ServiceHung
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.artifacts.run_directory import write_text
-from launch.services.causes import without_colors
+from launch.services.failure_causes import without_colors
 from opd.deadlines import running_timeout
 from opd.errors import OpdError
 from weight_sync.shared_memory import place

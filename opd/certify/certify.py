@@ -22,7 +22,7 @@ from opd.certify.fitting import fitted, teacher_names
 from opd.certify.gradients import Case, make_case
 from opd.certify.invariances import check_masks, check_steps, check_teacher, check_tokens
 from opd.certify.scorer_checks import check_credit, check_requests, check_score_order
-from opd.certify.sums import check_terms
+from opd.certify.term_sums import check_terms
 from opd.certify.worlds import VOCABULARY, make_world, stale
 from opd.method.method import Method
 

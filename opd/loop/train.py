@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from opd.loop.clock import StepClock
 from opd.loop.ledger import Ledger, State
 from opd.loop.rollout_buffer import BufferedStep, RolloutBuffer, names_of
 from opd.loop.staleness import StalenessSchedule
+from opd.loop.step_clock import StepClock
 from opd.loss.packing import WeighedTerm
 from opd.method.method import Method, packed, weighed
 from opd.method.terms import MAIN

@@ -21,7 +21,7 @@ from opd.ports import ScoreAnswer, ScoreRequest, TopK
 from opd.scorers.validation import validate_scores
 from opd.settings.secret import Secret
 from teacher_service.config import TeacherConfig, check_supports
-from teacher_service.ranked import most_ids, ranked
+from teacher_service.ranked_tokens import most_ids, ranked
 from teacher_service.retries import NoAnswer, RetryLoop, WrongAnswer, fetch, session, together
 from teacher_service.scoring import Bounds, Store, TeacherStats, kinds_of, length
 

@@ -18,8 +18,8 @@ from opd.errors import ConfigurationError, OpdError
 from opd.ports import PublishedWeights, ScoreAnswer, ScoreRequest
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Fetch
+from teacher_service.call_deadline import in_time
 from teacher_service.config import START_S, TeacherConfig
-from teacher_service.deadlines import in_time
 from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
 from weight_sync.receiver import collect
 

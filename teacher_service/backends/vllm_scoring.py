@@ -19,15 +19,15 @@ import torch
 from torch.nn import functional as F
 
 from hf.folder import text_config
-from hf.head import load_head
+from hf.lm_head import load_head
 from hf.tokenizer_check import check_checkpoint
 from opd.errors import DataError, OpdError
 from opd.ports import ScoreAnswer, ScoreRequest
 from opd.settings.devices import resolve_device, resolve_dtype
 from teacher_service.backends.torch_forward import microbatches
+from teacher_service.call_deadline import in_time
 from teacher_service.config import START_S, TeacherConfig, check_supports
-from teacher_service.deadlines import in_time
-from teacher_service.ranked import most_ids, ranked
+from teacher_service.ranked_tokens import most_ids, ranked
 from teacher_service.scoring import (
     Bounds,
     Store,

@@ -9,7 +9,7 @@ import pytest
 
 from launch.config.compose import compose
 from launch.config.run_config import RunConfig, run_config
-from launch.config.shipped import groups
+from launch.config.shipped_files import groups
 from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError
 from opd.objectives.returns import MiniLLM

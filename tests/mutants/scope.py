@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 AREAS = {
     "objectives": ["opd/objectives/*.py", "opd/method/promises.py", "opd/token_weights/*.py", "opd/method/method.py"],
     "loss": ["opd/loss/chunked.py", "opd/loss/metric_sums.py", "opd/loss/per_teacher.py", "opd/scorers/*.py"],
-    "packing": ["opd/loss/packing.py", "opd/loss/attention.py"],
+    "packing": ["opd/loss/packing.py", "opd/loss/packed_attention.py"],
     "loop": ["opd/loop/train.py", "opd/rollouts/*.py"],
     "buffer": ["opd/loop/staleness.py", "opd/loop/rollout_buffer.py"],
     "ledger": ["opd/loop/ledger.py"],

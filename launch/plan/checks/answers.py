@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rich.progress import track
 
-from launch.artifacts import screen
+from launch.artifacts import terminal
 from launch.config.run_config import RunConfig
 from launch.inputs.graders import make_grader
 from launch.plan.checks.survey import Survey
@@ -68,4 +68,4 @@ def unreadable(references: References, graders: Mapping[str, object]) -> list[tu
 def _shown(answers: dict[str, None]) -> Iterable[str]:
     if len(answers) < MANY:
         return answers
-    return track(answers, "reading reference answers", console=screen.console(stderr=True), transient=True)
+    return track(answers, "reading reference answers", console=terminal.console(stderr=True), transient=True)

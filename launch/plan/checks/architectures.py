@@ -14,7 +14,7 @@ from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.numbers import narrow, part_dtype
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
-from opd.loss.attention import Packing, attend, mask
+from opd.loss.packed_attention import Packing, attend, mask
 from opd.ports import LastHidden
 from opd.settings.devices import Device, on_gpu
 from teacher_service.config import REMOTE, Backend

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hf.ends import Ends, read_ends
 from hf.folder import has_config
+from hf.stop_tokens import Ends, read_ends
 from hf.tokenizer import HuggingFaceTokenizer
 from teacher_service.config import TeacherConfig
 

@@ -9,7 +9,7 @@ import xxhash
 from rich.progress import track
 
 from hf.tokenizer import HuggingFaceTokenizer
-from launch.artifacts.screen import console
+from launch.artifacts.terminal import console
 from opd.ports import Listed, PromptSource, Sources
 from opd.prompts.dataset import DatasetPrompts
 from opd.types import Prompt

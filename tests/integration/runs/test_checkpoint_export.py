@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from learner.checkpoint_merge import Origin, export_checkpoint
 from learner.config import LoraConfig
-from learner.merging import Origin, export_checkpoint
 from opd.errors import ConfigurationError, DataError
 from opd.settings.devices import Dtype
 from tests.small_learner import SMOOTH, STAGES, Likelihood, Start, batches_of, keep

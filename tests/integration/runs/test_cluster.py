@@ -13,8 +13,8 @@ from launch.config.retry_policy import RetryPolicy
 from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import ClusterConfig
 from launch.plan.checks.devices import ENGINE, roles
-from launch.services.causes import find_own
 from launch.services.cluster import Actors, end, has_died, is_lost, silence
+from launch.services.failure_causes import find_own
 from launch.services.placement import ActorRole
 from launch.services.pools import StudentPool
 from launch.services.ray_address import check_cluster

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from launch.config.run_config import run_config
-from launch.config.shipped import groups
+from launch.config.shipped_files import groups
 from launch.plan.plan import make_plan
 from launch.run.session import Session, open_session
 from launch.services.cluster import connected

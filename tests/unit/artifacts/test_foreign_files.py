@@ -12,10 +12,10 @@ import pytest
 
 from launch.artifacts.checkpoint_state import MANIFEST, STATE
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
-from launch.artifacts.foreign import read_json, read_yaml
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.run_lock import LOCK, check_not_running, is_over
+from launch.artifacts.untrusted_files import read_json, read_yaml
 from launch.cli.compare import finished_with
 from learner import checkpoint
 from opd.errors import DataError, OpdError

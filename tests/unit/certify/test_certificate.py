@@ -13,7 +13,7 @@ from rich.console import Console
 
 from launch.cli.certify import certify_methods
 from launch.config.run_config import run_config
-from launch.config.shipped import groups
+from launch.config.shipped_files import groups
 from opd.certify.certificate import Bound, Certificate, Row
 from opd.certify.certify import certify
 from opd.errors import ConfigurationError

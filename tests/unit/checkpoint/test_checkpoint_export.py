@@ -46,7 +46,7 @@ def run(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatc
         target.mkdir()
         (target / "config.json").write_text(json.dumps({"from": shards.parent.name, "student": origin.student}))
 
-    monkeypatch.setattr("learner.merging.export_checkpoint", noted)
+    monkeypatch.setattr("learner.checkpoint_merge.export_checkpoint", noted)
     monkeypatch.setenv("DS_ACCELERATOR", "")  # and back to what it was
     monkeypatch.delenv("DS_ACCELERATOR")
     logging.enable_progress_bar()

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from launch.artifacts.screen import console
+from launch.artifacts.terminal import console
 from launch.cli.main import main
 from launch.config.aliases import ALIASES, REASONS
 from launch.config.compose import compose
 from launch.config.keys import check_names, keys
-from launch.config.shipped import groups, option_files
+from launch.config.shipped_files import groups, option_files
 from opd.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -224,7 +224,7 @@ def test_there_is_one_maker_of_consoles() -> None:
     elsewhere = [
         path.name for path in (ROOT / "launch").rglob("*.py") if re.search(r"(?<!\w)Console\(", path.read_text())
     ]
-    assert elsewhere == ["screen.py"]
+    assert elsewhere == ["terminal.py"]
 
 
 def test_the_configuration_that_is_shown_composes_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from launch.checkpoint.changes import changes, check_changes
 from launch.config.run_config import run_config
 from launch.config.typed import construct
 from launch.plan.checks.settings import schedule_notes
+from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve, sparkline
 from launch.plan.plan import Plan, make_plan
-from launch.plan.rate_curve import BLOCKS, PLAIN, rate_curve, sparkline
 from learner.config import LearnerConfig, learning_rate
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError

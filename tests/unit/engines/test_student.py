@@ -18,7 +18,7 @@ from learner.config import LoraConfig
 from learner.lora import adapt
 from learner.model import Student, load_head, load_student, sentinel_ids
 from opd.errors import ConfigurationError, DataError
-from opd.loss.attention import NAME, attend, mask
+from opd.loss.packed_attention import NAME, attend, mask
 from tests.fuzz.families import make
 from tests.tiny_models import VOCABULARY, logprobs, save, tiny_model
 

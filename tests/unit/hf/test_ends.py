@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.config import StudentConfig
 from actors.startup import read_limits
-from hf.ends import read_ends
+from hf.stop_tokens import read_ends
 from hf.tokenizer import HuggingFaceTokenizer
 from launch.plan.checks.ends import text_ends
 from opd.errors import ConfigurationError, DataError

@@ -16,7 +16,7 @@ from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
 from learner.model import Student, load_student
 from opd.errors import ConfigurationError, DataError
-from opd.loss.attention import NAME
+from opd.loss.packed_attention import NAME
 from tests.fuzz.architectures import SHOP, tried
 from tests.fuzz.families import FAMILIES, POSITIONS, WINDOW, make
 from tests.tiny_models import VOCABULARY

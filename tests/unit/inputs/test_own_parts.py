@@ -16,8 +16,8 @@ from launch.artifacts.checkpoint_state import GRADERS, described, in_todays_name
 from launch.checkpoint.changes import changes
 from launch.config.reward_function import RewardFunction
 from launch.config.run_config import run_config
-from launch.inputs.faults import HOPELESS
 from launch.inputs.graders import MathGrader, make_grader
+from launch.inputs.grading_failures import HOPELESS
 from launch.inputs.own_environment import OwnEnvironment
 from launch.inputs.own_grader import OwnGrader, rewards_of
 from launch.plan.checks.devices import writers_of

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from opd import ports
-from opd.loop.clock import StepClock
 from opd.loop.ledger import Ledger
 from opd.loop.rollout_buffer import BufferedStep
 from opd.loop.staleness import StalenessSchedule
+from opd.loop.step_clock import StepClock
 from opd.loop.train import StepRecord, train
 from opd.loss.chunked import StudentLogits, chunked_loss, read
 from opd.method.method import Method

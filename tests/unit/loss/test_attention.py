@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opd.errors import ConfigurationError
-from opd.loss.attention import Extras, Packing, attend, mask, packed_attention, register
+from opd.loss.packed_attention import Extras, Packing, attend, mask, packed_attention, register
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launch.monitors import accounting
 from launch.plan.checks.models import parameter_count
-from launch.run.step_floor import StepLimit, model_shape
+from launch.run.step_roofline import StepLimit, model_shape
 from opd.errors import ConfigurationError
 from opd.observability import roofline
 from opd.observability.roofline import Decoding, Floors, Hardware, Lengths, ModelShape, UpdateCost

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from launch.artifacts.checkpoint_state import described, in_todays_names
-from launch.artifacts.moved import CLASSES, MODULES, SETTINGS, SPECIAL, todays, todays_setting
+from launch.artifacts.old_names import CLASSES, MODULES, SETTINGS, SPECIAL, todays, todays_setting
 from launch.checkpoint.changes import changes
 from launch.config.run_config import run_config
 from opd.errors import ConfigurationError

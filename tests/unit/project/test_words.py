@@ -67,7 +67,7 @@ BRITISH = {
 }
 # Old names that a program or a page must still know.
 ALLOWED = {
-    "launch/artifacts/moved.py": {"strikes", "journal"},
+    "launch/artifacts/old_names.py": {"strikes", "journal"},
 }
 # A first line that begins so is a riddle or a question, and no noun phrase.
 OPENINGS = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from actors.engine_thread import EngineStopped
-from launch.services.causes import brief, causes, find_own, one_line, vanished
+from launch.services.failure_causes import brief, causes, find_own, one_line, vanished
 from opd.errors import DataError, OpdError
 
 REPR = "<actors.engine.VLLMEngine object at 0x7f>"

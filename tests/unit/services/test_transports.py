@@ -7,7 +7,7 @@ import torch
 
 from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
-from launch.services.transports import check_places, sender, transport_of
+from launch.services.weight_transports import check_places, sender, transport_of
 from learner.config import Transport
 from learner.publishing import StagedSender
 from opd.errors import ConfigurationError

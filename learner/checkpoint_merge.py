@@ -9,9 +9,9 @@ import torch
 
 from learner import checkpoint
 from learner.config import LoraConfig
-from learner.folder import write_folder
 from learner.model import load_student
 from learner.publishing import Publisher, StagedSender
+from learner.student_folder import write_folder
 from opd.settings.devices import Dtype, resolve_dtype
 from weight_sync.lora import pairs, with_adapters
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from launch.artifacts.own_yaml import check_files
+from launch.artifacts.user_yaml import check_files
 from opd.errors import ConfigurationError, DataError
 from opd.settings.validation import fields_of, fit
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf.folder import Stored, output_matrix, read_headers, text_config
-from hf.tensors import read_tensor
+from hf.single_tensor import read_tensor
 from opd.errors import ConfigurationError, DataError
 
 _EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
