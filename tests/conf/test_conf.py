@@ -115,7 +115,7 @@ def test_every_experiment_builds(name: str) -> None:
         ),
         (
             ["method=student_topk_reverse_kl", "method.rollout.record_topk=0"],
-            r"needs TopKScores from the writer.*set rollout\.record_topk",
+            r"needs TopKScores of the behavior policy.*set rollout\.record_topk",
         ),
         (
             ["method=jensen_shannon", "method.objective.beta=0"],

@@ -241,7 +241,7 @@ def test_an_estimate_from_drawn_tokens_is_refused_in_every_term() -> None:
     from opd.rollouts.student import TeacherRollout
 
     late = Term(scorer=SampledTokens(), objective=SampledReverseKL())
-    with pytest.raises(ConfigurationError, match="SampledReverseKL estimates from tokens that the student drew"):
+    with pytest.raises(ConfigurationError, match="SampledReverseKL estimates from tokens that the student sampled"):
         replace(two(), rollout=TeacherRollout(max_tokens=8), terms={"late": late})
 
 
