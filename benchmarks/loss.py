@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from learner.config import environment
 from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
+from opd.loss.metrics import diagnosed
 from opd.objectives.vocabulary import FullReverseKL, JensenShannon
 from opd.settings.devices import Device
 from opd.types import Batch, HiddenScores, TokenLoss
@@ -113,25 +114,13 @@ def flat(objective: Any, diagnostics: bool) -> Arm:
 
             def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
                 part = rows.rows(start - first, stop - first)
-                return objective(student, part) if diagnostics else loss_alone(objective, student, part)
+                return diagnosed(objective, student, part) if diagnostics else objective(student, part)
 
             return evaluate
 
         return flat_loss(case.hidden, case.head, batch.weights, prepare)[0] / batch.denominator
 
     return arm
-
-
-def loss_alone(objective: Any, student: StudentLogits, batch: Any) -> TokenLoss:
-    """The objective's loss by its own lines, without the diagnostics it reports."""
-    from opd.objectives import vocabulary
-
-    kept = vocabulary.vocabulary_metrics
-    vocabulary.vocabulary_metrics = lambda *_: {}
-    try:
-        return replace(objective(student, batch), metrics={})
-    finally:
-        vocabulary.vocabulary_metrics = kept
 
 
 ARMS: dict[str, Arm] = {

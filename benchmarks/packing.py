@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opd.loss.chunked import chunked_loss
+from opd.loss.metrics import diagnosed
 from opd.loss.packing import TokenMean, pack
 from opd.objectives.sampled import SampledReverseKL
 from opd.ports import Layout
@@ -106,7 +107,7 @@ class Model:
             b = batch.to("cpu", lambda handle: handle)
             hidden = self.packed(b) if packed else self.padded(b)
             part, _ = chunked_loss(
-                hidden, self.head, b.weights, lambda s, i, j, b=b: SampledReverseKL()(s, b.rows(i, j)), 512
+                hidden, self.head, b.weights, lambda s, i, j, b=b: diagnosed(SampledReverseKL(), s, b.rows(i, j)), 512
             )
             total += part.item() / b.denominator
         return total

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from learner.config import environment
 from opd.loss.chunked import Evaluate, chunk_rows, flat_loss, log_softmax_, mixture
+from opd.loss.metrics import diagnosed
 from opd.objectives.vocabulary import FullReverseKL
 from opd.settings.devices import Device
 from opd.types import Batch, VocabularyScores
@@ -65,7 +66,7 @@ def ours(case: Case) -> Tensor:
             target_ids=every[first:last], behavior_logprobs=logprobs[first:last], weights=torch.ones(last - first),
             depth=every[first:last], scores=scores, denominator=float(len(every)),
         )  # fmt: skip
-        return lambda student, start, stop: FullReverseKL()(student, rows.rows(start - first, stop - first))
+        return lambda student, start, stop: diagnosed(FullReverseKL(), student, rows.rows(start - first, stop - first))
 
     return flat_loss(case.hidden, case.head, torch.ones(len(every)), prepare)[0] / len(every)
 

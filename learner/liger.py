@@ -16,7 +16,6 @@ from torch import Tensor
 from learner.config import LossKernel
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import vocabulary_metrics
 from opd.method.promises import Promise
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import LossFunction
@@ -77,8 +76,7 @@ class LigerDivergence:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         loss = divergence(student.logprobs, batch.scores.vocabulary_logprobs, self.beta)
-        own = {self.reports: loss.detach()} if self.reports else {}
-        return TokenLoss(loss=loss, metrics={**own, **vocabulary_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics={self.reports: loss.detach()} if self.reports else {})
 
 
 def with_kernel(kernel: LossKernel, objective: LossFunction) -> LossFunction:

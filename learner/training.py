@@ -25,6 +25,7 @@ from learner.snapshots import Snapshots
 from opd.errors import DataError, OpdError
 from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
 from opd.loss.metric_sums import MetricSums
+from opd.loss.metrics import diagnosed
 from opd.loss.packing import halves
 from opd.loss.per_teacher import by_teacher
 from opd.ports import LossFunction, Rank, Sentinel, WeightSender, WeightShard
@@ -302,7 +303,7 @@ class Training(Rank):
 
             def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
                 block = rows.rows(start - first, stop - first)
-                return by_teacher(objective(student, block), block)
+                return by_teacher(diagnosed(objective, student, block), block)
 
             return evaluate
 

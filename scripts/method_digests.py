@@ -13,6 +13,7 @@ from torch import Tensor
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.loss.chunked import StudentLogits
+from opd.loss.metrics import diagnosed
 from opd.types import (
     AdvantageScores,
     Batch,
@@ -42,6 +43,11 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
     return TokenScores(logprobs=own) if kind is TokenScores else Scores()
 
 
+def kind_of(method: Any) -> type[Scores]:
+    """Class of the scores that a method's objective reads."""
+    return getattr(method.scorer.produces, "reads_as", method.scorer.produces)
+
+
 def evaluated(method: Any, dtype: torch.dtype, seed: int) -> tuple[TokenLoss, Tensor]:
     """The loss of a method's objective and its gradient with respect to the student's logits."""
     draw = torch.Generator().manual_seed(seed)
@@ -51,9 +57,7 @@ def evaluated(method: Any, dtype: torch.dtype, seed: int) -> tuple[TokenLoss, Te
     mu = (z + torch.randn(ROWS, V, generator=draw, dtype=torch.float64)).log_softmax(-1)
     at = torch.multinomial(mu.exp(), 1, generator=draw)[:, 0]
     rows, depth = torch.arange(ROWS), torch.randint(0, 1500, (ROWS,), generator=draw)
-    produced = method.scorer.produces
-    kind = getattr(produced, "reads_as", produced)
-    k = getattr(method.scorer, "k", 16)
+    kind, k = kind_of(method), getattr(method.scorer, "k", 16)
     batch = Batch(
         input_ids=rows,
         position_ids=rows,
@@ -67,7 +71,7 @@ def evaluated(method: Any, dtype: torch.dtype, seed: int) -> tuple[TokenLoss, Te
         denominator=1.0,
     )
     leaf = z.to(dtype).requires_grad_()
-    result = method.loss(StudentLogits(logits=leaf), batch)
+    result = diagnosed(method.loss, StudentLogits(logits=leaf), batch)
     (gradient,) = torch.autograd.grad((result.loss * torch.rand(ROWS, generator=draw).to(dtype)).sum(), leaf)
     return result, gradient
 

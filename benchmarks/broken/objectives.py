@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import mismatch
 from opd.method import promises as exact
 from opd.objectives.vocabulary import divergence
 from opd.ports import Context
@@ -27,10 +26,10 @@ class SoldAsReverseKL:
 
 
 def written(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
-    """Loss and the metrics of every method on sampled tokens."""
+    """Loss, and the estimate that every method on sampled tokens reports."""
     logprobs = student.at(batch.target_ids)
     log_ratio = (logprobs - batch.scores.logprobs).detach()
-    return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **mismatch(logprobs, batch)})
+    return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

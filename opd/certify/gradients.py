@@ -15,6 +15,7 @@ from opd.certify.models import TinyModel
 from opd.certify.worlds import World
 from opd.loss.chunked import StudentLogits, flat_loss
 from opd.loss.chunked import read as read_teacher
+from opd.loss.metrics import diagnosed
 from opd.loss.packing import Normalizer, TokenMean, pack
 from opd.method.method import Method, weigh
 from opd.method.promises import Promise
@@ -148,7 +149,8 @@ def logit_gradients(
 ) -> Float[Tensor, "L V"]:
     """Gradient of every token's loss with respect to its own logits `at`."""
     leaf = at.detach().clone().requires_grad_()
-    loss = objective(StudentLogits(logits=leaf, overlap_k=overlap_k), batch).loss
+    # As a learner evaluates it, diagnostics included.
+    loss = diagnosed(objective, StudentLogits(logits=leaf, overlap_k=overlap_k), batch).loss
     return torch.autograd.grad(loss.sum(), leaf)[0]
 
 

@@ -30,8 +30,9 @@ class StudentLogits:
 
     @cached_property
     def logprobs(self) -> Float[Tensor, "n V"]:
-        """Full log-softmax."""
-        return self.logits.log_softmax(-1)
+        """Full log-softmax, with its graph: computed once, also if a diagnostic, which has no gradient, is first."""
+        with torch.enable_grad():
+            return self.logits.log_softmax(-1)
 
     @cached_property
     def probs(self) -> Float[Tensor, "n V"]:

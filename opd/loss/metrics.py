@@ -1,11 +1,11 @@
-"""What every run logs about student and teacher, from the chunk of logits that the loss already has.
+"""Diagnostics of student and teacher that every run logs, from the chunk of logits that the loss already has.
 
-`known` gives an objective all that its testimony allows. Everything here is per token, detached, in nats, and NaN where
-it is not defined; what cannot be known from the testimony at hand is absent.
+`diagnosed` adds them to the loss of any objective. Everything here is per token, detached, in nats, and NaN where it is
+not defined; what cannot be known from the scores at hand is absent.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from opd.loss.chunked import StudentLogits, likeliest
-from opd.types import Batch, Scores, TopKScores, VocabularyScores
+from opd.ports import LossFunction
+from opd.types import Batch, Scores, TokenLoss, TopKScores, VocabularyScores
 
 DEPTHS = (64, 256, 1024)
 """Edges of the position buckets: a token's place in its completion. Ours; the paper's are a figure's axis."""
@@ -62,16 +63,29 @@ def _overlap(p: Float[Tensor, "n k"], q: Float[Tensor, "n k"], shared: Bool[Tens
     )
 
 
-def known(student: StudentLogits, batch: Batch[Any]) -> Metrics:
-    """All that can be said with the testimony in `batch`, whatever the objective makes of it: over the whole
-    vocabulary, on a support, or of the student alone (its entropy, also by depth, and the mismatch)."""
+def diagnosed(objective: LossFunction, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+    """Loss of an objective with its own metrics and all diagnostics of the batch.
+
+    An objective reports what it alone knows, such as its estimate of the reverse KL; where a diagnostic has the same
+    name, the diagnostic is logged, since it is exact. A sum of terms has the diagnostics of every term already.
+    """
+    result = objective(student, batch)
+    return result if batch.terms else replace(result, metrics={**result.metrics, **diagnostics(student, batch)})
+
+
+def diagnostics(student: StudentLogits, batch: Batch[Any]) -> Metrics:
+    """All that the scores in `batch` allow, whatever the objective makes of them.
+
+    Over the whole vocabulary, on a support, or of the student alone: its entropy, also by depth, and the mismatch.
+    Without any scores there is no mismatch, either: the text is that of a teacher or a data set (SFT).
+    """
     match batch.scores:
         case VocabularyScores():
             return vocabulary_metrics(student, batch)
         case TopKScores():
             return topk_metrics(student, batch)
     alone = by_depth({"entropy": student.entropy}, batch.depth)
-    return {**alone, **mismatch(student.at(batch.target_ids), batch)}
+    return alone if type(batch.scores) is Scores else {**alone, **mismatch(student.at(batch.target_ids), batch)}
 
 
 @torch.no_grad()

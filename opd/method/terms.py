@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigurationError
+from opd.loss.metrics import diagnosed
 from opd.loss.packing import Normalizer, TokenMean
 from opd.method.schedules import Factor, Schedule
 from opd.method.slots import Objective, Scorer, TokenWeight
@@ -57,7 +58,7 @@ class SumOfTerms:
         for name, objective in self.objectives.items():
             term = batch.terms[name]
             own = replace(batch, scores=term.scores, weights=term.weights, denominator=term.denominator, terms={})
-            result = objective(student, own)
+            result = diagnosed(objective, student, own)
             trained = term.weights > 0
             part = term.weights * torch.where(trained, result.loss, 0.0) * (term.coefficient / term.denominator)
             total = part if total is None else total + part

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import known
 from opd.method import promises as exact
 from opd.objectives.vocabulary import LARGEST, Estimate
 from opd.settings.validation import settings
@@ -30,7 +29,8 @@ class _OnSampledTokens:
 
 def _result(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> TokenLoss:
     log_ratio = (student.at(batch.target_ids) - batch.scores.logprobs).detach()
-    return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio, **known(student, batch)})
+    # Its own estimate: with a top-k at hand, other objectives have another one under this name, or none.
+    return TokenLoss(loss=loss, metrics={"reverse_kl": log_ratio})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import known
 from opd.objectives.vocabulary import Estimate
 from opd.settings.ranges import In, Seed
 from opd.settings.validation import settings
@@ -76,7 +75,7 @@ class MonteCarloDivergence(Estimate):
         p, q = student.at_support(ids), batch.scores.vocabulary_logprobs.gather(-1, ids)
         old = p.detach()
         loss = ((p - old).exp() * self.of.slope(old, q)).mean(-1)
-        return TokenLoss(loss=loss, metrics=known(student, batch))
+        return TokenLoss(loss=loss, metrics={})
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         return self.given(self.draw(student, batch), student, batch)

@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar
 import torch
 
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import by_depth, known
 from opd.method import promises as exact
 from opd.settings.ranges import In
 from opd.settings.validation import settings
@@ -60,8 +59,8 @@ class SampledReverseKL:
         own = batch.behavior_logprobs if self.signal is LogprobSource.BEHAVIOR else logprobs.detach()
         log_ratio = own - batch.scores.logprobs
         ratio = (logprobs - batch.behavior_logprobs).exp()
-        metrics = {"reverse_kl": log_ratio, **known(student, batch)}
-        return TokenLoss(loss=ratio * (self.coefficient * log_ratio), metrics=metrics)
+        # With the behavior's log-probability it is another estimate than `log p - log q`, which others report.
+        return TokenLoss(loss=ratio * (self.coefficient * log_ratio), metrics={"reverse_kl": log_ratio})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +72,7 @@ class Likelihood:
     promise: ClassVar[exact.Promise] = exact.CrossEntropy()
 
     def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
-        logprobs = student.at(batch.target_ids)
-        return TokenLoss(loss=-logprobs, metrics=by_depth({"entropy": student.entropy}, batch.depth))
+        return TokenLoss(loss=-student.at(batch.target_ids), metrics={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,5 +102,4 @@ class ClippedPolicyGradient:
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
         was_clipped = (clipped * advantages < ratio * advantages).to(loss.dtype).detach()
-        metrics = {"pg_clipfrac": was_clipped, **known(student, batch)}
-        return TokenLoss(loss=loss, metrics=metrics)
+        return TokenLoss(loss=loss, metrics={"pg_clipfrac": was_clipped})

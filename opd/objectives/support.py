@@ -14,7 +14,6 @@ from torch import Tensor
 
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import vocabulary_metrics
 from opd.method import promises as exact
 from opd.objectives.vocabulary import Direction, FullForwardKL, limits_of
 from opd.settings.ranges import In, TopIds
@@ -87,13 +86,13 @@ def chosen(support: exact.Support, student: StudentLogits, batch: Batch[Vocabula
 
 
 def _metrics(student: StudentLogits, batch: Batch[VocabularyScores], members: Bool[Tensor, "n V"]) -> dict[str, Tensor]:
+    """Size and masses of the support, which is known here alone."""
     with torch.no_grad():
         p, q = student.logprobs, batch.scores.vocabulary_logprobs
         return {
             "support_size": members.sum(-1).to(p.dtype),
             "student_mass": (p.exp() * members).sum(-1),
             "teacher_mass": (q.exp() * members).sum(-1),
-            **vocabulary_metrics(student, batch),
         }
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import topk_metrics
 from opd.method import promises as exact
 from opd.objectives.support import Outside, promised, refuse_nothing
 from opd.objectives.vocabulary import Direction, Estimate, divergence, limits_of
@@ -42,7 +41,7 @@ class HeadTailDivergence(Estimate):
         tail = ratio * self.of.slope(sampled.detach(), batch.scores.logprobs)
         loss = head + torch.where(outside, tail, torch.zeros_like(tail))
         value = {"reverse_kl": loss.detach()} if isinstance(self.of.promise, exact.ReverseKL) else {}
-        return TokenLoss(loss=loss, metrics={**value, **topk_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics=value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +83,7 @@ class TopKDivergence(_OnScoredSupport):
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         loss = self._loss(student, batch)
-        return TokenLoss(loss=loss, metrics={_value_name(self.of): loss.detach(), **topk_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics={_value_name(self.of): loss.detach()})
 
     def _loss(self, student: StudentLogits, batch: Batch[TopKScores]) -> Tensor:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
@@ -125,7 +124,7 @@ class GeneralizedReverseKL(_OnScoredSupport):
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
         loss = divergence(p, p, q) + (q.exp() - p.exp()).sum(-1)
-        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,4 +146,4 @@ class WeightedReverseKL(_OnScoredSupport):
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs
         old = p.detach()
         loss = ((p - old).exp() * old.log_softmax(-1).exp() * (old - q)).sum(-1)
-        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach(), **topk_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics={"reverse_kl": loss.detach()})

@@ -8,7 +8,6 @@ import torch
 
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import mismatch
 from opd.method import promises as exact
 from opd.method.slots import Objective
 from opd.objectives.sampled import LogprobSource, SampledReverseKL
@@ -62,5 +61,4 @@ class TruncatedRatio:
         truncated = (bound > batch.behavior_logprobs).to(own.dtype)
         believed = replace(batch, behavior_logprobs=torch.maximum(batch.behavior_logprobs, bound))
         result = self.of(student, believed)
-        whole = {name: value for name, value in mismatch(own, batch).items() if name in result.metrics}
-        return replace(result, metrics={**result.metrics, **whole, "ratio_truncated": truncated})
+        return replace(result, metrics={**result.metrics, "ratio_truncated": truncated})

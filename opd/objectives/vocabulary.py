@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
-from opd.loss.metrics import vocabulary_metrics
 from opd.method import promises as exact
 from opd.settings.ranges import In
 from opd.settings.validation import settings
@@ -117,7 +116,7 @@ class FullReverseKL:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
-        return TokenLoss(loss=loss, metrics=vocabulary_metrics(student, batch))
+        return TokenLoss(loss=loss, metrics={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +142,7 @@ class FullForwardKL:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
-        return TokenLoss(loss=loss, metrics=vocabulary_metrics(student, batch))
+        return TokenLoss(loss=loss, metrics={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +185,7 @@ class JensenShannon:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
-        return TokenLoss(loss=loss, metrics={"jsd": loss.detach(), **vocabulary_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics={"jsd": loss.detach()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +221,7 @@ class SkewedReverseKL:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
-        return TokenLoss(loss=loss, metrics={"skewed_kl": loss.detach(), **vocabulary_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics={"skewed_kl": loss.detach()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,4 +255,4 @@ class SkewedForwardKL:
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         loss = self.between(student.logprobs, batch.scores.vocabulary_logprobs)
-        return TokenLoss(loss=loss, metrics={"skewed_kl": loss.detach(), **vocabulary_metrics(student, batch)})
+        return TokenLoss(loss=loss, metrics={"skewed_kl": loss.detach()})

@@ -21,6 +21,15 @@ def check_adapters(config: RunConfig) -> None:
         )
 
 
+def check_names(config: RunConfig) -> None:
+    """Refusal of a term that is named like a teacher: metrics of both are `NAME/metric`."""
+    if same := sorted(config.method.terms.keys() & config.teachers.keys()):
+        raise ConfigurationError(
+            f"method.terms.{same[0]} needs a name that no teacher has, since metrics of terms and of teachers are both "
+            f"{same[0]}/reverse_kl and the like, but teacher {same[0]!r} has it; name the term otherwise"
+        )
+
+
 def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:
     """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
     requires, remote = config.method.requires, teacher.backend in REMOTE

@@ -61,6 +61,19 @@ def test_adapters_are_set_by_peft_s_names_and_what_they_cannot_do_is_refused() -
     assert re.search(r"teacher 'default' follows .*lora\.r=8 only", planned("learner.lora.r=8", "teacher.mixup=0.5"))
 
 
+def test_a_term_that_is_named_like_a_teacher_is_refused() -> None:
+    """Their metrics would have the same names."""
+    second = f"teachers.start.path={SHOP / 'student'}"
+    parts = [
+        "scorer._target_=opd.scorers.teacher.TeacherHidden",
+        "objective._target_=opd.objectives.vocabulary.FullReverseKL",
+    ]
+    terms = {name: [f"+method.terms.{name}.{part}" for part in parts] for name in ("start", "default", "anchor")}
+    for name in ("start", "default"):
+        assert re.search(rf"terms\.{name} needs a name .*teacher '{name}' has it; name", planned(second, *terms[name]))
+    assert make_plan(run_config(["experiment=shop", *terms["anchor"]]))
+
+
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_missing_checkpoint_is_named(role: str) -> None:
     assert re.search(rf"{role}.*no_such_folder", planned(f"{role}.path=no_such_folder"))

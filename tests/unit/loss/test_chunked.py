@@ -31,6 +31,7 @@ from opd.loss.chunked import (
     read,
 )
 from opd.loss.metric_sums import MetricSums
+from opd.loss.metrics import diagnosed
 from opd.objectives.sampled import SampledReverseKL
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.types import Batch, HiddenScores, TokenLoss, TokenScores, TopKScores, VocabularyScores
@@ -58,7 +59,7 @@ def batch_of(rows: int, vocabulary: int = V, dtype: torch.dtype = torch.float64)
 
 def evaluate_with(objective: Any, batch: Batch[Any], teacher_head: Tensor) -> Any:
     def evaluate(student: StudentLogits, start: int, stop: int) -> TokenLoss:
-        return objective(student, read(batch.rows(start, stop), teacher_head))
+        return diagnosed(objective, student, read(batch.rows(start, stop), teacher_head))
 
     return evaluate
 
@@ -68,7 +69,7 @@ def evaluate_with(objective: Any, batch: Batch[Any], teacher_head: Tensor) -> An
 def test_any_chunk_gives_the_plain_loss_gradients_and_metrics(rows: int, chunk: int, objective: Any) -> None:
     batch, teacher_head = batch_of(rows), torch.randn(V, 3).double()
     hidden, head = (torch.randn(n, H).double().requires_grad_() for n in (rows, V))
-    plain = objective(StudentLogits(logits=hidden @ head.T), read(batch, teacher_head))
+    plain = diagnosed(objective, StudentLogits(logits=hidden @ head.T), read(batch, teacher_head))
     expected = (batch.weights * plain.loss).sum()
     expected_gradients = torch.autograd.grad(expected / 7, (hidden, head))
 
@@ -98,7 +99,7 @@ def test_any_chunk_gives_the_plain_loss_gradients_and_metrics(rows: int, chunk: 
 def test_chunks_and_blocks_within_them_give_the_plain_loss(rows: int, chunk: int, block: int, objective: Any) -> None:
     batch, teacher_head = batch_of(rows), torch.randn(V, 3).double()
     hidden, head = (torch.randn(n, H).double().requires_grad_() for n in (rows, V))
-    plain = objective(StudentLogits(logits=hidden @ head.T), read(batch, teacher_head))
+    plain = diagnosed(objective, StudentLogits(logits=hidden @ head.T), read(batch, teacher_head))
     expected = (batch.weights * plain.loss).sum()
     expected_gradients = torch.autograd.grad(expected / 7, (hidden, head))
     asked: list[tuple[int, int]] = []
@@ -106,7 +107,7 @@ def test_chunks_and_blocks_within_them_give_the_plain_loss(rows: int, chunk: int
     def prepare(first: int, last: int) -> Any:
         asked.append((first, last))
         part = read(batch.rows(first, last), teacher_head)
-        return lambda student, start, stop: objective(student, part.rows(start - first, stop - first))
+        return lambda student, start, stop: diagnosed(objective, student, part.rows(start - first, stop - first))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("opd.loss.chunked._HOST_BLOCK", block * V * 8)

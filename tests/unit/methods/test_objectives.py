@@ -22,6 +22,7 @@ from torch import Tensor
 import opd.objectives
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits, read
+from opd.loss.metrics import diagnosed
 from opd.loss.packing import TokenMean, pack
 from opd.method import promises
 from opd.method.promises import States
@@ -115,9 +116,9 @@ def every_token(w: World, scores: Scores) -> Batch[Any]:
 
 
 def outcome(objective: Any, w: World) -> TokenLoss:
-    """The objective's loss for every token that could have been written."""
+    """The objective's loss for every token that could have been written, with diagnostics."""
     student = StudentLogits(logits=w.z.expand(V, V))
-    return objective(student, every_token(w, said(objective.consumes, w)))
+    return diagnosed(objective, student, every_token(w, said(objective.consumes, w)))
 
 
 def gradient(value: Tensor, w: World) -> Tensor:
@@ -389,7 +390,7 @@ TOLD: dict[type[Scores], set[str]] = {
 @pytest.mark.parametrize(
     "objective", [*(claim.objective for claim in CLAIMS), MonteCarloDivergence(of=FullReverseKL())], ids=str
 )
-def test_every_objective_reports_all_that_its_testimony_allows(objective: Any) -> None:
+def test_all_that_the_scores_of_an_objective_allow_is_reported(objective: Any) -> None:
     w = world(0)
     metrics = outcome(objective, w).metrics
     told = next((names for kind, names in TOLD.items() if issubclass(objective.consumes, kind)), set[str]())
@@ -430,7 +431,7 @@ def test_masses_are_those_of_the_support_at_each_position(objective: Any) -> Non
     z, q = (torch.randn(V, V, generator=torch.Generator().manual_seed(n)).double().log_softmax(-1) for n in (1, 2))
     batch = replace(every_token(w := world(0), said(VocabularyScores, w)), behavior_logprobs=z.diagonal())
     batch = replace(batch, scores=VocabularyScores(logprobs=q.diagonal(), vocabulary_logprobs=q))
-    metrics = objective(StudentLogits(logits=z), batch).metrics
+    metrics = diagnosed(objective, StudentLogits(logits=z), batch).metrics
     support = getattr(objective, "support", promises.TeacherTop(k=2))
     members = support(States(student=z, teacher=q, behavior=z, support=torch.ones(V, V, dtype=torch.bool), credit=z))
     for name, p in (("student_mass", z), ("teacher_mass", q)):
@@ -489,9 +490,9 @@ EVERY = (*(claim.objective for claim in CLAIMS), *(MonteCarloDivergence(of=of) f
 @pytest.mark.parametrize("objective", EVERY, ids=str)
 def test_what_is_said_of_a_row_depends_on_no_other_row(objective: Any) -> None:
     student, batch, _ = rows_apart(objective.consumes)
-    together = objective(student, batch)
+    together = diagnosed(objective, student, batch)
     for i in range(ROWS):
-        alone = objective(replace(student, logits=student.logits[i : i + 1]), batch.rows(i, i + 1))
+        alone = diagnosed(objective, replace(student, logits=student.logits[i : i + 1]), batch.rows(i, i + 1))
         torch.testing.assert_close(together.loss[i : i + 1], alone.loss)
         assert together.metrics.keys() == alone.metrics.keys()
         for name, value in alone.metrics.items():
@@ -573,7 +574,7 @@ IS_THE_LOSS = {"jsd", "skewed_kl", "support_kl", "support_divergence"}
 @pytest.mark.parametrize("objective", EVERY, ids=str)
 def test_every_metric_of_every_objective_is_its_definition(objective: Any) -> None:
     student, batch, states = rows_apart(objective.consumes)
-    result = objective(student, batch)
+    result = diagnosed(objective, student, batch)
     for i in range(ROWS):
         defined = by_hand(objective, states, batch, i)
         for name, values in result.metrics.items():
@@ -655,7 +656,7 @@ def test_an_estimate_that_is_told_more_than_it_needs_reports_it() -> None:
     """A sampled method logs the overlap if its scorer asks for a top-k."""
     w = world(0)
     batch = every_token(w, said(TopKScores, w))
-    metrics = SampledReverseKL()(StudentLogits(logits=w.z.expand(V, V)), batch).metrics
+    metrics = diagnosed(SampledReverseKL(), StudentLogits(logits=w.z.expand(V, V)), batch).metrics
     assert TOLD[TopKScores] | OF_THE_STUDENT | {"reverse_kl"} <= metrics.keys()
 
 

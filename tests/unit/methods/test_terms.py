@@ -34,7 +34,7 @@ from opd.ports import Context, Layout, Role
 from opd.rollouts.student import StudentRollout
 from opd.scorers.ensemble import Ensemble
 from opd.scorers.teacher import SampledTokens, TeacherHidden, Unscored
-from opd.types import Batch, Scores, TokenLoss, Trajectory
+from opd.types import Batch, Scores, TokenLoss, TopKScores, Trajectory
 
 TOY = Path(__file__).resolve().parents[3] / "examples/new_method/my_conf"
 ROLLOUT = StudentRollout(max_tokens=8)
@@ -185,6 +185,28 @@ def test_a_token_that_a_term_does_not_train_has_none_of_its_loss_and_metrics(mak
     assert means["even/depth"] == 0.0 and means["even/coefficient"] == 0.5 and means["even/loss"] == pytest.approx(-nll)
     (slope,) = torch.autograd.grad(result.loss.sum(), leaf)
     assert bool(slope.isfinite().all()) and _rows(slope) == [True, True, True]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blind:
+    """A loss that does not read the student."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[Any]) -> TokenLoss:
+        return TokenLoss(loss=torch.zeros_like(batch.weights), metrics={})
+
+
+def test_diagnostics_of_a_term_take_no_gradient_from_the_next(make: Any) -> None:
+    """They are the first to read the student here, and have no gradient themselves."""
+    ones = WeighedTerm(weights=[np.ones(2)], normalizer=TokenMean())
+    layout = Layout(ranks=1, tokens_per_microbatch=9)
+    one = np.array([[0], [1]])
+    scores = TopKScores(logprobs=-np.ones(2), topk_ids=one, topk_logprobs=-np.ones((2, 1)))
+    ((batch,),) = pack_terms([make.scored([1], [2, 3], scores)], {MAIN: ones, "b": ones}, layout)
+    leaf = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
+    both: Any = {MAIN: Blind(), "b": Likelihood()}
+    result = SumOfTerms(objectives=both)(StudentLogits(logits=leaf), batch.to("cpu", lambda rows: rows))
+    assert {"student_mass", "b/student_mass", "b/loss"} <= result.metrics.keys()
+    assert _rows(torch.autograd.grad(result.loss.sum(), leaf)[0]) == [True, True]
 
 
 def _rows(slope: Tensor) -> list[bool]:
