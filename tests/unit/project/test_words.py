@@ -16,6 +16,7 @@ ROOMS = [
     ),
     *("actors", "hf", "weight_sync", "demos", "benchmarks", "scripts"),
     *(f"opd/{room}" for room in ("doctor", "observability", "settings", "prompts", "types")),
+    *(f"opd/{room}" for room in ("objectives", "loss", "token_weights", "updates")),
 ]
 NOT_YET = ["launch/inputs/graders.py"]
 PAGES = ["docs", "README.md", "CONTRIBUTING.md", "docker/README.md", "Makefile"]
