@@ -142,7 +142,7 @@ def read(batch: Batch[Scores], heads: Tensor | Sequence[Tensor] | None) -> Batch
 
 
 def log_softmax_(logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-    """Log-softmax in place, a block of rows at a time: a whole second `[n, V]` never exists. Without gradient."""
+    """Log-softmax in place, a block of rows at a time: a whole second `[n, V]` never exists. No gradient."""
     block = _block_rows(logits)
     for start in range(0, len(logits), block):
         rows = logits[start : start + block]
@@ -184,14 +184,14 @@ HOST_CHUNK, DEVICE_CHUNK, _HOST_BLOCK = 2**26, 2**29, 2**23  # bytes of logits
 
 
 def _block_rows(logits: Tensor) -> int:
-    """How many rows to work on at once: on a CPU so few that what is computed of them stays in its cache."""
+    """Number of rows to work on at once: on a CPU so few that what is computed of them stays in its cache."""
     if logits.device.type != "cpu":
         return max(1, len(logits))
     return max(1, _HOST_BLOCK // (logits.shape[-1] * logits.element_size()))
 
 
 def chunk_rows(head: Float[Tensor, "V H"]) -> int:
-    """How many rows of logits to have at once: 64 MiB of them on a CPU, 512 MiB on a GPU.
+    """Number of rows of logits to have at once: 64 MiB of them on a CPU, 512 MiB on a GPU.
 
     Fewer make the matrix products slow, more only need memory.
     """
@@ -201,7 +201,7 @@ def chunk_rows(head: Float[Tensor, "V H"]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Evaluation:
-    """How a loss is evaluated, and where the metrics of its blocks are noted."""
+    """Evaluation plan of a loss, with the table of its metrics."""
 
     prepare: Prepare
     weights: Float[Tensor, " L"]
@@ -301,7 +301,7 @@ def flat_loss(
     chunk: int = 0,
     overlap_k: int = 16,
 ) -> tuple[Float[Tensor, ""], MetricSums]:
-    """The weighted sum of a per-token loss (float64 scalar with gradient) and the tally of its metrics.
+    """The weighted sum of a per-token loss (float64 scalar with gradient) and the sums of its metrics.
 
     For every chunk of rows `prepare(start, stop)` is called once (a teacher's logits are made here), and what it
     returns is called as `evaluate(student, i, j)` for blocks of rows `start <= i < j <= stop`, in order. The result

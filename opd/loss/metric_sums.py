@@ -22,7 +22,7 @@ _ADVICE = "an objective reports NaN where a metric is not defined, instead of le
 class MetricSums:
     """Of `M` metrics: the sum, the number of tokens where each is defined, and the greatest value (float64).
 
-    Lives on the device until somebody asks for `means`; `plus` is associative and commutative up to float64
+    Stays on the device until `means` is called; `plus` is associative and commutative up to float64
     rounding, so the result does not depend on how tokens were split. Example: of one metric with values
     `[1, NaN, 5]`, all active: `MetricSums(names=("x",), totals=[6.0], counts=[2.0], maxima=[5.0])`.
     """

@@ -25,14 +25,14 @@ OVERLAP_EVERY = 4
 most of what diagnostics cost. By place and not by row, so that packing does not matter."""
 
 TAIL_TOKENS = 2500
-"""How much of a completion's end is looked at for repetition: about the 10,000 characters of StableOPD (inferred)."""
+"""Length of a completion's end that is measured for repetition: about the 10,000 characters of StableOPD (inferred)."""
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """How the likeliest tokens of two distributions meet, per token (arXiv 2604.13016, section 4b, k = 16 there).
+    """Overlap of the likeliest tokens of two distributions, per token (arXiv 2604.13016, section 4b, k = 16 there).
 
     `ratio` is |S_p & S_q| / k. `advantage` is `sum p' (log q' - log p')` over the intersection, both renormalized on
     it and weighted by the student: never above 0, 0 where they agree, NaN where the intersection is empty. The
@@ -90,7 +90,7 @@ def diagnostics(student: StudentLogits, batch: Batch[Any]) -> Metrics:
 
 @torch.no_grad()
 def vocabulary_metrics(student: StudentLogits, batch: Batch[VocabularyScores]) -> Metrics:
-    """All that two whole distributions say about each other: both KLs, both entropies and their gap
+    """Diagnostics of two whole distributions: both KLs, both entropies and their gap
     |H(q) - H(p)|, these three also by depth, the overlap at `student.overlap_k` (none at 0), and the mismatch."""
     p, q = student.logprobs, batch.scores.vocabulary_logprobs
     gap, q_probs = p - q, q.exp()
@@ -110,23 +110,23 @@ def vocabulary_metrics(student: StudentLogits, batch: Batch[VocabularyScores]) -
         return metrics
     some = _measured(batch)
     found = overlap(p[some], q[some], min(student.overlap_k, p.shape[-1]))
-    said = {
+    named = {
         "overlap_ratio": found.ratio,
         "overlap_token_advantage": found.advantage,
         "overlap_student_mass": found.student_mass,
         "overlap_teacher_mass": found.teacher_mass,
     }
-    return metrics | {name: _spread(value, some, len(batch)) for name, value in said.items()}
+    return metrics | {name: _spread(value, some, len(batch)) for name, value in named.items()}
 
 
 @torch.no_grad()
 def topk_metrics(student: StudentLogits, batch: Batch[TopKScores]) -> Metrics:
-    """What testimony on a support S says: the mass of both on S, the student's entropy (also by depth), and how S
-    meets the student's own likeliest tokens.
+    """Diagnostics on a support S: the mass of both on S, the student's entropy (also by depth), and the overlap of S
+    with the student's own likeliest tokens.
 
     `support_overlap` is the share of the student's k likeliest (k = `student.overlap_k`, at most as many as S has)
     that lie in S, `support_token_advantage` the advantage on those. With the teacher's top-k as S they are the
-    overlap ratio and the overlap-token advantage; with the student's they say how stale S is. The teacher's entropy
+    overlap ratio and the overlap-token advantage; with the student's they measure how stale S is. The teacher's entropy
     and both full KLs are not known, hence absent.
     """
     p, q, ids = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs, batch.scores.topk_ids
@@ -142,10 +142,10 @@ def topk_metrics(student: StudentLogits, batch: Batch[TopKScores]) -> Metrics:
     logprobs = student.logprobs[some]
     own = likeliest(logprobs, min(student.overlap_k, ids.shape[-1]))
     same = own[:, :, None] == ids[some][:, None, :]
-    teacher = torch.where(same, q[some][:, None, :], -torch.inf).amax(-1)  # what it says about the student's tokens
+    teacher = torch.where(same, q[some][:, None, :], -torch.inf).amax(-1)  # the teacher, at the student's tokens
     found = _overlap(logprobs.gather(-1, own), teacher, same.any(-1))
-    said = {"support_overlap": found.ratio, "support_token_advantage": found.advantage}
-    return metrics | {name: _spread(value, some, len(batch)) for name, value in said.items()}
+    named = {"support_overlap": found.ratio, "support_token_advantage": found.advantage}
+    return metrics | {name: _spread(value, some, len(batch)) for name, value in named.items()}
 
 
 def _measured(batch: Batch[Scores]) -> Int[Tensor, " m"]:
@@ -180,7 +180,7 @@ def by_depth(values: Metrics, depth: Int[Tensor, " n"]) -> Metrics:
 
 
 def mismatch(student_logprobs: Float[Tensor, " n"], batch: Batch[Scores]) -> Metrics:
-    """How the learner differs from the policy that wrote, at the written token, detached: the importance ratio
+    """Mismatch of the learner and the behavior at the sampled token, detached: the importance ratio
     `p / mu`, |p - mu|, and |log p - log mu|.
 
     With fresh rollouts at temperature 1 all of it is numerics of two engines; staleness, temperature and top-p add
@@ -204,7 +204,7 @@ def repetition(token_ids: Int32[np.ndarray, " T"], n: int = 3) -> float:
 
 
 def compression(token_ids: Int32[np.ndarray, " T"]) -> float:
-    """How many times smaller zlib makes the last `TAIL_TOKENS` ids (4 bytes each); 1 for an empty completion.
+    """Compression ratio of the last `TAIL_TOKENS` ids (4 bytes each) under zlib; 1 for an empty completion.
 
     After StableOPD (arXiv 2604.08527), which does so with the last 10,000 characters and calls a ratio above 10
     repetitive. Ids instead of characters are our choice: they are what is generated, and need no tokenizer.

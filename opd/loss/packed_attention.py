@@ -38,7 +38,7 @@ class LengthClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """Where packed sequences lie in their padded views; made once per batch, used by every layer."""
+    """Places of packed sequences in their padded views; made once per batch, used by every layer."""
 
     classes: tuple[LengthClass, ...]
 
@@ -63,7 +63,7 @@ class Packing:
 
 
 def _classes(lengths: Int[Tensor, " M"]) -> tuple[Int[Tensor, " M"], list[tuple[int, int]]]:
-    """Longest first, and that order cut into classes of at most `_WASTE` times the needed query-key pairs."""
+    """Order by length, longest first, cut into classes of at most `_WASTE` times the needed query-key pairs."""
     order = torch.argsort(lengths, descending=True, stable=True)
     falling = lengths[order]
     cuts, start = [], 0
@@ -78,7 +78,7 @@ def _classes(lengths: Int[Tensor, " M"]) -> tuple[Int[Tensor, " M"], list[tuple[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
-    """What a layer does besides causal softmax attention.
+    """Features of a layer besides causal softmax attention.
 
     `window` counts the tokens that are seen, the token itself among them; `softcap` bounds the scores by
     `softcap * tanh(score / softcap)`; `sinks` are logits, one per query head, that take their share of the softmax
@@ -91,7 +91,7 @@ class Extras:
 
 
 class _Move(torch.autograd.Function):
-    """Rows `source` of `x` written to rows `target` of zeros `[size, ...]`; `None` is all rows in order.
+    """Rows `source` of `x` moved to rows `target` of zeros `[size, ...]`; `None` is all rows in order.
 
     Both index lists are free of repetitions, so the gradient is the same move backwards: no accumulation,
     which is what makes the gradient of plain indexing slow.
@@ -154,7 +154,7 @@ def _attention(
     scale: float | None,
     extras: Extras,
 ) -> Float[Tensor, "R Hq L E"]:
-    """Causal attention of rows of one length, by PyTorch's kernel wherever it can do what is asked."""
+    """Causal attention of rows of one length, by PyTorch's kernel wherever it has the features."""
     longest, gqa = query.shape[2], query.shape[1] != key.shape[1]
     window = longest if extras.window is None else extras.window
     plain = extras.softcap is None and extras.sinks is None
@@ -179,12 +179,12 @@ def _attention(
 
 
 # Keyword arguments of transformers' attention functions that leave the result as it is. `dropout` would not, and is
-# left out on purpose: the policy that is trained must be the policy that wrote. A window arrives as the mask.
+# left out on purpose: the policy that is trained must be the policy that sampled. A window arrives as the mask.
 _HARMLESS = frozenset({"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "sliding_window"})
 
 
 def mask(*, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> Tensor | None:
-    """What a layer of a packed model may see, as its attention mask: its window (int64, no axes), or None for all.
+    """Attention mask of a layer of a packed model: its window (int64, no axes), or None for all.
 
     transformers calls it with what a layer's mask is made from, to be registered as `NAME`.
     """
@@ -219,15 +219,15 @@ def attend(
             f"{type(module).__name__} is not told how sequences are packed, since its model does not pass arguments on "
             "to it; choose another architecture"
         )
-    asked = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
+    given = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
     causal = others.get("is_causal") is not False and getattr(module, "is_causal", True)
-    unknown = [name for name in asked if name != "is_causal"] + ["attention in both directions"] * (not causal)
+    unknown = [name for name in given if name != "is_causal"] + ["attention in both directions"] * (not causal)
     if attention_mask is not None and attention_mask.ndim:
         unknown.append("a mask of its own")
     window = None if attention_mask is None or attention_mask.ndim else int(attention_mask)
-    longest, said = max(group.longest for group in packing.classes), others.get("sliding_window")
-    if window is None and said is not None and longest > int(said):
-        unknown.append(f"a window of {said} tokens without a mask")
+    longest, window_size = max(group.longest for group in packing.classes), others.get("sliding_window")
+    if window is None and window_size is not None and longest > int(window_size):
+        unknown.append(f"a window of {window_size} tokens without a mask")
     if unknown:
         raise ConfigurationError(
             f"{type(module).__name__} needs {unknown[0]}, which attention over packed sequences does not compute; "
@@ -238,7 +238,7 @@ def attend(
 
 
 def register(functions: Any, masks: Any) -> None:
-    """Make `NAME` known: `functions` is transformers' `AttentionInterface`, `masks` its `AttentionMaskInterface`.
+    """Registration of `NAME`: `functions` is transformers' `AttentionInterface`, `masks` its `AttentionMaskInterface`.
 
     Both together: without the mask a window would be lost.
     """

@@ -19,7 +19,7 @@ TokenWeights = Float[np.ndarray, " _T"]
 
 @may_lack("per_sequence")  # tokens then keep the weights they have
 class Normalizer(Protocol):
-    """By what the summed loss of a step is divided."""
+    """Divisor of the summed loss of a step."""
 
     # whether the tokens of a trajectory share one weight: each is first divided by how many are trained there
     per_sequence: ClassVar[bool]
@@ -143,7 +143,7 @@ class _Share:
 
 
 def _check(scored: Sequence[Scored[S]], weights: Sequence[TokenWeights]) -> None:
-    """Raise if there is not one weight, and one log-probability of the writer, per token."""
+    """Check that there is one weight, and one behavior log-probability, per token."""
     finite = bool(weights) and _good(np.concatenate(weights))  # all at once: a check of each costs more than the rest
     for item, weight in zip(scored, weights, strict=True):
         if len(weight) != len(item.trajectory) or not (finite or _good(weight)):
@@ -153,7 +153,7 @@ def _check(scored: Sequence[Scored[S]], weights: Sequence[TokenWeights]) -> None
             )
         if len(item.trajectory.behavior.logprobs) != len(item.trajectory):
             raise DataError(
-                f"prompt {item.trajectory.prompt.id!r}: the writer's scores have "
+                f"prompt {item.trajectory.prompt.id!r}: the behavior scores have "
                 f"{len(item.trajectory.behavior.logprobs)} logprobs for {len(item.trajectory)} tokens; they must have "
                 "one for each: correct the rollout part"
             )
@@ -199,7 +199,7 @@ def _term_rows(
     chosen: Sequence[int],
     trained: bool,
 ) -> dict[str, TermRows]:
-    """What each term needs of the sequences `chosen`; equal scores of several terms become one object."""
+    """Rows of each term in the sequences `chosen`; equal scores of several terms become one object."""
     rows = [np.flatnonzero(anywhere[i]) if trained else np.arange(len(anywhere[i])) for i in chosen]
     joined: dict[tuple[int, ...], Scores] = {}
 
@@ -268,7 +268,7 @@ def _inputs(item: Scored[S]) -> int:
 
 
 def _fill(lengths: dict[int, int], layout: Layout) -> list[list[int]]:
-    """Longest first into the emptiest bin; one more round of bins for all ranks until everything fits."""
+    """Bins of sequences: longest first into the emptiest, and one more round of bins for all ranks until all fit."""
     longest, budget = max(lengths.values()), layout.tokens_per_microbatch
     if longest > budget:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Metrics of each teacher, where a step's prompts ask several."""
+"""Metrics of each teacher, where a step's prompts name several."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from opd.types import Batch, Scores, TokenLoss
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-"""The metrics of an objective that are also told per teacher."""
+"""Metrics of an objective that are also reported per teacher."""
 
 
 def by_teacher(result: TokenLoss, batch: Batch[Scores]) -> TokenLoss:

@@ -1,1 +1,1 @@
-"""What is minimized per token."""
+"""Objectives: what is minimized per token."""

@@ -1,5 +1,5 @@
-"""Estimators on the written token: of any direction by its slope; of the reverse KL also squared, ratio-weighted, and
-with a baseline.
+"""Estimators on the sampled token: of any direction by its slope, with or without a baseline; of the reverse KL also
+squared and ratio-weighted.
 
 Those of the reverse KL have the expected gradient of the exact per-state one; they differ in variance and in what they
 must know. `k1`, `k2`, `k3` of log-ratio l = log p - log q are l, l^2 / 2 and q/p - 1 + l (arXiv 2506.09477). Direct k1
@@ -21,7 +21,7 @@ from opd.types import Batch, Scores, TokenLoss, TokenScores, TopKScores, Vocabul
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OnSampledTokens:
-    """What all estimators over the student's own tokens share."""
+    """Common declarations of estimators over the student's own tokens."""
 
     on_policy: ClassVar[bool] = True
     promise: ClassVar[exact.Promise] = exact.ReverseKL()
@@ -35,9 +35,9 @@ def _result(student: StudentLogits, batch: Batch[TokenScores], loss: Tensor) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SquaredReverseKL(_OnSampledTokens):
-    """KL(student||teacher) on the written token as `sg(p / mu) l^2 / 2` (k2 as a loss; KDRL, arXiv 2506.02208).
+    """KL(student||teacher) on the sampled token as `sg(p / mu) l^2 / 2` (k2 as a loss; KDRL, arXiv 2506.02208).
 
-    Direction: reverse. Support: the written token. The importance ratio is detached; gradient `p/mu l grad log p`.
+    Direction: reverse. Support: the sampled token. The importance ratio is detached; gradient `p/mu l grad log p`.
     Its value is no estimate of the KL, its gradient is.
     """
 
@@ -51,9 +51,9 @@ class SquaredReverseKL(_OnSampledTokens):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatioReverseKL(_OnSampledTokens):
-    """KL(student||teacher) on the written token as `p / mu (q/p - 1 + l)`, ratio and k3 both differentiated.
+    """KL(student||teacher) on the sampled token as `p / mu (q/p - 1 + l)`, ratio and k3 both differentiated.
 
-    Direction: reverse. Support: the written token. Value and gradient are unbiased, also with a stale writer; per
+    Direction: reverse. Support: the sampled token. Value and gradient are unbiased, also with a stale policy; per
     sample the gradient is that of `SquaredReverseKL` (DeepSeek-V3.2's use of k3, as reported).
     """
 
@@ -69,7 +69,7 @@ class RatioReverseKL(_OnSampledTokens):
 
 
 class Baseline(Enum):
-    """A function of the state, taken off every cost there: less variance, and because scores have mean 0, no signal."""
+    """Function of the state that is taken off every cost there: it removes variance and no signal."""
 
     NONE = "none"
     VOCABULARY = "vocabulary"  # the mean cost under the current student, exact

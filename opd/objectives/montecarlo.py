@@ -18,7 +18,7 @@ from opd.types import Batch, Scores, TokenLoss, VocabularyScores
 
 
 def _sequences(batch: Batch[Scores]) -> Int[Tensor, " n"]:
-    """A word for the sequence of every row, made of its name."""
+    """Integer hash of the name of every row's sequence."""
     if not batch.names:
         return torch.zeros_like(batch.target_ids.long())
     words = np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in batch.names], dtype=np.uint64).view(np.int64)
@@ -28,7 +28,7 @@ def _sequences(batch: Batch[Scores]) -> Int[Tensor, " n"]:
 
 def uniform(batch: Batch[Scores], count: int, seed: int) -> Float[Tensor, "n m"]:
     """Numbers in [0, 1) that depend on which row this is and nothing else: step, prompt and sample (the name of its
-    sequence), position, token, and how likely it was to its writer.
+    sequence), position, token, and its behavior log-probability.
 
     The same row gets the same numbers in whatever micro-batch, chunk or rank it lies, and whether or not a run was
     resumed; others at every other step and in every other sample, also where the text is the same.
@@ -49,7 +49,7 @@ class MonteCarloDivergence(Estimate):
     """Any direction from `samples` tokens per state that the learner draws from the current student.
 
     Direction: `of`. Support: m drawn tokens. Estimator: `1/m sum_i r_i sg(slope_i)`, r = p / sg(p), for the reverse KL
-    with the slope log p - log q; the expected gradient is exact whoever wrote the text, because only the state is taken
+    with the slope log p - log q; the expected gradient is exact on text of any origin, because only the state is taken
     from it. (AsyncOPD, arXiv 2606.24143, has the reverse KL and finds m = 4 as good as 64.) Noise is counter-based, so
     packing does not change it.
     """
@@ -71,7 +71,7 @@ class MonteCarloDivergence(Estimate):
             return torch.searchsorted(total, at, right=True).clamp(max=total.shape[1] - 1)
 
     def given(self, ids: Int[Tensor, "n m"], student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        """The loss if `ids` were drawn."""
+        """Loss if `ids` were drawn."""
         p, q = student.at_support(ids), batch.scores.vocabulary_logprobs.gather(-1, ids)
         old = p.detach()
         loss = ((p - old).exp() * self.of.slope(old, q)).mean(-1)

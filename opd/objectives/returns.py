@@ -1,4 +1,4 @@
-"""Reverse KL of whole sequences: the state's own term, and credit for what a token leads to (MiniLLM)."""
+"""Reverse KL of whole sequences: the state's own term, and credit for the tokens after (MiniLLM)."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -22,7 +22,7 @@ class MiniLLM:
     outside it (unbiased for the full KL; the paper sums over the whole vocabulary). The long part is a policy gradient
     on the return `R` that the scorer `WithReturns` computed. `long_weight=0` is exact on-policy distillation.
 
-    `alpha` is the paper's share of teacher-written tokens (0.2 there). Mixing two models token by token needs the
+    `alpha` is the paper's share of teacher-sampled tokens (0.2 there). Mixing two models token by token needs the
     teacher in the rollout engine's decoding loop, which no engine here has: only 0 is accepted. The paper's language
     model loss on pre-training text is not part of this objective.
     """
@@ -30,7 +30,7 @@ class MiniLLM:
     consumes: ClassVar[type[Scores]] = TopKReturnScores
     on_policy: ClassVar[bool] = True
 
-    # the paper's share of teacher-written tokens (0.2 there)
+    # the paper's share of teacher-sampled tokens (0.2 there)
     alpha: Fraction = 0.0
     # weight of the long-term part beside the single-step one
     long_weight: Annotated[float, In(0, 1000, because="below 0 it trains away from the teacher")] = 1.0

@@ -1,4 +1,4 @@
-"""Objectives on the written token alone: the policy-gradient form of reverse KL, likelihood, and GRPO."""
+"""Objectives on the sampled token alone: the policy-gradient form of reverse KL, likelihood, and GRPO."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -14,9 +14,9 @@ from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores
 
 
 class LogprobSource(Enum):
-    """Whose log-probability stands for the student in a detached signal."""
+    """Source of the student's log-probability in a detached signal."""
 
-    BEHAVIOR = "behavior"  # the writer's own, as recorded
+    BEHAVIOR = "behavior"  # of the sampling policy, as recorded
     STUDENT = "student"  # the current student's: right also when the rollout is stale
 
 
@@ -26,17 +26,17 @@ TOWARDS = "0 trains nothing, and below 0 it trains away from the teacher"
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class SampledReverseKL:
-    """KL(student||teacher) on the written token, as a policy gradient with an importance ratio.
+    """KL(student||teacher) on the sampled token, as a policy gradient with an importance ratio.
 
-    Direction: reverse. Support: the written token. Estimator: detached reward `-k1` at discount 0, whose expected
+    Direction: reverse. Support: the sampled token. Estimator: detached reward `-k1` at discount 0, whose expected
     gradient is exactly the gradient of the per-state reverse KL (Thinking Machines, "On-Policy Distillation",
     2025: `loss = -exp(log p - log mu) * A`, `A = -coefficient * (log mu - log q)`). The gradient flows through
     `log p` in the ratio only; the teacher never receives one.
 
-    `signal` chooses whose logprob enters `A`: the writer's (as published) or the current student's. The gradient is
-    exact for both while the writer is the current student. With a stale writer it stays exact for the student's; the
-    writer's gives that of KL(student||teacher) - KL(student||writer). Both need a writer that could have written any
-    token (`top_p=1`).
+    `signal` is the source of the log-probability in `A`: the behavior (as published) or the current student. The
+    gradient is exact for both while the behavior is the current student. With a stale policy it stays exact for the
+    student's; the behavior's gives that of KL(student||teacher) - KL(student||behavior). Both need a behavior that
+    could have sampled any token (`top_p=1`).
     """
 
     consumes: ClassVar[type[Scores]] = TokenScores
@@ -44,15 +44,15 @@ class SampledReverseKL:
 
     # factor of the advantage
     coefficient: Annotated[float, In(1e-6, 1e6, because=TOWARDS)] = 1.0
-    # whose log-probability is in the advantage: BEHAVIOR the writer's, STUDENT the current one's
+    # log-probability in the advantage: BEHAVIOR of the sampling policy, STUDENT of the current one
     signal: LogprobSource = LogprobSource.BEHAVIOR
 
     @property
     def promise(self) -> exact.Promise:
-        said: exact.Promise = exact.ReverseKL()
+        base: exact.Promise = exact.ReverseKL()
         if self.signal is LogprobSource.BEHAVIOR:
-            said = exact.Sum((said, exact.Weighted(weight=-1.0, of=exact.FromBehavior())))
-        return said if self.coefficient == 1 else exact.Weighted(weight=self.coefficient, of=said)
+            base = exact.Sum((base, exact.Weighted(weight=-1.0, of=exact.FromBehavior())))
+        return base if self.coefficient == 1 else exact.Weighted(weight=self.coefficient, of=base)
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
@@ -65,7 +65,7 @@ class SampledReverseKL:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likelihood:
-    """Negative log-likelihood of the written token: SFT, and sequence-level distillation on teacher text."""
+    """Negative log-likelihood of the sampled token: SFT, and sequence-level distillation on teacher text."""
 
     consumes: ClassVar[type[Scores]] = Scores
     on_policy: ClassVar[bool] = False

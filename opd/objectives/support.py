@@ -23,7 +23,7 @@ from opd.types.log_mass import ABSENT
 
 
 class Outside(Enum):
-    """What becomes of the ids outside the support."""
+    """Treatment of the ids outside the support."""
 
     RENORMALIZED = "renormalized"  # forgotten: both distributions are conditioned on the support
     BUCKET = "bucket"  # merged into one outcome
@@ -31,7 +31,7 @@ class Outside(Enum):
 
 
 def conditioned(logprobs: Tensor, members: Bool[Tensor, "n V"]) -> Tensor:
-    """Log-probabilities given membership, ABSENT outside; a state without members has nothing else."""
+    """Log-probabilities given membership, ABSENT outside; a state without members has ABSENT alone."""
     someone = members.any(-1, keepdim=True)
     inside = logprobs.masked_fill(~members & someone, -torch.inf)
     return torch.where(members, logprobs - inside.logsumexp(-1, keepdim=True), ABSENT)
@@ -57,7 +57,7 @@ def on_support(of: Direction, p: Tensor, q: Tensor, members: Bool[Tensor, "n V"]
 
 
 def promised(direction: exact.Promise, support: exact.Support, outside: Outside) -> exact.Promise:
-    """The exact counterpart of `on_support`."""
+    """Exact counterpart of `on_support`."""
     match outside:
         case Outside.RENORMALIZED:
             return exact.Renormalized(of=direction, support=support)
@@ -101,7 +101,7 @@ def _metrics(student: StudentLogits, batch: Batch[VocabularyScores], members: Bo
 class SupportDivergence:
     """Any direction on a support of the learner's choice.
 
-    Direction: `of`. Support: `support`, by default the union of both top-16. `outside` says what becomes of the rest.
+    Direction: `of`. Support: `support`, by default the union of both top-16. `outside` is the treatment of the rest.
     Fully differentiated; which ids are members is not. With NOTHING, which the reverse KL alone allows, the log-ratio
     is detached and the gradient flows through the student's probabilities (Many Faces, arXiv 2605.11182 eq. 12): that
     of the generalized reverse KL on the support.
@@ -141,8 +141,8 @@ class SupportDivergence:
 class EntropyAwareKL:
     """Reverse KL everywhere, plus forward KL where the teacher is uncertain (EOPD, arXiv 2603.07079).
 
-    `l` on the written token as a policy gradient with importance ratio, plus `1[H(q) > threshold] KL(q||p)` on the
-    teacher's top-k. Direction: both. Support: the written token; the teacher's top `k`. Published: threshold 0.8 nats,
+    `l` on the sampled token as a policy gradient with importance ratio, plus `1[H(q) > threshold] KL(q||p)` on the
+    teacher's top-k. Direction: both. Support: the sampled token; the teacher's top `k`. Published: threshold 0.8 nats,
     k = 16. INFERRED (not found in a primary source): how the forward part treats the rest of the vocabulary
     (`outside`) and its weight (`forward_weight`). The published PPO clip never acts with one update per batch.
     """
@@ -169,12 +169,12 @@ class EntropyAwareKL:
         return exact.Sum((exact.ReverseKL(), exact.Weighted(weight=self.forward_weight, of=gated)))
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
-        q, written = batch.scores.vocabulary_logprobs, student.at(batch.target_ids)
+        q, sampled = batch.scores.vocabulary_logprobs, student.at(batch.target_ids)
         members = chosen(exact.TeacherTop(k=self.k), student, batch)
         entropy = -(q.exp() * q).sum(-1)
         forward = on_support(FullForwardKL(), student.logprobs, q, members, self.outside)
         gated = torch.where(entropy > self.threshold, forward, torch.zeros_like(forward))
-        reverse = (written - batch.behavior_logprobs).exp() * (written.detach() - batch.scores.logprobs)
+        reverse = (sampled - batch.behavior_logprobs).exp() * (sampled.detach() - batch.scores.logprobs)
         metrics = {
             "uncertain_share": (entropy > self.threshold).to(q.dtype),
             **_metrics(student, batch, members),

@@ -139,8 +139,8 @@ class WeightedReverseKL(_OnScoredSupport):
 
     @property
     def promise(self) -> exact.Promise:
-        said = exact.ScoredSupport()
-        return exact.PerMass(of=exact.Truncated(of=exact.GeneralizedReverseKL(), support=said), support=said)
+        scored = exact.ScoredSupport()
+        return exact.PerMass(of=exact.Truncated(of=exact.GeneralizedReverseKL(), support=scored), support=scored)
 
     def __call__(self, student: StudentLogits, batch: Batch[TopKScores]) -> TokenLoss:
         p, q = student.at_support(batch.scores.topk_ids), batch.scores.topk_logprobs

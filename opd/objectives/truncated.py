@@ -1,4 +1,4 @@
-"""Importance ratios that are not believed beyond a bound, for text that an older student wrote."""
+"""Truncated importance ratios, for text that an older student sampled."""
 
 from dataclasses import dataclass, replace
 from math import log
@@ -19,13 +19,13 @@ from opd.types import Batch, Scores, TokenLoss
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class TruncatedRatio:
-    """`of`, an objective over written tokens, with `min(p / mu, max_ratio)` for its importance ratio `p / mu`.
+    """`of`, an objective over sampled tokens, with `min(p / mu, max_ratio)` for its importance ratio `p / mu`.
 
     Truncated importance sampling (Ionides 2008; in reinforcement learning of language models with `max_ratio` 2): the
-    gradient of a token is `max_ratio / ratio` of what it was where the ratio is larger, so one token that the writer
-    found unlikely cannot decide a step. Variance for bias: the expected gradient is that of `of` only while no ratio is
-    above the bound, as it is on-policy. AsyncOPD (arXiv 2606.24143) found untruncated ratios best for reverse KL, which
-    is the default here. Reports `ratio_truncated`, the share of tokens where the bound acts.
+    gradient of a token is `max_ratio / ratio` of what it was where the ratio is larger, so one token that was
+    unlikely when it was sampled cannot decide a step. Variance for bias: the expected gradient is that of `of` only
+    while no ratio is above the bound, as it is on-policy. AsyncOPD (arXiv 2606.24143) found untruncated ratios best for
+    reverse KL, which is the default here. Reports `ratio_truncated`, the share of tokens where the bound acts.
     """
 
     on_policy: ClassVar[bool] = True

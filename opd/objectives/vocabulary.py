@@ -44,7 +44,7 @@ class Direction(Protocol):
 
     @property
     def limits(self) -> tuple[exact.LimitingCase, ...]:
-        """What it becomes at the ends of its fields."""
+        """Limiting cases at the ends of its fields."""
         ...
 
     def between(self, p: Tensor, q: Tensor) -> Tensor:
@@ -61,11 +61,11 @@ class Direction(Protocol):
 
 
 def limits_of(
-    part: Any, said: Callable[[exact.Promise], exact.Promise] = lambda p: p
+    part: Any, made: Callable[[exact.Promise], exact.Promise] = lambda p: p
 ) -> tuple[exact.LimitingCase, ...]:
-    """The limits of `part.of` for an estimator `part` of it; `said` is what it makes of a divergence."""
+    """The limits of `part.of` for an estimator `part` of it; `made` is the promise it makes of a direction's."""
     return tuple(
-        replace(limit, objective=replace(part, of=limit.objective), promise=said(limit.promise))
+        replace(limit, objective=replace(part, of=limit.objective), promise=made(limit.promise))
         for limit in part.of.limits
     )
 
@@ -73,7 +73,7 @@ def limits_of(
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class Estimate:
-    """What all estimates of the whole `of` share: they promise what it promises."""
+    """Common part of all estimates of the whole `of`: its promise and its limits."""
 
     # direction of the divergence
     of: Direction
@@ -151,7 +151,7 @@ class JensenShannon:
     """JSD(beta) = beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649).
 
     p is the student, q the teacher. It vanishes at both ends of beta, so 0 and 1 are refused: they are
-    `FullForwardKL` and `FullReverseKL` (after dividing by beta or 1 - beta), which say what they are.
+    `FullForwardKL` and `FullReverseKL` (after dividing by beta or 1 - beta), under their own names.
     """
 
     consumes: ClassVar[type[Scores]] = VocabularyScores

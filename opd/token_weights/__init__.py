@@ -1,1 +1,1 @@
-"""Which tokens count, and how much."""
+"""Token weights: which tokens count, and how much."""

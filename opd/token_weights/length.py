@@ -1,4 +1,4 @@
-"""Weights that depend on how a completion ended."""
+"""Weights that depend on the end of a completion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from opd.types import Scored, Scores, StopReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipTruncated:
-    """Completions that the token limit cut are not trained on."""
+    """Weight 0 of completions that the token limit cut."""
 
     consumes: ClassVar[type[Scores]] = Scores
     reads_sampled_tokens: ClassVar[bool] = True

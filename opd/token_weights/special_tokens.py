@@ -1,4 +1,4 @@
-"""Weights that depend on which token was written."""
+"""Weights that depend on the sampled token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ def with_known_tokens(method: Method, vocabulary: Mapping[str, int]) -> Method:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class SkipFirst:
-    """The first occurrence of each of `token_ids` in a completion is not trained; later ones are.
+    """Weight 0 of the first occurrence of each of `token_ids` in a completion; later ones are trained.
 
     For tokens on which student and teacher differ by template rather than by skill (Revisiting OPD, arXiv 2603.25562,
     masks the first `<`, `think` and `<|im_end|>`). `tokens` are named as the vocabulary spells them; a run that is
@@ -54,7 +54,7 @@ class SkipFirst:
     tokens: Sequence[str] = ()
 
     def known(self, vocabulary: Mapping[str, int]) -> Self:
-        """The same by ids alone. A token that the vocabulary does not have cannot be written, so it is left out."""
+        """The same by ids alone. A token that the vocabulary does not have cannot be sampled, so it is left out."""
         ids = [vocabulary[token] for token in self.tokens if token in vocabulary]
         return replace(self, token_ids=(*self.token_ids, *ids), tokens=())
 
@@ -66,8 +66,8 @@ class SkipFirst:
             )
         return [self._weights(s.trajectory.token_ids) for s in scored]
 
-    def _weights(self, written: np.ndarray) -> np.ndarray:
-        weights = np.ones(len(written))
+    def _weights(self, token_ids: np.ndarray) -> np.ndarray:
+        weights = np.ones(len(token_ids))
         for token in self.token_ids:
-            weights[np.flatnonzero(written == token)[:1]] = 0.0
+            weights[np.flatnonzero(token_ids == token)[:1]] = 0.0
         return weights

@@ -1,4 +1,4 @@
-"""How much each prompt and each teacher counts."""
+"""Weights of prompts and of teachers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from opd.types import Scored, Scores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptWeight:
-    """Every token of a completion weighs what its prompt says (`Prompt.weight`, e.g. from a column)."""
+    """Weight of a completion's prompt (`Prompt.weight`, e.g. from a column) at every token."""
 
     consumes: ClassVar[type[Scores]] = Scores
     reads_sampled_tokens: ClassVar[bool] = False
@@ -30,12 +30,12 @@ class PromptWeight:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class TeacherBalance:
-    """Each teacher has its share of a step's token budget, however many prompts it has and however long they get.
+    """Shares of teachers in a step's token budget, however many prompts each has and however long they get.
 
     A trained token of teacher `k` weighs `s_k N / n_k`, with `n_k` of the step's `N` trained tokens read by `k` and
     `s_k` its share among the teachers that have any; the weights of a step add up to `N`, so the learning rate keeps
     its meaning. Without balance a teacher of long answers drowns the others (the domain weights of arXiv 2606.15007
-    section 3.3; none of the published recipes says how tokens are counted: INFERRED).
+    section 3.3; none of the published recipes states how tokens are counted: INFERRED).
 
     `shares` are relative (left out: all alike). `filters` are the weight parts that leave tokens out before budgets
     are counted; put them here instead of beside this part, whose tokens would else be counted and then dropped.
@@ -47,12 +47,12 @@ class TeacherBalance:
 
     @property
     def consumes(self) -> type[Scores]:
-        """The narrowest testimony that a filter reads."""
+        """Narrowest class of scores that a filter reads."""
         return max((part.consumes for part in self.filters.values()), key=lambda t: len(t.__mro__), default=Scores)
 
     @property
     def reads_sampled_tokens(self) -> bool:
-        """Budgets count tokens and do not look at them; a filter may."""
+        """Whether a filter looks at tokens; budgets only count them."""
         return any(getattr(part, "reads_sampled_tokens", True) for part in self.filters.values())
 
     def known(self, vocabulary: Mapping[str, int]) -> Self:

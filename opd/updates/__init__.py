@@ -1,1 +1,1 @@
-"""How a gradient becomes new weights."""
+"""Updates: from a gradient to new weights."""
