@@ -14,7 +14,7 @@ class GuessDigit:
     lower: str = " lower "
 
     def reset(self, prompt: Prompt) -> str:
-        """The prompt says all there is to say before the first turn."""
+        """First observation: none, because the prompt has the whole task."""
         self.secret = int(prompt.answer)
         return ""
 

@@ -15,7 +15,7 @@ from opd.types import Array, Scored, Scores, TokenScores, Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarginScores(Scores):
-    """Answer to `Margin`; the annotation says what travels: one float32 per token."""
+    """Answer to `Margin`; its annotation is the wire form, one float32 per token."""
 
     margin: Float[Array, " T"]
 

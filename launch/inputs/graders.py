@@ -24,11 +24,11 @@ MOST_FAULTS = 20  # sentences a grader keeps about what went wrong
 
 
 class RunGrader(Grader, Protocol):
-    """A grader while a run lasts. One that also has `unreadable` (`opd.ports.ReadsReferences`) is asked in the plan."""
+    """A grader while a run lasts; one with `unreadable` (`opd.ports.ReadsReferences`) checks references in the plan."""
 
     @property
     def faults(self) -> Sequence[str]:
-        """What could not be graded and was given 0: a sentence each, for the run's summary."""
+        """Completions that could not be graded and got 0: a sentence each, for the run's summary."""
         ...
 
     def close(self) -> None:
@@ -135,14 +135,14 @@ class MathGrader:
             self.faults.append(sentence)
 
     def unreadable(self, answer: str) -> str:
-        """Why a reference cannot be read, "" if it can. Only notation that no rule knows is asked of the child."""
+        """Reason why a reference cannot be read, "" if it can. The child process reads only notation that no rule knows."""
         why = doubtful(answer)
         if why is None:
             why = self._within(trouble, answer)
         return self._late if why is None else why
 
     def _within(self, work: Callable[..., Found], *arguments: str) -> Found | None:
-        """What the child says within the deadline, else None; a child that fails or is late is replaced."""
+        """Answer of the child process within the deadline, else None; one that fails or is late is replaced."""
         try:
             return self._process.call(work, *arguments, deadline_s=self.deadline_s)
         except (TimeoutError, BrokenProcessPool):
