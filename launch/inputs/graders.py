@@ -135,7 +135,7 @@ class MathGrader:
             self.faults.append(sentence)
 
     def unreadable(self, answer: str) -> str:
-        """Reason why a reference cannot be read, "" if it can. The child process reads only notation that no rule knows."""
+        """Reason why a reference is unreadable, or ""; the child process gets only notation that no rule knows."""
         why = doubtful(answer)
         if why is None:
             why = self._within(trouble, answer)
