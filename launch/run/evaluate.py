@@ -166,6 +166,8 @@ class Evaluator:
             truncation_rate=float(np.mean([t.stop is StopReason.LENGTH for t in flat])),
             seconds=perf_counter() - began,
             tokens=spent.totals.completion,
+            generated=spent.totals.generated,
+            learned=spent.totals.learned,
             flops=spent.totals.flops,
             cpu_s=spent.cpu_s,
             greedy_by_task={task: float(greedily[at].mean()) for task, at in places.items()},
