@@ -15,7 +15,7 @@ from launch.run.run import costs
 from opd.errors import ConfigurationError, DataError
 
 PILOT_STEPS = 5  # of the run by which an arm's cost per step is measured first
-ROOM = 1.1  # planned steps over those that should do: the budget ends a run, and not its steps
+ROOM = 0.1  # planned steps beyond those that should do, as a share: the budget ends a run, and not its steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,8 @@ class Budget:
 
     Of another unit than steps nobody knows beforehand at which step it is spent, but a schedule of the learning rate is
     laid out over a number of steps. So a pilot of `PILOT_STEPS` steps measures what a step of each arm costs, an arm's
-    trials get `ROOM` times as many steps as the amount makes of that, and its reported runs as many as the amount makes
-    of the cost of its best trial. Every run ends at the first step that has spent the amount.
+    trials get as many steps as the amount makes of that, and `ROOM` more; its reported runs those that it makes of the
+    cost of its best trial. Every run ends at the first step that has spent the amount.
     """
 
     unit: Unit
@@ -46,14 +46,15 @@ class Budget:
         """How the steps of an arm were planned."""
         return (
             f"{arm}: a step costs {short_number(cost)} {self.unit.value} (measured before), so its runs were planned "
-            f"with {planned_steps(self.amount, cost)} steps, {ROOM - 1:.0%} more than the budget of "
+            f"with {planned_steps(self.amount, cost)} steps, {ROOM:.0%} more than the budget of "
             f"{short_number(self.amount)} {self.unit.value} should take; each ends at the first step that reaches it."
         )
 
 
 def planned_steps(amount: float, cost: float) -> int:
     """Steps that spend `amount`, with room, if each costs `cost`."""
-    return max(1, math.ceil(ROOM * amount / cost))
+    steps = max(1, math.ceil(round(amount / cost, 6)))
+    return steps + math.ceil(round(ROOM * steps, 6))
 
 
 def cost_per_step(directory: Path, unit: Unit) -> float:
