@@ -45,7 +45,7 @@ def _draw_arms(axes: Axes, sides: SideBySide, cost: Cost) -> list[EndLabel]:
         spread = over_seeds(sides.of(label), cost)
         xs = [max(x, start) for x in spread.cost]
         if few:
-            axes.fill_between(xs, spread.least, spread.greatest, color=color, alpha=0.16, linewidth=0)
+            axes.fill_between(xs, spread.least, spread.greatest, color=color, alpha=0.25, linewidth=0)
         axes.plot(xs, spread.mean, color=color, marker=marker, linestyle=line, markersize=4.5, clip_on=False)
         labels.append(EndLabel(y=spread.mean[-1], text=f"{label} {spread.mean[-1]:.0%}", color=color))
     _log_with_start(axes, start, max(spent, default=1.0))

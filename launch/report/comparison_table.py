@@ -102,8 +102,8 @@ def _spread(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return _ABSENT
-    mean = _percent(float(np.mean(known)))
-    return mean if len(known) == 1 else f"{mean} ({100 * min(known):.1f}–{100 * max(known):.1f})"
+    mean, low, high = (f"{100 * value:.1f}" for value in (float(np.mean(known)), min(known), max(known)))
+    return f"{mean}%" if low == high else f"{mean}% ({low}–{high})"
 
 
 def _percent(value: float | None) -> str:
