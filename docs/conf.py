@@ -34,6 +34,7 @@ NAV = {
         "docs/methods",
         "docs/adding_a_method",
         "docs/certificate",
+        "docs/comparing",
         "docs/schedules",
         "Adapters <docs/lora>",
     ],

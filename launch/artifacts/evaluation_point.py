@@ -27,8 +27,9 @@ class EvaluationPoint:
     `greedy` is the share solved at temperature 0, `mean_at_k` the mean share solved over `k` samples at temperature 1
     (the same quantity for every `k`, less noisy for a larger one), `pass_at_k` the share solved by at least one of
     them. `reverse_kl` is in nats per token of the student's own answers, `length_mean` in tokens. `seconds` is what
-    the evaluation took. `tokens` (completion tokens), `flops` and `cpu_s` are what *training* had spent so far: the
-    axes of a comparison. `greedy_by_task` and `mean_at_k_by_task` are empty where all prompts are of one task.
+    the evaluation took. `tokens` (completion tokens), `generated` (those that the run's models generated), `learned`
+    (tokens that went through the learner), `flops` and `cpu_s` are what *training* had spent so far: the axes of a
+    comparison. `greedy_by_task` and `mean_at_k_by_task` are empty where all prompts are of one task.
 
     Example: `EvaluationPoint(step=40, greedy=0.87, mean_at_k=0.78, pass_at_k=0.93, k=4, reverse_kl=0.031,
     length_mean=48.7, truncation_rate=0.01, seconds=2.1, tokens=138_000, flops=7.2e11, cpu_s=16.4)`.
@@ -46,6 +47,8 @@ class EvaluationPoint:
     tokens: int
     flops: float
     cpu_s: float
+    generated: int = 0
+    learned: int = 0
     examinee: EvaluatedModel = EvaluatedModel.STUDENT
     greedy_by_task: Mapping[str, float] = field(default_factory=dict)
     mean_at_k_by_task: Mapping[str, float] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from launch.artifacts.run_directory import RunDirectory, check_name, read_jsonl
 from launch.artifacts.run_lock import check_not_running, is_over
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.changes import Change, changes, check_changes, check_inputs, check_steps
+from launch.config.budget import spending
 from launch.config.run_config import RunConfig
 from launch.inputs.prompt_paths import content_digest
 from opd.errors import ConfigurationError
@@ -75,7 +76,7 @@ def resumption(config: RunConfig, console: Console) -> ResumePoint | None:
     check_changes(str(place), [change for change in found if change.name not in state.teachers.keys() & now.keys()])
     check_steps(str(place), state.step, config.steps)
     if same_run:
-        _check_unfinished(RunDirectory(place.parent.parent), state.step, config.steps)
+        _check_unfinished(RunDirectory(place.parent.parent), state, config)
     for sentence in _remarks(config, found, state.step):
         console.print(sentence, soft_wrap=True)
     return ResumePoint(checkpoint=place, state=state, same_run=same_run)
@@ -112,11 +113,16 @@ def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool
     return store.path(step), verified_state(store.path(step)), True
 
 
-def _check_unfinished(directory: RunDirectory, step: int, steps: int) -> None:
-    if step < steps or not directory.summary.exists():
+def _check_unfinished(directory: RunDirectory, state: DriverState, config: RunConfig) -> None:
+    at = {"step": float(state.step), **state.totals}
+    spent = next((unit for unit, n in config.stop_after.amounts.items() if spending(at, unit) >= n), None)
+    if (state.step < config.steps and spent is None) or not directory.summary.exists():
         return
     if RunSummary.read(directory.summary).outcome is Outcome.FINISHED:
-        raise ConfigurationError(f"the run {directory.path} has finished its {steps} steps; raise steps to go on")
+        done = f"spent its stop_after.{spent.value}" if spent else f"finished its {config.steps} steps"
+        raise ConfigurationError(
+            f"the run {directory.path} has {done}; raise {f'stop_after.{spent.value}' if spent else 'steps'} to go on"
+        )
 
 
 def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import monotonic
 
@@ -20,13 +20,27 @@ from opd.loop.train import StepRecord
 _log = logging.getLogger(__name__)
 
 
+class BudgetSpent(Exception):
+    """The end of a run that has spent an amount of `stop_after`; the last step is saved."""
+
+
+@contextmanager
+def until_spent() -> Iterator[None]:
+    """Context of a training loop that `BudgetSpent` ends in good order."""
+    try:
+        yield
+    except* BudgetSpent:
+        pass
+
+
 class Boundary:
     """The last observer of every step. Steps that are `over` were observed; those `saved` have a checkpoint.
 
     A checkpoint is due every `checkpoint_every` steps, `checkpoint_minutes` after the one before (where the pipeline
     allows it), at the last step, and when a signal asked the run to stop. `state` is what the driver knows after a
     step; `apart` is the context of what is no training; `clock` counts seconds; `elsewhere` are folders that take what
-    a failing run cannot write in its place.
+    a failing run cannot write in its place; `spent` says that an amount of `stop_after` is reached: the step is saved,
+    and `BudgetSpent` is raised.
     """
 
     def __init__(
@@ -39,9 +53,11 @@ class Boundary:
         first: int = 0,
         clock: Callable[[], float] = monotonic,
         elsewhere: Sequence[Path] = (),
+        spent: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config, self._saver, self._stop, self._state = config, saver, stop, state
         self._apart, self._clock, self._since, self._elsewhere = apart, clock, clock(), elsewhere
+        self._spent = spent
         self.over = self.saved = self._first = first
         self.hopeless = False  # the ranks cannot be asked any more: Ray itself is gone
         self.rescued: Path | None = None  # where the last step lies that could not be written in its place
@@ -53,6 +69,8 @@ class Boundary:
             await self._save(record.step)
         if record.live:
             await self.stop_if_asked()
+            if self._spent():
+                raise BudgetSpent
 
     def ended(self, record: StepRecord) -> None:
         """Note that a step is finished; the first observer called."""
@@ -62,7 +80,7 @@ class Boundary:
 
     def _due(self, step: int) -> bool:
         config = self._config
-        if step == config.steps or self._stop.asked:
+        if step == config.steps or self._spent() or self._stop.asked:
             return True
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             return True

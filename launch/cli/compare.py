@@ -1,194 +1,211 @@
-"""`experiment=compare`: several methods from the same start, one run per arm and seed, one page of curves.
+"""`opd compare`: several methods from the same start with one budget, one run per arm and seed, one table and picture.
 
-With `comparison.tuning` every arm first chooses a setting for itself (`launch.cli.tuning`), all with as many runs.
+Every arm first chooses a setting for itself (`launch.cli.tuning`), all with as many runs. An experiment whose YAML has
+a `comparison` is the long form of the same (`opd train experiment=compare`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from time import strftime
-from typing import Annotated
 
-import yaml
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from launch.artifacts import terminal
-from launch.artifacts.redaction import redacted
 from launch.artifacts.run_directory import check_name
-from launch.artifacts.summary import Outcome
-from launch.artifacts.untrusted_files import read_json, read_yaml
 from launch.checkpoint.places import check_writable
-from launch.cli.train import train_once
-from launch.cli.tuning import Tuning
-from launch.config.compose import compose
-from launch.config.run_config import RunConfig, run_config
-from launch.config.typed import construct
+from launch.cli.budget_plan import PILOT_STEPS, Budget, at_most_per_step, cost_per_step
+from launch.cli.comparison import Comparison, Request, from_arguments, from_experiment
+from launch.cli.shared_runs import run_all
+from launch.config.budget import Unit
+from launch.config.run_config import run_config
 from launch.plan.checks.answers import NO_ANSWERS
 from launch.plan.plan import Plan, make_plan
-from launch.report.comparison import Arm, write_comparison
+from launch.report.comparison import Arm
+from launch.report.comparison_page import write_comparison
+from launch.report.figures import short_number
 from opd.errors import ConfigurationError
-from opd.settings.ranges import Length, RunName, Seed
-from opd.settings.validation import fields_of, fit, settings
+
+Costs = Mapping[str, float]  # of a step of each arm, in the budget's unit
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-@settings
-class Comparison:
-    """A comparison: arms as overrides of `base`; `reference` is the arm whose final accuracy the others must reach.
-
-    `resume` goes on with a comparison that was stopped, or shares it with another process: finished runs are kept,
-    runs that ended otherwise are moved aside and run again, and a run without a summary belongs to another process.
-    """
-
-    name: str
-    output_dir: str
-    base: Sequence[str]
-    seeds: Annotated[Sequence[Seed], Length(1)]
-    reference: str
-    arms: Mapping[str, Sequence[str]]
-    tuning: Tuning | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for arm in self.arms:
-            fit(RunName, arm, "the name of an arm of comparison.arms")  # a run is named after it
-        if self.reference not in self.arms:
-            raise ConfigurationError(
-                f"comparison.reference is {self.reference!r}, but the arms are {', '.join(sorted(self.arms))}; set "
-                "comparison.reference to one of them"
-            )
+def compare_methods(arguments: Sequence[str]) -> int:
+    """`opd compare`: returns the exit code; errors are raised as sentences."""
+    return _compare(from_arguments(arguments))
 
 
 def run_comparison(overrides: Sequence[str]) -> int:
-    """Run every arm with every seed, one after another, then draw and print the results."""
-    comparison, passed_on, dry_run = _read(overrides)
+    """`opd train` with an experiment that is a comparison."""
+    return _compare(from_experiment(overrides))
+
+
+def _compare(request: Request) -> int:
+    comparison, console = request.comparison, terminal.console()
     check_name(comparison.name)
     check_writable(Path(comparison.output_dir))
-    root = Path(comparison.output_dir) / comparison.name
-    console = terminal.console()
-
-    def plan(arm: str, seed: int, label: str, *more: str) -> Plan:
-        names = [f"seed={seed}", f"run_name={label}-seed{seed}", f"output_dir={root}"]
-        return make_plan(run_config([*comparison.base, *comparison.arms[arm], *passed_on, *more, *names]))
-
-    def plans(values: Mapping[str, str]) -> dict[str, list[Plan]]:
-        return {arm: [plan(arm, s, arm, *_setting(tuning, values, arm)) for s in comparison.seeds] for arm in arms}
-
-    arms, tuning = list(comparison.arms), comparison.tuning
-    trials: dict[str, list[Plan]] = {}
-    if tuning is not None:
-        tuning.check(arms, passed_on)
-        trials = tuning.trials(plan)
-    first = plans({arm: values[0] for arm, values in tuning.values.items()} if tuning else {})
-    _check(comparison, first, trials)
-    if dry_run:
+    stages = _Stages(request, console)
+    first = stages.first()
+    _check(comparison, first, stages.first_trials())
+    if request.dry_run:
         for planned in first.values():
-            console.print(planned[0].table())
-            planned[0].show_rate(console)
+            console.print(planned.table())
+            planned.show_rate(console)
+        for sentence in _outline(comparison, first):
+            console.print(sentence, soft_wrap=True, markup=False, highlight=False)
         return 0
-    if root.exists() and not comparison.resume:
+    if stages.root.exists() and not comparison.resume:
         raise ConfigurationError(
-            f"comparison directory {root} exists and is never overwritten; choose another run_name=..., or go on with "
-            "comparison.resume=true"
+            f"comparison directory {stages.root} exists and is never overwritten; choose another run_name=..., or go "
+            "on with resume=true (opd train: comparison.resume=true)"
         )
-    notes: list[str] = []
-    if tuning is not None:
-        tried = _run_all(root, trials, console)
-        if _others_are_at(len(trials) - len(tried), console):
-            return 0
-        values, notes = tuning.chosen({run.label: run.directory for run in tried})
-        first = plans(values)
-    _run_all(root, first, console)
-    runs = _run_all(root, first, console)  # what another process was at may be finished by now: the last one draws
-    if _others_are_at(sum(map(len, first.values())) - len(runs), console):
-        return 0
-    write_comparison(root, runs, comparison.reference, console, notes)
+    costs, budget = stages.pilots(first)
+    values, notes, costs = stages.trials(costs, budget)
+    runs = stages.reported(values, costs, budget)
+    if budget.needs_pilots:
+        notes += [budget.note(arm, cost) for arm, cost in costs.items()]
+    if comparison.tuning is None:
+        notes.append("No setting was tuned: every arm has the values that its command or YAML names.")
+    goal = replace(comparison.goal, amount=budget.amount)
+    write_comparison(stages.root, runs, goal, console, notes)
     return 0
 
 
-def _setting(tuning: Tuning | None, values: Mapping[str, str], arm: str) -> list[str]:
-    return [f"{tuning.key}={values[arm]}"] if tuning else []
+class _Stages:
+    """The runs of a comparison, stage by stage: pilots, trials, and what is reported."""
+
+    def __init__(self, request: Request, console: Console) -> None:
+        self._comparison, self._passed_on, self._console = request.comparison, request.passed_on, console
+        self.root = Path(request.comparison.output_dir) / request.comparison.name
+        if request.comparison.tuning is not None:
+            request.comparison.tuning.check(list(request.comparison.arms), request.passed_on)
+
+    def _plan(self, arm: str, seed: int, label: str, *more: str) -> Plan:
+        comparison = self._comparison
+        names = [f"seed={seed}", f"run_name={label}-seed{seed}", f"output_dir={self.root}"]
+        try:
+            return make_plan(run_config([*comparison.base, *comparison.arms[arm], *self._passed_on, *more, *names]))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"arm {arm}: {error}") from error
+
+    def _setting(self, values: Mapping[str, str], arm: str) -> list[str]:
+        tuning = self._comparison.tuning
+        return [f"{tuning.key}={values[arm]}"] if tuning else []
+
+    def first(self) -> dict[str, Plan]:
+        """The first reported run of every arm, as far as it is known before anything has run."""
+        comparison = self._comparison
+        values = {arm: tried[0] for arm, tried in comparison.tuning.values.items()} if comparison.tuning else {}
+        budget = [] if comparison.spending.needs_pilots else comparison.spending.overrides(1.0)
+        seed = comparison.seeds[0]
+        return {arm: self._plan(arm, seed, arm, *self._setting(values, arm), *budget) for arm in comparison.arms}
+
+    def first_trials(self) -> list[Plan]:
+        """A trial of every arm."""
+        tuning = self._comparison.tuning
+        if tuning is None:
+            return []
+        return [self._plan(arm, tuning.seed, arm, *tuning.overrides) for arm in self._comparison.arms]
+
+    def pilots(self, first: Mapping[str, Plan]) -> tuple[Costs, Budget]:
+        """Costs per step from a short run of every arm, where the budget needs them, and the budget with its amount."""
+        budget, tuning = self._comparison.spending, self._comparison.tuning
+        if not budget.needs_pilots:
+            return dict.fromkeys(self._comparison.arms, 1.0), budget
+        seed = tuning.seed if tuning else self._comparison.seeds[0]
+        more = [
+            *(tuning.overrides if tuning else []),
+            "evaluation.parts=0",
+            "evaluation.every=0",
+            "evaluation.samples=1",
+        ]
+        plans = {
+            f"{arm}_pilot": [self._plan(arm, seed, f"{arm}_pilot", *more, f"steps={PILOT_STEPS}")]
+            for arm in self._comparison.arms
+        }
+        costs = {
+            run.label.removesuffix("_pilot"): cost_per_step(run.directory, budget.unit)
+            for run in run_all(self.root, plans, self._console)
+        }
+        arm, plan = next(iter(first.items()))
+        return costs, replace(budget, amount=budget.amount or costs[arm] * plan.config.steps)
+
+    def trials(self, costs: Costs, budget: Budget) -> tuple[dict[str, str], list[str], Costs]:
+        """The value chosen for every arm, a sentence about each, and the costs per step of the runs that won."""
+        tuning = self._comparison.tuning
+        if tuning is None:
+            return {}, [], costs
+        more = {arm: budget.overrides(cost) for arm, cost in costs.items()}
+        tried = {run.label: run.directory for run in self._all(tuning.trials(self._plan, more))}
+        values, notes = tuning.chosen(tried)
+        if budget.needs_pilots:
+            costs = {arm: cost_per_step(tried[f"{arm}_{value}"], budget.unit) for arm, value in values.items()}
+        return values, notes, costs
+
+    def reported(self, values: Mapping[str, str], costs: Costs, budget: Budget) -> list[Arm]:
+        """The runs that are compared."""
+        return self._all(
+            {
+                arm: [
+                    self._plan(arm, seed, arm, *self._setting(values, arm), *budget.overrides(costs[arm]))
+                    for seed in self._comparison.seeds
+                ]
+                for arm in self._comparison.arms
+            }
+        )
+
+    def _all(self, plans: Mapping[str, Sequence[Plan]]) -> list[Arm]:
+        return run_all(self.root, plans, self._console)
 
 
-def _check(comparison: Comparison, plans: Mapping[str, Sequence[Plan]], trials: Mapping[str, Sequence[Plan]]) -> None:
+def _check(comparison: Comparison, plans: Mapping[str, Plan], trials: Sequence[Plan]) -> None:
     """Raise `ConfigurationError` if the arms cannot be compared by their accuracies, or not fairly."""
-    reference = plans[comparison.reference][0]
+    reference = plans[comparison.reference]
     if reference.answers.get("evaluation.prompts") == NO_ANSWERS:
         raise ConfigurationError(
             "a comparison is one of accuracies, but the evaluation.prompts have no reference answers; set "
             "evaluation.prompts.answer_column"
         )
-    if comparison.tuning is not None:
-        for trial in trials.values():
-            comparison.tuning.check_apart(trial[0], reference)
+    for trial in trials:
+        if comparison.tuning is not None:
+            comparison.tuning.check_apart(trial, reference)
 
 
-def _others_are_at(missing: int, console: Console) -> bool:
-    if missing:
-        console.print(f"{missing} runs belong to another process; call again with comparison.resume=true when it ends")
-    return missing > 0
+def _outline(comparison: Comparison, plans: Mapping[str, Plan]) -> list[str]:
+    """Runs of a comparison, their steps, and what they will spend at most."""
+    arms, seeds, tuning = list(comparison.arms), comparison.seeds, comparison.tuning
+    lines = [f"comparison {comparison.name}: {len(arms)} arms ({', '.join(arms)})"]
+    each = {arm: len(seeds) + (len(tuning.values[arm]) if tuning else 0) for arm in arms}
+    if comparison.spending.needs_pilots:
+        lines.append(f"pilots: {len(arms)} runs of {PILOT_STEPS} steps, which measure what a step costs")
+    if tuning is not None:
+        lines += [
+            f"trials of {arm}: {tuning.key} {', '.join(values)}, with seed {tuning.seed}"
+            for arm, values in tuning.values.items()
+        ]
+    lines.append(f"reported: {len(arms) * len(seeds)} runs, seeds {', '.join(map(str, seeds))}")
+    return [*lines, *_estimate(comparison, plans, each)]
 
 
-def _run_all(root: Path, plans: Mapping[str, Sequence[Plan]], console: Console) -> list[Arm]:
-    """Runs all that have no result yet; returns every finished one. Arms alternate, so that other load on the machine
-    affects all of them alike.
-    """
-    return [
-        Arm(label=arm, seed=plan.config.seed, directory=directory)
-        for round_ in zip(*plans.values(), strict=True)
-        for arm, plan in zip(plans, round_, strict=True)
-        if (directory := run_once(root, plan, console))
-    ]
-
-
-def run_once(root: Path, plan: Plan, console: Console) -> Path | None:
-    """Directory of a finished run of `plan`, run now or before; None while another process runs it.
-
-    Raises:
-        ConfigurationError: it was finished with other settings.
-    """
-    path = root / plan.config.run_name
-    if not path.exists():
-        return train_once(plan, console).path
-    if not (path / "summary.json").exists():
-        return None
-    if not finished_with(path, plan.config.text):
-        path.rename(path.with_name(f"{path.name}.ended-{strftime('%Y%m%d-%H%M%S')}"))
-        return train_once(plan, console).path
-    return path
-
-
-def finished_with(path: Path, text: str) -> bool:
-    """Whether the run in `path` has finished. Raises `ConfigurationError` if it finished with other settings than
-    `text`.
-    """
-    advice = "choose another run_name=..."
-    if read_json(path / "summary.json", advice).get("outcome") != Outcome.FINISHED.value:
-        return False
-    if read_yaml(path / "config.yaml", advice) != redacted(yaml.safe_load(text)):
-        raise ConfigurationError(
-            f"{path} was finished with other settings; choose another run_name=... for this comparison"
-        )
-    return True
-
-
-def _read(overrides: Sequence[str]) -> tuple[Comparison, list[str], bool]:
-    node = compose(overrides)
-    given = OmegaConf.to_container(node.comparison, resolve=True)
-    assert isinstance(given, dict)
-    if given.get("resume") and not node.run_name:
-        begun = sorted(path.name for path in Path(str(node.output_dir)).glob("comparison-*"))
-        raise ConfigurationError(
-            "comparison.resume=true goes on with a comparison that has a name, and none was given; say which with "
-            f"run_name=... (in {node.output_dir}: {', '.join(begun) or 'no comparison without a name of its own'})"
-        )
-    hints = fields_of(RunConfig)
-    name = fit(hints["run_name"], node.run_name, "run_name")
-    named = {
-        "name": name or f"comparison-{strftime('%Y%m%d-%H%M%S')}",
-        "output_dir": fit(hints["output_dir"], node.output_dir, "output_dir"),
-    }
-    comparison = construct(Comparison, {**{str(k): v for k, v in given.items()}, **named}, "comparison")
-    own = ("experiment=", "comparison.", "run_name=", "output_dir=", "dry_run=")
-    return comparison, [o for o in overrides if not o.lstrip("+").startswith(own)], bool(node.dry_run)
+def _estimate(comparison: Comparison, plans: Mapping[str, Plan], runs: Mapping[str, int]) -> list[str]:
+    """Steps in all, and what they cost at most; `runs` counts them for every arm."""
+    most = {arm: at_most_per_step(plan) for arm, plan in plans.items()}
+    unit, amount = comparison.budget, comparison.amount
+    if unit is Unit.STEPS:
+        steps = {arm: runs[arm] * plan.config.steps for arm, plan in plans.items()}
+        spent = {u: sum(steps[arm] * most[arm][u] for arm in steps) for u in (Unit.TOKENS, Unit.FLOPS)}
+        return [
+            f"in all: {sum(runs.values())} runs, {sum(steps.values())} steps",
+            f"estimate: at most {short_number(spent[Unit.TOKENS])} tokens (generated and learned) and "
+            f"{short_number(spent[Unit.FLOPS])} FLOP, if every completion had max_tokens",
+        ]
+    count = sum(runs.values())
+    if not amount:
+        arm, plan = next(iter(plans.items()))
+        return [
+            f"budget: what {arm} spends in {plan.config.steps} steps, in {unit.value}, as its pilot will measure; "
+            f"in all: {count} runs beside the pilots"
+        ]
+    lines = [f"in all: {count} runs beside the pilots, {short_number(count * amount)} {unit.value}"]
+    if unit is Unit.CPU_S:
+        return [*lines, "estimate: the pilots will say how many steps that is"]
+    least = {arm: max(1, round(amount / bound[unit])) for arm, bound in most.items()}
+    return [*lines, f"estimate: at least {', '.join(f'{n} steps of {arm}' for arm, n in least.items())} in each run"]

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch.config.aliases import ALIASES
+from launch.config.shipped_files import groups
 from opd.errors import ConfigurationError
 
 _HELP = ("-h", "--help", "--hydra-help")
-_SWEEP = "runs side by side are a comparison; experiment=compare sweeps learner.lr and shows how"
+_SWEEP = "runs side by side are a comparison; opd compare methods=[A,B] sweeps learner.lr alike for all"
 _LEAD = {
     "--multirun": _SWEEP,
     "-m": _SWEEP,
@@ -62,6 +64,20 @@ def read_flags(arguments: Sequence[str]) -> Flags:
         else:
             raise ConfigurationError(_lead(name, value))
     return Flags(shows=shows, rest=rest)
+
+
+def without_methods(arguments: Sequence[str]) -> list[str]:
+    """Arguments of `opd compare` with `METHOD.KEY=VALUE` as `KEY=VALUE`, for what looks at keys alone.
+
+    Example: `grpo_token_mean.steps=9` is `steps=9`; there is no secret in it, though the method's name has a token.
+    """
+    own = next((a.removeprefix("conf=") for a in arguments if a.startswith("conf=")), "")
+    methods = groups(own if Path(own).is_dir() else "")["method"]
+    plain = []
+    for argument in arguments:
+        first, _, inner = argument.lstrip("+").partition(".")
+        plain.append(inner if first in methods else argument)
+    return plain
 
 
 def _known_view(value: str) -> None:

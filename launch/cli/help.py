@@ -15,9 +15,15 @@ USAGE = """\
 usage: opd COMMAND [OVERRIDE ...]
 
   opd train  [OVERRIDE ...]              train a student, e.g. opd train method=topk_reverse_kl steps=50
-             experiment=shop             the embedded demo;  experiment=compare  OPD, GRPO and SFT side by side
+             experiment=shop             the embedded demo
              resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint)
              dry_run=true                check everything, print the plan, start nothing
+  opd compare methods=[A,B,...] [seeds=3] [budget=steps|tokens|flops|cpu_s] [amount=N] [OVERRIDE ...]
+             several methods at one budget, each at the best of three learning rates (rates=[0.5,1,2] times learner.lr)
+             METHOD.KEY=VALUE            a setting of one method alone;  validation.KEY=VALUE  of the trials alone
+             reference=METHOD target=0.9 whose final accuracy all should reach (the last method's), or which
+             evaluations=10              at equal shares of the budget;  run_name=... resume=true  go on, or share it
+             experiment=compare          arms from a YAML file instead of methods=[...];  dry_run=true  runs and steps
   opd eval   [checkpoint=DIR] [...]      measure a student (a run, one of its checkpoints, or any Hugging Face folder)
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
   opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
@@ -56,7 +62,7 @@ def show_help(command: str, words: Sequence[str], overrides: Sequence[str], cons
             console.print(_settings(word, found))
 
 
-_CONFIGURED = frozenset({"train", "eval", "doctor", "certify", "submit", "serve-teacher"})
+_CONFIGURED = frozenset({"train", "compare", "eval", "doctor", "certify", "submit", "serve-teacher"})
 
 
 def _page(command: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from launch.artifacts.redaction import check_arguments
 from launch.artifacts.terminal import console
 from launch.cli.errors import keep_secrets, sentences
-from launch.cli.flags import read_flags
+from launch.cli.flags import read_flags, without_methods
 from launch.services.signals import end_on_signals
 from opd.errors import ConfigurationError
 
@@ -41,13 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     keep_secrets()
     with sentences(console(stderr=True)):
-        check_arguments(arguments)
+        check_arguments(without_methods(arguments) if arguments[:1] == ["compare"] else arguments)
         sys.exit(_dispatch(arguments))
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
     commands: Mapping[str, Callable[[Sequence[str]], int]] = {
         "train": _train,
+        "compare": _compare,
         "eval": _eval,
         "doctor": _doctor,
         "certify": _certify,
@@ -113,6 +114,12 @@ def _train(overrides: Sequence[str]) -> int:
     from launch.cli.train import run_training
 
     return run_comparison(overrides) if comparison else run_training(overrides)
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from launch.cli.compare import compare_methods
+
+    return compare_methods(arguments)
 
 
 def _eval(overrides: Sequence[str]) -> int:

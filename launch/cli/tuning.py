@@ -12,6 +12,9 @@ from opd.errors import ConfigurationError, DataError
 from opd.settings.ranges import Length, Line, Names, Seed
 from opd.settings.validation import settings
 
+TRIAL_SEED = 100  # of the runs that choose; no seed that is reported
+RATES = (0.5, 1.0, 2.0)  # times an arm's own learner.lr: the base grid
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
@@ -51,20 +54,29 @@ class Tuning:
                 "compare untuned with comparison.tuning=null"
             )
 
-    def trials(self, plan: Callable[..., Plan]) -> dict[str, list[Plan]]:
-        """Plans of the trial runs, named `ARM_VALUE`; `plan(arm, seed, label, *overrides)` plans one."""
+    def trials(self, plan: Callable[..., Plan], more: Mapping[str, Sequence[str]]) -> dict[str, list[Plan]]:
+        """Plans of the trial runs, named `ARM_VALUE`; `plan(arm, seed, label, *overrides)` plans one, `more` has the
+        overrides of each arm.
+        """
         return {
-            f"{arm}_{value}": [plan(arm, self.seed, f"{arm}_{value}", *self.overrides, f"{self.key}={value}")]
+            f"{arm}_{value}": [
+                plan(arm, self.seed, f"{arm}_{value}", *self.overrides, f"{self.key}={value}", *more[arm])
+            ]
             for arm, values in self.values.items()
             for value in values
         }
 
     def check_apart(self, trial: Plan, reported: Plan) -> None:
-        """Raise `ConfigurationError` if values would be chosen on the problems that are reported."""
-        if trial.config.evaluation.prompts == reported.config.evaluation.prompts:
+        """Raise `ConfigurationError` if values would be chosen on problems that are reported."""
+        mine, its = _problems(trial), _problems(reported)
+        shared = len(mine & its)
+        if trial.config.evaluation.prompts == reported.config.evaluation.prompts or 2 * shared > min(
+            len(mine), len(its)
+        ):
             raise ConfigurationError(
-                f"comparison.tuning would choose {self.key} on the evaluation.prompts that the comparison reports; set "
-                "others in comparison.tuning.overrides, e.g. evaluation.prompts.seed=..."
+                f"comparison.tuning would choose {self.key} on the evaluation.prompts that the comparison reports "
+                f"({shared} of {len(its)} problems are the same); set others in comparison.tuning.overrides or with "
+                "opd compare validation.KEY=VALUE, e.g. another evaluation.prompts.seed or .path"
             )
 
     def chosen(self, finished: Mapping[str, Path]) -> tuple[dict[str, str], list[str]]:
@@ -78,8 +90,32 @@ class Tuning:
             notes.append(
                 f"{self.key} of {arm} is {best[arm]}, the best of as many values as every arm tried (sampled accuracy "
                 f"at the end of a run with seed {self.seed}, on problems that are not reported here: {tried})."
+                f"{_censored(best[arm], values)}"
             )
         return best, notes
+
+
+def _censored(best: str, values: Sequence[str]) -> str:
+    """A sentence about a value at the end of those that were tried."""
+    ends = sorted(map(float, values)) if all(map(_is_number, values)) else []
+    if not ends or ends[0] < float(best) < ends[-1]:
+        return ""
+    side, beyond = ("smallest", "smaller") if float(best) == ends[0] else ("largest", "larger")
+    return f" It is the {side} that was tried, so the sweep is censored: a {beyond} one may be better."
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _problems(plan: Plan) -> frozenset[tuple[str, bytes]]:
+    """Held-out problems as the student reads them, with their answers."""
+    prompts = plan.config.evaluation.prompts(0, plan.sources)
+    return frozenset((prompt.answer, prompt.student_ids.tobytes()) for prompt in prompts)
 
 
 def _final(directory: Path) -> float:

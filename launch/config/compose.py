@@ -121,7 +121,7 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
     if parsed.is_sweep_override():
         raise ConfigurationError(
             f"override {override!r} has several values; a list is written {name}=[{value}], and runs side by side are "
-            "a comparison (experiment=compare shows one)"
+            "a comparison (opd compare)"
         )
     return prefixed
 

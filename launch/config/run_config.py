@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from actors.config import StudentConfig
 from launch.artifacts.redaction import check_logins, remember
+from launch.config.budget import StopAfter
 from launch.config.compose import compose, first_line
 from launch.config.keys import check_names
 from launch.config.settings import ClusterConfig, EvaluationConfig, HardwareConfig
@@ -47,6 +48,7 @@ class RunConfig:
     output_dir: Annotated[Names, HARMLESS]
     seed: Seed
     steps: Annotated[Steps, HARMLESS]
+    stop_after: Annotated[StopAfter, HARMLESS]
     max_tokens: Tokens
     max_staleness: Annotated[int, In(0, 1_000_000, because="0: strictly on-policy")]
     max_ratio: Annotated[float, In(1, 1e6, or_zero=True, because="0 leaves importance ratios as they are")]

@@ -100,12 +100,16 @@ class HardwareConfig:
 class EvaluationConfig:
     """Evaluation of a run: the source's step 0 is the held-out set.
 
-    `teacher` also measures the teacher itself, once at the end, for which an engine of its size is started.
+    `parts` spreads evaluations evenly over what the run may spend: over the amounts of `stop_after`, and where none is
+    set over its steps. `teacher` also measures the teacher itself, once at the end, for which an engine of its size is
+    started.
     """
 
     prompts: PromptSource
     # steps between evaluations; 0 measures at the start and at the end alone
     every: Every = 0
+    # instead of every: evaluations at the ends of so many equal parts of the run; 0: as every says
+    parts: Annotated[int, In(0, 10_000)] = 0
     # also measure the teacher, once at the end, for which an engine of its size is started
     teacher: bool = True
     # completions of every held-out prompt at temperature 1 (mean@k, pass@k)

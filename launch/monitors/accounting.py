@@ -1,6 +1,7 @@
 """Costs of training: tokens, floating-point operations and processor seconds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -40,13 +41,15 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """Tokens of one step: `prompt` and `completion` as generated, `student` = those of both in text that the student
+    """Tokens of one step: `prompt` and `completion` as they were trained on, `generated` = completion tokens that a
+    model of this run generated (not those of a data set), `student` = those of both in text that the student
     generated, `scored` = all the teacher read (its own context included), `learned` = all that went through the
     learner, `trained` = those with a loss.
     """
 
     prompt: int
     completion: int
+    generated: int
     student: int
     scored: int
     learned: int
@@ -61,6 +64,8 @@ class Totals:
     completion: int = 0
     scored: int = 0
     trained: int = 0
+    generated: int = 0
+    learned: int = 0
     flops: float = 0.0
 
     def plus(self, tokens: StepTokens, costs: Costs) -> "Totals":
@@ -70,6 +75,8 @@ class Totals:
             completion=self.completion + tokens.completion,
             scored=self.scored + tokens.scored,
             trained=self.trained + tokens.trained,
+            generated=self.generated + tokens.generated,
+            learned=self.learned + tokens.learned,
             flops=self.flops + step_flops(tokens, costs),
         )
 
@@ -80,17 +87,25 @@ class Totals:
             "tokens/completion": self.completion,
             "tokens/scored": self.scored,
             "tokens/trained": self.trained,
+            "tokens/generated": self.generated,
+            "tokens/learned": self.learned,
             "flops/total": self.flops,
         }
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, float]) -> "Totals":
-        """Totals of the last kept line of metrics, from which a resumed run continues."""
+        """Totals of the last kept line of metrics, from which a resumed run continues.
+
+        A run of before these were counted has generated its completions, and learned them with their prompts.
+        """
+        both = metrics["tokens/prompt"] + metrics["tokens/completion"]
         return cls(
             prompt=int(metrics["tokens/prompt"]),
             completion=int(metrics["tokens/completion"]),
             scored=int(metrics["tokens/scored"]),
             trained=int(metrics["tokens/trained"]),
+            generated=int(metrics.get("tokens/generated", metrics["tokens/completion"])),
+            learned=int(metrics.get("tokens/learned", both)),
             flops=metrics["flops/total"],
         )
 
@@ -100,10 +115,12 @@ def step_tokens(record: StepRecord, costs: Costs) -> StepTokens:
     trajectories = [item.trajectory for item in record.scored]
     completion = sum(len(t) for t in trajectories)
     read = sum(len(t.prompt.teacher_ids) for t in trajectories) + completion
+    own = [t for t in trajectories if (t.versions != NO_VERSION).any()]
     return StepTokens(
         prompt=sum(len(t.prompt.student_ids) for t in trajectories),
         completion=completion,
-        student=sum(len(t.prompt.student_ids) + len(t) for t in trajectories if (t.versions != NO_VERSION).any()),
+        generated=completion if costs.teacher_writes else sum(map(len, own)),
+        student=sum(len(t.prompt.student_ids) + len(t) for t in own),
         scored=read if costs.teacher_reads else 0,
         learned=record.report.tokens,
         trained=record.report.trained_tokens,
@@ -137,3 +154,22 @@ def process_tree_cpu_seconds() -> float:
         reaped = getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
         total += times.user + times.system + reaped
     return total
+
+
+class TrainingCpu:
+    """Processor seconds of training: start-up, evaluation and export apart."""
+
+    def __init__(self) -> None:
+        self._apart = process_tree_cpu_seconds()
+
+    def __call__(self) -> float:
+        return process_tree_cpu_seconds() - self._apart
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What happens inside is not counted."""
+        before = process_tree_cpu_seconds()
+        try:
+            yield
+        finally:
+            self._apart += process_tree_cpu_seconds() - before

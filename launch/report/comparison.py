@@ -1,29 +1,43 @@
-"""Several runs side by side: cost of the same accuracy in steps, tokens and operations."""
+"""Several runs side by side: accuracies at the end, and what the same accuracy cost, as intervals."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+import yaml
 
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_data import RunData
-from launch.artifacts.run_directory import RunDirectory, write_bytes, write_text
-from launch.report.figures import MUTED, SERIES, EndLabel, label_ends, percent, short_number, to_png, to_svg
-from launch.report.page import render_comparison
+from launch.artifacts.run_directory import RunDirectory
+from launch.config.budget import Unit
 from opd.errors import ConfigurationError, DataError
 
-_MARKERS = ("o", "s", "^", "D", "v")
-_LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
-_ABSENT = "–"
+Cost = Callable[[EvaluationPoint], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """A unit of cost, by its `title` in a picture and its `name` in a table."""
+
+    title: str
+    name: str
+    cost: Cost
+
+
+_STEPS = Axis(title="steps", name="steps", cost=lambda point: point.step)
+_COMPLETION = Axis(title="completion tokens", name="tokens", cost=lambda point: point.tokens)
+_TOKENS = Axis(title="tokens generated and learned", name="tokens", cost=lambda point: point.generated + point.learned)
+_FLOPS = Axis(title="operations (FLOP)", name="FLOP", cost=lambda point: point.flops)
+_CPU = Axis(title="processor seconds", name="CPU s", cost=lambda point: point.cpu_s)
+_AXES: Mapping[Unit, tuple[Axis, ...]] = {
+    Unit.STEPS: (_STEPS, _COMPLETION, _FLOPS),
+    Unit.TOKENS: (_STEPS, _TOKENS, _FLOPS),
+    Unit.FLOPS: (_STEPS, _COMPLETION, _FLOPS),
+    Unit.CPU_S: (_STEPS, _FLOPS, _CPU),
+}
+_OF: Mapping[Unit, Axis] = {Unit.STEPS: _STEPS, Unit.TOKENS: _TOKENS, Unit.FLOPS: _FLOPS, Unit.CPU_S: _CPU}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,36 +50,96 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """The accuracy that all arms should reach, and the budget they have for it.
+
+    `target` is the accuracy; None: what the arm `reference` ends with, averaged over its seeds. `reference` is also the
+    arm whose cost the others are compared with. `amount` of `unit` is the budget of every run; 0: each had its own.
+    """
+
+    reference: str
+    target: float | None = None
+    unit: Unit = Unit.STEPS
+    amount: float = 0.0
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Costs to show, that of the budget among them."""
+        return _AXES[self.unit]
+
+    @property
+    def axis(self) -> Axis:
+        """The cost of the budget."""
+        return _OF[self.unit]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Costs between which a run, or the mean of several, came to the target.
+
+    Above `low`, the last evaluation below the target, and at most `high`, the first one at or above it: between the
+    two nothing was measured. `high` is infinite where the target was not reached (censored); `low` is then what was
+    spent in all.
+    """
+
+    low: float
+    high: float
+
+    @property
+    def censored(self) -> bool:
+        """The target was not reached."""
+        return math.isinf(self.high)
+
+    def over(self, other: "Interval") -> "Interval":
+        """Values that the ratio of a cost in here to one in `other` can have."""
+        return Interval(
+            low=0.0 if other.censored else self.low / other.high if other.high else math.inf,
+            high=math.inf if self.censored or not other.low else self.high / other.low,
+        )
+
+    @classmethod
+    def mean(cls, intervals: Sequence["Interval"]) -> "Interval":
+        """Where the mean of the costs lies; its upper end is infinite if one of them is."""
+        return cls(low=float(np.mean([i.low for i in intervals])), high=float(np.mean([i.high for i in intervals])))
+
+    @classmethod
+    def hull(cls, intervals: Sequence["Interval"]) -> "Interval":
+        """The least interval that has all of them."""
+        return cls(low=min(i.low for i in intervals), high=max(i.high for i in intervals))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Accuracy (sampled at temperature 1) of one run against its cost; at least one point."""
+    """Accuracy (sampled at temperature 1) of one run against its cost; at least one point. `lr` is None if the run's
+    configuration does not say.
+    """
 
     label: str
     seed: int
     points: tuple[EvaluationPoint, ...]
+    lr: float | None = None
 
-    def first_at(self, target: float) -> EvaluationPoint | None:
-        """The first evaluation at or above `target`."""
-        return next((point for point in self.points if _accuracy(point) >= target), None)
-
-    def last_below(self, target: float) -> EvaluationPoint:
-        """The last evaluation before that one; of a run that never gets there, its last."""
-        at = next((i for i, point in enumerate(self.points) if _accuracy(point) >= target), len(self.points))
-        return self.points[max(0, at - 1)]
+    def reaches(self, target: float, cost: Cost) -> Interval:
+        """The cost of the target."""
+        at = next((i for i, point in enumerate(self.points) if accuracy(point) >= target), None)
+        if at is None:
+            return Interval(low=cost(self.points[-1]), high=math.inf)
+        return Interval(low=cost(self.points[max(0, at - 1)]), high=cost(self.points[at]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideBySide:
-    """Curves of all arms; `reference` names the arm whose final accuracy all others should reach."""
+    """Curves of all arms, and the goal they are measured by."""
 
     curves: tuple[Curve, ...]
-    reference: str
+    goal: Goal
     teacher: EvaluationPoint | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.reference not in self.labels:
+        if self.goal.reference not in self.labels:
             raise ConfigurationError(
-                f"comparison needs its reference among the arms {self.labels}, but got {self.reference!r}; "
+                f"comparison needs its reference among the arms {self.labels}, but got {self.goal.reference!r}; "
                 "name one of them"
             )
 
@@ -80,11 +154,30 @@ class SideBySide:
 
     @property
     def target(self) -> float:
-        """The reference's final accuracy, averaged over its seeds."""
-        return float(np.mean([_accuracy(curve.points[-1]) for curve in self.of(self.reference)]))
+        """The accuracy that all should reach."""
+        if self.goal.target is not None:
+            return self.goal.target
+        return float(np.mean([accuracy(curve.points[-1]) for curve in self.of(self.goal.reference)]))
+
+    def costs(self, label: str, cost: Cost) -> list[Interval]:
+        """The cost of the target in every run of an arm."""
+        return [curve.reaches(self.target, cost) for curve in self.of(label)]
+
+    def advantage(self, label: str, cost: Cost) -> Interval | None:
+        """How many times more the reference needs than this arm, on average; None for the reference itself."""
+        if label == self.goal.reference:
+            return None
+        theirs = Interval.mean(self.costs(self.goal.reference, cost))
+        return theirs.over(Interval.mean(self.costs(label, cost)))
 
 
-def read_arms(arms: Sequence[Arm], reference: str, notes: Sequence[str] = ()) -> SideBySide:
+def accuracy(point: EvaluationPoint) -> float:
+    """Sampled accuracy of a point that has one."""
+    assert point.mean_at_k is not None, "points without samples are left out when they are read"
+    return point.mean_at_k
+
+
+def read_arms(arms: Sequence[Arm], goal: Goal, notes: Sequence[str] = ()) -> SideBySide:
     """Curves of the run directories, below `notes`. The teacher is the first that was evaluated (all runs share it)."""
     found = {arm: RunData.read(RunDirectory.open(arm.directory)) for arm in arms}
     curves = []
@@ -94,196 +187,29 @@ def read_arms(arms: Sequence[Arm], reference: str, notes: Sequence[str] = ()) ->
             raise DataError(
                 f"run {arm.directory} has no evaluation with samples and cannot be compared; repeat that run"
             )
-        curves.append(Curve(label=arm.label, seed=arm.seed, points=points))
+        curves.append(Curve(label=arm.label, seed=arm.seed, points=points, lr=_rate(data.config)))
     teachers = [data.teacher for data in found.values() if data.teacher is not None]
     recorded = [note for data in found.values() if data.summary for note in data.summary.notes]
     return SideBySide(
         curves=tuple(curves),
-        reference=reference,
+        goal=goal,
         teacher=teachers[0] if teachers else None,
-        notes=tuple(dict.fromkeys([*notes, *recorded])),
+        notes=tuple(dict.fromkeys([*notes, *_short(curves, goal), *recorded])),
     )
 
 
-def write_comparison(
-    root: Path, arms: Sequence[Arm], reference: str, console: Console, notes: Sequence[str] = ()
-) -> None:
-    """Write `comparison.html` and `comparison.png` into `root`, and print the table.
-
-    Can be repeated at any time: it reads nothing but the run directories.
-    """
-    sides = read_arms(arms, reference, notes)
-    draw = partial(_draw, sides=sides)
-    write_bytes(root / "comparison.png", to_png(draw, 13.0, 4.3))
-    title, note, columns, rows = table(sides)
-    page = render_comparison(
-        {
-            "title": root.name,
-            "subtitle": f"{', '.join(sides.labels)}; {len(sides.of(reference))} seeds each",
-            "notes": sides.notes,
-            # Markup: our own drawing, in which matplotlib has escaped every text.
-            "svg": Markup(to_svg(draw, 11.6, 4.0, "comparison")),
-            "tall": Markup(to_svg(partial(draw, tall=True), 5.0, 9.0, "tall")),
-            "caption": "Held-out accuracy of samples at temperature 1. Thin: seeds; thick: their mean. "
-            f"Dotted: the final score of {reference}. Dashed: the teacher. Horizontal axes are logarithmic, "
-            "with the start apart.",
-            "table_title": title,
-            "columns": columns,
-            "rows": rows,
-            "table_note": note,
-        }
-    )
-    write_text(root / "comparison.html", page)
-    printed = Table(
-        title=title,
-        caption=note,
-        caption_justify="left",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for i, column in enumerate(columns):
-        printed.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        printed.add_row(*row)
-    console.print(printed)
+def _rate(config: str) -> float | None:
+    """The learning rate that a run's configuration names."""
+    learner = (yaml.safe_load(config) or {}).get("learner")
+    rate = learner.get("lr") if isinstance(learner, dict) else None
+    return float(rate) if isinstance(rate, int | float) else None
 
 
-_Cost = Callable[[EvaluationPoint], float]
-_AXES: tuple[tuple[str, str, _Cost], ...] = (
-    ("steps", "steps", lambda point: point.step),
-    ("completion tokens", "tokens", lambda point: point.tokens),
-    ("operations (FLOP)", "FLOP", lambda point: point.flops),
-)
-
-
-def table(sides: SideBySide) -> tuple[str, str, list[str], list[list[str]]]:
-    """Title, note, columns and cells of every run's cost to reach the target."""
-    target = sides.target
-    columns = ["arm", "seed", "greedy", "sampled"]
-    for _, name, _ in _AXES:
-        columns += [name, "≥ ×"]
-    least = {name: _least(sides, cost) for _, name, cost in _AXES}
-    rows = [
-        [
-            label,
-            str(curve.seed),
-            _percent(curve.points[-1].greedy),
-            _percent(curve.points[-1].mean_at_k),
-            *(cell for _, name, cost in _AXES for cell in _cost_cells(sides, curve, cost, least[name])),
-        ]
-        for label in sides.labels
-        for curve in sides.of(label)
-    ]
-    title = f"Cost of reaching {target:.1%} (sampled), where {sides.reference} ended"
-    note = (
-        "greedy, sampled: accuracy at the end of the run. "
-        "Counted up to the first evaluation at or above that score: at most one interval too high, or too "
-        f"low by luck; >: not reached by then. ×: at least so many times less than the mean of {sides.reference}'s "
-        "seeds, each of them counted up to its last evaluation below the score (to its end, where that is not reached)."
-    )
-    return title, note, columns, rows
-
-
-def _least(sides: SideBySide, cost: _Cost) -> float:
-    """Least cost of the reference's seeds up to the target score, averaged."""
-    return float(np.mean([cost(curve.last_below(sides.target)) for curve in sides.of(sides.reference)]))
-
-
-def _cost_cells(sides: SideBySide, curve: Curve, cost: _Cost, least: float) -> tuple[str, str]:
-    at = curve.first_at(sides.target)
-    if at is None:
-        return f"> {short_number(cost(curve.points[-1]))}", _ABSENT
-    spent, other = cost(at), curve.label != sides.reference
-    return short_number(spent), f"{least / spent:.1f}" if spent and least and other else _ABSENT
-
-
-def _accuracy(point: EvaluationPoint) -> float:
-    assert point.mean_at_k is not None, "points without samples are left out when they are read"
-    return point.mean_at_k
-
-
-def _percent(value: float | None) -> str:
-    return _ABSENT if value is None else f"{value:.1%}"
-
-
-def _draw(figure: Figure, sides: SideBySide, tall: bool = False) -> None:
-    """One picture per axis of `_AXES`: side by side, or `tall`, one below the other."""
-    count = len(_AXES)
-    row = figure.subplots(*((count, 1) if tall else (1, count)), sharey=True, gridspec_kw={"wspace": 0.06})
-    goal = sides.teacher.mean_at_k if sides.teacher else None
-    for position, (axes, (name, _, cost)) in enumerate(zip(row, _AXES, strict=True)):
-        labels = _draw_arms(axes, sides, cost)
-        axes.axhline(sides.target, color=MUTED, linestyle=":", linewidth=1.2)
-        if goal is not None:
-            axes.axhline(goal, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
-            labels.append(EndLabel(y=goal, text=f"teacher {goal:.0%}", color=MUTED))
-        axes.set_title(f"by {name}", loc="left", fontsize=11, fontweight="bold")
-        axes.set_ylim(0, 1.02)
-        percent(axes)
-        if tall or position == count - 1:
-            label_ends(axes, labels, gap=0.062)
-
-
-def _draw_arms(axes: Axes, sides: SideBySide, cost: _Cost) -> list[EndLabel]:
-    """Draw every seed thin, their mean thick; returns the labels of the line ends."""
-    spent = [cost(point) for curve in sides.curves for point in curve.points if cost(point) > 0]
-    start = min(spent, default=1.0) / 2  # where 0 stands on a logarithmic axis
-    labels = []
-    for label, (color, marker, line) in _looks(sides.labels).items():
-        curves = sides.of(label)
-        if len(curves) > 1:
-            for curve in curves:
-                xs = [max(cost(point), start) for point in curve.points]
-                axes.plot(xs, [_accuracy(p) for p in curve.points], color=color, linewidth=0.9, alpha=0.45)
-        mean = _mean_curve(curves, cost)
-        xs, ys = [max(x, start) for x, _ in mean], [y for _, y in mean]
-        axes.plot(xs, ys, color=color, marker=marker, linestyle=line, markersize=4.5, clip_on=False)
-        labels.append(EndLabel(y=ys[-1], text=f"{label} {ys[-1]:.0%}", color=color))
-    _log_with_start(axes, start, max(spent, default=1.0))
-    return labels
-
-
-def _looks(labels: Sequence[str]) -> dict[str, tuple[str, str, object]]:
-    """Color, marker and line of every arm.
-
-    A few arms get a color each. In a sweep (`opd_1e-3`, `opd_2e-3`, ...) arms that differ after the last
-    underscore share a color and differ in their line.
-    """
-    if len(labels) <= len(SERIES):
-        return {label: (SERIES[i], _MARKERS[i], _LINES[0]) for i, label in enumerate(labels)}
-    families = list(dict.fromkeys(label.rpartition("_")[0] or label for label in labels))
-    members = dict.fromkeys(families, 0)
-    looks: dict[str, tuple[str, str, object]] = {}
-    for label in labels:
-        family = label.rpartition("_")[0] or label
-        color = SERIES[families.index(family) % len(SERIES)]
-        number = members[family]
-        looks[label] = (color, _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)])
-        members[family] += 1
-    return looks
-
-
-def _mean_curve(curves: Sequence[Curve], cost: _Cost) -> list[tuple[float, float]]:
-    """Mean cost and accuracy at the steps at which every seed was evaluated."""
-    at_step = [{point.step: point for point in curve.points} for curve in curves]
-    common = sorted(set.intersection(*(set(points) for points in at_step)))
+def _short(curves: Sequence[Curve], goal: Goal) -> list[str]:
+    """Sentences about runs that ended before they had spent their budget."""
+    spent = {(c.label, c.seed): goal.axis.cost(c.points[-1]) for c in curves}
     return [
-        (
-            float(np.mean([cost(points[step]) for points in at_step])),
-            float(np.mean([_accuracy(points[step]) for points in at_step])),
-        )
-        for step in common
+        f"{label} with seed {seed} ended by its planned steps, at {n / goal.amount:.1%} of the budget."
+        for (label, seed), n in spent.items()
+        if goal.amount and n < goal.amount
     ]
-
-
-def _log_with_start(axes: Axes, start: float, end: float) -> None:
-    axes.set_xscale("log")
-    axes.set_xlim(start * 0.9, end * 1.15)
-    candidates = LogLocator(subs=(1.0, 2.0, 5.0)).tick_values(start, end)
-    ticks = [tick for tick in candidates if 1.8 * start <= tick <= end * 1.1]
-    axes.set_xticks([start, *ticks[:: -(-len(ticks) // 6) or 1]])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda x, _: "0" if abs(x - start) < 1e-9 * start else short_number(x))
-    )

@@ -8,8 +8,10 @@ from hf.folder import has_config
 from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.summary import Outcome, RunSummary
+from launch.config.budget import Unit
 
 _OF_ONE_RUN = ("run_name", "resume", "dry_run")  # keys that another command does not share
+_OF_NO_COMPARISON = ("method", "evaluation.every", "evaluation.parts", *(f"stop_after.{u.value}" for u in Unit))
 _OF_ANOTHER = (*_OF_ONE_RUN, "output_dir", "seed")
 
 
@@ -51,7 +53,12 @@ def _steps(directory: RunDirectory, summary: RunSummary | None) -> Iterator[Next
     if finished:
         repeated = _command("train", *others, f"seed={finished.seed + 1}")
         yield NextStep(what="the same with another seed", command=repeated)
-        yield NextStep(what="compare methods (its arms are lines of YAML)", command="opd train experiment=compare")
+        methods = [finished.method, "sft" if finished.method != "sft" else "full_reverse_kl"]
+        shared = _without(others, _OF_NO_COMPARISON)
+        yield NextStep(
+            what="compare methods at one budget",
+            command=_command("compare", f"methods=[{','.join(methods)}]", *shared, "dry_run=true"),
+        )
     if offline := sorted((directory.path / "wandb").glob("offline-run-*")):
         yield NextStep(what="look at it in wandb's local viewer", command=f"wandb leet {shlex.quote(str(offline[-1]))}")
         yield NextStep(what="send it to wandb", command=f"wandb sync {shlex.quote(str(offline[-1]))}")

@@ -176,6 +176,8 @@ class Evaluator:
             truncation_rate=float(np.mean([t.stop is StopReason.LENGTH for t in flat])),
             seconds=perf_counter() - began,
             tokens=cost.totals.completion,
+            generated=cost.totals.generated,
+            learned=cost.totals.learned,
             flops=cost.totals.flops,
             cpu_s=cost.cpu_s,
             greedy_by_task={task: float(greedily[at].mean()) for task, at in places.items()},

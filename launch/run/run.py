@@ -20,9 +20,10 @@ from launch.artifacts.run_directory import RunDirectory, write_text
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.resume import ResumePoint, fingerprints, history
 from launch.checkpoint.saver import Retention, Saver
-from launch.checkpoint.step_end import Boundary
+from launch.checkpoint.step_end import Boundary, until_spent
 from launch.config.run_config import DEFAULT, RunConfig
-from launch.monitors.accounting import Costs, process_tree_cpu_seconds
+from launch.monitors.accounting import Costs, TrainingCpu
+from launch.monitors.progress import Progress
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trace import TraceTracker
 from launch.monitors.trackers import PlannedRun, Tracker, make_trackers
@@ -43,25 +44,6 @@ from opd.ports import Role
 from opd.rollouts.environment import Plays
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
-
-
-class _Cpu:
-    """Processor seconds of training: start-up, evaluation and export apart."""
-
-    def __init__(self) -> None:
-        self._apart = process_tree_cpu_seconds()
-
-    def __call__(self) -> float:
-        return process_tree_cpu_seconds() - self._apart
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Context whose processor time is not counted."""
-        before = process_tree_cpu_seconds()
-        try:
-            yield
-        finally:
-            self._apart += process_tree_cpu_seconds() - before
 
 
 class Run:
@@ -117,7 +99,7 @@ class Run:
             await self._see_doctor(session)
             if self._resumed is not None:
                 await session.restore(self._resumed.checkpoint, self._resumed.state.followers)
-            cpu = _Cpu()
+            cpu = TrainingCpu()
             self._meter = self._new_meter(cpu)
             with ExitStack() as stack:
                 trackers = self._trackers(stack)
@@ -139,13 +121,12 @@ class Run:
         self.exported = True
 
     async def _measure_end(
-        self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: "_Cpu"
+        self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: TrainingCpu
     ) -> None:
         """Run the last evaluation and report; they may fail, for the student is trained and exported."""
-        config = self._config
         with self._warned("the student's last evaluation"):
             self._say("last evaluation of the student ...")
-            await self._measure_student(evaluator, trackers, cpu, config.steps, config.evaluation.samples)
+            await self._measure_student(evaluator, trackers, cpu, self._done, self._config.evaluation.samples)
             write_card(self._directory, self._facts(), self._end)
         if _teacher_can_be_measured(self._plan):
             with self._warned("the evaluation of the teacher (evaluation.teacher=false leaves it out)"):
@@ -170,7 +151,7 @@ class Run:
         self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     async def _measure_start(
-        self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: "_Cpu"
+        self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: TrainingCpu
     ) -> None:
         """The student before the first step of this directory; of a run that goes on, what was measured then."""
         known = RunData.read(self._directory).student
@@ -214,11 +195,14 @@ class Run:
         traced = [TraceTracker(self._directory)] if config.trace else []
         return [stack.enter_context(tracker) for tracker in (*made, *traced)]
 
-    async def _train(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: "_Cpu") -> None:
+    async def _train(
+        self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: TrainingCpu
+    ) -> None:
         config = self._config
         store = CheckpointStore(self._directory.checkpoints)
         retention = Retention(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
         saver = Saver(store, session.learner, session.followers, retention, self._first)
+        progress = self._progress()
         boundary = self._boundary = Boundary(
             config,
             saver,
@@ -227,6 +211,7 @@ class Run:
             cpu.apart,
             self._first,
             elsewhere=rescue_folders(config, self._directory),
+            spent=lambda: progress.spent,
         )
 
         async def remember(record: StepRecord) -> None:
@@ -234,25 +219,25 @@ class Run:
             boundary.ended(record)
 
         async def measure(record: StepRecord) -> None:
-            due = config.evaluation.every and record.step % config.evaluation.every == 0
-            if due and record.live and record.step < config.steps:
+            if progress.see(self._meter(record)) and record.live:
                 await self._measure_student(evaluator, trackers, cpu, record.step, 1)
 
         self._stop.waits = True
         try:
-            await train(
-                config.method,
-                config.prompts,
-                self._plan.sources,
-                session.engines,
-                session.learner,
-                [remember, *trackers, measure, boundary],
-                start=self._first,
-                steps=config.steps,
-                seed=config.seed,
-                schedule=config.staleness_schedule,
-                ledger=self._ledger,
-            )
+            with until_spent():
+                await train(
+                    config.method,
+                    config.prompts,
+                    self._plan.sources,
+                    session.engines,
+                    session.learner,
+                    [remember, *trackers, measure, boundary],
+                    start=self._first,
+                    steps=config.steps,
+                    seed=config.seed,
+                    schedule=config.staleness_schedule,
+                    ledger=self._ledger,
+                )
             await saver.finish()
             await boundary.stop_if_asked()
         except BaseException as error:
@@ -260,6 +245,22 @@ class Run:
             raise
         finally:
             self._stop.waits = False
+
+    def _progress(self) -> Progress:
+        config, lines = self._config, history(self._directory)
+        state = {"step": float(self._first), **self._before.totals} if self._before else None
+        return Progress(
+            config.stop_after,
+            config.steps,
+            parts=config.evaluation.parts,
+            every=config.evaluation.every,
+            before=lines[-1] if lines else state,
+        )
+
+    @property
+    def _done(self) -> int:
+        """Number of steps done."""
+        return self._last.step if self._last else self._first
 
     def ray_is_gone(self) -> None:
         """Record that Ray is gone: no actor can be called any more."""
@@ -293,7 +294,7 @@ class Run:
         return time() - self._started + (self._before.wall_s if self._before else 0.0)
 
     async def _measure_student(
-        self, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: _Cpu, step: int, samples: int
+        self, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: TrainingCpu, step: int, samples: int
     ) -> None:
         cost = TrainingCost(totals=self._meter.totals, cpu_s=cpu())
         with cpu.apart():
@@ -329,7 +330,7 @@ class Run:
             run_name=self._directory.name,
             method=self._config.method.name,
             outcome=outcome,
-            steps=self._last.step if self._last else self._first,
+            steps=self._done,
             seed=self._config.seed,
             wall_s=self._wall_s(),
             ready_s=self._ready_s,

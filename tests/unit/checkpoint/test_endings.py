@@ -127,7 +127,13 @@ class Saves:
     async def give_up(self, *, at_once: bool) -> None: ...
 
 
-def boundary(saves: Saves, stop: StopRequest, clock: Callable[[], float] = lambda: 0.0, **changed: Any) -> Boundary:
+def boundary(
+    saves: Saves,
+    stop: StopRequest,
+    clock: Callable[[], float] = lambda: 0.0,
+    spent: Callable[[], bool] = lambda: False,
+    **changed: Any,
+) -> Boundary:
     async def state(step: int) -> Any:
         return step
 
@@ -139,7 +145,7 @@ def boundary(saves: Saves, stop: StopRequest, clock: Callable[[], float] = lambd
     } | changed
     config: Any = SimpleNamespace(**values, learner=SimpleNamespace(deadline_s=5.0))
     saver: Any = saves
-    return Boundary(config, saver, stop, state, nullcontext, clock=clock)
+    return Boundary(config, saver, stop, state, nullcontext, clock=clock, spent=spent)
 
 
 def record(step: int, *, live: bool = True) -> Any:

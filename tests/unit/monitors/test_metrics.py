@@ -106,7 +106,7 @@ def test_every_number_of_a_distillation_step() -> None:
             "ledger/issued": 10, "ledger/trained": 9, "ledger/dropped": 1, "ledger/dropped/weight_0": 1,
             "ledger/outstanding": 0,
             "tokens/prompt": 0, "tokens/completion": 30, "tokens/scored": 0, "tokens/trained": 0,
-            "flops/total": 1e6, "cpu/total_s": 12.0,
+            "tokens/generated": 0, "tokens/learned": 0, "flops/total": 1e6, "cpu/total_s": 12.0,
         }
     )  # fmt: skip
 
@@ -171,7 +171,9 @@ def test_a_step_that_took_no_time_divides_by_nothing() -> None:
 @pytest.mark.parametrize(("costs", "per_token"), [(OPD, 8 * 10 + 2 * 100), (GRPO, 8 * 10), (SFT, 6 * 10 + 2 * 100)])
 def test_operations_per_token(costs: Costs, per_token: int) -> None:
     scored_tokens, student = 50 * costs.teacher_reads, 50 * (not costs.teacher_writes)
-    tokens = StepTokens(prompt=20, completion=30, student=student, scored=scored_tokens, learned=50, trained=30)
+    tokens = StepTokens(
+        prompt=20, completion=30, generated=30, student=student, scored=scored_tokens, learned=50, trained=30
+    )
     assert step_flops(tokens, costs) == 50 * per_token
 
 
@@ -188,7 +190,13 @@ def test_a_privileged_teacher_reads_its_own_context() -> None:
     meter = Meter(OPD, read_cpu=lambda: 0.0)
     meter(record(scored(10, 4, said(10), hint=6)))
     assert meter.totals == Totals(
-        prompt=4, completion=10, scored=20, trained=10, flops=14 * 2 * 10 + 20 * 2 * 100 + 14 * 6 * 10
+        prompt=4,
+        completion=10,
+        scored=20,
+        trained=10,
+        generated=10,
+        learned=14,
+        flops=14 * 2 * 10 + 20 * 2 * 100 + 14 * 6 * 10,
     )
 
 

@@ -52,7 +52,7 @@ def test_a_finished_run_is_measured_copied_repeated_compared_and_sent(tmp_path: 
     assert measure == ["opd", "eval", f"checkpoint={directory.export}", *shared]
     assert copy == ["opd", "export", f"run={directory.path}", "output=FOLDER"]
     assert again == ["opd", "train", *shared, "seed=4"]
-    assert compare == ["opd", "train", "experiment=compare"]
+    assert compare == ["opd", "compare", "methods=[full_reverse_kl,sft]", *shared, "dry_run=true"]
     offline = str(directory.path / "wandb" / "offline-run-1-a")
     assert (look, send) == (["wandb", "leet", offline], ["wandb", "sync", offline])
     assert f"send it to wandb: wandb sync {offline}" in next_steps_text(directory)

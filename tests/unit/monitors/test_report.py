@@ -1,6 +1,5 @@
 """Reports: they stand alone, escape what models write, and say what the directory says."""
 
-import io
 import math
 import re
 from html.parser import HTMLParser
@@ -10,21 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, append_json
 from launch.artifacts.samples import Sample
 from launch.artifacts.summary import Outcome, RunSummary
-from launch.cli.compare import run_comparison, run_once
-from launch.config.run_config import run_config
-from launch.plan.plan import Plan, make_plan
-from launch.report.comparison import Arm, read_arms, table, write_comparison
 from launch.report.curves import panels
 from launch.report.figures import smooth, spread, thinned
 from launch.report.report import _closed, _format, write_report
-from opd.errors import ConfigurationError, DataError
+from opd.errors import DataError
 
 EVIL = "<script>alert(1)</script>"
 ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;"
@@ -278,110 +272,6 @@ def test_a_line_of_another_version_is_refused(tmp_path: Path) -> None:
         write_report(directory)
 
 
-# -- comparisons
-
-
-def arm(root: Path, label: str, seed: int, scores: dict[int, float]) -> Arm:
-    directory = RunDirectory.create(root, f"{label.replace('<', '')[:6]}-{seed}")
-    directory.write_config("steps: 20\n")
-    for step, score in scores.items():
-        append_json(directory.evaluations, point(step, score).as_json())
-    append_json(directory.evaluations, point(0, 0.977, teacher=True).as_json())
-    summary(directory.name).write(directory)
-    return Arm(label=label, seed=seed, directory=directory.path)
-
-
-def two_arms(root: Path) -> list[Arm]:
-    return [
-        arm(root, "opd", 0, {0: 0.3, 20: 0.6, 40: 0.85, 60: 0.9}),
-        arm(root, "opd", 1, {0: 0.3, 20: 0.8, 40: 0.9, 60: 0.95}),
-        arm(root, "grpo", 0, {0: 0.3, 200: 0.6, 400: 0.8}),
-        arm(root, "grpo", 1, {0: 0.3, 200: 0.7, 400: 0.7}),
-    ]
-
-
-def test_what_every_run_needed_for_the_score_of_the_reference(tmp_path: Path) -> None:
-    sides = read_arms(two_arms(tmp_path), "grpo")
-    assert sides.target == pytest.approx(0.75)
-    _, _, columns, rows = table(sides)
-    assert columns == ["arm", "seed", "greedy", "sampled", "steps", "≥ ×", "tokens", "≥ ×", "FLOP", "≥ ×"]
-    assert rows == [
-        # grpo needed more than 200 and 400 steps: more than 300 on average
-        ["opd", "0", "100.0%", "90.0%", "40", "7.5", "120 k", "7.5", "40 G", "7.5"],
-        ["opd", "1", "100.0%", "95.0%", "20", "15.0", "60 k", "15.0", "20 G", "15.0"],
-        ["grpo", "0", "90.0%", "80.0%", "400", "–", "1.2 M", "–", "400 G", "–"],
-        ["grpo", "1", "80.0%", "70.0%", "> 400", "–", "> 1.2 M", "–", "> 400 G", "–"],
-    ]
-
-
-def test_the_page_of_a_comparison_stands_alone(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=100)
-    arms = [*two_arms(tmp_path), arm(tmp_path, EVIL, 0, {0: 0.3, 20: 0.5})]
-    write_comparison(tmp_path, arms, "grpo", console)
-    page = Page(tmp_path / "comparison.html")
-    assert_stands_alone(page)
-    assert EVIL not in (tmp_path / "comparison.html").read_text()
-    assert page.text.count("The student was made weak on purpose.") == 1
-    ids = [value for name, value in page.attributes if name == "id"]
-    meant = re.findall(r"#(\w+)[)\"]", (tmp_path / "comparison.html").read_text())
-    assert meant and all(ids.count(name) == 1 for name in meant), "the wide picture and the tall one share ids"
-    assert "Cost of reaching 75.0% (sampled), where grpo ended" in page.text
-    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "Cost of reaching 75.0%" in printed
-    assert "> 400 G" in printed
-
-
-def test_a_sweep_of_many_arms_is_drawn(tmp_path: Path) -> None:
-    labels = [f"{method}_{rate}" for method in ("opd", "grpo", "sft") for rate in ("5e-4", "1e-3", "2e-3", "4e-3")]
-    arms = []
-    for seed, label in enumerate(labels):
-        arms.append(arm(tmp_path, label, seed, {0: 0.3, 50: 0.3 + seed / 20}))
-    write_comparison(tmp_path, arms, "grpo_1e-3", Console(file=io.StringIO()))
-    assert (tmp_path / "comparison.html").exists()
-
-
-def test_a_reference_that_is_no_arm_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="comparison needs its reference among the arms"):
-        read_arms(two_arms(tmp_path), "sft")
-
-
-def test_a_run_without_samples_cannot_be_compared(tmp_path: Path) -> None:
-    directory = RunDirectory.create(tmp_path, "bare")
-    directory.write_config("steps: 1\n")
-    with pytest.raises(DataError, match="has no evaluation with samples"):
-        read_arms([Arm(label="opd", seed=0, directory=directory.path)], "opd")
-
-
-def test_going_on_with_a_comparison_says_with_which(tmp_path: Path) -> None:
-    (tmp_path / "comparison-20260101-000000").mkdir()
-    command = ["experiment=compare_fixed_prompts", "comparison.resume=true", f"output_dir={tmp_path}"]
-    with pytest.raises(ConfigurationError, match=r"say which with run_name=.*: comparison-20260101-000000\)"):
-        run_comparison(command)
-    assert run_comparison([*command, "run_name=again", "dry_run=true"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["comparison-20260101-000000"]
-
-
-def test_of_two_processes_that_share_a_comparison_the_last_one_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that another process was at when its turn came, and that is finished when the others are, counts."""
-    done, drawn = set[str](), list[Arm]()
-
-    def once(root: Path, plan: Plan, _: Console) -> Path | None:
-        if plan.config.run_name == "lock_step-seed0" and not done:
-            return None
-        done.add(plan.config.run_name)
-        return root / plan.config.run_name
-
-    monkeypatch.setattr("launch.cli.compare.run_once", once)
-    monkeypatch.setattr("launch.cli.compare.write_comparison", lambda root, runs, *_: drawn.extend(runs))
-    own = [f"output_dir={tmp_path}", "run_name=shared", "comparison.resume=true", "comparison.seeds=[0]"]
-    assert run_comparison(["experiment=compare_staleness", *own]) == 0
-    labels = ["lock_step", "staleness_1", "staleness_2", "staleness_1_deterministic"]
-    assert [arm.label for arm in drawn] == labels and len(done) == len(labels)
-
-
 # -- drawing
 
 
@@ -414,16 +304,3 @@ def test_alerts_are_shown_also_where_a_run_was_killed(tmp_path: Path) -> None:
     write_report(directory)
     page = directory.report.read_text()
     assert page.count("Alert at step") == 1 and "40% of the completions are cut by the token limit" in page
-
-
-def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
-    """A finished run is kept, one without a summary is somebody else's, one with other settings is refused."""
-    plan = make_plan(run_config(["experiment=shop", "run_name=a-seed0", f"output_dir={tmp_path}"]))
-    directory = RunDirectory.create(tmp_path, "a-seed0")
-    assert run_once(tmp_path, plan, Console()) is None
-    directory.write_config(plan.config.text)
-    directory.summary.write_text('{"outcome": "finished"}')
-    assert run_once(tmp_path, plan, Console()) == tmp_path / "a-seed0"
-    other = make_plan(run_config(["experiment=shop", "run_name=a-seed0", f"output_dir={tmp_path}", "steps=7"]))
-    with pytest.raises(ConfigurationError, match="was finished with other settings"):
-        run_once(tmp_path, other, Console())
