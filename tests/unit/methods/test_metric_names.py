@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from launch.config.shipped import groups
 
 from launch.config.run_config import run_config
+from launch.config.shipped_files import groups
 from opd.types import AdvantageScores, Scores, TokenScores, TopKReturnScores, TopKScores, VocabularyScores
 from scripts.method_digests import ROWS, V, evaluated, kind_of
 
