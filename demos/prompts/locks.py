@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from demos.tasks.locks import MARKS, LocksProblem, LocksTask, lock_count, lock
+from demos.tasks.locks import MARKS, LocksProblem, LocksTask, lock, lock_count
 from opd.prompts.generated import GeneratedPrompts
 from opd.prompts.order import draw
 from opd.settings.validation import settings

@@ -1,9 +1,9 @@
 """Recipe of the teacher and the student of the locks task from scratch: ``python -m demos.recipes.make_locks``.
 
-The teacher (0.6 M parameters) reads the codes. It learns true solutions whose wrong tries, slips and wrong verdicts are
-kept from the loss, so it knows what to say in states that its own answers never get into. The student (0.2 M parameters)
-imitates pupils that try one value after the other. They first always notice a wrong try and then overlook many: the
-comparison is there, with a systematic weakness on top.
+The teacher (0.4 M parameters) reads the codes. It learns true solutions whose wrong tries, slips and wrong verdicts
+are kept from the loss, so it knows what to say in states that its own answers never get into. The student (0.2 M
+parameters) imitates pupils that try one value after the other. They first always notice a wrong try and then overlook
+many: the comparison is there, with a systematic weakness on top.
 
 About 5 minutes on one core. ``--check`` trains nothing: it compares the files with SHA256SUMS and measures both
 checkpoints on 500 held-out problems. ``--cold-start N`` makes another student, of other pupils.
@@ -40,9 +40,10 @@ from demos.tasks.shop import SPECIAL_WORDS, Working
 
 VOCAB_ROWS = 64
 BATCH = 64
+TEACHER_BATCH = 48
 
 SHAPES = {
-    "teacher": Shape(vocab=VOCAB_ROWS, hidden=128, layers=3, heads=4, kv_heads=2, ffn=384),
+    "teacher": Shape(vocab=VOCAB_ROWS, hidden=128, layers=2, heads=4, kv_heads=2, ffn=384),
     "student": Shape(vocab=VOCAB_ROWS, hidden=96, layers=2, heads=3, kv_heads=1, ffn=256),
 }
 
@@ -65,20 +66,13 @@ def teacher_batches(seed: int) -> Iterator[list[Example]]:
     """Endless batches of true solutions with mistakes kept from the loss, under prompts with the codes."""
     task, rng = LocksTask(), random.Random(seed)
     while True:
-        problems = [task.problem(rng) for _ in range(BATCH)]
-        yield [
-            example(
-                problem.teacher_prompt,
-                task.solution(
-                    problem,
-                    rng,
-                    wrong=rng.choice((0.0, 0.4, 0.7)),
-                    slip=rng.choice((0.0, 0.0, 0.15)),
-                    missed=rng.choice((0.0, 0.2)),
-                ),
-            )
-            for problem in problems
+        problems = [task.problem(rng) for _ in range(TEACHER_BATCH)]
+        wrong = rng.choice((0.0, 0.4, 0.7))  # one for all, so that they are about as long
+        workings = [
+            task.solution(p, rng, wrong, slip=rng.choice((0.0, 0.0, 0.15)), missed=rng.choice((0.0, 0.2)))
+            for p in problems
         ]
+        yield [example(p.teacher_prompt, working) for p, working in zip(problems, workings, strict=True)]
 
 
 def student_batches(notice: float, seed: int) -> Iterator[list[Example]]:
@@ -91,14 +85,14 @@ def student_batches(notice: float, seed: int) -> Iterator[list[Example]]:
 
 def make_teacher(folder: Path) -> None:
     model = build_model(SHAPES["teacher"], seed=5)
-    train(model, teacher_batches(seed=51), Schedule(steps=700, lr=2e-3), "teacher")
+    train(model, teacher_batches(seed=51), Schedule(steps=320, lr=2e-3), "teacher")
     save_model(model, make_tokenizer(), folder)
 
 
 def make_student(folder: Path, cold_start: int) -> None:
     model = build_model(SHAPES["student"], seed=6 + 100 * cold_start)
-    train(model, student_batches(1.0, seed=61 + 100 * cold_start), Schedule(steps=500, lr=2e-3), "student, notices")
-    train(model, student_batches(0.6, seed=62 + 100 * cold_start), Schedule(steps=150, lr=1e-3), "student, overlooks")
+    train(model, student_batches(1.0, seed=61 + 100 * cold_start), Schedule(steps=260, lr=2e-3), "student, notices")
+    train(model, student_batches(0.6, seed=62 + 100 * cold_start), Schedule(steps=60, lr=1e-3), "student, overlooks")
     save_model(model, make_tokenizer(), folder)
 
 

@@ -1,8 +1,8 @@
 """The phenomenon of the locks task in a checkpoint: ``python -m demos.recipes.measure_locks FOLDER``.
 
 Samples answers to held-out problems and counts in them: wrong tries, the share of these that are noticed (``no``),
-values tried again after they were refuted, first tries that are right, and why answers fail. ``--told`` shows the codes,
-as a teacher is shown them: what it writes then is what off-policy training learns from.
+values tried again after they were refuted, first tries that are right, and why answers fail. ``--told`` shows the
+codes, as a teacher is shown them: what it writes then is what off-policy training learns from.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from demos.tasks.locks import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What is found in answers; shares are of answers, of wrong tries (`noticed`) or of locks (`at_once`)."""
+    """Findings in answers; shares are of answers, of wrong tries (`noticed`) or of locks (`at_once`)."""
 
     solved: float
     wrong: int

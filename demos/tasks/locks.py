@@ -1,4 +1,4 @@
-"""The 'locks' task: find the code of two locks by trying, where only the teacher is told the codes.
+"""The 'locks' task: find the codes of two locks by trying; only the teacher's copy of the prompt has them.
 
 A lock has three keys and an opening value; a key is a fixed permutation of five values. The code is the value that the
 keys lead, one after the other, to the opening value. Trying a value is three look-ups and a comparison:
@@ -8,11 +8,11 @@ The teacher's copy:   ``first 2 C A Q 4 second 5 B X B 1 ?``
 An answer:            ``first 3 C 1 A 5 Q 2 4 no 2 C 5 A 3 Q 4 4 ok second 5 B 2 X 3 B 1 1 ok``
 
 A try is the value tried, then each key with what it leads to, the opening value copied from the prompt, and the
-verdict. Whoever reads `sealed` can do no better than guess and check; whoever reads the code need not try. So the
-teacher's own answers have no wrong try in them, and the student's consist of what follows wrong tries.
+verdict. With `sealed` in the slot a model can do no better than guess and check; with the code in it there is nothing
+to guess. So the teacher's own answers have no wrong try in them, and the student's are mostly what follows wrong tries.
 
-There are 69,120 locks, of which an eighth is held out: no recipe and no run trains on those. A student that knows no code
-by heart is right at the first try in a fifth of all cases.
+There are 69,120 locks, of which an eighth is held out: no recipe and no run trains on those. A student that knows no
+code by heart is right at the first try in a fifth of all cases.
 
 Two corpora can be written for a problem. `LocksTask.solution` is the truth, with wrong tries, slips and missed verdicts
 kept from the loss: a teacher learns from it. `LocksTask.pupil_solution` is a pupil that tries one value after the
@@ -66,7 +66,7 @@ class Lock:
         return self.led(self.code)[-1]
 
     def led(self, value: str) -> tuple[str, str, str]:
-        """What the keys lead a value to, one after the other."""
+        """Results of the keys for a value, one after the other."""
         results, at = [], VALUES.index(value)
         for key in self.keys:
             at = TABLE[key][at]
@@ -81,18 +81,18 @@ class Lock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocksProblem:
-    """A drawn problem: two locks, what each side reads, and an answer without a wrong try, from which it is graded."""
+    """A drawn problem: two locks, a copy of the prompt for each side, and an answer without a wrong try."""
 
     locks: tuple[Lock, ...]
 
     @property
     def prompt(self) -> str:
-        """What the student reads."""
+        """The student's copy."""
         return _prompt(self.locks, [SEALED] * len(self.locks))
 
     @property
     def teacher_prompt(self) -> str:
-        """What the teacher reads: the same words, with a code in each slot."""
+        """The teacher's copy: the same words, with a code in each slot."""
         return _prompt(self.locks, [lock.code for lock in self.locks])
 
     @property
@@ -103,7 +103,7 @@ class LocksProblem:
 
 
 class Failure(Enum):
-    """Why an answer is wrong: the first thing that is."""
+    """The first thing that is wrong with an answer."""
 
     BLUFF = "ok on a wrong try"
     REJECTED = "no on the right try"
@@ -116,10 +116,10 @@ class Failure(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is found in an answer up to its first failure (None: it is right).
+    """The findings in an answer up to its first failure (None: it is right).
 
-    `wrong` counts tries of a wrong value with a verdict, `noticed` those answered by ``no``, `repeated` those of a value
-    that had been refuted, `tried` the locks with a first try, and `at_once` those whose first try is the code.
+    `wrong` counts tries of a wrong value with a verdict, `noticed` those answered by ``no``, `repeated` those of a
+    value that had been refuted, `tried` the locks with a first try, and `at_once` those whose first try is the code.
     """
 
     failure: Failure | None
@@ -144,19 +144,28 @@ class LocksTask:
         return LocksProblem(locks=tuple(lock(rng.randrange(lock_count(held_out=False)), held_out=False) for _ in MARKS))
 
     def solution(
-        self, problem: LocksProblem, rng: random.Random, wrong: float = 0.0, slip: float = 0.0, missed: float = 0.0
+        self,
+        problem: LocksProblem,
+        rng: random.Random,
+        wrong: float = 0.0,
+        slip: float = 0.0,
+        missed: float = 0.0,
+        *,
+        again: bool = True,
     ) -> Working:
         """The true solution; with the given shares of wrong tries, of slips in a try and of wrong verdicts.
 
         All three are kept from the loss, and what follows them is not: a teacher that is right by itself must know
-        what to say in states that only a student gets into.
+        what to say in states that only a student gets into. `again`: a wrong try may be of a refuted value.
         """
         writer = _Writer()
         for mark, lock in zip(MARKS, problem.locks, strict=True):
             writer.add(mark)
+            others = [v for v in VALUES if v != lock.code]
             for left in reversed(range(MOST_TRIES)):
-                err = left > 0 and rng.random() < wrong
-                value = rng.choice([v for v in VALUES if v != lock.code]) if err else lock.code
+                err = left > 0 and rng.random() < wrong and others
+                value = rng.choice(others) if err else lock.code
+                others = [v for v in others if again or v != value]
                 opens = writer.attempt(lock, value, rng if left > 0 and rng.random() < slip else None)
                 said = opens != (left > 0 and rng.random() < missed)
                 writer.add("ok" if said else "no", learn=said == opens)
@@ -192,7 +201,7 @@ class _Writer:
         self.loss_mask.extend([learn] * len(words))
 
     def attempt(self, lock: Lock, value: str, slips: random.Random | None) -> bool:
-        """Write a try but for its verdict, with one slip if asked to; whether what is written opens the lock."""
+        """Write a try but for its verdict, with a slip if there are `slips`; true if what is written opens the lock."""
         results, at = [*lock.led(value)], -1
         if slips:
             at = slips.randrange(len(results))
@@ -262,7 +271,7 @@ def judge(completion: str, answer: str, *, ended: bool = True) -> Verdict:
 
 
 def _open(words: Iterator[str], mark: str, one: Lock, counts: dict[str, int]) -> Failure | None:
-    """Read the tries of one lock and count; what is wrong with them."""
+    """The fault of the tries of one lock, which are read and counted."""
     said = next(words, None)
     if said != mark:
         return Failure.EARLY if said is None else Failure.FORMAT
@@ -286,7 +295,7 @@ def _open(words: Iterator[str], mark: str, one: Lock, counts: dict[str, int]) ->
 
 
 def _check(attempt: Sequence[str], one: Lock) -> Failure | None:
-    """What is wrong with a try and its verdict."""
+    """The fault of a try and its verdict."""
     if attempt[0] not in VALUES:
         return Failure.FORMAT
     if len(attempt) < WORDS_PER_TRY:

@@ -164,4 +164,6 @@ class MathGrader:
 
 def make_grader(name: str, part: Any) -> RunGrader:
     """The grader of a run that the part `name` of its configuration describes; nothing is started yet."""
-    return replace(part) if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader) else OwnGrader(name, part)
+    return (
+        replace(part) if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader) else OwnGrader(name, part)
+    )

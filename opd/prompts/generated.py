@@ -27,11 +27,11 @@ class Problem(Protocol):
 
 @runtime_checkable
 class Privileged(Protocol):
-    """A problem of which a teacher is told more than the student."""
+    """A problem with a prompt of its own for the teacher, which may say more than the student's."""
 
     @property
     def teacher_prompt(self) -> str:
-        """What the teacher reads instead of the prompt."""
+        """The teacher's prompt, instead of `prompt`."""
         ...
 
 
