@@ -36,6 +36,7 @@ NAV = {
         "docs/certificate",
         "docs/schedules",
         "Adapters <docs/lora>",
+        "The stage locks <docs/stages/locks>",
     ],
     "Operations": [
         "The doctor <docs/doctor>",

@@ -66,6 +66,7 @@ def test_every_number_is_a_lock_of_its_own_and_each_has_one_code() -> None:
 
 
 @given(seeds)
+@settings(max_examples=30)
 def test_the_keys_lead_the_code_and_no_other_value_to_the_opening(seed: int) -> None:
     problem, _ = drawn(seed)
     for one in problem.locks:
@@ -176,7 +177,7 @@ def test_a_pupil_overlooks_as_often_as_it_is_told_to_and_never_tries_a_refuted_v
 
 
 @given(st.integers(0, 3), st.integers(0, 200), st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_the_code_stands_in_the_teachers_copy_only_and_both_have_one_length(seed: int, step: int, held: bool) -> None:
     tokenizer = sources().tokenizer
     for prompt in prompts(held_out=held, seed=seed)(step, sources())[:4]:
@@ -194,7 +195,7 @@ def test_the_code_stands_in_the_teachers_copy_only_and_both_have_one_length(seed
 
 def test_no_lock_comes_twice_in_a_run_and_none_is_held_out() -> None:
     source = prompts()
-    trained = [one for number in range(64 * 200) for one in source.problem(number).locks]
+    trained = [one for number in range(64 * 130) for one in source.problem(number).locks]
     assert len(set(trained)) == len(trained)
     asked = [one for number in range(1000) for one in prompts(held_out=True, seed=1_000_000).problem(number).locks]
     assert len(set(asked)) == len(asked) and not set(asked) & set(trained)
@@ -220,7 +221,6 @@ def test_the_experiment_can_be_planned_and_its_teacher_reads_another_prompt() ->
     config = run_config(["experiment=locks"])
     plan = make_plan(config)
     assert config.max_tokens == MAX_COMPLETION_WORDS
-    shown = str([cell for column in plan.table().columns for cell in column.cells])
-    assert SEALED in shown
-    for method in (["sft"], ["grpo", "prompts.group_size=8", "prompts.prompts_per_step=8"]):
-        make_plan(run_config(["experiment=locks", f"method={method[0]}", *method[1:]]))
+    mine, its = plan.prompts["first prompt"].split(), plan.prompts["for the teacher"].split()
+    codes = [one.code for one in locks_of(plan.prompts["its answer"])]
+    assert [(a, b) for a, b in zip(mine, its, strict=True) if a != b] == [(SEALED, code) for code in codes]
