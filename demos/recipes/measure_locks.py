@@ -1,11 +1,13 @@
 """The phenomenon of the locks task in a checkpoint: ``python -m demos.recipes.measure_locks FOLDER``.
 
 Samples answers to held-out problems and counts in them: wrong tries, the share of these that are noticed (``no``),
-values tried again after they were refuted, first tries that are right, and why answers fail. ``--told`` shows the
-codes, as a teacher is shown them: what it writes then is what off-policy training learns from.
+values tried again after they were refuted, first tries that are right, and why answers fail. Before, what it says to
+the tries in texts that it did not write. ``--told`` shows the codes, as a teacher is shown them: what it writes then is
+what off-policy training learns from.
 """
 
 import argparse
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +16,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from demos.recipes.evaluate_task import load
+from demos.recipes.evaluate_task import Rejection, load
 from demos.recipes.pretrain import make_reproducible
 from demos.tasks.locks import (
     MARKS,
     MAX_COMPLETION_WORDS,
     Failure,
     LocksProblem,
+    LocksTask,
     Verdict,
     judge,
     lock,
@@ -107,6 +110,23 @@ def found(verdicts: Sequence[Verdict]) -> Measured:
     )
 
 
+@torch.no_grad()
+def rejection(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[LocksProblem], *, told: bool
+) -> Rejection:
+    """Verdicts on the tries of true solutions with wrong tries in them, as the model reads these."""
+    chances: dict[bool, list[float]] = {False: [], True: []}
+    no, rng = tokenizer.convert_tokens_to_ids("no"), random.Random(0)
+    for problem in problems:
+        prompt = problem.teacher_prompt if told else problem.prompt
+        words = [*prompt.split(), *LocksTask().solution(problem, rng, wrong=0.5).words]
+        logits = model(**tokenizer(" ".join(words), return_tensors="pt")).logits[0]
+        for at, word in enumerate(words):  # <bos> stands before the words: row `at` is what comes there
+            if word in ("ok", "no"):
+                chances[word == "ok"].append(logits[at].softmax(-1)[no].item())
+    return Rejection(wrong=sum(chances[False]) / len(chances[False]), right=sum(chances[True]) / len(chances[True]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what a checkpoint does with wrong tries.")
     parser.add_argument("folders", type=Path, nargs="+")
@@ -116,6 +136,8 @@ def main() -> None:
     make_reproducible()
     for folder in arguments.folders:
         model, tokenizer = load(folder)
+        reads = rejection(model, tokenizer, held_out(100), told=arguments.told)
+        print(f"{folder}, reading others' tries: P(no | wrong) {reads.wrong:.4f}, P(no | right) {reads.right:.4f}")
         for sample in (False, True):
             said = measure(model, tokenizer, held_out(arguments.problems), told=arguments.told, sample=sample)
             print(f"{folder}, {'T=1' if sample else 'greedy'}: {said.line}", flush=True)
