@@ -37,6 +37,7 @@ NAV = {
         "docs/comparing",
         "docs/schedules",
         "Adapters <docs/lora>",
+        "The stage locks <docs/stages/locks>",
     ],
     "Operations": [
         "The doctor <docs/doctor>",

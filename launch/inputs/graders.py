@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from demos.tasks import peak, shop
+from demos.tasks import locks, peak, shop
 from launch.inputs.answers import finding
 from launch.inputs.answers.check import doubtful, trouble
 from launch.inputs.answers.equality import same
@@ -66,6 +66,13 @@ class PeakGrader(TaskGrader):
     """The embedded peak task's."""
 
     one: ClassVar = staticmethod(peak.grade)
+
+
+@dataclass(kw_only=True)
+class LocksGrader(TaskGrader):
+    """The embedded locks task's."""
+
+    one: ClassVar = staticmethod(locks.grade)
 
 
 def verify_math(completion: str, answer: str) -> float:
@@ -157,4 +164,6 @@ class MathGrader:
 
 def make_grader(name: str, part: Any) -> RunGrader:
     """The grader of a run that the part `name` of its configuration describes; nothing is started yet."""
-    return replace(part) if isinstance(part, MathGrader | ShopGrader | PeakGrader) else OwnGrader(name, part)
+    return (
+        replace(part) if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader) else OwnGrader(name, part)
+    )

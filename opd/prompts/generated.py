@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 from opd.ports import Sources
 from opd.prompts.order import draw
@@ -25,13 +25,24 @@ class Problem(Protocol):
     def answer(self) -> str: ...
 
 
+@runtime_checkable
+class Privileged(Protocol):
+    """A problem with a prompt of its own for the teacher, which may say more than the student's."""
+
+    @property
+    def teacher_prompt(self) -> str:
+        """The teacher's prompt, instead of `prompt`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class GeneratedPrompts:
     """`prompts_per_step` problems a step, each `group_size` times.
 
     `problems` = 0 makes fresh problems forever; otherwise a fixed set of that many is gone through in epochs.
-    Sets with different seeds are different problems. A task's source names the task and the maker of its problems.
+    Sets with different seeds are different problems. A task's source names the task and the maker of its problems, or
+    overrides `problem`. A problem that is `Privileged` has a prompt of its own for the teacher.
     """
 
     task: ClassVar[str]
@@ -83,14 +94,20 @@ class GeneratedPrompts:
         """See `opd.ports.Listed`."""
         return {}
 
+    def problem(self, number: int) -> Problem:
+        """The problem of that number: a pure function of it and the seed."""
+        return type(self).make(random.Random(self._name(number)))
+
+    def _name(self, number: int) -> str:
+        return f"{self.task}/{self.seed}/{number}"
+
     def _prompt(self, number: int, sources: Sources) -> Prompt:
-        name = f"{self.task}/{self.seed}/{number}"
-        problem = type(self).make(random.Random(name))
+        problem = self.problem(number)
         ids = sources.tokenizer.encode(problem.prompt)
         return Prompt(
-            id=name,
+            id=self._name(number),
             student_ids=ids,
-            teacher_ids=ids,
+            teacher_ids=sources.tokenizer.encode(problem.teacher_prompt) if isinstance(problem, Privileged) else ids,
             teacher=self.teacher,
             task=self.task,
             answer=problem.answer,

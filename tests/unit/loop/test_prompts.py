@@ -1,8 +1,10 @@
 """Prompts are a pure function of the step: every item once an epoch, groups together, bad rows named."""
 
 import json
+import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,34 @@ def test_shop_prompts_are_fresh_forever_or_a_fixed_set() -> None:
     assert {text for step in range(8) for text in texts(fixed(step, sources()))} == set(texts(fresh_set(4)))
     groups = [key for key, _ in groupby(ShopPrompts(prompts_per_step=7, problems=2)(1, sources()), key=lambda p: p.id)]
     assert len(groups) == 2
+
+
+@dataclass(frozen=True)
+class Hinted:
+    """A problem of a number, of which the teacher reads twice as much."""
+
+    prompt: str
+    answer: str = "a"
+
+    @property
+    def teacher_prompt(self) -> str:
+        return 2 * self.prompt
+
+
+class HintedPrompts(ShopPrompts):
+    task = "hinted"
+
+    @staticmethod
+    def make(rng: random.Random) -> Hinted:
+        return Hinted(str(rng.randrange(100, 999)))
+
+
+def test_a_generated_problem_may_say_more_to_its_teacher() -> None:
+    for prompt in HintedPrompts(prompts_per_step=5)(3, sources()):
+        mine, its = Letters().decode(prompt.student_ids), Letters().decode(prompt.teacher_ids)
+        assert its == 2 * mine and len(mine) == 3
+    for prompt in ShopPrompts(prompts_per_step=2)(0, sources()):
+        assert prompt.teacher_ids.tolist() == prompt.student_ids.tolist()
 
 
 def fresh_set(problems: int) -> Sequence[Prompt]:
