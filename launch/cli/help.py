@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from launch.cli.methods import first_sentence
 from launch.config.compose import compose, own_folder
 from launch.config.keys import Key, keys
 from launch.config.shipped_files import groups, option_files
@@ -26,6 +27,7 @@ usage: opd COMMAND [OVERRIDE ...]
              experiment=compare          arms from a YAML file instead of methods=[...];  dry_run=true  runs and steps
   opd eval   [checkpoint=DIR] [...]      measure a student (a run, one of its checkpoints, or any Hugging Face folder)
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
+  opd methods [show NAME] [conf=DIR]     all methods, a line each with its paper, or the composition of one
   opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
   opd export run=NAME output=DIR [step=N]   a run's student as a Hugging Face folder, finished or as step N left it
   opd submit address=URL [working_dir=DIR] [exclude=A,B] [follow=false] COMMAND output_dir=/SHARED [...]
@@ -84,19 +86,8 @@ def _matching(word: str, known: Sequence[Key]) -> list[Key]:
 def _options(group: str, options: Mapping[str, Path]) -> Table:
     shown = Table(title=f"{group}=...", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, path in options.items():
-        shown.add_row(name, _first_sentence(path))
+        shown.add_row(name, first_sentence(path))
     return shown
-
-
-def _first_sentence(path: Path) -> str:
-    """First sentence of the comment at the top of a YAML file."""
-    lines: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            lines.append(line.removeprefix("#").strip())
-    return " ".join(lines).partition(". ")[0].rstrip(".")
 
 
 def _settings(title: str, found: Sequence[Key]) -> Table:

@@ -51,6 +51,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         "compare": _compare,
         "eval": _eval,
         "doctor": _doctor,
+        "methods": _methods,
         "certify": _certify,
         "submit": _submit,
         "export": _export,
@@ -145,6 +146,20 @@ def _doctor(overrides: Sequence[str]) -> int:
     from launch.run.doctor import run_doctor
 
     return run_doctor(rest, own.get("output", ""))
+
+
+def _methods(arguments: Sequence[str]) -> int:
+    from launch.cli.methods import list_methods, show_method
+
+    named = [argument for argument in arguments if "=" not in argument]
+    rest = [argument for argument in arguments if "=" in argument]
+    if wrong := [argument for argument in rest if not argument.startswith("conf=")]:
+        raise ConfigurationError(f"opd methods takes no setting but conf=DIR, got {wrong[0]!r}; leave it out")
+    if not named:
+        return list_methods(rest, console())
+    if named[0] != "show" or len(named) != 2:
+        raise ConfigurationError("opd methods lists all methods, opd methods show NAME one; write it so")
+    return show_method(named[1], rest, console())
 
 
 def _certify(overrides: Sequence[str]) -> int:

@@ -1,0 +1,85 @@
+"""`opd methods`: the methods that a run can name, with their papers, and the composition of one."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launch.config.compose import own_folder
+from launch.config.shipped_files import option_files
+from opd.errors import ConfigurationError
+
+_ORDER = ("rollout", "scorer", "weights", "objective", "normalizer", "coefficient", "terms", "update")
+_END = re.compile(r"(?<!\beq)(?<!e\.g)\.\s")  # of a sentence
+_ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+
+
+def list_methods(overrides: Sequence[str], console: Console) -> int:
+    """Print a line per method of `conf/method` and of the user's own folder (`conf=DIR`): what it is, and its paper."""
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    shown.add_column("method=", no_wrap=True)
+    shown.add_column("", overflow="fold")
+    shown.add_column("arXiv", no_wrap=True)
+    for name, path in _methods(overrides).items():
+        comment = head_comment(path)
+        shown.add_row(Text(name), Text(first_sentence(path)), Text(next(iter(_ARXIV.findall(comment)), "")))
+    console.print(shown)
+    console.print(
+        "opd methods show NAME prints a composition, opd certify method=NAME proves its gradient", style="dim"
+    )
+    return 0
+
+
+def show_method(name: str, overrides: Sequence[str], console: Console) -> int:
+    """Print what a method is made of: its comment, then a line per part with the settings that its file names."""
+    methods = _methods(overrides)
+    if name not in methods:
+        raise ConfigurationError(f"there is no method {name!r}; opd methods lists all {len(methods)}")
+    loaded = yaml.safe_load(methods[name].read_text(encoding="utf-8"))
+    console.print(Text(f"method={name}", style="bold"))
+    console.print(Text(head_comment(methods[name])))
+    for depth, line in _lines({key: loaded[key] for key in sorted(loaded, key=_place) if key != "name"}):
+        console.print(Text("  " * (depth + 1) + line), soft_wrap=True)
+    return 0
+
+
+def head_comment(path: Path) -> str:
+    """Comment at the top of a YAML file, as one text."""
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)
+
+
+def first_sentence(path: Path) -> str:
+    """First sentence of the comment at the top of a YAML file, without its period."""
+    return _END.split(head_comment(path), maxsplit=1)[0].rstrip(".")
+
+
+def _methods(overrides: Sequence[str]) -> Mapping[str, Path]:
+    return option_files(own_folder(overrides))["method"]
+
+
+def _place(key: str) -> tuple[int, str]:
+    return (_ORDER.index(key) if key in _ORDER else len(_ORDER), key)
+
+
+def _lines(node: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[int, str]]:
+    """`(depth, line)` of every part: `objective: HeadTailDivergence (opd.objectives.topk)`, then its settings."""
+    for key, value in node.items():
+        if key == "_target_":
+            continue
+        if not isinstance(value, Mapping):
+            yield depth, f"{key}: {value}"
+            continue
+        module, _, part = str(value.get("_target_", "")).rpartition(".")
+        yield depth, f"{key}: {part} ({module})" if part else f"{key}:"
+        yield from _lines(value, depth + 1)
