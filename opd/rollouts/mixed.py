@@ -56,11 +56,11 @@ class AnswerRollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MixtureLimit:
-    """A limiting case: the mixture `rollout`, at an end of its range, gives the text of `equals`."""
+class RolloutLimit:
+    """A limiting case: `rollout`, at an end of its range, gives the text of `equals`."""
 
     name: str
-    rollout: "Mixed"
+    rollout: Any
     equals: Any
 
 
@@ -110,10 +110,10 @@ class Mixed:
         return self.student.truncated or (self.fraction < 1 and self.fixed.truncated)
 
     @property
-    def limits(self) -> tuple[MixtureLimit, ...]:
+    def limits(self) -> tuple[RolloutLimit, ...]:
         return (
-            MixtureLimit(name="lambda = 0 is the fixed set", rollout=replace(self, fraction=0.0), equals=self.fixed),
-            MixtureLimit(name="lambda = 1 is the student", rollout=replace(self, fraction=1.0), equals=self.student),
+            RolloutLimit(name="lambda = 0 is the fixed set", rollout=replace(self, fraction=0.0), equals=self.fixed),
+            RolloutLimit(name="lambda = 1 is the student", rollout=replace(self, fraction=1.0), equals=self.student),
         )
 
     def student_generates(self, prompt_id: str, step: int = 0) -> bool:

@@ -19,6 +19,7 @@ class StopReason(Enum):
 
     END = "end"  # the model wrote its end-of-text token
     LENGTH = "length"  # the token limit cut it
+    PREFIX = "prefix"  # the method generates only so much of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
