@@ -24,9 +24,9 @@ from launch.artifacts.checkpoint_state import (
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory, check_name, read_jsonl
 from launch.artifacts.run_lock import check_not_running, is_over
+from launch.artifacts.spending import spending
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.changes import Change, changes, check_changes, check_inputs, check_steps
-from launch.config.budget import spending
 from launch.config.run_config import RunConfig
 from launch.inputs.prompt_paths import content_digest
 from opd.errors import ConfigurationError

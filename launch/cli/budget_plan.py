@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.artifacts.run_data import read_metrics
 from launch.artifacts.run_directory import RunDirectory
-from launch.config.budget import Unit, spending
+from launch.artifacts.spending import Unit, spending
 from launch.monitors.accounting import StepTokens, step_flops
 from launch.plan.plan import Plan
 from launch.report.figures import short_number
@@ -22,10 +22,10 @@ ROOM = 0.1  # planned steps beyond those that should do, as a share: the budget 
 class Budget:
     """One amount for every run of a comparison: `amount` of `unit`; 0 of steps: every arm has its own.
 
-    Of another unit than steps nobody knows beforehand at which step it is spent, but a schedule of the learning rate is
-    laid out over a number of steps. So a pilot of `PILOT_STEPS` steps measures what a step of each arm costs, an arm's
-    trials get as many steps as the amount makes of that, and `ROOM` more; its reported runs those that it makes of the
-    cost of its best trial. Every run ends at the first step that has spent the amount.
+    Of another unit than steps it is not known beforehand at which step it is spent, but a schedule of the learning rate
+    is laid out over a number of steps. So a pilot of `PILOT_STEPS` steps measures what a step of each arm costs, an
+    arm's trials get as many steps as the amount makes of that, and `ROOM` more; its reported runs those that it makes
+    of the cost of its best trial. Every run ends at the first step that has spent the amount.
     """
 
     unit: Unit
@@ -43,7 +43,7 @@ class Budget:
         return [f"steps={planned_steps(self.amount, cost)}", f"stop_after.{self.unit.value}={self.amount!r}"]
 
     def note(self, arm: str, cost: float) -> str:
-        """How the steps of an arm were planned."""
+        """Sentence about the plan of an arm's steps."""
         return (
             f"{arm}: a step costs {short_number(cost)} {self.unit.value} (measured before), so its runs were planned "
             f"with {planned_steps(self.amount, cost)} steps, {ROOM:.0%} more than the budget of "

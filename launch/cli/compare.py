@@ -12,11 +12,11 @@ from rich.console import Console
 
 from launch.artifacts import terminal
 from launch.artifacts.run_directory import check_name
+from launch.artifacts.spending import Unit
 from launch.checkpoint.places import check_writable
 from launch.cli.budget_plan import PILOT_STEPS, Budget, at_most_per_step, cost_per_step
 from launch.cli.comparison import Comparison, Request, from_arguments, from_experiment
 from launch.cli.shared_runs import run_all
-from launch.config.budget import Unit
 from launch.config.run_config import run_config
 from launch.plan.checks.answers import NO_ANSWERS
 from launch.plan.plan import Plan, make_plan

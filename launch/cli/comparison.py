@@ -1,4 +1,4 @@
-"""What is compared: arms, seeds, budget and tuning, from `opd compare methods=[...]` or from an experiment's YAML."""
+"""Settings of a comparison: arms, seeds, budget, tuning; from `opd compare methods=[...]` or an experiment's YAML."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from launch.artifacts.spending import Unit
 from launch.cli.budget_plan import Budget
 from launch.cli.tuning import RATES, TRIAL_SEED, Tuning
-from launch.config.budget import Unit
 from launch.config.compose import compose, own_folder
 from launch.config.run_config import RunConfig
 from launch.config.shipped_files import groups
@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def goal(self) -> Goal:
-        """What the report measures by."""
+        """Goal of the report."""
         return Goal(reference=self.reference, target=self.target, unit=self.budget, amount=self.amount)
 
     @property
@@ -104,7 +104,7 @@ def from_experiment(overrides: Sequence[str]) -> Request:
 
 
 def _named(node: DictConfig, *, resume: bool) -> dict[str, str]:
-    """Name and place. Raises `ConfigurationError` where none says which comparison to go on with."""
+    """Name and place. Raises `ConfigurationError` where one is to be gone on with and no name is given."""
     if resume and not node.run_name:
         begun = sorted(path.name for path in Path(str(node.output_dir)).glob("comparison-*"))
         raise ConfigurationError(

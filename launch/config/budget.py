@@ -1,45 +1,14 @@
-"""Units of what a run spends, the amounts that end it, and how they are read from its metrics."""
+"""Amounts at which a run ends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Annotated
 
+from launch.artifacts.spending import Unit
 from opd.settings.ranges import In
 from opd.settings.validation import settings
 
-Metrics = Mapping[str, float]
 Amount = Annotated[float, In(1e-3, 1e30, or_zero=True, because="0: the run ends by its steps alone")]
-
-
-class Unit(Enum):
-    """What a run spends, and what can be counted alike in all runs of a comparison."""
-
-    STEPS = "steps"
-    # tokens that the run generated, and those that went through its learner
-    TOKENS = "tokens"
-    # operations, by `launch.monitors.accounting`
-    FLOPS = "flops"
-    # processor seconds of training on this machine, evaluations apart
-    CPU_S = "cpu_s"
-
-
-def spending(metrics: Metrics, unit: Unit) -> float:
-    """What a run had spent up to the step of this line of metrics.
-
-    Lines of earlier versions lack the tokens; they count as `launch.monitors.accounting.Totals` has them.
-    """
-    match unit:
-        case Unit.STEPS:
-            return metrics["step"]
-        case Unit.TOKENS:
-            completion = metrics["tokens/completion"]
-            learned = metrics.get("tokens/learned", metrics.get("tokens/prompt", 0.0) + completion)
-            return metrics.get("tokens/generated", completion) + learned
-        case Unit.FLOPS:
-            return metrics["flops/total"]
-        case Unit.CPU_S:
-            return metrics["cpu/total_s"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

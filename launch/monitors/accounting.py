@@ -167,7 +167,7 @@ class TrainingCpu:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """What happens inside is not counted."""
+        """Context whose processor seconds are not counted."""
         before = process_tree_cpu_seconds()
         try:
             yield

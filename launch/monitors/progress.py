@@ -1,6 +1,7 @@
 """Progress of a run through what it may spend: when an evaluation is due, and when the run is over."""
 
-from launch.config.budget import Metrics, StopAfter, Unit, spending
+from launch.artifacts.spending import Metrics, Unit, spending
+from launch.config.budget import StopAfter
 
 
 class Progress:

@@ -11,7 +11,7 @@ import yaml
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory
-from launch.config.budget import Unit
+from launch.artifacts.spending import Unit
 from opd.errors import ConfigurationError, DataError
 
 Cost = Callable[[EvaluationPoint], float]
@@ -99,7 +99,7 @@ class Interval:
 
     @classmethod
     def mean(cls, intervals: Sequence["Interval"]) -> "Interval":
-        """Where the mean of the costs lies; its upper end is infinite if one of them is."""
+        """Interval of the mean of the costs; its upper end is infinite if one of them is."""
         return cls(low=float(np.mean([i.low for i in intervals])), high=float(np.mean([i.high for i in intervals])))
 
     @classmethod
@@ -164,7 +164,7 @@ class SideBySide:
         return [curve.reaches(self.target, cost) for curve in self.of(label)]
 
     def advantage(self, label: str, cost: Cost) -> Interval | None:
-        """How many times more the reference needs than this arm, on average; None for the reference itself."""
+        """Ratio of the reference's mean cost to this arm's; None for the reference itself."""
         if label == self.goal.reference:
             return None
         theirs = Interval.mean(self.costs(self.goal.reference, cost))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hf.folder import has_config
 from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.spending import Unit
 from launch.artifacts.summary import Outcome, RunSummary
-from launch.config.budget import Unit
 
 _OF_ONE_RUN = ("run_name", "resume", "dry_run")  # keys that another command does not share
 _OF_NO_COMPARISON = ("method", "evaluation.every", "evaluation.parts", *(f"stop_after.{u.value}" for u in Unit))

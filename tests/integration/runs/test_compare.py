@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from launch.artifacts.run_directory import RunDirectory, append_json
+from launch.artifacts.spending import Unit, spending
 from launch.cli import shared_runs
-from launch.config.budget import Unit, spending
 from tests.command import opd
 from tests.integration.runs.test_train import lines
 from tests.unit.monitors.test_report import step_line

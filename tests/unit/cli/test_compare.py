@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from launch.artifacts.spending import Unit
 from launch.cli import shared_runs
 from launch.cli.budget_plan import ROOM, Budget, at_most_per_step, cost_per_step, planned_steps
 from launch.cli.compare import compare_methods, run_comparison
 from launch.cli.comparison import Request, from_arguments
 from launch.cli.flags import without_methods
 from launch.cli.shared_runs import CLAIMS, run_all, run_once
-from launch.config.budget import Unit
 from launch.config.run_config import run_config
 from launch.plan.plan import Plan, make_plan
 from launch.report.comparison import Arm

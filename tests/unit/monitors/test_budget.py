@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.artifacts.spending import Unit, spending
 from launch.checkpoint.step_end import BudgetSpent, until_spent
-from launch.config.budget import StopAfter, Unit, spending
+from launch.config.budget import StopAfter
 from launch.config.run_config import run_config
 from launch.monitors.accounting import Costs, Totals, step_tokens
 from launch.monitors.progress import Progress

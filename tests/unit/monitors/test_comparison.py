@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from launch.artifacts.run_directory import RunDirectory, append_json
-from launch.config.budget import Unit
+from launch.artifacts.spending import Unit
 from launch.report.comparison import Arm, Curve, Goal, Interval, SideBySide, read_arms
 from launch.report.comparison_figure import over_seeds
 from launch.report.comparison_page import write_comparison
@@ -72,7 +72,7 @@ def test_a_ratio_has_both_ends_where_both_arms_arrive(tmp_path: Path) -> None:
     assert cells(harder, "grpo")["× steps"] == "≤ 0.2" and cells(harder, "grpo")["steps"] == "≥ 200"
 
 
-def test_what_nobody_reaches_has_no_ratio(tmp_path: Path) -> None:
+def test_what_no_arm_reaches_has_no_ratio(tmp_path: Path) -> None:
     sides = read_arms(two_arms(tmp_path), Goal(reference="grpo", target=0.99))
     assert cells(sides, "opd")["× steps"] == "–" and cells(sides, "opd")["steps"] == "≥ 60"
     assert cells(sides, "opd")["reached"] == "0 of 2"
