@@ -16,7 +16,9 @@ from opd.settings.secret import HIDDEN, Secret, logins, names_a_secret, names_a_
 _SHORTEST = 6  # characters: what is shorter stands in other words too
 _NO_SECRET = re.compile(r"(_PATH|_FILE|_DIR|_MODE|_HOME|_SOCK|_NAME|_ID)$")
 _KEY = re.compile(r"(^|_)KEY(_|$)")
-_COUNT = re.compile(r"(max|min|new|num|batch|batched)_(\w+_)?tokens$|tokens_per_", re.IGNORECASE)  # settings of ours
+_COUNT = re.compile(
+    r"(max|min|new|num|batch|batched)_(\w+_)?tokens$|tokens_per_|^stop_after\.tokens$", re.IGNORECASE
+)  # settings of ours
 _INLINE = re.compile(r"['\"]?([\w.-]+)['\"]?\s*[:=]\s*([^,}\]]*)")  # key: value within {...} on a command line
 _CUT = re.compile(r"\.\.\.| \[\d+ characters left out\] ")  # as `shown` and `OpdError` cut
 _remembered: set[str] = set()

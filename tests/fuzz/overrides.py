@@ -69,6 +69,9 @@ DIRECTIONS = ("FullReverseKL", "FullForwardKL", "JensenShannon", "SkewedReverseK
 # The last rule that matches a name counts.
 RULES: Sequence[tuple[str, Rule]] = (
     (r"(student|learner|cluster|hardware|tracker|evaluation|method|learner\.lora)", lambda v: hasattr(v, "__slots__")),
+    (r"stop_after", lambda v: hasattr(v, "__slots__")),
+    (r"stop_after\.(tokens|flops|cpu_s)", lambda v: v == 0 or real(1e-3, 1e30)(v)),
+    (r"evaluation\.parts", whole(0, 10_000)),
     (r"run_name", text(r"([A-Za-z0-9][\w.=,+-]*)?")),
     (r"output_dir|student\.path|teachers\.\w+\.path", text(r"[^\x00-\x1f]+")),
     (r"resume|text|tracker\.(entity|group)", lambda v: v is None or type(v) is str),

@@ -251,7 +251,7 @@ MAY_CHANGE = {
     # What a run is called, where it runs, how long, and what is recorded of it.
     *("run_name", "output_dir", "resume", "steps", "notes.*", "dry_run", "doctor", "grace_s", "trace"),
     *("checkpoint_every", "checkpoint_minutes", "checkpoint_keep", "checkpoint_keep_every", "max_buffer_bytes"),
-    *("evaluation.*", "cluster.*", "tracker.*", "hardware.*"),
+    *("evaluation.*", "cluster.*", "tracker.*", "hardware.*", "stop_after.*"),
     # How many processes, how much memory, how long they may take: the same numbers come out.
     *("student.replicas", "student.deadline_s", "student.kv_cache_bytes", "student.gpu_memory_utilization"),
     *("student.max_num_seqs", "student.max_model_len", "student.tensor_parallel", "student.enforce_eager"),

@@ -188,7 +188,7 @@ def _tells(wrong: Completion) -> bool:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_as_many_completions_as_were_asked_for_or_none(count: int) -> None:
-    with pytest.raises(DataError, match=f"an engine wrote {count} completions for 2 requests"):
+    with pytest.raises(DataError, match=f"an engine gave {count} completions for 2 requests"):
         validate_completions([asked(), asked()], [honest(1)] * count, ROWS)
 
 

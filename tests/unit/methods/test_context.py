@@ -19,7 +19,7 @@ from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.config.settings import EvaluationConfig
 from launch.monitors.accounting import Totals
 from launch.run.evaluate import Evaluator, TrainingCost
-from opd.certify.engines import Notes, engines
+from opd.certify.engines import RequestLog, engines
 from opd.certify.worlds import make_world
 from opd.method.method import Method
 from opd.objectives.sampled import SampledReverseKL
@@ -129,7 +129,7 @@ WORLD = make_world(0, 6)
 @pytest.mark.parametrize(("model", "step"), [("student", 0), ("student", 4), ("student", 9), ("teacher", 0)])
 def test_an_evaluation_calls_parts_at_its_step_of_the_run(model: str, step: int) -> None:
     """The weights of before any step, of between, of after the last; of a teacher they are the same at any step."""
-    player, context = Player(), Context.of(engines(WORLD, Notes()), step=0, steps=9, seed=7)
+    player, context = Player(), Context.of(engines(WORLD, RequestLog()), step=0, steps=9, seed=7)
     evaluator = Evaluator(
         EvaluationConfig(prompts=HeldOut(), max_tokens=8), cast(Any, None), context, cast(Any, None),
         exact_kl=False, play=player.play,
@@ -145,6 +145,6 @@ async def measured(evaluator: Evaluator, model: str, step: int, context: Context
 
 
 def test_progress_is_the_share_of_steps_that_are_done() -> None:
-    context = Context.of(engines(WORLD, Notes()), step=0, steps=4, seed=1)
+    context = Context.of(engines(WORLD, RequestLog()), step=0, steps=4, seed=1)
     assert [context.at(step).progress for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert (context.at(3).steps, context.at(3).seed, context.at(3).student) == (4, 1, context.student)

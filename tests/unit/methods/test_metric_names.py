@@ -37,7 +37,10 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("monte_carlo_reverse_kl", "monte_carlo_forward_kl", "topk_jensen_shannon"), ""),
     **dict.fromkeys(("jensen_shannon", "gkd"), "jsd"),
     **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl"), "skewed_kl"),
-    **dict.fromkeys(("sampled_reverse_kl", "thinking_machines", "squared_reverse_kl", "vopd_topk"), "reverse_kl"),
+    **dict.fromkeys(
+        ("sampled_reverse_kl", "reasoning_prefixes", "thinking_machines", "squared_reverse_kl", "vopd_topk"),
+        "reverse_kl",
+    ),
     **dict.fromkeys(("sampled_jensen_shannon", "ratio_reverse_kl"), "reverse_kl"),
     **dict.fromkeys(("topk_reverse_kl", "student_topk_reverse_kl", "tail_bucket_reverse_kl"), "reverse_kl"),
     **dict.fromkeys(("local_support_matching", "rethinking_eq5", "rethinking_code", "mopd_topk"), "reverse_kl"),

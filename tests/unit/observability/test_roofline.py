@@ -90,7 +90,7 @@ def test_slow_links_bound_a_learner_that_computes_fast() -> None:
 def test_the_run_counts_operations_with_the_same_constants() -> None:
     """Without attention a floor is what `launch.monitors.accounting` counts: 2N a token read, 6N a token learned."""
     costs = accounting.Costs(student_params=1000, teacher_params=1000, teacher_writes=False, teacher_reads=True)
-    tokens = accounting.StepTokens(prompt=0, completion=50, student=0, scored=50, learned=50, trained=50)
+    tokens = accounting.StepTokens(prompt=0, completion=50, generated=50, student=0, scored=50, learned=50, trained=50)
     flat = replace(TINY, params=1000)
     batch = lengths([0], [50])
     attention = flat.forward_flops(np.zeros(1), np.array([50.0]), 50.0) - 2 * 1000 * 50

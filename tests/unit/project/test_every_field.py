@@ -61,10 +61,14 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "filters": ({}, {"whole": SkipTruncated()}),
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),
+    "share": (0.75, 1.0),
 }
 
 
-ROOMY: Mapping[str, Mapping[str, Any]] = {"EnvironmentRollout": {"max_tokens": 30}}  # for several turns
+ROOMY: Mapping[str, Mapping[str, Any]] = {
+    "EnvironmentRollout": {"max_tokens": 30},  # for several turns
+    "PrefixRollout": {"share": 0.5},  # of which limits differ
+}
 
 
 def classes() -> list[type]:

@@ -225,7 +225,7 @@ def one_kind(kind: type[ScoreKind[Scores]]) -> Any:
 def test_a_certificate_names_a_kind_that_looks_at_more_ids_than_it_has() -> None:
     ids = np.array([1, 2], dtype=np.int32)
     asked = ScoreRequest(context_ids=ids, token_ids=ids, kinds=(Deep(),))
-    reader = engines(make_world(0), Notes()).teachers["default"]
+    reader = engines(make_world(0), RequestLog()).teachers["default"]
     with pytest.raises(ConfigurationError, match=r"12 ids and cannot give the margin .*depth=32 is not within 1 and"):
         asyncio.run(reader.score([asked]))
 
