@@ -16,6 +16,7 @@ from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory
 from launch.checkpoint.resume import way_on
 from launch.checkpoint.saver import Retention, Saver
+from launch.config.budget import StopAfter
 from launch.config.settings import ClusterConfig
 from launch.run.run import Run
 from launch.services.learner_group import RanksLost
@@ -198,11 +199,12 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
     async def main() -> None:
         ranks, run, stop = Ranks(), object.__new__(Run), StopRequest(60.0)
         run._directory, run._stop, run._first = RunDirectory.create(tmp_path, "r"), stop, 0
+        run._before, run._meter = None, lambda record: {"step": float(record.step)}  # type: ignore[assignment]
         run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
         run._config = SimpleNamespace(  # type: ignore[assignment]
             checkpoint_keep=2, checkpoint_keep_every=0, checkpoint_every=0, checkpoint_minutes=0, steps=3, seed=0,
             method=None, prompts=None, staleness_schedule=None,
-            evaluation=SimpleNamespace(every=0), cluster=ClusterConfig(),
+            evaluation=SimpleNamespace(every=0, parts=0), cluster=ClusterConfig(), stop_after=StopAfter(),
         )  # fmt: skip
         session = SimpleNamespace(learner=ranks, followers={}, engines=None)
         training = asyncio.create_task(run._train(session, None, [], SimpleNamespace(apart=nullcontext)))  # type: ignore[arg-type]
