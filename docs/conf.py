@@ -12,8 +12,9 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parents[1]
 
 DECISIONS = "docs/adr/README"
+FAMILIES = "docs/methods/README"
 # The table of contents: a group, then its pages, with a shorter title where the page's own is long. A page that is
-# missing here, or there, fails the build; docs/adr/ is listed by itself.
+# missing here, or there, fails the build; docs/adr/ and docs/methods/ are listed by themselves.
 NAV = {
     "Start": [
         "Overview <self>",
@@ -31,7 +32,7 @@ NAV = {
         "Teachers <docs/teachers>",
     ],
     "Methods": [
-        "docs/methods",
+        FAMILIES,
         "docs/adding_a_method",
         "docs/certificate",
         "docs/comparing",
@@ -77,13 +78,16 @@ def toctree(pages: list[str], *options: str) -> str:
 
 
 def add_contents(_app: Sphinx, page: str, source: list[str]) -> None:
-    """Give the first page, and that of the decisions, a list that their readers elsewhere need not see."""
+    """Give the first page, and those of the decisions and of the methods, a list that their readers elsewhere need not see."""
     if page == root_doc:
         source[0] += "".join(toctree(pages, f":caption: {group}", ":hidden:") for group, pages in NAV.items())
     elif page == DECISIONS:
         source[0] += toctree(
             [path.stem for path in sorted((ROOT / DECISIONS).parent.glob("[0-9]*.md"))], ":maxdepth: 1"
         )
+    elif page == FAMILIES:
+        families = sorted(path.stem for path in (ROOT / FAMILIES).parent.glob("[a-z]*.md"))
+        source[0] += toctree(families, ":hidden:")
 
 
 def add_index(app: Sphinx, error: Exception | None) -> None:
