@@ -10,6 +10,7 @@ from typing import Any
 from launch.artifacts.old_names import renamed, todays_parts, todays_setting
 from launch.artifacts.redaction import redacted
 from opd.errors import DataError
+from opd.settings.validation import default_of, fields_of, parts_of
 
 FORMAT = "opd run checkpoint 1"
 MANIFEST, STATE, LEARNER = "manifest.json", "state.json", "learner"
@@ -157,6 +158,34 @@ def _describe(value: Any, where: str, flat: dict[str, Any]) -> None:
             _describe(item, f"{where}.{i}".strip("."), flat)
     else:
         flat[where] = value
+
+
+def at_defaults(value: Any, where: str = "") -> frozenset[str]:
+    """Names of `described` whose settings have their declared defaults.
+
+    A checkpoint made before a setting existed lacks its name, and was trained as the default trains: a new setting's
+    default means what was done before there was a choice. The class of a group or part counts like a setting.
+    """
+    if isinstance(value, Mapping):
+        inner = [(key, item) for key, item in value.items()]
+    elif isinstance(value, list | tuple):
+        inner = list(enumerate(value))
+    elif not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return frozenset()
+    else:
+        return _fields_at_defaults(value, where)
+    return frozenset().union(*(at_defaults(item, f"{where}.{key}".strip(".")) for key, item in inner))
+
+
+def _fields_at_defaults(value: Any, where: str) -> frozenset[str]:
+    names, declared = set[str](), fields_of(type(value))
+    for spec in dataclasses.fields(value):
+        if spec.init and spec.repr:
+            name, inner, default = f"{where}.{spec.name}".strip("."), getattr(value, spec.name), default_of(spec)
+            names |= described(inner, name).keys() if inner == default else at_defaults(inner, name)
+            if type(inner) in (parts_of(declared[spec.name])[0], type(default)) and dataclasses.is_dataclass(inner):
+                names.add(name)  # a group that can have, or has, no other class
+    return frozenset(names)
 
 
 def in_todays_names(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -60,7 +60,6 @@ SPECIAL: Mapping[str, General] = {
     ),
     "opd.objectives.estimators.BaselinedReverseKL": _divergence(_SAMPLED, "FullReverseKL", baseline="VOCABULARY"),
     "opd.objectives.estimators.TopKBaselinedReverseKL": _divergence(_SAMPLED, "FullReverseKL", baseline="TOPK"),
-    _SAMPLED: General(path=_SAMPLED, defaults={"baseline": "NONE"}),  # had no baseline
 }
 """Special class before -> now."""
 

@@ -1,7 +1,7 @@
 """Settings and inputs that differ between a checkpoint and the run that goes on from it, and which of them may."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -51,9 +51,12 @@ class Change:
         return any(fnmatchcase(self.name, pattern) for pattern in _of_a_run())
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Every setting that differs between two `described` configurations."""
-    names = [*before, *(name for name in now if name not in before)]
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], at_default: Set[str] = frozenset()) -> list[Change]:
+    """Every setting that differs between two `described` configurations.
+
+    A name that `before` does not know is a change unless it is `at_default` now (`checkpoint_state.at_defaults`).
+    """
+    names = [*before, *(name for name in now if name not in before and name not in at_default)]
     return [
         Change(name=name, before=before.get(name), now=now.get(name))
         for name in names

@@ -16,6 +16,7 @@ from hf.tokenizer_check import tokenizer_digest
 from launch.artifacts.checkpoint_state import (
     LATEST,
     DriverState,
+    at_defaults,
     described,
     in_todays_names,
     name_of,
@@ -71,7 +72,7 @@ def resumption(config: RunConfig, console: Console) -> ResumePoint | None:
         return None
     place, state, same_run = found_there
     now = fingerprints(config)
-    found = changes(in_todays_names(state.config), described(config))
+    found = changes(in_todays_names(state.config), described(config), at_defaults(config))
     check_inputs(str(place), state.teachers, now, found)
     check_changes(str(place), [change for change in found if change.name not in state.teachers.keys() & now.keys()])
     check_steps(str(place), state.step, config.steps)
