@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import deepspeed
 import torch
+from deepspeed.comm import comm
 from deepspeed.runtime.engine import DeepSpeedEngine
 from jaxtyping import Float64
 from torch import Tensor, distributed, nn
@@ -62,6 +63,13 @@ def join(rank: int, world: int, host: str, port: int, device: torch.device, dead
                 f"learner rank {rank} of {world} could not meet the other ranks at {host}:{port} within "
                 f"{deadline_s:.0f} s ({str(error).splitlines()[0]}); look at their logs, or raise learner.deadline_s"
             ) from error
+    _bound_subgroups(deadline_s)
+
+
+def _bound_subgroups(deadline_s: float) -> None:
+    """Give DeepSpeed's groups the deadline too: it creates them without one, and torch's own is 30 minutes."""
+    backend: Any = comm.cdb
+    backend.new_group = lambda ranks: distributed.new_group(ranks, timeout=timedelta(seconds=deadline_s))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import gc
 import os
 import pickle
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.utils import groups
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
@@ -36,26 +36,57 @@ def _alone() -> Iterator[None]:
 
 
 def on_both(work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns: rank 0 in this process, rank 1 in a fork of it."""
+    """What `work(rank)` returns: rank 0 in this process, rank 1 in a fork of it, whose traceback is shown if it fails."""
     here, there = os.pipe()
     child = os.fork()
     if child == 0:
         gc.freeze()  # what earlier groups left behind waits, when it is freed, for threads that no fork has
         try:
             with open(there, "wb") as pipe:
-                pickle.dump(work(1), pipe)
-        except BaseException:  # noqa: BLE001 (a fork must not return into pytest)
-            traceback.print_exc(file=sys.__stderr__)
+                pickle.dump(_result(work), pipe)
         finally:
             os._exit(0)
     os.close(there)
     try:
+        mine = _result(lambda _: work(0))
         with open(here, "rb") as pipe:
-            results = [work(0), pickle.loads(pipe.read())]  # noqa: S301 (our own)
+            given, failed = pickle.loads(pipe.read())  # noqa: S301 (our own)
     finally:
-        os.kill(child, signal.SIGKILL)  # where rank 0 failed; otherwise it has said all that it had to
+        os.kill(child, signal.SIGKILL)  # it has said all that it had to
         os.waitpid(child, 0)
-    return results
+    for rank, error in ((1, failed), (0, mine[1])):
+        assert not error, f"rank {rank} failed:\n{error}"
+    return [mine[0], given]
+
+
+def _result(work: Callable[[int], Any]) -> tuple[Any, str]:
+    """What rank 1 returns, or the traceback of its failure."""
+    try:
+        return work(1), ""
+    except BaseException:  # noqa: BLE001 (a fork must not return into pytest)
+        return None, traceback.format_exc()
+
+
+def test_a_rank_that_hangs_holds_no_group_of_deepspeed_s_longer_than_the_deadline(models: dict[str, Path]) -> None:
+    """Its own groups have torch's 30 minutes unless they are told."""
+    config = replace(SMOOTH, ranks=2, deadline_s=3.0)
+    port = rank_of(SMOOTH, models["tied"]).address()[1]
+    over, there = os.pipe()
+
+    def work(rank: int) -> Any:
+        engine.join(rank, 2, "127.0.0.1", port, torch.device("cpu"), config.deadline_s)
+        group = groups._clone_world_group()
+        distributed.all_reduce(torch.ones(1), group=group)
+        if rank:
+            os.read(over, 1)  # until rank 0 has given up
+            return None
+        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+            distributed.all_reduce(torch.ones(1), group=group)
+        os.write(there, b".")
+        distributed.destroy_process_group()
+        return None
+
+    on_both(work)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
