@@ -9,36 +9,20 @@ About 3 minutes on one core. ``--check`` trains nothing: it compares the files w
 checkpoints on 250 held-out problems. ``--only student --cold-start N`` makes another student, of other pupils.
 """
 
-import argparse
 import random
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from demos.recipes.evaluate_task import load
-from demos.recipes.make_shop import DIGESTS, digest_lines
 from demos.recipes.measure_locks import held_out, measure
-from demos.recipes.pretrain import (
-    BOS,
-    EOS,
-    Example,
-    Schedule,
-    Shape,
-    build_model,
-    make_reproducible,
-    save_model,
-    train,
-    wrap_tokenizer,
-)
+from demos.recipes.pretrain import Example, Schedule, Shape, build_model, save_model, train
+from demos.recipes.recipe import VOCAB_ROWS, command_line, encoded, make_and_check, word_tokenizer
 from demos.tasks.locks import VOCABULARY, LocksTask
-from demos.tasks.shop import SPECIAL_WORDS, Working
+from demos.tasks.shop import Working
 
-VOCAB_ROWS = 64
 BATCH = 64
 TEACHER_BATCH = 48
 
@@ -49,14 +33,8 @@ TARGETS = {"student": (0.04, 0.12), "teacher": (0.95, 1.0)}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer; texts are split and joined at spaces, and <bos> is put in front."""
-    tokenizer = Tokenizer(models.WordLevel(dict(_ID_OF), unk_token="<unk>"))
-    tokenizer.add_special_tokens([*SPECIAL_WORDS, "<unk>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    wrapped = wrap_tokenizer(tokenizer)
-    wrapped.unk_token = "<unk>"
-    return wrapped
+    """Tokenizer of the task's words."""
+    return word_tokenizer(VOCABULARY)
 
 
 def teacher_batches(seed: int) -> Iterator[list[Example]]:
@@ -94,12 +72,9 @@ def make_student(folder: Path, cold_start: int) -> None:
     save_model(model, make_tokenizer(), folder)
 
 
-def check(output: Path, names: Sequence[str]) -> bool:
-    """Compare the files with SHA256SUMS, measure the checkpoints, and print whether all is as it should be."""
-    if not (output / DIGESTS).is_file():
-        sys.exit(f"make_locks --check needs {output / DIGESTS}, but there is none: make the checkpoints first.")
-    within = (output / DIGESTS).read_text(encoding="utf-8") == digest_lines(output)
-    print(f"{DIGESTS}: {'good' if within else 'DIFFERS from the files'}")
+def measured(output: Path, names: Sequence[str]) -> bool:
+    """Whether the checkpoints solve as many problems as they should; prints how many."""
+    within = True
     for name in names:
         model, tokenizer = load(output / name)
         low, high = TARGETS[name]
@@ -114,38 +89,19 @@ def check(output: Path, names: Sequence[str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the checkpoints of the locks task from scratch.")
-    parser.add_argument("--output", type=Path, default=Path("assets/locks"))
-    parser.add_argument("--only", choices=tuple(TARGETS))
+    parser = command_line("locks")
     parser.add_argument("--cold-start", type=int, default=0, help="number of the student; 0 is shipped")
-    parser.add_argument("--check", action="store_true", help="train nothing, measure what is there")
     arguments = parser.parse_args()
-    names = [arguments.only] if arguments.only else list(TARGETS)
     makers = {
         "student": partial(make_student, cold_start=arguments.cold_start),
         "teacher": partial(make_teacher, student=arguments.output / "student"),
     }
-
-    make_reproducible()
-    if not arguments.check:
-        for name in names:
-            started = time.process_time()
-            makers[name](arguments.output / name)
-            print(f"{name}: made in {time.process_time() - started:.0f} CPU s")
-        lines = digest_lines(arguments.output)
-        (arguments.output / DIGESTS).write_text(lines, encoding="utf-8")
-        print(lines, end="")
-    sys.exit(0 if check(arguments.output, names) else 1)
+    make_and_check(arguments, makers, measured)
 
 
 def example(prompt: str, working: Working) -> Example:
     """Prompt and solution as token ids; the prompt is context, not trained."""
-    context = (BOS, *(_ID_OF[word] for word in prompt.split()))
-    completion = (*(_ID_OF[word] for word in working.words), EOS)
-    return Example(ids=context + completion, loss_mask=(False,) * len(context) + (*working.loss_mask, True))
-
-
-_ID_OF = {word: index for index, word in enumerate(VOCABULARY)}
+    return encoded(prompt, working, VOCABULARY)
 
 
 if __name__ == "__main__":

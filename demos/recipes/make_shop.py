@@ -10,36 +10,18 @@ About 9 minutes on one core. ``--check`` trains nothing: it compares the files w
 both checkpoints on 500 held-out problems.
 """
 
-import argparse
 import random
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from demos.recipes.evaluate_task import Accuracy, accuracy, held_out_problems, load, rejection
-from demos.recipes.pretrain import (
-    BOS,
-    EOS,
-    Example,
-    Schedule,
-    Shape,
-    build_model,
-    digests,
-    make_reproducible,
-    save_model,
-    train,
-    wrap_tokenizer,
-)
-from demos.tasks.shop import SPECIAL_WORDS, VOCABULARY, ShopTask, Working, grade
+from demos.recipes.pretrain import Example, Schedule, Shape, build_model, save_model, train
+from demos.recipes.recipe import VOCAB_ROWS, command_line, encoded, make_and_check, word_tokenizer
+from demos.tasks.shop import VOCABULARY, ShopTask, Working, grade
 
-# The 36 words, rounded up: rows beyond them are never trained towards.
-VOCAB_ROWS = 64
 BATCH = 32
-DIGESTS = "SHA256SUMS"
 
 SHAPES = {
     "teacher": Shape(vocab=VOCAB_ROWS, hidden=128, layers=3, heads=4, kv_heads=2, ffn=384),
@@ -54,14 +36,8 @@ TARGETS = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer; texts are split and joined at spaces, and <bos> is put in front."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    tokenizer.add_special_tokens([*SPECIAL_WORDS, "<unk>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    wrapped = wrap_tokenizer(tokenizer)
-    wrapped.unk_token = "<unk>"
-    return wrapped
+    """Tokenizer of the task's words."""
+    return word_tokenizer(VOCABULARY)
 
 
 def teacher_batches(mistakes: float, seed: int) -> Iterator[list[Example]]:
@@ -96,13 +72,10 @@ def make_student(folder: Path) -> None:
 MAKERS = {"teacher": make_teacher, "student": make_student}
 
 
-def check(output: Path, names: Sequence[str]) -> bool:
-    """Compare the files with SHA256SUMS, measure the checkpoints, and print whether all is as it should be."""
-    if not (output / DIGESTS).is_file():
-        sys.exit(f"make_shop --check needs {output / DIGESTS}, but there is none: make the checkpoints first.")
+def measured(output: Path, names: Sequence[str]) -> bool:
+    """Whether the checkpoints solve as many problems as they should; prints how many."""
+    within = True
     problems = held_out_problems(500, ShopTask())
-    within = (output / DIGESTS).read_text(encoding="utf-8") == digest_lines(output)
-    print(f"{DIGESTS}: {'good' if within else 'DIFFERS from the files'}")
     for name in names:
         model, tokenizer = load(output / name)
         share, (low, high) = accuracy(model, tokenizer, problems, grade), TARGETS[name]
@@ -118,41 +91,10 @@ def check(output: Path, names: Sequence[str]) -> bool:
     return within
 
 
-def digest_lines(output: Path) -> str:
-    """Content of SHA256SUMS, in the format of ``sha256sum --check``."""
-    files = {path: digest for path, digest in digests(output).items() if path.split("/")[0] in MAKERS}
-    return "".join(f"{digest}  {path}\n" for path, digest in files.items())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the checkpoints of the shop task from scratch.")
-    parser.add_argument("--output", type=Path, default=Path("assets/shop"))
-    parser.add_argument("--only", choices=tuple(MAKERS))
-    parser.add_argument("--check", action="store_true", help="train nothing, measure what is there")
-    arguments = parser.parse_args()
-    names = [arguments.only] if arguments.only else list(MAKERS)
-
-    make_reproducible()
-    if not arguments.check:
-        for name in names:
-            started = time.process_time()
-            MAKERS[name](arguments.output / name)
-            print(f"{name}: made in {time.process_time() - started:.0f} CPU s")
-        lines = digest_lines(arguments.output)
-        (arguments.output / DIGESTS).write_text(lines, encoding="utf-8")
-        print(lines, end="")
-    sys.exit(0 if check(arguments.output, names) else 1)
-
-
 def example(prompt: str, working: Working) -> Example:
     """Prompt and solution as token ids; the prompt is context, not trained."""
-    context = (BOS, *(_ID_OF[word] for word in prompt.split()))
-    completion = (*(_ID_OF[word] for word in working.words), EOS)
-    return Example(ids=context + completion, loss_mask=(False,) * len(context) + (*working.loss_mask, True))
-
-
-_ID_OF = {word: index for index, word in enumerate(VOCABULARY)}
+    return encoded(prompt, working, VOCABULARY)
 
 
 if __name__ == "__main__":
-    main()
+    make_and_check(command_line("shop").parse_args(), MAKERS, measured)
