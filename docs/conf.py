@@ -78,7 +78,7 @@ def toctree(pages: list[str], *options: str) -> str:
 
 
 def add_contents(_app: Sphinx, page: str, source: list[str]) -> None:
-    """Give the first page, and those of the decisions and of the methods, a list that their readers elsewhere need not see."""
+    """Give the first page, and those of decisions and methods, a list that their readers elsewhere need not see."""
     if page == root_doc:
         source[0] += "".join(toctree(pages, f":caption: {group}", ":hidden:") for group, pages in NAV.items())
     elif page == DECISIONS:

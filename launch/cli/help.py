@@ -6,10 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch.cli.methods import first_sentence
 from launch.config.compose import compose, own_folder
 from launch.config.keys import Key, keys
-from launch.config.shipped_files import groups, option_files
+from launch.config.shipped_files import first_sentence, groups, option_files
 from opd.errors import ConfigurationError
 
 USAGE = """\

@@ -11,11 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.config.compose import own_folder
-from launch.config.shipped_files import option_files
+from launch.config.shipped_files import first_sentence, head_comment, option_files
 from opd.errors import ConfigurationError
 
 _ORDER = ("rollout", "scorer", "weights", "objective", "normalizer", "coefficient", "terms", "update")
-_END = re.compile(r"(?<!\beq)(?<!e\.g)\.\s")  # of a sentence
 _ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
 
 
@@ -46,22 +45,6 @@ def show_method(name: str, overrides: Sequence[str], console: Console) -> int:
     for depth, line in _lines({key: loaded[key] for key in sorted(loaded, key=_place) if key != "name"}):
         console.print(Text("  " * (depth + 1) + line), soft_wrap=True)
     return 0
-
-
-def head_comment(path: Path) -> str:
-    """Comment at the top of a YAML file, as one text."""
-    lines: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            lines.append(line.removeprefix("#").strip())
-    return " ".join(lines)
-
-
-def first_sentence(path: Path) -> str:
-    """First sentence of the comment at the top of a YAML file, without its period."""
-    return _END.split(head_comment(path), maxsplit=1)[0].rstrip(".")
 
 
 def _methods(overrides: Sequence[str]) -> Mapping[str, Path]:

@@ -1,9 +1,11 @@
 """Files shipped with the program, conf/ and assets/, and the user's own conf/ on top of them."""
 
+import re
 from pathlib import Path
 
 from opd.errors import ConfigurationError
 
+_END = re.compile(r"(?<!\beq)(?<!e\.g)\.\s")  # of a sentence
 _LAUNCH = Path(__file__).resolve().parents[1]
 
 
@@ -25,3 +27,19 @@ def option_files(own: str = "") -> dict[str, dict[str, Path]]:
 def groups(own: str = "") -> dict[str, list[str]]:
     """Config groups and their options, e.g. `{"method": ["full_reverse_kl", ...]}`."""
     return {name: list(options) for name, options in option_files(own).items()}
+
+
+def head_comment(path: Path) -> str:
+    """Comment at the top of a YAML file, as one text."""
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)
+
+
+def first_sentence(path: Path) -> str:
+    """First sentence of the comment at the top of a YAML file, without its period."""
+    return _END.split(head_comment(path), maxsplit=1)[0].rstrip(".")

@@ -379,3 +379,12 @@ class LimitingCase:
     promise: Promise
     scale: float = 1.0
     tolerance: float = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutLimit:
+    """Limiting case of a rollout: `rollout`, at an end of its range, gives the text of `equals`."""
+
+    name: str
+    rollout: Any
+    equals: Any

@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from opd.errors import DataError
+from opd.method.promises import RolloutLimit
 from opd.method.slots import Rollout
 from opd.ports import Completion, Context, Need, needs_of
 from opd.rollouts.student import StudentRollout, trajectory
@@ -53,15 +54,6 @@ class AnswerRollout:
             stop=StopReason.END if len(kept) == len(ids) else StopReason.LENGTH,
         )
         return trajectory(prompt, sample, completion)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutLimit:
-    """A limiting case: `rollout`, at an end of its range, gives the text of `equals`."""
-
-    name: str
-    rollout: Any
-    equals: Any
 
 
 class Coin(Enum):

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from opd.errors import ConfigurationError
+from opd.method.promises import RolloutLimit
 from opd.method.schedules import Schedule, value
 from opd.ports import Context, Need, needs_of
-from opd.rollouts.mixed import RolloutLimit
 from opd.rollouts.student import StudentRollout
 from opd.settings.ranges import Fraction
 from opd.settings.validation import settings

@@ -36,7 +36,7 @@ def _alone() -> Iterator[None]:
 
 
 def on_both(work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns: rank 0 in this process, rank 1 in a fork of it, whose traceback is shown if it fails."""
+    """What `work(rank)` returns: rank 0 in this process, rank 1 in a fork of it, whose traceback is kept."""
     here, there = os.pipe()
     child = os.fork()
     if child == 0:
@@ -80,7 +80,7 @@ def test_a_rank_that_hangs_holds_no_group_of_deepspeed_s_longer_than_the_deadlin
         if rank:
             os.read(over, 1)  # until rank 0 has given up
             return None
-        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             distributed.all_reduce(torch.ones(1), group=group)
         os.write(there, b".")
         distributed.destroy_process_group()

@@ -46,7 +46,7 @@ class Local:
 
 
 class LocalGroup(LearnerGroup):
-    """Its ranks are objects of this process, which nobody needs to kill."""
+    """Its ranks are objects of this process, so that there is nothing to kill."""
 
     def end(self) -> None:
         pass

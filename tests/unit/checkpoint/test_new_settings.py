@@ -38,7 +38,9 @@ def test_a_checkpoint_of_an_older_version_is_the_same_run(version: str, method: 
 
 
 @given(st.data())
-def test_whatever_settings_a_checkpoint_lacks_it_is_the_same_run_if_they_have_their_defaults(data: st.DataObject) -> None:
+def test_whatever_settings_a_checkpoint_lacks_are_no_change_at_their_defaults(
+    data: st.DataObject,
+) -> None:
     config = _run(data.draw(st.sampled_from(METHODS)), tuple(data.draw(st.sampled_from(OVERRIDES))))
     now, default = described(config), at_defaults(config)
     assert default < now.keys()

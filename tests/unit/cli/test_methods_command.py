@@ -8,8 +8,8 @@ import yaml
 from rich.console import Console
 
 from launch.cli.main import _dispatch
-from launch.cli.methods import first_sentence, list_methods, show_method
-from launch.config.shipped_files import option_files
+from launch.cli.methods import list_methods, show_method
+from launch.config.shipped_files import first_sentence, option_files
 from opd.errors import ConfigurationError
 
 METHODS = option_files()["method"]

@@ -95,7 +95,7 @@ FLAGS = ("on_policy", "truncated", "min_group", "reads_sampled_tokens")
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("scorer", MEANINGFUL, ids=lambda part: type(part).__name__)
-def test_an_objective_takes_the_testimony_it_needs_and_no_other(scorer: Any, objective: Any) -> None:
+def test_an_objective_takes_the_scores_it_needs_and_no_other(scorer: Any, objective: Any) -> None:
     if objective in MEANINGFUL[scorer]:
         assert Method(name="m", rollout=RECORDING, scorer=scorer, objective=objective).normalizer is not None
         return
