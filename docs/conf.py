@@ -39,6 +39,7 @@ NAV = {
         "docs/schedules",
         "Adapters <docs/lora>",
         "The stage locks <docs/stages/locks>",
+        "The stage noisy <docs/stages/noisy>",
     ],
     "Operations": [
         "The doctor <docs/doctor>",

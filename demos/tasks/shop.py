@@ -16,6 +16,7 @@ trainer or sampler handles the second.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -51,6 +52,10 @@ class Step:
     sign: Sign
     amount: int
     after: int
+
+
+Rule = Callable[[Step], int]
+"""What a teacher takes for a day's result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +154,10 @@ class ShopTask:
             value = step.after
         return ShopProblem(prompt=" ".join([*words, "?"]), answer=" ".join(_digits(value)), steps=tuple(steps))
 
-    def solution(self, problem: ShopProblem, rng: random.Random, mistakes: float = 0.0) -> Working:
-        """The true solution, with `mistakes` for a teacher to learn to repair.
+    def solution(
+        self, problem: ShopProblem, rng: random.Random, mistakes: float = 0.0, rule: Rule = lambda step: step.after
+    ) -> Working:
+        """The true solution (or that of another `rule`), with `mistakes` for a teacher to learn to repair.
 
         With ``mistakes=0`` this is the plain truth and its grade is 1. Otherwise each day begins, with that
         probability, with a wrong line that is rejected and repaired (at most twice), and with a quarter of it
@@ -161,6 +168,7 @@ class ShopTask:
         value = problem.steps[0].before
         for planned in problem.steps:
             step = _from_stock(planned, value)
+            step = replace(step, after=rule(step))
             for _ in range(_RETRIES):
                 if rng.random() >= mistakes:
                     break
@@ -240,6 +248,6 @@ def _from_stock(step: Step, value: int) -> Step:
 def _wrong_result(step: Step, rng: random.Random) -> int:
     """A wrong result: mostly a pupil's, where there is a carry to forget; else a small error."""
     forgotten = without_carry(step)
-    if forgotten is not None and rng.random() < 0.6:
+    if forgotten not in (None, step.after) and rng.random() < 0.6:
         return forgotten
     return (step.after + rng.choice((1, -1, 2, -2, 10, -10))) % 100

@@ -16,17 +16,23 @@ from opd.errors import ConfigurationError
 
 _ORDER = ("rollout", "scorer", "weights", "objective", "normalizer", "coefficient", "terms", "update")
 _ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+_CLAIM = re.compile(r"\bClaim (shown on [a-z_]+|not shown on [a-z_]+|not testable here|not tried)\b")
 
 
 def list_methods(overrides: Sequence[str], console: Console) -> int:
-    """Print a line per method of `conf/method` and of the user's own folder (`conf=DIR`): what it is, and its paper."""
+    """Print a line per method of `conf/method` and of the user's own folder (`conf=DIR`).
+
+    What it is, its paper, and what became of the paper's claim on the stages of this project, if its file says that.
+    """
     shown = Table(box=None, padding=(0, 2, 0, 0))
     shown.add_column("method=", no_wrap=True)
     shown.add_column("", overflow="fold")
     shown.add_column("arXiv", no_wrap=True)
+    shown.add_column("claim", no_wrap=True)
     for name, path in _methods(overrides).items():
         comment = head_comment(path)
-        shown.add_row(Text(name), Text(first_sentence(path)), Text(next(iter(_ARXIV.findall(comment)), "")))
+        paper, claim = (next(iter(found.findall(comment)), "") for found in (_ARXIV, _CLAIM))
+        shown.add_row(Text(name), Text(first_sentence(path)), Text(paper), Text(claim))
     console.print(shown)
     console.print(
         "opd methods show NAME prints a composition, opd certify method=NAME proves its gradient", style="dim"

@@ -51,6 +51,18 @@ def test_a_sentence_does_not_end_at_the_number_of_an_equation(tmp_path: Path) ->
     assert first_sentence(tmp_path / "m.yaml") == "As published (arXiv 2402.03300 eq. 3), e.g. with two"
 
 
+def test_what_became_of_a_claim_is_listed_where_a_file_says_it(tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    for name, claim in (("a", " Claim shown on locks: 98 %."), ("b", " Claim not testable here."), ("c", "")):
+        (tmp_path / "method" / f"{name}.yaml").write_text(f"# Ours.{claim}\nname: {name}\n")
+    ends = {
+        line.split()[0]: line.split("Ours")[-1].strip()
+        for line in printed(own=str(tmp_path)).splitlines()
+        if "Ours" in line
+    }
+    assert ends == {"a": "shown on locks", "b": "not testable here", "c": ""}
+
+
 def test_methods_of_a_users_own_folder_are_listed_and_shown(tmp_path: Path) -> None:
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "mine.yaml").write_text(
