@@ -1,5 +1,6 @@
 """Extrapolated updates: jumps along the way that the weights have come, as far as a probe gets better."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -7,7 +8,7 @@ from typing import Annotated
 
 from opd.errors import ConfigurationError
 from opd.ports import Context, Learner, LossFunction
-from opd.settings.ranges import In
+from opd.settings.ranges import In, Length, Matches
 from opd.settings.validation import settings
 from opd.types import Batch, Scores, StepReport
 
@@ -49,13 +50,21 @@ class ExtrapolatedStep:
     # candidates are this many times the way apart
     stride: Annotated[float, In(0, 1000)] = 2.0
     # regular expression, found in the names of the parameters that are moved; the others keep the step's values
-    parameters: str = MATRICES
+    parameters: Annotated[str, Length(1)] = MATRICES
     # what is probed: loss, or a metric of the objective or the scores that is smaller where the student is better
-    metric: str = "loss"
+    metric: Annotated[str, Matches(r"[A-Za-z][\w/]{0,99}", "as metrics are named")] = "loss"
     # a candidate that is as good as the one before is accepted (the paper's text), too, or refused (its code)
     accept_equal: bool = False
     # weights from which the next search measures its way
     origin: Origin = Origin.ACCEPTED
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.parameters)
+        except re.error as error:
+            raise ConfigurationError(
+                f"method.update.parameters needs a regular expression, got {self.parameters!r} ({error}); correct it"
+            ) from None
 
     def searches(self, step: int) -> bool:
         """Whether the update after `step` others ends with a search: it is the first, second, fourth, eighth, ..."""

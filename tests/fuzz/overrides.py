@@ -165,6 +165,12 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.weights\.\w+\.tokens", members(text(r".*"))),
     (r"method\.weights\.\w+\.(shares)", named(real(1e-9, 1e9))),
     (r"method\.weights\.\w+\.filters", named(part("opd.token_weights."))),
+    (r"method\.update\.trials", whole(0, 100)),
+    (r"method\.update\.stride", real(0, 1000)),
+    (r"method\.update\.parameters", lambda v: text(r"[^\x00]+")(v) and bool(re.compile(v))),
+    (r"method\.update\.metric", text(r"[A-Za-z][\w/]*")),
+    (r"method\.update\.accept_equal", yes),
+    (r"method\.update\.origin", one),
 )
 
 WORDS = "abc '' '[/b]' '[red]x' null true false yes nan inf -inf 'ü☃' '../../x' /dev/null '${' ${steps} ${nope} ??? -"
