@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,8 +55,9 @@ class Snapshots:
         return snapshot.updates
 
     @torch.no_grad()
-    def extrapolate(self, name: str, factor: float, held: Sequence[Fragment]) -> None:
-        """Set the weights in `held` to `now + factor * (now - snapshot)`, element by element.
+    def extrapolate(self, name: str, factor: float, held: Sequence[Fragment], moved: Set[str]) -> None:
+        """Set the weights in `held` of the parameters `moved` to `now + factor * (now - snapshot)`, each element by
+        itself.
 
         Product and sum are rounded apart, so that the result does not depend on where a rank's part begins.
         """
@@ -64,6 +65,8 @@ class Snapshots:
         if not math.isfinite(factor):
             raise ConfigurationError(f"extrapolate needs a finite factor, got {factor}; -1 is the snapshot, 0 is now")
         for live, kept in zip(held, snapshot.held, strict=True):
+            if live.parameter not in moved:
+                continue
             now = live.state[checkpoint.MASTER]
             then = kept.state[checkpoint.MASTER].to(now.device)
             if factor == -1:  # `now - (now - then)` is rounded
@@ -103,3 +106,23 @@ class Snapshots:
                 f"the learner has no snapshot {name!r} (have: {have}); call snapshot({name!r}) before"
             )
         return self._kept[name]
+
+
+def matching(names: Sequence[str], pattern: str) -> Set[str]:
+    """Names of parameters in which the regular expression `pattern` is found; all for "".
+
+    Raises:
+        ConfigurationError: it is none, or found in no name.
+    """
+    try:
+        found = frozenset(name for name in names if re.search(pattern, name))
+    except re.error as error:
+        raise ConfigurationError(
+            f"extrapolate needs a regular expression over names of parameters, got {pattern!r} ({error}); correct it"
+        ) from None
+    if not found:
+        raise ConfigurationError(
+            f"extrapolate needs parameters to move, but {pattern!r} is found in the name of none (such as "
+            f"{names[0]!r}); correct the pattern"
+        )
+    return found

@@ -21,7 +21,7 @@ from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, load_head, load_student, sentinel_ids, target_logprobs
 from learner.publishing import Publisher
-from learner.snapshots import Snapshots
+from learner.snapshots import Snapshots, matching
 from opd.errors import DataError, OpdError
 from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
 from opd.loss.metric_sums import MetricSums
@@ -124,8 +124,9 @@ class Training(Rank):
         chunk = self._config.head_chunk
         return [target_logprobs(self._student, batch, self._device, chunk).cpu().numpy() for batch in batches]
 
-    def snapshot(self, name: str, *, optimizer: bool = False) -> None:
-        self._snapshots.take(name, self._held(), self._updates if optimizer else None)
+    def snapshot(self, name: str, *, optimizer: bool = False, keep_older: bool = False) -> None:
+        if not (keep_older and name in self._snapshots.places):
+            self._snapshots.take(name, self._held(), self._updates if optimizer else None)
 
     def restore(self, name: str) -> None:
         held = self._held()
@@ -135,9 +136,9 @@ class Training(Rank):
             optimizer_shards.set_updates(self._engine, updates)
         optimizer_shards.refresh(self._named, self._config.zero_stage, held)
 
-    def extrapolate(self, name: str, factor: float) -> None:
+    def extrapolate(self, name: str, factor: float, *, only: str = "") -> None:
         held = self._held()
-        self._snapshots.extrapolate(name, factor, held)
+        self._snapshots.extrapolate(name, factor, held, matching([parameter for parameter, _ in self._named], only))
         optimizer_shards.refresh(self._named, self._config.zero_stage, held)
 
     def offload(self) -> None:

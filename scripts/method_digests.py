@@ -17,6 +17,7 @@ from opd.loss.metrics import diagnosed
 from opd.types import (
     AdvantageScores,
     Batch,
+    CreditScores,
     Scores,
     TokenLoss,
     TokenScores,
@@ -40,6 +41,8 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
         return VocabularyScores(logprobs=own, vocabulary_logprobs=q)
     if kind is AdvantageScores:
         return AdvantageScores(advantages=credit, rewards=credit)
+    if kind is CreditScores:
+        return CreditScores(logprobs=own, credit=credit)
     return TokenScores(logprobs=own) if kind is TokenScores else Scores()
 
 

@@ -11,7 +11,14 @@ from jaxtyping import Float
 from opd.certify.engines import reward
 from opd.certify.enumeration import Enumeration
 from opd.certify.models import TinyModel
-from opd.types import AdvantageScores, Scored, StopReason, TopKReturnScores
+from opd.types import (
+    AdvantageScores,
+    CreditScores,
+    Scored,
+    StopReason,
+    TopKReturnScores,
+    TopKScores,
+)
 
 Credit = list[Float[np.ndarray, " _T"]]
 
@@ -23,6 +30,8 @@ def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
             return [np.asarray(s.scores.advantages, dtype=np.float64) for s in scored]
         case TopKReturnScores():
             return [np.asarray(s.scores.returns, dtype=np.float64) for s in scored]
+        case CreditScores():
+            return [np.asarray(s.scores.credit, dtype=np.float64) for s in scored]
     return None
 
 
@@ -34,6 +43,8 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
             return _advantages(enumeration, scorer.scale_by_std)
         case TopKReturnScores() if hasattr(scorer, "discount"):
             return [_returns(scorer, log_ratios) for log_ratios in _log_ratios(enumeration, teachers)]
+        case CreditScores() if getattr(scorer, "looks_ahead", False):
+            return _lookaheads(enumeration, teachers)
     return None
 
 
@@ -86,6 +97,32 @@ def _returns(scorer: Any, log_ratios: Float[np.ndarray, " _T"]) -> Float[np.ndar
     own = begins_with_own(scorer)  # then the sum begins at t
     total = (from_here if own else np.append(from_here[1:], 0.0)) * scorer.reward_scale
     return total / np.maximum(np.arange(tokens)[::-1] + own, 1) if scorer.length_normalized else total
+
+
+def _lookaheads(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """Standing of a teacher's confidence after a token among those after the likeliest ones, where entropy is high."""
+    scorer, made, known = enumeration.scorer, list[Float[np.ndarray, " _T"]](), dict[tuple[bytes, str], np.ndarray]()
+    for text in (item.trajectory for item in enumeration.scored):
+        drawn = enumeration.log.generations[text.prompt.id, text.sample].logprobs.double().exp().numpy()
+        assert isinstance(text.behavior, TopKScores)
+        likeliest = np.argsort(-drawn, axis=-1, kind="stable")[:, : np.shape(text.behavior.topk_ids)[1]]
+        credit = np.zeros(len(text))
+        for t in range(len(text) - 1):
+            kept = drawn[t, likeliest[t]]
+            mass = np.append(kept, max(1 - kept.sum(), 0.0))
+            if -(mass * np.log(np.where(mass > 0, mass, 1.0))).sum() <= scorer.threshold:
+                continue
+            before = np.concatenate([text.prompt.teacher_ids, text.token_ids[:t]])
+            key = before.tobytes(), text.prompt.teacher
+            if key not in known:
+                then = [(before, np.asarray([token, 0])) for token in range(drawn.shape[1])]
+                rows = teachers[text.prompt.teacher].logprobs(then)
+                known[key] = np.asarray([float(row[1].max().exp()) for row in rows])
+            group, own = known[key][likeliest[t]], known[key][text.token_ids[t]]
+            spread = np.std(group)
+            credit[t] = (own - np.mean(group)) / (spread + scorer.epsilon) if spread > scorer.epsilon else 0.0
+        made.append(credit)
+    return made
 
 
 def begins_with_own(scorer: Any) -> bool:

@@ -51,7 +51,10 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     yield Skipped(name=ALONE, why="the promise compares with a teacher")
     yield at_least(TEACHER[0], moved, NOTICED)
     equal = make_case(case.method, world.with_student_as_teacher())
-    yield Row(name=TEACHER[1], measured=_per_token(equal), tolerance=EXACT)
+    if float(equal.exact().abs().max()) < NOTICED:
+        yield Row(name=TEACHER[1], measured=_per_token(equal), tolerance=EXACT)
+    else:
+        yield Skipped(name=TEACHER[1], why="the promise itself is none there: it credits more than agreement")
     wrong = relative_difference(make_case(case.method, replace(world, shift=1)).training(), exact)
     measured = min(_per_token(make_case(case.method, replace(world.with_student_as_teacher(), shift=1))), wrong)
     yield at_least(TEACHER[2], measured, NOTICED)

@@ -25,7 +25,7 @@ from opd.certify.gradients import (
     relative_difference,
 )
 from opd.scorers.ensemble import ContextIds
-from opd.types import AdvantageScores, Scored, Scores, TopKReturnScores
+from opd.types import AdvantageScores, CreditScores, Scored, Scores, TopKReturnScores
 
 ASKED = "teachers are asked about whole texts in their own context"
 WRITTEN = "text is written in its own context, as the rollout says"
@@ -58,7 +58,15 @@ def _wrong_score_requests(case: Case) -> int:
         for name in (getattr(scorer, "shares", None) or [item.trajectory.prompt.teacher])
     }
     asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in case.enumeration.log.score_requests}
-    return len(asked - due) + (len(due - asked) if scorer.requires else 0)
+    extra = asked - due
+    if getattr(scorer, "looks_ahead", False):  # after other tokens, too: behind what a text has before them
+        begun = {
+            (item.trajectory.prompt.teacher, np.concatenate([item.trajectory.prompt.teacher_ids, before]).tobytes())
+            for item in case.enumeration.scored
+            for before in (item.trajectory.token_ids[:t] for t in range(len(item.trajectory)))
+        }
+        extra = {request for request in extra if request[:2] not in begun}
+    return len(extra) + (len(due - asked) if scorer.requires else 0)
 
 
 def _wrong_generate_requests(case: Case) -> int:
@@ -130,7 +138,11 @@ def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
         yield Skipped(name=DEFINED, why="no definition is known for this scorer; the rows below hold without one")
     else:
         yield Row(name=DEFINED, measured=max(e for e in errors if e is not None), tolerance=EXACT)
-    yield from _graded(case) if isinstance(case.enumeration.scored[0].scores, AdvantageScores) else _returned(case)
+    match case.enumeration.scored[0].scores:
+        case AdvantageScores():
+            yield from _graded(case)
+        case TopKReturnScores():
+            yield from _returned(case)
     yield at_least(RAISES, _raised(case), 1e-9)
 
 
@@ -179,6 +191,8 @@ def _raised(case: Case) -> float:
             more = replace(batch.scores, advantages=credit + 1.0)
         case TopKReturnScores(returns=credit):
             more = replace(batch.scores, returns=credit + 1.0)
+        case CreditScores(credit=credit):
+            more = replace(batch.scores, credit=credit + 1.0)
         case _:
             return 0.0
     rise = logit_gradients(objective, at, batch) - logit_gradients(objective, at, replace(batch, scores=more))

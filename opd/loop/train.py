@@ -85,7 +85,9 @@ async def train(
             terms = weighed(method, rollouts.scored, context.at(step))
             weights = _largest(terms)  # 0 = not trained
             empty_steps = 0 if any(w.any() for w in weights) else empty_steps + 1
-            update = asyncio.ensure_future(_update(method, learner, rollouts.scored, terms, empty_steps, step + 1))
+            update = asyncio.ensure_future(
+                _update(method, learner, rollouts.scored, terms, empty_steps, context.at(step))
+            )
             done = _Trained(rollouts=rollouts, weights=weights, clock=clock)
             try:
                 published = await _publish(update, buffer, learner, engines, step + 1, clock)
@@ -135,12 +137,12 @@ async def _update(
     scored: Sequence[Scored[Any]],
     terms: Mapping[str, WeighedTerm],
     empty: int,
-    step: int,
+    context: Context,
 ) -> StepReport:
     if 0 < empty < _EMPTY_STEPS:  # a filter removed everything: the student stays as it is
         return StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
-    batches = packed(method, scored, terms, learner.layout, turn=f" at step {step}")
-    return await method.update(learner, batches, method.loss)
+    batches = packed(method, scored, terms, learner.layout, turn=f" at step {context.step + 1}")
+    return await method.update(learner, batches, method.loss, context)
 
 
 async def _publish(

@@ -125,7 +125,11 @@ class Update(Protocol):
     """Part that turns a step's batches into new weights."""
 
     async def __call__(
-        self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
+        self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction, context: Context
     ) -> StepReport:
-        """Take one training step on `batches[rank][micro-batch]`."""
+        """Take one training step on `batches[rank][micro-batch]`.
+
+        A part keeps nothing between steps: what must outlast one is a function of `context.step`, or a snapshot of the
+        learner, which checkpoints have and new ranks get. A step without a trainable token makes no call.
+        """
         ...

@@ -97,7 +97,8 @@ class Engines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context(Engines):
-    """The engines at a step of a run: the one argument of rollouts, scorers, token weights and schedules beside data.
+    """The engines at a step of a run: the one argument of rollouts, scorers, token weights and schedules beside
+    data, and the last one of updates.
 
     `step` counts the steps before: 0 to `steps - 1` for a step that is trained, `steps` in an evaluation after the
     last one. `seed` is the run's. So a part may follow a schedule and is still a pure function of its arguments: a

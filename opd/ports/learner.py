@@ -61,10 +61,11 @@ class Rank(Protocol):
         ...
 
     @changes_state
-    def snapshot(self, name: str, *, optimizer: bool = False) -> None:
+    def snapshot(self, name: str, *, optimizer: bool = False, keep_older: bool = False) -> None:
         """Keep a copy of the trained float32 weights in host memory as `name`, in place of an older one of that name.
 
-        With `optimizer` also Adam's moments and the place in the schedule. Checkpoints have the snapshots, too.
+        With `optimizer` also Adam's moments and the place in the schedule. With `keep_older` nothing is done where
+        there is one of that name. Checkpoints have the snapshots, too.
 
         Raises:
             ConfigurationError: the name is not 1 to 64 letters, digits and `._-`.
@@ -83,14 +84,15 @@ class Rank(Protocol):
         ...
 
     @changes_state
-    def extrapolate(self, name: str, factor: float) -> None:
+    def extrapolate(self, name: str, factor: float, *, only: str = "") -> None:
         """Set the float32 weights to `now + factor * (now - snapshot)`; optimizer and schedule stay.
 
         A factor of 0 changes no bit, and -1 gives the snapshot bit by bit. With adapters, it is their two matrices that
-        are extrapolated, not their product.
+        are extrapolated, not their product. `only` is a regular expression: parameters in whose name it is not found
+        stay as they are.
 
         Raises:
-            ConfigurationError: there is no such snapshot, or `factor` is not finite.
+            ConfigurationError: there is no such snapshot, `factor` is not finite, or `only` is found in no name.
         """
         ...
 

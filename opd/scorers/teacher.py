@@ -22,7 +22,7 @@ from opd.ports.score_kinds import A
 from opd.scorers.validation import validate_scores
 from opd.settings.ranges import TopIds
 from opd.settings.validation import settings
-from opd.types import HiddenScores, Scores, TokenScores, TopKScores, Trajectory
+from opd.types import HiddenScores, Prompt, Scores, TokenScores, TopKScores, Trajectory
 
 
 async def ask(trajectories: Sequence[Trajectory], kinds: Sequence[ScoreKind[A]], context: Context) -> list[A]:
@@ -42,10 +42,15 @@ async def ask_several(
         ScoreRequest(context_ids=t.prompt.teacher_ids, token_ids=t.token_ids, kinds=wanted)
         for t, wanted in zip(trajectories, kinds, strict=True)
     ]
-    name = trajectories[0].prompt.teacher
+    return await ask_teacher_of(trajectories[0].prompt, requests, context)
+
+
+async def ask_teacher_of(prompt: Prompt, requests: Sequence[ScoreRequest], context: Context) -> list[ScoreAnswer]:
+    """Validated answers of a prompt's teacher about any texts."""
+    name = prompt.teacher
     if name not in context.teachers:
         raise ConfigurationError(
-            f"prompt {trajectories[0].prompt.id!r} asks for teacher {name!r}, but the run has "
+            f"prompt {prompt.id!r} asks for teacher {name!r}, but the run has "
             f"{sorted(context.teachers)}; name one of those in the prompt data"
         )
     answers = await context.teachers[name].score(requests)

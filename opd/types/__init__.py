@@ -11,6 +11,7 @@ from opd.types.remote_rows import Fetch, RemoteRows
 from opd.types.scores import (
     AdvantageScores,
     Array,
+    CreditScores,
     EnsembleScores,
     HiddenScores,
     S,
@@ -27,6 +28,7 @@ __all__ = [
     "AdvantageScores",
     "Array",
     "Batch",
+    "CreditScores",
     "EnsembleScores",
     "Fetch",
     "HiddenScores",

@@ -116,6 +116,16 @@ class TopKReturnScores(TopKScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CreditScores(TokenScores):
+    """Log-probability of the sampled token, and a signed credit beside it. 0 is none.
+
+    Example: `CreditScores(logprobs=[-0.1, -2.3], credit=[0.0, 1.2])`.
+    """
+
+    credit: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyScores(TokenScores):
     """Log-probabilities of the whole vocabulary: input of objectives over exact distributions.
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd.ports import Learner, LossFunction
+from opd.ports import Context, Learner, LossFunction
 from opd.types import Batch, Scores, StepReport
 
 
@@ -12,6 +12,6 @@ class OptimizerStep:
     """Forward, backward, clip, step: what every first-generation method does."""
 
     async def __call__(
-        self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction
+        self, learner: Learner, batches: Sequence[Sequence[Batch[Scores]]], objective: LossFunction, context: Context
     ) -> StepReport:
         return await learner.step(batches, objective)

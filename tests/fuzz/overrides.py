@@ -159,12 +159,19 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.objective(\.of)*\.clip_(low|high)", real(1e-9, 1000)),
     (r"method\.objective(\.of)*\.coefficient", real(1e-9, 1e9)),
     (r"method\.objective(\.of)*\.(forward_weight|long_weight)", real(0, 1e6)),
-    (r"method\.objective(\.of)*\.threshold", real(0, 100)),
+    (r"method\.(objective(\.of)*|scorer)\.threshold", real(0, 100)),
+    (r"method\.objective\.weight", real(0, 1000)),
     (r"method\.objective(\.of)*\.samples", whole(1, 10**6)),
     (r"method\.weights\.\w+\.token_ids", members(whole(0, 10**9))),
     (r"method\.weights\.\w+\.tokens", members(text(r".*"))),
     (r"method\.weights\.\w+\.(shares)", named(real(1e-9, 1e9))),
     (r"method\.weights\.\w+\.filters", named(part("opd.token_weights."))),
+    (r"method\.update\.trials", whole(0, 100)),
+    (r"method\.update\.stride", real(0, 1000)),
+    (r"method\.update\.parameters", lambda v: text(r"[^\x00]+")(v) and bool(re.compile(v))),
+    (r"method\.update\.metric", text(r"[A-Za-z][\w/]*")),
+    (r"method\.update\.accept_equal", yes),
+    (r"method\.update\.origin", one),
 )
 
 WORDS = "abc '' '[/b]' '[red]x' null true false yes nan inf -inf 'ü☃' '../../x' /dev/null '${' ${steps} ${nope} ??? -"

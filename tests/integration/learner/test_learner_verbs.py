@@ -15,6 +15,7 @@ from learner.learner import LearnerRank
 from opd.errors import ConfigurationError
 from opd.settings.devices import Dtype
 from opd.types import StepReport
+from opd.updates.extrapolated import MATRICES
 from tests.integration.learner.test_learner_faults import equal
 from tests.small_learner import SMOOTH, STAGES, Likelihood, Start, batches_of, data, keep, predictions
 
@@ -94,6 +95,56 @@ def test_extrapolation_is_exact_in_the_float32_weights(
             assert torch.equal(found[name], now[name] + factor * (now[name] - then[name])), name
         live = found["published " + name.split("/", 2)[2]]  # what is computed with and published is the same, rounded
         assert torch.equal(live.flatten(), found[name].to(live.dtype)), name
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [STAGES[0], STAGES[2], STAGES[6]], ids=str)
+def test_extrapolation_of_some_parameters_leaves_all_others_bit_for_bit(
+    stage: int, dtype: Dtype, models: dict[str, Path], start: Start, contents: Contents
+) -> None:
+    config = config_of(stage, dtype)
+    rank = start(config, models["untied"])
+    rank.snapshot("start")
+    step(rank, 0, config)
+    then, now = contents(rank), None
+    rank.extrapolate("start", 2.0, only=MATRICES)
+    now = contents(rank)
+    names = [name for name in now if name.startswith(f"{MASTER}/") and "@" not in name]
+    moved = {name for name in names if not torch.equal(now[name], then[name])}
+    assert moved == {name for name in names if "proj" in name} and len(moved) >= 7
+    assert any("q_norm" in name for name in names) and any("embed" in name for name in names)
+    for name in names:
+        assert torch.equal(
+            now["published " + name.split("/", 2)[2]].flatten().float(),
+            now[name].to(now["published " + name.split("/", 2)[2]].dtype).float(),
+        ), name
+
+
+def test_a_pattern_that_is_found_in_no_name_is_refused(models: dict[str, Path], start: Start) -> None:
+    rank = start(SMOOTH, models["tied"])
+    rank.snapshot("start")
+    with pytest.raises(ConfigurationError, match=r"'nowhere' is found in the name of none \(such as '.*embed"):
+        rank.extrapolate("start", 1.0, only="nowhere")
+    with pytest.raises(ConfigurationError, match="needs a regular expression"):
+        rank.extrapolate("start", 1.0, only="(")
+
+
+def test_an_older_snapshot_is_kept_where_that_is_asked(
+    models: dict[str, Path], start: Start, contents: Contents
+) -> None:
+    config = config_of(0, Dtype.FLOAT32)
+    rank = start(config, models["tied"])
+    rank.snapshot("start", keep_older=True)
+    first = contents(rank)
+    step(rank, 0, config)
+    rank.snapshot("start", keep_older=True)
+    rank.restore("start")
+    assert equal(masters(contents(rank)), masters(first))
+    step(rank, 1, config)
+    second = contents(rank)
+    rank.snapshot("start")
+    step(rank, 2, config)
+    rank.restore("start")
+    assert equal(masters(contents(rank)), masters(second))
 
 
 def test_extrapolation_with_adapters_moves_adapters_alone(

@@ -26,7 +26,8 @@ from opd.objectives.sampled import SampledReverseKL
 from opd.ports import Context
 from opd.rollouts.student import StudentRollout, generate
 from opd.scorers.teacher import SampledTokens
-from opd.types import Prompt, Scored, Scores, Trajectory
+from opd.types import Prompt, Scored, Scores, StepReport, Trajectory
+from opd.updates.optimizer import OptimizerStep
 from tests.unit.loop.test_loop import Bench
 
 PARTS = (opd.rollouts, opd.scorers, opd.token_weights)
@@ -76,9 +77,9 @@ def place(context: Context) -> Place:
     return context.step, context.steps, context.seed
 
 
-def test_rollout_scorer_and_weight_of_a_step_get_its_context(make: Any) -> None:
+def test_rollout_scorer_weight_and_update_of_a_step_get_its_context(make: Any) -> None:
     """The step that asks, also where it is collected ahead of the one that is trained."""
-    seen: dict[str, list[Place]] = {"rollout": [], "scorer": [], "weight": []}
+    seen: dict[str, list[Place]] = {"rollout": [], "scorer": [], "weight": [], "update": []}
 
     def note(part: str, context: Context) -> None:
         seen[part].append(place(context))
@@ -101,14 +102,17 @@ def test_rollout_scorer_and_weight_of_a_step_get_its_context(make: Any) -> None:
             note("weight", context)
             return [np.ones(len(item.trajectory)) for item in scored]
 
-    weights: Any = {"mine": Weight()}
-    method = Method(
-        name="m", rollout=Rollout(max_tokens=4), scorer=Scorer(), objective=SampledReverseKL(), weights=weights
-    )
+    class Update(OptimizerStep):
+        async def __call__(self, learner: Any, batches: Any, objective: Any, context: Context) -> StepReport:
+            note("update", context)
+            return await OptimizerStep.__call__(self, learner, batches, objective, context)
+
+    parts: Any = {"rollout": Rollout(max_tokens=4), "scorer": Scorer(), "weights": {"mine": Weight()}}
+    method = Method(name="m", objective=SampledReverseKL(), update=Update(), **parts)
     bench = Bench(make)
     asyncio.run(bench.run(method, 3, max_staleness=1))
     groups = len({p.id for p in bench.prompts(0, cast(Any, None))})
-    assert seen["weight"] == [(step, 3, 0) for step in range(3)]
+    assert seen["weight"] == seen["update"] == [(step, 3, 0) for step in range(3)]
     for part in ("rollout", "scorer"):
         assert sorted(seen[part]) == [(step, 3, 0) for step in range(3) for _ in range(groups)]
 

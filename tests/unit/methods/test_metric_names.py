@@ -7,7 +7,7 @@ import torch
 
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
-from opd.types import AdvantageScores, Scores, TokenScores, TopKReturnScores, TopKScores, VocabularyScores
+from opd.types import AdvantageScores, CreditScores, Scores, TokenScores, TopKReturnScores, TopKScores, VocabularyScores
 from scripts.method_digests import ROWS, V, evaluated, kind_of
 
 
@@ -27,13 +27,14 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
     Scores: TEXT,
     TokenScores: SAMPLED,
     AdvantageScores: SAMPLED,
+    CreditScores: SAMPLED,
     TopKScores: SUPPORT,
     TopKReturnScores: SUPPORT,
     VocabularyScores: VOCABULARY,
 }
 CHOSEN = "support_size student_mass teacher_mass"
 OWN: dict[str, str] = {  # metrics that the objective alone knows
-    **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft"), ""),
+    **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
     **dict.fromkeys(("monte_carlo_reverse_kl", "monte_carlo_forward_kl", "topk_jensen_shannon"), ""),
     **dict.fromkeys(("jensen_shannon", "gkd"), "jsd"),
     **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl"), "skewed_kl"),
@@ -49,6 +50,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "union_forward_kl": f"support_divergence {CHOSEN}",
     **dict.fromkeys(("many_faces", "union_reverse_kl", "intersection_reverse_kl"), f"support_kl {CHOSEN}"),
     "eopd": f"uncertain_share {CHOSEN}",
+    "lgr": "reverse_kl credit credited_share",
     "minillm": "reverse_kl return",
     **dict.fromkeys(("grpo", "grpo_token_mean"), "pg_clipfrac"),
 }

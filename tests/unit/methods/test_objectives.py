@@ -39,6 +39,7 @@ from opd.splitmix64 import mix_
 from opd.types import (
     AdvantageScores,
     Batch,
+    CreditScores,
     HiddenScores,
     Scores,
     TokenLoss,
@@ -95,6 +96,8 @@ def said(kind: type[Scores], w: World) -> Scores:
         return VocabularyScores(logprobs=w.q, vocabulary_logprobs=w.q.expand(V, -1))
     if kind is AdvantageScores:
         return AdvantageScores(advantages=w.advantages, rewards=w.advantages)
+    if kind is CreditScores:
+        return CreditScores(logprobs=w.q, credit=w.advantages)
     return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
 
 

@@ -62,6 +62,8 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),
     "share": (0.75, 1.0),
+    "parameters": ("mlp", "attn"),
+    "metric": ("loss", "reverse_kl"),
 }
 
 
