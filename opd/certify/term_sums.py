@@ -53,7 +53,7 @@ class _Sum:
             Scored(
                 trajectory=item.trajectory,
                 scores=item.scores,
-                terms={name: scored[name][i].scores for name in self.method.terms},
+                terms={name: scored[name][i].scores for name in self.cases if name != MAIN},
             )
             for i, item in enumerate(scored[MAIN])
         ]

@@ -70,12 +70,12 @@ class Method:
                 f"method.terms.{wrong[0]} needs a name of letters, digits and _, after which its metrics are named; "
                 "name it otherwise"
             )
-        for name, term in self.every_term.items():
+        for name, term in {**self.every_term, **self.terms}.items():
             _check_term(self.rollout, term, "method" if name == MAIN else f"method.terms.{name}")
 
     @property
     def every_term(self) -> Mapping[str, Term]:
-        """All terms of the loss, `MAIN` first."""
+        """All terms of the loss, `MAIN` first; a further one whose coefficient is the number 0 is left out."""
         main = Term(
             scorer=self.scorer,
             objective=self.objective,
@@ -83,12 +83,12 @@ class Method:
             normalizer=self.normalizer,
             coefficient=self.coefficient,
         )
-        return {MAIN: main, **self.terms}
+        return {MAIN: main, **{name: term for name, term in self.terms.items() if term.coefficient != 0}}
 
     @property
     def is_sum(self) -> bool:
         """Whether the loss is more than one objective with coefficient 1."""
-        return bool(self.terms) or callable(self.coefficient) or self.coefficient != 1
+        return len(self.every_term) > 1 or callable(self.coefficient) or self.coefficient != 1
 
     @property
     def loss(self) -> LossFunction:
@@ -224,7 +224,7 @@ async def scored(method: Method, trajectories: Sequence[Trajectory], context: Co
     called = list(dict.fromkeys(first.values()))
     answers = await asyncio.gather(*[scorers[name](trajectories, context) for name in called])
     by_name = dict(zip(called, answers, strict=True))
-    further = {name: by_name[first[name]] for name in method.terms}
+    further = {name: by_name[first[name]] for name in scorers if name != MAIN}
     return [
         Scored(trajectory=t, scores=s, terms={name: scores[i] for name, scores in further.items()})
         for i, (t, s) in enumerate(zip(trajectories, by_name[MAIN], strict=True))

@@ -34,7 +34,7 @@ class Term:
     weights: Mapping[str, TokenWeight] = field(default_factory=dict)
     # what a step's sum of losses is divided by
     normalizer: Normalizer = field(default_factory=TokenMean)
-    # factor of the term: a number, or a schedule over steps
+    # factor of the term: a number, or a schedule over steps; with the number 0 there is no term, and no scorer is asked
     coefficient: Factor | Schedule = 1.0
 
 

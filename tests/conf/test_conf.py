@@ -16,10 +16,10 @@ from opd.objectives.returns import MiniLLM
 from opd.scorers.returns import WithReturns
 from opd.token_weights.special_tokens import SkipFirst
 from opd.token_weights.teachers import TeacherBalance
+from tests.method_needs import NEEDS
 
 METHODS = groups()["method"]
 EXPERIMENTS = [name for name in groups()["experiment"] if "comparison" not in compose([f"experiment={name}"])]
-GROUP_OF_TWO = {name: ["prompts.group_size=2"] for name in ("grpo", "grpo_token_mean")}
 NEEDED = {
     "student=hf": ["student.path=x"],
     "teacher=hf": ["teacher.path=x"],
@@ -31,7 +31,7 @@ NEEDED = {
 
 @cache
 def with_method(name: str) -> RunConfig:
-    return run_config([f"method={name}", *GROUP_OF_TWO.get(name, [])])
+    return run_config([f"method={name}", *NEEDS.get(name, ())])
 
 
 @pytest.mark.parametrize("name", METHODS)

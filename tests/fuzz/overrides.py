@@ -21,6 +21,7 @@ from launch.plan.plan import make_plan
 from learner.schedule import Schedule
 from opd.errors import OpdError
 from opd.settings.validation import walk
+from tests.method_needs import NEEDS
 
 SHOP = ["experiment=shop"]
 ENSEMBLE = [
@@ -228,8 +229,7 @@ class Figures:
 
 def bases() -> list[tuple[str, ...]]:
     """Every method that is shipped, two tasks with two teachers, adapters, a cluster."""
-    group = ["prompts.group_size=2"]
-    own = {"ensemble_reverse_kl": ENSEMBLE, "grpo": group, "grpo_token_mean": group}
+    own = {**NEEDS, "ensemble_reverse_kl": ENSEMBLE}
     every = [(*SHOP, f"method={m}", *own.get(m, ())) for m in groups()["method"]]
     more = (["experiment=two_teachers"], [*SHOP, "learner=lora"], [*SHOP, "cluster=multi_node"])
     return [*every, *(tuple(o) for o in more)]

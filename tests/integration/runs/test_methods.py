@@ -14,14 +14,16 @@ from launch.services.cluster import connected
 from opd.loop.train import StepRecord, train
 from opd.ports import Need, Role, needs_of
 from opd.types import NO_VERSION
+from tests.method_needs import NEEDS
 
 SMALL = ["experiment=shop", "prompts.prompts_per_step=8", "prompts.group_size=2", "max_tokens=77"]
+START = NEEDS["reference_kl"]
 
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[tuple[Session, asyncio.Runner]]:
-    """All actors, with a teacher that can also write."""
-    plan = make_plan(run_config([*SMALL, "method=sft"]))
+    """All actors, with a teacher that can also write, and the student as it was at the start."""
+    plan = make_plan(run_config([*SMALL, *START, "method=sft"]))
     with connected(plan.config.cluster), asyncio.Runner() as runner:
         opened = runner.run(open_session(plan))
         yield opened, runner
@@ -32,7 +34,7 @@ def session() -> Iterator[tuple[Session, asyncio.Runner]]:
 @pytest.mark.parametrize("name", groups()["method"])
 def test_a_method_trains(name: str, session: tuple[Session, asyncio.Runner]) -> None:
     opened, runner = session
-    config = make_plan(run_config([*SMALL, f"method={name}"])).config
+    config = make_plan(run_config([*SMALL, *START, f"method={name}"])).config
     records: list[StepRecord] = []
 
     async def remember(record: StepRecord) -> None:

@@ -52,7 +52,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "eopd": f"uncertain_share {CHOSEN}",
     "lgr": "reverse_kl credit credited_share",
     "minillm": "reverse_kl return",
-    **dict.fromkeys(("grpo", "grpo_token_mean"), "pg_clipfrac"),
+    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed"), "pg_clipfrac"),
 }
 
 

@@ -1,0 +1,11 @@
+"""Settings without which a shipped method means nothing: a group of answers to compare, a second teacher."""
+
+from collections.abc import Mapping, Sequence
+
+_GROUP = ("prompts.group_size=2",)
+_START = ("teachers.start.path=${student.path}", "teachers.start.dtype=FLOAT32")
+
+NEEDS: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl"), _GROUP),
+    **dict.fromkeys(("reference_kl", "reward_extrapolation"), _START),
+}

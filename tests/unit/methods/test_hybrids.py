@@ -1,0 +1,118 @@
+"""Reward and distillation as terms of one loss: divided each by its own count, and their ends are the methods alone."""
+
+import asyncio
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.config.run_config import run_config
+from opd.certify.engines import RequestLog, engines
+from opd.certify.gradients import microbatch_gradient, relative_difference
+from opd.certify.worlds import make_world
+from opd.loss.packing import TokenMean, WeighedTerm, pack_terms
+from opd.method.method import Method, packed, scored, weighed
+from opd.method.schedules import value
+from opd.method.terms import MAIN
+from opd.objectives.sampled import LogprobSource, SampledReverseKL
+from opd.ports import Layout, Role, needs_of
+from opd.types import Scored
+
+ONE = Layout(ranks=1, tokens_per_microbatch=9**9)
+WORLD = make_world(3, 8)
+BOX = replace(engines(WORLD, RequestLog()), steps=150)
+
+
+@cache
+def shipped(name: str, *more: str) -> Method:
+    return run_config([f"method={name}", "max_tokens=8", "prompts.group_size=2", *more]).method
+
+
+@cache
+def _step(name: str) -> list[Scored[Any]]:
+    return step(shipped(name))
+
+
+def step(method: Method) -> list[Scored[Any]]:
+    """A step of two groups, as a run collects and scores it."""
+
+    async def collected() -> list[Scored[Any]]:
+        items: list[Scored[Any]] = []
+        for name in dict.fromkeys(p.id for p in WORLD.prompts):
+            group = [p for p in WORLD.prompts if p.id == name]
+            items += await scored(method, await method.rollout(group, BOX), BOX)
+        return items
+
+    return asyncio.run(collected())
+
+
+def trained(method: Method, at: int = 0, layout: Layout = ONE) -> torch.Tensor:
+    """Gradient of a step as a learner computes it."""
+    items = step(method)
+    return microbatch_gradient(
+        packed(method, items, weighed(method, items, BOX.at(at)), layout, ""), method.loss, WORLD
+    )
+
+
+def test_kdrl_without_its_teacher_is_grpo_bit_for_bit_and_asks_no_teacher() -> None:
+    alone, plain = shipped("kdrl", "method.terms.teacher.coefficient=0"), shipped("grpo_token_mean")
+    assert torch.equal(trained(alone), trained(plain)) and not alone.is_sum and not alone.requires
+    assert not any(need.role is Role.READER for t in alone.every_term.values() for need in needs_of(t.scorer))
+    assert not torch.equal(trained(shipped("kdrl")), trained(plain))
+
+
+def test_a_term_of_kdrl_alone_is_the_published_method_of_that_term() -> None:
+    kdrl = shipped("kdrl")
+    assert torch.equal(trained(kdrl.one_term("teacher")), trained(shipped("squared_reverse_kl")))
+    assert torch.equal(trained(kdrl.one_term(MAIN)), trained(shipped("grpo_token_mean")))
+
+
+def test_k2_is_the_policy_gradient_of_the_log_ratio_token_by_token() -> None:
+    """The paper's identity: not only in expectation, also for the text at hand, fresh or stale."""
+    sampled = replace(shipped("squared_reverse_kl"), objective=SampledReverseKL(signal=LogprobSource.STUDENT))
+    torch.testing.assert_close(trained(shipped("squared_reverse_kl")), trained(sampled), rtol=0, atol=1e-12)
+
+
+def test_the_factor_of_annealed_kdrl_falls_by_five_hundred_thousandths_a_step() -> None:
+    factor = shipped("kdrl_annealed").terms["teacher"].coefficient
+    values = [value(factor, BOX.at(at)) for at in range(100)]
+    np.testing.assert_allclose(values, np.maximum(0.005 - 0.00005 * np.arange(100), 0.001), rtol=1e-12)
+    first = replace(shipped("kdrl_annealed"), name="kdrl")
+    constant = shipped("kdrl", "method.terms.teacher.coefficient=0.005")
+    assert torch.equal(trained(first), trained(constant)) and not torch.equal(trained(first, 40), trained(constant))
+
+
+@settings(max_examples=12)
+@given(
+    kept=st.integers(1, 2**48 - 1).map(lambda bits: [bool(bits >> i & 1) for i in range(48)]),
+    layout=st.builds(Layout, ranks=st.integers(1, 4), tokens_per_microbatch=st.sampled_from([12, 40, 9**9])),
+)
+def test_what_the_reward_leaves_out_changes_nothing_of_the_teachers_part(kept: list[bool], layout: Layout) -> None:
+    """Its divisor is its own: however few tokens have an advantage, and however the step is cut."""
+    kdrl = shipped("kdrl")
+    items = _step("kdrl")
+    some = [np.full(len(item.trajectory), float(k)) for item, k in zip(items, kept, strict=True)]
+    every = [np.ones(len(item.trajectory)) for item in items]
+
+    def gradient(weights: Any, at: Layout, factor: float = 1.0) -> torch.Tensor:
+        terms = {
+            MAIN: WeighedTerm(weights=weights, normalizer=TokenMean()),
+            "teacher": WeighedTerm(weights=every, normalizer=TokenMean(), coefficient=factor),
+        }
+        return microbatch_gradient(pack_terms(items, terms, at), kdrl.loss, WORLD)
+
+    part = gradient(some, layout) - gradient(some, layout, 0.0)
+    assert relative_difference(part, gradient(every, ONE) - gradient(every, ONE, 0.0)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["kdrl", "kdrl_annealed"])
+def test_the_sum_is_its_terms_at_their_factors(name: str) -> None:
+    method = shipped(name)
+    for at in (0, 40, 149):
+        parts = [value(t.coefficient, BOX.at(at)) * trained(method.one_term(n)) for n, t in method.every_term.items()]
+        assert relative_difference(trained(method, at), torch.stack(parts).sum(0)) < 1e-9
