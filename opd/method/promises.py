@@ -349,13 +349,11 @@ def on_whole_vocabulary(promise: Promise) -> Promise:
     match promise:
         case Renormalized(of=of) | Coarsened(of=of) | Truncated(of=of) | PerMass(of=of):
             return on_whole_vocabulary(of)
-        case Weighted(weight=weight, of=of):
-            return Weighted(weight=weight, of=on_whole_vocabulary(of))
-        case WhereUncertain(of=of, threshold=threshold):
-            return WhereUncertain(of=on_whole_vocabulary(of), threshold=threshold)
         case Sum(of=parts):
             return Sum(tuple(on_whole_vocabulary(part) for part in parts))
-    return promise
+    inner = getattr(promise, "of", None)  # of whatever else is made of another promise
+    changed: Any = promise
+    return promise if inner is None else replace(changed, of=on_whole_vocabulary(inner))
 
 
 def renormalized_supports(promise: Any) -> Iterator[Support]:

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import numpy as np
 
-from opd.errors import DataError
+from opd.errors import ConfigurationError, DataError
 from opd.ports import References, Sources
 from opd.prompts.order import draw
-from opd.settings.ranges import Fraction, GroupSize, In, Line, Names, PromptsPerStep, Seed, Tokens
+from opd.settings.ranges import Fraction, GroupSize, In, Line, Names, PromptsPerStep, Seed, Template, Tokens
 from opd.settings.validation import settings
 from opd.types import Prompt
 from opd.types.prompt_rows import Columns, Messages, PromptText, Row
+from opd.types.prompt_templates import filled
 
 AT_ONCE = 1024  # rows that are encoded together
 
@@ -27,9 +28,11 @@ class DatasetPrompts:
     holds descriptions of tools for the chat template, and `drop_last_answer` cuts the assistant's turn off a
     conversation that ends with one (otherwise an error). `teacher_column` names each row's teacher ("" = `teacher` for
     all), `teacher_prompt_column` holds what a privileged teacher is shown instead of the prompt (e.g. with the solution
-    in it), and `weight_column` how much a row counts (with the weight part `PromptWeight`). A dot in a column's name
-    leads into an object. `suffix` is added to plain prompts (e.g. a newline). A prompt longer than `max_tokens` tokens
-    is an error that names the row, unless `skip_long` leaves such rows out.
+    in it). With `teacher_template` that prompt is written instead: `{prompt}` is the student's (of messages what the
+    last one says), `{answer}` the reference answer, `{context}` the text in `teacher_prompt_column`. `weight_column`
+    holds how much a row counts (with the weight part `PromptWeight`). A dot in a column's name leads into an object.
+    `suffix` is added to plain prompts (e.g. a newline). A prompt longer than `max_tokens` tokens is an error that names
+    the row, unless `skip_long` leaves such rows out.
     """
 
     # file of prompts: JSON lines, JSON, CSV, parquet (also compressed), a folder, or a saved dataset
@@ -44,6 +47,8 @@ class DatasetPrompts:
     teacher_column: Line = ""
     # column that a privileged teacher is shown instead of the prompt
     teacher_prompt_column: Line = ""
+    # what a privileged teacher reads: a text with {prompt}, {answer}, {context} (teacher_prompt_column) in it
+    teacher_template: Template = ""
     # column of how much a row counts (with the part PromptWeight)
     weight_column: Line = ""
     # column of tool descriptions for the chat template
@@ -68,6 +73,19 @@ class DatasetPrompts:
     # teacher of rows that name none
     teacher: Names = "default"
     max_unreadable_answers: Fraction = 0.01
+
+    def __post_init__(self) -> None:
+        for name, column in (
+            ("prompt", "prompt_column"),
+            ("answer", "answer_column"),
+            ("context", "teacher_prompt_column"),
+        ):
+            named = f"{{{name}}}" in self.teacher_template
+            if self.teacher_template and (not named if name == "prompt" else named and not getattr(self, column)):
+                raise ConfigurationError(
+                    f"prompts.teacher_template needs {{prompt}} in it, and a column for whatever else it names, but "
+                    f"{{{name}}} is missing or has none; add it, or set prompts.{column}"
+                )
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
         rows = self._rows(sources)
@@ -150,14 +168,37 @@ class DatasetPrompts:
 
     def _prompts(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> list[Prompt | None]:
         """Prompt of each row, or None where it is too long and may be left out."""
-        mine = self._encode([self._prompt_text(n, rows[n], rows[n].prompt) for n in numbers], sources)
-        privileged = [n for n in numbers if rows[n].teacher_prompt]
-        texts = [self._prompt_text(n, rows[n], rows[n].teacher_prompt) for n in privileged]
+        written = [self._prompt_text(n, rows[n], rows[n].prompt) for n in numbers]
+        mine = self._encode(written, sources)
+        privileged = [n for n in numbers if rows[n].teacher_prompt or self.teacher_template]
+        texts = [self._prompt_text(n, rows[n], self._teacher_prompt(n, rows[n])) for n in privileged]
         its = dict(zip(privileged, self._encode(texts, sources), strict=True))
         return [
-            self._prompt(number, rows[number], ids, its.get(number, ids), sources.place)
-            for number, ids in zip(numbers, mine, strict=True)
+            self._prompt(number, rows[number], text, ids, its.get(number, ids), sources.place)
+            for number, text, ids in zip(numbers, written, mine, strict=True)
         ]
+
+    def _teacher_prompt(self, number: int, row: Row) -> str | Messages:
+        """The row's own prompt for the teacher, or the template's."""
+        if not self.teacher_template:
+            return row.teacher_prompt
+        values, where = (
+            {"answer": row.answer, "context": row.teacher_prompt},
+            row.where or f"{self.path}: row {number + 1}",
+        )
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
+        for name in values:
+            if f"{{{name}}}" in self.teacher_template and not texts.get(name):
+                raise DataError(
+                    f"prompts {where} has no text for {{{name}}}, which prompts.teacher_template names; remove the "
+                    "row or correct the template"
+                )
+        try:
+            return filled(self.teacher_template, row.prompt, texts)
+        except ValueError as error:
+            raise DataError(
+                f"prompts {where}: {error}, so prompts.teacher_template has no place; correct the row"
+            ) from error
 
     def _prompt_text(self, number: int, row: Row, text: str | Messages) -> PromptText:
         where = row.where or f"{self.path}: row {number + 1}"
@@ -170,7 +211,9 @@ class DatasetPrompts:
                 raise DataError(f"prompts {one.where} has an empty prompt; remove the row")
         return encoded
 
-    def _prompt(self, number: int, row: Row, ids: np.ndarray, teacher_ids: np.ndarray, place: str) -> Prompt | None:
+    def _prompt(
+        self, number: int, row: Row, source: PromptText, ids: np.ndarray, teacher_ids: np.ndarray, place: str
+    ) -> Prompt | None:
         if len(ids) > self.max_tokens:
             if self.skip_long:
                 return None
@@ -187,4 +230,5 @@ class DatasetPrompts:
             task=self.task,
             answer=row.answer,
             weight=row.weight,
+            source=source,
         )

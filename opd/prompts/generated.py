@@ -10,7 +10,7 @@ from opd.prompts.order import draw
 from opd.settings.ranges import GroupSize, In, Names, PromptsPerStep, Seed
 from opd.settings.validation import settings
 from opd.types import Prompt
-from opd.types.prompt_rows import Row
+from opd.types.prompt_rows import PromptText, Row
 
 SAMPLE = 1024  # problems that show what all are like
 
@@ -111,4 +111,5 @@ class GeneratedPrompts:
             teacher=self.teacher,
             task=self.task,
             answer=problem.answer,
+            source=PromptText(text=problem.prompt),
         )

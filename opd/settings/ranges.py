@@ -132,4 +132,5 @@ RunName = Annotated[
         "of letters, digits and . _ = , + -, beginning with a letter or digit",
     ),
 ]
+Template = Annotated[str, Matches(r"[^\x00]{0,100000}", "of at most 100000 characters")]
 Line = Annotated[str, Matches(r"[^\x00-\x1f\x7f]{0,1000}", "of one line (at most 1000 characters)")]

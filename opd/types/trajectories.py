@@ -8,6 +8,7 @@ from typing import Generic
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from opd.types.prompt_rows import PromptText
 from opd.types.scores import S, Scores, TokenScores
 
 NO_VERSION = -1
@@ -26,7 +27,8 @@ class StopReason(Enum):
 class Prompt:
     """A prompt as token ids for student and teacher, with its answer.
 
-    `teacher_ids` equals `student_ids` unless the teacher is privileged. Prompts of one step that share an
+    `teacher_ids` equals `student_ids` unless the teacher is privileged. `source` is the student's prompt as text, from
+    which parts can write another for the teacher; None where it is not known. Prompts of one step that share an
     `id` form a group. `weight` >= 0 is how much the prompt counts where a method asks for it
     (`opd.token_weights.teachers.PromptWeight`). Example: `Prompt(id="shop/17", student_ids=[1, 40, 6],
     teacher_ids=[1, 40, 6], teacher="default", task="shop", answer="2 4")`.
@@ -39,6 +41,7 @@ class Prompt:
     task: str = ""
     answer: str = ""
     weight: float = 1.0
+    source: PromptText | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,6 +162,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.objective(\.of)*\.(forward_weight|long_weight)", real(0, 1e6)),
     (r"method\.(objective(\.of)*|scorer)\.threshold", real(0, 100)),
     (r"method\.objective\.weight", real(0, 1000)),
+    (r"method\.objective(\.of)*\.temperature", real(1e-3, 1e3)),
+    (r"method\.weights\.\w+\.count", whole(0, 10**9)),
     (r"method\.objective(\.of)*\.samples", whole(1, 10**6)),
     (r"method\.weights\.\w+\.token_ids", members(whole(0, 10**9))),
     (r"method\.weights\.\w+\.tokens", members(text(r".*"))),

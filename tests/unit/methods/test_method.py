@@ -57,7 +57,7 @@ RECORDING = StudentRollout(max_tokens=8, record_topk=4)
 
 ON_OWN_TEXT = {  # estimates over sampled tokens; all others are sums over the vocabulary, or likelihoods
     "SquaredReverseKL", "RatioReverseKL", "SampledDivergence", "MiniLLM", "SampledReverseKL", "ClippedPolicyGradient",
-    "EntropyAwareKL", "HeadTailDivergence", "TruncatedRatio",
+    "EntropyAwareKL", "HeadTailDivergence", "TruncatedRatio", "ImportanceWeighted",
 }  # fmt: skip
 FACTS: dict[str, dict[str, object]] = {
     "AnswerRollout": {"on_policy": False, "truncated": True, "needs_engines": ()},
@@ -67,6 +67,7 @@ FACTS: dict[str, dict[str, object]] = {
     "GroupAdvantage": {"min_group": 2, "needs_engines": ("grader",)},
     "SkipTruncated": {"reads_sampled_tokens": True},
     "SkipFirst": {"reads_sampled_tokens": True},
+    "SkipBeginning": {"reads_sampled_tokens": False},
     "PromptWeight": {"reads_sampled_tokens": False},
     **{name: {"min_group": 1} for name in (
         "Ensemble", "WithReturns", "SampledTokens", "TeacherTopK", "StudentTopK", "TeacherHidden", "Unscored"

@@ -7,6 +7,7 @@ import torch
 
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
+from opd.objectives.reweighted import AtTemperature
 from opd.types import AdvantageScores, CreditScores, Scores, TokenScores, TopKReturnScores, TopKScores, VocabularyScores
 from scripts.method_digests import ROWS, V, evaluated, kind_of
 
@@ -35,6 +36,9 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
 CHOSEN = "support_size student_mass teacher_mass"
 OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
+    "context_distillation": "",
+    "opsd": "jsd",
+    "sdft": "support_divergence ratio_truncated",
     **dict.fromkeys(("monte_carlo_reverse_kl", "monte_carlo_forward_kl", "topk_jensen_shannon"), ""),
     **dict.fromkeys(("jensen_shannon", "gkd"), "jsd"),
     **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl"), "skewed_kl"),
@@ -77,4 +81,6 @@ def test_a_method_reports_its_own_metrics_and_the_diagnostics_of_its_scores(
     result, _ = evaluated(method, torch.float64, 0)
     assert set(result.metrics) == DIAGNOSTICS[kind_of(method)] | {*OWN[name].split()}
     assert all(len(values) == ROWS and not values.requires_grad for values in result.metrics.values())
-    assert softmaxes.count(torch.Size((ROWS, V))) == 3, "teacher and behavior, which the batch is made of, and student"
+    again = 2 * isinstance(method.objective, AtTemperature)  # both distributions, at another temperature
+    made = "teacher and behavior, which the batch is made of, and student"
+    assert softmaxes.count(torch.Size((ROWS, V))) == 3 + again, made

@@ -29,6 +29,7 @@ from opd.method.promises import States
 from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
 from opd.objectives.montecarlo import MonteCarloDivergence, uniform
 from opd.objectives.returns import MiniLLM
+from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
 from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
@@ -285,6 +286,27 @@ CLAIMS += tuple(
         HEAD_TAIL,
         SampledReverseKL(signal=LogprobSource.STUDENT),
     )
+)
+
+
+def softened(w: World, temperature: float) -> World:
+    """The state with student and teacher at another temperature."""
+    return replace(w, z=w.z / temperature, q=(w.q / temperature).log_softmax(-1))
+
+
+def reached(w: World, most: float) -> Tensor:
+    """Expected importance ratio, bounded by `most`: held constant."""
+    p, mu = w.z.detach().softmax(-1), w.mu.exp()
+    return (mu * (p / mu).clamp(max=most)).sum()
+
+
+CLAIMS += (
+    Claim(objective=AtTemperature(of=FullReverseKL(), temperature=2.0), exact=lambda w: reverse_kl(softened(w, 2.0))),
+    Claim(objective=AtTemperature(of=JensenShannon(), temperature=1.1), exact=lambda w: jsd(softened(w, 1.1), 0.5)),
+    Claim(objective=ImportanceWeighted(of=BUCKETED), exact=lambda w: reached(w, 2.0) * coarsened(w)),
+    Claim(
+        objective=ImportanceWeighted(of=RENORMALIZED, max_ratio=1.0), exact=lambda w: reached(w, 1.0) * renormalized(w)
+    ),
 )
 DRAWING = {MonteCarloDivergence}  # their own noise is enumerated by `opd.certify`
 DISTILLING = tuple(claim for claim in CLAIMS if claim.zero_at_teacher)
@@ -555,7 +577,7 @@ def advantage(p: list[float], q: list[float], shared: set[int]) -> float:
 
 def estimate(objective: Any, p: list[float], q: list[float], mu: list[float], members: set[int], y: int) -> float:
     """What is reported as the reverse KL where it cannot be known; infinite where it is the loss itself."""
-    of = objective.of if isinstance(objective, TruncatedRatio) else objective
+    of = objective.of if isinstance(objective, TruncatedRatio | ImportanceWeighted) else objective
     head, mass = sum(p[v] * log(p[v] / q[v]) for v in members), sum(p[v] for v in members)
     match of:
         case HeadTailDivergence() | MiniLLM():
@@ -578,13 +600,17 @@ IS_THE_LOSS = {"jsd", "skewed_kl", "support_kl", "support_divergence"}
 def test_every_metric_of_every_objective_is_its_definition(objective: Any) -> None:
     student, batch, states = rows_apart(objective.consumes)
     result = diagnosed(objective, student, batch)
+    inner = (
+        objective.of if isinstance(objective, ImportanceWeighted) else objective
+    )  # whose loss it is that is reported
+    loss = inner(student, batch).loss
     for i in range(ROWS):
         defined = by_hand(objective, states, batch, i)
         for name, values in result.metrics.items():
             assert name in defined or name in IS_THE_LOSS, f"define {name} in by_hand"
             expected = defined.get(name, float("inf"))
             if expected == float("inf"):  # the next test has the loss
-                expected = float(result.loss[i])
+                expected = float(loss[i])
             assert float(values[i]) == pytest.approx(expected, rel=1e-6, abs=1e-9, nan_ok=True), f"{name} of row {i}"
 
 
@@ -613,6 +639,8 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
     match of:
         case TruncatedRatio():  # whose bound is above every ratio here
             return formula(of.of, student, batch, states, i)
+        case ImportanceWeighted():
+            return min(ratio, of.max_ratio) * float(of.of.promise(states)[i])
         case SampledReverseKL():
             own = mu if of.signal is LogprobSource.BEHAVIOR else p
             return ratio * of.coefficient * float((own - q)[y])

@@ -31,6 +31,7 @@ from opd.loss.chunked import StudentLogits
 from opd.loss.packing import pack
 from opd.method import promises
 from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
+from opd.objectives.topk import TopKDivergence
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import Completion, Context, GenerateRequest, Layout, Outcome
@@ -70,6 +71,8 @@ FILLED: Mapping[str, Sequence[Any]] = {
 ROOMY: Mapping[str, Mapping[str, Any]] = {
     "EnvironmentRollout": {"max_tokens": 30},  # for several turns
     "PrefixRollout": {"share": 0.5},  # of which limits differ
+    "AtTemperature": {"of": FullReverseKL()},  # no estimate
+    "ImportanceWeighted": {"of": TopKDivergence(of=FullReverseKL())},
 }
 
 
