@@ -85,13 +85,13 @@ def entropy(scores: TopKScores) -> Float[np.ndarray, " T"]:
 
 
 def standing(own: float, group: Float[np.ndarray, " K"], epsilon: float) -> float:
-    """How many standard deviations `own` is above the mean of `group`; 0 where the group hardly differs."""
+    """Distance of `own` from the mean of `group` in its standard deviations; 0 where the group hardly differs."""
     spread = float(group.std())
     return float((own - group.mean()) / (spread + epsilon)) if spread > epsilon else 0.0
 
 
 def _requests(look: _Look, trajectory: Trajectory) -> Iterator[tuple[tuple[bytes, int], ScoreRequest]]:
-    """What follows each token: the second row of two, whose id is not read; with a key of all that is."""
+    """Requests about what follows each token, with a key of all that is read: the second row of two, not its id."""
     before = np.concatenate([trajectory.prompt.teacher_ids, trajectory.token_ids[: look.position]]).astype(np.int32)
     after = trajectory.token_ids[look.position + 1]
     for token in look.tokens:

@@ -29,6 +29,7 @@ from opd.method.promises import States
 from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
 from opd.objectives.montecarlo import MonteCarloDivergence, uniform
 from opd.objectives.returns import MiniLLM
+from opd.objectives.rewarded import CreditedReverseKL
 from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
@@ -247,6 +248,8 @@ CLAIMS += tuple(
         SkewedForwardKL(alpha=0.3): promised(SkewedForwardKL(alpha=0.3)),
         MiniLLM(): promised(MiniLLM()),
         MiniLLM(long_weight=0.0): reverse_kl,
+        CreditedReverseKL(weight=0.5): promised(CreditedReverseKL(weight=0.5)),
+        CreditedReverseKL(weight=0.0): reverse_kl,
         EntropyAwareKL(k=3): promised(EntropyAwareKL(k=3)),
         EntropyAwareKL(threshold=0.0, k=V, forward_weight=2.0): lambda w: reverse_kl(w) + 2 * forward_kl(w),
         **{
@@ -489,6 +492,8 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
         scores = VocabularyScores(**here, vocabulary_logprobs=q)
     elif kind is AdvantageScores:
         scores = AdvantageScores(advantages=advantages[:, 0], rewards=advantages[:, 0])
+    elif kind is CreditScores:
+        scores = CreditScores(**here, credit=advantages[:, 0])
     every = torch.arange(ROWS)
     batch = Batch(
         input_ids=every,
@@ -546,6 +551,8 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
         "logprob_gap": abs(log(p[y] / mu[y])),
         "ratio_truncated": float(p[y] / mu[y] > getattr(objective, "max_ratio", 1.0)),
         "return": float(states.credit[i, 0]),
+        "credit": float(states.credit[i, 0]),
+        "credited_share": float(states.credit[i, 0] != 0),
         "overlap_ratio": len(own & its) / 3,
         "overlap_student_mass": sum(p[v] for v in own & its),
         "overlap_teacher_mass": sum(q[v] for v in own & its),
@@ -650,6 +657,8 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return ratio * (float((q - p).exp()[y]) - 1 + log_ratio)
         case MiniLLM():
             return part + tail - of.long_weight * ratio * credit
+        case CreditedReverseKL():
+            return ratio * (log_ratio - of.weight * credit)
         case SampledDivergence():
             slope = of.of.slope(p, q)
             among = {Baseline.NONE: [], Baseline.TOPK: members, Baseline.VOCABULARY: members | True}[of.baseline]
@@ -886,7 +895,9 @@ def test_every_objective_keeps_the_promise_that_it_gives_also_with_a_stale_write
     w = world(1, stale=True)
     exact = gradient(promised(objective)(w), w)
     torch.testing.assert_close(expected_gradient(objective, w), exact, rtol=0, atol=1e-12)
-    tolerance = 1e-6 if isinstance(objective, MiniLLM) else 1e-3  # its limit is exact, the others are 1e-6 of a field
+    tolerance = (
+        1e-6 if isinstance(objective, MiniLLM | CreditedReverseKL) else 1e-3
+    )  # its limit is exact, the others are 1e-6 of a field
     assert all(limit.tolerance == tolerance for limit in getattr(objective, "limits", ()))
 
 
