@@ -50,6 +50,8 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("many_faces", "union_reverse_kl", "intersection_reverse_kl"), f"support_kl {CHOSEN}"),
     "eopd": f"uncertain_share {CHOSEN}",
     "minillm": "reverse_kl return",
+    **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
+    "fixed_advantage": "",
     **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed"), "pg_clipfrac"),
 }
 
