@@ -19,6 +19,7 @@ from opd.loss.metrics import diagnosed
 from opd.loss.packing import Normalizer, TokenMean, pack
 from opd.method.method import Method, weigh
 from opd.method.promises import Promise
+from opd.method.reward_promises import Nothing
 from opd.ports import Layout
 from opd.types import Batch, Scored, TokenLoss
 
@@ -158,6 +159,25 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference over the largest magnitude, or over 1e-3 where both are smaller."""
     scale = max(float(a.abs().max()), float(b.abs().max()), 1e-3)
     return float((a - b).abs().max()) / scale
+
+
+def promises_nothing(objective: Any) -> bool:
+    """Whether an objective's expected gradient is declared to be 0 everywhere."""
+    return isinstance(getattr(objective, "promise", None), Nothing)
+
+
+def departure(case: Case) -> float:
+    """Relative difference between the expected training gradient and that of the promise.
+
+    Two gradients of 0 have no size of their own: where nothing is promised, what did not cancel out is compared with
+    the gradient of every other token alone, where nothing cancels.
+    """
+    trained, exact = case.training(), case.exact()
+    if not promises_nothing(case.method.objective):
+        return relative_difference(trained, exact)
+    kept = [w * (s.trajectory.token_ids % 2) for w, s in zip(case.weights(), case.enumeration.scored, strict=True)]
+    size = gradient(case.enumeration, kept, enumerable(case.method.objective), case.method.normalizer).abs().max()
+    return float(trained.abs().max() / size) if size > 0 else 1.0
 
 
 class Drawing(Protocol):

@@ -56,6 +56,8 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "eopd": f"uncertain_share {CHOSEN}",
     "lgr": "reverse_kl credit credited_share",
     "minillm": "reverse_kl return",
+    **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
+    "fixed_advantage": "",
     **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed"), "pg_clipfrac"),
 }
 

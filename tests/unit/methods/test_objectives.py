@@ -32,6 +32,7 @@ from opd.objectives.returns import MiniLLM
 from opd.objectives.rewarded import CreditedReverseKL
 from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
+from opd.objectives.shaped import Clip, FixedAdvantage, ProximalTeacher, ShapedReverseKL, SignLog
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
 from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
 from opd.objectives.truncated import TruncatedRatio
@@ -262,6 +263,25 @@ CLAIMS += tuple(
             )
         },
     }.items()
+)
+
+
+def gain(reward: Callable[[Tensor], Tensor]) -> Callable[[World], Tensor]:
+    """-sum_v p reward(log q - log p), rewards held constant."""
+    return lambda w: -(w.z.softmax(-1) * reward(w.q - w.z.softmax(-1).log()).detach()).sum()
+
+
+def unlikely(w: World) -> Tensor:
+    p = w.z.softmax(-1)
+    return p[p < 0.1].sum() / 2
+
+
+CLAIMS += (
+    Claim(objective=ShapedReverseKL(shape=Clip(limit=0.7)), exact=gain(lambda d: d.clamp(-0.7, 0.7))),
+    Claim(objective=ShapedReverseKL(shape=SignLog()), exact=gain(lambda d: d.sign() * (1 + d.abs()).log())),
+    Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=0.2)), exact=lambda w: jsd(w, 0.2) / 0.8),
+    Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=1.0)), exact=reverse_kl, value="reverse_kl"),
+    Claim(objective=FixedAdvantage(below=0.1), exact=unlikely, zero_at_teacher=False),
 )
 DIRECTIONS = (FullReverseKL(), FullForwardKL(), JensenShannon(beta=0.1), SkewedReverseKL(alpha=0.2), SkewedForwardKL())
 KEPT = (Outside.BUCKET, Outside.RENORMALIZED)

@@ -31,6 +31,7 @@ from opd.loss.chunked import StudentLogits
 from opd.loss.packing import pack
 from opd.method import promises
 from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
+from opd.objectives.shaped import Clip, ProximalTeacher, SignLog
 from opd.objectives.topk import TopKDivergence
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
@@ -55,6 +56,7 @@ PARTS: Mapping[str, Sequence[Any]] = {
     "Rollout": (TeacherRollout(max_tokens=8), StudentRollout(max_tokens=8)),
     "StudentRollout": (StudentRollout(max_tokens=8), StudentRollout(max_tokens=5)),
     "Scorer": (TeacherHidden(), SampledTokens()),
+    "Shape": (Clip(limit=0.5), SignLog(), ProximalTeacher(alpha=0.4)),
 }
 FILLED: Mapping[str, Sequence[Any]] = {
     "shares": ({"default": 1.0, "second": 2.0}, {"default": 3.0, "second": 2.0}),

@@ -1,0 +1,63 @@
+"""Promises about rewards that are a function of the log-ratio, and about none: what policy gradients on them descend.
+
+Beside the divergences of `opd.method.promises`: `of`-less values that are called with `States` and return one number
+per state, whose gradient is the claim.
+"""
+
+from dataclasses import dataclass
+from math import log
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opd.method.promises import States
+
+
+def _gain(states: States, reward: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """Expected reward of a token that the student draws, the reward held constant, with the sign turned."""
+    return -(states.student.exp() * reward.detach()).sum(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClippedLogRatio:
+    """-sum_v p sg(min(max(log q - log p, -limit), limit)): of no reward is more than `limit` left."""
+
+    limit: float
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        reward = states.teacher - states.student
+        bound = torch.full_like(reward, self.limit)
+        return _gain(states, torch.minimum(torch.maximum(reward, -bound), bound))
+
+
+@dataclass(frozen=True, slots=True)
+class SignLogRatio:
+    """-sum_v p sg(sign(d) log(1 + |d|)), d = log q - log p."""
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        reward = states.teacher - states.student
+        size = (1 + reward.abs()).log()
+        return _gain(states, torch.where(reward < 0, -size, size))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlikelyMass:
+    """Sum of p over the ids with p < `below`; which these are is held constant."""
+
+    below: float
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        counted = states.student.detach() < log(self.below)
+        return torch.where(counted, states.student.exp(), 0.0).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """0 at every state: the expected gradient must be exactly 0. For arms that claim to descend nothing.
+
+    A certificate then asks that it is 0, in place of asking that it is not.
+    """
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        return (states.student * 0.0).sum(-1)

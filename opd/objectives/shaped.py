@@ -1,0 +1,158 @@
+"""Rewards of a sampled token as a function of its log-ratio to the teacher: clipped, compressed, bounded, or fixed.
+
+All are policy gradients `-p/mu sg(reward)`. The reward `d = log q - log p` itself is `SampledReverseKL`. It has no
+lower bound: one token that the teacher rules out can decide a step, and these forms are published against that.
+"""
+
+from dataclasses import dataclass
+from math import log
+from typing import Annotated, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from opd.loss.chunked import StudentLogits
+from opd.method import promises as exact
+from opd.method import reward_promises as rewards
+from opd.settings.ranges import In
+from opd.settings.validation import settings
+from opd.types import Batch, Scores, TokenLoss, TokenScores
+
+
+class Shape(Protocol):
+    """Function that turns the log-ratio of teacher and student into the reward of a token."""
+
+    @property
+    def promise(self) -> exact.Promise:
+        """Divergence, or gain with the sign turned, that a policy gradient on the reward descends."""
+        ...
+
+    def reward(self, log_ratio: Tensor) -> Tensor:
+        """Reward of every token; 0 where the log-ratio is 0."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class Clip:
+    """`clip(d, -limit, limit)`: the hard clip of arXiv 2607.13399; Revisiting OPD's code (arXiv 2603.25562) has 5."""
+
+    # largest reward, of either sign, in nats
+    limit: Annotated[float, In(1e-3, 1e6, because="0 trains nothing")] = 5.0
+
+    @property
+    def promise(self) -> exact.Promise:
+        return rewards.ClippedLogRatio(limit=self.limit)
+
+    def reward(self, log_ratio: Tensor) -> Tensor:
+        return log_ratio.clamp(-self.limit, self.limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignLog:
+    """`sign(d) log(1 + |d|)`: small log-ratios as they are, large ones compressed (arXiv 2607.13399)."""
+
+    @property
+    def promise(self) -> exact.Promise:
+        return rewards.SignLogRatio()
+
+    def reward(self, log_ratio: Tensor) -> Tensor:
+        return log_ratio.sign() * log_ratio.abs().log1p()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class ProximalTeacher:
+    """`log(alpha q/p + 1 - alpha)`: the log-ratio to the mixture of teacher and student (TOP-D, arXiv 2607.04751).
+
+    Never below `log(1 - alpha)`. It is the slope of JSD(alpha) divided by `alpha - 1`, so that what it descends is
+    a divergence; `alpha` 1 is the teacher itself and plain distillation.
+    """
+
+    # share of the teacher in the mixture; 1 is the teacher itself
+    alpha: Annotated[float, In(1e-3, 1)] = 0.2
+
+    @property
+    def promise(self) -> exact.Promise:
+        if self.alpha == 1:
+            return exact.ReverseKL()
+        return exact.Weighted(weight=1 / (1 - self.alpha), of=exact.JensenShannon(self.alpha))
+
+    def reward(self, log_ratio: Tensor) -> Tensor:
+        if self.alpha == 1:
+            return log_ratio
+        taught = log_ratio + log(self.alpha)
+        return torch.logaddexp(taught, torch.full_like(taught, log(1 - self.alpha)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class ShapedReverseKL:
+    """Policy gradient on a function of the sampled token's log-ratio: loss `-p/mu sg(shape(log q - log p))`.
+
+    Direction: reverse. Support: the sampled token. p is the current student, so the expected gradient is exact for
+    stale text, too. Where `shape` changes nothing it is `SampledReverseKL(signal=STUDENT)`, bit for bit. Reports
+    `reverse_kl`, of the log-ratio as it is, and `reward_changed`, the mean distance of the reward from it.
+    """
+
+    consumes: ClassVar[type[Scores]] = TokenScores
+    on_policy: ClassVar[bool] = True
+
+    # reward as a function of the log-ratio
+    shape: Shape
+
+    @property
+    def promise(self) -> exact.Promise:
+        return self.shape.promise
+
+    @property
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
+        wide, whole = ShapedReverseKL(shape=Clip(limit=1e6)), ShapedReverseKL(shape=ProximalTeacher(alpha=1.0))
+        return tuple(
+            exact.LimitingCase(name=name, objective=end, promise=exact.ReverseKL(), tolerance=1e-6)
+            for name, end in (("limit -> infinity is the reverse KL", wide), ("alpha = 1 is the reverse KL", whole))
+            if isinstance(end.shape, type(self.shape))
+        )
+
+    def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        log_ratio = logprobs.detach() - batch.scores.logprobs
+        cost = -self.shape.reward(-log_ratio)
+        ratio = (logprobs - batch.behavior_logprobs).exp()
+        changed = (cost - log_ratio).abs()
+        return TokenLoss(loss=ratio * cost, metrics={"reverse_kl": log_ratio, "reward_changed": changed})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class FixedAdvantage:
+    """The same advantage for every sampled token, without a teacher: loss `-p/mu advantage`.
+
+    The control arm of "Does On-Policy Distillation Really Distill?" (arXiv 2608.31046 section 3.2), which found -0.5 on
+    the least likely fifth of tokens as good as a teacher. On every token of a state the expected gradient is exactly 0,
+    whatever the advantage: nothing is promised (`reward_promises.Nothing`), and what is learned comes from elsewhere, such as
+    noise, the optimizer, or a divisor that knows how long a text became. With `below` under 1 the tokens that
+    the student gives less than that probability are counted alone, and their mass is what descends.
+    """
+
+    consumes: ClassVar[type[Scores]] = Scores
+    on_policy: ClassVar[bool] = True
+
+    # advantage of every counted token; published are -0.5 and, to show what it breaks, 0.2
+    advantage: Annotated[float, In(-1e3, 1e3, because="below 0 it makes what was sampled less likely")] = -0.5
+    # tokens are counted while the current student gives them less than this probability; 1 is all
+    below: Annotated[float, In(1e-9, 1, because="1 counts every token")] = 1.0
+
+    @property
+    def promise(self) -> exact.Promise:
+        if self.below == 1:
+            return rewards.Nothing()
+        return exact.Weighted(weight=-self.advantage, of=rewards.UnlikelyMass(below=self.below))
+
+    def __call__(self, student: StudentLogits, batch: Batch[Scores]) -> TokenLoss:
+        logprobs = student.at(batch.target_ids)
+        loss = -self.advantage * (logprobs - batch.behavior_logprobs).exp()
+        if self.below < 1:
+            counted = logprobs.detach() < log(self.below)
+            return TokenLoss(loss=torch.where(counted, loss, 0.0), metrics={"unlikely_share": counted.to(loss.dtype)})
+        return TokenLoss(loss=loss, metrics={})
