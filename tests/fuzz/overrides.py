@@ -164,6 +164,15 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.weights\.\w+\.token_ids", members(whole(0, 10**9))),
     (r"method\.weights\.\w+\.tokens", members(text(r".*"))),
     (r"method\.weights\.\w+\.(shares)", named(real(1e-9, 1e9))),
+    (r"method\.weights\.\w+\.by", part("opd.token_weights.")),
+    (r"method\.weights\.\w+\.by\.reading", part("opd.loss.readings")),
+    (r"method\.weights\.\w+\.by(\.reading)?\.k", whole(1, VOCABULARY)),
+    (r"method\.weights\.\w+(\.by)?\.(per_teacher|lowest)", yes),
+    (r"method\.weights\.\w+(\.by)?\.(scope|signal)", one),
+    (r"method\.weights\.\w+\.by\.(low|high)|method\.weights\.\w+\.drop", SHARE),
+    (r"method\.weights\.\w+\.fraction", real(1e-6, 1)),
+    (r"method\.weights\.\w+\.per_trajectory", whole(0, 10**6)),
+    (r"method\.weights\.\w+\.(teacher|student)", real(0, 1000)),
     (r"method\.weights\.\w+\.filters", named(part("opd.token_weights."))),
 )
 

@@ -34,6 +34,7 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
 CHOSEN = "support_size student_mass teacher_mass"
 OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft"), ""),
+    **dict.fromkeys(("fire", "ta_opd", "top_entropy", "top_divergence"), ""),
     **dict.fromkeys(("monte_carlo_reverse_kl", "monte_carlo_forward_kl", "topk_jensen_shannon"), ""),
     **dict.fromkeys(("jensen_shannon", "gkd"), "jsd"),
     **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl"), "skewed_kl"),
