@@ -21,8 +21,10 @@ from hf.packable import check_head
 from hf.packed_model import load_causal
 from hf.weight_names import stored_names
 from opd.errors import ConfigurationError
-from opd.loss.chunked import StudentLogits, chunk_rows
+from opd.loss.chunked import StudentLogits, chunk_rows, read
 from opd.loss.packed_attention import NAME, Packing
+from opd.loss.readings import token_readings
+from opd.ports import Reading
 from opd.types import Batch, Scores
 from weight_sync.lora import A, B
 
@@ -141,6 +143,18 @@ def target_logprobs(student: Student, batch: Batch[Scores], device: torch.device
 
     with torch.no_grad():
         return student(*text, read)
+
+
+def batch_readings(
+    student: Student, here: Batch[Scores], heads: Sequence[Tensor], readings: Sequence[Reading], chunk: int
+) -> Float32[Tensor, "R L"]:
+    """Readings at the trained tokens of a micro-batch that is on the student's device, without gradient."""
+
+    def use(hidden: Tensor, matrix: Tensor) -> Tensor:
+        return token_readings(hidden, matrix, lambda *rows: read(here.rows(*rows), heads), readings, chunk=chunk)
+
+    with torch.no_grad():
+        return student(here.input_ids, here.position_ids, here.cu_seqlens, here.predict_at, use)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from learner.config import LearnerConfig, LossKernel, StudentText, learning_rate
 from learner.diagnosis import InfiniteRatio, from_first_rank
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
-from learner.model import Student, load_head, load_student, sentinel_ids, target_logprobs
+from learner.model import Student, batch_readings, load_head, load_student, sentinel_ids, target_logprobs
 from learner.publishing import Publisher
 from learner.snapshots import Snapshots, matching
 from opd.errors import DataError, OpdError
@@ -28,7 +28,7 @@ from opd.loss.metric_sums import MetricSums
 from opd.loss.metrics import diagnosed
 from opd.loss.packing import halves
 from opd.loss.per_teacher import by_teacher
-from opd.ports import LossFunction, Rank, Sentinel, WeightSender, WeightShard
+from opd.ports import LossFunction, Rank, Reading, Sentinel, WeightSender, WeightShard
 from opd.scorers.validation import check_support
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
@@ -127,6 +127,15 @@ class Training(Rank):
     def snapshot(self, name: str, *, optimizer: bool = False, keep_older: bool = False) -> None:
         if not (keep_older and name in self._snapshots.places):
             self._snapshots.take(name, self._held(), self._updates if optimizer else None)
+
+    @torch.no_grad()
+    def read(self, batches: Sequence[Batch[Scores]], readings: Sequence[Reading]) -> list[np.ndarray]:
+        def one(batch: Batch[Scores]) -> np.ndarray:
+            self._check(batch)
+            here = batch.to(self._device, self._fetch)
+            return batch_readings(self._student, here, self._heads, readings, self._config.head_chunk).cpu().numpy()
+
+        return [one(batch) for batch in batches]
 
     def restore(self, name: str) -> None:
         held = self._held()
@@ -295,8 +304,7 @@ class Training(Rank):
 
     def _forward(self, model: DeepSpeedEngine | Student, batch: Batch[Scores], objective: LossFunction) -> "_Seen":
         """The weighted sum of the objective over a micro-batch."""
-        for scores in (batch.scores, *(term.scores for term in batch.terms.values())):
-            check_support(scores, self._student.vocabulary)
+        self._check(batch)
         here, objective = batch.to(self._device, self._fetch), with_kernel(self._config.loss_kernel, objective)
 
         def prepare(first: int, last: int) -> Evaluate:
@@ -318,6 +326,10 @@ class Training(Rank):
 
         total = model(here.input_ids, here.position_ids, here.cu_seqlens, here.predict_at, use)
         return _Seen(total=total, metrics=tallies[-1], denominator=batch.denominator)
+
+    def _check(self, batch: Batch[Scores]) -> None:
+        for scores in (batch.scores, *(term.scores for term in batch.terms.values())):
+            check_support(scores, self._student.vocabulary)
 
     def _whole(self, first: int, last: int) -> AbstractContextManager[list[Tensor]]:
         """The parameters `first` .. `last - 1` of the manifest, complete; all ranks must enter."""

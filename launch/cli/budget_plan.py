@@ -13,6 +13,7 @@ from launch.plan.plan import Plan
 from launch.report.figures import short_number
 from launch.run.run import costs
 from opd.errors import ConfigurationError, DataError
+from opd.method.method import readings_of
 
 PILOT_STEPS = 5  # of the run by which an arm's cost per step is measured first
 ROOM = 0.1  # planned steps beyond those that should do, as a share: the budget ends a run, and not its steps
@@ -91,5 +92,6 @@ def at_most_per_step(plan: Plan) -> Mapping[Unit, float]:
         scored=(sum(len(p.teacher_ids) for p in prompts) + completion) * spent.teacher_reads,
         learned=both,
         trained=completion,
+        read=both if any(readings_of(*term.weights.values()) for term in plan.config.method.every_term.values()) else 0,
     )
     return {Unit.STEPS: 1.0, Unit.TOKENS: float(completion + both), Unit.FLOPS: step_flops(tokens, spent)}

@@ -6,7 +6,7 @@ probabilities of tokens are computed from the models alone, and are not taken fr
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -48,6 +48,15 @@ class Enumeration:
             weight = np.zeros(len(item.trajectory))
             weight[position] = value
             made.append(weight)
+        return made
+
+    def alone(self) -> list[Scored[Any]]:
+        """Trajectories with everything but the enumerated token as context, which was not sampled."""
+        made = []
+        for item, position in zip(self.scored, self.position, strict=True):
+            mask = np.zeros_like(item.trajectory.loss_mask)
+            mask[position] = item.trajectory.loss_mask[position]
+            made.append(replace(item, trajectory=replace(item.trajectory, loss_mask=mask)))
         return made
 
     def support_is_fixed(self) -> bool:

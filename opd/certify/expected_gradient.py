@@ -29,7 +29,7 @@ from opd.certify.gradients import (
 )
 from opd.certify.worlds import MORE, VOCABULARY, WIDE, World, long, make_world, one_state, stale
 from opd.errors import OpdError
-from opd.method.method import Method
+from opd.method.method import Method, loss_masks, weigh
 from opd.method.promises import on_whole_vocabulary
 
 GRADIENT = "gradient of the promise"
@@ -155,7 +155,7 @@ def _other_objectives(method: Method) -> Iterator[Any]:
 
 
 def check_limits(case: Case) -> Iterator[Finding]:
-    """Limiting cases: k = V, and those that objective and rollout list themselves."""
+    """Limiting cases: k = V, and those that objective, rollout and token weights list themselves."""
     method = case.method
     grown = with_supports(method, lambda _: case.world.vocabulary)
     if grown != method:
@@ -172,3 +172,9 @@ def check_limits(case: Case) -> Iterator[Finding]:
             for a, b in zip(ends[0].scored, ends[1].scored, strict=True)
         ]
         yield Row(name=f"limit: {limit.name}", measured=float(len(same) - sum(same)), tolerance=0.0)
+    items = case.read(case.enumeration.scored)
+    masks = loss_masks(items)
+    for limit in [limit for part in method.weights.values() for limit in getattr(part, "limits", ())]:
+        weights = weigh({limit.name: limit.weight}, items, case.enumeration.context)
+        wrong = sum(int((a != b).sum()) for a, b in zip(weights, masks, strict=True))
+        yield Row(name=f"limit: {limit.name}", measured=float(wrong), tolerance=0.0)

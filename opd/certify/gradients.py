@@ -17,9 +17,12 @@ from opd.loss.chunked import StudentLogits, flat_loss
 from opd.loss.chunked import read as read_teacher
 from opd.loss.metrics import diagnosed
 from opd.loss.packing import Normalizer, TokenMean, pack
-from opd.method.method import Method, weigh
+from opd.loss.readings import token_readings
+from opd.method.method import Method, readings_of, weigh, with_readings
 from opd.method.promises import Promise
+from opd.method.readings import reading_pass
 from opd.method.reward_promises import Nothing
+from opd.method.terms import MAIN
 from opd.ports import Layout
 from opd.types import Batch, Scored, TokenLoss
 
@@ -43,15 +46,32 @@ class Case:
 
     def weights(self) -> list[Float[np.ndarray, " _T"]]:
         """Weight of every token that could be sampled: its probability times the method's own token weight."""
-        own = [
-            w[p]
-            for w, p in zip(
-                weigh(self.method.weights, self.enumeration.scored, self.enumeration.context),
-                self.enumeration.position,
-                strict=True,
-            )
-        ]
-        return self.enumeration.weights(self.enumeration.probabilities * np.asarray(own))
+        enumeration = self.enumeration
+        # What selects by readings selects among the enumerated tokens: else it might leave out all of them.
+        items = self.read(enumeration.alone()) if readings_of(*self.method.weights.values()) else enumeration.scored
+        factors = weigh(self.method.weights, items, enumeration.context)
+        own = [w[p] for w, p in zip(factors, enumeration.position, strict=True)]
+        return enumeration.weights(enumeration.probabilities * np.asarray(own))
+
+    def read(self, items: Sequence[Scored[Any]]) -> Sequence[Scored[Any]]:
+        """Trajectories of the world with the readings that the method's token weights declare."""
+        asked = reading_pass(self.method.one_term(MAIN), items, ONE_RANK)
+        if asked is None:
+            return items
+        world = self.world
+
+        def answer(batch: Batch[Any]) -> np.ndarray:
+            here = batch.to("cpu", lambda rows: rows)
+            hidden = world.student.hidden(here.input_ids, here.position_ids)[here.predict_at]
+            return token_readings(
+                hidden,
+                world.student.head,
+                lambda *rows: read_teacher(here.rows(*rows), world.heads()),
+                asked.asked,
+            ).numpy()
+
+        found = asked.values([[answer(batch) for batch in rank] for rank in asked.batches])
+        return with_readings(items, found.by_term[MAIN])
 
     def training(self, objective: Any = None) -> Float[Tensor, " D"]:
         """Expected training gradient."""

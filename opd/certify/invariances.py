@@ -132,7 +132,7 @@ def uneven_step(case: Case) -> tuple[Enumeration, list[np.ndarray]]:
         position=enumeration.position[pick],
         probabilities=enumeration.probabilities[pick],
     )
-    own = weigh(case.method.weights, few.scored, few.context)
+    own = weigh(case.method.weights, case.read(few.scored), few.context)
     factors = (0.5, 1.0, 2.0)
     uneven = [w * [factors[(i + t) % 3] for t in range(len(w))] for i, w in enumerate(own)]
     likely = [np.isfinite(s.trajectory.behavior.logprobs) for s in few.scored]

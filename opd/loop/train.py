@@ -1,4 +1,4 @@
-"""The training loop: collect, score, weigh, pack, learn, publish, one step after another."""
+"""The training loop: collect, score, read, weigh, pack, learn, publish, one step after another."""
 
 import asyncio
 import math
@@ -15,6 +15,7 @@ from opd.loop.staleness import StalenessSchedule
 from opd.loop.step_clock import StepClock
 from opd.loss.packing import WeighedTerm
 from opd.method.method import Method, packed, weighed
+from opd.method.readings import read_step
 from opd.method.terms import MAIN
 from opd.observability.spans import Span
 from opd.ports import Context, Engines, Learner, Observer, PromptSource, PublishReport, Sources
@@ -31,10 +32,12 @@ class StepRecord:
     """Record of a finished step, for observers; `step` counts from 1 and equals the published version.
 
     `seconds` has `rollout` (first request to last completion), `score` (what scoring took beyond that),
-    `wait` (learner idle), `train` (with packing), `publish` and `step` (all of it). `spans` has one span of rollout
-    and one of teacher per group, one of learner and one of publishing. `live` is False where the run breaks off: the
-    student was updated by this step, but its weights reached no engine, and no engine should be called now.
-    `weights` are those of the method's own term, or of several terms the largest, per token.
+    `wait` (learner idle), `train` (with the reading pass and packing), `publish` and `step` (all of it). `spans` has
+    one span of rollout and one of teacher per group, one of learner and one of publishing. `live` is False where the
+    run breaks off: the student was updated by this step, but its weights reached no engine, and no engine should be
+    called now.
+    `weights` are those of the method's own term, or of several terms the largest, per token. `read_tokens` went through
+    the student once more before, because a token weight declares readings (`opd.method.readings`).
     """
 
     step: int
@@ -46,6 +49,7 @@ class StepRecord:
     seconds: Mapping[str, float]
     spans: Sequence[Span] = ()
     live: bool = True
+    read_tokens: int = 0
 
 
 async def train(
@@ -82,13 +86,14 @@ async def train(
             clock = StepClock.begin()
             rollouts = await buffer.take(step, digests.by_version)
             clock.mark_rollouts()
-            terms = weighed(method, rollouts.scored, context.at(step))
+            read = await read_step(method, rollouts.scored, learner)
+            terms = weighed(method, rollouts.scored, context.at(step), read.by_term)
             weights = _largest(terms)  # 0 = not trained
             empty_steps = 0 if any(w.any() for w in weights) else empty_steps + 1
             update = asyncio.ensure_future(
                 _update(method, learner, rollouts.scored, terms, empty_steps, context.at(step))
             )
-            done = _Trained(rollouts=rollouts, weights=weights, clock=clock)
+            done = _Trained(rollouts=rollouts, weights=weights, read_tokens=read.tokens, clock=clock)
             try:
                 published = await _publish(update, buffer, learner, engines, step + 1, clock)
             except BaseException:
@@ -121,6 +126,7 @@ class _Trained:
 
     rollouts: BufferedStep
     weights: TokenWeights
+    read_tokens: int
     clock: StepClock
 
 
@@ -186,6 +192,7 @@ async def _record(
         step=rollouts.step + 1,
         scored=rollouts.scored,
         weights=done.weights,
+        read_tokens=done.read_tokens,
         report=report,
         published=published,
         ledger=ledger.summary(),

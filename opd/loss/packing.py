@@ -6,7 +6,7 @@ from heapq import heapreplace
 from typing import Annotated, ClassVar, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Layout
@@ -133,6 +133,39 @@ def pack_terms(
     return _packed(scored, anywhere, layout, 1.0, turn, shares)
 
 
+def unpack(
+    answers: Sequence[Sequence[Float32[np.ndarray, "R L"]]],
+    scored: Sequence[Scored[S]],
+    weights: Sequence[TokenWeights],
+    layout: Layout,
+) -> list[Float32[np.ndarray, "R _T"]]:
+    """Numbers per trajectory of `answers[rank][i]` about tokens of micro-batches, NaN at tokens that are not trained.
+
+    The other arguments are those by which `pack` or `pack_terms` (there: 1 where any term trains) made the batches.
+    """
+    bins = _bins(scored, weights, layout)
+    found = [np.full((len(answers[0][0]), len(weight)), np.nan, dtype=np.float32) for weight in weights]
+    for number, chosen in enumerate(bins):  # one without work has a sequence that stands elsewhere, too
+        answer, start = answers[number % layout.ranks][number // layout.ranks], 0
+        for i in chosen:
+            rows = np.flatnonzero(weights[i])
+            found[i][:, rows] = answer[:, start : start + len(rows)]
+            start += len(rows)
+        if chosen and start != answer.shape[1]:
+            raise DataError(f"micro-batch {number} has {start} trained tokens, but was answered for {answer.shape[1]}")
+    return found
+
+
+def _bins(scored: Sequence[Scored[S]], weights: Sequence[TokenWeights], layout: Layout) -> list[list[int]]:
+    """Numbers of the trajectories in each micro-batch, rank by rank in turn; empty where a rank has no work."""
+    kept = [i for i, weight in enumerate(weights) if np.count_nonzero(weight)]
+    if not kept:
+        raise DataError(
+            "the step has no token to train: every weight is 0; check loss masks, filters and the weight parts"
+        )
+    return _fill({i: _inputs(scored[i]) for i in kept}, layout)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
     """A term's weights as they are multiplied, and the rest of `TermRows`."""
@@ -173,13 +206,8 @@ def _packed(
     turn: str,
     terms: Mapping[str, _Share] | None = None,
 ) -> list[list[Batch[S]]]:
-    kept = [i for i, weight in enumerate(weights) if np.count_nonzero(weight)]
-    if not kept:
-        raise DataError(
-            "the step has no token to train: every weight is 0; check loss masks, filters and the weight parts"
-        )
-    bins = _fill({i: _inputs(scored[i]) for i in kept}, layout)
-    spare = kept[0]
+    bins = _bins(scored, weights, layout)
+    spare = min(i for b in bins for i in b)
     routes = tuple(sorted({item.trajectory.prompt.teacher for item in scored}))  # of the step, alike in all batches
     batches = []
     for b in bins:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from opd.errors import ConfigurationError, DataError
 from opd.loss.packing import Normalizer, TokenMean, WeighedTerm, pack, pack_terms
@@ -20,7 +20,7 @@ from opd.method.promises import ClippedCredit, ScoredSupport, Union, renormalize
 from opd.method.schedules import Factor, Schedule, value
 from opd.method.slots import Objective, Rollout, Scorer, TokenWeight, Update
 from opd.method.terms import MAIN, SumOfTerms, Term
-from opd.ports import Context, Layout, LossFunction, PromptSource, ScoreKinds
+from opd.ports import Context, Layout, LossFunction, PromptSource, Reading, ScoreKinds
 from opd.settings.ranges import Matches
 from opd.settings.validation import settings
 from opd.types import Batch, Scored, Scores, TopKScores, Trajectory
@@ -30,6 +30,10 @@ MethodName = Annotated[
     str,
     Matches(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}", "of letters, digits and . _ = , + - (runs are named after it)"),
 ]
+Values = Mapping[Reading, Float32[np.ndarray, " _T"]]
+"""Values of readings at the tokens of a trajectory."""
+
+_NO_READING: Mapping[str, Sequence[Values]] = {}
 _TERM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,49}")
 
 
@@ -119,18 +123,24 @@ class Method:
 def _check_term(rollout: Rollout, term: Term, place: str) -> None:
     """Refuse a combination of parts that would be meaningless; `place` is where the settings of the term stand."""
     _check_rollout(rollout, term)
-    produced = term.scorer.produces
-    parts = {"objective": term.objective} | {f"weight {k!r}": w for k, w in term.weights.items()}
-    for role, part in parts.items():
-        if not issubclass(produced, part.consumes) and not (
-            role == "objective" and issubclass(getattr(produced, "reads_as", Scores), part.consumes)
-        ):
-            raise ConfigurationError(
-                f"{role} {_name(part)} needs {part.consumes.__name__}, but scorer {_name(term.scorer)} "
-                f"produces {produced.__name__}; choose a scorer that produces it or another {role}"
-            )
+    _check_consumed(term, "objective", term.objective, in_learner=True)
+    for name, weight in term.weights.items():
+        _check_consumed(term, f"weight {name!r}", weight, in_learner=False)
+        for reading in readings_of(weight):
+            _check_consumed(term, f"reading of weight {name!r}", reading, in_learner=True)
     _check_weights(term)
     _check_supports(rollout, term, place)
+
+
+def _check_consumed(term: Term, role: str, part: Any, *, in_learner: bool) -> None:
+    """Refuse a part that reads other scores than its term's; the learner has hidden states as whole distributions."""
+    produced = term.scorer.produces
+    read = (produced, getattr(produced, "reads_as", Scores)) if in_learner else (produced,)
+    if not any(issubclass(kind, part.consumes) for kind in read):
+        raise ConfigurationError(
+            f"{role} {_name(part)} needs {part.consumes.__name__}, but scorer {_name(term.scorer)} "
+            f"produces {produced.__name__}; choose a scorer that produces it or another {role}"
+        )
 
 
 def _check_rollout(rollout: Rollout, term: Term) -> None:
@@ -231,11 +241,19 @@ async def scored(method: Method, trajectories: Sequence[Trajectory], context: Co
     ]
 
 
-def weighed(method: Method, items: Sequence[Scored[Any]], context: Context) -> dict[str, WeighedTerm]:
-    """Token weights and coefficient of every term at a step."""
+def weighed(
+    method: Method,
+    items: Sequence[Scored[Any]],
+    context: Context,
+    readings: Mapping[str, Sequence[Values]] = _NO_READING,
+) -> dict[str, WeighedTerm]:
+    """Token weights and coefficient of every term at a step.
+
+    `readings` has for every term whose weights declare readings their values, per trajectory (`opd.method.readings`).
+    """
     return {
         name: WeighedTerm(
-            weights=weigh(term.weights, items if name == MAIN else [_of_term(item, name) for item in items], context),
+            weights=weigh(term.weights, _of_term(items, name, readings.get(name)), context),
             normalizer=term.normalizer,
             coefficient=value(term.coefficient, context),
         )
@@ -243,8 +261,21 @@ def weighed(method: Method, items: Sequence[Scored[Any]], context: Context) -> d
     }
 
 
-def _of_term(item: Scored[Any], name: str) -> Scored[Any]:
-    return Scored(trajectory=item.trajectory, scores=item.terms[name])
+def _of_term(items: Sequence[Scored[Any]], name: str, readings: Sequence[Values] | None) -> Sequence[Scored[Any]]:
+    """Trajectories as the weights of a term see them: with its own scores and readings."""
+    if name != MAIN:
+        items = [Scored(trajectory=item.trajectory, scores=item.terms[name]) for item in items]
+    return with_readings(items, readings) if readings else items
+
+
+def with_readings(items: Sequence[Scored[Any]], readings: Sequence[Values]) -> list[Scored[Any]]:
+    """Trajectories with the values of readings at their tokens."""
+    return [replace(item, readings=values) for item, values in zip(items, readings, strict=True)]
+
+
+def readings_of(*weights: TokenWeight) -> tuple[Reading, ...]:
+    """Readings that token weights declare, each once."""
+    return tuple(dict.fromkeys(reading for weight in weights for reading in getattr(weight, "readings", ())))
 
 
 def packed(

@@ -1,13 +1,14 @@
 """Protocols of a method's parts: rollout, scorer, token weight, objective and update (composed in `method.py`)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
 from opd.method.promises import Promise
-from opd.ports import Context, Learner, LossFunction, Need, ScoreKinds
+from opd.ports import Context, Learner, LossFunction, Need, Reading, ScoreKinds
 from opd.settings.validation import may_lack
 from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, TokenScores, Trajectory
 
@@ -75,7 +76,7 @@ class Scorer(Protocol):
         ...
 
 
-@may_lack("reads_sampled_tokens")  # it is then taken to read all tokens
+@may_lack("reads_sampled_tokens", "readings")  # it is then taken to read all tokens, and needs no reading
 class TokenWeight(Protocol):
     """Part that weighs the loss of tokens: 0 = not trained."""
 
@@ -92,9 +93,22 @@ class TokenWeight(Protocol):
         """
         ...
 
+    @property
+    def readings(self) -> Sequence[Reading]:
+        """What the learner must read at every token before the step is weighed (`Scored.readings`): one more pass."""
+        ...
+
     def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " _T"]]:
         """One weight >= 0 per token, given the *whole* step, so that quantiles do not depend on packing."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightLimit:
+    """Limiting case of a token weight: `weight` gives every sampled token the weight 1, exactly."""
+
+    name: str
+    weight: Any
 
 
 @may_lack("on_policy", "promise")  # without a promise it cannot be certified

@@ -15,7 +15,7 @@ from opd.ports.engines import (
     Tokenizer,
 )
 from opd.ports.environment import Environment, MakeEnvironment, Outcome
-from opd.ports.learner import Layout, Learner, LossFunction, Observer, Rank, broadcast
+from opd.ports.learner import Layout, Learner, LossFunction, Observer, Rank, Reading, broadcast
 from opd.ports.needs import Need, Role, needs_of
 from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources
 from opd.ports.requests import Completion, GenerateRequest, Sampling, ScoreAnswer, ScoreRequest
@@ -60,6 +60,7 @@ __all__ = [
     "PublishReport",
     "PublishedWeights",
     "Rank",
+    "Reading",
     "ReadsReferences",
     "References",
     "Role",

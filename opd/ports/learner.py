@@ -3,10 +3,11 @@
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
+from torch import Tensor
 
 from opd.ports.calls import Call, changes_state
 from opd.ports.engines import StudentEngine
@@ -34,6 +35,20 @@ class LossFunction(Protocol):
         ...
 
 
+class Reading(Protocol):
+    """A number per token of student and teacher at its state, as the current student has it (see `opd.loss.readings`).
+
+    A frozen value: token weights declare the readings that they need, and find the numbers under them
+    (`Scored.readings`).
+    """
+
+    consumes: ClassVar[type[Scores]]  # type of the scores that it reads, as an objective has them
+
+    def __call__(self, student: Any, batch: Any) -> Float[Tensor, " L"]:
+        """The numbers at `batch`'s tokens given the student's logits at them; no gradient is kept."""
+        ...
+
+
 class Rank(Protocol):
     """The verbs of one rank of the learner: all ranks get the same call, some verbs with batches of their own.
 
@@ -58,6 +73,14 @@ class Rank(Protocol):
 
     def score(self, batches: Sequence[Batch[Scores]]) -> list[Float32[np.ndarray, " L"]]:
         """The student's own log-probabilities of `target_ids`, per micro-batch and in its order; nothing changes."""
+        ...
+
+    def read(self, batches: Sequence[Batch[Scores]], readings: Sequence[Reading]) -> list[Float32[np.ndarray, "R L"]]:
+        """All `readings` at the current weights, per micro-batch and in its order; nothing changes.
+
+        One pass without a gradient, with logits and teachers as in `step`. All ranks bring the same number of
+        micro-batches.
+        """
         ...
 
     @changes_state
@@ -203,6 +226,7 @@ class Learner(Protocol):
     step = scatter(Rank.step)
     evaluate = scatter(Rank.evaluate)
     score = scatter_gather(Rank.score)
+    read = scatter_gather(Rank.read)
     snapshot = broadcast(Rank.snapshot)
     restore = broadcast(Rank.restore)
     extrapolate = broadcast(Rank.extrapolate)

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from opd.errors import ConfigurationError
+from opd.method.method import readings_of
 from opd.method.slots import TokenWeight
-from opd.ports import Context
+from opd.ports import Context, Reading
 from opd.settings.ranges import Relative
 from opd.settings.validation import settings
 from opd.token_weights.special_tokens import look_up
@@ -54,6 +55,11 @@ class TeacherBalance:
     def reads_sampled_tokens(self) -> bool:
         """Whether a filter looks at tokens; budgets only count them."""
         return any(getattr(part, "reads_sampled_tokens", True) for part in self.filters.values())
+
+    @property
+    def readings(self) -> Sequence[Reading]:
+        """Readings of its filters."""
+        return readings_of(*self.filters.values())
 
     def known(self, vocabulary: Mapping[str, int]) -> Self:
         """The same, with the ids of the tokens that its filters name (`special_tokens.NamesTokens`)."""

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from opd.types.prompt_rows import PromptText
 from opd.types.scores import S, Scores, TokenScores
@@ -71,8 +71,13 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored(Generic[S]):
-    """A trajectory and its scores; `terms` are those of the method's further terms, by name (`opd.method.terms`)."""
+    """A trajectory and its scores; `terms` are those of the method's further terms, by name (`opd.method.terms`).
+
+    `readings` are what the learner read at its tokens before a step was weighed, by `opd.ports.Reading`, NaN where the
+    loss mask is False; there are only those that a token weight declares, and only while it weighs.
+    """
 
     trajectory: Trajectory
     scores: S
     terms: Mapping[str, Scores] = field(default_factory=dict)
+    readings: Mapping[Any, Float32[np.ndarray, " T"]] = field(default_factory=dict)

@@ -13,11 +13,23 @@ from learner.checkpoint import MASTER, Shards
 from learner.config import LearnerConfig, LoraConfig
 from learner.learner import LearnerRank
 from opd.errors import ConfigurationError
+from opd.loss.readings import StudentEntropy, VocabularyReverseKL
 from opd.settings.devices import Dtype
 from opd.types import StepReport
 from opd.updates.extrapolated import MATRICES
 from tests.integration.learner.test_learner_faults import equal
-from tests.small_learner import SMOOTH, STAGES, Likelihood, Start, batches_of, data, keep, predictions
+from tests.small_learner import (
+    SMOOTH,
+    STAGES,
+    Likelihood,
+    ReverseKL,
+    Start,
+    batches_of,
+    data,
+    keep,
+    predictions,
+    read_by,
+)
 
 Contents = Callable[[LearnerRank], dict[str, torch.Tensor]]
 
@@ -222,6 +234,24 @@ def test_a_score_is_the_students_own_log_probability_and_changes_nothing(
     assert step(rank, 2, config) == step(straight, 2, config)
 
 
+@pytest.mark.parametrize("chunk", [0, 7])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_readings_are_those_of_the_whole_distributions_and_change_nothing(
+    stage: int, chunk: int, models: dict[str, Path], start: Start, contents: Contents
+) -> None:
+    config = replace(config_of(stage, Dtype.FLOAT32), head_chunk=chunk)
+    rank, straight = start(config, models["untied"]), start(config, models["untied"])
+    before, (batches,) = contents(rank), batches_of(1, config, read_by(models["tied"]))
+    found = rank.read(batches, [StudentEntropy(), VocabularyReverseKL()])
+    assert [(values.dtype, values.shape) for values in found] == [(np.float32, (2, len(b))) for b in batches]
+    for number, name in enumerate(("entropy", "reverse_kl")):
+        counted = [values[number][b.weights > 0] for values, b in zip(found, batches, strict=True)]
+        expected = rank.evaluate(batches, ReverseKL())[name]  # the mean over trained tokens, by another way
+        assert np.concatenate(counted).mean() == pytest.approx(expected, rel=1e-5)
+    assert equal(contents(rank), before)
+    assert step(rank, 2, config) == step(straight, 2, config)
+
+
 def test_an_offloaded_learner_refuses_work_until_it_is_reloaded(
     models: dict[str, Path], start: Start, tmp_path: Path, contents: Contents
 ) -> None:
@@ -235,6 +265,7 @@ def test_an_offloaded_learner_refuses_work_until_it_is_reloaded(
         lambda: step(rank, 0, SMOOTH),
         lambda: rank.share(1),
         lambda: rank.score(batches_of(1, SMOOTH)[0]),
+        lambda: rank.read(batches_of(1, SMOOTH)[0], [StudentEntropy()]),
         lambda: rank.snapshot("a"),
         lambda: rank.save(tmp_path, 1),
     ]

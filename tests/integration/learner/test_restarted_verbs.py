@@ -16,6 +16,7 @@ from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.pools import ObservedStudent
 from learner.config import LearnerConfig
 from learner.learner import LearnerRank
+from opd.loss.readings import StudentEntropy
 from opd.ports import PublishedWeights, WeightAck
 from opd.settings.devices import Dtype
 from tests.integration.learner.test_learner_faults import equal
@@ -67,6 +68,7 @@ async def everything(learner: RestartingLearner, config: LearnerConfig, folder: 
             await learner.written()
             await learner.kept(folder / "learner")
         answers.append(await learner.score(batches_of(7, config)))
+        answers.append(await learner.read(batches_of(7, config), [StudentEntropy()]))
     await learner.restore("one")
     answers.append(await learner.step(batches_of(4, config), Likelihood()))
     await learner.extrapolate("two", -0.25)
@@ -76,7 +78,7 @@ async def everything(learner: RestartingLearner, config: LearnerConfig, folder: 
 @pytest.mark.parametrize("saved", [9, 1], ids=["from the start", "from a checkpoint with snapshots"])
 @pytest.mark.parametrize(
     "deaths",
-    [["snapshot"], ["extrapolate"], ["restore"], ["step", "snapshot", "score", "extrapolate", "restore"]],
+    [["snapshot"], ["extrapolate"], ["restore"], ["step", "snapshot", "score", "read", "extrapolate", "restore"]],
     ids=" ".join,
 )
 @pytest.mark.parametrize(("stage", "dtype"), [STAGES[0], STAGES[5]], ids=str)

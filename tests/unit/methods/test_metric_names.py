@@ -39,6 +39,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "context_distillation": "",
     "opsd": "jsd",
     "sdft": "support_divergence ratio_truncated",
+    **dict.fromkeys(("fire", "ta_opd", "top_entropy", "top_divergence"), ""),
     **dict.fromkeys(("monte_carlo_reverse_kl", "monte_carlo_forward_kl", "topk_jensen_shannon"), ""),
     **dict.fromkeys(("jensen_shannon", "gkd"), "jsd"),
     **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl"), "skewed_kl"),

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ from opd.errors import ConfigurationError
 from opd.loss import packing
 from opd.loss.chunked import StudentLogits
 from opd.loss.packing import pack
+from opd.loss.readings import StudentEntropy, TeacherEntropy
 from opd.method import promises
+from opd.method.method import readings_of
 from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
 from opd.objectives.shaped import Clip, ProximalTeacher, SignLog
 from opd.objectives.topk import TopKDivergence
@@ -42,6 +45,7 @@ from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.settings.ranges import AtMost, In
 from opd.settings.validation import default_of, fields_of, parts_of
 from opd.token_weights.length import SkipTruncated
+from opd.token_weights.selection import ByReading, Teachability, TopFraction
 from opd.token_weights.special_tokens import look_up
 from opd.types import Scored, Scores, StopReason, TokenScores, Trajectory
 from tests.unit.methods.test_objectives import World, every_token, expected_gradient, gradient, promised, said, world
@@ -57,6 +61,8 @@ PARTS: Mapping[str, Sequence[Any]] = {
     "StudentRollout": (StudentRollout(max_tokens=8), StudentRollout(max_tokens=5)),
     "Scorer": (TeacherHidden(), SampledTokens()),
     "Shape": (Clip(limit=0.5), SignLog(), ProximalTeacher(alpha=0.4)),
+    "TokenScore": (ByReading(reading=StudentEntropy()), Teachability()),
+    "Reading": (StudentEntropy(), TeacherEntropy()),
 }
 FILLED: Mapping[str, Sequence[Any]] = {
     "shares": ({"default": 1.0, "second": 2.0}, {"default": 3.0, "second": 2.0}),
@@ -258,8 +264,22 @@ def weighed(weight: Any) -> Any:
         )
         for i, t in enumerate(texts)
     ]
+    if not hasattr(weight, "consumes"):  # a score by which tokens are selected
+        weight = TopFraction(by=weight, fraction=0.3)
     known = look_up({"w": weight}, {"c": 6})["w"]
-    return [w.tolist() for w in known([Scored(trajectory=t, scores=Scores()) for t in step], box)]
+    draw = np.random.default_rng(0)
+    scored = [Scored(trajectory=t, scores=TokenScores(logprobs=-draw.random(len(t), np.float32))) for t in step]
+    read = [
+        replace(s, readings={r: _read(r, i, len(s.trajectory)) for r in readings_of(known)})
+        for i, s in enumerate(scored)
+    ]
+    return [w.tolist() for w in known(read, box)]
+
+
+def _read(reading: Any, number: int, tokens: int) -> np.ndarray:
+    """Numbers that stand for a reading of a text: others for every reading."""
+    draw = np.random.default_rng([crc32(repr(reading).encode()), number])
+    return draw.random(tokens, np.float32)
 
 
 def divided(normalizer: Any) -> Any:
