@@ -10,6 +10,7 @@ from actors.config import CPU_KV_CACHE_BYTES, StudentConfig
 from hf.folder import text_config
 from hf.stop_tokens import read_ends
 from opd.errors import DataError
+from opd.heavy_imports import uncollected
 from opd.ports import GenerateRequest, Sampling, Sentinel
 from opd.settings.devices import resolve_device, resolve_dtype
 from weight_sync.rendezvous import be_alone
@@ -111,12 +112,13 @@ def read_limits(config: StudentConfig, ends: Sequence[int] = ()) -> EngineLimits
 
 def build(config: StudentConfig) -> "LLMEngine":
     """A running engine; takes seconds, and imports vLLM."""
-    from vllm.config import WeightTransferConfig
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.llm_engine import LLMEngine
+    with uncollected():
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
 
-    from actors.weight_loader import BACKEND, EXTENSION
+        from actors.weight_loader import BACKEND, EXTENSION
 
     arguments = EngineArgs(
         **engine_arguments(config, resolve_device(config.device, "student")),

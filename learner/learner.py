@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from learner.config import LearnerConfig, StudentText
 from opd.errors import ConfigurationError
+from opd.heavy_imports import uncollected
 from opd.ports import Rank
 from opd.types import Fetch
 from weight_sync.rendezvous import free_port, own_host
@@ -92,7 +93,8 @@ class LearnerRank(Rank):
                 f"learner.ranks is {self._config.ranks}, but {world} ranks are being started; start as many "
                 "as configured"
             )
-        from learner.training import Training
+        with uncollected():
+            from learner.training import Training
 
         self._training = Training(self._config, rank, host, port, self._seed, self._steps)
         self._training.load_models(self._student_path, self._teacher_head_paths, self._fetch, self._sender, self._text)

@@ -19,6 +19,7 @@ from launch.cli.errors import keep_secrets, sentences
 from launch.cli.flags import read_flags, without_methods
 from launch.services.signals import end_on_signals
 from opd.errors import ConfigurationError
+from opd.heavy_imports import uncollected
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -111,8 +112,9 @@ def _train(overrides: Sequence[str]) -> int:
     comparison = "comparison" in _checked(overrides)
     if not overrides:
         console(stderr=True).print(_DEMO, soft_wrap=True, highlight=False)
-    from launch.cli.compare import run_comparison
-    from launch.cli.train import run_training
+    with uncollected():
+        from launch.cli.compare import run_comparison
+        from launch.cli.train import run_training
 
     return run_comparison(overrides) if comparison else run_training(overrides)
 

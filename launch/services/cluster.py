@@ -104,6 +104,9 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = _local_token()
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+        # Ray would start a Python for each CPU; actors have environments of their own and would take none of them.
+        os.environ.setdefault("RAY_enable_worker_prestart", "0")
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep devices visible to unassigned actors
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray

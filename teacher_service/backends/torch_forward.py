@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hf.digest import file_digest
 from hf.tokenizer_check import check_checkpoint
 from opd.errors import ConfigurationError, OpdError
+from opd.heavy_imports import uncollected
 from opd.ports import PublishedWeights, ScoreAnswer, ScoreRequest
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.types import Fetch
@@ -159,9 +160,8 @@ def microbatches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 def _load(config: TeacherConfig) -> "PackedModel":
     check_checkpoint(config.path, "teacher")
-    from hf.packed_model import (
-        load_packed,
-    )  # seconds of transformers, which the driver can spare
+    with uncollected():
+        from hf.packed_model import load_packed  # seconds of transformers, which the driver can spare
 
     device = resolve_device(config.device, "teacher")
     dtype = resolve_dtype(config.dtype, device)

@@ -1,4 +1,4 @@
-"""No process is left behind: after Ctrl-C, after a failure; and how the others start and watch a run."""
+"""No process is left behind after a failure (after Ctrl-C: test_faults.py); how other tests start and watch a run."""
 
 import json
 import os
@@ -76,30 +76,6 @@ def end_of(driver: subprocess.Popen[str], seconds: float = 60) -> str:
         time.sleep(2)
         driver.kill()
         pytest.fail(f"the driver did not end: {driver.communicate(timeout=10)[0]}")
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
-    """What a terminal does: a SIGINT to the whole foreground group. (SIGTERM and SIGKILL: test_resume.py.)"""
-    mark = f"ctrl-c-{os.getpid()}"
-    driver = start(mark, tmp_path, "evaluation.teacher=false")
-    metrics = tmp_path / "r" / "metrics.jsonl"
-    try:
-        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 250, "two steps")
-        assert len(family(mark)) > 4
-        os.killpg(driver.pid, signal.SIGINT)
-        output = end_of(driver)
-        nobody_is_left(mark, 30)
-    finally:
-        for process in family(mark):
-            process.kill()
-    assert driver.returncode == 130, output
-    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
-    assert summary["outcome"] == "stopped" and summary["steps"] >= 2
-    assert "Traceback" not in output, output
-    kept = [path.name for path in (tmp_path / "r" / "checkpoints").iterdir()]
-    assert kept == [f"step_{summary['steps']}"], "the last finished step is kept"
 
 
 @pytest.mark.ray
