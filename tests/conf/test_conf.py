@@ -19,7 +19,7 @@ from opd.token_weights.teachers import TeacherBalance
 
 METHODS = groups()["method"]
 EXPERIMENTS = [name for name in groups()["experiment"] if "comparison" not in compose([f"experiment={name}"])]
-GROUP_OF_TWO = {name: ["prompts.group_size=2"] for name in ("grpo", "grpo_token_mean")}
+GROUP_OF_TWO = {name: ["prompts.group_size=2"] for name in ("grpo", "grpo_token_mean", "sdpo")}
 NEEDED = {
     "student=hf": ["student.path=x"],
     "teacher=hf": ["teacher.path=x"],
