@@ -6,6 +6,6 @@ _GROUP = ("prompts.group_size=2",)
 _START = ("teachers.start.path=${student.path}", "teachers.start.dtype=FLOAT32")
 
 NEEDS: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl"), _GROUP),
+    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "sdpo"), _GROUP),
     **dict.fromkeys(("reference_kl", "reward_extrapolation"), _START),
 }

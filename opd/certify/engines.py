@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -198,12 +199,13 @@ def reward(completion: str) -> float:
 
 
 class IdTokenizer:
-    """Tokenizer whose tokens are the decimal ids."""
+    """Tokenizer whose tokens are the decimal ids; any other word is one of the first seven."""
 
     eos_id = 0
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray([int(word) for word in text.split()], dtype=np.int32)
+        ids = [int(word) if word.isdecimal() else crc32(word.encode()) % 7 for word in text.split()]
+        return np.asarray(ids, dtype=np.int32)
 
     def encode_all(self, prompts: Sequence[PromptText]) -> list[np.ndarray]:
         return [self.encode(str(prompt.text)) for prompt in prompts]

@@ -216,12 +216,14 @@ def _ids_of(objective: Any, support: Any, place: str) -> tuple[str, int]:
 
 
 def check_prompts(method: Method, prompts: PromptSource) -> None:
-    """Refuse a prompt source whose groups are too small for a scorer of the method."""
-    for term in method.every_term.values():
-        if prompts.group_size < term.scorer.min_group:
+    """Refuse a prompt source whose groups are too small for a scorer of the method, or for its rollout."""
+    parts: list[tuple[str, Any]] = [("scorer", term.scorer) for term in method.every_term.values()]
+    for role, part in [*parts, ("rollout", method.rollout)]:
+        least = getattr(part, "min_group", 1)
+        if prompts.group_size < least:
             raise ConfigurationError(
-                f"scorer {_name(term.scorer)} compares the trajectories of a group and needs "
-                f"prompts.group_size >= {term.scorer.min_group}, but got {prompts.group_size}; raise prompts.group_size"
+                f"{role} {_name(part)} compares the trajectories of a group and needs "
+                f"prompts.group_size >= {least}, but got {prompts.group_size}; raise prompts.group_size"
             )
 
 

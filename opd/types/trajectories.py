@@ -50,8 +50,9 @@ class Trajectory:
 
     `behavior` has the log-probabilities of the *actual* sampling distribution, after temperature and truncation;
     `versions` has the policy version that sampled each token (`NO_VERSION`: not the student); `loss_mask` is
-    False where a token is context only. `sample` is its number within the group. `digests` names the published weights
-    behind each of those versions (`Completion.digests`); it is empty for text that no student engine wrote.
+    False where a token is context only, or nothing is to be learned from it. `sample` is its number within the group.
+    `digests` names the published weights behind each of those versions (`Completion.digests`); it is empty for text
+    that no student engine wrote.
     `reward` is what an environment gave for all of it; None where none did.
     """
 

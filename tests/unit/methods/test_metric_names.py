@@ -38,6 +38,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
     "context_distillation": "",
     "opsd": "jsd",
+    "sdpo": "support_divergence ratio_truncated",
     "sdft": "support_divergence ratio_truncated",
     **dict.fromkeys(("fire", "ta_opd", "top_entropy", "top_divergence"), ""),
     **dict.fromkeys(("monte_carlo_reverse_kl", "monte_carlo_forward_kl", "topk_jensen_shannon"), ""),

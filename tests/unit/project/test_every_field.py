@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -39,6 +39,7 @@ from opd.objectives.topk import TopKDivergence
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
 from opd.ports import Completion, Context, GenerateRequest, Layout, Outcome
+from opd.rollouts.contexts import PromptAlone
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.ensemble import ContextIds
 from opd.scorers.teacher import SampledTokens, TeacherHidden
@@ -51,6 +52,19 @@ from opd.types import Scored, Scores, StopReason, TokenScores, Trajectory
 from tests.unit.methods.test_objectives import World, every_token, expected_gradient, gradient, promised, said, world
 
 TEACHERS = ("default", "second")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hidden:
+    """Builder that has nothing to show."""
+
+    needs_engines: ClassVar[frozenset[Any]] = frozenset()
+    min_group: ClassVar[int] = 1
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[np.ndarray | None]":
+        return [None for _ in trajectories]
+
+
 VOCABULARY = 40
 # What stands in a slot that has no values of its own.
 PARTS: Mapping[str, Sequence[Any]] = {
@@ -63,8 +77,11 @@ PARTS: Mapping[str, Sequence[Any]] = {
     "Shape": (Clip(limit=0.5), SignLog(), ProximalTeacher(alpha=0.4)),
     "TokenScore": (ByReading(reading=StudentEntropy()), Teachability()),
     "Reading": (StudentEntropy(), TeacherEntropy()),
+    "TeacherContext": (PromptAlone(), Hidden()),
 }
 FILLED: Mapping[str, Sequence[Any]] = {
+    "solution": ("{prompt} {completion}", "{completion}"),
+    "feedback": ("{prompt} {feedback}", "{feedback}"),
     "shares": ({"default": 1.0, "second": 2.0}, {"default": 3.0, "second": 2.0}),
     "contexts": ({"second": ContextIds.STUDENT},),
     "filters": ({}, {"whole": SkipTruncated()}),
@@ -172,6 +189,8 @@ def test_another_value_changes_what_the_part_does_or_is_refused(cls: type, name:
 def seen(part: Any) -> Any:
     """What the part is there for, in numbers."""
     package = type(part).__module__.split(".")[1]
+    if type(part).__module__ == "opd.rollouts.contexts":
+        return told(part)
     return {
         "rollouts": written,
         "scorers": scores,
@@ -234,7 +253,15 @@ def written(rollout: Any) -> Any:
         environments={"": Endless},
     )
     texts = [t for p in _prompts() for t in asyncio.run(rollout([p], box))]
-    return asked, [(t.token_ids.tolist(), t.stop, t.versions.tolist()) for t in texts]
+    return asked, [(t.token_ids.tolist(), t.stop, t.versions.tolist(), t.loss_mask.any()) for t in texts]
+
+
+def told(builder: Any) -> Any:
+    """What a teacher is shown for texts of two groups: one with successes, and one that heard something."""
+    box, texts = _group()
+    heard = [replace(t, reward=0.0, loss_mask=np.arange(len(t)) < 1) for t in texts]
+    groups = (texts, heard)
+    return [[ids if ids is None else ids.tolist() for ids in asyncio.run(builder(g, box))] for g in groups]
 
 
 @cache

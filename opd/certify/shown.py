@@ -1,0 +1,79 @@
+"""What a teacher is shown beside a prompt, in worlds: the same to all texts of a group, which enumerate one state.
+
+What a method shows for a text may depend on the other texts of its group, which are drawn independently, and must not
+depend on the text itself: the teacher would be another for every token that could be sampled. In a world all texts that
+could be written stand in one group and would be each other's siblings, so one context stands for all; a row of its own
+checks the independence.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from opd.certify.certificate import Finding, Row, Skipped
+from opd.certify.engines import RequestLog, engines
+from opd.certify.gradients import Case
+from opd.method.method import Method
+from opd.ports import Context, Need
+from opd.types import Trajectory
+
+INDEPENDENT = "what the teacher is shown does not depend on the text that it scores"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneForAll:
+    """Builder that shows every trajectory of a group what `of` shows the first for which it has anything."""
+
+    of: Any
+
+    @property
+    def needs_engines(self) -> frozenset[Need]:
+        return self.of.needs_engines
+
+    @property
+    def min_group(self) -> int:
+        return self.of.min_group
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> list[np.ndarray | None]:
+        built = await self.of(trajectories, context)
+        first = next((ids for ids in built if ids is not None), None)
+        return [first] * len(trajectories)
+
+
+def with_one_context(method: Method) -> Method:
+    """The method, whose teacher is shown the same for every text of a group."""
+    rollout: Any = method.rollout
+    shown = getattr(rollout, "shown", None)
+    return method if shown is None else replace(method, rollout=replace(rollout, shown=OneForAll(of=shown)))
+
+
+def check_shown(case: Case) -> Iterator[Finding]:
+    """A text that is replaced by another of its group is shown the same as before, if it was shown a sibling."""
+    shown = getattr(case.method.rollout, "shown", None)
+    if not isinstance(shown, OneForAll) or shown.min_group < 2:
+        yield Skipped(name=INDEPENDENT, why="the rollout shows the teacher nothing of other texts")
+        return
+    yield Row(name=INDEPENDENT, measured=float(asyncio.run(_dependent(shown.of, case))), tolerance=0.0)
+
+
+async def _dependent(builder: Any, case: Case) -> int:
+    """Number of texts whose context changes with their own tokens."""
+    context, wrong = engines(case.world, RequestLog()), 0
+    texts = [item.trajectory for item in case.enumeration.scored]
+    for _, members in groupby(texts, key=lambda t: t.prompt.id):
+        group = list(members)
+        before = await builder(group, context)
+        for i in range(0, len(group), 3):
+            for other in (group[i - 1], group[i - 5]):
+                changed = replace(other, prompt=group[i].prompt, sample=group[i].sample)
+                after = await builder([*group[:i], changed, *group[i + 1 :]], context)
+                wrong += not _same(before[i], after[i])
+    return wrong
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return (a is None) == (b is None) and (a is None or b is None or np.array_equal(a, b))

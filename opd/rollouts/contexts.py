@@ -1,0 +1,135 @@
+"""What a teacher is shown before a trajectory: builders of its context from the trajectories of a group."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+from opd.errors import ConfigurationError
+from opd.method.rewards import task_rewards
+from opd.ports import Context, Need, Role
+from opd.settings.ranges import Fraction, Template, Tokens
+from opd.settings.validation import settings
+from opd.types import Prompt, Trajectory
+from opd.types.prompt_rows import PromptText
+from opd.types.prompt_templates import filled
+
+Ids = Int32[np.ndarray, " Q"]
+THINKING = re.compile(r".*</think>", re.DOTALL)
+
+
+class TeacherContext(Protocol):
+    """Part that builds what a teacher reads before each trajectory of a group, once they are written."""
+
+    @property
+    def needs_engines(self) -> frozenset[Need]:
+        """Engines that it calls."""
+        ...
+
+    @property
+    def min_group(self) -> int:
+        """Size of the smallest group for which it can build anything."""
+        ...
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[Ids | None]":
+        """Token ids per trajectory of one group, in order; None where there is nothing to show."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptAlone:
+    """The teacher's prompt as it is (`Prompt.teacher_ids`), with nothing added: plain distillation."""
+
+    needs_engines: ClassVar[frozenset[Need]] = frozenset()
+    min_group: ClassVar[int] = 1
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[Ids | None]":
+        return [t.prompt.teacher_ids for t in trajectories]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class SuccessfulSibling:
+    """The first other trajectory of the group that succeeded, or else what an environment said (SDPO, 2601.20802).
+
+    A trajectory succeeded if its reward is at least `threshold`. `{completion}` of the template `solution` is its text,
+    without what stands before `</think>`. Where no sibling succeeded, `{feedback}` of the template `feedback` is what
+    the environment said in the trajectory itself; one that has neither is shown nothing, and is not trained. `{prompt}`
+    is the student's prompt, `{answer}` the reference answer. Wording: ours, after the released code.
+    """
+
+    min_group: ClassVar[int] = 2
+    needs_engines: ClassVar[frozenset[Need]] = frozenset({Need(Role.GRADER)})
+
+    # least reward of a success
+    threshold: Fraction = 0.5
+    # what the teacher reads where a sibling succeeded
+    solution: Template = "{prompt}\n\nCorrect solution:\n\n{completion}\n\nCorrectly solve the original question."
+    # what it reads where an environment alone said something
+    feedback: Template = (
+        "{prompt}\n\nFeedback on an earlier attempt:\n\n{feedback}\n\nCorrectly solve the original question."
+    )
+    # longest context in tokens; a longer solution or feedback loses its end
+    longest: Tokens = 10240
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[Ids | None]":
+        rewards = await task_rewards(trajectories, context)
+        winners = [i for i, reward in enumerate(rewards) if reward >= self.threshold]
+        return [self._one(i, winners, trajectories, context) for i in range(len(trajectories))]
+
+    def _one(
+        self, number: int, winners: list[int], trajectories: Sequence[Trajectory], context: Context
+    ) -> "Ids | None":
+        mine, other = trajectories[number], next((i for i in winners if i != number), None)
+        if other is not None:
+            theirs = trajectories[other]
+            text = context.tokenizer.decode(theirs.token_ids[theirs.loss_mask])
+            shown = {"completion": THINKING.sub("", text)}
+            return shortened(self.solution, mine.prompt, shown, "completion", self.longest, context)
+        said = context.tokenizer.decode(mine.token_ids[~mine.loss_mask])
+        if not said.strip():
+            return None
+        return shortened(self.feedback, mine.prompt, {"feedback": said}, "feedback", self.longest, context)
+
+
+def shortened(
+    template: str, prompt: Prompt, values: Mapping[str, str], name: str, longest: int, context: Context
+) -> Ids:
+    """Ids of `template` around a prompt, with as much of the beginning of `values[name]` as leaves `longest` tokens.
+
+    Raises `ConfigurationError` where the rest is too long by itself.
+    """
+    whole = {"answer": prompt.answer, **values}
+    text = whole[name]
+
+    def ids(kept: int) -> Ids:
+        return _encoded(template, prompt, {**whole, name: text[:kept]}, context)
+
+    if len(all_of_it := ids(len(text))) <= longest:
+        return all_of_it
+    if (least := len(ids(0))) > longest:
+        raise ConfigurationError(
+            f"the context of prompt {prompt.id!r} for its teacher has {least} tokens without its {name}, but at most "
+            f"{longest} are allowed; raise method.rollout.shown.longest"
+        )
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        fits, too_long = (middle, too_long) if len(ids(middle)) <= longest else (fits, middle)
+    return ids(fits)
+
+
+def _encoded(template: str, prompt: Prompt, values: Mapping[str, str], context: Context) -> Ids:
+    source = prompt.source or PromptText(text=context.tokenizer.decode(prompt.student_ids), where=prompt.id)
+    try:
+        text = filled(template, source.text, values)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"prompt {prompt.id!r} cannot be shown to its teacher in a template: {error}; choose prompts "
+            "that end with text"
+        ) from error
+    (ids,) = context.tokenizer.encode_all([PromptText(text=text, tools=source.tools, where=source.where)])
+    return np.asarray(ids, dtype=np.int32)
