@@ -17,6 +17,7 @@ from opd.loss.metrics import diagnosed
 from opd.types import (
     AdvantageScores,
     Batch,
+    EvidenceScores,
     Scores,
     TokenLoss,
     TokenScores,
@@ -40,6 +41,8 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
         return VocabularyScores(logprobs=own, vocabulary_logprobs=q)
     if kind is AdvantageScores:
         return AdvantageScores(advantages=credit, rewards=credit)
+    if kind is EvidenceScores:
+        return EvidenceScores(logprobs=own, plain=own - credit)
     return TokenScores(logprobs=own) if kind is TokenScores else Scores()
 
 
@@ -71,7 +74,8 @@ def evaluated(method: Any, dtype: torch.dtype, seed: int) -> tuple[TokenLoss, Te
         denominator=1.0,
     )
     leaf = z.to(dtype).requires_grad_()
-    result = diagnosed(method.loss, StudentLogits(logits=leaf), batch)
+    # Of a sum of terms the method's own: the others have scores of other kinds.
+    result = diagnosed(method.objective if method.is_sum else method.loss, StudentLogits(logits=leaf), batch)
     (gradient,) = torch.autograd.grad((result.loss * torch.rand(ROWS, generator=draw).to(dtype)).sum(), leaf)
     return result, gradient
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from opd.certify.engines import reward
 from opd.certify.enumeration import Enumeration
 from opd.certify.models import TinyModel
-from opd.types import AdvantageScores, Scored, StopReason, TopKReturnScores
+from opd.types import AdvantageScores, EvidenceScores, Scored, StopReason, TopKReturnScores
 
 Credit = list[Float[np.ndarray, " _T"]]
 
@@ -23,6 +23,8 @@ def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
             return [np.asarray(s.scores.advantages, dtype=np.float64) for s in scored]
         case TopKReturnScores():
             return [np.asarray(s.scores.returns, dtype=np.float64) for s in scored]
+        case EvidenceScores():
+            return [np.asarray(s.scores.logprobs - s.scores.plain, dtype=np.float64) for s in scored]
     return None
 
 
@@ -34,6 +36,8 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
             return _advantages(enumeration, scorer.scale_by_std)
         case TopKReturnScores() if hasattr(scorer, "discount"):
             return [_returns(scorer, log_ratios) for log_ratios in _log_ratios(enumeration, teachers)]
+        case EvidenceScores():
+            return _evidence(enumeration, teachers)
     return None
 
 
@@ -76,6 +80,18 @@ def _log_ratios(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> 
         drawn = enumeration.log.generations[text.prompt.id, text.sample].logprobs.to(taught.dtype)
         own = torch.as_tensor(text.token_ids).long()[:, None]
         made.append((taught - drawn).gather(-1, own)[:, 0].detach().double().numpy())
+    return made
+
+
+def _evidence(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """`log q(y | what the teacher reads) - log q(y | what the student reads)` of every sampled token."""
+    made = []
+    for item in enumeration.scored:
+        t, model = item.trajectory, teachers[item.trajectory.prompt.teacher]
+        contexts = (t.prompt.teacher_ids, t.prompt.student_ids)
+        own = torch.as_tensor(t.token_ids).long()[:, None]
+        shown, plain = (model.logprobs([(ids, t.token_ids)])[0].gather(-1, own)[:, 0] for ids in contexts)
+        made.append((shown - plain).detach().double().numpy())
     return made
 
 
