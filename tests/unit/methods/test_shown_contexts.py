@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from opd.types.prompt_rows import PromptText
 from tests.unit.loop.test_loop import Bench, Prompts
 from tests.unit.loop.test_prompts import Letters
 
-RECORDED = StudentRollout(max_tokens=8, record_topk=3)
+RECORDED: Any = StudentRollout(max_tokens=8, record_topk=3)
 COMPARED: dict[str, Any] = {"scorer": StudentTopK(), "objective": TopKDivergence(of=JensenShannon())}
 
 
@@ -129,12 +129,14 @@ def trained(make: Any, rollout: Any, steps: int = 2) -> tuple[torch.Tensor, Benc
 
 def test_with_nothing_added_it_is_plain_distillation_bit_for_bit(make: Any) -> None:
     plain, _ = trained(make, RECORDED)
-    assert torch.equal(trained(make, PrivilegedRollout(student=RECORDED, shown=PromptAlone()))[0], plain)
-    assert not torch.equal(trained(make, PrivilegedRollout(student=RECORDED, shown=Shows(every=1)))[0], plain)
+    assert torch.equal(trained(make, PrivilegedRollout(student=RECORDED, shown=cast(Any, PromptAlone())))[0], plain)
+    assert not torch.equal(
+        trained(make, PrivilegedRollout(student=RECORDED, shown=cast(Any, Shows(every=1))))[0], plain
+    )
 
 
 def test_the_student_keeps_its_prompt_and_what_is_shown_nothing_is_not_trained(make: Any) -> None:
-    _, bench = trained(make, PrivilegedRollout(student=RECORDED, shown=Shows()))
+    _, bench = trained(make, PrivilegedRollout(student=RECORDED, shown=cast(Any, Shows())))
     for record in bench.records:
         for item, weight in zip(record.scored, record.weights, strict=True):
             prompt, privileged = item.trajectory.prompt, not item.trajectory.sample % 2
@@ -147,14 +149,16 @@ def test_the_student_keeps_its_prompt_and_what_is_shown_nothing_is_not_trained(m
 def test_without_a_success_nothing_changes(make: Any) -> None:
     bench = Bench(make)
     before = bench.learner.table.clone()
-    rollout = PrivilegedRollout(student=RECORDED, shown=SuccessfulSibling(threshold=1.0))
+    rollout = PrivilegedRollout(student=RECORDED, shown=cast(Any, SuccessfulSibling(threshold=1.0)))
     asyncio.run(bench.run(Method(name="m", rollout=rollout, **COMPARED), 2))
     assert torch.equal(bench.learner.table, before)
     assert [record.report.loss for record in bench.records] == [0.0, 0.0]
 
 
 def test_a_group_of_one_has_no_sibling(make: Any) -> None:
-    method = Method(name="m", rollout=PrivilegedRollout(student=RECORDED, shown=SuccessfulSibling()), **COMPARED)
+    method = Method(
+        name="m", rollout=PrivilegedRollout(student=RECORDED, shown=cast(Any, SuccessfulSibling())), **COMPARED
+    )
     with pytest.raises(ConfigurationError, match="rollout PrivilegedRollout compares the trajectories of a group"):
         check_prompts(method, Prompts(make, group_size=1))
 
@@ -186,7 +190,7 @@ def test_the_published_settings_are_those_of_the_code() -> None:
 # Rewritten text (TRD).
 
 EXACT: dict[str, Any] = {"scorer": TeacherHidden(), "objective": FullForwardKL()}
-WHOLE = StudentRollout(max_tokens=8)
+WHOLE: Any = StudentRollout(max_tokens=8)
 
 
 def exactly(make: Any, rollout: Any, steps: int = 3) -> tuple[torch.Tensor, Bench]:
@@ -196,13 +200,13 @@ def exactly(make: Any, rollout: Any, steps: int = 3) -> tuple[torch.Tensor, Benc
 
 
 def test_a_text_that_is_not_rewritten_is_plain_forward_kl_bit_for_bit(make: Any) -> None:
-    alone = RefinedRollout(student=WHOLE, shown=PromptAlone(), max_tokens=8, refiner=Refiner.STUDENT)
+    alone = RefinedRollout(student=WHOLE, shown=cast(Any, PromptAlone()), max_tokens=8, refiner=Refiner.STUDENT)
     assert torch.equal(exactly(make, alone)[0], exactly(make, WHOLE)[0])
     assert not torch.equal(exactly(make, replace(alone, refiner=Refiner.TEACHER))[0], exactly(make, WHOLE)[0])
 
 
 def test_the_teacher_scores_the_rewritten_text_behind_the_draft_and_the_student_learns_it_without(make: Any) -> None:
-    _, bench = exactly(make, RefinedRollout(student=WHOLE, shown=Shows(), max_tokens=5))
+    _, bench = exactly(make, RefinedRollout(student=WHOLE, shown=cast(Any, Shows()), max_tokens=5))
     for record in bench.records:
         for item, weight in zip(record.scored, record.weights, strict=True):
             t, rewritten = item.trajectory, not item.trajectory.sample % 2
