@@ -18,6 +18,7 @@ from opd.types import (
     AdvantageScores,
     Batch,
     CreditScores,
+    EvidenceScores,
     Scores,
     TokenLoss,
     TokenScores,
@@ -43,6 +44,8 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
         return AdvantageScores(advantages=credit, rewards=credit)
     if kind is CreditScores:
         return CreditScores(logprobs=own, credit=credit)
+    if kind is EvidenceScores:
+        return EvidenceScores(logprobs=own, plain=own - credit)
     return TokenScores(logprobs=own) if kind is TokenScores else Scores()
 
 
@@ -74,7 +77,8 @@ def evaluated(method: Any, dtype: torch.dtype, seed: int) -> tuple[TokenLoss, Te
         denominator=1.0,
     )
     leaf = z.to(dtype).requires_grad_()
-    result = diagnosed(method.loss, StudentLogits(logits=leaf), batch)
+    # Of a sum of terms the method's own: the others have scores of other kinds.
+    result = diagnosed(method.objective if method.is_sum else method.loss, StudentLogits(logits=leaf), batch)
     (gradient,) = torch.autograd.grad((result.loss * torch.rand(ROWS, generator=draw).to(dtype)).sum(), leaf)
     return result, gradient
 

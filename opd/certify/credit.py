@@ -14,6 +14,7 @@ from opd.certify.models import TinyModel
 from opd.types import (
     AdvantageScores,
     CreditScores,
+    EvidenceScores,
     Scored,
     StopReason,
     TopKReturnScores,
@@ -32,6 +33,8 @@ def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
             return [np.asarray(s.scores.returns, dtype=np.float64) for s in scored]
         case CreditScores():
             return [np.asarray(s.scores.credit, dtype=np.float64) for s in scored]
+        case EvidenceScores():
+            return [np.asarray(s.scores.logprobs - s.scores.plain, dtype=np.float64) for s in scored]
     return None
 
 
@@ -45,6 +48,8 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
             return [_returns(scorer, log_ratios) for log_ratios in _log_ratios(enumeration, teachers)]
         case CreditScores() if getattr(scorer, "looks_ahead", False):
             return _lookaheads(enumeration, teachers)
+        case EvidenceScores():
+            return _evidence(enumeration, teachers)
     return None
 
 
@@ -87,6 +92,18 @@ def _log_ratios(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> 
         drawn = enumeration.log.generations[text.prompt.id, text.sample].logprobs.to(taught.dtype)
         own = torch.as_tensor(text.token_ids).long()[:, None]
         made.append((taught - drawn).gather(-1, own)[:, 0].detach().double().numpy())
+    return made
+
+
+def _evidence(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """`log q(y | what the teacher reads) - log q(y | what the student reads)` of every sampled token."""
+    made = []
+    for item in enumeration.scored:
+        t, model = item.trajectory, teachers[item.trajectory.prompt.teacher]
+        contexts = (t.prompt.teacher_ids, t.prompt.student_ids)
+        own = torch.as_tensor(t.token_ids).long()[:, None]
+        shown, plain = (model.logprobs([(ids, t.token_ids)])[0].gather(-1, own)[:, 0] for ids in contexts)
+        made.append((shown - plain).detach().double().numpy())
     return made
 
 

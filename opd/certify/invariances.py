@@ -55,7 +55,9 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     equal = make_case(same, world.with_student_as_teacher())
     yield Row(name=TEACHER[1], measured=_per_token(equal), tolerance=EXACT)
     wrong = relative_difference(make_case(case.method, replace(world, shift=1)).training(), exact)
-    measured = min(_per_token(make_case(same, replace(world.with_student_as_teacher(), shift=1))), wrong)
+    shifted = make_case(same, replace(world.with_student_as_teacher(), shift=1))
+    # Where one teacher is compared with itself in two contexts, a shift of both at once is seen by its gradient alone.
+    measured = wrong if hasattr(case.method.scorer, "reads") else min(_per_token(shifted), wrong)
     yield at_least(TEACHER[2], measured, NOTICED)
     directions = (promises.ReverseKL(), promises.ForwardKL())
     yield at_least(TOWARDS, max(_cosine(trained, case.exact(d)) for d in directions), 0.1)

@@ -25,7 +25,7 @@ from opd.certify.gradients import (
     relative_difference,
 )
 from opd.scorers.ensemble import ContextIds
-from opd.types import AdvantageScores, CreditScores, Scored, Scores, TopKReturnScores
+from opd.types import AdvantageScores, CreditScores, EvidenceScores, Scored, Scores, TopKReturnScores
 
 ASKED = "teachers are asked about whole texts in their own context"
 WRITTEN = "text is written in its own context, as the rollout says"
@@ -51,11 +51,12 @@ def _wrong_score_requests(case: Case) -> int:
     due = {
         (
             name,
-            contexts.get(name, ContextIds.TEACHER).of(item.trajectory.prompt).tobytes(),
+            ids.of(item.trajectory.prompt).tobytes(),
             item.trajectory.token_ids.tobytes(),
         )
         for item in case.enumeration.scored
         for name in (getattr(scorer, "shares", None) or [item.trajectory.prompt.teacher])
+        for ids in getattr(scorer, "reads", (contexts.get(name, ContextIds.TEACHER),))
     }
     asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in case.enumeration.log.score_requests}
     extra = asked - due
@@ -75,7 +76,8 @@ def _wrong_generate_requests(case: Case) -> int:
         prompt = item.trajectory.prompt
         generation = case.enumeration.log.generations.get((prompt.id, item.trajectory.sample))
         if generation:
-            context = prompt.teacher_ids if generation.as_teacher else prompt.student_ids
+            guided = getattr(case.method.rollout, "guided", lambda *_: False)(prompt.id, item.trajectory.sample)
+            context = prompt.teacher_ids if generation.as_teacher or guided else prompt.student_ids
             wrong += not np.array_equal(generation.request.context_ids, context)
             wrong += not _as_set(case.method.rollout, generation.request.sampling)
     return wrong
@@ -143,6 +145,8 @@ def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
             yield from _graded(case)
         case TopKReturnScores():
             yield from _returned(case)
+        case EvidenceScores():
+            return  # it says which tokens count, not how much what was written is worth
     yield at_least(RAISES, _raised(case), 1e-9)
 
 

@@ -21,6 +21,7 @@ from opd.method.method import Method
 from opd.ports import Context, Need
 from opd.types import Trajectory
 
+ROOMY = 100_000  # tokens: more than any text of a world has
 INDEPENDENT = "what the teacher is shown does not depend on the text that it scores"
 
 
@@ -45,10 +46,15 @@ class OneForAll:
 
 
 def with_one_context(method: Method) -> Method:
-    """The method, whose teacher is shown the same for every text of a group."""
+    """The method, whose teacher is shown the same for every text of a group, and whose texts are all guided or none."""
     rollout: Any = method.rollout
+    if hasattr(rollout, "guided"):  # all of them: else the tokens of one state would have been drawn in two contexts
+        return replace(method, rollout=replace(rollout, fraction=1.0))
     shown = getattr(rollout, "shown", None)
-    return method if shown is None else replace(method, rollout=replace(rollout, shown=OneForAll(of=shown)))
+    if shown is None:
+        return method
+    roomy = replace(shown, room=ROOMY) if hasattr(shown, "room") else shown
+    return replace(method, rollout=replace(rollout, shown=OneForAll(of=roomy)))
 
 
 def check_shown(case: Case) -> Iterator[Finding]:

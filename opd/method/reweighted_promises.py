@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,3 +37,20 @@ class RatioWeighted:
         sampled = states.behavior.exp()
         kept = states.student.detach().exp().minimum(sampled * self.max_ratio)
         return self.of(states) * kept.sum(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhereEvident:
+    """`sum_v p sg(log p - log q)` over the ids whose evidence (`credit`) is above `threshold`.
+
+    Without `corrected` an id counts as often as the behavior samples it: `sum_v mu sg(log p - log q) log p`.
+    """
+
+    threshold: float
+    corrected: bool
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        cost = (states.student - states.teacher).detach()
+        kept = torch.where(states.credit > self.threshold, cost, 0.0)
+        weight = states.student.exp() if self.corrected else states.behavior.exp() * states.student
+        return (weight * kept).sum(-1)

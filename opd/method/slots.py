@@ -13,10 +13,12 @@ from opd.settings.validation import may_lack
 from opd.types import Batch, Prompt, Scored, Scores, StepReport, TokenLoss, TokenScores, Trajectory
 
 
-# It is then neither; for needs see `opd.ports.needs_of`; without a group size any will do.
-@may_lack("on_policy", "truncated", "needs_engines", "min_group")
+@may_lack("on_policy", "truncated", "needs_engines")  # it is then neither; for the last see `opd.ports.needs_of`
 class Rollout(Protocol):
-    """Part that makes trajectories: which model generates, in which context, and how many tokens."""
+    """Part that makes trajectories: which model generates, in which context, and how many tokens.
+
+    One that compares trajectories of a group also has `min_group`, as a scorer has (`check_prompts`).
+    """
 
     @property
     def records(self) -> type[TokenScores]:
@@ -36,11 +38,6 @@ class Rollout(Protocol):
     @property
     def truncated(self) -> bool:
         """Whether sampling leaves out tokens that the model gives a probability (top-p below 1, greedy decoding)."""
-        ...
-
-    @property
-    def min_group(self) -> int:
-        """Size of the smallest group that it can work with (1 unless it compares trajectories of a group)."""
         ...
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:

@@ -95,12 +95,50 @@ class SuccessfulSibling:
         return shortened(self.feedback, mine.prompt, {"feedback": said}, "feedback", self.longest, context)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class Draft:
+    """The trajectory itself, as a draft that is to be rewritten (TRD, arXiv 2606.08432), in a template.
+
+    `{completion}` is its text, `{prompt}` the student's prompt and `{answer}` the reference answer, for a privileged
+    self. The draft loses its end where context and rewritten text would have more than `room` tokens; a prompt that
+    is too long without any draft is shown nothing. Wording: ours, after the meaning of the paper's prompt.
+    """
+
+    min_group: ClassVar[int] = 1
+    needs_engines: ClassVar[frozenset[Need]] = frozenset()
+
+    # tokens that the rewriting model can hold: the context and the rewritten text
+    room: Tokens
+    # tokens of that which are kept free for the rewritten text
+    free: Tokens
+    # what is read before the text is rewritten
+    template: Template = (
+        "{prompt}\n\nAn initial solution:\n\n{completion}\n\nRewrite the initial solution. Keep its structure and its "
+        "line of reasoning where possible, keep correct steps and fix errors. Write the rewritten solution alone."
+    )
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[Ids | None]":
+        return [self._one(t, context) for t in trajectories]
+
+    def _one(self, trajectory: Trajectory, context: Context) -> "Ids | None":
+        said = {"completion": context.tokenizer.decode(trajectory.token_ids)}
+        try:
+            return shortened(self.template, trajectory.prompt, said, "completion", self.room - self.free, context)
+        except NoRoomError:
+            return None
+
+
+class NoRoomError(ConfigurationError):
+    """A context that is too long without what may be shortened."""
+
+
 def shortened(
     template: str, prompt: Prompt, values: Mapping[str, str], name: str, longest: int, context: Context
 ) -> Ids:
     """Ids of `template` around a prompt, with as much of the beginning of `values[name]` as leaves `longest` tokens.
 
-    Raises `ConfigurationError` where the rest is too long by itself.
+    Raises `NoRoomError` where the rest is too long by itself.
     """
     whole = {"answer": prompt.answer, **values}
     text = whole[name]
@@ -111,7 +149,7 @@ def shortened(
     if len(all_of_it := ids(len(text))) <= longest:
         return all_of_it
     if (least := len(ids(0))) > longest:
-        raise ConfigurationError(
+        raise NoRoomError(
             f"the context of prompt {prompt.id!r} for its teacher has {least} tokens without its {name}, but at most "
             f"{longest} are allowed; raise method.rollout.shown.longest"
         )

@@ -106,6 +106,16 @@ class TopKScores(TokenScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvidenceScores(TokenScores):
+    """Log-probability of the sampled token by one teacher in two contexts: `plain` is that without what it is shown.
+
+    Example: `EvidenceScores(logprobs=[-0.1], plain=[-2.3])`.
+    """
+
+    plain: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopKReturnScores(TopKScores):
     """A support, and the return of every sampled token: the reward of the tokens after it.
 

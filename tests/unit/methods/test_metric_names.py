@@ -8,7 +8,16 @@ import torch
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.objectives.reweighted import AtTemperature
-from opd.types import AdvantageScores, CreditScores, Scores, TokenScores, TopKReturnScores, TopKScores, VocabularyScores
+from opd.types import (
+    AdvantageScores,
+    CreditScores,
+    EvidenceScores,
+    Scores,
+    TokenScores,
+    TopKReturnScores,
+    TopKScores,
+    VocabularyScores,
+)
 from scripts.method_digests import ROWS, V, evaluated, kind_of
 
 
@@ -29,6 +38,7 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
     TokenScores: SAMPLED,
     AdvantageScores: SAMPLED,
     CreditScores: SAMPLED,
+    EvidenceScores: SAMPLED,
     TopKScores: SUPPORT,
     TopKReturnScores: SUPPORT,
     VocabularyScores: VOCABULARY,
@@ -36,8 +46,9 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
 CHOSEN = "support_size student_mass teacher_mass"
 OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
-    "context_distillation": "",
+    **dict.fromkeys(("context_distillation", "trd"), ""),
     "opsd": "jsd",
+    "edge_opd": "reverse_kl evident_share",
     "sdpo": "support_divergence ratio_truncated",
     "sdft": "support_divergence ratio_truncated",
     **dict.fromkeys(("fire", "ta_opd", "top_entropy", "top_divergence"), ""),

@@ -27,6 +27,7 @@ from opd.loss.packing import TokenMean, pack
 from opd.method import promises
 from opd.method.promises import States
 from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
+from opd.objectives.evidence import EvidenceReverseKL
 from opd.objectives.montecarlo import MonteCarloDivergence, uniform
 from opd.objectives.returns import MiniLLM
 from opd.objectives.rewarded import CreditedReverseKL
@@ -43,6 +44,7 @@ from opd.types import (
     AdvantageScores,
     Batch,
     CreditScores,
+    EvidenceScores,
     HiddenScores,
     Scores,
     TokenLoss,
@@ -101,6 +103,8 @@ def said(kind: type[Scores], w: World) -> Scores:
         return AdvantageScores(advantages=w.advantages, rewards=w.advantages)
     if kind is CreditScores:
         return CreditScores(logprobs=w.q, credit=w.advantages)
+    if kind is EvidenceScores:
+        return EvidenceScores(logprobs=w.q, plain=w.q - w.advantages)
     return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
 
 
@@ -312,6 +316,13 @@ CLAIMS += tuple(
 )
 
 
+def evident(w: World, *, corrected: bool, threshold: float = 0.0) -> Tensor:
+    """Slope of the reverse KL over the tokens with evidence above the threshold, as often as they are written."""
+    p = w.z.softmax(-1)
+    cost = torch.where(w.advantages > threshold, (p.log() - w.q).detach(), 0.0)
+    return (p * cost).sum() if corrected else (w.mu.exp() * cost * p.log()).sum()
+
+
 def softened(w: World, temperature: float) -> World:
     """The state with student and teacher at another temperature."""
     return replace(w, z=w.z / temperature, q=(w.q / temperature).log_softmax(-1))
@@ -324,6 +335,9 @@ def reached(w: World, most: float) -> Tensor:
 
 
 CLAIMS += (
+    Claim(objective=EvidenceReverseKL(), exact=lambda w: evident(w, corrected=False)),
+    Claim(objective=EvidenceReverseKL(corrected=True), exact=lambda w: evident(w, corrected=True)),
+    Claim(objective=EvidenceReverseKL(corrected=True, threshold=-100.0), exact=reverse_kl, zero_at_teacher=False),
     Claim(objective=AtTemperature(of=FullReverseKL(), temperature=2.0), exact=lambda w: reverse_kl(softened(w, 2.0))),
     Claim(objective=AtTemperature(of=JensenShannon(), temperature=1.1), exact=lambda w: jsd(softened(w, 1.1), 0.5)),
     Claim(objective=ImportanceWeighted(of=BUCKETED), exact=lambda w: reached(w, 2.0) * coarsened(w)),
@@ -510,6 +524,8 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
         scores = kind(**here, topk_ids=support, topk_logprobs=q.gather(-1, support), **own)
     elif kind is VocabularyScores:
         scores = VocabularyScores(**here, vocabulary_logprobs=q)
+    elif kind is EvidenceScores:
+        scores = EvidenceScores(**here, plain=here["logprobs"] - advantages[:, 0])
     elif kind is AdvantageScores:
         scores = AdvantageScores(advantages=advantages[:, 0], rewards=advantages[:, 0])
     elif kind is CreditScores:
@@ -583,6 +599,7 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
     found["entropy_gap"] = abs(found["teacher_entropy"] - found["entropy"])
     found["uncertain_share"] = float(found["teacher_entropy"] > getattr(objective, "threshold", 0.0))
     low, high = 1 - getattr(objective, "clip_low", 0.0), 1 + getattr(objective, "clip_high", 0.0)
+    found["evident_share"] = float(found["return"] > getattr(objective, "threshold", 0.0))
     found["pg_clipfrac"] = float(found["ratio"] > high if found["return"] > 0 else found["ratio"] < low)
     for name in ("entropy", "teacher_entropy", "entropy_gap"):
         for bucket, (start, stop) in zip(BY_DEPTH, ((0, 64), (64, 256), (256, 1024), (1024, 10**9)), strict=True):
@@ -641,7 +658,7 @@ def test_every_metric_of_every_objective_is_its_definition(objective: Any) -> No
             assert float(values[i]) == pytest.approx(expected, rel=1e-6, abs=1e-9, nan_ok=True), f"{name} of row {i}"
 
 
-ESTIMATES = (Likelihood, MonteCarloDivergence, WeightedReverseKL)
+ESTIMATES = (EvidenceReverseKL, Likelihood, MonteCarloDivergence, WeightedReverseKL)
 COMPARED = tuple(
     o
     for o in EVERY
@@ -666,6 +683,8 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
     match of:
         case TruncatedRatio():  # whose bound is above every ratio here
             return formula(of.of, student, batch, states, i)
+        case EvidenceReverseKL():
+            return (ratio if of.corrected else 1.0) * log_ratio * (credit > of.threshold)
         case ImportanceWeighted():
             return min(ratio, of.max_ratio) * float(of.of.promise(states)[i])
         case SampledReverseKL():
@@ -915,9 +934,8 @@ def test_every_objective_keeps_the_promise_that_it_gives_also_with_a_stale_write
     w = world(1, stale=True)
     exact = gradient(promised(objective)(w), w)
     torch.testing.assert_close(expected_gradient(objective, w), exact, rtol=0, atol=1e-12)
-    tolerance = (
-        1e-6 if isinstance(objective, MiniLLM | CreditedReverseKL) else 1e-3
-    )  # its limit is exact, the others are 1e-6 of a field
+    at_theirs = MiniLLM | CreditedReverseKL | EvidenceReverseKL | AtTemperature | ImportanceWeighted
+    tolerance = 1e-6 if isinstance(objective, at_theirs) else 1e-3  # the others are 1e-6 of a field away from theirs
     assert all(limit.tolerance == tolerance for limit in getattr(objective, "limits", ()))
 
 

@@ -17,7 +17,7 @@ from launch.config.run_config import run_config
 from launch.inputs.prompt_files import read_rows
 from opd.errors import ConfigurationError, DataError
 from opd.method.method import Method
-from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
+from opd.objectives import reweighted
 from opd.objectives.sampled import SampledReverseKL
 from opd.objectives.topk import TopKDivergence
 from opd.objectives.vocabulary import FullReverseKL, JensenShannon
@@ -29,7 +29,9 @@ from opd.types.prompt_templates import filled
 from tests.unit.loop.test_loop import Bench
 from tests.unit.loop.test_prompts import Letters, dataset, written
 
-WHOLE = StudentRollout(max_tokens=8)
+WHOLE: Any = StudentRollout(max_tokens=8)
+AtTemperature: Any = reweighted.AtTemperature
+ImportanceWeighted: Any = reweighted.ImportanceWeighted
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=20)
 
 
@@ -97,7 +99,7 @@ def test_a_row_without_what_the_template_names_is_refused_by_its_line(tmp_path: 
 
 
 def test_at_temperature_1_an_objective_is_itself_bit_for_bit(make: Any) -> None:
-    parts = {"scorer": TeacherHidden()}
+    parts: dict[str, Any] = {"scorer": TeacherHidden()}
     plain, _ = trained(make, objective=JensenShannon(), **parts)
     assert torch.equal(trained(make, objective=AtTemperature(of=JensenShannon()), **parts)[0], plain)
     other, _ = trained(make, objective=AtTemperature(of=JensenShannon(), temperature=1.1), **parts)
@@ -106,7 +108,7 @@ def test_at_temperature_1_an_objective_is_itself_bit_for_bit(make: Any) -> None:
 
 def test_on_fresh_text_importance_weights_are_1_and_the_weight_of_no_token_is_skipped(make: Any) -> None:
     of = TopKDivergence(of=JensenShannon())
-    parts = {"scorer": StudentTopK(), "rollout": replace(WHOLE, record_topk=3)}
+    parts: dict[str, Any] = {"scorer": StudentTopK(), "rollout": replace(WHOLE, record_topk=3)}
     plain, _ = trained(make, objective=of, **parts)
     weighted, _ = trained(make, objective=ImportanceWeighted(of=of), **parts)
     torch.testing.assert_close(weighted, plain, rtol=0, atol=1e-6)  # log-probabilities travel in float32
@@ -132,6 +134,8 @@ def test_the_divergence_of_opsd_is_at_most_the_entropy_of_its_coin(beta: float, 
 
 
 def test_the_published_settings_are_those_of_the_papers() -> None:
+    opsd: Any
+    sdft: Any
     opsd, sdft = (run_config(["experiment=shop", f"method={name}"]).method for name in ("opsd", "sdft"))
     sampling: Any = opsd.rollout
     assert (sampling.temperature, sampling.top_p) == (1.1, 0.95)

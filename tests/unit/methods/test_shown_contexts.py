@@ -1,9 +1,9 @@
-"""What a teacher is shown of a group's own texts (SDPO), and that nothing else changes by it."""
+"""What a teacher is shown of a group's own texts (SDPO, TRD), and that nothing else changes by it."""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -17,18 +17,19 @@ from opd.certify.shown import INDEPENDENT
 from opd.errors import ConfigurationError
 from opd.method.method import Method, check_prompts
 from opd.objectives.topk import TopKDivergence
-from opd.objectives.vocabulary import JensenShannon
+from opd.objectives.vocabulary import FullForwardKL, JensenShannon
 from opd.ports import Context, Need
-from opd.rollouts.contexts import PromptAlone, SuccessfulSibling, shortened
+from opd.rollouts.contexts import Draft, PromptAlone, SuccessfulSibling, shortened
 from opd.rollouts.privileged import PrivilegedRollout
+from opd.rollouts.refined import RefinedRollout, Refiner
 from opd.rollouts.student import StudentRollout
-from opd.scorers.teacher import StudentTopK
-from opd.types import Prompt, StopReason, TokenScores, Trajectory
+from opd.scorers.teacher import StudentTopK, TeacherHidden
+from opd.types import NO_VERSION, Prompt, StopReason, TokenScores, Trajectory
 from opd.types.prompt_rows import PromptText
 from tests.unit.loop.test_loop import Bench, Prompts
 from tests.unit.loop.test_prompts import Letters
 
-RECORDED = StudentRollout(max_tokens=8, record_topk=3)
+RECORDED: Any = StudentRollout(max_tokens=8, record_topk=3)
 COMPARED: dict[str, Any] = {"scorer": StudentTopK(), "objective": TopKDivergence(of=JensenShannon())}
 
 
@@ -128,12 +129,14 @@ def trained(make: Any, rollout: Any, steps: int = 2) -> tuple[torch.Tensor, Benc
 
 def test_with_nothing_added_it_is_plain_distillation_bit_for_bit(make: Any) -> None:
     plain, _ = trained(make, RECORDED)
-    assert torch.equal(trained(make, PrivilegedRollout(student=RECORDED, shown=PromptAlone()))[0], plain)
-    assert not torch.equal(trained(make, PrivilegedRollout(student=RECORDED, shown=Shows(every=1)))[0], plain)
+    assert torch.equal(trained(make, PrivilegedRollout(student=RECORDED, shown=cast(Any, PromptAlone())))[0], plain)
+    assert not torch.equal(
+        trained(make, PrivilegedRollout(student=RECORDED, shown=cast(Any, Shows(every=1))))[0], plain
+    )
 
 
 def test_the_student_keeps_its_prompt_and_what_is_shown_nothing_is_not_trained(make: Any) -> None:
-    _, bench = trained(make, PrivilegedRollout(student=RECORDED, shown=Shows()))
+    _, bench = trained(make, PrivilegedRollout(student=RECORDED, shown=cast(Any, Shows())))
     for record in bench.records:
         for item, weight in zip(record.scored, record.weights, strict=True):
             prompt, privileged = item.trajectory.prompt, not item.trajectory.sample % 2
@@ -146,14 +149,16 @@ def test_the_student_keeps_its_prompt_and_what_is_shown_nothing_is_not_trained(m
 def test_without_a_success_nothing_changes(make: Any) -> None:
     bench = Bench(make)
     before = bench.learner.table.clone()
-    rollout = PrivilegedRollout(student=RECORDED, shown=SuccessfulSibling(threshold=1.0))
+    rollout = PrivilegedRollout(student=RECORDED, shown=cast(Any, SuccessfulSibling(threshold=1.0)))
     asyncio.run(bench.run(Method(name="m", rollout=rollout, **COMPARED), 2))
     assert torch.equal(bench.learner.table, before)
     assert [record.report.loss for record in bench.records] == [0.0, 0.0]
 
 
 def test_a_group_of_one_has_no_sibling(make: Any) -> None:
-    method = Method(name="m", rollout=PrivilegedRollout(student=RECORDED, shown=SuccessfulSibling()), **COMPARED)
+    method = Method(
+        name="m", rollout=PrivilegedRollout(student=RECORDED, shown=cast(Any, SuccessfulSibling())), **COMPARED
+    )
     with pytest.raises(ConfigurationError, match="rollout PrivilegedRollout compares the trajectories of a group"):
         check_prompts(method, Prompts(make, group_size=1))
 
@@ -180,3 +185,47 @@ def test_the_published_settings_are_those_of_the_code() -> None:
     method: Any = run_config(["experiment=shop", "method=sdpo", "prompts.group_size=8"]).method
     assert (method.rollout.shown.threshold, method.rollout.shown.longest) == (0.5, 10240)
     assert method.objective.max_ratio == 2 and method.objective.of == TopKDivergence(of=JensenShannon(beta=0.5))
+
+
+# Rewritten text (TRD).
+
+EXACT: dict[str, Any] = {"scorer": TeacherHidden(), "objective": FullForwardKL()}
+WHOLE: Any = StudentRollout(max_tokens=8)
+
+
+def exactly(make: Any, rollout: Any, steps: int = 3) -> tuple[torch.Tensor, Bench]:
+    bench = Bench(make)
+    asyncio.run(bench.run(Method(name="m", rollout=rollout, **EXACT), steps))
+    return bench.learner.table, bench
+
+
+def test_a_text_that_is_not_rewritten_is_plain_forward_kl_bit_for_bit(make: Any) -> None:
+    alone = RefinedRollout(student=WHOLE, shown=cast(Any, PromptAlone()), max_tokens=8, refiner=Refiner.STUDENT)
+    assert torch.equal(exactly(make, alone)[0], exactly(make, WHOLE)[0])
+    assert not torch.equal(exactly(make, replace(alone, refiner=Refiner.TEACHER))[0], exactly(make, WHOLE)[0])
+
+
+def test_the_teacher_scores_the_rewritten_text_behind_the_draft_and_the_student_learns_it_without(make: Any) -> None:
+    _, bench = exactly(make, RefinedRollout(student=WHOLE, shown=cast(Any, Shows()), max_tokens=5))
+    for record in bench.records:
+        for item, weight in zip(record.scored, record.weights, strict=True):
+            t, rewritten = item.trajectory, not item.trajectory.sample % 2
+            assert len(t) == len(item.scores.logprobs) == (5 if rewritten else 8)
+            assert len(t.prompt.student_ids) == 1 and len(t.prompt.teacher_ids) == 1 + rewritten
+            assert weight.all() if rewritten else not weight.any()
+            assert set(t.versions.tolist()) == ({NO_VERSION} if rewritten else {record.step - 1})
+
+
+@given(st.text("abc", min_size=1, max_size=40), st.integers(12, 60))
+def test_a_long_draft_is_cut_at_its_end_and_the_rest_stands(said: str, room: int) -> None:
+    draft = Draft(room=room, free=3, template="{prompt}[{completion}]{answer}")
+    (ids,) = asyncio.run(draft([text(said)], context()))
+    assert ids is not None and len(ids) <= room - 3
+    before, _, rest = Letters().decode(ids).partition("[")
+    shown_draft, _, after = rest.partition("]")
+    assert (before, after) == ("ask", "A") and said.startswith(shown_draft)
+    assert shown_draft == said or len(ids) == room - 3
+
+
+def test_a_prompt_that_leaves_a_draft_no_room_is_shown_nothing() -> None:
+    assert asyncio.run(Draft(room=6, free=3)([text("abc")], context())) == [None]

@@ -81,6 +81,7 @@ PARTS: Mapping[str, Sequence[Any]] = {
 }
 FILLED: Mapping[str, Sequence[Any]] = {
     "solution": ("{prompt} {completion}", "{completion}"),
+    "template": ("{prompt} {completion}", "{completion}"),
     "feedback": ("{prompt} {feedback}", "{feedback}"),
     "shares": ({"default": 1.0, "second": 2.0}, {"default": 3.0, "second": 2.0}),
     "contexts": ({"second": ContextIds.STUDENT},),
@@ -96,6 +97,7 @@ FILLED: Mapping[str, Sequence[Any]] = {
 ROOMY: Mapping[str, Mapping[str, Any]] = {
     "EnvironmentRollout": {"max_tokens": 30},  # for several turns
     "PrefixRollout": {"share": 0.5},  # of which limits differ
+    "Draft": {"room": 1000, "free": 10},
     "AtTemperature": {"of": FullReverseKL()},  # no estimate
     "ImportanceWeighted": {"of": TopKDivergence(of=FullReverseKL())},
 }
@@ -212,7 +214,7 @@ class Recorder:
         raise NotImplementedError
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        self.asked += [(self.name, r.prompt_id, r.sampling) for r in requests]
+        self.asked += [(self.name, r.prompt_id, r.sampling, r.context_ids.tolist()) for r in requests]
         n = [min(3, r.sampling.max_tokens) for r in requests]
         zeros = [np.zeros(i, dtype=np.float32) for i in n]
         return [
