@@ -72,7 +72,11 @@ class Extrapolated:
         members = await asyncio.gather(*[ask(rerouted(name), kinds, context) for name in self.shares])
         powers = np.asarray(list(self.shares.values()), dtype=np.float64)
         powers /= powers.sum()
-        each = [
-            np.stack([np.asarray(one.logprobs, dtype=np.float64) for one in of]) for of in zip(*members, strict=True)
-        ]
-        return [TokenScores(logprobs=(powers @ logprobs).astype(np.float32)) for logprobs in each]
+        return [_product(each, powers) for each in zip(*members, strict=True)]
+
+
+def _product(members: Sequence[TokenScores], powers: np.ndarray) -> TokenScores:
+    """Scores of the product about one trajectory: in float64 inside, in the members' precision outside."""
+    logprobs = [np.asarray(member.logprobs) for member in members]
+    total = powers @ np.stack(logprobs).astype(np.float64)
+    return TokenScores(logprobs=total.astype(logprobs[0].dtype))
