@@ -82,12 +82,15 @@ class Enumeration:
         return torch.stack([row[p] for row, p in zip(model.logprobs(texts), positions, strict=True)])
 
     def _taught(self, teachers: Mapping[str, TinyModel], firsts: list[Trajectory]) -> Float[Tensor, "n V"]:
-        """Log-probabilities of the prompts' own teachers, or of the mixture of an ensemble."""
+        """Log-probabilities of the prompts' own teachers, of an ensemble's mixture, or of a product of teachers."""
         contexts = getattr(self.scorer, "contexts", {})
         logprobs = {
             name: self._at(model, firsts, contexts.get(name, ContextIds.TEACHER)) for name, model in teachers.items()
         }
         shares = getattr(self.scorer, "shares", None)
+        if shares and getattr(self.scorer, "unnormalized", False):
+            powers = {name: share / sum(shares.values()) for name, share in shares.items()}
+            return torch.stack([power * logprobs[name] for name, power in powers.items()]).sum(0).log_softmax(-1)
         if shares:
             parts = [logprobs[name] + np.log(share / sum(shares.values())) for name, share in shares.items()]
             return torch.stack(parts).logsumexp(0)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32
 from opd.errors import ConfigurationError, DataError
 from opd.loss.packing import Normalizer, TokenMean, WeighedTerm, pack, pack_terms
 from opd.method.promises import ClippedCredit, ScoredSupport, Union, renormalized_supports
+from opd.method.reward_promises import ignores_constants
 from opd.method.schedules import Factor, Schedule, value
 from opd.method.slots import Objective, Rollout, Scorer, TokenWeight, Update
 from opd.method.terms import MAIN, SumOfTerms, Term
@@ -128,6 +129,7 @@ def _check_term(rollout: Rollout, term: Term, place: str) -> None:
         _check_consumed(term, f"weight {name!r}", weight, in_learner=False)
         for reading in readings_of(weight):
             _check_consumed(term, f"reading of weight {name!r}", reading, in_learner=True)
+    _check_constants(term)
     _check_weights(term)
     _check_supports(rollout, term, place)
 
@@ -163,6 +165,17 @@ def _check_rollout(rollout: Rollout, term: Term) -> None:
             f"chance of being sampled, but rollout {_name(rollout)} has top_p < 1 or temperature 0; set "
             "rollout.top_p=1 and a temperature above 0, or choose an objective over distributions such as "
             "FullReverseKL"
+        )
+
+
+def _check_constants(term: Term) -> None:
+    """Refuse scores that lack a constant per state for an objective that depends on it."""
+    promise = getattr(term.objective, "promise", None)
+    if getattr(term.scorer, "unnormalized", False) and not ignores_constants(promise):
+        raise ConfigurationError(
+            f"scorer {_name(term.scorer)} gives a product of distributions that is not normalized, but objective "
+            f"{_name(term.objective)} needs probabilities: it promises {promise}; choose an objective that promises a "
+            "reverse KL, such as SampledReverseKL"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.method.promises import States
+from opd.method.promises import FromBehavior, Promise, ReverseKL, States, Sum, Weighted
 
 
 def _gain(states: States, reward: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
@@ -61,3 +61,15 @@ class Nothing:
 
     def __call__(self, states: States) -> Float[Tensor, " n"]:
         return (states.student * 0.0).sum(-1)
+
+
+def ignores_constants(promise: Promise | None) -> bool:
+    """Whether the gradient of a promise stays as it is when a constant per state is added to the teacher's row."""
+    match promise:
+        case Weighted(of=of):
+            return ignores_constants(of)
+        case Sum(of=parts):
+            return all(ignores_constants(part) for part in parts)
+        case ReverseKL() | FromBehavior():
+            return True
+    return False

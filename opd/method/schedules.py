@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 from opd.ports import Context
-from opd.settings.ranges import In
+from opd.settings.ranges import Fraction, In
 from opd.settings.validation import settings
 
 Factor = Annotated[float, In(-1e6, 1e6)]
@@ -55,6 +55,22 @@ class CosineSchedule:
 
     def __call__(self, context: Context) -> float:
         return self.last + (self.first - self.last) * (1 + math.cos(math.pi * _share(self.steps, context))) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class SwitchSchedule:
+    """Schedule of two values: `first` until the share `at` of the run is over, and `last` from that step on."""
+
+    # value at the first step
+    first: Factor
+    # value from the step on at which it switches
+    last: Factor
+    # share of the run's steps before it
+    at: Fraction
+
+    def __call__(self, context: Context) -> float:
+        return self.first if context.step < self.at * context.steps - 1e-9 else self.last
 
 
 def _share(steps: int, context: Context) -> float:

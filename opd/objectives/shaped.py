@@ -130,8 +130,8 @@ class FixedAdvantage:
 
     The control arm of "Does On-Policy Distillation Really Distill?" (arXiv 2608.31046 section 3.2), which found -0.5 on
     the least likely fifth of tokens as good as a teacher. On every token of a state the expected gradient is exactly 0,
-    whatever the advantage: nothing is promised (`reward_promises.Nothing`), and what is learned comes from elsewhere: from
-    noise, the optimizer, or a divisor that knows how long a text became. With `below` under 1 the tokens that
+    whatever the advantage: nothing is promised (`reward_promises.Nothing`), and what is learned comes from elsewhere,
+    such as noise, the optimizer, or a divisor that knows how long a text became. With `below` under 1 the tokens that
     the student gives less than that probability are counted alone, and their mass is what descends.
     """
 

@@ -159,9 +159,13 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.weights", named(part("opd.token_weights."))),
     (r"method\.terms", named(lambda v: type(v).__name__ == "Term")),
     (r"method\.coefficient", lambda v: callable(v) or real(-1e6, 1e6)(v)),
+    (r"method\.coefficient\.(first|last)", real(-1e6, 1e6)),
+    (r"method\.coefficient\.steps", whole(0, 10**9)),
+    (r"method\.coefficient\.at", SHARE),
     (r"method\.rollout(\.\w+)?\.temperature", real(1e-3, 1e3, zero=True)),
     (r"method\.rollout(\.\w+)?\.top_p", real(1e-4, 1)),
-    (r"method\.scorer\.shares", named(real(1e-9, 1e9), 1)),
+    (r"method\.scorer\.shares", named(real(-1e9, 1e9), 1)),
+    (r"method\.scorer\.contexts", named(one)),
     (r"method\.scorer\.(epsilon|reward_scale)|method\.normalizer\.divisor", real(1e-15, 1e15)),
     (r"method\.objective(\.of)*\.(alpha|beta)", lambda v: real(1e-9, 1 - 1e-9)(v) or v == 0),
     (r"method\.objective(\.of)*\.beta", real(1e-9, 1 - 1e-9)),
@@ -284,7 +288,8 @@ def lines(count: int, seed: int, chosen: Sequence[tuple[str, ...]] | None = None
 def nonsense(config: RunConfig) -> str:
     """The first setting that no rule allows; "" if all are legal."""
     for name, _, value in walk(config, ""):
-        rules = [rule for pattern, rule in RULES if re.fullmatch(pattern, name)]
+        as_main = re.sub(r"^method\.terms\.\w+\.", "method.", name)  # a term has the fields of a method
+        rules = [rule for pattern, rule in RULES if re.fullmatch(pattern, as_main)]
         if not rules:
             return f"no rule says what {name} may be"
         if not rules[-1](value):

@@ -17,13 +17,17 @@ from opd.types import NO_VERSION
 from tests.method_needs import NEEDS
 
 SMALL = ["experiment=shop", "prompts.prompts_per_step=8", "prompts.group_size=2", "max_tokens=77"]
-START = NEEDS["reference_kl"]
+START = [  # a term that asks the student as it was at the start
+    *NEEDS["reference_kl"],
+    "+method.terms.start={scorer: {_target_: opd.scorers.ensemble.Ensemble, shares: {start: 1.0}, reader: "
+    "{_target_: opd.scorers.teacher.SampledTokens}}, objective: {_target_: opd.objectives.sampled.Likelihood}}",
+]
 
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[tuple[Session, asyncio.Runner]]:
     """All actors, with a teacher that can also write, and the student as it was at the start."""
-    plan = make_plan(run_config([*SMALL, *START, "method=sft"]))
+    plan = make_plan(run_config([*SMALL, "method=sft", *START]))
     with connected(plan.config.cluster), asyncio.Runner() as runner:
         opened = runner.run(open_session(plan))
         yield opened, runner
@@ -34,7 +38,7 @@ def session() -> Iterator[tuple[Session, asyncio.Runner]]:
 @pytest.mark.parametrize("name", groups()["method"])
 def test_a_method_trains(name: str, session: tuple[Session, asyncio.Runner]) -> None:
     opened, runner = session
-    config = make_plan(run_config([*SMALL, *START, f"method={name}"])).config
+    config = make_plan(run_config([*SMALL, f"method={name}", *NEEDS.get(name, ())])).config
     records: list[StepRecord] = []
 
     async def remember(record: StepRecord) -> None:

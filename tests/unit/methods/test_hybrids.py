@@ -14,13 +14,19 @@ from hypothesis import strategies as st
 from launch.config.run_config import run_config
 from opd.certify.engines import RequestLog, engines
 from opd.certify.gradients import microbatch_gradient, relative_difference
-from opd.certify.worlds import make_world
+from opd.certify.worlds import World, make_world
+from opd.errors import ConfigurationError
 from opd.loss.packing import TokenMean, WeighedTerm, pack_terms
 from opd.method.method import Method, packed, scored, weighed
-from opd.method.schedules import value
+from opd.method.schedules import SwitchSchedule, value
 from opd.method.terms import MAIN
+from opd.objectives.estimators import SampledDivergence, SquaredReverseKL
 from opd.objectives.sampled import LogprobSource, SampledReverseKL
+from opd.objectives.vocabulary import JensenShannon
 from opd.ports import Layout, Role, needs_of
+from opd.scorers.ensemble import ContextIds
+from opd.scorers.extrapolated import Extrapolated
+from opd.scorers.teacher import SampledTokens
 from opd.types import Scored
 
 ONE = Layout(ranks=1, tokens_per_microbatch=9**9)
@@ -116,3 +122,79 @@ def test_the_sum_is_its_terms_at_their_factors(name: str) -> None:
     for at in (0, 40, 149):
         parts = [value(t.coefficient, BOX.at(at)) * trained(method.one_term(n)) for n, t in method.every_term.items()]
         assert relative_difference(trained(method, at), torch.stack(parts).sum(0)) < 1e-9
+
+
+def test_distillation_then_reward_is_one_and_then_the_other() -> None:
+    """Two fifths of 150 steps are 60, as published."""
+    both, distilled, rewarded = shipped("opd_then_rl"), shipped("sampled_reverse_kl"), shipped("grpo_token_mean")
+    for at, alone in ((0, distilled), (59, distilled), (60, rewarded), (149, rewarded)):
+        assert relative_difference(trained(both, at), trained(alone)) < 1e-12
+
+
+@given(first=st.floats(-9, 9), last=st.floats(-9, 9), at=st.floats(0, 1), steps=st.integers(1, 400))
+def test_a_switch_has_its_two_values_and_switches_once(first: float, last: float, at: float, steps: int) -> None:
+    schedule = SwitchSchedule(first=first, last=last, at=at)
+    values = [value(schedule, replace(BOX, step=step, steps=steps)) for step in range(steps)]
+    before = sum(step < at * steps - 1e-9 for step in range(steps))
+    assert values == [first] * before + [last] * (steps - before) and abs(before - at * steps) < 1 + 1e-9
+
+
+# Anchors and extrapolation: a second teacher.
+
+ANCHORED = make_world(4, 8, names=("default", "start"))
+
+
+def trained_with(method: Method, world: World = ANCHORED) -> torch.Tensor:
+    """Gradient of a step of a world in which every prompt names the default teacher."""
+    box = engines(world, RequestLog())
+
+    async def collected() -> list[Scored[Any]]:
+        items: list[Scored[Any]] = []
+        for name in dict.fromkeys(p.id for p in world.prompts):
+            group = [replace(p, teacher="default") for p in world.prompts if p.id == name]
+            items += await scored(method, await method.rollout(group, box), box)
+        return items
+
+    items = asyncio.run(collected())
+    return microbatch_gradient(packed(method, items, weighed(method, items, box), ONE, ""), method.loss, world)
+
+
+def test_an_anchor_of_factor_nothing_is_plain_distillation_bit_for_bit() -> None:
+    loose = shipped("reference_kl", "method.terms.reference.coefficient=0")
+    plain = trained_with(shipped("sampled_reverse_kl"))
+    assert torch.equal(trained_with(loose), plain) and needs_of(loose.scorer) == needs_of(SampledTokens())
+    assert relative_difference(trained_with(shipped("reference_kl")), plain) > 1e-3
+
+
+def test_an_anchor_pulls_back_a_student_that_left_its_start_and_no_other() -> None:
+    reference = shipped("reference_kl").one_term("reference")
+    at_start = replace(ANCHORED, teachers={**ANCHORED.teachers, "start": ANCHORED.student})
+    assert float(trained_with(reference, at_start).abs().max()) < 1e-6
+    assert float(trained_with(reference).abs().max()) > 1e-3
+
+
+def test_extrapolation_by_one_is_plain_distillation_bit_for_bit() -> None:
+    whole = shipped("reward_extrapolation", "method.scorer.shares={default:1.0,start:0.0}")
+    assert torch.equal(trained_with(whole), trained_with(shipped("sampled_reverse_kl")))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.25, 2.0])
+def test_extrapolation_is_the_scaled_reward_beside_a_kl_to_the_start(factor: float) -> None:
+    """G-OPD's equation: KL(p||start) - factor E[log q - log start], as terms of the same text."""
+    beyond = shipped("reward_extrapolation", f"method.scorer.shares={{default:{factor},start:{1 - factor}}}")
+    to_teacher = trained_with(shipped("sampled_reverse_kl"))
+    to_start = trained_with(shipped("reference_kl").one_term("reference"))
+    assert relative_difference(trained_with(beyond), factor * to_teacher + (1 - factor) * to_start) < 1e-5
+
+
+def test_a_product_of_teachers_is_refused_where_probabilities_are_needed() -> None:
+    scorer: Any = Extrapolated(shares={"default": 1.5, "start": -0.5})
+    part: Any = SampledDivergence(of=JensenShannon())
+    with pytest.raises(ConfigurationError, match=r"Extrapolated gives a product .* SampledDivergence needs"):
+        replace(shipped("sampled_reverse_kl"), scorer=scorer, objective=part)
+    assert replace(shipped("sampled_reverse_kl"), scorer=scorer, objective=SquaredReverseKL())
+    for shares in ({"default": 1.0, "start": -1.0}, {"default": -1.0}):
+        with pytest.raises(ConfigurationError, match="needs one above 0"):
+            Extrapolated(shares=shares)
+    with pytest.raises(ConfigurationError, match=r"scorer\.contexts names \['other'\]"):
+        Extrapolated(shares={"default": 1.0}, contexts={"other": ContextIds.STUDENT})

@@ -60,6 +60,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
         "reverse_kl",
     ),
     **dict.fromkeys(("sampled_jensen_shannon", "ratio_reverse_kl"), "reverse_kl"),
+    **dict.fromkeys(("reference_kl", "reward_extrapolation"), "reverse_kl"),
     **dict.fromkeys(("topk_reverse_kl", "student_topk_reverse_kl", "tail_bucket_reverse_kl"), "reverse_kl"),
     **dict.fromkeys(("local_support_matching", "rethinking_eq5", "rethinking_code", "mopd_topk"), "reverse_kl"),
     **dict.fromkeys(("tail_bucket_forward_kl", "renormalized_forward_kl"), "forward_kl"),
@@ -71,7 +72,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "minillm": "reverse_kl return",
     **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
     "fixed_advantage": "",
-    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed"), "pg_clipfrac"),
+    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl"), "pg_clipfrac"),
 }
 
 

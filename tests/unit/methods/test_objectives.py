@@ -284,7 +284,7 @@ CLAIMS += (
     Claim(objective=ShapedReverseKL(shape=Clip(limit=0.7)), exact=gain(lambda d: d.clamp(-0.7, 0.7))),
     Claim(objective=ShapedReverseKL(shape=SignLog()), exact=gain(lambda d: d.sign() * (1 + d.abs()).log())),
     Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=0.2)), exact=lambda w: jsd(w, 0.2) / 0.8),
-    Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=1.0)), exact=reverse_kl, value="reverse_kl"),
+    Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=1.0)), exact=reverse_kl),
     Claim(objective=FixedAdvantage(below=0.1), exact=unlikely, zero_at_teacher=False),
 )
 DIRECTIONS = (FullReverseKL(), FullForwardKL(), JensenShannon(beta=0.1), SkewedReverseKL(alpha=0.2), SkewedForwardKL())
@@ -457,7 +457,7 @@ def test_all_that_the_scores_of_an_objective_allow_is_reported(objective: Any) -
     metrics = outcome(objective, w).metrics
     told = next((names for kind, names in TOLD.items() if issubclass(objective.consumes, kind)), set[str]())
     assert told | OF_THE_STUDENT <= metrics.keys()
-    assert ({"logprob_gap", "probs_diff"} <= metrics.keys()) != isinstance(objective, Likelihood)
+    assert ({"logprob_gap", "probs_diff"} <= metrics.keys()) != isinstance(objective, Likelihood | FixedAdvantage)
     if "reverse_kl" in metrics and objective.consumes is TokenScores and not hasattr(objective, "of"):
         torch.testing.assert_close(metrics["reverse_kl"], (w.z.log_softmax(-1) - w.q).detach())  # at what was written
     if objective.consumes is VocabularyScores:
@@ -598,6 +598,11 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
     }
     found["entropy_gap"] = abs(found["teacher_entropy"] - found["entropy"])
     found["uncertain_share"] = float(found["teacher_entropy"] > getattr(objective, "threshold", 0.0))
+    found["unlikely_share"] = float(p[y] < getattr(objective, "below", 1.0))
+    if isinstance(objective, ShapedReverseKL):
+        reward = log(q[y] / p[y])
+        changed = abs(float(objective.shape.reward(torch.tensor(reward).double())) - reward)
+        found["reward_changed"] = changed if changed > 1e-7 else 0.0  # what was read in float32 is no change
     low, high = 1 - getattr(objective, "clip_low", 0.0), 1 + getattr(objective, "clip_high", 0.0)
     found["evident_share"] = float(found["return"] > getattr(objective, "threshold", 0.0))
     found["pg_clipfrac"] = float(found["ratio"] > high if found["return"] > 0 else found["ratio"] < low)
@@ -712,6 +717,10 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return ratio * log_ratio + float(forward)
         case ClippedPolicyGradient():
             return -min(ratio * credit, min(max(ratio, 1 - of.clip_low), 1 + of.clip_high) * credit)
+        case ShapedReverseKL():
+            return -ratio * float(of.shape.reward((q - p)[y]))
+        case FixedAdvantage():
+            return -of.advantage * ratio * (float(p.exp()[y]) < of.below)
         case Likelihood():
             return -float(p[y])
         case WeightedReverseKL():
@@ -934,7 +943,7 @@ def test_every_objective_keeps_the_promise_that_it_gives_also_with_a_stale_write
     w = world(1, stale=True)
     exact = gradient(promised(objective)(w), w)
     torch.testing.assert_close(expected_gradient(objective, w), exact, rtol=0, atol=1e-12)
-    at_theirs = MiniLLM | CreditedReverseKL | EvidenceReverseKL | AtTemperature | ImportanceWeighted
+    at_theirs = MiniLLM | CreditedReverseKL | EvidenceReverseKL | AtTemperature | ImportanceWeighted | ShapedReverseKL
     tolerance = 1e-6 if isinstance(objective, at_theirs) else 1e-3  # the others are 1e-6 of a field away from theirs
     assert all(limit.tolerance == tolerance for limit in getattr(objective, "limits", ()))
 

@@ -93,7 +93,8 @@ def test_a_negative_advantage_of_unlikely_tokens_moves_their_mass_to_the_others(
 
 
 def arm(objective: Any) -> Method:
-    return Method(name="m", rollout=StudentRollout(max_tokens=8), scorer=Unscored(), objective=objective)
+    unscored: Any = Unscored()
+    return Method(name="m", rollout=StudentRollout(max_tokens=8), scorer=unscored, objective=objective)
 
 
 def test_the_certificate_of_the_arm_asks_for_a_gradient_of_nothing_and_notices_one() -> None:
@@ -107,7 +108,9 @@ def test_the_certificate_of_the_arm_asks_for_a_gradient_of_nothing_and_notices_o
     class Leaky(FixedAdvantage):
         """Counts the unlikely tokens, and claims that nothing is descended."""
 
-        promise = Nothing()
+        @property
+        def promise(self) -> Nothing:
+            return Nothing()
 
     leaky: Any = Leaky(below=0.1)
     assert departure(make_case(arm(leaky), here)) > 1e-3
