@@ -74,6 +74,7 @@ FILLED: Mapping[str, Sequence[Any]] = {
 ROOMY: Mapping[str, Mapping[str, Any]] = {
     "EnvironmentRollout": {"max_tokens": 30},  # for several turns
     "PrefixRollout": {"share": 0.5},  # of which limits differ
+    "TopFraction": {"fraction": 0.4},  # of which selections differ
 }
 
 
