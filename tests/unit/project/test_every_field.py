@@ -100,6 +100,7 @@ ROOMY: Mapping[str, Mapping[str, Any]] = {
     "Draft": {"room": 1000, "free": 10},
     "AtTemperature": {"of": FullReverseKL()},  # no estimate
     "ImportanceWeighted": {"of": TopKDivergence(of=FullReverseKL())},
+    "TopFraction": {"fraction": 0.4},  # of which selections differ
 }
 
 
