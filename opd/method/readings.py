@@ -1,4 +1,4 @@
-"""The reading pass of a step: what token weights need of the current student, asked of the learner all at once."""
+"""Reading passes: all that the token weights of a method need of the current student, in one call of the learner."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +39,7 @@ class StepReadings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingPass:
-    """What a learner of some layout is asked to read of a step: `batches[rank][i]`, with every sampled token in them.
+    """Request to a learner of some layout to read a step: `batches[rank][i]`, with every sampled token in them.
 
     `asked` are the readings in the order of the answers, `of` the term and the reading that each of them is.
     """

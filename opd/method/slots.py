@@ -98,7 +98,7 @@ class TokenWeight(Protocol):
 
     @property
     def readings(self) -> Sequence[Reading]:
-        """What the learner must read at every token before the step is weighed (`Scored.readings`): one more pass."""
+        """Readings of every token that it needs before the step is weighed (`Scored.readings`): one more pass."""
         ...
 
     def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> list[Float[np.ndarray, " _T"]]:
