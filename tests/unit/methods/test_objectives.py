@@ -602,7 +602,7 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
     if isinstance(objective, ShapedReverseKL):
         reward = log(q[y] / p[y])
         changed = abs(float(objective.shape.reward(torch.tensor(reward).double())) - reward)
-        found["reward_changed"] = changed if changed > 1e-7 else 0.0  # what was read in float32 is no change
+        found["reward_changed"] = changed if changed > 1e-6 else 0.0  # what was read in float32 is no change
     low, high = 1 - getattr(objective, "clip_low", 0.0), 1 + getattr(objective, "clip_high", 0.0)
     found["evident_share"] = float(found["return"] > getattr(objective, "threshold", 0.0))
     found["pg_clipfrac"] = float(found["ratio"] > high if found["return"] > 0 else found["ratio"] < low)
