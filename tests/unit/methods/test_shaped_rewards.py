@@ -93,8 +93,9 @@ def test_a_negative_advantage_of_unlikely_tokens_moves_their_mass_to_the_others(
 
 
 def arm(objective: Any) -> Method:
+    writing: Any = StudentRollout(max_tokens=8)
     unscored: Any = Unscored()
-    return Method(name="m", rollout=StudentRollout(max_tokens=8), scorer=unscored, objective=objective)
+    return Method(name="m", rollout=writing, scorer=unscored, objective=objective)
 
 
 def test_the_certificate_of_the_arm_asks_for_a_gradient_of_nothing_and_notices_one() -> None:
