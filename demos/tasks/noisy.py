@@ -1,7 +1,7 @@
 """The 'noisy' task: problems of the shop, on two known thirds of which the teacher is wrong or unsure.
 
 Which third a problem belongs to, its first verb says: ``Mon buys`` and ``Mon gives`` are clean, ``finds`` and ``loses``
-wrong, ``gets`` and ``sells`` unsure. On a wrong problem the teacher never carries, and rejects whoever does; on an
+wrong, ``gets`` and ``sells`` unsure. On a wrong problem the teacher never carries, and rejects lines that do; on an
 unsure one half of its results are drawn at random. Grades are the shop's everywhere.
 """
 

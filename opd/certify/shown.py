@@ -1,4 +1,4 @@
-"""What a teacher is shown beside a prompt, in worlds: the same to all texts of a group, which enumerate one state.
+"""Context of a teacher beside a prompt, in worlds: the same for all texts of a group, which enumerate one state.
 
 What a method shows for a text may depend on the other texts of its group, which are drawn independently, and must not
 depend on the text itself: the teacher would be another for every token that could be sampled. In a world all texts that

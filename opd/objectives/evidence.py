@@ -23,7 +23,7 @@ class EvidenceReverseKL:
     """
 
     consumes: ClassVar[type[Scores]] = EvidenceScores
-    on_policy: ClassVar[bool] = False  # without a correction it is about the tokens that were written, whoever wrote
+    on_policy: ClassVar[bool] = False  # without a correction it is about given tokens, of any policy
 
     # evidence that a token must exceed, in nats
     threshold: Annotated[float, In(-1e6, 1e6)] = 0.0

@@ -1,4 +1,4 @@
-"""What a teacher is shown before a trajectory: builders of its context from the trajectories of a group."""
+"""Builders of the context in which a teacher reads a trajectory, from the trajectories of its group."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ class PromptAlone:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class SuccessfulSibling:
-    """The first other trajectory of the group that succeeded, or else what an environment said (SDPO, 2601.20802).
+    """Context of the first other trajectory of the group that succeeded, or of an environment's words (SDPO, 2601.20802).
 
     A trajectory succeeded if its reward is at least `threshold`. `{completion}` of the template `solution` is its text,
     without what stands before `</think>`. Where no sibling succeeded, `{feedback}` of the template `feedback` is what

@@ -16,7 +16,7 @@ METHODS = option_files()["method"]
 
 
 def printed(show: str = "", own: str = "") -> str:
-    console = Console(file=io.StringIO(), width=400)
+    console = Console(file=io.StringIO(), width=700)
     overrides = [f"conf={own}"] if own else []
     assert (show_method(show, overrides, console) if show else list_methods(overrides, console)) == 0
     return console.file.getvalue()  # type: ignore[attr-defined]
