@@ -55,10 +55,11 @@ class PromptAlone:
 class SuccessfulSibling:
     """Context of the first other trajectory of the group that succeeded, or of an environment's words (SDPO).
 
-    arXiv 2601.20802. A trajectory succeeded if its reward is at least `threshold`. `{completion}` of the template `solution` is its text,
-    without what stands before `</think>`. Where no sibling succeeded, `{feedback}` of the template `feedback` is what
-    the environment said in the trajectory itself; one that has neither is shown nothing, and is not trained. `{prompt}`
-    is the student's prompt, `{answer}` the reference answer. Wording: ours, after the released code.
+    arXiv 2601.20802. A trajectory succeeded if its reward is at least `threshold`. `{completion}` of the template
+    `solution` is its text, without what stands before `</think>`. Where no sibling succeeded, `{feedback}` of the
+    template `feedback` is what the environment said in the trajectory itself; one that has neither is shown
+    nothing, and is not trained. `{prompt}` is the student's prompt, `{answer}` the reference answer. Wording: ours,
+    after the released code.
     """
 
     min_group: ClassVar[int] = 2
