@@ -90,20 +90,25 @@ def diagnostics(student: StudentLogits, batch: Batch[Any]) -> Metrics:
 
 @torch.no_grad()
 def vocabulary_metrics(student: StudentLogits, batch: Batch[VocabularyScores]) -> Metrics:
-    """Diagnostics of two whole distributions: both KLs, both entropies and their gap
-    |H(q) - H(p)|, these three also by depth, the overlap at `student.overlap_k` (none at 0), and the mismatch."""
+    """Diagnostics of two whole distributions: both KLs, the overlap at `student.overlap_k` (none at 0), the mismatch,
+    and, also by depth, both entropies, their gap |H(q) - H(p)| and the teacher's fidelity.
+
+    Fidelity is `max_v q(v)`, the teacher's confidence after the student's text, whose decay with depth is the
+    supervision fidelity decay of arXiv 2605.30833.
+    """
     p, q = student.logprobs, batch.scores.vocabulary_logprobs
     gap, q_probs = p - q, q.exp()
     teacher_entropy = -_dot(q_probs, q)
-    entropies = {
+    spread = {
         "entropy": student.entropy,
         "teacher_entropy": teacher_entropy,
         "entropy_gap": (teacher_entropy - student.entropy).abs(),
+        "fidelity": q.amax(-1).exp(),
     }
     metrics = {
         "reverse_kl": _dot(student.probs, gap),
         "forward_kl": -_dot(q_probs, gap),
-        **by_depth(entropies, batch.depth),
+        **by_depth(spread, batch.depth),
         **mismatch(student.at(batch.target_ids), batch),
     }
     if not student.overlap_k:

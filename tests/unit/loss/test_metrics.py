@@ -121,6 +121,7 @@ def test_both_kls_and_entropies_are_the_plain_sums() -> None:
     torch.testing.assert_close(metrics["entropy"], entropy)
     torch.testing.assert_close(metrics["teacher_entropy"], teacher)
     torch.testing.assert_close(metrics["entropy_gap"], (entropy - teacher).abs())
+    torch.testing.assert_close(metrics["fidelity"], q.exp().max(-1).values)
     torch.testing.assert_close(metrics["logprob_gap"], (p[:, 0] + 1).abs())
 
 

@@ -29,7 +29,7 @@ MISMATCH = {"ratio", "probs_diff", "logprob_gap"}
 TEXT = by_depth("entropy")
 SAMPLED = TEXT | MISMATCH
 SUPPORT = SAMPLED | {"student_mass", "teacher_mass", "support_overlap", "support_token_advantage"}
-VOCABULARY = SAMPLED | by_depth("teacher_entropy", "entropy_gap") | {
+VOCABULARY = SAMPLED | by_depth("teacher_entropy", "entropy_gap", "fidelity") | {
     *("reverse_kl", "forward_kl"),
     *("overlap_ratio", "overlap_token_advantage", "overlap_student_mass", "overlap_teacher_mass"),
 }  # fmt: skip

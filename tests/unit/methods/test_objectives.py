@@ -441,7 +441,11 @@ def test_p10_a_fresh_writer_has_ratio_one_and_nothing_is_clipped(claim: Claim) -
 
 BY_DEPTH = ("0_63", "64_255", "256_1023", "1024_up")
 OF_THE_STUDENT = {"entropy", *(f"entropy_{bucket}" for bucket in BY_DEPTH)}
-OF_BOTH = {f"{name}{end}" for name in ("entropy_gap", "teacher_entropy") for end in ("", *(f"_{b}" for b in BY_DEPTH))}
+OF_BOTH = {
+    f"{name}{end}"
+    for name in ("entropy_gap", "fidelity", "teacher_entropy")
+    for end in ("", *(f"_{b}" for b in BY_DEPTH))
+}
 OVERLAP = {"overlap_ratio", "overlap_token_advantage", "overlap_student_mass", "overlap_teacher_mass"}
 TOLD: dict[type[Scores], set[str]] = {
     VocabularyScores: {"reverse_kl", "forward_kl"} | OF_BOTH | OVERLAP,
@@ -606,7 +610,8 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
     low, high = 1 - getattr(objective, "clip_low", 0.0), 1 + getattr(objective, "clip_high", 0.0)
     found["evident_share"] = float(found["return"] > getattr(objective, "threshold", 0.0))
     found["pg_clipfrac"] = float(found["ratio"] > high if found["return"] > 0 else found["ratio"] < low)
-    for name in ("entropy", "teacher_entropy", "entropy_gap"):
+    found["fidelity"] = max(q)
+    for name in ("entropy", "teacher_entropy", "entropy_gap", "fidelity"):
         for bucket, (start, stop) in zip(BY_DEPTH, ((0, 64), (64, 256), (256, 1024), (1024, 10**9)), strict=True):
             found[f"{name}_{bucket}"] = found[name] if start <= DEPTHS_OF_ROWS[i] < stop else float("nan")
     for name in found.keys() & {*OVERLAP, "support_overlap", "support_token_advantage"}:
