@@ -47,7 +47,9 @@ def functions(*packages: Any) -> list[tuple[type | None, Callable[..., Any]]]:
 
 
 def test_every_part_is_called_with_data_and_a_context() -> None:
-    calls = [f for c, f in functions(*PARTS) if c and is_dataclass(c) and f.__name__ == "__call__"]
+    slots = ("records", "produces", "reads_sampled_tokens")  # of a rollout, a scorer, a token weight
+    parts = [(c, f) for c, f in functions(*PARTS) if c and is_dataclass(c) and any(hasattr(c, name) for name in slots)]
+    calls = [f for _, f in parts if f.__name__ == "__call__"]
     assert len(calls) >= 15
     for call in calls:
         _, data, context = inspect.signature(call).parameters.values()

@@ -162,7 +162,7 @@ def test_what_becomes_of_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes(text)
     tests = [Covered(id="tests/test_small.py::test_last", file="tests/test_small.py", seconds=0.0, lines={})]
-    monkeypatch.setattr(trials, "SPARE_S", 4.0)
+    monkeypatch.setattr(trials, "SPARE_S", 10.0)
     faults = {one.text: one for one in mutants("opd/small.py", source)}
     chosen = [(None, tests), (faults["(i <= len(items) - 1)"], tests), (faults["8"], tests), (faults["8"], [])]
     chosen.append((faults["pass"], tests))
