@@ -771,7 +771,8 @@ def test_float32_and_certain_models_give_finite_numbers(claim: Claim) -> None:
         result = outcome(claim.objective, sharp)
         assert result.loss.isfinite().all() and gradient(result.loss.sum(), sharp).isfinite().all()
         for name, value in result.metrics.items():
-            elsewhere = "overlap" in name or "advantage" in name or name.startswith(("entropy_", "teacher_entropy_"))
+            by_place = name.startswith(("entropy_", "teacher_entropy_", "fidelity_"))
+            elsewhere = by_place or "overlap" in name or "advantage" in name
             assert value.isfinite().all() or (elsewhere and not value.isinf().any()), name
 
 
