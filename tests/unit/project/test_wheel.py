@@ -35,6 +35,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+def test_every_file_of_conf_and_assets_is_in_it(installed: Path) -> None:
+    kept = subprocess.run(
+        ["git", "ls-files", "-z", "conf", "assets"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files = {name for name in kept.stdout.split("\0") if name and (ROOT / name).is_file()}
+    assert len(files) > 50
+    assert not {name for name in files if not (installed / "launch" / name).is_file()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
