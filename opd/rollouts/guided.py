@@ -1,12 +1,12 @@
 """Guided rollouts: the student writes some of its texts from the teacher's context."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 from opd.ports import Context, GenerateRequest, Need, Sampling, needs_of
 from opd.rollouts.mixed import RolloutLimit
+from opd.rollouts.seeds import heads
 from opd.rollouts.student import StudentRollout, trajectory
 from opd.settings.ranges import In, Seed
 from opd.settings.validation import settings
@@ -53,8 +53,7 @@ class GuidedRollout:
 
     def guided(self, prompt_id: str, sample: int) -> bool:
         """Whether a text is written from the teacher's context."""
-        digest = hashlib.blake2b(f"{self.seed}\x1f{prompt_id}\x1f{sample}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") / 2**64 < self.fraction
+        return heads(self.seed, f"{prompt_id}\x1f{sample}", self.fraction)
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         own = self.student

@@ -1,6 +1,5 @@
 """Mixture of on-policy and fixed text (GKD's lambda), and the data set's own answers as text."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -12,6 +11,7 @@ from opd.errors import DataError
 from opd.method.promises import RolloutLimit
 from opd.method.slots import Rollout
 from opd.ports import Completion, Context, Need, needs_of
+from opd.rollouts.seeds import heads
 from opd.rollouts.student import StudentRollout, trajectory
 from opd.settings.ranges import In, Seed, Tokens
 from opd.settings.validation import settings
@@ -111,8 +111,7 @@ class Mixed:
     def student_generates(self, prompt_id: str, step: int = 0) -> bool:
         """Side of the coin for the group of a prompt at a step."""
         unit = prompt_id if self.coin is Coin.GROUP else f"step\x1f{step}"
-        digest = hashlib.blake2b(f"{self.seed}\x1f{unit}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") / 2**64 < self.fraction
+        return heads(self.seed, unit, self.fraction)
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         source = self.student if self.student_generates(group[0].id, context.step) else self.fixed

@@ -1,4 +1,4 @@
-"""Sampling seeds as functions of the request, never of where or when it runs."""
+"""Sampling seeds and coins as functions of the request, never of where or when it runs."""
 
 import hashlib
 
@@ -11,3 +11,9 @@ def sampling_seed(run_seed: int, prompt_id: str, sample: int, version: int) -> i
     """
     key = f"{run_seed}\x1f{prompt_id}\x1f{sample}\x1f{version}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def heads(seed: int, unit: str, chance: float) -> bool:
+    """Side of a coin that is flipped once for a unit, such as a prompt: True with probability `chance`."""
+    digest = hashlib.blake2b(f"{seed}\x1f{unit}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < chance
