@@ -87,7 +87,7 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
     """The override in Hydra's grammar: values may be set whether or not the YAML has the key, and text is text.
 
     What stands behind a key that holds text is taken as it was written, whatever Hydra's grammar makes of it (1e3, a
-    comma, a space, an equals sign).
+    comma, a space, an equals sign, a backslash). Its lists, quotes, interpolations and functions keep their meaning.
     """
     written, equals, value = override.partition("=")
     name = written.lstrip("+~")
@@ -118,6 +118,8 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
     typed = parsed.value()
     if is_text and (parsed.is_sweep_override() or isinstance(typed, bool | int | float)):
         return _quoted(prefixed)
+    if is_text and isinstance(typed, str) and typed != value.strip() and not value.lstrip().startswith(("'", '"')):
+        return _quoted(prefixed)  # the grammar took a backslash for an escape
     if parsed.is_sweep_override():
         raise ConfigurationError(
             f"override {override!r} has several values; a list is written {name}=[{value}], and runs side by side are "
