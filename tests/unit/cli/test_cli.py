@@ -94,7 +94,8 @@ def test_only_the_wrong_one_of_many_overrides_is_named() -> None:
 
 
 # Half of the texts are made of the grammar's own signs, which are rare among all characters.
-TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20) | st.text("\\[]{}():=, 'x1~$\"", max_size=8)
+SIGNS = "\\[]{}():=, 'x1~$\""
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20) | st.text(SIGNS, max_size=8)
 
 
 @settings(max_examples=60)
@@ -108,7 +109,22 @@ def test_what_is_written_for_a_text_is_what_it_holds(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e3", "007", "1_000", "lr=1e-3", "#1", "ü", "a,b", "in/my data/step=40", "it's", "true", r"\[", r"a\,b", r"C:\(x) y"]
+    "text",
+    [
+        "1e3",
+        "007",
+        "1_000",
+        "lr=1e-3",
+        "#1",
+        "ü",
+        "a,b",
+        "in/my data/step=40",
+        "it's",
+        "true",
+        r"\[",
+        r"a\,b",
+        r"C:\(x) y",
+    ],
 )
 def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     node = compose(["prompts=dataset", f"run_name={text}", f"prompts.path={text}", f"teachers.code.path={text}"])
