@@ -21,7 +21,7 @@ class AlertThresholds:
     """Thresholds of the alerts. All defaults are ours; only `truncation` has been used elsewhere (5 %).
 
     Means of the last `window` steps are compared with the `window` steps before them. `overlap_fall` is absolute
-    (0.05: from 0.90 to 0.85), `*_rise` are factors. Floors keep small numbers from counting: `length_floor` in
+    (0.05: from 0.90 to 0.85), `*_rise` are factors, and `departure` is one of the reverse KL. Floors keep small numbers from counting: `length_floor` in
     tokens, `gap_floor`, `entropy_floor` and `reverse_kl_floor` in nats per token. A truncation rate below
     `still_falling` times that of before is mending itself. `repetition` is the share of repetitive completions.
     """
@@ -40,9 +40,11 @@ class AlertThresholds:
     entropy_floor: float = 0.02
     reverse_kl_rise: float = 1.2
     reverse_kl_floor: float = 0.1
+    departure: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.window < 1 or min(self.entropy_rise, self.grad_norm_rise, self.length_rise, self.gap_rise) <= 1:
+        rises = self.entropy_rise, self.grad_norm_rise, self.length_rise, self.gap_rise, self.departure
+        if self.window < 1 or min(rises) <= 1:
             raise ConfigurationError(f"alerts need window >= 1 and rises above 1 (they are factors), but got {self}")
 
 
@@ -179,6 +181,20 @@ def _determinism(history: Sequence[Line], thresholds: AlertThresholds) -> str | 
     )
 
 
+def _departure(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
+    """Alert on a student that moves away from what it is to become: biased gradients do it (arXiv 2605.11182)."""
+    divergence = _change(history, "distill/reverse_kl", thresholds.window)
+    if divergence is None or divergence.now < thresholds.reverse_kl_floor or divergence.factor < thresholds.departure:
+        return None
+    if _determinism(history, thresholds) is not None:
+        return None
+    return (
+        f"the student moves away from its teacher: the reverse KL rose from {divergence.before:.3g} to "
+        f"{divergence.now:.3g} nats per token; unless a reward is what it is trained for, go back to an earlier "
+        "checkpoint, lower learner.lr, and ask `opd certify` whether the gradient is that of the divergence"
+    )
+
+
 def _skipped(history: Sequence[Line], thresholds: AlertThresholds) -> str | None:
     """Alert on a step without a token to train, which has no loss."""
     recent = history[-thresholds.window :]
@@ -198,5 +214,6 @@ _PATTERNS: Mapping[str, Callable[[Sequence[Line], AlertThresholds], str | None]]
     "repetition": _repetition,
     "engine_learner_gap": _mismatch,
     "determinism": _determinism,
+    "departure": _departure,
     "skipped_steps": _skipped,
 }

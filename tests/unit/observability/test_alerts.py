@@ -32,6 +32,7 @@ PATTERNS: dict[str, tuple[dict[str, float], str]] = {
     "repetition": ({"repetition/rate": 0.3}, "30% of the completions repeat themselves"),
     "engine_learner_gap": ({"training/rollout_logprob_gap_mean": 0.05}, "from 0.004 to 0.05 nats"),
     "determinism": ({"actor/entropy": 0.001, "distill/reverse_kl": 0.9}, "entropy fell from 0.3 to 0.001"),
+    "departure": ({"distill/reverse_kl": 0.9}, "the reverse KL rose from 0.3 to 0.9 nats"),
 }  # fmt: skip
 
 
