@@ -118,7 +118,14 @@ class InFlight(Model):
         ]
 
 
-@pytest.mark.parametrize(("steps", "update"), [(60, WeightUpdate.DRAIN), (1000, WeightUpdate.IN_FLIGHT)])
+@pytest.mark.parametrize(
+    ("steps", "update"),
+    [
+        (60, WeightUpdate.DRAIN),
+        (250, WeightUpdate.IN_FLIGHT),
+        pytest.param(1000, WeightUpdate.IN_FLIGHT, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
 def test_over_steps_of_random_delays_no_token_is_staler_than_allowed(
     make: Any, steps: int, max_staleness: int, update: WeightUpdate
@@ -200,7 +207,7 @@ def test_without_it_they_differ(make: Any) -> None:
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_a_run_that_is_stopped_at_any_step_and_resumed_is_the_uninterrupted_run(make: Any, max_staleness: int) -> None:
-    every, steps = 2, 20
+    every, steps = 2, 12
     options = {"deterministic": True, "max_staleness": max_staleness, "barrier_every": every}
     whole = Bench(make, wait=Pause(0), lr=4.0)
     ledger = asyncio.run(whole.run(FULL, steps, **options))
@@ -450,10 +457,11 @@ def test_what_was_trained_is_let_go(make: Any) -> None:
 
     async def look(record: Any) -> None:
         bench.records.clear()  # they hold the text as well
-        held.append(collected() - of_others)
+        if record.step % 4 == 0:  # looking at every object of a process takes a second
+            held.append(collected() - of_others)
 
     asyncio.run(bench.run(SHORT, 12, look, max_staleness=1))
-    assert max(held) <= 4
+    assert len(held) == 3 and max(held) <= 4
 
 
 @pytest.mark.parametrize(
