@@ -1,7 +1,8 @@
 """Alerts are raised by the pattern they name, by no other, and not by healthy runs.
 
 `histories/` holds metrics of real runs of the embedded task: one that went well (full reverse KL, learning rate 1e-3),
-and one that collapsed (GRPO, learning rate 6e-4: within 60 steps every completion ran into the token limit).
+one that collapsed (GRPO, learning rate 6e-4: within 60 steps every completion ran into the token limit), and failures
+that were planted, each beside its repair.
 """
 
 import json
@@ -116,6 +117,22 @@ def test_a_recorded_collapse_is_found_while_it_happens() -> None:
     found = {alert.name: step for step, alert in first_raised(recorded("collapsed_grpo"))}
     assert set(found) == {"truncation", "length_inflation"}
     assert 45 <= min(found.values()) <= 75
+
+
+@pytest.mark.parametrize(
+    ("planted", "repaired", "alerts", "from_step"),
+    [
+        ("raw_topk", "stop_gradient_topk", {"departure"}, 25),
+        ("fixed_advantage", "fixed_advantage_and_reference", {"truncation", "length_inflation", "repetition"}, 35),
+    ],
+)
+def test_a_planted_failure_is_seen_and_its_repair_is_quiet(
+    planted: str, repaired: str, alerts: set[str], from_step: int
+) -> None:
+    """Recorded runs of docs/methods/stability.md."""
+    found = {alert.name: step for step, alert in first_raised(recorded(planted))}
+    assert set(found) == alerts and min(found.values()) in range(from_step, 50)
+    assert not first_raised(recorded(repaired))
 
 
 def test_thresholds_can_be_set_and_nonsense_is_refused() -> None:
