@@ -21,9 +21,10 @@ class AlertThresholds:
     """Thresholds of the alerts. All defaults are ours; only `truncation` has been used elsewhere (5 %).
 
     Means of the last `window` steps are compared with the `window` steps before them. `overlap_fall` is absolute
-    (0.05: from 0.90 to 0.85), `*_rise` are factors; so is `departure`, of the reverse KL. Floors keep small numbers from counting: `length_floor` in
-    tokens, `gap_floor`, `entropy_floor` and `reverse_kl_floor` in nats per token. A truncation rate below
-    `still_falling` times that of before is mending itself. `repetition` is the share of repetitive completions.
+    (0.05: from 0.90 to 0.85), `*_rise` are factors; so is `departure`, of the reverse KL. Floors keep small numbers
+    from counting: `length_floor` in tokens, `gap_floor`, `entropy_floor` and `reverse_kl_floor` in nats per token. A
+    truncation rate below `still_falling` times that of before is mending itself. `repetition` is the share of
+    repetitive completions.
     """
 
     window: int = 20
