@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from actors.config import StudentConfig
+from actors.config import InnerTeacher, StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import EngineLimits, build, read_limits
 from opd.deadlines import within
@@ -58,19 +58,27 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray], ends: Sequence[int] = ()
+        self,
+        config: StudentConfig,
+        run_seed: int,
+        fetch: Callable[[Any], np.ndarray],
+        ends: Sequence[int] = (),
+        inner: InnerTeacher | None = None,
     ) -> None:
-        """Start the engine; `ends` are ids that end a completion beside those in the checkpoint's own files."""
+        """Start the engine; `ends` are ids that end a completion beside those in the checkpoint's own files.
+
+        With an `inner` teacher it can sample from blends of both (`GenerateRequest.blend`).
+        """
         self._config = config
         self._run_seed = run_seed
         self._fetch = fetch
-        self._limits: EngineLimits = read_limits(config, ends)
+        self._limits: EngineLimits = read_limits(config, ends, inner.name if inner else "")
         self._version, self._digest = 0, ""
         self._refusal: str | None = None
         self._floor: Gap | None = None  # what engine and learner differed by on the checkpoint itself
         self._receiving = asyncio.Lock()
         self._updates, self._update_s = 0, 0.0
-        self._thread = EngineThread(partial(build, config))
+        self._thread = EngineThread(partial(build, config, inner, self._limits.ends))
 
     async def ready(self) -> None:
         """Return when the engine can generate. Raises its start-up error otherwise."""
@@ -130,7 +138,7 @@ class VLLMEngine:
 
     def _params(self, request: GenerateRequest) -> "SamplingParams":
         seed = sampling_seed(self._run_seed, request.prompt_id, request.sample, self._version)
-        return self._limits.params(request.sampling, seed)
+        return self._limits.params(request.sampling, seed, request.blend)
 
     def _drop(self, call: Call) -> None:
         if not call.future.done():
