@@ -168,6 +168,13 @@ class BlendProcessor(ProcessorOfRows, ProcessorOfSlots):
             self._asked[req_idx] = blend
         return blend is not None
 
+    def apply_staged_writes(self) -> None:
+        """Say, before a forward pass, whether a slot may hold a blended request (newer runner).
+
+        A slot that such a request has left counts until another takes it.
+        """
+        _STEP.wanted = bool(self._asked)
+
     def apply(self, logits: Tensor, ctx: LogitsContext | None = None) -> Tensor:
         """Logits whose softmax, at each request's temperature, is what it samples from."""
         slots = range(len(logits)) if ctx is None else ctx.idx_mapping_np.tolist()

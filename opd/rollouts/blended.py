@@ -30,7 +30,7 @@ class BlendedRollout:
     `behavior` has the blend's log-probabilities, by which estimates from sampled tokens weight (p / behavior); the
     published loss needs none, since it sums over a support that the sampled token does not choose. That support
     is the learner's choice: what an engine could record here would be the blend's top-k.
-    Example: `BlendedRollout(student=StudentRollout(max_tokens=77), budget=LinearSchedule(first=0.02, last=0, steps=50))`.
+    Example: `BlendedRollout(student=StudentRollout(max_tokens=77), budget=LinearSchedule(first=0.02, last=0))`.
     """
 
     records: ClassVar[type[TokenScores]] = TokenScores

@@ -1,4 +1,4 @@
-"""Blended policies: of all distributions within a KL trust region around the student, the one nearest to its teacher."""
+"""Blended policies: the distribution nearest to the teacher within a KL trust region around the student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 HALVINGS = 16  # of the interval that the exponent lies in, as published: KL/budget is then at least .999
-FLOOR = (
-    -1e4
-)  # log-probability of an id that has none: its probability is 0 in every precision, and no difference is NaN
+FLOOR = -1e4  # log-probability of an impossible id: 0 as a probability in every precision, and no difference is NaN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,10 +44,7 @@ def within(asked: Sequence[GenerateRequest], budget: float) -> list[GenerateRequ
 
 
 def assert_blends(
-    asked: Sequence[GenerateRequest],
-    answers: Sequence[Completion],
-    student: Qwen3ForCausalLM,
-    teacher: Qwen3ForCausalLM,
+    asked: Sequence[GenerateRequest], answers: Sequence[Completion], *models: Qwen3ForCausalLM
 ) -> list[float]:
     """What was sampled from is the blend of both models in the request's context; the divergences from the student."""
     found = []
@@ -55,8 +52,7 @@ def assert_blends(
         assert request.blend is not None
         ids, start = np.concatenate([request.context_ids, answer.token_ids]), len(request.context_ids)
         p, q = (
-            with_one_end(logprobs(m, ids)[start - 1 : -1] / request.sampling.temperature, ENDS, EOS)
-            for m in (student, teacher)
+            with_one_end(logprobs(m, ids)[start - 1 : -1] / request.sampling.temperature, ENDS, EOS) for m in models
         )
         mu = blended(p, q, torch.full((len(p),), request.blend.budget))
         chosen = mu.logprobs.gather(1, torch.from_numpy(answer.token_ids).long()[:, None])[:, 0]
