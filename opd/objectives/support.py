@@ -78,8 +78,8 @@ def refuse_nothing(part: Any, of: Direction) -> None:
     if part.outside in (Outside.NOTHING, Outside.PER_MASS) and not isinstance(of.promise, exact.ReverseKL):
         raise ConfigurationError(
             f"objective {type(part).__name__} needs outside=RENORMALIZED or BUCKET, got {part.outside.name}: summed "
-            f"over a part of the vocabulary, {type(of).__name__} is no divergence (only the reverse KL has a stop-gradient form); "
-            "choose BUCKET"
+            f"over a part of the vocabulary, {type(of).__name__} is no divergence (only the reverse KL has a "
+            "stop-gradient form); choose BUCKET"
         )
 
 

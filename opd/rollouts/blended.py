@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
-
-from opd.errors import ConfigurationError, DataError
+from opd.errors import ConfigurationError
 from opd.method.promises import RolloutLimit
 from opd.method.schedules import Schedule, value
 from opd.ports import Context, Need, Role, TeacherBlend, needs_of
@@ -23,8 +21,9 @@ class BlendedRollout:
 
     At every token the blend is the distribution nearest to the teacher, in KL(blend||teacher), among those with
     KL(blend||student) at most `budget` (`opd.rollouts.trust_region`). The engine computes it exactly, from the logits
-    of both models for the same context. Early texts are thus better than the student's own, and what it learns from
-    them is unchanged. Where the budget is 0, engines are asked for the student's own text, bit for bit.
+    of both models for the same context, which is the student's (a plan refuses prompts of which the teacher would be
+    shown more). Early texts are thus better than the student's own, and what it learns from them is unchanged. Where
+    the budget is 0, engines are asked for the student's own text, bit for bit.
 
     `budget` follows a schedule over steps, as `Term.coefficient` does; published is a linear one that ends at 0.
     `behavior` has the blend's log-probabilities, by which estimates from sampled tokens weight (p / behavior); the
@@ -78,11 +77,5 @@ class BlendedRollout:
         budget = self.budget_at(context)
         if budget == 0:
             return await self.student(group, context)
-        for prompt in group:
-            if not np.array_equal(prompt.student_ids, prompt.teacher_ids):
-                raise DataError(
-                    f"rollout BlendedRollout needs prompts that student and teacher read alike, since an engine reads "
-                    f"one text with both, but prompt {prompt.id!r} differs; leave the teacher's template out"
-                )
         blend = TeacherBlend(teacher=group[0].teacher, budget=budget)
         return await generate(group, context.student, self.student.sampling, blend=blend)
