@@ -30,11 +30,11 @@ def blended(student: Float[Tensor, "n V"], teacher: Float[Tensor, "n V"], budget
     beta is the largest that the budget allows: 1 where it allows the teacher itself, else found by `HALVINGS`
     bisections, of which the end within the budget is taken. `student` and `teacher` are logits of the same ids, of any
     floating type; `budget` is in nats, 0 or more. The paper computes in float32; this computes in float64, so that no
-    row exceeds its budget by rounding. Whatever a budget of 0 allows is the student's own softmax.
+    row exceeds its budget by rounding. Where the budget is 0 it is the student's own softmax.
     """
     p, q = (x.double().log_softmax(-1).clamp(min=FLOOR) for x in (student, teacher))
     budget = budget.to(p)
-    toward = q - p
+    toward = torch.where(p > FLOOR, q - p, 0.0)  # what the student cannot write stays impossible
     feasible, beyond = torch.zeros_like(budget), torch.ones_like(budget)
     whole = _divergence(q, p) <= budget
     for _ in range(HALVINGS):

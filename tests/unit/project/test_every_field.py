@@ -215,7 +215,7 @@ class Recorder:
         raise NotImplementedError
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        self.asked += [(self.name, r.prompt_id, r.sampling, r.context_ids.tolist()) for r in requests]
+        self.asked += [(self.name, r.prompt_id, r.sampling, r.blend, r.context_ids.tolist()) for r in requests]
         n = [min(3, r.sampling.max_tokens) for r in requests]
         zeros = [np.zeros(i, dtype=np.float32) for i in n]
         return [
