@@ -18,10 +18,10 @@ from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import EngineLimits, build, read_limits
 from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
-from opd.ports import Completion, GenerateRequest, PublishedWeights, Sampling, Sentinel, WeightAck
+from opd.ports import Completion, GenerateRequest, PublishedWeights, Sentinel, WeightAck
 from opd.rollouts.seeds import sampling_seed
 from opd.settings.devices import resolve_device, resolve_dtype
-from opd.types import StopReason, TokenScores, TopKScores
+from opd.types import BlendedScores, StopReason, TokenScores, TopKScores
 from weight_sync.receiver import ReceivedWeights, collect
 from weight_sync.sentinel import NUMERICS, Gap, allowed
 
@@ -126,7 +126,7 @@ class VLLMEngine:
                 part = await self._soon(parts.get(), f"writing {left} of {len(requests)} completions")
                 if isinstance(part, BaseException):
                     raise part
-                yield [slot for slot, _ in part], [_completion(o, requests[slot].sampling) for slot, o in part]
+                yield [slot for slot, _ in part], [_completion(o, requests[slot]) for slot, o in part]
                 left -= len(part)
         finally:
             self._drop(call)
@@ -263,13 +263,13 @@ class VLLMEngine:
         return await within(deadline_s, work, late)
 
 
-def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
-    written = output.outputs[0]
+def _completion(output: "RequestOutput", request: GenerateRequest) -> Completion:
+    written, sampling = output.outputs[0], request.sampling
     flat: Any = written.logprobs
     tokens, width = len(written.token_ids), sampling.topk + 1
     # vLLM puts the sampled token first and then the top-k, whether or not it is among them.
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(tokens, width)
-    behavior = TokenScores(logprobs=logprobs[:, 0].copy())
+    behavior = (TokenScores if request.blend is None else BlendedScores)(logprobs=logprobs[:, 0].copy())
     if sampling.topk:
         ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(tokens, width)
         behavior = TopKScores(logprobs=behavior.logprobs, topk_ids=ids[:, 1:], topk_logprobs=logprobs[:, 1:])

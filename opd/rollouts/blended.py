@@ -9,7 +9,7 @@ from opd.method.promises import RolloutLimit
 from opd.method.schedules import Schedule, value
 from opd.ports import Context, Need, Role, TeacherBlend, needs_of
 from opd.rollouts.student import StudentRollout, generate
-from opd.settings.ranges import TrustRegion
+from opd.settings.ranges import OptionalName, TrustRegion
 from opd.settings.validation import settings
 from opd.types import Prompt, TokenScores, Trajectory
 
@@ -40,6 +40,8 @@ class BlendedRollout:
     student: StudentRollout
     # largest KL(blend||student) of a token's distribution in nats: a number, or a schedule over steps
     budget: TrustRegion | Schedule = 0.02
+    # teacher of the blend; empty: the prompts' own, of which a run then has one
+    teacher: OptionalName = ""
 
     def __post_init__(self) -> None:
         if self.student.truncated or self.student.record_topk:
@@ -52,7 +54,8 @@ class BlendedRollout:
 
     @property
     def needs_engines(self) -> frozenset[Need]:
-        return needs_of(self.student) | (frozenset({Need(Role.BLENDED)}) if self.budget else frozenset())
+        inside = frozenset({Need(Role.BLENDED, self.teacher)}) if self.budget else frozenset()
+        return needs_of(self.student) | inside
 
     @property
     def limits(self) -> tuple[RolloutLimit, ...]:
@@ -77,5 +80,5 @@ class BlendedRollout:
         budget = self.budget_at(context)
         if budget == 0:
             return await self.student(group, context)
-        blend = TeacherBlend(teacher=group[0].teacher, budget=budget)
+        blend = TeacherBlend(teacher=self.teacher or group[0].teacher, budget=budget)
         return await generate(group, context.student, self.student.sampling, blend=blend)

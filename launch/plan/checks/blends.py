@@ -5,7 +5,7 @@ from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
-from opd.method.needs import needed
+from opd.method.needs import named, needed
 from opd.ports import Role
 from teacher_service.config import REMOTE
 
@@ -14,8 +14,13 @@ def inner_teacher(config: RunConfig) -> InnerTeacher | None:
     """The teacher that every engine of the student must hold; None where no part of the method asks for blends."""
     if not needed(config.method, Role.BLENDED):
         return None
-    (name,) = config.teachers
+    (name,) = _candidates(config)
     return InnerTeacher(name=name, path=config.teachers[name].path)
+
+
+def _candidates(config: RunConfig) -> list[str]:
+    """Teachers that parts name for blends, or all where the prompts say which."""
+    return sorted(named(config.method, Role.BLENDED) or config.teachers)
 
 
 def check_blends(config: RunConfig) -> None:
@@ -23,12 +28,18 @@ def check_blends(config: RunConfig) -> None:
     if not needed(config.method, Role.BLENDED):
         return
     needs = f"method {config.method.name} writes blends of the student and a teacher inside the student's engine, which"
-    if len(config.teachers) > 1:
+    name, *others = _candidates(config)
+    if others:
         raise ConfigurationError(
-            f"{needs} needs a single teacher, but the run has {sorted(config.teachers)}; leave all but one out, or "
-            "choose rollout StudentRollout"
+            f"{needs} holds a single teacher, but this may be any of {[name, *others]}; set "
+            f"method.rollout.teacher={name}, or choose rollout StudentRollout"
         )
-    ((name, teacher),) = config.teachers.items()
+    if name not in config.teachers:
+        raise ConfigurationError(
+            f"{needs} holds teacher {name!r}, but the run has {sorted(config.teachers)}; name one of those, or add it "
+            f"with teachers.{name}.path=..."
+        )
+    teacher = config.teachers[name]
     key = "teacher" if name == DEFAULT else f"teachers.{name}"
     if teacher.backend in REMOTE:
         raise ConfigurationError(

@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,11 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from actors.engine import VLLMEngine
+from actors.engine_thread import BUDGET
 from opd.errors import DataError
 from opd.ports import Completion, GenerateRequest, Sampling, TeacherBlend
 from opd.rollouts.trust_region import blended, with_one_end
+from opd.types import BlendedScores
 from tests.integration.engines.test_engine import LONGEST, SEED, House, requests, student, weights
 from tests.tiny_models import EOS, logprobs, tiny_model
 
@@ -57,6 +61,7 @@ def assert_blends(
         mu = blended(p, q, torch.full((len(p),), request.blend.budget))
         chosen = mu.logprobs.gather(1, torch.from_numpy(answer.token_ids).long()[:, None])[:, 0]
         np.testing.assert_allclose(answer.behavior.logprobs, chosen.numpy(), atol=1e-4)
+        assert isinstance(answer.behavior, BlendedScores)
         assert THEIR_END not in answer.token_ids
         found += mu.divergence.tolist()
     return found
@@ -82,6 +87,7 @@ def test_an_engine_samples_from_blends_and_is_otherwise_the_student(tmp_path: Pa
         for one, other in zip(got, expected, strict=True):
             assert np.array_equal(one.token_ids, other.token_ids)
             assert np.array_equal(one.behavior.logprobs, other.behavior.logprobs)
+            assert not isinstance(one.behavior, BlendedScores)
     for number, budget in enumerate(BUDGETS, start=1):
         part = slice(number * len(asked), (number + 1) * len(asked))
         found = assert_blends(mixed[part], answers[part], origin, teacher)
@@ -108,3 +114,37 @@ def test_an_engine_samples_from_blends_and_is_otherwise_the_student(tmp_path: Pa
     for one in (plain, house):
         one.run(one.engine.close())
     loop.close()
+
+
+def test_the_newer_runner_s_slots_lead_to_the_same_blends() -> None:
+    """vLLM has two interfaces for this, and the one of GPUs is only here without one."""
+    from vllm import SamplingParams
+
+    from actors.blend import _OWN, _STEP, BlendProcessor
+
+    student, teacher = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)) * 2
+    asked = {4: SamplingParams(extra_args={BUDGET: 0.1}), 9: SamplingParams(extra_args={BUDGET: 0.5}, temperature=0.5)}
+    config: Any = SimpleNamespace(additional_config={_OWN: {"ends": [1, 3], "end": 3}})
+    processor = BlendProcessor(config, None)
+    assert [processor.add_request(slot, params) for slot, params in asked.items()] == [True, True]
+    assert not processor.add_request(2, SamplingParams())
+    processor.apply_staged_writes()
+    assert _STEP.wanted
+    _STEP.teacher = teacher
+    order: Any = SimpleNamespace(idx_mapping_np=np.array([9, 2, 4]))
+    got = processor.apply(student.clone(), order)
+    assert torch.equal(got[1], student[1]), "a plain request is not touched"
+    for row, budget, temperature in ((0, 0.5, 0.5), (2, 0.1, 1.0)):
+        p, q = (with_one_end(x[row : row + 1].double() / temperature, (1, 3), 3) for x in (student, teacher))
+        mu = (got[row] / temperature).softmax(-1)
+        expected = blended(p, q, torch.tensor([budget]))
+        torch.testing.assert_close(mu, expected.logprobs[0].exp().float())
+        assert float(expected.divergence) == pytest.approx(budget, rel=1e-3) and mu[1] == 0
+
+    with pytest.raises(RuntimeError, match=r"logits \(3, 6\) of 2 requests are not in the same rows"):
+        processor.apply(student.clone(), SimpleNamespace(idx_mapping_np=np.array([9, 2])))  # type: ignore[arg-type]
+    for slot in asked:
+        processor.add_request(slot, SamplingParams())
+    processor.apply_staged_writes()
+    assert not _STEP.wanted
+    _STEP.wanted, _STEP.teacher = True, None

@@ -134,7 +134,8 @@ def test_a_teacher_that_cannot_stand_inside_the_student_s_engine_is_refused(teac
     start = f"teachers.start.path={SHOP / 'student'}"
     for overrides, reason in (
         (url, r"weights beside the student's, but teacher\.backend=HTTP is a server elsewhere; choose TORCH or VLLM"),
-        ((start,), r"needs a single teacher, but the run has \['default', 'start'\]; leave all but one out"),
+        ((start,), r"holds a single teacher, but this may be any of \['default', 'start'\]; set .*teacher=default"),
+        (("method.rollout.teacher=other",), r"holds teacher 'other', but the run has \['default'\]; name one of tho"),
         (("teacher.mixup=0.5",), r"a teacher that stays as it is, but teacher\.mixup=0\.5 lets it follow"),
     ):
         assert re.search(rf"method trb writes blends .*{reason}", planned("method=trb", *overrides)), overrides

@@ -202,13 +202,15 @@ def test_a_resumed_run_repeats_the_tokens(make: Any) -> None:
 @pytest.mark.parametrize("budget", [0.5, 1e6])
 def test_gradients_of_draws_are_those_of_the_promise_whatever_the_budget(budget: float) -> None:
     """Since `behavior` is what was sampled from. The method as published has a certificate of its own."""
-    result = certify(Method(name="m", rollout=BlendedRollout(student=WHOLE, budget=budget), **SAMPLED))
+    rollout = BlendedRollout(student=WHOLE, budget=budget, teacher="start" if budget == 0.5 else "")
+    result = certify(Method(name="m", rollout=rollout, **SAMPLED))
     assert result.passed, str(result)
 
 
 def test_what_it_needs_and_refuses() -> None:
     assert needs_of(BlendedRollout(student=WHOLE)) == {Need(Role.STUDENT), Need(Role.BLENDED)}
     assert needs_of(BlendedRollout(student=WHOLE, budget=0.0)) == {Need(Role.STUDENT)}
+    assert Need(Role.BLENDED, "start") in needs_of(BlendedRollout(student=WHOLE, teacher="start"))
     for wrong in ({"top_p": 0.9}, {"temperature": 0.0}, {"record_topk": 4}):
         with pytest.raises(ConfigurationError, match=r"BlendedRollout needs a student that samples .* but got Student"):
             BlendedRollout(student=replace(WHOLE, **wrong))
