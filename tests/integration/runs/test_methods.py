@@ -23,16 +23,17 @@ START = [  # a term that asks the student as it was at the start
     "{_target_: opd.scorers.teacher.SampledTokens}}, objective: {_target_: opd.objectives.sampled.Likelihood}}",
 ]
 # drafts that are written within the student's engine, and rewritten by a teacher that writes
-BLENDS = (
-    "method.rollout.student={_target_: opd.rollouts.blended.BlendedRollout, teacher: default, "
-    "student: {_target_: opd.rollouts.student.StudentRollout, max_tokens: 77}}"
-)
+BLENDS = [
+    "~method.rollout.student",
+    "+method.rollout.student={_target_: opd.rollouts.blended.BlendedRollout, teacher: default, "
+    "student: {_target_: opd.rollouts.student.StudentRollout, max_tokens: 77}}",
+]
 
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[tuple[Session, asyncio.Runner]]:
     """All actors, with a teacher that can also write, one in the student's engine, and the student of the start."""
-    plan = make_plan(run_config([*SMALL, "method=trd", *START, BLENDS]))
+    plan = make_plan(run_config([*SMALL, "method=trd", *START, *BLENDS]))
     with connected(plan.config.cluster), asyncio.Runner() as runner:
         opened = runner.run(open_session(plan))
         yield opened, runner
