@@ -38,7 +38,7 @@ _TEACHER = "teacher."  # prefix of its weights
 
 
 class _Step(threading.local):
-    """What model and sampler of an engine say to each other within a step; one thread drives one engine."""
+    """Message between model and sampler of an engine, within a step; one thread drives one engine."""
 
     teacher: Tensor | None = None  # the teacher's logits of the rows that the model was asked for last
     wanted = True  # whether any running request is blended
