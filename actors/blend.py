@@ -67,6 +67,12 @@ def arguments(config: StudentConfig, inner: InnerTeacher, ends: Sequence[int]) -
     }
 
 
+def _own(vllm_config: "VllmConfig") -> Mapping[str, Any]:
+    """What `arguments` says to model and sampler."""
+    given: Any = vllm_config.additional_config
+    return given[_OWN]
+
+
 class StudentWithTeacher(nn.Module):
     """Student and teacher as one model of vLLM, whose logits are the student's.
 
@@ -76,7 +82,7 @@ class StudentWithTeacher(nn.Module):
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         super().__init__()
-        own, config = vllm_config.additional_config[_OWN], vllm_config.model_config.hf_config
+        own, config = _own(vllm_config), vllm_config.model_config.hf_config
         self.student: Any = init_vllm_registered_model(
             vllm_config, prefix=maybe_prefix(prefix, "student"), hf_config=config, architectures=own["student"]
         )
@@ -142,7 +148,7 @@ class BlendProcessor(ProcessorOfRows, ProcessorOfSlots):
     """
 
     def __init__(self, vllm_config: "VllmConfig", *_of_the_runner: Any) -> None:
-        own = vllm_config.additional_config[_OWN]
+        own = _own(vllm_config)
         self._ends, self._end = own["ends"], own["end"]
         self._asked: dict[int, Asked] = {}
 

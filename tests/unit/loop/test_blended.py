@@ -46,13 +46,17 @@ def exact(x: Sequence[float]) -> list[float]:
     return [v - total for v in x]
 
 
+def precise(*rows: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def divergence(mu: Sequence[float], p: Sequence[float]) -> float:
     return sum(exp(m) * (m - v) for m, v in zip(mu, p, strict=True))
 
 
 @given(logits, logits, budgets)
 def test_no_blend_is_further_from_the_student_than_its_budget(p: Any, q: Any, budget: float) -> None:
-    row = blended(*(torch.tensor([x], dtype=torch.float64) for x in (p, q)), torch.tensor([budget]))
+    row = blended(precise(p), precise(q), torch.tensor([budget]))
     student, teacher, beta = exact(p), exact(q), float(row.exponent[0])
     mu = exact(row.logprobs[0].tolist())  # recomputed here, as a sampler would normalize it
     assert sum(map(exp, row.logprobs[0].tolist())) == pytest.approx(1)
@@ -68,8 +72,7 @@ def test_no_blend_is_further_from_the_student_than_its_budget(p: Any, q: Any, bu
 
 @given(logits, logits, st.floats(0, 5), st.floats(0, 5))
 def test_a_larger_budget_is_nearer_to_the_teacher(p: Any, q: Any, a: float, b: float) -> None:
-    rows = [torch.tensor([x, x], dtype=torch.float64) for x in (p, q)]
-    pair = blended(*rows, torch.tensor([min(a, b), max(a, b)]))
+    pair = blended(precise(p, p), precise(q, q), torch.tensor([min(a, b), max(a, b)]))
     less, more = (divergence(exact(mu.tolist()), exact(q)) for mu in pair.logprobs)
     assert more <= less + 1e-9
     assert pair.exponent[0] <= pair.exponent[1]
@@ -165,10 +168,10 @@ def test_the_budget_is_spent_by_step_and_then_the_student_writes_alone(make: Any
             asked.append([r.blend for r in requests])
             return await super().generate(requests)
 
-    budget = LinearSchedule(first=0.4, last=0.0, steps=2)
+    rollout: Any = BlendedRollout(student=WHOLE, budget=LinearSchedule(first=0.4, last=0.0, steps=2))
     bench = BlendingBench(make)
     bench.student.__class__ = Asked
-    asyncio.run(bench.run(Method(name="m", rollout=BlendedRollout(student=WHOLE, budget=budget), **PAPER), 4))
+    asyncio.run(bench.run(Method(name="m", rollout=rollout, **PAPER), 4))
     blends = [TeacherBlend(teacher="default", budget=b) for b in (0.4, 0.2)]
     assert [{*step} for step in asked] == [{b} for b in (*blends, None, None) for _ in range(2)]
     writer = {s.trajectory.behavior.logprobs.dtype for s in bench.records[0].scored}
@@ -189,7 +192,7 @@ def test_without_bound_the_teacher_writes(make: Any) -> None:
 
 
 def test_a_resumed_run_repeats_the_tokens(make: Any) -> None:
-    rollout = BlendedRollout(student=WHOLE, budget=LinearSchedule(first=0.4, last=0.1, steps=4))
+    rollout: Any = BlendedRollout(student=WHOLE, budget=LinearSchedule(first=0.4, last=0.1, steps=4))
     method, whole = Method(name="m", rollout=rollout, **PAPER), trained(make, rollout, **PAPER)
     halves = BlendingBench(make)
     asyncio.run(halves.run(method, 2))
@@ -202,7 +205,7 @@ def test_a_resumed_run_repeats_the_tokens(make: Any) -> None:
 @pytest.mark.parametrize("budget", [0.5, 1e6])
 def test_gradients_of_draws_are_those_of_the_promise_whatever_the_budget(budget: float) -> None:
     """Since `behavior` is what was sampled from. The method as published has a certificate of its own."""
-    rollout = BlendedRollout(student=WHOLE, budget=budget, teacher="start" if budget == 0.5 else "")
+    rollout: Any = BlendedRollout(student=WHOLE, budget=budget, teacher="start" if budget == 0.5 else "")
     result = certify(Method(name="m", rollout=rollout, **SAMPLED))
     assert result.passed, str(result)
 
