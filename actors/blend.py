@@ -68,7 +68,7 @@ def arguments(config: StudentConfig, inner: InnerTeacher, ends: Sequence[int]) -
 
 
 def _own(vllm_config: "VllmConfig") -> Mapping[str, Any]:
-    """What `arguments` says to model and sampler."""
+    """Settings that `arguments` hands to model and sampler."""
     given: Any = vllm_config.additional_config
     return given[_OWN]
 
