@@ -49,6 +49,17 @@ class StudentConfig:
     deadline_s: Annotated[Deadline, HARMLESS] = 600.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerTeacher:
+    """Teacher that an engine of the student holds beside it, to sample from blends (`opd.ports.TeacherBlend`).
+
+    `path` is its Hugging Face folder; it computes in the student's precision and shares its key-value cache's memory.
+    """
+
+    name: str
+    path: str
+
+
 def environment(device: Device) -> dict[str, str]:
     """Environment variables of an engine's process; they must be set before it imports vLLM.
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from actors.config import StudentConfig
+from actors.config import InnerTeacher, StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
 from actors.startup import EngineLimits, build, read_limits
 from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
-from opd.ports import Completion, GenerateRequest, PublishedWeights, Sampling, Sentinel, WeightAck
+from opd.ports import Completion, GenerateRequest, PublishedWeights, Sentinel, WeightAck
 from opd.rollouts.seeds import sampling_seed
 from opd.settings.devices import resolve_device, resolve_dtype
-from opd.types import StopReason, TokenScores, TopKScores
+from opd.types import BlendedScores, StopReason, TokenScores, TopKScores
 from weight_sync.receiver import ReceivedWeights, collect
 from weight_sync.sentinel import NUMERICS, Gap, allowed
 
@@ -58,19 +58,27 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, config: StudentConfig, run_seed: int, fetch: Callable[[Any], np.ndarray], ends: Sequence[int] = ()
+        self,
+        config: StudentConfig,
+        run_seed: int,
+        fetch: Callable[[Any], np.ndarray],
+        ends: Sequence[int] = (),
+        inner: InnerTeacher | None = None,
     ) -> None:
-        """Start the engine; `ends` are ids that end a completion beside those in the checkpoint's own files."""
+        """Start the engine; `ends` are ids that end a completion beside those in the checkpoint's own files.
+
+        With an `inner` teacher it can sample from blends of both (`GenerateRequest.blend`).
+        """
         self._config = config
         self._run_seed = run_seed
         self._fetch = fetch
-        self._limits: EngineLimits = read_limits(config, ends)
+        self._limits: EngineLimits = read_limits(config, ends, inner.name if inner else "")
         self._version, self._digest = 0, ""
         self._refusal: str | None = None
         self._floor: Gap | None = None  # what engine and learner differed by on the checkpoint itself
         self._receiving = asyncio.Lock()
         self._updates, self._update_s = 0, 0.0
-        self._thread = EngineThread(partial(build, config))
+        self._thread = EngineThread(partial(build, config, inner, self._limits.ends))
 
     async def ready(self) -> None:
         """Return when the engine can generate. Raises its start-up error otherwise."""
@@ -118,7 +126,7 @@ class VLLMEngine:
                 part = await self._soon(parts.get(), f"writing {left} of {len(requests)} completions")
                 if isinstance(part, BaseException):
                     raise part
-                yield [slot for slot, _ in part], [_completion(o, requests[slot].sampling) for slot, o in part]
+                yield [slot for slot, _ in part], [_completion(o, requests[slot]) for slot, o in part]
                 left -= len(part)
         finally:
             self._drop(call)
@@ -130,7 +138,7 @@ class VLLMEngine:
 
     def _params(self, request: GenerateRequest) -> "SamplingParams":
         seed = sampling_seed(self._run_seed, request.prompt_id, request.sample, self._version)
-        return self._limits.params(request.sampling, seed)
+        return self._limits.params(request.sampling, seed, request.blend)
 
     def _drop(self, call: Call) -> None:
         if not call.future.done():
@@ -255,13 +263,13 @@ class VLLMEngine:
         return await within(deadline_s, work, late)
 
 
-def _completion(output: "RequestOutput", sampling: Sampling) -> Completion:
-    written = output.outputs[0]
+def _completion(output: "RequestOutput", request: GenerateRequest) -> Completion:
+    written, sampling = output.outputs[0], request.sampling
     flat: Any = written.logprobs
     tokens, width = len(written.token_ids), sampling.topk + 1
     # vLLM puts the sampled token first and then the top-k, whether or not it is among them.
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(tokens, width)
-    behavior = TokenScores(logprobs=logprobs[:, 0].copy())
+    behavior = (TokenScores if request.blend is None else BlendedScores)(logprobs=logprobs[:, 0].copy())
     if sampling.topk:
         ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(tokens, width)
         behavior = TopKScores(logprobs=behavior.logprobs, topk_ids=ids[:, 1:], topk_logprobs=logprobs[:, 1:])

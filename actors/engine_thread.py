@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 JOIN_S = 30.0  # what a step in progress may still take when the engine is closed
+BUDGET = "opd_budget"  # in `extra_args` of requests that sample from a blend
 FIRST = -1  # the priority of what need not wait for its turn
 
 
@@ -74,6 +75,8 @@ class EngineLoop:
         prompt: Any = {"type": "token", "prompt_token_ids": ids}
         if priority == FIRST:  # a prompt of the run: requests after it must not go on from its cache
             prompt["cache_salt"] = "sentinel"
+        elif params.extra_args and BUDGET in params.extra_args:  # blocks of others may lack the teacher's part
+            prompt["cache_salt"] = "blend"
         self.engine.add_request(name, prompt, params, arrival_time=arrival, priority=priority)
         return name
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from actors.config import CPU_KV_CACHE_BYTES, StudentConfig
+from actors.config import CPU_KV_CACHE_BYTES, InnerTeacher, StudentConfig
+from actors.engine_thread import BUDGET
 from hf.folder import text_config
 from hf.stop_tokens import read_ends
 from opd.errors import DataError
 from opd.heavy_imports import uncollected
-from opd.ports import GenerateRequest, Sampling, Sentinel
+from opd.ports import GenerateRequest, Sampling, Sentinel, TeacherBlend
 from opd.settings.devices import resolve_device, resolve_dtype
 from weight_sync.rendezvous import be_alone
 
@@ -26,12 +27,13 @@ PREFILL_TOKENS = 8192  # of prompts, read in one engine step
 class EngineLimits:
     """Limits set by the checkpoint and its configuration: token ids below `vocabulary`, `longest` tokens in all.
 
-    `ends` are the ids that end a completion.
+    `ends` are the ids that end a completion. `inner` is the name of the teacher inside the engine ("": there is none).
     """
 
     vocabulary: int
     longest: int
     ends: tuple[int, ...]
+    inner: str = ""
 
     def check(self, request: GenerateRequest) -> None:
         """Raise `DataError` if `request` cannot be generated."""
@@ -56,6 +58,21 @@ class EngineLimits:
             raise DataError(
                 f"{subject}: topk={request.sampling.topk} exceeds the vocabulary of {self.vocabulary}; lower it"
             )
+        if request.blend is not None:
+            self._check_blend(request.blend, request.sampling, subject)
+
+    def _check_blend(self, blend: TeacherBlend, sampling: Sampling, subject: str) -> None:
+        if blend.teacher != self.inner:
+            holds = f"teacher {self.inner!r} alone" if self.inner else "no teacher"
+            raise DataError(
+                f"{subject}: it asks for a blend with teacher {blend.teacher!r}, but the engine holds {holds}; a part "
+                "that asks for blends declares Role.BLENDED among its needs_engines"
+            )
+        if sampling.temperature == 0 or sampling.top_p < 1:
+            raise DataError(
+                f"{subject}: temperature={sampling.temperature:g} and top_p={sampling.top_p:g} leave no trust region "
+                "around whole distributions; a blend needs a temperature above 0 and top_p=1"
+            )
 
     def check_sentinel(self, sentinel: Sentinel) -> None:
         """Raise `DataError` if the engine cannot read `sentinel`."""
@@ -67,7 +84,7 @@ class EngineLimits:
                 "student.max_model_len"
             )
 
-    def params(self, sampling: Sampling, seed: int) -> "SamplingParams":
+    def params(self, sampling: Sampling, seed: int, blend: TeacherBlend | None = None) -> "SamplingParams":
         """Sampling parameters of one completion for vLLM."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -83,6 +100,7 @@ class EngineLimits:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
+            extra_args=None if blend is None else {BUDGET: blend.budget},
         )
 
     def reading(self) -> "SamplingParams":
@@ -100,17 +118,18 @@ class EngineLimits:
         )
 
 
-def read_limits(config: StudentConfig, ends: Sequence[int] = ()) -> EngineLimits:
+def read_limits(config: StudentConfig, ends: Sequence[int] = (), inner: str = "") -> EngineLimits:
     """The limits of the checkpoint in `config.path`; `ends` are ids that end completions beside those that it names.
 
     Raises `ConfigurationError` if the folder is none, `DataError` if no end-of-text token is known.
     """
     named = read_ends(config.path).ids
     rows = int(text_config(config.path, "student")["vocab_size"])
-    return EngineLimits(vocabulary=rows, longest=config.max_model_len, ends=tuple(sorted({*named, *ends})))
+    every = tuple(sorted({*named, *ends}))
+    return EngineLimits(vocabulary=rows, longest=config.max_model_len, ends=every, inner=inner)
 
 
-def build(config: StudentConfig) -> "LLMEngine":
+def build(config: StudentConfig, inner: InnerTeacher | None = None, ends: Sequence[int] = ()) -> "LLMEngine":
     """A running engine; takes seconds, and imports vLLM."""
     with uncollected():
         from vllm.config import WeightTransferConfig
@@ -120,8 +139,10 @@ def build(config: StudentConfig) -> "LLMEngine":
 
         from actors.weight_loader import BACKEND, EXTENSION
 
+        more = _with_teacher(config, inner, ends) if inner else {}
+    device = resolve_device(config.device, "student")
     arguments = EngineArgs(
-        **engine_arguments(config, resolve_device(config.device, "student")),
+        **(engine_arguments(config, device) | more),
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls=EXTENSION,
     )
@@ -156,6 +177,13 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
         "scheduling_policy": "priority",
         "disable_log_stats": True,
     } | (_on_cpu(config) if device.type == "cpu" else _on_gpu(config))
+
+
+def _with_teacher(config: StudentConfig, inner: InnerTeacher, ends: Sequence[int]) -> dict[str, Any]:
+    """Engine arguments of a student with a teacher inside; the import registers the model with vLLM."""
+    from actors.blend import arguments
+
+    return arguments(config, inner, ends)
 
 
 def _on_gpu(config: StudentConfig) -> dict[str, Any]:

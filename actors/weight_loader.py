@@ -56,6 +56,11 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
     update_info_cls = ChunksUpdate
     _checkpoint: BaseWeights | None = None
 
+    @property
+    def _student(self) -> Any:
+        """The model whose weights are published; a teacher may stand beside it (`actors.blend`)."""
+        return getattr(self.model, "student", self.model)
+
     def init_transfer_engine(self, init_info: ChunksInit) -> None:
         """Quiet a warning about every layer that a checkpoint has no tensors for; there is nothing to agree on.
 
@@ -67,8 +72,8 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
     def start_weight_update(self) -> None:
         """Put the layers into loading state; on CPUs they run from packed copies that must be made anew."""
         # Asked before: in loading state a tied head is a parameter of its own, which no checkpoint has.
-        self._expected = {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
+        self._expected = {name for name, _ in self._student.named_parameters()}
+        initialize_layerwise_reload(self._student)
 
     def receive_weights(self, update_info: ChunksUpdate) -> None:
         """Load every parameter, or the layers that adapters touch, merged with the checkpoint's own.
@@ -78,27 +83,27 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
         delivered = update_info.delivered
         adapters = bool(delivered.manifest.lora_scale)
         try:
-            load: Any = self.model.load_weights
+            load: Any = self._student.load_weights
             loaded = load(self._base().tensors(delivered, self.device) if adapters else delivered.tensors())
         except BaseException:
             # Leave no layer in loading state: the next update would take it for half done and mix versions.
-            finalize_layerwise_reload(self.model, self.model_config)
+            finalize_layerwise_reload(self._student, self.model_config)
             raise
         missing = sorted(self._expected - set(loaded)) if loaded is not None and not adapters else []
         if missing:
-            finalize_layerwise_reload(self.model, self.model_config)
+            finalize_layerwise_reload(self._student, self.model_config)
             raise DataError(f"{len(missing)} parameters of the engine's model did not come, the first is {missing[0]}")
 
     def _base(self) -> BaseWeights:
         if self._checkpoint is None:
-            fused = getattr(self.model, "packed_modules_mapping", {})
+            fused = getattr(self._student, "packed_modules_mapping", {})
             self._checkpoint = BaseWeights(Path(self.model_config.model), fused)
         return self._checkpoint
 
     def finish_weight_update(self) -> None:
         """Finish the update: layers compute with the loaded weights."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        for module in self.model.modules():
+        finalize_layerwise_reload(self._student, self.model_config)
+        for module in self._student.modules():
             # A tied output head gets no weights of its own, so the reload leaves its packed copy (CPU) stale.
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)

@@ -14,6 +14,8 @@ from launch.report.figures import short_number
 from launch.run.run import costs
 from opd.errors import ConfigurationError, DataError
 from opd.method.method import readings_of
+from opd.method.needs import needed
+from opd.ports import Role
 
 PILOT_STEPS = 5  # of the run by which an arm's cost per step is measured first
 ROOM = 0.1  # planned steps beyond those that should do, as a share: the budget ends a run, and not its steps
@@ -83,7 +85,7 @@ def at_most_per_step(plan: Plan) -> Mapping[Unit, float]:
     """Upper bounds of what a step costs, if every completion had `max_tokens`; processor seconds have none."""
     prompts = plan.config.prompts(0, plan.sources)
     prompt, completion = sum(len(p.student_ids) for p in prompts), plan.config.max_tokens * len(prompts)
-    spent, both = costs(plan), prompt + completion
+    method, spent, both = plan.config.method, costs(plan), prompt + completion
     tokens = StepTokens(
         prompt=prompt,
         completion=completion,
@@ -92,6 +94,7 @@ def at_most_per_step(plan: Plan) -> Mapping[Unit, float]:
         scored=(sum(len(p.teacher_ids) for p in prompts) + completion) * spent.teacher_reads,
         learned=both,
         trained=completion,
-        read=both if any(readings_of(*term.weights.values()) for term in plan.config.method.every_term.values()) else 0,
+        read=both if any(readings_of(*term.weights.values()) for term in method.every_term.values()) else 0,
+        blended=both if needed(method, Role.BLENDED) else 0,
     )
     return {Unit.STEPS: 1.0, Unit.TOKENS: float(completion + both), Unit.FLOPS: step_flops(tokens, spent)}

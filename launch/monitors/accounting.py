@@ -8,7 +8,7 @@ import psutil
 
 from opd.loop.train import StepRecord
 from opd.observability.roofline import FORWARD, TRAIN
-from opd.types import NO_VERSION, Trajectory
+from opd.types import NO_VERSION, BlendedScores, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +17,10 @@ class Costs:
 
     With `Ns` and `Nt` parameters, a token (of prompt or completion) costs `8 Ns + 2 Nt` in on-policy distillation
     (student writes and learns, teacher reads), `8 Ns` in GRPO (no teacher) and `6 Ns + 2 Nt` in SFT on teacher text
-    (teacher writes, student learns); `2 Ns` more where token weights declare readings. Attention over long contexts,
-    shared prefixes and probes of an update are not counted (`opd.observability.roofline` counts the first two, and
-    needs the models' shapes for it). `teacher_writes`: what the student did not write, a teacher did (otherwise it
-    comes from a data set). `by_teacher` has the sizes of
+    (teacher writes, student learns); `2 Ns` more where token weights declare readings, and `2 Nt` more where the
+    teacher took part in a blend. Attention over long contexts, shared prefixes and probes of an update are not counted
+    (`opd.observability.roofline` counts the first two, and needs the models' shapes for it). `teacher_writes`: what the
+    student did not write, a teacher did (otherwise it comes from a data set). `by_teacher` has the sizes of
     several teachers by name. Example: `Costs(student_params=310_000, teacher_params=620_000, teacher_writes=False,
     teacher_reads=True)`.
     """
@@ -45,7 +45,8 @@ class StepTokens:
     """Tokens of one step: `prompt` and `completion` as they were trained on, `generated` = completion tokens that a
     model of this run generated (not those of a data set), `student` = those of both in text that the student
     generated, `scored` = all the teacher read (its own context included), `learned` = all that went through the
-    learner, `trained` = those with a loss, `read` = all that went through the student before, to be weighed.
+    learner, `trained` = those with a loss, `read` = all that went through the student before, to be weighed,
+    `blended` = those of `student` that a teacher computed beside it.
     """
 
     prompt: int
@@ -56,6 +57,7 @@ class StepTokens:
     learned: int
     trained: int
     read: int = 0
+    blended: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,7 @@ def step_tokens(record: StepRecord, costs: Costs) -> StepTokens:
         learned=record.report.tokens,
         trained=record.report.trained_tokens,
         read=record.read_tokens,
+        blended=sum(len(t.prompt.student_ids) + len(t) for t in own if isinstance(t.behavior, BlendedScores)),
     )
 
 
@@ -135,7 +138,7 @@ def step_flops(tokens: StepTokens, costs: Costs) -> float:
     by_teacher = (tokens.prompt + tokens.completion - tokens.student) * costs.teacher_writes
     return float(
         FORWARD * (costs.student_params * tokens.student + costs.teacher_params * by_teacher)
-        + FORWARD * (costs.teacher_params * tokens.scored + costs.student_params * tokens.read)
+        + FORWARD * (costs.teacher_params * (tokens.scored + tokens.blended) + costs.student_params * tokens.read)
         + TRAIN * costs.student_params * tokens.learned
     )
 

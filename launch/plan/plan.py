@@ -14,6 +14,7 @@ from launch.config.run_config import DEFAULT, RunConfig
 from launch.inputs.prompt_files import read_rows
 from launch.plan.checks.answers import check_answers
 from launch.plan.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
+from launch.plan.checks.blends import check_blends, check_one_context, inner_teacher
 from launch.plan.checks.devices import gpus, resolved, undecided
 from launch.plan.checks.ends import text_ends
 from launch.plan.checks.models import hidden_width, parameter_count, vocabulary_rows
@@ -88,9 +89,11 @@ class Plan:
         automatic = HOST_CHUNK if learner.device is Device.CPU else DEVICE_CHUNK
         block = 4 * vocabulary * (learner.head_chunk or learner.tokens_per_microbatch)
         block = block if learner.head_chunk else min(block, automatic)
+        inner = inner_teacher(config)
+        inside = self.teacher_params[inner.name] if inner else 0
         cache = config.student.kv_cache_bytes or CPU_KV_CACHE_BYTES * (config.student.device is Device.CPU)
         return {
-            "rollout actor": self.student_params * width + cache,
+            "rollout actor": (self.student_params + inside) * width + cache,
             **{_role(name): params * width for name, params in self.teacher_params.items()},
             "learner rank": int(self.student_params * each) + 4 * block + heads,
         }
@@ -155,6 +158,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_names(config)
     check_numbers(config)
     check_checkpoint(config.student.path, "student")
+    check_blends(config)
     exact_kl = check_teachers(config)
     student = check_student(config)
     teachers = {name: check_teacher(config, name) for name in config.teachers}
@@ -173,6 +177,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_contexts(config, teachers, longest, training, held_out)
     check_ids([student, *teachers.values()], training, held_out)
     check_shares(config, training)
+    check_one_context(config, training)
     notes = check_tasks(config, training, held_out)
     answers = check_answers(config, sources, held_out)
     check_routes(config, sources, training, held_out)

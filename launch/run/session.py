@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.config import StudentConfig
+from actors.config import InnerTeacher, StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from launch.artifacts.checkpoint_state import LEARNER
 from launch.config.settings import ClusterConfig
 from launch.inputs.graders import RunGrader, make_grader
 from launch.inputs.own_environment import OwnEnvironment
+from launch.plan.checks.blends import inner_teacher
 from launch.plan.checks.devices import (
     ENGINE,
     LEARNER_RANK,
@@ -115,7 +116,7 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None) -> Session:
     actors = Actors(config.cluster, roles(config), stacks)
     student = StudentPool(
         config.cluster.retry_policy(config.student.deadline_s),
-        partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends),
+        partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends, inner_teacher(config)),
         stack_dump=actors.stack_dump,
         rows=vocabulary_rows(config.student.path),
     )
@@ -173,9 +174,16 @@ async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence
     return dict(zip(actors, places, strict=True))
 
 
-def _engine(actors: Actors, role: ActorRole, config: StudentConfig, seed: int, ends: Sequence[int]) -> Any:
+def _engine(
+    actors: Actors,
+    role: ActorRole,
+    config: StudentConfig,
+    seed: int,
+    ends: Sequence[int],
+    inner: InnerTeacher | None = None,
+) -> Any:
     environment = engine_environment(config.device)
-    return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, concurrency=CALLS)
+    return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, inner, concurrency=CALLS)
 
 
 def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:

@@ -26,6 +26,7 @@ from opd.ports import (
     TopK,
     WeightAck,
 )
+from opd.rollouts.trust_region import blended
 from opd.types import RemoteRows, Scores, StopReason, TokenScores
 from opd.types.prompt_rows import PromptText
 
@@ -85,7 +86,18 @@ class _Generator:
         texts = [(r.context_ids, completions[r.prompt_id][r.sample]) for r in requests]
         with torch.no_grad():
             rows = self.model.logprobs(texts)
+            rows = [self._blended(r, x, text) for r, x, text in zip(requests, rows, texts, strict=True)]
         return [self._complete(r, x, token_ids) for r, x, (_, token_ids) in zip(requests, rows, texts, strict=True)]
+
+    def _blended(
+        self, request: GenerateRequest, logprobs: Float[Tensor, "T V"], text: tuple[np.ndarray, np.ndarray]
+    ) -> Float[Tensor, "T V"]:
+        """Logits whose softmax at the request's temperature is the blend that it asks for."""
+        if request.blend is None:
+            return logprobs
+        (teacher,) = self.world.teachers[request.blend.teacher].logprobs([text])
+        temperature, budget = request.sampling.temperature, logprobs.new_full(logprobs.shape[:1], request.blend.budget)
+        return (blended(logprobs / temperature, teacher / temperature, budget).logprobs * temperature).to(logprobs)
 
     def _complete(self, request: GenerateRequest, logprobs: Float[Tensor, "T V"], token_ids: np.ndarray) -> Completion:
         logprobs = sampled(logprobs, request.sampling)

@@ -32,7 +32,9 @@ class Rollout(Protocol):
 
     @property
     def on_policy(self) -> bool:
-        """Whether every trained token was sampled from the student (of this or a recent version)."""
+        """Whether every trained token was sampled from the student (of this or a recent version), or from a
+        distribution around it whose log-probabilities `behavior` has, so that estimates weight with p / behavior.
+        """
         ...
 
     @property

@@ -28,6 +28,7 @@ class Outside(Enum):
     RENORMALIZED = "renormalized"  # forgotten: both distributions are conditioned on the support
     BUCKET = "bucket"  # merged into one outcome
     NOTHING = "nothing"  # left as they are, without signal: the stop-gradient form (reverse KL only)
+    PER_MASS = "per mass"  # as NOTHING, divided by the student's detached mass on the support (reverse KL only)
 
 
 def conditioned(logprobs: Tensor, members: Bool[Tensor, "n V"]) -> Tensor:
@@ -54,6 +55,9 @@ def on_support(of: Direction, p: Tensor, q: Tensor, members: Bool[Tensor, "n V"]
             return head + of.between(outside_mass(p, members)[:, None], outside_mass(q, members)[:, None])
         case Outside.NOTHING:
             return torch.where(members, p.exp() * of.slope(p.detach(), q), torch.zeros_like(p)).sum(-1)
+        case Outside.PER_MASS:
+            mass = (p.detach().exp() * members).sum(-1).clamp(min=torch.finfo(p.dtype).tiny)  # no member: 0 of it
+            return on_support(of, p, q, members, Outside.NOTHING) / mass
 
 
 def promised(direction: exact.Promise, support: exact.Support, outside: Outside) -> exact.Promise:
@@ -65,15 +69,17 @@ def promised(direction: exact.Promise, support: exact.Support, outside: Outside)
             return exact.Coarsened(of=direction, support=support)
         case Outside.NOTHING:
             return exact.Truncated(of=exact.GeneralizedReverseKL(), support=support)
+        case Outside.PER_MASS:
+            return exact.PerMass(of=promised(direction, support, Outside.NOTHING), support=support)
 
 
 def refuse_nothing(part: Any, of: Direction) -> None:
     """Refusal of a direction that is summed over a part of the vocabulary and is no divergence there."""
-    if part.outside is Outside.NOTHING and not isinstance(of.promise, exact.ReverseKL):
+    if part.outside in (Outside.NOTHING, Outside.PER_MASS) and not isinstance(of.promise, exact.ReverseKL):
         raise ConfigurationError(
-            f"objective {type(part).__name__} needs outside=RENORMALIZED or BUCKET, got NOTHING: summed over a part of "
-            f"the vocabulary, {type(of).__name__} is no divergence (only the reverse KL has a stop-gradient form); "
-            "choose BUCKET"
+            f"objective {type(part).__name__} needs outside=RENORMALIZED or BUCKET, got {part.outside.name}: summed "
+            f"over a part of the vocabulary, {type(of).__name__} is no divergence (only the reverse KL has a "
+            "stop-gradient form); choose BUCKET"
         )
 
 
@@ -104,7 +110,9 @@ class SupportDivergence:
     Direction: `of`. Support: `support`, by default the union of both top-16. `outside` is the treatment of the rest.
     Fully differentiated; which ids are members is not. With NOTHING, which the reverse KL alone allows, the log-ratio
     is detached and the gradient flows through the student's probabilities (Many Faces, arXiv 2605.11182 eq. 12): that
-    of the generalized reverse KL on the support.
+    of the generalized reverse KL on the support. PER_MASS divides that by the student's mass on the support: the
+    released code of Rethinking OPD (arXiv 2604.13016, `opd.objectives.topk.WeightedReverseKL`) on a support of the
+    learner's choice, for texts that another distribution than the student's was sampled for (TRB, arXiv 2605.31159).
     """
 
     consumes: ClassVar[type[Scores]] = VocabularyScores

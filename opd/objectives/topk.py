@@ -55,14 +55,15 @@ class _OnScoredSupport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class TopKDivergence(_OnScoredSupport):
-    """Any direction on the scorer's top-k S, with one of three treatments of the ids outside it.
+    """Any direction on the scorer's top-k S, with one of four treatments of the ids outside it.
 
     Direction: `of`. Support: S. BUCKET: both distributions coarsened to S and one bucket for everything else, a lower
     bound of the whole divergence; what happens inside the bucket gets no signal. RENORMALIZED: both conditioned on S;
     the mass on S gets no signal either, so a student can satisfy it and still be far from its teacher, and with one id
     it is always 0. Both fully differentiated. NOTHING, which the reverse KL alone allows, is `sum_S p sg(log p -
     log q)` with probabilities of the full softmax (Many Faces, arXiv 2605.11182 eq. 12): gradient `sum_S p l grad
-    log p`, that of `GeneralizedReverseKL`; outside S no signal.
+    log p`, that of `GeneralizedReverseKL`; outside S no signal. PER_MASS divides that by the student's mass on S, which
+    is `WeightedReverseKL`.
     """
 
     # direction of the divergence
@@ -92,6 +93,9 @@ class TopKDivergence(_OnScoredSupport):
                 return self.of.between(p.log_softmax(-1), q.log_softmax(-1))
             case Outside.NOTHING:
                 return (p.exp() * self.of.slope(p.detach(), q)).sum(-1)
+            case Outside.PER_MASS:
+                weights = (p - p.detach().logsumexp(-1, keepdim=True)).exp()
+                return (weights * self.of.slope(p.detach(), q)).sum(-1)
             case Outside.BUCKET:
                 head = self.of.between(p, q)
                 if p.shape[-1] == student.logits.shape[-1]:  # nothing is left for a bucket

@@ -12,6 +12,7 @@ class Role(Enum):
 
     STUDENT = "student"  # `Engines.student` generates
     READER = "reading teacher"  # `Engines.teachers` gives log-probabilities of given tokens
+    BLENDED = "teacher inside the student's engine"  # `Engines.student` also writes blends with it (`TeacherBlend`)
     WRITER = "writing teacher"  # `Engines.writers` generates tokens of the student's tokenizer
     TEXT_TEACHER = "text-only teacher"  # one that gives text and nothing else, with a tokenizer of its own
     GRADER = "grader"  # `Engines.graders` gives a finished completion its reward

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from opd.ports.score_kinds import ScoreKind
-from opd.settings.ranges import In, Temperature, Tokens, TopP
+from opd.settings.ranges import In, Names, Temperature, Tokens, TopP, TrustRegion
 from opd.settings.validation import settings
 from opd.types import Scores, StopReason, TokenScores
 
@@ -28,13 +28,35 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class TeacherBlend:
+    """Blend of the student with a teacher that its engine holds, within a KL trust region at every token.
+
+    Tokens are sampled from the distribution nearest to `teacher` among those at most `budget` nats away from the
+    student, which reads the same context (`opd.rollouts.trust_region.blended`). Both distributions are those at the
+    request's temperature; greedy writing and `top_p` < 1 leave no trust region and are refused.
+    Example: `TeacherBlend(teacher="default", budget=0.02)`.
+    """
+
+    # name of the teacher, which the engine must hold
+    teacher: Names
+    # largest KL(blend||student) of a token's distribution; 0 is the student
+    budget: TrustRegion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One completion to sample. `(prompt_id, sample)` and the policy version seed it, never the placement."""
+    """One completion to sample. `(prompt_id, sample)` and the policy version seed it, never the placement.
+
+    With a `blend`, which only an engine of `opd.ports.Role.BLENDED` can sample from, the completion's `behavior` has
+    log-probabilities of the blend; without, the request is the same as if no teacher were there.
+    """
 
     prompt_id: str
     sample: int
     context_ids: Int32[np.ndarray, " P"]
     sampling: Sampling
+    blend: TeacherBlend | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from opd.ports import Context, GenerateRequest, Need, Sampling, needs_of
+from opd.ports import Context, GenerateRequest, Need, needs_of
 from opd.rollouts.mixed import RolloutLimit
 from opd.rollouts.seeds import heads
 from opd.rollouts.student import StudentRollout, trajectory
@@ -56,10 +56,7 @@ class GuidedRollout:
         return heads(self.seed, f"{prompt_id}\x1f{sample}", self.fraction)
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
-        own = self.student
-        sampling = Sampling(
-            max_tokens=own.max_tokens, temperature=own.temperature, top_p=own.top_p, topk=own.record_topk
-        )
+        sampling = self.student.sampling
         requests = [
             GenerateRequest(
                 prompt_id=p.id,

@@ -7,16 +7,22 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from opd.errors import ConfigurationError
-from opd.ports import Completion, Context, GenerateRequest, Need, Role, Sampling, TextEngine
+from opd.ports import Completion, Context, GenerateRequest, Need, Role, Sampling, TeacherBlend, TextEngine
 from opd.settings.ranges import AtMost, In, Temperature, Tokens, TopP
 from opd.settings.validation import settings
 from opd.types import NO_VERSION, Prompt, TokenScores, TopKScores, Trajectory
 
 
-def _requests(group: Sequence[Prompt], sampling: Sampling, *, as_teacher: bool) -> list[GenerateRequest]:
+def _requests(
+    group: Sequence[Prompt], sampling: Sampling, blend: TeacherBlend | None, *, as_teacher: bool
+) -> list[GenerateRequest]:
     return [
         GenerateRequest(
-            prompt_id=p.id, sample=i, context_ids=p.teacher_ids if as_teacher else p.student_ids, sampling=sampling
+            prompt_id=p.id,
+            sample=i,
+            context_ids=p.teacher_ids if as_teacher else p.student_ids,
+            sampling=sampling,
+            blend=blend,
         )
         for i, p in enumerate(group)
     ]
@@ -37,13 +43,18 @@ def trajectory(prompt: Prompt, sample: int, completion: Completion) -> Trajector
 
 
 async def generate(
-    group: Sequence[Prompt], engine: TextEngine, sampling: Sampling, *, as_teacher: bool = False
+    group: Sequence[Prompt],
+    engine: TextEngine,
+    sampling: Sampling,
+    *,
+    as_teacher: bool = False,
+    blend: TeacherBlend | None = None,
 ) -> list[Trajectory]:
     """One trajectory per prompt; a prompt that is n times in the group gets n different samples.
 
     `as_teacher`: from the teacher's context, which a privileged teacher needs.
     """
-    completions = await engine.generate(_requests(group, sampling, as_teacher=as_teacher))
+    completions = await engine.generate(_requests(group, sampling, blend, as_teacher=as_teacher))
     if as_teacher:  # no learner has published a teacher's weights
         completions = [replace(c, digests={}) for c in completions]
     return [trajectory(p, i, c) for i, (p, c) in enumerate(zip(group, completions, strict=True))]
@@ -87,14 +98,15 @@ class StudentRollout:
     def truncated(self) -> bool:
         return self.top_p < 1 or self.temperature == 0
 
-    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
-        sampling = Sampling(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            topk=self.record_topk,
+    @property
+    def sampling(self) -> Sampling:
+        """Settings of sampling that every request has."""
+        return Sampling(
+            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, topk=self.record_topk
         )
-        return await generate(group, context.student, sampling)
+
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        return await generate(group, context.student, self.sampling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,6 +124,8 @@ Deadline = Annotated[float, In(1, WEEK_S, because="it bounds a wait, and a wait 
 Temperature = Annotated[float, In(0.01, 100, or_zero=True, because="0 is greedy, 1 the model's own distribution")]
 TopP = Annotated[float, In(0.001, 1)]
 MemoryShare = Annotated[float, In(0.01, 1, because="it is a share of the whole device")]
+TrustRegion = Annotated[float, In(0, 1e6, because="nats of a KL divergence: 0 is the student, a million any teacher")]
+OptionalName = Annotated[str, Matches(r"[^\x00-\x1f]{0,200}", "of one line (up to 200 characters)")]
 Names = Annotated[str, Matches(r"[^\s\x00-\x1f][^\x00-\x1f]{0,199}", "of one line (1 to 200 characters)")]
 RunName = Annotated[
     str,

@@ -11,6 +11,7 @@ from opd.types.remote_rows import Fetch, RemoteRows
 from opd.types.scores import (
     AdvantageScores,
     Array,
+    BlendedScores,
     CreditScores,
     EnsembleScores,
     EvidenceScores,
@@ -29,6 +30,7 @@ __all__ = [
     "AdvantageScores",
     "Array",
     "Batch",
+    "BlendedScores",
     "CreditScores",
     "EnsembleScores",
     "EvidenceScores",

@@ -88,6 +88,11 @@ class TokenScores(Scores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlendedScores(TokenScores):
+    """Log-probability of the sampled token under a blend of the student with a teacher, which both computed it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopKScores(TokenScores):
     """Log-probabilities on a small support per token, under the *full* softmax.
 

@@ -36,8 +36,8 @@ class Survey:
 
     `longest` and `longest_for_teacher` are tokens with their place, `highest` the largest id of a token, `teachers` and
     `tasks` say where each is first asked for, `first_of` has each task's first prompt, `unanswered_of` the place of its
-    first without an answer, `ids` are the prompts' own, `texts` digests of what the student reads. `total` counts what
-    there is (0: without end, and these are a sample).
+    first without an answer, `privileged` are read otherwise by the teacher, `ids` are the prompts' own, `texts` digests
+    of what the student reads. `total` counts what there is (0: without end, and these are a sample).
     """
 
     seen: int
@@ -55,6 +55,7 @@ class Survey:
     unknown: Kind
     special: Kind
     repeated: Kind
+    privileged: Kind
     ids: frozenset[str] = field(repr=False)
     texts: frozenset[int] = field(repr=False)
 
@@ -68,7 +69,7 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
     tasks: dict[str, str] = {}
     first_of: dict[str, Prompt] = {}
     unanswered_of: dict[str, str] = {}
-    chats = unanswered = unknown = marked = repeated = Kind()
+    chats = unanswered = unknown = marked = repeated = privileged = Kind()
     ids: set[str] = set()
     texts: set[int] = set()
     for row, prompt in found:
@@ -94,6 +95,8 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
         if digest in texts:
             repeated = repeated.and_at(where)
         texts.add(digest)
+        if not np.array_equal(prompt.student_ids, prompt.teacher_ids):
+            privileged = privileged.and_at(where)
         ids.add(prompt.id)
     assert first is not None  # a source without a row has been refused
     return Survey(
@@ -112,6 +115,7 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
         unknown=unknown,
         special=marked,
         repeated=repeated,
+        privileged=privileged,
         ids=frozenset(ids),
         texts=frozenset(texts),
     )

@@ -22,12 +22,18 @@ START = [  # a term that asks the student as it was at the start
     "+method.terms.again={scorer: {_target_: opd.scorers.ensemble.Ensemble, shares: {start: 1.0}, reader: "
     "{_target_: opd.scorers.teacher.SampledTokens}}, objective: {_target_: opd.objectives.sampled.Likelihood}}",
 ]
+# drafts that are written within the student's engine, and rewritten by a teacher that writes
+BLENDS = [
+    "~method.rollout.student",
+    "+method.rollout.student={_target_: opd.rollouts.blended.BlendedRollout, teacher: default, "
+    "student: {_target_: opd.rollouts.student.StudentRollout, max_tokens: 77}}",
+]
 
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[tuple[Session, asyncio.Runner]]:
-    """All actors, with a teacher that can also write, and the student as it was at the start."""
-    plan = make_plan(run_config([*SMALL, "method=sft", *START]))
+    """All actors, with a teacher that can also write, one in the student's engine, and the student of the start."""
+    plan = make_plan(run_config([*SMALL, "method=trd", *START, *BLENDS]))
     with connected(plan.config.cluster), asyncio.Runner() as runner:
         opened = runner.run(open_session(plan))
         yield opened, runner
@@ -70,6 +76,7 @@ def test_a_method_trains(name: str, session: tuple[Session, asyncio.Runner]) -> 
         assert versions <= ({NO_VERSION} if name == "sft" else {NO_VERSION, 1})
     if not name.startswith("grpo") and name != "sft":
         assert records[0].report.grad_norm > 0
+    own = Need(Role.BLENDED) not in needs_of(rollout)
     told = config.method.scorer.produces is not Scores  # of text without scores no ratio is reported
-    if told and not name.startswith("grpo") and rollout.on_policy and getattr(rollout, "top_p", 1.0) == 1:
+    if told and not name.startswith("grpo") and own and rollout.on_policy and getattr(rollout, "top_p", 1.0) == 1:
         assert records[0].report.metrics["ratio"] == pytest.approx(1, abs=1e-3)

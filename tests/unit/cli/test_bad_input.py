@@ -129,6 +129,36 @@ def test_a_differently_padded_teacher_is_refused_for_full_vocabularies_only(teac
     assert not plan.exact_kl
 
 
+def test_a_teacher_that_cannot_stand_inside_the_student_s_engine_is_refused(teacher: Path) -> None:
+    url = ("teacher.backend=HTTP", "teacher.url=http://127.0.0.1:9")
+    start = f"teachers.start.path={SHOP / 'student'}"
+    for overrides, reason in (
+        (url, r"weights beside the student's, but teacher\.backend=HTTP is a server elsewhere; choose TORCH or VLLM"),
+        ((start,), r"holds a single teacher, but this may be any of \['default', 'start'\]; set .*teacher=default"),
+        (("method.rollout.teacher=other",), r"holds teacher 'other', but the run has \['default'\]; name one of tho"),
+        (("teacher.mixup=0.5",), r"a teacher that stays as it is, but teacher\.mixup=0\.5 lets it follow"),
+    ):
+        assert re.search(rf"method trb writes blends .*{reason}", planned("method=trb", *overrides)), overrides
+    pad_vocabulary(teacher, 32)
+    padded = r"equal vocabularies of logits, but the student's output has 64 rows and the teacher's 96 \(padded"
+    assert re.search(padded, planned("method=trb", f"teacher.path={teacher}"))
+    assert make_plan(run_config(["experiment=shop", "method=trb", "method.rollout.budget=0.0", *url])), "asks for none"
+    plan, plain = (make_plan(run_config(["experiment=shop", f"method={m}"])) for m in ("trb", "many_faces"))
+    more = plan.memory_bytes()["rollout actor"] - plain.memory_bytes()["rollout actor"]
+    assert more == plan.memory_bytes()["teacher actor"], "the engine holds both"
+
+
+def test_prompts_that_the_teacher_reads_otherwise_are_refused_for_blends(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "has 2 1 ; Mon buys 4 ?", "answer": "6"}) + "\n")
+    files = ["prompts=dataset", f"prompts.path={rows}", "prompts.prompt_column=question", "prompts.prompts_per_step=1"]
+    told = [*files, "prompts.answer_column=answer", "prompts.task=shop", "prompts.teacher_template='{prompt} {answer}'"]
+    found = planned("method=trb", *told)
+    assert re.search(
+        r"trb needs prompts that student and teacher read alike.*rows\.jsonl line 1 they differ; le", found
+    )
+
+
 def test_a_prompt_longer_than_the_context_is_named() -> None:
     assert re.search(r"prompt 'shop/\d+/\d+' has \d+ tokens.*max_model_len", planned("student.max_model_len=90"))
 

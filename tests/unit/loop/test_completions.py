@@ -30,6 +30,11 @@ def output(tokens: int, spans: Spans | None) -> Any:
     return SimpleNamespace(outputs=[one])
 
 
+ASKED = GenerateRequest(
+    prompt_id="p", sample=0, context_ids=np.ones(1, dtype=np.int32), sampling=Sampling(max_tokens=4)
+)
+
+
 @pytest.mark.parametrize(
     ("spans", "versions", "digests"),
     [
@@ -40,14 +45,14 @@ def output(tokens: int, spans: Spans | None) -> Any:
     ],
 )
 def test_every_token_has_the_version_of_its_span(spans: Spans, versions: list[int], digests: dict[int, str]) -> None:
-    made = _completion(output(4, spans), Sampling(max_tokens=4))
+    made = _completion(output(4, spans), ASKED)
     assert made.versions.tolist() == versions and made.digests == digests
 
 
 @pytest.mark.parametrize("spans", [None, [], [(0, 3, "3:aa")], [(1, 4, "3:aa")], [(0, 1, "3:aa"), (2, 4, "4:bb")]])
 def test_tokens_without_a_version_are_refused(spans: Spans | None) -> None:
     with pytest.raises(DataError, match=r"vLLM wrote 4 tokens but says only of the first [013] which weights"):
-        _completion(output(4, spans), Sampling(max_tokens=4))
+        _completion(output(4, spans), ASKED)
 
 
 ROWS, TOKENS, K = 11, 7, 3

@@ -66,7 +66,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("tail_bucket_forward_kl", "renormalized_forward_kl"), "forward_kl"),
     "tail_bucket_jensen_shannon": "support_divergence",
     "union_forward_kl": f"support_divergence {CHOSEN}",
-    **dict.fromkeys(("many_faces", "union_reverse_kl", "intersection_reverse_kl"), f"support_kl {CHOSEN}"),
+    **dict.fromkeys(("many_faces", "trb", "union_reverse_kl", "intersection_reverse_kl"), f"support_kl {CHOSEN}"),
     "eopd": f"uncertain_share {CHOSEN}",
     "lgr": "reverse_kl credit credited_share",
     "minillm": "reverse_kl return",

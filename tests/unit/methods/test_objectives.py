@@ -57,10 +57,11 @@ from opd.types import (
 V = 7
 SEEDS = range(3)
 HEAD_TAIL = HeadTailDivergence(of=FullReverseKL())
-BUCKETED, RENORMALIZED, STOPPED = (
+BUCKETED, RENORMALIZED, STOPPED, PER_MASS = (
     TopKDivergence(of=FullReverseKL(), outside=outside)
-    for outside in (Outside.BUCKET, Outside.RENORMALIZED, Outside.NOTHING)
+    for outside in (Outside.BUCKET, Outside.RENORMALIZED, Outside.NOTHING, Outside.PER_MASS)
 )
+OF_STOPPED = (Outside.NOTHING, Outside.PER_MASS)
 BASELINED, TOPK_BASELINED = (
     SampledDivergence(of=FullReverseKL(), baseline=baseline) for baseline in (Baseline.VOCABULARY, Baseline.TOPK)
 )
@@ -224,6 +225,13 @@ class Claim:
         return str(self.objective)
 
 
+def per_mass(w: World) -> Tensor:
+    """Reverse KL on the student's top 3, its log-ratio and its mass there held constant."""
+    p, q = w.z.softmax(-1), w.q
+    top = w.z.detach().topk(3).indices
+    return (p * (p.log() - q).detach())[top].sum() / p.detach()[top].sum()
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(objective=SampledReverseKL(), exact=reverse_kl, stale=False, value="reverse_kl"),
     Claim(objective=SampledReverseKL(), exact=published_signal),
@@ -247,6 +255,8 @@ CLAIMS += tuple(
         BASELINED: reverse_kl,
         TOPK_BASELINED: reverse_kl,
         STOPPED: promised(STOPPED),
+        PER_MASS: promised(WeightedReverseKL()),
+        SupportDivergence(of=FullReverseKL(), support=promises.StudentTop(k=3), outside=Outside.PER_MASS): per_mass,
         GeneralizedReverseKL(): promised(GeneralizedReverseKL()),
         WeightedReverseKL(): promised(WeightedReverseKL()),
         SkewedReverseKL(): promised(SkewedReverseKL()),
@@ -616,8 +626,9 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
             found[f"{name}_{bucket}"] = found[name] if start <= DEPTHS_OF_ROWS[i] < stop else float("nan")
     for name in found.keys() & {*OVERLAP, "support_overlap", "support_token_advantage"}:
         found[name] = found[name] if DEPTHS_OF_ROWS[i] % 4 == 0 else float("nan")
-    if getattr(objective, "outside", None) is Outside.NOTHING:
-        found["support_kl"] = sum(p[v] * log(p[v] / q[v]) for v in members)
+    if getattr(objective, "outside", None) in OF_STOPPED:
+        mass = sum(p[v] for v in members) if objective.outside is Outside.PER_MASS else 1.0
+        found["support_kl"] = sum(p[v] * log(p[v] / q[v]) for v in members) / mass
     if not isinstance(batch.scores, VocabularyScores):
         found.update(reverse_kl=estimate(objective, p, q, mu, members, y), forward_kl=float("inf"))
     return found
@@ -636,7 +647,7 @@ def estimate(objective: Any, p: list[float], q: list[float], mu: list[float], me
     match of:
         case HeadTailDivergence() | MiniLLM():
             return head + (0.0 if y in members else p[y] / mu[y] * log(p[y] / q[y]))
-        case WeightedReverseKL():
+        case WeightedReverseKL() | TopKDivergence(outside=Outside.PER_MASS):
             return head / mass
         case TopKDivergence(outside=Outside.NOTHING):
             return head
@@ -670,9 +681,7 @@ def test_every_metric_of_every_objective_is_its_definition(objective: Any) -> No
 
 ESTIMATES = (EvidenceReverseKL, Likelihood, MonteCarloDivergence, WeightedReverseKL)
 COMPARED = tuple(
-    o
-    for o in EVERY
-    if not (o.on_policy or isinstance(o, ESTIMATES)) and getattr(o, "outside", None) is not Outside.NOTHING
+    o for o in EVERY if not (o.on_policy or isinstance(o, ESTIMATES)) and getattr(o, "outside", None) not in OF_STOPPED
 )
 
 
@@ -728,7 +737,7 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return -of.advantage * ratio * (float(p.exp()[y]) < of.below)
         case Likelihood():
             return -float(p[y])
-        case WeightedReverseKL():
+        case WeightedReverseKL() | TopKDivergence(outside=Outside.PER_MASS):
             return part / float(p.exp()[members].sum())
         case TopKDivergence(outside=Outside.NOTHING):
             return part
@@ -736,7 +745,7 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
 
 
 @pytest.mark.parametrize(
-    "objective", [o for o in EVERY if o.on_policy or isinstance(o, ESTIMATES) or o == STOPPED], ids=str
+    "objective", [o for o in EVERY if o.on_policy or isinstance(o, ESTIMATES) or o in (STOPPED, PER_MASS)], ids=str
 )
 def test_the_loss_of_an_estimate_is_its_formula(objective: Any) -> None:
     """A run reports it, and it decides what is not finite."""
@@ -928,8 +937,10 @@ def test_a_slope_is_the_derivative_of_the_sum_and_zero_where_student_and_teacher
 
 def test_a_sum_over_a_part_of_the_vocabulary_is_refused_where_it_is_no_divergence() -> None:
     for part, given in ((TopKDivergence, DIRECTIONS[1:2]), (SupportDivergence, DIRECTIONS[1:2]), (EntropyAwareKL, ())):
-        with pytest.raises(ConfigurationError, match=rf"{part.__name__} needs outside=RENORMALIZED or BUCKET, got NO"):
-            part(**({"of": given[0]} if given else {}), outside=Outside.NOTHING)
+        for form in OF_STOPPED:
+            said = rf"{part.__name__} needs outside=RENORMALIZED or BUCKET, got {form.name}: summed"
+            with pytest.raises(ConfigurationError, match=said):
+                part(**({"of": given[0]} if given else {}), outside=form)
 
 
 @pytest.mark.parametrize("part", [part for part in EVERY if getattr(part, "limits", ())], ids=str)

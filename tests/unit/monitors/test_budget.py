@@ -1,6 +1,7 @@
 """A run ends at the first step that has spent its amount, and evaluations are spread over what it may spend."""
 
 import asyncio
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -11,11 +12,11 @@ from launch.artifacts.spending import Unit, spending
 from launch.checkpoint.step_end import BudgetSpent, until_spent
 from launch.config.budget import StopAfter
 from launch.config.run_config import run_config
-from launch.monitors.accounting import Costs, Totals, step_tokens
+from launch.monitors.accounting import Costs, Totals, step_flops, step_tokens
 from launch.monitors.progress import Progress
 from launch.services.signals import StopRequest
 from opd.errors import ConfigurationError, DataError
-from opd.types import NO_VERSION
+from opd.types import NO_VERSION, BlendedScores
 from tests.unit.checkpoint.test_endings import Saves, boundary
 from tests.unit.checkpoint.test_endings import record as ended
 from tests.unit.monitors.test_metrics import record, said, scored
@@ -94,6 +95,19 @@ def test_tokens_of_a_data_set_were_not_generated(version: int, teacher_writes: b
     assert tokens.generated == generated and tokens.learned == 14
     metrics = Totals().plus(tokens, costs(teacher_writes=teacher_writes)).as_metrics()
     assert spending(metrics, Unit.TOKENS) == generated + 14
+
+
+def test_the_teacher_s_part_of_a_blend_counts() -> None:
+    """By what was blended: after the budget is spent the student writes alone."""
+    alone, blend = (
+        record(replace(text, trajectory=replace(text.trajectory, behavior=behavior)), step=1)
+        for text in [scored(10, 0, said(10))]
+        for behavior in (text.trajectory.behavior, BlendedScores(logprobs=said(10).logprobs))
+    )
+    both = [step_tokens(step, costs(teacher_writes=False)) for step in (alone, blend)]
+    assert [tokens.blended for tokens in both] == [0, both[0].student] and both[0].student == 14
+    less, more = (step_flops(tokens, costs(teacher_writes=False)) for tokens in both)
+    assert more - less == 2 * 100 * 14
 
 
 def test_a_run_of_before_goes_on_counting_its_tokens() -> None:

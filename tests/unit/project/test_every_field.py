@@ -43,7 +43,7 @@ from opd.rollouts.contexts import PromptAlone
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.ensemble import ContextIds
 from opd.scorers.teacher import SampledTokens, TeacherHidden
-from opd.settings.ranges import AtMost, In
+from opd.settings.ranges import AtMost, In, Matches
 from opd.settings.validation import default_of, fields_of, parts_of
 from opd.token_weights.length import SkipTruncated
 from opd.token_weights.selection import ByReading, Teachability, TopFraction
@@ -89,6 +89,7 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),
     "share": (0.75, 1.0),
+    "budget": (0.0, 0.02, 3.0),
     "parameters": ("mlp", "attn"),
     "metric": ("loss", "reverse_kl"),
 }
@@ -137,6 +138,8 @@ def values(cls: type, name: str) -> list[Any]:
         if isinstance(mark, In):
             most = VOCABULARY if any(isinstance(m, AtMost) for m in marks) else mark.high
             return [*start, *(n for n in _numbers(base, mark, start) if n <= most)]
+    if any(isinstance(mark, Matches) and mark.allows(TEACHERS[1]) for mark in marks):
+        return [*start, TEACHERS[1]]  # a name
     if kind in PARTS:
         return [*start, *PARTS[kind]]
     raise AssertionError(f"say in this file what {cls.__name__}.{name} of type {base} may be")
@@ -215,7 +218,7 @@ class Recorder:
         raise NotImplementedError
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        self.asked += [(self.name, r.prompt_id, r.sampling, r.context_ids.tolist()) for r in requests]
+        self.asked += [(self.name, r.prompt_id, r.sampling, r.blend, r.context_ids.tolist()) for r in requests]
         n = [min(3, r.sampling.max_tokens) for r in requests]
         zeros = [np.zeros(i, dtype=np.float32) for i in n]
         return [
