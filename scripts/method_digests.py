@@ -18,6 +18,7 @@ from opd.types import (
     AdvantageScores,
     Batch,
     CreditScores,
+    DeviationScores,
     EvidenceScores,
     Scores,
     TokenLoss,
@@ -46,6 +47,8 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
         return CreditScores(logprobs=own, credit=credit)
     if kind is EvidenceScores:
         return EvidenceScores(logprobs=own, plain=own - credit)
+    if kind is DeviationScores:
+        return DeviationScores(logprobs=own, falls=credit.relu(), rises=(-credit).relu())
     return TokenScores(logprobs=own) if kind is TokenScores else Scores()
 
 

@@ -6,22 +6,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
-from opd.certify.engines import reward
+from opd.certify.engines import IdTokenizer, reward
 from opd.certify.enumeration import Enumeration
 from opd.certify.models import TinyModel
 from opd.types import (
     AdvantageScores,
     CreditScores,
+    DeviationScores,
     EvidenceScores,
+    Prompt,
     Scored,
     StopReason,
     TopKReturnScores,
     TopKScores,
 )
 
-Credit = list[Float[np.ndarray, " _T"]]
+Credit = list[Float[np.ndarray, "_T ..."]]
+"""Signed credit of every token of a text, or several numbers of each in a last axis."""
 
 
 def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
@@ -35,6 +38,8 @@ def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
             return [np.asarray(s.scores.credit, dtype=np.float64) for s in scored]
         case EvidenceScores():
             return [np.asarray(s.scores.logprobs - s.scores.plain, dtype=np.float64) for s in scored]
+        case DeviationScores():
+            return [np.stack([s.scores.falls, s.scores.rises], axis=-1).astype(np.float64) for s in scored]
     return None
 
 
@@ -50,10 +55,12 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
             return _lookaheads(enumeration, teachers)
         case EvidenceScores():
             return _evidence(enumeration, teachers)
+        case DeviationScores() if hasattr(scorer, "probes"):
+            return _deviations(enumeration, teachers)
     return None
 
 
-def credit_at_positions(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, " n"]:
+def credit_at_positions(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, "n ..."]:
     """Credit of every enumerated token: by definition, or else as the scorer gave it, or 0."""
     credit = credit_by_definition(enumeration, teachers) or scorer_credit(enumeration.scored)
     if credit is None:
@@ -104,6 +111,28 @@ def _evidence(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Cr
         own = torch.as_tensor(t.token_ids).long()[:, None]
         shown, plain = (model.logprobs([(ids, t.token_ids)])[0].gather(-1, own)[:, 0] for ids in contexts)
         made.append((shown - plain).detach().double().numpy())
+    return made
+
+
+def probed_contexts(scorer: Any, prompt: Prompt) -> list[Int32[np.ndarray, " Q"]]:
+    """Contexts in which a scorer that probes its teacher has it read a text again; of any other scorer none."""
+    known = {"{prompt}": " ".join(map(str, prompt.student_ids.tolist())), "{answer}": prompt.answer}
+    texts = list(getattr(scorer, "probes", {}).values())
+    for name, value in known.items():
+        texts = [text.replace(name, value) for text in texts]
+    return [IdTokenizer().encode(text) for text in texts]
+
+
+def _deviations(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """How far each sampled token's log-probability falls, and how far it rises, in any context that is probed."""
+    made = []
+    for text in (item.trajectory for item in enumeration.scored):
+        model, own = teachers[text.prompt.teacher], torch.as_tensor(text.token_ids).long()[:, None]
+        contexts = [text.prompt.teacher_ids, *probed_contexts(enumeration.scorer, text.prompt)]
+        rows = model.logprobs([(ids, text.token_ids) for ids in contexts])
+        plain, *others = (row.gather(-1, own)[:, 0].detach().double().numpy() for row in rows)
+        falls, rises = (np.max([sign * (other - plain) for other in others], axis=0) for sign in (-1, 1))
+        made.append(np.stack([np.maximum(falls, 0.0), np.maximum(rises, 0.0)], axis=-1))
     return made
 
 

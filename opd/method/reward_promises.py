@@ -42,6 +42,22 @@ class SignLogRatio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BeyondDeviation:
+    """-sum_v p sg(sign(d) max(|d| - relaxation * m, 0)), d = log q - log p; m is how far log q may move towards log p.
+
+    `credit` has two numbers of every id: how far the teacher's log-probability of it falls, and how far it rises.
+    """
+
+    relaxation: float
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        gap = states.teacher - states.student.detach()
+        falls, rises = states.credit.unbind(-1)
+        left = (gap.abs() - self.relaxation * torch.where(gap > 0, falls, rises)).clamp(min=0)
+        return _gain(states, torch.where(gap > 0, left, -left))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnlikelyMass:
     """Sum of p over the ids with p < `below`; which these are is held constant."""
 

@@ -116,6 +116,17 @@ class EvidenceScores(TokenScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviationScores(TokenScores):
+    """Log-probability of the sampled token by one teacher, and how far it falls and rises in other contexts (>= 0).
+
+    Example: `DeviationScores(logprobs=[-0.5], falls=[0.3], rises=[0.0])`.
+    """
+
+    falls: Float[Array, " T"]
+    rises: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopKReturnScores(TopKScores):
     """A support, and the return of every sampled token: the reward of the tokens after it.
 

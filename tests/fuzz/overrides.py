@@ -173,6 +173,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.objective(\.of)*\.coefficient", real(1e-9, 1e9)),
     (r"method\.objective(\.of)*\.(forward_weight|long_weight)", real(0, 1e6)),
     (r"method\.scorer\.threshold", real(0, 100)),
+    (r"method\.scorer\.probes", named(text(r"[^\x00]*"), 1)),
+    (r"method\.objective\.relaxation", real(0, 1e9)),
     (r"method\.objective\.weight", real(0, 1000)),
     (r"method\.objective(\.of)*\.threshold", real(-1e6, 1e6)),
     (r"method\.objective(\.of)*\.corrected", yes),

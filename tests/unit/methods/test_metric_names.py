@@ -11,6 +11,7 @@ from opd.objectives.reweighted import AtTemperature
 from opd.types import (
     AdvantageScores,
     CreditScores,
+    DeviationScores,
     EvidenceScores,
     Scores,
     TokenScores,
@@ -38,6 +39,7 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
     TokenScores: SAMPLED,
     AdvantageScores: SAMPLED,
     CreditScores: SAMPLED,
+    DeviationScores: SAMPLED,
     EvidenceScores: SAMPLED,
     TopKScores: SUPPORT,
     TopKReturnScores: SUPPORT,
@@ -48,6 +50,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
     **dict.fromkeys(("context_distillation", "trd"), ""),
     "opsd": "jsd",
+    "cal_opd": "reverse_kl discrepancy discrepancy_kept",
     "edge_opd": "reverse_kl evident_share",
     "sdpo": "support_divergence ratio_truncated",
     "sdft": "support_divergence ratio_truncated",

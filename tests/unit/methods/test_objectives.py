@@ -26,6 +26,8 @@ from opd.loss.metrics import diagnosed
 from opd.loss.packing import TokenMean, pack
 from opd.method import promises
 from opd.method.promises import States
+from opd.method.reward_promises import BeyondDeviation
+from opd.objectives.calibrated import CalibratedReverseKL
 from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
 from opd.objectives.evidence import EvidenceReverseKL
 from opd.objectives.montecarlo import MonteCarloDivergence, uniform
@@ -44,6 +46,7 @@ from opd.types import (
     AdvantageScores,
     Batch,
     CreditScores,
+    DeviationScores,
     EvidenceScores,
     HiddenScores,
     Scores,
@@ -90,6 +93,11 @@ def world(seed: int, k: int = 3, *, stale: bool = False, at_teacher: bool = Fals
     )
 
 
+def moved(advantages: Tensor) -> dict[str, Tensor]:
+    """How far a teacher's log-probabilities fall and rise, made of the one number per token that there is."""
+    return {"falls": advantages.relu(), "rises": 0.1 + (-advantages).relu()}
+
+
 def said(kind: type[Scores], w: World) -> Scores:
     """What an objective that consumes `kind` is told about the state, once per written token."""
     if issubclass(kind, TopKScores):
@@ -105,6 +113,8 @@ def said(kind: type[Scores], w: World) -> Scores:
         return CreditScores(logprobs=w.q, credit=w.advantages)
     if kind is EvidenceScores:
         return EvidenceScores(logprobs=w.q, plain=w.q - w.advantages)
+    if kind is DeviationScores:
+        return DeviationScores(logprobs=w.q, **moved(w.advantages))
     return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
 
 
@@ -203,7 +213,9 @@ def promised(objective: Any) -> Callable[[World], Tensor]:
     def exact(w: World) -> Tensor:
         members = torch.zeros(V, dtype=torch.bool)
         members[w.support] = True
-        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": w.advantages}
+        several = isinstance(objective.promise, BeyondDeviation)
+        credit = torch.stack([*moved(w.advantages).values()], -1) if several else w.advantages
+        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": credit}
         here = States(student=w.z.log_softmax(-1)[None], **{name: row[None] for name, row in rows.items()})
         return objective.promise(here).sum()
 
@@ -280,7 +292,19 @@ def unlikely(w: World) -> Tensor:
     return p[p < 0.1].sum() / 2
 
 
+def beyond(w: World) -> Tensor:
+    """The reward by hand, token by token: what is left of a gap without half of the teacher's own movement."""
+    p, total = w.z.softmax(-1), torch.zeros(())
+    for v in range(V):
+        gap, move = float(w.q[v] - p[v].detach().log()), {name: float(x[v]) for name, x in moved(w.advantages).items()}
+        left = max(gap - 0.5 * move["falls"], 0.0) if gap > 0 else min(gap + 0.5 * move["rises"], 0.0)
+        total = total - p[v] * left
+    return total
+
+
 CLAIMS += (
+    Claim(objective=CalibratedReverseKL(relaxation=0.5), exact=beyond),
+    Claim(objective=CalibratedReverseKL(relaxation=0.0), exact=reverse_kl),
     Claim(objective=ShapedReverseKL(shape=Clip(limit=0.7)), exact=gain(lambda d: d.clamp(-0.7, 0.7))),
     Claim(objective=ShapedReverseKL(shape=SignLog()), exact=gain(lambda d: d.sign() * (1 + d.abs()).log())),
     Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=0.2)), exact=lambda w: jsd(w, 0.2) / 0.8),
@@ -530,6 +554,8 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
         scores = VocabularyScores(**here, vocabulary_logprobs=q)
     elif kind is EvidenceScores:
         scores = EvidenceScores(**here, plain=here["logprobs"] - advantages[:, 0])
+    elif kind is DeviationScores:
+        scores = DeviationScores(**here, **moved(advantages[:, 0]))
     elif kind is AdvantageScores:
         scores = AdvantageScores(advantages=advantages[:, 0], rewards=advantages[:, 0])
     elif kind is CreditScores:
@@ -603,6 +629,10 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
     found["entropy_gap"] = abs(found["teacher_entropy"] - found["entropy"])
     found["uncertain_share"] = float(found["teacher_entropy"] > getattr(objective, "threshold", 0.0))
     found["unlikely_share"] = float(p[y] < getattr(objective, "below", 1.0))
+    if isinstance(objective, CalibratedReverseKL):
+        gap, (falls, rises) = log(q[y] / p[y]), (float(x[i]) for x in (batch.scores.falls, batch.scores.rises))
+        found["discrepancy"] = abs(gap)
+        found["discrepancy_kept"] = max(abs(gap) - objective.relaxation * (falls if gap > 0 else rises), 0.0)
     if isinstance(objective, ShapedReverseKL):
         reward = log(q[y] / p[y])
         changed = abs(float(objective.shape.reward(torch.tensor(reward).double())) - reward)
@@ -724,6 +754,9 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return -min(ratio * credit, min(max(ratio, 1 - of.clip_low), 1 + of.clip_high) * credit)
         case ShapedReverseKL():
             return -ratio * float(of.shape.reward((q - p)[y]))
+        case CalibratedReverseKL():
+            kept = max(abs(log_ratio) - of.relaxation * (0.1 + max(-credit, 0) if log_ratio > 0 else max(credit, 0)), 0)
+            return ratio * (kept if log_ratio > 0 else -kept)
         case FixedAdvantage():
             return -of.advantage * ratio * (float(p.exp()[y]) < of.below)
         case Likelihood():
@@ -949,7 +982,8 @@ def test_every_objective_keeps_the_promise_that_it_gives_also_with_a_stale_write
     w = world(1, stale=True)
     exact = gradient(promised(objective)(w), w)
     torch.testing.assert_close(expected_gradient(objective, w), exact, rtol=0, atol=1e-12)
-    at_theirs = MiniLLM | CreditedReverseKL | EvidenceReverseKL | AtTemperature | ImportanceWeighted | ShapedReverseKL
+    own = CreditedReverseKL | CalibratedReverseKL | ShapedReverseKL
+    at_theirs = MiniLLM | own | EvidenceReverseKL | AtTemperature | ImportanceWeighted
     tolerance = 1e-6 if isinstance(objective, at_theirs) else 1e-3  # the others are 1e-6 of a field away from theirs
     assert all(limit.tolerance == tolerance for limit in getattr(objective, "limits", ()))
 

@@ -89,6 +89,7 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),
     "share": (0.75, 1.0),
+    "probes": ({"right": "{prompt} 3"}, {"right": "{prompt} 3", "answer": "{answer}"}),
     "parameters": ("mlp", "attn"),
     "metric": ("loss", "reverse_kl"),
 }
