@@ -14,6 +14,7 @@ from opd.certify.models import TinyModel
 from opd.types import (
     AdvantageScores,
     CreditScores,
+    DeltaScores,
     DeviationScores,
     EvidenceScores,
     Prompt,
@@ -38,6 +39,8 @@ def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
             return [np.asarray(s.scores.credit, dtype=np.float64) for s in scored]
         case EvidenceScores():
             return [np.asarray(s.scores.logprobs - s.scores.plain, dtype=np.float64) for s in scored]
+        case DeltaScores():
+            return [np.asarray(s.scores.logprobs - s.scores.base, dtype=np.float64) for s in scored]
         case DeviationScores():
             return [np.stack([s.scores.falls, s.scores.rises], axis=-1).astype(np.float64) for s in scored]
     return None
@@ -55,6 +58,8 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
             return _lookaheads(enumeration, teachers)
         case EvidenceScores():
             return _evidence(enumeration, teachers)
+        case DeltaScores() if hasattr(scorer, "base_reads"):
+            return _deltas(enumeration, teachers)
         case DeviationScores() if hasattr(scorer, "probes"):
             return _deviations(enumeration, teachers)
     return None
@@ -114,6 +119,17 @@ def _evidence(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Cr
     return made
 
 
+def _deltas(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """`log q - log base` of every sampled token."""
+    made, scorer = [], enumeration.scorer
+    for text in (item.trajectory for item in enumeration.scored):
+        own, prompt = torch.as_tensor(text.token_ids).long()[:, None], text.prompt
+        models = ((teachers[prompt.teacher], prompt.teacher_ids), (teachers[scorer.base], scorer.base_reads.of(prompt)))
+        tuned, base = (model.logprobs([(ids, text.token_ids)])[0].gather(-1, own)[:, 0] for model, ids in models)
+        made.append((tuned - base).detach().double().numpy())
+    return made
+
+
 def probed_contexts(scorer: Any, prompt: Prompt) -> list[Int32[np.ndarray, " Q"]]:
     """Contexts in which a scorer that probes its teacher has it read a text again; of any other scorer none."""
     known = {"{prompt}": " ".join(map(str, prompt.student_ids.tolist())), "{answer}": prompt.answer}
@@ -124,7 +140,7 @@ def probed_contexts(scorer: Any, prompt: Prompt) -> list[Int32[np.ndarray, " Q"]
 
 
 def _deviations(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
-    """How far each sampled token's log-probability falls, and how far it rises, in any context that is probed."""
+    """Largest fall and largest rise of each sampled token's log-probability in any context that is probed."""
     made = []
     for text in (item.trajectory for item in enumeration.scored):
         model, own = teachers[text.prompt.teacher], torch.as_tensor(text.token_ids).long()[:, None]

@@ -9,6 +9,8 @@ from zlib import crc32
 from opd.certify.worlds import MORE
 from opd.errors import OpdError
 from opd.method.method import Method
+from opd.method.needs import named
+from opd.ports import Role
 from opd.token_weights.special_tokens import with_known_tokens
 
 SUPPORT_FIELDS = ("k", "record_topk")
@@ -51,10 +53,10 @@ def with_temperature(part: Any, temperature: float) -> Any:
 
 
 def teacher_names(method: Method) -> tuple[str, ...]:
-    """Names of teachers in the shares of a method, or that of the default teacher."""
+    """Names of teachers in the shares of a method, or those of the default teacher and of what parts name beside it."""
     found: dict[str, None] = {}
     _changed(method, lambda name, value: found.update(dict.fromkeys(value)) or value if _shares(name, value) else value)
-    return tuple(found) or ("default",)
+    return tuple(found) or ("default", *sorted(named(method, Role.READER)))
 
 
 def with_more_teachers(method: Method) -> Method:

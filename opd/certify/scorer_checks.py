@@ -25,7 +25,16 @@ from opd.certify.gradients import (
     relative_difference,
 )
 from opd.scorers.ensemble import ContextIds
-from opd.types import AdvantageScores, CreditScores, DeviationScores, EvidenceScores, Scored, Scores, TopKReturnScores
+from opd.types import (
+    AdvantageScores,
+    CreditScores,
+    DeltaScores,
+    DeviationScores,
+    EvidenceScores,
+    Scored,
+    Scores,
+    TopKReturnScores,
+)
 
 ASKED = "teachers are asked about whole texts in their own context"
 WRITTEN = "text is written in its own context, as the rollout says"
@@ -59,6 +68,8 @@ def _wrong_score_requests(case: Case) -> int:
         for ids in getattr(scorer, "reads", (contexts.get(name, ContextIds.TEACHER),))
     }
     for text in (item.trajectory for item in case.enumeration.scored):
+        if base := getattr(scorer, "base", ""):
+            due.add((base, scorer.base_reads.of(text.prompt).tobytes(), text.token_ids.tobytes()))
         probes = probed_contexts(scorer, text.prompt)
         due |= {(text.prompt.teacher, ids.tobytes(), text.token_ids.tobytes()) for ids in probes}
     asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in case.enumeration.log.score_requests}
@@ -148,7 +159,7 @@ def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
             yield from _graded(case)
         case TopKReturnScores():
             yield from _returned(case)
-        case EvidenceScores() | DeviationScores():
+        case EvidenceScores() | DeviationScores() | DeltaScores():
             return  # it says which tokens count, not how much what was written is worth
     yield at_least(RAISES, _raised(case), 1e-9)
 

@@ -1,4 +1,4 @@
-"""Deviation of a teacher from itself: how its log-probabilities move when it is told something about the text."""
+"""Deviation of a teacher from itself: movements of its log-probabilities under probes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

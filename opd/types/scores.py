@@ -137,6 +137,17 @@ class TopKReturnScores(TopKScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaScores(TopKScores):
+    """A teacher's scores on a support, and those of another model, its base, at the same tokens and ids.
+
+    Example: `DeltaScores(logprobs=[-0.1], topk_ids=[[7]], topk_logprobs=[[-0.1]], base=[-1.3], topk_base=[[-1.3]])`.
+    """
+
+    base: Float[Array, " T"]
+    topk_base: Float[Array, "T K"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreditScores(TokenScores):
     """Log-probability of the sampled token, and a signed credit beside it. 0 is none.
 

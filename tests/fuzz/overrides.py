@@ -173,6 +173,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.objective(\.of)*\.coefficient", real(1e-9, 1e9)),
     (r"method\.objective(\.of)*\.(forward_weight|long_weight)", real(0, 1e6)),
     (r"method\.scorer\.threshold", real(0, 100)),
+    (r"method\.scorer\.base", text(r"\S.*")),
     (r"method\.scorer\.probes", named(text(r"[^\x00]*"), 1)),
     (r"method\.objective\.relaxation", real(0, 1e9)),
     (r"method\.objective\.weight", real(0, 1000)),
@@ -199,7 +200,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.update\.parameters", lambda v: text(r"[^\x00]+")(v) and bool(re.compile(v))),
     (r"method\.update\.metric", text(r"[A-Za-z][\w/]*")),
     (r"method\.update\.accept_equal", yes),
-    (r"method\.update\.origin", one),
+    (r"method\.update\.origin|method\.scorer\.base_reads|method\.objective\.reward", one),
+    (r"method\.objective\.(center|agree)", yes),
 )
 
 WORDS = "abc '' '[/b]' '[red]x' null true false yes nan inf -inf 'ü☃' '../../x' /dev/null '${' ${steps} ${nope} ??? -"

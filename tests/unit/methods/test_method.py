@@ -59,6 +59,7 @@ ON_OWN_TEXT = {  # estimates over sampled tokens; all others are sums over the v
     "SquaredReverseKL", "RatioReverseKL", "SampledDivergence", "MiniLLM", "SampledReverseKL", "ClippedPolicyGradient",
     "EntropyAwareKL", "HeadTailDivergence", "TruncatedRatio", "ImportanceWeighted", "CreditedReverseKL",
     "ShapedReverseKL", "FixedAdvantage", "CalibratedReverseKL",
+    "DeltaReverseKL",
 }  # fmt: skip
 FACTS: dict[str, dict[str, object]] = {
     "AnswerRollout": {"on_policy": False, "truncated": True, "needs_engines": ()},

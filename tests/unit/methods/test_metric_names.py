@@ -11,6 +11,7 @@ from opd.objectives.reweighted import AtTemperature
 from opd.types import (
     AdvantageScores,
     CreditScores,
+    DeltaScores,
     DeviationScores,
     EvidenceScores,
     Scores,
@@ -39,6 +40,7 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
     TokenScores: SAMPLED,
     AdvantageScores: SAMPLED,
     CreditScores: SAMPLED,
+    DeltaScores: SUPPORT,
     DeviationScores: SAMPLED,
     EvidenceScores: SAMPLED,
     TopKScores: SUPPORT,
@@ -72,6 +74,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("many_faces", "union_reverse_kl", "intersection_reverse_kl"), f"support_kl {CHOSEN}"),
     "eopd": f"uncertain_share {CHOSEN}",
     "lgr": "reverse_kl credit credited_share",
+    "opd2": "reverse_kl delta agreed_share",
     "minillm": "reverse_kl return",
     **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
     "fixed_advantage": "",

@@ -28,6 +28,7 @@ from opd.method import promises
 from opd.method.promises import States
 from opd.method.reward_promises import BeyondDeviation
 from opd.objectives.calibrated import CalibratedReverseKL
+from opd.objectives.delta import DeltaReverseKL, Reward
 from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
 from opd.objectives.evidence import EvidenceReverseKL
 from opd.objectives.montecarlo import MonteCarloDivergence, uniform
@@ -46,6 +47,7 @@ from opd.types import (
     AdvantageScores,
     Batch,
     CreditScores,
+    DeltaScores,
     DeviationScores,
     EvidenceScores,
     HiddenScores,
@@ -104,6 +106,9 @@ def said(kind: type[Scores], w: World) -> Scores:
         support = w.support.expand(V, -1)
         on = {"topk_ids": support, "topk_logprobs": w.q.expand(V, -1).gather(-1, support)}
         more = {"returns": w.advantages} if kind is TopKReturnScores else {}
+        if kind is DeltaScores:
+            base = w.q - w.advantages
+            more = {"base": base, "topk_base": base.expand(V, -1).gather(-1, support)}
         return kind(logprobs=w.q, **on, **more)
     if kind is VocabularyScores:
         return VocabularyScores(logprobs=w.q, vocabulary_logprobs=w.q.expand(V, -1))
@@ -302,7 +307,23 @@ def beyond(w: World) -> Tensor:
     return total
 
 
+def tuned(w: World, *, center: bool = True, agree: bool = True) -> Tensor:
+    """The reward by hand, token by token: what tuning changed, where the log-ratio has its sign."""
+    p, total = w.z.softmax(-1), torch.zeros(())
+    q, mine, delta = w.q.tolist(), p.detach().tolist(), w.advantages.tolist()
+    gap, kept = [q[v] - log(mine[v]) for v in range(V)], w.support.tolist()
+    means = [sum(mine[v] * x[v] for v in kept) if center else 0.0 for x in (delta, gap)]
+    for v in range(V):
+        reward, plain = delta[v] - means[0], gap[v] - means[1]
+        total = total - p[v] * (reward if reward * plain > 0 or not agree else 0.0)
+    return total
+
+
 CLAIMS += (
+    Claim(objective=DeltaReverseKL(), exact=tuned),
+    Claim(objective=DeltaReverseKL(center=False), exact=lambda w: tuned(w, center=False)),
+    Claim(objective=DeltaReverseKL(agree=False, coefficient=0.1), exact=lambda w: 0.1 * tuned(w, agree=False)),
+    Claim(objective=DeltaReverseKL(reward=Reward.LOG_RATIO), exact=reverse_kl),
     Claim(objective=CalibratedReverseKL(relaxation=0.5), exact=beyond),
     Claim(objective=CalibratedReverseKL(relaxation=0.0), exact=reverse_kl),
     Claim(objective=ShapedReverseKL(shape=Clip(limit=0.7)), exact=gain(lambda d: d.clamp(-0.7, 0.7))),
@@ -549,6 +570,9 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
     scores: Scores = TokenScores(**here)
     if issubclass(kind, TopKScores):
         own = {"returns": advantages[:, 0]} if kind is TopKReturnScores else {}
+        if kind is DeltaScores:
+            changed = advantages[:, :1]  # of every id of the state
+            own = {"base": here["logprobs"] - changed[:, 0], "topk_base": q.gather(-1, support) - changed}
         scores = kind(**here, topk_ids=support, topk_logprobs=q.gather(-1, support), **own)
     elif kind is VocabularyScores:
         scores = VocabularyScores(**here, vocabulary_logprobs=q)
@@ -629,6 +653,10 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
     found["entropy_gap"] = abs(found["teacher_entropy"] - found["entropy"])
     found["uncertain_share"] = float(found["teacher_entropy"] > getattr(objective, "threshold", 0.0))
     found["unlikely_share"] = float(p[y] < getattr(objective, "below", 1.0))
+    if isinstance(objective, DeltaReverseKL):
+        kept, gaps = sorted(members) if objective.center else [], [log(q[v] / p[v]) for v in every]
+        delta, gap = found["return"] * (1 - sum(p[v] for v in kept)), gaps[y] - sum(p[v] * gaps[v] for v in kept)
+        found.update(delta=found["return"], agreed_share=float(delta * gap > 0))
     if isinstance(objective, CalibratedReverseKL):
         gap, (falls, rises) = log(q[y] / p[y]), (float(x[i]) for x in (batch.scores.falls, batch.scores.rises))
         found["discrepancy"] = abs(gap)
@@ -754,6 +782,11 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return -min(ratio * credit, min(max(ratio, 1 - of.clip_low), 1 + of.clip_high) * credit)
         case ShapedReverseKL():
             return -ratio * float(of.shape.reward((q - p)[y]))
+        case DeltaReverseKL():
+            mass = float(p.exp()[members].sum())
+            delta, gap = (credit * (1 - mass), part - log_ratio) if of.center else (credit, -log_ratio)
+            reward = delta if of.reward is Reward.DELTA else gap
+            return -ratio * of.coefficient * (reward if reward * gap > 0 or not of.agree else 0.0)
         case CalibratedReverseKL():
             kept = max(abs(log_ratio) - of.relaxation * (0.1 + max(-credit, 0) if log_ratio > 0 else max(credit, 0)), 0)
             return ratio * (kept if log_ratio > 0 else -kept)
@@ -982,7 +1015,7 @@ def test_every_objective_keeps_the_promise_that_it_gives_also_with_a_stale_write
     w = world(1, stale=True)
     exact = gradient(promised(objective)(w), w)
     torch.testing.assert_close(expected_gradient(objective, w), exact, rtol=0, atol=1e-12)
-    own = CreditedReverseKL | CalibratedReverseKL | ShapedReverseKL
+    own = CreditedReverseKL | CalibratedReverseKL | DeltaReverseKL | ShapedReverseKL
     at_theirs = MiniLLM | own | EvidenceReverseKL | AtTemperature | ImportanceWeighted
     tolerance = 1e-6 if isinstance(objective, at_theirs) else 1e-3  # the others are 1e-6 of a field away from theirs
     assert all(limit.tolerance == tolerance for limit in getattr(objective, "limits", ()))

@@ -89,6 +89,7 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),
     "share": (0.75, 1.0),
+    "base": ("second", "default"),
     "probes": ({"right": "{prompt} 3"}, {"right": "{prompt} 3", "answer": "{answer}"}),
     "parameters": ("mlp", "attn"),
     "metric": ("loss", "reverse_kl"),
@@ -101,6 +102,7 @@ ROOMY: Mapping[str, Mapping[str, Any]] = {
     "Draft": {"room": 1000, "free": 10},
     "AtTemperature": {"of": FullReverseKL()},  # no estimate
     "ImportanceWeighted": {"of": TopKDivergence(of=FullReverseKL())},
+    "TeacherDelta": {"base": "second"},  # there is none of the default name
     "TopFraction": {"fraction": 0.4},  # of which selections differ
 }
 
