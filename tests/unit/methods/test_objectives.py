@@ -27,6 +27,7 @@ from opd.loss.packing import TokenMean, pack
 from opd.method import promises
 from opd.method.promises import States
 from opd.method.reward_promises import BeyondDeviation
+from opd.method.shapes import Clip, ProximalTeacher, SignLog
 from opd.objectives.calibrated import CalibratedReverseKL
 from opd.objectives.delta import DeltaReverseKL, Reward
 from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
@@ -36,7 +37,7 @@ from opd.objectives.returns import MiniLLM
 from opd.objectives.rewarded import CreditedReverseKL
 from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
-from opd.objectives.shaped import Clip, FixedAdvantage, ProximalTeacher, ShapedReverseKL, SignLog
+from opd.objectives.shaped import FixedAdvantage, ShapedReverseKL
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
 from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
 from opd.objectives.truncated import TruncatedRatio

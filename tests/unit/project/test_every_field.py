@@ -33,8 +33,8 @@ from opd.loss.packing import pack
 from opd.loss.readings import StudentEntropy, TeacherEntropy
 from opd.method import promises
 from opd.method.method import readings_of
+from opd.method.shapes import Clip, ProximalTeacher, SignLog
 from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
-from opd.objectives.shaped import Clip, ProximalTeacher, SignLog
 from opd.objectives.topk import TopKDivergence
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
