@@ -52,6 +52,8 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
     match enumeration.scored[0].scores:
         case AdvantageScores() if hasattr(scorer, "scale_by_std"):
             return _advantages(enumeration, scorer.scale_by_std)
+        case AdvantageScores() if hasattr(scorer, "shape"):
+            return _teacher_advantages(enumeration, teachers)
         case TopKReturnScores() if hasattr(scorer, "discount"):
             return [_returns(scorer, log_ratios) for log_ratios in _log_ratios(enumeration, teachers)]
         case CreditScores() if getattr(scorer, "looks_ahead", False):
@@ -89,6 +91,25 @@ def _advantages(enumeration: Enumeration, scaled: bool) -> Credit:
         variance = sum((rewarded[members] - mean) ** 2) / (len(members) - 1)
         scale = variance**0.5 + enumeration.scorer.epsilon if scaled else 1.0
         made += [np.full(len(enumeration.scored[i].trajectory), (rewarded[i] - mean) / scale) for i in members]
+    return made
+
+
+def _teacher_advantages(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """Shaped log-ratio of each token, with the mean of later ones, relative to all tokens of the group."""
+    scorer, made = enumeration.scorer, list[Float[np.ndarray, " _T"]]()
+    for log_ratios in _log_ratios(enumeration, teachers):
+        reward = scorer.shape.reward(torch.from_numpy(log_ratios)).numpy()
+        later = [float(np.mean(reward[t + 1 :])) if t + 1 < len(reward) else 0.0 for t in range(len(reward))]
+        made.append(reward + later if scorer.later else reward)
+    if scorer.normalized:
+        number = range(len(made))
+        for _, group in groupby(number, key=lambda i: enumeration.scored[i].trajectory.prompt.id):
+            members = list(group)
+            every = [value for i in members for value in made[i].tolist()]
+            mean = sum(every) / len(every)
+            spread = (sum((value - mean) ** 2 for value in every) / (len(every) - 1)) ** 0.5
+            for i in members:
+                made[i] = (made[i] - mean) / (spread + scorer.epsilon)
     return made
 
 

@@ -24,6 +24,7 @@ from opd.certify.gradients import (
     make_case,
     relative_difference,
 )
+from opd.ports import Need, Role, needs_of
 from opd.scorers.ensemble import ContextIds
 from opd.types import (
     AdvantageScores,
@@ -155,7 +156,7 @@ def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
     else:
         yield Row(name=DEFINED, measured=max(e for e in errors if e is not None), tolerance=EXACT)
     match case.enumeration.scored[0].scores:
-        case AdvantageScores():
+        case AdvantageScores() if Need(Role.GRADER) in needs_of(case.method.scorer):
             yield from _graded(case)
         case TopKReturnScores():
             yield from _returned(case)

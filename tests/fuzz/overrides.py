@@ -93,7 +93,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"cluster\.elastic", yes),
     (r"grace_s", real(0, 30 * 24 * 3600)),
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
-    (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward)", yes),
+    (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)", yes),
     (
         r"weight_update|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel|signal|outside|coin)",
         one,

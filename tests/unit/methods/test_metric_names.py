@@ -78,7 +78,9 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "minillm": "reverse_kl return",
     **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
     "fixed_advantage": "",
-    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl"), "pg_clipfrac"),
+    **dict.fromkeys(
+        ("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "top_d_returns"), "pg_clipfrac"
+    ),
 }
 
 
