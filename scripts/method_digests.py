@@ -18,6 +18,8 @@ from opd.types import (
     AdvantageScores,
     Batch,
     CreditScores,
+    DeltaScores,
+    DeviationScores,
     EvidenceScores,
     Scores,
     TokenLoss,
@@ -37,6 +39,8 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
         top, ids = q.topk(k)
         rest = q.scatter(-1, ids, -torch.inf).logsumexp(-1)
         more = {"returns": credit} if kind is TopKReturnScores else {}
+        if kind is DeltaScores:
+            more = {"base": own - credit, "topk_base": top - credit[:, None]}
         return kind(logprobs=own, topk_ids=ids, topk_logprobs=top, rest=rest, **more)
     if kind is VocabularyScores:
         return VocabularyScores(logprobs=own, vocabulary_logprobs=q)
@@ -46,6 +50,8 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
         return CreditScores(logprobs=own, credit=credit)
     if kind is EvidenceScores:
         return EvidenceScores(logprobs=own, plain=own - credit)
+    if kind is DeviationScores:
+        return DeviationScores(logprobs=own, falls=credit.relu(), rises=(-credit).relu())
     return TokenScores(logprobs=own) if kind is TokenScores else Scores()
 
 

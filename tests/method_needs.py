@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 _GROUP = ("prompts.group_size=2",)
+_BASE = ("teachers.base.path=${student.path}", "teachers.base.dtype=FLOAT32")
 _START = ("teachers.start.path=${student.path}", "teachers.start.dtype=FLOAT32")
 
 NEEDS: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "sdpo"), _GROUP),
+    "opd2": _BASE,
     **dict.fromkeys(("reference_kl", "reward_extrapolation"), _START),
 }

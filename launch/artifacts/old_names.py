@@ -23,6 +23,9 @@ MODULES = {
 
 CLASSES = {
     "opd.loop.staleness.Pipeline": "opd.loop.staleness.StalenessSchedule",
+    "opd.objectives.shaped.Clip": "opd.method.shapes.Clip",
+    "opd.objectives.shaped.ProximalTeacher": "opd.method.shapes.ProximalTeacher",
+    "opd.objectives.shaped.SignLog": "opd.method.shapes.SignLog",
     "opd.scorers.teacher.WrittenTokens": "opd.scorers.teacher.SampledTokens",
 }
 """Class before, in the module of today -> now."""

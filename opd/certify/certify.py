@@ -26,6 +26,8 @@ from opd.certify.shown import check_shown, with_one_context
 from opd.certify.term_sums import check_terms
 from opd.certify.worlds import VOCABULARY, make_world, stale
 from opd.method.method import Method
+from opd.method.needs import named
+from opd.ports import Role
 
 SEEDS = (0, 1)
 
@@ -46,7 +48,7 @@ def certify(method: Method) -> Certificate:
     small, names = fitted(method, VOCABULARY), teacher_names(method)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
-    worlds = [make_world(seed, names=names) for seed in SEEDS]
+    worlds = [make_world(seed, names=names, named=named(method, Role.READER)) for seed in SEEDS]
     cases = [make_case(small, world) for world in worlds]
     on_policy = getattr(method.rollout, "on_policy", False)
     stale_cases = [make_case(small, stale(world, 1)) if on_policy else None for world in worlds]

@@ -6,22 +6,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
-from opd.certify.engines import reward
+from opd.certify.engines import IdTokenizer, reward
 from opd.certify.enumeration import Enumeration
 from opd.certify.models import TinyModel
 from opd.types import (
     AdvantageScores,
     CreditScores,
+    DeltaScores,
+    DeviationScores,
     EvidenceScores,
+    Prompt,
     Scored,
     StopReason,
     TopKReturnScores,
     TopKScores,
 )
 
-Credit = list[Float[np.ndarray, " _T"]]
+Credit = list[Float[np.ndarray, "_T ..."]]
+"""Signed credit of every token of a text, or several numbers of each in a last axis."""
 
 
 def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
@@ -35,6 +39,10 @@ def scorer_credit(scored: list[Scored[Any]]) -> Credit | None:
             return [np.asarray(s.scores.credit, dtype=np.float64) for s in scored]
         case EvidenceScores():
             return [np.asarray(s.scores.logprobs - s.scores.plain, dtype=np.float64) for s in scored]
+        case DeltaScores():
+            return [np.asarray(s.scores.logprobs - s.scores.base, dtype=np.float64) for s in scored]
+        case DeviationScores():
+            return [np.stack([s.scores.falls, s.scores.rises], axis=-1).astype(np.float64) for s in scored]
     return None
 
 
@@ -44,16 +52,22 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
     match enumeration.scored[0].scores:
         case AdvantageScores() if hasattr(scorer, "scale_by_std"):
             return _advantages(enumeration, scorer.scale_by_std)
+        case AdvantageScores() if hasattr(scorer, "shape"):
+            return _teacher_advantages(enumeration, teachers)
         case TopKReturnScores() if hasattr(scorer, "discount"):
             return [_returns(scorer, log_ratios) for log_ratios in _log_ratios(enumeration, teachers)]
         case CreditScores() if getattr(scorer, "looks_ahead", False):
             return _lookaheads(enumeration, teachers)
         case EvidenceScores():
             return _evidence(enumeration, teachers)
+        case DeltaScores() if hasattr(scorer, "base_reads"):
+            return _deltas(enumeration, teachers)
+        case DeviationScores() if hasattr(scorer, "probes"):
+            return _deviations(enumeration, teachers)
     return None
 
 
-def credit_at_positions(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, " n"]:
+def credit_at_positions(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, "n ..."]:
     """Credit of every enumerated token: by definition, or else as the scorer gave it, or 0."""
     credit = credit_by_definition(enumeration, teachers) or scorer_credit(enumeration.scored)
     if credit is None:
@@ -77,6 +91,25 @@ def _advantages(enumeration: Enumeration, scaled: bool) -> Credit:
         variance = sum((rewarded[members] - mean) ** 2) / (len(members) - 1)
         scale = variance**0.5 + enumeration.scorer.epsilon if scaled else 1.0
         made += [np.full(len(enumeration.scored[i].trajectory), (rewarded[i] - mean) / scale) for i in members]
+    return made
+
+
+def _teacher_advantages(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """Shaped log-ratio of each token, with the mean of later ones, relative to all tokens of the group."""
+    scorer, made = enumeration.scorer, list[Float[np.ndarray, " _T"]]()
+    for log_ratios in _log_ratios(enumeration, teachers):
+        reward = scorer.shape.reward(torch.from_numpy(log_ratios)).numpy()
+        later = [float(np.mean(reward[t + 1 :])) if t + 1 < len(reward) else 0.0 for t in range(len(reward))]
+        made.append(reward + later if scorer.later else reward)
+    if scorer.normalized:
+        number = range(len(made))
+        for _, group in groupby(number, key=lambda i: enumeration.scored[i].trajectory.prompt.id):
+            members = list(group)
+            every = [value for i in members for value in made[i].tolist()]
+            mean = sum(every) / len(every)
+            spread = (sum((value - mean) ** 2 for value in every) / (len(every) - 1)) ** 0.5
+            for i in members:
+                made[i] = (made[i] - mean) / (spread + scorer.epsilon)
     return made
 
 
@@ -104,6 +137,39 @@ def _evidence(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Cr
         own = torch.as_tensor(t.token_ids).long()[:, None]
         shown, plain = (model.logprobs([(ids, t.token_ids)])[0].gather(-1, own)[:, 0] for ids in contexts)
         made.append((shown - plain).detach().double().numpy())
+    return made
+
+
+def _deltas(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """`log q - log base` of every sampled token."""
+    made, scorer = [], enumeration.scorer
+    for text in (item.trajectory for item in enumeration.scored):
+        own, prompt = torch.as_tensor(text.token_ids).long()[:, None], text.prompt
+        models = ((teachers[prompt.teacher], prompt.teacher_ids), (teachers[scorer.base], scorer.base_reads.of(prompt)))
+        tuned, base = (model.logprobs([(ids, text.token_ids)])[0].gather(-1, own)[:, 0] for model, ids in models)
+        made.append((tuned - base).detach().double().numpy())
+    return made
+
+
+def probed_contexts(scorer: Any, prompt: Prompt) -> list[Int32[np.ndarray, " Q"]]:
+    """Contexts in which a scorer that probes its teacher has it read a text again; of any other scorer none."""
+    known = {"{prompt}": " ".join(map(str, prompt.student_ids.tolist())), "{answer}": prompt.answer}
+    texts = list(getattr(scorer, "probes", {}).values())
+    for name, value in known.items():
+        texts = [text.replace(name, value) for text in texts]
+    return [IdTokenizer().encode(text) for text in texts]
+
+
+def _deviations(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """Largest fall and largest rise of each sampled token's log-probability in any context that is probed."""
+    made = []
+    for text in (item.trajectory for item in enumeration.scored):
+        model, own = teachers[text.prompt.teacher], torch.as_tensor(text.token_ids).long()[:, None]
+        contexts = [text.prompt.teacher_ids, *probed_contexts(enumeration.scorer, text.prompt)]
+        rows = model.logprobs([(ids, text.token_ids) for ids in contexts])
+        plain, *others = (row.gather(-1, own)[:, 0].detach().double().numpy() for row in rows)
+        falls, rises = (np.max([sign * (other - plain) for other in others], axis=0) for sign in (-1, 1))
+        made.append(np.stack([np.maximum(falls, 0.0), np.maximum(rises, 0.0)], axis=-1))
     return made
 
 

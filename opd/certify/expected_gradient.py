@@ -30,7 +30,9 @@ from opd.certify.gradients import (
 from opd.certify.worlds import MORE, VOCABULARY, WIDE, World, long, make_world, one_state, stale
 from opd.errors import OpdError
 from opd.method.method import Method, loss_masks, weigh
+from opd.method.needs import named
 from opd.method.promises import on_whole_vocabulary
+from opd.ports import Role
 
 GRADIENT = "gradient of the promise"
 SOME = "the promise has a gradient"
@@ -69,13 +71,14 @@ class Corner:
 def corner_cases(method: Method) -> list[Corner]:
     """Corner cases of a method, long texts first. `method` is as shipped; it is fitted into each world."""
     names, on_policy = teacher_names(method), getattr(method.rollout, "on_policy", False)
-    small, world = fitted(method, VOCABULARY), one_state(make_world(2, names=names))
+    beside = named(method, Role.READER)
+    small, world = fitted(method, VOCABULARY), one_state(make_world(2, names=names, named=beside))
 
     def behind(world: World, distance: float = 0.2) -> World:
         return stale(world, 6, distance) if on_policy else world
 
-    far = one_state(make_world(3, names=names, distance=2.0))
-    wide, shipped = one_state(make_world(5, WIDE, names)), fitted(method, WIDE, WIDE)
+    far = one_state(make_world(3, names=names, distance=2.0, named=beside))
+    wide, shipped = one_state(make_world(5, WIDE, names, named=beside)), fitted(method, WIDE, WIDE)
     closed = replace(world, length=5, positions=(2,))  # an even id stands before it
     sure = {
         "float32": world,
@@ -122,7 +125,7 @@ def check_several_teachers(method: Method) -> Iterator[Finding]:
     """Prompts have different teachers, one of another width; their order does not matter."""
     method = with_more_teachers(fitted(method, VOCABULARY))
     names = tuple(dict.fromkeys([*teacher_names(method), *MORE]))
-    world = make_world(7, names=names)
+    world = make_world(7, names=names, named=named(method, Role.READER))
     world = replace(world, contexts=world.contexts * -(-len(names) // 2), positions=(1,))
     case = make_case(method, world)
     yield _row(f"{GRADIENT}, several teachers", case, EXACT)

@@ -53,10 +53,11 @@ def with_temperature(part: Any, temperature: float) -> Any:
 
 
 def teacher_names(method: Method) -> tuple[str, ...]:
-    """Names of teachers in the shares of a method, or that of the default teacher, and those of its blends."""
+    """Names of teachers in the shares of a method, or the default and those that parts read beside it, and of its blends."""
     found: dict[str, None] = {}
     _changed(method, lambda name, value: found.update(dict.fromkeys(value)) or value if _shares(name, value) else value)
-    return tuple(dict.fromkeys([*(found or ("default",)), *sorted(named(method, Role.BLENDED))]))
+    scored = found or ("default", *sorted(named(method, Role.READER)))
+    return tuple(dict.fromkeys([*scored, *sorted(named(method, Role.BLENDED))]))
 
 
 def with_more_teachers(method: Method) -> Method:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped, at_least
-from opd.certify.credit import Credit, begins_with_own, credit_by_definition, rewards, scorer_credit
+from opd.certify.credit import Credit, begins_with_own, credit_by_definition, probed_contexts, rewards, scorer_credit
 from opd.certify.engines import RequestLog, engines
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import (
@@ -24,8 +24,18 @@ from opd.certify.gradients import (
     make_case,
     relative_difference,
 )
+from opd.ports import Need, Role, needs_of
 from opd.scorers.ensemble import ContextIds
-from opd.types import AdvantageScores, CreditScores, EvidenceScores, Scored, Scores, TopKReturnScores
+from opd.types import (
+    AdvantageScores,
+    CreditScores,
+    DeltaScores,
+    DeviationScores,
+    EvidenceScores,
+    Scored,
+    Scores,
+    TopKReturnScores,
+)
 
 ASKED = "teachers are asked about whole texts in their own context"
 WRITTEN = "text is written in its own context, as the rollout says"
@@ -58,6 +68,11 @@ def _wrong_score_requests(case: Case) -> int:
         for name in (getattr(scorer, "shares", None) or [item.trajectory.prompt.teacher])
         for ids in getattr(scorer, "reads", (contexts.get(name, ContextIds.TEACHER),))
     }
+    for text in (item.trajectory for item in case.enumeration.scored):
+        if base := getattr(scorer, "base", ""):
+            due.add((base, scorer.base_reads.of(text.prompt).tobytes(), text.token_ids.tobytes()))
+        probes = probed_contexts(scorer, text.prompt)
+        due |= {(text.prompt.teacher, ids.tobytes(), text.token_ids.tobytes()) for ids in probes}
     asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in case.enumeration.log.score_requests}
     extra = asked - due
     if getattr(scorer, "looks_ahead", False):  # after other tokens, too: behind what a text has before them
@@ -141,11 +156,11 @@ def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
     else:
         yield Row(name=DEFINED, measured=max(e for e in errors if e is not None), tolerance=EXACT)
     match case.enumeration.scored[0].scores:
-        case AdvantageScores():
+        case AdvantageScores() if Need(Role.GRADER) in needs_of(case.method.scorer):
             yield from _graded(case)
         case TopKReturnScores():
             yield from _returned(case)
-        case EvidenceScores():
+        case EvidenceScores() | DeviationScores() | DeltaScores():
             return  # it says which tokens count, not how much what was written is worth
     yield at_least(RAISES, _raised(case), 1e-9)
 

@@ -30,7 +30,7 @@ class World:
     generate, by name in the order of the engines; `other_teachers` can replace the teachers. `positions` are those at
     which every token is sampled once. `shift` = 1 makes teachers answer for the token before, the commonest mistake of
     all. A teacher's unnormalized probability of the token at `perturbed_position` is smaller by a factor of e (-1:
-    nowhere).
+    nowhere). Prompts take turns with all teachers but those of `named`, which parts of a method name themselves.
     """
 
     vocabulary: int
@@ -43,13 +43,14 @@ class World:
     length: int = LENGTH
     positions: tuple[int, ...] = tuple(range(LENGTH))
     shift: int = 0
+    named: frozenset[str] = frozenset()
     perturbed_position: int = -1
 
     @property
     def prompts(self) -> list[Prompt]:
         """Prompts, one per trajectory that will be generated; teachers take turns by name."""
         made: list[Prompt] = []
-        names = sorted(self.teachers)
+        names = sorted(self.teachers.keys() - self.named) or sorted(self.teachers)
         for number, (own, taught) in enumerate(self.contexts):
             ids, others = (np.asarray(context, dtype=np.int32) for context in (own, taught))
             made += [
@@ -112,7 +113,12 @@ class World:
 
 
 def make_world(
-    seed: int, vocabulary: int = VOCABULARY, names: Sequence[str] = ("default",), *, distance: float = 0.5
+    seed: int,
+    vocabulary: int = VOCABULARY,
+    names: Sequence[str] = ("default",),
+    *,
+    distance: float = 0.5,
+    named: frozenset[str] = frozenset(),
 ) -> World:
     """World of a random student, of teachers that are it with noise of deviation `distance`, and of other teachers."""
     draw = torch.Generator().manual_seed(seed)
@@ -128,6 +134,7 @@ def make_world(
         teachers=teachers,
         writers=teachers,
         other_teachers=other_teachers,
+        named=named,
     )
 
 

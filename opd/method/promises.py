@@ -26,14 +26,15 @@ class States:
     """Log-probabilities of student, teacher and behavior policy at `n` states, with support and credit of every id.
 
     `student` carries the gradient. `behavior` is the distribution that was sampled from. `support` marks the ids that
-    the scores are about. `credit` is the signed credit of sampling each id (0 where the scorer gives none).
+    the scores are about. `credit` is the signed credit of sampling each id (0 where the scorer gives none), or several
+    numbers of each in a last axis.
     """
 
     student: Float[Tensor, "n V"]
     teacher: Float[Tensor, "n V"]
     behavior: Float[Tensor, "n V"]
     support: Bool[Tensor, "n V"]
-    credit: Float[Tensor, "n V"]
+    credit: Float[Tensor, "n V *numbers"]
 
 
 class Promise(Protocol):

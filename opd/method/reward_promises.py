@@ -42,6 +42,44 @@ class SignLogRatio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BeyondDeviation:
+    """-sum_v p sg(sign(d) max(|d| - relaxation * m, 0)), d = log q - log p; m is how far log q may move towards log p.
+
+    `credit` has two numbers of every id: how far the teacher's log-probability of it falls, and how far it rises.
+    """
+
+    relaxation: float
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        gap = states.teacher - states.student.detach()
+        falls, rises = states.credit.unbind(-1)
+        left = (gap.abs() - self.relaxation * torch.where(gap > 0, falls, rises)).clamp(min=0)
+        return _gain(states, torch.where(gap > 0, left, -left))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgreeingDelta:
+    """-sum_v p sg(d), d = `credit` less its mean under the student on the support, over the ids that `agree`.
+
+    An id agrees if the log-ratio log q - log p, less its own such mean, has the sign of d.
+    """
+
+    center: bool
+    agree: bool
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        student = states.student.detach()
+
+        def relative(signal: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+            mean = torch.where(states.support, student.exp() * signal, 0.0).sum(-1, keepdim=True)
+            return signal - mean if self.center else signal
+
+        delta, gap = relative(states.credit), relative(states.teacher - student)
+        counted = ((delta > 0) & (gap > 0)) | ((delta < 0) & (gap < 0))
+        return _gain(states, torch.where(counted, delta, 0.0) if self.agree else delta)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnlikelyMass:
     """Sum of p over the ids with p < `below`; which these are is held constant."""
 

@@ -6,83 +6,17 @@ lower bound: one token that the teacher rules out can decide a step, and these f
 
 from dataclasses import dataclass
 from math import log
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
 from opd.method import promises as exact
 from opd.method import reward_promises as rewards
+from opd.method.shapes import Clip, ProximalTeacher, Shape
 from opd.settings.ranges import In
 from opd.settings.validation import settings
 from opd.types import Batch, Scores, TokenLoss, TokenScores
-
-
-class Shape(Protocol):
-    """Function that turns the log-ratio of teacher and student into the reward of a token."""
-
-    @property
-    def promise(self) -> exact.Promise:
-        """Divergence, or gain with the sign turned, that a policy gradient on the reward descends."""
-        ...
-
-    def reward(self, log_ratio: Tensor) -> Tensor:
-        """Reward of every token; 0 where the log-ratio is 0."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-@settings
-class Clip:
-    """`clip(d, -limit, limit)`: the hard clip of arXiv 2607.13399; Revisiting OPD's code (arXiv 2603.25562) has 5."""
-
-    # largest reward, of either sign, in nats
-    limit: Annotated[float, In(1e-3, 1e6, because="0 trains nothing")] = 5.0
-
-    @property
-    def promise(self) -> exact.Promise:
-        return rewards.ClippedLogRatio(limit=self.limit)
-
-    def reward(self, log_ratio: Tensor) -> Tensor:
-        return log_ratio.clamp(-self.limit, self.limit)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignLog:
-    """`sign(d) log(1 + |d|)`: small log-ratios as they are, large ones compressed (arXiv 2607.13399)."""
-
-    @property
-    def promise(self) -> exact.Promise:
-        return rewards.SignLogRatio()
-
-    def reward(self, log_ratio: Tensor) -> Tensor:
-        return log_ratio.sign() * log_ratio.abs().log1p()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-@settings
-class ProximalTeacher:
-    """`log(alpha q/p + 1 - alpha)`: the log-ratio to the mixture of teacher and student (TOP-D, arXiv 2607.04751).
-
-    Never below `log(1 - alpha)`. It is the slope of JSD(alpha) divided by `alpha - 1`, so that what it descends is
-    a divergence; `alpha` 1 is the teacher itself and plain distillation.
-    """
-
-    # share of the teacher in the mixture; 1 is the teacher itself
-    alpha: Annotated[float, In(1e-3, 1)] = 0.2
-
-    @property
-    def promise(self) -> exact.Promise:
-        if self.alpha == 1:
-            return exact.ReverseKL()
-        return exact.Weighted(weight=1 / (1 - self.alpha), of=exact.JensenShannon(self.alpha))
-
-    def reward(self, log_ratio: Tensor) -> Tensor:
-        if self.alpha == 1:
-            return log_ratio
-        taught = log_ratio + log(self.alpha)
-        return torch.logaddexp(taught, torch.full_like(taught, log(1 - self.alpha)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

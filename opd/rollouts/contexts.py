@@ -1,23 +1,17 @@
 """Builders of the context in which a teacher reads a trajectory, from the trajectories of its group."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-import numpy as np
-from jaxtyping import Int32
-
-from opd.errors import ConfigurationError
 from opd.method.rewards import task_rewards
+from opd.method.templates import Ids, NoRoomError, shortened
 from opd.ports import Context, Need, Role
 from opd.settings.ranges import Fraction, Template, Tokens
 from opd.settings.validation import settings
-from opd.types import Prompt, Trajectory
-from opd.types.prompt_rows import PromptText
-from opd.types.prompt_templates import filled
+from opd.types import Trajectory
 
-Ids = Int32[np.ndarray, " Q"]
 THINKING = re.compile(r".*</think>", re.DOTALL)
 
 
@@ -128,47 +122,3 @@ class Draft:
             return shortened(self.template, trajectory.prompt, said, "completion", self.room - self.free, context)
         except NoRoomError:
             return None
-
-
-class NoRoomError(ConfigurationError):
-    """A context that is too long without what may be shortened."""
-
-
-def shortened(
-    template: str, prompt: Prompt, values: Mapping[str, str], name: str, longest: int, context: Context
-) -> Ids:
-    """Ids of `template` around a prompt, with as much of the beginning of `values[name]` as leaves `longest` tokens.
-
-    Raises `NoRoomError` where the rest is too long by itself.
-    """
-    whole = {"answer": prompt.answer, **values}
-    text = whole[name]
-
-    def ids(kept: int) -> Ids:
-        return _encoded(template, prompt, {**whole, name: text[:kept]}, context)
-
-    if len(all_of_it := ids(len(text))) <= longest:
-        return all_of_it
-    if (least := len(ids(0))) > longest:
-        raise NoRoomError(
-            f"the context of prompt {prompt.id!r} for its teacher has {least} tokens without its {name}, but at most "
-            f"{longest} are allowed; raise method.rollout.shown.longest"
-        )
-    fits, too_long = 0, len(text)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        fits, too_long = (middle, too_long) if len(ids(middle)) <= longest else (fits, middle)
-    return ids(fits)
-
-
-def _encoded(template: str, prompt: Prompt, values: Mapping[str, str], context: Context) -> Ids:
-    source = prompt.source or PromptText(text=context.tokenizer.decode(prompt.student_ids), where=prompt.id)
-    try:
-        text = filled(template, source.text, values)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"prompt {prompt.id!r} cannot be shown to its teacher in a template: {error}; choose prompts "
-            "that end with text"
-        ) from error
-    (ids,) = context.tokenizer.encode_all([PromptText(text=text, tools=source.tools, where=source.where)])
-    return np.asarray(ids, dtype=np.int32)

@@ -8,8 +8,9 @@ from typing import ClassVar, Self
 import numpy as np
 
 from opd.method.slots import Rollout
+from opd.method.templates import Ids
 from opd.ports import Context, GenerateRequest, Need, Role, Sampling, needs_of
-from opd.rollouts.contexts import Ids, PromptAlone, TeacherContext
+from opd.rollouts.contexts import PromptAlone, TeacherContext
 from opd.rollouts.mixed import RolloutLimit
 from opd.rollouts.student import TeacherRollout, trajectory
 from opd.settings.ranges import Temperature, Tokens, TopP

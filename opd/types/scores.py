@@ -121,6 +121,17 @@ class EvidenceScores(TokenScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviationScores(TokenScores):
+    """Log-probability of the sampled token by one teacher, and how far it falls and rises in other contexts (>= 0).
+
+    Example: `DeviationScores(logprobs=[-0.5], falls=[0.3], rises=[0.0])`.
+    """
+
+    falls: Float[Array, " T"]
+    rises: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopKReturnScores(TopKScores):
     """A support, and the return of every sampled token: the reward of the tokens after it.
 
@@ -128,6 +139,17 @@ class TopKReturnScores(TopKScores):
     """
 
     returns: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaScores(TopKScores):
+    """A teacher's scores on a support, and those of another model, its base, at the same tokens and ids.
+
+    Example: `DeltaScores(logprobs=[-0.1], topk_ids=[[7]], topk_logprobs=[[-0.1]], base=[-1.3], topk_base=[[-1.3]])`.
+    """
+
+    base: Float[Array, " T"]
+    topk_base: Float[Array, "T K"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

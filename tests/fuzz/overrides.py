@@ -93,7 +93,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"cluster\.elastic", yes),
     (r"grace_s", real(0, 30 * 24 * 3600)),
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
-    (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward)", yes),
+    (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)", yes),
     (
         r"weight_update|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel|signal|outside|coin)",
         one,
@@ -150,9 +150,9 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.objective", part("opd.objectives.")),
     (r"method\.objective(\.of)+", lambda v: type(v).__name__ in DIRECTIONS or hasattr(v, "promise")),
     (r"method\.objective(\.of)*\.support", lambda v: type(v).__module__ == "opd.method.promises" and hasattr(v, "k")),
-    (r"method\.objective\.shape", part("opd.objectives.shaped")),
-    (r"method\.objective\.shape\.limit", real(1e-9, 1e9)),
-    (r"method\.objective\.shape\.alpha|method\.objective\.below", lambda v: real(0, 1)(v) and v > 0),
+    (r"method\.(objective|scorer)\.shape", part("opd.method.shapes")),
+    (r"method\.(objective|scorer)\.shape\.limit", real(1e-9, 1e9)),
+    (r"method\.(objective|scorer)\.shape\.alpha|method\.objective\.below", lambda v: real(0, 1)(v) and v > 0),
     (r"method\.objective\.advantage", real(-1e6, 1e6)),
     (r"method\.update", part("opd.updates.")),
     (r"method\.normalizer", part("opd.loss.packing")),
@@ -177,6 +177,9 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.objective(\.of)*\.coefficient", real(1e-9, 1e9)),
     (r"method\.objective(\.of)*\.(forward_weight|long_weight)", real(0, 1e6)),
     (r"method\.scorer\.threshold", real(0, 100)),
+    (r"method\.scorer\.base", text(r"\S.*")),
+    (r"method\.scorer\.probes", named(text(r"[^\x00]*"), 1)),
+    (r"method\.objective\.relaxation", real(0, 1e9)),
     (r"method\.objective\.weight", real(0, 1000)),
     (r"method\.objective(\.of)*\.threshold", real(-1e6, 1e6)),
     (r"method\.objective(\.of)*\.corrected", yes),
@@ -201,7 +204,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.update\.parameters", lambda v: text(r"[^\x00]+")(v) and bool(re.compile(v))),
     (r"method\.update\.metric", text(r"[A-Za-z][\w/]*")),
     (r"method\.update\.accept_equal", yes),
-    (r"method\.update\.origin", one),
+    (r"method\.update\.origin|method\.scorer\.base_reads|method\.objective\.reward", one),
+    (r"method\.objective\.(center|agree)", yes),
 )
 
 WORDS = "abc '' '[/b]' '[red]x' null true false yes nan inf -inf 'ü☃' '../../x' /dev/null '${' ${steps} ${nope} ??? -"

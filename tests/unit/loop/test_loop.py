@@ -180,6 +180,9 @@ class Threes:
     def decode(self, ids: np.ndarray) -> str:
         return "".join(map(str, ids))
 
+    def encode_all(self, prompts: Sequence[Any]) -> list[np.ndarray]:
+        return [np.asarray([int(c) for c in prompt.text if c.isdecimal()], dtype=np.int32) for prompt in prompts]
+
 
 @dataclass
 class Bench:

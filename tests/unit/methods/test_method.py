@@ -58,7 +58,8 @@ RECORDING = StudentRollout(max_tokens=8, record_topk=4)
 ON_OWN_TEXT = {  # estimates over sampled tokens; all others are sums over the vocabulary, or likelihoods
     "SquaredReverseKL", "RatioReverseKL", "SampledDivergence", "MiniLLM", "SampledReverseKL", "ClippedPolicyGradient",
     "EntropyAwareKL", "HeadTailDivergence", "TruncatedRatio", "ImportanceWeighted", "CreditedReverseKL",
-    "ShapedReverseKL", "FixedAdvantage",
+    "ShapedReverseKL", "FixedAdvantage", "CalibratedReverseKL",
+    "DeltaReverseKL",
 }  # fmt: skip
 FACTS: dict[str, dict[str, object]] = {
     "AnswerRollout": {"on_policy": False, "truncated": True, "needs_engines": ()},

@@ -11,6 +11,8 @@ from opd.objectives.reweighted import AtTemperature
 from opd.types import (
     AdvantageScores,
     CreditScores,
+    DeltaScores,
+    DeviationScores,
     EvidenceScores,
     Scores,
     TokenScores,
@@ -38,6 +40,8 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
     TokenScores: SAMPLED,
     AdvantageScores: SAMPLED,
     CreditScores: SAMPLED,
+    DeltaScores: SUPPORT,
+    DeviationScores: SAMPLED,
     EvidenceScores: SAMPLED,
     TopKScores: SUPPORT,
     TopKReturnScores: SUPPORT,
@@ -48,6 +52,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
     **dict.fromkeys(("context_distillation", "trd"), ""),
     "opsd": "jsd",
+    "cal_opd": "reverse_kl discrepancy discrepancy_kept",
     "edge_opd": "reverse_kl evident_share",
     "sdpo": "support_divergence ratio_truncated",
     "sdft": "support_divergence ratio_truncated",
@@ -69,10 +74,13 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("many_faces", "trb", "union_reverse_kl", "intersection_reverse_kl"), f"support_kl {CHOSEN}"),
     "eopd": f"uncertain_share {CHOSEN}",
     "lgr": "reverse_kl credit credited_share",
+    "opd2": "reverse_kl delta agreed_share",
     "minillm": "reverse_kl return",
     **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
     "fixed_advantage": "",
-    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl"), "pg_clipfrac"),
+    **dict.fromkeys(
+        ("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "top_d_returns"), "pg_clipfrac"
+    ),
 }
 
 

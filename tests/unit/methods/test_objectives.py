@@ -26,6 +26,10 @@ from opd.loss.metrics import diagnosed
 from opd.loss.packing import TokenMean, pack
 from opd.method import promises
 from opd.method.promises import States
+from opd.method.reward_promises import BeyondDeviation
+from opd.method.shapes import Clip, ProximalTeacher, SignLog
+from opd.objectives.calibrated import CalibratedReverseKL
+from opd.objectives.delta import DeltaReverseKL, Reward
 from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
 from opd.objectives.evidence import EvidenceReverseKL
 from opd.objectives.montecarlo import MonteCarloDivergence, uniform
@@ -33,7 +37,7 @@ from opd.objectives.returns import MiniLLM
 from opd.objectives.rewarded import CreditedReverseKL
 from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
-from opd.objectives.shaped import Clip, FixedAdvantage, ProximalTeacher, ShapedReverseKL, SignLog
+from opd.objectives.shaped import FixedAdvantage, ShapedReverseKL
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
 from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
 from opd.objectives.truncated import TruncatedRatio
@@ -44,6 +48,8 @@ from opd.types import (
     AdvantageScores,
     Batch,
     CreditScores,
+    DeltaScores,
+    DeviationScores,
     EvidenceScores,
     HiddenScores,
     Scores,
@@ -91,12 +97,20 @@ def world(seed: int, k: int = 3, *, stale: bool = False, at_teacher: bool = Fals
     )
 
 
+def moved(advantages: Tensor) -> dict[str, Tensor]:
+    """How far a teacher's log-probabilities fall and rise, made of the one number per token that there is."""
+    return {"falls": advantages.relu(), "rises": 0.1 + (-advantages).relu()}
+
+
 def said(kind: type[Scores], w: World) -> Scores:
     """What an objective that consumes `kind` is told about the state, once per written token."""
     if issubclass(kind, TopKScores):
         support = w.support.expand(V, -1)
         on = {"topk_ids": support, "topk_logprobs": w.q.expand(V, -1).gather(-1, support)}
         more = {"returns": w.advantages} if kind is TopKReturnScores else {}
+        if kind is DeltaScores:
+            base = w.q - w.advantages
+            more = {"base": base, "topk_base": base.expand(V, -1).gather(-1, support)}
         return kind(logprobs=w.q, **on, **more)
     if kind is VocabularyScores:
         return VocabularyScores(logprobs=w.q, vocabulary_logprobs=w.q.expand(V, -1))
@@ -106,6 +120,8 @@ def said(kind: type[Scores], w: World) -> Scores:
         return CreditScores(logprobs=w.q, credit=w.advantages)
     if kind is EvidenceScores:
         return EvidenceScores(logprobs=w.q, plain=w.q - w.advantages)
+    if kind is DeviationScores:
+        return DeviationScores(logprobs=w.q, **moved(w.advantages))
     return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
 
 
@@ -204,7 +220,9 @@ def promised(objective: Any) -> Callable[[World], Tensor]:
     def exact(w: World) -> Tensor:
         members = torch.zeros(V, dtype=torch.bool)
         members[w.support] = True
-        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": w.advantages}
+        several = isinstance(objective.promise, BeyondDeviation)
+        credit = torch.stack([*moved(w.advantages).values()], -1) if several else w.advantages
+        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": credit}
         here = States(student=w.z.log_softmax(-1)[None], **{name: row[None] for name, row in rows.items()})
         return objective.promise(here).sum()
 
@@ -290,7 +308,35 @@ def unlikely(w: World) -> Tensor:
     return p[p < 0.1].sum() / 2
 
 
+def beyond(w: World) -> Tensor:
+    """The reward by hand, token by token: what is left of a gap without half of the teacher's own movement."""
+    p, total = w.z.softmax(-1), torch.zeros(())
+    for v in range(V):
+        gap, move = float(w.q[v] - p[v].detach().log()), {name: float(x[v]) for name, x in moved(w.advantages).items()}
+        left = max(gap - 0.5 * move["falls"], 0.0) if gap > 0 else min(gap + 0.5 * move["rises"], 0.0)
+        total = total - p[v] * left
+    return total
+
+
+def tuned(w: World, *, center: bool = True, agree: bool = True) -> Tensor:
+    """The reward by hand, token by token: what tuning changed, where the log-ratio has its sign."""
+    p, total = w.z.softmax(-1), torch.zeros(())
+    q, mine, delta = w.q.tolist(), p.detach().tolist(), w.advantages.tolist()
+    gap, kept = [q[v] - log(mine[v]) for v in range(V)], w.support.tolist()
+    means = [sum(mine[v] * x[v] for v in kept) if center else 0.0 for x in (delta, gap)]
+    for v in range(V):
+        reward, plain = delta[v] - means[0], gap[v] - means[1]
+        total = total - p[v] * (reward if reward * plain > 0 or not agree else 0.0)
+    return total
+
+
 CLAIMS += (
+    Claim(objective=DeltaReverseKL(), exact=tuned),
+    Claim(objective=DeltaReverseKL(center=False), exact=lambda w: tuned(w, center=False)),
+    Claim(objective=DeltaReverseKL(agree=False, coefficient=0.1), exact=lambda w: 0.1 * tuned(w, agree=False)),
+    Claim(objective=DeltaReverseKL(reward=Reward.LOG_RATIO), exact=reverse_kl),
+    Claim(objective=CalibratedReverseKL(relaxation=0.5), exact=beyond),
+    Claim(objective=CalibratedReverseKL(relaxation=0.0), exact=reverse_kl),
     Claim(objective=ShapedReverseKL(shape=Clip(limit=0.7)), exact=gain(lambda d: d.clamp(-0.7, 0.7))),
     Claim(objective=ShapedReverseKL(shape=SignLog()), exact=gain(lambda d: d.sign() * (1 + d.abs()).log())),
     Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=0.2)), exact=lambda w: jsd(w, 0.2) / 0.8),
@@ -535,11 +581,16 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
     scores: Scores = TokenScores(**here)
     if issubclass(kind, TopKScores):
         own = {"returns": advantages[:, 0]} if kind is TopKReturnScores else {}
+        if kind is DeltaScores:
+            changed = advantages[:, :1]  # of every id of the state
+            own = {"base": here["logprobs"] - changed[:, 0], "topk_base": q.gather(-1, support) - changed}
         scores = kind(**here, topk_ids=support, topk_logprobs=q.gather(-1, support), **own)
     elif kind is VocabularyScores:
         scores = VocabularyScores(**here, vocabulary_logprobs=q)
     elif kind is EvidenceScores:
         scores = EvidenceScores(**here, plain=here["logprobs"] - advantages[:, 0])
+    elif kind is DeviationScores:
+        scores = DeviationScores(**here, **moved(advantages[:, 0]))
     elif kind is AdvantageScores:
         scores = AdvantageScores(advantages=advantages[:, 0], rewards=advantages[:, 0])
     elif kind is CreditScores:
@@ -613,6 +664,14 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
     found["entropy_gap"] = abs(found["teacher_entropy"] - found["entropy"])
     found["uncertain_share"] = float(found["teacher_entropy"] > getattr(objective, "threshold", 0.0))
     found["unlikely_share"] = float(p[y] < getattr(objective, "below", 1.0))
+    if isinstance(objective, DeltaReverseKL):
+        kept, gaps = sorted(members) if objective.center else [], [log(q[v] / p[v]) for v in every]
+        delta, gap = found["return"] * (1 - sum(p[v] for v in kept)), gaps[y] - sum(p[v] * gaps[v] for v in kept)
+        found.update(delta=found["return"], agreed_share=float(delta * gap > 0))
+    if isinstance(objective, CalibratedReverseKL):
+        gap, (falls, rises) = log(q[y] / p[y]), (float(x[i]) for x in (batch.scores.falls, batch.scores.rises))
+        found["discrepancy"] = abs(gap)
+        found["discrepancy_kept"] = max(abs(gap) - objective.relaxation * (falls if gap > 0 else rises), 0.0)
     if isinstance(objective, ShapedReverseKL):
         reward = log(q[y] / p[y])
         changed = abs(float(objective.shape.reward(torch.tensor(reward).double())) - reward)
@@ -733,6 +792,14 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return -min(ratio * credit, min(max(ratio, 1 - of.clip_low), 1 + of.clip_high) * credit)
         case ShapedReverseKL():
             return -ratio * float(of.shape.reward((q - p)[y]))
+        case DeltaReverseKL():
+            mass = float(p.exp()[members].sum())
+            delta, gap = (credit * (1 - mass), part - log_ratio) if of.center else (credit, -log_ratio)
+            reward = delta if of.reward is Reward.DELTA else gap
+            return -ratio * of.coefficient * (reward if reward * gap > 0 or not of.agree else 0.0)
+        case CalibratedReverseKL():
+            kept = max(abs(log_ratio) - of.relaxation * (0.1 + max(-credit, 0) if log_ratio > 0 else max(credit, 0)), 0)
+            return ratio * (kept if log_ratio > 0 else -kept)
         case FixedAdvantage():
             return -of.advantage * ratio * (float(p.exp()[y]) < of.below)
         case Likelihood():
@@ -960,7 +1027,8 @@ def test_every_objective_keeps_the_promise_that_it_gives_also_with_a_stale_write
     w = world(1, stale=True)
     exact = gradient(promised(objective)(w), w)
     torch.testing.assert_close(expected_gradient(objective, w), exact, rtol=0, atol=1e-12)
-    at_theirs = MiniLLM | CreditedReverseKL | EvidenceReverseKL | AtTemperature | ImportanceWeighted | ShapedReverseKL
+    own = CreditedReverseKL | CalibratedReverseKL | DeltaReverseKL | ShapedReverseKL
+    at_theirs = MiniLLM | own | EvidenceReverseKL | AtTemperature | ImportanceWeighted
     tolerance = 1e-6 if isinstance(objective, at_theirs) else 1e-3  # the others are 1e-6 of a field away from theirs
     assert all(limit.tolerance == tolerance for limit in getattr(objective, "limits", ()))
 

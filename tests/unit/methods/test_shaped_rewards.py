@@ -17,8 +17,9 @@ from opd.certify.worlds import make_world, stale
 from opd.errors import ConfigurationError
 from opd.method.method import Method
 from opd.method.reward_promises import Nothing
+from opd.method.shapes import Clip, ProximalTeacher, SignLog
 from opd.objectives.sampled import LogprobSource, SampledReverseKL
-from opd.objectives.shaped import Clip, FixedAdvantage, ProximalTeacher, ShapedReverseKL, SignLog
+from opd.objectives.shaped import FixedAdvantage, ShapedReverseKL
 from opd.rollouts.student import StudentRollout
 from opd.scorers.teacher import Unscored
 from opd.types import Scores, TokenScores

@@ -16,10 +16,11 @@ from opd.certify.certify import certify
 from opd.certify.shown import INDEPENDENT
 from opd.errors import ConfigurationError
 from opd.method.method import Method, check_prompts
+from opd.method.templates import shortened
 from opd.objectives.topk import TopKDivergence
 from opd.objectives.vocabulary import FullForwardKL, JensenShannon
 from opd.ports import Context, Need
-from opd.rollouts.contexts import Draft, PromptAlone, SuccessfulSibling, shortened
+from opd.rollouts.contexts import Draft, PromptAlone, SuccessfulSibling
 from opd.rollouts.privileged import PrivilegedRollout
 from opd.rollouts.refined import RefinedRollout, Refiner
 from opd.rollouts.student import StudentRollout

@@ -33,8 +33,8 @@ from opd.loss.packing import pack
 from opd.loss.readings import StudentEntropy, TeacherEntropy
 from opd.method import promises
 from opd.method.method import readings_of
+from opd.method.shapes import Clip, ProximalTeacher, SignLog
 from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
-from opd.objectives.shaped import Clip, ProximalTeacher, SignLog
 from opd.objectives.topk import TopKDivergence
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon
@@ -90,6 +90,8 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "tokens": ((), ("c",)),
     "share": (0.75, 1.0),
     "budget": (0.0, 0.02, 3.0),
+    "base": ("second", "default"),
+    "probes": ({"right": "{prompt} 3"}, {"right": "{prompt} 3", "answer": "{answer}"}),
     "parameters": ("mlp", "attn"),
     "metric": ("loss", "reverse_kl"),
 }
@@ -101,6 +103,7 @@ ROOMY: Mapping[str, Mapping[str, Any]] = {
     "Draft": {"room": 1000, "free": 10},
     "AtTemperature": {"of": FullReverseKL()},  # no estimate
     "ImportanceWeighted": {"of": TopKDivergence(of=FullReverseKL())},
+    "TeacherDelta": {"base": "second"},  # there is none of the default name
     "TopFraction": {"fraction": 0.4},  # of which selections differ
 }
 
