@@ -53,7 +53,7 @@ def with_temperature(part: Any, temperature: float) -> Any:
 
 
 def teacher_names(method: Method) -> tuple[str, ...]:
-    """Names of teachers in the shares of a method, or the default and those that parts read beside it, and of its blends."""
+    """Names of teachers in the shares of a method, or the default and those that parts read too, and of its blends."""
     found: dict[str, None] = {}
     _changed(method, lambda name, value: found.update(dict.fromkeys(value)) or value if _shares(name, value) else value)
     scored = found or ("default", *sorted(named(method, Role.READER)))
