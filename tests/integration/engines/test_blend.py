@@ -25,9 +25,10 @@ from opd.errors import DataError
 from opd.ports import Completion, GenerateRequest, Sampling, TeacherBlend
 from opd.rollouts.trust_region import blended, with_one_end
 from opd.types import BlendedScores
-from tests.integration.engines.test_engine import LONGEST, SEED, House, requests, student, weights
-from tests.tiny_models import EOS, logprobs, tiny_model
+from tests.integration.engines.test_engine import SEED, House, requests, weights
+from tests.tiny_models import EOS, VOCABULARY, logprobs, tiny_model
 
+LONGEST = 320  # more than two blocks of the key-value cache
 BUDGETS = (0.05, 1.0, 1e6)
 THEIR_END = 7  # with which the teacher ends texts
 ENDS = (EOS, THEIR_END)
@@ -69,7 +70,8 @@ def assert_blends(
 
 def test_an_engine_samples_from_blends_and_is_otherwise_the_student(tmp_path: Path) -> None:
     """One engine for all of it: blends at several budgets beside plain requests, new weights, refusals."""
-    origin, teacher = student(0, tied=True), tiny_model(5, tied=False, positions=LONGEST, num_hidden_layers=3)
+    origin, new = (tiny_model(seed, positions=LONGEST) for seed in (0, 9))
+    teacher = tiny_model(5, tied=False, positions=LONGEST, num_hidden_layers=3)
     teacher.config.eos_token_id = teacher.generation_config.eos_token_id = THEIR_END
     origin.save_pretrained(tmp_path / "student")
     teacher.save_pretrained(tmp_path / "teacher")
@@ -99,7 +101,12 @@ def test_an_engine_samples_from_blends_and_is_otherwise_the_student(tmp_path: Pa
     for one, other in zip(again, answers[len(asked) : 2 * len(asked)], strict=True):
         assert np.array_equal(one.token_ids, other.token_ids)
 
-    new = student(9, tied=True)
+    # A prompt whose beginning is cached without the teacher's part.
+    long = replace(asked[0], prompt_id="long", context_ids=np.resize(np.arange(3, VOCABULARY, dtype=np.int32), 290))
+    house.generate([replace(long, sampling=Sampling(max_tokens=2))])
+    after = within([replace(long, sampling=Sampling(max_tokens=12))], BUDGETS[1])
+    assert_blends(after, house.generate(after), origin, teacher)
+
     assert house.receive(weights(new, 1)) < 1e-4
     later = within(asked, BUDGETS[0])
     assert_blends(later, answers := house.generate(later), new, teacher)

@@ -202,10 +202,9 @@ def test_a_resumed_run_repeats_the_tokens(make: Any) -> None:
     assert [rollout.budget_at(context.at(step)) for step in range(5)] == pytest.approx([0.4, 0.325, 0.25, 0.175, 0.1])
 
 
-@pytest.mark.parametrize("budget", [0.5, 1e6])
-def test_gradients_of_draws_are_those_of_the_promise_whatever_the_budget(budget: float) -> None:
+def test_gradients_of_draws_are_those_of_the_promise() -> None:
     """Since `behavior` is what was sampled from. The method as published has a certificate of its own."""
-    rollout: Any = BlendedRollout(student=WHOLE, budget=budget, teacher="start" if budget == 0.5 else "")
+    rollout: Any = BlendedRollout(student=WHOLE, budget=0.5, teacher="start")
     result = certify(Method(name="m", rollout=rollout, **SAMPLED))
     assert result.passed, str(result)
 
