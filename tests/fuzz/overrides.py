@@ -173,6 +173,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.objective(\.of)*\.coefficient", real(1e-9, 1e9)),
     (r"method\.objective(\.of)*\.(forward_weight|long_weight)", real(0, 1e6)),
     (r"method\.scorer\.threshold", real(0, 100)),
+    (r"method\.scorer\.judge", text(r"\S.*")),
+    (r"method\.scorer\.(before|after|yes|no)", text(r"[^\x00]*")),
     (r"method\.scorer\.base", text(r"\S.*")),
     (r"method\.scorer\.probes", named(text(r"[^\x00]*"), 1)),
     (r"method\.objective\.relaxation", real(0, 1e9)),
