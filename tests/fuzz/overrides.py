@@ -202,6 +202,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.update\.parameters", lambda v: text(r"[^\x00]+")(v) and bool(re.compile(v))),
     (r"method\.update\.metric", text(r"[A-Za-z][\w/]*")),
     (r"method\.update\.accept_equal", yes),
+    (r"method\.(weights|terms\.\w+\.weights)\.\w+\.source", one),
     (r"method\.update\.origin|method\.scorer\.base_reads|method\.objective\.reward", one),
     (r"method\.objective\.(center|agree)", yes),
 )

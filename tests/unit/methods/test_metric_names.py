@@ -53,6 +53,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("context_distillation", "trd"), ""),
     "opsd": "jsd",
     "judged": "reverse_kl",
+    "golden_data": "",
     "cal_opd": "reverse_kl discrepancy discrepancy_kept",
     "edge_opd": "reverse_kl evident_share",
     "sdpo": "support_divergence ratio_truncated",
