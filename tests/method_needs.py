@@ -9,5 +9,12 @@ _START = ("teachers.start.path=${student.path}", "teachers.start.dtype=FLOAT32")
 NEEDS: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "sdpo"), _GROUP),
     "opd2": _BASE,
+    "judged": (
+        *_GROUP,
+        "teachers.judge.path=${teacher.path}",
+        "teachers.judge.dtype=FLOAT32",
+        "method.terms.verdict.scorer.yes=1",
+        "method.terms.verdict.scorer.no=0",  # words that the embedded tasks have
+    ),
     **dict.fromkeys(("reference_kl", "reward_extrapolation"), _START),
 }

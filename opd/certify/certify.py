@@ -23,6 +23,7 @@ from opd.certify.gradients import Case, make_case
 from opd.certify.invariances import check_masks, check_steps, check_teacher, check_tokens
 from opd.certify.scorer_checks import check_credit, check_requests, check_score_order
 from opd.certify.shown import check_shown, with_one_context
+from opd.certify.sources import with_one_source
 from opd.certify.term_sums import check_terms
 from opd.certify.worlds import VOCABULARY, make_world, stale
 from opd.method.method import Method
@@ -36,7 +37,7 @@ def certify(method: Method) -> Certificate:
     """Check every property that applies to `method`. Raises what its parts raise."""
     if method.is_sum:
         return _certify_sum(method)
-    method = with_one_context(method)
+    method = with_one_source(with_one_context(method))
     promise = getattr(method.objective, "promise", None)
     if promise is None:
         return Certificate(

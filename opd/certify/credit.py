@@ -22,6 +22,7 @@ from opd.types import (
     StopReason,
     TopKReturnScores,
     TopKScores,
+    Trajectory,
 )
 
 Credit = list[Float[np.ndarray, "_T ..."]]
@@ -50,8 +51,10 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
     """Signed credit of every token by definition; None where no definition is known for the scorer's fields."""
     scorer = enumeration.scorer
     match enumeration.scored[0].scores:
+        case AdvantageScores() if hasattr(scorer, "judge"):
+            return _advantages(enumeration, scorer.scale_by_std, _verdicts(enumeration, teachers))
         case AdvantageScores() if hasattr(scorer, "scale_by_std"):
-            return _advantages(enumeration, scorer.scale_by_std)
+            return _advantages(enumeration, scorer.scale_by_std, rewards(enumeration.scored))
         case AdvantageScores() if hasattr(scorer, "shape"):
             return _teacher_advantages(enumeration, teachers)
         case TopKReturnScores() if hasattr(scorer, "discount"):
@@ -82,9 +85,9 @@ def rewards(scored: list[Scored[Any]]) -> Float[np.ndarray, " n"]:
     return np.asarray([reward(text) * end for text, end in zip(texts, ended, strict=True)])
 
 
-def _advantages(enumeration: Enumeration, scaled: bool) -> Credit:
+def _advantages(enumeration: Enumeration, scaled: bool, rewarded: Float[np.ndarray, " n"]) -> Credit:
     """`A_i = r_i - mean(r)` of a prompt's answers, divided by their standard deviation (n - 1) if scaled."""
-    rewarded, made = rewards(enumeration.scored), []
+    made = []
     for _, group in groupby(range(len(rewarded)), key=lambda i: enumeration.scored[i].trajectory.prompt.id):
         members = list(group)
         mean = sum(rewarded[members]) / len(members)
@@ -92,6 +95,27 @@ def _advantages(enumeration: Enumeration, scaled: bool) -> Credit:
         scale = variance**0.5 + enumeration.scorer.epsilon if scaled else 1.0
         made += [np.full(len(enumeration.scored[i].trajectory), (rewarded[i] - mean) / scale) for i in members]
     return made
+
+
+def judged(scorer: Any, trajectory: Trajectory) -> list[tuple[Int32[np.ndarray, " Q"], Int32[np.ndarray, " 1"]]]:
+    """Contexts and tokens that a judging scorer asks its judge about: the verdicts behind the answer."""
+    prompt, encode = trajectory.prompt, IdTokenizer().encode
+    said = " ".join(map(str, trajectory.token_ids.tolist()))
+    before = scorer.before.replace("{prompt}", " ".join(map(str, prompt.student_ids.tolist())))
+    text = encode(f"{before} {said} {scorer.after}".replace("{answer}", prompt.answer))
+    return [(text, encode(verdict)[:1]) for verdict in (scorer.yes, scorer.no)]
+
+
+def _verdicts(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, " n"]:
+    """Probability of yes among yes and no."""
+    model, made = teachers[enumeration.scorer.judge], []
+    for item in enumeration.scored:
+        yes, no = (
+            float(model.logprobs([(ids, token)])[0][0, int(token[0])].exp())
+            for ids, token in judged(enumeration.scorer, item.trajectory)
+        )
+        made.append(yes / (yes + no))
+    return np.asarray(made)
 
 
 def _teacher_advantages(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:

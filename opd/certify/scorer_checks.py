@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped, at_least
-from opd.certify.credit import Credit, begins_with_own, credit_by_definition, probed_contexts, rewards, scorer_credit
+from opd.certify.credit import (
+    Credit,
+    begins_with_own,
+    credit_by_definition,
+    judged,
+    probed_contexts,
+    rewards,
+    scorer_credit,
+)
 from opd.certify.engines import RequestLog, engines
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import (
@@ -57,6 +65,12 @@ def check_requests(cases: list[Case]) -> Iterator[Finding]:
 
 def _wrong_score_requests(case: Case) -> int:
     scorer = case.method.scorer
+    texts = [item.trajectory for item in case.enumeration.scored]
+    asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in case.enumeration.log.score_requests}
+    if hasattr(scorer, "judge"):  # is asked about other tokens, behind the whole text
+        return len(
+            asked ^ {(scorer.judge, ids.tobytes(), token.tobytes()) for t in texts for ids, token in judged(scorer, t)}
+        )
     contexts = getattr(scorer, "contexts", {})
     due = {
         (
@@ -68,12 +82,11 @@ def _wrong_score_requests(case: Case) -> int:
         for name in (getattr(scorer, "shares", None) or [item.trajectory.prompt.teacher])
         for ids in getattr(scorer, "reads", (contexts.get(name, ContextIds.TEACHER),))
     }
-    for text in (item.trajectory for item in case.enumeration.scored):
+    for text in texts:
         if base := getattr(scorer, "base", ""):
             due.add((base, scorer.base_reads.of(text.prompt).tobytes(), text.token_ids.tobytes()))
         probes = probed_contexts(scorer, text.prompt)
         due |= {(text.prompt.teacher, ids.tobytes(), text.token_ids.tobytes()) for ids in probes}
-    asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in case.enumeration.log.score_requests}
     extra = asked - due
     if getattr(scorer, "looks_ahead", False):  # after other tokens, too: behind what a text has before them
         begun = {

@@ -23,6 +23,7 @@ from opd.certify.gradients import (
     relative_difference,
 )
 from opd.certify.shown import with_one_context
+from opd.certify.sources import with_both_sources
 from opd.certify.worlds import VOCABULARY, make_world
 from opd.loss.packing import WeighedTerm, pack_terms
 from opd.method.method import Method
@@ -95,7 +96,7 @@ class _Sum:
 
 def check_terms(method: Method) -> Iterator[Finding]:
     """Gradient and invariances of the sum of all terms."""
-    small = with_one_context(fitted(method, VOCABULARY))
+    small = with_both_sources(with_one_context(fitted(method, VOCABULARY)))
     world = make_world(0, names=teacher_names(method))
     total = _Sum(method=small, cases={name: make_case(small.one_term(name), world) for name in small.every_term})
     context = replace(total.cases[MAIN].enumeration.context, steps=10)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
+from jaxtyping import Float
 
 from opd.method.rewards import task_rewards
 from opd.ports import Context, Need, Role, ScoreKinds
@@ -34,13 +35,20 @@ class GroupAdvantage:
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         rewards = np.asarray(await task_rewards(trajectories, context), dtype=np.float64)
-        advantages = rewards - rewards.mean()
-        if self.scale_by_std:
-            advantages = advantages / (rewards.std(ddof=1) + self.epsilon)
-        return [
-            AdvantageScores(
-                advantages=np.full(len(t), advantage, dtype=np.float32),
-                rewards=np.full(len(t), reward, dtype=np.float32),
-            )
-            for t, advantage, reward in zip(trajectories, advantages, rewards, strict=True)
-        ]
+        return group_advantages(trajectories, rewards, self.epsilon if self.scale_by_std else None)
+
+
+def group_advantages(
+    trajectories: Sequence[Trajectory], rewards: Float[np.ndarray, " n"], epsilon: float | None
+) -> list[AdvantageScores]:
+    """Rewards of a group less their mean, over their standard deviation plus `epsilon` unless that is None."""
+    advantages = rewards - rewards.mean()
+    if epsilon is not None:
+        advantages = advantages / (rewards.std(ddof=1) + epsilon)
+    return [
+        AdvantageScores(
+            advantages=np.full(len(t), advantage, dtype=np.float32),
+            rewards=np.full(len(t), reward, dtype=np.float32),
+        )
+        for t, advantage, reward in zip(trajectories, advantages, rewards, strict=True)
+    ]

@@ -177,6 +177,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.objective(\.of)*\.coefficient", real(1e-9, 1e9)),
     (r"method\.objective(\.of)*\.(forward_weight|long_weight)", real(0, 1e6)),
     (r"method\.scorer\.threshold", real(0, 100)),
+    (r"method\.scorer\.judge", text(r"\S.*")),
+    (r"method\.scorer\.(before|after|yes|no)", text(r"[^\x00]*")),
     (r"method\.scorer\.base", text(r"\S.*")),
     (r"method\.scorer\.probes", named(text(r"[^\x00]*"), 1)),
     (r"method\.objective\.relaxation", real(0, 1e9)),
@@ -204,6 +206,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.update\.parameters", lambda v: text(r"[^\x00]+")(v) and bool(re.compile(v))),
     (r"method\.update\.metric", text(r"[A-Za-z][\w/]*")),
     (r"method\.update\.accept_equal", yes),
+    (r"method\.(weights|terms\.\w+\.weights)\.\w+\.source", one),
     (r"method\.update\.origin|method\.scorer\.base_reads|method\.objective\.reward", one),
     (r"method\.objective\.(center|agree)", yes),
 )

@@ -52,6 +52,8 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
     **dict.fromkeys(("context_distillation", "trd"), ""),
     "opsd": "jsd",
+    "judged": "reverse_kl",
+    "golden_data": "",
     "cal_opd": "reverse_kl discrepancy discrepancy_kept",
     "edge_opd": "reverse_kl evident_share",
     "sdpo": "support_divergence ratio_truncated",

@@ -91,6 +91,11 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "share": (0.75, 1.0),
     "budget": (0.0, 0.02, 3.0),
     "base": ("second", "default"),
+    "judge": ("second", "default"),
+    "before": ("{prompt} 3", "{answer} 5"),
+    "after": ("7", "8 {answer}"),
+    "yes": ("4", "5"),
+    "no": ("6",),
     "probes": ({"right": "{prompt} 3"}, {"right": "{prompt} 3", "answer": "{answer}"}),
     "parameters": ("mlp", "attn"),
     "metric": ("loss", "reverse_kl"),
@@ -103,6 +108,7 @@ ROOMY: Mapping[str, Mapping[str, Any]] = {
     "Draft": {"room": 1000, "free": 10},
     "AtTemperature": {"of": FullReverseKL()},  # no estimate
     "ImportanceWeighted": {"of": TopKDivergence(of=FullReverseKL())},
+    "JudgeAdvantage": {"judge": "second"},
     "TeacherDelta": {"base": "second"},  # there is none of the default name
     "TopFraction": {"fraction": 0.4},  # of which selections differ
 }
