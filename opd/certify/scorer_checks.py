@@ -64,7 +64,7 @@ def check_requests(cases: list[Case]) -> Iterator[Finding]:
 
 
 def _wrong_score_requests(case: Case) -> int:
-    scorer = case.method.scorer
+    scorer: Any = case.method.scorer
     texts = [item.trajectory for item in case.enumeration.scored]
     asked = {(name, r.context_ids.tobytes(), r.token_ids.tobytes()) for name, r in case.enumeration.log.score_requests}
     if hasattr(scorer, "judge"):  # is asked about other tokens, behind the whole text

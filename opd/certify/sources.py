@@ -18,7 +18,7 @@ def _selected(method: Method) -> list[Source]:
     """Sources that token weights of any term select, where the rollout mixes several."""
     if not hasattr(method.rollout, "student_generates"):
         return []
-    weights = [weight for term in method.every_term.values() for weight in term.weights.values()]
+    weights: list[Any] = [weight for term in method.every_term.values() for weight in term.weights.values()]
     return [weight.source for weight in weights if isinstance(getattr(weight, "source", None), Source)]
 
 
