@@ -1,8 +1,8 @@
 """Recipe of the two teachers of the foreign stage: ``python -m demos.recipes.make_foreign``.
 
 `teacher` (0.6 M parameters) solves the shop's problems and writes them differently (`demos.tasks.foreign`); it never
-saw the student's way of writing. `larger` has the same size and the student's education: it imitates the same pupils, so
-it is larger and knows no more. The student is the shop's. About 12 minutes on one core. ``--check`` trains nothing: it
+saw the student's way of writing. `larger` has its size and the student's education: it imitates the same pupils, so it
+is larger and knows no more. The student is the shop's. About 7 minutes on one core. ``--check`` trains nothing: it
 compares the files with SHA256SUMS and measures both on 500 held-out problems.
 """
 

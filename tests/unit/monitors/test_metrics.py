@@ -95,7 +95,7 @@ def test_every_number_of_a_distillation_step() -> None:
             "distill/reverse_kl": 0.3, "distill/teacher_mass": 0.9,
             "training/ratio": 1.01, "training/rollout_probs_diff_mean": 0.02,
             "training/rollout_logprob_gap_mean": 0.1, "training/rollout_logprob_gap_max": 0.4,
-            "sample/staleness_mean": 20 * 2 / 30, "sample/staleness_max": 2,
+            "sample/staleness_mean": 20 * 2 / 30, "sample/staleness_max": 2, "sample/left_out": 0,
             "response_length/mean": 15, "response_length/max": 20, "response_length/clip_ratio": 0.5,
             "repetition/trigram_mean": 0, "repetition/rate": 0,
             "repetition/compression_mean": REPEATS,
