@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 
@@ -56,9 +56,14 @@ class GoodTexts:
         return self.of.truncated
 
     @property
+    def everything(self) -> Self:
+        """The same with nothing left out."""
+        return replace(self, at_least=0.0, cut=True, repetition=0.0)
+
+    @property
     def limits(self) -> tuple[RolloutLimit, ...]:
-        everything = replace(self, at_least=0.0, cut=True, repetition=0.0)
-        return (RolloutLimit(name="without a filter it is what it looks at", rollout=everything, equals=self.of),)
+        name = "without a filter it is what it looks at"
+        return (RolloutLimit(name=name, rollout=self.everything, equals=self.of),)
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         written = await self.of(group, context)
@@ -112,13 +117,14 @@ class OpenPrompts:
         return self.of.truncated
 
     @property
+    def everything(self) -> Self:
+        """The same with nothing left out."""
+        return replace(self, solved_at_most=1.0, teacher=None)
+
+    @property
     def limits(self) -> tuple[RolloutLimit, ...]:
-        everything = replace(self, solved_at_most=1.0, teacher=None)
-        return (
-            RolloutLimit(
-                name="solved_at_most = 1 without a teacher is every prompt", rollout=everything, equals=self.of
-            ),
-        )
+        name = "solved_at_most = 1 without a teacher is every prompt"
+        return (RolloutLimit(name=name, rollout=self.everything, equals=self.of),)
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         written = await self.of(group, context)

@@ -64,6 +64,8 @@ FACTS: dict[str, dict[str, object]] = {
     "AnswerRollout": {"on_policy": False, "truncated": True, "needs_engines": ()},
     "StudentRollout": {"on_policy": True, "needs_engines": ("student",)},
     "TeacherRollout": {"on_policy": False, "needs_engines": ("writing teacher",)},
+    "GoodTexts": {"on_policy": False},
+    "OpenPrompts": {"on_policy": False},
     "EnvironmentRollout": {"on_policy": True, "needs_engines": ("environment", "student")},
     "GroupAdvantage": {"min_group": 2, "needs_engines": ("grader",)},
     "SkipTruncated": {"reads_sampled_tokens": True},

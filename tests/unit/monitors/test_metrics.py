@@ -153,7 +153,14 @@ def test_rewards_count_a_trajectory_once_however_long() -> None:
 
 def test_what_does_not_exist_is_absent() -> None:
     metrics = step_metrics(record(scored(10, NO_VERSION, Scores())), context())
-    assert not [name for name in metrics if name.startswith(("sample/", "reward/", "distill/", "training/"))]
+    absent = ("sample/staleness", "reward/", "distill/", "training/")
+    assert not [name for name in metrics if name.startswith(absent)]
+
+
+def test_what_a_filter_leaves_out_is_a_share_of_trajectories() -> None:
+    step = record(*(scored(3, 4, said(3)) for _ in range(4)))
+    weights = [np.ones(3), np.zeros(3), np.array([0.0, 0.5, 0.0]), np.zeros(3)]
+    assert step_metrics(replace(step, weights=weights), context())["sample/left_out"] == 0.5
 
 
 def test_a_loss_among_the_metrics_does_not_hide_the_loss() -> None:
