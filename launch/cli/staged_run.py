@@ -279,7 +279,7 @@ def _matters(change: Change) -> bool:
 
 
 def stage_table(root: Path, stages: Sequence[Stage]) -> Table:
-    """What every stage of a finished run spent, and what it changed."""
+    """Table of the stages of a finished run: what each spent, and what it changed."""
     table = Table(title=f"run {root}")
     for heading in ("stage", "method", "steps", "tokens", "T=1", "reverse KL", "student"):
         table.add_column(heading)

@@ -135,7 +135,7 @@ class OpenPrompts:
         return written
 
     async def _taught(self, prompt: Prompt, context: Context) -> bool:
-        """Whether the teacher solves the prompt, or is not asked."""
+        """True if the teacher solves the prompt, or is not asked."""
         if self.teacher is None:
             return True
         (grade,) = await task_rewards(await self.teacher([prompt], context), context)

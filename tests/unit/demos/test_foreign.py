@@ -34,7 +34,9 @@ def test_what_is_not_learned_moves_with_its_digit() -> None:
         own = ShopTask().solution(problem, random.Random(seed), 0.5)
         foreign = ForeignTask().solution(problem, random.Random(seed), 0.5)
         wrong = [word for word, learn in zip(own.words, own.loss_mask, strict=True) if not learn]
-        assert sorted(wrong) == sorted(w for w, learn in zip(foreign.words, foreign.loss_mask, strict=True) if not learn)
+        assert sorted(wrong) == sorted(
+            w for w, learn in zip(foreign.words, foreign.loss_mask, strict=True) if not learn
+        )
 
 
 def test_the_shipped_files_are_those_of_the_list_and_the_experiments_can_be_planned() -> None:
