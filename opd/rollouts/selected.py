@@ -135,7 +135,7 @@ class OpenPrompts:
         return written
 
     async def _taught(self, prompt: Prompt, context: Context) -> bool:
-        """True if the teacher solves the prompt, or is not asked."""
+        """Grade of the teacher's own text as a verdict: solved, or not asked."""
         if self.teacher is None:
             return True
         (grade,) = await task_rewards(await self.teacher([prompt], context), context)
