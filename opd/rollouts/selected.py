@@ -135,7 +135,7 @@ class OpenPrompts:
         return written
 
     async def _taught(self, prompt: Prompt, context: Context) -> bool:
-        """Grade of the teacher's own text as a verdict: solved, or not asked."""
+        """Success of the teacher at the prompt; True without a teacher."""
         if self.teacher is None:
             return True
         (grade,) = await task_rewards(await self.teacher([prompt], context), context)

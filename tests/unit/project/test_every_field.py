@@ -98,7 +98,7 @@ FILLED: Mapping[str, Sequence[Any]] = {
 ROOMY: Mapping[str, Mapping[str, Any]] = {
     "EnvironmentRollout": {"max_tokens": 30},  # for several turns
     "GoodTexts": {"of": TeacherRollout(max_tokens=50), "cut": True},  # whose texts are long, repetitive and cut
-    "OpenPrompts": {"of": TeacherRollout(max_tokens=50)},  # whose texts are right
+    "OpenPrompts": {"of": TeacherRollout(max_tokens=50), "solved_at_most": 1.0},  # whose texts are right
     "PrefixRollout": {"share": 0.5},  # of which limits differ
     "Draft": {"room": 1000, "free": 10},
     "AtTemperature": {"of": FullReverseKL()},  # no estimate
