@@ -37,9 +37,11 @@ NAV = {
         "docs/certificate",
         "docs/comparing",
         "docs/schedules",
+        "Runs with stages <docs/staged_runs>",
         "Adapters <docs/lora>",
         "The stage locks <docs/stages/locks>",
         "The stage noisy <docs/stages/noisy>",
+        "The stage foreign <docs/stages/foreign>",
     ],
     "Operations": [
         "The doctor <docs/doctor>",

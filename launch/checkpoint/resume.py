@@ -194,22 +194,29 @@ def _alone_in(root: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def way_on(directory: RunDirectory, rescued: Path | None = None) -> str:
-    """Advice on how to continue a run that did not finish, from what is there or was `rescued` elsewhere."""
+def way_on(directory: RunDirectory, rescued: Path | None = None, whole: str = "") -> str:
+    """Advice on how to continue a run that did not finish, from what is there or was `rescued` elsewhere.
+
+    `whole`: name of the run that it is a stage of; what was rescued then goes on as a run of the stage alone.
+    """
     if rescued is not None:
         step = newest_first([rescued.name])[0]
+        same = f"the command in {directory.command}" if whole else "the same command"
         return (
-            f"step {step} is kept in {rescued}, since it could not be written in its place: the same command with "
+            f"step {step} is kept in {rescued}, since it could not be written in its place: {same} with "
             f"another run_name and resume={rescued} goes on, and opd export run={rescued} output=FOLDER makes a model "
             "of it"
         )
     steps = CheckpointStore(directory.checkpoints).steps()
     if steps:
         place = directory.checkpoints / name_of(steps[0])
+        same = f"the same command with run_name={whole or directory.name} resume=latest goes on"
         return (
-            f"step {steps[0]} is kept in {place}: the same command with run_name={directory.name} resume=latest goes "
-            f"on, and opd export run={directory.path} step={steps[0]} output=FOLDER makes a model of it"
+            f"step {steps[0]} is kept in {place}: {same}, and opd export run={directory.path} step={steps[0]} "
+            "output=FOLDER makes a model of it"
         )
+    if whole:
+        return f"this stage has no checkpoint: the same command with run_name={whole} resume=latest begins it anew"
     if directory.took_a_step:
         return (
             "no checkpoint was written, so there is nothing to go on from (set checkpoint_every or checkpoint_minutes)"

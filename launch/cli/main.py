@@ -100,23 +100,30 @@ def _show(overrides: Sequence[str]) -> int:
 
 def _checked(overrides: Sequence[str]) -> "DictConfig":
     """The composed configuration, all of whose keys exist; a part of a run is imported only after this."""
+    from launch.cli.stages import without_stages
     from launch.config.compose import compose
     from launch.config.keys import check_names
 
-    node = compose(overrides)
-    check_names(node, overrides)
+    node = compose(shared := without_stages(overrides))
+    check_names(node, shared)
     return node
 
 
 def _train(overrides: Sequence[str]) -> int:
-    comparison = "comparison" in _checked(overrides)
+    from launch.cli.stages import stages_of, without_stages
+
+    node = _checked(overrides)
+    stages = stages_of(node, overrides)
     if not overrides:
         console(stderr=True).print(_DEMO, soft_wrap=True, highlight=False)
     with uncollected():
         from launch.cli.compare import run_comparison
+        from launch.cli.staged_run import run_stages
         from launch.cli.train import run_training
 
-    return run_comparison(overrides) if comparison else run_training(overrides)
+    if stages:
+        return run_stages(stages, node, without_stages(overrides))
+    return run_comparison(overrides) if "comparison" in node else run_training(overrides)
 
 
 def _compare(arguments: Sequence[str]) -> int:

@@ -76,8 +76,11 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     return 0
 
 
-def train_once(plan: Plan, console: Console) -> RunDirectory:
-    """Train a whole run in a new run directory, or the rest of one in its own; its summary records the outcome."""
+def train_once(plan: Plan, console: Console, *, whole: str = "") -> RunDirectory:
+    """Train a whole run in a new run directory, or the rest of one in its own; its summary records the outcome.
+
+    `whole` is the name of the run that it is a stage of: that is what goes on if it does not finish.
+    """
     config = plan.config
     resumed = resumption(config, console)
     directory = open_directory(config, resumed, console)
@@ -87,11 +90,11 @@ def train_once(plan: Plan, console: Console) -> RunDirectory:
             console.print(f"run {directory.path}: going on after step {resumed.state.step}", soft_wrap=True)
         directory.write_config(config.text)
         directory.write_command(config.overrides)
-        _train(plan, directory, console, resumed)
+        _train(plan, directory, console, resumed, whole)
     return directory
 
 
-def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: ResumePoint | None) -> None:
+def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: ResumePoint | None, whole: str) -> None:
     stop = StopRequest(plan.config.grace_s, lambda sentence: console.print(sentence, soft_wrap=True, highlight=False))
     run = Run(plan, directory, console, stop, resumed)
     outcome, problem = Outcome.FAILED, ""
@@ -100,7 +103,7 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
         outcome = Outcome.FINISHED
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         outcome = Outcome.STOPPED
-        error.add_note(way_on(directory, run.rescued))
+        error.add_note(way_on(directory, run.rescued, whole))
         raise
     except BaseException as error:
         own = find_own(error)
@@ -108,7 +111,7 @@ def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: Resum
         problem = "" if isinstance(own, Preempted) else str(own or f"{type(error).__name__}: {error}")[:2000]
         if not isinstance(own, OpdError) or isinstance(own, ProcessFailed):
             error.add_note(keep_traceback(directory.failure, error))
-        error.add_note(way_on(directory, run.rescued))
+        error.add_note(way_on(directory, run.rescued, whole))
         raise
     finally:
         summary = run.summary(outcome, problem)

@@ -98,7 +98,7 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
             f"override {override!r} begins with no key; write KEY=VALUE without spaces, e.g. steps=50"
         )
     root = name.partition(".")[0].partition("@")[0]
-    roots = {key.name.partition(".")[0] for key in known} | {"hydra", "comparison", "data"}
+    roots = {key.name.partition(".")[0] for key in known} | {"hydra", "comparison", "stages", "data"}
     if root not in roots:
         raise ConfigurationError(
             f"override {override!r}: there is no {name!r}; {advice(override.lstrip('+'), known, own)}"

@@ -199,7 +199,7 @@ def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, 
         dotted = f"{where}.{name}" if where else name
         setting = (known or {}).get(name)
         value = node._get_node(name) if name in node else None
-        if name == "_target_" or (not where and name in ("hydra", "comparison")):
+        if name == "_target_" or (not where and name in ("hydra", "comparison", "stages")):
             continue
         if setting is None and known is not None:
             yield dotted, None, value

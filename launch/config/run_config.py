@@ -130,6 +130,11 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
     check_names(node, overrides)
     values, text = _resolved(node)
     _refuse_nothing(overrides, values)
+    if values.get("stages"):
+        raise ConfigurationError(
+            f"these are the settings of a run with stages ({', '.join(values['stages'])}), which opd train alone runs; "
+            "add stages=null for those that all of them share, or name the stage's own settings beside it"
+        )
     allowed = fit(AllowedPackages, values.get("allow_targets"), "allow_targets", [])
     given, by_name = _settings(values, allowed), [*allowed, *named_by_hand(overrides)]
     return RunConfig(

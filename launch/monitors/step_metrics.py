@@ -55,6 +55,7 @@ def step_metrics(record: StepRecord, context: StepContext) -> dict[str, float]:
         "step": record.step,
         **_learning(record),
         **_staleness(record.step, trajectories),
+        **_left_out(record),
         **_lengths(trajectories),
         **_repetition(trajectories),
         **_rewards(record),
@@ -88,6 +89,13 @@ def _staleness(step: int, trajectories: Sequence[Trajectory]) -> dict[str, float
     if not len(gaps):
         return {}
     return {"sample/staleness_mean": float(gaps.mean()), "sample/staleness_max": float(gaps.max())}
+
+
+def _left_out(record: StepRecord) -> dict[str, float]:
+    """Share of the step's trajectories of which no token is trained: a filter's, or of weight 0."""
+    if not record.weights:
+        return {}
+    return {"sample/left_out": float(np.mean([not np.any(w) for w in record.weights]))}
 
 
 def _lengths(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -93,8 +93,13 @@ class Case:
 
 
 def make_case(method: Method, world: World) -> Case:
-    """Case of `method` in `world`: its own rollout and scorer are run."""
-    return Case(method=method, enumeration=enumerated(method.rollout, method.scorer, world))
+    """Case of `method` in `world`: its own rollout and scorer are run.
+
+    A rollout that leaves whole texts out is run with nothing left out (`everything`): what it drops decides which
+    states count, and changes no gradient there.
+    """
+    rollout = getattr(method.rollout, "everything", method.rollout)
+    return Case(method=method, enumeration=enumerated(rollout, method.scorer, world))
 
 
 def _leaf(model: TinyModel) -> TinyModel:

@@ -12,6 +12,7 @@ from opd.method.templates import Ids
 from opd.ports import Context, GenerateRequest, Need, Role, Sampling, needs_of
 from opd.rollouts.contexts import PromptAlone, TeacherContext
 from opd.rollouts.mixed import RolloutLimit
+from opd.rollouts.selected import untrained
 from opd.rollouts.student import TeacherRollout, trajectory
 from opd.settings.ranges import Temperature, Tokens, TopP
 from opd.settings.validation import settings
@@ -83,7 +84,7 @@ class RefinedRollout:
         drafts = await self.student(group, context)
         contexts = await self.shown(drafts, context)
         rewritten = iter(await self._rewritten(drafts, contexts, context))
-        return [_untrained(d) if ids is None else next(rewritten) for d, ids in zip(drafts, contexts, strict=True)]
+        return [untrained(d) if ids is None else next(rewritten) for d, ids in zip(drafts, contexts, strict=True)]
 
     async def _rewritten(
         self, drafts: Sequence[Trajectory], contexts: "Sequence[Ids | None]", context: Context
@@ -108,7 +109,3 @@ class RefinedRollout:
         if not taught:
             return made
         return [replace(t, digests={}, versions=np.full(len(t), NO_VERSION, dtype=np.int32)) for t in made]
-
-
-def _untrained(draft: Trajectory) -> Trajectory:
-    return replace(draft, loss_mask=np.zeros(len(draft), dtype=bool))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli.stages import stages_of
 from launch.config.compose import compose
 from launch.config.run_config import RunConfig, run_config
 from launch.config.shipped_files import groups
@@ -84,7 +85,9 @@ def test_a_plan_knows_the_ids_of_tokens_that_a_weight_names() -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_builds(name: str) -> None:
-    assert run_config([f"experiment={name}"]).steps > 0
+    given = [f"experiment={name}"]
+    stages = [stage.overrides for stage in stages_of(compose(given), given)] or [()]
+    assert all(run_config([*given, *own, "stages=null"]).steps > 0 for own in stages)
 
 
 @pytest.mark.parametrize(

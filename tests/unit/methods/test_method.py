@@ -66,6 +66,8 @@ FACTS: dict[str, dict[str, object]] = {
     "StudentRollout": {"on_policy": True, "needs_engines": ("student",)},
     "TeacherRollout": {"on_policy": False, "needs_engines": ("writing teacher",)},
     "BlendedRollout": {"on_policy": True, "truncated": False},
+    "GoodTexts": {"on_policy": False},
+    "OpenPrompts": {"on_policy": False},
     "EnvironmentRollout": {"on_policy": True, "needs_engines": ("environment", "student")},
     "GroupAdvantage": {"min_group": 2, "needs_engines": ("grader",)},
     "SkipTruncated": {"reads_sampled_tokens": True},

@@ -95,7 +95,7 @@ def test_every_number_of_a_distillation_step() -> None:
             "distill/reverse_kl": 0.3, "distill/teacher_mass": 0.9,
             "training/ratio": 1.01, "training/rollout_probs_diff_mean": 0.02,
             "training/rollout_logprob_gap_mean": 0.1, "training/rollout_logprob_gap_max": 0.4,
-            "sample/staleness_mean": 20 * 2 / 30, "sample/staleness_max": 2,
+            "sample/staleness_mean": 20 * 2 / 30, "sample/staleness_max": 2, "sample/left_out": 0,
             "response_length/mean": 15, "response_length/max": 20, "response_length/clip_ratio": 0.5,
             "repetition/trigram_mean": 0, "repetition/rate": 0,
             "repetition/compression_mean": REPEATS,
@@ -153,7 +153,14 @@ def test_rewards_count_a_trajectory_once_however_long() -> None:
 
 def test_what_does_not_exist_is_absent() -> None:
     metrics = step_metrics(record(scored(10, NO_VERSION, Scores())), context())
-    assert not [name for name in metrics if name.startswith(("sample/", "reward/", "distill/", "training/"))]
+    absent = ("sample/staleness", "reward/", "distill/", "training/")
+    assert not [name for name in metrics if name.startswith(absent)]
+
+
+def test_what_a_filter_leaves_out_is_a_share_of_trajectories() -> None:
+    step = record(*(scored(3, 4, said(3)) for _ in range(4)))
+    weights = [np.ones(3), np.zeros(3), np.array([0.0, 0.5, 0.0]), np.zeros(3)]
+    assert step_metrics(replace(step, weights=weights), context())["sample/left_out"] == 0.5
 
 
 def test_a_loss_among_the_metrics_does_not_hide_the_loss() -> None:

@@ -72,6 +72,7 @@ PARTS: Mapping[str, Sequence[Any]] = {
     "Support": (promises.Union(k=2), promises.TeacherTop(k=3), promises.StudentTop(k=2)),
     "Objective": (SampledReverseKL(signal=LogprobSource.STUDENT), ClippedPolicyGradient()),
     "Rollout": (TeacherRollout(max_tokens=8), StudentRollout(max_tokens=8)),
+    "opd.method.slots.Rollout | None": (TeacherRollout(max_tokens=8),),
     "StudentRollout": (StudentRollout(max_tokens=8), StudentRollout(max_tokens=5)),
     "Scorer": (TeacherHidden(), SampledTokens()),
     "Shape": (Clip(limit=0.5), SignLog(), ProximalTeacher(alpha=0.4)),
@@ -104,6 +105,8 @@ FILLED: Mapping[str, Sequence[Any]] = {
 
 ROOMY: Mapping[str, Mapping[str, Any]] = {
     "EnvironmentRollout": {"max_tokens": 30},  # for several turns
+    "GoodTexts": {"of": TeacherRollout(max_tokens=50), "cut": True},  # whose texts are long, repetitive and cut
+    "OpenPrompts": {"of": TeacherRollout(max_tokens=50), "solved_at_most": 1.0},  # whose texts are right
     "PrefixRollout": {"share": 0.5},  # of which limits differ
     "Draft": {"room": 1000, "free": 10},
     "AtTemperature": {"of": FullReverseKL()},  # no estimate
@@ -228,17 +231,26 @@ class Recorder:
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         self.asked += [(self.name, r.prompt_id, r.sampling, r.blend, r.context_ids.tolist()) for r in requests]
-        n = [min(3, r.sampling.max_tokens) for r in requests]
+        n = [50 if r.sampling.max_tokens == 50 else min(3, r.sampling.max_tokens) for r in requests]
         zeros = [np.zeros(i, dtype=np.float32) for i in n]
         return [
             Completion(
-                token_ids=np.arange(len(z), dtype=np.int32),
+                token_ids=np.arange(len(z), dtype=np.int32) % 10,
                 behavior=TokenScores(logprobs=z),
                 versions=z.astype(np.int32),
-                stop=StopReason.END,
+                stop=StopReason.LENGTH if len(z) == r.sampling.max_tokens else StopReason.END,
             )
-            for z in zeros
+            for z, r in zip(zeros, requests, strict=True)
         ]
+
+
+class LongIsRight:
+    """A grader that takes long texts for right, also those that are cut."""
+
+    judges_cut = True
+
+    async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [float(len(c.split()) > 9) for c in completions]
 
 
 class Endless:
@@ -263,7 +275,7 @@ def written(rollout: Any) -> Any:
         student=Recorder(name="student", asked=asked),  # type: ignore[arg-type]
         teachers={},
         writers=teachers,
-        graders={},
+        graders={"": LongIsRight()},
         tokenizer=IdTokenizer(),
         environments={"": Endless},
     )
