@@ -20,6 +20,7 @@ from opd.types import (
     CreditScores,
     EvidenceScores,
     Scores,
+    TargetScores,
     TokenLoss,
     TokenScores,
     TopKReturnScores,
@@ -46,6 +47,8 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
         return CreditScores(logprobs=own, credit=credit)
     if kind is EvidenceScores:
         return EvidenceScores(logprobs=own, plain=own - credit)
+    if kind is TargetScores:
+        return TargetScores(target_ids=at[:, None], target_probs=torch.ones_like(own)[:, None], targets=credit.abs())
     return TokenScores(logprobs=own) if kind is TokenScores else Scores()
 
 

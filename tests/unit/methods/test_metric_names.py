@@ -13,6 +13,7 @@ from opd.types import (
     CreditScores,
     EvidenceScores,
     Scores,
+    TargetScores,
     TokenScores,
     TopKReturnScores,
     TopKScores,
@@ -39,6 +40,7 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
     AdvantageScores: SAMPLED,
     CreditScores: SAMPLED,
     EvidenceScores: SAMPLED,
+    TargetScores: SAMPLED,
     TopKScores: SUPPORT,
     TopKReturnScores: SUPPORT,
     VocabularyScores: VOCABULARY,
@@ -46,7 +48,7 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
 CHOSEN = "support_size student_mass teacher_mass"
 OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
-    **dict.fromkeys(("context_distillation", "trd"), ""),
+    **dict.fromkeys(("context_distillation", "topd", "trd"), ""),
     "opsd": "jsd",
     "edge_opd": "reverse_kl evident_share",
     "sdpo": "support_divergence ratio_truncated",

@@ -36,6 +36,7 @@ from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSou
 from opd.objectives.shaped import Clip, FixedAdvantage, ProximalTeacher, ShapedReverseKL, SignLog
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
 from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
+from opd.objectives.targets import TargetForwardKL
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.ports import Layout
@@ -47,6 +48,7 @@ from opd.types import (
     EvidenceScores,
     HiddenScores,
     Scores,
+    TargetScores,
     TokenLoss,
     TokenScores,
     TopKReturnScores,
@@ -64,6 +66,10 @@ BUCKETED, RENORMALIZED, STOPPED = (
 BASELINED, TOPK_BASELINED = (
     SampledDivergence(of=FullReverseKL(), baseline=baseline) for baseline in (Baseline.VOCABULARY, Baseline.TOPK)
 )
+
+
+LABEL = SimpleNamespace(ids=torch.tensor([4, 0, 6, 0]), probs=torch.tensor([0.5, 0.3, 0.2, 0.0]).double())
+TARGET = torch.tensor([0.3, 0, 0, 0, 0.5, 0, 0.2]).double()  # the same over the vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,8 @@ def said(kind: type[Scores], w: World) -> Scores:
         return CreditScores(logprobs=w.q, credit=w.advantages)
     if kind is EvidenceScores:
         return EvidenceScores(logprobs=w.q, plain=w.q - w.advantages)
+    if kind is TargetScores:
+        return TargetScores(target_ids=LABEL.ids.expand(V, -1), target_probs=LABEL.probs.expand(V, -1), targets=w.q)
     return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
 
 
@@ -186,6 +194,12 @@ def cross_entropy(w: World) -> Tensor:
     return -(w.mu.exp() * w.z.softmax(-1).log()).sum()
 
 
+def label_kl(w: World) -> Tensor:
+    """KL to the label, id by id."""
+    p = w.z.softmax(-1)
+    return sum((y * (log(y) - p[v].log()) for v, y in ((4, 0.5), (0, 0.3), (6, 0.2))), start=torch.zeros(()))
+
+
 def surrogate(w: World) -> Tensor:
     """Clipped by hand: outside 0.8 .. 1.2 a ratio counts as the bound, where that is worse for the student."""
     p, mu = w.z.softmax(-1), w.mu.exp()
@@ -203,7 +217,7 @@ def promised(objective: Any) -> Callable[[World], Tensor]:
     def exact(w: World) -> Tensor:
         members = torch.zeros(V, dtype=torch.bool)
         members[w.support] = True
-        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": w.advantages}
+        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": w.advantages, "target": TARGET}
         here = States(student=w.z.log_softmax(-1)[None], **{name: row[None] for name, row in rows.items()})
         return objective.promise(here).sum()
 
@@ -238,6 +252,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(objective=JensenShannon(), exact=lambda w: jsd(w, 0.5), value="jsd"),
     Claim(objective=Likelihood(), exact=cross_entropy, zero_at_teacher=False),
     Claim(objective=ClippedPolicyGradient(), exact=surrogate),
+    Claim(objective=TargetForwardKL(), exact=label_kl, zero_at_teacher=False, value="target_kl"),
 )
 CLAIMS += tuple(
     Claim(objective=part, exact=exact)
@@ -499,7 +514,9 @@ def test_masses_are_those_of_the_support_at_each_position(objective: Any) -> Non
     batch = replace(batch, scores=VocabularyScores(logprobs=q.diagonal(), vocabulary_logprobs=q))
     metrics = diagnosed(objective, StudentLogits(logits=z), batch).metrics
     support = getattr(objective, "support", promises.TeacherTop(k=2))
-    members = support(States(student=z, teacher=q, behavior=z, support=torch.ones(V, V, dtype=torch.bool), credit=z))
+    members = support(
+        States(student=z, teacher=q, behavior=z, support=torch.ones(V, V, dtype=torch.bool), credit=z, target=z)
+    )
     for name, p in (("student_mass", z), ("teacher_mass", q)):
         assert metrics[name].tolist() == pytest.approx([float(p[i][members[i]].exp().sum()) for i in range(V)])
     assert metrics["support_size"].tolist() == members.sum(-1).tolist()
@@ -532,6 +549,9 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
         scores = EvidenceScores(**here, plain=here["logprobs"] - advantages[:, 0])
     elif kind is AdvantageScores:
         scores = AdvantageScores(advantages=advantages[:, 0], rewards=advantages[:, 0])
+    elif kind is TargetScores:
+        labels = {"target_ids": LABEL.ids.expand(ROWS, -1), "target_probs": LABEL.probs.expand(ROWS, -1)}
+        scores = TargetScores(**labels, targets=torch.ones(ROWS))
     elif kind is CreditScores:
         scores = CreditScores(**here, credit=advantages[:, 0])
     every = torch.arange(ROWS)
@@ -550,7 +570,8 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
     members = torch.zeros(ROWS, V, dtype=torch.bool).scatter(-1, support, True)
     z = stacked(w.z.detach() for w in worlds)
     credit = advantages[:, :1].expand(-1, V)
-    states = States(student=z.log_softmax(-1), teacher=q, behavior=mu, support=members, credit=credit)
+    target = TARGET.expand(ROWS, -1)
+    states = States(student=z.log_softmax(-1), teacher=q, behavior=mu, support=members, credit=credit, target=target)
     return StudentLogits(logits=z, overlap_k=3), batch, states
 
 

@@ -25,6 +25,7 @@ def states(seed: int = 0) -> States:
         behavior=mu.log_softmax(-1),
         support=torch.rand(N, V, generator=draw).argsort(-1) < 3,
         credit=credit,
+        target=(credit + q).softmax(-1),
     )
 
 
