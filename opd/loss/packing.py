@@ -140,7 +140,7 @@ def pack_terms(
         )
         for name, term in terms.items()
     }
-    return _packed(scored, anywhere, layout, 1.0, turn, shares)
+    return _packed(scored, anywhere, layout, next(iter(shares.values())).denominator, turn, shares)
 
 
 def unpack(
