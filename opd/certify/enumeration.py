@@ -69,7 +69,7 @@ class Enumeration:
         student: TinyModel,
         teachers: Mapping[str, TinyModel],
         credit: Float[np.ndarray, " n"],
-        target: Float[np.ndarray, "n V"],
+        target: Float[np.ndarray, "s V"],
     ) -> States:
         """Enumerated states, in order, in float64; differentiable in `student`."""
         firsts = [self.scored[i].trajectory for i in range(0, len(self.scored), self.world.vocabulary)]

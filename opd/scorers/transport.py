@@ -14,8 +14,8 @@ from opd.settings.validation import settings
 from opd.types import TargetScores
 
 _CHECKED = 10  # iterations between two looks at whether a problem is solved
-Ids = Int[np.ndarray, " n"]
-Costs = Float[np.ndarray, "n m"]
+Ids = Int[np.ndarray, " _n"]
+Costs = Float[np.ndarray, "_n _m"]
 
 
 class GroundCost(Protocol):

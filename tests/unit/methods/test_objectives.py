@@ -35,8 +35,8 @@ from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
 from opd.objectives.shaped import Clip, FixedAdvantage, ProximalTeacher, ShapedReverseKL, SignLog
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
-from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
 from opd.objectives.targets import TargetForwardKL
+from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
 from opd.ports import Layout
@@ -68,10 +68,6 @@ BASELINED, TOPK_BASELINED = (
 )
 
 
-LABEL = SimpleNamespace(ids=torch.tensor([4, 0, 6, 0]), probs=torch.tensor([0.5, 0.3, 0.2, 0.0]).double())
-TARGET = torch.tensor([0.3, 0, 0, 0, 0.5, 0, 0.2]).double()  # the same over the vocabulary
-
-
 @dataclass(frozen=True, kw_only=True)
 class World:
     """Log-probabilities `q`, `mu` over the vocabulary; `z` is the student's leaf."""
@@ -96,6 +92,16 @@ def world(seed: int, k: int = 3, *, stale: bool = False, at_teacher: bool = Fals
     )
 
 
+def label(w: World) -> Tensor:
+    """Probabilities of a soft label on the support."""
+    return torch.arange(len(w.support), dtype=w.q.dtype).softmax(0)
+
+
+def on_vocabulary(w: World) -> Tensor:
+    """The same over the vocabulary."""
+    return torch.zeros_like(w.q).scatter(0, w.support, label(w))
+
+
 def said(kind: type[Scores], w: World) -> Scores:
     """What an objective that consumes `kind` is told about the state, once per written token."""
     if issubclass(kind, TopKScores):
@@ -112,7 +118,8 @@ def said(kind: type[Scores], w: World) -> Scores:
     if kind is EvidenceScores:
         return EvidenceScores(logprobs=w.q, plain=w.q - w.advantages)
     if kind is TargetScores:
-        return TargetScores(target_ids=LABEL.ids.expand(V, -1), target_probs=LABEL.probs.expand(V, -1), targets=w.q)
+        ids, probs = torch.cat([w.support, w.support[:1]]), torch.cat([label(w), torch.zeros_like(label(w)[:1])])
+        return TargetScores(target_ids=ids.expand(V, -1), target_probs=probs.expand(V, -1), targets=torch.ones(V))
     return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
 
 
@@ -197,7 +204,8 @@ def cross_entropy(w: World) -> Tensor:
 def label_kl(w: World) -> Tensor:
     """KL to the label, id by id."""
     p = w.z.softmax(-1)
-    return sum((y * (log(y) - p[v].log()) for v, y in ((4, 0.5), (0, 0.3), (6, 0.2))), start=torch.zeros(()))
+    pairs = zip(w.support.tolist(), label(w).tolist(), strict=True)
+    return torch.stack([y * (log(y) - p[v].log()) for v, y in pairs]).sum()
 
 
 def surrogate(w: World) -> Tensor:
@@ -217,7 +225,13 @@ def promised(objective: Any) -> Callable[[World], Tensor]:
     def exact(w: World) -> Tensor:
         members = torch.zeros(V, dtype=torch.bool)
         members[w.support] = True
-        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": w.advantages, "target": TARGET}
+        rows = {
+            "teacher": w.q,
+            "behavior": w.mu,
+            "support": members,
+            "credit": w.advantages,
+            "target": on_vocabulary(w),
+        }
         here = States(student=w.z.log_softmax(-1)[None], **{name: row[None] for name, row in rows.items()})
         return objective.promise(here).sum()
 
@@ -514,9 +528,8 @@ def test_masses_are_those_of_the_support_at_each_position(objective: Any) -> Non
     batch = replace(batch, scores=VocabularyScores(logprobs=q.diagonal(), vocabulary_logprobs=q))
     metrics = diagnosed(objective, StudentLogits(logits=z), batch).metrics
     support = getattr(objective, "support", promises.TeacherTop(k=2))
-    members = support(
-        States(student=z, teacher=q, behavior=z, support=torch.ones(V, V, dtype=torch.bool), credit=z, target=z)
-    )
+    every = torch.ones(V, V, dtype=torch.bool)
+    members = support(States(student=z, teacher=q, behavior=z, support=every, credit=z, target=z))
     for name, p in (("student_mass", z), ("teacher_mass", q)):
         assert metrics[name].tolist() == pytest.approx([float(p[i][members[i]].exp().sum()) for i in range(V)])
     assert metrics["support_size"].tolist() == members.sum(-1).tolist()
@@ -550,8 +563,8 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
     elif kind is AdvantageScores:
         scores = AdvantageScores(advantages=advantages[:, 0], rewards=advantages[:, 0])
     elif kind is TargetScores:
-        labels = {"target_ids": LABEL.ids.expand(ROWS, -1), "target_probs": LABEL.probs.expand(ROWS, -1)}
-        scores = TargetScores(**labels, targets=torch.ones(ROWS))
+        labels = stacked(label(w) for w in worlds)
+        scores = TargetScores(target_ids=support, target_probs=labels, targets=torch.ones(ROWS))
     elif kind is CreditScores:
         scores = CreditScores(**here, credit=advantages[:, 0])
     every = torch.arange(ROWS)
@@ -570,7 +583,7 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
     members = torch.zeros(ROWS, V, dtype=torch.bool).scatter(-1, support, True)
     z = stacked(w.z.detach() for w in worlds)
     credit = advantages[:, :1].expand(-1, V)
-    target = TARGET.expand(ROWS, -1)
+    target = stacked(on_vocabulary(w) for w in worlds)
     states = States(student=z.log_softmax(-1), teacher=q, behavior=mu, support=members, credit=credit, target=target)
     return StudentLogits(logits=z, overlap_k=3), batch, states
 
@@ -613,6 +626,7 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
         "ratio_truncated": float(p[y] / mu[y] > getattr(objective, "max_ratio", 1.0)),
         "return": float(states.credit[i, 0]),
         "credit": float(states.credit[i, 0]),
+        "target_kl": sum(t * log(t / p[v]) for v, t in enumerate(states.target[i].tolist()) if t > 0),
         "credited_share": float(states.credit[i, 0] != 0),
         "overlap_ratio": len(own & its) / 3,
         "overlap_student_mass": sum(p[v] for v in own & its),
