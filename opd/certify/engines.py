@@ -30,6 +30,9 @@ from opd.types import RemoteRows, Scores, StopReason, TokenScores
 from opd.types.prompt_rows import PromptText
 
 
+END = 5  # the id after which a continuation ends; a likely one would leave nothing to align
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """Log entry of a generation: request, completion, and the log-probabilities that its tokens were sampled with."""
@@ -124,8 +127,8 @@ class _Generator:
 
     def _continue(self, request: GenerateRequest) -> Completion:
         token_ids = continuation(self.model, request.context_ids, request.sampling)
-        zeros = np.zeros(len(token_ids), dtype=np.float32)  # nobody may read them
-        ended = StopReason.END if token_ids[-1] == IdTokenizer.eos_id else StopReason.LENGTH
+        zeros = np.zeros(len(token_ids), dtype=np.float32)  # of a text that no objective learns
+        ended = StopReason.END if token_ids[-1] == END else StopReason.LENGTH
         versions = zeros.astype(np.int32)
         return Completion(token_ids=token_ids, behavior=TokenScores(logprobs=zeros), versions=versions, stop=ended)
 
@@ -139,10 +142,10 @@ class _Generator:
 
 
 def continuation(model: TinyModel, context_ids: np.ndarray, sampling: Sampling) -> Int32[np.ndarray, " T"]:
-    """Text that a model writes behind a context, up to the end-of-text token; draws are seeded by the context."""
+    """Text that a model writes behind a context, up to the id `END`; draws are seeded by the context."""
     draw = np.random.default_rng(np.asarray(context_ids, dtype=np.int64))
     ids = np.zeros(0, dtype=np.int32)
-    while len(ids) < sampling.max_tokens and (not len(ids) or ids[-1] != IdTokenizer.eos_id):
+    while len(ids) < sampling.max_tokens and (not len(ids) or ids[-1] != END):
         with torch.no_grad():
             row = model.logprobs([(context_ids, np.append(ids, 0))])[0][-1:]
         p = sampled(row, sampling)[0].double().exp().numpy()

@@ -26,9 +26,8 @@ class States:
     """Log-probabilities of student, teacher and behavior policy at `n` states, with support and credit of every id.
 
     `student` carries the gradient. `behavior` is the distribution that was sampled from. `support` marks the ids that
-    the scores are about. `credit` is the signed credit of sampling each id (0 where the scorer gives none). `target`
-    has the probabilities that a scorer gives the ids as a target, on average over what may be sampled (0 where it gives
-    none).
+    the scores are about. `credit` is the signed credit of sampling each id, `target` the probability of each id in
+    a target distribution, on average over what may be sampled (both 0 where the scorer gives none).
     """
 
     student: Float[Tensor, "n V"]

@@ -32,7 +32,7 @@ _ROUNDING = 1e-9  # of a product of a fraction and a count, which may be meant t
 
 
 class TokenLoss(Protocol):
-    """Part that says how far the teacher is from the student at every token, before anything else is asked."""
+    """Part that gives the loss of every token, by which it becomes a candidate, before a teacher writes anything."""
 
     @property
     def needs(self) -> type[Scores]:
@@ -92,7 +92,7 @@ class SampledLogRatio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fork:
-    """A window of trajectory `number` that begins at `start`: what the student wrote and what the teacher is asked."""
+    """Window of trajectory `number` that begins at `start`: the student's tokens and the request to the teacher."""
 
     number: int
     start: int
@@ -174,7 +174,7 @@ class NearFuture:
         return _Fork(number=number, start=start, own=own, request=request)
 
     async def _futures(self, teacher: str, forks: Sequence[_Fork], context: Context) -> list[Int[np.ndarray, " m"]]:
-        """The teacher's window of every fork; equal questions are asked once."""
+        """Windows of the teacher, one per candidate; equal questions are asked once."""
         once = {fork.request.prompt_id: fork.request for fork in forks}
         if not once:
             return []

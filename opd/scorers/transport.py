@@ -19,7 +19,7 @@ Costs = Float[np.ndarray, "_n _m"]
 
 
 class GroundCost(Protocol):
-    """Part that says how far two tokens are apart."""
+    """Part that gives the cost of transporting one token to another."""
 
     @property
     def needs_engines(self) -> frozenset[Need]:

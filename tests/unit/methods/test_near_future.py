@@ -109,10 +109,9 @@ def test_equal_windows_are_not_apart_and_neither_are_reordered_ones() -> None:
     assert found.target_ids[:, 0].tolist() == own.tolist() and (found.target_probs[:, 0] == 1).all()
     w = world(0)
     scores = TargetScores(target_ids=torch.full((7, 1), 5), target_probs=torch.ones(7, 1), targets=torch.ones(7))
-    loss = TargetForwardKL()(StudentLogits(logits=w.z.expand(7, 7)), every_token(w, scores)).loss
-    assert float(loss[0].detach()) == pytest.approx(
-        -float(w.z.detach().log_softmax(-1)[5])
-    )  # then it is the cross-entropy of the tokens
+    z = w.z.detach()  # then the loss is the cross-entropy of the teacher's tokens
+    loss = TargetForwardKL()(StudentLogits(logits=z.expand(7, 7)), every_token(w, scores)).loss
+    assert float(loss[0]) == pytest.approx(-float(z.log_softmax(-1)[5]))
 
 
 def test_labels_by_hand() -> None:
