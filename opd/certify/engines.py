@@ -29,7 +29,6 @@ from opd.ports import (
 from opd.types import RemoteRows, Scores, StopReason, TokenScores
 from opd.types.prompt_rows import PromptText
 
-
 END = 5  # the id after which a continuation ends; a likely one would leave nothing to align
 
 

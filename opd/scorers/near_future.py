@@ -174,7 +174,7 @@ class NearFuture:
         return _Fork(number=number, start=start, own=own, request=request)
 
     async def _futures(self, teacher: str, forks: Sequence[_Fork], context: Context) -> list[Int[np.ndarray, " m"]]:
-        """Windows of the teacher, one per candidate; equal questions are asked once."""
+        """Token ids of the teacher's windows, one array per candidate; equal requests are sent once."""
         once = {fork.request.prompt_id: fork.request for fork in forks}
         if not once:
             return []

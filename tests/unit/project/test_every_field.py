@@ -105,7 +105,7 @@ ROOMY: Mapping[str, Mapping[str, Any]] = {
     "Draft": {"room": 1000, "free": 10},
     "AtTemperature": {"of": FullReverseKL()},  # no estimate
     "ImportanceWeighted": {"of": TopKDivergence(of=FullReverseKL())},
-    "NearFuture": {"fraction": 0.6, "temperature": 1.0, "transport": Sinkhorn()},  # of which labels are soft
+    "NearFuture": {"fraction": 0.6, "temperature": 8.0, "transport": Sinkhorn()},  # of which labels are soft
     "TopFraction": {"fraction": 0.4},  # of which selections differ
 }
 
