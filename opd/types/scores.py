@@ -150,7 +150,7 @@ class TargetScores(Scores):
     targets: Float[Array, " T"]
 
     @classmethod
-    def concat(cls, values: Sequence[Self]) -> Self:
+    def concat(cls, values: Sequence[Self]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride] (Self, as in the base)
         """Scores of several trajectories as one, as wide as the widest. `values` must not be empty."""
         widest = max(v.target_ids.shape[1] for v in values)
         return super(TargetScores, cls).concat([v._filled(widest) for v in values])
