@@ -143,6 +143,11 @@ def output_matrix(stored: Mapping[str, Stored]) -> str | None:
     return next((name for end in (*HEADS, *TIED) for name in sorted(stored) if name.endswith(end)), None)
 
 
+def input_matrix(stored: Mapping[str, Stored]) -> str | None:
+    """Name of the input embeddings among a folder's tensors."""
+    return next((name for end in TIED for name in sorted(stored) if name.endswith(end)), None)
+
+
 def _header(file: Path, part: str) -> dict[str, Stored]:
     """The tensors of one safetensors file: 8 bytes (length), JSON, then the numbers without a gap."""
 

@@ -22,6 +22,7 @@ from opd.types import (
     DeviationScores,
     EvidenceScores,
     Scores,
+    TargetScores,
     TokenLoss,
     TokenScores,
     TopKReturnScores,
@@ -52,6 +53,8 @@ def scores(kind: type[Scores], k: int, q: Tensor, at: Tensor, credit: Tensor) ->
         return EvidenceScores(logprobs=own, plain=own - credit)
     if kind is DeviationScores:
         return DeviationScores(logprobs=own, falls=credit.relu(), rises=(-credit).relu())
+    if kind is TargetScores:
+        return TargetScores(target_ids=at[:, None], target_probs=torch.ones_like(own)[:, None], targets=credit.abs())
     return TokenScores(logprobs=own) if kind is TokenScores else Scores()
 
 

@@ -20,8 +20,9 @@ class Costs:
     (teacher writes, student learns); `2 Ns` more where token weights declare readings, and `2 Nt` more where the
     teacher took part in a blend. Attention over long contexts, shared prefixes and probes of an update are not counted
     (`opd.observability.roofline` counts the first two, and needs the models' shapes for it). `teacher_writes`: what the
-    student did not write, a teacher did (otherwise it comes from a data set). `by_teacher` has the sizes of
-    several teachers by name. Example: `Costs(student_params=310_000, teacher_params=620_000, teacher_writes=False,
+    student did not write, a teacher did (otherwise it comes from a data set); what a scorer lets a teacher write is not
+    counted. `by_teacher` has the sizes of several teachers by name.
+    Example: `Costs(student_params=310_000, teacher_params=620_000, teacher_writes=False,
     teacher_reads=True)`.
     """
 

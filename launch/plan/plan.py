@@ -29,7 +29,7 @@ from launch.plan.checks.prompts import (
 from launch.plan.checks.settings import check_settings, check_shares, schedule_notes
 from launch.plan.checks.survey import Survey, survey_all, survey_step
 from launch.plan.checks.tasks import check_tasks
-from launch.plan.checks.teachers import check_adapters, check_names, check_teachers, unread_notes
+from launch.plan.checks.teachers import check_adapters, check_embeddings, check_names, check_teachers, unread_notes
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
@@ -159,6 +159,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_numbers(config)
     check_checkpoint(config.student.path, "student")
     check_blends(config)
+    check_embeddings(config)
     exact_kl = check_teachers(config)
     student = check_student(config)
     teachers = {name: check_teacher(config, name) for name in config.teachers}

@@ -40,7 +40,7 @@ from launch.services.stack_dumps import StackDumps
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
 from opd.method.needs import asks_prompts_teacher, named, needed
-from opd.ports import Role
+from opd.ports import Role, needs_of
 from opd.rollouts.environment import Plays
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
@@ -390,6 +390,6 @@ def costs(plan: Plan) -> Costs:
         student_params=plan.student_params,
         teacher_params=read,
         by_teacher={} if members or len(params) == 1 else params,
-        teacher_writes=needed(method, Role.WRITER),
+        teacher_writes=any(need.role is Role.WRITER for need in needs_of(method.rollout)),
         teacher_reads=needed(method, Role.READER),
     )

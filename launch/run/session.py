@@ -11,6 +11,7 @@ from typing import Any
 from actors.config import InnerTeacher, StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
+from hf.embeddings import FolderEmbeddings
 from launch.artifacts.checkpoint_state import LEARNER
 from launch.config.settings import ClusterConfig
 from launch.inputs.graders import RunGrader, make_grader
@@ -147,6 +148,7 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None) -> Session:
         graders=graders,
         tokenizer=plan.sources.tokenizer,
         environments=environments,
+        embeddings=FolderEmbeddings(config.student.path),
     )
     return Session(
         plan=plan,

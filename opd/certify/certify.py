@@ -21,7 +21,7 @@ from opd.certify.expected_gradient import (
 from opd.certify.fitting import fitted, teacher_names
 from opd.certify.gradients import Case, make_case
 from opd.certify.invariances import check_masks, check_steps, check_teacher, check_tokens
-from opd.certify.scorer_checks import check_credit, check_requests, check_score_order
+from opd.certify.scorer_checks import check_credit, check_requests, check_score_order, check_targets
 from opd.certify.shown import check_shown, with_one_context
 from opd.certify.sources import with_one_source
 from opd.certify.term_sums import check_terms
@@ -95,6 +95,7 @@ def _checks(method: Method, fresh: Case, stale_case: Case) -> Iterator[Finding]:
     yield from check_limits(fresh)
     yield from check_teacher(fresh)
     yield from check_credit(fresh, extremes[0])
+    yield from check_targets(fresh, extremes[0])
     yield from check_steps(fresh)
     yield from check_tokens(fresh)
     yield from check_masks(fresh)

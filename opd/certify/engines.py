@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from opd.certify.models import TinyModel
@@ -30,6 +30,8 @@ from opd.rollouts.trust_region import blended
 from opd.types import RemoteRows, Scores, StopReason, TokenScores
 from opd.types.prompt_rows import PromptText
 
+END = 5  # the id after which a continuation ends; a likely one would leave nothing to align
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
@@ -43,9 +45,13 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLog:
-    """Requests of a method's parts: generations by (prompt id, sample), score requests with the teacher's name."""
+    """Requests of a method's parts: generations by (prompt id, sample), score requests with the teacher's name.
+
+    `continuations` are requests to a teacher to go on from anywhere: those whose prompt id is none of the world's.
+    """
 
     generations: dict[tuple[str, int], Generation] = field(default_factory=dict)
+    continuations: list[GenerateRequest] = field(default_factory=list)
     score_requests: list[tuple[str, ScoreRequest]] = field(default_factory=list)
 
 
@@ -62,12 +68,26 @@ def engines(world: World, log: RequestLog) -> Context:
         },
         graders={"": EnumeratedGrader()},
         tokenizer=IdTokenizer(),
+        embeddings=_StudentEmbeddings(model=world.student),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _StudentEmbeddings:
+    """Input embeddings of a tiny student."""
+
+    model: TinyModel
+
+    def rows(self, ids: Int32[np.ndarray, " n"]) -> Float32[np.ndarray, "n H"]:
+        return self.model.embedding[torch.from_numpy(ids).long()].detach().float().numpy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Generator:
-    """Engine that returns the enumerated completions, with the log-probabilities of a sampler of `model`."""
+    """Engine that returns the enumerated completions, with the log-probabilities of a sampler of `model`.
+
+    As a teacher it also goes on from any context (`continuation`), for a request that names no prompt of the world.
+    """
 
     model: TinyModel
     world: World
@@ -75,6 +95,9 @@ class _Generator:
     as_teacher: bool
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        if self.as_teacher and not any(self._completions(r.prompt_id) for r in requests):
+            self.log.continuations.extend(requests)
+            return [self._continue(r) for r in requests]
         completions = {name: self._completions(name) for name in {r.prompt_id for r in requests}}
         for r in requests:
             if r.sample >= len(completions[r.prompt_id]):
@@ -113,6 +136,13 @@ class _Generator:
             stop=StopReason.END,
         )
 
+    def _continue(self, request: GenerateRequest) -> Completion:
+        token_ids = continuation(self.model, request.context_ids, request.sampling)
+        zeros = np.zeros(len(token_ids), dtype=np.float32)  # of a text that no objective learns
+        ended = StopReason.END if token_ids[-1] == END else StopReason.LENGTH
+        versions = zeros.astype(np.int32)
+        return Completion(token_ids=token_ids, behavior=TokenScores(logprobs=zeros), versions=versions, stop=ended)
+
     def _completions(self, prompt_id: str) -> list[np.ndarray]:
         name, _, number = prompt_id.partition("/")
         known = name == "state" and number.isdigit() and int(number) < len(self.world.contexts)
@@ -120,6 +150,18 @@ class _Generator:
 
     async def receive(self, weights: Any) -> WeightAck:
         raise NotImplementedError("nothing is published in an enumerated world")
+
+
+def continuation(model: TinyModel, context_ids: np.ndarray, sampling: Sampling) -> Int32[np.ndarray, " T"]:
+    """Text that a model writes behind a context, up to the id `END`; draws are seeded by the context."""
+    draw = np.random.default_rng(np.asarray(context_ids, dtype=np.int64))
+    ids = np.zeros(0, dtype=np.int32)
+    while len(ids) < sampling.max_tokens and (not len(ids) or ids[-1] != END):
+        with torch.no_grad():
+            row = model.logprobs([(context_ids, np.append(ids, 0))])[0][-1:]
+        p = sampled(row, sampling)[0].double().exp().numpy()
+        ids = np.append(ids, draw.choice(len(p), p=p / p.sum())).astype(np.int32)
+    return ids
 
 
 def sampled(logprobs: Float[Tensor, "T V"], sampling: Sampling) -> Float[Tensor, "T V"]:

@@ -65,7 +65,11 @@ class Enumeration:
         return bool((members == members[:, :1]).all())
 
     def states(
-        self, student: TinyModel, teachers: Mapping[str, TinyModel], credit: Float[np.ndarray, "n ..."]
+        self,
+        student: TinyModel,
+        teachers: Mapping[str, TinyModel],
+        credit: Float[np.ndarray, "n ..."],
+        target: Float[np.ndarray, "s V"],
     ) -> States:
         """Enumerated states, in order, in float64; differentiable in `student`."""
         firsts = [self.scored[i].trajectory for i in range(0, len(self.scored), self.world.vocabulary)]
@@ -76,6 +80,7 @@ class Enumeration:
             behavior=probabilities.log(),
             support=torch.from_numpy(self._support()[:, 0]),
             credit=torch.from_numpy(credit).reshape(*probabilities.shape, *credit.shape[1:]),
+            target=torch.from_numpy(target),
         )
 
     def _at(self, model: TinyModel, firsts: list[Trajectory], context: ContextIds) -> Float[Tensor, "n V"]:

@@ -27,6 +27,7 @@ from opd.certify.gradients import (
     promises_nothing,
     relative_difference,
 )
+from opd.certify.targets import writes
 from opd.certify.worlds import MORE, VOCABULARY, WIDE, World, long, make_world, one_state, stale
 from opd.errors import OpdError
 from opd.method.method import Method, loss_masks, weigh
@@ -111,7 +112,7 @@ def corner_cases(method: Method) -> list[Corner]:
 
 def _long(method: Method, world: World) -> World:
     """World of long texts; shorter ones where the scorer asks about several tokens at every place of them."""
-    return long(world, 30, 30) if getattr(method.scorer, "looks_ahead", False) else long(world)
+    return long(world, 30, 30) if getattr(method.scorer, "looks_ahead", False) or writes(method.scorer) else long(world)
 
 
 def check_corners(corners: list[Corner]) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from opd.certify.credit import credit_at_positions
 from opd.certify.enumeration import Enumeration, enumerated
 from opd.certify.models import TinyModel
+from opd.certify.targets import mean_targets
 from opd.certify.worlds import World
 from opd.loss.chunked import StudentLogits, flat_loss
 from opd.loss.chunked import read as read_teacher
@@ -85,8 +86,13 @@ class Case:
         weights, world = self.weights(), self.world.to(torch.float64)
         student = _leaf(world.student)
         taught_by = teachers or world.teachers
-        states = self.enumeration.states(student, taught_by, credit_at_positions(self.enumeration, taught_by))
         counted = np.asarray([w[p] for w, p in zip(weights, self.enumeration.position, strict=True)])
+        states = self.enumeration.states(
+            student,
+            taught_by,
+            credit_at_positions(self.enumeration, taught_by),
+            mean_targets(self.enumeration, teachers or self.world.teachers, counted),
+        )
         counted = torch.from_numpy(counted.reshape(-1, world.vocabulary).sum(-1))
         value = ((promise or self.method.objective.promise)(states) * counted).sum() / self.method.normalizer(weights)
         return _flat(torch.autograd.grad(value, (student.embedding, student.head), allow_unused=True), student)

@@ -24,6 +24,7 @@ from opd.certify.gradients import (
     make_case,
     relative_difference,
 )
+from opd.certify.targets import scorer_targets, writes
 from opd.method import promises
 from opd.method.method import weigh
 from opd.ports import Layout
@@ -44,7 +45,7 @@ def check_teacher(case: Case) -> Iterator[Finding]:
         yield from (Skipped(name=name, why="a judge's verdict is a reward") for name in (*TEACHER, TOWARDS, ALONE))
         return
     world, exact, trained = case.world, case.exact(), case.training()
-    other = make_case(case.method, world.with_teachers(world.other_teachers))
+    other = make_case(case.method, world.with_teachers(world.other_teachers, writers=writes(case.method.scorer)))
     moved = relative_difference(trained, other.training())
     if relative_difference(exact, case.exact(teachers=world.other_teachers)) < NOTICED:
         why = "the promise compares with no teacher"
@@ -56,12 +57,16 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     # A student that is shown more than itself is no equal of itself.
     same = replace(case.method, rollout=getattr(case.method.rollout, "plain", case.method.rollout))
     equal = make_case(same, world.with_student_as_teacher())
-    yield Row(name=TEACHER[1], measured=_per_token(equal), tolerance=EXACT)
+    labeled = scorer_targets(case.enumeration) is not None
+    if labeled:
+        yield Skipped(name=TEACHER[1], why="a target is learned from, also one of an equal, and compared with nothing")
+    else:
+        yield Row(name=TEACHER[1], measured=_per_token(equal), tolerance=EXACT)
     wrong = relative_difference(make_case(case.method, replace(world, shift=1)).training(), exact)
     shifted = make_case(same, replace(world.with_student_as_teacher(), shift=1))
     # Where a teacher is compared with itself in two contexts, or with its base, a shift of both at once is seen by its
     # gradient alone.
-    within = hasattr(case.method.scorer, "reads") or hasattr(case.method.scorer, "base")
+    within = labeled or hasattr(case.method.scorer, "reads") or hasattr(case.method.scorer, "base")
     measured = wrong if within else min(_per_token(shifted), wrong)
     yield at_least(TEACHER[2], measured, NOTICED)
     directions = (promises.ReverseKL(), promises.ForwardKL())

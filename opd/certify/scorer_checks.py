@@ -32,6 +32,7 @@ from opd.certify.gradients import (
     make_case,
     relative_difference,
 )
+from opd.certify.targets import scorer_targets, targets_by_definition
 from opd.ports import Need, Role, needs_of
 from opd.scorers.ensemble import ContextIds
 from opd.types import (
@@ -50,6 +51,7 @@ WRITTEN = "text is written in its own context, as the rollout says"
 KEPT = "text is trained whole, as it was written"
 ORDER = "scores follow their text in any order, and again"
 DEFINED = "credit is what it is defined to be"
+TARGETS = "targets are what they are defined to be"
 BETTER = "the better of two answers has the greater advantage"
 LAST = "the last return of a text is 0"
 LATER = "a return falls with the teacher's doubt about later tokens, and about no others"
@@ -89,17 +91,24 @@ def _wrong_score_requests(case: Case) -> int:
         due |= {(text.prompt.teacher, ids.tobytes(), text.token_ids.tobytes()) for ids in probes}
     extra = asked - due
     if getattr(scorer, "looks_ahead", False):  # after other tokens, too: behind what a text has before them
-        begun = {
-            (item.trajectory.prompt.teacher, np.concatenate([item.trajectory.prompt.teacher_ids, before]).tobytes())
-            for item in case.enumeration.scored
-            for before in (item.trajectory.token_ids[:t] for t in range(len(item.trajectory)))
-        }
+        begun = {(name, ids) for ids, names in _begun(case).items() for name in names}
         extra = {request for request in extra if request[:2] not in begun}
     return len(extra) + (len(due - asked) if scorer.requires else 0)
 
 
+def _begun(case: Case) -> dict[bytes, set[str]]:
+    """All that a teacher reads before a token of a text, with the names of the teachers that do."""
+    found: dict[bytes, set[str]] = {}
+    for text in (item.trajectory for item in case.enumeration.scored):
+        for t in range(len(text)):
+            before = np.concatenate([text.prompt.teacher_ids, text.token_ids[:t]]).tobytes()
+            found.setdefault(before, set()).add(text.prompt.teacher)
+    return found
+
+
 def _wrong_generate_requests(case: Case) -> int:
-    wrong = 0
+    begun = _begun(case)
+    wrong = sum(r.context_ids.tobytes() not in begun for r in case.enumeration.log.continuations)
     for item in case.enumeration.scored:
         prompt = item.trajectory.prompt
         generation = case.enumeration.log.generations.get((prompt.id, item.trajectory.sample))
@@ -151,6 +160,23 @@ def _numbers(scores: Any) -> list[Tensor]:
     if isinstance(scores, tuple):
         return [tensor for part in scores for tensor in _numbers(part)]
     return [tensor for f in fields(scores) for tensor in _numbers(getattr(scores, f.name))]
+
+
+def check_targets(case: Case, deep: Case) -> Iterator[Finding]:
+    """Targets agree with their definition, also at other settings of the scorer. `deep` has long texts."""
+    if scorer_targets(case.enumeration) is None:
+        return
+    others = [make_case(replace(case.method, scorer=s), case.world) for s in other_settings(case.method.scorer)]
+    errors = []
+    for one in (case, deep, *others):
+        found, expected = scorer_targets(one.enumeration), targets_by_definition(one.enumeration, one.world.teachers)
+        assert found is not None
+        if expected is None:
+            yield Skipped(name=TARGETS, why="no definition is known for this scorer; the other rows hold without one")
+            return
+        numbers = [torch.from_numpy(np.concatenate([x.ravel() for pair in y for x in pair])) for y in (found, expected)]
+        errors.append(relative_difference(numbers[0], numbers[1]))
+    yield Row(name=TARGETS, measured=max(errors), tolerance=EXACT)
 
 
 def check_credit(case: Case, deep: Case) -> Iterator[Finding]:

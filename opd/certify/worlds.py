@@ -102,9 +102,9 @@ class World:
             other_teachers=changed(self.other_teachers),
         )
 
-    def with_teachers(self, teachers: Mapping[str, TinyModel]) -> "World":
-        """World with other teachers."""
-        return replace(self, teachers=teachers)
+    def with_teachers(self, teachers: Mapping[str, TinyModel], *, writers: bool = False) -> "World":
+        """World with other teachers, which also write in place of the former ones if `writers`."""
+        return replace(self, teachers=teachers, writers=teachers if writers else self.writers)
 
     def with_student_as_teacher(self) -> "World":
         """World whose student is its own teacher, in the same context."""

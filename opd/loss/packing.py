@@ -40,6 +40,16 @@ class TokenMean:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightMean:
+    """The mean over all trained tokens of the step by their weights: a token of weight 2 counts as two."""
+
+    per_sequence: ClassVar[bool] = False
+
+    def __call__(self, weights: Sequence[TokenWeights]) -> float:
+        return float(sum(w.sum() for w in weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceMean:
     """The mean over trajectories of each one's own mean over its trained tokens (long answers weigh no more).
 
@@ -130,7 +140,7 @@ def pack_terms(
         )
         for name, term in terms.items()
     }
-    return _packed(scored, anywhere, layout, 1.0, turn, shares)
+    return _packed(scored, anywhere, layout, next(iter(shares.values())).denominator, turn, shares)
 
 
 def unpack(

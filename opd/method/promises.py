@@ -26,8 +26,9 @@ class States:
     """Log-probabilities of student, teacher and behavior policy at `n` states, with support and credit of every id.
 
     `student` carries the gradient. `behavior` is the distribution that was sampled from. `support` marks the ids that
-    the scores are about. `credit` is the signed credit of sampling each id (0 where the scorer gives none), or several
-    numbers of each in a last axis.
+    the scores are about. `credit` is the signed credit of sampling each id, or several numbers of each in a last axis;
+    `target` the probability of each id in a target distribution, on average over what may be sampled (both 0 where
+    the scorer gives none).
     """
 
     student: Float[Tensor, "n V"]
@@ -35,6 +36,7 @@ class States:
     behavior: Float[Tensor, "n V"]
     support: Bool[Tensor, "n V"]
     credit: Float[Tensor, "n V *numbers"]
+    target: Float[Tensor, "n V"]
 
 
 class Promise(Protocol):
@@ -233,6 +235,7 @@ class Coarsened:
                 behavior=merged(states.behavior),
                 support=torch.cat([members, member], dim=-1),
                 credit=torch.cat([states.credit, no_credit], dim=-1),  # a bucket has none
+                target=torch.cat([states.target, no_credit], dim=-1),
             )
         )
 
@@ -320,6 +323,15 @@ class CrossEntropy:
 
     def __call__(self, states: States) -> Float[Tensor, " n"]:
         return -(states.behavior.exp() * states.student).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class FromTarget:
+    """KL(target||student), the cross-entropy with a target distribution less its entropy; 0 where there is none."""
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        y = states.target
+        return torch.where(y > 0, y * (torch.where(y > 0, y, 1.0).log() - states.student), 0.0).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumOfTerms:
-    """Objective of several terms in one pass: `sum_k c_k w_k loss_k / Z_k` per token, from the terms of a batch.
+    """Objective of several terms in one pass: `Z_1 sum_k c_k w_k loss_k / Z_k` per token, from the terms of a batch.
 
     Metrics of a term are `NAME/metric`, those of `MAIN` keep their names; a token that a term does not train has none
     of its metrics (NaN). `NAME/loss` is the term's loss per token and `NAME/coefficient` its coefficient.
@@ -60,7 +60,9 @@ class SumOfTerms:
             own = replace(batch, scores=term.scores, weights=term.weights, denominator=term.denominator, terms={})
             result = diagnosed(objective, student, own)
             trained = term.weights > 0
-            part = term.weights * torch.where(trained, result.loss, 0.0) * (term.coefficient / term.denominator)
+            # Over the first term's own divisor this is 1, so that a term that trains nothing changes no bit of it.
+            factor = term.coefficient * (batch.denominator / term.denominator)
+            part = term.weights * torch.where(trained, result.loss, 0.0) * factor
             total = part if total is None else total + part
             prefix = "" if name == MAIN else f"{name}/"
             seen = {f"{prefix}{metric}": values for metric, values in result.metrics.items()}

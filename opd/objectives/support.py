@@ -88,7 +88,7 @@ def chosen(support: exact.Support, student: StudentLogits, batch: Batch[Vocabula
     p, q = student.logprobs.detach(), batch.scores.vocabulary_logprobs  # computed once, with its graph, then detached
     with torch.no_grad():
         everything = torch.ones_like(p, dtype=torch.bool)
-        return support(exact.States(student=p, teacher=q, behavior=p, support=everything, credit=p))
+        return support(exact.States(student=p, teacher=q, behavior=p, support=everything, credit=p, target=p))
 
 
 def _metrics(student: StudentLogits, batch: Batch[VocabularyScores], members: Bool[Tensor, "n V"]) -> dict[str, Tensor]:

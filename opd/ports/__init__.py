@@ -4,6 +4,7 @@ Applications implement these without inheriting from them; a pool of engines has
 """
 
 from opd.ports.calls import Call
+from opd.ports.embeddings import Embeddings, NoEmbeddings
 from opd.ports.engines import (
     Context,
     Engines,
@@ -39,6 +40,7 @@ __all__ = [
     "Call",
     "Completion",
     "Context",
+    "Embeddings",
     "Engines",
     "Environment",
     "Fill",
@@ -54,6 +56,7 @@ __all__ = [
     "MakeEnvironment",
     "Manifest",
     "Need",
+    "NoEmbeddings",
     "Observer",
     "Outcome",
     "PromptSource",

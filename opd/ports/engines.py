@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
+from opd.ports.embeddings import Embeddings, NoEmbeddings
 from opd.ports.environment import MakeEnvironment
 from opd.ports.requests import Completion, GenerateRequest, ScoreAnswer, ScoreRequest
 from opd.ports.weights import PublishedWeights, WeightAck
@@ -85,6 +86,7 @@ class Engines:
 
     `graders` and `environments` have the names of the tasks (`Prompt.task`). The order of `teachers` numbers their
     output matrices (`HiddenScores.head`), in the learner too. `writers` are teachers that generate text.
+    `embeddings` are the student's, for parts that compare tokens.
     """
 
     student: StudentEngine
@@ -93,6 +95,7 @@ class Engines:
     graders: Mapping[str, Grader]
     tokenizer: Tokenizer
     environments: Mapping[str, MakeEnvironment] = field(default_factory=dict)
+    embeddings: Embeddings = field(default_factory=NoEmbeddings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ class Role(Enum):
     WRITER = "writing teacher"  # `Engines.writers` generates tokens of the student's tokenizer
     TEXT_TEACHER = "text-only teacher"  # one that gives text and nothing else, with a tokenizer of its own
     GRADER = "grader"  # `Engines.graders` gives a finished completion its reward
+    EMBEDDINGS = "student's input embeddings"  # `Engines.embeddings`, as the student's folder has them
     ENVIRONMENT = "environment"  # `Engines.environments` answers the student between its turns
 
 

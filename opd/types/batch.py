@@ -62,7 +62,7 @@ class Batch(Generic[S]):
     `route` is the number of each trained token's; with a single one `route` is empty (`R` is 0 or `L`).
 
     Of a method with several terms `terms` holds each one's share; `weights` is then 1 where any of them trains and
-    `denominator` is 1, so that all the above holds (`opd.method.terms.SumOfTerms` divides). Terms with equal scorers
+    `denominator` is that of the first (`opd.method.terms.SumOfTerms` divides by the others'). Terms with equal scorers
     share one `Scores` object.
     """
 

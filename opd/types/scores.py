@@ -163,6 +163,32 @@ class CreditScores(TokenScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TargetScores(Scores):
+    """Target distribution of every token on few ids, which the student is to learn: a soft label.
+
+    `target_probs` sum to 1 where there is a target. `targets` is the number of distributions of which it is the mean, 0
+    where there is none (probabilities are then 0). Ids of probability 0 fill a row, and narrow rows where wider ones
+    meet them. Example, a token with two labels and one with none:
+    `TargetScores(target_ids=[[7, 9], [0, 0]], target_probs=[[0.75, 0.25], [0, 0]], targets=[2, 0])`.
+    """
+
+    target_ids: Int[Array, "T K"]
+    target_probs: Float[Array, "T K"]
+    targets: Float[Array, " T"]
+
+    @classmethod
+    def concat(cls, values: Sequence[Self]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride] (Self, as in the base)
+        """Scores of several trajectories as one, as wide as the widest. `values` must not be empty."""
+        widest = max(v.target_ids.shape[1] for v in values)
+        return super(TargetScores, cls).concat([v._filled(widest) for v in values])
+
+    def _filled(self, width: int) -> Self:
+        fill = ((0, 0), (0, width - self.target_ids.shape[1]))
+        wide = {name: np.pad(getattr(self, name), fill) for name in ("target_ids", "target_probs")}
+        return replace(self, **wide) if fill[1][1] else self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyScores(TokenScores):
     """Log-probabilities of the whole vocabulary: input of objectives over exact distributions.
 

@@ -1,5 +1,6 @@
 """Checks of teachers against the method and the student."""
 
+from hf.embeddings import find_embeddings
 from hf.tokenizer_check import check_checkpoint, check_same_tokens, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.devices import writers_of
@@ -28,6 +29,12 @@ def check_names(config: RunConfig) -> None:
             f"method.terms.{same[0]} needs a name that no teacher has, since metrics of terms and of teachers are both "
             f"{same[0]}/reverse_kl and the like, but teacher {same[0]!r} has it; name the term otherwise"
         )
+
+
+def check_embeddings(config: RunConfig) -> None:
+    """Refuse a student's folder without the input embeddings that a part of the method compares tokens by."""
+    if needed(config.method, Role.EMBEDDINGS):
+        find_embeddings(config.student.path)
 
 
 def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None:

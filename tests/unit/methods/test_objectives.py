@@ -39,6 +39,7 @@ from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
 from opd.objectives.shaped import FixedAdvantage, ShapedReverseKL
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
+from opd.objectives.targets import TargetForwardKL
 from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
 from opd.objectives.truncated import TruncatedRatio
 from opd.objectives.vocabulary import FullForwardKL, FullReverseKL, JensenShannon, SkewedForwardKL, SkewedReverseKL
@@ -53,6 +54,7 @@ from opd.types import (
     EvidenceScores,
     HiddenScores,
     Scores,
+    TargetScores,
     TokenLoss,
     TokenScores,
     TopKReturnScores,
@@ -102,6 +104,16 @@ def moved(advantages: Tensor) -> dict[str, Tensor]:
     return {"falls": advantages.relu(), "rises": 0.1 + (-advantages).relu()}
 
 
+def label(w: World) -> Tensor:
+    """Probabilities of a soft label on the support."""
+    return torch.arange(len(w.support), dtype=w.q.dtype).softmax(0)
+
+
+def on_vocabulary(w: World) -> Tensor:
+    """The same over the vocabulary."""
+    return torch.zeros_like(w.q).scatter(0, w.support, label(w))
+
+
 def said(kind: type[Scores], w: World) -> Scores:
     """What an objective that consumes `kind` is told about the state, once per written token."""
     if issubclass(kind, TopKScores):
@@ -122,6 +134,9 @@ def said(kind: type[Scores], w: World) -> Scores:
         return EvidenceScores(logprobs=w.q, plain=w.q - w.advantages)
     if kind is DeviationScores:
         return DeviationScores(logprobs=w.q, **moved(w.advantages))
+    if kind is TargetScores:
+        ids, probs = torch.cat([w.support, w.support[:1]]), torch.cat([label(w), torch.zeros_like(label(w)[:1])])
+        return TargetScores(target_ids=ids.expand(V, -1), target_probs=probs.expand(V, -1), targets=torch.ones(V))
     return TokenScores(logprobs=w.q) if kind is TokenScores else Scores()
 
 
@@ -203,6 +218,13 @@ def cross_entropy(w: World) -> Tensor:
     return -(w.mu.exp() * w.z.softmax(-1).log()).sum()
 
 
+def label_kl(w: World) -> Tensor:
+    """KL to the label, id by id."""
+    p = w.z.softmax(-1)
+    pairs = zip(w.support.tolist(), label(w).tolist(), strict=True)
+    return torch.stack([y * (log(y) - p[v].log()) for v, y in pairs]).sum()
+
+
 def surrogate(w: World) -> Tensor:
     """Clipped by hand: outside 0.8 .. 1.2 a ratio counts as the bound, where that is worse for the student."""
     p, mu = w.z.softmax(-1), w.mu.exp()
@@ -222,7 +244,13 @@ def promised(objective: Any) -> Callable[[World], Tensor]:
         members[w.support] = True
         several = isinstance(objective.promise, BeyondDeviation)
         credit = torch.stack([*moved(w.advantages).values()], -1) if several else w.advantages
-        rows = {"teacher": w.q, "behavior": w.mu, "support": members, "credit": credit}
+        rows = {
+            "teacher": w.q,
+            "behavior": w.mu,
+            "support": members,
+            "credit": credit,
+            "target": on_vocabulary(w),
+        }
         here = States(student=w.z.log_softmax(-1)[None], **{name: row[None] for name, row in rows.items()})
         return objective.promise(here).sum()
 
@@ -264,6 +292,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(objective=JensenShannon(), exact=lambda w: jsd(w, 0.5), value="jsd"),
     Claim(objective=Likelihood(), exact=cross_entropy, zero_at_teacher=False),
     Claim(objective=ClippedPolicyGradient(), exact=surrogate),
+    Claim(objective=TargetForwardKL(), exact=label_kl, zero_at_teacher=False, value="target_kl"),
 )
 CLAIMS += tuple(
     Claim(objective=part, exact=exact)
@@ -555,7 +584,8 @@ def test_masses_are_those_of_the_support_at_each_position(objective: Any) -> Non
     batch = replace(batch, scores=VocabularyScores(logprobs=q.diagonal(), vocabulary_logprobs=q))
     metrics = diagnosed(objective, StudentLogits(logits=z), batch).metrics
     support = getattr(objective, "support", promises.TeacherTop(k=2))
-    members = support(States(student=z, teacher=q, behavior=z, support=torch.ones(V, V, dtype=torch.bool), credit=z))
+    every = torch.ones(V, V, dtype=torch.bool)
+    members = support(States(student=z, teacher=q, behavior=z, support=every, credit=z, target=z))
     for name, p in (("student_mass", z), ("teacher_mass", q)):
         assert metrics[name].tolist() == pytest.approx([float(p[i][members[i]].exp().sum()) for i in range(V)])
     assert metrics["support_size"].tolist() == members.sum(-1).tolist()
@@ -593,6 +623,9 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
         scores = DeviationScores(**here, **moved(advantages[:, 0]))
     elif kind is AdvantageScores:
         scores = AdvantageScores(advantages=advantages[:, 0], rewards=advantages[:, 0])
+    elif kind is TargetScores:
+        labels = stacked(label(w) for w in worlds)
+        scores = TargetScores(target_ids=support, target_probs=labels, targets=torch.ones(ROWS))
     elif kind is CreditScores:
         scores = CreditScores(**here, credit=advantages[:, 0])
     every = torch.arange(ROWS)
@@ -611,7 +644,8 @@ def rows_apart(kind: type[Scores]) -> tuple[StudentLogits, Batch[Any], States]:
     members = torch.zeros(ROWS, V, dtype=torch.bool).scatter(-1, support, True)
     z = stacked(w.z.detach() for w in worlds)
     credit = advantages[:, :1].expand(-1, V)
-    states = States(student=z.log_softmax(-1), teacher=q, behavior=mu, support=members, credit=credit)
+    target = stacked(on_vocabulary(w) for w in worlds)
+    states = States(student=z.log_softmax(-1), teacher=q, behavior=mu, support=members, credit=credit, target=target)
     return StudentLogits(logits=z, overlap_k=3), batch, states
 
 
@@ -653,6 +687,7 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
         "ratio_truncated": float(p[y] / mu[y] > getattr(objective, "max_ratio", 1.0)),
         "return": float(states.credit[i, 0]),
         "credit": float(states.credit[i, 0]),
+        "target_kl": sum(t * log(t / p[v]) for v, t in enumerate(states.target[i].tolist()) if t > 0),
         "credited_share": float(states.credit[i, 0] != 0),
         "overlap_ratio": len(own & its) / 3,
         "overlap_student_mass": sum(p[v] for v in own & its),

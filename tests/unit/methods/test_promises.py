@@ -25,6 +25,7 @@ def states(seed: int = 0) -> States:
         behavior=mu.log_softmax(-1),
         support=torch.rand(N, V, generator=draw).argsort(-1) < 3,
         credit=credit,
+        target=(credit + q).softmax(-1),
     )
 
 
@@ -145,6 +146,7 @@ def test_combinations_and_credits_are_their_formulas() -> None:
         exact.CrossEntropy(): -(mu * s.student).sum(-1),
         exact.FromBehavior(): (p * (s.student - s.behavior)).sum(-1),
         exact.ExpectedCredit(): -(p * a).sum(-1),
+        exact.FromTarget(): (s.target * (s.target.log() - s.student)).sum(-1),
         exact.ClippedCredit(low=0.2, high=0.3): clipped,
         exact.PerMass(of=exact.ReverseKL(), support=exact.ScoredSupport()): reverse / (p * s.support).sum(-1),
     }

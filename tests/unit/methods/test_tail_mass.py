@@ -86,6 +86,7 @@ def exact(objective: Any, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         behavior=leaf.detach(),
         support=members.expand(ROWS, -1),
         credit=torch.zeros_like(leaf),
+        target=torch.zeros_like(leaf),
     )
     value = objective.promise(states)
     return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]

@@ -175,12 +175,12 @@ def test_a_token_that_a_term_does_not_train_has_none_of_its_loss_and_metrics(mak
     }
     ((batch,),) = pack_terms(items, terms, Layout(ranks=1, tokens_per_microbatch=99))
     here = batch.to("cpu", lambda rows: rows)
-    assert here.depth.tolist() == [0, 1, 3] and here.weights.tolist() == [1, 1, 1] and here.denominator == 1
+    assert here.depth.tolist() == [0, 1, 3] and here.weights.tolist() == [1, 1, 1] and here.denominator == 2
     leaf = torch.zeros(3, 7, dtype=torch.float64, requires_grad=True)
     both = SumOfTerms(objectives={MAIN: Likelihood(), "even": Infinite()})
     result = both(StudentLogits(logits=leaf, overlap_k=0), here)
     nll = float(torch.tensor(7.0).log())
-    assert result.loss.tolist() == pytest.approx([-nll * 2.0 * 0.5, nll / 2, nll / 2])
+    assert (result.loss / 2).tolist() == pytest.approx([-nll * 2.0 * 0.5, nll / 2, nll / 2])
     means = MetricSums.of(result.metrics, here.weights > 0).means()
     assert means["even/depth"] == 0.0 and means["even/coefficient"] == 0.5 and means["even/loss"] == pytest.approx(-nll)
     (slope,) = torch.autograd.grad(result.loss.sum(), leaf)

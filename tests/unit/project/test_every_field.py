@@ -42,7 +42,9 @@ from opd.ports import Completion, Context, GenerateRequest, Layout, Outcome
 from opd.rollouts.contexts import PromptAlone
 from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.ensemble import ContextIds
+from opd.scorers.near_future import RecordedReverseKL, SampledLogRatio
 from opd.scorers.teacher import SampledTokens, TeacherHidden
+from opd.scorers.transport import Assignment, EmbeddingCosine, Sinkhorn, TokenIdentity
 from opd.settings.ranges import AtMost, In, Matches
 from opd.settings.validation import default_of, fields_of, parts_of
 from opd.token_weights.length import SkipTruncated
@@ -79,6 +81,9 @@ PARTS: Mapping[str, Sequence[Any]] = {
     "TokenScore": (ByReading(reading=StudentEntropy()), Teachability()),
     "Reading": (StudentEntropy(), TeacherEntropy()),
     "TeacherContext": (PromptAlone(), Hidden()),
+    "TokenLoss": (SampledLogRatio(), RecordedReverseKL()),
+    "GroundCost": (EmbeddingCosine(), TokenIdentity()),
+    "Transport": (Assignment(), Sinkhorn()),
 }
 FILLED: Mapping[str, Sequence[Any]] = {
     "solution": ("{prompt} {completion}", "{completion}"),
@@ -113,6 +118,7 @@ ROOMY: Mapping[str, Mapping[str, Any]] = {
     "ImportanceWeighted": {"of": TopKDivergence(of=FullReverseKL())},
     "JudgeAdvantage": {"judge": "second"},
     "TeacherDelta": {"base": "second"},  # there is none of the default name
+    "NearFuture": {"fraction": 0.6, "temperature": 8.0, "transport": Sinkhorn()},  # of which labels are soft
     "TopFraction": {"fraction": 0.4},  # of which selections differ
 }
 

@@ -1,0 +1,121 @@
+"""Targets by definition: soft labels that follow from the models alone, never from the scorer under test."""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.certify.engines import continuation
+from opd.certify.enumeration import Enumeration
+from opd.certify.models import TinyModel
+from opd.ports import Role, Sampling, needs_of
+from opd.scorers.near_future import RecordedReverseKL
+from opd.scorers.transport import EmbeddingCosine
+from opd.types import TargetScores, TopKScores, Trajectory
+
+Dense = list[tuple[Float[np.ndarray, "_T V"], Float[np.ndarray, " _T"]]]
+"""Per trajectory the target of every token over the vocabulary, and the number of labels of which it is the mean."""
+
+
+def writes(scorer: Any) -> bool:
+    """Whether a scorer lets a teacher go on from the middle of a text."""
+    return any(need.role is Role.WRITER for need in needs_of(scorer))
+
+
+def scorer_targets(enumeration: Enumeration) -> Dense | None:
+    """Targets as the scorer gave them; None where a scorer gives none."""
+    if not isinstance(enumeration.scored[0].scores, TargetScores):
+        return None
+    return [_dense(item.scores, enumeration.world.vocabulary) for item in enumeration.scored]
+
+
+def _dense(scores: TargetScores, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.zeros((len(scores.targets), vocabulary))
+    places = np.broadcast_to(np.arange(len(rows))[:, None], np.shape(scores.target_ids))
+    np.add.at(rows, (places, np.asarray(scores.target_ids)), np.asarray(scores.target_probs, dtype=np.float64))
+    return rows, np.asarray(scores.targets, dtype=np.float64)
+
+
+def targets_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Dense | None:
+    """Targets of every token by definition; None where no definition is known for the scorer's fields."""
+    if not hasattr(enumeration.scorer, "window") or scorer_targets(enumeration) is None:
+        return None
+    known: dict[tuple[bytes, int, str], np.ndarray] = {}
+    return [_near_futures(enumeration, item.trajectory, teachers, known) for item in enumeration.scored]
+
+
+def mean_targets(
+    enumeration: Enumeration, teachers: Mapping[str, TinyModel], counted: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, "s V"]:
+    """Mean target at every state, by definition or else as the scorer gave it, over tokens as they are `counted`."""
+    v = enumeration.world.vocabulary
+    found = targets_by_definition(enumeration, teachers) or scorer_targets(enumeration)
+    if found is None:
+        return np.zeros((len(counted) // v, v))
+    rows = np.stack([target[p] for (target, _), p in zip(found, enumeration.position, strict=True)])
+    share = counted.reshape(-1, v) / np.maximum(counted.reshape(-1, v).sum(-1, keepdims=True), 1e-300)
+    return (rows.reshape(-1, v, v) * share[:, :, None]).sum(1)
+
+
+def _near_futures(
+    enumeration: Enumeration,
+    text: Trajectory,
+    teachers: Mapping[str, TinyModel],
+    known: dict[tuple[bytes, int, str], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the windows in which student and teacher part, token by token (transport is the scorer's own part)."""
+    scorer, world, teacher = enumeration.scorer, enumeration.world, teachers[text.prompt.teacher]
+    losses = _losses(enumeration, text, teacher)
+    most = sorted(range(len(text)), key=lambda t: (-losses[t], t))[: ceil(scorer.fraction * len(text) - 1e-9)]
+    windows = []
+    for t in most:
+        own = text.token_ids[t : t + scorer.window]
+        before = np.concatenate([text.prompt.teacher_ids, text.token_ids[:t]]).astype(np.int32)
+        key = before.tobytes(), len(own), text.prompt.teacher
+        if key not in known:
+            known[key] = continuation(teacher, before, Sampling(max_tokens=len(own), temperature=scorer.temperature))
+        cost = np.asarray([[_cost(scorer.cost, world.student, a, b) for b in known[key]] for a in own])
+        (plan,) = scorer.transport.plans([cost])
+        apart = sum(plan[i, j] * cost[i, j] for i in range(len(own)) for j in range(len(known[key])))
+        windows.append((t, own, known[key], plan, apart))
+    least = np.quantile([apart for *_, apart in windows], scorer.quantile)
+    total, count = np.zeros((len(text), world.vocabulary)), np.zeros(len(text))
+    for t, own, future, plan, apart in windows:
+        if apart <= 0 or apart < least:
+            continue
+        for i in range(len(own)):
+            label = np.zeros(world.vocabulary)
+            kept = [j for j in range(len(future)) if plan[i, j] / max(plan[i].sum(), 1e-300) >= scorer.least]
+            for j in kept:
+                label[future[j]] += plan[i, j]
+            if label.any():
+                total[t + i] += label / label.sum()
+                count[t + i] += 1
+    return total / np.maximum(count, 1)[:, None], count
+
+
+def _losses(enumeration: Enumeration, text: Trajectory, teacher: TinyModel) -> Float[np.ndarray, " _T"]:
+    drawn = enumeration.log.generations[text.prompt.id, text.sample].logprobs.double().numpy()
+    taught = teacher.logprobs([(text.prompt.teacher_ids, text.token_ids)])[0].detach().double().numpy()
+    if not isinstance(enumeration.scorer.loss, RecordedReverseKL):
+        rows = np.arange(len(text))
+        return (drawn - taught)[rows, text.token_ids]
+    assert isinstance(text.behavior, TopKScores)
+    made = np.zeros(len(text))
+    for t, (p, q) in enumerate(zip(np.exp(drawn), np.exp(taught), strict=True)):
+        best = np.argsort(-p, kind="stable")[: np.shape(text.behavior.topk_ids)[1]]
+        others = np.setdiff1d(np.arange(len(p)), best)
+        for one, other in [*zip(p[best], q[best], strict=True), (p[others].sum(), q[others].sum())]:
+            made[t] += one * np.log(one / other) if one > 0 else 0.0
+    return made
+
+
+def _cost(cost: Any, student: TinyModel, a: int, b: int) -> float:
+    if a == b:
+        return 0.0
+    if not isinstance(cost, EmbeddingCosine):
+        return 1.0
+    own, other = (student.embedding[int(i)].float().double().numpy() for i in (a, b))
+    return float(min(max(1 - own @ other / (np.linalg.norm(own) * np.linalg.norm(other)), 0.0), 2.0))
