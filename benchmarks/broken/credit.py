@@ -1,4 +1,4 @@
-"""Scorers, weights and normalizers that give the wrong credit, beside objectives that are right."""
+"""Scorers, weights and normalizers that give the wrong credit or target, beside objectives that are right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from opd.loss.packing import TokenWeights
 from opd.ports import Context, ScoreKinds
+from opd.scorers.near_future import NearFuture
 from opd.scorers.returns import WithReturns, returns
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import SampledTokens
@@ -118,6 +119,14 @@ class Alphabetical(SampledTokens):
 
 def _name(trajectories: Sequence[Trajectory]) -> Any:
     return lambda i: str(trajectories[i].token_ids.tolist())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ungated(NearFuture):
+    """Soft labels of every candidate's window, whether student and teacher part there or not."""
+
+    def _targets(self, *arguments: Any) -> list[Scores]:
+        return NearFuture._targets(replace(self, quantile=0.0), *arguments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Targets by definition: soft labels that follow from the models alone, never from the scorer under test."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -43,7 +44,13 @@ def targets_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyM
     if not hasattr(enumeration.scorer, "window") or scorer_targets(enumeration) is None:
         return None
     known: dict[tuple[bytes, int, str], np.ndarray] = {}
-    return [_near_futures(enumeration, item.trajectory, teachers, known) for item in enumeration.scored]
+    texts = [item.trajectory for item in enumeration.scored]
+    windows = [_windows(enumeration, text, teachers, known) for text in texts]
+    scorer, student = enumeration.scorer, enumeration.world.student
+    pairs = {one.pair: one for found in windows for one in found}
+    costs = [np.asarray([[_cost(scorer.cost, student, a, b) for b in w.future] for a in w.own]) for w in pairs.values()]
+    matched = dict(zip(pairs, zip(scorer.transport.plans(costs), costs, strict=True), strict=True)) if pairs else {}
+    return [_near_futures(enumeration, len(t), found, matched) for t, found in zip(texts, windows, strict=True)]
 
 
 def mean_targets(
@@ -59,40 +66,61 @@ def mean_targets(
     return (rows.reshape(-1, v, v) * share[:, :, None]).sum(1)
 
 
-def _near_futures(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Window:
+    """Tokens from `start` on that the student wrote, and those that the teacher writes there."""
+
+    start: int
+    own: np.ndarray
+    future: np.ndarray
+
+    @property
+    def pair(self) -> tuple[bytes, bytes]:
+        return self.own.tobytes(), self.future.tobytes()
+
+
+def _windows(
     enumeration: Enumeration,
     text: Trajectory,
     teachers: Mapping[str, TinyModel],
     known: dict[tuple[bytes, int, str], np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the windows in which student and teacher part, token by token (transport is the scorer's own part)."""
-    scorer, world, teacher = enumeration.scorer, enumeration.world, teachers[text.prompt.teacher]
+) -> list[_Window]:
+    """Windows of the candidates of a text; `known` keeps what teachers went on with."""
+    scorer, teacher = enumeration.scorer, teachers[text.prompt.teacher]
     losses = _losses(enumeration, text, teacher)
     most = sorted(range(len(text)), key=lambda t: (-losses[t], t))[: ceil(scorer.fraction * len(text) - 1e-9)]
-    windows = []
+    found = []
     for t in most:
         own = text.token_ids[t : t + scorer.window]
         before = np.concatenate([text.prompt.teacher_ids, text.token_ids[:t]]).astype(np.int32)
         key = before.tobytes(), len(own), text.prompt.teacher
         if key not in known:
             known[key] = continuation(teacher, before, Sampling(max_tokens=len(own), temperature=scorer.temperature))
-        cost = np.asarray([[_cost(scorer.cost, world.student, a, b) for b in known[key]] for a in own])
-        (plan,) = scorer.transport.plans([cost])
-        apart = sum(plan[i, j] * cost[i, j] for i in range(len(own)) for j in range(len(known[key])))
-        windows.append((t, own, known[key], plan, apart))
-    least = np.quantile([apart for *_, apart in windows], scorer.quantile)
-    total, count = np.zeros((len(text), world.vocabulary)), np.zeros(len(text))
-    for t, own, future, plan, apart in windows:
-        if apart <= 0 or apart < least:
+        found.append(_Window(start=t, own=own, future=np.asarray(known[key])))
+    return found
+
+
+def _near_futures(
+    enumeration: Enumeration,
+    length: int,
+    windows: Sequence[_Window],
+    matched: Mapping[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the windows in which student and teacher part, token by token (transport is the scorer's own part)."""
+    scorer = enumeration.scorer
+    apart = [float((plan * cost).sum()) for plan, cost in (matched[window.pair] for window in windows)]
+    least = np.quantile(apart, scorer.quantile)
+    total, count = np.zeros((length, enumeration.world.vocabulary)), np.zeros(length)
+    for window, distance in zip(windows, apart, strict=True):
+        if distance <= 0 or distance < least:
             continue
-        for i in range(len(own)):
-            label = np.zeros(world.vocabulary)
-            kept = [j for j in range(len(future)) if plan[i, j] / max(plan[i].sum(), 1e-300) >= scorer.least]
-            for j in kept:
-                label[future[j]] += plan[i, j]
+        for i, row in enumerate(matched[window.pair][0]):
+            label = np.zeros(enumeration.world.vocabulary)
+            for token, share in zip(window.future, row, strict=True):
+                label[token] += share if share / max(row.sum(), 1e-300) >= scorer.least else 0.0
             if label.any():
-                total[t + i] += label / label.sum()
-                count[t + i] += 1
+                total[window.start + i] += label / label.sum()
+                count[window.start + i] += 1
     return total / np.maximum(count, 1)[:, None], count
 
 

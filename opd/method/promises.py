@@ -27,8 +27,7 @@ class States:
 
     `student` carries the gradient. `behavior` is the distribution that was sampled from. `support` marks the ids that
     the scores are about. `credit` is the signed credit of sampling each id, or several numbers of each in a last axis;
-    `target` the probability of each id in a target distribution, on average over what may be sampled (both 0 where
-    the scorer gives none).
+    `target` each id's probability in a target distribution, on average over what may be sampled (0: there is none).
     """
 
     student: Float[Tensor, "n V"]

@@ -44,8 +44,9 @@ class JudgeAdvantage:
     before: Template = "{prompt}"
     # what it reads behind it
     after: Template = "\n\nIs this answer right? Reply yes or no:"
-    # verdicts for and against; the first token of each counts
+    # verdict for an answer; its first token counts
     yes: Template = " yes"
+    # verdict against it; its first token counts
     no: Template = " no"
     # divide advantages by the group's standard deviation
     scale_by_std: bool = True

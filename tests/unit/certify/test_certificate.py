@@ -99,6 +99,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "last_token_masked": {"text is trained whole, as it was written"},
     "large_vocabulary": {"invariance: ids of probability 0"},
     "while_reported": {"invariance: what is reported"},
+    "ungated": {GRADIENT, "targets are what they are defined to be"},
     "drawn_from_teacher": {"draws follow the student (standard errors)"},
     "drawn_once": {"draws of a state are independent (standard errors)"},
     "one_draw_left_out": {"the loss is that of the draws"},
