@@ -1,7 +1,7 @@
 """Scorers, weights and normalizers that give the wrong credit or target, beside objectives that are right."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -125,8 +125,10 @@ def _name(trajectories: Sequence[Trajectory]) -> Any:
 class Ungated(NearFuture):
     """Soft labels of every candidate's window, whether student and teacher part there or not."""
 
-    def _targets(self, *arguments: Any) -> list[Scores]:
-        return NearFuture._targets(replace(self, quantile=0.0), *arguments)
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        names = [f.name for f in fields(NearFuture)]
+        every = NearFuture(**{name: getattr(self, name) for name in names} | {"quantile": 0.0})
+        return await every(trajectories, context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

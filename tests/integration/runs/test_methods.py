@@ -17,10 +17,13 @@ from opd.types import NO_VERSION, Scores
 from tests.method_needs import NEEDS
 
 SMALL = ["experiment=shop", "prompts.prompts_per_step=8", "prompts.group_size=2", "max_tokens=77"]
-START = [  # a term that asks the student as it was at the start
+START = [  # a term that asks every further teacher
     *NEEDS["reference_kl"],
-    "+method.terms.again={scorer: {_target_: opd.scorers.ensemble.Ensemble, shares: {start: 1.0}, reader: "
-    "{_target_: opd.scorers.teacher.SampledTokens}}, objective: {_target_: opd.objectives.sampled.Likelihood}}",
+    *NEEDS["opd2"],
+    *(need for need in NEEDS["judged"] if need.startswith("teachers.")),
+    "+method.terms.again={scorer: {_target_: opd.scorers.ensemble.Ensemble, "
+    "shares: {start: 1.0, base: 1.0, judge: 1.0}, "
+    "reader: {_target_: opd.scorers.teacher.SampledTokens}}, objective: {_target_: opd.objectives.sampled.Likelihood}}",
 ]
 # drafts that are written within the student's engine, and rewritten by a teacher that writes
 BLENDS = [
@@ -71,8 +74,8 @@ def test_a_method_trains(name: str, session: tuple[Session, asyncio.Runner]) -> 
     versions = {int(v) for item in records[-1].scored for v in item.trajectory.versions}
     if rollout.on_policy or hasattr(rollout, "guided"):  # the student's, some of it from another context
         assert versions == {1}
-    else:  # a teacher's text has no version
-        assert Need(Role.WRITER) in needs_of(rollout)
+    else:  # a teacher's text has no version, nor has a data set's
+        assert Need(Role.WRITER) in needs_of(rollout) or name == "golden_data"
         assert versions <= ({NO_VERSION} if name == "sft" else {NO_VERSION, 1})
     if not name.startswith("grpo") and name != "sft":
         assert records[0].report.grad_norm > 0
