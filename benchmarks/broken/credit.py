@@ -126,9 +126,8 @@ class Ungated(NearFuture):
     """Soft labels of every candidate's window, whether student and teacher part there or not."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
-        names = [f.name for f in fields(NearFuture)]
-        every = NearFuture(**{name: getattr(self, name) for name in names} | {"quantile": 0.0})
-        return await every(trajectories, context)
+        settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(NearFuture)}
+        return await NearFuture(**settings | {"quantile": 0.0})(trajectories, context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
