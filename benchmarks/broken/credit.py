@@ -127,7 +127,8 @@ class Ungated(NearFuture):
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(NearFuture)}
-        return await NearFuture(**settings | {"quantile": 0.0})(trajectories, context)
+        settings["quantile"] = 0.0
+        return await NearFuture(**settings)(trajectories, context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
