@@ -37,7 +37,7 @@ from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
 from opd.method.needs import needs
 from opd.ports import Sources
 from opd.settings.devices import Device, Dtype
-from opd.token_weights.special_tokens import with_known_tokens
+from opd.token_weights.special_tokens import check_spelling, with_known_tokens
 from weight_sync import sentinel
 
 GIB = 2**30
@@ -169,11 +169,11 @@ def make_plan(config: RunConfig) -> Plan:
     tokens = tokenizer_identity(config.student.path).tokens
     config = replace(config, method=with_known_tokens(config.method, tokens))
     tokenizer = HuggingFaceTokenizer(config.student.path)
+    check_spelling(config.method, tokenizer)
     sources = Sources(tokenizer=tokenizer, rows=read_rows)
     ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
-    measured = replace(sources, place="evaluation.prompts")
-    held_out = survey_step(config.evaluation.prompts, measured, tokenizer)
+    held_out = survey_step(config.evaluation.prompts, replace(sources, place="evaluation.prompts"), tokenizer)
     longest = check_lengths(config, training, held_out)
     check_contexts(config, teachers, longest, training, held_out)
     check_ids([student, *teachers.values()], training, held_out)

@@ -9,7 +9,7 @@ from jaxtyping import Int32
 
 from opd.errors import ConfigurationError
 from opd.method.templates import encoded
-from opd.ports import Context, Need, Role, SampledToken, ScoreKinds, ScoreRequest
+from opd.ports import Context, Need, Role, SampledToken, ScoreKinds, ScoreRequest, Tokenizer
 from opd.scorers.reward import group_advantages
 from opd.scorers.teacher import ask_teacher_of
 from opd.settings.ranges import In, Names, Template
@@ -59,7 +59,7 @@ class JudgeAdvantage:
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         prompt = trajectories[0].prompt
-        verdicts = self._verdicts(context)
+        verdicts = self._verdicts(context.tokenizer)
         around = (encoded(self.before, prompt, {"answer": prompt.answer}, context), self._question(prompt, context))
         requests = [
             ScoreRequest(context_ids=_within(around, t, context), token_ids=verdict, kinds=(SampledToken(),))
@@ -72,9 +72,13 @@ class JudgeAdvantage:
         rewards = np.exp(odds[:, 0] - np.logaddexp(odds[:, 0], odds[:, 1]))
         return group_advantages(trajectories, rewards, self.epsilon if self.scale_by_std else None)
 
-    def _verdicts(self, context: Context) -> list[Int32[np.ndarray, " 1"]]:
-        skip = len(context.tokenizer.encode(""))
-        yes, no = (context.tokenizer.encode(text)[skip:][:1] for text in (self.yes, self.no))
+    def check_spelling(self, tokenizer: Tokenizer) -> None:
+        """Refuse verdicts that begin with the same token. Raises `ConfigurationError`."""
+        self._verdicts(tokenizer)
+
+    def _verdicts(self, tokenizer: Tokenizer) -> list[Int32[np.ndarray, " 1"]]:
+        skip = len(tokenizer.encode(""))
+        yes, no = (tokenizer.encode(text)[skip:][:1] for text in (self.yes, self.no))
         if not (len(yes) and len(no)) or yes[0] == no[0]:
             raise ConfigurationError(
                 f"scorer JudgeAdvantage tells verdicts by their first tokens, but yes={self.yes!r} begins with "

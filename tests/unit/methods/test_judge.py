@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launch.config.run_config import run_config
+from launch.plan.plan import make_plan
 from opd.certify.engines import RequestLog, engines
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError
@@ -17,6 +19,7 @@ from opd.rollouts.student import StudentRollout
 from opd.scorers.judge import JudgeAdvantage
 from opd.scorers.teacher import SampledTokens
 from opd.types import StopReason, TokenScores, Trajectory
+from tests.method_needs import NEEDS
 
 WORLD = make_world(0, names=("default", "judge"), named=frozenset({"judge"}))
 ROLLOUT = StudentRollout(max_tokens=8)
@@ -96,6 +99,12 @@ def test_verdicts_that_begin_with_the_same_token_are_refused() -> None:
     for words in ({"yes": "3 1", "no": "3 2"}, {"yes": "", "no": "3"}):
         with pytest.raises(ConfigurationError, match="tells verdicts by their first tokens"):
             asyncio.run(replace(SCORER, **words)(texts, context))
+
+
+def test_such_verdicts_are_refused_when_the_run_is_planned() -> None:
+    judged = ["experiment=shop", "method=judged", *NEEDS["judged"], "method.terms.verdict.scorer.no=1"]
+    with pytest.raises(ConfigurationError, match="tells verdicts by their first tokens, but yes='1' begins with"):
+        make_plan(run_config(judged))
 
 
 def test_without_its_factor_it_is_plain_distillation_bit_for_bit_and_the_judge_is_not_asked() -> None:
