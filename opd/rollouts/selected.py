@@ -16,9 +16,30 @@ from opd.settings.validation import settings
 from opd.types import Prompt, StopReason, TokenScores, Trajectory
 
 
+class _Selection:
+    """Facts of a rollout that leaves out some of what another generates: those of the other, but not on-policy."""
+
+    __slots__ = ()
+    on_policy: ClassVar[bool] = False
+
+    of: Rollout
+
+    @property
+    def records(self) -> type[TokenScores]:
+        return self.of.records
+
+    @property
+    def min_group(self) -> int:
+        return getattr(self.of, "min_group", 1)
+
+    @property
+    def truncated(self) -> bool:
+        return self.of.truncated
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
-class GoodTexts:
+class GoodTexts(_Selection):
     """Trajectories of which those that are not good enough are left out: the filter of an off-policy cold start.
 
     Left out is what the token limit cut, what repeats itself, and what its grade says is wrong. Rethinking OPD (arXiv
@@ -27,8 +48,6 @@ class GoodTexts:
     `sample/left_out` is the share of such, and with a grade `reward/mean` is that of all texts. What is trained depends
     on whole texts, so the part is not for estimates from sampled tokens, which would no longer be of what they say.
     """
-
-    on_policy: ClassVar[bool] = False
 
     # rollout whose texts are looked at
     of: Rollout
@@ -40,20 +59,8 @@ class GoodTexts:
     repetition: Annotated[float, In(1, 1e6, or_zero=True, because="0 looks at none")] = 0.0
 
     @property
-    def records(self) -> type[TokenScores]:
-        return self.of.records
-
-    @property
     def needs_engines(self) -> frozenset[Need]:
         return needs_of(self.of) | ({Need(Role.GRADER)} if self.at_least else frozenset())
-
-    @property
-    def min_group(self) -> int:
-        return getattr(self.of, "min_group", 1)
-
-    @property
-    def truncated(self) -> bool:
-        return self.of.truncated
 
     @property
     def everything(self) -> Self:
@@ -80,7 +87,7 @@ class GoodTexts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
-class OpenPrompts:
+class OpenPrompts(_Selection):
     """Trajectories of prompts that the student does not solve yet and its teacher does; those of others are left out.
 
     A prompt counts as solved by the student if more than `solved_at_most` of its group have a grade of 1, and as solved
@@ -90,8 +97,6 @@ class OpenPrompts:
     left out is counted, and why no estimate from sampled tokens goes with it: see `GoodTexts`.
     """
 
-    on_policy: ClassVar[bool] = False
-
     # rollout that is trained
     of: Rollout
     # largest share of a prompt's texts that are right; 1 leaves no prompt out
@@ -100,21 +105,9 @@ class OpenPrompts:
     teacher: Rollout | None = None
 
     @property
-    def records(self) -> type[TokenScores]:
-        return self.of.records
-
-    @property
     def needs_engines(self) -> frozenset[Need]:
         asked = needs_of(self.teacher) if self.teacher is not None else frozenset[Need]()
         return needs_of(self.of) | asked | {Need(Role.GRADER)}
-
-    @property
-    def min_group(self) -> int:
-        return getattr(self.of, "min_group", 1)
-
-    @property
-    def truncated(self) -> bool:
-        return self.of.truncated
 
     @property
     def everything(self) -> Self:
