@@ -34,10 +34,10 @@ from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
 from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
-from opd.method.needs import needs
+from opd.method.needs import check_spelling, needs
 from opd.ports import Sources
 from opd.settings.devices import Device, Dtype
-from opd.token_weights.special_tokens import check_spelling, with_known_tokens
+from opd.token_weights.special_tokens import with_known_tokens
 from weight_sync import sentinel
 
 GIB = 2**30

@@ -1,7 +1,18 @@
-"""Engines that a method needs: the union of its parts' needs."""
+"""Needs of the parts of a method: engines, and words that the tokenizer tells apart."""
+
+from typing import Protocol, runtime_checkable
 
 from opd.method.method import Method
-from opd.ports import Need, Role, needs_of
+from opd.ports import Need, Role, Tokenizer, needs_of
+
+
+@runtime_checkable
+class Spells(Protocol):
+    """A scorer whose settings are words that must differ as tokens."""
+
+    def check_spelling(self, tokenizer: Tokenizer) -> None:
+        """Raise `ConfigurationError` where the tokenizer makes the same of words that mean different things."""
+        ...
 
 
 def needs(method: Method) -> frozenset[Need]:
@@ -23,3 +34,10 @@ def named(method: Method, role: Role) -> frozenset[str]:
 def asks_prompts_teacher(method: Method) -> bool:
     """Whether a scorer of any term calls the teacher that a prompt names."""
     return any(Need(role=Role.READER) in needs_of(term.scorer) for term in method.every_term.values())
+
+
+def check_spelling(method: Method, tokenizer: Tokenizer) -> None:
+    """Refuse words in the scorers of a method that the student's tokenizer does not tell apart."""
+    for term in method.every_term.values():
+        if isinstance(term.scorer, Spells):
+            term.scorer.check_spelling(tokenizer)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from opd.errors import ConfigurationError
 from opd.method.method import Method
-from opd.ports import Context, Tokenizer
+from opd.ports import Context
 from opd.settings.ranges import In
 from opd.settings.validation import settings
 from opd.types import Scored, Scores
@@ -33,22 +33,6 @@ def with_known_tokens(method: Method, vocabulary: Mapping[str, int]) -> Method:
     """The same method, with the ids of all tokens that the weights of its terms name."""
     terms = {n: replace(term, weights=look_up(term.weights, vocabulary)) for n, term in method.terms.items()}
     return replace(method, weights=look_up(method.weights, vocabulary), terms=terms)
-
-
-@runtime_checkable
-class Spells(Protocol):
-    """A scorer whose settings are words that must differ as tokens."""
-
-    def check_spelling(self, tokenizer: Tokenizer) -> None:
-        """Raise `ConfigurationError` where the tokenizer makes the same of words that mean different things."""
-        ...
-
-
-def check_spelling(method: Method, tokenizer: Tokenizer) -> None:
-    """Refuse words in the scorers of a method's terms that the student's tokenizer does not tell apart."""
-    for scorer in (method.scorer, *(term.scorer for term in method.terms.values())):
-        if isinstance(scorer, Spells):
-            scorer.check_spelling(tokenizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
