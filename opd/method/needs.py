@@ -1,4 +1,4 @@
-"""Needs of the parts of a method: engines, and words that the tokenizer tells apart."""
+"""Engines that a method needs: the union of its parts' needs; and the check of words in its scorers."""
 
 from typing import Protocol, runtime_checkable
 
