@@ -117,7 +117,7 @@ def _train(overrides: Sequence[str]) -> int:
     if not overrides:
         console(stderr=True).print(_DEMO, soft_wrap=True, highlight=False)
     with uncollected():
-        from launch.cli.compare import run_comparison
+        from launch.cli.compare.command import run_comparison
         from launch.cli.staged_run import run_stages
         from launch.cli.train import run_training
 
@@ -127,7 +127,7 @@ def _train(overrides: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from launch.cli.compare import compare_methods
+    from launch.cli.compare.command import compare_methods
 
     return compare_methods(arguments)
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from opd.certify.certificate import Certificate, Finding, Row, at_least, worst
+from opd.certify.checks.invariances import check_masks, check_steps, check_teacher, check_tokens
+from opd.certify.checks.scorers import check_credit, check_requests, check_score_order, check_targets
+from opd.certify.checks.term_sums import check_terms
 from opd.certify.draws import check_draws
 from opd.certify.expected_gradient import (
     check_corners,
@@ -20,11 +23,8 @@ from opd.certify.expected_gradient import (
 )
 from opd.certify.fitting import fitted, teacher_names
 from opd.certify.gradients import Case, make_case
-from opd.certify.invariances import check_masks, check_steps, check_teacher, check_tokens
-from opd.certify.scorer_checks import check_credit, check_requests, check_score_order, check_targets
 from opd.certify.shown import check_shown, with_one_context
 from opd.certify.sources import with_one_source
-from opd.certify.term_sums import check_terms
 from opd.certify.worlds import VOCABULARY, make_world, stale
 from opd.method.method import Method
 from opd.method.needs import named

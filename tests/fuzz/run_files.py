@@ -32,7 +32,7 @@ from launch.artifacts.run_lock import LOCK, check_not_running
 from launch.artifacts.samples import Sample
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.resume import can_begin_again, history
-from launch.cli.shared_runs import finished_with
+from launch.cli.compare.shared_runs import finished_with
 from learner import checkpoint
 from learner.checkpoint import Facts, Shards, shard_name
 from opd.errors import OpdError

@@ -8,7 +8,7 @@ import pytest
 
 from launch.artifacts.run_directory import RunDirectory, append_json
 from launch.artifacts.spending import Unit, spending
-from launch.cli import shared_runs
+from launch.cli.compare import shared_runs
 from tests.command import opd
 from tests.integration.runs.test_train import lines
 from tests.unit.monitors.test_report import step_line

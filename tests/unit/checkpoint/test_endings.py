@@ -23,7 +23,7 @@ from launch.artifacts.run_lock import LOCK
 from launch.checkpoint.places import check_place
 from launch.checkpoint.resume import can_begin_again, open_directory, resumption, way_on
 from launch.checkpoint.step_end import Boundary
-from launch.cli.compare import run_comparison
+from launch.cli.compare.command import run_comparison
 from launch.config.run_config import run_config
 from launch.services.signals import Preempted, StopRequest, end_on_signals, run_until_stopped, signals_kept
 from learner import checkpoint

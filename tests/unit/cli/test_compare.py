@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from launch.artifacts.spending import Unit
-from launch.cli import shared_runs
-from launch.cli.budget_plan import ROOM, Budget, at_most_per_step, cost_per_step, planned_steps
-from launch.cli.compare import compare_methods, run_comparison
-from launch.cli.comparison import Request, from_arguments
+from launch.cli.compare import shared_runs
+from launch.cli.compare.budget_plan import ROOM, Budget, at_most_per_step, cost_per_step, planned_steps
+from launch.cli.compare.command import compare_methods, run_comparison
+from launch.cli.compare.comparison import Request, from_arguments
+from launch.cli.compare.shared_runs import CLAIMS, run_all, run_once
 from launch.cli.flags import without_methods
-from launch.cli.shared_runs import CLAIMS, run_all, run_once
 from launch.config.run_config import run_config
 from launch.plan.plan import Plan, make_plan
 from launch.report.comparison import Arm
@@ -213,9 +213,9 @@ def test_pilots_plan_trials_and_trials_plan_what_is_reported(tmp_path: Path, mon
     def draw(root: Path, runs: Any, goal: Any, console: Any, notes: Any) -> None:
         drawn.update(runs=runs, goal=goal, notes=notes)
 
-    monkeypatch.setattr("launch.cli.compare.make_plan", quick_plan)
-    monkeypatch.setattr("launch.cli.shared_runs.run_once", once)
-    monkeypatch.setattr("launch.cli.compare.write_comparison", draw)
+    monkeypatch.setattr("launch.cli.compare.command.make_plan", quick_plan)
+    monkeypatch.setattr("launch.cli.compare.shared_runs.run_once", once)
+    monkeypatch.setattr("launch.cli.compare.command.write_comparison", draw)
     command = [
         "experiment=shop",
         PAIR,
@@ -335,7 +335,7 @@ def test_going_on_with_a_comparison_says_with_which(tmp_path: Path) -> None:
 
 
 def test_a_comparison_that_was_begun_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.cli.compare.make_plan", quick_plan)
+    monkeypatch.setattr("launch.cli.compare.command.make_plan", quick_plan)
     (tmp_path / "x").mkdir()
     with pytest.raises(ConfigurationError, match=r"exists and is never overwritten.*resume=true"):
         compare_methods(["experiment=shop", PAIR, "run_name=x", f"output_dir={tmp_path}"])
@@ -353,10 +353,10 @@ def test_of_two_processes_that_share_a_comparison_the_last_one_draws(
         done.add(plan.config.run_name)
         return root / plan.config.run_name
 
-    monkeypatch.setattr("launch.cli.compare.make_plan", quick_plan)
+    monkeypatch.setattr("launch.cli.compare.command.make_plan", quick_plan)
     monkeypatch.setattr(shared_runs, "run_once", once)
     monkeypatch.setattr(shared_runs, "PAUSE_S", 0.01)
-    monkeypatch.setattr("launch.cli.compare.write_comparison", lambda root, runs, *_: drawn.extend(runs))
+    monkeypatch.setattr("launch.cli.compare.command.write_comparison", lambda root, runs, *_: drawn.extend(runs))
     own = [f"output_dir={tmp_path}", "run_name=shared", "comparison.resume=true", "comparison.seeds=[0]"]
     assert run_comparison(["experiment=compare_staleness", *own]) == 0
     labels = ["lock_step", "staleness_1", "staleness_2", "staleness_1_deterministic"]

@@ -10,8 +10,8 @@ import pytest
 
 from hf.tokenizer import HuggingFaceTokenizer
 from launch.artifacts.run_directory import RunDirectory, append_json
-from launch.cli.compare import run_comparison
-from launch.cli.tuning import Tuning
+from launch.cli.compare.command import run_comparison
+from launch.cli.compare.tuning import Tuning
 from launch.inputs.prompt_files import read_rows
 from launch.report.comparison import Arm
 from opd.errors import ConfigurationError, DataError
@@ -89,7 +89,7 @@ def quick_plan(config: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.cli.compare.make_plan", quick_plan)
+    monkeypatch.setattr("launch.cli.compare.command.make_plan", quick_plan)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_one_command_tunes_then_compares_at_the_same_steps(tmp_path: Path, monke
         drawn.extend(runs)
         told.extend(notes)
 
-    monkeypatch.setattr("launch.cli.shared_runs.run_once", once)
-    monkeypatch.setattr("launch.cli.compare.write_comparison", draw)
+    monkeypatch.setattr("launch.cli.compare.shared_runs.run_once", once)
+    monkeypatch.setattr("launch.cli.compare.command.write_comparison", draw)
     assert run_comparison([*COMPARE, f"output_dir={tmp_path}", "run_name=x"]) == 0
     trials, runs = list(asked)[:-3], list(asked)[-3:]
     assert len(trials) == 9 and all(re.fullmatch(r"(opd|sft|grpo)_\S+-seed100", name) for name in trials)

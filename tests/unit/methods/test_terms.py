@@ -15,9 +15,9 @@ from torch import Tensor
 
 from launch.config.run_config import run_config
 from opd.certify.certify import certify
+from opd.certify.checks.term_sums import GRADIENT
 from opd.certify.engines import RequestLog, engines
 from opd.certify.gradients import gradient, make_case, microbatch_gradient, relative_difference
-from opd.certify.term_sums import GRADIENT
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError, DataError
 from opd.loop.train import _largest
@@ -70,7 +70,7 @@ class Doubled(SumOfTerms):
 
 
 def test_a_wrong_sum_is_not_certified(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.certify.term_sums.SumOfTerms", Doubled)
+    monkeypatch.setattr("opd.certify.checks.term_sums.SumOfTerms", Doubled)
     assert certify(toy()).failures == [GRADIENT]
 
 

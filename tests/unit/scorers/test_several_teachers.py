@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.certify.certify import certify
-from opd.certify.scorer_checks import ASKED
+from opd.certify.checks.scorers import ASKED
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits, read
 from opd.loss.metric_sums import MetricSums

@@ -11,8 +11,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from launch.artifacts.spending import Unit
-from launch.cli.budget_plan import Budget
-from launch.cli.tuning import RATES, TRIAL_SEED, Tuning
+from launch.cli.compare.budget_plan import Budget
+from launch.cli.compare.tuning import RATES, TRIAL_SEED, Tuning
 from launch.config.compose import compose, own_folder
 from launch.config.run_config import RunConfig
 from launch.config.shipped_files import groups
@@ -32,9 +32,10 @@ Parts = Annotated[int, In(1, 10_000)]
 class Comparison:
     """A comparison: arms as overrides of `base`; `reference` is the arm whose final accuracy the others must reach.
 
-    `target` is the accuracy to reach instead. `budget` and `amount`: see `launch.cli.budget_plan`; of another unit than
-    steps an amount of 0 is what the first arm spends in its steps. `resume` goes on with a comparison that was stopped,
-    or shares it with another process: finished runs are kept, runs that ended otherwise are moved aside and run again.
+    `target` is the accuracy to reach instead. `budget` and `amount`: see `launch.cli.compare.budget_plan`; of another
+    unit than steps an amount of 0 is what the first arm spends in its steps. `resume` goes on with a comparison that
+    was stopped, or shares it with another process: finished runs are kept, runs that ended otherwise are moved aside
+    and run again.
     """
 
     name: str

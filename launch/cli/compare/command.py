@@ -1,7 +1,7 @@
 """`opd compare`: several methods from the same start with one budget, one run per arm and seed, one table and picture.
 
-Every arm first chooses a setting for itself (`launch.cli.tuning`), all with as many runs. An experiment whose YAML has
-a `comparison` is the long form of the same (`opd train experiment=compare`).
+Every arm first chooses a setting for itself (`launch.cli.compare.tuning`), all with as many runs. An experiment whose
+YAML has a `comparison` is the long form of the same (`opd train experiment=compare`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from launch.artifacts import terminal
 from launch.artifacts.run_directory import check_name
 from launch.artifacts.spending import Unit
 from launch.checkpoint.places import check_writable
-from launch.cli.budget_plan import PILOT_STEPS, Budget, at_most_per_step, cost_per_step
-from launch.cli.comparison import Comparison, Request, from_arguments, from_experiment
-from launch.cli.shared_runs import run_all
+from launch.cli.compare.budget_plan import PILOT_STEPS, Budget, at_most_per_step, cost_per_step
+from launch.cli.compare.comparison import Comparison, Request, from_arguments, from_experiment
+from launch.cli.compare.shared_runs import run_all
 from launch.config.run_config import run_config
 from launch.plan.checks.answers import NO_ANSWERS
 from launch.plan.plan import Plan, make_plan
