@@ -13,6 +13,7 @@ from launch.artifacts.summary import Outcome
 from launch.checkpoint.places import check_place
 from launch.checkpoint.resume import ResumePoint, open_directory, resumption, rewind, way_on
 from launch.config.run_config import run_config
+from launch.monitors.callbacks import MakeTracker
 from launch.monitors.live_view import busy_words
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trackers import check_login
@@ -59,27 +60,33 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     if config.dry_run:
         console.print(plan.table())
         return 0
-
-    async def measure() -> EvaluationPoint:
-        session = await open_session(plan)
-        try:
-            evaluator = make_evaluator(plan, session)
-            meter = Meter(costs(plan))
-            return await evaluator.student(0, config.evaluation.samples, TrainingCost(totals=meter.totals, cpu_s=0.0))
-        finally:
-            session.close()
-
-    with connected(config.cluster):
-        point = run_until_stopped(measure())
+    point = evaluate_once(plan)
     for name, value in point.as_json().items():
         console.print(f"{name:16} {NOT_MEASURED if value is None else value}", highlight=False)
     return 0
 
 
-def train_once(plan: Plan, console: Console, *, whole: str = "") -> RunDirectory:
+def evaluate_once(plan: Plan) -> EvaluationPoint:
+    """Figures of the plan's student on its held-out prompts, without training."""
+
+    async def measure() -> EvaluationPoint:
+        session = await open_session(plan)
+        try:
+            evaluator = make_evaluator(plan, session)
+            cost = TrainingCost(totals=Meter(costs(plan)).totals, cpu_s=0.0)
+            return await evaluator.student(0, plan.config.evaluation.samples, cost)
+        finally:
+            session.close()
+
+    with connected(plan.config.cluster):
+        return run_until_stopped(measure())
+
+
+def train_once(plan: Plan, console: Console, *, whole: str = "", trackers: Sequence[MakeTracker] = ()) -> RunDirectory:
     """Train a whole run in a new run directory, or the rest of one in its own; its summary records the outcome.
 
-    `whole` is the name of the run that it is a stage of: that is what goes on if it does not finish.
+    `whole` is the name of the run that it is a stage of: that is what goes on if it does not finish. `trackers` are
+    more than the settings name.
     """
     config = plan.config
     resumed = resumption(config, console)
@@ -90,13 +97,20 @@ def train_once(plan: Plan, console: Console, *, whole: str = "") -> RunDirectory
             console.print(f"run {directory.path}: going on after step {resumed.state.step}", soft_wrap=True)
         directory.write_config(config.text)
         directory.write_command(config.overrides)
-        _train(plan, directory, console, resumed, whole)
+        _train(plan, directory, console, resumed, whole, trackers)
     return directory
 
 
-def _train(plan: Plan, directory: RunDirectory, console: Console, resumed: ResumePoint | None, whole: str) -> None:
+def _train(
+    plan: Plan,
+    directory: RunDirectory,
+    console: Console,
+    resumed: ResumePoint | None,
+    whole: str,
+    trackers: Sequence[MakeTracker],
+) -> None:
     stop = StopRequest(plan.config.grace_s, lambda sentence: console.print(sentence, soft_wrap=True, highlight=False))
-    run = Run(plan, directory, console, stop, resumed)
+    run = Run(plan, directory, console, stop, resumed, trackers)
     outcome, problem = Outcome.FAILED, ""
     try:
         _in_session(plan, run, stop)

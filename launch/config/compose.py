@@ -110,16 +110,16 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
         parsed = OverridesParser.create().parse_override(prefixed)
     except (HydraException, ValueError, RecursionError) as error:
         if is_text:
-            return _quoted(prefixed)
+            return quoted(prefixed)
         raise ConfigurationError(
             f"override {shown(override)} cannot be read ({first_line(error)}); "
             + (f"quote its value: {_for_a_shell(name, value)}" if len(value) < LONG else "shorten its value")
         ) from error
     typed = parsed.value()
     if is_text and (parsed.is_sweep_override() or isinstance(typed, bool | int | float)):
-        return _quoted(prefixed)
+        return quoted(prefixed)
     if is_text and isinstance(typed, str) and typed != value.strip() and not value.lstrip().startswith(("'", '"')):
-        return _quoted(prefixed)  # the grammar took a backslash for an escape
+        return quoted(prefixed)  # the grammar took a backslash for an escape
     if parsed.is_sweep_override():
         raise ConfigurationError(
             f"override {override!r} has several values; a list is written {name}=[{value}], and runs side by side are "
@@ -128,7 +128,7 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
     return prefixed
 
 
-def _quoted(override: str) -> str:
+def quoted(override: str) -> str:
     """`key='value'`, whatever characters the value has; a leading `~/` is the home directory, as in shells."""
     key, _, value = override.partition("=")
     value = os.path.expanduser(value) if value.startswith("~/") else value
@@ -138,8 +138,8 @@ def _quoted(override: str) -> str:
 
 def _for_a_shell(name: str, value: str) -> str:
     """The override as typed in a shell, its value in quotes, e.g. `"notes=['a: b']"`."""
-    quoted = _quoted(f"{name}={value}")
-    return shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'
+    text = quoted(f"{name}={value}")
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def first_line(error: Exception) -> str:

@@ -18,8 +18,17 @@ def shipped(name: str) -> Path:
 
 
 def option_files(own: str = "") -> dict[str, dict[str, Path]]:
-    """The YAML file of every option of every group; `own` is a folder of the user's, whose options win."""
+    """The YAML file of every option of every group; `own` is a folder of the user's.
+
+    Raises `ConfigurationError` about an option of the user's that is called like one of ours: Hydra would take ours.
+    """
     roots = [shipped("conf"), *([Path(own)] if own else [])]
+    for ours in sorted(shipped("conf").glob("*/*.yaml")) if own else ():
+        theirs = Path(own) / ours.relative_to(shipped("conf"))
+        if theirs.is_file() and not theirs.samefile(ours):
+            raise ConfigurationError(
+                f"{theirs} is called like an option of the project, {ours.parent.name}={ours.stem}; rename it"
+            )
     names = sorted({p.name for root in roots for p in root.iterdir() if p.is_dir()})
     return {name: dict(sorted((f.stem, f) for root in roots for f in (root / name).glob("*.yaml"))) for name in names}
 

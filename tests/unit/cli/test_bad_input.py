@@ -311,3 +311,11 @@ def test_so_it_does_as_a_program_of_its_own() -> None:
     command = [sys.executable, "-m", "launch.cli", "trian"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "there is no command 'trian'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_option_of_ones_own_called_like_ours_is_refused(tmp_path: Path) -> None:
+    """Hydra would take ours, whatever stands in the other file."""
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "gkd.yaml").write_text("name: mine\n")
+    with pytest.raises(OpdError, match=r"gkd\.yaml is called like an option of the project, method=gkd"):
+        run_config([f"conf={tmp_path}", "method=gkd"])

@@ -1,0 +1,68 @@
+"""Overrides of the command line, written from Python values."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+from launch.config.compose import quoted
+from opd.errors import ConfigurationError
+
+
+def overrides_of(settings: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """One override for every value of `settings`, whose mappings are settings below a name.
+
+    Example: `{"steps": 5, "learner": {"lr": 1e-3}}` gives `["steps=5", "learner.lr=0.001"]`. What chooses an option of
+    `groups` comes first, for the rest is laid over it.
+
+    Raises:
+        ConfigurationError: a value is none that a setting can have.
+    """
+    flat = list(_flat(settings, ""))
+    chosen = [f"{name}={value}" for name, value in flat if name in groups and isinstance(value, str)]
+    return [*chosen, *(_override(n, v) for n, v in flat if not (n in groups and isinstance(v, str)))]
+
+
+def _flat(settings: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        whole = f"{above}{name}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{whole}.")
+        else:
+            yield whole, value
+
+
+def _override(name: str, value: Any) -> str:
+    return quoted(f"{name}={value}") if isinstance(value, str) else f"{name}={_written(value, name)}"
+
+
+def _written(value: Any, name: str) -> str:
+    """A value in the grammar of overrides; text is in quotes."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case Enum():
+            return value.name
+        case int() | float():
+            return repr(value)
+        case str():
+            return quoted(f"={value}").removeprefix("=")
+        case PurePath():
+            return _written(str(value), name)
+        case Mapping():
+            return f"{{{', '.join(f'{_key(k, name)}: {_written(v, name)}' for k, v in value.items())}}}"
+        case Sequence():
+            return f"[{', '.join(_written(one, name) for one in value)}]"
+    hint = " (a part is given whole: method=, prompts=, evaluation=)" if dataclasses.is_dataclass(value) else ""
+    raise ConfigurationError(
+        f"{name} needs a number, a text, true or false, or lists and mappings of them, got {type(value).__name__}{hint}"
+    )
+
+
+def _key(key: Any, name: str) -> str:
+    if not isinstance(key, str) or not key.replace("_", "a").isalnum():
+        raise ConfigurationError(f"{name} has a key {key!r}; keys are words of letters, digits and _")
+    return key

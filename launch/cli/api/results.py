@@ -1,0 +1,120 @@
+"""A run that was trained, as Python objects: its figures as tables, its student as a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from launch.artifacts.run_data import RunData
+from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.summary import RunSummary
+from launch.artifacts.untrusted_files import read_text
+from launch.report.figures import short_number
+from opd.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run directory. Tables are read from its files when they are asked for, so a run that goes on can be watched."""
+
+    path: Path
+
+    @property
+    def _data(self) -> RunData:
+        return RunData.read(RunDirectory.open(self.path))
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def metrics(self) -> "pd.DataFrame":
+        """A row of numbers for every step, by `step` (docs/diagnostics.md says what the columns are)."""
+        import pandas as pd
+
+        lines = list(self._data.metrics)
+        return pd.DataFrame.from_records(lines).set_index("step") if lines else pd.DataFrame()
+
+    @property
+    def evaluations(self) -> "pd.DataFrame":
+        """A row for every evaluation of the student, by `step`: accuracies, reverse KL, lengths, costs."""
+        import pandas as pd
+
+        return pd.DataFrame.from_records([point.as_json() for point in self._data.student]).set_index("step")
+
+    @property
+    def samples(self) -> "pd.DataFrame":
+        """A row for every kept completion (`tracker.samples`)."""
+        import pandas as pd
+
+        return pd.DataFrame.from_records([sample.as_json() for sample in self._data.samples])
+
+    @property
+    def summary(self) -> RunSummary:
+        """Outcome, costs, first and last evaluation. Raises `DataError` while there is none."""
+        summary = self._data.summary
+        if summary is None:
+            raise DataError(f"{self.path} has no summary: the run goes on or was killed; wait for it, or resume it")
+        return summary
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The resolved settings, without secrets."""
+        return yaml.safe_load(read_text(RunDirectory.open(self.path).config, "give the directory of a run"))
+
+    @property
+    def command(self) -> str:
+        """The command that makes this run again."""
+        return read_text(RunDirectory(self.path).command, "give the directory of a run").strip()
+
+    @property
+    def report(self) -> Path:
+        """The page to open in a browser."""
+        return RunDirectory(self.path).report
+
+    @property
+    def export(self) -> Path:
+        """Folder of the trained student, for transformers, vLLM and others."""
+        return RunDirectory(self.path).export
+
+    @cached_property
+    def student(self) -> "PreTrainedModel":
+        """The trained student as a model of transformers, on the CPU, in the dtype it was saved in."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.export, dtype="auto", local_files_only=True)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The student's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.export, local_files_only=True)
+
+    def _repr_html_(self) -> str:
+        """Table for notebooks: first and last evaluation."""
+        from markupsafe import escape
+
+        points = self._data.student
+        rows = [(p.step, p.greedy, p.mean_at_k, p.reverse_kl) for p in (points[:1] + points[-1:])]
+        cells = "".join(
+            f"<tr>{''.join(f'<td>{escape(short_number(v) if v is not None else chr(8211))}</td>' for v in row)}</tr>"
+            for row in rows
+        )
+        return (
+            f"<b>{escape(self.name)}</b><table><tr><th>step</th><th>greedy</th><th>sampled</th><th>reverse KL</th></tr>"
+            f"{cells}</table><code>{escape(self.report)}</code>"
+        )
+
+
+def open_run(path: str | Path) -> TrainedRun:
+    """A run from its directory, finished or not. Raises `ConfigurationError` if that is none."""
+    return TrainedRun(RunDirectory.open(Path(path)).path)

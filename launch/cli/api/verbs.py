@@ -1,0 +1,211 @@
+"""`opd.train`, `opd.plan` and `opd.evaluate`: what the commands do, called from Python."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch.artifacts import terminal
+from launch.artifacts.evaluation_point import EvaluationPoint
+from launch.artifacts.redaction import check_arguments
+from launch.checkpoint.places import check_place
+from launch.cli.api.inputs import FOLDER, REWARD, part_option, prompts_file, reward_settings
+from launch.cli.api.overrides import overrides_of
+from launch.cli.api.results import TrainedRun
+from launch.cli.train import evaluate_once, train_once
+from launch.config.run_config import RunConfig, run_config
+from launch.config.shipped_files import groups
+from launch.monitors.callbacks import Callback, CallbackTracker, Logger, LoggerTracker, MakeTracker
+from launch.monitors.trackers import check_login
+from launch.plan.plan import Plan, make_plan
+from opd.errors import ConfigurationError
+from opd.method.method import Method
+from opd.ports import PromptSource
+
+Reward = Callable[..., Any]
+Prompts = str | Path | PromptSource | Iterable[str | Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+
+HELD_OUT = 64  # prompts of training that are measured where no others are given
+
+
+def train(
+    *,
+    method: str | Method | None = None,
+    student: str | Path | None = None,
+    teacher: str | Path | None = None,
+    prompts: Prompts | None = None,
+    reward: str | Reward | None = None,
+    evaluation: Prompts | None = None,
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Logger] = (),
+    verbose: bool = True,
+    **settings: Any,
+) -> TrainedRun:
+    """Train a student, as `opd train` does, and return the run.
+
+    `method` is a name (`opd methods`) or a `Method` of parts. `student` and `teacher` are folders of models (or an
+    option of `conf/`, as "shop"), `prompts` a file, a list of texts, conversations or mappings with `prompt` and
+    `answer`, or a source of prompts; `evaluation` is the same, of held-out prompts. `reward` is a grader's name or a
+    function (docs/grading.md). Everything else is a setting of the command line (`steps=100`, `learner={"lr": 1e-5}`,
+    `**{"learner.lr": 1e-5}`, `experiment="shop"`). `callbacks` are called after every step, `trackers` get the numbers
+    (`log(data, step=)`). `verbose=False` prints nothing.
+
+    Raises:
+        OpdError: what the command line would say in a sentence.
+    """
+    given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
+    console = terminal.console() if verbose else Console(quiet=True)
+    with _own_loop():
+        config = _config(given.overrides())
+        check_login(config.tracker)
+        check_place(config)
+        made = make_plan(config)
+        made.show_prompts(console)
+        return TrainedRun(train_once(made, console, trackers=[*map(_called, callbacks), *map(_logged, trackers)]).path)
+
+
+def plan(
+    *,
+    method: str | Method | None = None,
+    student: str | Path | None = None,
+    teacher: str | Path | None = None,
+    prompts: Prompts | None = None,
+    reward: str | Reward | None = None,
+    evaluation: Prompts | None = None,
+    **settings: Any,
+) -> Plan:
+    """The checked plan of a run (`dry_run=true`); nothing is started. `Console().print(plan.table())` shows it."""
+    given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
+    with _own_loop():
+        return make_plan(_config(given.overrides()))
+
+
+def evaluate(
+    checkpoint: str | Path | None = None,
+    *,
+    student: str | Path | None = None,
+    teacher: str | Path | None = None,
+    reward: str | Reward | None = None,
+    evaluation: Prompts | None = None,
+    **settings: Any,
+) -> EvaluationPoint:
+    """Figures of a model on held-out prompts, as `opd eval` gives them; `checkpoint` is a folder of a model."""
+    given = _Given(None, student, teacher, evaluation, reward, evaluation, settings)
+    overrides = [*given.overrides(), *([] if checkpoint is None else overrides_of({"student.path": checkpoint}, {}))]
+    with _own_loop():
+        return evaluate_once(make_plan(_config(overrides)))
+
+
+def _config(overrides: Sequence[str]) -> RunConfig:
+    check_arguments(overrides)
+    return run_config(overrides)
+
+
+def _called(callback: Callback) -> MakeTracker:
+    return lambda meter, steps: CallbackTracker(callback, meter, steps)
+
+
+def _logged(logger: Logger) -> MakeTracker:
+    return lambda meter, _: LoggerTracker(logger, meter)
+
+
+@contextmanager
+def _own_loop() -> Iterator[None]:
+    """Leave the event loop that a notebook runs its cells in, so that a run can have its own in this thread."""
+    outer = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(outer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Arguments of a call, as overrides: options first, then their settings, the caller's own last."""
+
+    method: str | Method | None
+    student: str | Path | None
+    teacher: str | Path | None
+    prompts: Prompts | None
+    reward: str | Reward | None
+    evaluation: Prompts | None
+    settings: Mapping[str, Any]
+
+    def overrides(self) -> list[str]:
+        """The same as a command line."""
+        known = groups(str(self.settings.get("conf", "")))
+        mine = overrides_of({name: value for name, value in self.settings.items() if name != "conf"}, known)
+        options = [o for o in mine if o.partition("=")[0] in known and not o.partition("=")[2].startswith("{")]
+        rest = [o for o in mine if o not in options]
+        made = [*self._method(), *self._models(known), *self._prompts(), *self._reward()]
+        conf = [o for o in made if o.startswith("conf=")]
+        conf += [f"conf={self.settings['conf']}"] if "conf" in self.settings else []
+        if len(conf) > 1:
+            raise ConfigurationError(
+                f"only one folder of options can be read, but {' and '.join(conf)} are wanted; write the parts as YAML "
+                "of that folder (docs/adding_a_method.md)"
+            )
+        return [*options, *conf, *(o for o in made if not o.startswith("conf=")), *rest]
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.settings.get("output_dir", "runs"))) / FOLDER
+
+    def _method(self) -> list[str]:
+        if self.method is None or isinstance(self.method, str):
+            return [] if self.method is None else [f"method={self.method}"]
+        return part_option(self.method, "method", "given", self._folder)
+
+    def _models(self, known: Mapping[str, Sequence[str]]) -> list[str]:
+        found: list[str] = []
+        for role, path in (("student", self.student), ("teacher", self.teacher)):
+            if isinstance(path, str) and path in known[role]:
+                found.append(f"{role}={path}")
+            elif path is not None:
+                found += [f"{role}=hf", *overrides_of({f"{role}.path": path}, {})]
+        return found
+
+    def _prompts(self) -> list[str]:
+        if self.prompts is None:
+            return self._held_out(self.evaluation) if self.evaluation is not None else []
+        if isinstance(self.prompts, PromptSource):
+            chosen = part_option(self.prompts, "prompts", "given", self._folder)
+            return [*chosen, *(self._held_out(self.evaluation) if self.evaluation is not None else [])]
+        path, columns, count = self._file(self.prompts, "prompts")
+        training = ["prompts=dataset", *overrides_of({"prompts": {"path": path, **columns}}, {})]
+        if self.evaluation is not None:
+            return [*training, *self._held_out(self.evaluation)]
+        number = min(HELD_OUT, count) if count else HELD_OUT
+        seen = {"evaluation.prompts": {"path": path, "prompts_per_step": number}}  # of which the plan warns
+        return [*training, "evaluation=dataset", *overrides_of(seen, {})]
+
+    def _held_out(self, given: Prompts) -> list[str]:
+        if isinstance(given, PromptSource):
+            raise ConfigurationError(
+                "evaluation needs a file or a list of prompts; a source of prompts stands in a YAML of "
+                "conf/evaluation (conf=DIR)"
+            )
+        path, columns, count = self._file(given, "evaluation")
+        number = {"prompts_per_step": count} if count else {}
+        return ["evaluation=dataset", *overrides_of({"evaluation.prompts": {"path": path, **columns, **number}}, {})]
+
+    def _file(self, given: Any, name: str) -> tuple[str | Path, Mapping[str, str], int]:
+        """Path of prompts, the columns that are told from a list, and how many it has (0: a file, not read yet)."""
+        return (given, {}, 0) if isinstance(given, str | Path) else prompts_file(given, self._folder, name)
+
+    def _reward(self) -> list[str]:
+        if self.reward is None:
+            return []
+        if isinstance(self.reward, str):
+            return overrides_of({"prompts.task": self.reward}, {})
+        if self.prompts is None:
+            raise ConfigurationError(
+                "reward= grades the prompts of prompts=, of which there are none; give them, or name the experiment's "
+                "own grader in a file (docs/grading.md)"
+            )
+        return overrides_of({f"graders.{REWARD}": reward_settings(self.reward), "prompts.task": REWARD}, {})

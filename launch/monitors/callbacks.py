@@ -1,0 +1,93 @@
+"""Trackers of a Python program's own: functions that are called after every step, and objects that log."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
+from launch.monitors.step_metrics import Meter
+from opd.loop.train import StepRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """State of a run after a step, for a callback: the step's metrics, and the newest evaluation of the student."""
+
+    step: int
+    steps: int
+    metrics: Mapping[str, float]
+    evaluation: EvaluationPoint | None
+
+
+Callback = Callable[[Progress], object]
+"""Called after every step, before its checkpoint; `True` ends the run there, in good order."""
+
+
+class Logger(Protocol):
+    """An object that records named numbers, as the runs of wandb and trackio do."""
+
+    def log(self, data: Mapping[str, float], /, *, step: int) -> object:
+        """Record the numbers of a step."""
+        ...
+
+
+class CallbackTracker:
+    """Tracker that calls a function; `stops` once it has returned `True`."""
+
+    def __init__(self, callback: Callback, meter: Meter, steps: int) -> None:
+        self._callback, self._meter, self._steps = callback, meter, steps
+        self._newest: EvaluationPoint | None = None
+        self.stops = False
+
+    async def __call__(self, record: StepRecord) -> None:
+        metrics = dict(self._meter(record))
+        progress = Progress(step=record.step, steps=self._steps, metrics=metrics, evaluation=self._newest)
+        self.stops |= self._callback(progress) is True
+
+    def evaluated(self, result: EvaluationPoint) -> None:
+        """Keep it for the next call."""
+        if result.examinee is EvaluatedModel.STUDENT:
+            self._newest = result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""
+
+
+class LoggerTracker:
+    """Tracker that hands metrics to an object with `log(data, step=)`, evaluations as `eval/*`.
+
+    It is the caller's to close: one object may follow several runs.
+    """
+
+    stops = False
+
+    def __init__(self, logger: Logger, meter: Meter) -> None:
+        self._logger, self._meter = logger, meter
+
+    async def __call__(self, record: StepRecord) -> None:
+        self._logger.log(dict(self._meter(record)), step=record.step)
+
+    def evaluated(self, result: EvaluationPoint) -> None:
+        """Log as `eval/*`, a teacher's as `teacher/*`."""
+        place = "teacher" if result.examinee is EvaluatedModel.TEACHER else "eval"
+        numbers = {n: v for n, v in result.as_json().items() if isinstance(v, int | float) and n != "step"}
+        self._logger.log({f"{place}/{name}": value for name, value in numbers.items()}, step=result.step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""
+
+
+UserTracker = CallbackTracker | LoggerTracker
+MakeTracker = Callable[[Meter, int], UserTracker]
+"""A tracker of a run's meter and its number of steps."""

@@ -1,0 +1,5 @@
+from launch.cli.api import TrainedRun as TrainedRun
+from launch.cli.api import evaluate as evaluate
+from launch.cli.api import open_run as open_run
+from launch.cli.api import plan as plan
+from launch.cli.api import train as train

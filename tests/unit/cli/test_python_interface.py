@@ -1,0 +1,208 @@
+"""The Python interface: what is given from Python is what the command line would have been given."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+import opd
+from launch.cli.api.inputs import described, importable, part_option, prompts_file, reward_settings
+from launch.cli.api.overrides import overrides_of
+from launch.config.run_config import run_config
+from launch.config.shipped_files import groups
+from launch.config.typed import construct
+from launch.plan.plan import make_plan
+from opd.errors import ConfigurationError, OpdError
+from opd.method.method import Method
+from opd.prompts.dataset import DatasetPrompts
+from tests.method_needs import NEEDS
+
+QUIET = ["experiment=shop", "tracker=none"]
+
+
+@given(
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=30).filter(lambda t: "$" not in t)
+)
+def test_text_arrives_as_it_was_given(text: str) -> None:
+    config = run_config([*QUIET, *overrides_of({"notes": [text, "x"]}, {})])
+    assert list(config.notes) == [" ".join(text.split()), "x"]
+
+
+@given(
+    lr=st.floats(1e-9, 0.5),
+    steps=st.integers(1, 10_000),
+    doctor=st.booleans(),
+    name=st.from_regex(r"[a-z][a-z0-9_=,+-]{0,20}", fullmatch=True),
+)
+def test_values_arrive_as_they_were_given(lr: float, steps: int, doctor: bool, name: str) -> None:
+    given = {"steps": steps, "learner": {"lr": lr}, "doctor": doctor, "run_name": name}
+    config = run_config([*QUIET, *overrides_of(given, groups())])
+    assert (config.steps, config.learner.lr, config.doctor, config.run_name) == (steps, lr, doctor, name)
+    dotted = run_config([*QUIET, *overrides_of({"steps": steps, "learner.lr": lr}, groups())])
+    assert dotted.learner == config.learner
+
+
+def test_options_come_before_what_is_laid_over_them() -> None:
+    found = overrides_of({"learner": {"lr": 1e-3}, "steps": 3, "experiment": "shop"}, groups())
+    assert found == ["experiment=shop", "learner.lr=0.001", "steps=3"]
+
+
+def test_a_value_that_is_no_setting_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"learner\.lr needs a number.*got object"):
+        overrides_of({"learner": {"lr": object()}}, {})
+
+
+@pytest.mark.parametrize("name", groups()["method"])
+def test_every_shipped_method_is_the_same_as_an_object(name: str) -> None:
+    """Written as YAML and read again, a method of parts equals itself."""
+    method = run_config([*QUIET, f"method={name}", "prompts.group_size=2", *NEEDS.get(name, ())]).method
+    again = construct(Method, _without_target(described(method, "method")), "method", ["opd."])
+    assert described(again, "method") == described(method, "method")
+
+
+def _without_target(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {key: value for key, value in values.items() if key != "_target_"}
+
+
+def test_a_method_object_runs_by_its_command(tmp_path: Path) -> None:
+    method = run_config([*QUIET, "method=gkd"]).method
+    overrides = part_option(method, "method", "mine", tmp_path)
+    assert run_config([*QUIET, *overrides]).method == method
+    assert part_option(method, "method", "mine", tmp_path) == overrides  # the same object, the same files
+
+
+def test_a_part_of_a_function_is_refused() -> None:
+    class Inner:
+        pass
+
+    with pytest.raises(ConfigurationError, match=r"method needs a part that is a dataclass"):
+        described(Inner(), "method")
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda t: t.strip() and t.isprintable()), min_size=1, max_size=5))
+def test_prompts_are_written_as_they_are(texts: list[str]) -> None:
+    with TemporaryDirectory() as folder:
+        path, columns, count = prompts_file(texts, Path(folder), "prompts")
+        lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+    assert [line["prompt"] for line in lines] == texts
+    assert columns == {"prompt_column": "prompt"} and count == len(texts)
+
+
+def test_conversations_and_answers_have_their_columns(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "1+1?"}]
+    _, columns, _ = prompts_file([{"messages": turn, "answer": "2"}], tmp_path, "prompts")
+    assert columns == {"prompt_column": "messages", "answer_column": "answer"}
+    path, columns, _ = prompts_file([turn], tmp_path, "prompts")
+    assert json.loads(path.read_text()) == {"prompt": turn} and columns == {"prompt_column": "prompt"}
+
+
+@pytest.mark.parametrize(
+    ("records", "sentence"),
+    [
+        ([], "prompts is empty"),
+        (["a", 7], r"prompts\[1\] needs a text, a list of messages.*got int"),
+        ([{"prompt": "a", "answer": {1}}], r"prompts\[0\] cannot be written as JSON"),
+        ([{"prompt": "a", "answer": float("nan")}], r"prompts\[0\] cannot be written as JSON"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(records: list[Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        prompts_file(records, tmp_path, "prompts")
+
+
+def short(completion: str) -> float:
+    """A reward that another process can import."""
+    return -float(len(completion))
+
+
+def test_a_reward_is_named_by_its_module_or_held() -> None:
+    assert importable(short) and not importable(lambda completion: 0.0)
+    assert reward_settings(short) == {"_target_": f"{__name__}.short"}
+    held = reward_settings(lambda completion: 1.0)
+    assert held["_target_"] == "launch.config.held_rewards.HeldReward" and held["name"] == "lambda"
+    assert reward_settings(lambda completion: 2.0)["code"] != held["code"]
+
+
+def test_a_held_reward_of_another_program_is_refused() -> None:
+    overrides = overrides_of(
+        {"graders.shop": {"_target_": "launch.config.held_rewards.HeldReward", "name": "mine", "code": "0" * 12}}, {}
+    )
+    with pytest.raises(ConfigurationError, match="the reward mine was a function of the Python program"):
+        run_config([*QUIET, *overrides])
+
+
+def test_a_plan_is_that_of_the_command_line(tmp_path: Path) -> None:
+    settings = {"experiment": "shop", "steps": 7, "tracker": "none", "output_dir": str(tmp_path)}
+    made = opd.plan(method="topk_reverse_kl", learner={"lr": 2e-4}, **settings)
+    overrides = [*QUIET, "method=topk_reverse_kl", "steps=7", "learner.lr=2e-4", f"output_dir={tmp_path}"]
+    typed = make_plan(run_config(overrides)).config
+    assert (made.config.method, made.config.learner, made.config.steps) == (typed.method, typed.learner, typed.steps)
+
+
+def test_the_command_of_a_run_means_the_same(tmp_path: Path) -> None:
+    method = run_config([*QUIET, "method=gkd"]).method
+    prompts = [
+        {"prompt": "has 2 1 ; Mon buys 4 ?", "answer": "5 2"},
+        {"prompt": "it's 'x' \\ a=b, c", "answer": "${x}"},
+    ]
+    made = opd.plan(
+        method=method, student="shop", teacher="shop", prompts=prompts, reward=short, max_tokens=20,
+        output_dir=tmp_path, tracker="none", notes=["it's 1, 2: {x}", "a"],
+    )  # fmt: skip
+    again = run_config(made.config.overrides)
+    assert again.text == run_config(made.config.overrides).text
+    assert described(again.method, "method") == described(method, "method")
+    assert (again.notes, again.prompts) == (made.config.notes, made.config.prompts)
+
+
+def test_a_plan_is_made_where_an_event_loop_runs(tmp_path: Path) -> None:
+    async def cell() -> int:
+        calls = []
+
+        def reward(completion: str, answer: str) -> float:
+            calls.append(completion)
+            return float(completion.endswith(answer))
+
+        prompts = [{"prompt": f"has 2 1 ; Mon buys {n} ?", "answer": f"{n} 2"} for n in range(2, 6)]
+        made = opd.plan(
+            method="grpo", student="shop", teacher="shop", prompts=prompts, reward=reward, max_tokens=20,
+            output_dir=str(tmp_path), tracker="none", **{"prompts.group_size": 2},
+        )  # fmt: skip
+        assert calls, "the plan tries a reward"
+        assert any("are trained on" in remark for remark in made.remarks)
+        return asyncio.get_running_loop() is not None and made.config.steps
+
+    assert asyncio.run(cell()) == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"reward": short}, "reward= grades the prompts of prompts="),
+        ({"method": "full_revers_kl"}, "did you mean method=full_reverse_kl"),
+        ({"learner": {"lrr": 1e-3}}, "lrr"),
+        ({"student": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(arguments: Mapping[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(OpdError, match=sentence):
+        opd.plan(experiment="shop", tracker="none", output_dir=str(tmp_path), **arguments)
+
+
+def test_the_library_names_its_interface_and_nothing_else() -> None:
+    assert {"train", "plan", "evaluate", "open_run"} <= set(dir(opd))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = opd.trian  # type: ignore[attr-defined]
+
+
+def test_a_source_of_prompts_is_an_option(tmp_path: Path) -> None:
+    source = DatasetPrompts(path="train.jsonl", prompts_per_step=4)
+    overrides = part_option(source, "prompts", "given", tmp_path)
+    assert overrides[1] == "prompts=given"
+    assert run_config([*QUIET, *overrides]).prompts == source
