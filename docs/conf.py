@@ -35,6 +35,7 @@ NAV = {
         FAMILIES,
         "docs/adding_a_method",
         "docs/certificate",
+        "docs/python",
         "docs/comparing",
         "docs/schedules",
         "Runs with stages <docs/staged_runs>",

@@ -22,7 +22,7 @@ from launch.checkpoint.resume import ResumePoint, fingerprints, history
 from launch.checkpoint.saver import Retention, Saver
 from launch.checkpoint.step_end import Boundary, until_spent
 from launch.config.run_config import DEFAULT, RunConfig
-from launch.monitors.accounting import Costs, TrainingCpu
+from launch.monitors.accounting import TrainingCpu
 from launch.monitors.callbacks import MakeTracker, UserTracker
 from launch.monitors.progress import Progress
 from launch.monitors.step_metrics import Meter
@@ -30,6 +30,7 @@ from launch.monitors.trace import TraceTracker
 from launch.monitors.trackers import PlannedRun, Tracker, make_trackers
 from launch.plan.environment import package_versions
 from launch.plan.plan import Plan
+from launch.run.costs import costs
 from launch.run.doctor import as_json, consult
 from launch.run.evaluate import Evaluator, TrainingCost
 from launch.run.export import export_student, write_card
@@ -40,8 +41,6 @@ from launch.services.signals import StopRequest
 from launch.services.stack_dumps import StackDumps
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
-from opd.method.needs import asks_prompts_teacher, named, needed
-from opd.ports import Role, needs_of
 from opd.rollouts.environment import Plays
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
@@ -386,19 +385,3 @@ def make_evaluator(plan: Plan, session: Session) -> Evaluator:
     rollout, config = plan.config.method.rollout, plan.config.evaluation
     play = rollout.play if isinstance(rollout, Plays) else None
     return Evaluator(config, plan.sources, session.context(0), session.learner, exact_kl=plan.exact_kl, play=play)
-
-
-def costs(plan: Plan) -> Costs:
-    """Cost model of the run: the models that compute with every token, and their sizes."""
-    method, params = plan.config.method, plan.teacher_params
-    members = sorted(named(method, Role.READER))
-    read = sum(params[name] for name in members)
-    if asks_prompts_teacher(method) or not members:
-        read += params[DEFAULT]
-    return Costs(
-        student_params=plan.student_params,
-        teacher_params=read,
-        by_teacher={} if members or len(params) == 1 else params,
-        teacher_writes=any(need.role is Role.WRITER for need in needs_of(method.rollout)),
-        teacher_reads=needed(method, Role.READER),
-    )

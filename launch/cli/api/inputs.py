@@ -27,7 +27,7 @@ REWARD = "reward"  # the task of prompts that are graded by `reward=`
 
 
 def prompts_file(records: Iterable[Any], folder: Path, name: str) -> tuple[Path, Mapping[str, str], int]:
-    """File of `records`, its columns (`prompt_column`, `answer_column`) where they are told from it, and their number.
+    """JSONL file of `records`, its column settings (`prompt_column`, `answer_column`), and the number of rows.
 
     A record is a text, a list of messages, or a mapping with `prompt` (or `messages`) and perhaps `answer`.
 

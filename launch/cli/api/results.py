@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run directory. Tables are read from its files when they are asked for, so a run that goes on can be watched."""
+    """Run directory as Python objects: tables, model, tokenizer. Tables are read from its files at every access."""
 
     path: Path
 
@@ -37,7 +37,7 @@ class TrainedRun:
 
     @property
     def metrics(self) -> "pd.DataFrame":
-        """A row of numbers for every step, by `step` (docs/diagnostics.md says what the columns are)."""
+        """Table of all steps, by `step`; docs/diagnostics.md has the columns."""
         import pandas as pd
 
         lines = list(self._data.metrics)
@@ -45,14 +45,14 @@ class TrainedRun:
 
     @property
     def evaluations(self) -> "pd.DataFrame":
-        """A row for every evaluation of the student, by `step`: accuracies, reverse KL, lengths, costs."""
+        """Table of the student's evaluations, by `step`: accuracies, reverse KL, lengths, costs."""
         import pandas as pd
 
         return pd.DataFrame.from_records([point.as_json() for point in self._data.student]).set_index("step")
 
     @property
     def samples(self) -> "pd.DataFrame":
-        """A row for every kept completion (`tracker.samples`)."""
+        """Table of the completions that were kept (`tracker.samples`)."""
         import pandas as pd
 
         return pd.DataFrame.from_records([sample.as_json() for sample in self._data.samples])
@@ -87,17 +87,17 @@ class TrainedRun:
 
     @cached_property
     def student(self) -> "PreTrainedModel":
-        """The trained student as a model of transformers, on the CPU, in the dtype it was saved in."""
-        from transformers import AutoModelForCausalLM
+        """Trained student as a model of transformers, on the CPU, in the dtype it was saved in."""
+        from hf.plain_model import plain_model
 
-        return AutoModelForCausalLM.from_pretrained(self.export, dtype="auto", local_files_only=True)
+        return plain_model(self.export)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The student's tokenizer."""
-        from transformers import AutoTokenizer
+        """Tokenizer of the student."""
+        from hf.plain_model import plain_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.export, local_files_only=True)
+        return plain_tokenizer(self.export)
 
     def _repr_html_(self) -> str:
         """Table for notebooks: first and last evaluation."""

@@ -195,7 +195,7 @@ class _Given:
         return ["evaluation=dataset", *overrides_of({"evaluation.prompts": {"path": path, **columns, **number}}, {})]
 
     def _file(self, given: Any, name: str) -> tuple[str | Path, Mapping[str, str], int]:
-        """Path of prompts, the columns that are told from a list, and how many it has (0: a file, not read yet)."""
+        """Path of prompts, column settings of a list, and its length (0: a file, which is not read yet)."""
         return (given, {}, 0) if isinstance(given, str | Path) else prompts_file(given, self._folder, name)
 
     def _reward(self) -> list[str]:

@@ -11,7 +11,7 @@ from launch.artifacts.spending import Unit, spending
 from launch.monitors.accounting import StepTokens, step_flops
 from launch.plan.plan import Plan
 from launch.report.figures import short_number
-from launch.run.run import costs
+from launch.run.costs import costs
 from opd.errors import ConfigurationError, DataError
 from opd.method.method import readings_of
 from opd.method.needs import needed

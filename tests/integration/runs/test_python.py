@@ -8,6 +8,7 @@ import pytest
 
 import opd
 from launch.monitors.callbacks import Progress
+from tests.unit.cli.test_python_interface import recipes
 
 SMALL = {"doctor": False, "tracker": "none", "evaluation.teacher": False, "evaluation.every": 0, "max_tokens": 77}
 PROMPTS = [{"prompt": f"has 2 1 ; Mon buys {n} Tue finds 7 ?", "answer": f"{n} 9"} for n in range(1, 9)]
@@ -57,3 +58,5 @@ def test_a_notebook_trains_and_looks_at_its_run(tmp_path: Path) -> None:
     assert run.student.generate(**run.tokenizer("has 2 1", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
     assert run.command.startswith("opd train ") and "run_name='mine'" in run.command
     assert len(run.samples) and (run.path / "checkpoints" / "step_2").is_dir()
+    for recipe in recipes("run"):
+        exec(recipe, {"run": run})

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -21,6 +23,7 @@ from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError, OpdError
 from opd.method.method import Method
 from opd.prompts.dataset import DatasetPrompts
+from tests.command import ROOT
 from tests.method_needs import NEEDS
 
 QUIET = ["experiment=shop", "tracker=none"]
@@ -193,6 +196,24 @@ def test_a_plan_is_made_where_an_event_loop_runs(tmp_path: Path) -> None:
 def test_a_wrong_call_is_one_sentence(arguments: Mapping[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(OpdError, match=sentence):
         opd.plan(experiment="shop", tracker="none", output_dir=str(tmp_path), **arguments)
+
+
+def recipes(kind: str) -> list[str]:
+    """Blocks of Python in docs/python.md: those that `plan` is enough for, or those that need a `run`."""
+    return re.findall(rf"```python {kind}\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("code", recipes("plan"))
+def test_a_recipe_can_be_planned(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(*, callbacks: Any = (), trackers: Any = (), verbose: bool = True, **given: Any) -> Any:
+        assert (
+            all(map(callable, callbacks)) and all(hasattr(tracker, "log") for tracker in trackers) and verbose in (0, 1)
+        )
+        return opd.plan(**given)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "has 2 1 ; Mon buys 4 ?", "answer": "5 2"}\n')
+    exec(code, {"opd": SimpleNamespace(train=planned, plan=opd.plan)})
 
 
 def test_the_library_names_its_interface_and_nothing_else() -> None:

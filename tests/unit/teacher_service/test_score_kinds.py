@@ -15,7 +15,7 @@ from margin import Margin, MarginScores, SampledMargin, WhereSure
 
 from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
-from launch.run.run import costs
+from launch.run.costs import costs
 from opd.certify.certify import certify
 from opd.certify.engines import RequestLog, engines
 from opd.certify.worlds import make_world
