@@ -1,6 +1,7 @@
 """Overrides of the command line, written from Python values."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
@@ -8,6 +9,9 @@ from typing import Any
 
 from launch.config.compose import quoted
 from opd.errors import ConfigurationError
+
+_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # text that needs no quotes
+_WORDS = ("true", "false", "null", "nan", "inf")  # what the grammar takes for something else
 
 
 def overrides_of(settings: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[str]:
@@ -34,7 +38,9 @@ def _flat(settings: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
 
 
 def _override(name: str, value: Any) -> str:
-    return quoted(f"{name}={value}") if isinstance(value, str) else f"{name}={_written(value, name)}"
+    if isinstance(value, str | PurePath) and _PLAIN.fullmatch(str(value)) and str(value).lower() not in _WORDS:
+        return f"{name}={value}"
+    return f"{name}={_written(value, name)}"
 
 
 def _written(value: Any, name: str) -> str:

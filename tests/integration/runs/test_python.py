@@ -56,7 +56,7 @@ def test_a_notebook_trains_and_looks_at_its_run(tmp_path: Path) -> None:
     assert run.summary.outcome.value == "finished" and opd.open_run(tmp_path / "mine") == run
     assert run.config["learner"]["lr"] == 1e-3 and "<table>" in run._repr_html_()
     assert run.student.generate(**run.tokenizer("has 2 1", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
-    assert run.command.startswith("opd train ") and "run_name='mine'" in run.command
+    assert run.command.startswith("opd train ") and " run_name=mine " in run.command
     assert len(run.samples) and (run.path / "checkpoints" / "step_2").is_dir()
     for recipe in recipes("run"):
         exec(recipe, {"run": run})
