@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli.api.inputs import described
 from launch.cli.stages import stages_of
 from launch.config.compose import compose
 from launch.config.run_config import RunConfig, run_config
 from launch.config.shipped_files import groups
+from launch.config.typed import construct
 from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError
+from opd.method.method import Method
 from opd.objectives.returns import MiniLLM
 from opd.scorers.returns import WithReturns
 from opd.token_weights.special_tokens import SkipFirst
@@ -37,7 +40,11 @@ def with_method(name: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_builds(name: str) -> None:
-    assert with_method(name).method.name == name
+    """Also from an object, as Python gives one: written as plain values and read again it is the same."""
+    method = with_method(name).method
+    assert method.name == name
+    written = {key: value for key, value in described(method, "method").items() if key != "_target_"}
+    assert described(construct(Method, written, "method", ["opd."]), "method") == described(method, "method")
 
 
 @pytest.mark.parametrize("name", METHODS)

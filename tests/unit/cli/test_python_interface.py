@@ -18,13 +18,10 @@ from launch.cli.api.inputs import described, importable, part_option, prompts_fi
 from launch.cli.api.overrides import overrides_of
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
-from launch.config.typed import construct
 from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError, OpdError
-from opd.method.method import Method
 from opd.prompts.dataset import DatasetPrompts
 from tests.command import ROOT
-from tests.method_needs import NEEDS
 
 QUIET = ["experiment=shop", "tracker=none"]
 
@@ -59,18 +56,6 @@ def test_options_come_before_what_is_laid_over_them() -> None:
 def test_a_value_that_is_no_setting_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"learner\.lr needs a number.*got object"):
         overrides_of({"learner": {"lr": object()}}, {})
-
-
-@pytest.mark.parametrize("name", groups()["method"])
-def test_every_shipped_method_is_the_same_as_an_object(name: str) -> None:
-    """Written as YAML and read again, a method of parts equals itself."""
-    method = run_config([*QUIET, f"method={name}", "prompts.group_size=2", *NEEDS.get(name, ())]).method
-    again = construct(Method, _without_target(described(method, "method")), "method", ["opd."])
-    assert described(again, "method") == described(method, "method")
-
-
-def _without_target(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {key: value for key, value in values.items() if key != "_target_"}
 
 
 def test_a_method_object_runs_by_its_command(tmp_path: Path) -> None:
