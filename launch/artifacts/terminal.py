@@ -3,6 +3,6 @@
 from rich.console import Console
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that prints `[red]x` and `:smile:` as they are; style is given by `rich.text.Text` alone."""
-    return Console(stderr=stderr, markup=False, emoji=False)
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from launch.artifacts import terminal
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.redaction import check_arguments
@@ -58,7 +56,7 @@ def train(
         OpdError: what the command line would say in a sentence.
     """
     given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
-    console = terminal.console() if verbose else Console(quiet=True)
+    console = terminal.console(quiet=not verbose)
     with _own_loop():
         config = _config(given.overrides())
         check_login(config.tracker)
