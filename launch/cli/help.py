@@ -28,6 +28,9 @@ usage: opd COMMAND [OVERRIDE ...]
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
   opd methods [show NAME] [conf=DIR]     all methods, a line each with its paper, or the composition of one
   opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
+  opd runs   [compare A B ... | delete A ... yes=true] [output_dir=DIR]   the runs that were made
+  opd show RUN [step=N]                  numbers and kept completions of a step (the last one)
+  opd report RUN                         the page of a run again, also while it goes on
   opd export run=NAME output=DIR [step=N]   a run's student as a Hugging Face folder, finished or as step N left it
   opd submit address=URL [working_dir=DIR] [exclude=A,B] [follow=false] COMMAND output_dir=/SHARED [...]
              the same on a running Ray cluster

@@ -55,6 +55,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
         "methods": _methods,
         "certify": _certify,
         "submit": _submit,
+        "runs": _runs,
+        "show": _look,
+        "report": _report,
         "export": _export,
         "serve-teacher": _serve_teacher,
         "env": _env,
@@ -212,6 +215,34 @@ def _export(arguments: Sequence[str]) -> int:
         )
     print(export_run(own["run"], own["output"], own.get("step", ""), own.get("student", "")))
     return 0
+
+
+def _runs(arguments: Sequence[str]) -> int:
+    from launch.cli.runs import manage_runs
+
+    own, rest = _split(arguments, ("output_dir", "output", "yes"))
+    return manage_runs(rest, own, console())
+
+
+def _look(arguments: Sequence[str]) -> int:
+    from launch.cli.runs import show_step
+
+    own, rest = _split(arguments, ("step", "output_dir"))
+    return show_step(_one_run("show", rest), own.get("step", ""), own.get("output_dir", ""), console())
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from launch.cli.runs import write_again
+
+    own, rest = _split(arguments, ("output_dir",))
+    return write_again(_one_run("report", rest), own.get("output_dir", ""), console())
+
+
+def _one_run(command: str, rest: Sequence[str]) -> str:
+    named = [word.removeprefix("run=") for word in rest]
+    if len(named) != 1 or "=" in named[0]:
+        raise ConfigurationError(f"opd {command} needs one run, by its name or its directory, e.g. opd {command} NAME")
+    return named[0]
 
 
 def _serve_teacher(arguments: Sequence[str]) -> int:

@@ -1,0 +1,143 @@
+"""Runs of a folder, a line each; and one step of a run: its numbers and its kept completions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import localtime, strftime
+from typing import Any
+
+import yaml
+
+from launch.artifacts.evaluation_point import EvaluationPoint
+from launch.artifacts.run_data import RunData
+from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.run_lock import is_over
+from launch.artifacts.samples import Sample
+from launch.report.figures import short_number
+from opd.errors import DataError
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLine:
+    """A run in a list. `state` is its outcome, "running", "killed" (no summary and no process), or what cannot be read.
+
+    `accuracy` is the sampled one of the first and of the newest evaluation, None where there is none.
+    """
+
+    path: Path
+    state: str
+    method: str
+    steps: int
+    accuracy: tuple[float | None, float | None]
+    reverse_kl: float | None
+    changed: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The line as text."""
+        first, last = (NOTHING if value is None else f"{100 * value:.1f}" for value in self.accuracy)
+        return (
+            self.path.name,
+            self.state,
+            self.method or NOTHING,
+            str(self.steps),
+            NOTHING if self.accuracy[1] is None else f"{first} → {last} %",
+            NOTHING if self.reverse_kl is None else short_number(self.reverse_kl),
+            strftime("%Y-%m-%d %H:%M", localtime(self.changed)),
+        )
+
+
+COLUMNS = ("run", "state", "method", "steps", "accuracy at T=1", "reverse KL", "last written")
+
+
+def run_lines(folder: Path) -> list[RunLine]:
+    """The runs in a folder, those last written to first. A comparison's lie in its own folder, which is not listed."""
+    places = [path.parent for path in folder.glob("*/config.yaml")]
+    return sorted((run_line(path) for path in places), key=lambda line: (-line.changed, line.path.name))
+
+
+def run_line(path: Path) -> RunLine:
+    """A run as far as its files can be read."""
+    directory = RunDirectory(path)
+    changed = max(f.stat().st_mtime for f in (directory.config, directory.metrics, directory.summary) if f.exists())
+    try:
+        data = RunData.read(directory)
+    except DataError as error:
+        damaged = f"cannot be read: {error}"
+        return RunLine(
+            path=path, state=damaged, method="", steps=0, accuracy=(None, None), reverse_kl=None, changed=changed
+        )
+    measured = [point for point in data.student if point.mean_at_k is not None]
+    ends = (measured[0].mean_at_k, measured[-1].mean_at_k) if measured else (None, None)
+    return RunLine(
+        path=path,
+        state=_state(data, path),
+        method=str((settings_of(data.config).get("method.name")) or ""),
+        steps=int(data.metrics[-1]["step"] or 0) if data.metrics else 0,
+        accuracy=ends,
+        reverse_kl=data.student[-1].reverse_kl if data.student else None,
+        changed=changed,
+    )
+
+
+def settings_of(text: str) -> Mapping[str, Any]:
+    """Settings of a resolved configuration (YAML) by their dotted names."""
+    return dict(_flat(yaml.safe_load(text) or {}, ""))
+
+
+def _flat(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def differing(paths: Sequence[Path]) -> list[str]:
+    """Names of the settings in which runs differ, their own names and places apart."""
+    found = [settings_of(RunData.read(RunDirectory.open(path)).config) for path in paths]
+    names = dict.fromkeys(name for one in found for name in one)
+    return [n for n in names if n not in _OWN and any(one.get(n) != found[0].get(n) for one in found)]
+
+
+_OWN = ("run_name", "output_dir", "resume", "dry_run")
+
+
+def _state(data: RunData, path: Path) -> str:
+    if data.summary is not None:
+        return data.summary.outcome.value
+    return "killed" if is_over(path) else "running"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepView:
+    """A step of a run: its metrics, the evaluation after it if there was one, and the completions that were kept."""
+
+    step: int
+    metrics: Mapping[str, float | None]
+    evaluation: EvaluationPoint | None
+    samples: Sequence[Sample]
+
+
+def step_view(path: Path, step: int | None) -> StepView:
+    """A step of the run in `path`; None is the last one.
+
+    Raises:
+        DataError: the run has no such step.
+    """
+    data = RunData.read(RunDirectory.open(path))
+    steps = [int(line["step"] or 0) for line in data.metrics]
+    if not steps:
+        raise DataError(f"{path} has no finished step; look again when it has")
+    at = steps[-1] if step is None else step
+    if at not in steps:
+        raise DataError(f"{path} has no step {at}; it has {steps[0]} to {steps[-1]}")
+    points = [point for point in data.student if point.step == at]
+    return StepView(
+        step=at,
+        metrics={name: value for name, value in data.metrics[steps.index(at)].items() if name != "step"},
+        evaluation=points[-1] if points else None,
+        samples=[sample for sample in data.samples if sample.step == at],
+    )
