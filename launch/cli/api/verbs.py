@@ -76,7 +76,7 @@ def plan(
     evaluation: Prompts | None = None,
     **settings: Any,
 ) -> Plan:
-    """The checked plan of a run (`dry_run=true`); nothing is started. `Console().print(plan.table())` shows it."""
+    """Checked plan of a run (`dry_run=true`); nothing is started. `rich.print(plan.table())` shows it."""
     given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
     with _own_loop():
         return make_plan(_config(given.overrides()))
