@@ -123,6 +123,11 @@ class RunDirectory:
         return self.path / "command.txt"
 
     @property
+    def changes(self) -> Path:
+        """A line for every setting that a resumed run had otherwise from a step on; absent where all stayed."""
+        return self.path / "changes.txt"
+
+    @property
     def report(self) -> Path:
         """The page to open in a browser."""
         return self.path / "report.html"
@@ -167,6 +172,14 @@ class RunDirectory:
     def write_command(self, overrides: Sequence[str]) -> None:
         """Store the command that trains, for reproduction; secrets are replaced."""
         write_text(self.command, shlex.join(["opd", "train", *map(without_secret, overrides)]) + "\n")
+
+    def add_changes(self, sentences: Sequence[str]) -> None:
+        """Record settings that are others from a step on."""
+        write_text(self.changes, "".join(f"{line}\n" for line in (*self.read_changes(), *sentences)))
+
+    def read_changes(self) -> list[str]:
+        """The lines of `changes`."""
+        return self.changes.read_text().splitlines() if self.changes.exists() else []
 
     def rewind(self, step: int, steps: int) -> None:
         """Remove everything after `step`: a run that resumes from its checkpoint writes that again.

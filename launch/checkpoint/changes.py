@@ -64,16 +64,40 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], at_default: Set[s
     ]
 
 
-def check_changes(place: str, found: Sequence[Change]) -> None:
-    """Refuse to go on with settings that would train something else."""
-    wrong = [change for change in found if not change.harmless]
+_SHAPES = ("student.path", "student.dtype", "learner.dtype", "learner.lora.*")
+"""Settings that say what a checkpoint holds: with others it cannot be loaded."""
+
+
+def check_changes(place: str, found: Sequence[Change], meant: Sequence[str] = ()) -> list[Change]:
+    """Changes that are `meant` (names or patterns) although they train something else; refuses any other of that kind.
+
+    Raises:
+        ConfigurationError: a change is not meant, or would not fit the checkpoint, or what is meant has not changed.
+    """
+    telling = [change for change in found if not change.harmless]
+    for pattern in meant:
+        if not any(fnmatchcase(change.name, pattern) for change in telling):
+            others = ", ".join(change.name for change in telling[:_SHOWN]) or "no setting that needs it"
+            raise ConfigurationError(
+                f"resume_changes names {pattern}, which is what it was in {place} (changed: {others}); leave it out"
+            )
+    wrong = [change for change in telling if not any(fnmatchcase(change.name, pattern) for pattern in meant)]
     if wrong:
         first, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ConfigurationError(
             f"the checkpoint {place} was made with {first.name}={first.before}, but this run has "
-            f"{first.name}={first.now}{more}, which would train something else; set it back, or start a new run from "
-            "the export"
+            f"{first.name}={first.now}{more}, which would train something else; set it back, say that it is meant "
+            f"(resume_changes=[{first.name}]), or start a new run from the export"
         )
+    if lost := next((c for c in telling if any(fnmatchcase(c.name, pattern) for pattern in _SHAPES)), None):
+        raise ConfigurationError(
+            f"the checkpoint {place} holds what {lost.name}={lost.before} makes, so it cannot go on with "
+            f"{lost.name}={lost.now}, meant or not; set it back, or start a new run from the export"
+        )
+    return telling
+
+
+_SHOWN = 8  # changed settings that an error names
 
 
 def check_inputs(place: str, before: Mapping[str, str], now: Mapping[str, str], found: Sequence[Change]) -> None:

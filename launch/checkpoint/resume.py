@@ -36,11 +36,15 @@ from opd.ports import Listed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePoint:
-    """A verified checkpoint; `same_run` if its run goes on, otherwise a new run starts from it."""
+    """A verified checkpoint; `same_run` if its run goes on, otherwise a new run starts from it.
+
+    `changed` has a sentence for every setting that is another from here on, as `resume_changes` allows.
+    """
 
     checkpoint: Path
     state: DriverState
     same_run: bool
+    changed: tuple[str, ...] = ()
 
 
 def fingerprints(config: RunConfig) -> dict[str, str]:
@@ -74,13 +78,15 @@ def resumption(config: RunConfig, console: Console) -> ResumePoint | None:
     now = fingerprints(config)
     found = changes(in_todays_names(state.config), described(config), at_defaults(config))
     check_inputs(str(place), state.teachers, now, found)
-    check_changes(str(place), [change for change in found if change.name not in state.teachers.keys() & now.keys()])
+    others = [change for change in found if change.name not in state.teachers.keys() & now.keys()]
+    meant = check_changes(str(place), others, config.resume_changes)
     check_steps(str(place), state.step, config.steps)
     if same_run:
         _check_unfinished(RunDirectory(place.parent.parent), state, config)
-    for sentence in _remarks(config, found, state.step):
+    changed = tuple(f"after step {state.step}: {c.name} is {c.now}, and was {c.before} before" for c in meant)
+    for sentence in (*_remarks(config, found, state.step), *changed):
         console.print(sentence, soft_wrap=True)
-    return ResumePoint(checkpoint=place, state=state, same_run=same_run)
+    return ResumePoint(checkpoint=place, state=state, same_run=same_run, changed=changed)
 
 
 def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool] | None:

@@ -96,6 +96,8 @@ def train_once(plan: Plan, console: Console, *, whole: str = "", trackers: Seque
         if resumed is not None and resumed.same_run:
             rewind(directory, resumed, config.steps)
             console.print(f"run {directory.path}: going on after step {resumed.state.step}", soft_wrap=True)
+        if resumed is not None and resumed.changed:
+            directory.add_changes(resumed.changed)
         directory.write_config(config.text)
         directory.write_command(config.overrides)
         _train(plan, directory, console, resumed, whole, trackers)

@@ -61,6 +61,7 @@ class RunConfig:
     checkpoint_keep_every: Annotated[Every, HARMLESS]
     grace_s: Annotated[float, In(0, 24 * 3600.0), HARMLESS]
     resume: Annotated[Line, HARMLESS]
+    resume_changes: Annotated[Sequence[Names], HARMLESS]
     doctor: Annotated[bool, HARMLESS]
     doctor_everything: bool
     trace: Annotated[bool, HARMLESS]

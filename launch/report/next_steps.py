@@ -10,7 +10,7 @@ from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.spending import Unit
 from launch.artifacts.summary import Outcome, RunSummary
 
-_OF_ONE_RUN = ("run_name", "resume", "dry_run")  # keys that another command does not share
+_OF_ONE_RUN = ("run_name", "resume", "resume_changes", "dry_run")  # keys that another command does not share
 _OF_NO_COMPARISON = ("method", "evaluation.every", "evaluation.parts", *(f"stop_after.{u.value}" for u in Unit))
 _OF_ANOTHER = (*_OF_ONE_RUN, "output_dir", "seed")
 

@@ -352,7 +352,7 @@ class Run:
             facts=self._facts(),
             ledger=self._last.ledger if self._last else self._ledger.summary(),
             versions=package_versions(),
-            notes=tuple(self._config.notes),
+            notes=(*self._config.notes, *self._directory.read_changes()),
             alerts=(*self._meter.ever.values(), *(self._session.faults if self._session else ()), *self._warnings),
             error=problem,
             utilization=self._meter.usage,

@@ -76,7 +76,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"run_name", text(r"([A-Za-z0-9][\w.=,+-]*)?")),
     (r"output_dir|student\.path|teachers\.\w+\.path", text(r"[^\x00-\x1f]+")),
     (r"resume|text|tracker\.(entity|group)", lambda v: v is None or type(v) is str),
-    (r"notes|tracker\.tags", members(text())),
+    (r"notes|tracker\.tags|resume_changes", members(text())),
     (r"overrides(\[\d+\])?", lambda v: type(v) in (str, tuple)),
     (r"teachers", named(lambda v: hasattr(v, "backend"), 1)),
     (r"graders", named(lambda v: hasattr(v, "grade"), 1)),

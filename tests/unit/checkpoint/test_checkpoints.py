@@ -247,9 +247,59 @@ def test_what_trains_the_same_may_change(override: str) -> None:
     check_changes("c", found)
 
 
+RATE = ["learner.lr=3e-4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "meant", "sentence"),
+    [
+        (
+            RATE,
+            [],
+            r"made with learner\.lr=0\.001, but this run has learner\.lr=0\.0003.*resume_changes=\[learner\.lr\]",
+        ),
+        ([*RATE, "max_tokens=70"], ["learner.lr"], "made with max_tokens=77"),
+        (RATE, ["learner.lr", "max_tokens"], "resume_changes names max_tokens, which is what it was"),
+        ([], ["learner.lr"], r"resume_changes names learner\.lr.*changed: no setting that needs it"),
+        (["steps=7"], ["steps"], "resume_changes names steps"),
+        (["learner.lora.r=8"], ["learner.*"], r"holds what learner\.lora\.r=0 makes"),
+    ],
+)
+def test_what_trains_something_else_must_be_meant(overrides: list[str], meant: list[str], sentence: str) -> None:
+    before, now = (described(run_config([*SMALL, *more])) for more in ([], overrides))
+    with pytest.raises(ConfigurationError, match=sentence):
+        check_changes("c", changes(before, now), meant)
+
+
+@pytest.mark.parametrize("meant", [["learner.lr", "max_tokens", "method.*"], ["learner.lr", "m*"]])
+def test_what_is_meant_may_train_something_else(meant: list[str]) -> None:
+    before, now = (described(run_config([*SMALL, *more])) for more in ([], [*RATE, "max_tokens=70", "steps=7"]))
+    found = check_changes("c", changes(before, now), meant)
+    assert {"learner.lr", "max_tokens"} <= {change.name for change in found} and "steps" not in [c.name for c in found]
+
+
+def test_settings_that_changed_are_kept_in_the_directory(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "a")
+    assert directory.read_changes() == []
+    directory.add_changes(["after step 4: learner.lr is 1, and was 2 before"])
+    directory.add_changes(["after step 8: learner.lr is 2, and was 1 before"])
+    assert [line[:12] for line in directory.read_changes()] == ["after step 4", "after step 8"]
+
+
 MAY_CHANGE = {
     # What a run is called, where it runs, how long, and what is recorded of it.
-    *("run_name", "output_dir", "resume", "steps", "notes.*", "dry_run", "doctor", "grace_s", "trace"),
+    *(
+        "run_name",
+        "output_dir",
+        "resume",
+        "resume_changes.*",
+        "steps",
+        "notes.*",
+        "dry_run",
+        "doctor",
+        "grace_s",
+        "trace",
+    ),
     *("checkpoint_every", "checkpoint_minutes", "checkpoint_keep", "checkpoint_keep_every", "max_buffer_bytes"),
     *("evaluation.*", "cluster.*", "tracker.*", "hardware.*", "stop_after.*"),
     # How many processes, how much memory, how long they may take: the same numbers come out.
