@@ -25,13 +25,14 @@ def read_rows(path: str, columns: Columns) -> tuple[Row, ...]:
         DataError: a file or a row is malformed, or there is none.
     """
     files = files_of(path, f"{columns.place}.path")
-    rows = tuple(_row(record, columns) for file in files for record in records(file))
+    rows = tuple(row_of(record, columns) for file in files for record in records(file))
     if not rows:
         raise DataError(f"{path} has no rows; a prompt file needs at least one")
     return rows
 
 
-def _row(record: Record, columns: Columns) -> Row:
+def row_of(record: Record, columns: Columns) -> Row:
+    """A record as a row, checked."""
     plain = Row(prompt=_prompt(record, columns, "prompt", columns.prompt), answer="", where=record.where)
     more: dict[str, Any] = {}
     if columns.answer:

@@ -7,7 +7,8 @@ from typing import Annotated
 import numpy as np
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import References, Sources
+from opd.ports import References, Sources, Tokenizer
+from opd.prompts.conversations import ChatTemplate, Conversations
 from opd.prompts.order import draw
 from opd.settings.ranges import Fraction, GroupSize, In, Line, Names, PromptsPerStep, Seed, Template, Tokens
 from opd.settings.validation import settings
@@ -20,7 +21,7 @@ AT_ONCE = 1024  # rows that are encoded together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
-class DatasetPrompts:
+class DatasetPrompts(Conversations):
     """Rows of `path`, `prompts_per_step` a step, each `group_size` times, in a new order every epoch.
 
     `prompt_column` holds plain text or chat messages; `answer_column` ("" = none) holds what the grader `task`
@@ -31,8 +32,8 @@ class DatasetPrompts:
     in it). With `teacher_template` that prompt is written instead: `{prompt}` is the student's (of messages what the
     last one says), `{answer}` the reference answer, `{context}` the text in `teacher_prompt_column`. `weight_column`
     holds how much a row counts (with the weight part `PromptWeight`). A dot in a column's name leads into an object.
-    `suffix` is added to plain prompts (e.g. a newline). A prompt longer than `max_tokens` tokens is an error that names
-    the row, unless `skip_long` leaves such rows out.
+    `suffix` is added to plain prompts (e.g. a newline). How prompts are asked is said by `Conversations`. A prompt
+    longer than `max_tokens` tokens is an error that names the row, unless `skip_long` leaves such rows out.
     """
 
     # file of prompts: JSON lines, JSON, CSV, parquet (also compressed), a folder, or a saved dataset
@@ -56,8 +57,6 @@ class DatasetPrompts:
     drop_last_answer: bool = False
     # grader or environment of the prompts: math, or a name of your own (docs/grading.md)
     task: Names = "math"
-    # text behind every plain prompt, e.g. a newline
-    suffix: str = ""
     # of the order in which rows come
     seed: Seed = 0
     # completions of each prompt in a step
@@ -124,7 +123,11 @@ class DatasetPrompts:
 
     def files(self, place: str) -> Mapping[str, str]:
         """See `opd.ports.Listed`."""
-        return {f"{place}.path": self.path}
+        return {f"{place}.path": self.path, **self.few_shot_files(place)}
+
+    def columns_of_examples(self, place: str) -> Columns:
+        """See `Conversations`: few-shot records have the columns of the prompts."""
+        return Columns(prompt=self.prompt_column, answer=self.answer_column or "answer", place=place)
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """All teachers that a row names (see `opd.ports.Routed`)."""
@@ -168,24 +171,42 @@ class DatasetPrompts:
 
     def _prompts(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> list[Prompt | None]:
         """Prompt of each row, or None where it is too long and may be left out."""
-        written = [self._prompt_text(n, rows[n], rows[n].prompt) for n in numbers]
-        mine = self._encode(written, sources)
-        privileged = [n for n in numbers if rows[n].teacher_prompt or self.teacher_template]
-        texts = [self._prompt_text(n, rows[n], self._teacher_prompt(n, rows[n])) for n in privileged]
-        its = dict(zip(privileged, self._encode(texts, sources), strict=True))
+        written = [
+            self.for_student(self._with_suffix(rows[n].prompt), rows[n], self._where(n, rows[n]), sources)
+            for n in numbers
+        ]
+        mine = self._encode(written, sources.tokenizer)
+        its = self._for_teachers(numbers, rows, sources)
         return [
             self._prompt(number, rows[number], text, ids, its.get(number, ids), sources.place)
             for number, text, ids in zip(numbers, written, mine, strict=True)
         ]
 
+    def _for_teachers(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> Mapping[int, np.ndarray]:
+        """Ids of each row that its teacher reads otherwise than the student."""
+        texts: dict[str, dict[int, PromptText]] = {}  # by the teacher whose template writes; "": the student's
+        for n in numbers:
+            row, where = rows[n], self._where(n, rows[n])
+            if not (row.teacher_prompt or self.teacher_template or self.teacher_asked_otherwise):
+                continue
+            text = self._with_suffix(self._teacher_prompt(n, row))
+            own = self.teacher_chat_template is ChatTemplate.OWN
+            name = sources.teacher_of_task.get(self.task) or row.teacher or self.teacher
+            texts.setdefault(name if own else "", {})[n] = self.for_teacher(text, row, where, sources)
+        # A name that the run has no teacher for is refused where all names are known.
+        return {
+            n: ids
+            for name, of in texts.items()
+            for n, ids in zip(
+                of, self._encode([*of.values()], sources.teachers.get(name, sources.tokenizer)), strict=True
+            )
+        }
+
     def _teacher_prompt(self, number: int, row: Row) -> str | Messages:
-        """The row's own prompt for the teacher, or the template's."""
+        """The row's own prompt for the teacher, the template's, or the student's."""
         if not self.teacher_template:
-            return row.teacher_prompt
-        values, where = (
-            {"answer": row.answer, "context": row.teacher_prompt},
-            row.where or f"{self.path}: row {number + 1}",
-        )
+            return row.teacher_prompt or row.prompt
+        values, where = {"answer": row.answer, "context": row.teacher_prompt}, self._where(number, row)
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         for name in values:
             if f"{{{name}}}" in self.teacher_template and not texts.get(name):
@@ -200,12 +221,14 @@ class DatasetPrompts:
                 f"prompts {where}: {error}, so prompts.teacher_template has no place; correct the row"
             ) from error
 
-    def _prompt_text(self, number: int, row: Row, text: str | Messages) -> PromptText:
-        where = row.where or f"{self.path}: row {number + 1}"
-        return PromptText(text=text + self.suffix if isinstance(text, str) else text, tools=row.tools, where=where)
+    def _where(self, number: int, row: Row) -> str:
+        return row.where or f"{self.path}: row {number + 1}"
 
-    def _encode(self, texts: Sequence[PromptText], sources: Sources) -> list[np.ndarray]:
-        encoded = [np.asarray(ids, dtype=np.int32) for ids in sources.tokenizer.encode_all(texts)]
+    def _with_suffix(self, text: str | Messages) -> str | Messages:
+        return text + self.suffix if isinstance(text, str) else text
+
+    def _encode(self, texts: Sequence[PromptText], tokenizer: Tokenizer) -> list[np.ndarray]:
+        encoded = [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode_all(texts)]
         for one, ids in zip(texts, encoded, strict=True):
             if len(ids) == 0:
                 raise DataError(f"prompts {one.where} has an empty prompt; remove the row")
@@ -217,10 +240,9 @@ class DatasetPrompts:
         if len(ids) > self.max_tokens:
             if self.skip_long:
                 return None
-            where = row.where or f"{self.path}: row {number + 1}"
             raise DataError(
-                f"prompts {where} has {len(ids)} tokens, but {place}.max_tokens is {self.max_tokens}; raise it or set "
-                f"{place}.skip_long=true"
+                f"prompts {self._where(number, row)} has {len(ids)} tokens, but {place}.max_tokens is "
+                f"{self.max_tokens}; raise it or set {place}.skip_long=true"
             )
         return Prompt(
             id=self._name(number),

@@ -37,7 +37,7 @@ class MixedPrompts:
         prompts: list[Prompt] = []
         owner: dict[str, str] = {}
         for name, source in self.sources.items():
-            for prompt in source(step, _below(sources, name)):
+            for prompt in source(step, self._below(sources, name)):
                 if owner.setdefault(prompt.id, name) != name:
                     raise ConfigurationError(
                         f"prompts.sources {owner[prompt.id]!r} and {name!r} both have prompt {prompt.id!r}, which "
@@ -48,7 +48,7 @@ class MixedPrompts:
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """All teachers that a prompt may name (see `opd.ports.Routed`)."""
-        named = [s.routes(_below(sources, name)) for name, s in self.sources.items() if isinstance(s, Routed)]
+        named = [s.routes(self._below(sources, name)) for name, s in self.sources.items() if isinstance(s, Routed)]
         return frozenset().union(*named) if not self.teachers else frozenset(self.teachers.values())
 
     def references(self, sources: Sources) -> Sequence[References]:
@@ -57,23 +57,23 @@ class MixedPrompts:
             references
             for name, source in self.sources.items()
             if isinstance(source, Answered)
-            for references in source.references(_below(sources, name))
+            for references in source.references(self._below(sources, name))
         ]
 
     def rows(self, sources: Sources) -> int:
         """See `opd.ports.Listed`."""
-        counts = [source.rows(_below(sources, name)) for name, source in self._listed()]
+        counts = [source.rows(self._below(sources, name)) for name, source in self._listed()]
         return sum(counts) if all(counts) else 0
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
         """Rows of every source that can list them (see `opd.ports.Listed`)."""
         for name, source in self._listed():
-            for row, prompt in source.every(_below(sources, name), step):
+            for row, prompt in source.every(self._below(sources, name), step):
                 yield row, self._routed(prompt)
 
     def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
         """First step for which any source has no prompts, whatever the others have (see `opd.ports.Listed`)."""
-        found = [source.starved(kept, steps, _below(sources, name)) for name, source in self._listed()]
+        found = [source.starved(kept, steps, self._below(sources, name)) for name, source in self._listed()]
         return min((step for step in found if step is not None), default=None)
 
     def files(self, place: str) -> Mapping[str, str]:
@@ -86,6 +86,5 @@ class MixedPrompts:
     def _routed(self, prompt: Prompt) -> Prompt:
         return replace(prompt, teacher=self.teachers.get(prompt.task, prompt.teacher))
 
-
-def _below(sources: Sources, name: str) -> Sources:
-    return replace(sources, place=f"{sources.place}.sources.{name}")
+    def _below(self, sources: Sources, name: str) -> Sources:
+        return replace(sources, place=f"{sources.place}.sources.{name}", teacher_of_task=self.teachers)

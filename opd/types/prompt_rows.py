@@ -10,13 +10,14 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptText:
-    """A prompt as it is stored: plain text or chat messages, with the tools that a template may name to the model.
+    """A prompt as text: plain, or chat messages with the tools and the keywords that a chat template is given.
 
     `where` is the place that an error names. Example: `PromptText(text="1+1=", where="train.jsonl line 7")`.
     """
 
     text: str | Messages
     tools: Messages = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict, hash=False)
     where: str = ""
 
 

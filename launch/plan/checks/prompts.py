@@ -6,6 +6,7 @@ from typing import Any
 
 from hf.tokenizer_check import TokenizerIdentity
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.checks.conversations import own_templates
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
 from opd.method.needs import asks_prompts_teacher, named, needed
@@ -108,10 +109,11 @@ def check_templates(
 ) -> list[str]:
     """Remarks about chat templates that differ.
 
-    Prompts are written with the student's template for both. That is refused where a teacher writes the answer to
-    messages: it would answer in another form than its own.
+    Prompts are written with the student's template for both, unless a source asks for the teacher's own. That is
+    refused where a teacher writes the answer to messages: it would answer in another form than its own.
     """
     notes: list[str] = []
+    own = own_templates(config)
     for name in training.teachers.keys() & teachers.keys():
         teacher = teachers[name]
         if teacher.template == student.template:
@@ -120,12 +122,14 @@ def check_templates(
             f"the chat templates of student {student.path!r} and teacher {teacher.path!r} differ (digests "
             f"{student.template or 'none'} and {teacher.template or 'none'})"
         )
-        if training.chats.count and needed(config.method, Role.WRITER):
+        if training.chats.count and needed(config.method, Role.WRITER) and not own:
             raise DataError(
                 f"{differ}, and method {config.method.name} lets the teacher write to messages ({training.chats.first})"
-                "; copy one chat template to the other, or choose a teacher of the student's family"
+                "; set prompts.teacher_chat_template=OWN, copy one chat template to the other, or choose a teacher of "
+                "the student's family"
             )
         used = "both read messages in the student's" if training.chats.count else "the prompts are plain text"
+        used = "each reads messages in its own" if own else used
         notes.append(f"{differ}; {used}")
     return notes
 
