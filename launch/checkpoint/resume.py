@@ -30,6 +30,8 @@ from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.changes import Change, changes, check_changes, check_inputs, check_steps
 from launch.config.run_config import RunConfig
 from launch.inputs.prompt_paths import content_digest
+from launch.inputs.row_changes import FUNCTION, code_digest
+from launch.plan.checks.conversations import conversations
 from opd.errors import ConfigurationError
 from opd.ports import Listed
 
@@ -54,7 +56,14 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     files: dict[str, str] = {}
     for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         files |= source.files(place) if isinstance(source, Listed) else {}
-    return teachers | {"student.path": student} | {key: content_digest(path, key) for key, path in files.items()}
+    code = {
+        f"{place}.{name}": code_digest(value, f"{place}.{name}")
+        for place, source in conversations(config)
+        for name in ("map", "filter")
+        if FUNCTION.fullmatch(value := getattr(source, name, ""))
+    }
+    digests = {key: content_digest(path, key) for key, path in files.items()}
+    return teachers | {"student.path": student} | digests | code
 
 
 def resumption(config: RunConfig, console: Console) -> ResumePoint | None:

@@ -86,6 +86,11 @@ def number(value: Any, where: str) -> int | float:
     return value
 
 
+def plain(value: Any, where: str, *, sparse: bool) -> Any:
+    """A value as Python's own: numbers as its numbers, nulls of a typed format left out, nothing else changed."""
+    return _plain(value, where, sparse, DEEPEST)
+
+
 def _is_message(item: Any) -> bool:
     return isinstance(item, Mapping) and "role" in item and ("content" in item or "tool_calls" in item)
 

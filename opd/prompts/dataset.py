@@ -31,7 +31,8 @@ class DatasetPrompts(Conversations):
     all), `teacher_prompt_column` holds what a privileged teacher is shown instead of the prompt (e.g. with the solution
     in it). With `teacher_template` that prompt is written instead: `{prompt}` is the student's (of messages what the
     last one says), `{answer}` the reference answer, `{context}` the text in `teacher_prompt_column`. `weight_column`
-    holds how much a row counts (with the weight part `PromptWeight`). A dot in a column's name leads into an object.
+    holds how much a row counts (with the weight part `PromptWeight`). `map` makes another record of each, and `filter`
+    says which of these stay; the plan counts them. A dot in a column's name leads into an object.
     `suffix` is added to plain prompts (e.g. a newline). How prompts are asked is said by `Conversations`. A prompt
     longer than `max_tokens` tokens is an error that names the row, unless `skip_long` leaves such rows out.
     """
@@ -55,6 +56,10 @@ class DatasetPrompts(Conversations):
     # column of tool descriptions for the chat template
     tools_column: Line = ""
     drop_last_answer: bool = False
+    # function module:function that makes another record of each
+    map: Line = ""
+    # records that stay: an expression such as 'len(prompt) < 2000', or module:function
+    filter: Line = ""
     # grader or environment of the prompts: math, or a name of your own (docs/grading.md)
     task: Names = "math"
     # of the order in which rows come
@@ -148,7 +153,11 @@ class DatasetPrompts(Conversations):
         return [References(place=sources.place, task=self.task, answers=answers, allowed=allowed)]
 
     def _rows(self, sources: Sources) -> Sequence[Row]:
-        columns = Columns(
+        return sources.rows(self.path, self.columns(sources.place))
+
+    def columns(self, place: str) -> Columns:
+        """Columns that rows are read from; `place` is the part of the settings that an error names."""
+        return Columns(
             prompt=self.prompt_column,
             answer=self.answer_column,
             teacher=self.teacher_column,
@@ -156,9 +165,10 @@ class DatasetPrompts(Conversations):
             weight=self.weight_column,
             tools=self.tools_column,
             drop_last_answer=self.drop_last_answer,
-            place=sources.place,
+            map=self.map,
+            filter=self.filter,
+            place=place,
         )
-        return sources.rows(self.path, columns)
 
     def _size(self, rows: int) -> int:
         return min(self.limit or rows, rows)

@@ -43,7 +43,8 @@ class Columns:
     """Columns of a prompt file for the parts of a `Row` ("" = absent), and how they are read.
 
     A dot leads into an object (`reward_model.ground_truth`). `drop_last_answer` cuts an assistant's turn off the end of
-    a conversation. `place` is the part of the settings that an error names.
+    a conversation. `map` is a function (`module:function`) that makes another record of each, `filter` a function or an
+    expression that says which of these stay. `place` is the part of the settings that an error names.
     """
 
     prompt: str
@@ -53,4 +54,6 @@ class Columns:
     weight: str = ""
     tools: str = ""
     drop_last_answer: bool = False
+    map: str = ""
+    filter: str = ""
     place: str = field(default="prompts", compare=False)

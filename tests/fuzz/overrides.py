@@ -145,6 +145,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r".*prompts(\.sources\.\w+)?\.(teacher_)?template_kwargs", named(lambda _: True)),
     (r".*prompts(\.sources\.\w+)?\.(teacher_)?template_kwargs\..*", lambda _: True),
     (r".*prompts(\.sources\.\w+)?\.teacher_chat_template", one),
+    (r".*prompts(\.sources\.\w+)?\.(map|filter)", text()),
     (r"(evaluation\.)?prompts\.teachers", named(text(r"\S.*"))),
     (r"method\.name", NAME),
     (r"method\.rollout(\.student|\.fixed)?", part("opd.rollouts.")),

@@ -6,11 +6,13 @@ from typing import Any
 
 from hf.tokenizer_check import TokenizerIdentity
 from launch.config.run_config import DEFAULT, RunConfig
-from launch.plan.checks.conversations import own_templates
+from launch.inputs.prompt_files import reading
+from launch.plan.checks.conversations import conversations, own_templates
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
 from opd.method.needs import asks_prompts_teacher, named, needed
 from opd.ports import Listed, Role, Routed, Sources
+from opd.prompts.dataset import DatasetPrompts
 from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
 
@@ -148,9 +150,22 @@ def remarks(
             "evaluation measures the embedded task, not the prompts that are trained on; set evaluation=dataset "
             "evaluation.prompts.path=... to held-out rows"
         )
+    notes += _left_out(config)
     if dated and training.chats.count:
         notes.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
     return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in notes))
+
+
+def _left_out(config: RunConfig) -> Iterator[str]:
+    """Counts of the records that filters keep and leave out."""
+    for place, source in conversations(config):
+        if isinstance(source, DatasetPrompts) and source.filter:
+            found = reading(source.path, source.columns(place))
+            first = f" (first: {found.first_left_out})" if found.left_out else ""
+            yield (
+                f"{place}.filter keeps {len(found.rows)} of {len(found.rows) + found.left_out} records and leaves "
+                f"{found.left_out} out{first}"
+            )
 
 
 def _about(place: str, found: Survey) -> Iterator[str]:
