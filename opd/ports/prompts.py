@@ -79,6 +79,23 @@ class Listed(Protocol):
         ...
 
 
+@runtime_checkable
+class Windowed(Protocol):
+    """A prompt source with an order of its own, of which any stretch can be taken: it can be mixed by weight."""
+
+    def between(self, start: int, count: int, sources: Sources) -> Sequence[Prompt]:
+        """The prompts at the positions `start .. start + count` of its order, groups included."""
+        ...
+
+    def every_between(self, start: int, count: int, sources: Sources) -> Iterator[tuple[Row, Prompt]]:
+        """The different ones among them with their rows."""
+        ...
+
+    def ids_between(self, start: int, count: int, sources: Sources) -> Collection[str]:
+        """The ids of all that stand there, of those that are left out for their length, too."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
     """All reference answers of one file, for the grader of `task`, each with its file and line.

@@ -92,11 +92,7 @@ class DatasetPrompts(Conversations):
                 )
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
-        rows = self._rows(sources)
-        numbers = self._numbers(step, len(rows))
-        different = list(dict.fromkeys(numbers))
-        made = dict(zip(different, self._prompts(different, rows, sources), strict=True))
-        prompts = [p for n in numbers if (p := made[n]) is not None for _ in range(self.group_size)]
+        prompts = self.between(step * self.prompts_per_step, self.prompts_per_step, sources)
         if not prompts:
             raise DataError(
                 f"prompts {self.path}: every prompt of step {step} is longer than {sources.place}.max_tokens="
@@ -104,27 +100,49 @@ class DatasetPrompts(Conversations):
             )
         return prompts
 
+    def between(self, start: int, count: int, sources: Sources) -> Sequence[Prompt]:
+        """See `opd.ports.Windowed`."""
+        rows = self._rows(sources)
+        numbers = self._numbers(start, count, len(rows))
+        different = list(dict.fromkeys(numbers))
+        made = dict(zip(different, self._prompts(different, rows, sources), strict=True))
+        return [p for n in numbers if (p := made[n]) is not None for _ in range(self.group_size)]
+
     def rows(self, sources: Sources) -> int:
         """See `opd.ports.Listed`."""
         return self._size(len(self._rows(sources)))
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
         """All rows that may come (see `opd.ports.Listed`)."""
+        if step is not None:
+            yield from self.every_between(step * self.prompts_per_step, self.prompts_per_step, sources)
+        else:
+            yield from self._listed(range(self._size(len(self._rows(sources)))), sources)
+
+    def every_between(self, start: int, count: int, sources: Sources) -> Iterator[tuple[Row, Prompt]]:
+        """See `opd.ports.Windowed`."""
+        numbers = self._numbers(start, count, len(self._rows(sources)))
+        yield from self._listed(list(dict.fromkeys(numbers)), sources)
+
+    def ids_between(self, start: int, count: int, sources: Sources) -> Collection[str]:
+        """See `opd.ports.Windowed`."""
+        return [self._name(number) for number in self._numbers(start, count, len(self._rows(sources)))]
+
+    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
+        """See `opd.ports.Listed`."""
+        n = self.prompts_per_step
+        for step in range(steps):
+            if not any(name in kept for name in self.ids_between(step * n, n, sources)):
+                return step
+        return None
+
+    def _listed(self, numbers: Sequence[int], sources: Sources) -> Iterator[tuple[Row, Prompt]]:
         rows = self._rows(sources)
-        numbers = range(self._size(len(rows))) if step is None else list(dict.fromkeys(self._numbers(step, len(rows))))
         for first in range(0, len(numbers), AT_ONCE):
             some = numbers[first : first + AT_ONCE]
             for number, prompt in zip(some, self._prompts(some, rows, sources), strict=True):
                 if prompt is not None:
                     yield rows[number], prompt
-
-    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
-        """See `opd.ports.Listed`."""
-        rows = len(self._rows(sources))
-        for step in range(steps):
-            if not any(self._name(number) in kept for number in self._numbers(step, rows)):
-                return step
-        return None
 
     def files(self, place: str) -> Mapping[str, str]:
         """See `opd.ports.Listed`."""
@@ -173,8 +191,8 @@ class DatasetPrompts(Conversations):
     def _size(self, rows: int) -> int:
         return min(self.limit or rows, rows)
 
-    def _numbers(self, step: int, rows: int) -> list[int]:
-        return draw(self.seed, self._size(rows), step * self.prompts_per_step, self.prompts_per_step, self.shuffle)
+    def _numbers(self, start: int, count: int, rows: int) -> list[int]:
+        return draw(self.seed, self._size(rows), start, count, self.shuffle) if count else []
 
     def _name(self, number: int) -> str:
         return f"{self.path}/{number}"

@@ -146,6 +146,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r".*prompts(\.sources\.\w+)?\.(teacher_)?template_kwargs\..*", lambda _: True),
     (r".*prompts(\.sources\.\w+)?\.teacher_chat_template", one),
     (r".*prompts(\.sources\.\w+)?\.(map|filter)", text()),
+    (r"(evaluation\.)?prompts\.weights", named(real(1e-9, 1e9))),
+    (r"(evaluation\.)?prompts\.prompts_per_step", whole(0, 10**5)),
     (r"(evaluation\.)?prompts\.teachers", named(text(r"\S.*"))),
     (r"method\.name", NAME),
     (r"method\.rollout(\.student|\.fixed)?", part("opd.rollouts.")),
