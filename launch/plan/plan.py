@@ -227,7 +227,7 @@ def _shown(found: Survey, tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:
     prompt = found.first
     mine, its = tokenizer.visible(prompt.student_ids), tokenizer.visible(prompt.teacher_ids)
     return {
-        "prompts": f"{found.total} rows" if found.total else "made as they are needed",
+        "prompts": f"{found.total} rows" if found.total else "made or read as they are needed",
         "first prompt": _cut(mine),
         "for the teacher": "the same" if np.array_equal(prompt.student_ids, prompt.teacher_ids) else _cut(its),
         "its answer": _cut(prompt.answer) or "none",

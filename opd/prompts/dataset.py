@@ -32,7 +32,8 @@ class DatasetPrompts(Conversations):
     in it). With `teacher_template` that prompt is written instead: `{prompt}` is the student's (of messages what the
     last one says), `{answer}` the reference answer, `{context}` the text in `teacher_prompt_column`. `weight_column`
     holds how much a row counts (with the weight part `PromptWeight`). `map` makes another record of each, and `filter`
-    says which of these stay; the plan counts them. A dot in a column's name leads into an object.
+    says which of these stay; the plan counts them. With `stream` rows stay in their files, and a plan reads all of
+    them, but tokenizes the first 1,024 alone. A dot in a column's name leads into an object.
     `suffix` is added to plain prompts (e.g. a newline). How prompts are asked is said by `Conversations`. A prompt
     longer than `max_tokens` tokens is an error that names the row, unless `skip_long` leaves such rows out.
     """
@@ -60,6 +61,8 @@ class DatasetPrompts(Conversations):
     map: Line = ""
     # records that stay: an expression such as 'len(prompt) < 2000', or module:function
     filter: Line = ""
+    # leave rows in their files (JSON lines), which may be larger than memory
+    stream: bool = False
     # grader or environment of the prompts: math, or a name of your own (docs/grading.md)
     task: Names = "math"
     # of the order in which rows come
@@ -79,6 +82,11 @@ class DatasetPrompts(Conversations):
     max_unreadable_answers: Fraction = 0.01
 
     def __post_init__(self) -> None:
+        if self.stream and self.teacher_column:
+            raise ConfigurationError(
+                "prompts.stream=true leaves rows in their files, so that a teacher whom one of them names is found too "
+                "late; clear prompts.teacher_column and mix one source per teacher (MixedPrompts)"
+            )
         for name, column in (
             ("prompt", "prompt_column"),
             ("answer", "answer_column"),
@@ -110,14 +118,14 @@ class DatasetPrompts(Conversations):
 
     def rows(self, sources: Sources) -> int:
         """See `opd.ports.Listed`."""
-        return self._size(len(self._rows(sources)))
+        return 0 if self.stream else self._size(len(self._rows(sources)))
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
         """All rows that may come (see `opd.ports.Listed`)."""
         if step is not None:
             yield from self.every_between(step * self.prompts_per_step, self.prompts_per_step, sources)
         else:
-            yield from self._listed(range(self._size(len(self._rows(sources)))), sources)
+            yield from self._listed(range(self._shown(len(self._rows(sources)))), sources)
 
     def every_between(self, start: int, count: int, sources: Sources) -> Iterator[tuple[Row, Prompt]]:
         """See `opd.ports.Windowed`."""
@@ -165,7 +173,7 @@ class DatasetPrompts(Conversations):
         rows = self._rows(sources)
         answers = [
             (row.where or f"{self.path} row {number}", row.answer)
-            for number, row in enumerate(rows[: self._size(len(rows))], start=1)
+            for number, row in enumerate(rows[: self._shown(len(rows))], start=1)
         ]
         allowed = self.max_unreadable_answers
         return [References(place=sources.place, task=self.task, answers=answers, allowed=allowed)]
@@ -185,11 +193,16 @@ class DatasetPrompts(Conversations):
             drop_last_answer=self.drop_last_answer,
             map=self.map,
             filter=self.filter,
+            stream=self.stream,
             place=place,
         )
 
     def _size(self, rows: int) -> int:
         return min(self.limit or rows, rows)
+
+    def _shown(self, rows: int) -> int:
+        """Number of rows that a plan looks at: all, or so many that stand for them."""
+        return min(self._size(rows), AT_ONCE) if self.stream else self._size(rows)
 
     def _numbers(self, start: int, count: int, rows: int) -> list[int]:
         return draw(self.seed, self._size(rows), start, count, self.shuffle) if count else []

@@ -44,7 +44,8 @@ class Columns:
 
     A dot leads into an object (`reward_model.ground_truth`). `drop_last_answer` cuts an assistant's turn off the end of
     a conversation. `map` is a function (`module:function`) that makes another record of each, `filter` a function or an
-    expression that says which of these stay. `place` is the part of the settings that an error names.
+    expression that says which of these stay. `stream` leaves rows in their files. `place` is the part of the settings
+    that an error names.
     """
 
     prompt: str
@@ -56,4 +57,5 @@ class Columns:
     drop_last_answer: bool = False
     map: str = ""
     filter: str = ""
+    stream: bool = False
     place: str = field(default="prompts", compare=False)

@@ -140,7 +140,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"evaluation\.(samples|reverse_kl_prompts)|.*\.prompts_per_step|.*\.group_size", FEW),
     (r"prompts|evaluation\.prompts|(evaluation\.)?prompts\.sources\.\w+", part("opd.prompts.", "demos.prompts.")),
     (r"(evaluation\.)?prompts\.sources", named(part("opd.prompts.", "demos.prompts."), 1)),
-    (r".*prompts(\.sources\.\w+)?\.(chat|drop_last_answer|shuffle|skip_long)", yes),
+    (r".*prompts(\.sources\.\w+)?\.(chat|drop_last_answer|shuffle|skip_long|stream)", yes),
     (r".*prompts(\.sources\.\w+)?\.(teacher_)?(system|few_shot)", lambda v: v is None or type(v) is str),
     (r".*prompts(\.sources\.\w+)?\.(teacher_)?template_kwargs", named(lambda _: True)),
     (r".*prompts(\.sources\.\w+)?\.(teacher_)?template_kwargs\..*", lambda _: True),

@@ -12,7 +12,7 @@ from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
 from opd.method.needs import asks_prompts_teacher, named, needed
 from opd.ports import Listed, Role, Routed, Sources
-from opd.prompts.dataset import DatasetPrompts
+from opd.prompts.dataset import AT_ONCE, DatasetPrompts
 from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
 
@@ -150,17 +150,24 @@ def remarks(
             "evaluation measures the embedded task, not the prompts that are trained on; set evaluation=dataset "
             "evaluation.prompts.path=... to held-out rows"
         )
-    notes += _left_out(config)
+    notes += _counted(config)
     if dated and training.chats.count:
         notes.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
     return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in notes))
 
 
-def _left_out(config: RunConfig) -> Iterator[str]:
-    """Counts of the records that filters keep and leave out."""
+def _counted(config: RunConfig) -> Iterator[str]:
+    """Counts of the records that filters keep and leave out, and of those that stay in their files."""
     for place, source in conversations(config):
-        if isinstance(source, DatasetPrompts) and source.filter:
-            found = reading(source.path, source.columns(place))
+        if not isinstance(source, DatasetPrompts) or not (source.filter or source.stream):
+            continue
+        found = reading(source.path, source.columns(place))
+        if source.stream:
+            yield (
+                f"{place}: {len(found.rows)} rows stay in their files; the first {min(AT_ONCE, len(found.rows))} stand "
+                "for all in what is said of lengths, answers and repeats"
+            )
+        if source.filter:
             first = f" (first: {found.first_left_out})" if found.left_out else ""
             yield (
                 f"{place}.filter keeps {len(found.rows)} of {len(found.rows) + found.left_out} records and leaves "

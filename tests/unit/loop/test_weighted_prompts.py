@@ -1,4 +1,4 @@
-"""Mixtures by weight: every step is full, each source has its share from the first prompt on, in an order of its own."""
+"""Mixtures by weight: every step is full, each source has its share from the first prompt on, in its own order."""
 
 from collections import Counter
 from collections.abc import Sequence
