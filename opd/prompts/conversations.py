@@ -1,6 +1,6 @@
 """Conversations around the prompts of a file: what is put before them, and how a chat template writes them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -131,3 +131,13 @@ class Conversations:
                 f"{where} is plain text, which no chat template writes, so {place}.{found[0]} has nothing to act on; "
                 f"set {place}.chat=true to ask it as a user's message, or clear {place}.{found[0]}"
             )
+
+
+def conversations_of(place: str, source: object) -> Iterator[tuple[str, Conversations]]:
+    """The source, or those of a mixture, that make conversations, each with the place of its settings."""
+    inner = getattr(source, "sources", None)
+    if isinstance(source, Conversations):
+        yield place, source
+    elif isinstance(inner, Mapping):
+        for name, one in inner.items():
+            yield from conversations_of(f"{place}.sources.{name}", one)

@@ -8,24 +8,15 @@ from launch.config.run_config import DEFAULT, RunConfig
 from opd.errors import ConfigurationError
 from opd.method.needs import named
 from opd.ports import Role
-from opd.prompts.conversations import ChatTemplate, Conversations
+from opd.prompts.conversations import ChatTemplate, Conversations, conversations_of
 
 _LISTED = 12  # keywords that an error names
 
 
 def conversations(config: RunConfig) -> Iterator[tuple[str, Conversations]]:
     """Every source of a run that asks its prompts in conversations, with the place of its settings."""
-    yield from _below("prompts", config.prompts)
-    yield from _below("evaluation.prompts", config.evaluation.prompts)
-
-
-def _below(place: str, source: Any) -> Iterator[tuple[str, Conversations]]:
-    inner = getattr(source, "sources", None)
-    if isinstance(source, Conversations):
-        yield place, source
-    elif isinstance(inner, Mapping):
-        for name, one in inner.items():
-            yield from _below(f"{place}.sources.{name}", one)
+    yield from conversations_of("prompts", config.prompts)
+    yield from conversations_of("evaluation.prompts", config.evaluation.prompts)
 
 
 def own_templates(config: RunConfig) -> bool:
