@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from opd.settings.devices import Device, Dtype, on_gpu
-from opd.settings.ranges import HARMLESS, Count, Deadline, In, MemoryShare, Names, Replicas, Tokens
+from opd.settings.ranges import HARMLESS, Count, Deadline, In, Matches, MemoryShare, Names, Replicas, Tokens
 from opd.settings.validation import settings
 
+STOP_FORM = "of 1 to 1000 characters, a line end as itself"
+STOP_BECAUSE = 'in a YAML a line end is written "\\n"; a backslash and an n are two characters'
 CPU_KV_CACHE_BYTES = 64 << 20
+StopString = Annotated[str, Matches(r"(?!(\\[nrt])+$)[^\x00]{1,1000}", STOP_FORM, because=STOP_BECAUSE)]
 
 # Widths of an attention head that vLLM's CPU kernels have: `CPUAttentionBackend.get_supported_head_sizes` of 0.32.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -21,7 +24,9 @@ class StudentConfig:
     `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens, `deadline_s`
     bounds every single wait (starting vLLM: 300 s at least). `kv_cache_bytes=0` is 64 MiB on a CPU, and on a GPU what
     `gpu_memory_utilization` (of the whole device) leaves; more is exactly that many, which an engine that shares its
-    GPU needs. `enforce_eager` (no graph capture, no compilation) is always on where there is no GPU.
+    GPU needs. `stop` are texts that end a completion, in training and evaluation alike: the token that completes one is
+    the last, and all that was generated is trained. `enforce_eager` (no graph capture, no compilation) is always on
+    where there is no GPU.
     Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
     """
 
@@ -33,6 +38,8 @@ class StudentConfig:
     device: Annotated[Device, HARMLESS] = Device.AUTO
     # what the engine computes in; AUTO is the checkpoint's own
     dtype: Dtype = Dtype.AUTO
+    # texts that end a completion; what was generated up to there is trained, the text included
+    stop: tuple[StopString, ...] = ()
     # devices that share one engine's weights
     tensor_parallel: Annotated[int, In(1, 1024), HARMLESS] = 1
     # memory of the key-value cache; 0 lets the engine choose

@@ -27,13 +27,15 @@ PREFILL_TOKENS = 8192  # of prompts, read in one engine step
 class EngineLimits:
     """Limits set by the checkpoint and its configuration: token ids below `vocabulary`, `longest` tokens in all.
 
-    `ends` are the ids that end a completion. `inner` is the name of the teacher inside the engine ("": there is none).
+    `ends` are the ids that end a completion, `stop` the texts. `inner` is the name of the teacher inside the engine
+    ("": there is none).
     """
 
     vocabulary: int
     longest: int
     ends: tuple[int, ...]
     inner: str = ""
+    stop: tuple[str, ...] = ()
 
     def check(self, request: GenerateRequest) -> None:
         """Raise `DataError` if `request` cannot be generated."""
@@ -97,7 +99,11 @@ class EngineLimits:
             logprobs=sampling.topk,
             flat_logprobs=True,
             stop_token_ids=list(self.ends),
-            detokenize=False,
+            # Texts are looked for as they are generated, special tokens included; vLLM drops what came after them.
+            stop=list(self.stop),
+            detokenize=bool(self.stop),
+            skip_special_tokens=False,
+            include_stop_str_in_output=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
             extra_args=None if blend is None else {BUDGET: blend.budget},
@@ -126,7 +132,7 @@ def read_limits(config: StudentConfig, ends: Sequence[int] = (), inner: str = ""
     named = read_ends(config.path).ids
     rows = int(text_config(config.path, "student")["vocab_size"])
     every = tuple(sorted({*named, *ends}))
-    return EngineLimits(vocabulary=rows, longest=config.max_model_len, ends=every, inner=inner)
+    return EngineLimits(vocabulary=rows, longest=config.max_model_len, ends=every, inner=inner, stop=config.stop)
 
 
 def build(config: StudentConfig, inner: InnerTeacher | None = None, ends: Sequence[int] = ()) -> "LLMEngine":
@@ -164,8 +170,8 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
         "tensor_parallel_size": config.tensor_parallel,
         # In a placement group vLLM would choose Ray, for which every worker needs a bundle of its own.
         "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
-        # Requests and answers are token ids; text is handled elsewhere.
-        "skip_tokenizer_init": True,
+        # Requests and answers are token ids; text is handled elsewhere, unless a text is to end completions.
+        "skip_tokenizer_init": not config.stop,
         "generation_config": "vllm",
         "trust_remote_code": False,
         # The distribution that is sampled from, for any k.

@@ -16,6 +16,17 @@ REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, A
 _MARK = "\u2603mark\u2603"
 
 
+def why_no_system(render: Render) -> str:
+    """Reason why a template cannot take a system message; "" if it can."""
+    system = {"role": "system", "content": f"{_MARK}1"}
+    asked = {"role": "user", "content": f"{_MARK}2"}
+    try:
+        text = render((system, asked), ())
+    except REFUSALS as error:
+        return f"refuses one: {_reason(error)}"
+    return "" if system["content"] in text else "leaves it out"
+
+
 def rendered(render: Render, messages: Messages, tools: Messages, where: str) -> str:
     """The conversation as text, up to where the assistant writes.
 
@@ -41,8 +52,13 @@ def _call(render: Render, messages: Messages, tools: Messages, where: str) -> st
     try:
         return render(messages, tools)
     except REFUSALS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{where}: the chat template refuses the conversation ({reason}); correct the row") from error
+        raise DataError(
+            f"{where}: the chat template refuses the conversation ({_reason(error)}); correct the row"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _with_contents(render: Render, messages: Messages, tools: Messages, where: str) -> Messages:

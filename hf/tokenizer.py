@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 
-from hf.chat_template import rendered
+from hf.chat_template import rendered, why_no_system
+from hf.template_keywords import keywords
 from hf.tokenizer_check import load_tokenizer
 from opd.errors import ConfigurationError, DataError
 from opd.types.prompt_rows import PromptText
@@ -17,13 +19,14 @@ from opd.types.prompt_rows import PromptText
 class HuggingFaceTokenizer:
     """Tokenizer with the chat template of its checkpoint."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, part: str = "student") -> None:
+        """Read the tokenizer in `path`; `part` is whose it is, in error messages."""
         if not Path(path).is_dir():
-            raise ConfigurationError(f"student.path {path!r} is no folder; give a Hugging Face checkpoint folder")
+            raise ConfigurationError(f"{part}.path {path!r} is no folder; give a Hugging Face checkpoint folder")
         self._tokenizer: Any = load_tokenizer(path)
         if self._tokenizer.eos_token_id is None:
             raise DataError(f"the tokenizer in {path!r} has no end-of-text token; completions could never end")
-        self._path = path
+        self.path, self.part = path, part
         self.eos_id = int(self._tokenizer.eos_token_id)
         self._ends_prompts = self._tokenizer("a")["input_ids"][-1:] == [self.eos_id]
         self.unknown_id: int | None = self._tokenizer.unk_token_id
@@ -47,7 +50,7 @@ class HuggingFaceTokenizer:
         made = dict(zip([*plain, *chats], encoded, strict=True))
         if plain and self._ends_prompts:
             raise DataError(
-                f"the tokenizer in {self._path!r} puts its end-of-text token behind every prompt, so that nothing "
+                f"the tokenizer in {self.path!r} puts its end-of-text token behind every prompt, so that nothing "
                 "would follow; set add_eos_token to false in its tokenizer_config.json"
             )
         for i in plain:
@@ -60,7 +63,7 @@ class HuggingFaceTokenizer:
 
     def visible(self, ids: np.ndarray) -> str:
         """Text with special tokens, on one line."""
-        text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     def special_texts(self) -> "re.Pattern[str] | None":
@@ -84,16 +87,40 @@ class HuggingFaceTokenizer:
     def _chat(self, prompt: PromptText) -> str:
         if not self._tokenizer.chat_template:
             raise DataError(
-                f"{prompt.where}: the prompts are chat messages, but the student's tokenizer has no chat template; use "
-                "plain text prompts or a checkpoint with a template"
+                f"{prompt.where}: the prompts are chat messages, but the {self.part}'s tokenizer has no chat template; "
+                "use plain text prompts or a checkpoint with a template"
             )
         assert not isinstance(prompt.text, str)
-        return rendered(self._render, prompt.text, prompt.tools, prompt.where)
+        return rendered(partial(self._render, prompt.keywords), prompt.text, prompt.tools, prompt.where)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+    def _render(
+        self, given: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> str:
         return self._tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+            list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False, **given
         )
+
+    @property
+    def converses(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    def template_keywords(self) -> frozenset[str]:
+        """Keywords that the chat template reads. Raises `DataError` if it is no template."""
+        template = self._tokenizer.chat_template
+        texts = template.values() if isinstance(template, Mapping) else [template] if template else []
+        try:
+            found = frozenset[str]().union(*map(keywords, texts))
+        except TemplateError as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"the chat template of {self.part} {self.path!r} is no template ({reason}); copy it anew"
+            ) from error
+        return found - self._tokenizer.special_tokens_map.keys()
+
+    def why_no_system(self, given: Mapping[str, Any]) -> str:
+        """Reason why the chat template cannot take a system message; "" if it can."""
+        return why_no_system(partial(self._render, given))
 
     def token(self, i: int) -> str:
         """The token with this id, as the vocabulary spells it."""

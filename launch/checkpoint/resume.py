@@ -30,8 +30,10 @@ from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.changes import Change, changes, check_changes, check_inputs, check_steps
 from launch.config.run_config import RunConfig
 from launch.inputs.prompt_paths import content_digest
+from launch.inputs.row_changes import FUNCTION, code_digest
 from opd.errors import ConfigurationError
 from opd.ports import Listed
+from opd.prompts.conversations import conversations_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +58,18 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     teachers = {name: model_digest(t.path) or t.fingerprint for name, t in config.teachers.items()}
     student = f"{model_digest(config.student.path)}-{tokenizer_digest(config.student.path)}"
     files: dict[str, str] = {}
-    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+    sources = (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts))
+    for place, source in sources:
         files |= source.files(place) if isinstance(source, Listed) else {}
-    return teachers | {"student.path": student} | {key: content_digest(path, key) for key, path in files.items()}
+    code = {
+        f"{place}.{name}": code_digest(value, f"{place}.{name}")
+        for top in sources
+        for place, source in conversations_of(*top)
+        for name in ("map", "filter")
+        if FUNCTION.fullmatch(value := getattr(source, name, ""))
+    }
+    digests = {key: content_digest(path, key) for key, path in files.items()}
+    return teachers | {"student.path": student} | digests | code
 
 
 def resumption(config: RunConfig, console: Console) -> ResumePoint | None:

@@ -117,6 +117,11 @@ ALIASES: Mapping[str, str] = {
     "custom_reward_function": "prompts.task",
     "grader": "prompts.task",
     "max_samples": "prompts.limit",
+    "system_prompt": "prompts.system",
+    "apply_chat_template": "prompts.chat",
+    "chat_template_kwargs": "prompts.template_kwargs",
+    "apply_chat_template_kwargs": "prompts.template_kwargs",
+    "teacher_chat_template_kwargs": "prompts.teacher_template_kwargs",
     # evaluation, checkpoints, logs
     "eval_steps": "evaluation.every",
     "eval_every": "evaluation.every",

@@ -17,6 +17,7 @@ from launch.artifacts.redaction import check_logins, remember
 from launch.config.budget import StopAfter
 from launch.config.compose import compose, first_line
 from launch.config.keys import check_names
+from launch.config.row_functions import check_row_functions
 from launch.config.settings import ClusterConfig, EvaluationConfig, HardwareConfig
 from launch.config.task_parts import BY_TASK, environments_of, graders_of, named_by_hand
 from launch.config.tracker import TrackerConfig
@@ -137,6 +138,7 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
             "add stages=null for those that all of them share, or name the stage's own settings beside it"
         )
     allowed = fit(AllowedPackages, values.get("allow_targets"), "allow_targets", [])
+    check_row_functions({"prompts": values.get("prompts"), "evaluation": values.get("evaluation")}, allowed, overrides)
     given, by_name = _settings(values, allowed), [*allowed, *named_by_hand(overrides)]
     return RunConfig(
         **given

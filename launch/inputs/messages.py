@@ -19,14 +19,7 @@ def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, ke
     with tool calls. `sparse`: nulls in objects mean nothing (see `launch.inputs.records.Record`). `key` is the setting
     that allows to cut a last answer.
     """
-    if isinstance(value, list) and value and all(isinstance(i, Mapping) and i.keys() >= _SHAREGPT for i in value):
-        raise DataError(
-            f"{where} has messages with the keys 'from' and 'value' (ShareGPT); store them as role (user, assistant) "
-            "and content"
-        )
-    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
-        raise DataError(f"{where} must be text or a list of messages with role and content")
-    turns = [_message(item, f"{where} message {i}", sparse) for i, item in enumerate(value, start=1)]
+    turns = list(whole(value, where, sparse=sparse))
     if turns[-1]["role"] == "assistant":
         if not drop_last_answer:
             raise DataError(
@@ -39,6 +32,18 @@ def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, ke
     if not any(isinstance(m["content"], str) and m["content"].strip() for m in turns):
         raise DataError(f"{where} has messages without any text; remove the row")
     return tuple(turns)
+
+
+def whole(value: Any, where: str, *, sparse: bool) -> tuple[Message, ...]:
+    """All turns of the conversation in `value`, as they are."""
+    if isinstance(value, list) and value and all(isinstance(i, Mapping) and i.keys() >= _SHAREGPT for i in value):
+        raise DataError(
+            f"{where} has messages with the keys 'from' and 'value' (ShareGPT); store them as role (user, assistant) "
+            "and content"
+        )
+    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+        raise DataError(f"{where} must be text or a list of messages with role and content")
+    return tuple(_message(item, f"{where} message {i}", sparse) for i, item in enumerate(value, start=1))
 
 
 def tools(value: Any, where: str, *, sparse: bool) -> tuple[Mapping[str, Any], ...]:
@@ -79,6 +84,11 @@ def number(value: Any, where: str) -> int | float:
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{where} is beyond what a float can hold, or no number; correct the row or write it as text")
     return value
+
+
+def plain(value: Any, where: str, *, sparse: bool) -> Any:
+    """A value as Python's own: numbers as its numbers, nulls of a typed format left out, nothing else changed."""
+    return _plain(value, where, sparse, DEEPEST)
 
 
 def _is_message(item: Any) -> bool:

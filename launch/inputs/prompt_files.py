@@ -1,14 +1,17 @@
 """Prompt files as rows: every row is understood or refused with its file and line, and never rewritten."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from launch.inputs.json_records import Number
 from launch.inputs.messages import kind, messages, number, text, tools
 from launch.inputs.prompt_paths import files_of
 from launch.inputs.records import Record, records
+from launch.inputs.row_changes import Change, Test, change_of, test_of
+from launch.inputs.streamed_rows import StreamedRows, check_streamed
 from opd.errors import DataError
 from opd.types.prompt_rows import Columns, Row
 
@@ -16,22 +19,76 @@ _SHOWN = 12  # column names that an error lists
 _ABSENT = object()
 
 
-@cache
-def read_rows(path: str, columns: Columns) -> tuple[Row, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """Rows of a prompt file, and how many records a filter left out, with the place of the first."""
+
+    rows: Sequence[Row]
+    left_out: int
+    first_left_out: str
+
+
+def read_rows(path: str, columns: Columns) -> Sequence[Row]:
     """All rows of `path` (see `launch.inputs.prompt_paths.files_of`), checked; the first invalid one is named.
 
     Raises:
         ConfigurationError: the path does not exist or is of no known kind.
         DataError: a file or a row is malformed, or there is none.
     """
+    return reading(path, columns).rows
+
+
+@cache
+def reading(path: str, columns: Columns) -> Reading:
+    """The same, with what a filter left out."""
+    change, stays = change_of(columns), test_of(columns, _found)
     files = files_of(path, f"{columns.place}.path")
-    rows = tuple(_row(record, columns) for file in files for record in records(file))
-    if not rows:
+    found = _streamed(files, columns, change, stays) if columns.stream else _whole(files, columns, change, stays)
+    if not found.rows and found.left_out:
+        raise DataError(
+            f"{columns.place}.filter={columns.filter} leaves out all {found.left_out} records of {path}; correct or "
+            "clear it"
+        )
+    if not found.rows:
         raise DataError(f"{path} has no rows; a prompt file needs at least one")
-    return rows
+    return found
 
 
-def _row(record: Record, columns: Columns) -> Row:
+def _whole(files: Sequence[Path], columns: Columns, change: Change, stays: Test) -> Reading:
+    rows: list[Row] = []
+    left_out, first = 0, ""
+    for file in files:
+        for record in map(change, records(file)):
+            if stays(record):
+                rows.append(row_of(record, columns))
+            else:
+                left_out, first = left_out + 1, first or record.where
+    return Reading(rows=tuple(rows), left_out=left_out, first_left_out=first)
+
+
+def _streamed(files: Sequence[Path], columns: Columns, change: Change, stays: Test) -> Reading:
+    check_streamed(files, f"{columns.place}.stream")
+    rows = StreamedRows(
+        files, keep=lambda record: stays(change(record)), make=lambda record: row_of(change(record), columns)
+    )
+    return Reading(rows=rows, left_out=rows.left_out, first_left_out=rows.first_left_out)
+
+
+def _found(record: Record, column: str) -> Any:
+    """Value of a column that a filter names."""
+    value = _find(record.values, column)
+    if value is _ABSENT:
+        raise DataError(f"{record.where} has no column {column!r}{_has(record)}; correct the filter")
+    return value
+
+
+def _has(record: Record) -> str:
+    names = sorted(map(str, record.values))
+    return f" (has {names[:_SHOWN]}{' and more' if len(names) > _SHOWN else ''})"
+
+
+def row_of(record: Record, columns: Columns) -> Row:
+    """A record as a row, checked."""
     plain = Row(prompt=_prompt(record, columns, "prompt", columns.prompt), answer="", where=record.where)
     more: dict[str, Any] = {}
     if columns.answer:
@@ -52,10 +109,8 @@ def _cell(record: Record, columns: Columns, part: str, column: str) -> tuple[Any
     """Value of a column, and its name in error messages."""
     value = _find(record.values, column)
     if value is _ABSENT:
-        names = sorted(map(str, record.values))
-        has = f"{names[:_SHOWN]}{' and more' if len(names) > _SHOWN else ''}"
         raise DataError(
-            f"{record.where} has no column {column!r} (has {has}); set {columns.place}.{part}_column to one of them"
+            f"{record.where} has no column {column!r}{_has(record)}; set {columns.place}.{part}_column to one of them"
         )
     return value, f"{record.where}: {column!r}"
 

@@ -99,10 +99,17 @@ def _text(raw: bytes, where: str) -> str:
 
 def _json_lines(stream: BinaryIO, name: str) -> Iterator[Record]:
     for number, line in _lines(stream, name):
-        if not line.strip(" \t\r\n"):
-            continue
-        where = f"{name} line {number}"
-        yield Record(where, _object(parse(line, where), where))
+        if record := _json_record(line, f"{name} line {number}"):
+            yield record
+
+
+def json_line(raw: bytes, where: str) -> Record | None:
+    """The record in one line of a file; None if it is blank."""
+    return _json_record(_text(raw, where), where)
+
+
+def _json_record(line: str, where: str) -> Record | None:
+    return Record(where, _object(parse(line, where), where)) if line.strip(" \t\r\n") else None
 
 
 def _json(stream: BinaryIO, name: str) -> Iterator[Record]:

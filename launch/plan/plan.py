@@ -11,10 +11,12 @@ from actors.config import CPU_KV_CACHE_BYTES
 from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import check_checkpoint, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.inputs.few_shot import read_examples
 from launch.inputs.prompt_files import read_rows
 from launch.plan.checks.answers import check_answers
 from launch.plan.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
 from launch.plan.checks.blends import check_blends, check_one_context, inner_teacher
+from launch.plan.checks.conversations import check_conversations, teachers_tokenizers
 from launch.plan.checks.devices import gpus, resolved, undecided
 from launch.plan.checks.ends import text_ends
 from launch.plan.checks.models import hidden_width, parameter_count, vocabulary_rows
@@ -170,7 +172,7 @@ def make_plan(config: RunConfig) -> Plan:
     config = replace(config, method=with_known_tokens(config.method, tokens))
     tokenizer = HuggingFaceTokenizer(config.student.path)
     check_spelling(config.method, tokenizer)
-    sources = Sources(tokenizer=tokenizer, rows=read_rows)
+    sources = _sources(config, tokenizer)
     ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
     held_out = survey_step(config.evaluation.prompts, replace(sources, place="evaluation.prompts"), tokenizer)
@@ -209,6 +211,13 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
+def _sources(config: RunConfig, tokenizer: HuggingFaceTokenizer) -> Sources:
+    """Inputs of prompt sources, after a check of what is put around prompts."""
+    teachers = teachers_tokenizers(config)
+    check_conversations(config, tokenizer, teachers)
+    return Sources(tokenizer=tokenizer, rows=read_rows, examples=read_examples, teachers=teachers)
+
+
 def _sentinel(config: RunConfig, prompt: np.ndarray, vocabulary: int) -> tuple[int, ...]:
     return tuple(sentinel.text(prompt.tolist(), vocabulary, config.student.max_model_len).tolist())
 
@@ -218,9 +227,9 @@ def _shown(found: Survey, tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:
     prompt = found.first
     mine, its = tokenizer.visible(prompt.student_ids), tokenizer.visible(prompt.teacher_ids)
     return {
-        "prompts": f"{found.total} rows" if found.total else "made as they are needed",
+        "prompts": f"{found.total} rows" if found.total else "made or read as they are needed",
         "first prompt": _cut(mine),
-        "for the teacher": "the same" if its == mine else _cut(its),
+        "for the teacher": "the same" if np.array_equal(prompt.student_ids, prompt.teacher_ids) else _cut(its),
         "its answer": _cut(prompt.answer) or "none",
     }
 

@@ -1,6 +1,7 @@
 """Templates around a prompt as token ids: contexts in which a teacher reads a trajectory."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Int32
@@ -58,5 +59,5 @@ def encoded(template: str, prompt: Prompt, values: Mapping[str, str], context: C
             f"prompt {prompt.id!r} cannot be shown to its teacher in a template: {error}; choose prompts "
             "that end with text"
         ) from error
-    (ids,) = context.tokenizer.encode_all([PromptText(text=text, tools=source.tools, where=source.where)])
+    (ids,) = context.tokenizer.encode_all([replace(source, text=text)])
     return np.asarray(ids, dtype=np.int32)

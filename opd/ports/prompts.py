@@ -1,21 +1,35 @@
 """Protocols of prompt sources, and of what they can show before a run."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from opd.errors import ConfigurationError
 from opd.ports.engines import Tokenizer
 from opd.types import Prompt
-from opd.types.prompt_rows import Columns, Row
+from opd.types.prompt_rows import Columns, Messages, Row
+
+
+def no_examples(path: str, columns: Columns, suffix: str) -> Messages:  # noqa: ARG001
+    """A reader of few-shot files for sources that are given none."""
+    raise ConfigurationError(f"{columns.place}.few_shot={path} cannot be read outside a planned run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """Inputs of prompt sources: the tokenizer, and files as rows. `place`: see `Columns`."""
+    """Inputs of prompt sources: the student's tokenizer, and files as rows. `place`: see `Columns`.
+
+    `teachers` has the tokenizers of teachers whose own chat templates may be asked for, by name, and `teacher_of_task`
+    the teacher that a mixture sends a task to, whatever the source says. `examples` reads a few-shot file as turns,
+    with a suffix behind each of its plain prompts.
+    """
 
     tokenizer: Tokenizer
     rows: Callable[[str, Columns], Sequence[Row]]
     place: str = "prompts"
+    teachers: Mapping[str, Tokenizer] = field(default_factory=dict, hash=False)
+    teacher_of_task: Mapping[str, str] = field(default_factory=dict, hash=False)
+    examples: Callable[[str, Columns, str], Messages] = no_examples
 
 
 @runtime_checkable
@@ -62,6 +76,23 @@ class Listed(Protocol):
 
     def files(self, place: str) -> Mapping[str, str]:
         """Paths of the files it reads, by the setting that names each."""
+        ...
+
+
+@runtime_checkable
+class Windowed(Protocol):
+    """A prompt source with an order of its own, of which any stretch can be taken: it can be mixed by weight."""
+
+    def between(self, start: int, count: int, sources: Sources) -> Sequence[Prompt]:
+        """The prompts at the positions `start .. start + count` of its order, groups included."""
+        ...
+
+    def every_between(self, start: int, count: int, sources: Sources) -> Iterator[tuple[Row, Prompt]]:
+        """The different ones among them with their rows."""
+        ...
+
+    def ids_between(self, start: int, count: int, sources: Sources) -> Collection[str]:
+        """The ids of all that stand there, of those that are left out for their length, too."""
         ...
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 import numpy as np
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import References, Sources
+from opd.ports import References, Sources, Tokenizer
+from opd.prompts.conversations import ChatTemplate, Conversations
 from opd.prompts.order import draw
 from opd.settings.ranges import Fraction, GroupSize, In, Line, Names, PromptsPerStep, Seed, Template, Tokens
 from opd.settings.validation import settings
@@ -20,7 +21,7 @@ AT_ONCE = 1024  # rows that are encoded together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
-class DatasetPrompts:
+class DatasetPrompts(Conversations):
     """Rows of `path`, `prompts_per_step` a step, each `group_size` times, in a new order every epoch.
 
     `prompt_column` holds plain text or chat messages; `answer_column` ("" = none) holds what the grader `task`
@@ -30,9 +31,11 @@ class DatasetPrompts:
     all), `teacher_prompt_column` holds what a privileged teacher is shown instead of the prompt (e.g. with the solution
     in it). With `teacher_template` that prompt is written instead: `{prompt}` is the student's (of messages what the
     last one says), `{answer}` the reference answer, `{context}` the text in `teacher_prompt_column`. `weight_column`
-    holds how much a row counts (with the weight part `PromptWeight`). A dot in a column's name leads into an object.
-    `suffix` is added to plain prompts (e.g. a newline). A prompt longer than `max_tokens` tokens is an error that names
-    the row, unless `skip_long` leaves such rows out.
+    holds how much a row counts (with the weight part `PromptWeight`). `map` makes another record of each, and `filter`
+    says which of these stay; the plan counts them. With `stream` rows stay in their files, and a plan reads all of
+    them, but tokenizes the first 1,024 alone. A dot in a column's name leads into an object.
+    `suffix` is added to plain prompts (e.g. a newline). How prompts are asked is said by `Conversations`. A prompt
+    longer than `max_tokens` tokens is an error that names the row, unless `skip_long` leaves such rows out.
     """
 
     # file of prompts: JSON lines, JSON, CSV, parquet (also compressed), a folder, or a saved dataset
@@ -54,10 +57,14 @@ class DatasetPrompts:
     # column of tool descriptions for the chat template
     tools_column: Line = ""
     drop_last_answer: bool = False
+    # function module:function that makes another record of each
+    map: Line = ""
+    # records that stay: an expression such as 'len(prompt) < 2000', or module:function
+    filter: Line = ""
+    # leave rows in their files (JSON lines), which may be larger than memory
+    stream: bool = False
     # grader or environment of the prompts: math, or a name of your own (docs/grading.md)
     task: Names = "math"
-    # text behind every plain prompt, e.g. a newline
-    suffix: str = ""
     # of the order in which rows come
     seed: Seed = 0
     # completions of each prompt in a step
@@ -75,6 +82,11 @@ class DatasetPrompts:
     max_unreadable_answers: Fraction = 0.01
 
     def __post_init__(self) -> None:
+        if self.stream and self.teacher_column:
+            raise ConfigurationError(
+                "prompts.stream=true leaves rows in their files, so that a teacher whom one of them names is found too "
+                "late; clear prompts.teacher_column and mix one source per teacher (MixedPrompts)"
+            )
         for name, column in (
             ("prompt", "prompt_column"),
             ("answer", "answer_column"),
@@ -88,11 +100,7 @@ class DatasetPrompts:
                 )
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
-        rows = self._rows(sources)
-        numbers = self._numbers(step, len(rows))
-        different = list(dict.fromkeys(numbers))
-        made = dict(zip(different, self._prompts(different, rows, sources), strict=True))
-        prompts = [p for n in numbers if (p := made[n]) is not None for _ in range(self.group_size)]
+        prompts = self.between(step * self.prompts_per_step, self.prompts_per_step, sources)
         if not prompts:
             raise DataError(
                 f"prompts {self.path}: every prompt of step {step} is longer than {sources.place}.max_tokens="
@@ -100,31 +108,57 @@ class DatasetPrompts:
             )
         return prompts
 
+    def between(self, start: int, count: int, sources: Sources) -> Sequence[Prompt]:
+        """See `opd.ports.Windowed`."""
+        rows = self._rows(sources)
+        numbers = self._numbers(start, count, len(rows))
+        different = list(dict.fromkeys(numbers))
+        made = dict(zip(different, self._prompts(different, rows, sources), strict=True))
+        return [p for n in numbers if (p := made[n]) is not None for _ in range(self.group_size)]
+
     def rows(self, sources: Sources) -> int:
         """See `opd.ports.Listed`."""
-        return self._size(len(self._rows(sources)))
+        return 0 if self.stream else self._size(len(self._rows(sources)))
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
         """All rows that may come (see `opd.ports.Listed`)."""
+        if step is not None:
+            yield from self.every_between(step * self.prompts_per_step, self.prompts_per_step, sources)
+        else:
+            yield from self._listed(range(self._shown(len(self._rows(sources)))), sources)
+
+    def every_between(self, start: int, count: int, sources: Sources) -> Iterator[tuple[Row, Prompt]]:
+        """See `opd.ports.Windowed`."""
+        numbers = self._numbers(start, count, len(self._rows(sources)))
+        yield from self._listed(list(dict.fromkeys(numbers)), sources)
+
+    def ids_between(self, start: int, count: int, sources: Sources) -> Collection[str]:
+        """See `opd.ports.Windowed`."""
+        return [self._name(number) for number in self._numbers(start, count, len(self._rows(sources)))]
+
+    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
+        """See `opd.ports.Listed`."""
+        n = self.prompts_per_step
+        for step in range(steps):
+            if not any(name in kept for name in self.ids_between(step * n, n, sources)):
+                return step
+        return None
+
+    def _listed(self, numbers: Sequence[int], sources: Sources) -> Iterator[tuple[Row, Prompt]]:
         rows = self._rows(sources)
-        numbers = range(self._size(len(rows))) if step is None else list(dict.fromkeys(self._numbers(step, len(rows))))
         for first in range(0, len(numbers), AT_ONCE):
             some = numbers[first : first + AT_ONCE]
             for number, prompt in zip(some, self._prompts(some, rows, sources), strict=True):
                 if prompt is not None:
                     yield rows[number], prompt
 
-    def starved(self, kept: Collection[str], steps: int, sources: Sources) -> int | None:
-        """See `opd.ports.Listed`."""
-        rows = len(self._rows(sources))
-        for step in range(steps):
-            if not any(self._name(number) in kept for number in self._numbers(step, rows)):
-                return step
-        return None
-
     def files(self, place: str) -> Mapping[str, str]:
         """See `opd.ports.Listed`."""
-        return {f"{place}.path": self.path}
+        return {f"{place}.path": self.path, **self.few_shot_files(place)}
+
+    def columns_of_examples(self, place: str) -> Columns:
+        """See `Conversations`: few-shot records have the columns of the prompts."""
+        return Columns(prompt=self.prompt_column, answer=self.answer_column or "answer", place=place)
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """All teachers that a row names (see `opd.ports.Routed`)."""
@@ -139,13 +173,17 @@ class DatasetPrompts:
         rows = self._rows(sources)
         answers = [
             (row.where or f"{self.path} row {number}", row.answer)
-            for number, row in enumerate(rows[: self._size(len(rows))], start=1)
+            for number, row in enumerate(rows[: self._shown(len(rows))], start=1)
         ]
         allowed = self.max_unreadable_answers
         return [References(place=sources.place, task=self.task, answers=answers, allowed=allowed)]
 
     def _rows(self, sources: Sources) -> Sequence[Row]:
-        columns = Columns(
+        return sources.rows(self.path, self.columns(sources.place))
+
+    def columns(self, place: str) -> Columns:
+        """Columns that rows are read from; `place` is the part of the settings that an error names."""
+        return Columns(
             prompt=self.prompt_column,
             answer=self.answer_column,
             teacher=self.teacher_column,
@@ -153,39 +191,63 @@ class DatasetPrompts:
             weight=self.weight_column,
             tools=self.tools_column,
             drop_last_answer=self.drop_last_answer,
-            place=sources.place,
+            map=self.map,
+            filter=self.filter,
+            stream=self.stream,
+            place=place,
         )
-        return sources.rows(self.path, columns)
 
     def _size(self, rows: int) -> int:
         return min(self.limit or rows, rows)
 
-    def _numbers(self, step: int, rows: int) -> list[int]:
-        return draw(self.seed, self._size(rows), step * self.prompts_per_step, self.prompts_per_step, self.shuffle)
+    def _shown(self, rows: int) -> int:
+        """Number of rows that a plan looks at: all, or so many that stand for them."""
+        return min(self._size(rows), AT_ONCE) if self.stream else self._size(rows)
+
+    def _numbers(self, start: int, count: int, rows: int) -> list[int]:
+        return draw(self.seed, self._size(rows), start, count, self.shuffle) if count else []
 
     def _name(self, number: int) -> str:
         return f"{self.path}/{number}"
 
     def _prompts(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> list[Prompt | None]:
         """Prompt of each row, or None where it is too long and may be left out."""
-        written = [self._prompt_text(n, rows[n], rows[n].prompt) for n in numbers]
-        mine = self._encode(written, sources)
-        privileged = [n for n in numbers if rows[n].teacher_prompt or self.teacher_template]
-        texts = [self._prompt_text(n, rows[n], self._teacher_prompt(n, rows[n])) for n in privileged]
-        its = dict(zip(privileged, self._encode(texts, sources), strict=True))
+        written = [
+            self.for_student(self._with_suffix(rows[n].prompt), rows[n], self._where(n, rows[n]), sources)
+            for n in numbers
+        ]
+        mine = self._encode(written, sources.tokenizer)
+        its = self._for_teachers(numbers, rows, sources)
         return [
             self._prompt(number, rows[number], text, ids, its.get(number, ids), sources.place)
             for number, text, ids in zip(numbers, written, mine, strict=True)
         ]
 
+    def _for_teachers(self, numbers: Sequence[int], rows: Sequence[Row], sources: Sources) -> Mapping[int, np.ndarray]:
+        """Ids of each row that its teacher reads otherwise than the student."""
+        texts: dict[str, dict[int, PromptText]] = {}  # by the teacher whose template writes; "": the student's
+        for n in numbers:
+            row, where = rows[n], self._where(n, rows[n])
+            if not (row.teacher_prompt or self.teacher_template or self.teacher_asked_otherwise):
+                continue
+            text = self._with_suffix(self._teacher_prompt(n, row))
+            own = self.teacher_chat_template is ChatTemplate.OWN
+            name = sources.teacher_of_task.get(self.task) or row.teacher or self.teacher
+            texts.setdefault(name if own else "", {})[n] = self.for_teacher(text, row, where, sources)
+        # A name that the run has no teacher for is refused where all names are known.
+        return {
+            n: ids
+            for name, of in texts.items()
+            for n, ids in zip(
+                of, self._encode([*of.values()], sources.teachers.get(name, sources.tokenizer)), strict=True
+            )
+        }
+
     def _teacher_prompt(self, number: int, row: Row) -> str | Messages:
-        """The row's own prompt for the teacher, or the template's."""
+        """The row's own prompt for the teacher, the template's, or the student's."""
         if not self.teacher_template:
-            return row.teacher_prompt
-        values, where = (
-            {"answer": row.answer, "context": row.teacher_prompt},
-            row.where or f"{self.path}: row {number + 1}",
-        )
+            return row.teacher_prompt or row.prompt
+        values, where = {"answer": row.answer, "context": row.teacher_prompt}, self._where(number, row)
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         for name in values:
             if f"{{{name}}}" in self.teacher_template and not texts.get(name):
@@ -200,12 +262,14 @@ class DatasetPrompts:
                 f"prompts {where}: {error}, so prompts.teacher_template has no place; correct the row"
             ) from error
 
-    def _prompt_text(self, number: int, row: Row, text: str | Messages) -> PromptText:
-        where = row.where or f"{self.path}: row {number + 1}"
-        return PromptText(text=text + self.suffix if isinstance(text, str) else text, tools=row.tools, where=where)
+    def _where(self, number: int, row: Row) -> str:
+        return row.where or f"{self.path}: row {number + 1}"
 
-    def _encode(self, texts: Sequence[PromptText], sources: Sources) -> list[np.ndarray]:
-        encoded = [np.asarray(ids, dtype=np.int32) for ids in sources.tokenizer.encode_all(texts)]
+    def _with_suffix(self, text: str | Messages) -> str | Messages:
+        return text + self.suffix if isinstance(text, str) else text
+
+    def _encode(self, texts: Sequence[PromptText], tokenizer: Tokenizer) -> list[np.ndarray]:
+        encoded = [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode_all(texts)]
         for one, ids in zip(texts, encoded, strict=True):
             if len(ids) == 0:
                 raise DataError(f"prompts {one.where} has an empty prompt; remove the row")
@@ -217,10 +281,9 @@ class DatasetPrompts:
         if len(ids) > self.max_tokens:
             if self.skip_long:
                 return None
-            where = row.where or f"{self.path}: row {number + 1}"
             raise DataError(
-                f"prompts {where} has {len(ids)} tokens, but {place}.max_tokens is {self.max_tokens}; raise it or set "
-                f"{place}.skip_long=true"
+                f"prompts {self._where(number, row)} has {len(ids)} tokens, but {place}.max_tokens is "
+                f"{self.max_tokens}; raise it or set {place}.skip_long=true"
             )
         return Prompt(
             id=self._name(number),

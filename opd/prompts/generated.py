@@ -1,7 +1,7 @@
 """Prompts of an embedded task, generated on demand: common code of the tasks' sources."""
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
@@ -60,13 +60,16 @@ class GeneratedPrompts:
     teacher: Names = "default"
 
     def __call__(self, step: int, sources: Sources) -> Sequence[Prompt]:
-        return [p for n in self._numbers(step) for p in [self._prompt(n, sources)] * self.group_size]
+        return self.between(step * self.prompts_per_step, self.prompts_per_step, sources)
 
-    def _numbers(self, step: int) -> Sequence[int]:
-        start = step * self.prompts_per_step
+    def between(self, start: int, count: int, sources: Sources) -> Sequence[Prompt]:
+        """See `opd.ports.Windowed`."""
+        return [p for n in self._numbers(start, count) for p in [self._prompt(n, sources)] * self.group_size]
+
+    def _numbers(self, start: int, count: int) -> Sequence[int]:
         if not self.problems:
-            return range(start, start + self.prompts_per_step)
-        return draw(self.seed, self.problems, start, self.prompts_per_step, shuffle=True)
+            return range(start, start + count)
+        return draw(self.seed, self.problems, start, count, shuffle=True) if count else []
 
     def rows(self, sources: Sources) -> int:
         """See `opd.ports.Listed`."""
@@ -74,7 +77,20 @@ class GeneratedPrompts:
 
     def every(self, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
         """The first problems, which represent all: they are generated alike (see `opd.ports.Listed`)."""
-        numbers = range(min(self.problems or SAMPLE, SAMPLE)) if step is None else dict.fromkeys(self._numbers(step))
+        if step is not None:
+            yield from self.every_between(step * self.prompts_per_step, self.prompts_per_step, sources)
+        else:
+            yield from self._listed(range(min(self.problems or SAMPLE, SAMPLE)), sources)
+
+    def every_between(self, start: int, count: int, sources: Sources) -> Iterator[tuple[Row, Prompt]]:
+        """See `opd.ports.Windowed`."""
+        yield from self._listed(dict.fromkeys(self._numbers(start, count)), sources)
+
+    def ids_between(self, start: int, count: int, sources: Sources) -> Collection[str]:
+        """See `opd.ports.Windowed`."""
+        return [self._name(number) for number in self._numbers(start, count)]
+
+    def _listed(self, numbers: Iterable[int], sources: Sources) -> Iterator[tuple[Row, Prompt]]:
         for number in numbers:
             prompt = self._prompt(number, sources)
             yield (

@@ -10,13 +10,14 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptText:
-    """A prompt as it is stored: plain text or chat messages, with the tools that a template may name to the model.
+    """A prompt as text: plain, or chat messages with the tools and the keywords that a chat template is given.
 
     `where` is the place that an error names. Example: `PromptText(text="1+1=", where="train.jsonl line 7")`.
     """
 
     text: str | Messages
     tools: Messages = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict, hash=False)
     where: str = ""
 
 
@@ -42,7 +43,9 @@ class Columns:
     """Columns of a prompt file for the parts of a `Row` ("" = absent), and how they are read.
 
     A dot leads into an object (`reward_model.ground_truth`). `drop_last_answer` cuts an assistant's turn off the end of
-    a conversation. `place` is the part of the settings that an error names.
+    a conversation. `map` is a function (`module:function`) that makes another record of each, `filter` a function or an
+    expression that says which of these stay. `stream` leaves rows in their files. `place` is the part of the settings
+    that an error names.
     """
 
     prompt: str
@@ -52,4 +55,7 @@ class Columns:
     weight: str = ""
     tools: str = ""
     drop_last_answer: bool = False
+    map: str = ""
+    filter: str = ""
+    stream: bool = False
     place: str = field(default="prompts", compare=False)

@@ -6,10 +6,13 @@ from typing import Any
 
 from hf.tokenizer_check import TokenizerIdentity
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.inputs.prompt_files import reading
+from launch.plan.checks.conversations import conversations, own_templates
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
 from opd.method.needs import asks_prompts_teacher, named, needed
 from opd.ports import Listed, Role, Routed, Sources
+from opd.prompts.dataset import AT_ONCE, DatasetPrompts
 from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
 
@@ -108,10 +111,11 @@ def check_templates(
 ) -> list[str]:
     """Remarks about chat templates that differ.
 
-    Prompts are written with the student's template for both. That is refused where a teacher writes the answer to
-    messages: it would answer in another form than its own.
+    Prompts are written with the student's template for both, unless a source asks for the teacher's own. That is
+    refused where a teacher writes the answer to messages: it would answer in another form than its own.
     """
     notes: list[str] = []
+    own = own_templates(config)
     for name in training.teachers.keys() & teachers.keys():
         teacher = teachers[name]
         if teacher.template == student.template:
@@ -120,12 +124,14 @@ def check_templates(
             f"the chat templates of student {student.path!r} and teacher {teacher.path!r} differ (digests "
             f"{student.template or 'none'} and {teacher.template or 'none'})"
         )
-        if training.chats.count and needed(config.method, Role.WRITER):
+        if training.chats.count and needed(config.method, Role.WRITER) and not own:
             raise DataError(
                 f"{differ}, and method {config.method.name} lets the teacher write to messages ({training.chats.first})"
-                "; copy one chat template to the other, or choose a teacher of the student's family"
+                "; set prompts.teacher_chat_template=OWN, copy one chat template to the other, or choose a teacher of "
+                "the student's family"
             )
         used = "both read messages in the student's" if training.chats.count else "the prompts are plain text"
+        used = "each reads messages in its own" if own else used
         notes.append(f"{differ}; {used}")
     return notes
 
@@ -144,9 +150,29 @@ def remarks(
             "evaluation measures the embedded task, not the prompts that are trained on; set evaluation=dataset "
             "evaluation.prompts.path=... to held-out rows"
         )
+    notes += _counted(config)
     if dated and training.chats.count:
         notes.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
     return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in notes))
+
+
+def _counted(config: RunConfig) -> Iterator[str]:
+    """Counts of the records that filters keep and leave out, and of those that stay in their files."""
+    for place, source in conversations(config):
+        if not isinstance(source, DatasetPrompts) or not (source.filter or source.stream):
+            continue
+        found = reading(source.path, source.columns(place))
+        if source.stream:
+            yield (
+                f"{place}: {len(found.rows)} rows stay in their files; the first {min(AT_ONCE, len(found.rows))} stand "
+                "for all in what is said of lengths, answers and repeats"
+            )
+        if source.filter:
+            first = f" (first: {found.first_left_out})" if found.left_out else ""
+            yield (
+                f"{place}.filter keeps {len(found.rows)} of {len(found.rows) + found.left_out} records and leaves "
+                f"{found.left_out} out{first}"
+            )
 
 
 def _about(place: str, found: Survey) -> Iterator[str]:

@@ -82,14 +82,14 @@ def survey(found: Iterable[tuple[Row, Prompt]], total: int, tokenizer: HuggingFa
         teachers.setdefault(prompt.teacher, where)
         tasks.setdefault(prompt.task, where)
         first_of.setdefault(prompt.task, prompt)
-        if not isinstance(row.prompt, str):
+        if not isinstance(prompt.source.text if prompt.source else row.prompt, str):
             chats = chats.and_at(where)
         if not prompt.answer:
             unanswered = unanswered.and_at(where)
             unanswered_of.setdefault(prompt.task, where)
         if tokenizer.unknown_id is not None and np.mean(prompt.student_ids == tokenizer.unknown_id) > 0.5:
             unknown = unknown.and_at(where)
-        if special is not None and any(special.search(text) for text in _texts(row)):
+        if special is not None and any(special.search(text) for text in _texts(row, prompt)):
             marked = marked.and_at(where)
         digest = xxhash.xxh3_64_intdigest(prompt.student_ids.tobytes())
         if digest in texts:
@@ -159,7 +159,9 @@ def _shown(found: Iterator[tuple[Row, Prompt]], total: int, place: str) -> Itera
     return track(found, f"reading {place}", total=total, console=console(stderr=True), transient=True)
 
 
-def _texts(row: Row) -> Sequence[str]:
-    if isinstance(row.prompt, str):
-        return [row.prompt]
-    return [message["content"] for message in row.prompt if isinstance(message.get("content"), str)]
+def _texts(row: Row, prompt: Prompt) -> Sequence[str]:
+    """Texts of a prompt, without what a chat template writes around them."""
+    asked = prompt.source.text if prompt.source else row.prompt
+    if isinstance(asked, str):
+        return [asked]
+    return [message["content"] for message in asked if isinstance(message.get("content"), str)]

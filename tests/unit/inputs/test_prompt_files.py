@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.inputs.prompt_files import read_rows
+from launch.inputs.prompt_files import read_rows, reading
 from launch.inputs.prompt_paths import content_digest, files_of
 from opd.errors import OpdError
 from opd.types.prompt_rows import Columns, Row
@@ -30,12 +30,12 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
 def read(path: Path, columns: Columns = PLAIN) -> tuple[Row, ...]:
-    read_rows.cache_clear()
+    reading.cache_clear()
     return read_rows(str(path), columns)
 
 
 def refusal(path: Path | str, columns: Columns = PLAIN) -> str:
-    read_rows.cache_clear()
+    reading.cache_clear()
     with pytest.raises(OpdError) as caught:
         read_rows(str(path), columns)
     assert "\n" not in str(caught.value)
