@@ -16,6 +16,7 @@ from launch.config.run_config import run_config
 from launch.monitors.live_view import busy_words
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trackers import check_login
+from launch.plan.hub import record
 from launch.plan.plan import Plan, make_plan
 from launch.report.next_steps import next_steps_text
 from launch.run.evaluate import TrainingCost
@@ -37,7 +38,7 @@ def run_training(overrides: Sequence[str]) -> int:
     plan = make_plan(config)
     console = terminal.console()
     if config.dry_run:
-        resumed = resumption(config, console)
+        resumed = resumption(plan.config, console)
         console.print(plan.table())
         plan.show_rate(console)
         if resumed is not None:
@@ -90,6 +91,7 @@ def train_once(plan: Plan, console: Console, *, whole: str = "") -> RunDirectory
             console.print(f"run {directory.path}: going on after step {resumed.state.step}", soft_wrap=True)
         directory.write_config(config.text)
         directory.write_command(config.overrides)
+        record(directory.path, plan.hub)
         _train(plan, directory, console, resumed, whole)
     return directory
 

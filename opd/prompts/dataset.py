@@ -1,7 +1,7 @@
 """Prompts from files of the user's own."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import numpy as np
@@ -73,6 +73,7 @@ class DatasetPrompts:
     # teacher of rows that name none
     teacher: Names = "default"
     max_unreadable_answers: Fraction = 0.01
+    folder: str = field(default="", repr=False)  # where the files are, if `path` names a data set on a hub
 
     def __post_init__(self) -> None:
         for name, column in (
@@ -124,7 +125,12 @@ class DatasetPrompts:
 
     def files(self, place: str) -> Mapping[str, str]:
         """See `opd.ports.Listed`."""
-        return {f"{place}.path": self.path}
+        return {f"{place}.path": self.folder or self.path}
+
+    def found_at(self, place: str, folders: Mapping[str, tuple[str, str]]) -> "DatasetPrompts":
+        """See `opd.ports.Elsewhere`. Prompts keep the name of the data set, wherever its files are."""
+        path, folder = folders.get(f"{place}.path", (self.path, self.folder))
+        return replace(self, path=path, folder=folder)
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """All teachers that a row names (see `opd.ports.Routed`)."""
@@ -155,7 +161,7 @@ class DatasetPrompts:
             drop_last_answer=self.drop_last_answer,
             place=sources.place,
         )
-        return sources.rows(self.path, columns)
+        return sources.rows(self.folder or self.path, columns)
 
     def _size(self, rows: int) -> int:
         return min(self.limit or rows, rows)

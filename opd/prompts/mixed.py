@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from opd.errors import ConfigurationError
-from opd.ports import Answered, Listed, PromptSource, References, Routed, Sources
+from opd.ports import Answered, Elsewhere, Listed, PromptSource, References, Routed, Sources
 from opd.settings.ranges import Length, Names
 from opd.settings.validation import settings
 from opd.types import Prompt
@@ -79,6 +79,14 @@ class MixedPrompts:
     def files(self, place: str) -> Mapping[str, str]:
         """See `opd.ports.Listed`."""
         return {k: v for name, source in self._listed() for k, v in source.files(f"{place}.sources.{name}").items()}
+
+    def found_at(self, place: str, folders: Mapping[str, tuple[str, str]]) -> "MixedPrompts":
+        """See `opd.ports.Elsewhere`."""
+        moved = {
+            name: source.found_at(f"{place}.sources.{name}", folders) if isinstance(source, Elsewhere) else source
+            for name, source in self.sources.items()
+        }
+        return replace(self, sources=moved)
 
     def _listed(self) -> list[tuple[str, Listed]]:
         return [(name, source) for name, source in self.sources.items() if isinstance(source, Listed)]
