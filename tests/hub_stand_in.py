@@ -55,6 +55,7 @@ class Fault:
     status: int = 0
     break_after: int = -1  # bytes of the body, after which the connection ends
     hold: bool = False  # no answer at all, until the hub is closed
+    drip_s: float = 0.0  # between two bytes of the body
     times: int = 1
 
 
@@ -160,12 +161,25 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         cut = self._fault.break_after if self._fault is not None else -1
+        if self._fault is not None and self._fault.drip_s:
+            self._drip(data, self._fault.drip_s)
+            return
         self.wfile.write(data if cut < 0 else data[:cut])
         self.stand_in.sent[urlsplit(self.path).path] += len(data) if cut < 0 else min(cut, len(data))
         if cut >= 0:
             self.wfile.flush()
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _drip(self, data: bytes, pause_s: float) -> None:
+        for at in range(len(data)):
+            if self.stand_in.closed.wait(pause_s):
+                break
+            try:
+                self.wfile.write(data[at : at + 1])
+            except OSError:
+                break  # the client has gone
+        self.close_connection = True
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

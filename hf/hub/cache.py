@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from huggingface_hub import constants, get_cached_repo_tree
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from hf.hub.ids import HubId, Kind, is_commit
+from opd.errors import OpdError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,20 @@ class Snapshot:
     def pinned(self) -> HubId:
         """Its name with the commit."""
         return self.name.at(self.commit)
+
+
+@contextmanager
+def storing(part: str) -> Iterator[None]:
+    """Context in which a disk that is full or may not be written is one sentence, which begins with `part`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OpdError(
+            f"{part}: files of the hub cannot be kept in {constants.HF_HOME} ({error.strerror}); make room, or set "
+            "HF_HOME to another folder"
+        ) from error
 
 
 def cache_folder(name: HubId) -> Path:

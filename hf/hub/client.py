@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, logging, tqdm
+from huggingface_hub.utils import build_hf_headers, close_session, get_session, hf_raise_for_status, logging, tqdm
 
-from hf.hub.cache import Snapshot, cached, folder_of, is_here, keep_in_mind
+from hf.hub.cache import Snapshot, cached, folder_of, is_here, keep_in_mind, storing
 from hf.hub.failures import Refused, Unreachable, reason_of, refusal
 from hf.hub.ids import HubId, Kind
 from opd.deadlines import repeated
@@ -35,8 +35,8 @@ DEADLINE_S = 60.0  # of one question, attempts included
 ATTEMPT_S = 10.0
 PAUSE_S = 1.0
 AT_ONCE = 4  # files that are fetched side by side
-SLOWEST = 1024.0  # bytes per second below which a download is given up, counted over the last WINDOW_S
-WINDOW_S = 120.0
+SLOWEST = 20_000.0  # bytes per second below which a download is given up, ...
+GRACE_S = 300.0  # ... beside so many seconds
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 
@@ -49,7 +49,8 @@ def snapshot(name: HubId, key: str) -> Snapshot:
         OpdError: there is no connection and the cache does not have it.
     """
     try:
-        return _online(name, key)
+        with storing(f"{key} {str(name)!r}"):
+            return _online(name, key)
     except Unreachable as error:
         kept = cached(name, key)
         if kept is None:
@@ -118,6 +119,11 @@ def fetch(known: Snapshot, files: Sequence[str], arrived: Arrived) -> Path:
     Raises:
         OpdError: the connection is lost, too slow or refused, the disk is full, or the cache lacks a file.
     """
+    with storing(known.part):
+        return _fetch(known, files, arrived)
+
+
+def _fetch(known: Snapshot, files: Sequence[str], arrived: Arrived) -> Path:
     lacking = [file for file in files if not is_here(known, file)]
     if lacking and known.offline:
         raise OpdError(
@@ -126,18 +132,27 @@ def fetch(known: Snapshot, files: Sequence[str], arrived: Arrived) -> Path:
         )
     if lacking:
         _check_room(known, lacking)
-        pace = _Pace(arrived)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            waits = [pool.submit(_fetch_one, known, file, pace) for file in lacking]
-            try:
-                for wait in waits:
-                    wait.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                pace.stopped = True
-                raise
+        _fetch_all(known, lacking, arrived)
     keep_in_mind(known)
     return folder_of(known)
+
+
+def _fetch_all(known: Snapshot, files: Sequence[str], arrived: Arrived) -> None:
+    counter = _Counter(arrived)
+    deadline = monotonic() + GRACE_S + sum(max(0, known.files.get(file, 0)) for file in files) / SLOWEST
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        waits = [pool.submit(_fetch_one, known, file, counter) for file in files]
+        try:
+            for wait in waits:
+                wait.result(max(0.0, deadline - monotonic()))
+        except BaseException as error:
+            counter.stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            close_session()  # ends requests that wait
+            if isinstance(error, TimeoutError):
+                slow = Unreachable(f"fewer than {SLOWEST / 1000:g} kB arrive in a second")
+                raise OpdError(slow.broken(known.name, known.key, "its files")) from error
+            raise
 
 
 def _check_room(known: Snapshot, files: Sequence[str]) -> None:
@@ -153,7 +168,7 @@ def _check_room(known: Snapshot, files: Sequence[str]) -> None:
         )
 
 
-def _fetch_one(known: Snapshot, file: str, pace: "_Pace") -> None:
+def _fetch_one(known: Snapshot, file: str, counter: "_Counter") -> None:
     def ask() -> str:
         return hf_hub_download(
             known.name.repo,
@@ -161,7 +176,7 @@ def _fetch_one(known: Snapshot, file: str, pace: "_Pace") -> None:
             repo_type=known.name.kind.value,
             revision=known.commit,
             etag_timeout=ATTEMPT_S,
-            tqdm_class=pace.bar(),
+            tqdm_class=counter.bar(),
         )
 
     try:
@@ -173,37 +188,31 @@ def _fetch_one(known: Snapshot, file: str, pace: "_Pace") -> None:
     except LocalEntryNotFoundError as error:  # the library asked for the file's head and had no answer
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise OpdError(Unreachable(reason_of(cause)).broken(known.name, known.key, file)) from error
-    except _TooSlow as error:
-        raise OpdError(Unreachable(str(error)).broken(known.name, known.key, file)) from error
     except OSError as error:
-        if error.errno is None:  # the library counts bytes, and some are missing
-            raise OpdError(Unreachable(reason_of(error)).broken(known.name, known.key, file)) from error
-        raise OpdError(
-            f"{known.part}: {file!r} cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}); make room, or "
-            "set HF_HOME to another folder"
-        ) from error
+        if error.errno is not None:
+            raise
+        # the library counts bytes, and some are missing
+        raise OpdError(Unreachable(reason_of(error)).broken(known.name, known.key, file)) from error
 
 
-class _TooSlow(Exception):
-    """A download is slower than anybody would wait for."""
+class _Stopped(Exception):
+    """Another file of the same snapshot could not be fetched."""
 
 
 @dataclass(slots=True)
-class _Pace:
-    """Bytes of all downloads of a snapshot, and the end of those that drip."""
+class _Counter:
+    """Bytes of all files of a snapshot, as they arrive."""
 
     arrived: Arrived
-    since: float = field(default_factory=monotonic)
-    seen: int = 0
     stopped: bool = False
     lock: Any = field(default_factory=Lock)
 
-    def bar(self) -> Any:
-        """A class that the library takes for a progress bar."""
-        pace = self
+    def bar(self) -> type[tqdm]:
+        """A class that the library takes for its bar, and that shows nothing."""
+        counter = self
 
         class Bar(tqdm):
-            """Counter that the library takes for its bar, and that shows nothing."""
+            """Counter in the place of a bar."""
 
             def __init__(self, *given: Any, **named: Any) -> None:
                 self.counts = "downloading bytes" not in str(named.get("desc"))  # xet's second bar for the same bytes
@@ -211,21 +220,16 @@ class _Pace:
 
             def update(self, n: float | None = 1) -> bool | None:
                 if self.counts:
-                    pace.count(int(n or 0))
+                    counter.count(int(n or 0))
 
         return Bar
 
     def count(self, more: int) -> None:
-        """Count bytes that arrived. Raises `_TooSlow` if those of a whole window are too few, or another failed."""
+        """Count bytes that arrived."""
+        if self.stopped:
+            raise _Stopped
         with self.lock:
-            self.seen += more
             self.arrived(more)
-            now = monotonic()
-            slow = now - self.since >= WINDOW_S and self.seen < SLOWEST * (now - self.since)
-            if now - self.since >= WINDOW_S:
-                self.since, self.seen = now, 0
-        if slow or self.stopped:
-            raise _TooSlow(f"fewer than {SLOWEST:.0f} bytes arrive in a second")
 
 
 def read_start(known: Snapshot, file: str) -> bytes:

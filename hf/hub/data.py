@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from hf.hub.cache import Snapshot, is_here
+from hf.hub.cache import Snapshot, is_here, storing
 from hf.hub.client import fetch
 from hf.hub.layout import Chosen, choose, configurations
 from hf.hub.models import Announce, Fetched
@@ -30,10 +30,12 @@ def fetch_data(known: Snapshot, endings: Sequence[str], announce: Announce) -> F
     configs = configurations(list(known.files), readme, known.part)
     chosen = choose(known.name, configs, known.key, endings)
     folder = fetch(known, chosen.files, announce(known, [file for file in chosen.files if not is_here(known, file)]))
+    with storing(known.part):
+        links = _links(chosen, known.commit, folder)
     return Fetched(
         name=chosen.name.at(known.commit),
         asked=str(known.name),
-        folder=_links(chosen, known.commit, folder),
+        folder=links,
         size=sum(max(0, known.files[file]) for file in chosen.files),
         offline=known.offline,
     )

@@ -71,8 +71,13 @@ def hub_id(kind: Kind, text: str) -> HubId | None:
 
     Example: `hub_id(Kind.MODEL, "Qwen/Qwen3-0.6B@main")`.
     """
+    return None if os.path.lexists(text) else repository(kind, text)
+
+
+def repository(kind: Kind, text: str) -> HubId | None:
+    """What `text` names on the hub, whatever exists here; None where it cannot be a name there."""
     found = (_MODEL if kind is Kind.MODEL else _DATA).fullmatch(text)
-    if found is None or os.path.lexists(text):
+    if found is None:
         return None
     named = {name: value or "" for name, value in found.groupdict().items()}
     repo, revision = named["repo"], named.get("revision", "")

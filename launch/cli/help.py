@@ -29,6 +29,7 @@ usage: opd COMMAND [OVERRIDE ...]
   opd methods [show NAME] [conf=DIR]     all methods, a line each with its paper, or the composition of one
   opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
   opd export run=NAME output=DIR [step=N]   a run's student as a Hugging Face folder, finished or as step N left it
+             push=ORG/NAME [public=true] [overwrite=true]   ... as a repository on the hub, private unless public
   opd submit address=URL [working_dir=DIR] [exclude=A,B] [follow=false] COMMAND output_dir=/SHARED [...]
              the same on a running Ray cluster
   opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN

@@ -69,7 +69,7 @@ def localized(config: RunConfig) -> tuple[RunConfig, tuple[HubInput, ...]]:
     names = dict(_names(config))
     if not names:
         return config, ()
-    _hide_token()
+    hide_token()
     recorded = _recorded(config)
     pinned = {key: _as_recorded(key, name, recorded) for key, name in names.items()}
     got = {key: _fetched(key, name, _weights(config, key)) for key, name in pinned.items()}
@@ -94,7 +94,7 @@ def local_model(key: str, text: str, weights: Weights = Weights.WHOLE) -> tuple[
     name = hub_id(Kind.MODEL, text)
     if name is None:
         return text, ""
-    _hide_token()
+    hide_token()
     got = _fetched(key, name, weights)
     return str(got.folder), str(got.name)
 
@@ -105,7 +105,7 @@ def local_teacher(config: TeacherConfig) -> tuple[TeacherConfig, str]:
     return replace(config, path=folder), name or config.path
 
 
-def _hide_token() -> None:
+def hide_token() -> None:
     """A token that `hf auth login` stored is in no variable, so that nothing else would know it for a secret."""
     if token := get_token():
         remember({"hf_token": token})
