@@ -56,10 +56,18 @@ def push_folder(folder: Path, repo: str, about: Mapping[str, Any], *, public: bo
 
 
 def _push(files: Mapping[str, Path], repo: str, about: Mapping[str, Any], *, public: bool, overwrite: bool) -> str:
-    there = _files_there(repo)
-    if there is None:
+    info = _info(repo)
+    there = [] if info is None else [one.rfilename for one in info.siblings or ()]
+    if info is None:
         _asked(repo, lambda: HfApi().create_repo(repo, private=not public))
-        there = []
+    elif bool(info.private) == public:
+        is_now, remedy = (
+            ("private", "leave public=true out") if public else ("public", "add public=true if that is meant")
+        )
+        raise ConfigurationError(
+            f"push={repo} exists and is {is_now}, and its visibility is changed on its page alone; {remedy}, or choose "
+            "another name"
+        )
     elif MARK not in there and set(there) - set(_KEPT) and not overwrite:
         raise ConfigurationError(
             f"push={repo} exists and was not made by opd export (it has no {MARK}, but {len(there)} files such as "
@@ -77,15 +85,14 @@ def _push(files: Mapping[str, Path], repo: str, about: Mapping[str, Any], *, pub
     return str(done.commit_url)
 
 
-def _files_there(repo: str) -> list[str] | None:
-    """Names of the files of a repository, None where there is none that this token sees."""
+def _info(repo: str) -> Any:
+    """What the hub says of a repository, None where there is none that this token sees."""
     try:
-        info = answered(lambda: HfApi().repo_info(repo, timeout=ATTEMPT_S))
+        return answered(lambda: HfApi().repo_info(repo, timeout=ATTEMPT_S))
     except Refused as refused:
         if isinstance(refused.error, RepositoryNotFoundError):
             return None
         raise _refusal(repo, refused) from refused
-    return [one.rfilename for one in info.siblings or ()]
 
 
 def _asked(repo: str, ask: Callable[[], Any]) -> Any:

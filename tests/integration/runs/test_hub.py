@@ -33,15 +33,8 @@ def command(hub: HubStandIn, home: Path, *arguments: str, **environment: str) ->
 def test_a_run_from_the_hub_and_back(tmp_path: Path) -> None:
     runs, home = tmp_path / "runs", tmp_path / "home"
     models = ["student.path=shop/student", "teacher.path=shop/teacher"]
-    run = [
-        "train",
-        *SMALL,
-        *models,
-        f"output_dir={runs}",
-        "run_name=a",
-        "evaluation.teacher=false",
-        "learner.schedule=CONSTANT",
-    ]
+    run = ["train", *SMALL, *models, f"output_dir={runs}", "run_name=a", "evaluation.teacher=false"]
+    run += ["learner.schedule=CONSTANT", "doctor=false", "tracker=none"]
     with hub_stand_in() as hub:
         began = {
             role: hub.add("model", f"shop/{role}", folder_files(ROOT / "assets" / "shop" / role) | {"x.bin": b"x"})

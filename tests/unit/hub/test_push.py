@@ -98,16 +98,18 @@ def test_a_student_is_pushed_privately_with_a_true_card(
 def test_public_is_asked_for_and_an_own_repository_is_renewed(hub: HubStandIn, token: str, run: RunDirectory) -> None:
     assert export(run, "push=me/sums", "public=true").returncode == 0
     assert not hub.repositories["model", "me/sums"].private
+    done = export(run, "push=me/sums")
+    assert done.returncode == 2 and "exists and is public" in done.stderr and "add public=true" in done.stderr
     (run.export / "added_tokens.json").write_text("{}")
-    assert export(run, "push=me/sums").returncode == 0
+    assert export(run, "push=me/sums", "public=true").returncode == 0
     assert "added_tokens.json" in pushed(hub, "me/sums")
     (run.export / "added_tokens.json").unlink()
-    assert export(run, "push=me/sums").returncode == 0
+    assert export(run, "push=me/sums", "public=true").returncode == 0
     assert "added_tokens.json" not in pushed(hub, "me/sums"), "what an earlier push left is no part of this student"
 
 
 def test_nobody_elses_work_is_replaced_unless_told(hub: HubStandIn, token: str, run: RunDirectory) -> None:
-    hub.add("model", "me/precious", {"README.md": b"mine", "model.safetensors": b"w" * 5000})
+    hub.add("model", "me/precious", {"README.md": b"mine", "model.safetensors": b"w" * 5000}, private=True)
     done = export(run, "push=me/precious")
     assert done.returncode == 2 and "was not made by opd export" in done.stderr and "overwrite=true" in done.stderr
     assert pushed(hub, "me/precious")["README.md"] == b"mine"
