@@ -58,7 +58,7 @@ def cache_folder(name: HubId) -> Path:
 
 
 def cached(name: HubId, key: str) -> Snapshot | None:
-    """What the cache has of a revision, by the commit that it was when it was fetched."""
+    """Snapshot in the cache of a revision, at the commit that it was when it was fetched."""
     folder, commit = cache_folder(name), name.branch
     if not is_commit(commit):
         ref = folder / "refs" / commit

@@ -25,7 +25,7 @@ from hf.hub.cache import Snapshot, cached, folder_of, is_here, keep_in_mind, sto
 from hf.hub.failures import Refused, Unreachable, reason_of, refusal
 from hf.hub.ids import HubId, Kind
 from opd.deadlines import repeated
-from opd.errors import DataError, OpdError
+from opd.errors import ConfigurationError, DataError, OpdError
 
 Result = TypeVar("Result")
 Arrived = Callable[[int], None]
@@ -42,11 +42,11 @@ _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 
 
 def snapshot(name: HubId, key: str) -> Snapshot:
-    """What the repository holds at the revision that is asked for, as the hub says, or else the cache.
+    """Snapshot of a repository at the requested revision, from the hub or else from the cache.
 
     Raises:
-        ConfigurationError: there is no such repository or revision, or it is not open to this user.
-        OpdError: there is no connection and the cache does not have it.
+        ConfigurationError: there is no such repository or revision, it is not open to this user, or there is no
+            connection and the cache does not have it.
     """
     try:
         with storing(f"{key} {str(name)!r}"):
@@ -54,7 +54,7 @@ def snapshot(name: HubId, key: str) -> Snapshot:
     except Unreachable as error:
         kept = cached(name, key)
         if kept is None:
-            raise OpdError(error.without_cache(name, key)) from error
+            raise ConfigurationError(error.without_cache(name, key)) from error
         return kept
 
 
@@ -73,7 +73,7 @@ def _online(name: HubId, key: str) -> Snapshot:
 
 
 def answered(ask: Callable[[], Result]) -> Result:
-    """The answer to a question, asked again while the hub is busy or the connection fails.
+    """Answer of the hub, requested again while it is busy or the connection fails.
 
     Raises:
         Refused: the hub answers no.

@@ -32,7 +32,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubId:
-    """A repository, and what is meant of it; "" = not said.
+    """Repository on the hub, a part of it and a revision; "" = not given.
 
     Example: `HubId(kind=Kind.DATA, repo="openai/gsm8k", config="main", split="train")`.
     """
@@ -49,7 +49,7 @@ class HubId:
 
     @property
     def branch(self) -> str:
-        """The revision that is asked for: a branch, a tag or a commit."""
+        """Requested revision: a branch, a tag or a commit."""
         return self.revision or MAIN
 
     def at(self, commit: str) -> "HubId":
@@ -67,7 +67,7 @@ def is_commit(revision: str) -> bool:
 
 
 def hub_id(kind: Kind, text: str) -> HubId | None:
-    """What `text` names on the hub; None where it exists here, or cannot be a name there.
+    """Name on the hub in `text`; None where that is a path that exists, or cannot be such a name.
 
     Example: `hub_id(Kind.MODEL, "Qwen/Qwen3-0.6B@main")`.
     """
@@ -75,7 +75,7 @@ def hub_id(kind: Kind, text: str) -> HubId | None:
 
 
 def repository(kind: Kind, text: str) -> HubId | None:
-    """What `text` names on the hub, whatever exists here; None where it cannot be a name there."""
+    """Name on the hub in `text`, whatever exists here; None where it cannot be one."""
     found = (_MODEL if kind is Kind.MODEL else _DATA).fullmatch(text)
     if found is None:
         return None

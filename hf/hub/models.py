@@ -17,7 +17,7 @@ from hf.hub.needed import small_files, weight_files
 
 
 class Weights(Enum):
-    """What of a model's weights is needed."""
+    """Part of a model's weights that is fetched."""
 
     WHOLE = "whole"
     HEADERS = "headers"  # a plan looks at names, shapes and sizes alone
@@ -26,7 +26,7 @@ class Weights(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """What a name on the hub became here.
+    """Folder of a fetched model or data set.
 
     `name` is the exact one, with its commit; `asked` what the user wrote. `headers`: the weights in `folder` are
     holes. `offline`: the cache answered.

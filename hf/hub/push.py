@@ -1,4 +1,4 @@
-"""A folder of a model as a repository on the hub: new or of our own making, private unless it is asked to be public."""
+"""Upload of a model folder to a repository on the hub: a new one, or one that this program made."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ from hf.hub.failures import Refused, Unreachable, reason_of
 from hf.hub.ids import Kind, repository
 from opd.errors import ConfigurationError, OpdError
 
-MARK = "opd.json"  # the file by which a repository is known for one that this program made
+MARK = "opd_export.json"  # the file by which a repository is known for one that this program made
 _KEPT = (".gitattributes",)
 _NEVER = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py")
 
 
 def check_target(name: str) -> str:
-    """The repository that `push=` means. Raises `ConfigurationError` where it is none, or nobody is logged in."""
+    """Repository in `push=`. Raises `ConfigurationError` where it is no name of one, or there is no token."""
     found = repository(Kind.MODEL, name)
     if found is None or found.revision:
         raise ConfigurationError(
@@ -42,7 +42,7 @@ def push_folder(folder: Path, repo: str, about: Mapping[str, Any], *, public: bo
     `about` is stored beside them as `MARK`.
 
     Raises:
-        ConfigurationError: the repository is somebody else's work, or this token may not write there.
+        ConfigurationError: the repository was made otherwise, or this token may not write there.
         OpdError: there is no connection.
     """
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
@@ -86,7 +86,7 @@ def _push(files: Mapping[str, Path], repo: str, about: Mapping[str, Any], *, pub
 
 
 def _info(repo: str) -> Any:
-    """What the hub says of a repository, None where there is none that this token sees."""
+    """Description of a repository by the hub, None where there is none that this token sees."""
     try:
         return answered(lambda: HfApi().repo_info(repo, timeout=ATTEMPT_S))
     except Refused as refused:
@@ -96,7 +96,7 @@ def _info(repo: str) -> Any:
 
 
 def _asked(repo: str, ask: Callable[[], Any]) -> Any:
-    """The answer to a request that changes something: it is not repeated, since nobody knows what it did."""
+    """Answer to a request that changes something; it is not repeated, since the first one may have been carried out."""
     try:
         return ask()
     except HfHubHTTPError as error:

@@ -131,7 +131,7 @@ def model_key(teacher: str) -> str:
 
 
 def _weights(config: RunConfig, key: str) -> Weights:
-    """What is read of a model's weights here."""
+    """Part of a model's weights that is read here."""
     for name, teacher in config.teachers.items():
         elsewhere = teacher.backend in REMOTE and LastHidden not in config.method.requires
         if key == model_key(name) and elsewhere and name not in writers_of(config):
@@ -146,7 +146,7 @@ def _snapshot(name: HubId, key: str) -> Snapshot:
 
 
 def forget() -> None:
-    """Ask the hub anew for what was asked before in this process."""
+    """Clear all snapshots that this process remembers."""
     _snapshot.cache_clear()
 
 
@@ -200,7 +200,7 @@ def record(folder: Path, inputs: Sequence[HubInput]) -> None:
 
 
 def recorded_in(folder: Path) -> Mapping[str, HubInput]:
-    """What `record` stored in `folder`, by setting; nothing where no name was on the hub.
+    """Inputs that `record` stored in `folder`, by setting; none where no name was on the hub.
 
     Raises:
         DataError: the file is damaged.
@@ -227,7 +227,7 @@ def _recorded(config: RunConfig) -> Mapping[str, HubInput]:
 
 
 def _as_recorded(key: str, name: HubId, recorded: Mapping[str, HubInput]) -> HubId:
-    """`name` at the recorded commit, where the same was asked for as then, or less."""
+    """The name at the recorded commit, where the same was requested as then, or no revision."""
     before = recorded.get(key)
     if before is None:
         return name

@@ -81,7 +81,7 @@ def export_and_push(run: str, output: str, step: str, student: str, request: Pus
 
 
 def run_of(place: Path) -> RunDirectory | None:
-    """The run that an export or a checkpoint lies in, if it does."""
+    """Run directory of an export or a checkpoint, or None."""
     above = place.resolve().parents[1 if newest_first([place.name]) else 0]
     return RunDirectory(above) if (above / "config.yaml").is_file() else None
 

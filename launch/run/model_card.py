@@ -1,4 +1,4 @@
-"""Model card of an exported student: what its run directory says of it, and nothing else."""
+"""Model card of an exported student, from its run directory alone."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from opd.method.method import Method
 
 _LICENSE = (
     "None is stated here. The terms of the base model, of the teacher and of the data say what may be done with this "
-    "model; whoever publishes it reads them and adds `license:` to the head of this file."
+    "model; read them before publishing it, and add `license:` to the head of this file."
 )
 _MEASURES = ("greedy", "mean_at_k", "pass_at_k", "k", "reverse_kl", "length_mean", "truncation_rate")
 _HEADINGS = ("greedy accuracy", "mean@k", "pass@k", "k", "reverse KL", "mean length", "truncated")
@@ -76,7 +76,7 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _promise(settings: Mapping[str, Any]) -> str:
-    """What the expected gradient is that of, as the objectives declare and `opd certify` checks."""
+    """Promise of the objectives: the divergence whose gradient theirs is on average, as `opd certify` checks."""
     try:
         method = construct(Method, settings.get("method"), "method", settings.get("allow_targets") or [])
     except OpdError:
@@ -147,7 +147,7 @@ def _sources(settings: Mapping[str, Any]) -> Sequence[tuple[str, Mapping[str, An
 
 
 def _model(facts: CardFacts, key: str, given: Any) -> str:
-    """A model by its name on the hub, or by its weights: a path of another machine says nothing."""
+    """Name of a model on the hub, or else the digest of its weights."""
     if key in facts.hub:
         return f"`{facts.hub[key].pinned}`"
     path = str((given or {}).get("path", ""))

@@ -13,7 +13,7 @@ from opd.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushRequest:
-    """Where a student is pushed to; private unless `public`, and nobody's work is replaced unless `overwrite`."""
+    """Target of a push: private unless `public`; a repository made otherwise is replaced with `overwrite` alone."""
 
     repo: str
     public: bool = False

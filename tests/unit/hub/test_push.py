@@ -92,7 +92,7 @@ def test_a_student_is_pushed_privately_with_a_true_card(
     everything = b"".join(files.values())
     assert token.encode() not in everything and str(tmp_path).encode() not in everything
     assert json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] == "org/small"
-    assert json.loads(files["opd.json"])["inputs"]["student.path"] == f"org/small@{COMMIT}"
+    assert json.loads(files["opd_export.json"])["inputs"]["student.path"] == f"org/small@{COMMIT}"
 
 
 def test_public_is_asked_for_and_an_own_repository_is_renewed(hub: HubStandIn, token: str, run: RunDirectory) -> None:
