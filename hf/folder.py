@@ -4,7 +4,6 @@ Files are foreign: whatever is wrong with one is a sentence that begins with `pa
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -88,12 +87,7 @@ def _no_folder(path: str, part: str) -> str:
     what = f"{part} needs a checkpoint folder, but {path!r} is"
     if Path(path).exists():
         return f"{what} a file; give the folder it lies in"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        return (
-            f"{what} none; names on the Hugging Face hub are not read, so if it is one, download it with "
-            f"`hf download {path} --local-dir FOLDER` and give that folder, and otherwise correct the path"
-        )
-    return f"{what} none; correct the path"
+    return f"{what} none; correct the path, or give a name on the Hugging Face hub (ORG/NAME)"
 
 
 def text_config(path: str, part: str) -> dict[str, Any]:

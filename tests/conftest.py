@@ -17,6 +17,7 @@ from tests.typed_calls import enforce
 
 # Ray reads these when it is imported, which vLLM does on the way.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; tests/hub_stand_in.py stands for it
 
 as_from_a_terminal()
 

@@ -32,6 +32,7 @@ usage: opd COMMAND [OVERRIDE ...]
   opd show RUN [step=N]                  numbers and kept completions of a step (the last one)
   opd report RUN                         the page of a run again, also while it goes on
   opd export run=NAME output=DIR [step=N]   a run's student as a Hugging Face folder, finished or as step N left it
+             push=ORG/NAME [public=true] [overwrite=true]   ... as a repository on the hub, private unless public
   opd submit address=URL [working_dir=DIR] [exclude=A,B] [follow=false] COMMAND output_dir=/SHARED [...]
              the same on a running Ray cluster
   opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN

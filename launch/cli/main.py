@@ -206,14 +206,20 @@ def _submit(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    from launch.run.export import export_run
-
-    own, rest = _split(arguments, ("run", "output", "step", "student"))
-    if rest or not {"run", "output"} <= set(own):
+    own, rest = _split(arguments, ("run", "output", "step", "student", "push", "public", "overwrite"))
+    if rest or "run" not in own or not {"output", "push"} & set(own):
         raise ConfigurationError(
-            "opd export needs run=NAME_OR_DIRECTORY output=NEW_FOLDER, and takes step=N and student=FOLDER beside them"
+            "opd export needs run=NAME_OR_DIRECTORY and output=NEW_FOLDER or push=ORG/NAME, and takes step=N, "
+            "student=FOLDER, public=true and overwrite=true beside them"
         )
-    print(export_run(own["run"], own["output"], own.get("step", ""), own.get("student", "")))
+    from launch.run.export import export_and_push, export_run
+    from launch.run.push import PushRequest
+
+    request, more = PushRequest.of(own), (own.get("step", ""), own.get("student", ""))
+    if request is None:
+        print(export_run(own["run"], own["output"], *more))
+    else:
+        print(export_and_push(own["run"], own.get("output", ""), *more, request))
     return 0
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from launch.config.run_config import teacher_config
 from launch.plan.checks.models import hidden_width
+from launch.plan.hub import local_teacher
 from opd.errors import ConfigurationError
 from opd.settings.devices import resolve_device, resolve_dtype
 from opd.settings.secret import Secret
@@ -22,13 +23,14 @@ def serve_teacher(own: Mapping[str, str], overrides: Sequence[str], console: Con
             f"opd serve-teacher serves a model of this machine, but teacher.backend is {config.backend.name}; set "
             "teacher.backend=TORCH or VLLM"
         )
+    config, known_as = local_teacher(config)
     for name, value in environment(config.device, config.backend).items():
         os.environ.setdefault(name, value)
-    asyncio.run(_serve(config, own, console))
+    asyncio.run(_serve(config, known_as, own, console))
     return 0
 
 
-async def _serve(config: TeacherConfig, own: Mapping[str, str], console: Console) -> None:
+async def _serve(config: TeacherConfig, known_as: str, own: Mapping[str, str], console: Console) -> None:
     from teacher_service.backends import backend
     from teacher_service.frames import FrameLimits
     from teacher_service.server import LOOPBACK, ServerConfig, TeacherServer
@@ -48,7 +50,7 @@ async def _serve(config: TeacherConfig, own: Mapping[str, str], console: Console
     server = TeacherServer(teacher, identity, listening, served_kinds(config))
     url = await server.start()
     try:
-        console.print(f"teacher {config.path} serves at {url}; teacher.fingerprint={identity.model}")
+        console.print(f"teacher {known_as} serves at {url}; teacher.fingerprint={identity.model}")
         if listening.host not in LOOPBACK:
             console.print("it listens beyond this machine, and HTTP is not encrypted: keep it in a private network")
         await asyncio.Event().wait()

@@ -27,6 +27,7 @@ from launch.cli.stages import OF_THE_RUN, Stage, override_key
 from launch.cli.train import train_once
 from launch.config.run_config import RunConfig, run_config
 from launch.monitors.trackers import check_login
+from launch.plan import hub
 from launch.plan.plan import Plan, make_plan
 from launch.report.figures import short_number
 from launch.report.next_steps import next_steps_text
@@ -212,6 +213,7 @@ class _StagedRun:
             for stage, plan in zip(self._stages, plans, strict=True)
         }
         write_json(self.root / RECORD, now)
+        hub.record(self.root, [one for plan in reversed(plans) for one in plan.hub])
 
     def train(self, console: Console) -> RunDirectory:
         """Train what is left, stage by stage; returns the last stage's directory."""

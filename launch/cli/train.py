@@ -17,6 +17,7 @@ from launch.monitors.callbacks import MakeTracker
 from launch.monitors.live_view import busy_words
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trackers import check_login
+from launch.plan.hub import record
 from launch.plan.plan import Plan, make_plan
 from launch.report.next_steps import next_steps_text
 from launch.run.costs import costs
@@ -39,7 +40,7 @@ def run_training(overrides: Sequence[str]) -> int:
     plan = make_plan(config)
     console = terminal.console()
     if config.dry_run:
-        resumed = resumption(config, console)
+        resumed = resumption(plan.config, console)
         console.print(plan.table())
         plan.show_rate(console)
         if resumed is not None:
@@ -100,6 +101,7 @@ def train_once(plan: Plan, console: Console, *, whole: str = "", trackers: Seque
             directory.add_changes(resumed.changed)
         directory.write_config(config.text)
         directory.write_command(config.overrides)
+        record(directory.path, plan.hub)
         _train(plan, directory, console, resumed, whole, trackers)
     return directory
 

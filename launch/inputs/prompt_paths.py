@@ -1,7 +1,6 @@
 """Files behind a prompt path: one file, a folder of them, a pattern, or a saved `datasets` folder."""
 
 import json
-import re
 from glob import glob
 from pathlib import Path
 
@@ -16,7 +15,6 @@ FORMS = (
     f"a file ({', '.join(ENDINGS)}, also with {', '.join(COMPRESSED)} after it), a folder or a pattern of such files, "
     "or a folder written by datasets.save_to_disk"
 )
-_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _PIECE = 16 << 20
 
 
@@ -47,8 +45,10 @@ def files_of(path: str, key: str) -> tuple[Path, ...]:
     files = tuple(_file(file, key) for file in found if file.is_file())
     if files:
         return files
-    hub = "; names on a hub are not fetched, so download the files first" if _HUB.fullmatch(path) else ""
-    raise ConfigurationError(f"{key} {path!r} does not exist; set it to {FORMS}{hub}")
+    raise ConfigurationError(
+        f"{key} {path!r} does not exist; set it to {FORMS}, or to a data set on the Hugging Face hub "
+        "(ORG/NAME:CONFIG:SPLIT)"
+    )
 
 
 def content_digest(path: str, key: str) -> str:

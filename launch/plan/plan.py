@@ -32,6 +32,8 @@ from launch.plan.checks.settings import check_settings, check_shares, schedule_n
 from launch.plan.checks.survey import Survey, survey_all, survey_step
 from launch.plan.checks.tasks import check_tasks
 from launch.plan.checks.teachers import check_adapters, check_embeddings, check_names, check_teachers, unread_notes
+from launch.plan.hub import HubInput, localized
+from launch.plan.hub import remarks as hub_remarks
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
@@ -56,8 +58,8 @@ class Plan:
     parameters. `vocabulary` counts the ids of the tokenizer, without the model's padding. `answers` says of the prompts
     that come from files how many reference answers can be graded against. `prompts` shows the
     first prompt, and `remarks` are sentences about what is no error. `undecided`: nothing says whether the run should
-    use GPUs, if the cluster has some. `ends`: the ids that end a
-    completion. `sentinel`: the text by which engines are checked (`weight_sync.sentinel`).
+    use GPUs, if the cluster has some. `ends`: the ids that end a completion. `sentinel`: the text by which engines are
+    checked (`weight_sync.sentinel`). `hub`: settings that name something on the hub, with the exact commits.
     """
 
     config: RunConfig
@@ -73,6 +75,7 @@ class Plan:
     undecided: bool = False
     ends: tuple[int, ...] = ()
     sentinel: tuple[int, ...] = ()
+    hub: tuple[HubInput, ...] = ()
 
     def memory_bytes(self) -> Mapping[str, int]:
         """Estimated bytes of one process per role: weights, optimizer, blocks of logits and an engine's cache on a CPU.
@@ -139,7 +142,9 @@ class Plan:
             console.print(line, highlight=False)
 
     def show_prompts(self, console: Console) -> None:
-        """Print the first prompt, and the remarks about all of them."""
+        """Print what names on the hub are here, the first prompt, and the remarks about all of them."""
+        for one in self.hub:
+            console.print(f"{one.setting}: {one}", highlight=False, soft_wrap=True)
         for name, text in self.prompts.items():
             console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
         for remark in self.remarks:
@@ -154,7 +159,7 @@ def make_plan(config: RunConfig) -> Plan:
     """Plan of a run: checks checkpoints, tokenizers, prompts and sizes; raises one sentence about the first error."""
     check_transport(config)
     open_device = config.cluster.address != "local" and undecided(config)
-    config = resolved(config)
+    config, hub = localized(resolved(config))
     with_kernel(config.learner.loss_kernel, config.method.loss)
     check_adapters(config)
     check_names(config)
@@ -181,7 +186,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_ids([student, *teachers.values()], training, held_out)
     check_shares(config, training)
     check_one_context(config, training)
-    notes = check_tasks(config, training, held_out)
+    notes = [*check_tasks(config, training, held_out), *hub_remarks(config, hub)]
     answers = check_answers(config, sources, held_out)
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
@@ -207,6 +212,7 @@ def make_plan(config: RunConfig) -> Plan:
             *unread_notes(config),
         ],
         ends=ends.ids,
+        hub=hub,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
     )
 

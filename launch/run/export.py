@@ -9,14 +9,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from hf.folder import has_config
+from hf.folder import has_config, read_json
 from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import check_checkpoint
 from launch.artifacts.checkpoint_state import LEARNER, MANIFEST, newest_first
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.evaluation_point import EvaluationPoint
-from launch.artifacts.run_directory import RunDirectory, write_text
+from launch.artifacts.run_directory import RunDirectory, write_json, write_text
 from launch.plan.checks.ends import text_ends
+from launch.plan.hub import local_model, recorded_in
+from launch.run.model_card import card, facts_of
+from launch.run.push import PushRequest, push
 from launch.services.learner_restart import RestartingLearner
 from learner.config import LoraConfig
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -56,13 +59,61 @@ def export_run(run: str, output: str, step: str = "", student: str = "") -> str:
     `run` is a run's name, its directory, or the folder of one of its checkpoints. Without `step` it is the finished
     student, or else the newest checkpoint. `student` is where the folder that was trained stands by now.
     """
+    return str(_export(run, output, step, student))
+
+
+def export_and_push(run: str, output: str, step: str, student: str, request: PushRequest) -> str:
+    """`opd export push=ORG/NAME`: as `export_run`, in a folder that is forgotten without `output`, and then pushed.
+
+    Returns the address of the commit.
+    """
+    place = _place(run, step)
+    directory = run_of(place)
+    if directory is None:
+        raise ConfigurationError(
+            f"push={request.repo} needs a run's directory for the model card, and {place} lies in none; give run=NAME"
+        )
+    steps = newest_first([place.name])
+    with TemporaryDirectory(prefix="opd-") as temporary:
+        folder = _export(run, output or str(Path(temporary) / "student"), step, student)
+        at = steps[0] if steps else facts_of(directory, None).step
+        return push(request, folder, directory, at)
+
+
+def run_of(place: Path) -> RunDirectory | None:
+    """Run directory of an export or a checkpoint, or None."""
+    above = place.resolve().parents[1 if newest_first([place.name]) else 0]
+    return RunDirectory(above) if (above / "config.yaml").is_file() else None
+
+
+def _export(run: str, output: str, step: str, student: str) -> Path:
     target = Path(output)
     if target.exists():
         raise ConfigurationError(f"output {output} exists and is never overwritten; choose another output=...")
     place = _place(run, step)
     if newest_first([place.name]):
         _write(place, target, student)
-        return str(target)
+    else:
+        _copy(run, place, target)
+    directory = run_of(place)
+    if directory is not None:
+        at = newest_first([place.name])
+        write_text(target / "README.md", card(facts_of(directory, at[0] if at else None)))
+        _name_base(target / "adapter" / "adapter_config.json", directory)
+    return target
+
+
+def _name_base(file: Path, directory: RunDirectory) -> None:
+    """Name the base model of adapters as on the hub, where it came from there: its folder is of this machine."""
+    base = recorded_in(directory.path).get("student.path")
+    if base is not None and file.is_file():
+        repo, _, commit = base.pinned.partition("@")
+        write_json(
+            file, read_json(file, "the exported adapter") | {"base_model_name_or_path": repo, "revision": commit}
+        )
+
+
+def _copy(run: str, place: Path, target: Path) -> None:
     check_checkpoint(str(place), f"the export of run {run}")
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -72,7 +123,6 @@ def export_run(run: str, output: str, step: str = "", student: str = "") -> str:
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OpdError(f"{target} cannot be written ({error.strerror or error}); choose another output=...") from error
-    return str(target)
 
 
 @contextmanager
@@ -117,12 +167,20 @@ def _write(place: Path, target: Path, student: str) -> None:
 
     state = verified_state(place)
     origin = origin_of(state.config, student)
+    origin = replace(origin, student=_found(origin.student, run_of(place)))
     check_checkpoint(origin.student, "the student that was trained (student=... if it has moved)")
     ends = text_ends(origin.student, HuggingFaceTokenizer(origin.student), {}).ids
     export_checkpoint(place / LEARNER, replace(origin, ends=ends), target)
     known = {name: state.config.get(name) for name in ("method.name", "student.path", "learner.lr", "seed")}
     facts = {"run": state.run_name, "step": str(state.step)} | {name: str(value) for name, value in known.items()}
     write_text(target / "README.md", _card(f"{state.run_name} step {state.step}", facts, None))
+
+
+def _found(student: str, directory: RunDirectory | None) -> str:
+    """The folder that was trained; where it is gone and came from the hub, it is fetched again at the same commit."""
+    base = recorded_in(directory.path).get("student.path") if directory is not None else None
+    wanted = base.pinned if base is not None and not Path(student).is_dir() else student
+    return local_model("student", wanted)[0]
 
 
 def _keep_libraries_quiet() -> None:

@@ -29,6 +29,7 @@ from launch.monitors.step_metrics import Meter
 from launch.monitors.trace import TraceTracker
 from launch.monitors.trackers import PlannedRun, Tracker, make_trackers
 from launch.plan.environment import package_versions
+from launch.plan.hub import model_key, sized
 from launch.plan.plan import Plan
 from launch.run.costs import costs
 from launch.run.doctor import as_json, consult
@@ -319,9 +320,9 @@ class Run:
         teachers = sum(teacher.replicas for teacher in config.teachers.values())
         return {
             "method": config.method.name,
-            "student": f"{plan.student_params / 1e6:.2f}M parameters",
+            "student": sized(plan.hub, "student.path", plan.student_params),
             **{
-                "teacher" if name == DEFAULT else f"teacher {name}": f"{params / 1e6:.2f}M parameters"
+                "teacher" if name == DEFAULT else f"teacher {name}": sized(plan.hub, model_key(name), params)
                 for name, params in plan.teacher_params.items()
             },
             "prompts": type(config.prompts).__name__,

@@ -18,7 +18,7 @@ from opd.ports.engines import (
 from opd.ports.environment import Environment, MakeEnvironment, Outcome
 from opd.ports.learner import Layout, Learner, LossFunction, Observer, Rank, Reading, broadcast
 from opd.ports.needs import Need, Role, needs_of
-from opd.ports.prompts import Answered, Listed, PromptSource, References, Routed, Sources, Windowed
+from opd.ports.prompts import Answered, Elsewhere, Listed, PromptSource, References, Routed, Sources, Windowed
 from opd.ports.requests import Completion, GenerateRequest, Sampling, ScoreAnswer, ScoreRequest, TeacherBlend
 from opd.ports.score_kinds import AtIds, LastHidden, LogitRows, SampledToken, ScoreKind, ScoreKinds, TopK
 from opd.ports.weights import (
@@ -40,6 +40,7 @@ __all__ = [
     "Call",
     "Completion",
     "Context",
+    "Elsewhere",
     "Embeddings",
     "Engines",
     "Environment",

@@ -96,6 +96,15 @@ class Windowed(Protocol):
         ...
 
 
+@runtime_checkable
+class Elsewhere(Protocol):
+    """A prompt source whose settings may name files that are not here: a data set on a hub, which was fetched."""
+
+    def found_at(self, place: str, folders: Mapping[str, tuple[str, str]]) -> PromptSource:
+        """The same source with its exact name and the folder of each setting (as in `Listed.files`) that is given."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
     """All reference answers of one file, for the grader of `task`, each with its file and line.

@@ -1,7 +1,7 @@
 """Prompts from files of the user's own."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import numpy as np
@@ -80,6 +80,7 @@ class DatasetPrompts(Conversations):
     # teacher of rows that name none
     teacher: Names = "default"
     max_unreadable_answers: Fraction = 0.01
+    folder: str = field(default="", repr=False)  # where the files are, if `path` names a data set on a hub
 
     def __post_init__(self) -> None:
         if self.stream and self.teacher_column:
@@ -154,11 +155,16 @@ class DatasetPrompts(Conversations):
 
     def files(self, place: str) -> Mapping[str, str]:
         """See `opd.ports.Listed`."""
-        return {f"{place}.path": self.path, **self.few_shot_files(place)}
+        return {f"{place}.path": self.folder or self.path, **self.few_shot_files(place)}
 
     def columns_of_examples(self, place: str) -> Columns:
         """See `Conversations`: few-shot records have the columns of the prompts."""
         return Columns(prompt=self.prompt_column, answer=self.answer_column or "answer", place=place)
+
+    def found_at(self, place: str, folders: Mapping[str, tuple[str, str]]) -> "DatasetPrompts":
+        """See `opd.ports.Elsewhere`. Prompts keep the name of the data set, wherever its files are."""
+        path, folder = folders.get(f"{place}.path", (self.path, self.folder))
+        return replace(self, path=path, folder=folder)
 
     def routes(self, sources: Sources) -> frozenset[str]:
         """All teachers that a row names (see `opd.ports.Routed`)."""
@@ -179,7 +185,7 @@ class DatasetPrompts(Conversations):
         return [References(place=sources.place, task=self.task, answers=answers, allowed=allowed)]
 
     def _rows(self, sources: Sources) -> Sequence[Row]:
-        return sources.rows(self.path, self.columns(sources.place))
+        return sources.rows(self.folder or self.path, self.columns(sources.place))
 
     def columns(self, place: str) -> Columns:
         """Columns that rows are read from; `place` is the part of the settings that an error names."""

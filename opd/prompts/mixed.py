@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Answered, Listed, PromptSource, References, Routed, Sources, Windowed
+from opd.ports import Answered, Elsewhere, Listed, PromptSource, References, Routed, Sources, Windowed
 from opd.prompts.shares import window
 from opd.settings.ranges import In, Length, Names, Relative
 from opd.settings.validation import settings
@@ -129,6 +129,14 @@ class MixedPrompts:
     def files(self, place: str) -> Mapping[str, str]:
         """See `opd.ports.Listed`."""
         return {k: v for name, source in self._listed() for k, v in source.files(f"{place}.sources.{name}").items()}
+
+    def found_at(self, place: str, folders: Mapping[str, tuple[str, str]]) -> "MixedPrompts":
+        """See `opd.ports.Elsewhere`."""
+        moved = {
+            name: source.found_at(f"{place}.sources.{name}", folders) if isinstance(source, Elsewhere) else source
+            for name, source in self.sources.items()
+        }
+        return replace(self, sources=moved)
 
     def _listed(self) -> list[tuple[str, Listed]]:
         return [(name, source) for name, source in self.sources.items() if isinstance(source, Listed)]

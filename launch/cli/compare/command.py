@@ -18,6 +18,7 @@ from launch.cli.compare.budget_plan import PILOT_STEPS, Budget, at_most_per_step
 from launch.cli.compare.comparison import Comparison, Request, from_arguments, from_experiment
 from launch.cli.compare.shared_runs import run_all
 from launch.config.run_config import run_config
+from launch.plan import hub
 from launch.plan.checks.answers import NO_ANSWERS
 from launch.plan.plan import Plan, make_plan
 from launch.report.comparison import Arm
@@ -57,6 +58,8 @@ def _compare(request: Request) -> int:
             f"comparison directory {stages.root} exists and is never overwritten; choose another run_name=..., or go "
             "on with resume=true (opd train: comparison.resume=true)"
         )
+    stages.root.mkdir(parents=True, exist_ok=True)
+    hub.record(stages.root, [one for plan in first.values() for one in plan.hub])
     costs, budget = stages.pilots(first)
     values, notes, costs = stages.trials(costs, budget)
     runs = stages.reported(values, costs, budget)

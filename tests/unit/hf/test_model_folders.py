@@ -64,8 +64,9 @@ def test_an_adapter_says_how_to_merge_it(tmp_path: Path) -> None:
     refused(str(tmp_path), r"LoRA adapter of 'models/base'; merge .*merge_and_unload\(\)")
 
 
-def test_a_name_on_the_hub_says_how_to_download_it() -> None:
-    refused("Qwen/Qwen3-0.6B", r"not read.*`hf download Qwen/Qwen3-0\.6B --local-dir FOLDER`")
+def test_no_folder_says_what_else_a_path_may_be() -> None:
+    refused("./Qwen/Qwen3-0.6B", r"is none; correct the path, or give a name on the Hugging Face hub \(ORG/NAME\)")
+    refused("Qwen/Qwen3-0.6B", r"is no path here, and the hub .* cannot be asked")
 
 
 def test_heads_that_no_kernel_on_a_cpu_has_are_refused(tmp_path: Path) -> None:

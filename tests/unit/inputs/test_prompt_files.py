@@ -153,7 +153,7 @@ def test_folders_patterns_and_saved_splits(tmp_path: Path) -> None:
     assert "no whole saved data set" in refusal(tmp_path / "splits" / "test")
     (tmp_path / "empty").mkdir()
     assert "has no prompt files" in refusal(tmp_path / "empty")
-    assert "names on a hub are not fetched" in refusal("openai/gsm8k")
+    assert "a data set on the Hugging Face hub (ORG/NAME:CONFIG:SPLIT)" in refusal("openai/gsm8k")
     assert "does not exist" in refusal(tmp_path / "*.nothing") and "looked at" in refusal("x" * 5000)
     assert len(files_of(str(tmp_path / "many"), "k")) == 2
     assert content_digest(str(tmp_path / "many"), "k") == content_digest(str(tmp_path / "many" / "[ab].*"), "k")
