@@ -1,6 +1,9 @@
 """Imports without garbage collection, which goes on after them as it was."""
 
 import gc
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +26,21 @@ def test_nothing_is_collected_inside_and_all_is_as_before_afterwards(on: bool) -
         assert gc.isenabled() == on
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_what_was_imported_is_not_looked_through_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "opd_new_module.py").write_text("MADE = [[]]\n")
+    gc.unfreeze()
+    try:
+        with uncollected():
+            importlib.import_module("opd_new_module")
+        made = sys.modules["opd_new_module"].MADE
+        assert gc.get_freeze_count() > 0 and not any(one is made for one in gc.get_objects())
+        gc.unfreeze()
+        with uncollected():
+            importlib.import_module("opd_new_module")
+        assert gc.get_freeze_count() == 0, "nothing was imported"
+    finally:
+        gc.unfreeze()
+        sys.modules.pop("opd_new_module", None)
