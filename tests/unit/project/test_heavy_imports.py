@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,3 +45,11 @@ def test_what_was_imported_is_not_looked_through_later(tmp_path: Path, monkeypat
     finally:
         gc.unfreeze()
         sys.modules.pop("opd_new_module", None)
+
+
+def test_a_command_ends_without_looking_through_what_it_imported() -> None:
+    """Handlers of Python's end that were there before it run after it, and see that everything is frozen."""
+    script = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0, len(gc.get_objects()) < 100))"
+    script += "; from launch.cli.main import main; main(['--version'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "True True"
