@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from launch.config.settings import ClusterConfig
 from launch.services.cluster import connected
 from launch.services.programs import ray_agent, start_worker
-from launch.services.ray_node import bare
+from launch.services.ray_node import _own_agent, bare
 
 SHOWN = ("OPD_A", "OPD_B", "OPD_C")
 WORKER = f"""import json, os, sys
@@ -109,6 +110,25 @@ def test_a_local_session_has_no_processes_but_those_that_a_run_needs_and_gives_a
     assert not [command for command in others for part in left_out if part in command]
     assert [command for command in others if ray_agent.__file__ in command]
     assert any(word.startswith("--dashboard_agent_command=") for command in commands for word in command.split())
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "raylet/raylet",
+        "--runtime_env_agent_command=python dashboard/agent.py --x=1",
+        "--dashboard_agent_command=python a.py",
+    ],
+)
+def test_only_the_command_of_the_dashboards_agent_is_replaced(part: str) -> None:
+    assert _own_agent(part) == part
+
+
+def test_the_agents_arguments_are_kept() -> None:
+    part = '--dashboard_agent_command=python -u "/a b/ray/dashboard/agent.py" "--session-dir=/c d" --node-id=ab'
+    name, _, command = _own_agent(part).partition("=")
+    assert name == "--dashboard_agent_command"
+    assert shlex.split(command) == [sys.executable, "-S", ray_agent.__file__, "--session-dir=/c d", "--node-id=ab"]
 
 
 def test_ray_is_as_it_was_when_its_start_is_over() -> None:
