@@ -19,7 +19,7 @@ from launch.config.settings import ClusterConfig, Placement
 from launch.services.failure_causes import brief
 from launch.services.placement import ActorRole, Machine, check_fits
 from launch.services.ray_address import check_cluster
-from launch.services.ray_node import Node, on_loopback, start_ray
+from launch.services.ray_node import Node, bare, on_loopback, start_ray
 from launch.services.replicas import DescribeStacks, no_stack_dump
 from launch.services.signals import signals_kept
 from launch.services.stack_dumps import StackDumps
@@ -115,7 +115,7 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     folder = ""
     if local:
-        with signals_kept(), on_loopback():
+        with signals_kept(), on_loopback(), bare():
             session: Any = start_ray(
                 lambda: ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet),
                 config.start_deadline_s,

@@ -7,16 +7,21 @@ that is process 1 only after they have been asked something.)
 import asyncio
 import logging
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
 from launch.services.failure_causes import brief
+from launch.services.programs import ray_agent, start_worker
 from launch.services.replicas import GO_ON
 from opd.deadlines import repeated
 from opd.errors import OpdError
@@ -131,6 +136,48 @@ def on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Ray's processes that are started inside are those that a run on one machine needs.
+
+    Left out are the autoscaler, the monitor of logs (whose lines no driver here asks for), and the dashboard, which Ray
+    starts without a page where none is wanted. Two are replaced (`launch.services.programs`): the dashboard's agent and
+    the program that sets a worker's environment.
+    """
+    from ray._private import parameter, ray_constants, services
+
+    whole, start, raylet = parameter.RayParams, services.start_api_server, ray_constants.PROCESS_TYPE_RAYLET
+    begin = services.start_ray_process
+
+    def with_own_agent(command: list[str], process_type: str, *args: Any, **options: Any) -> Any:
+        if process_type == raylet:
+            command = [_own_agent(part) for part in command]
+        return begin(command, process_type, *args, **options)
+
+    parameter.RayParams = partial(
+        whole, no_monitor=True, include_log_monitor=False, setup_worker_path=start_worker.__file__
+    )
+    services.start_api_server = lambda *_, **__: (None, None)  # what Ray's own returns when the dashboard fails
+    services.start_ray_process = with_own_agent
+    try:
+        yield
+    finally:
+        parameter.RayParams, services.start_api_server, services.start_ray_process = whole, start, begin
+
+
+def _own_agent(part: str) -> str:
+    """The argument of a raylet with our agent, if it is the one that names the dashboard's."""
+    name, _, command = part.partition("=")
+    if name != "--dashboard_agent_command":
+        return part
+    words = shlex.split(command)
+    at = next((i for i, word in enumerate(words) if Path(word).parts[-2:] == ("dashboard", "agent.py")), None)
+    if at is None:  # another Ray than the one that is locked: its own agent does as well
+        return part
+    own = [sys.executable, "-S", ray_agent.__file__, *words[at + 1 :]]
+    return f"{name}={subprocess.list2cmdline(own)}"  # as Ray writes it
 
 
 def start_ray(start: Callable[[], Started], deadline_s: float) -> Started:

@@ -21,6 +21,14 @@ def test_a_step_breakdown_trains_and_shows_shares_calls_and_seconds() -> None:
     assert "not in these steps" in printed
 
 
+def test_start_up_and_end_of_a_run_are_shown_by_role_and_stage() -> None:
+    small = ["evaluation.prompts.prompts_per_step=16", "evaluation.reverse_kl_prompts=8", "evaluation.samples=1"]
+    printed = apart("benchmarks.startup", *small, learners=False)
+    for role in ("driver", "rollout actor (vLLM)", "learner rank (DeepSpeed)", "teacher actor", "Ray: raylet"):
+        assert f"│ {role} " in printed, role
+    assert "to the first step: " in printed and "from the last step to the end: " in printed
+
+
 def test_publishing_is_compared_with_a_memcpy_with_more_receivers_and_while_an_engine_writes() -> None:
     printed = apart("benchmarks.publish", "1", "8", "4")
     assert "P7: receivers on" in printed and "P7: 0.01 GB in chunks of 32 MiB, one receiver" in printed
