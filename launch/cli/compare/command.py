@@ -77,6 +77,7 @@ class _Stages:
 
     def __init__(self, request: Request, console: Console) -> None:
         self._comparison, self._passed_on, self._console = request.comparison, request.passed_on, console
+        self._dry_run = request.dry_run
         self.root = Path(request.comparison.output_dir) / request.comparison.name
         if request.comparison.tuning is not None:
             request.comparison.tuning.check(list(request.comparison.arms), request.passed_on)
@@ -84,6 +85,7 @@ class _Stages:
     def _plan(self, arm: str, seed: int, label: str, *more: str) -> Plan:
         comparison = self._comparison
         names = [f"seed={seed}", f"run_name={label}-seed{seed}", f"output_dir={self.root}"]
+        names += ["dry_run=true"] if self._dry_run else []  # of a model on the hub it reads headers alone
         try:
             return make_plan(run_config([*comparison.base, *comparison.arms[arm], *self._passed_on, *more, *names]))
         except ConfigurationError as error:

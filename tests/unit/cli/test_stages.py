@@ -125,7 +125,7 @@ class Trained(list[Any]):
 def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     made = Trained()
     monkeypatch.setattr(staged_run, "train_once", made)
-    monkeypatch.setattr(staged_run, "make_plan", lambda config: SimpleNamespace(config=config))
+    monkeypatch.setattr(staged_run, "make_plan", lambda config: SimpleNamespace(config=config, hub=()))
     monkeypatch.setattr(staged_run, "next_steps_text", lambda directory: str(directory.path))
     return made
 

@@ -84,7 +84,7 @@ def sources(path: str) -> Sources:
 
 def quick_plan(config: Any) -> Any:
     """What a comparison reads of a plan; a real one takes a second of reading checkpoints, about which this is not."""
-    return SimpleNamespace(config=config, answers={}, sources=sources(config.student.path))
+    return SimpleNamespace(config=config, answers={}, hub=(), sources=sources(config.student.path))
 
 
 @pytest.fixture(autouse=True)
