@@ -156,9 +156,8 @@ def bare() -> Iterator[None]:
             command = [_own_agent(part) for part in command]
         return begin(command, process_type, *args, **options)
 
-    parameter.RayParams = partial(
-        whole, no_monitor=True, include_log_monitor=False, setup_worker_path=start_worker.__file__
-    )
+    fewer: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+    parameter.RayParams = partial(whole, **fewer, setup_worker_path=start_worker.__file__)
     services.start_api_server = lambda *_, **__: (None, None)  # what Ray's own returns when the dashboard fails
     services.start_ray_process = with_own_agent
     try:

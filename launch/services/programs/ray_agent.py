@@ -19,7 +19,8 @@ _LOOK_S = 1.0
 def main(arguments: Sequence[str]) -> None:
     """Write the ports, then wait for the raylet's end."""
     raylet = os.getppid()
-    given = dict(argument.removeprefix("--").partition("=")[::2] for argument in arguments)
+    parts = [argument.removeprefix("--").partition("=") for argument in arguments]
+    given = {name: value for name, _, value in parts}
     for name in _PORTS:
         write(Path(given["session-dir"]) / f"{name}_{given['node-id']}", _UNUSED)
     while os.getppid() == raylet:
