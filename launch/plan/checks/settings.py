@@ -5,6 +5,7 @@ from math import floor
 from typing import Any
 
 from hf.folder import read_headers
+from launch.artifacts.checkpoint_state import described
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
@@ -34,6 +35,16 @@ def check_settings(config: RunConfig) -> None:
     _check_devices(config)
     if config.learner.lora.r:
         _check_adapters(config)
+
+
+def text_notes(config: RunConfig) -> list[str]:
+    r"""Notes on texts with a backslash and an n in them, which are no line end: overrides know no such escape."""
+    return [
+        f"note: {name} has a backslash and an n where a line end may be meant, and that is what will be read; a shell "
+        f"writes a line end as $'{name}=...\\n...', and YAML between double quotes"
+        for name, value in described(config).items()
+        if isinstance(value, str) and "\\n" in value
+    ]
 
 
 def schedule_notes(config: RunConfig) -> list[str]:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from launch.config.run_config import run_config
 from launch.inputs.graders import MathGrader
 from launch.inputs.prompt_files import read_rows
+from launch.plan.checks.settings import text_notes
 from launch.plan.plan import make_plan
 from learner.config import LoraConfig
 from opd.errors import OpdError
@@ -319,3 +320,11 @@ def test_an_option_of_ones_own_called_like_ours_is_refused(tmp_path: Path) -> No
     (tmp_path / "method" / "gkd.yaml").write_text("name: mine\n")
     with pytest.raises(OpdError, match=r"gkd\.yaml is called like an option of the project, method=gkd"):
         run_config([f"conf={tmp_path}", "method=gkd"])
+
+
+@pytest.mark.parametrize(("written", "noted"), [(r"Q:\n", True), ("Q:\n", False), (r"C:\temp", False)])
+def test_a_backslash_and_an_n_is_told_from_a_line_end(written: str, noted: bool) -> None:
+    own = ["prompts=dataset", "prompts.path=x", "evaluation=dataset", "evaluation.prompts.path=y"]
+    config = run_config([*own, f"prompts.suffix={written}"])
+    assert getattr(config.prompts, "suffix", "") == written  # never rewritten
+    assert any("prompts.suffix has a backslash and an n" in note for note in text_notes(config)) == noted
