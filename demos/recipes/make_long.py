@@ -78,7 +78,7 @@ def make_student(folder: Path) -> None:
 MAKERS = {"teacher": make_teacher, "student": make_student}
 
 # Least and greatest share of rounds that are right at temperature 1, and of the teacher's words in the student's texts.
-ROUNDS_RIGHT = {"teacher": (0.8, 1.0), "student": (0.0, 0.1)}
+ROUNDS_RIGHT = {"teacher": (0.5, 1.0), "student": (0.0, 0.1)}
 BEFORE_A_SLIP, AFTER_IT = (0.95, 1.0), (0.0, 0.3)
 
 
