@@ -44,6 +44,7 @@ NAV = {
         "The stage locks <docs/stages/locks>",
         "The stage noisy <docs/stages/noisy>",
         "The stage foreign <docs/stages/foreign>",
+        "The stage long <docs/stages/long>",
     ],
     "Operations": [
         "The doctor <docs/doctor>",

@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from demos.tasks import locks, peak, shop
+from demos.tasks import locks, long, peak, shop
 from launch.inputs.answers import finding
 from launch.inputs.answers.check import doubtful, trouble
 from launch.inputs.answers.equality import same
@@ -73,6 +73,13 @@ class LocksGrader(TaskGrader):
     """The embedded locks task's."""
 
     one: ClassVar = staticmethod(locks.grade)
+
+
+@dataclass(kw_only=True)
+class LongGrader(TaskGrader):
+    """The grader of the embedded task of long completions."""
+
+    one: ClassVar = staticmethod(long.grade)
 
 
 def verify_math(completion: str, answer: str) -> float:
@@ -165,5 +172,7 @@ class MathGrader:
 def make_grader(name: str, part: Any) -> RunGrader:
     """The grader of a run that the part `name` of its configuration describes; nothing is started yet."""
     return (
-        replace(part) if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader) else OwnGrader(name, part)
+        replace(part)
+        if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader | LongGrader)
+        else OwnGrader(name, part)
     )
