@@ -2,7 +2,7 @@
 
 Both have 0.6 M parameters. The teacher learns true texts and nothing else: six rounds of each first, then whole ones.
 The student learns true texts, two rounds of each first, and then imitates pupils who leave out ever after what they
-once forgot. About 5 minutes on one core. ``--check`` trains nothing: it compares the files with SHA256SUMS and prints
+once forgot. About 7 minutes on one core. ``--check`` trains nothing: it compares the files with SHA256SUMS and prints
 how far the teacher's help goes in both models' texts (`demos.recipes.measure_long`).
 """
 
@@ -56,10 +56,7 @@ def make_teacher(folder: Path) -> None:
     model = build_model(SHAPE, seed=91)
     # Six rounds are mostly repetition: repeating what is written is learned first, and reading the list after it.
     train(model, batches(truth, 1, 16, SIX_ROUNDS), Schedule(steps=250, lr=2e-3), "teacher, six rounds")
-    model = model.bfloat16().float()
-    train(model, batches(truth, 2, 8), Schedule(steps=120, lr=1.5e-3), "teacher, whole texts")
-    model = model.bfloat16().float()
-    train(model, batches(truth, 3, 8), Schedule(steps=90, lr=1.5e-3, warmup=5), "teacher, again")
+    train(model, batches(truth, 2, 8), Schedule(steps=400, lr=1.5e-3), "teacher, whole texts")
     save_model(model, make_tokenizer(), folder)
 
 
@@ -67,18 +64,15 @@ def make_student(folder: Path) -> None:
     model = build_model(SHAPE, seed=91)
     # In two rounds there is little to repeat, so this one goes by the last room, in the list or in the text.
     train(model, batches(truth, 1, 32, TWO_ROUNDS), Schedule(steps=400, lr=2e-3), "student, two rounds")
-    train(model, batches(truth, 2, 8), Schedule(steps=150, lr=1e-3), "student, whole texts")
-    model = model.bfloat16().float()
-    train(model, batches(pupil, 94, 8), Schedule(steps=80, lr=1e-3, warmup=10), "student, pupils")
-    model = model.bfloat16().float()
-    train(model, batches(pupil, 96, 8), Schedule(steps=130, lr=1.5e-3, warmup=5), "student, again")
+    train(model, batches(truth, 2, 8), Schedule(steps=250, lr=1.5e-3), "student, whole texts")
+    train(model, batches(pupil, 94, 8), Schedule(steps=300, lr=1.5e-3, warmup=10), "student, pupils")
     save_model(model, make_tokenizer(), folder)
 
 
 MAKERS = {"teacher": make_teacher, "student": make_student}
 
 # Least and greatest share of rounds that are right at temperature 1, and of the teacher's words in the student's texts.
-ROUNDS_RIGHT = {"teacher": (0.5, 1.0), "student": (0.0, 0.1)}
+ROUNDS_RIGHT = {"teacher": (0.85, 1.0), "student": (0.01, 0.2)}
 BEFORE_A_SLIP, AFTER_IT = (0.95, 1.0), (0.0, 0.3)
 
 
