@@ -28,7 +28,7 @@ from launch.plan.checks.prompts import (
     check_templates,
     remarks,
 )
-from launch.plan.checks.settings import check_settings, check_shares, schedule_notes, text_notes
+from launch.plan.checks.settings import check_settings, check_shares, settings_notes
 from launch.plan.checks.survey import Survey, survey_all, survey_step
 from launch.plan.checks.tasks import check_tasks
 from launch.plan.checks.teachers import check_adapters, check_embeddings, check_names, check_teachers, unread_notes
@@ -207,8 +207,7 @@ def make_plan(config: RunConfig) -> Plan:
             *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
             *numbers_notes(config),
-            *schedule_notes(config),
-            *text_notes(config),
+            *settings_notes(config),
             *notes,
             *unread_notes(config),
         ],

@@ -37,6 +37,11 @@ def check_settings(config: RunConfig) -> None:
         _check_adapters(config)
 
 
+def settings_notes(config: RunConfig) -> list[str]:
+    """Notes on settings that may be unintended."""
+    return [*schedule_notes(config), *text_notes(config)]
+
+
 def text_notes(config: RunConfig) -> list[str]:
     r"""Notes on texts with a backslash and an n in them, which are no line end: overrides know no such escape."""
     return [
