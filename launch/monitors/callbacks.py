@@ -65,8 +65,6 @@ class LoggerTracker:
     It is the caller's to close: one object may follow several runs.
     """
 
-    stops = False
-
     def __init__(self, logger: Logger, meter: Meter) -> None:
         self._logger, self._meter = logger, meter
 

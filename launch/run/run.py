@@ -23,7 +23,7 @@ from launch.checkpoint.saver import Retention, Saver
 from launch.checkpoint.step_end import Boundary, until_spent
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.monitors.accounting import TrainingCpu
-from launch.monitors.callbacks import MakeTracker, UserTracker
+from launch.monitors.callbacks import CallbackTracker, MakeTracker
 from launch.monitors.progress import Progress
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trace import TraceTracker
@@ -62,7 +62,6 @@ class Run:
         self._plan, self._directory, self._console = plan, directory, console
         self._config: RunConfig = plan.config
         self._stop, self._resumed, self._make_more = stop, resumed, trackers
-        self._more: list[UserTracker] = []
         self._before = resumed.state if resumed else None
         self._first = self._before.step if self._before else 0  # steps that are done
         self._ledger = Ledger.from_json(self._before.ledger) if self._before else Ledger()
@@ -201,8 +200,8 @@ class Run:
             self._console,
         )
         traced = [TraceTracker(self._directory)] if config.trace else []
-        self._more = [make(self._meter, config.steps) for make in self._make_more]
-        return [stack.enter_context(tracker) for tracker in (*made, *traced, *self._more)]
+        more = [make(self._meter, config.steps) for make in self._make_more]
+        return [stack.enter_context(tracker) for tracker in (*made, *traced, *more)]
 
     async def _train(
         self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: TrainingCpu
@@ -220,7 +219,7 @@ class Run:
             cpu.apart,
             self._first,
             elsewhere=rescue_folders(config, self._directory),
-            spent=lambda: progress.spent or any(tracker.stops for tracker in self._more),
+            spent=lambda: progress.spent or any(t.stops for t in trackers if isinstance(t, CallbackTracker)),
         )
 
         async def remember(record: StepRecord) -> None:

@@ -103,7 +103,8 @@ def described(part: Any, where: str) -> Any:
         raise ConfigurationError(
             f"{where} needs a part that is a dataclass of a module's top level, got {kind.__qualname__}; write it so"
         )
-    fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+    # What is not shown is no setting: it says where the part came from.
+    fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init and f.repr}
     return {
         "_target_": f"{kind.__module__}.{kind.__qualname__}",
         **{name: described(value, f"{where}.{name}") for name, value in fields.items()},
