@@ -1,0 +1,33 @@
+"""The table of measured methods: written from the figures that are kept, and every method has its place in it."""
+
+import json
+import runpy
+from typing import Any
+
+import pytest
+
+from launch.config.shipped_files import groups
+from tests.command import ROOT
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "scripts/measure_methods.py"))
+
+
+def test_every_method_is_in_one_part(script: dict[str, Any]) -> None:
+    named = [method for methods in script["PARTS"].values() for method in methods]
+    assert sorted(named) == sorted(groups()["method"])
+
+
+def test_the_page_is_that_of_the_figures(script: dict[str, Any]) -> None:
+    assert script["PAGE"].read_text() == script["page"](), "run: python scripts/measure_methods.py"
+
+
+def test_figures_are_of_all_methods_of_their_part_and_three_seeds(script: dict[str, Any]) -> None:
+    for file in script["FIGURES"].glob("*.json"):
+        figures = json.loads(file.read_text())
+        assert {arm["arm"] for arm in figures["arms"]} == set(script["PARTS"][file.stem])
+        assert {(run["arm"], run["seed"]) for run in figures["runs"]} == {
+            (method, seed) for method in script["PARTS"][file.stem] for seed in (0, 1, 2)
+        }
