@@ -88,7 +88,7 @@ confident, and no ranking of papers: many claims need a problem that the shop do
 
 
 def arguments(part: str) -> list[str]:
-    """What `opd compare` is called with for a part."""
+    """Arguments of `opd compare` for a part."""
     methods = PARTS[part]
     own = [f"{'+' * o.startswith('+')}{m}.{o.removeprefix('+')}" for m in methods for o in NEEDS.get(m, ())]
     return [

@@ -1,7 +1,8 @@
 """Check of the user's own configuration files before Hydra reads them: plain data of bounded size, or refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -66,3 +67,12 @@ def _walked(root: yaml.Node) -> str:
 
 class _Refused(Exception):
     """Error about a construct that such a file must not have."""
+
+
+def dotted(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted names, e.g. `("learner.lr", 0.001)`; an empty mapping is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value

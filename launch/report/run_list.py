@@ -1,6 +1,6 @@
 """Runs of a folder, a line each; and one step of a run: its numbers and its kept completions."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import localtime, strftime
@@ -13,6 +13,7 @@ from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.run_lock import is_over
 from launch.artifacts.samples import Sample
+from launch.artifacts.user_yaml import dotted
 from launch.report.figures import short_number
 from opd.errors import DataError
 
@@ -84,15 +85,7 @@ def run_line(path: Path) -> RunLine:
 
 def settings_of(text: str) -> Mapping[str, Any]:
     """Settings of a resolved configuration (YAML) by their dotted names."""
-    return dict(_flat(yaml.safe_load(text) or {}, ""))
-
-
-def _flat(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
+    return dict(dotted(yaml.safe_load(text) or {}))
 
 
 def differing(paths: Sequence[Path]) -> list[str]:

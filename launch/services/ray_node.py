@@ -148,6 +148,9 @@ def bare() -> Iterator[None]:
     """
     from ray._private import parameter, ray_constants, services
 
+    if not all(hasattr(services, name) for name in ("start_api_server", "start_ray_process")):
+        yield  # another Ray than the one that is locked starts all that it wants
+        return
     whole, start, raylet = parameter.RayParams, services.start_api_server, ray_constants.PROCESS_TYPE_RAYLET
     begin = services.start_ray_process
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
+from launch.artifacts.user_yaml import dotted
 from launch.config.compose import quoted
 from opd.errors import ConfigurationError
 
@@ -23,18 +24,9 @@ def overrides_of(settings: Mapping[str, Any], groups: Mapping[str, Sequence[str]
     Raises:
         ConfigurationError: a value is none that a setting can have.
     """
-    flat = list(_flat(settings, ""))
+    flat = list(dotted(settings))
     chosen = [f"{name}={value}" for name, value in flat if name in groups and isinstance(value, str)]
     return [*chosen, *(_override(n, v) for n, v in flat if not (n in groups and isinstance(v, str)))]
-
-
-def _flat(settings: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        whole = f"{above}{name}"
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{whole}.")
-        else:
-            yield whole, value
 
 
 def _override(name: str, value: Any) -> str:

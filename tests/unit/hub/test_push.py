@@ -143,4 +143,4 @@ def test_what_cannot_be_pushed_is_one_sentence(
 def test_an_export_to_a_folder_has_the_same_card(hub: HubStandIn, run: RunDirectory, tmp_path: Path) -> None:
     assert export(run, f"output={tmp_path / 'out'}").returncode == 0
     assert f"`org/small@{COMMIT}`" in (tmp_path / "out" / "README.md").read_text()
-    assert not hub.seen, "an export asks nobody"
+    assert not hub.seen, "an export sends no request"
