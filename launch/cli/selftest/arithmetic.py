@@ -59,18 +59,18 @@ def error_of(objective: Any, plain: Any, dtype: torch.dtype, place: str) -> floa
 
 def _measured(objective: Any, hidden: Tensor, head: Tensor, teacher: Tensor, *, in_chunks: bool) -> list[Tensor]:
     """The loss and its gradients, in chunks as the learner has it or as the sum that it is."""
-    leaves = [hidden.detach().requires_grad_(), head.detach().requires_grad_()]
+    hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
     batch = _batch(teacher)
 
     def evaluate(student: StudentLogits, start: int, stop: int) -> Any:
         return objective(student, batch.rows(start, stop))
 
     if in_chunks:
-        total, _ = flat_loss(*leaves, batch.weights, lambda *_: evaluate, chunk=40, overlap_k=0)
+        total, _ = flat_loss(hidden, head, batch.weights, lambda *_: evaluate, chunk=40, overlap_k=0)
     else:
-        student = StudentLogits(logits=leaves[0] @ leaves[1].T, overlap_k=0)
+        student = StudentLogits(logits=hidden @ head.T, overlap_k=0)
         total = (batch.weights * objective(student, batch).loss).sum()
-    return [total.detach(), *torch.autograd.grad(total, leaves)]
+    return [total.detach(), *torch.autograd.grad(total, (hidden, head))]
 
 
 def _batch(teacher: Tensor) -> Batch[VocabularyScores]:

@@ -39,7 +39,9 @@ def _checked(config: LearnerConfig) -> list[Row]:
     os.environ.update(environment(config.device))  # before DeepSpeed is imported
     name = f"ZeRO-{config.zero_stage}, {config.dtype.name.lower()}"
     path = str(shipped("assets") / "shop" / "student")
-    rank = LearnerRank(config, path, (), 2 * _STEPS, 0, lambda handle: handle, lambda: StagedSender(np.copy))
+    rank = LearnerRank(  # pyright: ignore[reportAbstractUsage] (its class decorator writes the verbs)
+        config, path, (), 2 * _STEPS, 0, lambda handle: handle, lambda: StagedSender(np.copy)
+    )
     rank.setup(0, 1, *rank.address())
     trajectories = _texts()
     batches = _batches(trajectories, config)

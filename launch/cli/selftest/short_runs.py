@@ -59,7 +59,9 @@ def _run(name: str, overrides: Sequence[str], directory: Path, deadline_s: float
         why = f"no end after {deadline_s:.0f} s" if ended.code is None else f"exit status {ended.code}"
         return Row(check="run", name=name, outcome=Outcome.FAIL, figure=why, said=ended.why)
     data = RunData.read(RunDirectory.open(directory))
-    gap = max(float(line[GAP]) for line in data.metrics)
+    gaps = [gap for line in data.metrics if (gap := line.get(GAP)) is not None]
+    if not gaps:
+        return Row(check="run", name=name, outcome=Outcome.FAIL, said="no update was compared with its engine")
     first = data.summary.first_step_s if data.summary else 0.0
-    figure = f"engine and learner at most {gap:.2g} nats apart; first step after {first:.0f} s"
+    figure = f"engine and learner at most {max(gaps):.2g} nats apart; first step after {first:.0f} s"
     return Row(check="run", name=name, outcome=Outcome.PASS, figure=figure)
