@@ -11,6 +11,7 @@ from demos.tasks import locks, long, peak, shop
 from launch.inputs.answers import finding
 from launch.inputs.answers.check import doubtful, trouble
 from launch.inputs.answers.equality import same
+from launch.inputs.answers.kinds import Unreadable
 from launch.inputs.grading_process import GradingProcess
 from launch.inputs.own_grader import OwnGrader
 from opd.ports import Grader
@@ -54,18 +55,30 @@ class TaskGrader:
         """Nothing to release."""
 
 
+class NamingGrader(TaskGrader):
+    """A task grader of completions that end with their answer (see `opd.ports.NamesAnswers`)."""
+
+    answer_of: ClassVar[Callable[[str], str]]
+
+    async def named(self, completions: Sequence[str], answer: str) -> list[str]:
+        """Answers in order; "" where a completion gives none."""
+        return [type(self).answer_of(completion) for completion in completions]
+
+
 @dataclass(kw_only=True)
-class ShopGrader(TaskGrader):
+class ShopGrader(NamingGrader):
     """The embedded shop task's."""
 
     one: ClassVar = staticmethod(shop.grade)
+    answer_of: ClassVar = staticmethod(shop.answer_of)
 
 
 @dataclass(kw_only=True)
-class PeakGrader(TaskGrader):
+class PeakGrader(NamingGrader):
     """The embedded peak task's."""
 
     one: ClassVar = staticmethod(peak.grade)
+    answer_of: ClassVar = staticmethod(peak.answer_of)
 
 
 @dataclass(kw_only=True)
@@ -86,6 +99,18 @@ def verify_math(completion: str, answer: str) -> float:
     """1.0 if what `completion` answers equals the reference `answer`, else 0.0 (run in a child process)."""
     gold = finding.reference(answer)
     return float(same(gold, finding.given(completion, gold)))
+
+
+def found_math(completion: str, answer: str) -> str:
+    """Answer that `completion` gives, in one spelling for the same reading; "" if none can be read (in a child)."""
+    found = finding.given(completion, finding.reference(answer))
+    return "" if isinstance(found, Unreadable) else repr(found)
+
+
+def equal_math(first: str, second: str, answer: str) -> bool:
+    """Whether two completions give equal answers (in a child process)."""
+    gold = finding.reference(answer)
+    return same(finding.given(first, gold), finding.given(second, gold))
 
 
 def bounded() -> None:
@@ -139,6 +164,24 @@ class MathGrader:
                 self._broken.add(answer)
                 self._note(f"{shown} cannot be graded: {why or self._late}; its completions get 0")
             return 0.0
+
+    async def named(self, completions: Sequence[str], answer: str) -> list[str]:
+        """Answers in order, equal ones by the name of the first; "" where none can be read within the deadline."""
+        async with self._free:
+            return await asyncio.to_thread(self._named, completions, answer)
+
+    def _named(self, completions: Sequence[str], answer: str) -> list[str]:
+        names = [self._within(found_math, completion, answer) or "" for completion in completions]
+        firsts: dict[str, str] = {}  # a completion of every different answer
+        called: dict[str, str] = {"": ""}
+        for completion, name in zip(completions, names, strict=True):
+            if name in called:
+                continue
+            equal = (n for n, first in firsts.items() if self._within(equal_math, first, completion, answer))
+            called[name] = next(equal, name)
+            if called[name] == name:
+                firsts[name] = completion
+        return [called[name] for name in names]
 
     @property
     def _late(self) -> str:

@@ -43,7 +43,9 @@ def write_card(directory: RunDirectory, facts: Mapping[str, str], end: Evaluatio
 
 
 def _card(name: str, facts: Mapping[str, str], end: EvaluationPoint | None) -> str:
-    measured = {} if end is None else {k: v for k, v in end.as_json().items() if v not in (None, {})}
+    measured = (
+        {} if end is None else {k: v for k, v in end.as_json().items() if v not in (None, {}) and k != "estimates"}
+    )
     lines = ["---", "library_name: transformers", "tags:", "- on-policy-distillation", "---", "", f"# {name}", ""]
     lines += ["A student trained by on-policy distillation with `opd`.", "", "| fact | value |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
