@@ -233,7 +233,7 @@ class EvaluationConfig:
         return {place_of(name): one.prompts for name, one in self.by_name.items()}
 
     def asked(self, name: str, sources: Sources) -> list[Prompt]:
-        """Prompts of a set as they are asked: of the main set whatever the source's step 0 has."""
+        """Prompts as a set asks them; of the main one whatever step 0 of its source has."""
         if name == MAIN and self.prompts is not None:
             return list(self.prompts(0, sources))
         return [prompt for _, prompt in self.held_out(name, sources)]

@@ -13,7 +13,7 @@ from hf.tokenizer_check import check_checkpoint, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.inputs.few_shot import read_examples
 from launch.inputs.prompt_files import read_rows
-from launch.plan.checks.answers import check_answers, check_votes
+from launch.plan.checks.answers import check_answers
 from launch.plan.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
 from launch.plan.checks.blends import check_blends, check_one_context, inner_teacher
 from launch.plan.checks.conversations import check_conversations, teachers_tokenizers
@@ -188,7 +188,6 @@ def make_plan(config: RunConfig) -> Plan:
     check_one_context(config, training)
     notes = [*check_tasks(config, training, held_out), *hub_remarks(config, hub)]
     answers = check_answers(config, sources, held_out)
-    check_votes(config, held_out)
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
     identities = {name: tokenizer_identity(t.path) for name, t in config.teachers.items()}

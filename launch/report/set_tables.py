@@ -19,7 +19,7 @@ class SetRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetTable:
-    """One evaluation set as a table; `note` says how its samples were drawn."""
+    """Table of one evaluation set; `note` says how its samples were drawn."""
 
     title: str
     note: str

@@ -22,7 +22,9 @@ def check_answers(config: RunConfig, sources: Sources, held_out: Mapping[str, Su
 
     Raises:
         DataError: more of a file's answers are unreadable than `max_unreadable_answers` allows.
+        ConfigurationError: maj@k is asked for where a grader cannot tell which answers are equal.
     """
+    _check_votes(config, held_out)
     sentences: dict[str, str] = {}
     for place, source in (("prompts", config.prompts), *config.evaluation.sources.items()):
         found = source.references(replace(sources, place=place)) if isinstance(source, Answered) else ()
@@ -33,8 +35,7 @@ def check_answers(config: RunConfig, sources: Sources, held_out: Mapping[str, Su
     return sentences
 
 
-def check_votes(config: RunConfig, held_out: Mapping[str, Survey]) -> None:
-    """Refuse maj@k where a grader cannot tell which answers are equal."""
+def _check_votes(config: RunConfig, held_out: Mapping[str, Survey]) -> None:
     for name, one in config.evaluation.by_name.items():
         for task, where in held_out[name].tasks.items() if one.maj_at else ():
             part = config.graders.get(task)
