@@ -18,6 +18,7 @@ from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, write_text
 from launch.artifacts.summary import Outcome, RunSummary
+from launch.checkpoint.best import best_so_far
 from launch.checkpoint.resume import ResumePoint, fingerprints, history
 from launch.checkpoint.saver import Retention, Saver
 from launch.checkpoint.step_end import Boundary, until_spent
@@ -71,6 +72,7 @@ class Run:
         self._start: EvaluationPoint | None = None
         self._end: EvaluationPoint | None = None
         self._teacher: EvaluationPoint | None = None
+        self._best = best_so_far(self._config, directory)
         self._last: StepRecord | None = None
         self._session: Session | None = None
         self._boundary: Boundary | None = None
@@ -208,7 +210,9 @@ class Run:
     ) -> None:
         config = self._config
         store = CheckpointStore(self._directory.checkpoints)
-        retention = Retention(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
+        retention = Retention(
+            keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every, best=lambda: self._best.kept
+        )
         saver = Saver(store, session.learner, session.followers, retention, self._first)
         progress = self._progress()
         boundary = self._boundary = Boundary(
@@ -220,6 +224,7 @@ class Run:
             self._first,
             elsewhere=rescue_folders(config, self._directory),
             spent=lambda: progress.spent or any(t.stops for t in trackers if isinstance(t, CallbackTracker)),
+            best=lambda step: self._best.step == step,
         )
 
         async def remember(record: StepRecord) -> None:
@@ -312,10 +317,13 @@ class Run:
     ) -> None:
         """The student on the sets that are `due`; None: on all, before or after training."""
         cost = TrainingCost(totals=self._meter.totals, cpu_s=cpu())
-        first = next(iter(self._config.evaluation.by_name))  # which stands for the run
+        config = self._config
+        first = next(iter(config.evaluation.by_name))  # which stands for the run
         with cpu.apart():
             async for point in evaluator.student(step, cost, due=due, between=due is not None):
                 self._end = point if point.set == first else self._end
+                if step and config.staleness_schedule.may_checkpoint(step):
+                    self._best.see(point)
                 _tell(trackers, point)
 
     async def _measure_teacher(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker]) -> None:

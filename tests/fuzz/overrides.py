@@ -85,6 +85,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"evaluation\.sets\.\w+\.(every|subset|reverse_kl_prompts)", whole(0, 10**9)),
     (r"run_name", text(r"([A-Za-z0-9][\w.=,+-]*)?")),
     (r"output_dir|student\.path|teachers\.\w+\.path", text(r"[^\x00-\x1f]+")),
+    (r"checkpoint_best", text(r"(\w+/)?\w*")),
     (r"resume|text|tracker\.(entity|group)", lambda v: v is None or type(v) is str),
     (r"notes|tracker\.tags|resume_changes", members(text())),
     (r"overrides(\[\d+\])?", lambda v: type(v) in (str, tuple)),
