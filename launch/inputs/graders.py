@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from demos.tasks import locks, long, peak, shop
-from launch.inputs.answers import finding
+from launch.inputs.answers import finding, instructions
 from launch.inputs.answers.check import doubtful, trouble
 from launch.inputs.answers.equality import same
 from launch.inputs.answers.kinds import Unreadable
 from launch.inputs.grading_process import GradingProcess
-from launch.inputs.own_grader import OwnGrader
+from launch.inputs.own_grader import own_grader
 from opd.ports import Grader
 from opd.settings.ranges import Deadline
 from opd.settings.validation import settings
@@ -93,6 +93,17 @@ class LongGrader(TaskGrader):
     """The grader of the embedded task of long completions."""
 
     one: ClassVar = staticmethod(long.grade)
+
+
+@dataclass(kw_only=True)
+class InstructionGrader(TaskGrader):
+    """The grader of instructions that a program can check: 1 if a completion follows all of its prompt's, else 0."""
+
+    one: ClassVar = staticmethod(instructions.follows)
+
+    def unreadable(self, answer: str) -> str:
+        """Reason why a reference names no instructions that are checked here; "" if it does."""
+        return instructions.trouble(answer)
 
 
 def verify_math(completion: str, answer: str) -> float:
@@ -216,6 +227,6 @@ def make_grader(name: str, part: Any) -> RunGrader:
     """The grader of a run that the part `name` of its configuration describes; nothing is started yet."""
     return (
         replace(part)
-        if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader | LongGrader)
-        else OwnGrader(name, part)
+        if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader | LongGrader | InstructionGrader)
+        else own_grader(name, part)
     )
