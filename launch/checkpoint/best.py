@@ -37,7 +37,7 @@ class BestSoFar:
 
 
 def best_so_far(config: RunConfig, directory: RunDirectory) -> BestSoFar:
-    """What a run that begins, or goes on, in `directory` knows of its best checkpoint."""
+    """Best checkpoint so far of a run that begins, or goes on, in `directory`."""
     by = BestBy.of(config.checkpoint_best)
     return BestSoFar(by, _candidates(directory) if by else ())
 

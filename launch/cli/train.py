@@ -21,8 +21,8 @@ from launch.plan.hub import record
 from launch.plan.plan import Plan, make_plan
 from launch.report.next_steps import next_steps_text
 from launch.run.costs import costs
-from launch.run.evaluate import TrainingCost
-from launch.run.run import Run, make_evaluator
+from launch.run.evaluate import TrainingCost, make_evaluator
+from launch.run.run import Run
 from launch.run.session import open_session
 from launch.services.cluster import connected
 from launch.services.failure_causes import ProcessFailed, find_own

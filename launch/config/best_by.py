@@ -26,7 +26,7 @@ class BestBy:
         return f"{self.set}/{self.measure}" if self.set else self.measure
 
     def score(self, point: EvaluationPoint) -> float | None:
-        """Score of an evaluation, more is better; None where it says nothing of this measure."""
+        """Score of an evaluation, more is better; None where this measure is not in it."""
         value = point.measure(self.measure) if point.set == self.set else None
         return value if value is None or self.measure not in _LOWER else -value
 

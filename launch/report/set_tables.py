@@ -19,7 +19,7 @@ class SetRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetTable:
-    """Table of one evaluation set; `note` says how its samples were drawn."""
+    """Table of one evaluation set; `note` has the sampler."""
 
     title: str
     note: str

@@ -10,12 +10,14 @@ import numpy as np
 from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.config.settings import EvaluationConfig, EvaluationSet
 from launch.monitors.accounting import Totals
+from launch.plan.plan import Plan
 from launch.run.measures import solved
+from launch.run.session import Session
 from opd.loss.packing import TokenMean, pack
 from opd.method.method import loss_masks
 from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Context, Learner, Sampling, Sources, TextEngine
-from opd.rollouts.environment import Play
+from opd.rollouts.environment import Play, Plays
 from opd.rollouts.student import generate
 from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.types import Prompt, Scored, Scores, StopReason, TokenScores, Trajectory
@@ -210,3 +212,10 @@ async def _each_route(
         mine = [i for i, n in enumerate(names) if n == name]
         answers |= zip(mine, await call(name, [items[i] for i in mine]), strict=True)
     return [answers[i] for i in range(len(items))]
+
+
+def make_evaluator(plan: Plan, session: Session) -> Evaluator:
+    """Evaluator of this session's students and teachers."""
+    rollout, config = plan.config.method.rollout, plan.config.evaluation
+    play = rollout.play if isinstance(rollout, Plays) else None
+    return Evaluator(config, plan.sources, session.context(0), session.learner, exact_kl=plan.exact_kl, play=play)

@@ -34,7 +34,7 @@ from launch.plan.hub import model_key, sized
 from launch.plan.plan import Plan
 from launch.run.costs import costs
 from launch.run.doctor import as_json, consult
-from launch.run.evaluate import Evaluator, TrainingCost
+from launch.run.evaluate import Evaluator, TrainingCost, make_evaluator
 from launch.run.export import export_student, write_card
 from launch.run.session import Session, open_session
 from launch.run.step_roofline import staffing, step_limit
@@ -43,7 +43,6 @@ from launch.services.signals import StopRequest
 from launch.services.stack_dumps import StackDumps
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
-from opd.rollouts.environment import Plays
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
 
@@ -396,10 +395,3 @@ def _teacher_can_be_measured(plan: Plan) -> bool:
 def _tell(trackers: Sequence[Tracker], point: EvaluationPoint) -> None:
     for tracker in trackers:
         tracker.evaluated(point)
-
-
-def make_evaluator(plan: Plan, session: Session) -> Evaluator:
-    """Measures students and teachers of this session."""
-    rollout, config = plan.config.method.rollout, plan.config.evaluation
-    play = rollout.play if isinstance(rollout, Plays) else None
-    return Evaluator(config, plan.sources, session.context(0), session.learner, exact_kl=plan.exact_kl, play=play)

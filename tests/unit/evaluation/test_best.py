@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from launch.artifacts.checkpoint_state import expired
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, append_json
 from launch.checkpoint.best import BestSoFar, best_step
+from launch.checkpoint.step_end import Boundary
 from launch.config.best_by import BestBy
 from launch.config.run_config import run_config
 from opd.errors import ConfigurationError, DataError
@@ -57,6 +60,17 @@ def test_a_run_finds_its_best_checkpoint_again(tmp_path: Path) -> None:
     directory.write_config("checkpoint_best: ''\n")
     with pytest.raises(DataError, match="has no checkpoint_best"):
         best_step(directory)
+
+
+def test_a_checkpoint_is_due_at_the_best_step_where_the_pipeline_allows_it() -> None:
+    def due(*more: str) -> list[int]:
+        config = run_config(["experiment=shop", "checkpoint_minutes=0", "checkpoint_every=5", *more])
+        nothing: Any = SimpleNamespace(asked=False)
+        boundary = Boundary(config, nothing, nothing, nothing, nothing, best=lambda step: step in (3, 10))
+        return [step for step in range(1, 13) if boundary._due(step)]
+
+    assert due() == [3, 5, 10]
+    assert due("max_staleness=1", "deterministic=true") == [5, 10], "a run could not resume exactly from step 3"
 
 
 @pytest.mark.parametrize(
