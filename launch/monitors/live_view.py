@@ -165,7 +165,7 @@ class LiveView:
     def _graded(self) -> list[str]:
         """Accuracies of the set that stands for the run, where there are any."""
         first = next(iter(self._students.values()), None)
-        return [] if first is None or first.greedy is first.mean_at_k is None else [_accuracy(first)]
+        return [] if first is None or (first.greedy is None and first.mean_at_k is None) else [_accuracy(first)]
 
     def _left(self) -> float:
         """Time left, from the mean pace so far, evaluations included."""

@@ -165,10 +165,22 @@ def remarks(
             "evaluation.prompts.path=... to held-out rows"
         )
     notes += _counted(config)
+    notes += _asked(config, held_out)
     if dated and training.chats.count:
         notes.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
     shared = [line for name, found in held_out.items() for line in _overlap(training, name, found)]
     return (*shared, *(f"note: {sentence}" for sentence in notes))
+
+
+def _asked(config: RunConfig, held_out: HeldOut) -> Iterator[str]:
+    """Amount of text that evaluations on named sets ask for."""
+    for name, one in config.evaluation.sets.items():
+        between = f", and {one.count(between=True)} every {one.every} steps" if one.every else ""
+        yield (
+            f"evaluation.sets.{name} asks {held_out[name].seen} prompts, {one.samples + one.greedy} completions each "
+            f"before and after training{between}: at most {one.max_tokens} tokens, temperature {one.temperature:g}, "
+            f"top-p {one.top_p:g}"
+        )
 
 
 def _counted(config: RunConfig) -> Iterator[str]:

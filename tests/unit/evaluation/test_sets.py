@@ -20,7 +20,7 @@ from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, append_json
 from launch.config.run_config import run_config
 from launch.config.settings import EvaluationConfig, EvaluationSet
-from launch.inputs.graders import MathGrader, NamingGrader, PeakGrader, ShopGrader
+from launch.inputs.graders import MathGrader, NamingGrader, PeakGrader, ShopGrader, make_grader
 from launch.monitors.accounting import Costs, Totals
 from launch.monitors.callbacks import LoggerTracker
 from launch.monitors.live_view import LiveView
@@ -376,3 +376,33 @@ def test_embedded_tasks_name_what_stands_behind_the_mark() -> None:
 
 def test_an_estimate_is_a_value() -> None:
     assert Estimate(value=0.5, low=0.4, high=0.6) == Estimate(value=0.5, low=0.4, high=0.6)
+
+
+@dataclass
+class Voter:
+    """A user's reward that names answers by their last letter, or gives what is no list of names."""
+
+    broken: bool = False
+
+    async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [0.0 for _ in completions]
+
+    async def named(self, completions: Sequence[str], answer: str) -> Any:
+        return [1 for _ in completions] if self.broken else [completion[-1:] for completion in completions]
+
+
+@dataclass
+class Silent:
+    """A user's reward that names no answers."""
+
+    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [0.0 for _ in completions]
+
+
+def test_a_reward_of_ones_own_may_name_answers() -> None:
+    assert named(make_grader("mine", Voter()), ["so A", "B", ""], "A") == ["A", "B", ""]
+    assert not isinstance(make_grader("mine", Silent()), NamesAnswers)
+    grader = make_grader("mine", Voter(broken=True))
+    assert named(grader, ["so A", "B"], "A") == ["", ""]
+    (fault,) = grader.faults
+    assert "graders.mine: no answers were named: it gave [1, 1] in place of a list of 2 names" in fault
