@@ -22,6 +22,7 @@ NAV = {
         "docs/models",
         "From the hub and back <docs/hub>",
         "Graded answers <docs/grading>",
+        "docs/evaluation",
         "docs/glossary",
         "CONTRIBUTING",
     ],

@@ -7,7 +7,7 @@ and live in `launch`, which the library does not import; they are looked up when
 import importlib
 from typing import Any
 
-_INTERFACE = ("TrainedRun", "evaluate", "open_run", "plan", "train")
+_INTERFACE = ("TrainedRun", "evaluate", "evaluate_sets", "open_run", "plan", "train")
 _ERRORS = ("ConfigurationError", "DataError", "OpdError")
 
 

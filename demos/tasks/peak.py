@@ -148,6 +148,12 @@ def grade(completion: str, answer: str) -> float:
     return float(completion.split()[-2:] == ["#", answer])
 
 
+def answer_of(completion: str) -> str:
+    """Answer of a completion: the word behind the ``#`` with which it ends, else ""."""
+    words = completion.split()
+    return words[-1] if words[-2:-1] == ["#"] else ""
+
+
 def _compare(record: Entry, entry: Entry) -> tuple[Entry, Entry]:
     """The right record after `entry`, and the wrong one (the same where there is nothing to compare)."""
     return (record, entry) if record.amount > entry.amount else (entry, record)

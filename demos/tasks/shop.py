@@ -231,6 +231,15 @@ def grade(completion: str, answer: str) -> float:
     return float(completion.split()[-_WORDS_OF_ANSWER:] == ["#", *answer.split()])
 
 
+def answer_of(completion: str) -> str:
+    """Answer of a completion: the two words behind its last ``#``, where it ends with them, else "".
+
+    Example: ``answer_of("Mon 3 7 - 8 = 2 9 ok # 2 9") == "2 9"``.
+    """
+    mark, *answer = completion.split()[-_WORDS_OF_ANSWER:] or [""]
+    return " ".join(answer) if mark == "#" and len(answer) == _WORDS_OF_ANSWER - 1 else ""
+
+
 def _digits(value: int) -> tuple[str, str]:
     return str(value // 10), str(value % 10)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -56,10 +56,10 @@ def leftovers(names: Iterable[str]) -> Leftovers:
     return Leftovers(remove=[name for name in strays if name not in dict(back)], back=back)
 
 
-def expired(steps: Iterable[int], keep: int, keep_every: int) -> list[int]:
-    """Steps whose checkpoints are removed: all but the newest `keep` and the multiples of `keep_every` (0: no such)."""
+def expired(steps: Iterable[int], keep: int, keep_every: int, best: Collection[int] = ()) -> list[int]:
+    """Steps whose checkpoints are removed: all but the newest `keep`, multiples of `keep_every` (0: none), `best`."""
     newest = sorted(steps, reverse=True)
-    return [step for step in newest[keep:] if not (keep_every and step % keep_every == 0)]
+    return [step for step in newest[keep:] if not (keep_every and step % keep_every == 0) and step not in best]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """A run's `checkpoints/` on the disk: written whole or not at all, verified before anything is read from it."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,22 +67,22 @@ class CheckpointStore:
         for name in found.remove:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def prune(self, keep: int, keep_every: int) -> None:
+    def prune(self, keep: int, keep_every: int, best: Collection[int] = ()) -> None:
         """Remove checkpoints beyond the retention; each is renamed first, so a half-removed one is none."""
-        for step in expired(self.steps(), keep, keep_every):
+        for step in expired(self.steps(), keep, keep_every, best):
             self._remove(step)
 
-    def make_room(self, keep_every: int) -> bool:
-        """Remove all but a whole newest one and milestones if one more has no room; whether any was removed."""
+    def make_room(self, keep_every: int, best: Collection[int] = ()) -> bool:
+        """Remove all but a whole newest one, milestones and `best` if one more has no room; whether any was removed."""
         try:
             newest, *older = self.steps()
-            if not set(older) & set(expired([newest, *older], 1, keep_every)):
+            if not set(older) & set(expired([newest, *older], 1, keep_every, best)):
                 return False
             verified_state(self.path(newest))
             size = sum(path.stat().st_size for path in self.path(newest).rglob("*"))
             if shutil.disk_usage(self.folder).free >= size:
                 return False
-            self.prune(1, keep_every)
+            self.prune(1, keep_every, best)
         except (ValueError, OSError, OpdError):  # there is none, or it cannot be looked at
             return False
         return True

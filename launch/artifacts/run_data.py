@@ -1,12 +1,12 @@
 """All data of a run directory, read back for reports."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
+from launch.artifacts.evaluation_point import MAIN, EvaluatedModel, EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, read_steps
 from launch.artifacts.samples import Sample
 from launch.artifacts.summary import RunSummary
@@ -40,7 +40,12 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """Data of a run as far as it got; `summary` is None while it runs or when it was killed."""
+    """Data of a run as far as it got; `summary` is None while it runs or when it was killed.
+
+    `student` and `teacher` were measured on the set that stands for the run: that of `evaluation.prompts`, or else the
+    first named one. `by_set` has the student's evaluations on every set in the order of the file, `teacher_on` the
+    teacher's.
+    """
 
     name: str
     metrics: Sequence[Mapping[str, float | None]]
@@ -49,6 +54,8 @@ class RunData:
     summary: RunSummary | None
     samples: Sequence[Sample]
     config: str
+    by_set: Mapping[str, Sequence[EvaluationPoint]] = field(default_factory=dict)
+    teacher_on: Mapping[str, EvaluationPoint] = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "RunData":
@@ -58,17 +65,24 @@ class RunData:
             for line in read_steps(directory.evaluations)
         ]
         teachers = [p for p in points if p.examinee is EvaluatedModel.TEACHER]
-        students = [p for p in points if p.examinee is EvaluatedModel.STUDENT]
+        by_set: dict[str, list[EvaluationPoint]] = {}
+        for point in sorted((p for p in points if p.examinee is EvaluatedModel.STUDENT), key=lambda point: point.step):
+            by_set.setdefault(point.set, []).append(point)
+        names = list(dict.fromkeys(point.set for point in points))
+        main = MAIN if MAIN in names or not names else names[0]
+        teacher_on = {point.set: point for point in teachers}
         return cls(
             name=directory.name,
             metrics=read_metrics(directory.metrics),
-            student=sorted(students, key=lambda point: point.step),
-            teacher=teachers[-1] if teachers else None,
+            student=by_set.get(main, []),
+            teacher=teacher_on.get(main),
             summary=RunSummary.read(directory.summary) if directory.summary.exists() else None,
             samples=[
                 Sample.from_json(line, f"a line of {directory.samples}") for line in read_steps(directory.samples)
             ],
             config=read_text(directory.config, "give the directory of a run"),
+            by_set={name: by_set[name] for name in names if name in by_set},
+            teacher_on=teacher_on,
         )
 
     def series(self, name: str) -> Series:

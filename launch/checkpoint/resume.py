@@ -58,7 +58,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     teachers = {name: model_digest(t.path) or t.fingerprint for name, t in config.teachers.items()}
     student = f"{model_digest(config.student.path)}-{tokenizer_digest(config.student.path)}"
     files: dict[str, str] = {}
-    sources = (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts))
+    sources = (("prompts", config.prompts), *config.evaluation.sources.items())
     for place, source in sources:
         files |= source.files(place) if isinstance(source, Listed) else {}
     code = {

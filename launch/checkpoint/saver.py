@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ class NotKept(OpdError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """Retention of checkpoints: the newest `keep`, and every multiple of `keep_every` steps (0: no milestones)."""
+    """Retention of checkpoints: the newest `keep`, multiples of `keep_every` steps (0: no milestones), `best()`."""
 
     keep: int
     keep_every: int
+    best: Callable[[], Collection[int]] = tuple
 
 
 class Saver:
@@ -89,7 +90,8 @@ class Saver:
         self.kept = state.step
         await self._learner.kept(self._store.path(state.step) / LEARNER)
         try:
-            await asyncio.to_thread(self._store.prune, self._retention.keep, self._retention.keep_every)
+            keep, best = self._retention, self._retention.best()
+            await asyncio.to_thread(self._store.prune, keep.keep, keep.keep_every, best)
         except OSError as error:  # an old checkpoint too many does not make the new one worse
             _log.warning("an old checkpoint could not be removed (%s)", error)
         return True
@@ -138,7 +140,7 @@ class Saver:
     def _places(self, elsewhere: Sequence[Path]) -> Iterator[CheckpointStore]:
         store = self._store
         yield store
-        if store.make_room(self._retention.keep_every):
+        if store.make_room(self._retention.keep_every, self._retention.best()):
             yield store
         yield from map(CheckpointStore, elsewhere)
 

@@ -36,11 +36,11 @@ def until_spent() -> Iterator[None]:
 class Boundary:
     """The last observer of every step. Steps that are `over` were observed; those `saved` have a checkpoint.
 
-    A checkpoint is due every `checkpoint_every` steps, `checkpoint_minutes` after the one before (where the pipeline
-    allows it), at the last step, and when a signal asked the run to stop. `state` is what the driver knows after a
-    step; `apart` is the context of what is no training; `clock` counts seconds; `elsewhere` are folders that take what
-    a failing run cannot write in its place; `spent` says that an amount of `stop_after` is reached: the step is saved,
-    and `BudgetSpent` is raised.
+    A checkpoint is due every `checkpoint_every` steps, `checkpoint_minutes` after the one before and at a step that is
+    the `best` so far (both where the pipeline allows it), at the last step, and when a signal asked the run to stop.
+    `state` is what the driver knows after a step; `apart` is the context of what is no training; `clock` counts
+    seconds; `elsewhere` are folders that take what a failing run cannot write in its place; `spent` says that an amount
+    of `stop_after` is reached: the step is saved, and `BudgetSpent` is raised.
     """
 
     def __init__(
@@ -54,10 +54,11 @@ class Boundary:
         clock: Callable[[], float] = monotonic,
         elsewhere: Sequence[Path] = (),
         spent: Callable[[], bool] = lambda: False,
+        best: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self._config, self._saver, self._stop, self._state = config, saver, stop, state
         self._apart, self._clock, self._since, self._elsewhere = apart, clock, clock(), elsewhere
-        self._spent = spent
+        self._spent, self._best = spent, best
         self.over = self.saved = self._first = first
         self.hopeless = False  # the ranks cannot be asked any more: Ray itself is gone
         self.rescued: Path | None = None  # where the last step lies that could not be written in its place
@@ -83,6 +84,8 @@ class Boundary:
         if step == config.steps or self._spent() or self._stop.asked:
             return True
         if config.checkpoint_every and step % config.checkpoint_every == 0:
+            return True
+        if self._best(step) and config.staleness_schedule.may_checkpoint(step):
             return True
         late = self._clock() - self._since >= 60 * config.checkpoint_minutes > 0
         return late and config.staleness_schedule.may_checkpoint(step)

@@ -121,10 +121,7 @@ def _metrics(name: str, view: StepView) -> Table:
     table = Table(title=f"{name}, step {view.step}", box=None, padding=(0, 2, 0, 0), title_justify="left")
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
-    measured = view.evaluation.as_json() if view.evaluation else {}
-    shown = {
-        f"eval/{key}": value for key, value in measured.items() if isinstance(value, int | float) and key != "step"
-    }
+    shown = {f"eval/{key}": value for point in view.evaluations for key, value in point.tracked().items()}
     for key, value in {**view.metrics, **shown}.items():
         table.add_row(key, "–" if value is None else f"{value:.6g}")
     return table

@@ -300,4 +300,4 @@ def _share(point: EvaluationPoint | None) -> str:
 
 
 def _nats(point: EvaluationPoint | None) -> str:
-    return NOT_MEASURED if point is None else f"{point.reverse_kl:.3f}"
+    return NOT_MEASURED if point is None or point.reverse_kl is None else f"{point.reverse_kl:.3f}"

@@ -1,7 +1,7 @@
 """`opd train` and `opd eval`: from overrides to a run directory."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
@@ -21,8 +21,8 @@ from launch.plan.hub import record
 from launch.plan.plan import Plan, make_plan
 from launch.report.next_steps import next_steps_text
 from launch.run.costs import costs
-from launch.run.evaluate import TrainingCost
-from launch.run.run import Run, make_evaluator
+from launch.run.evaluate import TrainingCost, make_evaluator
+from launch.run.run import Run
 from launch.run.session import open_session
 from launch.services.cluster import connected
 from launch.services.failure_causes import ProcessFailed, find_own
@@ -30,6 +30,7 @@ from launch.services.ray_node import Node
 from launch.services.signals import Preempted, StopRequest, guarded, run_until_stopped
 from launch.services.stack_dumps import keep_traceback
 from opd.errors import OpdError
+from opd.evaluation.estimates import LEVEL
 
 
 def run_training(overrides: Sequence[str]) -> int:
@@ -62,21 +63,33 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     if config.dry_run:
         console.print(plan.table())
         return 0
-    point = evaluate_once(plan)
-    for name, value in point.as_json().items():
-        console.print(f"{name:16} {NOT_MEASURED if value is None else value}", highlight=False)
+    for point in evaluate_once(plan):
+        for line in _figures(point):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
-def evaluate_once(plan: Plan) -> EvaluationPoint:
-    """Figures of the plan's student on its held-out prompts, without training."""
+def _figures(point: EvaluationPoint) -> Iterator[str]:
+    """Lines of one evaluation: its fields, and every share with its interval."""
+    if point.set:
+        yield f"\n{point.set}"
+    for name, value in point.as_json().items():
+        if name == "estimates":
+            for full, one in point.estimates.items():
+                yield f"{full:16} {one.value:.4f}, {LEVEL:.0%} interval {one.low:.4f} to {one.high:.4f}"
+        else:
+            yield f"{name:16} {NOT_MEASURED if value is None else value}"
 
-    async def measure() -> EvaluationPoint:
+
+def evaluate_once(plan: Plan) -> list[EvaluationPoint]:
+    """Figures of the plan's student on every evaluation set, without training."""
+
+    async def measure() -> list[EvaluationPoint]:
         session = await open_session(plan)
         try:
             evaluator = make_evaluator(plan, session)
             cost = TrainingCost(totals=Meter(costs(plan)).totals, cpu_s=0.0)
-            return await evaluator.student(0, plan.config.evaluation.samples, cost)
+            return [point async for point in evaluator.student(0, cost)]
         finally:
             session.close()
 

@@ -57,6 +57,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
     if not OmegaConf.has_resolver("assets"):
         OmegaConf.register_new_resolver("assets", lambda name: str(shipped("assets") / name))
+        OmegaConf.register_new_resolver("keywords_of", _keywords_of)
     # Hydra reads one folder; a second one can only be named in its search path, which config.yaml takes from here.
     os.environ["OPD_OWN_CONF"] = str(Path(own or shipped("conf")).resolve())
     try:
@@ -75,12 +76,28 @@ def _keys(own: str, chosen: tuple[str, ...]) -> tuple[Key, ...]:
 def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
     key, _, value = override.partition("=")
     group = key.lstrip("+~")
-    if value in known[group] or value.startswith(("{", "null")) or key.startswith("~"):
+    if value.startswith(("{", "null")) or key.startswith("~"):
         return
-    close = difflib.get_close_matches(value, known[group], n=1, cutoff=0.5)
-    meant = f"did you mean {group}={close[0]}? " if close else ""
+    wrong = [one for one in _named_options(value) if one not in known[group]]
+    if not wrong:
+        return
+    close = difflib.get_close_matches(wrong[0], known[group], n=1, cutoff=0.5)
+    meant = f"did you mean {group}={value.replace(wrong[0], close[0])}? " if close else ""
     given = override if len(override) < LONG else shown(override)
     raise ConfigurationError(f"{given} does not exist; {meant}(have: {', '.join(known[group])})")
+
+
+def _keywords_of(source: str, *, _root_: DictConfig) -> DictConfig:
+    """Keywords of the chat template that a source of prompts has; none where its class knows none."""
+    found = OmegaConf.select(_root_, f"{source}.template_kwargs")
+    return found if isinstance(found, DictConfig) else OmegaConf.create({})
+
+
+def _named_options(value: str) -> list[str]:
+    """Options that `NAME` or `[NAME,NAME]` chooses."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return [value]
+    return [one for part in value[1:-1].split(",") if (one := part.strip().strip("'\""))]
 
 
 def _readable(override: str, known: Sequence[Key], own: str) -> str:

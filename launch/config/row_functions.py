@@ -8,6 +8,7 @@ from opd.errors import ConfigurationError
 
 _FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")
 _NAMES = ("map", "filter")
+_OWN = "opd.prompts."  # whose functions shipped options name
 
 
 def check_row_functions(values: Mapping[str, Any], allowed: Sequence[str], overrides: Sequence[str]) -> None:
@@ -15,7 +16,7 @@ def check_row_functions(values: Mapping[str, Any], allowed: Sequence[str], overr
     by_hand = {override.lstrip("+").partition("=")[2].strip("'\"") for override in overrides}
     for place, name in _functions(values, ""):
         package = f"{name.partition(':')[0]}."
-        if name not in by_hand and not any(package.startswith(f"{prefix.rstrip('.')}.") for prefix in allowed):
+        if name not in by_hand and not any(package.startswith(f"{prefix.rstrip('.')}.") for prefix in (_OWN, *allowed)):
             raise ConfigurationError(
                 f"{place}={name} would run code of {package[:-1]!r}, which a file named; add it to allow_targets if "
                 "you trust it, or name it on the command line"

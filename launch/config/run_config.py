@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from actors.config import StudentConfig
 from launch.artifacts.redaction import check_logins, remember
+from launch.config.best_by import check_best
 from launch.config.budget import StopAfter
 from launch.config.compose import compose, first_line
 from launch.config.keys import check_names
@@ -60,6 +61,7 @@ class RunConfig:
     checkpoint_minutes: Annotated[float, In(0, 7 * 24 * 60.0, because="0 saves by steps only"), HARMLESS]
     checkpoint_keep: Annotated[Count, HARMLESS]
     checkpoint_keep_every: Annotated[Every, HARMLESS]
+    checkpoint_best: Annotated[Line, HARMLESS]
     grace_s: Annotated[float, In(0, 24 * 3600.0), HARMLESS]
     resume: Annotated[Line, HARMLESS]
     resume_changes: Annotated[Sequence[Names], HARMLESS]
@@ -85,6 +87,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _ = self.staleness_schedule
         check_prompts(self.method, self.prompts)
+        check_best(self.checkpoint_best, self.evaluation)
 
     @property
     def staleness_schedule(self) -> StalenessSchedule:

@@ -1,14 +1,22 @@
 """Settings of a run as a whole: cluster, hardware and evaluation."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Annotated
 
+from launch.artifacts.evaluation_point import MAIN
 from launch.config.retry_policy import RetryPolicy
+from opd.errors import ConfigurationError
+from opd.evaluation.estimates import MOST_VOTES
 from opd.observability.roofline import Hardware
-from opd.ports import PromptSource
-from opd.settings.ranges import Count, Deadline, Every, In, Names, Tokens, Whole
+from opd.ports import PromptSource, Sources
+from opd.prompts.held_out import first_step, held_out
+from opd.settings.ranges import Count, Deadline, Every, In, Names, Seed, Temperature, Tokens, TopP, Whole
 from opd.settings.validation import settings
+from opd.types import Prompt
+from opd.types.prompt_rows import Row
 
 
 class Placement(Enum):
@@ -95,17 +103,88 @@ class HardwareConfig:
         self.hardware()  # refuses a part of the three
 
 
+Samples = Annotated[int, In(1, 10_000)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class EvaluationSet:
+    """A named set of held-out prompts with a sampler of its own (docs/evaluation.md).
+
+    All rows of `prompts` are asked, or `subset` of them: the first ones, or drawn with `seed` where `random_subset` is
+    set. mean@k has k = `samples`; `pass_at` and `maj_at` name further k, each at most `samples`.
+    """
+
+    # source of the held-out prompts, with their task, template and system message, as in prompts
+    prompts: PromptSource
+    # completions of every prompt: the k of mean@k
+    samples: Samples = 1
+    # completions in evaluations between the first and the last; 0: as many as samples
+    samples_between: Annotated[int, In(0, 10_000, because="0: as many as samples")] = 0
+    # of those completions; 1 samples the model's own distribution, 0 is greedy
+    temperature: Temperature = 1.0
+    # share of probability that is sampled from; 1 is all of it
+    top_p: TopP = 1.0
+    # longest completion
+    max_tokens: Tokens = 256
+    # also one greedy completion of every prompt
+    greedy: bool = False
+    # k of pass@k, the chance that one of k samples is right; none: samples
+    pass_at: Sequence[Samples] = ()
+    # k of maj@k, the reward of the answer that most of k samples give; none: not measured
+    maj_at: Sequence[Samples] = ()
+    # steps between evaluations on this set; 0 measures at the start and at the end alone
+    every: Every = 0
+    # prompts that are asked; 0 is all of them
+    subset: Annotated[int, In(0, 1_000_000, because="0: all of them")] = 0
+    # draw the subset with seed; false takes the first ones
+    random_subset: bool = False
+    # prompts on which the divergence from the teacher is measured; 0: it is not
+    reverse_kl_prompts: Annotated[int, In(0, 1_000_000, because="0: it is not measured")] = 0
+    # of the subset and of the intervals
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        for name in ("pass_at", "maj_at"):
+            if wrong := [k for k in getattr(self, name) if k > self.samples]:
+                raise ConfigurationError(
+                    f"EvaluationSet.{name} has {wrong[0]}, but samples is {self.samples}, of which so many cannot "
+                    f"be drawn; set samples={wrong[0]} or a smaller k"
+                )
+        if self.samples > MOST_VOTES and any(k < self.samples for k in self.maj_at):
+            raise ConfigurationError(
+                f"EvaluationSet.maj_at has {min(self.maj_at)} of {self.samples} samples, which is counted exactly up "
+                f"to {MOST_VOTES} samples; set samples={MOST_VOTES} or maj_at=[{self.samples}]"
+            )
+        if self.temperature == 0 and self.samples > 1:
+            raise ConfigurationError(
+                f"EvaluationSet.samples is {self.samples}, but at temperature 0 all of a prompt's samples are the "
+                "same; set samples=1, or a temperature"
+            )
+        if self.reverse_kl_prompts and (self.temperature != 1 or self.top_p < 1):
+            raise ConfigurationError(
+                f"EvaluationSet.reverse_kl_prompts is {self.reverse_kl_prompts}, but the divergence is one of texts "
+                f"from the model's own distribution, and these have temperature {self.temperature:g} and top_p "
+                f"{self.top_p:g}; set reverse_kl_prompts=0, or temperature=1 top_p=1"
+            )
+
+    def count(self, *, between: bool) -> int:
+        """Completions of a prompt in an evaluation at the ends of a run, or `between` them."""
+        return self.samples_between if between and self.samples_between else self.samples
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class EvaluationConfig:
-    """Evaluation of a run: the source's step 0 is the held-out set.
+    """Evaluation of a run: step 0 of `prompts` is the held-out set; `sets` are further ones, by name.
 
     `parts` spreads evaluations evenly over what the run may spend: over the amounts of `stop_after`, and where none is
     set over its steps. `teacher` also measures the teacher itself, once at the end, for which an engine of its size is
-    started.
+    started. `prompts` may be null where there are `sets`: then the first of them stands for the run in tables of one
+    figure.
     """
 
-    prompts: PromptSource
+    prompts: PromptSource | None
     # steps between evaluations; 0 measures at the start and at the end alone
     every: Every = 0
     # instead of every: evaluations at the ends of so many equal parts of the run; 0: as every says
@@ -113,8 +192,60 @@ class EvaluationConfig:
     # also measure the teacher, once at the end, for which an engine of its size is started
     teacher: bool = True
     # completions of every held-out prompt at temperature 1 (mean@k, pass@k)
-    samples: Annotated[int, In(1, 10_000)] = 1
+    samples: Samples = 1
     # longest completion of an evaluation
     max_tokens: Tokens = 256
     # held-out prompts on which the exact divergence is measured
     reverse_kl_prompts: Count = 128
+    # named sets with samplers of their own: evaluation.sets.NAME.samples=8 (docs/evaluation.md)
+    sets: Mapping[str, EvaluationSet] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prompts is None and not self.sets:
+            raise ConfigurationError(
+                "evaluation has no prompts: evaluation.prompts is null, and evaluation.sets is empty; set one of them"
+            )
+        for name in self.sets:
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
+                raise ConfigurationError(
+                    f"evaluation.sets.{name}: a set needs a name of small letters, digits and _ (at most 40); rename it"
+                )
+
+    @property
+    def by_name(self) -> Mapping[str, EvaluationSet]:
+        """All sets in the order in which they are measured; `MAIN` is that of `prompts`, if there is one."""
+        if self.prompts is None:
+            return dict(self.sets)
+        main = EvaluationSet(
+            prompts=self.prompts,
+            samples=self.samples,
+            samples_between=1,
+            max_tokens=self.max_tokens,
+            greedy=True,
+            every=self.every,
+            reverse_kl_prompts=self.reverse_kl_prompts,
+        )
+        return {MAIN: main, **self.sets}
+
+    @property
+    def sources(self) -> Mapping[str, PromptSource]:
+        """Source of every set by the setting that names it, such as `evaluation.sets.aime24.prompts`."""
+        return {place_of(name): one.prompts for name, one in self.by_name.items()}
+
+    def asked(self, name: str, sources: Sources) -> list[Prompt]:
+        """Prompts as a set asks them; of the main one whatever step 0 of its source has."""
+        if name == MAIN and self.prompts is not None:
+            return list(self.prompts(0, sources))
+        return [prompt for _, prompt in self.held_out(name, sources)]
+
+    def held_out(self, name: str, sources: Sources) -> Sequence[tuple[Row, Prompt]]:
+        """Different prompts of a set with their rows."""
+        one, below = self.by_name[name], replace(sources, place=place_of(name))
+        if name == MAIN:
+            return first_step(one.prompts, below)
+        return held_out(one.prompts, below, one.subset, one.seed if one.random_subset else None)
+
+
+def place_of(name: str) -> str:
+    """Setting with the prompts of a set."""
+    return "evaluation.prompts" if name == MAIN else f"evaluation.sets.{name}.prompts"

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from demos.tasks import locks, long, peak, shop
-from launch.inputs.answers import finding
+from launch.inputs.answers import finding, instructions
 from launch.inputs.answers.check import doubtful, trouble
 from launch.inputs.answers.equality import same
+from launch.inputs.answers.kinds import Unreadable
 from launch.inputs.grading_process import GradingProcess
-from launch.inputs.own_grader import OwnGrader
+from launch.inputs.own_grader import own_grader
 from opd.ports import Grader
 from opd.settings.ranges import Deadline
 from opd.settings.validation import settings
@@ -54,18 +55,30 @@ class TaskGrader:
         """Nothing to release."""
 
 
+class NamingGrader(TaskGrader):
+    """A task grader of completions that end with their answer (see `opd.ports.NamesAnswers`)."""
+
+    answer_of: ClassVar[Callable[[str], str]]
+
+    async def named(self, completions: Sequence[str], answer: str) -> list[str]:
+        """Answers in order; "" where a completion gives none."""
+        return [type(self).answer_of(completion) for completion in completions]
+
+
 @dataclass(kw_only=True)
-class ShopGrader(TaskGrader):
+class ShopGrader(NamingGrader):
     """The embedded shop task's."""
 
     one: ClassVar = staticmethod(shop.grade)
+    answer_of: ClassVar = staticmethod(shop.answer_of)
 
 
 @dataclass(kw_only=True)
-class PeakGrader(TaskGrader):
+class PeakGrader(NamingGrader):
     """The embedded peak task's."""
 
     one: ClassVar = staticmethod(peak.grade)
+    answer_of: ClassVar = staticmethod(peak.answer_of)
 
 
 @dataclass(kw_only=True)
@@ -82,10 +95,33 @@ class LongGrader(TaskGrader):
     one: ClassVar = staticmethod(long.grade)
 
 
+@dataclass(kw_only=True)
+class InstructionGrader(TaskGrader):
+    """The grader of instructions that a program can check: 1 if a completion follows all of its prompt's, else 0."""
+
+    one: ClassVar = staticmethod(instructions.follows)
+
+    def unreadable(self, answer: str) -> str:
+        """Reason why a reference names no instructions that are checked here; "" if it does."""
+        return instructions.trouble(answer)
+
+
 def verify_math(completion: str, answer: str) -> float:
     """1.0 if what `completion` answers equals the reference `answer`, else 0.0 (run in a child process)."""
     gold = finding.reference(answer)
     return float(same(gold, finding.given(completion, gold)))
+
+
+def found_math(completion: str, answer: str) -> str:
+    """Answer that `completion` gives, in one spelling for the same reading; "" if none can be read (in a child)."""
+    found = finding.given(completion, finding.reference(answer))
+    return "" if isinstance(found, Unreadable) else repr(found)
+
+
+def equal_math(first: str, second: str, answer: str) -> bool:
+    """Whether two completions give equal answers (in a child process)."""
+    gold = finding.reference(answer)
+    return same(finding.given(first, gold), finding.given(second, gold))
 
 
 def bounded() -> None:
@@ -140,6 +176,24 @@ class MathGrader:
                 self._note(f"{shown} cannot be graded: {why or self._late}; its completions get 0")
             return 0.0
 
+    async def named(self, completions: Sequence[str], answer: str) -> list[str]:
+        """Answers in order, equal ones by the name of the first; "" where none can be read within the deadline."""
+        async with self._free:
+            return await asyncio.to_thread(self._named, completions, answer)
+
+    def _named(self, completions: Sequence[str], answer: str) -> list[str]:
+        names = [self._within(found_math, completion, answer) or "" for completion in completions]
+        firsts: dict[str, str] = {}  # a completion of every different answer
+        called: dict[str, str] = {"": ""}
+        for completion, name in zip(completions, names, strict=True):
+            if name in called:
+                continue
+            equal = (n for n, first in firsts.items() if self._within(equal_math, first, completion, answer))
+            called[name] = next(equal, name)
+            if called[name] == name:
+                firsts[name] = completion
+        return [called[name] for name in names]
+
     @property
     def _late(self) -> str:
         return f"its value is not found within {self.deadline_s:g} s"
@@ -173,6 +227,6 @@ def make_grader(name: str, part: Any) -> RunGrader:
     """The grader of a run that the part `name` of its configuration describes; nothing is started yet."""
     return (
         replace(part)
-        if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader | LongGrader)
-        else OwnGrader(name, part)
+        if isinstance(part, MathGrader | ShopGrader | PeakGrader | LocksGrader | LongGrader | InstructionGrader)
+        else own_grader(name, part)
     )

@@ -101,6 +101,42 @@ class OwnGrader:
         self._process.close()
 
 
+class NamingOwnGrader(OwnGrader):
+    """A user's reward whose part also names answers (`opd.ports.NamesAnswers`); what it cannot name has none."""
+
+    async def named(self, completions: Sequence[str], answer: str) -> list[str]:
+        """Names in order."""
+        try:
+            if inspect.iscoroutinefunction(self._part.named):
+                said = await asyncio.wait_for(self._part.named(completions, answer), self._deadline_s)
+            else:
+                async with self._free:
+                    said = await asyncio.to_thread(self._named_in_child, completions, answer)
+            names = names_of(said, len(completions))
+        except OpdError:  # no child can be started: not the part's fault
+            raise
+        except Exception as error:  # noqa: BLE001 (a user's part may raise anything; it is told)
+            self._faults.note(f"no answers were named: {self._why(error)} for completion {completions[0][:SHOWN]!r}")
+            return [""] * len(completions)
+        self._faults.worked()
+        return names
+
+    def _named_in_child(self, completions: Sequence[str], answer: str) -> Any:
+        return self._process.call(_name, list(completions), answer, deadline_s=self._deadline_s)
+
+
+def names_of(said: Any, count: int) -> list[str]:
+    """Names as `count` texts; raises a sentence about anything else."""
+    if not isinstance(said, list | tuple) or len(said) != count or not all(isinstance(one, str) for one in said):
+        raise _NoReward(f"it gave {_shown(said)} in place of a list of {count} names")
+    return list(said)
+
+
+def own_grader(name: str, part: Any) -> OwnGrader:
+    """Grader of a user's part, which names answers if the part does."""
+    return (NamingOwnGrader if callable(getattr(part, "named", None)) else OwnGrader)(name, part)
+
+
 class _NoReward(Exception):
     """Value that is no reward; the message names it."""
 
@@ -140,6 +176,10 @@ def _hold(part: Any) -> None:
 def _grade(completions: list[str], answers: list[str]) -> Any:
     said = _held.grade(completions, answers)
     return [float(value) if hasattr(value, "__float__") else value for value in said] if _is_many(said) else said
+
+
+def _name(completions: list[str], answer: str) -> Any:
+    return _held.named(completions, answer)
 
 
 def _is_many(said: Any) -> bool:

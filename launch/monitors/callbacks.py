@@ -1,7 +1,7 @@
 """Trackers of a Python program's own: functions that are called after every step, and objects that log."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -12,12 +12,16 @@ from opd.loop.train import StepRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """State of a run after a step, for a callback: the step's metrics, and the newest evaluation of the student."""
+    """State of a run after a step, for a callback: the step's metrics, and the newest evaluations of the student.
+
+    `evaluation` is on the set that stands for the run, `by_set` has the newest on each, by its name.
+    """
 
     step: int
     steps: int
     metrics: Mapping[str, float]
     evaluation: EvaluationPoint | None
+    by_set: Mapping[str, EvaluationPoint] = field(default_factory=dict)
 
 
 Callback = Callable[[Progress], object]
@@ -37,18 +41,21 @@ class CallbackTracker:
 
     def __init__(self, callback: Callback, meter: Meter, steps: int) -> None:
         self._callback, self._meter, self._steps = callback, meter, steps
-        self._newest: EvaluationPoint | None = None
+        self._newest: dict[str, EvaluationPoint] = {}
         self.stops = False
 
     async def __call__(self, record: StepRecord) -> None:
         metrics = dict(self._meter(record))
-        progress = Progress(step=record.step, steps=self._steps, metrics=metrics, evaluation=self._newest)
+        newest = next(iter(self._newest.values()), None)
+        progress = Progress(
+            step=record.step, steps=self._steps, metrics=metrics, evaluation=newest, by_set=dict(self._newest)
+        )
         self.stops |= self._callback(progress) is True
 
     def evaluated(self, result: EvaluationPoint) -> None:
         """Keep it for the next call."""
         if result.examinee is EvaluatedModel.STUDENT:
-            self._newest = result
+            self._newest[result.set] = result
 
     def __enter__(self) -> Self:
         return self
@@ -72,10 +79,9 @@ class LoggerTracker:
         self._logger.log(dict(self._meter(record)), step=record.step)
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """Log as `eval/*`, a teacher's as `teacher/*`."""
+        """Log as `eval/*`, of a named set as `eval/SET/*`, a teacher's as `teacher/*`."""
         place = "teacher" if result.examinee is EvaluatedModel.TEACHER else "eval"
-        numbers = {n: v for n, v in result.as_json().items() if isinstance(v, int | float) and n != "step"}
-        self._logger.log({f"{place}/{name}": value for name, value in numbers.items()}, step=result.step)
+        self._logger.log({f"{place}/{name}": value for name, value in result.tracked().items()}, step=result.step)
 
     def __enter__(self) -> Self:
         return self

@@ -47,8 +47,8 @@ class LiveView:
         self._live = Live(self, console=console, refresh_per_second=2) if console.is_terminal else None
         self._metrics: Mapping[str, float] = {}
         self._signal: deque[float] = deque(maxlen=_WIDTH)
-        self._student: EvaluationPoint | None = None
-        self._teacher: EvaluationPoint | None = None
+        self._students: dict[str, EvaluationPoint] = {}  # the newest on each evaluation set
+        self._teachers: dict[str, EvaluationPoint] = {}
         self._began = self._last = monotonic()
         self._seen = 0
 
@@ -70,13 +70,11 @@ class LiveView:
                 self._print(f"alert at step {record.step}: {alert.sentence}")
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """Show the newest accuracy (the teacher's stays beside it)."""
-        if result.examinee is EvaluatedModel.TEACHER:
-            self._teacher = result
-        else:
-            self._student = result
+        """Show the newest accuracies on each set (the teacher's stay beside them)."""
+        (self._teachers if result.examinee is EvaluatedModel.TEACHER else self._students)[result.set] = result
         if self._live is None:
             where = "teacher" if result.examinee is EvaluatedModel.TEACHER else f"student at step {result.step}"
+            where += f" on {result.set}" if result.set else ""
             self._print(f"evaluated {where}: {_results(result)}")
 
     def __enter__(self) -> Self:
@@ -141,12 +139,14 @@ class LiveView:
         return rows
 
     def _accuracies(self) -> Text:
-        if self._student is None:
-            return Text("not evaluated yet", style="dim")
-        text = Text.assemble((_accuracy(self._student), "bold"), (f"  at step {self._student.step}", "dim"))
-        if self._teacher is not None:
-            text.append(f"\nteacher: {_accuracy(self._teacher)}", style="dim")
-        return text
+        text = Text()
+        for name, point in self._students.items():
+            text.append("\n" if text else "")
+            text.append(f"{name}: " if name else "", style="dim")
+            text.append(_accuracy(point), style="bold").append(f"  at step {point.step}", style="dim")
+            if name in self._teachers:
+                text.append(f"\nteacher: {_accuracy(self._teachers[name])}", style="dim")
+        return text or Text("not evaluated yet", style="dim")
 
     def _line(self) -> str:
         metrics = self._metrics
@@ -154,13 +154,18 @@ class LiveView:
         parts = [
             f"step {int(metrics['step'])}/{self._steps}",
             f"{SIGNALS[name]} {_number(metrics[name])}" if name else NOTHING,
-            *([_accuracy(self._student)] if self._student and self._student.greedy is not None else []),
+            *self._graded(),
             f"{metrics.get('perf/throughput', 0.0):,.0f} tokens/s",
             f"{_phase_words(metrics).plain}",
             f"{_clock(self._left())} left",
             f"{metrics['cpu/total_s']:,.0f} cpu s",
         ]
         return " | ".join(parts)
+
+    def _graded(self) -> list[str]:
+        """Accuracies of the set that stands for the run, where there are any."""
+        first = next(iter(self._students.values()), None)
+        return [] if first is None or (first.greedy is None and first.mean_at_k is None) else [_accuracy(first)]
 
     def _left(self) -> float:
         """Time left, from the mean pace so far, evaluations included."""
@@ -173,6 +178,9 @@ def _signal_name(metrics: Mapping[str, float]) -> str:
 
 
 def _accuracy(result: EvaluationPoint) -> str:
+    if result.set:  # a sampler of its own: every measure under its full name
+        shares = [f"{name.replace('_at_', '@')} {estimate.value:.1%}" for name, estimate in result.estimates.items()]
+        return ", ".join(shares) or NOT_MEASURED
     shares = [
         f"{label} {value:.1%}"
         for label, value in (("greedy", result.greedy), ("sampled", result.mean_at_k))

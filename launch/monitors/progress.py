@@ -1,7 +1,9 @@
 """Progress of a run through what it may spend: when an evaluation is due, and when the run is over."""
 
+from launch.artifacts.evaluation_point import MAIN
 from launch.artifacts.spending import Metrics, Unit, spending
 from launch.config.budget import StopAfter
+from launch.config.settings import EvaluationConfig
 
 
 class Progress:
@@ -37,3 +39,14 @@ class Progress:
         """Number of parts that are over."""
         limits = self._amounts or {Unit.STEPS: float(self._steps)}
         return max(int(self._parts * spending(metrics, unit) // amount) for unit, amount in limits.items())
+
+
+def due_sets(config: EvaluationConfig, step: int, steps: int, *, main: bool) -> list[str]:
+    """Evaluation sets that are due after a step between the first and the last; `main`: whether the unnamed one is.
+
+    Each named one goes by its own `every`.
+    """
+    if step >= steps:
+        return []
+    named = {name: bool(one.every) and step % one.every == 0 for name, one in config.sets.items()}
+    return [name for name in config.by_name if (main if name == MAIN else named[name])]

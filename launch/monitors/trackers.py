@@ -5,7 +5,7 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
+from launch.artifacts.evaluation_point import HIGH, LOW, EvaluatedModel, EvaluationPoint
 from launch.artifacts.redaction import masked, redacted
 from launch.artifacts.run_directory import RunDirectory, append_json, write_text
 from launch.artifacts.samples import Decode, Sample, samples_of
@@ -159,6 +159,7 @@ class WandbTracker:
         self._config, self._directory, self._meter, self._plan = config, directory, meter, plan
         self._run: Any = None
         self._set: tuple[str, ...] = ()
+        self._defined: set[str] = set()
 
     def __enter__(self) -> Self:
         folder = self._directory.path
@@ -209,10 +210,12 @@ class WandbTracker:
             self._alert(alert, record.step)
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """Log as `eval/*` at the step that was evaluated; the teacher, which has no steps, in the summary."""
-        measured = {name: value for name, value in result.as_json().items() if value not in (None, {})}
-        del measured["examinee"]
-        step = measured.pop("step")
+        """Log as `eval/*` at the step that was evaluated; the teacher, which has no steps, in the summary.
+
+        Of a named set as `eval/SET/*`; the ends of its intervals have no panels.
+        """
+        measured, step = result.tracked(), result.step
+        self._define(measured)
         if result.examinee is EvaluatedModel.TEACHER:
             self._guarded(
                 lambda run: run.summary.update({f"teacher/{name}": value for name, value in measured.items()})
@@ -223,6 +226,20 @@ class WandbTracker:
                     {"step": step} | {f"eval/{name}": value for name, value in measured.items()}, step=step
                 )
             )
+
+    def _define(self, measured: Iterable[str]) -> None:
+        """Tell wandb of measures of named sets when they come for the first time."""
+        for name in [name for name in measured if "/" in name and name not in self._defined]:
+            self._defined.add(name)
+            if name.endswith((LOW, HIGH, "/seconds")):
+                self._guarded(lambda run, name=name: run.define_metric(f"eval/{name}", step_metric="step", hidden=True))
+            else:
+                summary = f"{'min' if name.endswith('/reverse_kl') else 'max'},last"
+                self._guarded(
+                    lambda run, name=name, summary=summary: run.define_metric(
+                        f"eval/{name}", step_metric="step", summary=summary
+                    )
+                )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -19,9 +19,11 @@ from hf.hub.data import fetch_data
 from hf.hub.failures import get_token
 from hf.hub.ids import HubId, Kind, hub_id
 from hf.hub.models import Fetched, Weights, fetch_model
+from launch.artifacts.evaluation_point import MAIN
 from launch.artifacts.redaction import remember
 from launch.artifacts.run_directory import write_json
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.settings import EvaluationConfig, place_of
 from launch.inputs.prompt_paths import COMPRESSED, ENDINGS
 from launch.plan.checks.devices import writers_of
 from launch.plan.fetching import Progress
@@ -117,7 +119,7 @@ def hide_token() -> None:
 def _names(config: RunConfig) -> Iterator[tuple[str, HubId]]:
     models = {"student.path": config.student.path} | {model_key(n): t.path for n, t in config.teachers.items()}
     files = {}
-    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+    for place, source in (("prompts", config.prompts), *config.evaluation.sources.items()):
         files |= source.files(place) if isinstance(source, Listed) and isinstance(source, Elsewhere) else {}
     for kind, texts in ((Kind.MODEL, models), (Kind.DATA, files)):
         for key, text in texts.items():
@@ -173,7 +175,7 @@ def _placed(config: RunConfig, got: Mapping[str, Fetched], inputs: Sequence[HubI
         student=replace(config.student, path=folders.get("student.path", config.student.path)),
         teachers=teachers,
         prompts=_moved(config.prompts, "prompts", data),
-        evaluation=replace(config.evaluation, prompts=_moved(config.evaluation.prompts, "evaluation.prompts", data)),
+        evaluation=_moved_sets(config.evaluation, data),
         text=yaml.safe_dump(text, sort_keys=False, allow_unicode=True),
         overrides=(*kept, *(f"{one.setting}={one.pinned}" for one in inputs)),
     )
@@ -181,6 +183,11 @@ def _placed(config: RunConfig, got: Mapping[str, Fetched], inputs: Sequence[HubI
 
 def _moved(source: Any, place: str, data: Mapping[str, tuple[str, str]]) -> Any:
     return source.found_at(place, data) if isinstance(source, Elsewhere) else source
+
+
+def _moved_sets(config: EvaluationConfig, data: Mapping[str, tuple[str, str]]) -> EvaluationConfig:
+    sets = {name: replace(one, prompts=_moved(one.prompts, place_of(name), data)) for name, one in config.sets.items()}
+    return replace(config, prompts=_moved(config.prompts, place_of(MAIN), data), sets=sets)
 
 
 def _set(values: Any, key: str, value: str) -> None:

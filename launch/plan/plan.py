@@ -29,7 +29,7 @@ from launch.plan.checks.prompts import (
     remarks,
 )
 from launch.plan.checks.settings import check_settings, check_shares, settings_notes
-from launch.plan.checks.survey import Survey, survey_all, survey_step
+from launch.plan.checks.survey import Survey, survey_all, survey_held_out
 from launch.plan.checks.tasks import check_tasks
 from launch.plan.checks.teachers import check_adapters, check_embeddings, check_names, check_teachers, unread_notes
 from launch.plan.hub import HubInput, localized
@@ -180,10 +180,10 @@ def make_plan(config: RunConfig) -> Plan:
     sources = _sources(config, tokenizer)
     ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
-    held_out = survey_step(config.evaluation.prompts, replace(sources, place="evaluation.prompts"), tokenizer)
-    longest = check_lengths(config, training, held_out, tokenizer)
-    check_contexts(config, teachers, longest, training, held_out)
-    check_ids([student, *teachers.values()], training, held_out)
+    held_out = survey_held_out(config.evaluation, sources, tokenizer)
+    longest, of_teachers = check_lengths(config, training, held_out, tokenizer)
+    check_contexts(config, teachers, of_teachers, training, *held_out.values())
+    check_ids([student, *teachers.values()], training, *held_out.values())
     check_shares(config, training)
     check_one_context(config, training)
     notes = [*check_tasks(config, training, held_out), *hub_remarks(config, hub)]

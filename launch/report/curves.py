@@ -1,12 +1,13 @@
 """The curves of one run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_data import RunData, Series
 from launch.monitors.step_metrics import PHASE_NAMES
 from launch.report.figures import (
@@ -30,28 +31,30 @@ _PHASES = {"rollout": BLUE, "score": ORANGE, "train": GREEN, "publish": PURPLE}
 
 def panels(data: RunData) -> list[Panel]:
     """Panels for which the run has numbers, the most informative first."""
-    made = [_accuracy(data), *_signals(data), *_lengths(data), _phases(data), _entropy(data)]
+    made = [_accuracy(data), _sets(data), *_signals(data), *_lengths(data), _phases(data), _entropy(data)]
     return [panel for panel in made if panel is not None]
 
 
 def draw_sheet(panels: Sequence[Panel], figure: Figure) -> None:
     """All panels on one sheet, two in a row."""
     rows = -(-len(panels) // 2)
-    grid = figure.subplots(rows, 2, squeeze=False).flat
+    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         panel.draw(axes)
         axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", pad=10)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
 
 
 def _accuracy(data: RunData) -> Panel | None:
     if not data.evaluated("greedy") and not data.evaluated("mean_at_k"):
         return None
+    last = data.student[-1]
+    which = f" (evaluation set {last.set})" if last.set else ""
     return Panel(
         title="Accuracy",
-        note="Share of held-out prompts the student solves, greedily and sampled at temperature 1. "
-        "Dashed: the teacher. Hollow: the start.",
+        note=f"Share of held-out prompts{which} the student solves, greedily and sampled at temperature "
+        f"{last.temperature:g}. Dashed: the teacher. Hollow: the start.",
         draw=partial(_draw_accuracy, data=data),
     )
 
@@ -75,6 +78,39 @@ def _draw_accuracy(axes: Axes, data: RunData) -> None:
         if goal is not None:
             axes.axhline(goal, color=color, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.75)
             labels.append(EndLabel(y=goal, text=f"teacher {name} {goal:.0%}", color=MUTED))
+    axes.set_ylim(0, 1.02)
+    percent(axes)
+    whole_steps(axes)
+    label_ends(axes, labels)
+
+
+_SHOWN = (BLUE, ORANGE, GREEN, PURPLE)  # of so many sets curves can be told apart
+
+
+def _sets(data: RunData) -> Panel | None:
+    """Mean rewards on the named sets, where some were measured more than once."""
+    curves = {name: _means(of) for name, of in data.by_set.items() if name}
+    drawn = {name: curve for name, curve in curves.items() if len(curve.steps) > 1}
+    if not drawn:
+        return None
+    more = f" The first {len(_SHOWN)} of {len(drawn)} sets." if len(drawn) > len(_SHOWN) else ""
+    return Panel(
+        title="Evaluation sets",
+        note=f"mean@k on each named set with its own sampler; intervals stand in the tables.{more}",
+        draw=partial(_draw_sets, curves=drawn),
+    )
+
+
+def _means(points: Sequence[EvaluationPoint]) -> Series:
+    known = [(point.step, point.mean_at_k) for point in points if point.mean_at_k is not None]
+    return Series(steps=np.array([step for step, _ in known]), values=np.array([value for _, value in known]))
+
+
+def _draw_sets(axes: Axes, curves: Mapping[str, Series]) -> None:
+    labels = []
+    for (name, curve), color in zip(curves.items(), _SHOWN, strict=False):
+        axes.plot(curve.steps, curve.values, color=color, marker="o", markersize=4.5, clip_on=False)
+        labels.append(EndLabel(y=curve.values[-1], text=f"{name} {curve.values[-1]:.0%}", color=color))
     axes.set_ylim(0, 1.02)
     percent(axes)
     whole_steps(axes)

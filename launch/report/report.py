@@ -16,6 +16,7 @@ from launch.report.curves import draw_sheet, panels
 from launch.report.figures import Margins, Panel, short_number, to_png, to_svg
 from launch.report.next_steps import next_steps
 from launch.report.page import render_report
+from launch.report.set_tables import set_tables
 from opd.observability.alerts import first_raised
 
 STRONGLY = 2.0  # nats from which a token's gap is underlined
@@ -93,6 +94,7 @@ def write_report(directory: RunDirectory, notes: Sequence[str] = ()) -> None:
             "notes": [*notes, *(summary.notes if summary else ()), *_alerts(data)],
             "columns": _columns(first, last, data.teacher),
             "rows": _rows(first, last, data.teacher),
+            "sets": set_tables(data),
             "facts": list(summary.facts.items()) if summary else [],
             "pictures": pictures,
             "samples": [_shown(sample) for sample in samples],

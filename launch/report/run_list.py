@@ -106,11 +106,11 @@ def _state(data: RunData, path: Path) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepView:
-    """A step of a run: its metrics, the evaluation after it if there was one, and the completions that were kept."""
+    """A step of a run: its metrics, the evaluations after it if there were any, and the completions that were kept."""
 
     step: int
     metrics: Mapping[str, float | None]
-    evaluation: EvaluationPoint | None
+    evaluations: Sequence[EvaluationPoint]
     samples: Sequence[Sample]
 
 
@@ -127,10 +127,10 @@ def step_view(path: Path, step: int | None) -> StepView:
     at = steps[-1] if step is None else step
     if at not in steps:
         raise DataError(f"{path} has no step {at}; it has {steps[0]} to {steps[-1]}")
-    points = [point for point in data.student if point.step == at]
+    newest = {name: [point for point in of if point.step == at][-1:] for name, of in data.by_set.items()}
     return StepView(
         step=at,
         metrics={name: value for name, value in data.metrics[steps.index(at)].items() if name != "step"},
-        evaluation=points[-1] if points else None,
+        evaluations=[point for points in newest.values() for point in points],
         samples=[sample for sample in data.samples if sample.step == at],
     )

@@ -153,7 +153,9 @@ async def _examine(
 def _prompts(plan: Plan, name: str, count: int) -> list[Prompt]:
     """The first held-out prompts that ask teacher `name`; if none does, training prompts."""
     config = plan.config
-    held_out = [p for p in config.evaluation.prompts(0, plan.sources) if p.teacher == name]
+    held_out = [
+        p for p in config.evaluation.asked(next(iter(config.evaluation.by_name)), plan.sources) if p.teacher == name
+    ]
     asked = held_out or [p for p in config.prompts(0, plan.sources) if p.teacher == name]
     prompts = asked or [replace(p, teacher=name) for p in config.prompts(0, plan.sources)]
     return prompts[:count]

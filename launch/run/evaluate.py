@@ -1,23 +1,24 @@
-"""Evaluation of a model on held-out prompts: accuracy, exact reverse KL to the teacher, lengths."""
+"""Evaluation of a model on sets of held-out prompts: accuracy, exact reverse KL to the teacher, lengths."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float
 
 from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
-from launch.config.settings import EvaluationConfig
+from launch.config.settings import EvaluationConfig, EvaluationSet
 from launch.monitors.accounting import Totals
+from launch.plan.plan import Plan
+from launch.run.measures import solved
+from launch.run.session import Session
 from opd.loss.packing import TokenMean, pack
 from opd.method.method import loss_masks
 from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import Context, Learner, Sampling, Sources, TextEngine
-from opd.rollouts.environment import Play
+from opd.rollouts.environment import Play, Plays
 from opd.rollouts.student import generate
-from opd.scorers.reward import task_rewards
 from opd.scorers.teacher import SampledTokens, TeacherHidden
 from opd.types import Prompt, Scored, Scores, StopReason, TokenScores, Trajectory
 
@@ -33,8 +34,17 @@ class TrainingCost:
     cpu_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Examined:
+    """An evaluation set with its prompts, the same problems every time."""
+
+    name: str
+    of: EvaluationSet
+    prompts: Sequence[Prompt]
+
+
 class Evaluator:
-    """Grades engines on one held-out set, the same problems every time."""
+    """Grades engines on every evaluation set, one after the other."""
 
     def __init__(
         self,
@@ -51,45 +61,97 @@ class Evaluator:
         `play` lets a writer act in environments, where the method does; otherwise it writes once for every prompt.
         """
         self._play = play
-        self._config = config
         self._exact_kl = exact_kl
-        self._prompts = list(config.prompts(0, sources))
-        self.teachers = sorted({prompt.teacher for prompt in self._prompts})
+        self._sets = [
+            _Examined(name=name, of=of, prompts=config.asked(name, sources)) for name, of in config.by_name.items()
+        ]
+        self.teachers = sorted({prompt.teacher for one in self._sets for prompt in one.prompts})
         self._context = context
         self._learner = learner
 
-    async def student(self, step: int, samples: int, cost: TrainingCost) -> EvaluationPoint:
-        """The student as the engines hold it now; reverse KL is exact, on its own fresh rollouts."""
-        began = perf_counter()
-        context = self._context.at(step)
-        greedy = await self._answers(context, context.student, 0.0, 1)
-        sampled = await self._answers(context, context.student, 1.0, samples)
-        some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
-        measure = self._reverse_kl if self._exact_kl else self._sampled_reverse_kl
-        divergence = await measure(context, some)
-        return await self._point(EvaluatedModel.STUDENT, context, greedy, sampled, divergence, began, cost)
+    async def student(
+        self, step: int, cost: TrainingCost, *, due: Collection[str] | None = None, between: bool = False
+    ) -> AsyncIterator[EvaluationPoint]:
+        """The student as the engines hold it now, on the sets that are `due` (None: all).
 
-    async def teacher(self, writers: Mapping[str, TextEngine]) -> EvaluationPoint:
+        `between`: neither before nor after training. Reverse KL is exact, on the student's own fresh rollouts.
+        """
+        context = self._context.at(step)
+        measure = self._reverse_kl if self._exact_kl else self._sampled_reverse_kl
+        for one in self._sets:
+            if due is None or one.name in due:
+                count = one.of.count(between=between)
+                yield await self._point(EvaluatedModel.STUDENT, one, context, context.student, count, measure, cost)
+
+    async def teacher(self, writers: Mapping[str, TextEngine]) -> AsyncIterator[EvaluationPoint]:
         """The teachers as writers with the same settings, each on its own prompts (`writers` has `self.teachers`).
 
         Their `reverse_kl` is the sampled divergence between the engine that wrote and the service that reads the
         same checkpoint: it must be about 0, and checks the alignment of the whole scoring path.
         """
-        began = perf_counter()
         context = self._context.at(0)  # a teacher that can be measured is the same at every step
-        greedy = await self._answers(context, writers, 0.0, 1)
-        sampled = await self._answers(context, writers, 1.0, self._config.samples)
-        some = [t[0] for t in sampled[: self._config.reverse_kl_prompts]]
-        divergence = await self._sampled_reverse_kl(context, some)
-        nothing = TrainingCost(totals=Totals(), cpu_s=0.0)
-        return await self._point(EvaluatedModel.TEACHER, context, greedy, sampled, divergence, began, nothing)
+        measure, nothing = self._sampled_reverse_kl, TrainingCost(totals=Totals(), cpu_s=0.0)
+        for one in self._sets:
+            yield await self._point(
+                EvaluatedModel.TEACHER, one, context, writers, one.of.count(between=False), measure, nothing
+            )
+
+    async def _point(
+        self,
+        examinee: EvaluatedModel,
+        one: _Examined,
+        context: Context,
+        engine: TextEngine | Mapping[str, TextEngine],
+        samples: int,
+        measure: Callable[[Context, Sequence[Trajectory]], Awaitable[float]],
+        cost: TrainingCost,
+    ) -> EvaluationPoint:
+        """Results of one model on one set."""
+        began, of = perf_counter(), one.of
+        greedy = await self._answers(context, one, engine, 0.0, 1.0, 1) if of.greedy else None
+        sampled = await self._answers(context, one, engine, of.temperature, of.top_p, samples)
+        some = [t[0] for t in sampled[: of.reverse_kl_prompts]]
+        divergence = await measure(context, some) if some else None
+        found = await solved(context, of, one.prompts, greedy, sampled)
+        flat, any_solved = [t for group in sampled for t in group], bool(found.prompts)
+        return EvaluationPoint(
+            examinee=examinee,
+            step=context.step,
+            greedy=float(found.greedily.mean()) if any_solved and found.greedily is not None else None,
+            mean_at_k=float(found.sampled.mean()) if any_solved else None,
+            pass_at_k=float((found.sampled > 0).any(axis=1).mean()) if any_solved else None,
+            k=len(sampled[0]),
+            reverse_kl=divergence,
+            length_mean=float(np.mean([len(t) for t in flat])),
+            truncation_rate=float(np.mean([t.stop is StopReason.LENGTH for t in flat])),
+            seconds=perf_counter() - began,
+            tokens=cost.totals.completion,
+            generated=cost.totals.generated,
+            learned=cost.totals.learned,
+            flops=cost.totals.flops,
+            cpu_s=cost.cpu_s,
+            greedy_by_task=found.by_task(found.greedily),
+            mean_at_k_by_task=found.by_task(found.sampled),
+            set=one.name,
+            temperature=of.temperature,
+            top_p=of.top_p,
+            max_tokens=of.max_tokens,
+            problems=len(found.prompts),
+            estimates=found.estimates(of),
+        )
 
     async def _answers(
-        self, context: Context, engine: TextEngine | Mapping[str, TextEngine], temperature: float, samples: int
+        self,
+        context: Context,
+        one: _Examined,
+        engine: TextEngine | Mapping[str, TextEngine],
+        temperature: float,
+        top_p: float,
+        samples: int,
     ) -> list[list[Trajectory]]:
         """`samples` trajectories for every prompt by one engine, or by its own teacher's."""
-        sampling = Sampling(max_tokens=self._config.max_tokens, temperature=temperature)
-        flat: list[Prompt] = self._prompts * samples
+        sampling = Sampling(max_tokens=one.of.max_tokens, temperature=temperature, top_p=top_p)
+        flat: list[Prompt] = [*one.prompts] * samples
         if isinstance(engine, Mapping):
 
             async def by_teacher(name: str, prompts: list[Prompt]) -> Sequence[Trajectory]:
@@ -98,7 +160,7 @@ class Evaluator:
             written = await _each_route(flat, [p.teacher for p in flat], by_teacher)
         else:
             written = await self._written(context, flat, engine, sampling)
-        count = len(self._prompts)
+        count = len(one.prompts)
         return [[written[s * count + i] for s in range(samples)] for i in range(count)]
 
     async def _written(
@@ -113,11 +175,6 @@ class Evaluator:
         if self._play is None:
             return await generate(prompts, engine, sampling, as_teacher=as_teacher)
         return await self._play(prompts, engine, sampling, context, as_teacher=as_teacher)
-
-    def _gradable(self, prompt: Prompt) -> bool:
-        """Whether there is something to grade its completions against, or none is needed."""
-        grader = self._context.graders.get(prompt.task)
-        return bool(prompt.answer) or not getattr(grader, "needs_answer", grader is not None)
 
     async def _reverse_kl(self, context: Context, trajectories: Sequence[Trajectory]) -> float:
         scorer = TeacherHidden()
@@ -145,52 +202,6 @@ class Evaluator:
 
         return await _each_route(trajectories, [t.prompt.teacher for t in trajectories], score)
 
-    async def _point(
-        self,
-        examinee: EvaluatedModel,
-        context: Context,
-        greedy: list[list[Trajectory]],
-        sampled: list[list[Trajectory]],
-        divergence: float,
-        began: float,
-        cost: TrainingCost,
-    ) -> EvaluationPoint:
-        flat = [t for group in sampled for t in group]
-        answered = [i for i, prompt in enumerate(self._prompts) if self._gradable(prompt)]
-        greedily = await self._solved(context, [greedy[i] for i in answered])
-        solved = await self._solved(context, [sampled[i] for i in answered])
-        tasks = sorted({self._prompts[i].task for i in answered})
-        places = {
-            task: [row for row, i in enumerate(answered) if self._prompts[i].task == task]
-            for task in tasks[len(tasks) == 1 :]
-        }
-        return EvaluationPoint(
-            examinee=examinee,
-            step=context.step,
-            greedy=float(greedily.mean()) if answered else None,
-            mean_at_k=float(solved.mean()) if answered else None,
-            pass_at_k=float((solved > 0).any(axis=1).mean()) if answered else None,
-            k=len(sampled[0]),
-            reverse_kl=divergence,
-            length_mean=float(np.mean([len(t) for t in flat])),
-            truncation_rate=float(np.mean([t.stop is StopReason.LENGTH for t in flat])),
-            seconds=perf_counter() - began,
-            tokens=cost.totals.completion,
-            generated=cost.totals.generated,
-            learned=cost.totals.learned,
-            flops=cost.totals.flops,
-            cpu_s=cost.cpu_s,
-            greedy_by_task={task: float(greedily[at].mean()) for task, at in places.items()},
-            mean_at_k_by_task={task: float(solved[at].mean()) for task, at in places.items()},
-        )
-
-    async def _solved(
-        self, context: Context, groups: Sequence[Sequence[Trajectory]]
-    ) -> Float[np.ndarray, "prompts samples"]:
-        """Rewards of every prompt's trajectories; no grader is called where there is no prompt."""
-        rewards = await task_rewards([t for group in groups for t in group], context) if groups else []
-        return np.asarray(rewards).reshape(len(groups), -1) if groups else np.zeros((0, 1))
-
 
 async def _each_route(
     items: Sequence[Item], names: Sequence[str], call: Callable[[str, list[Item]], Awaitable[Sequence[Answer]]]
@@ -201,3 +212,10 @@ async def _each_route(
         mine = [i for i, n in enumerate(names) if n == name]
         answers |= zip(mine, await call(name, [items[i] for i in mine]), strict=True)
     return [answers[i] for i in range(len(items))]
+
+
+def make_evaluator(plan: Plan, session: Session) -> Evaluator:
+    """Evaluator of this session's students and teachers."""
+    rollout, config = plan.config.method.rollout, plan.config.evaluation
+    play = rollout.play if isinstance(rollout, Plays) else None
+    return Evaluator(config, plan.sources, session.context(0), session.learner, exact_kl=plan.exact_kl, play=play)

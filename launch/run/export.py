@@ -16,6 +16,7 @@ from launch.artifacts.checkpoint_state import LEARNER, MANIFEST, newest_first
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, write_json, write_text
+from launch.checkpoint.best import BEST, best_step
 from launch.plan.checks.ends import text_ends
 from launch.plan.hub import local_model, recorded_in
 from launch.run.model_card import card, facts_of
@@ -43,7 +44,9 @@ def write_card(directory: RunDirectory, facts: Mapping[str, str], end: Evaluatio
 
 
 def _card(name: str, facts: Mapping[str, str], end: EvaluationPoint | None) -> str:
-    measured = {} if end is None else {k: v for k, v in end.as_json().items() if v not in (None, {})}
+    measured = (
+        {} if end is None else {k: v for k, v in end.as_json().items() if v not in (None, {}) and k != "estimates"}
+    )
     lines = ["---", "library_name: transformers", "tags:", "- on-policy-distillation", "---", "", f"# {name}", ""]
     lines += ["A student trained by on-policy distillation with `opd`.", "", "| fact | value |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
@@ -56,7 +59,8 @@ def _card(name: str, facts: Mapping[str, str], end: EvaluationPoint | None) -> s
 def export_run(run: str, output: str, step: str = "", student: str = "") -> str:
     """`opd export`: a run's student, finished or as a checkpoint has it, in a new folder, which must not exist.
 
-    `run` is a run's name, its directory, or the folder of one of its checkpoints. Without `step` it is the finished
+    `run` is a run's name, its directory, or the folder of one of its checkpoints. `step` may be `best`, by the run's
+    `checkpoint_best`. Without `step` it is the finished
     student, or else the newest checkpoint. `student` is where the folder that was trained stands by now.
     """
     return str(_export(run, output, step, student))
@@ -150,6 +154,8 @@ def _place(run: str, step: str) -> Path:
     directory = RunDirectory.open(named if not (Path(run) / "config.yaml").is_file() and named.is_dir() else Path(run))
     store = CheckpointStore(directory.checkpoints)
     have = ", ".join(map(str, store.steps())) or "none"
+    if step == BEST:
+        return store.path(best_step(directory))
     if step:
         if not step.isdecimal() or int(step) not in store.steps():
             raise ConfigurationError(f"run {run} has no checkpoint of step {step} (have: {have}); choose one of these")

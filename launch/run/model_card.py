@@ -9,15 +9,17 @@ from typing import Any
 import yaml
 
 from hf.digest import model_digest
-from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
+from launch.artifacts.evaluation_point import MAIN, EvaluatedModel, EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.untrusted_files import read_yaml
+from launch.config.settings import place_of
 from launch.config.shipped_files import first_sentence, option_files
 from launch.config.typed import construct
 from launch.plan.environment import package_versions
 from launch.plan.hub import HubInput, recorded_in
 from opd.errors import OpdError
+from opd.evaluation.estimates import LEVEL
 from opd.method.method import Method
 
 _LICENSE = (
@@ -39,6 +41,7 @@ class CardFacts:
     method: str
     promise: str
     points: Sequence[EvaluationPoint]
+    on_sets: Sequence[EvaluationPoint]
     command: str
     versions: Mapping[str, str]
     versions_of: str
@@ -54,7 +57,7 @@ def facts_of(directory: RunDirectory, step: int | None) -> CardFacts:
     settings = read_yaml(directory.config, "give the directory of a run")
     done = data.summary.steps if data.summary is not None else max((p.step for p in data.student), default=0)
     at = done if step is None else step
-    points = [point for point in data.student if point.step <= at]
+    points = [point for point in data.by_set.get(MAIN, ()) if point.step <= at]
     return CardFacts(
         name=directory.name,
         step=at,
@@ -62,7 +65,11 @@ def facts_of(directory: RunDirectory, step: int | None) -> CardFacts:
         hub=recorded_in(directory.path),
         method=_method(settings),
         promise=_promise(settings),
-        points=[*points, *([data.teacher] if data.teacher else [])],
+        points=[*points, *([data.teacher_on[MAIN]] if MAIN in data.teacher_on else [])],
+        on_sets=[
+            *(found[-1] for of in data.by_set.values() if (found := [p for p in of if p.set and p.step <= at])),
+            *(point for name, point in data.teacher_on.items() if name),
+        ],
         command=directory.command.read_text().strip() if directory.command.exists() else "",
         versions=data.summary.versions if data.summary is not None else package_versions(),
         versions_of="of the run" if data.summary is not None else "where it was exported",
@@ -136,10 +143,14 @@ def _mapping(settings: Mapping[str, Any], key: str) -> Sequence[tuple[str, Any]]
 def _sources(settings: Mapping[str, Any]) -> Sequence[tuple[str, Mapping[str, Any]]]:
     """Prompt sources by their settings, those of a mixture one by one."""
     found: list[tuple[str, Mapping[str, Any]]] = []
+    evaluation = settings.get("evaluation") or {}
     for place, node in (
         ("prompts", settings.get("prompts")),
-        ("evaluation.prompts", (settings.get("evaluation") or {}).get("prompts")),
+        ("evaluation.prompts", evaluation.get("prompts")),
+        *((place_of(name), (one or {}).get("prompts")) for name, one in (evaluation.get("sets") or {}).items()),
     ):
+        if place != "prompts" and node is None:
+            continue
         inner = (node or {}).get("sources")
         mixed = [(f"{place}.sources.{name}", one) for name, one in inner.items()] if isinstance(inner, Mapping) else []
         found += mixed or [(place, node or {})]
@@ -171,7 +182,7 @@ def _measured(facts: CardFacts) -> Sequence[str]:
     shown = [students[0], *([students[-1]] if len(students) > 1 else [])] if students else []
     shown += [point for point in facts.points if point.examinee is EvaluatedModel.TEACHER]
     if not shown:
-        return ["Nothing was measured."]
+        return _on_sets(facts) or ["Nothing was measured."]
     rows = [(_whose(point), *(_number(point, name) for name in _MEASURES)) for point in shown]
     lines = list(_table(("", *_HEADINGS), rows))
     if not students or students[-1].step != facts.step:
@@ -181,7 +192,23 @@ def _measured(facts: CardFacts) -> Sequence[str]:
         "",
         "On the held-out prompts named above, graded by the run. Reverse KL is in nats per token of the model's own "
         "answers; k samples are drawn at temperature 1.",
+        *(["", *_on_sets(facts)] if facts.on_sets else []),
     ]
+
+
+def _on_sets(facts: CardFacts) -> Sequence[str]:
+    """Newest evaluations on named sets with intervals and samplers; empty without any."""
+    rows = [
+        (point.set, _whose(point), name, f"{e.value:.4g}", f"{e.low:.4g} to {e.high:.4g}", _sampler(point))
+        for point in facts.on_sets
+        for name, e in point.estimates.items()
+    ]
+    heads = ("set", "model", "measure", "value", f"{LEVEL:.0%} interval", "problems, samples, temperature, top-p")
+    return [*_table(heads, rows)] if rows else []
+
+
+def _sampler(point: EvaluationPoint) -> str:
+    return f"{point.problems}, {point.k}, {point.temperature:g}, {point.top_p:g}"
 
 
 def _whose(point: EvaluationPoint) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import time
@@ -18,13 +18,14 @@ from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory, write_text
 from launch.artifacts.summary import Outcome, RunSummary
+from launch.checkpoint.best import best_so_far
 from launch.checkpoint.resume import ResumePoint, fingerprints, history
 from launch.checkpoint.saver import Retention, Saver
 from launch.checkpoint.step_end import Boundary, until_spent
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.monitors.accounting import TrainingCpu
 from launch.monitors.callbacks import CallbackTracker, MakeTracker
-from launch.monitors.progress import Progress
+from launch.monitors.progress import Progress, due_sets
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trace import TraceTracker
 from launch.monitors.trackers import PlannedRun, Tracker, make_trackers
@@ -33,7 +34,7 @@ from launch.plan.hub import model_key, sized
 from launch.plan.plan import Plan
 from launch.run.costs import costs
 from launch.run.doctor import as_json, consult
-from launch.run.evaluate import Evaluator, TrainingCost
+from launch.run.evaluate import Evaluator, TrainingCost, make_evaluator
 from launch.run.export import export_student, write_card
 from launch.run.session import Session, open_session
 from launch.run.step_roofline import staffing, step_limit
@@ -42,7 +43,6 @@ from launch.services.signals import StopRequest
 from launch.services.stack_dumps import StackDumps
 from opd.loop.ledger import Ledger
 from opd.loop.train import StepRecord, train
-from opd.rollouts.environment import Plays
 
 SPARE = "opd-rescued-"  # begins the name of a folder for a last step that cannot be written in its place
 
@@ -71,6 +71,7 @@ class Run:
         self._start: EvaluationPoint | None = None
         self._end: EvaluationPoint | None = None
         self._teacher: EvaluationPoint | None = None
+        self._best = best_so_far(self._config, directory)
         self._last: StepRecord | None = None
         self._session: Session | None = None
         self._boundary: Boundary | None = None
@@ -133,7 +134,7 @@ class Run:
         """Run the last evaluation and report; they may fail, for the student is trained and exported."""
         with self._warned("the student's last evaluation"):
             self._say("last evaluation of the student ...")
-            await self._measure_student(evaluator, trackers, cpu, self._done, self._config.evaluation.samples)
+            await self._measure_student(evaluator, trackers, cpu, self._done)
             write_card(self._directory, self._facts(), self._end)
         if _teacher_can_be_measured(self._plan):
             with self._warned("the evaluation of the teacher (evaluation.teacher=false leaves it out)"):
@@ -168,11 +169,11 @@ class Run:
         self._say("first evaluation ...")
         if self._first:  # another run's student: no step of this one has published it yet
             await session.learner.publish(session.engines.student, self._first)
-        await self._measure_student(evaluator, trackers, cpu, self._first, self._config.evaluation.samples)
+        await self._measure_student(evaluator, trackers, cpu, self._first)
         self._start = self._end
         if self._end is not None and self._end.truncation_rate == 1:
             self._say(
-                f"first evaluation: not one answer ended within {self._config.evaluation.max_tokens} tokens; if they "
+                f"first evaluation: not one answer ended within {self._end.max_tokens} tokens; if they "
                 "are meant to be shorter, the student ends texts with another token than those that end them here "
                 "(eos_token_id)"
             )
@@ -208,7 +209,9 @@ class Run:
     ) -> None:
         config = self._config
         store = CheckpointStore(self._directory.checkpoints)
-        retention = Retention(keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
+        retention = Retention(
+            keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every, best=lambda: self._best.kept
+        )
         saver = Saver(store, session.learner, session.followers, retention, self._first)
         progress = self._progress()
         boundary = self._boundary = Boundary(
@@ -220,6 +223,7 @@ class Run:
             self._first,
             elsewhere=rescue_folders(config, self._directory),
             spent=lambda: progress.spent or any(t.stops for t in trackers if isinstance(t, CallbackTracker)),
+            best=lambda step: self._best.step == step,
         )
 
         async def remember(record: StepRecord) -> None:
@@ -227,8 +231,9 @@ class Run:
             boundary.ended(record)
 
         async def measure(record: StepRecord) -> None:
-            if progress.see(self._meter(record)) and record.live:
-                await self._measure_student(evaluator, trackers, cpu, record.step, 1)
+            due = due_sets(config.evaluation, record.step, config.steps, main=progress.see(self._meter(record)))
+            if due and record.live and not progress.spent:
+                await self._measure_student(evaluator, trackers, cpu, record.step, due)
 
         self._stop.waits = True
         try:
@@ -302,17 +307,29 @@ class Run:
         return time() - self._started + (self._before.wall_s if self._before else 0.0)
 
     async def _measure_student(
-        self, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: TrainingCpu, step: int, samples: int
+        self,
+        evaluator: Evaluator,
+        trackers: Sequence[Tracker],
+        cpu: TrainingCpu,
+        step: int,
+        due: Collection[str] | None = None,
     ) -> None:
+        """The student on the sets that are `due`; None: on all, before or after training."""
         cost = TrainingCost(totals=self._meter.totals, cpu_s=cpu())
+        config = self._config
+        first = next(iter(config.evaluation.by_name))  # which stands for the run
         with cpu.apart():
-            self._end = await evaluator.student(step, samples, cost)
-        _tell(trackers, self._end)
+            async for point in evaluator.student(step, cost, due=due, between=due is not None):
+                self._end = point if point.set == first else self._end
+                if step and config.staleness_schedule.may_checkpoint(step):
+                    self._best.see(point)
+                _tell(trackers, point)
 
     async def _measure_teacher(self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker]) -> None:
         writers = {name: await session.teacher_writer(name) for name in evaluator.teachers}
-        self._teacher = await evaluator.teacher(writers)
-        _tell(trackers, self._teacher)
+        async for point in evaluator.teacher(writers):
+            self._teacher = self._teacher or point
+            _tell(trackers, point)
 
     def _facts(self) -> dict[str, str]:
         plan, config = self._plan, self._config
@@ -378,10 +395,3 @@ def _teacher_can_be_measured(plan: Plan) -> bool:
 def _tell(trackers: Sequence[Tracker], point: EvaluationPoint) -> None:
     for tracker in trackers:
         tracker.evaluated(point)
-
-
-def make_evaluator(plan: Plan, session: Session) -> Evaluator:
-    """Measures students and teachers of this session."""
-    rollout, config = plan.config.method.rollout, plan.config.evaluation
-    play = rollout.play if isinstance(rollout, Plays) else None
-    return Evaluator(config, plan.sources, session.context(0), session.learner, exact_kl=plan.exact_kl, play=play)

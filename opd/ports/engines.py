@@ -62,6 +62,18 @@ class ReadsReferences(Protocol):
         ...
 
 
+@runtime_checkable
+class NamesAnswers(Protocol):
+    """A grader that can tell which answer a completion gives, so that several of one prompt can be counted as votes."""
+
+    async def named(self, completions: Sequence[str], answer: str) -> list[str]:
+        """Name of each completion's answer, one for equal answers, "" where it gives none; all are of one prompt.
+
+        `answer` is the prompt's reference. It may say what kind of answer is looked for, and not which is right.
+        """
+        ...
+
+
 class Tokenizer(Protocol):
     """Conversion of text to ids and back. Encoded text begins as the model's texts do (e.g. with one `<bos>`)."""
 

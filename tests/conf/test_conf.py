@@ -29,6 +29,8 @@ NEEDED = {
     "teacher=hf": ["teacher.path=x"],
     "prompts=dataset": ["prompts.path=x"],
     "evaluation=shop_and_peak": ["prompts=shop_and_peak"],
+    "evaluation=none": ["evaluation_sets=[gsm8k]"],
+    "evaluation_sets=own": ["evaluation.sets.own.prompts.path=x"],
     "evaluation=dataset": ["prompts=dataset", "prompts.path=x", "evaluation.prompts.path=y"],
 }
 

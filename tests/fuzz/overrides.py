@@ -73,8 +73,19 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"stop_after", lambda v: hasattr(v, "__slots__")),
     (r"stop_after\.(tokens|flops|cpu_s)", lambda v: v == 0 or real(1e-3, 1e30)(v)),
     (r"evaluation\.parts", whole(0, 10_000)),
+    (r"evaluation\.sets", named(lambda v: hasattr(v, "maj_at"))),
+    (r"evaluation\.sets\.\w+", lambda v: hasattr(v, "maj_at")),
+    (r"evaluation\.sets\.\w+\.samples", whole(1, 10_000)),
+    (r"evaluation\.sets\.\w+\.samples_between", whole(0, 10_000)),
+    (r"evaluation\.sets\.\w+\.temperature", real(1e-3, 1e3, zero=True)),
+    (r"evaluation\.sets\.\w+\.top_p", real(1e-4, 1)),
+    (r"evaluation\.sets\.\w+\.max_tokens", whole(1, WINDOW)),
+    (r"evaluation\.sets\.\w+\.(greedy|random_subset)", yes),
+    (r"evaluation\.sets\.\w+\.(pass_at|maj_at)", members(whole(1, 10_000))),
+    (r"evaluation\.sets\.\w+\.(every|subset|reverse_kl_prompts)", whole(0, 10**9)),
     (r"run_name", text(r"([A-Za-z0-9][\w.=,+-]*)?")),
     (r"output_dir|student\.path|teachers\.\w+\.path", text(r"[^\x00-\x1f]+")),
+    (r"checkpoint_best", text(r"(\w+/)?\w*")),
     (r"resume|text|tracker\.(entity|group)", lambda v: v is None or type(v) is str),
     (r"notes|tracker\.tags|resume_changes", members(text())),
     (r"overrides(\[\d+\])?", lambda v: type(v) in (str, tuple)),
@@ -138,7 +149,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"hardware\.\w+", real(1, 1e24, zero=True)),
     (r"tracker\.samples|.*prompts(\.sources\.\w+)?\.problems", whole(0, 10**8)),
     (r"evaluation\.(samples|reverse_kl_prompts)|.*\.prompts_per_step|.*\.group_size", FEW),
-    (r"prompts|evaluation\.prompts|(evaluation\.)?prompts\.sources\.\w+", part("opd.prompts.", "demos.prompts.")),
+    (r"evaluation\.prompts", lambda v: v is None or part("opd.prompts.", "demos.prompts.")(v)),
+    (r"prompts|(evaluation\.)?prompts\.sources\.\w+", part("opd.prompts.", "demos.prompts.")),
     (r"(evaluation\.)?prompts\.sources", named(part("opd.prompts.", "demos.prompts."), 1)),
     (r".*prompts(\.sources\.\w+)?\.(chat|drop_last_answer|shuffle|skip_long|stream)", yes),
     (r".*prompts(\.sources\.\w+)?\.(teacher_)?(system|few_shot)", lambda v: v is None or type(v) is str),
@@ -291,7 +303,12 @@ def bases() -> list[tuple[str, ...]]:
     """Every method that is shipped, two tasks with two teachers, adapters, a cluster."""
     own = {**NEEDS, "ensemble_reverse_kl": ENSEMBLE}
     every = [(*SHOP, f"method={m}", *own.get(m, ())) for m in groups()["method"]]
-    more = (["experiment=two_teachers"], [*SHOP, "learner=lora"], [*SHOP, "cluster=multi_node"])
+    more = (
+        ["experiment=two_teachers"],
+        [*SHOP, "evaluation_sets=[shop_cool]"],
+        [*SHOP, "learner=lora"],
+        [*SHOP, "cluster=multi_node"],
+    )
     return [*every, *(tuple(o) for o in more)]
 
 
@@ -324,6 +341,7 @@ def nonsense(config: RunConfig) -> str:
     """The first setting that no rule allows; "" if all are legal."""
     for name, _, value in walk(config, ""):
         as_main = re.sub(r"^method\.terms\.\w+\.", "method.", name)  # a term has the fields of a method
+        as_main = re.sub(r"^evaluation\.sets\.\w+\.prompts", "evaluation.prompts", as_main)
         rules = [rule for pattern, rule in RULES if re.fullmatch(pattern, as_main)]
         if not rules:
             return f"no rule says what {name} may be"

@@ -5,6 +5,6 @@ can be repeated by its `command.txt`.
 """
 
 from launch.cli.api.results import TrainedRun, open_run
-from launch.cli.api.verbs import evaluate, plan, train
+from launch.cli.api.verbs import evaluate, evaluate_sets, plan, train
 
-__all__ = ["TrainedRun", "evaluate", "open_run", "plan", "train"]
+__all__ = ["TrainedRun", "evaluate", "evaluate_sets", "open_run", "plan", "train"]

@@ -1,6 +1,6 @@
 """A run that was trained, as Python objects: its figures as tables, its student as a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +45,24 @@ class TrainedRun:
 
     @property
     def evaluations(self) -> "pd.DataFrame":
-        """Table of the student's evaluations, by `step`: accuracies, reverse KL, lengths, costs."""
-        import pandas as pd
+        """Table of the student's evaluations, by `step`: accuracies, reverse KL, lengths, costs.
 
-        return pd.DataFrame.from_records([point.as_json() for point in self._data.student]).set_index("step")
+        They are on the set that stands for the run; `evaluation_sets` has all with their intervals.
+        """
+        lines = [point.as_json() for point in self._data.student]
+        return _table_of([{name: value for name, value in line.items() if name != "estimates"} for line in lines])
+
+    @property
+    def evaluation_sets(self) -> "pd.DataFrame":
+        """Table of the student's evaluations on every set, by `step`: a line per measure with its interval."""
+        points = [point for of in self._data.by_set.values() for point in of]
+        return _table_of(
+            [
+                {"step": p.step, "set": p.set, "measure": name, "value": e.value, "low": e.low, "high": e.high}
+                for p in points
+                for name, e in p.estimates.items()
+            ]
+        )
 
     @property
     def samples(self) -> "pd.DataFrame":
@@ -113,6 +127,12 @@ class TrainedRun:
             f"<b>{escape(self.name)}</b><table><tr><th>step</th><th>greedy</th><th>sampled</th><th>reverse KL</th></tr>"
             f"{cells}</table><code>{escape(self.report)}</code>"
         )
+
+
+def _table_of(lines: Sequence[Mapping[str, Any]]) -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.DataFrame.from_records(list(lines)).set_index("step") if lines else pd.DataFrame()
 
 
 def open_run(path: str | Path) -> TrainedRun:

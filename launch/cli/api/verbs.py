@@ -94,11 +94,28 @@ def evaluate(
     evaluation: Prompts | None = None,
     **settings: Any,
 ) -> EvaluationPoint:
-    """Figures of a model on held-out prompts, as `opd eval` gives them; `checkpoint` is a folder of a model."""
+    """Figures of a model on held-out prompts, as `opd eval` gives them; `checkpoint` is a folder of a model.
+
+    With named sets (`evaluation.sets`) it is the set that stands for the run; `evaluate_sets` gives all.
+    """
+    sets = evaluate_sets(checkpoint, student=student, teacher=teacher, reward=reward, evaluation=evaluation, **settings)
+    return next(iter(sets.values()))
+
+
+def evaluate_sets(
+    checkpoint: str | Path | None = None,
+    *,
+    student: str | Path | None = None,
+    teacher: str | Path | None = None,
+    reward: str | Reward | None = None,
+    evaluation: Prompts | None = None,
+    **settings: Any,
+) -> dict[str, EvaluationPoint]:
+    """Figures of a model on every evaluation set, by name; "" is the set of `evaluation` itself."""
     given = _Given(None, student, teacher, evaluation, reward, evaluation, settings)
     overrides = [*given.overrides(), *([] if checkpoint is None else overrides_of({"student.path": checkpoint}, {}))]
     with _own_loop(), _one_error():
-        return evaluate_once(make_plan(_config(overrides)))
+        return {point.set: point for point in evaluate_once(make_plan(_config(overrides)))}
 
 
 def _config(overrides: Sequence[str]) -> RunConfig:

@@ -15,7 +15,7 @@ from launch.artifacts.run_directory import check_name
 from launch.artifacts.spending import Unit
 from launch.checkpoint.places import check_writable
 from launch.cli.compare.budget_plan import PILOT_STEPS, Budget, at_most_per_step, cost_per_step
-from launch.cli.compare.comparison import Comparison, Request, from_arguments, from_experiment
+from launch.cli.compare.comparison import NO_MAIN_SET, Comparison, Request, from_arguments, from_experiment
 from launch.cli.compare.shared_runs import run_all
 from launch.config.run_config import run_config
 from launch.plan import hub
@@ -164,6 +164,8 @@ class _Stages:
 def _check(comparison: Comparison, plans: Mapping[str, Plan], trials: Sequence[Plan]) -> None:
     """Raise `ConfigurationError` if the arms cannot be compared by their accuracies, or not fairly."""
     reference = plans[comparison.reference]
+    if reference.config.evaluation.prompts is None:
+        raise ConfigurationError(NO_MAIN_SET)
     if reference.answers.get("evaluation.prompts") == NO_ANSWERS:
         raise ConfigurationError(
             "a comparison is one of accuracies, but the evaluation.prompts have no reference answers; set "

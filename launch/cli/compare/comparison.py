@@ -280,8 +280,16 @@ def _tuning(grids: Mapping[str, Sequence[str]], problems: Sequence[str]) -> Tuni
     )
 
 
+NO_MAIN_SET = (
+    "a comparison reports the accuracy on evaluation.prompts, which are null (evaluation.sets are measured beside them)"
+    "; choose an evaluation that has them, e.g. evaluation=dataset evaluation.prompts.path=FILE"
+)
+
+
 def _other_problems(node: DictConfig) -> list[str]:
     """Overrides by which generated held-out problems become others; nothing does that to a file."""
+    if node.evaluation.prompts is None:
+        raise ConfigurationError(NO_MAIN_SET)
     found = list(_seeds(OmegaConf.to_container(node.evaluation.prompts, resolve=True), "evaluation.prompts"))
     if not found:
         raise ConfigurationError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from launch.artifacts.evaluation_point import MAIN
 from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory
 from launch.plan.plan import Plan
@@ -114,7 +115,7 @@ def _is_number(value: str) -> bool:
 
 def _problems(plan: Plan) -> frozenset[tuple[str, bytes]]:
     """Held-out problems as the student reads them, with their answers."""
-    prompts = plan.config.evaluation.prompts(0, plan.sources)
+    prompts = plan.config.evaluation.asked(MAIN, plan.sources)
     return frozenset((prompt.answer, prompt.student_ids.tobytes()) for prompt in prompts)
 
 

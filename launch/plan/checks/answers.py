@@ -7,28 +7,44 @@ from rich.progress import track
 
 from launch.artifacts import terminal
 from launch.config.run_config import RunConfig
+from launch.config.settings import place_of
 from launch.inputs.graders import make_grader
 from launch.plan.checks.survey import Survey
-from opd.errors import DataError
-from opd.ports import Answered, ReadsReferences, References, Sources
+from opd.errors import ConfigurationError, DataError
+from opd.ports import Answered, NamesAnswers, ReadsReferences, References, Sources
 
 NO_ANSWERS = "no reference answers; accuracy is not measured"
 MANY = 5_000  # rows whose reading is shown, because it takes more than a second
 
 
-def check_answers(config: RunConfig, sources: Sources, held_out: Survey) -> dict[str, str]:
+def check_answers(config: RunConfig, sources: Sources, held_out: Mapping[str, Survey]) -> dict[str, str]:
     """Remarks about the answers, by the name of the prompts that have them or lack them.
 
     Raises:
         DataError: more of a file's answers are unreadable than `max_unreadable_answers` allows.
+        ConfigurationError: maj@k is asked for where a grader cannot tell which answers are equal.
     """
+    _check_votes(config, held_out)
     sentences: dict[str, str] = {}
-    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+    for place, source in (("prompts", config.prompts), *config.evaluation.sources.items()):
         found = source.references(replace(sources, place=place)) if isinstance(source, Answered) else ()
         sentences |= {references.place: _sentence(references, config) for references in found}
-    if held_out.unanswered.count == held_out.seen and all(needs_answer(config, task) for task in held_out.tasks):
-        sentences["evaluation.prompts"] = NO_ANSWERS
+    for name, found in held_out.items():
+        if found.unanswered.count == found.seen and all(needs_answer(config, task) for task in found.tasks):
+            sentences[place_of(name)] = NO_ANSWERS
     return sentences
+
+
+def _check_votes(config: RunConfig, held_out: Mapping[str, Survey]) -> None:
+    for name, one in config.evaluation.by_name.items():
+        for task, where in held_out[name].tasks.items() if one.maj_at else ():
+            part = config.graders.get(task)
+            if part is None or not isinstance(make_grader(task, part), NamesAnswers):
+                raise ConfigurationError(
+                    f"evaluation.sets.{name}.maj_at counts equal answers, but the grader of task {task!r} ({where}) "
+                    f"names none ({type(part).__name__ if part else 'an environment'} has no `named`); set "
+                    f"evaluation.sets.{name}.maj_at=[]"
+                )
 
 
 def needs_answer(config: RunConfig, task: str) -> bool:

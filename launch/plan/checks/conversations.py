@@ -16,7 +16,8 @@ _LISTED = 12  # keywords that an error names
 def conversations(config: RunConfig) -> Iterator[tuple[str, Conversations]]:
     """Every source of a run that asks its prompts in conversations, with the place of its settings."""
     yield from conversations_of("prompts", config.prompts)
-    yield from conversations_of("evaluation.prompts", config.evaluation.prompts)
+    for place, source in config.evaluation.sources.items():
+        yield from conversations_of(place, source)
 
 
 def own_templates(config: RunConfig) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from hf.tokenizer_check import TokenizerIdentity
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.settings import place_of
 from launch.inputs.prompt_files import reading
 from launch.plan.checks.conversations import conversations, own_templates
 from launch.plan.checks.survey import Survey
@@ -17,12 +18,15 @@ from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
 
 JOINTS = 8  # tokens that texts may lose where they meet, and special ones
+HeldOut = Mapping[str, Survey]
+"""Surveys of the evaluation sets, by name."""
 
 
-def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
+def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: HeldOut) -> None:
     """Refuse a teacher that a prompt names and the run does not have, and one that nothing names."""
-    places = dict(held_out.teachers) | dict(training.teachers)
-    for place, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+    places = {name: where for found in held_out.values() for name, where in found.teachers.items()}
+    places |= dict(training.teachers)
+    for place, source in (("prompts", config.prompts), *config.evaluation.sources.items()):
         if isinstance(source, Routed) and not isinstance(source, Listed):
             places = dict.fromkeys(source.routes(sources), place) | places
     for role, part in ((Role.READER, "a scorer of the method"), (Role.WRITER, "method.rollout")):
@@ -41,19 +45,28 @@ def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out
         )
 
 
-def check_lengths(config: RunConfig, training: Survey, held_out: Survey, tokenizer: Tokenizer) -> int:
-    """Tokens of the longest sequence; refuses one that fits neither the engine, nor a micro-batch, nor a teacher."""
+def check_lengths(config: RunConfig, training: Survey, held_out: HeldOut, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Tokens of the longest sequence, and of the longest that a teacher reads or writes.
+
+    Refuses one that fits neither the engine, nor, where it is read, a micro-batch or a teacher.
+    """
     written = max(config.max_tokens, *_limits(config.method.rollout))
-    longest = 0
-    for found, more in ((training, written), (held_out, config.evaluation.max_tokens)):
+    longest = of_teachers = 0
+    asked = [(training, written, True)]
+    for name, one in config.evaluation.by_name.items():
+        asked.append((held_out[name], one.max_tokens, one.reverse_kl_prompts > 0))
+    for found, more, scored in asked:
         tokens, where = found.longest
         total = tokens + more
         longest = max(longest, total)
+        of_teachers = max(of_teachers, total) if scored or config.evaluation.teacher else of_teachers
         if total > config.student.max_model_len:
             raise ConfigurationError(
                 f"{where} has {tokens} tokens and max_tokens is {more}, but student.max_model_len is "
                 f"{config.student.max_model_len}; raise it to {total} or lower max_tokens"
             )
+        if not scored:  # neither the learner nor a teacher reads what is only graded
+            continue
         if total > config.learner.tokens_per_microbatch:
             raise ConfigurationError(
                 f"a sequence may have {total} tokens ({where}), but learner.tokens_per_microbatch is "
@@ -61,7 +74,7 @@ def check_lengths(config: RunConfig, training: Survey, held_out: Survey, tokeniz
             )
         _check_teachers_room(config, found, more)
     _check_questions(config, training, written, tokenizer)
-    return longest
+    return longest, of_teachers
 
 
 def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
@@ -167,23 +180,36 @@ def check_templates(
 
 
 def remarks(
-    config: RunConfig, training: Survey, held_out: Survey, more: Sequence[str], *, dated: bool
+    config: RunConfig, training: Survey, held_out: HeldOut, more: Sequence[str], *, dated: bool
 ) -> tuple[str, ...]:
     """Remarks that are no errors and matter before training, one sentence each; `more` is from other checks."""
     notes = list(more)
-    for place, found in (("prompts", training), ("evaluation.prompts", held_out)):
+    for place, found in (("prompts", training), *((place_of(name), found) for name, found in held_out.items())):
         notes += _about(place, found)
     if training.seen < training.total and not _generated(config.prompts):
         notes.append(f"prompts: {training.total - training.seen} of {training.total} rows are too long and left out")
-    if _generated(config.evaluation.prompts) and not _generated(config.prompts):
+    if all(map(_generated, config.evaluation.sources.values())) and not _generated(config.prompts):
         notes.append(
             "evaluation measures the embedded task, not the prompts that are trained on; set evaluation=dataset "
             "evaluation.prompts.path=... to held-out rows"
         )
     notes += _counted(config)
+    notes += _asked(config, held_out)
     if dated and training.chats.count:
         notes.append("the chat template writes today's date into every prompt, so a run resumed tomorrow reads others")
-    return (*_overlap(training, held_out), *(f"note: {sentence}" for sentence in notes))
+    shared = [line for name, found in held_out.items() for line in _overlap(training, name, found)]
+    return (*shared, *(f"note: {sentence}" for sentence in notes))
+
+
+def _asked(config: RunConfig, held_out: HeldOut) -> Iterator[str]:
+    """Amount of text that evaluations on named sets ask for."""
+    for name, one in config.evaluation.sets.items():
+        between = f", and {one.count(between=True)} every {one.every} steps" if one.every else ""
+        yield (
+            f"evaluation.sets.{name} asks {held_out[name].seen} prompts, {one.samples + one.greedy} completions each "
+            f"before and after training{between}: at most {one.max_tokens} tokens, temperature {one.temperature:g}, "
+            f"top-p {one.top_p:g}"
+        )
 
 
 def _counted(config: RunConfig) -> Iterator[str]:
@@ -191,7 +217,7 @@ def _counted(config: RunConfig) -> Iterator[str]:
     for place, source in conversations(config):
         if not isinstance(source, DatasetPrompts) or not (source.filter or source.stream):
             continue
-        found = reading(source.path, source.columns(place))
+        found = reading(source.folder or source.path, source.columns(place))
         if source.stream:
             yield (
                 f"{place}: {len(found.rows)} rows stay in their files; the first {min(AT_ONCE, len(found.rows))} stand "
@@ -221,13 +247,14 @@ def _about(place: str, found: Survey) -> Iterator[str]:
         yield f"{place}: {found.repeated.count} {of} repeat an earlier one (first: {found.repeated.first})"
 
 
-def _overlap(training: Survey, held_out: Survey) -> Iterator[str]:
+def _overlap(training: Survey, name: str, held_out: Survey) -> Iterator[str]:
     both = max(len(training.ids & held_out.ids), len(training.texts & held_out.texts))
     if both:
         least = "" if training.total else "at least "
+        which = f"evaluation set {name!r}" if name else "evaluation"
         yield (
-            f"WARNING: {least}{both} of the {held_out.seen} prompts of the evaluation are trained on, so its accuracy "
-            "says nothing about new ones; give evaluation.prompts other rows or another seed"
+            f"WARNING: {least}{both} of the {held_out.seen} prompts of the {which} are trained on, so its accuracy "
+            f"says nothing about new ones; give {place_of(name)} other rows or another seed"
         )
 
 

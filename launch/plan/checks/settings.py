@@ -118,7 +118,7 @@ def _check_schedule(config: RunConfig) -> None:
 
 
 def _check_prompts_per_step(config: RunConfig) -> None:
-    for root, source in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+    for root, source in (("prompts", config.prompts), *config.evaluation.sources.items()):
         sizes: dict[str, dict[str, int]] = {}
         for name, _, value in walk(source, root):
             where, _, field = name.rpartition(".")

@@ -10,6 +10,8 @@ from rich.progress import track
 
 from hf.tokenizer import HuggingFaceTokenizer
 from launch.artifacts.terminal import console
+from launch.config.settings import EvaluationConfig, place_of
+from opd.errors import DataError
 from opd.ports import Listed, PromptSource, Sources
 from opd.prompts.dataset import DatasetPrompts
 from opd.types import Prompt
@@ -131,22 +133,26 @@ def survey_all(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTok
 
 def _survey_of(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
     total = source.rows(sources) if isinstance(source, Listed) else 0
-    return survey(_shown(_found(source, sources, None), total, sources.place), total, tokenizer)
+    return survey(_shown(_found(source, sources), total, sources.place), total, tokenizer)
 
 
 _survey_of_file = lru_cache(maxsize=4)(_survey_of)  # a comparison plans the same file for every arm and seed
 
 
-def survey_step(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTokenizer) -> Survey:
-    """Survey of step 0, which has all prompts of an evaluation."""
-    found = list(_found(source, sources, 0))
-    return survey(found, len(found), tokenizer)
+def survey_held_out(
+    config: EvaluationConfig, sources: Sources, tokenizer: HuggingFaceTokenizer
+) -> Mapping[str, Survey]:
+    """Survey of every evaluation set, by name."""
+    found = {name: config.held_out(name, sources) for name in config.by_name}
+    if empty := [name for name, rows in found.items() if not rows]:
+        raise DataError(f"{place_of(empty[0])} has no prompt that could be asked; give it rows, or leave the set out")
+    return {name: survey(rows, len(rows), tokenizer) for name, rows in found.items()}
 
 
-def _found(source: PromptSource, sources: Sources, step: int | None) -> Iterator[tuple[Row, Prompt]]:
-    """Rows and prompts of `step` (None: of all), or of step 0 where a source cannot list what it may give."""
+def _found(source: PromptSource, sources: Sources) -> Iterator[tuple[Row, Prompt]]:
+    """Rows and prompts of all steps, or of step 0 where a source cannot list what it may give."""
     if isinstance(source, Listed):
-        yield from source.every(sources, step)
+        yield from source.every(sources, None)
     else:
         for prompt in {p.id: p for p in source(0, sources)}.values():
             yield Row(prompt="", answer=prompt.answer, where=f"prompt {prompt.id!r}"), prompt

@@ -1,6 +1,6 @@
 """Checks of tasks: each can be graded or played, and a user's own parts are tried once before anything starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from launch.config.run_config import RunConfig
 from launch.inputs.graders import make_grader
@@ -13,7 +13,7 @@ from opd.method.needs import needed
 from opd.ports import Role
 
 
-def check_tasks(config: RunConfig, training: Survey, held_out: Survey) -> list[str]:
+def check_tasks(config: RunConfig, training: Survey, held_out: Mapping[str, Survey]) -> list[str]:
     """Remarks about tasks; refuses a task without a part for it, and a part of the user's that does not work.
 
     A part that no prompt asks for is not tried, and not started in the run.
@@ -23,13 +23,14 @@ def check_tasks(config: RunConfig, training: Survey, held_out: Survey) -> list[s
             f"method {config.method.name} needs a teacher that gives text only, which no backend of this version is; "
             "name a part that asks a writing teacher (its needs_engines)"
         )
-    tasks = dict(training.tasks) | dict(held_out.tasks)
+    surveys = (training, *held_out.values())
+    tasks = {task: where for found in surveys for task, where in found.tasks.items()}
     for task, where in tasks.items():
         _check_task(config, task, where)
     _check_rewards(config, training)
     notes = [note for task in sorted(tasks) for note in _tried_grader(config, task, training)]
     for task in sorted(tasks.keys() & config.environments.keys()):
-        shown = training if task in training.tasks else held_out
+        shown = next(found for found in surveys if task in found.tasks)
         OwnEnvironment(name=task, part=config.environments[task]).probe(shown.first_of[task])
     return notes
 

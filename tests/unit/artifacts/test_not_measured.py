@@ -85,9 +85,13 @@ def measured(without: int, grader: Half, samples: int = 2) -> EvaluationPoint:
     context = Context(
         student=engine, teachers={"default": engine}, writers={}, graders={"t": grader}, tokenizer=engine  # type: ignore[arg-type]
     )  # fmt: skip
-    config = EvaluationConfig(prompts=Held(count=4, without=without))
+    config = EvaluationConfig(prompts=Held(count=4, without=without), samples=samples)
     evaluator = Evaluator(config, None, context, None, exact_kl=False)  # type: ignore[arg-type]
-    return asyncio.run(evaluator.student(3, samples, TrainingCost(totals=Totals(), cpu_s=0.0)))
+
+    async def first() -> EvaluationPoint:
+        return await anext(evaluator.student(3, TrainingCost(totals=Totals(), cpu_s=0.0)))
+
+    return asyncio.run(first())
 
 
 def test_no_answers_no_accuracy_and_no_grader() -> None:

@@ -300,7 +300,14 @@ MAY_CHANGE = {
         "grace_s",
         "trace",
     ),
-    *("checkpoint_every", "checkpoint_minutes", "checkpoint_keep", "checkpoint_keep_every", "max_buffer_bytes"),
+    *(
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "checkpoint_keep",
+        "checkpoint_keep_every",
+        "checkpoint_best",
+        "max_buffer_bytes",
+    ),
     *("evaluation.*", "cluster.*", "tracker.*", "hardware.*", "stop_after.*"),
     # How many processes, how much memory, how long they may take: the same numbers come out.
     *("student.replicas", "student.deadline_s", "student.kv_cache_bytes", "student.gpu_memory_utilization"),

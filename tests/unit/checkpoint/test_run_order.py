@@ -53,11 +53,11 @@ class Broken:
     def __init__(self, told: list[str]) -> None:
         self.told, self.teachers = told, ("default",)
 
-    async def student(self, step: int, samples: int, spent: Any) -> Any:
+    async def student(self, step: int, spent: Any, **_: Any) -> Any:
         self.told.append(f"student {step}")
         if step:
             raise DataError("the grader is gone")
-        return SimpleNamespace(as_json=lambda: {"step": 0}, step=0, truncation_rate=0.0)
+        yield SimpleNamespace(as_json=lambda: {"step": 0}, step=0, set="", truncation_rate=0.0)
 
     async def teacher(self, writers: Any) -> Any:
         raise AssertionError("no engine could be made, so nobody asks")

@@ -146,8 +146,8 @@ def test_an_evaluation_calls_parts_at_its_step_of_the_run(model: str, step: int)
 
 async def measured(evaluator: Evaluator, model: str, step: int, context: Context) -> EvaluationPoint:
     if model == "teacher":
-        return await evaluator.teacher(dict.fromkeys(context.teachers, context.student))
-    return await evaluator.student(step, 1, TrainingCost(totals=Totals(), cpu_s=0.0))
+        return await anext(evaluator.teacher(dict.fromkeys(context.teachers, context.student)))
+    return await anext(evaluator.student(step, TrainingCost(totals=Totals(), cpu_s=0.0)))
 
 
 def test_progress_is_the_share_of_steps_that_are_done() -> None:
