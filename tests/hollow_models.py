@@ -40,6 +40,20 @@ def qwen2(width: int, layers: int, heads: int, kv: int, inner: int, *, rows: int
     return rest | shape | {"rms_norm_eps": 1e-6, **SAVED}
 
 
+def qwen3_moe(width: int, layers: int, heads: int, kv: int, *, experts: int, inner: int) -> dict[str, Any]:
+    """Configuration of a Qwen3 with experts, e.g. `qwen3_moe(2048, 48, 32, 4, experts=128, inner=768)`."""
+    of_experts = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": inner}
+    of_experts |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    kind = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_key_value_heads": kv}
+    return qwen3(width, layers, heads, 6144, tied=False, **kind, **of_experts, max_position_embeddings=262_144)
+
+
+def gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
+    """Configuration of a GPT-2, e.g. `gpt2(1600, 48, 25)`."""
+    shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 1024, "vocab_size": 50_257}
+    return shape | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **SAVED}
+
+
 @cache
 def tokenizer(size: int = 0) -> Mapping[str, bytes]:
     """Files of the tokenizer; `size` tokens, or as few as there can be (0)."""
@@ -93,4 +107,18 @@ def _shapes(config: str) -> Mapping[str, Sequence[int]]:
     fields = json.loads(config)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    return {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
+    found = dict[str, Sequence[int]]()
+    for name, parameter in made.named_parameters():
+        found |= _stored(name, tuple(parameter.shape))
+    return found
+
+
+def _stored(name: str, shape: Sequence[int]) -> Mapping[str, Sequence[int]]:
+    """What a checkpoint has in place of a parameter: of fused experts the matrices of each."""
+    before, experts, last = name.partition(".experts.")
+    if not experts or len(shape) != 3:
+        return {name: shape}
+    number, rows, columns = shape
+    halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[last]
+    one = (rows // len(halves), columns)
+    return {f"{before}.experts.{i}.{half}.weight": one for i in range(number) for half in halves}

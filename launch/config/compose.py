@@ -57,6 +57,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
     if not OmegaConf.has_resolver("assets"):
         OmegaConf.register_new_resolver("assets", lambda name: str(shipped("assets") / name))
+        OmegaConf.register_new_resolver("mapping", _mapping)
     # Hydra reads one folder; a second one can only be named in its search path, which config.yaml takes from here.
     os.environ["OPD_OWN_CONF"] = str(Path(own or shipped("conf")).resolve())
     try:
@@ -64,6 +65,12 @@ def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
             return hydra_compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigurationError(f"the configuration does not compose: {first_line(error)}") from error
+
+
+def _mapping(key: str, *, _root_: DictConfig) -> DictConfig:
+    """`${mapping:KEY}` in a YAML: the mapping at KEY, and an empty one where there is none."""
+    found = OmegaConf.select(_root_, key)
+    return found if isinstance(found, DictConfig) else OmegaConf.create({})
 
 
 @cache

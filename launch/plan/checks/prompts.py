@@ -161,7 +161,7 @@ def _counted(config: RunConfig) -> Iterator[str]:
     for place, source in conversations(config):
         if not isinstance(source, DatasetPrompts) or not (source.filter or source.stream):
             continue
-        found = reading(source.path, source.columns(place))
+        found = reading(source.folder or source.path, source.columns(place))
         if source.stream:
             yield (
                 f"{place}: {len(found.rows)} rows stay in their files; the first {min(AT_ONCE, len(found.rows))} stand "

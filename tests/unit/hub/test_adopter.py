@@ -32,6 +32,8 @@ def rows(number: int, **columns: Any) -> bytes:
 def _filled(value: Any, number: str) -> Any:
     if isinstance(value, Mapping):
         return {name: _filled(inner, number) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, number) for inner in value]
     return value.replace("#", number) if isinstance(value, str) else value
 
 
