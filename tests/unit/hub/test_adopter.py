@@ -67,9 +67,11 @@ def from_python() -> Plan:
     return names["run"]
 
 
-def test_both_are_short() -> None:
-    assert len(CODE.strip().splitlines()) <= 12
-    assert len((EXAMPLE / "my_conf" / "experiment" / "maths.yaml").read_text().splitlines()) <= 12
+def test_both_are_short_and_in_the_docs() -> None:
+    settings = (EXAMPLE / "my_conf" / "experiment" / "maths.yaml").read_text()
+    assert len(CODE.strip().splitlines()) <= 12 and len(settings.splitlines()) <= 12
+    assert f"```yaml\n{settings}```" in (ROOT / "README.md").read_text()
+    assert f"```python\n{CODE.lstrip()}```" in (ROOT / "docs" / "howto" / "start.md").read_text()
 
 
 def test_the_yaml_and_the_call_are_one_run(hub_of_the_run: HubStandIn, tmp_path: Path) -> None:
