@@ -109,6 +109,19 @@ def test_code_and_yaml_of_a_page_can_be_read(page: str) -> None:
             ast.parse(block)
 
 
+@pytest.mark.parametrize(
+    ("words", "page", "heading"),
+    [
+        ("a reward", "docs/grading.md", "## A reward of your own"),
+        ("what `max_staleness` does", "docs/pipeline.md", "| `max_staleness` |"),
+        ("the KL does not fall", "docs/pitfalls.md", "## The KL does not fall"),
+    ],
+)
+def test_the_first_page_leads_to_what_is_asked_first(words: str, page: str, heading: str) -> None:
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if words in line and line.startswith("|")]
+    assert f"]({page}" in line and heading in (ROOT / page).read_text()
+
+
 def test_the_check_tells_right_from_wrong() -> None:
     right = [
         "train experiment=shop learner.lr=1e-3",
