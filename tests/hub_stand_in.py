@@ -10,10 +10,11 @@ import json
 import re
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import prod
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -27,6 +28,30 @@ _WRITE = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)")
 _BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
 Files = dict[str, bytes]
+
+
+class Hollow(bytes):
+    """A safetensors file of which the header alone is there, and the length of the whole: of models of any size.
+
+    `Hollow.of(shapes)` has bfloat16 tensors of these shapes.
+    """
+
+    whole: int
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Sequence[int]]) -> "Hollow":
+        """A file that would hold tensors of `shapes`."""
+        header, end = dict[str, Any](), 0
+        for name, shape in shapes.items():
+            start, end = end, end + 2 * prod(shape)
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        file = cls(len(text).to_bytes(8, "little") + text)
+        file.whole = 8 + len(text) + end
+        return file
+
+    def __len__(self) -> int:
+        return self.whole
 
 
 @dataclass

@@ -57,7 +57,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
     if not OmegaConf.has_resolver("assets"):
         OmegaConf.register_new_resolver("assets", lambda name: str(shipped("assets") / name))
-        OmegaConf.register_new_resolver("keywords_of", _keywords_of)
+        OmegaConf.register_new_resolver("mapping", _mapping)
     # Hydra reads one folder; a second one can only be named in its search path, which config.yaml takes from here.
     os.environ["OPD_OWN_CONF"] = str(Path(own or shipped("conf")).resolve())
     try:
@@ -65,6 +65,12 @@ def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
             return hydra_compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigurationError(f"the configuration does not compose: {first_line(error)}") from error
+
+
+def _mapping(key: str, *, _root_: DictConfig) -> DictConfig:
+    """`${mapping:KEY}` in a YAML: the mapping at KEY, and an empty one where there is none."""
+    found = OmegaConf.select(_root_, key)
+    return found if isinstance(found, DictConfig) else OmegaConf.create({})
 
 
 @cache
@@ -85,12 +91,6 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
     meant = f"did you mean {group}={value.replace(wrong[0], close[0])}? " if close else ""
     given = override if len(override) < LONG else shown(override)
     raise ConfigurationError(f"{given} does not exist; {meant}(have: {', '.join(known[group])})")
-
-
-def _keywords_of(source: str, *, _root_: DictConfig) -> DictConfig:
-    """Keywords of the chat template that a source of prompts has; none where its class knows none."""
-    found = OmegaConf.select(_root_, f"{source}.template_kwargs")
-    return found if isinstance(found, DictConfig) else OmegaConf.create({})
 
 
 def _named_options(value: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Files shipped with the program, conf/ and assets/, and the user's own conf/ on top of them."""
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from opd.errors import ConfigurationError
@@ -23,14 +24,20 @@ def option_files(own: str = "") -> dict[str, dict[str, Path]]:
     Raises `ConfigurationError` about an option of the user's that is called like one of ours: Hydra would take ours.
     """
     roots = [shipped("conf"), *([Path(own)] if own else [])]
-    for ours in sorted(shipped("conf").glob("*/*.yaml")) if own else ():
+    for ours in sorted(shipped("conf").glob("*/**/*.yaml")) if own else ():
         theirs = Path(own) / ours.relative_to(shipped("conf"))
         if theirs.is_file() and not theirs.samefile(ours):
-            raise ConfigurationError(
-                f"{theirs} is called like an option of the project, {ours.parent.name}={ours.stem}; rename it"
-            )
+            group, _, option = str(ours.relative_to(shipped("conf")).with_suffix("")).partition("/")
+            raise ConfigurationError(f"{theirs} is called like an option of the project, {group}={option}; rename it")
     names = sorted({p.name for root in roots for p in root.iterdir() if p.is_dir()})
-    return {name: dict(sorted((f.stem, f) for root in roots for f in (root / name).glob("*.yaml"))) for name in names}
+    return {name: dict(sorted(_options(root / name for root in roots))) for name in names}
+
+
+def _options(folders: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """Name and file of every option, those in folders too, as in `published/fire`."""
+    for folder in folders:
+        for file in folder.rglob("*.yaml"):
+            yield str(file.relative_to(folder).with_suffix("")), file
 
 
 def groups(own: str = "") -> dict[str, list[str]]:

@@ -267,10 +267,11 @@ def _returns(function: Callable[..., Any]) -> type | None:
 def _sentence(hint: Any, value: Any, where: str, default: Any, because: str) -> str:
     reason = f" ({because})" if because else ""
     got = HIDDEN if names_a_secret(where) or parts_of(hint)[0] is Secret else without_logins(shown(value))
-    return f"{where} needs {_wanted(hint)}, got {got}{reason}; {_advice(hint, value, where, default)}"
+    return f"{where} needs {wanted(hint)}, got {got}{reason}; {_advice(hint, value, where, default)}"
 
 
-def _wanted(hint: Any) -> str:
+def wanted(hint: Any) -> str:
+    """Type and range of a setting as a sentence's object. Example: `"a whole number from 1 to 9"`."""
     base, marks = parts_of(hint)
     described = _kind(base)
     for mark in marks:
@@ -281,13 +282,13 @@ def _wanted(hint: Any) -> str:
 def _kind(base: Any) -> str:
     origin, arguments = get_origin(base), get_args(base)
     if origin in (Union, UnionType):
-        return " or ".join(_wanted(kind) for kind in arguments)
+        return " or ".join(wanted(kind) for kind in arguments)
     if origin is Literal:
         return f"one of {', '.join(spelled(one) for one in arguments)}"
     if origin is tuple or (isinstance(origin, type) and issubclass(origin, Sequence)):
-        return f"a list [...], each member {_wanted(arguments[0])}"
+        return f"a list [...], each member {wanted(arguments[0])}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "a mapping of names" + ("" if arguments[1] is Any else f", each with {_wanted(arguments[1])}")
+        return "a mapping of names" + ("" if arguments[1] is Any else f", each with {wanted(arguments[1])}")
     if isinstance(base, type) and issubclass(base, Enum):
         return f"one of {', '.join(base.__members__)}"
     simple = {

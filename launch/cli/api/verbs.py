@@ -27,7 +27,8 @@ from opd.method.method import Method
 from opd.ports import PromptSource
 
 Reward = Callable[..., Any]
-Prompts = str | Path | PromptSource | Iterable[str | Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+Settings = Mapping[str, Any]  # of a file: its path, and how it is read and asked
+Prompts = str | Path | PromptSource | Settings | Iterable[str | Mapping[str, Any] | Sequence[Mapping[str, Any]]]
 
 HELD_OUT = 64  # prompts of training that are measured where no others are given
 
@@ -48,8 +49,9 @@ def train(
     """Train a student, as `opd train` does, and return the run.
 
     `method` is a name (`opd methods`) or a `Method` of parts. `student` and `teacher` are folders of models (or an
-    option of `conf/`, as "shop"), `prompts` a file, a list of texts, conversations or mappings with `prompt` and
-    `answer`, or a source of prompts; `evaluation` is the same, of held-out prompts. `reward` is a grader's name or a
+    option of `conf/`, as "shop"), `prompts` a file (also as settings, `{"path": ..., "answer_column": ...}`), a list of
+    texts, conversations or mappings with `prompt` and `answer`, or a source of prompts; `evaluation` is the same, of
+    held-out prompts. `reward` is a grader's name or a
     function (docs/grading.md). Everything else is a setting of the command line (`steps=100`, `learner={"lr": 1e-5}`,
     `**{"learner.lr": 1e-5}`, `experiment="shop"`). `callbacks` are called after every step, `trackers` get the numbers
     (`log(data, step=)`). `verbose=False` prints nothing.
@@ -79,8 +81,11 @@ def plan(
     evaluation: Prompts | None = None,
     **settings: Any,
 ) -> Plan:
-    """Checked plan of a run (`dry_run=true`); nothing is started. `rich.print(plan.table())` shows it."""
-    given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
+    """Checked plan of a run (`dry_run=true`: of models on a hub the headers are read); nothing is started.
+
+    `rich.print(plan.table())` shows it.
+    """
+    given = _Given(method, student, teacher, prompts, reward, evaluation, settings | {"dry_run": True})
     with _own_loop(), _one_error():
         return make_plan(_config(given.overrides()))
 
@@ -236,8 +241,15 @@ class _Given:
         number = {"prompts_per_step": count} if count else {}
         return ["evaluation=dataset", *overrides_of({"evaluation.prompts": {"path": path, **columns, **number}}, {})]
 
-    def _file(self, given: Any, name: str) -> tuple[str | Path, Mapping[str, str], int]:
-        """Path of prompts, column settings of a list, and its length (0: a file, which is not read yet)."""
+    def _file(self, given: Any, name: str) -> tuple[str | Path, Mapping[str, Any], int]:
+        """Path of prompts, further settings, and the length of a list (0: a file, which is not read yet)."""
+        if isinstance(given, Mapping):
+            if not isinstance(given.get("path"), str | Path):
+                raise ConfigurationError(
+                    f"{name} is one mapping, which is the settings of a file, but has no path; give "
+                    f'{name}={{"path": ...}}, or a list of prompts'
+                )
+            return given["path"], {key: value for key, value in given.items() if key != "path"}, 0
         return (given, {}, 0) if isinstance(given, str | Path) else prompts_file(given, self._folder, name)
 
     def _reward(self) -> list[str]:

@@ -1,0 +1,14 @@
+"""Qwen3-0.6B learns maths from Qwen3-4B, both from the hub."""
+
+import opd
+
+asked = {"chat": True, "system": r"Put the final answer into \boxed{}.", "template_kwargs": {"enable_thinking": False}}
+run = opd.train(
+    student="Qwen/Qwen3-0.6B",
+    teacher="Qwen/Qwen3-4B",
+    prompts={"path": "open-r1/DAPO-Math-17k-Processed:en:train", "answer_column": "reward_model.ground_truth", **asked},
+    evaluation={"path": "HuggingFaceH4/MATH-500:test", "prompt_column": "problem", "answer_column": "answer"},
+    max_tokens=3072,
+    learner={"dtype": "BFLOAT16", "zero_stage": 2, "lr": 1e-6},
+    tracker="wandb",
+)
