@@ -156,9 +156,14 @@ def without_secret(override: str) -> str:
 def _value(key: str, value: Any, secrets: Sequence[str]) -> Any:
     if value is None or value == "":
         return value  # nothing was given; hiding that would hide a mistake
-    if names_a_secret(key) or (names_a_token(key) and _holds_text(value)):
+    if names_a_secret(key) or (names_a_token(key) and _holds_text(value) and not _points_to_another(value)):
         return HIDDEN
     return _redacted(value, secrets)
+
+
+def _points_to_another(value: Any) -> bool:
+    """Whether the value is that of another setting, as in `max_tokens: ${max_tokens}`."""
+    return isinstance(value, str) and bool(re.fullmatch(r"\$\{[a-z_.]+\}", value))
 
 
 def _secrets_in(node: Any) -> Iterator[str]:

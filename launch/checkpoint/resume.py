@@ -1,10 +1,7 @@
 """Resuming: finds the checkpoint that `resume=` means, and refuses settings that would not continue the same run."""
 
-import fcntl
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import strftime
@@ -24,7 +21,7 @@ from launch.artifacts.checkpoint_state import (
 )
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory, check_name, read_jsonl
-from launch.artifacts.run_lock import check_not_running, is_over
+from launch.artifacts.run_lock import alone_in, check_not_running, is_over
 from launch.artifacts.spending import spending
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.changes import Change, changes, check_changes, check_inputs, check_steps
@@ -179,7 +176,7 @@ def open_directory(config: RunConfig, resumed: ResumePoint | None, console: Cons
         return RunDirectory.open(root / config.run_name)
     name = config.run_name or f"{config.method.name}-{strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
-    with _alone_in(root):
+    with alone_in(root):
         if can_begin_again(root / name):
             aside = root / f"{name}.begun-{strftime('%Y%m%d-%H%M%S')}"
             (root / name).rename(aside)
@@ -197,24 +194,21 @@ def can_begin_again(path: Path) -> bool:
     return not RunDirectory(path).took_a_step
 
 
-@contextmanager
-def _alone_in(root: Path) -> Iterator[None]:
-    """Mutual exclusion of processes that look for a free name."""
-    if not root.is_dir():
-        yield
-        return
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def move_aside_if_lost(path: Path) -> Path | None:
+    """New place of what a killed run left from which nothing can go on; None where `resume=latest` has a way on."""
+    directory, store = RunDirectory(path), CheckpointStore(path / "checkpoints")
+    store.recover()
+    if (path / "config.yaml").is_file() and (store.steps() or not directory.took_a_step):
+        return None
+    aside = path.with_name(f"{path.name}.begun-{strftime('%Y%m%d-%H%M%S')}")
+    path.rename(aside)
+    return aside
 
 
 def way_on(directory: RunDirectory, rescued: Path | None = None, whole: str = "") -> str:
     """Advice on how to continue a run that did not finish, from what is there or was `rescued` elsewhere.
 
-    `whole`: name of the run that it is a stage of; what was rescued then goes on as a run of the stage alone.
+    `whole`: name of the run or sweep that it is a part of; what was rescued then goes on as a run of the part alone.
     """
     if rescued is not None:
         step = newest_first([rescued.name])[0]
@@ -233,7 +227,9 @@ def way_on(directory: RunDirectory, rescued: Path | None = None, whole: str = ""
             "output=FOLDER makes a model of it"
         )
     if whole:
-        return f"this stage has no checkpoint: the same command with run_name={whole} resume=latest begins it anew"
+        return (
+            f"{directory.name} has no checkpoint: the same command with run_name={whole} resume=latest begins it anew"
+        )
     if directory.took_a_step:
         return (
             "no checkpoint was written, so there is nothing to go on from (set checkpoint_every or checkpoint_minutes)"

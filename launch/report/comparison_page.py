@@ -41,7 +41,7 @@ def write_comparison(root: Path, arms: Sequence[Arm], goal: Goal, console: Conso
         }
     )
     write_text(root / "comparison.html", page)
-    _show(tables[0], console)
+    show_table(tables[0], console)
     for note in sides.notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     console.print(f"page: {root / 'comparison.html'}", soft_wrap=True, markup=False, highlight=False)
@@ -64,7 +64,8 @@ def _caption(sides: SideBySide) -> str:
     )
 
 
-def _show(cells: Cells, console: Console) -> None:
+def show_table(cells: Cells, console: Console) -> None:
+    """Print a table."""
     printed = Table(
         title=cells.title,
         caption=cells.note,

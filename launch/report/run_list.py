@@ -34,6 +34,7 @@ class RunLine:
     accuracy: tuple[float | None, float | None]
     reverse_kl: float | None
     changed: float
+    readable: bool = True
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -68,7 +69,14 @@ def run_line(path: Path) -> RunLine:
     except DataError as error:
         damaged = f"cannot be read: {error}"
         return RunLine(
-            path=path, state=damaged, method="", steps=0, accuracy=(None, None), reverse_kl=None, changed=changed
+            path=path,
+            state=damaged,
+            method="",
+            steps=0,
+            accuracy=(None, None),
+            reverse_kl=None,
+            changed=changed,
+            readable=False,
         )
     measured = [point for point in data.student if point.mean_at_k is not None]
     ends = (measured[0].mean_at_k, measured[-1].mean_at_k) if measured else (None, None)

@@ -1,0 +1,286 @@
+"""The runs of a sweep side by side: their values, how they ended, and which ended best."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.artifacts.evaluation_point import EvaluationPoint
+from launch.artifacts.run_data import RunData
+from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.summary import Outcome
+from launch.artifacts.sweep_record import SweepRecord
+from launch.report.comparison_table import Cells
+from launch.report.figures import short_number
+from launch.report.run_list import NOTHING, run_line
+
+SEED = "seed"  # runs that differ in it alone are one arm
+Figure = Callable[[EvaluationPoint], float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRun:
+    """One run: its values of the settings that vary, its state as in a list of runs, and its evaluations."""
+
+    name: str
+    values: Mapping[str, str]
+    state: str
+    steps: int = 0
+    points: tuple[EvaluationPoint, ...] = ()
+    teacher: EvaluationPoint | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """It has trained to its end."""
+        return self.state == Outcome.FINISHED.value
+
+    def last(self, figure: Figure) -> float | None:
+        """The newest measurement of a figure."""
+        return next((value for point in reversed(self.points) if (value := figure(point)) is not None), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepArm:
+    """Runs that differ in their seed alone, by their common values."""
+
+    label: str
+    values: Mapping[str, str]
+    runs: tuple[SweepRun, ...]
+
+    def ends(self, figure: Figure) -> list[float]:
+        """A figure at the end of every finished run."""
+        found = (run.last(figure) for run in self.runs if run.finished)
+        return [value for value in found if value is not None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """All runs of a sweep, in the order in which they were planned."""
+
+    name: str
+    runs: tuple[SweepRun, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        """The settings that vary, the seed apart."""
+        return [key for key in dict.fromkeys(key for run in self.runs for key in run.values) if key != SEED]
+
+    @property
+    def seeded(self) -> bool:
+        """Seeds vary."""
+        return any(SEED in run.values for run in self.runs)
+
+    @property
+    def settings(self) -> list[str]:
+        """All settings that vary."""
+        return [*self.keys, *([SEED] if self.seeded else [])]
+
+    @property
+    def short(self) -> Mapping[str, str]:
+        """For every setting its last word, where that is no other's."""
+        last = [key.rpartition(".")[2] for key in self.keys]
+        return {key: word if last.count(word) == 1 else key for key, word in zip(self.keys, last, strict=True)}
+
+    @property
+    def arms(self) -> list[SweepArm]:
+        """Runs by their values, the seed apart."""
+        found: dict[tuple[tuple[str, str], ...], list[SweepRun]] = {}
+        for run in self.runs:
+            found.setdefault(tuple((k, v) for k, v in run.values.items() if k != SEED), []).append(run)
+        short = self.short
+        return [
+            SweepArm(
+                label=", ".join(f"{short[k]}={v}" for k, v in values) or "all seeds",
+                values=dict(values),
+                runs=tuple(runs),
+            )
+            for values, runs in found.items()
+        ]
+
+    @property
+    def teacher(self) -> EvaluationPoint | None:
+        """The teacher's figures, if a run measured them."""
+        return next((run.teacher for run in self.runs if run.teacher is not None), None)
+
+    @property
+    def ranked(self) -> list[SweepArm]:
+        """Arms that can be judged, best first: by accuracy at T=1, or by the reverse KL where there is none."""
+        judged = [arm for arm in self.arms if arm.ends(accuracy)]
+        if judged:
+            return sorted(judged, key=lambda arm: -float(np.mean(arm.ends(accuracy))))
+        judged = [arm for arm in self.arms if arm.ends(divergence)]
+        return sorted(judged, key=lambda arm: float(np.mean(arm.ends(divergence))))
+
+
+def accuracy(point: EvaluationPoint) -> float | None:
+    """Accuracy of samples at temperature 1."""
+    return point.mean_at_k
+
+
+def divergence(point: EvaluationPoint) -> float | None:
+    """Reverse KL to the teacher."""
+    return point.reverse_kl
+
+
+def read_sweep(root: Path) -> Sweep:
+    """The sweep in a directory, as far as it got. Raises `DataError` if it is none."""
+    record = SweepRecord.read(root)
+    return Sweep(name=root.name, runs=tuple(_read(root / name, values) for name, values in record.runs.items()))
+
+
+def _read(path: Path, values: Mapping[str, str]) -> SweepRun:
+    if not (path / "config.yaml").is_file():
+        return SweepRun(name=path.name, values=values, state="not begun")
+    line = run_line(path)
+    if not line.readable:
+        return SweepRun(name=path.name, values=values, state=line.state)
+    data = RunData.read(RunDirectory(path))
+    return SweepRun(
+        name=path.name,
+        values=values,
+        state=line.state,
+        steps=line.steps,
+        points=tuple(data.student),
+        teacher=data.teacher,
+        notes=data.summary.notes if data.summary else (),
+    )
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+_FIGURES: Mapping[str, tuple[Figure, Callable[[float], str]]] = {
+    "accuracy at T=1": (accuracy, lambda value: f"{100 * value:.1f}"),
+    "greedy": (lambda point: point.greedy, lambda value: f"{100 * value:.1f}"),
+    "reverse KL": (divergence, lambda value: f"{value:.3g}"),
+    "tokens": (lambda point: float(point.tokens), short_number),
+    "CPU s": (lambda point: point.cpu_s, lambda value: f"{value:.0f}"),
+}
+_NOTE = (
+    "At the end of each run. Accuracies in percent: of samples at temperature 1, and greedy. reverse KL: to the teacher, "
+    "nats per token. tokens: of completions; CPU s: of training, start-up and evaluations apart."
+)
+
+
+def tables(sweep: Sweep) -> list[Cells]:
+    """A row for every arm where seeds vary, and a row for every run."""
+    return [*([_arms_table(sweep)] if sweep.seeded else []), _runs_table(sweep)]
+
+
+def _arms_table(sweep: Sweep) -> Cells:
+    rows = [
+        [
+            *(arm.values.get(key, NOTHING) for key in sweep.keys),
+            f"{sum(run.finished for run in arm.runs)} of {len(arm.runs)}",
+            *(_spread(arm.ends(figure), written) for figure, written in _FIGURES.values()),
+        ]
+        for arm in sweep.arms
+    ]
+    return Cells(
+        title=f"sweep {sweep.name}, seeds together",
+        note=f"Means over the seeds that have finished, in brackets the least and the greatest. {_NOTE}",
+        columns=[*sweep.short.values(), "finished", *_FIGURES],
+        rows=rows,
+    )
+
+
+def _runs_table(sweep: Sweep) -> Cells:
+    keys = sweep.settings
+    rows = [
+        [
+            *(run.values.get(key, NOTHING) for key in keys),
+            run.state,
+            str(run.steps),
+            *(_cell(run.last(figure), written) for figure, written in _FIGURES.values()),
+        ]
+        for run in sweep.runs
+    ]
+    columns = [*(sweep.short.get(key, key) for key in keys), "state", "steps", *_FIGURES]
+    return Cells(title=f"sweep {sweep.name}, every run", note=_NOTE, columns=columns, rows=rows)
+
+
+def _cell(value: float | None, written: Callable[[float], str]) -> str:
+    return NOTHING if value is None else written(value)
+
+
+def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
+    if not values:
+        return NOTHING
+    mean, low, high = written(float(np.mean(values))), written(min(values)), written(max(values))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+# --- sentences ------------------------------------------------------------------------------------------------------
+
+
+def notes(sweep: Sweep) -> list[str]:
+    """Sentences about the best values, and about what is missing."""
+    open_runs = [run for run in sweep.runs if not run.finished]
+    found = [_best(sweep)] if len(sweep.ranked) > 1 else []
+    if open_runs:
+        named = ", ".join(f"{run.name} ({run.state})" for run in open_runs[:_SHOWN])
+        more = f" and {len(open_runs) - _SHOWN} more" if len(open_runs) > _SHOWN else ""
+        found.append(f"{len(open_runs)} of {len(sweep.runs)} runs have not finished: {named}{more}.")
+    return [*found, *dict.fromkeys(note for run in sweep.runs for note in run.notes)]
+
+
+_SHOWN = 4
+
+
+def _best(sweep: Sweep) -> str:
+    first, second = sweep.ranked[:2]
+    figure, unit = (accuracy, "accuracy at T=1") if first.ends(accuracy) else (divergence, "reverse KL")
+    written = _FIGURES[unit][1]
+    ends = [
+        f"{written(float(np.mean(arm.ends(figure))))}{' %' if figure is accuracy else ''}" for arm in (first, second)
+    ]
+    edge = "".join(_edge(sweep, first, key) for key in sweep.keys)
+    return (
+        f"{first.label} ended best by {unit} ({ends[0]}, the next {ends[1]}: {second.label}). It was chosen on the very "
+        "problems shown here, so its figure flatters it; measure it on others, or with other seeds, before it is "
+        f"reported.{edge}"
+    )
+
+
+def _edge(sweep: Sweep, best: SweepArm, key: str) -> str:
+    """A sentence about a value at the end of those that were tried."""
+    tried = {arm.values[key]: number(arm.values[key]) for arm in sweep.ranked if key in arm.values}
+    values = [value for value in tried.values() if value is not None]
+    mine = tried.get(best.values.get(key, ""))
+    if len(values) < max(2, len(tried)) or mine is None or min(values) < mine < max(values):
+        return ""
+    side, beyond = ("smallest", "smaller") if mine == min(values) else ("largest", "larger")
+    return f" Its {key} is the {side} that was tried: a {beyond} one may be better."
+
+
+def number(text: str) -> float | None:
+    """The value as a finite number; None if it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
+
+
+# --- for other programs ---------------------------------------------------------------------------------------------
+
+
+def as_json(sweep: Sweep) -> dict[str, Any]:
+    """All runs with their values, states and evaluations."""
+    return {
+        "name": sweep.name,
+        "settings": sweep.settings,
+        "notes": notes(sweep),
+        "runs": [
+            {
+                "run": run.name,
+                "values": dict(run.values),
+                "state": run.state,
+                "steps": run.steps,
+                "evaluations": [point.as_json() for point in run.points],
+            }
+            for run in sweep.runs
+        ],
+    }
