@@ -117,7 +117,7 @@ def without_methods(arguments: Sequence[str]) -> list[str]:
 def _known_view(value: str) -> None:
     if value == "hydra":
         raise ConfigurationError(
-            "--cfg hydra is how Hydra would start jobs, which opd does itself; --cfg job shows the run's configuration, "
+            "--cfg hydra is how Hydra would start jobs, which opd does itself; --cfg job shows the run's configuration "
             "and --info where it comes from"
         )
     if value not in ("job", "all"):

@@ -39,7 +39,7 @@ def view_of(name: str) -> View:
 
 
 def sources(overrides: Sequence[str], view: View) -> list[str]:
-    """Lines about the sources of the configuration that `overrides` compose; the configuration itself is not in them."""
+    """Lines about the sources of the configuration that `overrides` compose, without the configuration itself."""
     parts: Mapping[View, Callable[[Sequence[str]], Iterator[str]]] = {
         View.SEARCH_PATH: _search_path,
         View.TREE: _tree,

@@ -75,7 +75,7 @@ def show_table(cells: Cells, console: Console) -> None:
         pad_edge=False,
     )
     for i, column in enumerate(cells.columns):
-        printed.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
+        printed.add_column(column, justify="left" if i == 0 else "right", no_wrap=i in cells.whole, overflow="fold")
     for row in cells.rows:
         printed.add_row(*row)
     console.print(printed)

@@ -16,12 +16,13 @@ _ABSENT = "–"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cells:
-    """A table as text: its title, a note on how to read it, and its cells."""
+    """A table as text: its title, a note on how to read it, and its cells; the `whole` columns are not folded."""
 
     title: str
     note: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    whole: Sequence[int] = (0,)
 
 
 def arms_table(sides: SideBySide) -> Cells:

@@ -9,9 +9,8 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from launch.report.figures import BLUE, MUTED, SERIES, EndLabel, label_ends, percent, short_number, whole_steps
-from launch.report.sweep_table import Figure, Sweep, SweepArm, accuracy, divergence, number
+from launch.report.sweep_table import NUMBER, Figure, Sweep, SweepArm, accuracy, divergence, number
 
-_LONGEST = 30  # letters of a name beside a line
 _DECADE = 9.0  # a greater span of values gets a logarithmic axis
 
 Panel = Callable[[Axes], None]
@@ -69,7 +68,13 @@ def _curves(axes: Axes, sweep: Sweep, figure: Figure, named: bool) -> None:
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
         if not plain:
             end = f"{mean[-1]:.0%}" if figure is accuracy else f"{mean[-1]:.2g}"
-            labels.append(EndLabel(y=float(mean[-1]), text=f"{_cut(arm.label)}  {end}", color=color))
+            labels.append(
+                EndLabel(
+                    y=float(mean[-1]),
+                    text=f"{f'{NUMBER} {arm.number}' if sweep.numbered else arm.label}  {end}",
+                    color=color,
+                )
+            )
     whole_steps(axes)
     if figure is accuracy:
         _accuracies(axes, sweep, labels)
@@ -126,7 +131,3 @@ def _value_axis(axes: Axes, values: Sequence[float]) -> None:
 
 def _colors(sweep: Sweep) -> Mapping[str, str]:
     return {arm.label: SERIES[i] for i, arm in enumerate(highlighted(sweep))}
-
-
-def _cut(label: str) -> str:
-    return label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…"

@@ -47,5 +47,6 @@ def write_sweep(root: Path, console: Console) -> None:
 def _caption(sweep: Sweep) -> str:
     seeds = "Lines: mean over seeds, shaded from the least to the greatest. " if sweep.seeded else ""
     many = f"In color: the {len(SERIES)} that ended best. " if len(sweep.arms) > len(SERIES) else ""
+    numbers = "Numbers: those of the table. " if sweep.numbered else ""
     teacher = "Dashed: the teacher. " if sweep.teacher is not None else ""
-    return f"Held-out problems; accuracy is that of samples at temperature 1. {seeds}{many}{teacher}".strip()
+    return f"Held-out problems; accuracy is that of samples at temperature 1. {seeds}{many}{numbers}{teacher}".strip()

@@ -16,6 +16,7 @@ from launch.report.comparison_table import Cells
 from launch.report.figures import short_number
 from launch.report.run_list import NOTHING, run_line
 
+_LONGEST = 24  # letters of a name beside a line of a picture
 SEED = "seed"  # runs that differ in it alone are one arm
 Figure = Callable[[EvaluationPoint], float | None]
 
@@ -44,8 +45,9 @@ class SweepRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepArm:
-    """Runs that differ in their seed alone, by their common values."""
+    """Runs that differ in their seed alone, by their common values. `number` counts from 1 in the order planned."""
 
+    number: int
     label: str
     values: Mapping[str, str]
     runs: tuple[SweepRun, ...]
@@ -66,12 +68,14 @@ class Sweep:
     @property
     def keys(self) -> list[str]:
         """The settings that vary, the seed apart."""
-        return [key for key in dict.fromkeys(key for run in self.runs for key in run.values) if key != SEED]
+        named = [key for key in dict.fromkeys(key for run in self.runs for key in run.values) if key != SEED]
+        several = [key for key in named if len({run.values.get(key) for run in self.runs}) > 1]
+        return several or ([] if self.seeded else named)
 
     @property
     def seeded(self) -> bool:
         """Seeds vary."""
-        return any(SEED in run.values for run in self.runs)
+        return len({run.values.get(SEED) for run in self.runs}) > 1
 
     @property
     def settings(self) -> list[str]:
@@ -89,16 +93,22 @@ class Sweep:
         """Runs by their values, the seed apart."""
         found: dict[tuple[tuple[str, str], ...], list[SweepRun]] = {}
         for run in self.runs:
-            found.setdefault(tuple((k, v) for k, v in run.values.items() if k != SEED), []).append(run)
+            found.setdefault(tuple((key, run.values[key]) for key in self.keys if key in run.values), []).append(run)
         short = self.short
         return [
             SweepArm(
+                number=number,
                 label=", ".join(f"{short[k]}={v}" for k, v in values) or "all seeds",
                 values=dict(values),
                 runs=tuple(runs),
             )
-            for values, runs in found.items()
+            for number, (values, runs) in enumerate(found.items(), start=1)
         ]
+
+    @property
+    def numbered(self) -> bool:
+        """The names are too long for a picture, so that it has numbers, which are those of the tables."""
+        return any(len(arm.label) > _LONGEST for arm in self.arms)
 
     @property
     def teacher(self) -> EvaluationPoint | None:
@@ -152,15 +162,17 @@ def _read(path: Path, values: Mapping[str, str]) -> SweepRun:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 _FIGURES: Mapping[str, tuple[Figure, Callable[[float], str]]] = {
-    "accuracy at T=1": (accuracy, lambda value: f"{100 * value:.1f}"),
+    "T=1": (accuracy, lambda value: f"{100 * value:.1f}"),
     "greedy": (lambda point: point.greedy, lambda value: f"{100 * value:.1f}"),
-    "reverse KL": (divergence, lambda value: f"{value:.3g}"),
+    "KL": (divergence, lambda value: f"{value:.2g}"),
     "tokens": (lambda point: float(point.tokens), short_number),
     "CPU s": (lambda point: point.cpu_s, lambda value: f"{value:.0f}"),
 }
+NUMBER = "no."
 _NOTE = (
-    "At the end of each run. Accuracies in percent: of samples at temperature 1, and greedy. reverse KL: to the teacher, "
-    "nats per token. tokens: of completions; CPU s: of training, start-up and evaluations apart."
+    "At the end of each run. T=1, greedy: accuracy in percent, of samples at temperature 1 and of greedy answers. KL: "
+    "reverse KL to the teacher, nats per token. tokens: of completions. CPU s: of training, without start-up and "
+    "evaluations."
 )
 
 
@@ -172,6 +184,7 @@ def tables(sweep: Sweep) -> list[Cells]:
 def _arms_table(sweep: Sweep) -> Cells:
     rows = [
         [
+            *([str(arm.number)] if sweep.numbered else []),
             *(arm.values.get(key, NOTHING) for key in sweep.keys),
             f"{sum(run.finished for run in arm.runs)} of {len(arm.runs)}",
             *(_spread(arm.ends(figure), written) for figure, written in _FIGURES.values()),
@@ -181,24 +194,44 @@ def _arms_table(sweep: Sweep) -> Cells:
     return Cells(
         title=f"sweep {sweep.name}, seeds together",
         note=f"Means over the seeds that have finished, in brackets the least and the greatest. {_NOTE}",
-        columns=[*sweep.short.values(), "finished", *_FIGURES],
+        columns=[*([NUMBER] if sweep.numbered else []), *sweep.short.values(), "finished", *_FIGURES],
         rows=rows,
+        whole=_whole(1 + len(sweep.keys) + sweep.numbered),
     )
 
 
 def _runs_table(sweep: Sweep) -> Cells:
-    keys = sweep.settings
+    """A row for every run; states and steps where they are not the same for all."""
+    told = {"state": [run.state for run in sweep.runs], "steps": [str(run.steps) for run in sweep.runs]}
+    apart = {name: cells for name, cells in told.items() if len(set(cells)) > 1}
+    alike = [f"{name}: {cells[0]}" for name, cells in told.items() if name not in apart and cells]
+    numbers = {run.name: str(arm.number) for arm in sweep.arms for run in arm.runs}
     rows = [
         [
-            *(run.values.get(key, NOTHING) for key in keys),
-            run.state,
-            str(run.steps),
+            *([numbers[run.name]] if sweep.numbered else []),
+            *(run.values.get(key, NOTHING) for key in sweep.settings),
+            *(cells[i] for cells in apart.values()),
             *(_cell(run.last(figure), written) for figure, written in _FIGURES.values()),
         ]
-        for run in sweep.runs
+        for i, run in enumerate(sweep.runs)
     ]
-    columns = [*(sweep.short.get(key, key) for key in keys), "state", "steps", *_FIGURES]
-    return Cells(title=f"sweep {sweep.name}, every run", note=_NOTE, columns=columns, rows=rows)
+    return Cells(
+        title=f"sweep {sweep.name}, every run" + (f" ({', '.join(alike)})" if alike else ""),
+        note=_NOTE,
+        columns=[
+            *([NUMBER] if sweep.numbered else []),
+            *(sweep.short.get(key, key) for key in sweep.settings),
+            *apart,
+            *_FIGURES,
+        ],
+        rows=rows,
+        whole=_whole(len(sweep.settings) + len(apart) + sweep.numbered),
+    )
+
+
+def _whole(before: int) -> range:
+    """Columns of figures, which stand behind so many others."""
+    return range(before, before + len(_FIGURES))
 
 
 def _cell(value: float | None, written: Callable[[float], str]) -> str:
@@ -217,12 +250,12 @@ def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
 
 def notes(sweep: Sweep) -> list[str]:
     """Sentences about the best values, and about what is missing."""
-    open_runs = [run for run in sweep.runs if not run.finished]
+    unfinished = [run for run in sweep.runs if not run.finished]
     found = [_best(sweep)] if len(sweep.ranked) > 1 else []
-    if open_runs:
-        named = ", ".join(f"{run.name} ({run.state})" for run in open_runs[:_SHOWN])
-        more = f" and {len(open_runs) - _SHOWN} more" if len(open_runs) > _SHOWN else ""
-        found.append(f"{len(open_runs)} of {len(sweep.runs)} runs have not finished: {named}{more}.")
+    if unfinished:
+        named = ", ".join(f"{run.name} ({run.state})" for run in unfinished[:_SHOWN])
+        more = f" and {len(unfinished) - _SHOWN} more" if len(unfinished) > _SHOWN else ""
+        found.append(f"Not finished: {len(unfinished)} of {len(sweep.runs)} runs, {named}{more}.")
     return [*found, *dict.fromkeys(note for run in sweep.runs for note in run.notes)]
 
 
@@ -231,17 +264,21 @@ _SHOWN = 4
 
 def _best(sweep: Sweep) -> str:
     first, second = sweep.ranked[:2]
-    figure, unit = (accuracy, "accuracy at T=1") if first.ends(accuracy) else (divergence, "reverse KL")
-    written = _FIGURES[unit][1]
-    ends = [
-        f"{written(float(np.mean(arm.ends(figure))))}{' %' if figure is accuracy else ''}" for arm in (first, second)
-    ]
+    figure, column = (accuracy, "T=1") if first.ends(accuracy) else (divergence, "KL")
+    what, unit = ("accuracy at T=1", " %") if figure is accuracy else ("reverse KL", "")
+    ends = [f"{_FIGURES[column][1](float(np.mean(arm.ends(figure))))}{unit}" for arm in (first, second)]
+    if ends[0] == ends[1]:
+        return f"{_name(sweep, first)} and {_name(sweep, second)} ended best by {what}, and alike ({ends[0]})."
     edge = "".join(_edge(sweep, first, key) for key in sweep.keys)
     return (
-        f"{first.label} ended best by {unit} ({ends[0]}, the next {ends[1]}: {second.label}). It was chosen on the very "
-        "problems shown here, so its figure flatters it; measure it on others, or with other seeds, before it is "
+        f"{_name(sweep, first)} ended best by {what} ({ends[0]}; next {_name(sweep, second)}, {ends[1]}). It was chosen "
+        "on the very problems shown here, which flatters it: measure it on others, or with other seeds, before it is "
         f"reported.{edge}"
     )
+
+
+def _name(sweep: Sweep, arm: SweepArm) -> str:
+    return f"{NUMBER} {arm.number} ({arm.label})" if sweep.numbered else arm.label
 
 
 def _edge(sweep: Sweep, best: SweepArm, key: str) -> str:

@@ -33,7 +33,6 @@ from launch.monitors.trackers import check_login
 from launch.plan import hub
 from launch.plan.plan import Plan, make_plan
 from launch.report.figures import short_number
-from launch.report.sweep_page import write_sweep
 from launch.services.failure_causes import find_own
 from launch.services.signals import Preempted
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -57,6 +56,8 @@ def run_sweep(points: Sequence[Point], overrides: Sequence[str]) -> int:
     sweep.begin(plans, overrides)
     _show_remarks(plans, console)
     sweep.train(plans, console)
+    from launch.report.sweep_page import write_sweep  # matplotlib takes a second, which no run need wait for
+
     write_sweep(sweep.asked.root, console)
     sweep.raise_failures()
     return 0

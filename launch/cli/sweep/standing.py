@@ -67,8 +67,16 @@ def standing(path: Path, config: RunConfig) -> Progress:
 def check_goes_on(path: Path, config: RunConfig, console: Console) -> None:
     """Refuse settings with which a run cannot go on from its checkpoint, before any run is started."""
     now = standing(path, config)
-    if now.standing is Standing.STOPPED and now.step:
+    if now.standing is not Standing.STOPPED:
+        return
+    if now.step:
         resumption(replace(config, resume=LATEST, dry_run=True), console)
+    elif _finished(RunDirectory(path)):
+        other = _differing(path, config)[0]
+        raise ConfigurationError(
+            f"it has finished with {other.name}={other.before}, this command has {other.name}={other.now}, and there is no "
+            "checkpoint to go on from; set it back, or choose another run_name=..."
+        )
 
 
 def finished_with(path: Path, config: RunConfig) -> bool:
@@ -77,11 +85,9 @@ def finished_with(path: Path, config: RunConfig) -> bool:
     Raises:
         ConfigurationError: it has finished with another evaluation, whose figures would stand in one table with others.
     """
-    directory = RunDirectory(path)
-    if not directory.summary.exists() or RunSummary.read(directory.summary).outcome is not Outcome.FINISHED:
+    if not _finished(RunDirectory(path)):
         return False
-    before = read_yaml(directory.config, "give this sweep another run_name")
-    found = [c for c in changes(_flat(before), _flat(redacted(yaml.safe_load(config.text)))) if _matters(c)]
+    found = _differing(path, config)
     other = next((change for change in found if change.name.startswith("evaluation.")), None)
     if other is not None:
         raise ConfigurationError(
@@ -89,6 +95,16 @@ def finished_with(path: Path, config: RunConfig) -> bool:
             "table would have both; set it back, or choose another run_name=..."
         )
     return not found
+
+
+def _finished(directory: RunDirectory) -> bool:
+    return directory.summary.exists() and RunSummary.read(directory.summary).outcome is Outcome.FINISHED
+
+
+def _differing(path: Path, config: RunConfig) -> list[Change]:
+    """Settings of a run that are others now, and change what is trained or measured."""
+    before = read_yaml(RunDirectory(path).config, "give this sweep another run_name")
+    return [c for c in changes(_flat(before), _flat(redacted(yaml.safe_load(config.text)))) if _matters(c)]
 
 
 _OURS = ("data", "hydra", "allow_targets", "comparison", "stages")  # in the YAML, and no setting of a run
