@@ -271,9 +271,9 @@ def _best(sweep: Sweep) -> str:
         return f"{_name(sweep, first)} and {_name(sweep, second)} ended best by {what}, and alike ({ends[0]})."
     edge = "".join(_edge(sweep, first, key) for key in sweep.keys)
     return (
-        f"{_name(sweep, first)} ended best by {what} ({ends[0]}; next {_name(sweep, second)}, {ends[1]}). It was chosen "
-        "on the very problems shown here, which flatters it: measure it on others, or with other seeds, before it is "
-        f"reported.{edge}"
+        f"{_name(sweep, first)} ended best by {what} ({ends[0]}; next {_name(sweep, second)}, {ends[1]}). It was "
+        "chosen on the very problems shown here, which flatters it: measure it on others, or with other seeds, before "
+        f"it is reported.{edge}"
     )
 
 

@@ -39,7 +39,7 @@ class Point:
         """Name of its run. What a file's name cannot have is left out, and a digest tells such names apart."""
         whole = ",".join(f"{key}={value}" for key, value in self.values.items())
         plain = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", whole).strip("-")[:_LONGEST]
-        return plain if plain == whole else f"{plain}.{xxh32_hexdigest(whole)}"
+        return plain if plain == whole else f"{plain}.{xxh32_hexdigest(whole.encode(errors='surrogatepass'))}"
 
 
 @dataclass(frozen=True, slots=True)

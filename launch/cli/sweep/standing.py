@@ -74,8 +74,8 @@ def check_goes_on(path: Path, config: RunConfig, console: Console) -> None:
     elif _finished(RunDirectory(path)):
         other = _differing(path, config)[0]
         raise ConfigurationError(
-            f"it has finished with {other.name}={other.before}, this command has {other.name}={other.now}, and there is no "
-            "checkpoint to go on from; set it back, or choose another run_name=..."
+            f"it has finished with {other.name}={other.before}, this command has {other.name}={other.now}, and there "
+            "is no checkpoint to go on from; set it back, or choose another run_name=..."
         )
 
 
