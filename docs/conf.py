@@ -38,6 +38,7 @@ NAV = {
         "docs/certificate",
         "docs/python",
         "docs/comparing",
+        "Sweeps <docs/sweeps>",
         "docs/schedules",
         "Runs with stages <docs/staged_runs>",
         "Adapters <docs/lora>",

@@ -1,7 +1,7 @@
 """Resuming: finds the checkpoint that `resume=` means, and refuses settings that would not continue the same run."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import strftime
@@ -37,7 +37,8 @@ from opd.prompts.conversations import conversations_of
 class ResumePoint:
     """A verified checkpoint; `same_run` if its run goes on, otherwise a new run starts from it.
 
-    `changed` has a sentence for every setting that is another from here on, as `resume_changes` allows.
+    `changed` has a sentence for every setting that is another from here on, as `resume_changes` allows, and for what
+    trains or measures otherwise without it (`consequences`). They are kept beside the run's figures.
     """
 
     checkpoint: Path
@@ -91,7 +92,11 @@ def resumption(config: RunConfig, console: Console) -> ResumePoint | None:
     check_steps(str(place), state.step, config.steps)
     if same_run:
         _check_unfinished(RunDirectory(place.parent.parent), state, config)
-    changed = tuple(f"after step {state.step}: {c.name} is {c.now}, and was {c.before} before" for c in meant)
+    same = {name for name, digest in now.items() if state.teachers.get(name) == digest}
+    changed = (
+        *(f"after step {state.step}: {c.name} is {c.now}, and was {c.before} before" for c in meant),
+        *consequences([change for change in found if change.name not in same], config, state.step),
+    )
     for sentence in (*_remarks(config, found, state.step), *changed):
         console.print(sentence, soft_wrap=True)
     return ResumePoint(checkpoint=place, state=state, same_run=same_run, changed=changed)
@@ -140,6 +145,31 @@ def _check_unfinished(directory: RunDirectory, state: DriverState, config: RunCo
         )
 
 
+def consequences(found: Sequence[Change], config: RunConfig, step: int) -> list[str]:
+    """Sentences about allowed changes after which the curves of a run are not those of one run.
+
+    Example: `after step 40: steps is 200, and was 100 before, so the learning rate's schedule (LINEAR) ends elsewhere`.
+    """
+    changed = {change.name: change for change in found}
+    told: list[str] = []
+    if (steps := changed.get("steps")) is not None and not config.learner.schedule.constant:
+        told.append(
+            f"after step {step}: steps is {steps.now}, and was {steps.before} before, so the learning rate's schedule "
+            f"({config.learner.schedule.name}) ends elsewhere"
+        )
+    measured = [c for c in found if c.name.startswith("evaluation.") and c.name.rpartition(".")[2] not in _WHEN]
+    if measured:
+        first, more = measured[0], f" (and {len(measured) - 1} more)" if len(measured) > 1 else ""
+        told.append(
+            f"after step {step}: {first.name} is {first.now}, and was {first.before} before{more}, so figures of "
+            "evaluations before and after are not of one measure"
+        )
+    return told
+
+
+_WHEN = ("every", "parts", "teacher")  # say when, and whether the teacher as well; not what is measured
+
+
 def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
     changed = {change.name: change for change in found}
     remarks: list[str] = []
@@ -147,11 +177,6 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
         remarks.append(
             f"note: {moved.name} was {moved.before} and is {moved.now} now, with the same content; prompts are named "
             "after their path, so from here on text is sampled with other seeds than it would have been"
-        )
-    if "steps" in changed and not config.learner.schedule.constant:
-        remarks.append(
-            f"note: steps was {changed['steps'].before} and is {config.steps} now, so the learning rate's schedule "
-            f"({config.learner.schedule.name}) ends elsewhere from here on"
         )
     if "checkpoint_every" in changed and config.deterministic and config.max_staleness:
         remarks.append(
