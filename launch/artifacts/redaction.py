@@ -172,7 +172,8 @@ def _secrets_in(node: Any) -> Iterator[str]:
         case Mapping():
             for key, value in node.items():
                 named = names_a_secret(str(key)) or names_a_token(str(key))
-                yield from (one for one in (_texts(value) if named else _secrets_in(value)) if len(one) >= _SHORTEST)
+                found = _texts(value) if named else _secrets_in(value)
+                yield from (one for one in found if len(one) >= _SHORTEST and not _points_to_another(one))
         case list() | tuple():
             for item in node:
                 yield from _secrets_in(item)

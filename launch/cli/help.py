@@ -18,7 +18,7 @@ usage: opd COMMAND [OVERRIDE ...]
              experiment=shop             the embedded demo
              resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint)
              dry_run=true                check everything, print the plan, start nothing
-             -m learner.lr=1e-4,3e-4 seed=0,1   a run for each combination, one table; run_name=... resume=latest goes on
+             -m learner.lr=1e-4,3e-4 seed=0,1   a run for each combination, and one table; resume=latest goes on
   opd compare methods=[A,B,...] [seeds=3] [budget=steps|tokens|flops|cpu_s] [amount=N] [OVERRIDE ...]
              several methods at one budget, each at the best of three learning rates (rates=[0.5,1,2] times learner.lr)
              METHOD.KEY=VALUE            a setting of one method alone;  validation.KEY=VALUE  of the trials alone

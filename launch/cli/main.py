@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING
 
@@ -271,19 +272,21 @@ def _look(arguments: Sequence[str]) -> int:
     from launch.cli.runs import show_step
 
     own, rest = _split(arguments, ("step", "output_dir"))
-    return show_step(_one_run("show", rest), own.get("step", ""), own.get("output_dir", ""), console())
+    return show_step(_one_run("show", rest, own), own.get("step", ""), own.get("output_dir", ""), console())
 
 
 def _report(arguments: Sequence[str]) -> int:
     from launch.cli.runs import write_again
 
     own, rest = _split(arguments, ("output_dir",))
-    return write_again(_one_run("report", rest), own.get("output_dir", ""), console())
+    return write_again(_one_run("report", rest, own), own.get("output_dir", ""), console())
 
 
-def _one_run(command: str, rest: Sequence[str]) -> str:
+def _one_run(command: str, rest: Sequence[str], own: Mapping[str, str]) -> str:
+    from launch.cli.runs import FOLDER, is_there
+
     named = [word.removeprefix("run=") for word in rest]
-    if len(named) != 1 or "=" in named[0]:
+    if len(named) != 1 or ("=" in named[0] and not is_there(named[0], Path(own.get("output_dir", FOLDER)))):
         raise ConfigurationError(f"opd {command} needs one run, by its name or its directory, e.g. opd {command} NAME")
     return named[0]
 

@@ -35,7 +35,7 @@ def manage_runs(arguments: Sequence[str], own: Mapping[str, str], console: Conso
     """`opd runs [SWEEP | compare|delete RUN ...]`: returns the exit code."""
     root = Path(own.get("output_dir", FOLDER))
     verb, names = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if wrong := next((name for name in arguments if "=" in name), None):
+    if wrong := next((name for name in arguments if "=" in name and not is_there(name, root)), None):
         raise ConfigurationError(f"opd runs takes output_dir=DIR, output=DIR and yes=true, got {wrong}; leave it out")
     match verb:
         case "":
@@ -100,6 +100,11 @@ def _place(name: str, root: Path) -> Path:
         )
     have = [line.path.name for line in listing(root)][:8]
     raise ConfigurationError(f"there is no run {name!r} in {root} (newest: {', '.join(have) or 'none'})")
+
+
+def is_there(name: str, root: Path) -> bool:
+    """Whether a word of a command is a directory or the name of one, although it may have a `=` as runs of sweeps do."""
+    return (root / name).is_dir() or Path(name).is_dir()
 
 
 def _folder(name: str, root: Path) -> Path | None:

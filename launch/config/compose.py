@@ -158,7 +158,8 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
         return quoted(prefixed)  # the grammar took a backslash for an escape
     if parsed.is_sweep_override():
         raise ConfigurationError(
-            f"override {shown(override)} has several values; {_SWEEP}, and a list is written {name}=[A,B]"
+            f"override {shown(override)} has several values; {_SWEEP}, and a list is written "
+            f"{name}=[{value if '(' not in value else 'A,B'}]"
         )
     return prefixed
 
