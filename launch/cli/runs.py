@@ -103,7 +103,7 @@ def _place(name: str, root: Path) -> Path:
 
 
 def is_there(name: str, root: Path) -> bool:
-    """Whether a word of a command is a directory or the name of one, although it may have a `=` as runs of sweeps do."""
+    """Whether a word is a directory or the name of one, although it may have a `=`, as runs of sweeps do."""
     return (root / name).is_dir() or Path(name).is_dir()
 
 

@@ -64,6 +64,9 @@ def _caption(sides: SideBySide) -> str:
     )
 
 
+_LEAST = 5  # letters of a folded column that stay beside each other
+
+
 def show_table(cells: Cells, console: Console) -> None:
     """Print a table."""
     printed = Table(
@@ -75,7 +78,9 @@ def show_table(cells: Cells, console: Console) -> None:
         pad_edge=False,
     )
     for i, column in enumerate(cells.columns):
-        printed.add_column(column, justify="left" if i == 0 else "right", no_wrap=i in cells.whole, overflow="fold")
+        least = min(_LEAST, max(len(row[i]) for row in (cells.columns, *cells.rows)))
+        side = "left" if i == 0 else "right"
+        printed.add_column(column, justify=side, no_wrap=i in cells.whole, overflow="fold", min_width=least)
     for row in cells.rows:
         printed.add_row(*row)
     console.print(printed)

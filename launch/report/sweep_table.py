@@ -187,13 +187,13 @@ def _arms_table(sweep: Sweep) -> Cells:
             *([str(arm.number)] if sweep.numbered else []),
             *(arm.values.get(key, NOTHING) for key in sweep.keys),
             f"{sum(run.finished for run in arm.runs)} of {len(arm.runs)}",
-            *(_spread(arm.ends(figure), written) for figure, written in _FIGURES.values()),
+            *(_ends(arm.ends(figure), written, ranged=figure is accuracy) for figure, written in _FIGURES.values()),
         ]
         for arm in sweep.arms
     ]
     return Cells(
         title=f"sweep {sweep.name}, seeds together",
-        note=f"Means over the seeds that have finished, in brackets the least and the greatest. {_NOTE}",
+        note=f"Means over the seeds that have finished, of T=1 in brackets the least and the greatest. {_NOTE}",
         columns=[*([NUMBER] if sweep.numbered else []), *sweep.short.values(), "finished", *_FIGURES],
         rows=rows,
         whole=_whole(1 + len(sweep.keys) + sweep.numbered),
@@ -238,11 +238,11 @@ def _cell(value: float | None, written: Callable[[float], str]) -> str:
     return NOTHING if value is None else written(value)
 
 
-def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
+def _ends(values: Sequence[float], written: Callable[[float], str], *, ranged: bool) -> str:
     if not values:
         return NOTHING
     mean, low, high = written(float(np.mean(values))), written(min(values)), written(max(values))
-    return mean if low == high else f"{mean} ({low}–{high})"
+    return f"{mean} ({low}–{high})" if ranged and low != high else mean
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------
