@@ -87,7 +87,7 @@ def _with(flags: Flags, name: str, value: str) -> Flags:
 
 
 def _consistent(flags: Flags) -> Flags:
-    """The flags, of which one at most says what is done, as in Hydra."""
+    """The flags after a check against each other: as in Hydra, one at most names an action."""
     asked = [name for name, given in _EXCLUSIVE.items() if getattr(flags, name) not in (False, None) and given]
     if len(asked) > 1:
         raise ConfigurationError(f"{' and '.join(_EXCLUSIVE[name] for name in asked)} were given; write one of them")

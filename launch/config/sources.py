@@ -15,7 +15,7 @@ from opd.errors import ConfigurationError
 
 
 class View(Enum):
-    """What `--info` shows, by Hydra's names."""
+    """Views of `--info`, by Hydra's names."""
 
     DEFAULTS = "defaults"
     TREE = "defaults-tree"

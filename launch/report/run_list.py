@@ -60,7 +60,7 @@ COLUMNS = ("run", "state", "method", "steps", "accuracy at T=1", "reverse KL", "
 
 
 class Kind(Enum):
-    """What several runs in one folder are."""
+    """Kind of several runs in one folder."""
 
     SWEEP = "sweep"
     COMPARISON = "comparison"
@@ -78,7 +78,7 @@ class FolderLine:
 
     @property
     def changed(self) -> float:
-        """When a run of it was last written to."""
+        """Time of the newest line or file of its runs."""
         return max((run.changed for run in self.runs), default=self.path.stat().st_mtime)
 
     @property

@@ -151,7 +151,7 @@ class _Sweep:
         ]
 
     def progress(self, plans: Mapping[str, Plan], console: Console) -> dict[str, Progress]:
-        """How far every run is. Raises `ConfigurationError` about one that cannot go on with these settings."""
+        """Standing of every run. Raises `ConfigurationError` about one that cannot go on with these settings."""
         for name, plan in plans.items():
             with _about(name):
                 check_goes_on(self.asked.root / name, plan.config, console)
@@ -256,7 +256,7 @@ def _about(name: str) -> Iterator[None]:
 
 
 def _show(plans: Mapping[str, Plan], console: Console) -> None:
-    """Print the plan of the first run, its curve of the learning rate, and what is to be said of any."""
+    """Print the plan of the first run with its curve of the learning rate, and the remarks about all."""
     first = next(iter(plans.values()))
     console.print(first.table())
     first.show_rate(console)

@@ -36,7 +36,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Name of its run. What a file's name cannot have is left out, and a digest tells such names apart."""
+        """Name of its run: letters, digits and . _ = , + - only; a digest tells apart those that lost others."""
         whole = ",".join(f"{key}={value}" for key, value in self.values.items())
         plain = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", whole).strip("-")[:_LONGEST]
         return plain if plain == whole else f"{plain}.{xxh32_hexdigest(whole.encode(errors='surrogatepass'))}"
@@ -96,7 +96,7 @@ def _unquoted(value: str) -> str:
 
 
 def _axis(override: str, overrides: Sequence[str]) -> tuple[str, _Axis]:
-    """The override, and the key by which multirun tells it from others (with its `+`)."""
+    """Key of the override in multirun (with its `+`), and its choices."""
     written, _, value = override.partition("=")
     key = override_key(override)
     if re.match(r"hydra[./]", key):

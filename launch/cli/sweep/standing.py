@@ -1,4 +1,4 @@
-"""Standing of a run of a sweep: new, stopped, at work in another process, or finished with the settings asked for."""
+"""Standing of a run of a sweep: new, stopped, at work in another process, or finished with the same settings."""
 
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -23,7 +23,7 @@ from opd.errors import ConfigurationError
 
 
 class Standing(Enum):
-    """How far a run is."""
+    """Stage that a run has reached."""
 
     NEW = "new"
     STOPPED = "goes on"
