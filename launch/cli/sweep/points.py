@@ -36,7 +36,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Name of its run: letters, digits and . _ = , + - only; a digest tells apart those that lost others."""
+        """Name of its run, with a digest where letters had to be left out."""
         whole = ",".join(f"{key}={value}" for key, value in self.values.items())
         plain = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", whole).strip("-")[:_LONGEST]
         return plain if plain == whole else f"{plain}.{xxh32_hexdigest(whole.encode(errors='surrogatepass'))}"

@@ -1,7 +1,9 @@
 """`opd train -m`: the points of a sweep are Hydra's, all are planned first, and what is finished is not run again."""
 
+import fcntl
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from launch.artifacts.run_directory import RunDirectory, append_json, check_name
 from launch.artifacts.summary import Outcome
 from launch.artifacts.sweep_record import SweepRecord
+from launch.cli.compare import shared_runs
 from launch.cli.sweep import command
 from launch.cli.sweep.points import Point, points_of
 from launch.cli.sweep.standing import Standing, standing
@@ -321,6 +324,34 @@ def test_a_place_that_is_no_sweep_is_refused(tmp_path: Path, trainer: Trainer, m
 def test_only_train_sweeps() -> None:
     refused = opd("eval", "-m", "seed=0,1")
     assert refused.returncode == 2 and "-m is for opd train" in refused.stderr
+
+
+# ---- processes that share a sweep
+
+
+def test_another_process_s_run_is_waited_for_and_its_failure_not_repeated(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another open file stands for another process: `flock` tells them apart by that."""
+    claims = tmp_path / "lr" / ".claims"
+    claims.mkdir(parents=True)
+    SweepRecord(runs={name: {} for name in NAMES}).add_to(tmp_path / "lr")
+    others = {name: os.open(claims / name, os.O_CREAT | os.O_RDWR) for name in NAMES[:2]}
+    for handle in others.values():
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+    def sleep(seconds: float) -> None:
+        assert trainer.trained == NAMES[2:], "what is free comes first"
+        failed = RunDirectory.create(tmp_path / "lr", NAMES[0])
+        failed.write_config("steps: 2\n")
+        summary(NAMES[0], Outcome.FAILED, error="the teacher is gone").write(failed)
+        for handle in others.values():  # as the system does for a process that ended, or was killed
+            os.close(handle)
+
+    monkeypatch.setattr(shared_runs, "sleep", sleep)
+    with pytest.raises(OpdError, match=r"1 of 4 runs .* learner\.lr=0\.001,seed=0: the teacher is gone"):
+        sweep(tmp_path, "resume=latest")
+    assert trainer.trained == [*NAMES[2:], NAMES[1]], "the one that was killed is taken over"
 
 
 # ---- where a run of a sweep stands
