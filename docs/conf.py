@@ -35,6 +35,7 @@ NAV = {
         "Resume <docs/howto/resume>",
         "Evaluate on several sets <docs/evaluation>",
         "Compare <docs/comparing>",
+        "Sweep settings <docs/sweeps>",
         "Runs with stages <docs/staged_runs>",
         "Adapters <docs/lora>",
         "Look inside a run <docs/howto/debug>",

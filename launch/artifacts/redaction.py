@@ -156,9 +156,14 @@ def without_secret(override: str) -> str:
 def _value(key: str, value: Any, secrets: Sequence[str]) -> Any:
     if value is None or value == "":
         return value  # nothing was given; hiding that would hide a mistake
-    if names_a_secret(key) or (names_a_token(key) and _holds_text(value)):
+    if names_a_secret(key) or (names_a_token(key) and _holds_text(value) and not _points_to_another(value)):
         return HIDDEN
     return _redacted(value, secrets)
+
+
+def _points_to_another(value: Any) -> bool:
+    """Whether the value is that of another setting, as in `max_tokens: ${max_tokens}`."""
+    return isinstance(value, str) and bool(re.fullmatch(r"\$\{[a-z_.]+\}", value))
 
 
 def _secrets_in(node: Any) -> Iterator[str]:
@@ -167,7 +172,8 @@ def _secrets_in(node: Any) -> Iterator[str]:
         case Mapping():
             for key, value in node.items():
                 named = names_a_secret(str(key)) or names_a_token(str(key))
-                yield from (one for one in (_texts(value) if named else _secrets_in(value)) if len(one) >= _SHORTEST)
+                found = _texts(value) if named else _secrets_in(value)
+                yield from (one for one in found if len(one) >= _SHORTEST and not _points_to_another(one))
         case list() | tuple():
             for item in node:
                 yield from _secrets_in(item)

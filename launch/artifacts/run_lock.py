@@ -41,6 +41,20 @@ def running(directory: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """Mutual exclusion of processes that make something in the folder `root`, for moments, if there is one."""
+    if not root.is_dir():
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def check_not_running(directory: Path) -> None:
     """Raise `ConfigurationError` if a running process of this host holds the run in `directory`."""
     path = directory / LOCK

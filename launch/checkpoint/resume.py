@@ -1,10 +1,7 @@
 """Resuming: finds the checkpoint that `resume=` means, and refuses settings that would not continue the same run."""
 
-import fcntl
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import strftime
@@ -24,7 +21,7 @@ from launch.artifacts.checkpoint_state import (
 )
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory, check_name, read_jsonl
-from launch.artifacts.run_lock import check_not_running, is_over
+from launch.artifacts.run_lock import alone_in, check_not_running, is_over
 from launch.artifacts.spending import spending
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.changes import Change, changes, check_changes, check_inputs, check_steps
@@ -40,7 +37,8 @@ from opd.prompts.conversations import conversations_of
 class ResumePoint:
     """A verified checkpoint; `same_run` if its run goes on, otherwise a new run starts from it.
 
-    `changed` has a sentence for every setting that is another from here on, as `resume_changes` allows.
+    `changed` has a sentence for every setting that is another from here on, as `resume_changes` allows, and for what
+    trains or measures otherwise without it (`consequences`). They are kept beside the run's figures.
     """
 
     checkpoint: Path
@@ -94,7 +92,11 @@ def resumption(config: RunConfig, console: Console) -> ResumePoint | None:
     check_steps(str(place), state.step, config.steps)
     if same_run:
         _check_unfinished(RunDirectory(place.parent.parent), state, config)
-    changed = tuple(f"after step {state.step}: {c.name} is {c.now}, and was {c.before} before" for c in meant)
+    same = {name for name, digest in now.items() if state.teachers.get(name) == digest}
+    changed = (
+        *(f"after step {state.step}: {c.name} is {c.now}, and was {c.before} before" for c in meant),
+        *consequences([change for change in found if change.name not in same], config, state.step),
+    )
     for sentence in (*_remarks(config, found, state.step), *changed):
         console.print(sentence, soft_wrap=True)
     return ResumePoint(checkpoint=place, state=state, same_run=same_run, changed=changed)
@@ -143,6 +145,31 @@ def _check_unfinished(directory: RunDirectory, state: DriverState, config: RunCo
         )
 
 
+def consequences(found: Sequence[Change], config: RunConfig, step: int) -> list[str]:
+    """Sentences about allowed changes after which the curves of a run are not those of one run.
+
+    Example: `after step 40: steps is 200, and was 100 before, so the learning rate's schedule (LINEAR) ends elsewhere`.
+    """
+    changed = {change.name: change for change in found}
+    told: list[str] = []
+    if (steps := changed.get("steps")) is not None and not config.learner.schedule.constant:
+        told.append(
+            f"after step {step}: steps is {steps.now}, and was {steps.before} before, so the learning rate's schedule "
+            f"({config.learner.schedule.name}) ends elsewhere"
+        )
+    measured = [c for c in found if c.name.startswith("evaluation.") and c.name.rpartition(".")[2] not in _WHEN]
+    if measured:
+        first, more = measured[0], f" (and {len(measured) - 1} more)" if len(measured) > 1 else ""
+        told.append(
+            f"after step {step}: {first.name} is {first.now}, and was {first.before} before{more}, so figures of "
+            "evaluations before and after are not of one measure"
+        )
+    return told
+
+
+_WHEN = ("every", "parts", "teacher")  # say when, and whether the teacher as well; not what is measured
+
+
 def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
     changed = {change.name: change for change in found}
     remarks: list[str] = []
@@ -150,11 +177,6 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
         remarks.append(
             f"note: {moved.name} was {moved.before} and is {moved.now} now, with the same content; prompts are named "
             "after their path, so from here on text is sampled with other seeds than it would have been"
-        )
-    if "steps" in changed and not config.learner.schedule.constant:
-        remarks.append(
-            f"note: steps was {changed['steps'].before} and is {config.steps} now, so the learning rate's schedule "
-            f"({config.learner.schedule.name}) ends elsewhere from here on"
         )
     if "checkpoint_every" in changed and config.deterministic and config.max_staleness:
         remarks.append(
@@ -179,7 +201,7 @@ def open_directory(config: RunConfig, resumed: ResumePoint | None, console: Cons
         return RunDirectory.open(root / config.run_name)
     name = config.run_name or f"{config.method.name}-{strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
-    with _alone_in(root):
+    with alone_in(root):
         if can_begin_again(root / name):
             aside = root / f"{name}.begun-{strftime('%Y%m%d-%H%M%S')}"
             (root / name).rename(aside)
@@ -197,24 +219,21 @@ def can_begin_again(path: Path) -> bool:
     return not RunDirectory(path).took_a_step
 
 
-@contextmanager
-def _alone_in(root: Path) -> Iterator[None]:
-    """Mutual exclusion of processes that look for a free name."""
-    if not root.is_dir():
-        yield
-        return
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def move_aside_if_lost(path: Path) -> Path | None:
+    """New place of what a killed run left from which nothing can go on; None where `resume=latest` has a way on."""
+    directory, store = RunDirectory(path), CheckpointStore(path / "checkpoints")
+    store.recover()
+    if (path / "config.yaml").is_file() and (store.steps() or not directory.took_a_step):
+        return None
+    aside = path.with_name(f"{path.name}.begun-{strftime('%Y%m%d-%H%M%S')}")
+    path.rename(aside)
+    return aside
 
 
 def way_on(directory: RunDirectory, rescued: Path | None = None, whole: str = "") -> str:
     """Advice on how to continue a run that did not finish, from what is there or was `rescued` elsewhere.
 
-    `whole`: name of the run that it is a stage of; what was rescued then goes on as a run of the stage alone.
+    `whole`: name of the run or sweep that it is a part of; what was rescued then goes on as a run of the part alone.
     """
     if rescued is not None:
         step = newest_first([rescued.name])[0]
@@ -233,7 +252,9 @@ def way_on(directory: RunDirectory, rescued: Path | None = None, whole: str = ""
             "output=FOLDER makes a model of it"
         )
     if whole:
-        return f"this stage has no checkpoint: the same command with run_name={whole} resume=latest begins it anew"
+        return (
+            f"{directory.name} has no checkpoint: the same command with run_name={whole} resume=latest begins it anew"
+        )
     if directory.took_a_step:
         return (
             "no checkpoint was written, so there is nothing to go on from (set checkpoint_every or checkpoint_minutes)"

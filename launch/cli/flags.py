@@ -1,7 +1,7 @@
 """Options that begin with a dash, as users of Hydra and argparse write them, and their equivalent here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.config.aliases import ALIASES
@@ -9,17 +9,11 @@ from launch.config.shipped_files import groups
 from opd.errors import ConfigurationError
 
 _HELP = ("-h", "--help", "--hydra-help")
-_SWEEP = "runs side by side are a comparison; opd compare methods=[A,B] sweeps learner.lr alike for all"
 _LEAD = {
-    "--multirun": _SWEEP,
-    "-m": _SWEEP,
     "--run": "a command runs by itself; leave it out",
-    "--resolve": "--cfg job prints the resolved configuration; leave it out",
-    "--package": "--cfg job prints the whole configuration; opd train --help WORD shows a part",
-    "-p": "--cfg job prints the whole configuration; opd train --help WORD shows a part",
-    "--info": "--cfg job prints the configuration and dry_run=true the plan",
-    "-i": "--cfg job prints the configuration and dry_run=true the plan",
+    "-r": "a command runs by itself; leave it out",
     "--shell-completion": "there is no completion; opd train --help WORD searches the settings",
+    "-sc": "there is no completion; opd train --help WORD searches the settings",
 }
 _RENAMED = {"--config-dir": "conf", "-cd": "conf", "--config-path": "conf", "-cp": "conf"} | {
     "--config-name": "experiment",
@@ -29,11 +23,19 @@ _RENAMED = {"--config-dir": "conf", "-cd": "conf", "--config-path": "conf", "-cp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
-    """Parsed flags of a command: `words` to explain (with `helps`), or a request for the configuration (`shows`)."""
+    """Parsed flags of a command: `words` to explain (with `helps`), or a request to show the configuration.
+
+    `shows` asks for the configuration, of which `package` names a part, and `resolved` has interpolations replaced;
+    `info` for its sources, by the name of a view ("" is all of them). `sweeps` asks for a run of each combination.
+    """
 
     helps: bool = False
     words: Sequence[str] = ()
     shows: bool = False
+    package: str = ""
+    resolved: bool = False
+    info: str | None = None
+    sweeps: bool = False
     rest: Sequence[str] = ()
 
 
@@ -48,7 +50,7 @@ def read_flags(arguments: Sequence[str]) -> Flags:
         topics = [w for w in words if "=" not in w]
         return Flags(helps=True, words=topics, rest=[w for w in words if "=" in w])
     rest: list[str] = []
-    shows = False
+    flags = Flags()
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -56,14 +58,46 @@ def read_flags(arguments: Sequence[str]) -> Flags:
         if not argument.startswith("-"):
             rest.append(argument)
             continue
-        if not equals and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]:
+        takes = name not in _BARE
+        if takes and not equals and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]:
             value = waiting.pop(0)
-        if name in ("--cfg", "-c"):
-            shows = True
+        flags = _with(flags, name, value)
+    return _consistent(replace(flags, rest=rest))
+
+
+_BARE = ("-m", "--multirun", "--resolve")  # flags without a value
+
+
+def _with(flags: Flags, name: str, value: str) -> Flags:
+    """The flags with one more. Raises `ConfigurationError` about one that there is not."""
+    match name:
+        case "-m" | "--multirun":
+            return replace(flags, sweeps=True)
+        case "--cfg" | "-c":
             _known_view(value)
-        else:
+            return replace(flags, shows=True)
+        case "--package" | "-p":
+            return replace(flags, package=value)
+        case "--resolve":
+            return replace(flags, resolved=True)
+        case "--info" | "-i":
+            return replace(flags, info=value)
+        case _:
             raise ConfigurationError(_lead(name, value))
-    return Flags(shows=shows, rest=rest)
+
+
+def _consistent(flags: Flags) -> Flags:
+    """The flags after a check against each other: as in Hydra, one at most names an action."""
+    asked = [name for name, given in _EXCLUSIVE.items() if getattr(flags, name) not in (False, None) and given]
+    if len(asked) > 1:
+        raise ConfigurationError(f"{' and '.join(_EXCLUSIVE[name] for name in asked)} were given; write one of them")
+    if not flags.shows and (flags.package or flags.resolved):
+        given = "--package" if flags.package else "--resolve"
+        raise ConfigurationError(f"{given} says how --cfg job shows the configuration; write --cfg job beside it")
+    return flags
+
+
+_EXCLUSIVE = {"sweeps": "-m", "shows": "--cfg", "info": "--info"}
 
 
 def without_methods(arguments: Sequence[str]) -> list[str]:
@@ -81,7 +115,12 @@ def without_methods(arguments: Sequence[str]) -> list[str]:
 
 
 def _known_view(value: str) -> None:
-    if value not in ("job", "all", "hydra"):
+    if value == "hydra":
+        raise ConfigurationError(
+            "--cfg hydra is how Hydra would start jobs, which opd does itself; --cfg job shows the run's configuration "
+            "and --info where it comes from"
+        )
+    if value not in ("job", "all"):
         raise ConfigurationError(f"--cfg {value or '(nothing)'} is no view of the configuration; write --cfg job")
 
 

@@ -18,6 +18,7 @@ usage: opd COMMAND [OVERRIDE ...]
              experiment=shop             the embedded demo
              resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint)
              dry_run=true                check everything, print the plan, start nothing
+             -m learner.lr=1e-4,3e-4 seed=0,1   a run for each combination, and one table; resume=latest goes on
   opd compare methods=[A,B,...] [seeds=3] [budget=steps|tokens|flops|cpu_s] [amount=N] [OVERRIDE ...]
              several methods at one budget, each at the best of three learning rates (rates=[0.5,1,2] times learner.lr)
              METHOD.KEY=VALUE            a setting of one method alone;  validation.KEY=VALUE  of the trials alone
@@ -28,9 +29,9 @@ usage: opd COMMAND [OVERRIDE ...]
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
   opd methods [show NAME] [conf=DIR]     all methods, a line each with its paper, or the composition of one
   opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)
-  opd runs   [compare A B ... | delete A ... yes=true] [output_dir=DIR]   the runs that were made
+  opd runs   [SWEEP | compare A B ... | delete A ... yes=true] [output_dir=DIR]   the runs that were made
   opd show RUN [step=N]                  numbers and kept completions of a step (the last one)
-  opd report RUN                         the page of a run again, also while it goes on
+  opd report RUN                         the page of a run or a sweep again, also while it goes on
   opd export run=NAME output=DIR [step=N]   a run's student as a Hugging Face folder, finished or as step N left it
              push=ORG/NAME [public=true] [overwrite=true]   ... as a repository on the hub, private unless public
   opd submit address=URL [working_dir=DIR] [exclude=A,B] [follow=false] COMMAND output_dir=/SHARED [...]
@@ -43,7 +44,8 @@ Overrides are Hydra's: group=option or key=value.
   opd train --help                       groups and their options
   opd train --help method                the options of a group, a line each
   opd train --help learner               settings with their values; any word searches: opd train --help lr
-  opd train [...] --cfg job              the whole configuration as YAML"""
+  opd train [...] --cfg job              the whole configuration as YAML (--package learner: a part; --resolve)
+  opd train [...] --info                 where it comes from: files, in which order, and the overrides"""
 
 
 def show_help(command: str, words: Sequence[str], overrides: Sequence[str], console: Console) -> None:

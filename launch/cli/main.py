@@ -12,13 +12,14 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING
 
-from launch.artifacts.redaction import check_arguments
+from launch.artifacts.redaction import check_arguments, masked
 from launch.artifacts.terminal import console
 from launch.cli.errors import keep_secrets, sentences
-from launch.cli.flags import read_flags, without_methods
+from launch.cli.flags import Flags, read_flags, without_methods
 from launch.services.signals import end_on_signals
 from opd.errors import ConfigurationError
 from opd.heavy_imports import uncollected
@@ -80,7 +81,13 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if flags.helps:
         return _help(name, flags.words, flags.rest)
     if flags.shows:
-        return _show(flags.rest)
+        return _show(flags)
+    if flags.info is not None:
+        return _info(flags.rest, flags.info)
+    if flags.sweeps and name == "submit":
+        return _submit([*flags.rest, "-m"])
+    if flags.sweeps:
+        return _sweep(name, flags.rest)
     return commands[name](flags.rest)
 
 
@@ -91,18 +98,46 @@ def _help(command: str, words: Sequence[str], overrides: Sequence[str]) -> int:
     return 0
 
 
-def _show(overrides: Sequence[str]) -> int:
-    """Print the resolved configuration, secrets left out."""
+def _show(flags: Flags) -> int:
+    """Print the configuration, secrets left out: `--cfg job [--package learner] [--resolve]`."""
     import yaml
     from omegaconf import OmegaConf
 
     from launch.artifacts.redaction import redacted
+    from launch.config.compose import part_of
 
-    node = _checked(overrides)
+    node = part_of(_checked(flags.rest), flags.package, resolved=flags.resolved)
     print(
         yaml.safe_dump(redacted(yaml.safe_load(OmegaConf.to_yaml(node))), sort_keys=False, allow_unicode=True), end=""
     )
     return 0
+
+
+def _info(overrides: Sequence[str], name: str) -> int:
+    """Print the sources of the configuration: `--info [defaults|defaults-tree|searchpath|config|all]`."""
+    from launch.config.sources import View, sources, view_of
+
+    view = view_of(name)
+    _checked(overrides)
+    for line in sources(overrides, view):
+        print(masked(line))
+    if view in (View.CONFIG, View.ALL):
+        print("\nthe configuration")
+        return _show(Flags(rest=overrides))
+    return 0
+
+
+def _sweep(command: str, overrides: Sequence[str]) -> int:
+    if command != "train":
+        raise ConfigurationError(f"-m is for opd train, which then trains several runs; opd {command} runs once")
+    from launch.cli.sweep.points import points_of
+
+    points = points_of(overrides)
+    _checked(points[0].overrides)  # a mistyped name is answered before anything heavy is imported
+    with uncollected():
+        from launch.cli.sweep.command import run_sweep
+
+    return run_sweep(points, overrides)
 
 
 def _checked(overrides: Sequence[str]) -> "DictConfig":
@@ -238,19 +273,21 @@ def _look(arguments: Sequence[str]) -> int:
     from launch.cli.runs import show_step
 
     own, rest = _split(arguments, ("step", "output_dir"))
-    return show_step(_one_run("show", rest), own.get("step", ""), own.get("output_dir", ""), console())
+    return show_step(_one_run("show", rest, own), own.get("step", ""), own.get("output_dir", ""), console())
 
 
 def _report(arguments: Sequence[str]) -> int:
     from launch.cli.runs import write_again
 
     own, rest = _split(arguments, ("output_dir",))
-    return write_again(_one_run("report", rest), own.get("output_dir", ""), console())
+    return write_again(_one_run("report", rest, own), own.get("output_dir", ""), console())
 
 
-def _one_run(command: str, rest: Sequence[str]) -> str:
+def _one_run(command: str, rest: Sequence[str], own: Mapping[str, str]) -> str:
+    from launch.cli.runs import FOLDER, is_there
+
     named = [word.removeprefix("run=") for word in rest]
-    if len(named) != 1 or "=" in named[0]:
+    if len(named) != 1 or ("=" in named[0] and not is_there(named[0], Path(own.get("output_dir", FOLDER)))):
         raise ConfigurationError(f"opd {command} needs one run, by its name or its directory, e.g. opd {command} NAME")
     return named[0]
 

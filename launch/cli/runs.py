@@ -9,30 +9,52 @@ from rich.table import Table
 
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.run_lock import check_not_running
+from launch.artifacts.sweep_record import is_sweep
 from launch.report.comparison import Arm, Goal
-from launch.report.run_list import COLUMNS, RunLine, StepView, differing, run_lines, step_view
+from launch.report.run_list import (
+    COLUMNS,
+    FolderLine,
+    RunLine,
+    StepView,
+    differing,
+    folder_line,
+    listing,
+    run_lines,
+    step_view,
+)
 from opd.errors import ConfigurationError
 
 FOLDER = "runs"
 _SHOWN = 12  # differing settings that are named
-_VERBS = "opd runs lists, opd runs compare A B ... compares, opd runs delete A ... deletes"
+_VERBS = (
+    "opd runs lists, opd runs SWEEP those of a sweep, opd runs compare A B ... compares, opd runs delete A ... deletes"
+)
 
 
 def manage_runs(arguments: Sequence[str], own: Mapping[str, str], console: Console) -> int:
-    """`opd runs [compare|delete RUN ...]`: returns the exit code."""
+    """`opd runs [SWEEP | compare|delete RUN ...]`: returns the exit code."""
     root = Path(own.get("output_dir", FOLDER))
     verb, names = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if wrong := next((name for name in arguments if "=" in name), None):
+    if wrong := next((name for name in arguments if "=" in name and not is_there(name, root)), None):
         raise ConfigurationError(f"opd runs takes output_dir=DIR, output=DIR and yes=true, got {wrong}; leave it out")
     match verb:
         case "":
             _list(root, console)
         case "compare":
-            _compare([_place(name, root) for name in names], Path(own.get("output", root / "comparison")), console)
+            _compare(
+                [path for name in names for path in _places(name, root)],
+                Path(own.get("output", root / "comparison")),
+                console,
+            )
         case "delete":
-            _delete([_place(name, root) for name in names], own.get("yes", "") == "true", console)
+            _delete(
+                [_folder(name, root) or _place(name, root) for name in names], own.get("yes", "") == "true", console
+            )
         case _:
-            raise ConfigurationError(f"opd runs has no {verb!r}: {_VERBS}")
+            several = None if names else _folder(verb, root)
+            if several is None:
+                raise ConfigurationError(f"opd runs has no {verb!r}: {_VERBS}")
+            _list(several, console)
     return 0
 
 
@@ -52,9 +74,14 @@ def show_step(run: str, step: str, root: str, console: Console) -> int:
 
 
 def write_again(run: str, root: str, console: Console) -> int:
-    """`opd report RUN`: the page of a run, also of one that goes on."""
+    """`opd report RUN`: the page of a run or a sweep, also of one that goes on."""
     from launch.report.report import write_report  # matplotlib takes a second
+    from launch.report.sweep_page import write_sweep
 
+    several = _folder(run, Path(root or FOLDER))
+    if several is not None and is_sweep(several):
+        write_sweep(several, console)
+        return 0
     directory = RunDirectory.open(_place(run, Path(root or FOLDER)))
     write_report(directory)
     console.print(f"report: {directory.report}", soft_wrap=True)
@@ -62,23 +89,45 @@ def write_again(run: str, root: str, console: Console) -> int:
 
 
 def _place(name: str, root: Path) -> Path:
-    """Directory of a run by its path, or by its name in `root`."""
+    """Directory of a run by its path, or by its name in `root` (`SWEEP/RUN` for one of a sweep)."""
     found = next((path for path in (root / name, Path(name)) if (path / "config.yaml").is_file()), None)
-    if found is None:
-        have = [line.path.name for line in run_lines(root)][:8]
-        raise ConfigurationError(f"there is no run {name!r} in {root} (newest: {', '.join(have) or 'none'})")
-    return found
+    if found is not None:
+        return found
+    if (several := _folder(name, root)) is not None:
+        one = next((f"{name}/{line.path.name}" for line in run_lines(several)), "")
+        raise ConfigurationError(
+            f"{several} holds several runs; name one{f', e.g. {one}' if one else ''} (opd runs {name} lists them)"
+        )
+    have = [line.path.name for line in listing(root)][:8]
+    raise ConfigurationError(f"there is no run {name!r} in {root} (newest: {', '.join(have) or 'none'})")
+
+
+def is_there(name: str, root: Path) -> bool:
+    """Whether a word is a directory or the name of one, although it may have a `=`, as runs of sweeps do."""
+    return (root / name).is_dir() or Path(name).is_dir()
+
+
+def _folder(name: str, root: Path) -> Path | None:
+    """Directory of a sweep, a comparison or a run with stages, by its path or its name; None if it is none."""
+    return next((path for path in (root / name, Path(name)) if path.is_dir() and folder_line(path)), None)
+
+
+def _places(name: str, root: Path) -> list[Path]:
+    """A run, or all runs of a sweep, a comparison or a run with stages."""
+    several = _folder(name, root)
+    line = folder_line(several) if several is not None else None
+    return [_place(name, root)] if line is None else sorted(run.path for run in line.runs)
 
 
 def _list(root: Path, console: Console) -> None:
-    lines = run_lines(root)
+    lines = listing(root)
     if not lines:
         console.print(f"no runs in {root}", soft_wrap=True)
         return
     console.print(_table(lines))
 
 
-def _table(lines: Sequence[RunLine]) -> Table:
+def _table(lines: Sequence[RunLine | FolderLine]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in COLUMNS:
         table.add_column(column, no_wrap=column == "run", overflow="fold")
@@ -93,10 +142,12 @@ def _compare(paths: Sequence[Path], output: Path, console: Console) -> None:
     from launch.report.comparison_page import write_comparison  # matplotlib takes a second
 
     labels = [path.name for path in paths]
+    if len(set(labels)) < len(labels):  # as of two sweeps over the same values
+        labels = [f"{path.parent.name}/{path.name}" for path in paths]
     if len(set(labels)) < len(labels):
         raise ConfigurationError(f"two of the runs have the same name ({', '.join(labels)}); rename one")
     output.mkdir(parents=True, exist_ok=True)
-    arms = [Arm(label=path.name, seed=0, directory=path) for path in paths]
+    arms = [Arm(label=label, seed=0, directory=path) for label, path in zip(labels, paths, strict=True)]
     apart = differing(paths)
     notes = [f"Made one by one, not as a comparison. They differ in: {', '.join(apart[:_SHOWN]) or 'nothing'}."]
     notes += [f"... and in {len(apart) - _SHOWN} more settings."] if len(apart) > _SHOWN else []
@@ -107,7 +158,8 @@ def _delete(paths: Sequence[Path], sure: bool, console: Console) -> None:
     if not paths:
         raise ConfigurationError(f"nothing was named to delete; {_VERBS}")
     for path in paths:
-        check_not_running(path)
+        for run in (path, *(line.path for line in run_lines(path))):
+            check_not_running(run)
     if not sure:
         raise ConfigurationError(
             f"this would delete {', '.join(map(str, paths))} with checkpoints and students, for good; add yes=true"

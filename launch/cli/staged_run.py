@@ -14,7 +14,6 @@ from rich.table import Table
 from hf.folder import has_config
 from launch.artifacts import terminal
 from launch.artifacts.checkpoint_state import LATEST, at_defaults, described
-from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, check_name, taken, write_json
 from launch.artifacts.run_lock import is_over, running
@@ -22,7 +21,7 @@ from launch.artifacts.summary import Outcome, RunSummary
 from launch.artifacts.untrusted_files import read_json
 from launch.checkpoint.changes import Change, changes
 from launch.checkpoint.places import check_writable
-from launch.checkpoint.resume import resumption
+from launch.checkpoint.resume import move_aside_if_lost, resumption
 from launch.cli.stages import OF_THE_RUN, Stage, override_key
 from launch.cli.train import train_once
 from launch.config.run_config import RunConfig, run_config
@@ -236,20 +235,16 @@ class _StagedRun:
 
     def _make_way(self, stage: Stage, console: Console) -> None:
         """Move aside what a start left that was killed before there was anything to go on from."""
-        path, directory = self._path(stage), RunDirectory(self._path(stage))
+        path = self._path(stage)
         if not path.exists() or not is_over(path):
             return
-        store = CheckpointStore(directory.checkpoints)
-        store.recover()
-        if (path / "config.yaml").is_file() and (store.steps() or not directory.took_a_step):
-            return
-        aside = path.with_name(f"{path.name}.begun-{strftime('%Y%m%d-%H%M%S')}")
-        path.rename(aside)
-        console.print(
-            f"stage {stage.name} begins anew: it has no checkpoint; what there was is {aside.name} now",
-            soft_wrap=True,
-            highlight=False,
-        )
+        aside = move_aside_if_lost(path)
+        if aside is not None:
+            console.print(
+                f"stage {stage.name} begins anew: it has no checkpoint; what there was is {aside.name} now",
+                soft_wrap=True,
+                highlight=False,
+            )
 
 
 def _check_student(stage: Stage) -> None:

@@ -1,4 +1,5 @@
-"""Composition of the command line into one configuration: with `launch.config.run_config` all that knows Hydra.
+"""Composition of the command line into one configuration: with `launch.config.run_config`, `launch.config.sources` and
+`launch.cli.sweep.points` all that knows Hydra.
 
 `compose` reads `conf/` and the overrides; every field of a dataclass can be overridden whether or not a YAML file
 mentions it. Nothing here imports a part of a run, so a mistyped key is answered at once.
@@ -8,7 +9,8 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.artifacts.user_yaml import check_files
@@ -25,6 +27,7 @@ from launch.config.shipped_files import groups, shipped
 from opd.errors import ConfigurationError
 from opd.settings.validation import shown
 
+_SWEEP = "opd train -m trains a run for each of them (docs/sweeps.md)"
 LONG = 500  # characters that no value has that is worth repeating
 
 
@@ -43,6 +46,12 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
     """
     own = own_folder(overrides)
+    return _compose(own, readable(overrides))
+
+
+def readable(overrides: Sequence[str]) -> list[str]:
+    """The overrides in Hydra's grammar, `conf=DIR` left out. Raises `ConfigurationError` about a wrong one."""
+    own = own_folder(overrides)
     if own:
         check_files(sorted(Path(own).rglob("*.yaml")))
     known = groups(own)
@@ -51,10 +60,17 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     for override in chosen:
         _check_option(override, known)
     keys = _keys(own, chosen) if len(chosen) < len(given) else ()
-    return _compose(own, [o if o in chosen else _readable(o, keys, own) for o in given])
+    return [o if o in chosen else _readable(o, keys, own) for o in given]
 
 
 def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
+    with hydra_started(own):
+        return hydra_compose("config", overrides=list(overrides))
+
+
+@contextmanager
+def hydra_started(own: str) -> Iterator[None]:
+    """Context in which Hydra composes `conf/` and the user's `own` folder, and its errors are ours."""
     if not OmegaConf.has_resolver("assets"):
         OmegaConf.register_new_resolver("assets", lambda name: str(shipped("assets") / name))
         OmegaConf.register_new_resolver("mapping", _mapping)
@@ -62,7 +78,7 @@ def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
     os.environ["OPD_OWN_CONF"] = str(Path(own or shipped("conf")).resolve())
     try:
         with initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3"):
-            return hydra_compose("config", overrides=list(overrides))
+            yield
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigurationError(f"the configuration does not compose: {first_line(error)}") from error
 
@@ -71,6 +87,24 @@ def _mapping(key: str, *, _root_: DictConfig) -> DictConfig:
     """`${mapping:KEY}` in a YAML: the mapping at KEY, and an empty one where there is none."""
     found = OmegaConf.select(_root_, key)
     return found if isinstance(found, DictConfig) else OmegaConf.create({})
+
+
+def part_of(node: DictConfig, package: str, *, resolved: bool = False) -> Container:
+    """The part of a configuration below a dotted name ("" is all of it), if wanted with interpolations replaced.
+
+    Raises:
+        ConfigurationError: there is no such part, or it is a single value.
+    """
+    try:
+        if resolved:
+            OmegaConf.resolve(node)
+        part = OmegaConf.select(node, package) if package and package != "_global_" else node
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"the configuration cannot be shown: {first_line(error)}") from error
+    if not isinstance(part, DictConfig | ListConfig):
+        what = f"is {part!r}, and no part of the configuration" if part is not None else "is not in the configuration"
+        raise ConfigurationError(f"--package {package} {what}; name one, e.g. learner ({', '.join(map(str, node))})")
+    return part
 
 
 @cache
@@ -87,6 +121,8 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
     wrong = [one for one in _named_options(value) if one not in known[group]]
     if not wrong:
         return
+    if not value.startswith("[") and re.search(r",|^(choice|range|glob|sort|shuffle|interval)\(", value):
+        raise ConfigurationError(f"{shown(override)} names several options; {_SWEEP}")
     close = difflib.get_close_matches(wrong[0], known[group], n=1, cutoff=0.5)
     meant = f"did you mean {group}={value.replace(wrong[0], close[0])}? " if close else ""
     given = override if len(override) < LONG else shown(override)
@@ -139,8 +175,8 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
         return quoted(prefixed)  # the grammar took a backslash for an escape
     if parsed.is_sweep_override():
         raise ConfigurationError(
-            f"override {override!r} has several values; a list is written {name}=[{value}], and runs side by side are "
-            "a comparison (opd compare)"
+            f"override {shown(override)} has several values; {_SWEEP}, and a list is written "
+            f"{name}=[{value if '(' not in value else 'A,B'}]"
         )
     return prefixed
 

@@ -41,7 +41,7 @@ def write_comparison(root: Path, arms: Sequence[Arm], goal: Goal, console: Conso
         }
     )
     write_text(root / "comparison.html", page)
-    _show(tables[0], console)
+    show_table(tables[0], console)
     for note in sides.notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     console.print(f"page: {root / 'comparison.html'}", soft_wrap=True, markup=False, highlight=False)
@@ -64,7 +64,11 @@ def _caption(sides: SideBySide) -> str:
     )
 
 
-def _show(cells: Cells, console: Console) -> None:
+_LEAST = 5  # letters of a folded column that stay beside each other
+
+
+def show_table(cells: Cells, console: Console) -> None:
+    """Print a table."""
     printed = Table(
         title=cells.title,
         caption=cells.note,
@@ -74,7 +78,9 @@ def _show(cells: Cells, console: Console) -> None:
         pad_edge=False,
     )
     for i, column in enumerate(cells.columns):
-        printed.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
+        least = min(_LEAST, max(len(row[i]) for row in (cells.columns, *cells.rows)))
+        side = "left" if i == 0 else "right"
+        printed.add_column(column, justify=side, no_wrap=i in cells.whole, overflow="fold", min_width=least)
     for row in cells.rows:
         printed.add_row(*row)
     console.print(printed)

@@ -16,12 +16,13 @@ _ABSENT = "–"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cells:
-    """A table as text: its title, a note on how to read it, and its cells."""
+    """A table as text: its title, a note on how to read it, and its cells; the `whole` columns are not folded."""
 
     title: str
     note: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    whole: Sequence[int] = (0,)
 
 
 def arms_table(sides: SideBySide) -> Cells:
@@ -112,8 +113,13 @@ def _percent(value: float | None) -> str:
 
 def as_markdown(name: str, sides: SideBySide) -> str:
     """Both tables and the notes as a page of Markdown."""
-    parts = [f"# {_plain(name)}", *map(_plain, sides.notes)]
-    for cells in (arms_table(sides), runs_table(sides)):
+    return markdown(name, sides.notes, (arms_table(sides), runs_table(sides)))
+
+
+def markdown(name: str, notes: Sequence[str], tables: Sequence[Cells]) -> str:
+    """Tables below their notes as a page of Markdown."""
+    parts = [f"# {_plain(name)}", *map(_plain, notes)]
+    for cells in tables:
         lines = [cells.columns, ["---"] * len(cells.columns), *cells.rows]
         parts += [
             f"## {_plain(cells.title)}",

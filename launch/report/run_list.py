@@ -1,7 +1,10 @@
-"""Runs of a folder, a line each; and one step of a run: its numbers and its kept completions."""
+"""Runs of a folder, a line each, and one for each sweep; and one step of a run: its numbers and kept completions."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from time import localtime, strftime
 from typing import Any
@@ -13,6 +16,8 @@ from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.run_lock import is_over
 from launch.artifacts.samples import Sample
+from launch.artifacts.summary import Outcome
+from launch.artifacts.sweep_record import SweepRecord, is_sweep
 from launch.artifacts.user_yaml import dotted
 from launch.report.figures import short_number
 from opd.errors import DataError
@@ -34,6 +39,7 @@ class RunLine:
     accuracy: tuple[float | None, float | None]
     reverse_kl: float | None
     changed: float
+    readable: bool = True
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -53,10 +59,76 @@ class RunLine:
 COLUMNS = ("run", "state", "method", "steps", "accuracy at T=1", "reverse KL", "last written")
 
 
+class Kind(Enum):
+    """Kind of several runs in one folder."""
+
+    SWEEP = "sweep"
+    COMPARISON = "comparison"
+    STAGES = "stages"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderLine:
+    """Several runs of one command in a list; `planned` is the number of runs that there will be, as far as is known."""
+
+    path: Path
+    kind: Kind
+    runs: Sequence[RunLine]
+    planned: int
+
+    @property
+    def changed(self) -> float:
+        """Time of the newest line or file of its runs."""
+        return max((run.changed for run in self.runs), default=self.path.stat().st_mtime)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The line as text: how many runs are finished, and the best figures among their ends."""
+        states = Counter(run.state for run in self.runs if run.readable)
+        done = states.pop(Outcome.FINISHED.value, 0)
+        others = "".join(f", {count} {state}" for state, count in states.items())
+        methods = list(dict.fromkeys(run.method for run in self.runs if run.method))
+        accuracies = [run.accuracy[1] for run in self.runs if run.accuracy[1] is not None]
+        divergences = [run.reverse_kl for run in self.runs if run.reverse_kl is not None]
+        return (
+            f"{self.path.name}/",
+            f"{self.kind.value}, {done} of {self.planned} finished{others}",
+            methods[0] if len(methods) == 1 else f"{len(methods)} methods" if methods else NOTHING,
+            NOTHING,
+            f"best {100 * max(accuracies):.1f} %" if accuracies else NOTHING,
+            f"least {short_number(min(divergences))}" if divergences else NOTHING,
+            strftime("%Y-%m-%d %H:%M", localtime(self.changed)),
+        )
+
+
 def run_lines(folder: Path) -> list[RunLine]:
-    """The runs in a folder, those last written to first. A comparison's lie in its own folder, which is not listed."""
+    """The runs in a folder, those last written to first."""
     places = [path.parent for path in folder.glob("*/config.yaml")]
     return sorted((run_line(path) for path in places), key=lambda line: (-line.changed, line.path.name))
+
+
+def folder_line(path: Path) -> FolderLine | None:
+    """The sweep, the comparison or the run with stages in a folder; None if it is none."""
+    if (path / "config.yaml").exists():
+        return None
+    runs = [line for line in run_lines(path) if not _ASIDE.search(line.path.name)]
+    if is_sweep(path):
+        planned = len(SweepRecord.read(path).runs)
+    elif any((path / name).exists() for name in ("comparison.json", ".claims", "stages.json")):
+        planned = len(runs)
+    else:
+        return None
+    kind = Kind.SWEEP if is_sweep(path) else Kind.STAGES if (path / "stages.json").exists() else Kind.COMPARISON
+    return FolderLine(path=path, kind=kind, runs=runs, planned=planned)
+
+
+_ASIDE = re.compile(r"\.(ended|begun)-\d{8}-\d{6}$")  # what a run left that was run again
+
+
+def listing(folder: Path) -> list[RunLine | FolderLine]:
+    """The runs in a folder, and a line for each sweep, comparison and run with stages; those last written to first."""
+    several = [line for path in folder.glob("*/") if (line := folder_line(path)) is not None]
+    return sorted([*run_lines(folder), *several], key=lambda line: (-line.changed, line.path.name))
 
 
 def run_line(path: Path) -> RunLine:
@@ -68,7 +140,14 @@ def run_line(path: Path) -> RunLine:
     except DataError as error:
         damaged = f"cannot be read: {error}"
         return RunLine(
-            path=path, state=damaged, method="", steps=0, accuracy=(None, None), reverse_kl=None, changed=changed
+            path=path,
+            state=damaged,
+            method="",
+            steps=0,
+            accuracy=(None, None),
+            reverse_kl=None,
+            changed=changed,
+            readable=False,
         )
     measured = [point for point in data.student if point.mean_at_k is not None]
     ends = (measured[0].mean_at_k, measured[-1].mean_at_k) if measured else (None, None)

@@ -1,8 +1,8 @@
-"""Runs of a comparison that several processes may share: each takes what no other has, and waits for the rest."""
+"""Runs that several processes may share: each takes what no other has, and waits for the rest."""
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep, strftime
@@ -19,20 +19,23 @@ from launch.plan.plan import Plan
 from launch.report.comparison import Arm
 from opd.errors import ConfigurationError
 
-CLAIMS = ".claims"  # folder of a comparison with a file for every run, locked by the process that is at it
+CLAIMS = ".claims"  # folder of a comparison or a sweep with a file for every run, locked by the process that is at it
 PAUSE_S = 5.0  # between two looks at what other processes are at
 
 
-def run_all(root: Path, plans: Mapping[str, Sequence[Plan]], console: Console) -> list[Arm]:
+Once = Callable[[Path, Plan, Console], Path | None]
+
+
+def run_all(root: Path, plans: Mapping[str, Sequence[Plan]], console: Console, once: Once | None = None) -> list[Arm]:
     """Every run of `plans` (by arm, as many for one as for another), finished by this process or another.
 
     Arms alternate, so that other load on the machine affects all of them alike. What other processes are at is waited
-    for; what one has left unfinished is run again.
+    for; what one has left unfinished is run again. `once` is asked for one run, as `run_once`, which it is by default.
     """
-    waited = False
+    waited, one_run = False, once or run_once
     while True:
         rounds = [
-            (arm, plan, run_once(root, plan, console))
+            (arm, plan, one_run(root, plan, console))
             for round_ in zip(*plans.values(), strict=True)
             for arm, plan in zip(plans, round_, strict=True)
         ]

@@ -24,9 +24,10 @@ from launch.artifacts.checkpoint_state import (
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory, append_json, read_jsonl
 from launch.checkpoint.changes import changes, check_changes, check_inputs, check_steps, harmless
-from launch.checkpoint.resume import ResumePoint, _remarks, fingerprints, rewind
+from launch.checkpoint.resume import ResumePoint, _remarks, consequences, fingerprints, rewind
 from launch.config.run_config import RunConfig, run_config
 from learner import checkpoint
+from learner.schedule import Schedule
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.loop.ledger import Ledger
 from opd.settings.ranges import HARMLESS, In
@@ -359,7 +360,7 @@ def test_a_setting_decides_what_is_trained_unless_it_is_marked() -> None:
         (["checkpoint_every=5"], []),
         (["checkpoint_every=5", "max_staleness=1", "deterministic=false"], []),
         (["checkpoint_every=5", "max_staleness=1"], ["checkpoint_every was 0 and is 5 now"]),
-        (["checkpoint_every=5", "max_staleness=1", "steps=7"], ["steps was", "checkpoint_every was 0"]),
+        (["checkpoint_every=5", "max_staleness=1", "steps=7"], ["checkpoint_every was 0"]),
     ],
 )
 def test_what_may_change_but_is_not_without_effect_is_said(overrides: list[str], said: list[str]) -> None:
@@ -367,6 +368,26 @@ def test_what_may_change_but_is_not_without_effect_is_said(overrides: list[str],
     before, now = (run_config([*SMALL, *more]) for more in (same, overrides))
     remarks = _remarks(now, changes(described(before), described(now)), 0)
     assert len(remarks) == len(said) and all(part in remark for part, remark in zip(said, remarks, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["steps=7"], ["after step 4: steps is 7, and was 100 before, so the learning rate's schedule (LINEAR) ends"]),
+        (["evaluation.every=3", "evaluation.teacher=false", "student.replicas=2", "teacher.replicas=2"], []),
+        (["evaluation.samples=9"], ["after step 4: evaluation.samples is 9, and was 4 before, so figures of eval"]),
+        (["evaluation.prompts.seed=9", "evaluation.max_tokens=9"], [" (and 1 more), so figures of evaluations"]),
+        (["steps=7", "evaluation.samples=9"], ["steps is 7", "evaluation.samples is 9"]),
+    ],
+)
+def test_what_may_change_but_parts_the_curves_is_told_and_kept(overrides: list[str], told: list[str]) -> None:
+    before, now = run_config(SMALL), run_config([*SMALL, *overrides])
+    found = changes(described(before), described(now))
+    check_changes("c", found)
+    sentences = consequences(found, now, 4)
+    assert len(sentences) == len(told) and all(part in one for part, one in zip(told, sentences, strict=True))
+    flat = dataclasses.replace(now, learner=dataclasses.replace(now.learner, schedule=Schedule.CONSTANT_WITH_WARMUP))
+    assert not any("schedule" in one for one in consequences(found, flat, 4)), "there is no end of it to move"
 
 
 @pytest.mark.parametrize(

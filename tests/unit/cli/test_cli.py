@@ -170,10 +170,12 @@ TYPOS = (
     ["train", "--help"],
     ["train", "--help", "lr"],
     ["train", "--cfg", "job"],
+    ["train", "--info"],
+    ["train", "-m", "steps=1,2", "learner.lrr=1"],
     ["train", "--lr", "1e-3"],
     ["--version"],
 )
-ANSWERED = {"--help", "--cfg", "--version"}
+ANSWERED = {"--help", "--cfg", "--info", "--version"}
 
 
 def test_a_typo_and_a_question_are_answered_before_anything_heavy_is_imported() -> None:
@@ -189,7 +191,7 @@ def test_a_typo_and_a_question_are_answered_before_anything_heavy_is_imported() 
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error:") == 8 and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 9 and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -204,6 +206,13 @@ def test_a_typo_and_a_question_are_answered_before_anything_heavy_is_imported() 
         (["certify", "--help"], "opd certify"),
         (["help", "export"], "opd export"),
         (["train", "--cfg", "job", "steps=3"], "steps: 3"),
+        (["train", "--cfg", "job", "--package", "learner", "learner.lr=2e-3"], "lr: 0.002"),
+        (["train", "--cfg", "job"], "max_tokens: ${max_tokens}"),
+        (["train", "--cfg", "job", "--resolve", "-p", "method"], "max_tokens: 77"),
+        (["train", "--info", "defaults", "method=gkd", "seed=1"], "method/gkd.yaml"),
+        (["train", "--info", "defaults-tree", "experiment=two_teachers"], "experiment: two_teachers"),
+        (["train", "--info", "searchpath"], "/conf"),
+        (["train", "-i"], "evaluation/shop.yaml"),
     ],
 )
 def test_help_leads_to_groups_options_and_settings(
@@ -216,7 +225,17 @@ def test_help_leads_to_groups_options_and_settings(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train", "--multirun", "steps=1,2"], "comparison"),
+        (["train", "--multirun", "steps=2"], "no override has several"),
+        (["train", "steps=1,2"], "opd train -m"),
+        (["compare", "-m", "seed=0,1"], "-m is for opd train"),
+        (["train", "--cfg", "hydra"], "--cfg job shows the run's configuration"),
+        (["train", "--cfg", "job", "-m", "seed=0,1"], "-m and --cfg were given; write one of them"),
+        (["train", "--cfg", "job", "--package", "learnr"], "is not in the configuration"),
+        (["train", "--cfg", "job", "-p", "steps"], "is 100, and no part of the configuration"),
+        (["train", "--resolve"], "write --cfg job beside it"),
+        (["train", "--info", "plugins"], "--info defaults|defaults-tree|searchpath|config|all"),
+        (["train", "--info", "lr"], "is no view of the configuration"),
+        (["train", "--run"], "a command runs by itself"),
         (["train", "--config-dir", "mine"], "write conf=mine"),
         (["train", "--config-name=shop"], "write experiment=shop"),
         (["train", "--experiment", "shop"], "write experiment=shop"),

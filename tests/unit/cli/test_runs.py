@@ -13,6 +13,7 @@ from rich.console import Console
 
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.run_lock import LOCK
+from launch.artifacts.sweep_record import SweepRecord
 from launch.cli.main import main
 from launch.cli.runs import manage_runs, show_step, write_again
 from launch.report.run_list import run_lines
@@ -67,6 +68,45 @@ def test_runs_are_compared_and_say_in_what_they_differ(tmp_path: Path) -> None:
     assert "They differ in: learner.lr." in text and (tmp_path / "page" / "comparison.html").is_file()
     with pytest.raises(ConfigurationError, match="two runs at least, got 1"):
         said(tmp_path, "compare", "a")
+
+
+def make_sweep(root: Path) -> list[RunDirectory]:
+    """A sweep of four runs, of which two have begun, beside a run."""
+    (root / "lr").mkdir()
+    names = [f"learner.lr={rate},seed={seed}" for rate in ("1", "2") for seed in (0, 1)]
+    SweepRecord(runs={name: {"learner.lr": name[11], "seed": name[-1]} for name in names}).add_to(root / "lr")
+    one, other = make(root / "lr", *names[:2])
+    other.summary.unlink()
+    return [*make(root, "alone"), one, other]
+
+
+def test_a_sweep_is_a_line_and_its_runs_are_found(tmp_path: Path) -> None:
+    _, one, other = make_sweep(tmp_path)
+    text = said(tmp_path)
+    assert re.search(r"lr/ +sweep, 1 of 4 finished, 1 killed +gkd", text) and "seed=0" not in text and "alone" in text
+    inside = said(tmp_path, "lr")
+    assert one.name in inside and other.name in inside and "alone" not in inside
+    assert one.name in said(tmp_path, str(tmp_path / "lr")), "by its path as well"
+    with pytest.raises(ConfigurationError, match=r"lr holds several runs; name one, e\.g\. lr/learner\.lr="):
+        show_step("lr", "", str(tmp_path), Console(file=io.StringIO()))
+    out = io.StringIO()
+    show_step(f"lr/{one.name}", "10", str(tmp_path), Console(file=out, width=200, markup=False))
+    assert "step 10" in out.getvalue()
+
+
+def test_a_sweep_is_compared_reported_and_deleted_as_a_whole(tmp_path: Path) -> None:
+    alone, one, other = make_sweep(tmp_path)
+    assert "They differ in: learner.lr." in said(tmp_path, "compare", "lr", output=str(tmp_path / "page"))
+    write_again("lr", str(tmp_path), Console(file=io.StringIO()))
+    assert "Not finished: 3 of 4 runs" in (tmp_path / "lr" / "sweep.md").read_text()
+    held_by_another(other)
+    with pytest.raises(ConfigurationError, match="is still running"):
+        said(tmp_path, "delete", "lr", yes="true")
+    (other.path / LOCK).unlink()
+    said(tmp_path, "delete", f"lr/{one.name}", yes="true")
+    assert not one.path.exists() and other.path.exists()
+    said(tmp_path, "delete", "lr", yes="true")
+    assert not (tmp_path / "lr").exists() and alone.path.exists()
 
 
 def test_only_what_was_named_is_deleted_and_only_when_sure(tmp_path: Path) -> None:
