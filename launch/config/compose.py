@@ -72,9 +72,25 @@ def _keys(own: str, chosen: tuple[str, ...]) -> tuple[Key, ...]:
     return tuple(keys(_compose(own, chosen)))
 
 
+SEVERAL = "tracker"  # the group of which a run may have several options
+ALONE = ("none", "offline", "wandb")  # of which it may have one
+
+
 def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
     key, _, value = override.partition("=")
     group = key.lstrip("+~")
+    if group == SEVERAL and value.startswith("[") and value.endswith("]"):
+        chosen = [one.strip() for one in value[1:-1].split(",") if one.strip()]
+        for one in chosen:
+            _check_option(f"{key}={one}", known)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ConfigurationError(f"{override} needs different names; write tracker=[wandb,tensorboard]")
+        if len(set(chosen) & set(ALONE)) > 1 or (len(chosen) > 1 and "none" in chosen):
+            raise ConfigurationError(
+                f"{override} says two things (offline keeps wandb's files here, wandb sends them, none is without any "
+                "tracker); name one of them"
+            )
+        return
     if value in known[group] or value.startswith(("{", "null")) or key.startswith("~"):
         return
     close = difflib.get_close_matches(value, known[group], n=1, cutoff=0.5)
