@@ -126,7 +126,7 @@ class MlflowTracker:
         self._put(send)
 
     def _work(self) -> None:
-        """Loop of the thread: begin the run, then act on it until told to end, or until MLflow fails."""
+        """Loop of the thread: a run of MLflow, then every action on it, until the last one or a failure."""
         try:
             client, run = self._begin()
         except BaseException as error:  # noqa: BLE001 (raised where the run is begun)

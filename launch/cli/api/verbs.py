@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from opd.method.method import Method
 from opd.ports import PromptSource
 
 Reward = Callable[..., Any]
-Prompts = str | Path | PromptSource | Iterable[str | Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+Prompts = (
+    str | Path | PromptSource | Mapping[str, Any] | Iterable[str | Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+)
 
 HELD_OUT = 64  # prompts of training that are measured where no others are given
 
@@ -47,10 +49,11 @@ def train(
 
     `method` is a name (`opd methods`) or a `Method` of parts. `student` and `teacher` are folders of models (or an
     option of `conf/`, as "shop"), `prompts` a file, a list of texts, conversations or mappings with `prompt` and
-    `answer`, or a source of prompts; `evaluation` is the same, of held-out prompts. `reward` is a grader's name or a
-    function (docs/grading.md). Everything else is a setting of the command line (`steps=100`, `learner={"lr": 1e-5}`,
-    `**{"learner.lr": 1e-5}`, `experiment="shop"`). `callbacks` are called after every step, `trackers` get the numbers
-    (`log(data, step=)`). `verbose=False` prints nothing.
+    `answer`, a table, or a source of prompts; `evaluation` is the same, of held-out prompts; a mapping is settings of
+    either (`evaluation={"every": 10}`). `reward` is a grader's name or a function (docs/grading.md). Everything else is
+    a setting of the command line (`steps=100`, `learner={"lr": 1e-5}`, `**{"learner.lr": 1e-5}`, `experiment="shop"`).
+    `callbacks` are called after every step, `trackers` get the numbers (`log(data, step=)`). `verbose=False` prints
+    nothing.
 
     Raises:
         OpdError: what the command line would say in a sentence.
@@ -137,6 +140,12 @@ class _Given:
     def overrides(self) -> list[str]:
         """The same as a command line."""
         known = groups(str(self.settings.get("conf", "")))
+        below = {
+            n: v for n, v in (("prompts", self.prompts), ("evaluation", self.evaluation)) if isinstance(v, Mapping)
+        }
+        if below:
+            rest = replace(self, settings={**below, **self.settings})
+            return replace(rest, **dict.fromkeys(below, None)).overrides()
         mine = overrides_of({name: value for name, value in self.settings.items() if name != "conf"}, known)
         options = [o for o in mine if o.partition("=")[0] in known and not o.partition("=")[2].startswith("{")]
         rest = [o for o in mine if o not in options]
