@@ -95,7 +95,8 @@ def evaluate(
     **settings: Any,
 ) -> EvaluationPoint:
     """Figures of a model on held-out prompts, as `opd eval` gives them; `checkpoint` is a folder of a model."""
-    given = _Given(None, student, teacher, evaluation, reward, evaluation, settings)
+    prompts = None if isinstance(evaluation, Mapping) else evaluation  # of which the plan wants some
+    given = _Given(None, student, teacher, prompts, reward, evaluation, settings)
     overrides = [*given.overrides(), *([] if checkpoint is None else overrides_of({"student.path": checkpoint}, {}))]
     with _own_loop():
         return evaluate_once(make_plan(_config(overrides)))

@@ -1,7 +1,7 @@
 """Runs that a Python program makes: with functions of its own, where an event loop runs, stopped by a callback."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -60,3 +60,18 @@ def test_a_notebook_trains_and_looks_at_its_run(tmp_path: Path) -> None:
     assert len(run.samples) and (run.path / "checkpoints" / "step_2").is_dir()
     for recipe in recipes("run"):
         exec(recipe, {"run": run})
+    _measured_alone(run, reward, tmp_path)
+
+
+def _measured_alone(run: opd.TrainedRun, reward: Callable[[str, str], float], folder: Path) -> None:
+    """The exported student by itself: greedy answers are those of the end of training, and nothing is written."""
+    before = sorted(folder.iterdir())
+    point = opd.evaluate(
+        run.export, student="shop", teacher="shop", evaluation=PROMPTS, reward=reward, output_dir=folder,
+        **{"evaluation.samples": 2, "max_tokens": 77, "tracker": "none"},
+    )  # fmt: skip
+    last = run.evaluations.iloc[-1]
+    assert (point.step, point.k, point.greedy) == (0, 2, last["greedy"])
+    assert point.mean_at_k is not None and point.pass_at_k is not None and point.mean_at_k <= point.pass_at_k
+    assert point.reverse_kl is not None and 0 < point.reverse_kl < 3 and point.tokens == 0
+    assert sorted(folder.iterdir()) == before
