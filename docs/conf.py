@@ -49,6 +49,7 @@ NAV = {
     "Operations": [
         "The doctor <docs/doctor>",
         "Metrics and alerts <docs/diagnostics>",
+        "docs/tracking",
         "Performance <docs/performance>",
         "Reliability <docs/reliability>",
     ],

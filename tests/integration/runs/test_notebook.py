@@ -1,4 +1,4 @@
-"""The notebook of a first run, executed by a kernel: it looks like the one that is shipped, and TensorBoard reads it."""
+"""The notebook of a first run, executed by a kernel: it looks as it is shipped, and TensorBoard reads its run."""
 
 from collections.abc import Sequence
 from pathlib import Path
