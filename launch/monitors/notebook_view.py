@@ -1,7 +1,6 @@
 """A run in a notebook: one panel below the cell, which is drawn anew while the run goes on."""
 
 import io
-import sys
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -18,17 +17,11 @@ _WIDTH = 100  # letters
 _STYLE = "font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace;line-height:1.25;white-space:pre;margin:0"
 
 
-def in_notebook() -> bool:
-    """Whether this program is a notebook's kernel."""
-    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return getattr(shell, "kernel", None) is not None
-
-
 class NotebookView:
     """Notebook view: the panel of a terminal (`LiveView`) as an output of the cell, which is replaced."""
 
     def __init__(self, *, title: str, steps: int, meter: Meter) -> None:
-        silent = Console(file=io.StringIO(), quiet=True, force_jupyter=False)
+        silent = Console(file=io.StringIO(), quiet=True, force_terminal=False, force_jupyter=False)
         self._view = LiveView(title=title, steps=steps, meter=meter, console=silent)
         self._shown: Any = None
         self._last = 0.0

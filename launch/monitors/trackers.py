@@ -18,11 +18,12 @@ from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.redaction import masked, redacted
 from launch.artifacts.run_directory import RunDirectory, append_json, write_text
 from launch.artifacts.samples import Sample, samples_of
+from launch.artifacts.terminal import in_notebook
 from launch.artifacts.tracker_runs import remember_run
 from launch.config.tracker import TrackerConfig, WandbMode
 from launch.monitors.live_view import LiveView
 from launch.monitors.mlflow_tracker import MlflowTracker
-from launch.monitors.notebook_view import NotebookView, in_notebook
+from launch.monitors.notebook_view import NotebookView
 from launch.monitors.run_log import RunLog
 from launch.monitors.step_metrics import Meter
 from launch.monitors.tensorboard_tracker import TensorboardTracker
@@ -59,7 +60,7 @@ def _views(
     seen = LiveView(title=title, steps=plan.steps, meter=meter, console=console, print_every=config.print_every)
     if not (notebook or console.is_terminal):
         return [seen]
-    silent = Console(file=io.StringIO(), quiet=True, force_jupyter=False)
+    silent = Console(file=io.StringIO(), quiet=True, force_terminal=False, force_jupyter=False)
     silent.push_render_hook(RunLog(directory.log))
     lines = LiveView(title=title, steps=plan.steps, meter=meter, console=silent, print_every=config.print_every)
     return [NotebookView(title=title, steps=plan.steps, meter=meter) if notebook else seen, lines]

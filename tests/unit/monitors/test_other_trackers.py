@@ -313,7 +313,8 @@ def test_what_a_console_prints_is_in_the_log_with_the_time(directory: RunDirecto
     assert "wide" in console.file.getvalue() and "a warning of ours" in caplog.text  # type: ignore[attr-defined]
 
 
-def test_a_panel_has_lines_in_the_log(directory: RunDirectory) -> None:
+def test_a_panel_has_lines_in_the_log(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as the kernel of a notebook sets it
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with logged(console, directory.log):
         views = make_trackers(TrackerConfig(), directory, new_meter(), planned(), console)[1:]
