@@ -45,6 +45,7 @@ NAV = {
         "Self-test of a machine <docs/selftest>",
         "The doctor <docs/doctor>",
         "Metrics and alerts <docs/diagnostics>",
+        "docs/tracking",
         "Performance <docs/performance>",
         "Reliability <docs/reliability>",
     ],

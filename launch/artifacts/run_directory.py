@@ -128,6 +128,16 @@ class RunDirectory:
         return self.path / "changes.txt"
 
     @property
+    def log(self) -> Path:
+        """Log of what the run printed, each line with its time; a resumed run goes on with it."""
+        return self.path / "console.log"
+
+    @property
+    def trackers(self) -> Path:
+        """Ids and places of the run at its trackers; absent without any."""
+        return self.path / "trackers.json"
+
+    @property
     def report(self) -> Path:
         """The page to open in a browser."""
         return self.path / "report.html"

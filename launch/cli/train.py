@@ -15,6 +15,7 @@ from launch.checkpoint.resume import ResumePoint, open_directory, resumption, re
 from launch.config.run_config import run_config
 from launch.monitors.callbacks import MakeTracker
 from launch.monitors.live_view import busy_words
+from launch.monitors.run_log import logged
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trackers import check_login
 from launch.plan.hub import record
@@ -106,7 +107,7 @@ def train_once(plan: Plan, console: Console, *, whole: str = "", trackers: Seque
     config = plan.config
     resumed = resumption(config, console)
     directory = open_directory(config, resumed, console)
-    with running(directory.path):
+    with running(directory.path), logged(console, directory.log):
         if resumed is not None and resumed.same_run:
             rewind(directory, resumed, config.steps)
             console.print(f"run {directory.path}: going on after step {resumed.state.step}", soft_wrap=True)

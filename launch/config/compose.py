@@ -113,6 +113,10 @@ def _keys(own: str, chosen: tuple[str, ...]) -> tuple[Key, ...]:
     return tuple(keys(_compose(own, chosen)))
 
 
+SEVERAL = "tracker"  # the group of which a run may have several options
+ALONE = ("none", "offline", "wandb")  # of which it may have one
+
+
 def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
     key, _, value = override.partition("=")
     group = key.lstrip("+~")
@@ -120,6 +124,8 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
         return
     wrong = [one for one in _named_options(value) if one not in known[group]]
     if not wrong:
+        if group == SEVERAL:
+            _check_trackers(override, _named_options(value))
         return
     if not value.startswith("[") and re.search(r",|^(choice|range|glob|sort|shuffle|interval)\(", value):
         raise ConfigurationError(f"{shown(override)} names several options; {_SWEEP}")
@@ -127,6 +133,16 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
     meant = f"did you mean {group}={value.replace(wrong[0], close[0])}? " if close else ""
     given = override if len(override) < LONG else shown(override)
     raise ConfigurationError(f"{given} does not exist; {meant}(have: {', '.join(known[group])})")
+
+
+def _check_trackers(override: str, chosen: Sequence[str]) -> None:
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ConfigurationError(f"{override} needs different names; write tracker=[wandb,tensorboard]")
+    if len(set(chosen) & set(ALONE)) > 1 or (len(chosen) > 1 and "none" in chosen):
+        raise ConfigurationError(
+            f"{override} says two things (offline keeps wandb's files here, wandb sends them, none is without any "
+            "tracker); name one of them"
+        )
 
 
 def _named_options(value: str) -> list[str]:

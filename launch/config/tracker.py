@@ -23,19 +23,24 @@ class WandbMode(Enum):
 class TrackerConfig:
     """Tracker settings: records beside the metrics, and the place of wandb's files.
 
-    Every `samples_every` steps (and at the first and last) `samples` completions are kept to look at; a
-    terminal that cannot be redrawn gets a line every `print_every` steps.
+    Options of the group may be given together, `tracker=[wandb,tensorboard]`: each sets a field of its own. Every
+    `samples_every` steps (and at the first and last) `samples` completions are kept to look at; a terminal that cannot
+    be redrawn gets a line every `print_every` steps.
     """
 
     # OFFLINE keeps wandb's files in the run directory, ONLINE sends them, DISABLED does without
-    mode: WandbMode = WandbMode.OFFLINE
-    # project in wandb
+    mode: WandbMode = WandbMode.DISABLED
+    # event files of TensorBoard in the run directory
+    tensorboard: bool = False
+    # a run in MLflow: on the server that MLFLOW_TRACKING_URI names, else in OUTPUT_DIR/mlflow.db
+    mlflow: bool = False
+    # project in wandb, experiment in MLflow
     project: Names = "opd"
     # user or team in wandb
     entity: Line | None = None
-    # group of runs in wandb
+    # group of runs in wandb, tag of the run in MLflow
     group: Line | None = None
-    # tags in wandb
+    # tags in wandb and MLflow
     tags: tuple[Tag, ...] = ()
     # completions kept to look at, of each step that is kept
     samples: Annotated[int, In(0, 10_000)] = 4

@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.monitors.step_metrics import Meter
+from launch.monitors.tracked_run import results
 from opd.loop.train import StepRecord
 
 
@@ -79,9 +80,8 @@ class LoggerTracker:
         self._logger.log(dict(self._meter(record)), step=record.step)
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """Log as `eval/*`, of a named set as `eval/SET/*`, a teacher's as `teacher/*`."""
-        place = "teacher" if result.examinee is EvaluatedModel.TEACHER else "eval"
-        self._logger.log({f"{place}/{name}": value for name, value in result.tracked().items()}, step=result.step)
+        """Log as `eval/*`, of a named set as `eval/SET/*`, a teacher's as `teacher/*`, what it cost as `eval_cost/*`."""
+        self._logger.log(results(result), step=result.step)
 
     def __enter__(self) -> Self:
         return self

@@ -1,59 +1,47 @@
-"""Trackers of finished steps and evaluations: the run directory, wandb and the terminal."""
+"""Trackers of finished steps and evaluations: the run directory, wandb and the terminal, and those of other files."""
 
+import io
 import logging
 import netrc
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from launch.artifacts.evaluation_point import HIGH, LOW, EvaluatedModel, EvaluationPoint
+from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.redaction import masked, redacted
 from launch.artifacts.run_directory import RunDirectory, append_json, write_text
-from launch.artifacts.samples import Decode, Sample, samples_of
+from launch.artifacts.samples import Sample, samples_of
+from launch.artifacts.terminal import in_notebook
+from launch.artifacts.tracker_runs import remember_run
 from launch.config.tracker import TrackerConfig, WandbMode
 from launch.monitors.live_view import LiveView
+from launch.monitors.mlflow_tracker import MlflowTracker
+from launch.monitors.notebook_view import NotebookView
+from launch.monitors.run_log import RunLog
 from launch.monitors.step_metrics import Meter
+from launch.monitors.tensorboard_tracker import TensorboardTracker
+from launch.monitors.tracked_run import (
+    BETTER,
+    PlannedRun,
+    Tracker,
+    better_of,
+    places,
+    results,
+    samples_are_due,
+    summary,
+)
 from opd.errors import ConfigurationError, OpdError
 from opd.loop.train import StepRecord
 from opd.observability.alerts import Alert
 
 _log = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """An `opd.ports.Observer` that also receives evaluations; used as a context manager around a run."""
-
-    async def __call__(self, record: StepRecord) -> None:
-        """Record a finished step."""
-        ...
-
-    def evaluated(self, result: EvaluationPoint) -> None:
-        """Record an evaluation of the student or its teacher."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedRun:
-    """Facts about a run that trackers need before it starts. `resolved` is its whole configuration."""
-
-    method: str
-    steps: int
-    resolved: Mapping[str, Any]
-    decode: Decode
 
 
 def make_trackers(
@@ -62,22 +50,29 @@ def make_trackers(
     """All trackers of a run, to be entered before it starts; files come first, so they are the most complete."""
     trackers: list[Tracker] = [
         JsonlTracker(config, directory, meter, plan),
-        LiveView(
-            title=f"{directory.name} · {plan.method}",
-            steps=plan.steps,
-            meter=meter,
-            console=console,
-            print_every=config.print_every,
-        ),
+        *_views(config, directory, meter, plan, console),
     ]
     if config.mode is not WandbMode.DISABLED:
         trackers.append(WandbTracker(config, directory, meter, plan))
+    if config.tensorboard:
+        trackers.append(TensorboardTracker(config, directory, meter, plan))
+    if config.mlflow:
+        trackers.append(MlflowTracker(config, directory, meter, plan))
     return trackers
 
 
-def samples_are_due(config: TrackerConfig, step: int, steps: int) -> bool:
-    """Whether completions of this step are kept."""
-    return config.samples > 0 and (step in (1, steps) or step % config.samples_every == 0)
+def _views(
+    config: TrackerConfig, directory: RunDirectory, meter: Meter, plan: PlannedRun, console: Console
+) -> list[Tracker]:
+    """The run where it is looked at; where that is a panel, the lines of the run's log are written apart."""
+    title, notebook = f"{directory.name} · {plan.method}", in_notebook() and not console.quiet
+    seen = LiveView(title=title, steps=plan.steps, meter=meter, console=console, print_every=config.print_every)
+    if not (notebook or console.is_terminal):
+        return [seen]
+    silent = Console(file=io.StringIO(), quiet=True, force_terminal=False, force_jupyter=False)
+    silent.push_render_hook(RunLog(directory.log))
+    lines = LiveView(title=title, steps=plan.steps, meter=meter, console=silent, print_every=config.print_every)
+    return [NotebookView(title=title, steps=plan.steps, meter=meter) if notebook else seen, lines]
 
 
 class JsonlTracker:
@@ -131,8 +126,6 @@ def _in_netrc(host: str) -> bool:
         ) from error
 
 
-_BEST = {"greedy": "max", "mean_at_k": "max", "pass_at_k": "max", "reverse_kl": "min"}  # of an evaluation
-_SPENT = ("k", "seconds", "tokens", "flops", "cpu_s")  # axes to plot against, no panels of their own
 _START_S = 30  # seconds a server may take before wandb counts as unreachable
 _FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
@@ -195,10 +188,11 @@ class WandbTracker:
             sys.argv = arguments
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        for name, better in _BEST.items():
-            self._run.define_metric(f"eval/{name}", step_metric="step", summary=f"{better},last")
-        for name in _SPENT:
-            self._run.define_metric(f"eval/{name}", step_metric="step", hidden=True)
+        for name, better in BETTER.items():
+            self._run.define_metric(f"eval/{name}", step_metric="step", summary=f"{better.__name__},last")
+        self._run.define_metric("eval_cost/*", step_metric="step", hidden=True)  # axes, no panels
+        self._run.summary.update(places(self._directory))
+        remember_run(self._directory, "wandb", {"run_id": self._run.id, "url": self._run.url or ""})
         return self
 
     async def __call__(self, record: StepRecord) -> None:
@@ -214,37 +208,30 @@ class WandbTracker:
 
         Of a named set as `eval/SET/*`; the ends of its intervals have no panels.
         """
-        measured, step = result.tracked(), result.step
-        self._define(measured)
+        values, step = results(result), result.step
+        self._define(values)
         if result.examinee is EvaluatedModel.TEACHER:
-            self._guarded(
-                lambda run: run.summary.update({f"teacher/{name}": value for name, value in measured.items()})
-            )
+            self._guarded(lambda run: run.summary.update(values))
         else:
-            self._guarded(
-                lambda run: run.log(
-                    {"step": step} | {f"eval/{name}": value for name, value in measured.items()}, step=step
-                )
-            )
+            self._guarded(lambda run: run.log({"step": step} | values, step=step))
 
-    def _define(self, measured: Iterable[str]) -> None:
+    def _define(self, names: Iterable[str]) -> None:
         """Tell wandb of measures of named sets when they come for the first time."""
-        for name in [name for name in measured if "/" in name and name not in self._defined]:
+        for name in names:
+            if name.count("/") < 2 or not name.startswith("eval/") or name in self._defined:
+                continue
             self._defined.add(name)
-            if name.endswith((LOW, HIGH, "/seconds")):
-                self._guarded(lambda run, name=name: run.define_metric(f"eval/{name}", step_metric="step", hidden=True))
-            else:
-                summary = f"{'min' if name.endswith('/reverse_kl') else 'max'},last"
-                self._guarded(
-                    lambda run, name=name, summary=summary: run.define_metric(
-                        f"eval/{name}", step_metric="step", summary=summary
-                    )
-                )
+            better = better_of(name)
+            how: dict[str, Any] = {"summary": f"{better.__name__},last"} if better else {"hidden": True}
+            self._guarded(lambda run, name=name, how=how: run.define_metric(name, step_metric="step", **how))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the wandb run in any case; a failed one is marked as failed."""
+        """Finish the wandb run in any case; a failed one is marked as failed. Its summary gets best and last results,
+        and where checkpoint and export are.
+        """
+        self._guarded(lambda run: run.summary.update(summary(self._directory) | places(self._directory)))
         self._guarded(lambda run: run.finish(exit_code=0 if kind is None else 1))
         self._run = None
         for name in self._set:  # the next run of this process has a directory of its own

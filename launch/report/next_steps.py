@@ -9,6 +9,7 @@ from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.spending import Unit
 from launch.artifacts.summary import Outcome, RunSummary
+from launch.artifacts.tracker_runs import tracker_runs
 
 _OF_ONE_RUN = ("run_name", "resume", "resume_changes", "dry_run")  # keys that another command does not share
 _OF_NO_COMPARISON = ("method", "evaluation.every", "evaluation.parts", *(f"stop_after.{u.value}" for u in Unit))
@@ -62,6 +63,13 @@ def _steps(directory: RunDirectory, summary: RunSummary | None) -> Iterator[Next
     if offline := sorted((directory.path / "wandb").glob("offline-run-*")):
         yield NextStep(what="look at it in wandb's local viewer", command=f"wandb leet {shlex.quote(str(offline[-1]))}")
         yield NextStep(what="send it to wandb", command=f"wandb sync {shlex.quote(str(offline[-1]))}")
+    kept_by = tracker_runs(directory)
+    if "tensorboard" in kept_by:
+        beside = shlex.quote(str(directory.path.parent))
+        yield NextStep(what="look at it in TensorBoard, beside its siblings", command=f"tensorboard --logdir {beside}")
+    if (uri := kept_by.get("mlflow", {}).get("uri", "")).startswith("sqlite:"):
+        shown = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        yield NextStep(what="look at it in MLflow (the whole of it, in an environment of its own)", command=shown)
 
 
 def _overrides(directory: RunDirectory) -> list[str]:

@@ -16,6 +16,7 @@ from launch.artifacts.checkpoint_state import LEARNER, MANIFEST, newest_first
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, write_json, write_text
+from launch.artifacts.tracker_runs import tracker_runs
 from launch.checkpoint.best import BEST, best_step
 from launch.plan.checks.ends import text_ends
 from launch.plan.hub import local_model, recorded_in
@@ -40,7 +41,9 @@ async def export_student(
 
 def write_card(directory: RunDirectory, facts: Mapping[str, str], end: EvaluationPoint | None) -> None:
     """The card of the export; written again when the last evaluation is there."""
-    write_text(directory.export / "README.md", _card(directory.name, facts, end))
+    address = tracker_runs(directory).get("wandb", {}).get("url", "")
+    tracked = {"run in wandb": address} if address else {}
+    write_text(directory.export / "README.md", _card(directory.name, {**facts, **tracked}, end))
 
 
 def _card(name: str, facts: Mapping[str, str], end: EvaluationPoint | None) -> str:

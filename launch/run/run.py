@@ -28,7 +28,8 @@ from launch.monitors.callbacks import CallbackTracker, MakeTracker
 from launch.monitors.progress import Progress, due_sets
 from launch.monitors.step_metrics import Meter
 from launch.monitors.trace import TraceTracker
-from launch.monitors.trackers import PlannedRun, Tracker, make_trackers
+from launch.monitors.tracked_run import PlannedRun, Tracker
+from launch.monitors.trackers import make_trackers
 from launch.plan.environment import package_versions
 from launch.plan.hub import model_key, sized
 from launch.plan.plan import Plan
@@ -197,6 +198,7 @@ class Run:
                 steps=config.steps,
                 resolved=yaml.safe_load(config.text),
                 decode=self._plan.sources.tokenizer.decode,
+                first=self._first,
             ),
             self._console,
         )

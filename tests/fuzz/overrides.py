@@ -101,7 +101,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"max_ratio|method\.objective(\.of)*\.max_ratio", real(1, 10**9, zero=True)),
     (r"max_buffer_bytes|.*kv_cache_bytes|cluster\.replay_log_bytes|learner\.publish_chunk_bytes", whole(0, 2**60)),
     (r"checkpoint_minutes", real(0, 10**6)),
-    (r"cluster\.elastic", yes),
+    (r"cluster\.elastic|tracker\.(tensorboard|mlflow)", yes),
     (r"grace_s", real(0, 30 * 24 * 3600)),
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
     (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)", yes),

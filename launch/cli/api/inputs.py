@@ -29,12 +29,13 @@ REWARD = "reward"  # the task of prompts that are graded by `reward=`
 def prompts_file(records: Iterable[Any], folder: Path, name: str) -> tuple[Path, Mapping[str, str], int]:
     """JSONL file of `records`, its column settings (`prompt_column`, `answer_column`), and the number of rows.
 
-    A record is a text, a list of messages, or a mapping with `prompt` (or `messages`) and perhaps `answer`.
+    A record is a text, a list of messages, or a mapping with `prompt` (or `messages`) and perhaps `answer`. Of a table
+    (a DataFrame, an Arrow table) every row is one.
 
     Raises:
         ConfigurationError: there is none, or one is nothing of that, or has a value that JSON has not.
     """
-    rows = [_row(record, f"{name}[{number}]") for number, record in enumerate(records)]
+    rows = [_row(record, f"{name}[{number}]") for number, record in enumerate(_in_order(records, name))]
     if not rows:
         raise ConfigurationError(f"{name} is empty; give at least one prompt")
     lines = [_json(row, f"{name}[{number}]") for number, row in enumerate(rows)]
@@ -43,6 +44,42 @@ def prompts_file(records: Iterable[Any], folder: Path, name: str) -> tuple[Path,
     if any("answer" in row for row in rows):
         columns["answer_column"] = "answer"
     return _stored("\n".join([*lines, ""]), folder, "prompts", ".jsonl"), columns, len(rows)
+
+
+def _in_order(given: Any, name: str) -> Iterable[Any]:
+    """Records of what was given, one after the other; a table would give its columns.
+
+    Raises:
+        ConfigurationError: it has several parts, or no order.
+    """
+    match given:
+        case bytes() | bytearray() | set() | frozenset():
+            raise ConfigurationError(
+                f"{name} needs records in an order that is the same every time, got {type(given).__name__}; give a list"
+            )
+    if _is(given, "datasets", "DatasetDict", "IterableDatasetDict"):
+        raise ConfigurationError(
+            f"{name} has several splits ({', '.join(given)}); give one, {name}=data[{min(given)!r}]"
+        )
+    if _is(given, "pyarrow", "Table", "RecordBatch"):
+        names, rows = list(given.column_names), given.to_pylist
+    elif _is(given, "pandas", "DataFrame"):
+        names, rows = list(given.columns), lambda: given.to_dict("records")
+    elif isinstance(given, Iterable):
+        return given
+    else:
+        raise ConfigurationError(
+            f"{name} needs a file, a list of prompts or a source of prompts, got {type(given).__name__}; give one"
+        )
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"{name} has two columns of one name; rename one")
+    return rows()
+
+
+def _is(given: Any, package: str, *names: str) -> bool:
+    """Whether it is an instance of a class of a package, which is not imported for that."""
+    module = sys.modules.get(package)
+    return any(isinstance(given, getattr(module, name)) for name in names if hasattr(module, name))
 
 
 def _row(record: Any, where: str) -> Mapping[str, Any]:
@@ -60,9 +97,36 @@ def _row(record: Any, where: str) -> Mapping[str, Any]:
 
 def _json(row: Mapping[str, Any], where: str) -> str:
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        _check_keys(row)
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain)
+        text.encode()  # half a surrogate is no text
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{where} cannot be written as JSON ({error}); give texts and numbers") from error
+    return text
+
+
+def _check_keys(value: Any) -> None:
+    """Raise `TypeError` about a key that is no text: JSON would make one of it."""
+    match value:
+        case Mapping():
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise TypeError(f"the key {key!r} is no text")
+                _check_keys(inner)
+        case list() | tuple():
+            for inner in value:
+                _check_keys(inner)
+
+
+def _plain(value: Any) -> Any:
+    """A mapping, a number or an array of other packages, which tables have in their cells, as Python has it."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if _is(value, "numpy", "ndarray"):
+        return value.tolist()
+    if _is(value, "numpy", "integer", "floating", "bool_"):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def part_option(part: Any, group: str, name: str, folder: Path) -> list[str]:

@@ -26,9 +26,17 @@ def overrides_of(settings: Mapping[str, Any], groups: Mapping[str, Sequence[str]
     Raises:
         ConfigurationError: a value is none that a setting can have.
     """
-    flat = list(dotted(settings))
-    chosen = [f"{name}={value}" for name, value in flat if name in groups and isinstance(value, str)]
-    return [*chosen, *(_override(n, v) for n, v in flat if not (n in groups and isinstance(v, str)))]
+    flat = [(name, value, name in groups and _options(value)) for name, value in dotted(settings)]
+    chosen = [f"{name}={options}" for name, _, options in flat if options]
+    return [*chosen, *(_override(name, value) for name, value, options in flat if not options)]
+
+
+def _options(value: Any) -> str:
+    """Options of a group as a command line has them, `wandb` or `[wandb,tensorboard]`; "" for anything else."""
+    if isinstance(value, str):
+        return value
+    several = isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value)
+    return f"[{','.join(value)}]" if several else ""
 
 
 def _override(name: str, value: Any) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from opd.method.method import Method
 from opd.ports import PromptSource
 
 Reward = Callable[..., Any]
-Settings = Mapping[str, Any]  # of a file: its path, and how it is read and asked
+Settings = Mapping[str, Any]  # of a file: its path, and how it is read and asked; without a path: of what there is
 Prompts = str | Path | PromptSource | Settings | Iterable[str | Mapping[str, Any] | Sequence[Mapping[str, Any]]]
 
 HELD_OUT = 64  # prompts of training that are measured where no others are given
@@ -49,10 +49,10 @@ def train(
     """Train a student, as `opd train` does, and return the run.
 
     `method` is a name (`opd methods`) or a `Method` of parts. `student` and `teacher` are folders of models (or an
-    option of `conf/`, as "shop"), `prompts` a file (also as settings, `{"path": ..., "answer_column": ...}`), a list of
-    texts, conversations or mappings with `prompt` and `answer`, or a source of prompts; `evaluation` is the same, of
-    held-out prompts. `reward` is a grader's name or a
-    function (docs/grading.md). Everything else is a setting of the command line (`steps=100`, `learner={"lr": 1e-5}`,
+    option of `conf/`, as "shop"), `prompts` a file, a list of texts, conversations or mappings with `prompt` and
+    `answer`, a table, or a source of prompts; `evaluation` is the same, of held-out prompts. A mapping is settings of
+    either (`{"path": ..., "answer_column": ...}`, `evaluation={"every": 10}`). `reward` is a grader's name or a function
+    (docs/grading.md). Everything else is a setting of the command line (`steps=100`, `learner={"lr": 1e-5}`,
     `**{"learner.lr": 1e-5}`, `experiment="shop"`). `callbacks` are called after every step, `trackers` get the numbers
     (`log(data, step=)`). `verbose=False` prints nothing.
 
@@ -117,7 +117,8 @@ def evaluate_sets(
     **settings: Any,
 ) -> dict[str, EvaluationPoint]:
     """Figures of a model on every evaluation set, by name; "" is the set of `evaluation` itself."""
-    given = _Given(None, student, teacher, evaluation, reward, evaluation, settings)
+    prompts = None if _is_settings(evaluation) else evaluation  # of which the plan wants some
+    given = _Given(None, student, teacher, prompts, reward, evaluation, settings)
     overrides = [*given.overrides(), *([] if checkpoint is None else overrides_of({"student.path": checkpoint}, {}))]
     with _own_loop(), _one_error():
         return {point.set: point for point in evaluate_once(make_plan(_config(overrides)))}
@@ -171,6 +172,11 @@ def _own_loop() -> Iterator[None]:
         asyncio._set_running_loop(outer)
 
 
+def _is_settings(given: Any) -> bool:
+    """Whether it is settings of prompts that are named elsewhere; with a path they are those of a file."""
+    return isinstance(given, Mapping) and "path" not in given
+
+
 @dataclass(frozen=True, slots=True)
 class _Given:
     """Arguments of a call, as overrides: options first, then their settings, the caller's own last."""
@@ -186,6 +192,10 @@ class _Given:
     def overrides(self) -> list[str]:
         """The same as a command line."""
         known = groups(str(self.settings.get("conf", "")))
+        below = {n: v for n, v in (("prompts", self.prompts), ("evaluation", self.evaluation)) if _is_settings(v)}
+        if below:
+            rest = replace(self, settings={**below, **self.settings})
+            return replace(rest, **dict.fromkeys(below, None)).overrides()
         mine = overrides_of({name: value for name, value in self.settings.items() if name != "conf"}, known)
         options = [o for o in mine if o.partition("=")[0] in known and not o.partition("=")[2].startswith("{")]
         rest = [o for o in mine if o not in options]
@@ -244,11 +254,6 @@ class _Given:
     def _file(self, given: Any, name: str) -> tuple[str | Path, Mapping[str, Any], int]:
         """Path of prompts, further settings, and the length of a list (0: a file, which is not read yet)."""
         if isinstance(given, Mapping):
-            if not isinstance(given.get("path"), str | Path):
-                raise ConfigurationError(
-                    f"{name} is one mapping, which is the settings of a file, but has no path; give "
-                    f'{name}={{"path": ...}}, or a list of prompts'
-                )
             return given["path"], {key: value for key, value in given.items() if key != "path"}, 0
         return (given, {}, 0) if isinstance(given, str | Path) else prompts_file(given, self._folder, name)
 

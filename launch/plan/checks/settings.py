@@ -9,6 +9,7 @@ from launch.artifacts.checkpoint_state import described
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
+from launch.plan.checks.trackers import check_trackers
 from learner.config import learning_rate
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError
@@ -28,6 +29,7 @@ OWN_ENGINE = (Backend.VLLM, Backend.VLLM_LOGPROBS)
 
 def check_settings(config: RunConfig) -> None:
     """Refuse settings that contradict each other; reads the headers of the student's folder and no weights."""
+    check_trackers(config.tracker)
     _check_schedule(config)
     _check_prompts_per_step(config)
     _check_bounds(config)

@@ -26,6 +26,7 @@ class Numbers:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)  # two sessions
 def test_a_notebook_trains_and_looks_at_its_run(tmp_path: Path) -> None:
     seen: list[Progress] = []
     graded: list[str] = []
@@ -60,3 +61,30 @@ def test_a_notebook_trains_and_looks_at_its_run(tmp_path: Path) -> None:
     assert len(run.samples) and (run.path / "checkpoints" / "step_2").is_dir()
     for recipe in recipes("run"):
         exec(recipe, {"run": run})
+    _measured_alone(run, tmp_path)
+
+
+def _measured_alone(run: opd.TrainedRun, folder: Path) -> None:
+    """The exported student by itself, graded by the number of its words: as transformers writes, and nothing is left
+    in the folder but the prompts.
+    """
+
+    def odd(completion: str, answer: str) -> float:
+        return float(len(completion.split()) % 2)
+
+    before = {path.name for path in folder.iterdir()}
+    point = opd.evaluate(
+        run.export, student="shop", teacher="shop", evaluation=PROMPTS, reward=odd, output_dir=folder,
+        **{"evaluation.samples": 2, "max_tokens": 77, "tracker": "none"},
+    )  # fmt: skip
+    written = [
+        run.student.generate(**inputs, max_new_tokens=77, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        for row in PROMPTS
+        for inputs in [run.tokenizer(row["prompt"], return_tensors="pt")]
+    ]
+    expected = [odd(run.tokenizer.decode(ids, skip_special_tokens=True), "") for ids in written]
+    assert point.greedy == pytest.approx(sum(expected) / len(PROMPTS), abs=1 / len(PROMPTS)), "one near tie may differ"
+    assert (point.step, point.k, point.tokens) == (0, 2, 0)
+    assert point.mean_at_k is not None and point.pass_at_k is not None and point.mean_at_k <= point.pass_at_k
+    assert point.reverse_kl is not None and 0 < point.reverse_kl < 10
+    assert {path.name for path in folder.iterdir()} <= before | {".inputs"}

@@ -9,6 +9,7 @@ import pytest
 from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.summary import Outcome
+from launch.artifacts.tracker_runs import remember_run
 from launch.report.next_steps import next_steps, next_steps_text
 from launch.report.report import write_report
 from tests.unit.monitors.test_report import Page, summary
@@ -56,6 +57,17 @@ def test_a_finished_run_is_measured_copied_repeated_compared_and_sent(tmp_path: 
     offline = str(directory.path / "wandb" / "offline-run-1-a")
     assert (look, send) == (["wandb", "leet", offline], ["wandb", "sync", offline])
     assert f"send it to wandb: wandb sync {offline}" in next_steps_text(directory)
+
+
+def test_trackers_of_the_run_are_looked_at(tmp_path: Path) -> None:
+    directory = run(tmp_path)
+    remember_run(directory, "tensorboard", {"folder": "tensorboard"})
+    remember_run(directory, "mlflow", {"uri": "sqlite:////tmp/a b/mlflow.db", "run_id": "0"})
+    *_, board, flow = commands(directory, Outcome.FINISHED)
+    assert board == ["tensorboard", "--logdir", str(tmp_path)]
+    assert flow == ["mlflow", "ui", "--backend-store-uri", "sqlite:////tmp/a b/mlflow.db"]
+    remember_run(directory, "mlflow", {"uri": "https://tracking", "run_id": "0"})
+    assert commands(directory, Outcome.FINISHED)[-1] == board, "a server is looked at where it is"
 
 
 @pytest.mark.parametrize("outcome", [Outcome.STOPPED, Outcome.FAILED, None])

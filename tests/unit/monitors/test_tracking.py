@@ -21,13 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
-from launch.artifacts.run_directory import RunDirectory, read_jsonl
+from launch.artifacts.run_directory import RunDirectory, append_json, read_jsonl
 from launch.artifacts.samples import Sample, token_pieces
 from launch.config.tracker import TrackerConfig, WandbMode
 from launch.monitors.accounting import Costs
 from launch.monitors.live_view import LiveView
 from launch.monitors.step_metrics import Meter
-from launch.monitors.trackers import JsonlTracker, PlannedRun, WandbTracker, check_login, make_trackers
+from launch.monitors.tracked_run import PlannedRun
+from launch.monitors.trackers import JsonlTracker, WandbTracker, check_login, make_trackers
 from opd.errors import ConfigurationError
 from opd.loop.train import StepRecord
 from opd.observability.alerts import AlertThresholds
@@ -320,7 +321,9 @@ def test_wandb_offline_for_real_and_resumed(
     """A run that fails and is resumed: the same run id, our own steps, no secret (of the arguments, which wandb keeps,
     neither), all inside."""
     monkeypatch.setattr(sys, "argv", ["opd", "train", "teacher.url=https://user:geheim@host:1/", "steps=3"])
-    config = TrackerConfig(samples=1, tags=("t",), group="g")
+    config = TrackerConfig(mode=WandbMode.OFFLINE, samples=1, tags=("t",), group="g")
+    directory.write_command(["steps=3"])
+    append_json(directory.evaluations, point(0).as_json())
     tracker = WandbTracker(config, directory, meter, plan)
     with tracker:
         tracker.evaluated(point(0))
@@ -346,6 +349,10 @@ def test_wandb_offline_for_real_and_resumed(
         if r.HasField("history")
     ]
     assert [row["step"] for row in history] == ["0", "1", "2", "3"]
+    hidden = {m.glob_name or m.name for r in finished if r.HasField("metric") for m in [r.metric] if m.options.hidden}
+    assert hidden == {"eval_cost/*"} and "eval_cost/seconds" in history[0], "no panels for what an evaluation cost"
+    said = {"/".join(u.nested_key) or u.key for r in finished if r.HasField("summary") for u in r.summary.update}
+    assert {"run/command", "run/directory", "last/greedy", "best/greedy", "best_step/greedy", "teacher/greedy"} <= said
     assert {"eval/greedy", "distill/reverse_kl"} <= history[3].keys()  # an evaluation stands in the row of its step
     assert {"eval/greedy", "eval/mean_at_k"} <= history[0].keys()
     assert "eval/reverse_kl" not in history[0]  # NaN: not measured
@@ -358,7 +365,7 @@ def test_wandb_offline_for_real_and_resumed(
 
 def test_an_alert_is_a_wandb_alert_once(directory: RunDirectory, plan: PlannedRun, no_login: Path) -> None:
     meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=AlertThresholds(window=2))
-    with WandbTracker(TrackerConfig(samples=0), directory, meter, plan) as tracker:
+    with WandbTracker(TrackerConfig(mode=WandbMode.OFFLINE, samples=0), directory, meter, plan) as tracker:
         tell_cut_short(tracker, 6)
     (log,) = directory.path.glob("wandb/offline-run-*/*.wandb")
     deadline = monotonic() + 60
@@ -376,13 +383,14 @@ def test_a_run_survives_the_death_of_wandb(directory: RunDirectory, no_login: Pa
 import logging, sys, time, psutil
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_tracking import COSTS, Meter, RunDirectory, PlannedRun, TrackerConfig, WandbTracker, decode, point
+from test_tracking import COSTS, Meter, RunDirectory, PlannedRun, TrackerConfig, WandbMode, WandbTracker, decode, point
 said = []
 handler = logging.Handler(logging.WARNING)
 handler.emit = lambda entry: said.append(entry.getMessage())
 logging.getLogger("launch").addHandler(handler)
 plan = PlannedRun(method="opd", steps=9, resolved={}, decode=decode)
-with WandbTracker(TrackerConfig(), RunDirectory(Path(sys.argv[1])), Meter(COSTS), plan) as tracker:
+config = TrackerConfig(mode=WandbMode.OFFLINE)
+with WandbTracker(config, RunDirectory(Path(sys.argv[1])), Meter(COSTS), plan) as tracker:
     tracker.evaluated(point(1))
     services = psutil.Process().children(recursive=True)
     assert services

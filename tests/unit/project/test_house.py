@@ -126,8 +126,8 @@ def test_the_library_imports_nothing_but_torch_numpy_and_digests() -> None:
 
 
 def test_the_metadata_names_what_the_code_imports() -> None:
-    extra = PROJECT["optional-dependencies"]["gpu"]
-    declared = {canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *extra]}
+    extras = [text for extra in PROJECT["optional-dependencies"].values() for text in extra]
+    declared = {canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *extras]}
     # Also where the CPU build is installed, and without a kernel that only GPUs have.
     distributions = packages_distributions() | {"vllm": ["vllm"], "liger_kernel": ["liger-kernel"]}
     known = sys.stdlib_module_names | {*PACKAGES}
@@ -187,8 +187,9 @@ def test_cpu_and_gpu_run_the_same_versions() -> None:
 
 
 def test_the_locks_satisfy_the_metadata() -> None:
-    locked = pins("cpu") | pins("torch-cpu")
-    for text in PROJECT["dependencies"]:
+    locked = pins("cpu") | pins("torch-cpu") | pins("dev")
+    tried = [text for name, extra in PROJECT["optional-dependencies"].items() if name != "gpu" for text in extra]
+    for text in [*PROJECT["dependencies"], *tried]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), text
 
