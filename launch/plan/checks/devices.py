@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from launch.config.run_config import RunConfig
+from launch.config.settings import DeviceLayout
 from launch.plan import environment
 from launch.services.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
@@ -62,9 +63,11 @@ def resolved(config: RunConfig) -> RunConfig:
     Raises:
         ConfigurationError: GPUs are here that no role is given, or the numbers of GPUs cannot be right.
     """
-    cluster, visible = config.cluster, torch.cuda.device_count() if config.cluster.address == "local" else 0
-    _check_counts(config, visible)
-    if cluster.address == "local":
+    cluster, visible = config.cluster, visible_gpus(config)
+    undivided = automatic(config, visible)  # launch.plan.memory.layout divides them, and checks again
+    if not undivided:
+        _check_counts(config, visible)
+    if cluster.address == "local" and not undivided:
         _check_driver(config, visible)
         _check_idle(config, visible)
         here = f"this machine (torch sees {visible} GPU{'s' * (visible != 1)})"
@@ -82,6 +85,19 @@ def resolved(config: RunConfig) -> RunConfig:
         teachers={name: teacher(of) for name, of in config.teachers.items()},
         learner=replace(config.learner, device=device(config.learner.device, cluster.gpus_per_learner)),
     )
+
+
+def visible_gpus(config: RunConfig) -> int:
+    """GPUs that torch sees here, if the run's actors will be here."""
+    return torch.cuda.device_count() if config.cluster.address == "local" else 0
+
+
+def automatic(config: RunConfig, visible: int) -> bool:
+    """Whether the GPUs of this machine are still to be divided: there are some, and no role is given any."""
+    cluster = config.cluster
+    told = cluster.gpus_per_engine or cluster.gpus_per_teacher or cluster.gpus_per_learner
+    wanted = any(device is not Device.CPU for device, _ in _asks_here(config))
+    return cluster.layout is DeviceLayout.AUTO and visible > 0 and wanted and not told
 
 
 def _check_counts(config: RunConfig, visible: int) -> None:
