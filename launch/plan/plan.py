@@ -7,6 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from hf.folder_check import Folder
 from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import check_checkpoint, tokenizer_identity
 from launch.config.run_config import RunConfig
@@ -161,9 +162,7 @@ def make_plan(config: RunConfig) -> Plan:
     ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
     held_out = survey_step(config.evaluation.prompts, replace(sources, place="evaluation.prompts"), tokenizer)
-    longest = check_lengths(config, training, held_out)
-    check_contexts(config, teachers, longest, training, held_out)
-    check_ids([student, *teachers.values()], training, held_out)
+    longest = _longest(config, student, teachers, training, held_out)
     check_shares(config, training)
     check_one_context(config, training)
     notes = [*check_tasks(config, training, held_out), *hub_remarks(config, placed.hub)]
@@ -218,6 +217,16 @@ def _placed(config: RunConfig) -> _Placed:
     if divided:
         check_transport(config)
     return _Placed(config=config, hub=hub, notes=notes, undecided=open_device)
+
+
+def _longest(
+    config: RunConfig, student: Folder, teachers: Mapping[str, Folder], training: Survey, held_out: Survey
+) -> int:
+    """Tokens of the longest sequence that a run may have, after a check that every model can read it."""
+    longest = check_lengths(config, training, held_out)
+    check_contexts(config, teachers, longest, training, held_out)
+    check_ids([student, *teachers.values()], training, held_out)
+    return longest
 
 
 def _sources(config: RunConfig, tokenizer: HuggingFaceTokenizer) -> Sources:
