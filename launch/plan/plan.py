@@ -17,7 +17,7 @@ from launch.plan.checks.answers import check_answers
 from launch.plan.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
 from launch.plan.checks.blends import check_blends, check_one_context
 from launch.plan.checks.conversations import check_conversations, teachers_tokenizers
-from launch.plan.checks.devices import automatic, gpus, resolved, undecided, visible_gpus
+from launch.plan.checks.devices import automatic, gpus, resolved, undecided, unseen_notes, visible_gpus
 from launch.plan.checks.ends import text_ends
 from launch.plan.checks.models import parameter_count
 from launch.plan.checks.numbers import check_numbers, numbers_notes
@@ -209,6 +209,7 @@ class _Placed:
 
 def _placed(config: RunConfig) -> _Placed:
     open_device = config.cluster.address != "local" and undecided(config)
+    unseen = unseen_notes(config)
     divided = automatic(config, visible_gpus(config))
     if not divided:  # before anything is fetched
         check_transport(config)
@@ -216,7 +217,7 @@ def _placed(config: RunConfig) -> _Placed:
     config, notes = laid_out(config)
     if divided:
         check_transport(config)
-    return _Placed(config=config, hub=hub, notes=notes, undecided=open_device)
+    return _Placed(config=config, hub=hub, notes=(*unseen, *notes), undecided=open_device)
 
 
 def _longest(

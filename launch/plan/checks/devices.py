@@ -13,7 +13,7 @@ from opd.errors import ConfigurationError
 from opd.method.needs import named, needed
 from opd.ports import Role
 from opd.settings.devices import Device
-from teacher_service.config import REMOTE, TeacherConfig
+from teacher_service.config import REMOTE, Backend, TeacherConfig
 
 ENGINE, WRITER, LEARNER_RANK = "rollout actor", "writing teacher", "learner rank"
 TEACHER, REMOTE_TEACHER = "teacher actor", "remote teacher"
@@ -70,6 +70,8 @@ def resolved(config: RunConfig) -> RunConfig:
     if cluster.address == "local" and not undivided:
         _check_driver(config, visible)
         _check_idle(config, visible)
+    if torch.cuda.is_available() and cluster.address == "local":
+        _check_tools(config)
         here = f"this machine (torch sees {visible} GPU{'s' * (visible != 1)})"
         check_fits([replace(role, cpus=0.0) for role in roles(config)], [Machine(cpus=0, gpus=visible)], here)
 
@@ -136,6 +138,31 @@ def _check_driver(config: RunConfig, visible: int) -> None:
     if wants and not visible and torch.version.cuda and environment.DEVICE.exists():
         raise ConfigurationError(
             f"this machine has a GPU ({environment.DEVICE}), but {environment.too_old(torch.version.cuda)}"
+        )
+
+
+def unseen_notes(config: RunConfig) -> tuple[str, ...]:
+    """Notes on a GPU of this machine that is left idle, since torch is built for processors."""
+    if config.cluster.address != "local" or torch.version.cuda or not environment.DEVICE.exists():
+        return ()
+    if all(device is Device.CPU for device, _ in _asks_here(config)):
+        return ()
+    return (
+        f"this machine has a GPU ({environment.DEVICE}), but this torch is built for processors, on which everything "
+        "runs; pip install -e '.[gpu]' has the other build, and student.device=CPU teacher.device=CPU "
+        "learner.device=CPU says that it is meant",
+    )
+
+
+def _check_tools(config: RunConfig) -> None:
+    """Refuse an engine on a GPU of this machine without what it compiles its kernels' launchers with."""
+    teachers = [t.device for t in config.teachers.values() if t.backend in (Backend.VLLM, Backend.VLLM_LOGPROBS)]
+    if all(device is Device.CPU for device in (config.student.device, *teachers)):
+        return
+    lacking = [lacks for _, lacks in environment.build_tools(on_gpu=True) if lacks]
+    if lacking:
+        raise ConfigurationError(
+            f"an engine on this machine's GPU needs {' and '.join(lacking)}; install that, or set student.device=CPU"
         )
 
 

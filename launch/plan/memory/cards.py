@@ -56,14 +56,19 @@ def misfit(found: Sequence[Part], card: int) -> Misfit | None:
     """The first GPU on which processes do not fit, if there is one; `card` are a GPU's usable bytes."""
     for part in found:
         role = part.role
-        if part.on_gpu and isinstance(role, EngineRole) and role.reserved and peak(role).total > role.reserved:
+        if part.on_gpu and isinstance(role, EngineRole) and 0 < role.reserved < _of_vllm(role):
             share = f"of which vLLM gets {role.reserved / GIB:.1f} GiB (gpu_memory_utilization)"
-            return Misfit(bytes=peak(role).total, why=f"{_said(part, 1)}, {share}")
+            return Misfit(bytes=_of_vllm(role), why=f"{_said(part, 1)}, {share}")
     together = crowd(found)
     total = sum(count * peak(part.role).total for part, count in together)
     if total <= card:
         return None
     return Misfit(bytes=total, why=" and ".join(_said(part, count) for part, count in together))
+
+
+def _of_vllm(role: EngineRole) -> int:
+    """Bytes that must lie within an engine's share of its GPU."""
+    return footprint(role, Phase.GENERATE).total
 
 
 def _said(part: Part, count: int) -> str:
@@ -181,9 +186,10 @@ def check_cards(config: RunConfig, card: int, *, exact: bool) -> None:
 def _utilization(config: RunConfig, card: int, exact: bool) -> str:
     """The share that an engine alone on its GPU would need, where that is all that is wrong."""
     engine = next(part.role for part in parts(config, card, exact=exact) if isinstance(part.role, EngineRole))
-    if not engine.reserved or peak(engine).total <= engine.reserved or peak(engine).total > card:
+    needed = _of_vllm(engine)
+    if not engine.reserved < needed <= card:
         return ""
-    share = ceil(100 * peak(engine).total / device_bytes(card)) / 100
+    share = ceil(100 * needed / device_bytes(card)) / 100
     changed = replace(config, student=replace(config.student, gpu_memory_utilization=min(share, 1.0)))
     return "" if misfit(parts(changed, card, exact=exact), card) else f"set student.gpu_memory_utilization={share:g}"
 

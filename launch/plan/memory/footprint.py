@@ -64,7 +64,8 @@ class EngineRole:
     """A rollout engine of `bytes_each` per parameter, on each of its `parallel` GPUs.
 
     `reserved` are the bytes that vLLM takes in all (0: what it needs), `cache` those of its key-value cache (0: what is
-    left of `reserved`, a sequence of `longest` tokens at least). `inner`: parameters of a teacher within.
+    left of `reserved`, a sequence of `longest` tokens at least). `inner`: parameters of a teacher within. `copies` of
+    the weights are held beside them while new ones come.
     """
 
     model: ModelShape
@@ -77,6 +78,7 @@ class EngineRole:
     reserved: int = 0
     graphs: bool = True
     inner: int = 0
+    copies: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class LearnerRole:
 
     `heads`: bytes of the teachers' output matrices; `whole`: the loss reads whole distributions. `adapters`: nothing
     else is trained (their own state, a percent or so of the model's, is not counted). `chunk`: bytes of a piece of
-    published weights, `copies`: the published weights are copied on the GPU.
+    published weights, of which `copies` are held on the GPU.
     """
 
     model: ModelShape
@@ -116,7 +118,7 @@ class LearnerRole:
     fused: bool = False
     heads: int = 0
     chunk: int = 0
-    copies: bool = False
+    copies: int = 0
 
 
 Role = EngineRole | TeacherRole | LearnerRole
@@ -200,7 +202,7 @@ def _engine(role: EngineRole, phase: Phase) -> Footprint:
         logits=logits if role.on_gpu or phase is Phase.GENERATE else 0,
     )
     cache = role.cache // role.parallel or max(least, role.reserved - held.total)
-    return _with(held, cache=cache)
+    return _with(held, cache=cache, buffers=role.copies * weights if phase is Phase.PUBLISH else 0)
 
 
 def _teacher(role: TeacherRole, phase: Phase) -> Footprint:
@@ -233,7 +235,7 @@ def _learner(role: LearnerRole, phase: Phase) -> Footprint:
     if phase is Phase.STEP:
         return _with(held, buffers=_stepping(role, trained // whole[1]) + bucket)
     if phase is Phase.PUBLISH:
-        return _with(held, buffers=(role.chunk if stage == 3 else 0) + (width * trained if role.copies else 0))
+        return _with(held, buffers=(role.chunk if stage == 3 else 0) + role.copies * width * model.parameters)
     return held
 
 

@@ -13,6 +13,7 @@ from launch.services.placement import share
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device
 
+MIB = 2**20
 _LEAST = 0.01  # of a GPU: the least that a setting may be
 
 
@@ -128,11 +129,20 @@ def _shared(config: RunConfig, card: int, *, together: int) -> RunConfig:
 
 
 def _with_share(config: RunConfig, engine: int, card: int) -> RunConfig:
-    """`config` whose engines take so many bytes of a GPU."""
-    if not card or not _counts(config)[ENGINE]:
+    """`config` whose engines take so many bytes of a GPU.
+
+    Several that may meet on one are told the size of their caches: vLLM measures what is free while another takes it.
+    """
+    numbers = _counts(config)
+    if not card or not numbers[ENGINE]:
         return config
     part = max(_LEAST, floor(1000 * engine / device_bytes(card)) / 1000)
-    return replace(config, student=replace(config.student, gpu_memory_utilization=min(1.0, part)))
+    student = replace(config.student, gpu_memory_utilization=min(1.0, part))
+    shared = replace(config, student=student)
+    if numbers[ENGINE] == 1 or config.student.kv_cache_bytes:
+        return shared
+    role = parts(shared, card)[0].role
+    return replace(shared, student=replace(student, kv_cache_bytes=peak(role).cache // MIB * MIB))
 
 
 def _why(before: RunConfig, after: RunConfig, visible: int, card: int) -> str:
@@ -143,6 +153,8 @@ def _why(before: RunConfig, after: RunConfig, visible: int, card: int) -> str:
         told.append(f"student.replicas={student.replicas}")
     if after.learner.ranks != before.learner.ranks:
         told.append(f"learner.ranks={after.learner.ranks}")
+    if student.kv_cache_bytes != before.student.kv_cache_bytes:
+        told.append(f"student.kv_cache_bytes={student.kv_cache_bytes}")
     if student.gpu_memory_utilization != before.student.gpu_memory_utilization:
         told.append(f"student.gpu_memory_utilization={student.gpu_memory_utilization:g}")
     sizes = ", ".join(f"{p.name} {peak(p.role).total / GIB:.1f} GiB" for p in parts(after, card) if p.on_gpu)

@@ -1,7 +1,10 @@
 """Processes of a run as the memory plan sees them: what each is for, and the GPUs that it gets."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -14,12 +17,14 @@ from launch.plan.memory.footprint import EngineRole, LearnerRole, Role, TeacherR
 from launch.plan.memory.shapes import read_shape
 from launch.services.weight_transports import transport_of
 from learner.config import Transport
+from opd.errors import OpdError
 from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
 from opd.ports import LastHidden
 from opd.settings.devices import Device, Dtype
 from teacher_service.config import REMOTE, Backend
 
 GIB = 2**30
+_ASKING_S = 180.0
 _USABLE = 0.98  # of a GPU: what other programs and fragments leave
 
 
@@ -40,8 +45,22 @@ def card_bytes(config: RunConfig) -> int:
         return int(_USABLE * config.cluster.gpu_memory_gib * GIB)
     if config.cluster.address != "local" or not torch.cuda.is_available():
         return 0
-    visible = range(torch.cuda.device_count())
-    return int(_USABLE * min(torch.cuda.get_device_properties(number).total_memory for number in visible))
+    return int(_USABLE * _smallest_gpu())
+
+
+@cache
+def _smallest_gpu() -> int:
+    """Bytes of the smallest GPU of this machine, by a process of its own: asking leaves a context on the GPU."""
+    asking = "import torch; n = range(torch.cuda.device_count()); p = torch.cuda.get_device_properties"
+    command = [sys.executable, "-c", f"{asking}; print(min(p(i).total_memory for i in n))"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_ASKING_S).stdout
+    except subprocess.SubprocessError as error:
+        raise OpdError(
+            f"torch cannot say how much memory this machine's GPUs have ({type(error).__name__}); see opd env, or set "
+            "cluster.gpu_memory_gib"
+        ) from error
+    return int(answer)
 
 
 def device_bytes(card: int) -> int:
@@ -103,6 +122,7 @@ def _engine(config: RunConfig, path: str, card: int, inner: str = "") -> EngineR
         reserved=int(student.gpu_memory_utilization * device_bytes(card)) if on_gpu and not told else 0,
         graphs=not student.enforce_eager,
         inner=read_shape(inner).parameters if inner else 0,
+        copies=int(on_gpu and transport_of(config) is Transport.NCCL),
     )
 
 
@@ -138,5 +158,5 @@ def _learner(config: RunConfig, exact: bool) -> LearnerRole:
         fused=not on_gpu,  # as learner.engine sets AdamW up
         heads=sum(shape.vocabulary * shape.width * width for shape in shapes),
         chunk=learner.publish_chunk_bytes,
-        copies=on_gpu and transport_of(config) is Transport.CUDA_IPC,
+        copies=2 * (on_gpu and transport_of(config) in (Transport.CUDA_IPC, Transport.NCCL)),  # by turns
     )

@@ -1,6 +1,7 @@
 """What a run asks of a machine or a cluster, and the sentence about what is not there."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import DeviceLayout
-from launch.plan.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided
+from launch.plan.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided, unseen_notes
 from launch.services.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device
@@ -92,10 +93,27 @@ def test_a_driver_that_is_too_old_is_one_sentence(
 ) -> None:
     shows(monkeypatch, 0)
     monkeypatch.setattr("launch.plan.environment.DEVICE", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert resolved(shop), "a build of torch for processors runs on them"
+    (note,) = unseen_notes(shop)
+    assert "built for processors" in note and "pip install -e '.[gpu]'" in note, "but not without a word"
+    quiet = ["student.device=CPU", "teacher.device=CPU", "learner.device=CPU"]
+    assert not unseen_notes(run_config(["experiment=shop", *quiet]))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(ConfigurationError, match=r"built for CUDA 13.0\) sees none.*driver is older"):
         resolved(shop)
+
+
+def test_an_engine_on_a_gpu_needs_a_compiler_and_says_so_before_it_starts(
+    shop: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shows(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("launch.plan.environment.shutil.which", lambda _: None)
+    monkeypatch.setattr("launch.plan.environment.sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"needs a C compiler.* and Python\.h.*student\.device=CPU"):
+        resolved(shop)
+    assert resolved(replace(shop, student=replace(shop.student, device=Device.CPU)))
 
 
 @pytest.mark.parametrize(
