@@ -20,6 +20,7 @@ NAV = {
         "Overview <self>",
         "docs/data",
         "docs/models",
+        "docs/gpus",
         "From the hub and back <docs/hub>",
         "Graded answers <docs/grading>",
         "docs/glossary",

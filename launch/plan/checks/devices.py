@@ -70,10 +70,10 @@ def resolved(config: RunConfig) -> RunConfig:
     if cluster.address == "local" and not undivided:
         _check_driver(config, visible)
         _check_idle(config, visible)
-    if torch.cuda.is_available() and cluster.address == "local":
-        _check_tools(config)
         here = f"this machine (torch sees {visible} GPU{'s' * (visible != 1)})"
         check_fits([replace(role, cpus=0.0) for role in roles(config)], [Machine(cpus=0, gpus=visible)], here)
+    if torch.cuda.is_available() and cluster.address == "local":
+        _check_tools(config)
 
     def device(setting: Device, requires: float) -> Device:
         return setting if setting is not Device.AUTO else Device.GPU if requires or visible else Device.CPU

@@ -220,22 +220,26 @@ def _teacher(role: TeacherRole, phase: Phase) -> Footprint:
 def _learner(role: LearnerRole, phase: Phase) -> Footprint:
     model, width, stage = role.model, role.bytes_each, role.stage
     trained = 0 if role.adapters else model.parameters
-    whole = {number: role.ranks if stage >= number else 1 for number in (1, 2, 3)}  # what ranks share, and from when
+    shared = {number: role.ranks if stage >= number else 1 for number in (1, 2, 3)}  # among how many, by stage
     bucket = width * min(BUCKET, trained) if stage else 0
     gathered = width * min(LIVE, model.parameters) if stage == 3 else 0
+    # Without ZeRO and under ZeRO-2 they are given up after a step; ZeRO-1 and 3 have one flat tensor of them for ever.
+    accumulated = phase in (Phase.TRAIN, Phase.STEP) or stage in (1, 3)
     held = Footprint(
-        weights=width * model.parameters // whole[3],
-        gradients=4 * trained // whole[2],
-        optimizer=(8 + 4 * (width == 2)) * trained // whole[1],
+        weights=width * model.parameters // shared[3],
+        gradients=accumulated * 4 * trained // shared[2],
+        optimizer=(8 + 4 * (width == 2)) * trained // shared[1],
         context=CONTEXT if role.on_gpu else 0,
         heads=role.heads,
+        buffers=bucket if stage == 3 else 0,
     )
-    if phase is Phase.TRAIN:
-        return _with(held, **_training(role), buffers=(2 if stage == 3 else 1) * bucket + gathered)
+    if phase is Phase.TRAIN:  # a bucket, and from ZeRO-2 on the gradients that wait to be copied into it
+        return _with(held, **_training(role), buffers=(1 + (stage > 1)) * bucket + gathered)
     if phase is Phase.STEP:
-        return _with(held, buffers=_stepping(role, trained // whole[1]) + bucket)
+        return _with(held, buffers=_stepping(role, trained // shared[1]) + bucket)
     if phase is Phase.PUBLISH:
-        return _with(held, buffers=(role.chunk if stage == 3 else 0) + role.copies * width * model.parameters)
+        copies = role.copies * width * model.parameters
+        return _with(held, buffers=held.buffers + (role.chunk if stage == 3 else 0) + copies)
     return held
 
 
@@ -256,11 +260,11 @@ def _training(role: LearnerRole) -> dict[str, int]:
 
 
 def _stepping(role: LearnerRole, shard: int) -> int:
-    """Temporaries of an update: gradients made flat, or two numbers a parameter in an optimizer that is not fused."""
+    """Temporaries of an update: two numbers a parameter in an optimizer that is not fused, under ZeRO-3 one besides."""
     if not role.stage:
         return 0 if role.fused else 8 * min(role.model.largest, shard)
     part = min(shard, LIVE) if role.stage == 3 else shard
-    return (4 if role.fused else 8) * part
+    return (8 * (not role.fused) + 4 * (role.stage == 3)) * part
 
 
 def _with(held: Footprint, **more: int) -> Footprint:

@@ -1,10 +1,13 @@
 """Bytes that torch really keeps: tensors saved for the backward pass, and the most alive at once."""
 
+import gc
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,6 +19,9 @@ from hf.packed_model import PackedModel  # registers packed attention
 from launch.plan.memory.shapes import ModelShape, shape_of
 from learner.model import Student
 from opd.loss.packed_attention import Packing
+from opd.settings.devices import Dtype
+from tests.small_learner import SMOOTH, VOCABULARY, Likelihood, batches_of, group_of_its_own, rank_of
+from tests.tiny_models import tiny_model
 
 LENGTHS = (40, 33, 57, 21, 64, 50)
 SMALL: Mapping[str, PreTrainedConfig] = {
@@ -147,3 +153,45 @@ def forward_peak(config: PreTrainedConfig, dtype: torch.dtype, length: int) -> t
     with torch.no_grad(), LiveBytes(*model.parameters(), *model.buffers()) as live:
         teacher.hidden([ids])
     return shape(model), live.peak
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The most bytes of a learner alive in its second step: passes, the optimizer's step; and what is left after it."""
+
+    shape: ModelShape
+    train: int
+    step: int
+    rest: int
+
+
+def learner_peaks(stage: int, dtype: Dtype, folder: Path, patch: pytest.MonkeyPatch) -> Peaks:
+    """Counts of the product's own learner rank, of whose memory little are activations."""
+    from learner import engine
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": VOCABULARY}
+    model = tiny_model(0, std=0.05, head_dim=32, num_attention_heads=8, num_key_value_heads=4, **sizes)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    config = replace(SMOOTH, zero_stage=stage, dtype=dtype, tokens_per_microbatch=64)
+    live, found, real = LiveBytes(), list[int](), engine.apply
+
+    def watched(*given: Any) -> float:
+        found.append(live.peak)
+        live.peak = live.now
+        norm = real(*given)
+        found.append(live.peak)
+        return norm
+
+    with group_of_its_own(), live, patch.context() as patched:
+        rank = rank_of(config, folder)
+        rank.setup(0, 1, *rank.address())
+        for step in range(2):
+            (batches,) = batches_of(step, config)
+            patched.setattr(engine, "apply", watched)
+            live.peak = live.now
+            rank.step(batches, Likelihood())
+        gc.collect()
+        rest = live.now
+        rank.close()
+    return Peaks(shape=shape(model), train=found[2], step=found[3], rest=rest)
