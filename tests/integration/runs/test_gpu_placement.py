@@ -18,7 +18,7 @@ from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import Placement
 from launch.plan.checks.devices import ENGINE, LEARNER_RANK, TEACHER, resolved, roles
 from launch.plan.memory.layout import laid_out
-from launch.services.cluster import Actors, end, machines
+from launch.services.cluster import Actors, end, machines, sees
 from launch.services.ray_node import bare, start_ray
 from learner.config import environment as learner_environment
 from opd.settings.devices import Device
@@ -73,7 +73,7 @@ def test_one_card_is_shared_by_all_roles(monkeypatch: pytest.MonkeyPatch, tmp_pa
         cluster = config.cluster
         assert cluster.gpus_per_engine + cluster.gpus_per_teacher + cluster.gpus_per_learner <= 1
         chosen.append(config)
-    assert devices(reports(chosen[-1])) == ["0", "0", "0"]
+    assert devices(reports(chosen[-1], look_for=tmp_path)) == ["0", "0", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def headless() -> Iterator[None]:
             cluster.shutdown()
 
 
-def reports(config: RunConfig) -> dict[str, list[Report]]:
-    """What the actors of a run are given, by role."""
+def reports(config: RunConfig, look_for: Path | None = None) -> dict[str, list[Report]]:
+    """What the actors of a run are given, by role; one of them must see `look_for`."""
     import ray
 
     actors = Actors(replace(config.cluster, start_deadline_s=60.0), roles(config))
@@ -111,6 +111,9 @@ def reports(config: RunConfig) -> dict[str, list[Report]]:
     ]
     try:
         found = ray.get([actor.report.remote() for _, actor in made], timeout=240)
+        if look_for:
+            missing = look_for / "absent"
+            assert ray.get([sees(made[-1][1], look_for), sees(made[-1][1], missing)], timeout=240) == [True, False]
         names = [name for name, _ in made]
         return {name: [r for n, r in zip(names, found, strict=True) if n == name] for name in dict.fromkeys(names)}
     finally:
