@@ -32,6 +32,7 @@ NAV = {
         "From the hub and back <docs/hub>",
         "One GPU <docs/howto/one_gpu>",
         "Many GPUs <docs/howto/many_gpus>",
+        "How GPUs and memory are planned <docs/gpus>",
         "Resume <docs/howto/resume>",
         "Evaluate on several sets <docs/evaluation>",
         "Compare <docs/comparing>",

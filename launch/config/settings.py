@@ -27,11 +27,19 @@ class Placement(Enum):
     SPREAD = "SPREAD"
 
 
+class DeviceLayout(Enum):
+    """Division of this machine's GPUs among roles, for a local session in which none asks for any."""
+
+    AUTO = "auto"  # by what they need; without GPUs there is nothing to divide
+    GIVEN = "given"  # as cluster.gpus_per_* say
+
+
 Processors = Annotated[float, In(0, 1024), Whole()]
 Devices = Annotated[float, In(0.01, 64, or_zero=True, because="0: none is requested"), Whole()]
 OneDevice = Annotated[
     float, In(0.01, 1, or_zero=True, because="such a process uses one device; for more of them raise replicas or ranks")
 ]
+CardMemory = Annotated[float, In(1, 4096, or_zero=True, because="0: what torch says of this machine's GPUs")]
 PerSecond = Annotated[float, In(1, 1e21, or_zero=True, because="0: not known")]
 
 
@@ -45,7 +53,8 @@ class ClusterConfig:
     newest checkpoint, up to `replay_log_bytes`, hidden states in the object store included.
     `hedge_quantile` > 0 asks a second actor, too, when a call takes longer than this quantile of those before.
     What a run asks for and the cluster does not have is refused at once; with `elastic`, where an autoscaler adds nodes
-    when they are asked for, it is waited for, `start_deadline_s` seconds.
+    when they are asked for, it is waited for, `start_deadline_s` seconds. `layout=AUTO` divides the GPUs of this
+    machine where no `gpus_per_*` is set; `gpu_memory_gib` is what one GPU has, against which memory is planned.
     """
 
     # local starts Ray for this run; auto or HOST:PORT joins a running cluster
@@ -58,6 +67,10 @@ class ClusterConfig:
     gpus_per_teacher: OneDevice = 0.0
     # devices of each learner rank, or a share of one
     gpus_per_learner: OneDevice = 0.0
+    # AUTO divides this machine's GPUs among roles if no gpus_per_* is set; GIVEN takes gpus_per_* as they are
+    layout: DeviceLayout = DeviceLayout.AUTO
+    # GiB of one GPU, against which memory is planned; 0: what torch says here (elsewhere nothing is compared)
+    gpu_memory_gib: CardMemory = 0.0
     # NONE as Ray likes, PACK on few nodes, SPREAD over many
     placement: Placement = Placement.NONE
     elastic: bool = False

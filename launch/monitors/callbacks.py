@@ -80,7 +80,7 @@ class LoggerTracker:
         self._logger.log(dict(self._meter(record)), step=record.step)
 
     def evaluated(self, result: EvaluationPoint) -> None:
-        """Log as `eval/*`, of a named set as `eval/SET/*`, a teacher's as `teacher/*`, what it cost as `eval_cost/*`."""
+        """Log as `eval/*`, of a named set as `eval/SET/*`, a teacher's as `teacher/*`, costs as `eval_cost/*`."""
         self._logger.log(results(result), step=result.step)
 
     def __enter__(self) -> Self:

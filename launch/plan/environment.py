@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -67,8 +67,7 @@ def environment_lines() -> list[Line]:
     shared = Path("/dev/shm")
     return [
         _host(),
-        compiler(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"), bool(gpus)),
-        headers(Path(sysconfig.get_path("include")) / "Python.h", bool(gpus)),
+        *build_tools(on_gpu=bool(gpus)),
         shared_memory(shutil.disk_usage(shared).total / _GIB if shared.is_dir() else 0.0),
         driver(_DRIVER.read_text() if _DRIVER.exists() else "", DEVICE.exists(), len(gpus), torch.version.cuda or ""),
         *_devices(gpus),
@@ -78,6 +77,14 @@ def environment_lines() -> list[Line]:
 def _host() -> Line:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
     return f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {shutil.disk_usage('.').free / _GIB:.0f} GiB free", ""
+
+
+def build_tools(*, on_gpu: bool) -> Sequence[Line]:
+    """Presence of a C compiler and of Python's headers here."""
+    return (
+        compiler(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"), on_gpu),
+        headers(Path(sysconfig.get_path("include")) / "Python.h", on_gpu),
+    )
 
 
 def compiler(found: str | None, on_gpu: bool) -> Line:

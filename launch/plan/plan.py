@@ -7,21 +7,22 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from actors.config import CPU_KV_CACHE_BYTES
+from hf.folder_check import Folder
 from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import check_checkpoint, tokenizer_identity
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig
 from launch.inputs.few_shot import read_examples
 from launch.inputs.prompt_files import read_rows
 from launch.plan.checks.answers import check_answers
 from launch.plan.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
-from launch.plan.checks.blends import check_blends, check_one_context, inner_teacher
+from launch.plan.checks.blends import check_blends, check_one_context
 from launch.plan.checks.conversations import check_conversations, teachers_tokenizers
-from launch.plan.checks.devices import gpus, resolved, undecided
+from launch.plan.checks.devices import automatic, gpus, resolved, undecided, unseen_notes, visible_gpus
 from launch.plan.checks.ends import text_ends
-from launch.plan.checks.models import hidden_width, parameter_count, vocabulary_rows
+from launch.plan.checks.models import parameter_count
 from launch.plan.checks.numbers import check_numbers, numbers_notes
 from launch.plan.checks.prompts import (
+    HeldOut,
     check_lengths,
     check_routes,
     check_rows,
@@ -35,18 +36,19 @@ from launch.plan.checks.teachers import check_adapters, check_embeddings, check_
 from launch.plan.hub import HubInput, localized
 from launch.plan.hub import remarks as hub_remarks
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
+from launch.plan.memory.cards import check_cards, lines
+from launch.plan.memory.footprint import peak
+from launch.plan.memory.layout import laid_out
+from launch.plan.memory.parts import Part, card_bytes, of_teacher, parts
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
-from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
 from opd.method.needs import check_spelling, needs
 from opd.ports import Sources
-from opd.settings.devices import Device, Dtype
 from opd.token_weights.special_tokens import with_known_tokens
 from weight_sync import sentinel
 
 GIB = 2**30
 SHOWN = 400  # characters of a prompt at its start and at its end
-GRADIENT_BYTES, ADAM_BYTES = 4, 8  # of a parameter, in float32: what is accumulated, and two moments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,42 +80,24 @@ class Plan:
     hub: tuple[HubInput, ...] = ()
 
     def memory_bytes(self) -> Mapping[str, int]:
-        """Estimated bytes of one process per role: weights, optimizer, blocks of logits and an engine's cache on a CPU.
+        """Bytes of one process per role in the phase in which it needs most (`launch.plan.memory`); no libraries."""
+        remote = dict.fromkeys(map(of_teacher, self.teacher_params), 0)
+        return remote | {part.name: peak(part.role).total for part in self._parts()}
 
-        Not counted: libraries, activations, and what vLLM takes of a GPU (`student.gpu_memory_utilization`).
-        """
-        config, learner = self.config, self.config.learner
-        width = 2 if learner.dtype is Dtype.BFLOAT16 else 4
-        # Of adapters' own state nothing is counted: it is a percent or so of the model's.
-        gradients = 0 if learner.lora.r else GRADIENT_BYTES
-        moments = 0 if learner.lora.r else ADAM_BYTES + 4 * (width == 2)  # with bfloat16 also the master weights
-        of_stage = [(width, 3), (gradients, 2), (moments, 1)]  # bytes of a parameter, and from which stage on shared
-        each = sum(size / (learner.ranks if learner.zero_stage >= stage else 1) for size, stage in of_stage)
-        vocabulary = vocabulary_rows(config.student.path)
-        heads = sum(vocabulary * hidden_width(t.path) * width for t in config.teachers.values()) * self.exact_kl
-        automatic = HOST_CHUNK if learner.device is Device.CPU else DEVICE_CHUNK
-        block = 4 * vocabulary * (learner.head_chunk or learner.tokens_per_microbatch)
-        block = block if learner.head_chunk else min(block, automatic)
-        inner = inner_teacher(config)
-        inside = self.teacher_params[inner.name] if inner else 0
-        cache = config.student.kv_cache_bytes or CPU_KV_CACHE_BYTES * (config.student.device is Device.CPU)
-        return {
-            "rollout actor": (self.student_params + inside) * width + cache,
-            **{_role(name): params * width for name, params in self.teacher_params.items()},
-            "learner rank": int(self.student_params * each) + 4 * block + heads,
-        }
+    def _parts(self) -> Sequence[Part]:
+        return parts(self.config, card_bytes(self.config), exact=self.exact_kl)
 
     def table(self) -> Table:
         """The plan as a table."""
         config, memory = self.config, self.memory_bytes()
         adapters = f", adapters of rank {config.learner.lora.r}" if config.learner.lora.r else ""
         table = Table(title=f"plan: {config.method.name}, {config.steps} steps", show_header=True)
-        for heading in ("role", "processes", "what", "memory each (without activations)"):
+        for heading in ("role", "processes", "what", "memory each, at most"):
             table.add_column(heading)
         rows = [
             ("rollout actor", config.student.replicas, f"vLLM, {self.student_params / 1e6:.2f}M parameters"),
             *(
-                (_role(name), config.teachers[name].replicas, f"{params / 1e6:.2f}M parameters")
+                (of_teacher(name), config.teachers[name].replicas, f"{params / 1e6:.2f}M parameters")
                 for name, params in self.teacher_params.items()
             ),
             ("learner rank", config.learner.ranks, f"DeepSpeed ZeRO-{config.learner.zero_stage}{adapters}"),
@@ -131,6 +115,8 @@ class Plan:
         for place, sentence in self.answers.items():
             table.add_row(f"{place}: answers", "", sentence, "")
         table.add_row("GPUs", "", gpus(config), "")
+        for name, sentence in lines(self._parts(), card_bytes(config)).items():
+            table.add_row(f"memory: {name}", "", sentence, "")
         table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
         table.add_row("ends of text", "", ", ".join(map(str, self.ends)), "")
         return table
@@ -151,15 +137,10 @@ class Plan:
             console.print(remark, highlight=False, soft_wrap=True)
 
 
-def _role(teacher: str) -> str:
-    return "teacher actor" if teacher == DEFAULT else f"teacher actor {teacher!r}"
-
-
 def make_plan(config: RunConfig) -> Plan:
     """Plan of a run: checks checkpoints, tokenizers, prompts and sizes; raises one sentence about the first error."""
-    check_transport(config)
-    open_device = config.cluster.address != "local" and undecided(config)
-    config, hub = localized(resolved(config))
+    placed = _placed(config)
+    config = placed.config
     with_kernel(config.learner.loss_kernel, config.method.loss)
     check_adapters(config)
     check_names(config)
@@ -172,6 +153,7 @@ def make_plan(config: RunConfig) -> Plan:
     teachers = {name: check_teacher(config, name) for name in config.teachers}
     check_followers(config, student, teachers)
     exact_kl &= all(teacher.causal.get_output_embeddings().bias is None for teacher in teachers.values())
+    check_cards(config, card_bytes(config), exact=exact_kl)
     check_settings(config)
     tokens = tokenizer_identity(config.student.path).tokens
     config = replace(config, method=with_known_tokens(config.method, tokens))
@@ -181,12 +163,10 @@ def make_plan(config: RunConfig) -> Plan:
     ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
     held_out = survey_held_out(config.evaluation, sources, tokenizer)
-    longest, of_teachers = check_lengths(config, training, held_out, tokenizer)
-    check_contexts(config, teachers, of_teachers, training, *held_out.values())
-    check_ids([student, *teachers.values()], training, *held_out.values())
+    longest = _longest(config, [student, *teachers.values()], training, held_out, tokenizer)
     check_shares(config, training)
     check_one_context(config, training)
-    notes = [*check_tasks(config, training, held_out), *hub_remarks(config, hub)]
+    notes = [*check_tasks(config, training, held_out), *hub_remarks(config, placed.hub)]
     answers = check_answers(config, sources, held_out)
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
@@ -200,10 +180,11 @@ def make_plan(config: RunConfig) -> Plan:
         longest=longest,
         vocabulary=1 + max(tokens.values()),
         exact_kl=exact_kl,
-        undecided=open_device,
+        undecided=placed.undecided,
         answers=answers,
         prompts=_shown(training, tokenizer),
         remarks=[
+            *placed.notes,
             *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
             *numbers_notes(config),
@@ -212,9 +193,44 @@ def make_plan(config: RunConfig) -> Plan:
             *unread_notes(config),
         ],
         ends=ends.ids,
-        hub=hub,
+        hub=placed.hub,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Placed:
+    """Configuration with models from the hub in place and a device for every part, with `notes` on the layout."""
+
+    config: RunConfig
+    hub: tuple[HubInput, ...]
+    notes: tuple[str, ...]
+    undecided: bool
+
+
+def _placed(config: RunConfig) -> _Placed:
+    open_device = config.cluster.address != "local" and undecided(config)
+    unseen = unseen_notes(config)
+    divided = automatic(config, visible_gpus(config))
+    if not divided:  # before anything is fetched
+        check_transport(config)
+    config, hub = localized(resolved(config))
+    config, notes = laid_out(config)
+    if divided:
+        check_transport(config)
+    return _Placed(config=config, hub=hub, notes=(*unseen, *notes), undecided=open_device)
+
+
+def _longest(
+    config: RunConfig, models: Sequence[Folder], training: Survey, held_out: HeldOut, tokenizer: HuggingFaceTokenizer
+) -> int:
+    """Tokens of the longest sequence that a run may have, after a check that every model can read it."""
+    longest, of_teachers = check_lengths(config, training, held_out, tokenizer)
+    check_contexts(
+        config, dict(zip(config.teachers, models[1:], strict=True)), of_teachers, training, *held_out.values()
+    )
+    check_ids(models, training, *held_out.values())
+    return longest
 
 
 def _sources(config: RunConfig, tokenizer: HuggingFaceTokenizer) -> Sources:

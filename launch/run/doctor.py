@@ -22,6 +22,7 @@ from opd.doctor.examine import examine, teacher_gain
 from opd.doctor.findings import CheckThresholds, Finding, Subject, Verdict
 from opd.errors import DataError
 from opd.ports import LogprobTeacher
+from opd.settings.devices import Device
 from opd.types import Prompt
 from teacher_service.config import REMOTE, Backend, TeacherConfig
 
@@ -94,7 +95,9 @@ def seconds(plan: Plan, name: str) -> tuple[TeacherConfig | None, TeacherConfig 
     None where there is nothing to compare with (no weights here, or a server that holds only its own).
     """
     teacher = plan.config.teachers[name]
-    plain = replace(teacher, backend=Backend.TORCH, replicas=1)
+    # A remote teacher has no GPU here, but its weights may be read on one.
+    device = Device.GPU if plan.config.cluster.gpus_per_teacher else teacher.device
+    plain = replace(teacher, backend=Backend.TORCH, replicas=1, device=device)
     twin = replace(teacher, path=plan.config.student.path, replicas=1)
     return (
         plain if teacher.backend is not Backend.TORCH and plan.teacher_params[name] else None,

@@ -100,7 +100,9 @@ class Run:
         # Read meanwhile; a large teacher takes minutes. Known already where a checkpoint was compared with them.
         self._fingerprints = asyncio.create_task(asyncio.to_thread(fingerprints, config))
         self._say("loading the student and its teachers ...")
-        session = self._session = await open_session(plan, StackDumps(self._directory.stacks))
+        session = self._session = await open_session(
+            plan, StackDumps(self._directory.stacks), self._directory.path.resolve()
+        )
         gc.collect()
         gc.freeze()  # what start-up made stays: no garbage collection need look at it at every step
         try:

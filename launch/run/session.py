@@ -109,8 +109,11 @@ class Session:
         self.actors.close()
 
 
-async def open_session(plan: Plan, stacks: StackDumps | None = None) -> Session:
-    """Start every actor at once and wait until all are ready; `stacks` writes down where one stands that hangs."""
+async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Path | None = None) -> Session:
+    """Start every actor at once and wait until all are ready; `stacks` writes down where one stands that hangs.
+
+    `folder` is where the run is kept, which learner ranks must see, also on other machines.
+    """
     config = plan.config
     if plan.undecided:
         check_idle_cluster(config, machines())
@@ -122,7 +125,7 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None) -> Session:
         rows=vocabulary_rows(config.student.path),
     )
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
-    learner = _learner(actors, plan, student, teachers)
+    learner = _learner(actors, plan, student, teachers, folder)
     graders = {name: make_grader(name, part) for name, part in config.graders.items()}
     environments = {name: OwnEnvironment(name=name, part=part) for name, part in config.environments.items()}
     starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
@@ -218,15 +221,16 @@ async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> Tex
 
 
 def _learner(
-    actors: Actors, plan: Plan, student: StudentPool, teachers: Mapping[str, TeacherPool]
+    actors: Actors, plan: Plan, student: StudentPool, teachers: Mapping[str, TeacherPool], folder: Path | None
 ) -> RestartingLearner:
     """The learner, whose ranks start anew in the same places of the cluster as long as `cluster.restarts` allows it."""
     config = plan.config
+    elsewhere = folder if config.cluster.address != "local" else None
     following = [pool for name, pool in teachers.items() if config.teachers[name].mixup]
 
     def make() -> LearnerGroup:
         ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
-        return LearnerGroup(ranks, config.learner, actors.stack_dump, config.cluster.start_deadline_s)
+        return LearnerGroup(ranks, config.learner, actors.stack_dump, config.cluster.start_deadline_s, elsewhere)
 
     others: dict[str, str] = {}  # nodes of all other actors
 

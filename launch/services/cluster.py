@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,15 @@ def place_of(actor: Any) -> Any:
 
 def _place(_: Any) -> str:
     return place()
+
+
+def sees(actor: Any, file: Path) -> Any:
+    """A reference to whether a file is there for an actor's process."""
+    return actor.__ray_call__.remote(_sees, str(file))
+
+
+def _sees(_: Any, file: str) -> bool:
+    return Path(file).exists()
 
 
 @cache

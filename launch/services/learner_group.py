@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
 
-from launch.services.cluster import end, has_died, place_of
+from launch.services.cluster import end, has_died, place_of, sees
 from launch.services.failure_causes import brief, vanished
 from launch.services.replicas import DescribeStacks, Fault, ReplicaFault, no_stack_dump, within
 from learner.config import LearnerConfig
 from learner.learner import LearnerRank
-from opd.errors import OpdError
+from opd.errors import ConfigurationError, OpdError
 from opd.ports import Call, Layout, Learner, PublishedWeights, PublishReport, Rank, StudentEngine
 from weight_sync.receiver import assemble
 
@@ -25,7 +27,8 @@ class LearnerGroup(Learner):
     """Calls every rank at once, because ranks meet in collectives.
 
     Whatever is asked raises `RanksLost` if a rank dies or hangs; `launch.services.learner_restart` makes others. How
-    soon answers are due does not bound how long ranks take to start: they have `start_deadline_s` at least.
+    soon answers are due does not bound how long ranks take to start: they have `start_deadline_s` at least. `folder` is
+    where ranks on other machines write checkpoints and exports (None: all are on this one).
     """
 
     def __init__(
@@ -34,8 +37,9 @@ class LearnerGroup(Learner):
         config: LearnerConfig,
         stack_dump: DescribeStacks = no_stack_dump,
         start_deadline_s: float = 300.0,
+        folder: Path | None = None,
     ) -> None:
-        self.actors, self._stack_dump = actors, stack_dump
+        self.actors, self._stack_dump, self._folder = actors, stack_dump, folder
         self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
         self._deadline_s = config.deadline_s
         self._start_s = max(config.deadline_s, start_deadline_s)
@@ -44,8 +48,25 @@ class LearnerGroup(Learner):
     async def setup(self) -> None:
         """Let the ranks find each other and load the model."""
         ((host, port),) = await self._all([self.actors[0].address.remote()], self._start_s)
+        await self._check_folder()
         world = len(self.actors)
         await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)], self._start_s)
+
+    async def _check_folder(self) -> None:
+        """Refuse a folder that a rank does not see, before it loads anything."""
+        if self._folder is None:
+            return
+        mark = self._folder / f".seen-by-ranks-{token_hex(8)}"
+        mark.touch()
+        try:
+            seen = await self._all([sees(actor, mark) for actor in self.actors], self._start_s)
+        finally:
+            mark.unlink()
+        if not all(seen):
+            raise ConfigurationError(
+                f"learner rank {seen.index(False)} does not see {self._folder}, where every rank writes its part of "
+                "checkpoints and exports; set output_dir to a folder that all nodes of the cluster share"
+            )
 
     async def call(self, call: Call[Answer]) -> list[Answer]:
         """Answers of all ranks, in their order."""

@@ -106,7 +106,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
     (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)", yes),
     (
-        r"weight_update|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel|signal|outside|coin)",
+        r"weight_update|cluster\.layout|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel)|"
+        r".*\.(signal|outside|coin)",
         one,
     ),
     (r"(.*\.)?deadline_s|.*start_deadline_s", SECONDS),
@@ -144,6 +145,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"cluster\.address|tracker\.project|.*prompts(\.sources\.\w+)?\.teacher", text(r"\S.*")),
     (r"cluster\.(cpus_per_actor|gpus_per_engine)", lambda v: real(0, 4096)(v) and (v <= 1 or v == int(v))),
     (r"cluster\.gpus_per_(learner|teacher)", real(0, 1)),
+    (r"cluster\.gpu_memory_gib", real(1, 4096, zero=True)),
     (r"cluster\.restarts", whole(0, 10**6)),
     (r"cluster\.hedge_quantile", lambda v: real(0, 1)(v) and v < 1),
     (r"hardware\.\w+", real(1, 1e24, zero=True)),

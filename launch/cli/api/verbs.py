@@ -51,8 +51,8 @@ def train(
     `method` is a name (`opd methods`) or a `Method` of parts. `student` and `teacher` are folders of models (or an
     option of `conf/`, as "shop"), `prompts` a file, a list of texts, conversations or mappings with `prompt` and
     `answer`, a table, or a source of prompts; `evaluation` is the same, of held-out prompts. A mapping is settings of
-    either (`{"path": ..., "answer_column": ...}`, `evaluation={"every": 10}`). `reward` is a grader's name or a function
-    (docs/grading.md). Everything else is a setting of the command line (`steps=100`, `learner={"lr": 1e-5}`,
+    either (`{"path": ..., "answer_column": ...}`, `evaluation={"every": 10}`). `reward` is a grader's name or a
+    function (docs/grading.md). Everything else is a setting of the command line (`steps=100`, `learner={"lr": 1e-5}`,
     `**{"learner.lr": 1e-5}`, `experiment="shop"`). `callbacks` are called after every step, `trackers` get the numbers
     (`log(data, step=)`). `verbose=False` prints nothing.
 

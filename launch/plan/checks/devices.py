@@ -6,13 +6,14 @@ from dataclasses import replace
 import torch
 
 from launch.config.run_config import RunConfig
+from launch.config.settings import DeviceLayout
 from launch.plan import environment
 from launch.services.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
 from opd.method.needs import named, needed
 from opd.ports import Role
 from opd.settings.devices import Device
-from teacher_service.config import REMOTE, TeacherConfig
+from teacher_service.config import REMOTE, Backend, TeacherConfig
 
 ENGINE, WRITER, LEARNER_RANK = "rollout actor", "writing teacher", "learner rank"
 TEACHER, REMOTE_TEACHER = "teacher actor", "remote teacher"
@@ -62,13 +63,17 @@ def resolved(config: RunConfig) -> RunConfig:
     Raises:
         ConfigurationError: GPUs are here that no role is given, or the numbers of GPUs cannot be right.
     """
-    cluster, visible = config.cluster, torch.cuda.device_count() if config.cluster.address == "local" else 0
-    _check_counts(config, visible)
-    if cluster.address == "local":
+    cluster, visible = config.cluster, visible_gpus(config)
+    undivided = automatic(config, visible)  # launch.plan.memory.layout divides them, and checks again
+    if not undivided:
+        _check_counts(config, visible)
+    if cluster.address == "local" and not undivided:
         _check_driver(config, visible)
         _check_idle(config, visible)
         here = f"this machine (torch sees {visible} GPU{'s' * (visible != 1)})"
         check_fits([replace(role, cpus=0.0) for role in roles(config)], [Machine(cpus=0, gpus=visible)], here)
+    if torch.cuda.is_available() and cluster.address == "local":
+        _check_tools(config)
 
     def device(setting: Device, requires: float) -> Device:
         return setting if setting is not Device.AUTO else Device.GPU if requires or visible else Device.CPU
@@ -82,6 +87,19 @@ def resolved(config: RunConfig) -> RunConfig:
         teachers={name: teacher(of) for name, of in config.teachers.items()},
         learner=replace(config.learner, device=device(config.learner.device, cluster.gpus_per_learner)),
     )
+
+
+def visible_gpus(config: RunConfig) -> int:
+    """GPUs that torch sees here, if the run's actors will be here."""
+    return torch.cuda.device_count() if config.cluster.address == "local" else 0
+
+
+def automatic(config: RunConfig, visible: int) -> bool:
+    """Whether the GPUs of this machine are still to be divided: there are some, and no role is given any."""
+    cluster = config.cluster
+    told = cluster.gpus_per_engine or cluster.gpus_per_teacher or cluster.gpus_per_learner
+    wanted = any(device is not Device.CPU for device, _ in _asks_here(config))
+    return cluster.layout is DeviceLayout.AUTO and visible > 0 and wanted and not told
 
 
 def _check_counts(config: RunConfig, visible: int) -> None:
@@ -120,6 +138,31 @@ def _check_driver(config: RunConfig, visible: int) -> None:
     if wants and not visible and torch.version.cuda and environment.DEVICE.exists():
         raise ConfigurationError(
             f"this machine has a GPU ({environment.DEVICE}), but {environment.too_old(torch.version.cuda)}"
+        )
+
+
+def unseen_notes(config: RunConfig) -> tuple[str, ...]:
+    """Notes on a GPU of this machine that is left idle, since torch is built for processors."""
+    if config.cluster.address != "local" or torch.version.cuda or not environment.DEVICE.exists():
+        return ()
+    if all(device is Device.CPU for device, _ in _asks_here(config)):
+        return ()
+    return (
+        f"this machine has a GPU ({environment.DEVICE}), but this torch is built for processors, on which everything "
+        "runs; pip install -e '.[gpu]' has the other build, and student.device=CPU teacher.device=CPU "
+        "learner.device=CPU says that it is meant",
+    )
+
+
+def _check_tools(config: RunConfig) -> None:
+    """Refuse an engine on a GPU of this machine without what it compiles its kernels' launchers with."""
+    teachers = [t.device for t in config.teachers.values() if t.backend in (Backend.VLLM, Backend.VLLM_LOGPROBS)]
+    if all(device is Device.CPU for device in (config.student.device, *teachers)):
+        return
+    lacking = [lacks for _, lacks in environment.build_tools(on_gpu=True) if lacks]
+    if lacking:
+        raise ConfigurationError(
+            f"an engine on this machine's GPU needs {' and '.join(lacking)}; install that, or set student.device=CPU"
         )
 
 

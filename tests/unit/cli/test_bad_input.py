@@ -146,7 +146,7 @@ def test_a_teacher_that_cannot_stand_inside_the_student_s_engine_is_refused(teac
     assert make_plan(run_config(["experiment=shop", "method=trb", "method.rollout.budget=0.0", *url])), "asks for none"
     plan, plain = (make_plan(run_config(["experiment=shop", f"method={m}"])) for m in ("trb", "many_faces"))
     more = plan.memory_bytes()["rollout actor"] - plain.memory_bytes()["rollout actor"]
-    assert more == plan.memory_bytes()["teacher actor"], "the engine holds both"
+    assert more == 4 * plan.teacher_params["default"], "the engine holds both"
 
 
 def test_prompts_that_the_teacher_reads_otherwise_are_refused_for_blends(tmp_path: Path) -> None:

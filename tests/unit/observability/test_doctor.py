@@ -34,6 +34,7 @@ from opd.ports import (
     TopK,
 )
 from opd.rollouts.student import generate
+from opd.settings.devices import Device
 from opd.types import Batch, HiddenScores, RemoteRows, StopReason, TokenScores, TopKScores
 from teacher_service.config import Backend, TeacherConfig
 from tests.conftest import Make
@@ -445,11 +446,15 @@ def test_a_privileged_teacher_writes_on_in_its_own_context(make: Any) -> None:
 def test_a_teacher_is_compared_only_with_what_is_here(backend: Backend, weights: int, plain: bool, twin: bool) -> None:
     """An endpoint whose weights are elsewhere can be examined, too."""
     teacher = TeacherConfig(path="t", backend=backend, url="http://127.0.0.1:1", model="m", replicas=2)
+    cluster = SimpleNamespace(gpus_per_teacher=1.0)
     plan: Any = SimpleNamespace(
-        config=SimpleNamespace(teachers={"default": teacher}, student=SimpleNamespace(path="s")),
+        config=SimpleNamespace(teachers={"default": teacher}, student=SimpleNamespace(path="s"), cluster=cluster),
         teacher_params={"default": weights},
     )
     reference, own = seconds(plan, "default")
     assert (reference is not None, own is not None) == (plain, twin)
     assert reference is None or (reference.backend, reference.path, reference.replicas) == (Backend.TORCH, "t", 1)
+    assert reference is None or reference.device is Device.GPU, (
+        "also of a remote teacher's weights, whose client has none"
+    )
     assert own is None or (own.backend, own.path, own.replicas) == (backend, "s", 1)

@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError
 from launch.services.learner_group import LearnerGroup, RanksLost
 from launch.services.replicas import Fault
 from learner.config import LearnerConfig
-from opd.errors import DataError, OpdError
+from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import Call, Manifest, PublishedWeights, Rank, Sentinel, WeightAck, WeightShard
 
 DEADLINE_S, START_S = 1.0, 3.0  # as short as settings allow
@@ -43,6 +43,32 @@ def group(*ranks: Any) -> LearnerGroup:
 
 def died() -> ActorDiedError:
     return ActorDiedError()
+
+
+@pytest.mark.parametrize("seen", [(True, True), (True, False)])
+def test_ranks_that_do_not_see_the_run_s_folder_are_refused_before_they_load(
+    seen: tuple[bool, bool], tmp_path: Path
+) -> None:
+    """Each looks for a file that is made for it; nothing of it stays."""
+    looked, loaded = list[str](), list[int]()
+
+    def look(answer: bool, file: str) -> Awaitable[Any]:
+        looked.append(file)
+        return say(answer and Path(file).is_file())
+
+    async def load() -> None:
+        loaded.append(1)
+
+    ranks = [rank(address=lambda: say(("host", 1)), setup=load) for _ in seen]
+    for one, answer in zip(ranks, seen, strict=True):
+        one.__ray_call__ = SimpleNamespace(remote=lambda _, file, answer=answer: look(answer, file))
+    learner = LearnerGroup(ranks, LearnerConfig(ranks=2, deadline_s=DEADLINE_S), folder=tmp_path)
+    if all(seen):
+        asyncio.run(learner.setup())
+    else:
+        with pytest.raises(ConfigurationError, match=r"rank 1 does not see .*set output_dir to a folder that all"):
+            asyncio.run(learner.setup())
+    assert len(set(looked)) == 1 and len(loaded) == 2 * all(seen) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("first", ["the dead one", "its partner"])

@@ -9,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.config.run_config import RunConfig, run_config
-from launch.plan.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided
-from launch.plan.checks.models import vocabulary_rows
-from launch.plan.plan import Plan, make_plan
+from launch.config.settings import DeviceLayout
+from launch.plan.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided, unseen_notes
 from launch.services.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
-from opd.settings.devices import Device, Dtype
+from opd.settings.devices import Device
 
 REMOTE = ("teacher.backend=OPENAI", "teacher.url=http://x", "teacher.model=m", "method=sampled_reverse_kl")
 
@@ -72,10 +71,13 @@ def test_several_gpus_of_which_nobody_is_given_one_are_refused(
     shop: RunConfig, monkeypatch: pytest.MonkeyPatch, visible: int, each: str
 ) -> None:
     shows(monkeypatch, visible)
+    given = with_gpus(shop, 0, 0, 0, layout=DeviceLayout.GIVEN)
     with pytest.raises(ConfigurationError, match=rf"shows {visible} GPUs.*gpus_per_engine={each} .*\(3 actors\)"):
-        resolved(shop)
+        resolved(given)
     shares = float(each)
-    assert resolved(with_gpus(shop, shares, shares, shares)), "what is proposed is accepted"
+    assert resolved(with_gpus(given, shares, shares, shares)), "what is proposed is accepted"
+    with pytest.raises(ConfigurationError, match=r"a part of cluster\.gpus_per_engine"):
+        resolved(with_gpus(shop, 1, 0, 0)), "nothing is divided where some are given"
 
 
 def test_gpus_of_a_cluster_are_not_left_idle_by_accident(shop: RunConfig) -> None:
@@ -91,10 +93,27 @@ def test_a_driver_that_is_too_old_is_one_sentence(
 ) -> None:
     shows(monkeypatch, 0)
     monkeypatch.setattr("launch.plan.environment.DEVICE", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert resolved(shop), "a build of torch for processors runs on them"
+    (note,) = unseen_notes(shop)
+    assert "built for processors" in note and "pip install -e '.[gpu]'" in note, "but not without a word"
+    quiet = ["student.device=CPU", "teacher.device=CPU", "learner.device=CPU"]
+    assert not unseen_notes(run_config(["experiment=shop", *quiet]))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(ConfigurationError, match=r"built for CUDA 13.0\) sees none.*driver is older"):
         resolved(shop)
+
+
+def test_an_engine_on_a_gpu_needs_a_compiler_and_says_so_before_it_starts(
+    shop: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shows(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("launch.plan.environment.shutil.which", lambda _: None)
+    monkeypatch.setattr("launch.plan.environment.sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"needs a C compiler.* and Python\.h.*student\.device=CPU"):
+        resolved(shop)
+    assert resolved(replace(shop, student=replace(shop.student, device=Device.CPU)))
 
 
 @pytest.mark.parametrize(
@@ -202,31 +221,3 @@ def refusal(asking: list[ActorRole], machines: list[Machine]) -> str:
 def test_equal_shares_fit(actors: int, cards: int) -> None:
     each = min(1.0, share(actors, cards))
     check_fits([ActorRole(name="actor", count=actors, cpus=0, gpus=each)], [Machine(cpus=0, gpus=cards)], "here")
-
-
-@pytest.mark.parametrize(("stage", "bytes_each"), [(1, 2 + 4 + 12 / 4), (2, 2 + (4 + 12) / 4), (3, (2 + 4 + 12) / 4)])
-def test_what_ranks_share_is_counted_once(plan: Plan, stage: int, bytes_each: float) -> None:
-    learner = replace(
-        plan.config.learner, zero_stage=stage, ranks=4, dtype=Dtype.BFLOAT16, head_chunk=2, device=Device.GPU
-    )
-    known = replace(plan, config=replace(plan.config, learner=learner), student_params=10**9, exact_kl=False)
-    assert known.memory_bytes()["learner rank"] == int(10**9 * bytes_each) + 4 * 4 * 2 * vocabulary_rows(SHOP)
-
-
-def test_blocks_of_logits_count_where_their_size_is_automatic(plan: Plan) -> None:
-    def rank(**fields: object) -> int:
-        learner = replace(plan.config.learner, **fields)  # pyright: ignore
-        return replace(plan, config=replace(plan.config, learner=learner)).memory_bytes()["learner rank"]
-
-    few = rank(tokens_per_microbatch=1000)
-    assert rank(tokens_per_microbatch=2000) - few == 4 * 4 * 1000 * vocabulary_rows(SHOP)
-    on_gpu, on_cpu = (rank(tokens_per_microbatch=10**8, device=device) for device in (Device.GPU, Device.CPU))
-    assert on_gpu - on_cpu == 4 * (512 - 64) * 2**20
-
-
-@pytest.fixture(scope="module")
-def plan(shop: RunConfig) -> Plan:
-    return make_plan(shop)
-
-
-SHOP = str(Path(__file__).parents[3] / "assets" / "shop" / "student")

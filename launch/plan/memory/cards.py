@@ -1,0 +1,227 @@
+"""A run's processes against the GPUs that they get: what does not fit is refused, with settings that would."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.memory.footprint import EngineRole, Phase, TeacherRole, footprint, peak
+from launch.plan.memory.parts import GIB, Part, device_bytes, parts
+from opd.errors import ConfigurationError
+from opd.settings.devices import Device, Dtype
+from teacher_service.config import REMOTE
+
+_Crowd = tuple[int, list[tuple[Part, int]]]
+_SMALL_CHUNK, _FEW_SEQUENCES = 256, 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misfit:
+    """Demand for `bytes` of one GPU, more than it has; `why` names the processes."""
+
+    bytes: int
+    why: str
+
+
+def crowd(found: Sequence[Part]) -> list[tuple[Part, int]]:
+    """Processes that may meet on one GPU and need the most together, by what they ask for.
+
+    Those that ask for none all use the first one; Ray lets shares meet as they add up to 1 at most.
+    """
+    homeless = [(part, part.count) for part in found if part.on_gpu and not part.gpus and part.count]
+    best: list[_Crowd] = [(0, [])] * 101  # by hundredths of a GPU
+    for part in [part for part in found if part.on_gpu and part.gpus and part.count]:
+        each, bytes_each = (100 if part.gpus >= 1 else max(1, int(100 * part.gpus + 1e-6))), peak(part.role).total
+        most = 1 if part.gpus >= 1 else min(part.count, 100 // each)
+        best = [
+            max(
+                (_beside(best[left - n * each], part, n, bytes_each) for n in range(min(most, left // each) + 1)),
+                key=_sum,
+            )
+            for left in range(101)
+        ]
+    return homeless + best[100][1]
+
+
+def _beside(known: _Crowd, part: Part, number: int, bytes_each: int) -> _Crowd:
+    return known[0] + number * bytes_each, known[1] + ([(part, number)] if number else [])
+
+
+def _sum(crowd: _Crowd) -> int:
+    return crowd[0]
+
+
+def misfit(found: Sequence[Part], card: int) -> Misfit | None:
+    """The first GPU on which processes do not fit, if there is one; `card` are a GPU's usable bytes."""
+    for part in found:
+        role = part.role
+        if part.on_gpu and isinstance(role, EngineRole) and 0 < role.reserved < _of_vllm(role):
+            share = f"of which vLLM gets {role.reserved / GIB:.1f} GiB (gpu_memory_utilization)"
+            return Misfit(bytes=_of_vllm(role), why=f"{_said(part, 1)}, {share}")
+    together = crowd(found)
+    total = sum(count * peak(part.role).total for part, count in together)
+    if total <= card:
+        return None
+    return Misfit(bytes=total, why=" and ".join(_said(part, count) for part, count in together))
+
+
+def _of_vllm(role: EngineRole) -> int:
+    """Bytes that must lie within an engine's share of its GPU."""
+    return footprint(role, Phase.GENERATE).total
+
+
+def _said(part: Part, count: int) -> str:
+    of = peak(part.role)
+    many = f"{count} of {part.name}" if count > 1 else part.name
+    return f"{many} with {of.total / GIB:.1f} GiB{' each' if count > 1 else ''} ({of})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """A setting that takes less memory, as an override and as a change of the configuration."""
+
+    override: str
+    apply: Callable[[RunConfig], RunConfig]
+
+
+def remedies(config: RunConfig) -> Iterator[Remedy]:
+    """Settings that take less memory and train the same, those that cost least first."""
+    learner, student = config.learner, config.student
+    if learner.device is Device.GPU:
+        yield from _of_learner(config)
+    for name, teacher in config.teachers.items():
+        key = "teacher" if name == DEFAULT else f"teachers.{name}"
+        if teacher.device is Device.GPU and teacher.backend not in REMOTE:
+            fewer = max(student.max_model_len, teacher.max_batch_tokens // 4)
+            if fewer < teacher.max_batch_tokens:
+                yield _teacher(f"{key}.max_batch_tokens={fewer}", name, max_batch_tokens=fewer)
+            if teacher.head_chunk > _SMALL_CHUNK:
+                yield _teacher(f"{key}.head_chunk={_SMALL_CHUNK}", name, head_chunk=_SMALL_CHUNK)
+    if student.device is Device.GPU:
+        if student.max_num_seqs > _FEW_SEQUENCES:
+            yield _student(f"student.max_num_seqs={_FEW_SEQUENCES}", max_num_seqs=_FEW_SEQUENCES)
+        if not student.enforce_eager:
+            yield _student("student.enforce_eager=true", enforce_eager=True)
+
+
+def _of_learner(config: RunConfig) -> Iterator[Remedy]:
+    learner, least = config.learner, config.student.max_model_len
+    if not learner.gradient_checkpointing:
+        yield _learner("learner.gradient_checkpointing=true", gradient_checkpointing=True)
+    tokens = learner.tokens_per_microbatch
+    while tokens // 2 >= least:
+        tokens //= 2
+        yield _learner(f"learner.tokens_per_microbatch={tokens}", tokens_per_microbatch=tokens)
+    if not learner.head_chunk or learner.head_chunk > _SMALL_CHUNK:
+        yield _learner(f"learner.head_chunk={_SMALL_CHUNK}", head_chunk=_SMALL_CHUNK)
+    if learner.dtype is Dtype.FLOAT32:
+        stage = max(2, learner.zero_stage)
+        text = f"learner.dtype=BFLOAT16 learner.zero_stage={stage}"
+        yield _learner(text, dtype=Dtype.BFLOAT16, zero_stage=stage)
+    elif learner.zero_stage < 2 and learner.ranks > 1:
+        yield _learner("learner.zero_stage=2", zero_stage=2)
+    yield from _over_ranks(config)
+
+
+def _over_ranks(config: RunConfig) -> Iterator[Remedy]:
+    """More learner ranks, where a layout does not choose them, and weights that they share."""
+    learner, cluster = config.learner, config.cluster
+    if cluster.address != "local" and cluster.gpus_per_learner == 1:
+        yield from (_learner(f"learner.ranks={n}", ranks=n) for n in (2, 4, 8, 16) if n > learner.ranks)
+    if learner.zero_stage < 3 and not learner.lora.r:
+        yield _learner("learner.zero_stage=3", zero_stage=3)
+
+
+def cheapest(config: RunConfig, fits: Callable[[RunConfig], bool]) -> list[str] | None:
+    """The fewest of `remedies`, in their order, with which `fits` is true; None if all of them do not suffice."""
+    chosen = list[Remedy]()
+    for remedy in remedies(config):
+        if fits(_with(config, chosen)):
+            break
+        chosen.append(remedy)
+    if not fits(_with(config, chosen)):
+        return None
+    for remedy in list(chosen):
+        fewer = [other for other in chosen if other is not remedy]
+        if fits(_with(config, fewer)):
+            chosen = fewer
+    last = {remedy.override.partition("=")[0]: remedy.override for remedy in chosen}
+    return list(last.values())
+
+
+def advice(config: RunConfig, fits: Callable[[RunConfig], bool], card: int) -> str:
+    """Settings that would fit, or what else could be done."""
+    for part in parts(config, card):
+        if part.on_gpu and isinstance(part.role, TeacherRole) and footprint(part.role, Phase.REST).total > card:
+            return (
+                f"a {part.name} uses one GPU, which its weights alone exceed; choose a smaller teacher, or serve it "
+                "elsewhere (teacher.backend=OPENAI or HTTP with teacher.url=...)"
+            )
+    found = cheapest(config, fits)
+    if found:
+        return f"set {' '.join(found)}"
+    adapted = replace(config, learner=replace(config.learner, lora=replace(config.learner.lora, r=16)))
+    with_adapters = None if config.learner.lora.r else cheapest(adapted, fits)
+    if with_adapters is not None:
+        return f"train adapters alone: {' '.join(['learner.lora.r=16', *with_adapters])}"
+    return "use more or larger GPUs, share the learner (learner.ranks, learner.zero_stage=3), or choose smaller models"
+
+
+def check_cards(config: RunConfig, card: int, *, exact: bool) -> None:
+    """Refuse what would not fit the GPUs; `card` are the usable bytes of one (0: not known, nothing is checked)."""
+
+    def fits(changed: RunConfig) -> bool:
+        return misfit(parts(changed, card, exact=exact), card) is None
+
+    lacking = misfit(parts(config, card, exact=exact), card) if card else None
+    if lacking is None:
+        return
+    raise ConfigurationError(
+        f"{lacking.bytes / GIB:.1f} GiB are needed on a GPU of which {card / GIB:.1f} GiB can be used: {lacking.why}; "
+        f"{_utilization(config, card, exact) or advice(config, fits, card)}"
+    )
+
+
+def _utilization(config: RunConfig, card: int, exact: bool) -> str:
+    """The share that an engine alone on its GPU would need, where that is all that is wrong."""
+    engine = next(part.role for part in parts(config, card, exact=exact) if isinstance(part.role, EngineRole))
+    needed = _of_vllm(engine)
+    if not engine.reserved < needed <= card:
+        return ""
+    share = ceil(100 * needed / device_bytes(card)) / 100
+    changed = replace(config, student=replace(config.student, gpu_memory_utilization=min(share, 1.0)))
+    return "" if misfit(parts(changed, card, exact=exact), card) else f"set student.gpu_memory_utilization={share:g}"
+
+
+def lines(found: Sequence[Part], card: int) -> dict[str, str]:
+    """Memory of every part at its peak, by what it is for, and what the fullest GPU holds."""
+    shown = {part.name: f"{peak(part.role)} GiB" for part in found}
+    together = crowd(found)
+    if together:
+        total = sum(count * peak(part.role).total for part, count in together) / GIB
+        of = f" of {card / GIB:.1f} that can be used" if card else "; cluster.gpu_memory_gib says what a GPU has"
+        who = ", ".join(f"{count} {part.name}" for part, count in together)
+        shown["fullest GPU"] = f"{total:.1f} GiB{of} ({who})"
+    return shown
+
+
+def _with(config: RunConfig, chosen: Sequence[Remedy]) -> RunConfig:
+    for remedy in chosen:
+        config = remedy.apply(config)
+    return config
+
+
+def _learner(override: str, **changes: Any) -> Remedy:
+    return Remedy(override=override, apply=lambda c: replace(c, learner=replace(c.learner, **changes)))
+
+
+def _student(override: str, **changes: Any) -> Remedy:
+    return Remedy(override=override, apply=lambda c: replace(c, student=replace(c.student, **changes)))
+
+
+def _teacher(override: str, name: str, **changes: Any) -> Remedy:
+    def apply(config: RunConfig) -> RunConfig:
+        return replace(config, teachers={**config.teachers, name: replace(config.teachers[name], **changes)})
+
+    return Remedy(override=override, apply=apply)

@@ -1,0 +1,272 @@
+"""Memory of one process of a run, phase by phase: arithmetic alone.
+
+Bytes of activations are those that `torch.autograd` keeps for the backward pass, layer by layer, as the learner's own
+model makes them (packed attention, transformers' norms and experts); `tests/unit/plan/test_footprint.py` counts them.
+What only a GPU can tell (a CUDA context, captured graphs) is a constant that was never measured here.
+"""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from functools import reduce
+from typing import assert_never
+
+from launch.plan.memory.shapes import ModelShape
+
+CONTEXT = 1 << 29  # of a process on a GPU: CUDA's context and its libraries' kernels and workspaces (not measured)
+GRAPHS = 1 << 30  # captured graphs of an engine, and a sixteenth of its weights (not measured)
+PREFILL = 8192  # tokens that an engine reads in one step (`actors.startup.PREFILL_TOKENS`)
+BUCKET = 500_000_000  # elements of DeepSpeed's buckets, or the model (`learner.engine`)
+LIVE = 1_000_000_000  # parameters that ZeRO-3 has whole at the same time, or the model
+PADDED = 1.4  # slots a token of packed attention, at most (what `opd.loss.packed_attention` allows of wasted work)
+WHOLE, CHOSEN = 12, 4
+"""Float32 blocks of `rows x vocabulary` alive at once in the loss, if it reads whole distributions (counted: reverse KL
+9, forward KL 8, Jensen-Shannon 12) or given tokens alone."""
+
+
+class Phase(Enum):
+    """Phase of a step, as far as memory differs."""
+
+    REST = "rest"  # others work
+    GENERATE = "generate"
+    SCORE = "score"
+    TRAIN = "train"  # forward and backward
+    STEP = "step"  # of the optimizer
+    PUBLISH = "publish"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes of a process: what it holds through all phases first, then what one of them needs besides."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    cache: int = 0
+    graphs: int = 0
+    context: int = 0
+    heads: int = 0
+    activations: int = 0
+    logits: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        """Sum of all."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __str__(self) -> str:
+        named = ((field.name, getattr(self, field.name) / 2**30) for field in fields(self))
+        return " + ".join(f"{name} {gib:.2f}" for name, gib in named if gib >= 0.005) or "0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRole:
+    """A rollout engine of `bytes_each` per parameter, on each of its `parallel` GPUs.
+
+    `reserved` are the bytes that vLLM takes in all (0: what it needs), `cache` those of its key-value cache (0: what is
+    left of `reserved`, a sequence of `longest` tokens at least). `inner`: parameters of a teacher within. `copies` of
+    the weights are held beside them while new ones come.
+    """
+
+    model: ModelShape
+    bytes_each: int
+    longest: int
+    sequences: int
+    on_gpu: bool
+    parallel: int = 1
+    cache: int = 0
+    reserved: int = 0
+    graphs: bool = True
+    inner: int = 0
+    copies: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRole:
+    """A scoring teacher that reads `tokens` in a forward pass and has logits of `rows` of them at once.
+
+    `reserved` are the bytes that vLLM takes, if that runs it.
+    """
+
+    model: ModelShape
+    bytes_each: int
+    tokens: int
+    rows: int
+    on_gpu: bool
+    reserved: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerRole:
+    """A learner rank of `ranks` that reads `tokens` in a micro-batch and has logits of `rows` of them at once.
+
+    `heads`: bytes of the teachers' output matrices; `whole`: the loss reads whole distributions. `adapters`: nothing
+    else is trained (their own state, a percent or so of the model's, is not counted). `chunk`: bytes of a piece of
+    published weights, of which `copies` are held on the GPU.
+    """
+
+    model: ModelShape
+    bytes_each: int
+    stage: int
+    ranks: int
+    tokens: int
+    rows: int
+    on_gpu: bool
+    whole: bool = True
+    checkpointed: bool = False
+    adapters: bool = False
+    fused: bool = False
+    heads: int = 0
+    chunk: int = 0
+    copies: int = 0
+
+
+Role = EngineRole | TeacherRole | LearnerRole
+
+
+def footprint(role: Role, phase: Phase) -> Footprint:
+    """Bytes of one process of `role` in `phase`."""
+    match role:
+        case EngineRole():
+            return _engine(role, phase)
+        case TeacherRole():
+            return _teacher(role, phase)
+        case LearnerRole():
+            return _learner(role, phase)
+        case _:
+            assert_never(role)
+
+
+def peak(role: Role) -> Footprint:
+    """The largest footprint of a role over all phases; torch's allocator keeps what one of them took."""
+    return reduce(lambda a, b: b if b.total > a.total else a, [footprint(role, phase) for phase in Phase])
+
+
+def layer_bytes(model: ModelShape, width: int, tokens: int, slots: int, *, sparse: bool) -> int:
+    """Bytes that one layer keeps for the backward pass, at `width` bytes a number.
+
+    `slots` counts the tokens of the padded view that attention reads.
+    """
+    h, q, k = model.width, model.query, model.key
+
+    def norm(columns: int, rows: int) -> int:  # its input in float32, that divided by its root mean square, the root
+        return (4 + width) * columns + 4 * rows
+
+    norms = 2 * norm(h, 1) + (norm(q + k, model.heads + model.kv_heads) if model.normed else 0)
+    if sparse:
+        router = 4 * model.experts + 8 * model.chosen + 24 * model.chosen  # probabilities, choices, permutations
+        visits = model.chosen * width * (2 * h + 4 * model.expert + 1)
+        mlp = router + visits
+    else:
+        mlp = 4 * width * model.inner  # gate, its activation, up, their product
+    # Inputs of the projections (after each norm, and of the output); in slots: queries, keys, values, output, sums.
+    return tokens * (norms + width * (2 * h + q) + mlp) + slots * (width * (2 * q + 2 * k) + 4 * model.heads)
+
+
+def activation_bytes(model: ModelShape, width: int, tokens: int, slots: int, *, checkpointed: bool) -> int:
+    """Bytes that a forward pass keeps for the backward pass; with `checkpointed` layers their inputs alone."""
+    tables = 2 * width * model.head_dim * tokens  # of rotary positions, for all layers
+    ends = tokens * ((4 + width) * model.width + 4 + 16)  # the last norm, ids and places
+    if checkpointed:
+        return model.layers * width * model.width * tokens + tables + ends
+    dense = model.layers - model.sparse
+    layers = [layer_bytes(model, width, tokens, slots, sparse=sparse) for sparse in (False, True)]
+    return dense * layers[0] + model.sparse * layers[1] + tables + ends
+
+
+def pass_bytes(model: ModelShape, width: int, tokens: int) -> int:
+    """The most bytes alive in one layer of a forward pass that keeps nothing, or of gradients in a backward pass."""
+    inside = max(3 * model.inner, model.chosen * (3 * model.expert + 2 * model.width) if model.experts else 0)
+    rotated = 5 * model.query + 2 * model.key
+    return tokens * width * (max(inside, rotated) + 4 * model.width + 2 * model.head_dim)
+
+
+def cache_bytes(model: ModelShape, width: int, tokens: int) -> int:
+    """Bytes of keys and values of `tokens` tokens."""
+    return 2 * model.layers * model.key * width * tokens
+
+
+def _engine(role: EngineRole, phase: Phase) -> Footprint:
+    model, width = role.model, role.bytes_each
+    weights = (model.parameters + role.inner) * width // role.parallel
+    least = cache_bytes(model, width, role.longest) // role.parallel
+    graphs = (GRAPHS + weights // 16) if role.graphs and role.on_gpu else 0
+    # A step reads so many tokens and samples for so many sequences; vLLM keeps room for both while it rests, too.
+    logits = 3 * 4 * role.sequences * model.vocabulary
+    forward = pass_bytes(model, width, max(PREFILL, role.sequences)) // role.parallel
+    held = Footprint(
+        weights=weights,
+        graphs=graphs,
+        context=CONTEXT if role.on_gpu else 0,
+        activations=forward if role.on_gpu or phase is Phase.GENERATE else 0,
+        logits=logits if role.on_gpu or phase is Phase.GENERATE else 0,
+    )
+    cache = role.cache // role.parallel or max(least, role.reserved - held.total)
+    return _with(held, cache=cache, buffers=role.copies * weights if phase is Phase.PUBLISH else 0)
+
+
+def _teacher(role: TeacherRole, phase: Phase) -> Footprint:
+    model, width = role.model, role.bytes_each
+    scoring = phase is Phase.SCORE
+    held = Footprint(
+        weights=model.parameters * width,
+        context=CONTEXT if role.on_gpu else 0,
+        activations=pass_bytes(model, width, role.tokens) if scoring or role.reserved else 0,
+        logits=3 * 4 * role.rows * model.vocabulary if scoring or role.reserved else 0,
+    )
+    return _with(held, cache=max(0, role.reserved - held.total)) if role.reserved else held
+
+
+def _learner(role: LearnerRole, phase: Phase) -> Footprint:
+    model, width, stage = role.model, role.bytes_each, role.stage
+    trained = 0 if role.adapters else model.parameters
+    shared = {number: role.ranks if stage >= number else 1 for number in (1, 2, 3)}  # among how many, by stage
+    bucket = width * min(BUCKET, trained) if stage else 0
+    gathered = width * min(LIVE, model.parameters) if stage == 3 else 0
+    # Without ZeRO and under ZeRO-2 they are given up after a step; ZeRO-1 and 3 have one flat tensor of them for ever.
+    accumulated = phase in (Phase.TRAIN, Phase.STEP) or stage in (1, 3)
+    held = Footprint(
+        weights=width * model.parameters // shared[3],
+        gradients=accumulated * 4 * trained // shared[2],
+        optimizer=(8 + 4 * (width == 2)) * trained // shared[1],
+        context=CONTEXT if role.on_gpu else 0,
+        heads=role.heads,
+        buffers=bucket if stage == 3 else 0,
+    )
+    if phase is Phase.TRAIN:  # a bucket, and from ZeRO-2 on the gradients that wait to be copied into it
+        return _with(held, **_training(role), buffers=(1 + (stage > 1)) * bucket + gathered)
+    if phase is Phase.STEP:
+        return _with(held, buffers=_stepping(role, trained // shared[1]) + bucket)
+    if phase is Phase.PUBLISH:
+        copies = role.copies * width * model.parameters
+        return _with(held, buffers=held.buffers + (role.chunk if stage == 3 else 0) + copies)
+    return held
+
+
+def _training(role: LearnerRole) -> dict[str, int]:
+    """Activations and logits of a micro-batch, at the end of its forward pass or in its backward pass."""
+    model, width = role.model, role.bytes_each
+    slots = int(PADDED * role.tokens)
+    kept = activation_bytes(model, width, role.tokens, slots, checkpointed=role.checkpointed)
+    kinds = {False, True} if 0 < model.sparse < model.layers else {model.sparse > 0}
+    again = max(layer_bytes(model, width, role.tokens, slots, sparse=kind) for kind in kinds) * role.checkpointed
+    # The gradient of the hidden states, and that of the matrix, in float32 until it is whole and then in its own.
+    matrix = 0 if role.adapters else model.vocabulary * model.width
+    states = width * role.tokens * model.width
+    blocks = (WHOLE if role.whole else CHOSEN) * 4 * role.rows * model.vocabulary
+    loss = blocks + (4 + width) * matrix + states
+    backward = again + pass_bytes(model, width, role.tokens)
+    return {"activations": kept + backward, "logits": max(loss - backward, width * matrix + states)}
+
+
+def _stepping(role: LearnerRole, shard: int) -> int:
+    """Temporaries of an update: two numbers a parameter in an optimizer that is not fused, under ZeRO-3 one besides."""
+    if not role.stage:
+        return 0 if role.fused else 8 * min(role.model.largest, shard)
+    part = min(shard, LIVE) if role.stage == 3 else shard
+    return (8 * (not role.fused) + 4 * (role.stage == 3)) * part
+
+
+def _with(held: Footprint, **more: int) -> Footprint:
+    known = {field.name: getattr(held, field.name) for field in fields(held)}
+    return Footprint(**(known | more))
