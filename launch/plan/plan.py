@@ -162,7 +162,8 @@ def make_plan(config: RunConfig) -> Plan:
     ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
     held_out = survey_step(config.evaluation.prompts, replace(sources, place="evaluation.prompts"), tokenizer)
-    longest = _longest(config, student, teachers, training, held_out)
+    longest = check_lengths(config, training, held_out, tokenizer)
+    _check_readers(config, student, teachers, longest, (training, held_out))
     check_shares(config, training)
     check_one_context(config, training)
     notes = [*check_tasks(config, training, held_out), *hub_remarks(config, placed.hub)]
@@ -220,14 +221,12 @@ def _placed(config: RunConfig) -> _Placed:
     return _Placed(config=config, hub=hub, notes=(*unseen, *notes), undecided=open_device)
 
 
-def _longest(
-    config: RunConfig, student: Folder, teachers: Mapping[str, Folder], training: Survey, held_out: Survey
-) -> int:
-    """Tokens of the longest sequence that a run may have, after a check that every model can read it."""
-    longest = check_lengths(config, training, held_out)
-    check_contexts(config, teachers, longest, training, held_out)
-    check_ids([student, *teachers.values()], training, held_out)
-    return longest
+def _check_readers(
+    config: RunConfig, student: Folder, teachers: Mapping[str, Folder], longest: int, found: Sequence[Survey]
+) -> None:
+    """Refuse a model that cannot read what the prompts may become."""
+    check_contexts(config, teachers, longest, *found)
+    check_ids([student, *teachers.values()], *found)
 
 
 def _sources(config: RunConfig, tokenizer: HuggingFaceTokenizer) -> Sources:
