@@ -152,7 +152,9 @@ def test_every_key_says_its_type_and_the_shipped_options_are_all_known() -> None
                 check_names(compose([f"{group}={option}"]))
 
 
-@pytest.mark.parametrize("group", ["method", "prompts", "student", "teacher", "learner", "evaluation", "cluster"])
+@pytest.mark.parametrize(
+    "group", ["method", "prompts", "student", "teacher", "learner", "evaluation", "evaluation_sets", "cluster"]
+)
 def test_every_setting_of_every_shipped_option_has_a_line_about_it(group: str) -> None:
     for option in groups()[group]:
         silent = [key.name for key in keys(compose([f"{group}={option}"])) if not key.text]
