@@ -277,7 +277,12 @@ def notes(sweep: Sweep) -> list[str]:
         named = ", ".join(f"{run.name} ({run.state})" for run in unfinished[:_SHOWN])
         more = f" and {len(unfinished) - _SHOWN} more" if len(unfinished) > _SHOWN else ""
         found.append(f"Not finished: {len(unfinished)} of {len(sweep.runs)} runs, {named}{more}.")
-    return [*found, *dict.fromkeys(note for run in sweep.runs for note in run.notes)]
+    return [*found, *dict.fromkeys(_of_whom(sweep, run, note) for run in sweep.runs for note in run.notes)]
+
+
+def _of_whom(sweep: Sweep, run: SweepRun, note: str) -> str:
+    """A note of a run, with its name where not all that have finished have it."""
+    return note if all(note in one.notes for one in sweep.runs if one.finished) else f"{run.name}: {note}"
 
 
 _SHOWN = 4
