@@ -1,7 +1,8 @@
 """The runs of a sweep side by side: their values, how they ended, and which ended best."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from launch.artifacts.summary import Outcome
 from launch.artifacts.sweep_record import SweepRecord
 from launch.report.comparison_table import Cells
 from launch.report.figures import short_number
-from launch.report.run_list import NOTHING, run_line
+from launch.report.run_list import NOTHING, run_line, settings_of
 
 _LONGEST = 24  # letters of a name beside a line of a picture
 SEED = "seed"  # runs that differ in it alone are one arm
@@ -23,7 +24,10 @@ Figure = Callable[[EvaluationPoint], float | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRun:
-    """One run: its values of the settings that vary, its state as in a list of runs, and its evaluations."""
+    """One run: its values of the settings that vary, its state as in a list of runs, and its evaluations.
+
+    `measure` has the settings of these by their names, for figures compare where they are the same.
+    """
 
     name: str
     values: Mapping[str, str]
@@ -32,6 +36,7 @@ class SweepRun:
     points: tuple[EvaluationPoint, ...] = ()
     teacher: EvaluationPoint | None = None
     notes: tuple[str, ...] = ()
+    measure: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -111,6 +116,13 @@ class Sweep:
         return any(len(arm.label) > _LONGEST for arm in self.arms)
 
     @property
+    def apart(self) -> list[str]:
+        """Settings in which the evaluations of the runs differ."""
+        known = [run.measure for run in self.runs if run.measure]
+        names = dict.fromkeys(name for one in known for name in one)
+        return [name for name in names if any(one.get(name) != known[0].get(name) for one in known)]
+
+    @property
     def teacher(self) -> EvaluationPoint | None:
         """The teacher's figures, if a run measured them."""
         return next((run.teacher for run in self.runs if run.teacher is not None), None)
@@ -156,7 +168,11 @@ def _read(path: Path, values: Mapping[str, str]) -> SweepRun:
         points=tuple(data.student),
         teacher=data.teacher,
         notes=data.summary.notes if data.summary else (),
+        measure={name: value for name, value in settings_of(data.config).items() if _MEASURE.fullmatch(name)},
     )
+
+
+_MEASURE = re.compile(r"evaluation\.(?!every$|parts$|teacher$).*")  # those say when, and whether the teacher as well
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -251,12 +267,22 @@ def _ends(values: Sequence[float], written: Callable[[float], str], *, ranged: b
 def notes(sweep: Sweep) -> list[str]:
     """Sentences about the best values, and about what is missing."""
     unfinished = [run for run in sweep.runs if not run.finished]
-    found = [_best(sweep)] if len(sweep.ranked) > 1 else []
+    found = [_best(sweep)] if len(sweep.ranked) > 1 and not sweep.apart else []
+    if sweep.apart:
+        more = f" and {len(sweep.apart) - _SHOWN} more" if len(sweep.apart) > _SHOWN else ""
+        found.append(
+            f"The runs were not measured alike (other {', '.join(sweep.apart[:_SHOWN])}{more}), so none is called best."
+        )
     if unfinished:
         named = ", ".join(f"{run.name} ({run.state})" for run in unfinished[:_SHOWN])
         more = f" and {len(unfinished) - _SHOWN} more" if len(unfinished) > _SHOWN else ""
         found.append(f"Not finished: {len(unfinished)} of {len(sweep.runs)} runs, {named}{more}.")
-    return [*found, *dict.fromkeys(note for run in sweep.runs for note in run.notes)]
+    return [*found, *dict.fromkeys(_of_whom(sweep, run, note) for run in sweep.runs for note in run.notes)]
+
+
+def _of_whom(sweep: Sweep, run: SweepRun, note: str) -> str:
+    """A note of a run, with its name where not all that have finished have it."""
+    return note if all(note in one.notes for one in sweep.runs if one.finished) else f"{run.name}: {note}"
 
 
 _SHOWN = 4

@@ -278,6 +278,12 @@ def test_values_may_be_added_and_one_table_has_all(tmp_path: Path, trainer: Trai
     assert "Its learner.lr is the largest that was tried" in said and "flatters it" in said
 
 
+def test_runs_that_were_measured_otherwise_have_no_best(tmp_path: Path, trainer: Trainer) -> None:
+    sweep(tmp_path, grid=["evaluation.max_tokens=9,12"])
+    (said,) = notes(read_sweep(tmp_path / "lr"))
+    assert said == "The runs were not measured alike (other evaluation.max_tokens), so none is called best."
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [

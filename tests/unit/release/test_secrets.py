@@ -200,3 +200,9 @@ def test_other_text_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert masked(text) == text
     assert run_config([SHOP]).text == masked(run_config([SHOP]).text)
     assert logging.lastResort is not None
+
+
+def test_the_value_of_another_setting_is_no_secret() -> None:
+    shown = {"rollout": {"max_tokens": "${max_tokens}"}, "hf_token": "${oc.env:HF_TOKEN,geheimnis}", "api_key": "${x}"}
+    hidden = {"rollout": {"max_tokens": "${max_tokens}"}, "hf_token": "<redacted>", "api_key": "<redacted>"}
+    assert redacted(shown) == hidden
