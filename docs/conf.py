@@ -40,6 +40,7 @@ NAV = {
     ],
     "When something is wrong": [
         "docs/pitfalls",
+        "Self-test of a machine <docs/selftest>",
         "The doctor <docs/doctor>",
         "Metrics and alerts <docs/diagnostics>",
         "Performance <docs/performance>",
