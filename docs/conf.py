@@ -47,6 +47,7 @@ NAV = {
         "The stage long <docs/stages/long>",
     ],
     "Operations": [
+        "Self-test of a machine <docs/selftest>",
         "The doctor <docs/doctor>",
         "Metrics and alerts <docs/diagnostics>",
         "docs/tracking",

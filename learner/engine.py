@@ -5,8 +5,9 @@ import faulthandler
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import deepspeed
@@ -20,6 +21,7 @@ from learner.config import LearnerConfig
 from learner.model import Student
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.devices import Dtype
+from weight_sync.parking import park, tensors_in
 from weight_sync.rendezvous import meeting_place
 
 _GRACE_S = 30.0  # what the library's own timeouts may be late by
@@ -163,32 +165,48 @@ def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
     return value
 
 
-def offload(engine: DeepSpeedEngine, zero_stage: int) -> None:
-    """Move model and optimizer from the GPU to host memory. Frozen parameters that ZeRO-3 has taken apart stay.
+def offload(
+    engine: DeepSpeedEngine, zero_stage: int, heads: Sequence[Tensor], device: torch.device
+) -> Callable[[], None]:
+    """Move model, optimizer and `heads` from the GPU to host memory, on a CPU to a file; returns what moves them back.
+
+    Frozen parameters that ZeRO-3 has taken apart stay on a GPU.
 
     Raises:
         ConfigurationError: DeepSpeed cannot move this optimizer.
     """
+    if device.type == "cpu":
+        return park([*_held(engine), *heads]).unpark
     if zero_stage and not hasattr(engine.optimizer, "offload_states"):
         raise ConfigurationError(
             f"offload needs an optimizer that DeepSpeed can move, but learner.zero_stage={zero_stage} in bfloat16 has "
             "another; set learner.zero_stage=2 or 3"
         )
+    host = torch.device("cpu")
     if zero_stage:
         engine.offload_states()
-    _move_the_rest(engine, zero_stage, torch.device("cpu"))
+    _move_the_rest(engine, zero_stage, heads, host)
+    torch.cuda.empty_cache()
+    return partial(_reload, engine, zero_stage, heads, device)
 
 
-def reload(engine: DeepSpeedEngine, zero_stage: int, device: torch.device) -> None:
-    """Move back what `offload` moved."""
+def _held(engine: DeepSpeedEngine) -> Iterator[Tensor]:
+    """Every tensor that model and optimizer hold on this rank, gradients included."""
+    module = cast(nn.Module, engine.module)
+    return tensors_in([list(module.parameters()), list(module.buffers()), engine.optimizer, engine])
+
+
+def _reload(engine: DeepSpeedEngine, zero_stage: int, heads: Sequence[Tensor], device: torch.device) -> None:
     if zero_stage:
         engine.reload_states()
-    _move_the_rest(engine, zero_stage, device)
+    _move_the_rest(engine, zero_stage, heads, device)
 
 
-def _move_the_rest(engine: DeepSpeedEngine, zero_stage: int, device: torch.device) -> None:
-    """Move what DeepSpeed's own functions leave: frozen parameters, and without ZeRO everything."""
+def _move_the_rest(engine: DeepSpeedEngine, zero_stage: int, heads: Sequence[Tensor], device: torch.device) -> None:
+    """Move what DeepSpeed's own functions leave: heads, frozen parameters, and without ZeRO everything."""
     module = cast(nn.Module, engine.module)
+    for head in heads:
+        head.data = head.data.to(device)
     for parameter in module.parameters():
         if zero_stage == 0 or (zero_stage < 3 and not parameter.requires_grad):
             parameter.grad = None

@@ -35,7 +35,7 @@ def _forwarded(verb: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(verb)
     def do(self: "LearnerRank", *arguments: Any, **options: Any) -> Any:
         training, began = self._ready(), perf_counter()
-        if training.offloaded and verb not in (Rank.offload, Rank.reload):
+        if training.is_offloaded and verb not in (Rank.offload, Rank.reload):
             raise ConfigurationError(
                 f"the learner's {verb.__name__} needs a model on its device, but it was offloaded to host memory; call "
                 "reload() before it"

@@ -46,7 +46,8 @@ class Training(Rank):
         self._config, self._rank, self._steps, self._seed = config, rank, steps, seed
         self._updates = self._skipped = 0  # applied; skipped in a row
         self._update_incomplete = False  # an update was begun and not finished: the weights are of no step
-        self._writer, self._snapshots, self.offloaded = checkpoint.ShardWriter(), Snapshots(), False
+        self._writer, self._snapshots = checkpoint.ShardWriter(), Snapshots()
+        self._reload: Callable[[], None] | None = None  # what brings back what is offloaded
         self._device = resolve_device(config.device, "learner")
         self._dtype = resolve_dtype(config.dtype, self._device)
         check_kernel(config.loss_kernel, self._device)
@@ -151,17 +152,15 @@ class Training(Rank):
         optimizer_shards.refresh(self._named, self._config.zero_stage, held)
 
     def offload(self) -> None:
-        if self._device.type == "cuda" and not self.offloaded:
-            engine.offload(self._engine, self._config.zero_stage)
-            self._heads = [head.cpu() for head in self._heads]
-            torch.cuda.empty_cache()
-        self.offloaded = True
+        if self._reload is None:
+            self._reload = engine.offload(self._engine, self._config.zero_stage, self._heads, self._device)
 
     def reload(self) -> None:
-        if self._device.type == "cuda" and self.offloaded:
-            engine.reload(self._engine, self._config.zero_stage, self._device)
-            self._heads = [head.to(self._device) for head in self._heads]
-        self.offloaded = False
+        if self._reload is not None:
+            self._reload()
+            self._reload = None
+
+    is_offloaded = property(lambda self: self._reload is not None)
 
     def _held(self) -> list[optimizer_shards.Fragment]:
         """Live views of everything trained that is on this rank."""

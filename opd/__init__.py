@@ -8,13 +8,16 @@ import importlib
 from typing import Any
 
 _INTERFACE = ("TrainedRun", "evaluate", "open_run", "plan", "train")
+_ERRORS = ("ConfigurationError", "DataError", "OpdError")
 
 
 def __getattr__(name: str) -> Any:
     if name in _INTERFACE:
         return getattr(importlib.import_module("launch.cli.api"), name)
+    if name in _ERRORS:
+        return getattr(importlib.import_module("opd.errors"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_INTERFACE])
+    return sorted([*globals(), *_INTERFACE, *_ERRORS])

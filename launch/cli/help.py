@@ -37,6 +37,7 @@ usage: opd COMMAND [OVERRIDE ...]
              the same on a running Ray cluster
   opd serve-teacher [teacher=...] [host=127.0.0.1] [port=8300]   answer runs elsewhere; needs OPD_TEACHER_TOKEN
   opd env                                versions, devices, and what is missing
+  opd selftest [only=CHECK,...] [output=FILE.json]   does this machine compute right? (minutes)
 
 Overrides are Hydra's: group=option or key=value.
   opd train --help                       groups and their options

@@ -64,6 +64,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         "export": _export,
         "serve-teacher": _serve_teacher,
         "env": _env,
+        "selftest": _selftest,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return _help(arguments[1] if len(arguments) > 1 and arguments[1] in commands else "", [], [])
@@ -269,6 +270,15 @@ def _env(arguments: Sequence[str]) -> int:
         raise ConfigurationError(f"opd env takes no arguments, got {list(arguments)}")
     show_environment(console())
     return 0
+
+
+def _selftest(arguments: Sequence[str]) -> int:
+    from launch.cli.selftest.command import run_selftest
+
+    own, rest = _split(arguments, ("only", "output"))
+    if rest:
+        raise ConfigurationError(f"opd selftest takes only=CHECK,... and output=FILE, got {rest[0]!r}; leave it out")
+    return run_selftest(own, console())
 
 
 def _split(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -1,9 +1,12 @@
 """A child process that calls functions with a deadline: what hangs or takes all memory ends alone."""
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TypeVar
 
 from opd.errors import OpdError
@@ -11,6 +14,19 @@ from opd.errors import OpdError
 Found = TypeVar("Found")
 
 START_S = 120.0  # importing what a grader needs takes longer than a deadline
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Context in which a child that starts does not import the main module.
+
+    It has no need of it, and a user's script that trains without asking for its `__name__` would train once more there.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 class GradingProcess:
@@ -52,7 +68,9 @@ class GradingProcess:
             apart.set_forkserver_preload(self._preload)
         pool = self._pool = ProcessPoolExecutor(1, mp_context=apart, initializer=self._initializer)
         try:
-            pool.submit(self._begin, *self._arguments).result(START_S)
+            with _without_main():
+                begun = pool.submit(self._begin, *self._arguments)  # which starts the child
+            begun.result(START_S)
         except (TimeoutError, BrokenProcessPool) as error:
             self.close()
             raise OpdError(

@@ -42,20 +42,11 @@ def show_environment(console: Console) -> None:
         if name in found:
             table.add_row(name, found[name])
     console.print(table)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     missing = [name for name in REQUIRED if name not in found]
     if not any(name in found for name in ENGINES):
         missing.append("vllm")
     lacking = list[str]()
-    shared = Path("/dev/shm")
-    for line, lacks in (
-        _host(),
-        compiler(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"), bool(gpus)),
-        headers(Path(sysconfig.get_path("include")) / "Python.h", bool(gpus)),
-        shared_memory(shutil.disk_usage(shared).total / _GIB if shared.is_dir() else 0.0),
-        driver(_DRIVER.read_text() if _DRIVER.exists() else "", DEVICE.exists(), len(gpus), torch.version.cuda or ""),
-        *_devices(gpus),
-    ):
+    for line, lacks in environment_lines():
         console.print(line, soft_wrap=True, highlight=False)
         lacking += [lacks] if lacks else []
     for lacks in lacking:
@@ -68,6 +59,20 @@ def show_environment(console: Console) -> None:
 
 Line = tuple[str, str]
 """What there is, in one line, and what a run will lack ("" for nothing) with what to do."""
+
+
+def environment_lines() -> list[Line]:
+    """Lines about processor, compiler, memory, driver and devices of this machine."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    shared = Path("/dev/shm")
+    return [
+        _host(),
+        compiler(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"), bool(gpus)),
+        headers(Path(sysconfig.get_path("include")) / "Python.h", bool(gpus)),
+        shared_memory(shutil.disk_usage(shared).total / _GIB if shared.is_dir() else 0.0),
+        driver(_DRIVER.read_text() if _DRIVER.exists() else "", DEVICE.exists(), len(gpus), torch.version.cuda or ""),
+        *_devices(gpus),
+    ]
 
 
 def _host() -> Line:

@@ -181,7 +181,7 @@ def make_plan(config: RunConfig) -> Plan:
     ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
     held_out = survey_step(config.evaluation.prompts, replace(sources, place="evaluation.prompts"), tokenizer)
-    longest = check_lengths(config, training, held_out)
+    longest = check_lengths(config, training, held_out, tokenizer)
     check_contexts(config, teachers, longest, training, held_out)
     check_ids([student, *teachers.values()], training, held_out)
     check_shares(config, training)

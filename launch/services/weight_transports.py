@@ -81,7 +81,7 @@ def _on_gpus(config: RunConfig) -> Iterator[tuple[str, str]]:
         if min(ours, theirs) < 1:
             yield "GPUs of their own for learner ranks and engines (1 or more each)", have
         return
-    if ours + theirs > 1 or config.learner.ranks > 1:
+    if ours + theirs > 1 or config.learner.ranks > 1 or not min(ours, theirs):
         yield "one learner rank and the engines on one GPU", f"{have}, learner.ranks={config.learner.ranks}"
 
 

@@ -1,5 +1,6 @@
 """Engines that a method needs: the union of its parts' needs; and the check of words in its scorers."""
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from opd.method.method import Method
@@ -12,6 +13,16 @@ class Spells(Protocol):
 
     def check_spelling(self, tokenizer: Tokenizer) -> None:
         """Raise `ConfigurationError` where the tokenizer makes the same of words that mean different things."""
+        ...
+
+
+@runtime_checkable
+class ReadsMore(Protocol):
+    """A scorer that has a teacher read more than a prompt and what was written after it."""
+
+    @property
+    def questions(self) -> Mapping[str, Sequence[str]]:
+        """Templates of all that is read around a text, by the name of the teacher ("": the one that a prompt names)."""
         ...
 
 
@@ -34,6 +45,15 @@ def named(method: Method, role: Role) -> frozenset[str]:
 def asks_prompts_teacher(method: Method) -> bool:
     """Whether a scorer of any term calls the teacher that a prompt names."""
     return any(Need(role=Role.READER) in needs_of(term.scorer) for term in method.every_term.values())
+
+
+def questions(method: Method) -> Mapping[str, Sequence[str]]:
+    """Templates that teachers read around a text, by the teacher's name ("": the one that a prompt names)."""
+    found: dict[str, list[str]] = {}
+    for term in method.every_term.values():
+        for name, templates in (term.scorer.questions if isinstance(term.scorer, ReadsMore) else {}).items():
+            found.setdefault(name, []).extend(templates)
+    return found
 
 
 def check_spelling(method: Method, tokenizer: Tokenizer) -> None:

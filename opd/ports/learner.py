@@ -122,7 +122,7 @@ class Rank(Protocol):
     def offload(self) -> None:
         """Move model and optimizer to host memory until `reload`; every other verb but `written` is refused until then.
 
-        On a CPU nothing is moved, but the same verbs are refused.
+        On a CPU they are moved to a file.
 
         Raises:
             ConfigurationError: DeepSpeed cannot move this optimizer (bfloat16 with `zero_stage=1`).

@@ -40,6 +40,10 @@ class SelfDeviation:
         default_factory=lambda: {"right": RIGHT, "wrong": WRONG}
     )
 
+    @property
+    def questions(self) -> Mapping[str, Sequence[str]]:
+        return {"": tuple(self.probes.values())}
+
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         first = trajectories[0].prompt  # of a group: what is read around a text is the same for all
         probes = [encoded(template, first, {"answer": first.answer}, context) for template in self.probes.values()]

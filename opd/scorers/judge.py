@@ -1,6 +1,6 @@
 """Group-relative advantages from a model that judges whole answers (RLAIF)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -56,6 +56,10 @@ class JudgeAdvantage:
     @property
     def needs_engines(self) -> frozenset[Need]:
         return frozenset({Need(Role.READER, self.judge)})
+
+    @property
+    def questions(self) -> Mapping[str, Sequence[str]]:
+        return {self.judge: (self.before + self.after,)}
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         prompt = trajectories[0].prompt

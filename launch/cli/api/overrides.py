@@ -7,6 +7,8 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
+
 from launch.artifacts.user_yaml import dotted
 from launch.config.compose import quoted
 from opd.errors import ConfigurationError
@@ -48,6 +50,8 @@ def _written(value: Any, name: str) -> str:
     match value:
         case None:
             return "null"
+        case np.generic():
+            return _written(value.item(), name)
         case bool():
             return str(value).lower()
         case Enum():

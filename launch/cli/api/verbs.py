@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from launch.config.shipped_files import groups
 from launch.monitors.callbacks import Callback, CallbackTracker, Logger, LoggerTracker, MakeTracker
 from launch.monitors.trackers import check_login
 from launch.plan.plan import Plan, make_plan
+from launch.services.failure_causes import causes, find_own
 from opd.errors import ConfigurationError
 from opd.method.method import Method
 from opd.ports import PromptSource
@@ -60,13 +62,14 @@ def train(
     """
     given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
     console = terminal.console(quiet=not verbose)
-    with _own_loop():
+    followers = [*map(_called, count(), callbacks), *map(_logged, count(), trackers)]
+    with _own_loop(), _one_error():
         config = _config(given.overrides())
         check_login(config.tracker)
         check_place(config)
         made = make_plan(config)
         made.show_prompts(console)
-        return TrainedRun(train_once(made, console, trackers=[*map(_called, callbacks), *map(_logged, trackers)]).path)
+        return TrainedRun(train_once(made, console, trackers=followers).path)
 
 
 def plan(
@@ -81,7 +84,7 @@ def plan(
 ) -> Plan:
     """Checked plan of a run (`dry_run=true`); nothing is started. `rich.print(plan.table())` shows it."""
     given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
-    with _own_loop():
+    with _own_loop(), _one_error():
         return make_plan(_config(given.overrides()))
 
 
@@ -98,7 +101,7 @@ def evaluate(
     prompts = None if isinstance(evaluation, Mapping) else evaluation  # of which the plan wants some
     given = _Given(None, student, teacher, prompts, reward, evaluation, settings)
     overrides = [*given.overrides(), *([] if checkpoint is None else overrides_of({"student.path": checkpoint}, {}))]
-    with _own_loop():
+    with _own_loop(), _one_error():
         return evaluate_once(make_plan(_config(overrides)))
 
 
@@ -107,12 +110,36 @@ def _config(overrides: Sequence[str]) -> RunConfig:
     return run_config(overrides)
 
 
-def _called(callback: Callback) -> MakeTracker:
+def _called(number: int, callback: Callback) -> MakeTracker:
+    if not callable(callback):
+        raise ConfigurationError(
+            f"callbacks[{number}] needs a function of the progress, got {type(callback).__name__}; give a function"
+        )
     return lambda meter, steps: CallbackTracker(callback, meter, steps)
 
 
-def _logged(logger: Logger) -> MakeTracker:
+def _logged(number: int, logger: Logger) -> MakeTracker:
+    if not callable(getattr(logger, "log", None)):
+        raise ConfigurationError(
+            f"trackers[{number}] needs an object with log(data, step=), got {type(logger).__name__}; shipped trackers "
+            'are settings, as in tracker="wandb"'
+        )
     return lambda meter, _: LoggerTracker(logger, meter)
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Context out of which an error comes by itself: not the group of tasks it ended, nor what Ray made of it."""
+    try:
+        yield
+    except ExceptionGroup as group:
+        leaves = [one for one in causes(group) if not isinstance(one, ExceptionGroup)]
+        alone = find_own(group) or (leaves[0] if len(leaves) == 1 else None)
+        if alone is None:
+            raise
+        for note in getattr(group, "__notes__", ()):
+            alone.add_note(note)
+        raise alone from None
 
 
 @contextmanager

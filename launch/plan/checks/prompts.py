@@ -10,11 +10,13 @@ from launch.inputs.prompt_files import reading
 from launch.plan.checks.conversations import conversations, own_templates
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
-from opd.method.needs import asks_prompts_teacher, named, needed
-from opd.ports import Listed, Role, Routed, Sources
+from opd.method.needs import asks_prompts_teacher, named, needed, questions
+from opd.ports import Listed, Role, Routed, Sources, Tokenizer
 from opd.prompts.dataset import AT_ONCE, DatasetPrompts
 from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
+
+JOINTS = 8  # tokens that texts may lose where they meet, and special ones
 
 
 def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out: Survey) -> None:
@@ -39,7 +41,7 @@ def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out
         )
 
 
-def check_lengths(config: RunConfig, training: Survey, held_out: Survey) -> int:
+def check_lengths(config: RunConfig, training: Survey, held_out: Survey, tokenizer: Tokenizer) -> int:
     """Tokens of the longest sequence; refuses one that fits neither the engine, nor a micro-batch, nor a teacher."""
     written = max(config.max_tokens, *_limits(config.method.rollout))
     longest = 0
@@ -58,6 +60,7 @@ def check_lengths(config: RunConfig, training: Survey, held_out: Survey) -> int:
                 f"{config.learner.tokens_per_microbatch}; raise it to at least {total}"
             )
         _check_teachers_room(config, found, more)
+    _check_questions(config, training, written, tokenizer)
     return longest
 
 
@@ -72,6 +75,33 @@ def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
                     f"{where} has {tokens} tokens for the teacher and max_tokens is {more}, but {part}.{key} is {room}"
                     f"; raise it to {tokens + more} or lower max_tokens"
                 )
+
+
+def _check_questions(config: RunConfig, found: Survey, more: int, tokenizer: Tokenizer) -> None:
+    """Refuse a scorer's question that, with the longest prompt and text, is longer than its teacher reads at once.
+
+    What stands in the place of an `{answer}` is not counted, nor what is cut where texts meet: it has at least this.
+    """
+    tokens, where = found.longest
+    for named_teacher, templates in questions(config.method).items():
+        asked = {named_teacher} if named_teacher else found.teachers.keys()
+        for name in sorted(asked & config.teachers.keys()):
+            teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
+            rooms = {"max_batch_tokens": teacher.max_batch_tokens, "max_model_len": teacher.max_model_len}
+            longest = max(_least_tokens(template, tokens, tokenizer) for template in templates) + more
+            for key, room in rooms.items():
+                if room and longest > room:
+                    raise ConfigurationError(
+                        f"what method {config.method.name} asks its teacher about {where} has {longest} tokens or more "
+                        f"(max_tokens is {more}), but {part}.{key} is {room}; raise it, shorten the question of the "
+                        "scorer, or lower max_tokens"
+                    )
+
+
+def _least_tokens(template: str, prompt: int, tokenizer: Tokenizer) -> int:
+    """Number of tokens that a filled template has at least."""
+    own = len(tokenizer.encode(template.replace("{prompt}", "").replace("{answer}", "")))
+    return max(0, own - JOINTS) + prompt * ("{prompt}" in template)
 
 
 def _limits(part: Any) -> Iterator[int]:

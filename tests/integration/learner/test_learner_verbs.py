@@ -29,6 +29,7 @@ from tests.small_learner import (
     keep,
     predictions,
     read_by,
+    tiny,
 )
 
 Contents = Callable[[LearnerRank], dict[str, torch.Tensor]]
@@ -258,6 +259,26 @@ def test_readings_are_those_of_the_whole_distributions_and_change_nothing(
         assert np.concatenate(counted).mean() == pytest.approx(expected, rel=1e-5)
     assert equal(contents(rank), before)
     assert step(rank, 2, config) == step(straight, 2, config)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), STAGES, ids=str)
+def test_offloading_frees_all_that_a_learner_holds_and_changes_nothing(
+    stage: int, dtype: Dtype, start: Start, contents: Contents, tmp_path: Path
+) -> None:
+    config = config_of(stage, dtype, warmup_steps=3)
+    student = tiny(tmp_path / "wide", tied=True, seed=1, width=128)  # of whole pages
+    straight, rank = (start(config, student) for _ in range(2))
+    for number in range(3):
+        assert step(rank, number, config) == step(straight, number, config)
+        training = rank._training
+        assert training is not None
+        row = dict(training._engine.module.named_parameters())["causal.model.embed_tokens.weight"].data[30:31]
+        before = row.clone()
+        rank.offload()
+        if number and stage < 3:  # the first update has a rate of 0
+            assert not torch.equal(row, before), "its pages are zeros now, or those of the checkpoint's file"
+        rank.reload()
+    assert equal(contents(rank), contents(straight))
 
 
 def test_an_offloaded_learner_refuses_work_until_it_is_reloaded(

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,18 +13,83 @@ from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
 
 import opd
 from launch.cli.api.inputs import described, importable, part_option, prompts_file, reward_settings
 from launch.cli.api.overrides import overrides_of
+from launch.cli.api.verbs import _one_error
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from launch.plan.plan import make_plan
-from opd.errors import ConfigurationError, OpdError
+from opd.errors import ConfigurationError, DataError, OpdError
 from opd.prompts.dataset import DatasetPrompts
 from tests.command import ROOT
+
+
+def test_errors_can_be_caught_by_their_names() -> None:
+    assert issubclass(opd.ConfigurationError, opd.OpdError) and opd.OpdError is OpdError
+    assert {"OpdError", "train"} <= set(dir(opd))
+
+
+def test_an_error_of_a_task_comes_out_alone() -> None:
+    mine, other = ValueError("mine"), DataError("ours")
+    for inside, alone in (([mine], mine), ([ExceptionGroup("inner", [mine])], mine), ([mine, other], other)):
+        group = ExceptionGroup("tasks", inside)
+        group.add_note("how to go on")
+        with pytest.raises(type(alone)) as raised, _one_error():
+            raise group
+        assert raised.value is alone and alone.__notes__[-1] == "how to go on"
+    with pytest.raises(ExceptionGroup), _one_error():
+        raise ExceptionGroup("tasks", [ValueError("one"), KeyError("another")])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"callbacks": [print, 3]}, r"callbacks\[1\] needs a function of the progress, got int"),
+        (
+            {"trackers": ["wandb"]},
+            r"trackers\[0\] needs an object with log\(data, step=\), got str; .*tracker=\"wandb\"",
+        ),
+    ],
+    ids=["callback", "tracker"],
+)
+def test_followers_that_are_none_are_refused_before_anything_starts(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        opd.train(experiment="shop", **given)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert overrides_of({"learner": {"lr": np.float64(1e-3)}, "steps": np.int64(3)}, {}) == [
+        "learner.lr=0.001",
+        "steps=3",
+    ]
+
+
+SCRIPT = """
+import pathlib, sys
+marks = pathlib.Path(sys.argv[1])
+marks.joinpath(f"run-{len(list(marks.iterdir()))}").touch()
+from launch.inputs.grading_process import GradingProcess
+child = GradingProcess(print, "begun", preload=["math"])
+assert child.call(divmod, 7, 2, deadline_s=60) == (3, 1)
+child.close()
+"""
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
+    """Processes that Python starts import the main module again, which would be the user's whole training."""
+    script, marks = tmp_path / "mine.py", tmp_path / "marks"
+    script.write_text(SCRIPT)
+    marks.mkdir()
+    subprocess.run(
+        [sys.executable, str(script), str(marks)], check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert len(list(marks.iterdir())) == 1
+
 
 QUIET = ["experiment=shop", "tracker=none"]
 

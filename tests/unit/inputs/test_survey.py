@@ -58,6 +58,20 @@ def test_a_row_that_would_not_fit_is_found_wherever_it_stands(tmp_path: Path) ->
     assert plan(late, *few, "prompts.limit=60").longest < 128  # what can never come is no matter
 
 
+def test_what_a_scorer_asks_about_a_text_must_fit_its_teacher_too(tmp_path: Path) -> None:
+    rows = stored(tmp_path / "rows.jsonl", shorts(9))
+    room = plan(rows).longest + 20
+    probed = ["method=cal_opd", 'method.scorer.probes={mine: "{prompt} ' + "2 " * 60 + '"}']
+    assert plan(rows, *probed, f"teacher.max_batch_tokens={room + 60}")
+    assert f"teacher.max_batch_tokens is {room}; raise it" in refused(rows, *probed, f"teacher.max_batch_tokens={room}")
+    judge = ["method=judged", "prompts.group_size=4", "+teachers.judge.path=${teacher.path}"]
+    judge += ["+teachers.judge.dtype=FLOAT32", "method.terms.verdict.scorer.yes=1", "method.terms.verdict.scorer.no=0"]
+    asked = [*judge, 'method.terms.verdict.scorer.after="' + "2 " * 60 + '"']
+    assert plan(rows, *asked, f"+teachers.judge.max_batch_tokens={room + 60}")
+    said = refused(rows, *asked, f"+teachers.judge.max_batch_tokens={room}")
+    assert "teachers.judge.max_batch_tokens is" in said and "what method judged asks its teacher about" in said
+
+
 def test_a_step_whose_rows_are_all_left_out_is_found(tmp_path: Path) -> None:
     rows = [*shorts(4), {"prompt": LONG, "answer": "1"}, {"prompt": LONG + " ?", "answer": "1"}, *shorts(2)]
     path = stored(tmp_path / "rows.jsonl", rows)

@@ -56,6 +56,7 @@ def test_a_learner_with_a_gpu_opens_every_transport() -> None:
         (["learner.transport=NCCL", *APART, "teacher.mixup=0.5"], r"teacher 'default' follows"),
         (["learner.transport=NCCL", *TOGETHER], r"GPUs of their own .*gpus_per_learner=0\.4"),
         (["learner.transport=NCCL"], r"GPUs of their own .*gpus_per_learner=0 "),
+        (["learner.transport=CUDA_IPC"], r"on one GPU, but cluster\.gpus_per_learner=0 "),
         (["learner.transport=CUDA_IPC", *APART], r"on one GPU, but cluster\.gpus_per_learner=1"),
         (["learner.transport=CUDA_IPC", *TOGETHER, "learner.ranks=2"], r"on one GPU, but .*learner\.ranks=2"),
         (["learner.transport=CUDA_IPC", *TOGETHER, "learner.device=CPU"], r"learner and engines on GPUs"),
