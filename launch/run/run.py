@@ -100,9 +100,8 @@ class Run:
         # Read meanwhile; a large teacher takes minutes. Known already where a checkpoint was compared with them.
         self._fingerprints = asyncio.create_task(asyncio.to_thread(fingerprints, config))
         self._say("loading the student and its teachers ...")
-        session = self._session = await open_session(
-            plan, StackDumps(self._directory.stacks), self._directory.path.resolve()
-        )
+        stacks = StackDumps(self._directory.stacks)
+        session = self._session = await open_session(plan, stacks, self._directory.path.resolve())
         gc.collect()
         gc.freeze()  # what start-up made stays: no garbage collection need look at it at every step
         try:

@@ -55,6 +55,7 @@ def wrong(words: Sequence[str], page: str) -> str:
     if verb == "submit" and (inner := [i for i, word in enumerate(words) if word in VERBS - {"submit"}]):
         return wrong(words[inner[0] :], page)
     overrides = [word for word in words[1:] if "=" in word and not word.startswith(("-", "["))]
+    overrides = [word for word in overrides if "/" not in word.partition("=")[0]]  # which is the name of a run
     overrides = without_methods(overrides) if verb == "compare" else overrides
     overrides = [re.sub(r"^stages\.\w+\.", "", word) for word in overrides if not word.startswith("stages=")]
     overrides = [word for word in overrides if word.partition("=")[0] not in own]
