@@ -87,7 +87,7 @@ class EvaluationPoint:
 
     def tracked(self) -> dict[str, float]:
         """Numbers for a tracker by their names: of a named set `SET/maj_at_4`, with the ends of intervals apart."""
-        values = {n: v for n, v in self.as_json().items() if isinstance(v, int | float) and n not in _SAMPLER}
+        values = {n: float(v) for n, v in self.as_json().items() if isinstance(v, int | float) and n not in _SAMPLER}
         if not self.set:
             by_task = {"greedy_by_task": self.greedy_by_task, "mean_at_k_by_task": self.mean_at_k_by_task}
             return values | {f"{name}.{task}": v for name, of in by_task.items() for task, v in of.items()}
@@ -109,7 +109,8 @@ class EvaluationPoint:
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str = "an evaluation") -> "EvaluationPoint":
         """Inverse of `as_json`. Raises `DataError` for anything else."""
-        values = values | {"estimates": _estimates(values["estimates"], where)} if _has_estimates(values) else values
+        if _has_estimates(values):
+            values = {**values, "estimates": _estimates(values["estimates"], where)}
         return record(cls, values, where, "remove it, or write the report with the version that wrote it")
 
 

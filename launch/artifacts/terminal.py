@@ -1,5 +1,6 @@
 """Consoles of the program: names, paths and sentences that are printed are text, never markup or emoji codes."""
 
+import io
 import sys
 from typing import Any
 
@@ -14,6 +15,20 @@ def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """
     plain = False if in_notebook() else None
     return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, force_jupyter=False, force_terminal=plain)
+
+
+def unseen(*, quiet: bool = False, record: bool = False, colored: bool = False, width: int | None = None) -> Console:
+    """A console whose text goes nowhere: for what is rendered, or recorded and shown otherwise."""
+    return Console(
+        file=io.StringIO(),
+        quiet=quiet,
+        record=record,
+        width=width,
+        markup=False,
+        emoji=False,
+        force_terminal=colored,
+        force_jupyter=False,
+    )
 
 
 def in_notebook() -> bool:

@@ -1,6 +1,5 @@
 """A run in a notebook: one panel below the cell, which is drawn anew while the run goes on."""
 
-import io
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -8,6 +7,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from launch.artifacts.evaluation_point import EvaluationPoint
+from launch.artifacts.terminal import unseen
 from launch.monitors.live_view import LiveView
 from launch.monitors.step_metrics import Meter
 from opd.loop.train import StepRecord
@@ -21,7 +21,7 @@ class NotebookView:
     """Notebook view: the panel of a terminal (`LiveView`) as an output of the cell, which is replaced."""
 
     def __init__(self, *, title: str, steps: int, meter: Meter) -> None:
-        silent = Console(file=io.StringIO(), quiet=True, force_terminal=False, force_jupyter=False)
+        silent = unseen(quiet=True)
         self._view = LiveView(title=title, steps=steps, meter=meter, console=silent)
         self._shown: Any = None
         self._last = 0.0
@@ -63,6 +63,6 @@ class NotebookView:
         return self._drawn().export_text()
 
     def _drawn(self) -> Console:
-        console = Console(file=io.StringIO(), record=True, width=_WIDTH, force_terminal=True, force_jupyter=False)
+        console = unseen(record=True, width=_WIDTH, colored=True)
         console.print(self._view)
         return console

@@ -1,6 +1,5 @@
 """A run's log: what is printed while it runs, as text with the time, in a file of its directory."""
 
-import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from rich.console import Console, ConsoleRenderable, RenderHook
 from rich.control import Control
 
 from launch.artifacts.redaction import masked
+from launch.artifacts.terminal import unseen
 
 _log = logging.getLogger(__name__)
 _WIDTH = 160  # letters of a table; sentences are never cut
@@ -29,7 +29,7 @@ class RunLog(RenderHook):
         """Copy what is about to be printed; it is printed as it is."""
         shown = [one for one in renderables if not isinstance(one, Control)]
         if shown:
-            plain = Console(file=io.StringIO(), force_terminal=False, force_jupyter=False, width=_WIDTH, markup=False)
+            plain = unseen(width=_WIDTH)
             plain.print(*shown, soft_wrap=True, highlight=False)
             self.write(plain.file.getvalue())  # type: ignore[attr-defined]
         return renderables

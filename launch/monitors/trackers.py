@@ -1,6 +1,5 @@
 """Trackers of finished steps and evaluations: the run directory, wandb and the terminal, and those of other files."""
 
-import io
 import logging
 import netrc
 import os
@@ -18,7 +17,7 @@ from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.redaction import masked, redacted
 from launch.artifacts.run_directory import RunDirectory, append_json, write_text
 from launch.artifacts.samples import Sample, samples_of
-from launch.artifacts.terminal import in_notebook
+from launch.artifacts.terminal import in_notebook, unseen
 from launch.artifacts.tracker_runs import remember_run
 from launch.config.tracker import TrackerConfig, WandbMode
 from launch.monitors.live_view import LiveView
@@ -69,7 +68,7 @@ def _views(
     seen = LiveView(title=title, steps=plan.steps, meter=meter, console=console, print_every=config.print_every)
     if not (notebook or console.is_terminal):
         return [seen]
-    silent = Console(file=io.StringIO(), quiet=True, force_terminal=False, force_jupyter=False)
+    silent = unseen(quiet=True)
     silent.push_render_hook(RunLog(directory.log))
     lines = LiveView(title=title, steps=plan.steps, meter=meter, console=silent, print_every=config.print_every)
     return [NotebookView(title=title, steps=plan.steps, meter=meter) if notebook else seen, lines]
