@@ -113,7 +113,7 @@ def _keys(own: str, chosen: tuple[str, ...]) -> tuple[Key, ...]:
     return tuple(keys(_compose(own, chosen)))
 
 
-SEVERAL = "tracker"  # the group of which a run may have several options
+SEVERAL = ("tracker", "graders", "evaluation_sets")  # groups of which a run may have several options
 ALONE = ("none", "offline", "wandb")  # of which it may have one
 
 
@@ -122,10 +122,11 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
     group = key.lstrip("+~")
     if value.startswith(("{", "null")) or key.startswith("~"):
         return
-    wrong = [one for one in _named_options(value) if one not in known[group]]
+    chosen = _named_options(value) if group in SEVERAL else [value]
+    wrong = [one for one in chosen if one not in known[group]]
     if not wrong:
-        if group == SEVERAL:
-            _check_trackers(override, _named_options(value))
+        if group == "tracker":
+            _check_trackers(override, chosen)
         return
     if not value.startswith("[") and re.search(r",|^(choice|range|glob|sort|shuffle|interval)\(", value):
         raise ConfigurationError(f"{shown(override)} names several options; {_SWEEP}")

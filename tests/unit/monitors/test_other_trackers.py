@@ -250,7 +250,7 @@ def test_several_are_chosen_by_one_override() -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("tracker=[tensorbord]", r"tracker=tensorbord does not exist; did you mean tracker=tensorboard"),
+        ("tracker=[tensorbord]", r"tracker=\[tensorbord\] does not exist; did you mean tracker=\[tensorboard\]"),
         ("tracker=[wandb,offline]", r"says two things"),
         ("tracker=[none,mlflow]", r"says two things"),
         ("tracker=[mlflow,mlflow]", r"needs different names"),
