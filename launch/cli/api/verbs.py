@@ -237,6 +237,8 @@ class _Given:
         training = ["prompts=dataset", *overrides_of({"prompts": {"path": path, **columns}}, {})]
         if self.evaluation is not None:
             return [*training, *self._held_out(self.evaluation)]
+        if "evaluation_sets" in self.settings:
+            return [*training, "evaluation=none"]
         number = min(HELD_OUT, count) if count else HELD_OUT
         seen = {"evaluation.prompts": {"path": path, "prompts_per_step": number}}  # of which the plan warns
         return [*training, "evaluation=dataset", *overrides_of(seen, {})]

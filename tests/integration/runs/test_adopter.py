@@ -12,7 +12,7 @@ from tests.tiny_models import tiny_model
 from tests.unit.hub.test_adopter import FROM_YAML, VOCABULARY, add_data
 
 SMALLER = ["steps=1", "max_tokens=6", "student.max_model_len=512", "prompts.prompts_per_step=2"]
-SMALLER += ["evaluation.prompts.prompts_per_step=2", "evaluation.teacher=false", "doctor=false", "tracker=none"]
+SMALLER += ["evaluation.sets.math500.subset=2", "evaluation.sets.aime24.subset=2", "doctor=false", "tracker=none"]
 
 
 def small(seed: int, folder: Path) -> Files:
@@ -38,6 +38,11 @@ def test_the_run_of_the_example_trains(tmp_path: Path) -> None:
     (step,) = map(json.loads, (tmp_path / "a" / "metrics.jsonl").read_text().splitlines())
     assert step["distill/reverse_kl"] > 0 and step["actor/grad_norm"] > 0
     points = [json.loads(line) for line in (tmp_path / "a" / "evaluations.jsonl").read_text().splitlines()]
-    assert {point["step"] for point in points} == {0, 1} and all(point["greedy"] is not None for point in points)
+    assert [(point["step"], point["set"]) for point in points] == [
+        (s, n) for s in (0, 1) for n in ("math500", "aime24")
+    ]
+    assert {"mean_at_4", "pass_at_4", "maj_at_4"} <= points[0]["estimates"].keys() and "maj_at_16" in points[1][
+        "estimates"
+    ]
     exported = json.loads((tmp_path / "a" / "export" / "config.json").read_text())
     assert exported["vocab_size"] == 151_936 and exported["model_type"] == "qwen3"

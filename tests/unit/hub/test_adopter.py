@@ -38,7 +38,7 @@ def _filled(value: Any, number: str) -> Any:
 
 
 def add_data(hub: HubStandIn) -> None:
-    """The two data sets with the columns that they have."""
+    """The three data sets with the columns that they have."""
     nested = {"ground_truth": "#", "style": "rule-lighteval/MATH_v2"}
     trained = rows(80, prompt="What is # + 0?", solution="#", data_source="math_dapo", reward_model=nested)
     head = b"---\nconfigs:\n- config_name: en\n  data_files: [{split: train, path: en/train.jsonl}]\n"
@@ -47,6 +47,9 @@ def add_data(hub: HubStandIn) -> None:
     hub.add("dataset", "open-r1/DAPO-Math-17k-Processed", more)
     judged = rows(500, problem="Find $#$.", solution="It is \\boxed{#}.", answer="#", subject="Algebra", level=1)
     hub.add("dataset", "HuggingFaceH4/MATH-500", {"test.jsonl": judged, "README.md": b"# MATH-500"})
+    judged = rows(30, problem="Find $#$.", solution="It is \\boxed{#}.", answer="#", year="2024")
+    split = b"---\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: data/train-*}]\n---\n"
+    hub.add("dataset", "HuggingFaceH4/aime_2024", {"data/train-0.jsonl": judged, "README.md": split})
 
 
 @pytest.fixture
@@ -83,7 +86,8 @@ def test_the_yaml_and_the_call_are_one_run(hub_of_the_run: HubStandIn, tmp_path:
     assert r"<|im_start|>system\nPut the final answer into \boxed{}.<|im_end|>" in first and "+ 0?" in first
     assert first.endswith(r"<|im_start|>assistant\n<think>\n\n</think>\n\n"), "thinking is switched off"
     assert plan.prompts["for the teacher"] == "the same" and plan.prompts["its answer"].isdigit()
-    assert plan.answers["evaluation.prompts"] == "500 reference answers, all readable"
+    for name, count in (("math500", 500), ("aime24", 30)):
+        assert plan.answers[f"evaluation.sets.{name}.prompts"] == f"{count} reference answers, all readable"
     assert sum(n for path, n in hub.sent.items() if "elsewhere" in path) < 20e6, "headers, and one tokenizer each"
     call = from_python()
     same = {"text": "", "overrides": ()}
