@@ -8,8 +8,7 @@ run = opd.train(
     teacher="Qwen/Qwen3-4B",
     prompts={"path": "open-r1/DAPO-Math-17k-Processed:en:train", "answer_column": "reward_model.ground_truth", **asked},
     evaluation_sets=["math500", "aime24"],
-    evaluation={"sets": {"math500": {"every": 25}}},
-    max_tokens=3072,
     learner={"dtype": "BFLOAT16", "zero_stage": 2, "lr": 1e-6},
     tracker="wandb",
+    **{"max_tokens": 3072, "evaluation.sets.math500.every": 25},
 )
