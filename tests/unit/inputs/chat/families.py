@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny_models import tiny_model
 
 HERE = Path(__file__).parent
+FOLDER = TemporaryDirectory(prefix="families-")  # removed when this process ends
 PLACEHOLDERS = 8  # ids of special tokens, as many for every family: their vocabularies have one size
 
 
@@ -36,7 +37,7 @@ FAMILIES = {
 def checkpoint(family: str, template: str = "") -> str:
     """A tiny random model with the tokenizer of `family`, with another family's `template` if one is named."""
     of = FAMILIES[family]
-    folder = Path(mkdtemp(prefix=f"{family}-"))
+    folder = Path(FOLDER.name) / f"{family}-{template}"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
