@@ -193,6 +193,12 @@ class _Given:
         """The same as a command line."""
         known = groups(str(self.settings.get("conf", "")))
         below = {n: v for n, v in (("prompts", self.prompts), ("evaluation", self.evaluation)) if _is_settings(v)}
+        for name, given in below.items():
+            if rows := [key for key in ("prompt", "messages") if key in given]:
+                raise ConfigurationError(
+                    f"{name} is one mapping with {rows[0]!r}, and a mapping is settings of prompts; give a list of such "
+                    "mappings, or a table (a DataFrame, a data set of datasets)"
+                )
         if below:
             rest = replace(self, settings={**below, **self.settings})
             return replace(rest, **dict.fromkeys(below, None)).overrides()

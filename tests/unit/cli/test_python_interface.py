@@ -244,7 +244,7 @@ def test_a_plan_is_made_where_an_event_loop_runs(tmp_path: Path) -> None:
         ({"method": "full_revers_kl"}, "did you mean method=full_reverse_kl"),
         ({"learner": {"lrr": 1e-3}}, "lrr"),
         ({"student": "/nowhere"}, "/nowhere"),
-        ({"prompts": {"prompt": "1 + 1?"}}, "there is no setting 'prompts.prompt'"),
+        ({"prompts": {"prompt": "1 + 1?"}}, "prompts is one mapping with 'prompt', and a mapping is settings"),
     ],
 )
 def test_a_wrong_call_is_one_sentence(arguments: Mapping[str, Any], sentence: str, tmp_path: Path) -> None:
