@@ -196,8 +196,8 @@ class _Given:
         for name, given in below.items():
             if rows := [key for key in ("prompt", "messages") if key in given]:
                 raise ConfigurationError(
-                    f"{name} is one mapping with {rows[0]!r}, and a mapping is settings of prompts; give a list of such "
-                    "mappings, or a table (a DataFrame, a data set of datasets)"
+                    f"{name} is one mapping with {rows[0]!r}, and a mapping is settings of prompts; give a list of "
+                    "such mappings, or a table (a DataFrame, a data set of datasets)"
                 )
         if below:
             rest = replace(self, settings={**below, **self.settings})
