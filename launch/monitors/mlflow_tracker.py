@@ -25,7 +25,11 @@ from opd.loop.train import StepRecord
 _log = logging.getLogger(__name__)
 _START_S = 120  # seconds until there is a run: a new file takes some for its tables
 _END_S = 60  # seconds that the end of a run waits for what was not sent yet
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}  # unless the user's own
+_SETTINGS = {  # of the package, unless the user's own; its telemetry would go to its makers
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 _LONGEST, _AT_ONCE = 6000, 100  # characters of a parameter, and parameters of a call, that MLflow takes
 _STEPS, _EVALUATIONS = "step", "eval_cost/k"  # metrics that tell which were sent already
 
@@ -57,7 +61,7 @@ class MlflowTracker:
         self._set: tuple[str, ...] = ()
 
     def __enter__(self) -> Self:
-        own = {name: value for name, value in _PATIENCE.items() if name not in os.environ}
+        own = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
         os.environ.update(own)
         self._set = tuple(own)
         self._thread.start()

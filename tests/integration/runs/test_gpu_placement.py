@@ -82,7 +82,9 @@ def headless() -> Iterator[None]:
     import ray
     from ray.cluster_utils import Cluster
 
-    with few_processes():
+    with few_processes(), pytest.MonkeyPatch.context() as patch:
+        for name in engine_environment(Device.CPU):  # which other tests of this process may have set for it
+            patch.delenv(name, raising=False)
         head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False}
         cluster = start_ray(lambda: Cluster(initialize_head=True, head_node_args=head), 250.0)
         try:

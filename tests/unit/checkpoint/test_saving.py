@@ -14,6 +14,7 @@ import pytest
 from launch.artifacts.checkpoint_state import DriverState
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.run_directory import RunDirectory
+from launch.checkpoint.best import BestSoFar
 from launch.checkpoint.resume import way_on
 from launch.checkpoint.saver import Retention, Saver
 from launch.config.budget import StopAfter
@@ -199,6 +200,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_waits_for_it(
     async def main() -> None:
         ranks, run, stop = Ranks(), object.__new__(Run), StopRequest(60.0)
         run._directory, run._stop, run._first = RunDirectory.create(tmp_path, "r"), stop, 0
+        run._best = BestSoFar(None)
         run._before, run._meter = None, lambda record: {"step": float(record.step)}  # type: ignore[assignment]
         run._plan, run._ledger = SimpleNamespace(sources=None), None  # type: ignore[assignment]
         run._config = SimpleNamespace(  # type: ignore[assignment]

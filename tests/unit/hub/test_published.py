@@ -107,7 +107,7 @@ def said(name: str) -> Mapping[str, str]:
 
 
 def hardware(planned: Sequence[Plan]) -> str:
-    """Devices of the stage that asks for most of them, and what a learner rank holds there without activations."""
+    """Devices of the stage that asks for most of them, and what a learner rank needs there at its peak."""
     most = max(planned, key=lambda plan: sum(role.count * role.gpus for role in roles(plan.config)))
     memory = most.memory_bytes()["learner rank"] / 2**30
     return f"{gpus(most.config).partition(';')[0]}; {memory:.0f} GiB"
