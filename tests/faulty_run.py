@@ -139,16 +139,16 @@ def _before(place: str, real: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.iscoroutinefunction(real):  # parts are asked whether they are awaited
 
         @wraps(real)
-        async def awaited(*arguments: Any) -> Any:
+        async def awaited(*arguments: Any, **options: Any) -> Any:
             at(place)
-            return await real(*arguments)
+            return await real(*arguments, **options)
 
         return awaited
 
     @wraps(real)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         at(place)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     return call
 
