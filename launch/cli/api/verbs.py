@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from launch.artifacts import terminal
 from launch.artifacts.evaluation_point import EvaluationPoint
@@ -172,7 +172,7 @@ def _own_loop() -> Iterator[None]:
         asyncio._set_running_loop(outer)
 
 
-def _is_settings(given: Any) -> bool:
+def _is_settings(given: Any) -> TypeGuard[Settings]:
     """Whether it is settings of prompts that are named elsewhere; with a path they are those of a file."""
     return isinstance(given, Mapping) and "path" not in given
 

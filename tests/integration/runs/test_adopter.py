@@ -12,7 +12,8 @@ from tests.tiny_models import tiny_model
 from tests.unit.hub.test_adopter import FROM_YAML, VOCABULARY, add_data
 
 SMALLER = ["steps=1", "max_tokens=6", "student.max_model_len=512", "prompts.prompts_per_step=2"]
-SMALLER += ["evaluation.sets.math500.subset=2", "evaluation.sets.aime24.subset=2", "doctor=false", "tracker=none"]
+SMALLER += ["evaluation.sets.math500.subset=2", "evaluation.sets.aime24.subset=2", "evaluation.teacher=false"]
+SMALLER += ["doctor=false", "tracker=none"]
 
 
 def small(seed: int, folder: Path) -> Files:
