@@ -100,7 +100,7 @@ def reports(config: RunConfig, look_for: Path | None = None) -> dict[str, list[R
     """What the actors of a run are given, by role; one of them must see `look_for`."""
     import ray
 
-    actors = Actors(replace(config.cluster, start_deadline_s=60.0), roles(config))
+    actors = Actors(replace(config.cluster, start_deadline_s=200.0), roles(config))
     environments = {
         ENGINE: engine_environment(config.student.device),
         TEACHER: teacher_environment(config.teacher.device, config.teacher.backend),
