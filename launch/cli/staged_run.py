@@ -24,14 +24,13 @@ from launch.checkpoint.places import check_writable
 from launch.checkpoint.resume import move_aside_if_lost, resumption
 from launch.cli.stages import OF_THE_RUN, Stage, override_key
 from launch.cli.train import train_once
-from launch.config.run_config import RunConfig, run_config
+from launch.config.run_config import RunConfig, run_config, single_settings
 from launch.monitors.trackers import check_login
 from launch.plan import hub
 from launch.plan.plan import Plan, make_plan
 from launch.report.figures import short_number
 from launch.report.next_steps import next_steps_text
 from opd.errors import ConfigurationError, DataError
-from opd.settings.validation import fields_of, fit
 
 RECORD = "stages.json"  # names and settings of all stages, by which a resumed run knows what was trained
 _ELSEWHERE = ("student.path", "run_name", "output_dir")  # follow from the stages themselves
@@ -69,8 +68,7 @@ class _Named:
 
     @classmethod
     def of(cls, node: DictConfig) -> "_Named":
-        hints = fields_of(RunConfig)
-        values = {key: fit(hints[key], node[key], key) for key in ("run_name", "output_dir", "resume", "dry_run")}
+        values = single_settings(node, "run_name", "output_dir", "resume", "dry_run")
         resume, name = values["resume"], values["run_name"]
         if resume not in ("", LATEST):
             raise ConfigurationError(

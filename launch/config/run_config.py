@@ -209,3 +209,9 @@ def _teachers(values: Mapping[str, Any]) -> dict[str, TeacherConfig]:
             )
     teachers = {DEFAULT: construct(TeacherConfig, values.get("teacher"), "teacher")}
     return teachers | {name: construct(TeacherConfig, more[name], f"teachers.{name}") for name in more}
+
+
+def single_settings(node: DictConfig, *names: str) -> dict[str, Any]:
+    """Values of some settings of a composed configuration, checked, before a whole run is made of it."""
+    hints = fields_of(RunConfig)
+    return {name: fit(hints[name], node[name], name) for name in names}

@@ -28,7 +28,7 @@ from launch.cli.sweep.points import OF_THE_SWEEP, Point
 from launch.cli.sweep.standing import Progress, Standing, check_goes_on, standing
 from launch.cli.train import train_once
 from launch.config.compose import compose
-from launch.config.run_config import RunConfig, run_config
+from launch.config.run_config import RunConfig, run_config, single_settings
 from launch.monitors.trackers import check_login
 from launch.plan import hub
 from launch.plan.plan import Plan, make_plan
@@ -36,7 +36,6 @@ from launch.report.figures import short_number
 from launch.services.failure_causes import find_own
 from launch.services.signals import Preempted
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.settings.validation import fields_of, fit
 
 
 def run_sweep(points: Sequence[Point], overrides: Sequence[str]) -> int:
@@ -73,8 +72,7 @@ class _Asked:
 
     @classmethod
     def of(cls, node: DictConfig) -> "_Asked":
-        hints = fields_of(RunConfig)
-        values = {key: fit(hints[key], node[key], key) for key in ("run_name", "output_dir", "resume", "dry_run")}
+        values = single_settings(node, "run_name", "output_dir", "resume", "dry_run")
         resume, name = values["resume"], values["run_name"]
         if "comparison" in node or node.get("stages"):
             raise ConfigurationError(

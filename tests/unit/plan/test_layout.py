@@ -149,7 +149,7 @@ def shop() -> RunConfig:
 def test_every_layout_of_the_demo_fits_what_is_there(
     shop: RunConfig, monkeypatch: pytest.MonkeyPatch, count: int, replicas: int
 ) -> None:
-    """Also for several engines; nobody is left without a GPU, and a sentence says what was chosen."""
+    """Also for several engines; every process has a GPU, and a sentence says what was chosen."""
     shows(monkeypatch, count)
     asked = replace(shop, student=replace(shop.student, replicas=replicas))
     config, (note,) = laid_out(resolved(asked))
