@@ -121,6 +121,7 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
     student = StudentPool(
         config.cluster.retry_policy(config.student.deadline_s),
         partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends, inner_teacher(config)),
+        end=actors.end,
         stack_dump=actors.stack_dump,
         rows=vocabulary_rows(config.student.path),
     )
@@ -168,7 +169,7 @@ def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig
     retry_policy = cluster.retry_policy(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         retry_policy = replace(retry_policy, restarts=0)
-    return TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), stack_dump=actors.stack_dump)
+    return TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), actors.end, actors.stack_dump)
 
 
 async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence[Any]) -> dict[str, str]:
@@ -213,6 +214,7 @@ async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> Tex
     pool = StudentPool(
         config.cluster.retry_policy(as_student.deadline_s),
         make,
+        end=actors.end,
         stack_dump=actors.stack_dump,
         rows=vocabulary_rows(as_student.path),
     )
@@ -230,7 +232,8 @@ def _learner(
 
     def make() -> LearnerGroup:
         ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
-        return LearnerGroup(ranks, config.learner, actors.stack_dump, config.cluster.start_deadline_s, elsewhere)
+        start_s = config.cluster.start_deadline_s
+        return LearnerGroup(ranks, config.learner, actors.stack_dump, start_s, elsewhere, actors.end)
 
     others: dict[str, str] = {}  # nodes of all other actors
 
