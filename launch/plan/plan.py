@@ -32,7 +32,14 @@ from launch.plan.checks.prompts import (
 from launch.plan.checks.settings import check_settings, check_shares, settings_notes
 from launch.plan.checks.survey import Survey, survey_all, survey_held_out
 from launch.plan.checks.tasks import check_tasks
-from launch.plan.checks.teachers import check_adapters, check_embeddings, check_names, check_teachers, unread_notes
+from launch.plan.checks.teachers import (
+    check_adapters,
+    check_embeddings,
+    check_names,
+    check_teachers,
+    unmeasured_notes,
+    unread_notes,
+)
 from launch.plan.hub import HubInput, localized
 from launch.plan.hub import remarks as hub_remarks
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
@@ -45,6 +52,7 @@ from learner.liger import with_kernel
 from opd.method.needs import check_spelling, needs
 from opd.ports import Sources
 from opd.token_weights.special_tokens import with_known_tokens
+from teacher_service.config import Backend
 from weight_sync import sentinel
 
 GIB = 2**30
@@ -78,6 +86,10 @@ class Plan:
     ends: tuple[int, ...] = ()
     sentinel: tuple[int, ...] = ()
     hub: tuple[HubInput, ...] = ()
+
+    def writes(self, name: str) -> bool:
+        """Whether a teacher can generate text: its endpoint does, or its weights are here."""
+        return self.config.teachers[name].backend is Backend.OPENAI or self.teacher_params[name] > 0
 
     def memory_bytes(self) -> Mapping[str, int]:
         """Bytes of one process per role in the phase in which it needs most (`launch.plan.memory`); no libraries."""
@@ -191,6 +203,7 @@ def make_plan(config: RunConfig) -> Plan:
             *settings_notes(config),
             *notes,
             *unread_notes(config),
+            *unmeasured_notes(config),
         ],
         ends=ends.ids,
         hub=placed.hub,

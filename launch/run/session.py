@@ -12,6 +12,7 @@ from actors.config import InnerTeacher, StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from hf.embeddings import FolderEmbeddings
+from hf.stop_tokens import read_ends
 from launch.artifacts.checkpoint_state import LEARNER
 from launch.config.settings import ClusterConfig
 from launch.inputs.graders import RunGrader, make_grader
@@ -44,7 +45,8 @@ from learner.learner import LearnerRank
 from opd.ports import Context, Engines, TextEngine, WeightObserver
 from opd.settings.devices import Device
 from teacher_service.backends import backend
-from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
+from teacher_service.backends.openai_writer import Ending, OpenAIWriter
+from teacher_service.config import REMOTE, TOKEN_VARIABLE, Backend, TeacherConfig
 from teacher_service.config import environment as teacher_environment
 
 CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
@@ -76,7 +78,8 @@ class Session:
         if known is not None:
             return known
         role = replace(self.actors[ENGINE], name=f"measured teacher {name!r}", count=1)
-        self.actors.check_room(role)
+        if self.plan.config.teachers[name].backend is not Backend.OPENAI:
+            self.actors.check_room(role)
         return await _writer(self.actors, self.plan, name, role)
 
     @property
@@ -208,7 +211,12 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
 
 
 async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> TextEngine:
-    config = plan.config
+    """A teacher that writes: its endpoint, or else an engine in an actor of this role."""
+    config, teacher = plan.config, plan.config.teachers[name]
+    if teacher.backend is Backend.OPENAI:
+        ends = tuple(sorted({*read_ends(teacher.path, f"teacher {name}").ids, *plan.ends}))
+        ending = Ending(ids=ends, texts=config.student.stop, rows=vocabulary_rows(teacher.path))
+        return OpenAIWriter(teacher, ending, config.seed, os.environ.get(TOKEN_VARIABLE, ""))
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
     make = partial(_engine, actors, role, as_student, config.seed, plan.ends)
     pool = StudentPool(
