@@ -51,6 +51,7 @@ NAV = {
         "Reliability <docs/reliability>",
     ],
     "Reference": [
+        "docs/commands",
         "docs/reference",
         FAMILIES,
         "docs/schedules",
