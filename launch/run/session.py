@@ -13,7 +13,7 @@ from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from hf.embeddings import FolderEmbeddings
 from launch.artifacts.checkpoint_state import LEARNER
-from launch.config.settings import ClusterConfig
+from launch.config.settings import ClusterConfig, Sharing
 from launch.inputs.graders import RunGrader, make_grader
 from launch.inputs.own_environment import OwnEnvironment
 from launch.plan.checks.blends import inner_teacher
@@ -28,6 +28,7 @@ from launch.plan.checks.devices import (
     writers_of,
 )
 from launch.plan.checks.models import vocabulary_rows
+from launch.plan.memory.parts import of_teacher
 from launch.plan.plan import Plan
 from launch.services.cluster import Actors, fetch, machines, place_of
 from launch.services.learner_group import LearnerGroup
@@ -35,8 +36,9 @@ from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.owned_returns import keep, with_owned_returns
 from launch.services.placement import ActorRole
 from launch.services.pools import Follower, ObservedStudent, StudentPool, TeacherPool
-from launch.services.replicas import within
+from launch.services.replicas import Replicas, within
 from launch.services.stack_dumps import StackDumps
+from launch.services.turns import Turns, resident
 from launch.services.weight_transports import check_places, sender, transport_of
 from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
@@ -61,6 +63,7 @@ class Session:
     learner: RestartingLearner
     graders: Mapping[str, RunGrader]
     environments: Mapping[str, OwnEnvironment]
+    turns: Turns | None = None
 
     def context(self, step: int) -> Context:
         """The engines at a step of this run, for parts of a method that are called beside the loop."""
@@ -77,7 +80,12 @@ class Session:
             return known
         role = replace(self.actors[ENGINE], name=f"measured teacher {name!r}", count=1)
         self.actors.check_room(role)
-        return await _writer(self.actors, self.plan, name, role)
+        return await _writer(self.actors, self.plan, name, role, self.turns)
+
+    def ended(self, pool: StudentPool | TeacherPool) -> None:
+        """Record that the actors of a pool beside the run's own have ended."""
+        if self.turns is not None:
+            self.turns.forget(pool.replicas)
 
     @property
     def followers(self) -> Mapping[str, Follower]:
@@ -118,14 +126,28 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
     if plan.undecided:
         check_idle_cluster(config, machines())
     actors = Actors(config.cluster, roles(config), stacks)
+    turns = Turns(config.cluster.turn_deadline_s) if takes_turns(config.cluster) else None
     student = StudentPool(
         config.cluster.retry_policy(config.student.deadline_s),
-        partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends, inner_teacher(config)),
+        partial(
+            _engine,
+            actors,
+            actors[ENGINE],
+            config.student,
+            config.seed,
+            plan.ends,
+            inner_teacher(config),
+            turns is not None,
+        ),
         stack_dump=actors.stack_dump,
         rows=vocabulary_rows(config.student.path),
     )
+    take_turns(turns, "rollout actor", student.replicas)
     teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
-    learner = _learner(actors, plan, student, teachers, folder)
+    for name, pool in teachers.items():
+        if config.teachers[name].backend not in REMOTE:
+            take_turns(turns, of_teacher(name), pool.replicas)
+    learner = _learner(actors, plan, student, teachers, folder, turns)
     graders = {name: make_grader(name, part) for name, part in config.graders.items()}
     environments = {name: OwnEnvironment(name=name, part=part) for name, part in config.environments.items()}
     starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
@@ -137,7 +159,7 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
         *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
     )
     await learner.check_placement()
-    writers = {name: await _writer(actors, plan, name, actors[WRITER]) for name in writers_of(config)}
+    writers = {name: await _writer(actors, plan, name, actors[WRITER], turns) for name in writers_of(config)}
     followers = {
         name: Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
         for name, teacher in config.teachers.items()
@@ -161,7 +183,20 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
         learner=learner,
         graders=graders,
         environments=environments,
+        turns=turns,
     )
+
+
+def takes_turns(cluster: ClusterConfig) -> bool:
+    """Whether roles take turns on their memory."""
+    return cluster.share is Sharing.TIME
+
+
+def take_turns(turns: Turns | None, role: str, replicas: Replicas) -> None:
+    """Let replicas take turns with the other roles of a run, if those do."""
+    if turns is not None:
+        replicas.turn = turns.of(role)
+        turns.attach(role, replicas)
 
 
 def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig) -> TeacherPool:
@@ -186,9 +221,10 @@ def _engine(
     seed: int,
     ends: Sequence[int],
     inner: InnerTeacher | None = None,
+    sleeps: bool = False,
 ) -> Any:
     environment = engine_environment(config.device)
-    return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, inner, concurrency=CALLS)
+    return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, inner, sleeps, concurrency=CALLS)
 
 
 def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
@@ -206,31 +242,38 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
     return actors.make(cls, role, environment, config, keep, *token, concurrency=CALLS)
 
 
-async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> TextEngine:
+async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole, turns: Turns | None) -> TextEngine:
     config = plan.config
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
-    make = partial(_engine, actors, role, as_student, config.seed, plan.ends)
+    make = partial(_engine, actors, role, as_student, config.seed, plan.ends, sleeps=turns is not None)
     pool = StudentPool(
         config.cluster.retry_policy(as_student.deadline_s),
         make,
         stack_dump=actors.stack_dump,
         rows=vocabulary_rows(as_student.path),
     )
+    take_turns(turns, f"writing {of_teacher(name)}", pool.replicas)
     await pool.replicas.start(1)
     return pool
 
 
 def _learner(
-    actors: Actors, plan: Plan, student: StudentPool, teachers: Mapping[str, TeacherPool], folder: Path | None
+    actors: Actors,
+    plan: Plan,
+    student: StudentPool,
+    teachers: Mapping[str, TeacherPool],
+    folder: Path | None,
+    turns: Turns | None,
 ) -> RestartingLearner:
     """The learner, whose ranks start anew in the same places of the cluster as long as `cluster.restarts` allows it."""
     config = plan.config
     elsewhere = folder if config.cluster.address != "local" else None
     following = [pool for name, pool in teachers.items() if config.teachers[name].mixup]
+    turn = resident if turns is None else turns.of("learner")
 
     def make() -> LearnerGroup:
         ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
-        return LearnerGroup(ranks, config.learner, actors.stack_dump, config.cluster.start_deadline_s, elsewhere)
+        return LearnerGroup(ranks, config.learner, actors.stack_dump, config.cluster.start_deadline_s, elsewhere, turn)
 
     others: dict[str, str] = {}  # nodes of all other actors
 
@@ -244,8 +287,11 @@ def _learner(
         ranks = {f"learner rank {i}": where for i, where in enumerate(await group.places())}
         check_places(transport, {**ranks, **others})
 
-    factory = RankFactory(make=make, ready=ready, renew=student.renew)
-    return RestartingLearner(factory, config.cluster.restarts, config.cluster.replay_log_bytes)
+    factory = RankFactory(make=make, ready=ready, renew=student.renew, turn=turn)
+    learner = RestartingLearner(factory, config.cluster.restarts, config.cluster.replay_log_bytes)
+    if turns is not None:
+        turns.attach("learner", learner)
+    return learner
 
 
 def _rank(actors: Actors, plan: Plan) -> Any:

@@ -66,10 +66,8 @@ class Turns:
         self._moved = 0.0  # loop time of the last progress
         self.switches = 0  # roles that were woken
 
-    def of(self, role: str, sleeper: Sleeper) -> Turn:
-        """Turn of a new role, which `sleeper` puts to sleep and wakes."""
-        assert role not in self._sleepers, f"there is a role {role!r} already"
-        self._sleepers[role] = sleeper
+    def of(self, role: str) -> Turn:
+        """Turn of a role, which from `attach` on can be put to sleep and woken."""
 
         @asynccontextmanager
         async def turn(*, joins: bool = False) -> AsyncIterator[None]:
@@ -81,9 +79,17 @@ class Turns:
 
         return turn
 
-    def forget(self, role: str) -> None:
-        """Drop a role whose processes have ended: it holds nothing that could be given up."""
-        self._sleepers.pop(role, None)
+    def attach(self, role: str, sleeper: Sleeper) -> None:
+        """Let `sleeper` put `role` to sleep and wake it."""
+        assert role not in self._sleepers, f"there is a role {role!r} already"
+        self._sleepers[role] = sleeper
+
+    def forget(self, sleeper: Sleeper) -> None:
+        """Drop the role of a sleeper, if it has one, whose processes have ended: they hold nothing."""
+        role = next((role for role, known in self._sleepers.items() if known is sleeper), None)
+        if role is None:
+            return
+        del self._sleepers[role]
         self._asleep.discard(role)
         if self._awake == role and not self._inside and self._switching is None:
             self._awake = None
@@ -144,8 +150,8 @@ class Turns:
     async def _switch(self, waiting: _Waiting) -> None:
         """In a task of its own: a caller that is cancelled leaves no role half asleep."""
         try:
-            if self._awake in self._sleepers:
-                await self._sleepers[self._awake].sleep()
+            if self._awake is not None and (sleeper := self._sleepers.get(self._awake)) is not None:
+                await sleeper.sleep()
                 self._asleep.add(self._awake)
             self._awake = None
             if waiting.role in self._asleep:

@@ -113,7 +113,7 @@ class TorchTeacher:
             model.mix_in(state.items(), 1.0)
 
     async def sleep(self) -> None:
-        """Move the weights from the GPU to host memory, on a CPU to a file, until `wake`; scoring is refused meanwhile."""
+        """Move the weights from the GPU to host memory, on a CPU to a file. Until `wake` nothing is scored."""
         await in_time(self._config, asyncio.to_thread(self._sleep), "falling asleep")
 
     async def wake(self) -> None:

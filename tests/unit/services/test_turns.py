@@ -73,7 +73,9 @@ def scene(work: Callable[[Turns, dict[str, Role], dict[str, Turn]], Awaitable[No
     async def all_of_it() -> None:
         turns, order = Turns(DEADLINE_S), list[str]()
         roles = {name: Role(name=name, memory=memory, order=order) for name in "abc"}
-        await work(turns, roles, {name: turns.of(name, role) for name, role in roles.items()})
+        for name, role in roles.items():
+            turns.attach(name, role)
+        await work(turns, roles, {name: turns.of(name) for name in roles})
 
     simulate(all_of_it(), horizon_s=100_000)
     assert memory.fullest <= 1
@@ -217,7 +219,7 @@ def test_a_role_that_ended_holds_nothing_and_a_resident_one_never_waits() -> Non
     async def work(turns: Turns, roles: dict[str, Role], of: dict[str, Turn]) -> None:
         await roles["a"].work(of["a"], 1)
         roles["a"].memory.holders.clear()
-        turns.forget("a")
+        turns.forget(roles["a"])
         await roles["b"].work(of["b"], 1)
         async with resident(), resident(joins=True):
             pass
