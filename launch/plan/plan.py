@@ -40,6 +40,7 @@ from launch.plan.memory.cards import check_cards, lines
 from launch.plan.memory.footprint import peak
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import Part, card_bytes, of_teacher, parts
+from launch.plan.memory.sharing import check_turns
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
 from opd.method.needs import check_spelling, needs
@@ -153,6 +154,7 @@ def make_plan(config: RunConfig) -> Plan:
     teachers = {name: check_teacher(config, name) for name in config.teachers}
     check_followers(config, student, teachers)
     exact_kl &= all(teacher.causal.get_output_embeddings().bias is None for teacher in teachers.values())
+    check_turns(config)
     check_cards(config, card_bytes(config), exact=exact_kl)
     check_settings(config)
     tokens = tokenizer_identity(config.student.path).tokens
