@@ -69,6 +69,7 @@ def outcome(overrides: Sequence[str], models: Path) -> dict[str, object]:
         "gpus": [cluster.gpus_per_engine, cluster.gpus_per_teacher, cluster.gpus_per_learner],
         "replicas": config.student.replicas,
         "ranks": config.learner.ranks,
+        "share": cluster.share.name,
         "utilization": config.student.gpu_memory_utilization,
         "memory": {part.name: round(peak(part.role).total / GIB, 1) for part in found},
         "notes": len(notes),
