@@ -239,7 +239,7 @@ class VLLMEngine:
         return np.asarray(output.logprobs, dtype=np.float32)
 
     async def sleep(self) -> None:
-        """Give up the memory of weights and caches until `wake`; what would be asked for meanwhile is refused.
+        """Give up the memory of weights and caches until `wake`; all work is refused meanwhile.
 
         Completions that are still being written have no caller any more and are dropped. Weights that were received
         whole are loaded again from host memory before the next completion, unless others came before; other weights are

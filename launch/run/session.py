@@ -13,6 +13,7 @@ from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from hf.embeddings import FolderEmbeddings
 from launch.artifacts.checkpoint_state import LEARNER
+from launch.config.run_config import RunConfig
 from launch.config.settings import ClusterConfig, Sharing
 from launch.inputs.graders import RunGrader, make_grader
 from launch.inputs.own_environment import OwnEnvironment
@@ -127,26 +128,8 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
         check_idle_cluster(config, machines())
     actors = Actors(config.cluster, roles(config), stacks)
     turns = Turns(config.cluster.turn_deadline_s) if takes_turns(config.cluster) else None
-    student = StudentPool(
-        config.cluster.retry_policy(config.student.deadline_s),
-        partial(
-            _engine,
-            actors,
-            actors[ENGINE],
-            config.student,
-            config.seed,
-            plan.ends,
-            inner_teacher(config),
-            turns is not None,
-        ),
-        stack_dump=actors.stack_dump,
-        rows=vocabulary_rows(config.student.path),
-    )
-    take_turns(turns, "rollout actor", student.replicas)
-    teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
-    for name, pool in teachers.items():
-        if config.teachers[name].backend not in REMOTE:
-            take_turns(turns, of_teacher(name), pool.replicas)
+    student = _student_pool(actors, plan, turns)
+    teachers = {name: _teacher_pool(actors, config, name, turns) for name in config.teachers}
     learner = _learner(actors, plan, student, teachers, folder, turns)
     graders = {name: make_grader(name, part) for name, part in config.graders.items()}
     environments = {name: OwnEnvironment(name=name, part=part) for name, part in config.environments.items()}
@@ -199,11 +182,28 @@ def take_turns(turns: Turns | None, role: str, replicas: Replicas) -> None:
         turns.attach(role, replicas)
 
 
-def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig) -> TeacherPool:
-    retry_policy = cluster.retry_policy(teacher.deadline_s)
+def _student_pool(actors: Actors, plan: Plan, turns: Turns | None) -> StudentPool:
+    config, role, sleeps = plan.config, actors[ENGINE], turns is not None
+    make = partial(_engine, actors, role, config.student, config.seed, plan.ends, inner_teacher(config), sleeps)
+    pool = StudentPool(
+        config.cluster.retry_policy(config.student.deadline_s),
+        make,
+        stack_dump=actors.stack_dump,
+        rows=vocabulary_rows(config.student.path),
+    )
+    take_turns(turns, ENGINE, pool.replicas)
+    return pool
+
+
+def _teacher_pool(actors: Actors, config: RunConfig, name: str, turns: Turns | None) -> TeacherPool:
+    teacher = config.teachers[name]
+    retry_policy = config.cluster.retry_policy(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         retry_policy = replace(retry_policy, restarts=0)
-    return TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), stack_dump=actors.stack_dump)
+    pool = TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), stack_dump=actors.stack_dump)
+    if teacher.backend not in REMOTE:  # whose memory is elsewhere
+        take_turns(turns, of_teacher(name), pool.replicas)
+    return pool
 
 
 async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence[Any]) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Turn(Protocol):
     """Turn of a role around each of its calls."""
 
     def __call__(self, *, joins: bool = False) -> AbstractAsyncContextManager[None]:
-        """A context in which the role is awake. With `joins` it is part of a turn that the role has, whoever waits."""
+        """A context in which the role is awake; with `joins` part of a turn that it has, even if others wait."""
         ...
 
 

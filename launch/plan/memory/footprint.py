@@ -143,7 +143,7 @@ def peak(role: Role) -> Footprint:
 
 
 def asleep(role: Role) -> Footprint:
-    """What a process keeps on its GPU while it sleeps (`launch.services.turns`)."""
+    """Bytes that a process keeps on its GPU while it sleeps (`launch.services.turns`)."""
     rest = footprint(role, Phase.REST)
     frozen = isinstance(role, LearnerRole) and role.adapters and role.stage == 3  # DeepSpeed does not move them
     return Footprint(weights=rest.weights if frozen else 0, graphs=rest.graphs, context=rest.context)

@@ -117,8 +117,14 @@ def test_turns_are_proposed_where_roles_do_not_fit_at_once(models: Path, monkeyp
             ["learner.transport=CUDA_IPC"],
             "lets the learner sleep .* learner.transport=CUDA_IPC reads them from its GPU",
         ),
-        (["learner.device=GPU", "learner.zero_stage=1", "learner.dtype=BFLOAT16"], "moves the optimizer .*; set learner.zero_stage=2"),
-        (["max_staleness=1", "deterministic=false"], "lets engines finish .* weight_update=IN_FLIGHT wants it to be; set weight_update=DRAIN"),
+        (
+            ["learner.device=GPU", "learner.zero_stage=1", "learner.dtype=BFLOAT16"],
+            "moves the optimizer .*; set learner.zero_stage=2",
+        ),
+        (
+            ["max_staleness=1", "deterministic=false"],
+            "lets engines finish .* weight_update=IN_FLIGHT wants it to be; set weight_update=DRAIN",
+        ),
     ],
 )
 def test_what_cannot_take_turns_is_refused(overrides: Sequence[str], sentence: str) -> None:
