@@ -64,7 +64,6 @@ class Turns:
         self._line: deque[_Waiting] = deque()
         self._switching: asyncio.Task[None] | None = None
         self._moved = 0.0  # loop time of the last progress
-        self.switches = 0  # roles that were woken
 
     def of(self, role: str) -> Turn:
         """Turn of a role, which from `attach` on can be put to sleep and woken."""
@@ -158,7 +157,6 @@ class Turns:
                 await self._sleepers[waiting.role].wake()
                 self._asleep.discard(waiting.role)
             self._awake = waiting.role
-            self.switches += 1
         except BaseException as error:
             for call in waiting.calls:
                 if not call.done():
