@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from opd.deadlines import running_timeout
 from opd.errors import OpdError
 
 
@@ -51,8 +52,8 @@ class _Waiting:
 class Turns:
     """Turns of any number of roles. A role that was never put to sleep is taken to be awake when it starts.
 
-    A call waits as long as others make progress: `deadline_s` seconds after the last call that began or ended it fails,
-    as does every call that a role's failure to sleep or to wake keeps from working.
+    A call waits as long as others make progress: it fails when for `deadline_s` seconds none began or ended. So does
+    every call that a role's failure to sleep or to wake keeps from working.
     """
 
     def __init__(self, deadline_s: float) -> None:
@@ -63,7 +64,7 @@ class Turns:
         self._inside = 0  # its calls under way
         self._line: deque[_Waiting] = deque()
         self._switching: asyncio.Task[None] | None = None
-        self._moved = 0.0  # loop time of the last progress
+        self._moves = 0  # calls that began or ended
 
     def of(self, role: str) -> Turn:
         """Turn of a role, which from `attach` on can be put to sleep and woken."""
@@ -94,27 +95,32 @@ class Turns:
             self._awake = None
 
     async def _enter(self, role: str, joins: bool) -> None:
-        now = asyncio.get_running_loop().time
         has_turn = self._awake == role and self._switching is None
         if has_turn and (not self._line or (joins and self._inside)):
-            self._inside, self._moved = self._inside + 1, now()
+            self._inside, self._moves = self._inside + 1, self._moves + 1
             return
         call = asyncio.get_running_loop().create_future()
         self._queue(role).calls.append(call)
         self._advance()
-        began = now()
         try:
             while not call.done():
-                left = max(began, self._moved) + self._deadline_s - now()
-                if left <= 0:
-                    raise OpdError(self._late(role))
-                await asyncio.wait({call}, timeout=left)
+                await self._progress(role, call)
             call.result()
         except BaseException:
             if call.done() and not call.cancelled() and call.exception() is None:
                 self._leave()  # it was let in, and is cancelled before it could begin
             call.cancel()
             raise
+
+    async def _progress(self, role: str, call: "asyncio.Future[None]") -> None:
+        """Wait for a call's turn until the deadline; raise if nothing has moved meanwhile."""
+        moves = self._moves
+        try:
+            async with running_timeout(self._deadline_s):
+                await asyncio.wait({call})
+        except TimeoutError:
+            if self._moves == moves and not call.done():
+                raise OpdError(self._late(role)) from None
 
     def _queue(self, role: str) -> _Waiting:
         for waiting in self._line:
@@ -124,7 +130,7 @@ class Turns:
         return self._line[-1]
 
     def _leave(self) -> None:
-        self._inside, self._moved = self._inside - 1, asyncio.get_running_loop().time()
+        self._inside, self._moves = self._inside - 1, self._moves + 1
         self._advance()
 
     def _advance(self) -> None:
@@ -143,8 +149,7 @@ class Turns:
         for call in waiting.calls:
             if not call.done():
                 call.set_result(None)
-                self._inside += 1
-        self._moved = asyncio.get_running_loop().time()
+                self._inside, self._moves = self._inside + 1, self._moves + 1
 
     async def _switch(self, waiting: _Waiting) -> None:
         """In a task of its own: a caller that is cancelled leaves no role half asleep."""

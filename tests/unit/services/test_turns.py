@@ -131,7 +131,7 @@ def test_one_role_is_awake_and_every_call_has_its_turn(calls: list[Planned]) -> 
     scene(work)
 
 
-@given(st.lists(st.sampled_from("abc"), min_size=2, max_size=12), st.integers(2, 20))
+@given(st.lists(st.sampled_from("abc"), min_size=2, max_size=9), st.integers(2, 6))
 def test_a_role_that_waits_is_served_before_the_others_come_twice(first: list[str], rounds: int) -> None:
     """Callers that come again and again: between two turns of a role that asks all the time, each has one at most."""
 
