@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 
-from actors.config import StudentConfig, environment
+from actors.config import CPU_KV_CACHE_BYTES, StudentConfig, environment
 from actors.engine import VLLMEngine
 from hf.plain_model import plain_model
 from launch.cli.selftest.rows import Outcome, Row
@@ -36,7 +37,8 @@ def sleep_and_wake() -> list[Row]:
 
 
 async def _engine(path: Path) -> list[Row]:
-    config = StudentConfig(path=str(path), max_model_len=128, dtype=Dtype.FLOAT32, deadline_s=_DEADLINE_S)
+    small = StudentConfig(path=str(path), max_model_len=128, kv_cache_bytes=CPU_KV_CACHE_BYTES, enforce_eager=True)
+    config = replace(small, dtype=Dtype.FLOAT32, deadline_s=_DEADLINE_S)
     engine = VLLMEngine(config, 0, lambda array: array, sleeps=True)
     requests = [
         GenerateRequest(prompt_id=str(n), sample=0, context_ids=ids, sampling=Sampling(max_tokens=_LONGEST))
