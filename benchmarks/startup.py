@@ -1,13 +1,16 @@
 """Start-up and end of one run by role: where its processor seconds and its wall seconds go.
 
-    python benchmarks/startup.py [OVERRIDE ...]      (default: the embedded demo, 2 steps, no tracker)
+    python benchmarks/startup.py [peer=FOLDER] [OVERRIDE ...]      (default: the embedded demo, 12 steps, no tracker)
 
 Starts `opd train` and looks at its processes from outside, 20 times a second: which stage the run is in (by the lines
 that it prints and the files that it writes) and what each process has used. A process that lives for less than a look
-is counted by the one that started it. Several programs on a machine make wall seconds longer, processor seconds hardly.
+is counted by the one that started it. With `peer=FOLDER`, where `pip install --no-deps --target FOLDER trl` went, TRL's
+trainer has the same steps after it (`benchmarks/peer_trl.py`), looked at alike. Several programs on a machine make wall
+seconds longer, processor seconds hardly.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,8 +26,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-DEFAULTS = ("experiment=shop", "steps=2", "evaluation.every=0", "evaluation.teacher=false", "doctor=false")
+STEPS = 12
+WARM = 2  # steps that are no part of the cost of a later one
+DEFAULTS = ("experiment=shop", f"steps={STEPS}", "evaluation.every=0", "evaluation.teacher=false", "doctor=false")
 LOOK_S = 0.05
+ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 1800.0
 
 
@@ -35,19 +41,26 @@ class Stage(Enum):
     RAY = "Ray starts"
     ACTORS = "actors start"
     BEFORE = "evaluation before"
-    STEPS = "steps"
+    FIRST = "steps 1, 2"
+    STEPS = "later steps"
     EXPORT = "export"
     AFTER = "evaluation after"
     END = "report, end"
 
 
-# What a run prints when a stage begins; the steps begin with the first line of `evaluations.jsonl`.
+# What a run prints when a stage begins; steps begin with the first line of `evaluations.jsonl`, later ones after two of
+# `metrics.jsonl`.
 PRINTED = {
     "first prompt: ": Stage.RAY,
     "loading the student and its teachers": Stage.ACTORS,
     "first evaluation ...": Stage.BEFORE,
     "exporting the student": Stage.EXPORT,
     "last evaluation of the student": Stage.AFTER,
+}
+PRINTED_BY_PEER = {
+    "training starts": Stage.FIRST,
+    f"step {WARM} ": Stage.STEPS,
+    f"step {STEPS} ": Stage.END,
 }
 
 # The role of a process by a part of its command line; the first that is found counts. Ray names actors `ray::CLASS`.
@@ -70,6 +83,7 @@ ROLES = {
     "ray_agent.py": "Ray: stand-in for its agent",
     "start_worker.py": "Ray: workers without an actor",
     "launch.cli": "driver",
+    "peer_trl.py": "TRL's trainer",
 }
 
 
@@ -149,18 +163,22 @@ class Watch:
 
 
 def main() -> None:
-    """Run once and print the tables."""
+    """Run once, and the peer if it is there, and print the tables."""
+    peer = next((a.removeprefix("peer=") for a in sys.argv[1:] if a.startswith("peer=")), "")
+    overrides = [a for a in sys.argv[1:] if not a.startswith("peer=")]
     with tempfile.TemporaryDirectory() as runs:
-        given = [f"output_dir={runs}", "run_name=startup", "tracker=none", *DEFAULTS, *sys.argv[1:]]
-        watch, printed, status = watched(given, Path(runs) / "startup")
-        if status:
-            sys.exit(f"the run ended with {status}:\n" + "".join(printed)[-4000:])
+        given = [f"output_dir={runs}", "run_name=startup", "tracker=none", *DEFAULTS, *overrides]
+        watch = watched([sys.executable, "-m", "launch.cli", "train", *given], PRINTED, Path(runs) / "startup")
         report(watch, json.loads((Path(runs) / "startup" / "summary.json").read_text()))
+    if peer:
+        folders = os.pathsep.join([str(ROOT), peer, os.environ.get("PYTHONPATH", "")])
+        one_thread = f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '1')}"  # two wait for each other in a loop
+        command = ["env", f"PYTHONPATH={folders}", one_thread, sys.executable, str(ROOT / "benchmarks" / "peer_trl.py")]
+        report(watched([*command, str(STEPS)], PRINTED_BY_PEER))
 
 
-def watched(overrides: Sequence[str], folder: Path) -> tuple[Watch, list[str], int]:
-    """One `opd train`, with what was seen of it, what it printed, and its exit code."""
-    command = [sys.executable, "-m", "launch.cli", "train", *overrides]
+def watched(command: Sequence[str], marks: Mapping[str, Stage], folder: Path | None = None) -> Watch:
+    """Observations of one command; `marks` begin stages when they are printed, and so do the files in `folder`."""
     printed: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         watch, until = Watch(psutil.Process(run.pid)), monotonic() + DEADLINE_S
@@ -175,18 +193,21 @@ def watched(overrides: Sequence[str], folder: Path) -> tuple[Watch, list[str], i
                 run.terminate()
                 sys.exit(f"the run was not over within {DEADLINE_S:.0f} s")
             fresh, read = printed[read:], len(printed)
-            for part, stage in PRINTED.items():
+            for part, stage in marks.items():
                 if any(part in line for line in fresh):
                     watch.enter(stage)
-            _by_files(watch, folder)
+            if folder is not None:
+                _by_files(watch, folder)
             watch.look()
             sleep(LOOK_S)
         reader.join(5.0)
         watch.ended = monotonic()
-        return watch, printed, run.returncode
+    if run.returncode:
+        sys.exit(f"the run ended with {run.returncode}:\n" + "".join(printed)[-4000:])
+    return watch
 
 
-def report(watch: Watch, summary: Mapping[str, float]) -> None:
+def report(watch: Watch, summary: Mapping[str, float] | None = None) -> None:
     """A row for each role, a column for each stage that the run had; below them the wall seconds."""
     stages = [stage for stage in Stage if stage in watch.began]
     at = [watch.spent[stage] for stage in stages] + [watch.by_role()]
@@ -204,11 +225,13 @@ def report(watch: Watch, summary: Mapping[str, float]) -> None:
     table.add_row("wall seconds", *[f"{value:.2f}" for value in (*wall, sum(wall))])
     console = Console(width=180)
     console.print(table)
-    started = stages.index(Stage.STEPS) if Stage.STEPS in stages else len(stages)
-    after = stages.index(Stage.EXPORT) if Stage.EXPORT in stages else len(stages)
+    started = stages.index(Stage.FIRST) if Stage.FIRST in stages else len(stages)
+    after = next((i for i, stage in enumerate(stages) if stage in (Stage.EXPORT, Stage.END)), len(stages))
+    own = f" ({summary['first_step_s']:.1f} by the run's own summary)" if summary else ""
+    later = sum(columns[i] for i, stage in enumerate(stages) if stage is Stage.STEPS) / (STEPS - WARM)
     console.print(
-        f"to the first step: {sum(columns[:started]):.1f} CPU s, {sum(wall[:started]):.1f} wall s "
-        f"({summary['first_step_s']:.1f} by the run's own summary)\n"
+        f"to the first step: {sum(columns[:started]):.1f} CPU s, {sum(wall[:started]):.1f} wall s{own}\n"
+        f"a later step, if there are {STEPS}: {later:.2f} CPU s\n"
         f"from the last step to the end: {sum(columns[after:]):.1f} CPU s, {sum(wall[after:]):.1f} wall s"
     )
 
@@ -216,6 +239,8 @@ def report(watch: Watch, summary: Mapping[str, float]) -> None:
 def _by_files(watch: Watch, folder: Path) -> None:
     points = _lines(folder / "evaluations.jsonl")
     if points >= 1:
+        watch.enter(Stage.FIRST)
+    if _lines(folder / "metrics.jsonl") >= WARM:
         watch.enter(Stage.STEPS)
     if points >= 2 and Stage.AFTER in watch.began:
         watch.enter(Stage.END)

@@ -141,16 +141,18 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.mixup and self.backend is not Backend.TORCH:
             raise ConfigurationError(
-                f"teacher.mixup={self.mixup} makes the teacher follow the student, which teacher.backend="
-                f"{self.backend.name} cannot; set teacher.backend=TORCH or teacher.mixup=0"
+                f"TeacherConfig.mixup={self.mixup} makes the teacher follow the student, which TeacherConfig.backend="
+                f"{self.backend.name} cannot; set TeacherConfig.backend=TORCH or TeacherConfig.mixup=0"
             )
         if self.backend in REMOTE and not self.url:
             raise ConfigurationError(
-                f"teacher.backend={self.backend.name} needs teacher.url=http://HOST:PORT, got {self.url!r}; set it"
+                f"TeacherConfig.backend={self.backend.name} needs TeacherConfig.url=http://HOST:PORT, got "
+                f"{self.url!r}; set it"
             )
         if self.backend is Backend.OPENAI and not self.model:
             raise ConfigurationError(
-                "teacher.backend=OPENAI needs teacher.model, the name under which the endpoint serves it; set it"
+                "TeacherConfig.backend=OPENAI needs TeacherConfig.model, the name under which the endpoint serves it; "
+                "set it"
             )
 
     @property

@@ -131,9 +131,9 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
     if not value.startswith("[") and re.search(r",|^(choice|range|glob|sort|shuffle|interval)\(", value):
         raise ConfigurationError(f"{shown(override)} names several options; {_SWEEP}")
     close = difflib.get_close_matches(wrong[0], known[group], n=1, cutoff=0.5)
-    meant = f"did you mean {group}={value.replace(wrong[0], close[0])}? " if close else ""
+    meant = f"; did you mean {group}={value.replace(wrong[0], close[0])}?" if close else ""
     given = override if len(override) < LONG else shown(override)
-    raise ConfigurationError(f"{given} does not exist; {meant}(have: {', '.join(known[group])})")
+    raise ConfigurationError(f"{given} does not exist{meant} (have: {', '.join(known[group])})")
 
 
 def _check_trackers(override: str, chosen: Sequence[str]) -> None:

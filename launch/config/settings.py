@@ -175,23 +175,25 @@ class EvaluationSet:
             if wrong := [k for k in getattr(self, name) if k > self.samples]:
                 raise ConfigurationError(
                     f"EvaluationSet.{name} has {wrong[0]}, but samples is {self.samples}, of which so many cannot "
-                    f"be drawn; set samples={wrong[0]} or a smaller k"
+                    f"be drawn; set EvaluationSet.samples={wrong[0]} or a smaller k"
                 )
         if self.samples > MOST_VOTES and any(k < self.samples for k in self.maj_at):
             raise ConfigurationError(
                 f"EvaluationSet.maj_at has {min(self.maj_at)} of {self.samples} samples, which is counted exactly up "
-                f"to {MOST_VOTES} samples; set samples={MOST_VOTES} or maj_at=[{self.samples}]"
+                f"to {MOST_VOTES} samples; set EvaluationSet.samples={MOST_VOTES} or "
+                f"EvaluationSet.maj_at=[{self.samples}]"
             )
         if self.temperature == 0 and self.samples > 1:
             raise ConfigurationError(
                 f"EvaluationSet.samples is {self.samples}, but at temperature 0 all of a prompt's samples are the "
-                "same; set samples=1, or a temperature"
+                "same; set EvaluationSet.samples=1, or EvaluationSet.temperature above 0"
             )
         if self.reverse_kl_prompts and (self.temperature != 1 or self.top_p < 1):
             raise ConfigurationError(
                 f"EvaluationSet.reverse_kl_prompts is {self.reverse_kl_prompts}, but the divergence is one of texts "
                 f"from the model's own distribution, and these have temperature {self.temperature:g} and top_p "
-                f"{self.top_p:g}; set reverse_kl_prompts=0, or temperature=1 top_p=1"
+                f"{self.top_p:g}; set EvaluationSet.reverse_kl_prompts=0, or EvaluationSet.temperature=1 "
+                "EvaluationSet.top_p=1"
             )
 
     def count(self, *, between: bool) -> int:

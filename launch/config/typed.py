@@ -6,6 +6,7 @@ range is refused by name, and `_target_` may only point below `OWN` and packages
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -44,12 +45,25 @@ def construct(cls: type, values: Any, where: str, allowed: Sequence[str] = ()) -
         raise ConfigurationError(f"{where}.{unset[0]} is not set and has no default; set {where}.{unset[0]}=...")
     try:
         return cls(**given)
+    except ConfigurationError as error:
+        raise ConfigurationError(_placed(str(error), cls, where)) from error
     except OpdError:
         raise
     except Exception as error:  # a user's part may raise anything
         raise ConfigurationError(
             f"{where}: {cls.__name__} cannot be built of these fields ({type(error).__name__}: {error}); correct them"
         ) from error
+
+
+def _placed(sentence: str, cls: type, where: str) -> str:
+    """A class's own sentence with the place of its fields in the configuration: `where.field`.
+
+    The class knows them as `CLASS.field`, or by the usual name of its place (`prompts.field`, `scorer.field`), which
+    is another one for `evaluation.sets.NAME.prompts` and `method.terms.NAME.scorer`.
+    """
+    names, fields = (cls.__name__, where.rpartition(".")[2]), [field.name for field in dataclasses.fields(cls)]
+    usual = rf"(?<![\w.])(?:{'|'.join(map(re.escape, names))})\.(?=(?:{'|'.join(fields)})\b)"
+    return re.sub(usual, lambda _: f"{where}.", sentence)
 
 
 def built(hint: Any, value: Any, where: str, allowed: Sequence[str] = (), default: Any = dataclasses.MISSING) -> Any:

@@ -25,7 +25,7 @@ from launch.artifacts.run_directory import write_json
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.config.settings import EvaluationConfig, place_of
 from launch.inputs.prompt_paths import COMPRESSED, ENDINGS
-from launch.plan.checks.devices import writers_of
+from launch.plan.checks.devices import writers_here
 from launch.plan.fetching import Progress
 from opd.errors import ConfigurationError, DataError
 from opd.ports import Elsewhere, LastHidden, Listed
@@ -136,7 +136,7 @@ def _weights(config: RunConfig, key: str) -> Weights:
     """Part of a model's weights that is read here."""
     for name, teacher in config.teachers.items():
         elsewhere = teacher.backend in REMOTE and LastHidden not in config.method.requires
-        if key == model_key(name) and elsewhere and name not in writers_of(config):
+        if key == model_key(name) and elsewhere and name not in writers_here(config):
             return Weights.NONE
     return Weights.HEADERS if config.dry_run and not config.resume else Weights.WHOLE
 

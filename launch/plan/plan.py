@@ -32,7 +32,14 @@ from launch.plan.checks.prompts import (
 from launch.plan.checks.settings import check_settings, check_shares, settings_notes
 from launch.plan.checks.survey import Survey, survey_all, survey_held_out
 from launch.plan.checks.tasks import check_tasks
-from launch.plan.checks.teachers import check_adapters, check_embeddings, check_names, check_teachers, unread_notes
+from launch.plan.checks.teachers import (
+    check_adapters,
+    check_embeddings,
+    check_names,
+    check_teachers,
+    unmeasured_notes,
+    unread_notes,
+)
 from launch.plan.hub import HubInput, localized
 from launch.plan.hub import remarks as hub_remarks
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
@@ -46,6 +53,7 @@ from learner.liger import with_kernel
 from opd.method.needs import check_spelling, needs
 from opd.ports import Sources
 from opd.token_weights.special_tokens import with_known_tokens
+from teacher_service.config import Backend
 from weight_sync import sentinel
 
 GIB = 2**30
@@ -79,6 +87,10 @@ class Plan:
     ends: tuple[int, ...] = ()
     sentinel: tuple[int, ...] = ()
     hub: tuple[HubInput, ...] = ()
+
+    def writes(self, name: str) -> bool:
+        """Whether a teacher can generate text: its endpoint does, or its weights are here."""
+        return self.config.teachers[name].backend is Backend.OPENAI or self.teacher_params[name] > 0
 
     def memory_bytes(self) -> Mapping[str, int]:
         """Bytes of one process per role in the phase in which it needs most (`launch.plan.memory`); no libraries."""
@@ -154,7 +166,6 @@ def make_plan(config: RunConfig) -> Plan:
     teachers = {name: check_teacher(config, name) for name in config.teachers}
     check_followers(config, student, teachers)
     exact_kl &= all(teacher.causal.get_output_embeddings().bias is None for teacher in teachers.values())
-    check_turns(config)
     check_cards(config, card_bytes(config), exact=exact_kl)
     check_settings(config)
     tokens = tokenizer_identity(config.student.path).tokens
@@ -193,6 +204,7 @@ def make_plan(config: RunConfig) -> Plan:
             *settings_notes(config),
             *notes,
             *unread_notes(config),
+            *unmeasured_notes(config),
         ],
         ends=ends.ids,
         hub=placed.hub,
@@ -218,6 +230,7 @@ def _placed(config: RunConfig) -> _Placed:
         check_transport(config)
     config, hub = localized(resolved(config))
     config, notes = laid_out(config)
+    check_turns(config)
     if divided:
         check_transport(config)
     return _Placed(config=config, hub=hub, notes=(*unseen, *notes), undecided=open_device)

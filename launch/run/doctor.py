@@ -114,7 +114,7 @@ async def _everything(session: Session, name: str) -> list[Finding]:
     others = [await _second(session, config) for config in seconds(plan, name)]
     findings = await _examine(session, name, *others)
     _end(session, [other for other in others if other])
-    if plan.teacher_params[name]:
+    if plan.writes(name):
         writer = await session.teacher_writer(name)
         prompts = _prompts(plan, name, GAIN_PROMPTS)
         findings.append(await teacher_gain(session.context(0), writer, prompts, plan.config.max_tokens))
@@ -124,10 +124,10 @@ async def _everything(session: Session, name: str) -> list[Finding]:
 
 def _end(session: Session, pools: Sequence[object]) -> None:
     for pool in pools:
-        assert isinstance(pool, TeacherPool | StudentPool)
-        for actor in pool.replicas.actors:
-            end(actor)
-        session.ended(pool)
+        if isinstance(pool, TeacherPool | StudentPool):
+            for actor in pool.replicas.actors:
+                end(actor)
+            session.ended(pool)
 
 
 async def _examine(

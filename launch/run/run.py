@@ -392,7 +392,7 @@ def rescue_folders(config: RunConfig, directory: RunDirectory) -> list[Path]:
 def _teacher_can_be_measured(plan: Plan) -> bool:
     """It is wanted, and what stands in its folder is the teacher that taught."""
     fixed = not any(teacher.mixup for teacher in plan.config.teachers.values())
-    return plan.config.evaluation.teacher and fixed and bool(plan.teacher_params)
+    return plan.config.evaluation.teacher and fixed and all(map(plan.writes, plan.config.teachers))
 
 
 def _tell(trackers: Sequence[Tracker], point: EvaluationPoint) -> None:

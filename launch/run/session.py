@@ -12,6 +12,7 @@ from actors.config import InnerTeacher, StudentConfig
 from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from hf.embeddings import FolderEmbeddings
+from hf.stop_tokens import read_ends
 from launch.artifacts.checkpoint_state import LEARNER
 from launch.config.run_config import RunConfig
 from launch.config.settings import ClusterConfig, Sharing
@@ -47,7 +48,8 @@ from learner.learner import LearnerRank
 from opd.ports import Context, Engines, TextEngine, WeightObserver
 from opd.settings.devices import Device
 from teacher_service.backends import backend
-from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
+from teacher_service.backends.openai_writer import Ending, OpenAIWriter
+from teacher_service.config import REMOTE, TOKEN_VARIABLE, Backend, TeacherConfig
 from teacher_service.config import environment as teacher_environment
 
 CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
@@ -80,7 +82,8 @@ class Session:
         if known is not None:
             return known
         role = replace(self.actors[ENGINE], name=f"measured teacher {name!r}", count=1)
-        self.actors.check_room(role)
+        if self.plan.config.teachers[name].backend is not Backend.OPENAI:
+            self.actors.check_room(role)
         return await _writer(self.actors, self.plan, name, role, self.turns)
 
     def ended(self, pool: StudentPool | TeacherPool) -> None:
@@ -188,6 +191,7 @@ def _student_pool(actors: Actors, plan: Plan, turns: Turns | None) -> StudentPoo
     pool = StudentPool(
         config.cluster.retry_policy(config.student.deadline_s),
         make,
+        end=actors.end,
         stack_dump=actors.stack_dump,
         rows=vocabulary_rows(config.student.path),
     )
@@ -200,7 +204,7 @@ def _teacher_pool(actors: Actors, config: RunConfig, name: str, turns: Turns | N
     retry_policy = config.cluster.retry_policy(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         retry_policy = replace(retry_policy, restarts=0)
-    pool = TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), stack_dump=actors.stack_dump)
+    pool = TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), actors.end, actors.stack_dump)
     if teacher.backend not in REMOTE:  # whose memory is elsewhere
         take_turns(turns, of_teacher(name), pool.replicas)
     return pool
@@ -243,12 +247,18 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
 
 
 async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole, turns: Turns | None) -> TextEngine:
-    config = plan.config
+    """A teacher that writes: its endpoint, or else an engine in an actor of this role."""
+    config, teacher = plan.config, plan.config.teachers[name]
+    if teacher.backend is Backend.OPENAI:
+        ends = tuple(sorted({*read_ends(teacher.path, f"teacher {name}").ids, *plan.ends}))
+        ending = Ending(ids=ends, texts=config.student.stop, rows=vocabulary_rows(teacher.path))
+        return OpenAIWriter(teacher, ending, config.seed, os.environ.get(TOKEN_VARIABLE, ""))
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
     make = partial(_engine, actors, role, as_student, config.seed, plan.ends, sleeps=turns is not None)
     pool = StudentPool(
         config.cluster.retry_policy(as_student.deadline_s),
         make,
+        end=actors.end,
         stack_dump=actors.stack_dump,
         rows=vocabulary_rows(as_student.path),
     )
@@ -273,7 +283,8 @@ def _learner(
 
     def make() -> LearnerGroup:
         ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
-        return LearnerGroup(ranks, config.learner, actors.stack_dump, config.cluster.start_deadline_s, elsewhere, turn)
+        start_s = config.cluster.start_deadline_s
+        return LearnerGroup(ranks, config.learner, actors.stack_dump, start_s, elsewhere, actors.end, turn)
 
     others: dict[str, str] = {}  # nodes of all other actors
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from launch.config.settings import ClusterConfig, Placement
 from launch.services.failure_causes import brief
-from launch.services.placement import ActorRole, Machine, check_fits
+from launch.services.placement import ActorRole, Bundles, Machine, check_fits
 from launch.services.ray_address import check_cluster
 from launch.services.ray_node import Node, bare, on_loopback, start_ray
 from launch.services.replicas import DescribeStacks, no_stack_dump
@@ -175,12 +175,13 @@ class Actors:
         """
         self._config, self._stacks, self._group = config, stacks, None
         self._roles = {role.name: role for role in roles}
+        self._bundles = Bundles([role.name for role in roles for _ in range(role.count) if _shape(role)])
         if not config.elastic:
             check_fits(roles, machines(), "this cluster" if config.address != "local" else "this machine")
         if config.placement is not Placement.NONE:
             from ray.util.placement_group import placement_group
 
-            shapes = [shape for role in roles for _ in range(role.count) if any((shape := _shape(role)).values())]
+            shapes = [shape for role in roles for _ in range(role.count) if (shape := _shape(role))]
             self._group = placement_group(shapes, strategy=config.placement.value)
             if not self._group.wait(config.start_deadline_s):
                 raise OpdError(
@@ -202,12 +203,23 @@ class Actors:
             "max_concurrency": concurrency,
             "runtime_env": {"env_vars": {**environment, **(loopback() if self._config.address == "local" else {})}},
         }
-        if self._group is not None and role.name in self._roles and any(_shape(role).values()):
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=self._group)
+        bundle = None
+        if self._group is not None and role.name in self._roles and _shape(role):
+            bundle = self._bundles.free(role.name)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=bundle
+            )
         actor = ray.remote(cls).options(**options).remote(*args)
+        if bundle is not None:
+            self._bundles.holders[bundle] = actor
         if self._stacks is not None:
             self._stacks.watch(role.name, actor)
         return actor
+
+    def end(self, actor: Any) -> None:
+        """Kill an actor; the next of its role takes its place."""
+        end(actor)
+        self._bundles.release(actor)
 
     def __getitem__(self, name: str) -> ActorRole:
         return self._roles[name]

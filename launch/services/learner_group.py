@@ -1,7 +1,7 @@
 """N DeepSpeed ranks as one learner (`opd.ports.Learner`)."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
@@ -41,9 +41,11 @@ class LearnerGroup(Learner):
         stack_dump: DescribeStacks = no_stack_dump,
         start_deadline_s: float = 300.0,
         folder: Path | None = None,
+        end: Callable[[Any], None] = end,
         turn: Turn = resident,
     ) -> None:
-        self.actors, self._stack_dump, self._folder, self._turn = actors, stack_dump, folder, turn
+        self.actors, self._stack_dump, self._folder = actors, stack_dump, folder
+        self._end, self._turn = end, turn
         self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
         self._deadline_s = config.deadline_s
         self._start_s = max(config.deadline_s, start_deadline_s)
@@ -117,7 +119,7 @@ class LearnerGroup(Learner):
     def end(self) -> None:
         """Kill every rank."""
         for actor in self.actors:
-            end(actor)
+            self._end(actor)
 
     async def _all(self, calls: Sequence[Any], deadline_s: float = 0.0) -> list[Any]:
         """All answers, due within `deadline_s` seconds (0: those of every call).

@@ -4,10 +4,11 @@ GPUs are counted as Ray counts them: fractions of one share it, more than one ar
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, floor
+from typing import Any
 
-from opd.errors import ConfigurationError
+from opd.errors import ConfigurationError, OpdError
 
 _SLACK = 1e-6  # Ray counts in ten-thousandths
 
@@ -43,6 +44,36 @@ class Machine:
     def of(cls, resources: Mapping[str, float]) -> "Machine":
         """The machine of Ray's resource names."""
         return cls(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+
+
+@dataclass(slots=True)
+class Bundles:
+    """Bundles of a placement group, each reserved for one actor of the role in `names` at its index.
+
+    Ray would put an actor that names no bundle into any with room for it: two that take a GPU each may then fill the
+    bundle of an engine that takes two, and the engine waits forever.
+    """
+
+    names: Sequence[str]
+    holders: dict[int, Any] = field(default_factory=dict)
+
+    def free(self, name: str) -> int:
+        """Index of the first bundle of a role that no actor holds.
+
+        Raises:
+            OpdError: all are held.
+        """
+        index = next((i for i, n in enumerate(self.names) if n == name and i not in self.holders), None)
+        if index is None:
+            raise OpdError(
+                f"all {self.names.count(name)} places of the placement group for a {name} are held; end one first"
+            )
+        return index
+
+    def release(self, actor: Any) -> None:
+        """Let the bundle of `actor`, if it has one, be taken by another."""
+        for index in [i for i, holder in self.holders.items() if holder is actor]:
+            del self.holders[index]
 
 
 def asked(roles: Iterable[ActorRole]) -> str:

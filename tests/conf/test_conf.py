@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from launch.cli.api.inputs import described
 from launch.cli.stages import stages_of
@@ -33,7 +34,6 @@ NEEDED = {
     "teacher=hf": ["teacher.path=x"],
     "prompts=dataset": ["prompts.path=x"],
     "prompts=mixed": ["prompts.sources.a={_target_: opd.prompts.dataset.DatasetPrompts, path: x, prompts_per_step: 2}"],
-    "evaluation=shop_and_peak": ["prompts=shop_and_peak"],
     "evaluation=none": ["evaluation_sets=[gsm8k]"],
     "evaluation_sets=own": ["evaluation.sets.own.prompts.path=x"],
     "evaluation=dataset": ["prompts=dataset", "prompts.path=x", "evaluation.prompts.path=y"],
@@ -213,3 +213,14 @@ def test_the_plan_shows_every_teacher() -> None:
     ).memory_bytes()
     assert memory["learner rank"] - alone["learner rank"] == 64 * 96 * 4  # the second output matrix
     assert any("'peak'" in str(cell) for cell in plan.table().columns[0].cells)
+
+
+@pytest.mark.parametrize("prompts", groups()["prompts"])
+def test_any_prompts_go_with_any_evaluation_and_all_sets(prompts: str) -> None:
+    """An option that takes a setting from another group must have one of its own where that group has none."""
+    sets = f"evaluation_sets=[{','.join(groups()['evaluation_sets'])}]"
+    for evaluation in groups()["evaluation"]:
+        node = compose([f"prompts={prompts}", f"evaluation={evaluation}", sets, "method=kdrl", "max_tokens=8"])
+        for missing in OmegaConf.missing_keys(node):
+            OmegaConf.update(node, missing, "x")
+        OmegaConf.resolve(node)

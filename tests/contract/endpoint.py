@@ -34,7 +34,10 @@ class CompletionsEndpoint:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         asked = await request.json()
         self.asked.append(asked)
-        answer = {"choices": [self._choice(i, ids, asked) for i, ids in enumerate(asked["prompt"])]}
+        if "prompt_logprobs" in asked:
+            answer = {"choices": [self._choice(i, ids, asked) for i, ids in enumerate(asked["prompt"])]}
+        else:
+            answer = {"choices": [self._completion(asked)]}
         spoilt = self.spoil(answer)
         return spoilt if isinstance(spoilt, web.StreamResponse) else web.json_response(spoilt)
 
@@ -42,6 +45,29 @@ class CompletionsEndpoint:
         full = logprobs(self._model, np.asarray(ids, dtype=np.int32)).numpy()
         rows = [None, *(self._row(full[t], ids[t + 1], asked["prompt_logprobs"]) for t in range(len(ids) - 1))]
         return {"index": index, "text": "", "prompt_logprobs": rows, "prompt_token_ids": ids}
+
+    def _completion(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """A sampled text; as in vLLM, a token id that ends it is its last one."""
+        random = np.random.default_rng(asked["seed"])
+        ids, of = list[int](asked["prompt"]), list[float]()
+        reason = "length"
+        while len(of) < asked["max_tokens"]:
+            full = logprobs(self._model, np.asarray(ids, dtype=np.int32)).numpy()[-1].astype(np.float64)
+            p = np.exp(full - full.max())
+            token = int(full.argmax() if asked["temperature"] == 0 else random.choice(len(p), p=p / p.sum()))
+            ids.append(token)
+            of.append(float(full[token]))
+            if token in asked["stop_token_ids"]:
+                reason = "stop"
+                break
+        return {
+            "index": 0,
+            "text": "",
+            "token_ids": ids[len(asked["prompt"]) :],
+            "prompt_token_ids": asked["prompt"],
+            "finish_reason": reason,
+            "logprobs": {"token_logprobs": of, "tokens": [], "text_offset": [], "top_logprobs": []},
+        }
 
     @staticmethod
     def _row(full: np.ndarray, written: int, k: int) -> dict[str, Any]:

@@ -27,6 +27,11 @@ def writers_of(config: RunConfig) -> list[str]:
     return list(config.teachers)
 
 
+def writers_here(config: RunConfig) -> list[str]:
+    """Teachers that write for the method in engines of this run; a completions endpoint writes where it is."""
+    return [name for name in writers_of(config) if config.teachers[name].backend is not Backend.OPENAI]
+
+
 def roles(config: RunConfig) -> list[ActorRole]:
     """All actors that a run holds from its start to its end."""
     cluster = config.cluster
@@ -36,7 +41,7 @@ def roles(config: RunConfig) -> list[ActorRole]:
 
     remote = sum(teacher.replicas for teacher in config.teachers.values() if teacher.backend in REMOTE)
     local = sum(teacher.replicas for teacher in config.teachers.values()) - remote
-    writers = len(writers_of(config))
+    writers = len(writers_here(config))
     return [
         of(ENGINE, config.student.replicas, cluster.gpus_per_engine, "gpus_per_engine"),
         of(WRITER, writers, cluster.gpus_per_engine, "gpus_per_engine"),
@@ -48,7 +53,7 @@ def roles(config: RunConfig) -> list[ActorRole]:
 
 def gpus(config: RunConfig) -> str:
     """GPUs of a run as a sentence, with those for measuring the teacher."""
-    cluster, writes = config.cluster, bool(writers_of(config))
+    cluster, writes = config.cluster, bool(writers_here(config))
     if not (cluster.gpus_per_engine and config.evaluation.teacher) or writes:
         return asked(roles(config))
     return f"{asked(roles(config))}; measuring the teacher at the end takes {cluster.gpus_per_engine:g} more, if free"

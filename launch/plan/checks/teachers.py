@@ -3,13 +3,13 @@
 from hf.embeddings import find_embeddings
 from hf.tokenizer_check import check_checkpoint, check_same_tokens, tokenizer_identity
 from launch.config.run_config import DEFAULT, RunConfig
-from launch.plan.checks.devices import writers_of
+from launch.plan.checks.devices import writers_here
 from launch.plan.checks.models import parameter_count, vocabulary_rows
 from opd.errors import ConfigurationError
 from opd.method.needs import needed
 from opd.ports import LastHidden, Role
 from opd.types import VocabularyScores
-from teacher_service.config import REMOTE, TeacherConfig, check_supports
+from teacher_service.config import REMOTE, Backend, TeacherConfig, check_supports
 
 
 def check_adapters(config: RunConfig) -> None:
@@ -41,7 +41,7 @@ def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None
     """The method's questions can be answered, and the weights are here if a part of the run reads them here."""
     requires, remote = config.method.requires, teacher.backend in REMOTE
     check_supports(teacher, requires, f"method {config.method.name}")
-    if not remote or LastHidden in requires or name in writers_of(config):
+    if not remote or LastHidden in requires or name in writers_here(config):
         check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
 
 
@@ -52,6 +52,23 @@ def unread_notes(config: RunConfig) -> list[str]:
     return [
         f"note: no part of method {config.method.name} reads a teacher; {', '.join(config.teachers)} is started for "
         "the evaluations' reverse KL and the doctor"
+    ]
+
+
+def unmeasured_notes(config: RunConfig) -> list[str]:
+    """That teachers are to be measured of which one cannot write: no weights are here, and its server only reads."""
+    if not config.evaluation.teacher:
+        return []
+    mute = [
+        name
+        for name, teacher in config.teachers.items()
+        if teacher.backend is Backend.HTTP and not parameter_count(teacher.path)
+    ]
+    return [
+        f"note: teacher {name!r} at {config.teachers[name].url} scores and does not write, and its weights are not in "
+        f"{config.teachers[name].path}, so no teacher is measured at the end; an endpoint that completes "
+        "(teacher.backend=OPENAI) can be, evaluation.teacher=false leaves it out"
+        for name in mute[:1]
     ]
 
 

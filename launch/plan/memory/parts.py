@@ -12,7 +12,7 @@ from actors.config import CPU_KV_CACHE_BYTES
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.config.settings import Sharing
 from launch.plan.checks.blends import inner_teacher
-from launch.plan.checks.devices import writers_of
+from launch.plan.checks.devices import writers_here
 from launch.plan.checks.numbers import engine_dtype, part_dtype
 from launch.plan.memory.footprint import EngineRole, LearnerRole, Role, TeacherRole
 from launch.plan.memory.shapes import read_shape
@@ -89,7 +89,7 @@ def _parts(config: RunConfig, card: int, exact: bool) -> Iterator[Part]:
     inner = inner_teacher(config)
     engine = _engine(config, student.path, card, config.teachers[inner.name].path if inner else "")
     yield Part(name="rollout actor", count=student.replicas, gpus=cluster.gpus_per_engine, on_gpu=on_gpu, role=engine)
-    for name in writers_of(config):
+    for name in writers_here(config):
         role = _engine(config, config.teachers[name].path, card)
         yield Part(name=f"writing {of_teacher(name)}", count=1, gpus=cluster.gpus_per_engine, on_gpu=on_gpu, role=role)
     for name, teacher in config.teachers.items():

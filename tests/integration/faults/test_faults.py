@@ -263,7 +263,7 @@ def test_a_driver_that_was_stopped_takes_nobody_for_hung_but_an_engine_that_is_s
 ) -> None:
     """It is stopped for longer than any deadline, as when its machine sleeps: what was answered meanwhile counts. The
     actor of the engine answers, and has the same deadline: it says so itself about as often first as not. The loss of
-    the raylet ends the run.
+    the raylet ends the run, before or after that of an actor on it is seen.
     """
     deadline_s = 12
     deadlines = [f"{role}.deadline_s={deadline_s}" for role in ("student", "teacher", "learner")]
@@ -285,7 +285,7 @@ def test_a_driver_that_was_stopped_takes_nobody_for_hung_but_an_engine_that_is_s
     witness("raylet killed")
     bear_witness(scene, witness, [("engine stuck while decoding", "engine decoding")])
     stood = looked_at(scene, r"rollout actor \d hung .* \(where it stood: (\S+)\)")
-    assert "engine_thread.py" in stood and len(scene.summary()["alerts"]) == 1, scene.alerts()
+    assert "engine_thread.py" in stood and scene.alerts().count(" hung ") == 1, scene.alerts()
     scene.accounts(scene.summary()["steps"], staleness=0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from launch.config.settings import Placement
 from launch.plan.checks.devices import ENGINE, LEARNER_RANK, TEACHER, resolved, roles
 from launch.plan.memory.layout import laid_out
 from launch.services.cluster import Actors, end, machines, sees
+from launch.services.placement import ActorRole
 from launch.services.ray_node import bare, start_ray
 from learner.config import environment as learner_environment
+from opd.errors import OpdError
 from opd.settings.devices import Device
 from teacher_service.config import environment as teacher_environment
 from tests.given import Given, Report
@@ -96,21 +99,22 @@ def headless() -> Iterator[None]:
             cluster.shutdown()
 
 
-def reports(config: RunConfig, look_for: Path | None = None) -> dict[str, list[Report]]:
-    """What the actors of a run are given, by role; one of them must see `look_for`."""
-    import ray
-
-    actors = Actors(replace(config.cluster, start_deadline_s=200.0), roles(config))
+def given(actors: Actors, role: ActorRole, config: RunConfig) -> Any:
+    """An actor in the place of one of this role, with its environment."""
     environments = {
         ENGINE: engine_environment(config.student.device),
         TEACHER: teacher_environment(config.teacher.device, config.teacher.backend),
         LEARNER_RANK: learner_environment(config.learner.device),
     }
-    made = [
-        (role.name, actors.make(Given, role, environments[role.name], concurrency=2))
-        for role in roles(config)
-        for _ in range(role.count)
-    ]
+    return actors.make(Given, role, environments[role.name], concurrency=2)
+
+
+def reports(config: RunConfig, look_for: Path | None = None) -> dict[str, list[Report]]:
+    """What the actors of a run are given, by role; one of them must see `look_for`."""
+    import ray
+
+    actors = Actors(replace(config.cluster, start_deadline_s=200.0), roles(config))
+    made = [(role.name, given(actors, role, config)) for role in roles(config) for _ in range(role.count)]
     try:
         found = ray.get([actor.report.remote() for _, actor in made], timeout=240)
         if look_for:
@@ -158,3 +162,32 @@ def test_an_engine_over_two_gpus_has_both_on_one_node(placement: Placement) -> N
     assert len(found[ENGINE][0].gpus) == 2 and devices(found) == ["0", "1", "2", "3"]
     assert found[ENGINE][0].grouped == (placement is not Placement.NONE)
     assert engine_arguments(config.student, torch.device("cuda"))["distributed_executor_backend"] == "mp"
+
+
+@pytest.mark.usefixtures("headless")
+def test_an_actor_of_a_group_has_its_own_bundle_whichever_comes_first() -> None:
+    """Two that take one GPU each, there first, leave the two of the engine's bundle alone; so does one that is new."""
+    import ray
+
+    config = resolved(run_config([*PACK, "student.tensor_parallel=2", "cluster.gpus_per_engine=2"]))
+    actors = Actors(replace(config.cluster, start_deadline_s=200.0), roles(config))
+    has = dict[str, tuple[str, ...]]()
+    made = dict[str, Any]()
+
+    def start(name: str) -> tuple[str, ...]:
+        made[name] = given(actors, actors[name], config)
+        return ray.get(made[name].report.remote(), timeout=240).gpus
+
+    try:
+        has |= {name: start(name) for name in (LEARNER_RANK, TEACHER, ENGINE)}
+        assert [len(has[name]) for name in (LEARNER_RANK, TEACHER, ENGINE)] == [1, 1, 2]
+        assert sorted(gpu for gpus in has.values() for gpu in gpus) == ["0", "1", "2", "3"]
+        with pytest.raises(OpdError, match="all 1 places of the placement group for a teacher actor are held"):
+            start(TEACHER)
+        for name in (TEACHER, ENGINE):
+            actors.end(made[name])
+            assert start(name) == has[name], "its successor is where it was"
+    finally:
+        for actor in made.values():
+            actors.end(actor)
+        actors.close()

@@ -62,6 +62,42 @@ def test_adapters_are_set_by_peft_s_names_and_what_they_cannot_do_is_refused() -
     assert re.search(r"teacher 'default' follows .*lora\.r=8 only", planned("learner.lora.r=8", "teacher.mixup=0.5"))
 
 
+SECOND = f"+teachers.judge.path={SHOP / 'teacher'}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ((SECOND, "+teachers.judge.backend=OPENAI"), ("teachers.judge.backend=OPENAI needs teachers.judge.url=",)),
+        (
+            (SECOND, "+teachers.judge.mixup=0.5", "+teachers.judge.backend=VLLM"),
+            ("teachers.judge.mixup=0.5 makes", "set teachers.judge.backend=TORCH or teachers.judge.mixup=0"),
+        ),
+        (("teacher.backend=HTTP",), ("teacher.backend=HTTP needs teacher.url=",)),
+        (
+            ("evaluation_sets=[shop_cool]", "evaluation.sets.shop_cool.temperature=0"),
+            ("evaluation.sets.shop_cool.samples is 4", "set evaluation.sets.shop_cool.samples=1"),
+        ),
+        (
+            ("evaluation=dataset", "evaluation.prompts.path=held.jsonl", "evaluation.prompts.teacher_template=ask"),
+            ("evaluation.prompts.teacher_template needs {prompt}",),
+        ),
+        (("method.rollout.record_topk=4", "method.rollout.top_p=0.9"), ("set method.rollout.top_p=1",)),
+        (
+            ("experiment=two_teachers", "method=ensemble_reverse_kl", "+method.scorer.contexts.dfault=STUDENT"),
+            ("method.scorer.contexts",),
+        ),
+    ],
+)
+def test_what_fields_do_not_make_together_is_said_of_the_fields_where_they_stand(
+    overrides: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    """A class checks fields against each other and does not know where it stands; its advice must be an override."""
+    found = planned(*overrides)
+    assert all(part in found for part in parts), found
+    assert not re.search(r"TeacherConfig|EvaluationSet", found)
+
+
 def test_a_term_that_is_named_like_a_teacher_is_refused() -> None:
     """Their metrics would have the same names."""
     second = f"teachers.start.path={SHOP / 'student'}"

@@ -295,7 +295,7 @@ def test_a_plan_surveys_every_set() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["evaluation.sets.shop_cool.maj_at=[5]"], r"maj_at has 5, but samples is 4.*set samples=5"),
+        (["evaluation.sets.shop_cool.maj_at=[5]"], r"maj_at has 5, but samples is 4.*sets\.shop_cool\.samples=5"),
         (["evaluation.sets.shop_cool.temperature=0"], r"at temperature 0 all of a prompt's samples are the same"),
         (["evaluation.sets.shop_cool.reverse_kl_prompts=8"], r"these have temperature 0\.6 and top_p 0\.95"),
         (["evaluation.sets.shop_cool.max_tokens=500"], r"raise it to \d+ or lower max_tokens"),

@@ -20,7 +20,7 @@ from launch.inputs.graders import MathGrader, make_grader
 from launch.inputs.grading_failures import HOPELESS
 from launch.inputs.own_environment import OwnEnvironment
 from launch.inputs.own_grader import OwnGrader, rewards_of
-from launch.plan.checks.devices import writers_of
+from launch.plan.checks.devices import WRITER, roles, writers_here, writers_of
 from launch.plan.checks.tasks import check_tasks
 from launch.plan.plan import make_plan
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -361,6 +361,24 @@ def test_parts_of_before_are_read_by_what_they_said() -> None:
     said = [needs_of(part) for part in (Old(), Older(), Judged(), Read(), object())]
     roles = [Role.WRITER, Role.STUDENT, Role.GRADER, Role.READER]
     assert said == [*(frozenset({Need(role)}) for role in roles), frozenset()]
+
+
+def test_a_teacher_behind_an_endpoint_writes_there_and_one_that_only_scores_is_said_not_to(tmp_path: Path) -> None:
+    """The folder has no weights: the run starts no engine for it, and a `HTTP` teacher cannot be measured."""
+    for file in (Path(__file__).resolve().parents[3] / "assets" / "shop" / "teacher").glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    far = ["experiment=shop", f"teacher.path={tmp_path}", "teacher.url=http://x", "teacher.model=m"]
+    written = make_plan(run_config([*far, "method=sft", "teacher.backend=OPENAI"]))
+    assert writers_of(written.config) == ["default"] and not writers_here(written.config)
+    assert [role.count for role in roles(written.config) if role.name == WRITER] == [0]
+    assert written.writes("default") and not [note for note in written.remarks if "is measured" in note]
+
+    read = make_plan(run_config([*far, "method=topk_reverse_kl", "teacher.backend=HTTP"]))
+    assert not read.writes("default")
+    (note,) = [note for note in read.remarks if "is measured" in note]
+    assert "teacher 'default' at http://x scores and does not write" in note and "teacher.backend=OPENAI" in note
+    with pytest.raises(DataError, match="needs safetensors"):
+        make_plan(run_config([*far, "method=sft", "teacher.backend=HTTP"]))
 
 
 def test_the_plan_starts_the_writers_that_a_part_names() -> None:

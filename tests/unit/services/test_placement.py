@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import DeviceLayout
 from launch.plan.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided, unseen_notes
-from launch.services.placement import ActorRole, Machine, asked, check_fits, share
-from opd.errors import ConfigurationError
+from launch.services.placement import ActorRole, Bundles, Machine, asked, check_fits, share
+from opd.errors import ConfigurationError, OpdError
 from opd.settings.devices import Device
 
 REMOTE = ("teacher.backend=OPENAI", "teacher.url=http://x", "teacher.model=m", "method=sampled_reverse_kl")
@@ -221,3 +221,23 @@ def refusal(asking: list[ActorRole], machines: list[Machine]) -> str:
 def test_equal_shares_fit(actors: int, cards: int) -> None:
     each = min(1.0, share(actors, cards))
     check_fits([ActorRole(name="actor", count=actors, cpus=0, gpus=each)], [Machine(cpus=0, gpus=cards)], "here")
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=8), st.lists(st.tuples(st.booleans(), st.sampled_from("abc"))))
+def test_a_bundle_is_one_living_actor_s_and_always_of_its_own_role(
+    names: list[str], steps: list[tuple[bool, str]]
+) -> None:
+    bundles, living = Bundles(names), dict[int, tuple[object, str]]()
+    for ends, name in steps:
+        if ends and living:
+            index, (actor, _) = next(iter(living.items()))
+            bundles.release(actor)
+            del living[index]
+        elif names.count(name) == sum(of == name for _, of in living.values()):
+            with pytest.raises(OpdError, match=f"for a {name} are held"):
+                bundles.free(name)
+        else:
+            index = bundles.free(name)
+            assert names[index] == name and index not in living
+            bundles.holders[index] = actor = object()
+            living[index] = (actor, name)
