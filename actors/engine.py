@@ -15,6 +15,7 @@ import torch
 
 from actors.config import InnerTeacher, StudentConfig
 from actors.engine_thread import Call, EngineLoop, EngineThread
+from actors.sleep import EngineSleep
 from actors.startup import EngineLimits, build, read_limits
 from opd.deadlines import within
 from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
@@ -64,10 +65,12 @@ class VLLMEngine:
         fetch: Callable[[Any], np.ndarray],
         ends: Sequence[int] = (),
         inner: InnerTeacher | None = None,
+        sleeps: bool = False,
     ) -> None:
         """Start the engine; `ends` are ids that end a completion beside those in the checkpoint's own files.
 
-        With an `inner` teacher it can sample from blends of both (`GenerateRequest.blend`).
+        With an `inner` teacher it can sample from blends of both (`GenerateRequest.blend`). One that `sleeps` can give
+        its memory up for a while.
         """
         self._config = config
         self._run_seed = run_seed
@@ -78,7 +81,9 @@ class VLLMEngine:
         self._floor: Gap | None = None  # what engine and learner differed by on the checkpoint itself
         self._receiving = asyncio.Lock()
         self._updates, self._update_s = 0, 0.0
-        self._thread = EngineThread(partial(build, config, inner, self._limits.ends))
+        on_gpu = sleeps and resolve_device(config.device, "student").type != "cpu"
+        self._sleep = EngineSleep(on_gpu=on_gpu, reloads=sleeps and inner is None)
+        self._thread = EngineThread(partial(build, config, inner, self._limits.ends, sleeps=on_gpu))
 
     async def ready(self) -> None:
         """Return when the engine can generate. Raises its start-up error otherwise."""
@@ -132,8 +137,11 @@ class VLLMEngine:
             self._drop(call)
 
     def _admit(self, call: Call, requests: Sequence[GenerateRequest], loop: EngineLoop) -> None:
+        self._sleep.check_awake()
         if self._refusal is not None:
             raise DataError(self._refusal)
+        if (lacking := self._sleep.lacking()) is not None:
+            self._load(*lacking, loop)
         loop.admit(call, [(r.context_ids.tolist(), self._params(r)) for r in requests])
 
     def _params(self, request: GenerateRequest) -> "SamplingParams":
@@ -159,13 +167,14 @@ class VLLMEngine:
             collecting = asyncio.to_thread(collect, weights, self._fetch, "the student engine")
             # Not the engine's own fault: a call stuck here waits for the learner.
             delivered = await self._soon(collecting, f"fetching weights version {weights.version}", raises=OpdError)
-            job = partial(self._load, delivered, weights.sentinel)
+            job = partial(self._load, weights, delivered)
             return await self._within(self._thread.run(job), f"loading weights version {weights.version}")
 
-    def _load(self, delivered: ReceivedWeights, sentinel: Sentinel, loop: EngineLoop) -> WeightAck:
+    def _load(self, weights: PublishedWeights, delivered: ReceivedWeights, loop: EngineLoop) -> WeightAck:
         from actors.weight_loader import transfer
 
-        start = perf_counter()
+        self._sleep.check_awake()
+        sentinel, start = weights.sentinel, perf_counter()
         workers = loop.engine.collective_rpc
         if self._floor is None and sentinel.origin is not None:
             self._floor = self._calibrated(sentinel.ids, sentinel.origin, delivered, loop)
@@ -195,6 +204,7 @@ class VLLMEngine:
             loop.fail(DataError(self._refusal))
             raise DataError(self._refusal)
         self._refusal, self._version, self._digest = None, delivered.version, delivered.digest
+        self._sleep.received(weights, delivered)
         self._updates += 1
         self._update_s += perf_counter() - start
         return WeightAck(version=delivered.version, digest=delivered.digest, gap=gap.greatest)
@@ -227,6 +237,25 @@ class VLLMEngine:
         """Log-probabilities of the tokens 1.. of a text."""
         output: Any = loop.finish(ids.tolist(), self._limits.reading()).prompt_logprobs
         return np.asarray(output.logprobs, dtype=np.float32)
+
+    async def sleep(self) -> None:
+        """Give up the memory of weights and caches until `wake`; all work is refused meanwhile.
+
+        Completions that are still being written have no caller any more and are dropped. Weights that were received
+        whole are loaded again from host memory before the next completion, unless others came before; other weights are
+        kept by the engine.
+        """
+        await self.ready()
+        await self._within(self._thread.run(self._fall_asleep), "falling asleep")
+
+    def _fall_asleep(self, loop: EngineLoop) -> None:
+        loop.fail(OpdError("the student engine was put to sleep while it wrote; wake it, and ask again"))
+        self._sleep.fall(loop.engine)
+
+    async def wake(self) -> None:
+        """Take back what `sleep` gave up; does nothing if the engine is awake."""
+        await self.ready()
+        await self._within(self._thread.run(lambda loop: self._sleep.end(loop.engine)), "waking up")
 
     async def stats(self) -> EngineStats:
         """Counters of this engine since its start."""

@@ -135,8 +135,10 @@ def read_limits(config: StudentConfig, ends: Sequence[int] = (), inner: str = ""
     return EngineLimits(vocabulary=rows, longest=config.max_model_len, ends=every, inner=inner, stop=config.stop)
 
 
-def build(config: StudentConfig, inner: InnerTeacher | None = None, ends: Sequence[int] = ()) -> "LLMEngine":
-    """A running engine; takes seconds, and imports vLLM."""
+def build(
+    config: StudentConfig, inner: InnerTeacher | None = None, ends: Sequence[int] = (), *, sleeps: bool = False
+) -> "LLMEngine":
+    """A running engine; takes seconds, and imports vLLM. `sleeps`: it can use vLLM's sleep mode, on a GPU."""
     with uncollected():
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -151,6 +153,7 @@ def build(config: StudentConfig, inner: InnerTeacher | None = None, ends: Sequen
         **(engine_arguments(config, device) | more),
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls=EXTENSION,
+        enable_sleep_mode=sleeps,
     )
     if config.tensor_parallel == 1:
         be_alone(current_platform.dist_backend)

@@ -1,6 +1,6 @@
 """A Hugging Face causal model on packed sequences: one row, attention within each sequence."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -44,6 +44,11 @@ class PackedModel:
             )
         for name, parameter in own.items():
             parameter.lerp_(given[name].to(parameter), share)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that are held while nothing is computed."""
+        yield from self._causal.parameters()
+        yield from self._causal.buffers()
 
     def state(self) -> dict[str, Tensor]:
         """Host copies of all parameters by name (tied ones once)."""

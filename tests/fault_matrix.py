@@ -26,7 +26,12 @@ class Kind:
 
 CATALOGUE = (
     Kind("engine killed", "rollout actor", "SIGKILL", "any, from outside"),
-    Kind("all engines killed while idle", "rollout actor", "SIGKILL of all", "idle: the learner does it in its step"),
+    Kind(
+        "all engines killed while idle",
+        "rollout actor",
+        "SIGKILL of all",
+        "asleep, as roles take turns: the learner does it in its step",
+    ),
     Kind("engine killed receiving weights", "rollout actor", "SIGKILL", "tensors copied, layers not finished; itself"),
     Kind("engine killed while starting", "rollout actor", "SIGKILL", "a replacement, vLLM being built; itself"),
     Kind("engine segfaults while decoding", "rollout actor", "a wild read", "between two decoding steps; itself"),
@@ -42,7 +47,7 @@ CATALOGUE = (
         "teacher killed after its answer",
         "teacher",
         "SIGKILL",
-        "idle, its arrays unread: the learner does it, waits 5 s",
+        "asleep, its arrays unread: the learner does it, waits 5 s",
     ),
     Kind("teacher killed while scoring", "teacher", "SIGKILL", "before a forward of its model; itself"),
     Kind("teacher killed before its answer", "teacher", "SIGKILL", "scored, not answered; itself"),

@@ -43,7 +43,7 @@ class FaultyEngine(VLLMEngine):
         receipt = await super().receive(weights)
         return replace(receipt, digest="0" * 16) if how == "lie" else receipt
 
-    def _load(self, delivered: Any, sentinel: Any, loop: Any) -> WeightAck:
+    def _load(self, weights: Any, delivered: Any, loop: Any) -> WeightAck:
         real = loop.engine.collective_rpc
 
         def workers(method: str, **arguments: Any) -> Any:
@@ -53,7 +53,7 @@ class FaultyEngine(VLLMEngine):
 
         loop.engine.collective_rpc = workers
         try:
-            return super()._load(delivered, sentinel, loop)
+            return super()._load(weights, delivered, loop)
         finally:
             loop.engine.collective_rpc = real
 

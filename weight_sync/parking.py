@@ -5,6 +5,7 @@ parked tensor finds nothing of use, so its owner must refuse all work meanwhile.
 """
 
 import ctypes
+import gc
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,8 +51,8 @@ class Parked:
     _pages: list[_Pages]
     _file: IO[bytes]
 
-    def unpark(self) -> None:
-        """Give every storage its memory and its bytes again. To be called once."""
+    def unpark(self, *, again: bool = False) -> None:
+        """Give every storage its memory and its bytes again; with `again` the copies are kept for `park_again`."""
         for storage, kept in self._on_gpu:
             storage.resize_(len(kept))
             _bytes(storage).copy_(kept)
@@ -59,7 +60,20 @@ class Parked:
         for pages in self._pages:
             if self._file.readinto(pages.view()) != pages.nbytes:  # type: ignore[attr-defined]
                 raise OSError(f"a file with {self.nbytes} bytes of parked tensors has lost some")
-        self._file.close()
+        if not again:
+            self._file.close()
+
+    def park_again(self) -> None:
+        """Park what `unpark(again=True)` gave back, unchanged since: nothing is copied."""
+        self._release()
+
+    def _release(self) -> None:
+        for pages in self._pages:
+            pages.release()
+        for storage, _ in self._on_gpu:
+            storage.resize_(0)
+        if self._on_gpu:
+            torch.cuda.empty_cache()
 
 
 def park(tensors: Iterable[Tensor]) -> Parked:
@@ -71,13 +85,25 @@ def park(tensors: Iterable[Tensor]) -> Parked:
     for one in pages:
         file.write(one.view())
     file.flush()
-    for one in pages:
-        one.release()
-    for storage, _ in on_gpu:
-        storage.resize_(0)
-    if on_gpu:
-        torch.cuda.empty_cache()
-    return Parked(sum(one.nbytes for one in pages) + sum(len(kept) for _, kept in on_gpu), on_gpu, pages, file)
+    parked = Parked(sum(one.nbytes for one in pages) + sum(len(kept) for _, kept in on_gpu), on_gpu, pages, file)
+    parked._release()
+    return parked
+
+
+def discard(tensors: Iterable[Tensor]) -> None:
+    """Give the memory of `tensors` on this host back without their bytes: it is there again, as zeros, when it is used.
+
+    What they share a storage with is lost, too.
+    """
+    for storage in _storages(tensors):
+        if storage.device.type == "cpu":
+            _Pages.of(storage).release()
+
+
+def trim() -> None:
+    """Give memory back to the system that was freed here and is kept for later."""
+    gc.collect()
+    _LIBC.malloc_trim(0)
 
 
 def tensors_in(part: Any, seen: dict[int, Any] | None = None) -> Iterator[Tensor]:

@@ -179,6 +179,16 @@ def collect(weights: PublishedWeights, fetch: Callable[[Any], np.ndarray | Tenso
     return receiver.commit(weights.version, weights.digest)
 
 
+def check_unchanged(weights: PublishedWeights, delivered: ReceivedWeights, subject: str) -> None:
+    """Raise `DataError` in the name of `subject` if bytes that were received are not what was announced any more."""
+    for number, (chunk, buffer) in enumerate(zip(weights.chunks, delivered.buffers, strict=True)):
+        if digest(buffer.numpy() if buffer.device.type == "cpu" else buffer) != chunk.digest:
+            raise DataError(
+                f"{subject} cannot load weights version {weights.version} again: chunk {number} has changed in memory "
+                "that it shares with the learner; publish again"
+            )
+
+
 def _name(weights: PublishedWeights) -> tuple[int, str]:
     return weights.version, weights.digest
 

@@ -34,6 +34,13 @@ class DeviceLayout(Enum):
     GIVEN = "given"  # as cluster.gpus_per_* say
 
 
+class Sharing(Enum):
+    """Sharing of memory between engines, teachers and learner."""
+
+    RESIDENT = "resident"  # all hold theirs from start to end
+    TIME = "time"  # they take turns: one works, all others sleep and hold next to nothing
+
+
 Processors = Annotated[float, In(0, 1024), Whole()]
 Devices = Annotated[float, In(0.01, 64, or_zero=True, because="0: none is requested"), Whole()]
 OneDevice = Annotated[
@@ -55,6 +62,8 @@ class ClusterConfig:
     What a run asks for and the cluster does not have is refused at once; with `elastic`, where an autoscaler adds nodes
     when they are asked for, it is waited for, `start_deadline_s` seconds. `layout=AUTO` divides the GPUs of this
     machine where no `gpus_per_*` is set; `gpu_memory_gib` is what one GPU has, against which memory is planned.
+    With `share=TIME` roles take turns on their memory, so that a step's largest role must fit and not their sum
+    (docs/gpus.md).
     """
 
     # local starts Ray for this run; auto or HOST:PORT joins a running cluster
@@ -71,6 +80,10 @@ class ClusterConfig:
     layout: DeviceLayout = DeviceLayout.AUTO
     # GiB of one GPU, against which memory is planned; 0: what torch says here (elsewhere nothing is compared)
     gpu_memory_gib: CardMemory = 0.0
+    # RESIDENT: every role holds its memory all the time; TIME: roles take turns, so that one GPU does for all
+    share: Sharing = Sharing.RESIDENT
+    # with share=TIME: seconds that a role waits for its turn while nothing ends or begins in that of another
+    turn_deadline_s: Deadline = 3600.0
     # NONE as Ray likes, PACK on few nodes, SPREAD over many
     placement: Placement = Placement.NONE
     elastic: bool = False

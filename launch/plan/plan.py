@@ -47,6 +47,7 @@ from launch.plan.memory.cards import check_cards, lines
 from launch.plan.memory.footprint import peak
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import Part, card_bytes, of_teacher, parts
+from launch.plan.memory.sharing import check_turns
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
 from opd.method.needs import check_spelling, needs
@@ -229,6 +230,7 @@ def _placed(config: RunConfig) -> _Placed:
         check_transport(config)
     config, hub = localized(resolved(config))
     config, notes = laid_out(config)
+    check_turns(config)
     if divided:
         check_transport(config)
     return _Placed(config=config, hub=hub, notes=(*unseen, *notes), undecided=open_device)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -13,10 +14,9 @@ from launch.artifacts import terminal
 from launch.config.run_config import run_config
 from launch.plan.checks.numbers import engine_dtype, narrow, part_dtype
 from launch.plan.plan import Plan, make_plan
-from launch.run.session import Session, open_session, teacher_actor
+from launch.run.session import Session, open_session, take_turns, teacher_actor
 from launch.services.cluster import connected, end
 from launch.services.pools import StudentPool, TeacherPool
-from launch.services.replicas import within
 from launch.services.signals import run_until_stopped
 from opd.doctor.examine import examine, teacher_gain
 from opd.doctor.findings import CheckThresholds, Finding, Subject, Verdict
@@ -113,19 +113,21 @@ async def _everything(session: Session, name: str) -> list[Finding]:
     plan = session.plan
     others = [await _second(session, config) for config in seconds(plan, name)]
     findings = await _examine(session, name, *others)
-    _end([other for other in others if other])
+    _end(session, [other for other in others if other])
     if plan.writes(name):
         writer = await session.teacher_writer(name)
         prompts = _prompts(plan, name, GAIN_PROMPTS)
         findings.append(await teacher_gain(session.context(0), writer, prompts, plan.config.max_tokens))
-        _end([writer] if writer not in session.engines.writers.values() else [])
+        _end(session, [writer] if writer not in session.engines.writers.values() else [])
     return findings
 
 
-def _end(pools: Sequence[object]) -> None:
+def _end(session: Session, pools: Sequence[object]) -> None:
     for pool in pools:
-        for actor in pool.replicas.actors if isinstance(pool, TeacherPool | StudentPool) else ():
-            end(actor)
+        if isinstance(pool, TeacherPool | StudentPool):
+            for actor in pool.replicas.actors:
+                end(actor)
+            session.ended(pool)
 
 
 async def _examine(
@@ -140,7 +142,7 @@ async def _examine(
         name=name,
         context=session.context(0),
         learner=session.learner,
-        replicas=[TeacherPool.of([actor], retry) for actor in pool.replicas.actors],
+        replicas=[TeacherPool.of([actor], retry, pool.replicas.turn) for actor in pool.replicas.actors],
         supports=teacher.supports,
         vocabulary=plan.vocabulary,
         reference=reference,
@@ -167,9 +169,13 @@ async def _second(session: Session, config: TeacherConfig | None) -> LogprobTeac
     """One more teacher actor, for comparison."""
     if config is None:
         return None
-    actor = teacher_actor(session.actors, config, "teacher for comparison")
-    await within(session.plan.config.cluster.start_deadline_s, "a teacher for comparison", actor.ready.remote())
-    return TeacherPool.of([actor], session.plan.config.cluster.retry_policy(config.deadline_s))
+    role, cluster = "teacher for comparison", session.plan.config.cluster
+    retry = replace(cluster.retry_policy(config.deadline_s), restarts=0)
+    pool = TeacherPool(retry, partial(teacher_actor, session.actors, config, role))
+    if config.backend not in REMOTE:
+        take_turns(session.turns, f"{role} ({config.backend.name}, {config.path})", pool.replicas)
+    await pool.replicas.start(1)
+    return pool
 
 
 def table(findings: Sequence[Finding]) -> Table:

@@ -14,7 +14,8 @@ from actors.engine import VLLMEngine
 from hf.embeddings import FolderEmbeddings
 from hf.stop_tokens import read_ends
 from launch.artifacts.checkpoint_state import LEARNER
-from launch.config.settings import ClusterConfig
+from launch.config.run_config import RunConfig
+from launch.config.settings import ClusterConfig, Sharing
 from launch.inputs.graders import RunGrader, make_grader
 from launch.inputs.own_environment import OwnEnvironment
 from launch.plan.checks.blends import inner_teacher
@@ -29,6 +30,7 @@ from launch.plan.checks.devices import (
     writers_of,
 )
 from launch.plan.checks.models import vocabulary_rows
+from launch.plan.memory.parts import of_teacher
 from launch.plan.plan import Plan
 from launch.services.cluster import Actors, fetch, machines, place_of
 from launch.services.learner_group import LearnerGroup
@@ -36,8 +38,9 @@ from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.owned_returns import keep, with_owned_returns
 from launch.services.placement import ActorRole
 from launch.services.pools import Follower, ObservedStudent, StudentPool, TeacherPool
-from launch.services.replicas import within
+from launch.services.replicas import Replicas, within
 from launch.services.stack_dumps import StackDumps
+from launch.services.turns import Turns, resident
 from launch.services.weight_transports import check_places, sender, transport_of
 from learner.config import StudentText, Transport
 from learner.config import environment as learner_environment
@@ -63,6 +66,7 @@ class Session:
     learner: RestartingLearner
     graders: Mapping[str, RunGrader]
     environments: Mapping[str, OwnEnvironment]
+    turns: Turns | None = None
 
     def context(self, step: int) -> Context:
         """The engines at a step of this run, for parts of a method that are called beside the loop."""
@@ -80,7 +84,12 @@ class Session:
         role = replace(self.actors[ENGINE], name=f"measured teacher {name!r}", count=1)
         if self.plan.config.teachers[name].backend is not Backend.OPENAI:
             self.actors.check_room(role)
-        return await _writer(self.actors, self.plan, name, role)
+        return await _writer(self.actors, self.plan, name, role, self.turns)
+
+    def ended(self, pool: StudentPool | TeacherPool) -> None:
+        """Record that the actors of a pool beside the run's own have ended."""
+        if self.turns is not None:
+            self.turns.forget(pool.replicas)
 
     @property
     def followers(self) -> Mapping[str, Follower]:
@@ -121,15 +130,10 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
     if plan.undecided:
         check_idle_cluster(config, machines())
     actors = Actors(config.cluster, roles(config), stacks)
-    student = StudentPool(
-        config.cluster.retry_policy(config.student.deadline_s),
-        partial(_engine, actors, actors[ENGINE], config.student, config.seed, plan.ends, inner_teacher(config)),
-        end=actors.end,
-        stack_dump=actors.stack_dump,
-        rows=vocabulary_rows(config.student.path),
-    )
-    teachers = {name: _teacher_pool(actors, config.cluster, teacher) for name, teacher in config.teachers.items()}
-    learner = _learner(actors, plan, student, teachers, folder)
+    turns = Turns(config.cluster.turn_deadline_s) if takes_turns(config.cluster) else None
+    student = _student_pool(actors, plan, turns)
+    teachers = {name: _teacher_pool(actors, config, name, turns) for name in config.teachers}
+    learner = _learner(actors, plan, student, teachers, folder, turns)
     graders = {name: make_grader(name, part) for name, part in config.graders.items()}
     environments = {name: OwnEnvironment(name=name, part=part) for name, part in config.environments.items()}
     starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
@@ -141,7 +145,7 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
         *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
     )
     await learner.check_placement()
-    writers = {name: await _writer(actors, plan, name, actors[WRITER]) for name in writers_of(config)}
+    writers = {name: await _writer(actors, plan, name, actors[WRITER], turns) for name in writers_of(config)}
     followers = {
         name: Follower(replicas=teachers[name].replicas, every=teacher.mixup_every, deadline_s=teacher.deadline_s)
         for name, teacher in config.teachers.items()
@@ -165,14 +169,45 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
         learner=learner,
         graders=graders,
         environments=environments,
+        turns=turns,
     )
 
 
-def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig) -> TeacherPool:
-    retry_policy = cluster.retry_policy(teacher.deadline_s)
+def takes_turns(cluster: ClusterConfig) -> bool:
+    """Whether roles take turns on their memory."""
+    return cluster.share is Sharing.TIME
+
+
+def take_turns(turns: Turns | None, role: str, replicas: Replicas) -> None:
+    """Let replicas take turns with the other roles of a run, if those do."""
+    if turns is not None:
+        replicas.turn = turns.of(role)
+        turns.attach(role, replicas)
+
+
+def _student_pool(actors: Actors, plan: Plan, turns: Turns | None) -> StudentPool:
+    config, role, sleeps = plan.config, actors[ENGINE], turns is not None
+    make = partial(_engine, actors, role, config.student, config.seed, plan.ends, inner_teacher(config), sleeps)
+    pool = StudentPool(
+        config.cluster.retry_policy(config.student.deadline_s),
+        make,
+        end=actors.end,
+        stack_dump=actors.stack_dump,
+        rows=vocabulary_rows(config.student.path),
+    )
+    take_turns(turns, ENGINE, pool.replicas)
+    return pool
+
+
+def _teacher_pool(actors: Actors, config: RunConfig, name: str, turns: Turns | None) -> TeacherPool:
+    teacher = config.teachers[name]
+    retry_policy = config.cluster.retry_policy(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         retry_policy = replace(retry_policy, restarts=0)
-    return TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), actors.end, actors.stack_dump)
+    pool = TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), actors.end, actors.stack_dump)
+    if teacher.backend not in REMOTE:  # whose memory is elsewhere
+        take_turns(turns, of_teacher(name), pool.replicas)
+    return pool
 
 
 async def _places(deadline_s: float, students: Sequence[Any], teachers: Sequence[Any]) -> dict[str, str]:
@@ -190,9 +225,10 @@ def _engine(
     seed: int,
     ends: Sequence[int],
     inner: InnerTeacher | None = None,
+    sleeps: bool = False,
 ) -> Any:
     environment = engine_environment(config.device)
-    return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, inner, concurrency=CALLS)
+    return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, inner, sleeps, concurrency=CALLS)
 
 
 def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
@@ -210,7 +246,7 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
     return actors.make(cls, role, environment, config, keep, *token, concurrency=CALLS)
 
 
-async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> TextEngine:
+async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole, turns: Turns | None) -> TextEngine:
     """A teacher that writes: its endpoint, or else an engine in an actor of this role."""
     config, teacher = plan.config, plan.config.teachers[name]
     if teacher.backend is Backend.OPENAI:
@@ -218,7 +254,7 @@ async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> Tex
         ending = Ending(ids=ends, texts=config.student.stop, rows=vocabulary_rows(teacher.path))
         return OpenAIWriter(teacher, ending, config.seed, os.environ.get(TOKEN_VARIABLE, ""))
     as_student = replace(config.student, path=config.teachers[name].path, replicas=1)
-    make = partial(_engine, actors, role, as_student, config.seed, plan.ends)
+    make = partial(_engine, actors, role, as_student, config.seed, plan.ends, sleeps=turns is not None)
     pool = StudentPool(
         config.cluster.retry_policy(as_student.deadline_s),
         make,
@@ -226,22 +262,29 @@ async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole) -> Tex
         stack_dump=actors.stack_dump,
         rows=vocabulary_rows(as_student.path),
     )
+    take_turns(turns, f"writing {of_teacher(name)}", pool.replicas)
     await pool.replicas.start(1)
     return pool
 
 
 def _learner(
-    actors: Actors, plan: Plan, student: StudentPool, teachers: Mapping[str, TeacherPool], folder: Path | None
+    actors: Actors,
+    plan: Plan,
+    student: StudentPool,
+    teachers: Mapping[str, TeacherPool],
+    folder: Path | None,
+    turns: Turns | None,
 ) -> RestartingLearner:
     """The learner, whose ranks start anew in the same places of the cluster as long as `cluster.restarts` allows it."""
     config = plan.config
     elsewhere = folder if config.cluster.address != "local" else None
     following = [pool for name, pool in teachers.items() if config.teachers[name].mixup]
+    turn = resident if turns is None else turns.of("learner")
 
     def make() -> LearnerGroup:
         ranks = [_rank(actors, plan) for _ in range(config.learner.ranks)]
         start_s = config.cluster.start_deadline_s
-        return LearnerGroup(ranks, config.learner, actors.stack_dump, start_s, elsewhere, actors.end)
+        return LearnerGroup(ranks, config.learner, actors.stack_dump, start_s, elsewhere, actors.end, turn)
 
     others: dict[str, str] = {}  # nodes of all other actors
 
@@ -255,8 +298,11 @@ def _learner(
         ranks = {f"learner rank {i}": where for i, where in enumerate(await group.places())}
         check_places(transport, {**ranks, **others})
 
-    factory = RankFactory(make=make, ready=ready, renew=student.renew)
-    return RestartingLearner(factory, config.cluster.restarts, config.cluster.replay_log_bytes)
+    factory = RankFactory(make=make, ready=ready, renew=student.renew, turn=turn)
+    learner = RestartingLearner(factory, config.cluster.restarts, config.cluster.replay_log_bytes)
+    if turns is not None:
+        turns.attach("learner", learner)
+    return learner
 
 
 def _rank(actors: Actors, plan: Plan) -> Any:

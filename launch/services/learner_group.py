@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from launch.services.cluster import end, has_died, place_of, sees
 from launch.services.failure_causes import brief, vanished
 from launch.services.replicas import DescribeStacks, Fault, ReplicaFault, no_stack_dump, within
+from launch.services.turns import Turn, resident
 from learner.config import LearnerConfig
 from learner.learner import LearnerRank
 from opd.errors import ConfigurationError, OpdError
@@ -16,6 +17,7 @@ from opd.ports import Call, Layout, Learner, PublishedWeights, PublishReport, Ra
 from weight_sync.receiver import assemble
 
 Answer = TypeVar("Answer")
+_WITHOUT_MODEL = {Rank.written.__name__, LearnerRank.busy_s.__name__}  # verbs of ranks that may sleep
 _NEWS_S = 5.0  # what the news of a rank's death may take, once its partners are disturbed
 
 
@@ -28,7 +30,8 @@ class LearnerGroup(Learner):
 
     Whatever is asked raises `RanksLost` if a rank dies or hangs; `launch.services.learner_restart` makes others. How
     soon answers are due does not bound how long ranks take to start: they have `start_deadline_s` at least. `folder` is
-    where ranks on other machines write checkpoints and exports (None: all are on this one).
+    where ranks on other machines write checkpoints and exports (None: all are on this one). In a `turn` they are
+    asked for what needs their model.
     """
 
     def __init__(
@@ -39,8 +42,10 @@ class LearnerGroup(Learner):
         start_deadline_s: float = 300.0,
         folder: Path | None = None,
         end: Callable[[Any], None] = end,
+        turn: Turn = resident,
     ) -> None:
-        self.actors, self._stack_dump, self._folder, self._end = actors, stack_dump, folder, end
+        self.actors, self._stack_dump, self._folder = actors, stack_dump, folder
+        self._end, self._turn = end, turn
         self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
         self._deadline_s = config.deadline_s
         self._start_s = max(config.deadline_s, start_deadline_s)
@@ -51,7 +56,9 @@ class LearnerGroup(Learner):
         ((host, port),) = await self._all([self.actors[0].address.remote()], self._start_s)
         await self._check_folder()
         world = len(self.actors)
-        await self._all([a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)], self._start_s)
+        async with self._turn(joins=True):
+            calls = [a.setup.remote(rank, world, host, port) for rank, a in enumerate(self.actors)]
+            await self._all(calls, self._start_s)
 
     async def _check_folder(self) -> None:
         """Refuse a folder that a rank does not see, before it loads anything."""
@@ -71,6 +78,18 @@ class LearnerGroup(Learner):
 
     async def call(self, call: Call[Answer]) -> list[Answer]:
         """Answers of all ranks, in their order."""
+        async with self._turn(joins=True) if call.name not in _WITHOUT_MODEL else resident():
+            return await self._call(call)
+
+    async def sleep(self) -> None:
+        """Let every rank give up the memory of its model."""
+        await self._call(Call.broadcast(Rank.offload))
+
+    async def wake(self) -> None:
+        """Give every rank its memory back."""
+        await self._call(Call.broadcast(Rank.reload))
+
+    async def _call(self, call: Call[Answer]) -> list[Answer]:
         asked = [getattr(actor, call.name) for actor in self.actors]
         return await self._all([ask.remote(*call.of(rank), **call.options) for rank, ask in enumerate(asked)])
 

@@ -16,6 +16,7 @@ from launch.services.failure_causes import brief
 from launch.services.learner_group import RanksLost
 from launch.services.replay_log import ReplayLog
 from launch.services.replicas import GO_ON
+from launch.services.turns import Turn, resident
 from opd.errors import OpdError
 from opd.ports import Call, Layout, Learner, PublishedWeights, PublishReport, Rank, StudentEngine, broadcast
 
@@ -38,6 +39,14 @@ class RankGroup(Learner, Protocol):
         """Wait until all have finished their last call, also one whose caller was cancelled."""
         ...
 
+    async def sleep(self) -> None:
+        """Give up the memory of the model."""
+        ...
+
+    async def wake(self) -> None:
+        """Take it back."""
+        ...
+
     def end(self) -> None:
         """Kill all of them."""
         ...
@@ -57,13 +66,15 @@ class RankFactory:
     """Factory of learner ranks.
 
     `make` starts them, `ready` raises if they stand where they cannot work, `renew` gets the place of the weights
-    that are live already, for engines that start later, and `check` raises if a checkpoint is not whole.
+    that are live already, for engines that start later, and `check` raises if a checkpoint is not whole. In a `turn`
+    ranks start and are asked.
     """
 
     make: Callable[[], RankGroup]
     ready: Callable[[Any], Awaitable[None]] = _fine
     renew: Callable[[PublishedWeights], None] = lambda weights: None  # noqa: ARG005
     check: Callable[[Path], Awaitable[None]] = verified
+    turn: Turn = resident
 
 
 class RestartingLearner(Learner):
@@ -106,7 +117,8 @@ class RestartingLearner(Learner):
 
     async def call(self, call: Call[Answer]) -> list[Answer]:
         """The answers of all ranks, of new ones if some are lost; what changes their state is logged."""
-        answers = await self._ask(self._replay_log.label(call), lambda ranks: ranks.call(call))
+        async with self._factory.turn():  # also of ranks that must start anew for it
+            answers = await self._ask(self._replay_log.label(call), lambda ranks: ranks.call(call))
         if self._max_restarts and call.changes_state:
             self._replay_log.add(call)
         return answers
@@ -117,6 +129,22 @@ class RestartingLearner(Learner):
         report = await self._ask(f"publication {version}", lambda ranks: ranks.publish(student, version))
         self._published = report
         return report
+
+    async def sleep(self) -> None:
+        """Give up the memory of the model; ranks that are lost are ended, and the next call starts others."""
+        await self._while_alive(lambda ranks: ranks.sleep())
+
+    async def wake(self) -> None:
+        """Take back what `sleep` gave up."""
+        await self._while_alive(lambda ranks: ranks.wake())
+
+    async def _while_alive(self, told: Callable[[RankGroup], Awaitable[None]]) -> None:
+        try:
+            if self._lost is None:
+                return await told(self._ranks)
+        except RanksLost as lost:
+            self._lost = lost
+        self._ranks.end()
 
     async def save(self, directory: Path, step: int) -> None:
         """Copy the current state and begin to write it into the existing `directory`; `written` waits for it."""
@@ -165,7 +193,8 @@ class RestartingLearner(Learner):
         """The answer of the ranks there are; of new ones, if those are gone."""
         while True:
             if self._lost is not None:
-                await self._start_anew(what)
+                async with self._factory.turn(joins=True):  # before its lock, as every caller has them
+                    await self._start_anew(what)
             try:
                 return await self._once(what, call)
             except RanksLost as lost:

@@ -24,6 +24,7 @@ from launch.services.replicas import (
     no_stack_dump,
     within,
 )
+from launch.services.turns import Turn, resident
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import (
     Completion,
@@ -83,7 +84,8 @@ class StudentPool:
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """One completion per request, in order."""
-        return await self._generate(requests)
+        async with self.replicas.turn():
+            return await self._generate(requests)
 
     async def receive(self, weights: PublishedWeights) -> WeightAck:
         """Make `weights` live in every engine; with the largest sentinel gap.
@@ -91,6 +93,10 @@ class StudentPool:
         An engine that does not take them is replaced; if none takes them, the weights are at fault and that is raised.
         Returns when every engine has answered, and one at least has them.
         """
+        async with self.replicas.turn():
+            return await self._receive(weights)
+
+    async def _receive(self, weights: PublishedWeights) -> WeightAck:
         self._weights, self._gap = weights, 0.0
         before = list(self.replicas.serving)
         for replica in before:
@@ -159,23 +165,27 @@ class Follower(WeightObserver):
 
     async def receive(self, weights: PublishedWeights) -> None:
         """Hand `weights` to every replica."""
-        calls = [
-            within(self.deadline_s, f"teacher actor {r.number} (weights)", r.actor.follow.remote(weights, fetch))
-            for r in self.replicas.serving
-        ]
-        await asyncio.gather(*calls)
+        async with self.replicas.turn():
+            calls = [
+                within(self.deadline_s, f"teacher actor {r.number} (weights)", r.actor.follow.remote(weights, fetch))
+                for r in self.replicas.serving
+            ]
+            await asyncio.gather(*calls)
 
     async def save(self, path: Path) -> str:
         """Write the weights, which all replicas share, to `path`; returns their digest."""
-        return await within(self.deadline_s, "a teacher actor (saving)", self.replicas.actors[0].save.remote(str(path)))
+        async with self.replicas.turn():
+            first = self.replicas.actors[0]
+            return await within(self.deadline_s, "a teacher actor (saving)", first.save.remote(str(path)))
 
     async def restore(self, path: Path) -> None:
         """Take back what `save` wrote."""
-        calls = [
-            within(self.deadline_s, f"teacher actor {r.number} (loading)", r.actor.restore.remote(str(path)))
-            for r in self.replicas.serving
-        ]
-        await asyncio.gather(*calls)
+        async with self.replicas.turn():
+            calls = [
+                within(self.deadline_s, f"teacher actor {r.number} (loading)", r.actor.restore.remote(str(path)))
+                for r in self.replicas.serving
+            ]
+            await asyncio.gather(*calls)
 
 
 class TeacherPool:
@@ -208,15 +218,17 @@ class TeacherPool:
         )
 
     @classmethod
-    def of(cls, actors: Sequence[Any], retry: RetryPolicy) -> "TeacherPool":
-        """A pool of actors that are ready and are not replaced."""
+    def of(cls, actors: Sequence[Any], retry: RetryPolicy, turn: Turn = resident) -> "TeacherPool":
+        """A pool of actors that are ready and are not replaced; `turn` is that of the pool they belong to."""
         pool = cls(retry)
+        pool.replicas.turn = turn
         pool.replicas.adopt(list(actors))
         return pool
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
         """Scores per request, in order."""
-        return await self._score(requests)
+        async with self.replicas.turn():
+            return await self._score(requests)
 
 
 class ObservedStudent:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from launch.config.retry_policy import RetryPolicy
 from launch.services.failure_causes import ProcessFailed, brief, find_own, vanished
+from launch.services.turns import Turn, resident
 from opd import deadlines
 from opd.errors import DataError, OpdError, ServiceHung
 
@@ -83,7 +84,7 @@ class Replicas:
 
     `make` starts an actor, `ready` waits until it can work, `warm_up` brings it up to date (returns when it is), `end`
     kills it. Without `make` nothing is replaced: a fault is final. `stack_dump` shows where one hangs, before it is
-    killed.
+    killed. `turn` is that of all replicas, for what needs their memory; starting one is such work, too.
     """
 
     service: str
@@ -93,6 +94,7 @@ class Replicas:
     end: Callable[[Any], None]
     make: Callable[[], Any] | None = None
     stack_dump: DescribeStacks = no_stack_dump
+    turn: Turn = resident
     serving: list[Replica] = field(default_factory=list)
     faults: dict[Fault, int] = field(default_factory=lambda: dict.fromkeys(Fault, 0))
     history: list[str] = field(default_factory=list)  # a sentence per fault
@@ -108,6 +110,10 @@ class Replicas:
 
     async def start(self, count: int) -> None:
         """Start the first replicas, all at once; one that cannot start is an error."""
+        async with self.turn():
+            await self._start(count)
+
+    async def _start(self, count: int) -> None:
         assert self.make is not None
         actors = [self.make() for _ in range(count)]
         service = f"{self.service} that was to start (does the cluster have the CPUs and GPUs for it?)"
@@ -125,6 +131,21 @@ class Replicas:
     def adopt(self, actors: list[Any]) -> None:
         """Add actors that are ready."""
         self.serving += [Replica(number=i, actor=actor) for i, actor in enumerate(actors, len(self.serving))]
+
+    async def sleep(self) -> None:
+        """Let every replica give up its memory; one that does not is replaced."""
+        await asyncio.gather(*[self._told(r, "falling asleep", r.actor.sleep) for r in list(self.serving)])
+
+    async def wake(self) -> None:
+        """Give every replica its memory back; one that died while it slept is replaced."""
+        await asyncio.gather(*[self._told(r, "waking up", r.actor.wake) for r in list(self.serving)])
+
+    async def _told(self, replica: Replica, what: str, verb: Any) -> None:
+        try:
+            await within(self.retry.deadline_s, f"{self.service} {replica.number} ({what})", verb.remote())
+        except Exception as error:  # noqa: BLE001 (whatever it is, this replica holds memory that others need)
+            fault = error if isinstance(error, ReplicaFault) else ReplicaFault.of(fault_of(error), error)
+            await self.report(replica, fault)
 
     async def acquire(self, requests: int) -> Replica:
         """The least loaded replica, `requests` added to its load; waits until there is one.
@@ -231,6 +252,15 @@ class Replicas:
         await asyncio.gather(*self._starting, return_exceptions=True)
 
     async def _replace(self, number: int) -> None:
+        """Start another replica in a turn of its role, or as part of the one whose call waits for it."""
+        try:
+            async with self.turn(joins=True):
+                await self._start_another(number)
+        except OpdError as error:  # its turn does not come
+            self._replacements -= 1
+            await self._give_up(ReplicaFault(Fault.HUNG, str(error)))
+
+    async def _start_another(self, number: int) -> None:
         assert self.make is not None
         service = f"{self.service} {number} (its replacement)"
         while True:

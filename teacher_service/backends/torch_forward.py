@@ -22,6 +22,7 @@ from opd.types import Fetch
 from teacher_service.call_deadline import in_time
 from teacher_service.config import START_S, TeacherConfig
 from teacher_service.scoring import Bounds, Store, TeacherStats, completion_rows, length, scores_from_hidden
+from weight_sync.parking import Parked, park, trim
 from weight_sync.receiver import collect
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class TorchTeacher:
         self._store = store
         self._lock = threading.Lock()
         self._model: "PackedModel | None" = None
+        self._parked: Parked | None = None  # the weights while it sleeps; if they never change, also later
+        self._asleep = False
         self._requests = self._scored = self._read = 0
         self._busy_s = 0.0
 
@@ -109,12 +112,42 @@ class TorchTeacher:
         with self._lock, torch.inference_mode():
             model.mix_in(state.items(), 1.0)
 
+    async def sleep(self) -> None:
+        """Move the weights from the GPU to host memory, on a CPU to a file. Until `wake` nothing is scored."""
+        await in_time(self._config, asyncio.to_thread(self._sleep), "falling asleep")
+
+    async def wake(self) -> None:
+        """Move back what `sleep` moved; does nothing if it is awake."""
+        await in_time(self._config, asyncio.to_thread(self._wake), "waking up")
+
+    def _sleep(self) -> None:
+        if self._asleep:
+            return
+        model = self._loaded()
+        with self._lock:  # a forward pass whose caller has left ends first
+            if self._parked is None:
+                self._parked = park(model.tensors())
+            else:
+                self._parked.park_again()
+            self._asleep = True
+        trim()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if self._asleep and self._parked is not None:
+                constant = not self._config.mixup
+                self._parked.unpark(again=constant)
+                self._parked = self._parked if constant else None
+                self._asleep = False
+
     async def stats(self) -> TeacherStats:
         """Counts of this teacher's work so far."""
         return TeacherStats(requests=self._requests, scored=self._scored, read=self._read, busy_s=self._busy_s)
 
     def _loaded(self) -> "PackedModel":
         with self._lock:
+            if self._asleep:
+                raise ConfigurationError("the teacher's weights are not where it computes: it sleeps; wake it before")
             if self._model is None:
                 self._model = _load(self._config)
             return self._model

@@ -106,11 +106,11 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
     (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)", yes),
     (
-        r"weight_update|cluster\.layout|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel)|"
+        r"weight_update|cluster\.(layout|share)|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel)|"
         r".*\.(signal|outside|coin)",
         one,
     ),
-    (r"(.*\.)?deadline_s|.*start_deadline_s", SECONDS),
+    (r"(.*\.)?deadline_s|.*(start|turn)_deadline_s", SECONDS),
     (r"teachers\.\w+\.(connect_s|read_s|backoff_s)", real(1e-4, 30 * 24 * 3600)),
     (
         r".*\.(replicas|ranks|tensor_parallel|max_num_seqs|max_k|max_consecutive_failures|head_chunk|mixup_every)",

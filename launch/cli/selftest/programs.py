@@ -50,6 +50,12 @@ def _learner_bfloat16() -> list[Row]:
     return learner_bfloat16()
 
 
+def _sleep() -> list[Row]:
+    from launch.cli.selftest.sleeping import sleep_and_wake
+
+    return sleep_and_wake()
+
+
 PROGRAMS: Mapping[str, Callable[[], list[Row]]] = {
     "packages": _packages,
     "devices": _devices,
@@ -57,6 +63,7 @@ PROGRAMS: Mapping[str, Callable[[], list[Row]]] = {
     "loss": _loss,
     "learner_float32": _learner_float32,
     "learner_bfloat16": _learner_bfloat16,
+    "sleep": _sleep,
 }
 
 

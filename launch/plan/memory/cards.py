@@ -5,8 +5,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+import psutil
+import torch
+
 from launch.config.run_config import DEFAULT, RunConfig
-from launch.plan.memory.footprint import EngineRole, Phase, TeacherRole, footprint, peak
+from launch.plan.memory.footprint import EngineRole, Phase, TeacherRole, asleep, footprint, parked, peak
 from launch.plan.memory.parts import GIB, Part, device_bytes, parts
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device, Dtype
@@ -24,15 +27,49 @@ class Misfit:
     why: str
 
 
-def crowd(found: Sequence[Part]) -> list[tuple[Part, int]]:
-    """Processes that may meet on one GPU and need the most together, by what they ask for.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crowd:
+    """Processes on one GPU while those named `awake` work and all others that take turns sleep."""
+
+    members: Sequence[tuple[Part, int]]
+    awake: str = ""
+
+    def bytes_each(self, part: Part) -> int:
+        """Bytes that a process of `part` holds."""
+        return (peak(part.role) if self.works(part) else asleep(part.role)).total
+
+    def works(self, part: Part) -> bool:
+        """Whether processes of `part` are awake."""
+        return not part.turns or part.name == self.awake
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return sum(count * self.bytes_each(part) for part, count in self.members)
+
+
+def fullest(found: Sequence[Part]) -> Crowd:
+    """The most that one GPU may have to hold: of all turns, if roles take them."""
+    turns = [Crowd(members=(), awake=part.name) for part in found if part.turns] or [Crowd(members=())]
+    return max(
+        (replace(turn, members=crowd(found, turn.bytes_each)) for turn in turns),
+        key=lambda one: one.total,
+    )
+
+
+def _at_peak(part: Part) -> int:
+    return peak(part.role).total
+
+
+def crowd(found: Sequence[Part], need: Callable[[Part], int] = _at_peak) -> list[tuple[Part, int]]:
+    """Processes that may meet on one GPU and `need` the most together, by what they ask for.
 
     Those that ask for none all use the first one; Ray lets shares meet as they add up to 1 at most.
     """
     homeless = [(part, part.count) for part in found if part.on_gpu and not part.gpus and part.count]
     best: list[_Crowd] = [(0, [])] * 101  # by hundredths of a GPU
     for part in [part for part in found if part.on_gpu and part.gpus and part.count]:
-        each, bytes_each = (100 if part.gpus >= 1 else max(1, int(100 * part.gpus + 1e-6))), peak(part.role).total
+        each, bytes_each = (100 if part.gpus >= 1 else max(1, int(100 * part.gpus + 1e-6))), need(part)
         most = 1 if part.gpus >= 1 else min(part.count, 100 // each)
         best = [
             max(
@@ -59,11 +96,13 @@ def misfit(found: Sequence[Part], card: int) -> Misfit | None:
         if part.on_gpu and isinstance(role, EngineRole) and 0 < role.reserved < _of_vllm(role):
             share = f"of which vLLM gets {role.reserved / GIB:.1f} GiB (gpu_memory_utilization)"
             return Misfit(bytes=_of_vllm(role), why=f"{_said(part, 1)}, {share}")
-    together = crowd(found)
-    total = sum(count * peak(part.role).total for part, count in together)
-    if total <= card:
+    together = fullest(found)
+    if together.total <= card:
         return None
-    return Misfit(bytes=total, why=" and ".join(_said(part, count) for part, count in together))
+    awake = [_said(part, count) for part, count in together.members if together.works(part)]
+    sleeping = [part.name for part, _ in together.members if not together.works(part)]
+    resting = [f"what {', '.join(sleeping)} keep while they sleep"] if sleeping else []
+    return Misfit(bytes=together.total, why=" and ".join([*awake, *resting]))
 
 
 def _of_vllm(role: EngineRole) -> int:
@@ -174,6 +213,7 @@ def check_cards(config: RunConfig, card: int, *, exact: bool) -> None:
     def fits(changed: RunConfig) -> bool:
         return misfit(parts(changed, card, exact=exact), card) is None
 
+    _check_host(parts(config, card, exact=exact), config)
     lacking = misfit(parts(config, card, exact=exact), card) if card else None
     if lacking is None:
         return
@@ -181,6 +221,23 @@ def check_cards(config: RunConfig, card: int, *, exact: bool) -> None:
         f"{lacking.bytes / GIB:.1f} GiB are needed on a GPU of which {card / GIB:.1f} GiB can be used: {lacking.why}; "
         f"{_utilization(config, card, exact) or advice(config, fits, card)}"
     )
+
+
+def host_bytes(found: Sequence[Part]) -> int:
+    """Host memory that holds what roles on GPUs give up while they sleep."""
+    return sum(part.count * parked(part.role) for part in found if part.turns and part.on_gpu)
+
+
+def _check_host(found: Sequence[Part], config: RunConfig) -> None:
+    """Refuse sleeping roles that this machine, if its GPUs are the run's, could not hold."""
+    if config.cluster.address != "local" or not torch.cuda.is_available():
+        return
+    needed, has = host_bytes(found), psutil.virtual_memory().total
+    if needed > has:
+        raise ConfigurationError(
+            f"cluster.share=TIME keeps {needed / GIB:.1f} GiB of sleeping roles in host memory, but this machine has "
+            f"{has / GIB:.1f} GiB; choose smaller models, train adapters (learner.lora.r=16), or use more GPUs"
+        )
 
 
 def _utilization(config: RunConfig, card: int, exact: bool) -> str:
@@ -197,12 +254,15 @@ def _utilization(config: RunConfig, card: int, exact: bool) -> str:
 def lines(found: Sequence[Part], card: int) -> dict[str, str]:
     """Memory of every part at its peak, by what it is for, and what the fullest GPU holds."""
     shown = {part.name: f"{peak(part.role)} GiB" for part in found}
-    together = crowd(found)
-    if together:
-        total = sum(count * peak(part.role).total for part, count in together) / GIB
+    together = fullest(found)
+    if together.members:
         of = f" of {card / GIB:.1f} that can be used" if card else "; cluster.gpu_memory_gib says what a GPU has"
-        who = ", ".join(f"{count} {part.name}" for part, count in together)
-        shown["fullest GPU"] = f"{total:.1f} GiB{of} ({who})"
+        who = ", ".join(
+            f"{count} {part.name}{'' if together.works(part) else ' asleep'}" for part, count in together.members
+        )
+        shown["fullest GPU"] = f"{together.total / GIB:.1f} GiB{of} ({who})"
+    if host := host_bytes(found):
+        shown["host, of roles that sleep"] = f"{host / GIB:.1f} GiB"
     return shown
 
 

@@ -142,6 +142,25 @@ def peak(role: Role) -> Footprint:
     return reduce(lambda a, b: b if b.total > a.total else a, [footprint(role, phase) for phase in Phase])
 
 
+def asleep(role: Role) -> Footprint:
+    """Bytes that a process keeps on its GPU while it sleeps (`launch.services.turns`)."""
+    rest = footprint(role, Phase.REST)
+    frozen = isinstance(role, LearnerRole) and role.adapters and role.stage == 3  # DeepSpeed does not move them
+    return Footprint(weights=rest.weights if frozen else 0, graphs=rest.graphs, context=rest.context)
+
+
+def parked(role: Role) -> int:
+    """Bytes of host memory that hold what a process on a GPU gives up while it sleeps.
+
+    Keys and values are not kept, and the weights of engines are those that were published last.
+    """
+    if not role.on_gpu:
+        return 0
+    rest, held = footprint(role, Phase.REST), asleep(role)
+    kept = rest.weights + rest.gradients + rest.optimizer + rest.heads + rest.buffers
+    return kept - held.weights
+
+
 def layer_bytes(model: ModelShape, width: int, tokens: int, slots: int, *, sparse: bool) -> int:
     """Bytes that one layer keeps for the backward pass, at `width` bytes a number.
 

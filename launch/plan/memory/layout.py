@@ -5,10 +5,12 @@ from dataclasses import replace
 from math import floor
 
 from launch.config.run_config import RunConfig
+from launch.config.settings import Sharing
 from launch.plan.checks.devices import ENGINE, LEARNER_RANK, TEACHER, WRITER, automatic, resolved, roles, visible_gpus
 from launch.plan.memory.cards import advice, misfit
-from launch.plan.memory.footprint import EngineRole, LearnerRole, TeacherRole, peak
+from launch.plan.memory.footprint import EngineRole, LearnerRole, TeacherRole, asleep, peak
 from launch.plan.memory.parts import GIB, card_bytes, device_bytes, parts
+from launch.plan.memory.sharing import no_turns
 from launch.services.placement import share
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device
@@ -53,7 +55,11 @@ def _layouts(config: RunConfig, visible: int, card: int) -> Iterator[RunConfig]:
             yield _given(config, tensors, 1, 1, ranks=ranks, replicas=config.student.replicas + more)
     others, ranks = engines + numbers[TEACHER], numbers[LEARNER_RANK]
     if visible == 1 and max(tensors, ranks) == 1:
-        yield _on_one(config, card)
+        told = config.cluster.share is Sharing.TIME
+        if not told:
+            yield _on_one(config, card)
+        if told or (card and not no_turns(config)):
+            yield _by_turns(config, card)
     elif others and tensors == 1 and ranks < visible:
         each = min(1.0, share(others, visible - ranks))
         yield _shared(_given(config, each, each, 1), card, together=floor(1 / each + 1e-6))
@@ -119,6 +125,20 @@ def _on_one(config: RunConfig, card: int) -> RunConfig:
     return _with_share(_given(config, *each), engine, card)
 
 
+def _by_turns(config: RunConfig, card: int) -> RunConfig:
+    """All on one GPU, one role at a time; engines have what the others leave when they sleep.
+
+    Ray gives each actor the same share of the GPU and keeps one for another that is started for a while.
+    """
+    numbers = _counts(config)
+    each = share(sum(numbers.values()) + 1, 1)
+    taking = _given(replace(config, cluster=replace(config.cluster, share=Sharing.TIME)), each, each, each)
+    others = parts(taking, card)[1:]
+    sleeping = sum(part.count * asleep(part.role).total for part in others if part.on_gpu)
+    most = int(config.student.gpu_memory_utilization * device_bytes(card))
+    return _with_share(taking, min(most, (card - sleeping) // max(numbers[ENGINE], 1)), card)
+
+
 def _shared(config: RunConfig, card: int, *, together: int) -> RunConfig:
     """`together` engines or teachers on each GPU that is not the learner's."""
     engine, teacher, _ = _needs(config, card)
@@ -148,7 +168,9 @@ def _with_share(config: RunConfig, engine: int, card: int) -> RunConfig:
 def _why(before: RunConfig, after: RunConfig, visible: int, card: int) -> str:
     """The layout as a sentence, with the overrides that say the same."""
     cluster, student = after.cluster, after.student
-    told = [f"cluster.gpus_per_{name}={getattr(cluster, f'gpus_per_{name}'):g}" for name in _ROLES]
+    turned = cluster.share is not before.cluster.share
+    told = [f"cluster.share={cluster.share.name}"] * turned
+    told += [f"cluster.gpus_per_{name}={getattr(cluster, f'gpus_per_{name}'):g}" for name in _ROLES]
     if student.replicas != before.student.replicas:
         told.append(f"student.replicas={student.replicas}")
     if after.learner.ranks != before.learner.ranks:
@@ -159,8 +181,9 @@ def _why(before: RunConfig, after: RunConfig, visible: int, card: int) -> str:
         told.append(f"student.gpu_memory_utilization={student.gpu_memory_utilization:g}")
     sizes = ", ".join(f"{p.name} {peak(p.role).total / GIB:.1f} GiB" for p in parts(after, card) if p.on_gpu)
     has = f" of {card / GIB:.1f} usable GiB" if card else ""
+    turns = ", which do not fit at once and take turns" if turned else ""
     return (
-        f"layout: this machine has {visible} GPU{'s' * (visible != 1)}{has}, and they need at most: {sizes}; so "
+        f"layout: this machine has {visible} GPU{'s' * (visible != 1)}{has}, and they need at most: {sizes}{turns}; so "
         f"{' '.join(told)} (cluster.layout=GIVEN takes these settings as they are)"
     )
 

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
 from actors.config import CPU_KV_CACHE_BYTES
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.settings import Sharing
 from launch.plan.checks.blends import inner_teacher
 from launch.plan.checks.devices import writers_here
 from launch.plan.checks.numbers import engine_dtype, part_dtype
@@ -30,13 +31,17 @@ _USABLE = 0.98  # of a GPU: what other programs and fragments leave
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """`count` processes of one role; each gets `gpus` GPUs (0 and `on_gpu`: all such share the first one)."""
+    """`count` processes of one role; each gets `gpus` GPUs (0 and `on_gpu`: all such share the first one).
+
+    Those that take `turns` sleep while processes of another name work.
+    """
 
     name: str
     count: int
     gpus: float
     on_gpu: bool
     role: Role
+    turns: bool = False
 
 
 def card_bytes(config: RunConfig) -> int:
@@ -75,7 +80,8 @@ def of_teacher(name: str) -> str:
 
 def parts(config: RunConfig, card: int, *, exact: bool = True) -> tuple[Part, ...]:
     """All processes with a model in them; `card` are the usable bytes of a GPU, `exact` as in `Plan.exact_kl`."""
-    return tuple(_parts(config, card, exact))
+    turns = config.cluster.share is Sharing.TIME
+    return tuple(replace(part, turns=turns) for part in _parts(config, card, exact))
 
 
 def _parts(config: RunConfig, card: int, exact: bool) -> Iterator[Part]:

@@ -25,7 +25,7 @@ from actors.engine import VLLMEngine
 from actors.engine_thread import EngineLoop, EngineStopped
 from actors.startup import read_limits
 from learner.publishing import Publisher, StagedSender
-from opd.errors import ConfigurationError, DataError, ServiceHung
+from opd.errors import ConfigurationError, DataError, OpdError, ServiceHung
 from opd.ports import Completion, GenerateRequest, PublishedWeights, Sampling, Sentinel, WeightAck, WeightShard
 from opd.types import StopReason, TopKScores
 from tests.fault_matrix import Witness
@@ -145,7 +145,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         max_num_seqs=SLOTS,
         deadline_s=60,
     )
-    engine = VLLMEngine(config, SEED, lambda handle: handle())
+    engine = VLLMEngine(config, SEED, lambda handle: handle(), sleeps=True)
     loop = asyncio.new_event_loop()
     house = House(engine=engine, origin=origin, path=path, tied=tied, loop=loop)
     house.run(engine.ready())
@@ -257,6 +257,65 @@ def test_received_weights_write(house: House) -> None:
     assert stats.updates >= 2
     assert stats.tokens > stats.requests > 0
     assert stats.busy_s > 0
+
+
+def test_an_engine_that_slept_writes_what_it_would_have(house: House) -> None:
+    """With weights that it kept itself, with those that it received, and with others that came when it woke."""
+    asked = requests(Sampling(max_tokens=20, topk=2))
+
+    def slept() -> None:
+        house.run(house.engine.sleep())
+        house.run(house.engine.sleep())
+        with pytest.raises(ConfigurationError, match=r"the student engine sleeps, .* call wake\(\) before"):
+            house.generate(asked)
+        with pytest.raises(ConfigurationError, match="the student engine sleeps"):
+            house.receive(weights(house.origin, 30))
+        house.run(house.engine.wake())
+        house.run(house.engine.wake())
+
+    house.engine._sleep.last = None  # as before anything was received
+    before = house.generate(asked)
+    slept()
+    assert same(house.generate(asked), before)
+    for version in (31, 32):
+        house.receive(weights(student(version, house.tied), version))
+        before, stats = house.generate(asked), house.run(house.engine.stats())
+        slept()
+        assert same(house.generate(asked), before)
+        assert house.run(house.engine.stats()).digest == stats.digest
+        slept()  # the next version is the first that is loaded
+
+
+def same(answers: Sequence[Completion], before: Sequence[Completion]) -> bool:
+    """Whether completions are equal bit by bit, the weights that wrote them too."""
+    return all(
+        np.array_equal(a.token_ids, b.token_ids)
+        and np.array_equal(a.behavior.logprobs, b.behavior.logprobs)
+        and (a.digests, a.versions.tolist()) == (b.digests, b.versions.tolist())
+        for a, b in zip(answers, before, strict=True)
+    )
+
+
+def test_an_engine_that_sleeps_drops_what_has_no_caller_and_finds_weights_that_changed(house: House) -> None:
+    held = weights(student(33, house.tied), 33)
+    kept = [np.array(chunk.handle()) for chunk in held.chunks]  # as shared memory is: others may write there
+    lent = replace(held, chunks=tuple(replace(c, handle=lambda a=a: a) for c, a in zip(held.chunks, kept, strict=True)))
+    house.receive(lent)
+
+    async def left() -> None:
+        call = asyncio.ensure_future(house.engine.generate(requests(Sampling(max_tokens=64))))
+        await asyncio.sleep(0.1)
+        await house.engine.sleep()
+        with pytest.raises(OpdError, match="was put to sleep while it wrote"):
+            await call
+
+    house.run(left())
+    house.run(house.engine.wake())
+    kept[2][:] = 0
+    with pytest.raises(DataError, match=r"cannot load weights version 33 again: chunk 2 has changed in memory"):
+        house.generate(requests(Sampling(max_tokens=4)))
+    house.receive(held)
+    assert house.generate(requests(Sampling(max_tokens=4)))
 
 
 def frozen(array: np.ndarray) -> np.ndarray:

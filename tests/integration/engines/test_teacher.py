@@ -159,6 +159,21 @@ def test_answers_do_not_depend_on_company_or_order(school: School) -> None:
                 np.testing.assert_allclose(other.topk_logprobs, together[i].topk_logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_a_teacher_that_slept_scores_as_before(school: School, mixup: float) -> None:
+    """Twice, because weights that never change are parked once."""
+    teacher = TorchTeacher(TeacherConfig(path=str(school.path), mixup=mixup, deadline_s=60), school.shelf.store)
+    asked = [request(WANTS[0], i) for i in range(4)]
+    before = run(teacher.score(asked))
+    for _ in range(2):
+        run(teacher.sleep())
+        with pytest.raises(ConfigurationError, match=r"it sleeps; wake it before"):
+            run(teacher.score(asked))
+        run(teacher.wake())
+        for one, other in zip(run(teacher.score(asked)), before, strict=True):
+            assert np.array_equal(one[0].logprobs, other[0].logprobs)
+
+
 def test_hidden_states_of_a_microbatch_are_stored_once(school: School) -> None:
     school.shelf.arrays.clear()
     requests = [request(WANTS[4], i) for i in range(12)]

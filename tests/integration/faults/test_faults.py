@@ -180,13 +180,13 @@ def test_an_asynchronous_run_survives_deaths_in_every_state(scene: Scene, witnes
     "engine killed", "teacher killed",
 )  # fmt: skip
 def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, witness: Witness) -> None:
-    """Then Ctrl-C as a terminal does it, a SIGINT to the whole foreground group: no process is left. (SIGTERM and
-    SIGKILL: test_resume.py.)
+    """Roles take turns on their memory, so those that wait are asleep. Then Ctrl-C as a terminal does it, a SIGINT to
+    the whole foreground group: no process is left. (SIGTERM and SIGKILL: test_resume.py.)
     """
     plan(scene.plan, "learner beginning", "kill engine", entry=3)
     plan(scene.plan, "learner beginning", "kill teacher 1 5", entry=5, after=1)
     plan(scene.plan, "teacher scoring", "SIGSTOP", after=2)
-    scene.start("steps=100000", *TWO_OF_EACH)
+    scene.start("steps=100000", *TWO_OF_EACH, "cluster.share=TIME")
     scene.reach(lambda: len(scene.fired()) == 3, "three faults")
     hung = scene.fired()[-1].pid
     assert psutil.Process(hung).status() == psutil.STATUS_STOPPED

@@ -40,3 +40,10 @@ def test_publishing_is_compared_with_a_memcpy_with_more_receivers_and_while_an_e
 def test_the_cost_of_the_loop_is_given_in_calls_of_a_ray_actor() -> None:
     printed = apart("benchmarks.scale", "loop", "8", "ray", learners=False)
     assert "a Ray call took" in printed and "nan" not in printed
+
+
+def test_memory_by_turns_is_shown_by_role_and_phase() -> None:
+    printed = apart("benchmarks.turns", "64", "doctor=false", learners=False)
+    assert "cluster.share=RESIDENT" in printed and "cluster.share=TIME" in printed
+    for phase in ("generate", "score", "train", "publish", "generate again", "the whole step"):
+        assert printed.count(f"│ {phase} ") == 2, phase

@@ -60,11 +60,12 @@ def test_a_killed_run_ends_bit_by_bit_as_one_that_was_not(tmp_path: Path) -> Non
     own = [*OWN, *follow]
     done = opd("train", *own, f"output_dir={tmp_path}", "run_name=whole")
     assert done.returncode == 0, done.stdout + done.stderr
-    slow = [*own, "steps=500", "checkpoint_keep=500"]  # harmless, and keeps it from ending before it is killed
+    turns = "cluster.share=TIME"  # by turns or all resident, the numbers are the same
+    slow = [*own, turns, "steps=500", "checkpoint_keep=500"]  # harmless, and keeps it from ending before it is killed
     interrupted(signal.SIGKILL, 3, tmp_path, *slow)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert not (cut / "summary.json").exists()
-    done = opd("train", *own, f"output_dir={tmp_path}", "run_name=cut", "resume=2")
+    done = opd("train", *own, turns, f"output_dir={tmp_path}", "run_name=cut", "resume=2")
     assert done.returncode == 0, done.stdout + done.stderr
 
     first, second = lines(whole / "metrics.jsonl"), lines(cut / "metrics.jsonl")
@@ -144,7 +145,7 @@ def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path, witness: Witne
     (run / "checkpoints" / ".step_1.partial").mkdir()
 
     layout = ["learner.ranks=2", "learner.zero_stage=2", "student.replicas=2", "learner.tokens_per_microbatch=300"]
-    layout += ["learner.publish_chunk_bytes=20000", "learner.transport=OBJECT_STORE"]
+    layout += ["learner.publish_chunk_bytes=20000", "learner.transport=OBJECT_STORE", "cluster.share=TIME"]
     done = opd("train", *own, *layout, f"steps={newest}", f"output_dir={tmp_path}", "run_name=cut", "resume=latest")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped: " in done.stdout and "rank_0.safetensors has digest" in done.stdout

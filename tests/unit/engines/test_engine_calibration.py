@@ -11,9 +11,10 @@ pytest.importorskip("vllm")
 
 from actors.config import StudentConfig
 from actors.engine import VLLMEngine
+from actors.sleep import EngineSleep
 from actors.startup import EngineLimits
 from opd.errors import ConfigurationError, DataError
-from opd.ports import Manifest, Sentinel, WeightAck
+from opd.ports import Manifest, PublishedWeights, Sentinel, WeightAck
 from opd.settings.devices import Device, Dtype
 from weight_sync.receiver import ReceivedWeights
 
@@ -51,6 +52,7 @@ def engine(dtype: Dtype = Dtype.FLOAT32) -> VLLMEngine:
     made._limits = EngineLimits(vocabulary=99, longest=64, ends=(2,))
     made._refusal, made._floor, made._version, made._digest = None, None, 0, ""
     made._updates, made._update_s = 0, 0.0
+    made._sleep = EngineSleep(on_gpu=False, reloads=False)
     return made
 
 
@@ -58,7 +60,8 @@ def load(engine: VLLMEngine, loop: Loop, version: int, said: np.ndarray, toleran
     manifest = Manifest(names=(), dtypes=("float32",), shapes=(), nbytes=0)
     delivered = ReceivedWeights(version=version, digest="d", manifest=manifest, runs=(), buffers=())
     sentinel = Sentinel(ids=IDS, logprobs=said, tolerance=tolerance, origin=SAID)
-    return engine._load(delivered, sentinel, loop)  # type: ignore[arg-type]
+    weights = PublishedWeights(version=version, manifest=manifest, chunks=(), digest="d", sentinel=sentinel)
+    return engine._load(weights, delivered, loop)  # type: ignore[arg-type]
 
 
 def test_the_floor_is_measured_once_and_before_any_weight_is_touched() -> None:

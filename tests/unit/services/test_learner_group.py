@@ -1,7 +1,8 @@
 """How the loss of a rank is told apart from everything else that a rank may say."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from launch.services.learner_group import LearnerGroup, RanksLost
 from launch.services.replicas import Fault
 from learner.config import LearnerConfig
 from opd.errors import ConfigurationError, DataError, OpdError
-from opd.ports import Call, Manifest, PublishedWeights, Rank, Sentinel, WeightAck, WeightShard
+from opd.ports import Call, Manifest, PublishedWeights, Rank, Sentinel, WeightAck, WeightChunk, WeightShard
 
 DEADLINE_S, START_S = 1.0, 3.0  # as short as settings allow
 LOAD = Call.broadcast(Rank.load, Path("step_1"))
@@ -124,3 +125,48 @@ def test_weights_that_nobody_can_read_are_a_lost_rank_if_one_is_gone(alive: bool
     kind, says = (DataError, "chunk 0 cannot be opened") if alive else (RanksLost, "a learner rank died")
     with pytest.raises(kind, match=says):
         asyncio.run(group(one).publish(Engine(), 3))
+
+
+def test_ranks_are_asked_for_what_needs_their_model_in_a_turn_and_for_nothing_else() -> None:
+    """Also for their chunks of a publication, but not while engines read those, nor while a file is being written."""
+    order = list[str]()
+
+    @asynccontextmanager
+    async def turn(*, joins: bool = False) -> AsyncIterator[None]:
+        assert joins, "what repeats calls of lost ranks has the turn already"
+        order.append("turn")
+        yield
+        order.append("end")
+
+    def noted(name: str, answer: Any) -> Callable[[], Awaitable[Any]]:
+        async def ask() -> Any:
+            order.append(name)
+            return answer
+
+        return ask
+
+    manifest = Manifest(names=("a",), dtypes=("float32",), shapes=((1,),), nbytes=4)
+    sentinel = Sentinel(ids=np.zeros(2, np.int32), logprobs=np.zeros(1, np.float32), tolerance=1.0)
+    chunk = WeightChunk(first=0, last=1, nbytes=4, digest="d", owner=0, handle=None)
+    shard = WeightShard(version=1, manifest=manifest, chunks=(chunk,), sentinel=sentinel)
+    one = rank(
+        share=noted("share", shard), written=noted("written", ("f", "d")), load=noted("load", 1),
+        offload=noted("offload", None), reload=noted("reload", None),
+    )  # fmt: skip
+    learner = LearnerGroup([one], LearnerConfig(ranks=1, deadline_s=DEADLINE_S), turn=turn)
+
+    class Student:
+        async def receive(self, weights: PublishedWeights) -> WeightAck:
+            order.append("receive")
+            return WeightAck(version=weights.version, digest=weights.digest, gap=0.0)
+
+    async def all_of_it() -> None:
+        await learner.call(LOAD)
+        await learner.call(Call.broadcast(Rank.written))
+        await learner.publish(Student(), 1)  # type: ignore[arg-type]
+        await learner.sleep()
+        await learner.wake()
+
+    asyncio.run(all_of_it())
+    asked = ["turn", "load", "end", "written", "turn", "share", "end", "receive", "offload", "reload"]
+    assert order == asked

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from weight_sync.parking import park, tensors_in
+from weight_sync.parking import discard, park, tensors_in, trim
 
 SIZES = st.integers(0, 5000)
 
@@ -19,7 +19,10 @@ def test_tensors_come_back_as_they_were(sizes: list[int], dtype: torch.dtype) ->
     tensors = [torch.randn(size).to(dtype) for size in sizes]
     views = [tensor[size // 3 :] for tensor, size in zip(tensors, sizes, strict=True)]
     before = [tensor.clone() for tensor in tensors]
-    park([*tensors, *views, *tensors]).unpark()
+    parked = park([*tensors, *views, *tensors])
+    parked.unpark(again=True)
+    parked.park_again()
+    parked.unpark()
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     for tensor, view in zip(tensors, views, strict=True):
         tensor += 1
@@ -37,6 +40,16 @@ def test_their_memory_is_given_back_meanwhile() -> None:
     parked.unpark()
     assert bool((whole == 1).all()) and array.sum(dtype=np.int64) == size
     assert psutil.Process().memory_info().rss > before - 0.1 * size
+
+
+def test_what_is_discarded_is_zero_when_it_is_used_again() -> None:
+    size = 16 << 20
+    whole = torch.ones(size, dtype=torch.uint8)
+    before = psutil.Process().memory_info().rss
+    discard([whole])
+    trim()
+    assert psutil.Process().memory_info().rss < before - 0.9 * size
+    assert int(whole[4096:-4096].sum(dtype=torch.int64)) == 0
 
 
 def test_all_that_a_model_and_its_optimizer_hold_is_found_once() -> None:
