@@ -120,6 +120,12 @@ class SimulatedRanks(ports.Learner):
         await asyncio.sleep(self.site.faults.restart_s if self.late else 0.0)
         self.at = 0
 
+    async def sleep(self) -> None:
+        """Nothing: simulated roles have devices of their own."""
+
+    async def wake(self) -> None:
+        """Nothing, as `sleep`."""
+
     async def call(self, call: ports.Call[Any]) -> list[Any]:
         """Answer of rank 0 to one of the verbs that take time."""
         answers = {ports.Rank.step: self._step, ports.Rank.save: self._save, ports.Rank.load: self._load}

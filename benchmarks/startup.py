@@ -202,7 +202,7 @@ def watched(command: Sequence[str], marks: Mapping[str, Stage], folder: Path | N
             sleep(LOOK_S)
         reader.join(5.0)
         watch.ended = monotonic()
-    if run.returncode:
+    if run.returncode or (marks is PRINTED_BY_PEER and Stage.FIRST not in watch.began):
         sys.exit(f"the run ended with {run.returncode}:\n" + "".join(printed)[-4000:])
     return watch
 

@@ -3,6 +3,8 @@
 Those that need Ray or vLLM are in tests/integration/runs/test_benchmarks.py.
 """
 
+from importlib import util
+
 import pytest
 
 from tests.benchmark import apart, here
@@ -13,6 +15,12 @@ SCHEDULES = ["lock-step", "on-policy, streamed", "ahead 1", "ahead 2", "ahead 4"
 def lines(printed: str, *, of: str) -> list[str]:
     """The lines of a table in which `of` stands."""
     return [line for line in printed.splitlines() if of in line]
+
+
+def test_the_peer_of_the_start_up_trains_or_says_that_it_is_not_installed() -> None:
+    printed = here("benchmarks.peer_trl", "1")
+    trained = util.find_spec("trl") is not None
+    assert ("training starts" in printed and "step 1 " in printed) if trained else "TRL's arm is left out" in printed
 
 
 def test_transport_compares_a_frame_with_json_at_three_depths() -> None:
