@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
 from actors.base_weights import BaseWeights
@@ -95,9 +96,24 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
             self._finalize()
             raise
         missing = sorted(self._expected - set(loaded)) if loaded is not None and not adapters else []
-        if missing:
+        stale = [] if adapters else sorted(self._untouched())
+        if missing or stale:
             self._finalize()
+        if missing:
             raise DataError(f"{len(missing)} parameters of the engine's model did not come, the first is {missing[0]}")
+        if stale:
+            raise DataError(
+                f"{len(stale)} parameters of the engine's {type(self._student).__name__} would keep their old values, the first "
+                f"is {stale[0]!r} (vLLM loads it past what takes new weights); choose a student of another family"
+            )
+
+    def _untouched(self) -> Iterator[str]:
+        """Expected parameters of layers that still wait for weights, and have got none for them."""
+        for name, layer in self._student.named_modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                own = {f"{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)}
+                yield from (own & self._expected) - {f"{name}.{parameter}" for parameter, _ in info.loaded_weights}
 
     def _base(self) -> BaseWeights:
         if self._checkpoint is None:

@@ -74,6 +74,7 @@ def stored_names(causal: PreTrainedModel, stored: Mapping[str, Stored], part: st
     """
     own, state = dict(causal.named_parameters()), causal.state_dict()
     extra = sorted(name for name, _ in causal.named_buffers() if name in state)
+    extra += [name for name, p in own.items() if not p.requires_grad]  # of a model that was made and not yet frozen
     if extra:
         raise ConfigurationError(
             f"{part} is a {type(causal).__name__}, which computes with {extra[0]!r}, a stored tensor that is not trained "
@@ -82,7 +83,7 @@ def stored_names(causal: PreTrainedModel, stored: Mapping[str, Stored], part: st
         )
     kept = {place: name for name, (place, converted) in places(causal, stored).items() if not converted}
     pieces = stored_pieces(causal, stored)
-    other = [name for name, p in own.items() if name not in pieces and (name not in kept or p.ndim > 2)]
+    other = [name for name in own if name not in pieces and name not in kept]
     if other:
         raise ConfigurationError(
             f"{part} needs matrices that are stored one by one, but {other[0]!r} and {len(other) - 1} more of its "
