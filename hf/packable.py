@@ -48,8 +48,9 @@ def unlike(causal: Any, given: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def has_experts(causal: Any) -> bool:
-    """Whether some parameters are stacks of matrices, as those of a mixture of experts are."""
-    return any(parameter.ndim > 2 for parameter in causal.parameters())
+    """Whether some parameters are stacks of matrices, as those of a mixture of experts are; convolutions do not count."""
+    modules = [module for module in causal.modules() if not isinstance(module, nn.Conv1d)]
+    return any(parameter.ndim > 2 for module in modules for parameter in module.parameters(recurse=False))
 
 
 def check_layers(causal: Any, part: str) -> None:
