@@ -103,8 +103,8 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
             raise DataError(f"{len(missing)} parameters of the engine's model did not come, the first is {missing[0]}")
         if stale:
             raise DataError(
-                f"{len(stale)} parameters of the engine's {type(self._student).__name__} would keep their old values, the first "
-                f"is {stale[0]!r} (vLLM loads it past what takes new weights); choose a student of another family"
+                f"{len(stale)} parameters of the engine's {type(self._student).__name__} would keep old values, first "
+                f"{stale[0]!r} (vLLM loads it past what takes new weights); choose a student of another family"
             )
 
     def _untouched(self) -> Iterator[str]:
@@ -141,8 +141,9 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
 def _expert_kernels(model: Any) -> Iterator[tuple[Any, Any]]:
     """The kernels of a model's experts on a CPU, by what makes them (`moe_kernel`)."""
     if current_platform.is_cpu():
-        methods = (getattr(module, "quant_method", None) for module in model.modules())
-        yield from ((method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None)
+        for method in (getattr(module, "quant_method", None) for module in model.modules()):
+            if getattr(method, "moe_kernel", None) is not None:
+                yield method, method.moe_kernel
 
 
 class WorkerExtension:

@@ -48,7 +48,7 @@ def unlike(causal: Any, given: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def has_experts(causal: Any) -> bool:
-    """Whether some parameters are stacks of matrices, as those of a mixture of experts are; convolutions do not count."""
+    """Whether some parameters are stacks of matrices, as those of a mixture of experts (and not of a convolution)."""
     modules = [module for module in causal.modules() if not isinstance(module, nn.Conv1d)]
     return any(parameter.ndim > 2 for module in modules for parameter in module.parameters(recurse=False))
 

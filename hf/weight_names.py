@@ -1,7 +1,7 @@
 """Names in the checkpoint of a model's parameters, which engines and exports use.
 
-transformers keeps all experts of a layer in one parameter, a checkpoint every matrix of every expert by itself, under the
-names that vLLM loads. Such a parameter is published in `Piece`s.
+transformers keeps all experts of a layer in one parameter, a checkpoint every matrix of every expert by itself, under
+the names that vLLM loads. Such a parameter is published in `Piece`s.
 """
 
 import re
@@ -77,9 +77,9 @@ def stored_names(causal: PreTrainedModel, stored: Mapping[str, Stored], part: st
     extra += [name for name, p in own.items() if not p.requires_grad]  # of a model that was made and not yet frozen
     if extra:
         raise ConfigurationError(
-            f"{part} is a {type(causal).__name__}, which computes with {extra[0]!r}, a stored tensor that is not trained "
-            f"({len(extra)} in all; a router's correction bias, say) and that the learner does not publish to engines; "
-            "choose another model as a student"
+            f"{part} is a {type(causal).__name__}, which computes with {extra[0]!r}, a stored tensor that is not "
+            f"trained ({len(extra)} in all; a router's correction bias, say) and that the learner does not publish to "
+            "engines; choose another model as a student"
         )
     kept = {place: name for name, (place, converted) in places(causal, stored).items() if not converted}
     pieces = stored_pieces(causal, stored)

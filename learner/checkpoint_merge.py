@@ -10,7 +10,7 @@ import torch
 from learner import checkpoint
 from learner.config import LoraConfig
 from learner.model import load_student
-from learner.published import published
+from learner.published import described, published
 from learner.publishing import Publisher, StagedSender
 from learner.student_folder import write_folder
 from opd.settings.devices import Dtype, resolve_dtype
@@ -45,9 +45,7 @@ def export_checkpoint(shards: Path, origin: Origin, target: Path) -> None:
         adapt(student.causal, origin.lora, origin.seed)
     named, parts = list(student.named()), published(student)
     manifest = Publisher(
-        [part.name for part in parts],
-        [part.shape for part in parts],
-        [part.dtype for part in parts],
+        *described(parts),
         chunk_bytes=1 << 30,
         rank=0,
         ranks=1,

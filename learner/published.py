@@ -1,5 +1,6 @@
 """What a student publishes: its trained parameters as a checkpoint has them, each with the place it is a view of."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,13 @@ def published(student: Student) -> list[Published]:
         else:
             found += [Published(name=piece.name, parameter=parameter, piece=piece) for piece in pieces]
     return found
+
+
+def described(
+    parts: Sequence[Published],
+) -> tuple[Sequence[str], Sequence[tuple[int, ...]], Sequence[torch.dtype]]:
+    """Names, shapes and dtypes of `parts`."""
+    return [part.name for part in parts], [part.shape for part in parts], [part.dtype for part in parts]
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

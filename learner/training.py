@@ -20,7 +20,7 @@ from learner.diagnosis import InfiniteRatio, from_first_rank
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, batch_readings, load_head, load_student, sentinel_ids, target_logprobs
-from learner.published import published
+from learner.published import described, published
 from learner.publishing import Publisher
 from learner.snapshots import Snapshots, matching
 from opd.errors import DataError, OpdError
@@ -78,9 +78,7 @@ class Training(Rank):
         self._named = list(self._student.named())
         parts = published(self._student)
         self._publisher = Publisher(
-            [part.name for part in parts],
-            [part.shape for part in parts],
-            [part.dtype for part in parts],
+            *described(parts),
             chunk_bytes=self._config.publish_chunk_bytes,
             rank=self._rank,
             ranks=self._config.ranks,

@@ -16,9 +16,9 @@ EXPERTS, CHOSEN = 4, 2
 _NOISE = 0.1  # of what a tensor scatters
 
 
-def save_student(folder: Path) -> Qwen3MoeForCausalLM:
-    """The student, saved in `folder` with its tokenizer, in float32."""
-    dense = Qwen3ForCausalLM.from_pretrained(DENSE, dtype=torch.float32)
+def save_student(folder: Path, source: Path = DENSE) -> Qwen3MoeForCausalLM:
+    """The mixture made of the dense student in `source`, saved in `folder` with its tokenizer, in float32."""
+    dense = Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32)
     fields = {k: v for k, v in dense.config.to_dict().items() if k not in ("architectures", "model_type", "dtype")}
     experts = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "norm_topk_prob": True, "mlp_only_layers": []}
     experts |= {"decoder_sparse_step": 1, "moe_intermediate_size": dense.config.intermediate_size}
@@ -37,9 +37,9 @@ def save_student(folder: Path) -> Qwen3MoeForCausalLM:
             else:
                 p.normal_(std=0.2)
     model.save_pretrained(folder)
-    for file in DENSE.glob("*token*.json"):
+    for file in source.glob("*token*.json"):
         shutil.copy(file, folder)
-    shutil.copy(DENSE / "generation_config.json", folder)
+    shutil.copy(source / "generation_config.json", folder)
     return model
 
 

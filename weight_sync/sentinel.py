@@ -51,7 +51,7 @@ def allowed(floor: Gap, *, coarse: bool, experts: bool = False) -> Gap:
     """Allowed gap of a version whose unchanged checkpoint differed by `floor`.
 
     In bfloat16 a mixture of `experts` sends a token to another expert by a rounding now and then (1 choice in 150 on a
-    tiny one), which one of the two programs then computes otherwise: the greatest gap says nothing of the weights there.
+    tiny one), which the two programs then compute otherwise: the greatest gap says nothing of the weights there.
     """
     least = LEAST[coarse]
     return Gap(

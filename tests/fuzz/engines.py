@@ -1,9 +1,9 @@
-"""`python -m tests.fuzz.engines [family=NAME]...`: engines of many families, given new weights as the learner gives them.
+"""`python -m tests.fuzz.engines [family=NAME]...`: engines of many families, given new weights by the learner's code.
 
-For each family: a student in a folder, a real vLLM engine on it (float32, CPU), and three publications: the folder's own
-weights, all of them changed, and the first again. After each the engine's log-probabilities of a text (80 ids of the
-whole vocabulary, its padding included, longer than windows) are compared with the learner's. Prints one line of JSON per
-family with the three greatest gaps in nats, or with the error.
+For each family: a student in a folder, a real vLLM engine on it (float32, CPU), and three publications: the folder's
+own weights, all of them changed, and the first again. After each the engine's log-probabilities of a text (80 ids of
+the whole vocabulary, its padding included, longer than windows) are compared with the learner's. Prints one line of
+JSON per family with the three greatest gaps in nats, or with the error.
 """
 
 import json
@@ -31,7 +31,7 @@ from vllm.model_executor.models import registry
 from actors.engine import VLLMEngine
 from learner.engine import complete
 from learner.model import Student, load_student
-from learner.published import published
+from learner.published import described, published
 from learner.publishing import Publisher, StagedSender
 from opd.errors import OpdError
 from opd.ports import PublishedWeights, Sentinel, WeightShard
@@ -67,9 +67,7 @@ def version(student: Student, number: int) -> PublishedWeights:
     """What a learner that holds `student` publishes; its sentinel refuses nothing."""
     parts = published(student)
     publisher = Publisher(
-        [part.name for part in parts],
-        [part.shape for part in parts],
-        [part.dtype for part in parts],
+        *described(parts),
         chunk_bytes=20_000,
         rank=0,
         ranks=1,

@@ -32,7 +32,8 @@ _ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _HEADS = {"num_key_value_heads": 2}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 _MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1, "norm_topk_prob": True}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+_EXPERTS |= {"norm_topk_prob": True}
 _GDN = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,

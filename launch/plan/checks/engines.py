@@ -10,8 +10,9 @@ from opd.errors import ConfigurationError
 from opd.settings.devices import Device, on_gpu
 
 TRIED = frozenset(
-    "arcee exaone4 ernie4_5 flex_olmo gemma gemma2 gemma3_text glm4 gpt2 gpt_neox hunyuan_v1_dense hunyuan_v1_moe llama "
-    "mistral mixtral olmo2 olmo3 olmoe opt phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2".split()
+    {"arcee", "exaone4", "ernie4_5", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox"}
+    | {"hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "mistral", "mixtral", "olmo2", "olmo3", "olmoe", "opt", "phi3"}
+    | {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"}
 )
 """Kinds of models whose engine was compared with the learner after new weights (docs/models.md)."""
 
@@ -28,8 +29,8 @@ def check_updates(folder: Folder) -> None:
     if config.model_type == "qwen2" and len(kinds) > 1 and config.max_window_layers != config.num_hidden_layers:
         raise ConfigurationError(
             f"{part} is a {name} with a sliding window in some layers (max_window_layers={config.max_window_layers} of "
-            f"{config.num_hidden_layers}), for which vLLM has no engine; set use_sliding_window=false in its config.json "
-            "if it was trained so, or choose another student"
+            f"{config.num_hidden_layers}), for which vLLM has no engine; choose another student, or one that was "
+            "trained with use_sliding_window=false"
         )
 
 
@@ -50,8 +51,8 @@ def engine_notes(config: RunConfig, folder: Folder) -> Iterator[str]:
     kind, experts = folder.causal.config.model_type, has_experts(folder.causal)
     if kind not in TRIED:
         yield (
-            f"{folder.part}: no test compares vLLM's {kind} with the learner (docs/models.md); the sentinel does before "
-            "the first step, and the run ends there if they differ"
+            f"{folder.part}: no test compares vLLM's {kind} with the learner (docs/models.md); the sentinel does "
+            "before the first step, and the run ends there if they differ"
         )
     if experts:
         adapted = "; adapters leave the experts as they are" if config.learner.lora.r else ""

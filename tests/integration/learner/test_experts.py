@@ -1,19 +1,24 @@
 """Students that are mixtures of experts: a step is autograd's, and every matrix keeps the name of its checkpoint."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf.folder import read_headers
+from launch.config.run_config import run_config
+from launch.plan.plan import make_plan
 from learner.checkpoint_merge import Origin, export_checkpoint
 from learner.config import LoraConfig
 from opd.errors import ConfigurationError
 from opd.settings.devices import Dtype
 from tests.integration.learner.test_learner import naive_step
+from tests.moe_student import save_student
 from tests.small_learner import SMOOTH, VOCABULARY, Likelihood, Start, batches_of, keep, parameters
 
 SHAPE = {
@@ -53,11 +58,10 @@ def mixture(folder: Path, kind: str) -> Path:
 def test_a_step_is_the_naive_one_and_names_are_the_checkpoint_s(
     kind: str, stage: int, start: Start, tmp_path: Path
 ) -> None:
-    """In what is published, in what is exported, and in what a checkpoint is merged to; one matrix of an expert each."""
+    """In what is published, in what is exported, and in what a checkpoint is merged to: each matrix by itself."""
     folder = mixture(tmp_path / "student", kind)
-    config = replace(
-        SMOOTH, zero_stage=stage, tokens_per_microbatch=70, publish_chunk_bytes=20_000, gradient_checkpointing=stage == 2
-    )
+    config = replace(SMOOTH, zero_stage=stage, tokens_per_microbatch=70, publish_chunk_bytes=20_000)
+    config = replace(config, gradient_checkpointing=stage == 2)
     rank = start(config, folder)
     before = parameters(rank.share(0))
     stored = read_headers(str(folder), "student")
@@ -96,5 +100,21 @@ def test_adapters_leave_the_experts_as_they_are(start: Start, tmp_path: Path) ->
     assert {name for name in own if not torch.equal(own[name], exported[name])} == {
         f"model.layers.{i}.self_attn.{part}_proj.weight" for i in range(2) for part in "qkvo"
     }
+    described = json.loads((tmp_path / "export" / "adapter" / "adapter_config.json").read_text())
+    assert sorted(described["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "export" / "adapter")
+    ids = torch.arange(3, 20)[None]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    torch.testing.assert_close(peft(ids).logits, whole(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_adapters_of_experts_are_refused(start: Start, tmp_path: Path) -> None:
+    """When the run is planned, and by the learner."""
+    folder = mixture(tmp_path / "student", "qwen3_moe")
+    experts = ("gate_proj", "up_proj", "down_proj")
     with pytest.raises(ConfigurationError, match=r"mlp\.experts, which is no linear layer"):
-        start(replace(SMOOTH, lora=LoraConfig(r=2, target_modules=("gate_up_proj", "down_proj"))), folder)
+        start(replace(SMOOTH, lora=LoraConfig(r=2, target_modules=experts)), folder)
+    save_student(tmp_path / "shop")
+    settings = ["experiment=shop", "learner=lora", "learner.lora.target_modules=[q_proj,up_proj]"]
+    with pytest.raises(ConfigurationError, match=r"names 'up_proj', as matrices of experts are called.*such as q_proj"):
+        make_plan(run_config([*settings, f"student.path={tmp_path / 'shop'}"]))

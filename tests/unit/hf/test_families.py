@@ -1,6 +1,7 @@
 """Every row of the table of architectures, as the plan refuses it or as student and teacher compute it.
 
-Rows that are not fast are tried with `-m slow`. What engines make of new weights: tests/integration/engines/test_families.py.
+Rows that are not fast are tried with `-m slow`. What engines make of new weights is tried in
+tests/integration/engines/test_families.py.
 """
 
 import re

@@ -20,6 +20,7 @@ from tests.fuzz.architectures import SHOP
 from tests.fuzz.families import FAMILIES, POSITIONS, WINDOW, make
 from tests.tiny_models import VOCABULARY
 
+
 def test_the_names_that_are_published_are_those_of_the_folder(tmp_path: Path) -> None:
     make("GPT-NeoX", tmp_path)
     names = {name for name, _ in load_student(str(tmp_path), torch.float32, False).named()}
