@@ -1,4 +1,4 @@
-"""What a student publishes: its trained parameters as a checkpoint has them, each with the place it is a view of."""
+"""Published tensors: a student's trained parameters as a checkpoint has them, each a view of one of its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
