@@ -41,6 +41,10 @@ def test_a_teacher_that_cannot_follow_its_student_is_refused_in_the_plan(tmp_pat
         make_plan(run_config([*FOLLOWS, f"student.{gpt2}"]))  # another architecture
     with pytest.raises(ConfigurationError, match=r"moving average, which needs float32.*teacher\.dtype=FLOAT32"):
         make_plan(run_config([*FOLLOWS, f"student.{gpt2}", f"teacher.{gpt2}", "teacher.dtype=BFLOAT16"]))
+    make("Qwen3-MoE", tmp_path / "experts")
+    experts = f"path={tmp_path / 'experts'}"
+    with pytest.raises(ConfigurationError, match=r"^teacher .* follows the student.*'model.*\.experts\.0\."):
+        make_plan(run_config([*FOLLOWS, f"student.{experts}", f"teacher.{experts}"]))  # published one by one
     for dtype, share in (("FLOAT32", "0.5"), ("BFLOAT16", "1")):
         settings = [f"student.{gpt2}", f"teacher.{gpt2}", f"teacher.dtype={dtype}", f"teacher.mixup={share}"]
         make_plan(run_config([*FOLLOWS, *settings]))
