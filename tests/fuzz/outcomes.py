@@ -64,7 +64,7 @@ ROWS: Mapping[str, Row] = {
     "SmolLM3": Row(),
     "StarCoder2": Row(),
     "GPT-2": Row(),
-    "GPT-NeoX": Row(fast=True),
+    "GPT-NeoX": Row(),
     "GPT-J": _neither(OWN),
     "StableLM": _neither(OWN),
     "Nemotron": _neither(DEAF, fast=True),
