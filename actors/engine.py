@@ -213,7 +213,7 @@ class VLLMEngine:
         if sentinel.tolerance:
             return Gap(mean=inf, high=inf, greatest=sentinel.tolerance)
         floor = self._floor or Gap(mean=0.0, high=0.0, greatest=0.0)
-        return allowed(floor, coarse=self._coarse(delivered))
+        return allowed(floor, coarse=self._coarse(delivered), experts=self._limits.experts)
 
     def _calibrated(self, ids: np.ndarray, origin: np.ndarray, delivered: ReceivedWeights, loop: EngineLoop) -> Gap:
         """Gap of engine and learner on the checkpoint that both have loaded themselves: rounding alone."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 PREFILL_TOKENS = 8192  # of prompts, read in one engine step
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class EngineLimits:
     """Limits set by the checkpoint and its configuration: token ids below `vocabulary`, `longest` tokens in all.
 
     `ends` are the ids that end a completion, `stop` the texts. `inner` is the name of the teacher inside the engine
-    ("": there is none).
+    ("": there is none). `experts`: the student is a mixture of them.
     """
 
     vocabulary: int
@@ -36,6 +37,7 @@ class EngineLimits:
     ends: tuple[int, ...]
     inner: str = ""
     stop: tuple[str, ...] = ()
+    experts: bool = False
 
     def check(self, request: GenerateRequest) -> None:
         """Raise `DataError` if `request` cannot be generated."""
@@ -130,9 +132,15 @@ def read_limits(config: StudentConfig, ends: Sequence[int] = (), inner: str = ""
     Raises `ConfigurationError` if the folder is none, `DataError` if no end-of-text token is known.
     """
     named = read_ends(config.path).ids
-    rows = int(text_config(config.path, "student")["vocab_size"])
-    every = tuple(sorted({*named, *ends}))
-    return EngineLimits(vocabulary=rows, longest=config.max_model_len, ends=every, inner=inner, stop=config.stop)
+    text = text_config(config.path, "student")
+    return EngineLimits(
+        vocabulary=int(text["vocab_size"]),
+        longest=config.max_model_len,
+        ends=tuple(sorted({*named, *ends})),
+        inner=inner,
+        stop=config.stop,
+        experts=any(text.get(name) for name in _EXPERTS),
+    )
 
 
 def build(

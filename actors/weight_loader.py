@@ -5,6 +5,7 @@ tensor-parallel engines, and the import is what registers the transfer backend t
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 from actors.base_weights import BaseWeights
 from opd.errors import DataError
@@ -74,6 +77,9 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
         """Put the layers into loading state; on CPUs they run from packed copies that must be made anew."""
         # Asked before: in loading state a tied head is a parameter of its own, which no checkpoint has.
         self._expected = {name for name, _ in self._student.named_parameters()}
+        self._kernels = dict(_expert_kernels(self._student))
+        for method in self._kernels:  # on a CPU they pack the experts when they are made, and never again (vLLM 0.32)
+            method.moe_kernel = None
         initialize_layerwise_reload(self._student)
 
     def receive_weights(self, update_info: ChunksUpdate) -> None:
@@ -88,12 +94,27 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
             loaded = load(self._base().tensors(delivered, self.device) if adapters else delivered.tensors())
         except BaseException:
             # Leave no layer in loading state: the next update would take it for half done and mix versions.
-            finalize_layerwise_reload(self._student, self.model_config)
+            self._finalize()
             raise
         missing = sorted(self._expected - set(loaded)) if loaded is not None and not adapters else []
+        stale = [] if adapters else sorted(self._untouched())
+        if missing or stale:
+            self._finalize()
         if missing:
-            finalize_layerwise_reload(self._student, self.model_config)
             raise DataError(f"{len(missing)} parameters of the engine's model did not come, the first is {missing[0]}")
+        if stale:
+            raise DataError(
+                f"{len(stale)} parameters of the engine's {type(self._student).__name__} would keep old values, first "
+                f"{stale[0]!r} (vLLM loads it past what takes new weights); choose a student of another family"
+            )
+
+    def _untouched(self) -> Iterator[str]:
+        """Expected parameters of layers that still wait for weights, and have got none for them."""
+        for name, layer in self._student.named_modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                own = {f"{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)}
+                yield from (own & self._expected) - {f"{name}.{parameter}" for parameter, _ in info.loaded_weights}
 
     def _base(self) -> BaseWeights:
         if self._checkpoint is None:
@@ -103,14 +124,27 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
 
     def finish_weight_update(self) -> None:
         """Finish the update: layers compute with the loaded weights."""
-        finalize_layerwise_reload(self._student, self.model_config)
+        self._finalize()
         for module in self._student.modules():
             # A tied output head gets no weights of its own, so the reload leaves its packed copy (CPU) stale.
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
 
+    def _finalize(self) -> None:
+        finalize_layerwise_reload(self._student, self.model_config)
+        for method, kernel in self._kernels.items():
+            method.moe_kernel = method.moe_kernel or kernel  # of experts that got no weights
+
     def shutdown(self) -> None:
         """Nothing to release."""
+
+
+def _expert_kernels(model: Any) -> Iterator[tuple[Any, Any]]:
+    """The kernels of a model's experts on a CPU, by what makes them (`moe_kernel`)."""
+    if current_platform.is_cpu():
+        for method in (getattr(module, "quant_method", None) for module in model.modules()):
+            if getattr(method, "moe_kernel", None) is not None:
+                yield method, method.moe_kernel
 
 
 class WorkerExtension:

@@ -10,6 +10,7 @@ import torch
 from learner import checkpoint
 from learner.config import LoraConfig
 from learner.model import load_student
+from learner.published import described, published
 from learner.publishing import Publisher, StagedSender
 from learner.student_folder import write_folder
 from opd.settings.devices import Dtype, resolve_dtype
@@ -42,11 +43,9 @@ def export_checkpoint(shards: Path, origin: Origin, target: Path) -> None:
         from learner.lora import adapt
 
         adapt(student.causal, origin.lora, origin.seed)
-    named = list(student.named())
+    named, parts = list(student.named()), published(student)
     manifest = Publisher(
-        [name for name, _ in named],
-        [p.shape for _, p in named],
-        [p.dtype for _, p in named],
+        *described(parts),
         chunk_bytes=1 << 30,
         rank=0,
         ranks=1,

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from learner.config import LearnerConfig
 from learner.model import Student
+from learner.published import Published
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.devices import Dtype
 from weight_sync.parking import park, tensors_in
@@ -229,9 +230,16 @@ def whole(parameters: Sequence[nn.Parameter], zero_stage: int) -> Iterator[list[
         yield [p.data for p in parameters]
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, also when ZeRO-3 has taken it apart."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+@contextlib.contextmanager
+def complete(chosen: Sequence[Published], zero_stage: int) -> Iterator[list[Tensor]]:
+    """The full values of `chosen` on every rank, for reading; all ranks must enter."""
+    parameters = list({id(one.parameter): one.parameter for one in chosen}.values())
+    with whole(parameters, zero_stage) as tensors:
+        values = {id(parameter): value for parameter, value in zip(parameters, tensors, strict=True)}
+        yield [
+            values[id(one.parameter)] if one.piece is None else one.piece.of(values[id(one.parameter)])
+            for one in chosen
+        ]
 
 
 def sum_over_ranks(values: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:

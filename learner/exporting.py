@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from learner import engine
 from learner.config import LearnerConfig
 from learner.model import Student
+from learner.published import full_shape
 from learner.student_folder import write_folder
 from weight_sync.lora import pairs, with_adapters
 from weight_sync.manifest import runs
@@ -37,7 +38,7 @@ def _gathered(
     named: Sequence[tuple[str, nn.Parameter]], config: LearnerConfig, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and values in host memory on rank 0; nothing elsewhere. All ranks must go through it."""
-    sizes = [p.element_size() * torch.Size(engine.full_shape(p)).numel() for _, p in named]
+    sizes = [p.element_size() * torch.Size(full_shape(p)).numel() for _, p in named]
     for first, last in runs(sizes, config.publish_chunk_bytes):
         with engine.whole([p for _, p in named[first:last]], config.zero_stage) as tensors:
             if rank == 0:

@@ -19,7 +19,7 @@ from hf.folder import read_headers
 from hf.lm_head import read_head
 from hf.packable import check_head
 from hf.packed_model import load_causal
-from hf.weight_names import stored_names
+from hf.weight_names import Piece, stored_names, stored_pieces
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits, chunk_rows, read
 from opd.loss.packed_attention import NAME, Packing
@@ -49,10 +49,15 @@ class Student(nn.Module):
     """`causal` with packed attention and its output layer replaced by a `Head`.
 
     `stored` has the names under which a checkpoint keeps parameters that the model calls otherwise, as in
-    `{"lm_head.weight": "embed_out.weight"}`.
+    `{"lm_head.weight": "embed_out.weight"}`, and `pieces` the matrices in place of which it has fused experts.
     """
 
-    def __init__(self, causal: PreTrainedModel, stored: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        causal: PreTrainedModel,
+        stored: Mapping[str, str] | None = None,
+        pieces: Mapping[str, Sequence[Piece]] | None = None,
+    ) -> None:
         super().__init__()
         head = check_head(causal, "the student", bias=False)
         causal.set_output_embeddings(Head(cast(nn.Parameter, head.weight)))
@@ -60,6 +65,7 @@ class Student(nn.Module):
         _without_dropout(causal)
         self.causal = causal
         self._stored = {_layer(name): _layer(kept) for name, kept in (stored or {}).items()}
+        self.pieces = dict(pieces or {})
         self.vocabulary = len(head.weight)  # rows of the output matrix; may exceed the tokenizer's size
 
     def forward(
@@ -112,6 +118,7 @@ class Student(nn.Module):
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained parameters, under the names of their checkpoint; a tied head is the embedding and does not appear.
 
+        Fused experts, which have no name there, have their own: `publishing.published` takes them apart.
         Adapters have the names of `weight_sync.lora`; beside them nothing is trained.
         """
         return ((self._kept(name), p) for name, p in self.causal.named_parameters() if p.requires_grad)
@@ -191,7 +198,8 @@ def load_student(path: str, dtype: torch.dtype, gradient_checkpointing: bool) ->
     part = f"the student {path!r}"
 
     def made(causal: PreTrainedModel) -> Student:  # to be tried as it is trained, so that a dropout would be seen
-        return Student(causal, stored_names(causal, read_headers(path, "the student"), part)).train()
+        stored = read_headers(path, "the student")
+        return Student(causal, stored_names(causal, stored, part), stored_pieces(causal, stored)).train()
 
     return load_causal(
         path, part, dtype, made, Student.logits, bias=False, gradient_checkpointing=gradient_checkpointing

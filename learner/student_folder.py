@@ -49,5 +49,5 @@ def write_folder(
     if lora.r:
         from learner.lora import save_adapter
 
-        save_adapter(temporary / "adapter", lora, adapters, source)
+        save_adapter(temporary / "adapter", lora, adapters, source, experts=bool(student.pieces))
     checkpoint.commit(directory)

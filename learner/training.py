@@ -20,6 +20,7 @@ from learner.diagnosis import InfiniteRatio, from_first_rank
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, batch_readings, load_head, load_student, sentinel_ids, target_logprobs
+from learner.published import described, published
 from learner.publishing import Publisher
 from learner.snapshots import Snapshots, matching
 from opd.errors import DataError, OpdError
@@ -74,18 +75,17 @@ class Training(Rank):
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = np.array(text.sentinel or sentinel_ids(vocabulary), dtype=np.int32)
         self._engine = engine.initialize(self._student, self._config, self._device)
-        self._named = named = list(self._student.named())
+        self._named = list(self._student.named())
+        parts = published(self._student)
         self._publisher = Publisher(
-            [name for name, _ in named],
-            [engine.full_shape(p) for _, p in named],
-            [p.dtype for _, p in named],
+            *described(parts),
             chunk_bytes=self._config.publish_chunk_bytes,
             rank=self._rank,
             ranks=self._config.ranks,
             sender=sender(),
             lora_scale=lora.scale,
         )
-        self._ordered = [named[i][1] for i in self._publisher.order]
+        self._ordered = [parts[i] for i in self._publisher.order]
         self._origin = self._read_sentinel()
 
     def step(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> StepReport:
@@ -331,8 +331,8 @@ class Training(Rank):
             check_support(scores, self._student.vocabulary)
 
     def _whole(self, first: int, last: int) -> AbstractContextManager[list[Tensor]]:
-        """The parameters `first` .. `last - 1` of the manifest, complete; all ranks must enter."""
-        return engine.whole(self._ordered[first:last], self._config.zero_stage)
+        """The tensors `first` .. `last - 1` of the manifest, complete; all ranks must enter."""
+        return engine.complete(self._ordered[first:last], self._config.zero_stage)
 
     def _facts(self, step: int) -> checkpoint.Facts:
         model = hashlib.sha256(repr(self._publisher.manifest).encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from launch.plan.checks.blends import check_blends, check_one_context
 from launch.plan.checks.conversations import check_conversations, teachers_tokenizers
 from launch.plan.checks.devices import automatic, gpus, resolved, undecided, unseen_notes, visible_gpus
 from launch.plan.checks.ends import text_ends
+from launch.plan.checks.engines import engine_notes
 from launch.plan.checks.models import parameter_count
 from launch.plan.checks.numbers import check_numbers, numbers_notes
 from launch.plan.checks.prompts import (
@@ -205,6 +206,7 @@ def make_plan(config: RunConfig) -> Plan:
             *notes,
             *unread_notes(config),
             *unmeasured_notes(config),
+            *engine_notes(config, student),
         ],
         ends=ends.ids,
         hub=placed.hub,

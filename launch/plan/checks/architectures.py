@@ -6,17 +6,16 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from actors.config import CPU_HEAD_SIZES
 from hf.folder_check import Folder, read_folder
 from hf.packable import check_head, check_layers, unlike
-from hf.weight_names import stored_names
+from hf.weight_names import stored_names, stored_pieces
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.checks.engines import check_head_width, check_updates
 from launch.plan.checks.numbers import narrow, part_dtype
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
 from opd.loss.packed_attention import Packing, attend, mask
 from opd.ports import LastHidden
-from opd.settings.devices import Device, on_gpu
 from teacher_service.config import REMOTE, Backend
 
 _REHEARSAL = "opd_rehearsal"
@@ -32,7 +31,8 @@ def check_student(config: RunConfig) -> Folder:
     _rehearse(folder)
     check_head(causal, part, bias=False)
     stored_names(causal, folder.stored, part)
-    _check_head_width(folder, config.student.device)
+    check_updates(folder)
+    check_head_width(folder, config.student.device)
     if folder.context and longest > folder.context:
         raise ConfigurationError(
             f"{part} reads at most {folder.context} tokens (max_position_embeddings in its config.json, with its rope "
@@ -52,7 +52,7 @@ def check_teacher(config: RunConfig, name: str) -> Folder:
         # Where the vocabulary is made elsewhere than in the model, a bias would be lost.
         check_head(folder.causal, folder.part, bias=teacher.backend is Backend.TORCH and LastHidden not in requires)
     if teacher.backend not in (Backend.TORCH, *REMOTE):
-        _check_head_width(folder, teacher.device)
+        check_head_width(folder, teacher.device)
     return folder
 
 
@@ -67,15 +67,21 @@ def check_followers(config: RunConfig, student: Folder, teachers: Mapping[str, F
                 f"{folder.part} follows the student (mixup={teacher.mixup}), a moving average, which needs float32 (a "
                 f"small share of a change vanishes in bfloat16); set {key}.dtype=FLOAT32"
             )
-        shapes = {own: p.shape for own, p in student.causal.named_parameters()}
-        kept = stored_names(student.causal, student.stored, student.part)
-        if wrong := unlike(folder.causal, {kept[own]: shape for own, shape in shapes.items()}):
+        if wrong := unlike(folder.causal, _published(student)):
             raise ConfigurationError(
                 f"{folder.part} follows the student (mixup={teacher.mixup}), which publishes its weights under the "
                 f"names of its folder; {wrong[0]!r} and {len(wrong) - 1} more have another name or shape there than in "
                 f"a {type(folder.causal).__name__}; set {key}.mixup=0, or, if the architectures differ, "
                 f"{key}.path to a copy of the student's checkpoint"
             )
+
+
+def _published(student: Folder) -> Mapping[str, Sequence[int]]:
+    """Names and shapes of what a student publishes."""
+    kept = stored_names(student.causal, student.stored, student.part)
+    pieces = stored_pieces(student.causal, student.stored)
+    shapes = {kept[own]: p.shape for own, p in student.causal.named_parameters() if own not in pieces}
+    return shapes | {piece.name: student.stored[piece.name].shape for cut in pieces.values() for piece in cut}
 
 
 def check_contexts(config: RunConfig, teachers: Mapping[str, Folder], longest: int, *found: Survey) -> None:
@@ -145,15 +151,3 @@ def _rehearse(folder: Folder) -> None:
             "sliding-window attention in every layer"
         )
     _REHEARSED.add(configuration)
-
-
-def _check_head_width(folder: Folder, device: Device) -> None:
-    """Refuse head widths that vLLM's CPU kernels do not have."""
-    config = folder.causal.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-    if not on_gpu(device) and width and width not in CPU_HEAD_SIZES and not getattr(config, "kv_lora_rank", None):
-        raise ConfigurationError(
-            f"{folder.part} has attention heads of width {width}, which vLLM has no CPU kernel for (it has "
-            f"{', '.join(map(str, CPU_HEAD_SIZES))}); choose another model, or run its engine on a GPU"
-        )

@@ -217,7 +217,14 @@ def _check_adapters(config: RunConfig) -> None:
                 f"learner.lora.target_modules names {target!r}, but no matrix of the student is called so (it has "
                 f"{', '.join(last[:20])}); name some of these, or set learner.lora.target_modules=[{ALL_LINEAR}]"
             )
+        if any(".experts." in name for name in found):
+            raise ConfigurationError(
+                f"learner.lora.target_modules names {target!r}, as matrices of experts are called, which adapters "
+                "cannot change; name layers of the attention, such as q_proj, or set "
+                f"learner.lora.target_modules=[{ALL_LINEAR}], which is all of these"
+            )
         chosen |= found
+    layers = {name: shape for name, shape in layers.items() if ".experts." not in name}
     widest = max((min(shape) for shape in (chosen or layers).values()), default=0)
     if widest and lora.r > widest:
         raise ConfigurationError(

@@ -1,4 +1,7 @@
-"""Two specialists teach one student on real parts: rows of both, read by matrices of different widths, in one step."""
+"""Two specialists teach one student on real parts: rows of both, read by matrices of different widths, in one step.
+
+The student is a mixture of experts, trained by DeepSpeed and served by vLLM as dense ones are.
+"""
 
 import asyncio
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from launch.run.session import Session, open_session
 from launch.services.cluster import connected, fetch
 from opd.loop.train import StepRecord, train
 from opd.types import HiddenScores
+from tests.moe_student import DENSE, save_student
 
 SMALL = [
     "experiment=two_teachers",
@@ -26,9 +30,11 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def record() -> Iterator[tuple[StepRecord, dict[str, str]]]:
+def record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StepRecord, dict[str, str]]]:
     """The last of two steps, and the teachers' paths; hidden states are fetched while the session lives."""
-    plan = make_plan(run_config(SMALL))
+    student = tmp_path_factory.mktemp("student")
+    save_student(student, DENSE.parents[1] / "peak" / "student")
+    plan = make_plan(run_config([*SMALL, f"student.path={student}"]))
     records: list[StepRecord] = []
 
     async def remember(step: StepRecord) -> None:
@@ -87,3 +93,15 @@ def test_each_teacher_has_metrics_and_half_of_the_budget(record: tuple[StepRecor
     assert shares == pytest.approx({name: n / sum(tokens.values()) for name, n in tokens.items()})
     mean = sum(shares[name] * metrics[f"distill/{name}/reverse_kl"] for name in paths)
     assert mean == pytest.approx(metrics["distill/reverse_kl"], rel=1e-6) and mean > 0.01
+
+
+@pytest.mark.ray
+def test_the_engine_of_a_mixture_of_experts_computes_what_its_learner_does(
+    record: tuple[StepRecord, dict[str, str]],
+) -> None:
+    """On the sentinel after two updates, and at every token that the second step trained."""
+    step, _ = record
+    metrics = step_metrics(step, StepContext(totals=Totals(), cpu_s=0.0))
+    assert step.published.gap < 1e-4 and metrics["training/rollout_logprob_gap_max"] < 1e-3
+    assert {int(v) for item in step.scored for v in item.trajectory.versions} == {1}
+    assert step.report.grad_norm > 0

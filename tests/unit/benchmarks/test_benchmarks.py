@@ -93,3 +93,8 @@ def test_clusters_run_with_failures_and_without_and_repeat_themselves() -> None:
 def test_a_step_breakdown_of_nothing_but_warm_up_is_refused_before_a_run_starts() -> None:
     with pytest.raises(SystemExit, match="give 3 or more"):
         here("benchmarks.step_breakdown", "2")
+
+
+def test_the_memory_of_a_long_sequence_is_shown_for_each_kind_of_attention() -> None:
+    printed = here("benchmarks.long_context", "window", "64")
+    assert float(printed) >= 0

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import opd.loss.packed_attention
 from opd.errors import ConfigurationError
 from opd.loss.packed_attention import Extras, Packing, attend, mask, packed_attention, register
 
@@ -82,9 +84,10 @@ def naive(query: Tensor, key: Tensor, value: Tensor, extras: Extras) -> Tensor:
     window=st.sampled_from([None, 1, 3, 24, 99]),
     softcap=st.sampled_from([None, 2.0]),
     sinks=st.booleans(),
+    block=st.sampled_from([1, 5, 1024]),
     seed=st.integers(0, 9),
 )
-def test_windows_caps_and_sinks_are_those_of_the_definition(lengths, window, softcap, sinks, seed):
+def test_windows_caps_and_sinks_are_those_of_the_definition(lengths, window, softcap, sinks, block, seed):
     generator = torch.Generator().manual_seed(seed)
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     query, key, value = (
@@ -96,7 +99,8 @@ def test_windows_caps_and_sinks_are_those_of_the_definition(lengths, window, sof
         softcap=softcap,
         sinks=torch.randn(4, generator=generator, dtype=torch.float64) if sinks else None,
     )
-    packed = packed_attention(query, key, value, Packing.of(cu_seqlens), extras=extras)
+    with patch.object(opd.loss.packed_attention, "_BLOCK", block):  # how many rows at once changes nothing
+        packed = packed_attention(query, key, value, Packing.of(cu_seqlens), extras=extras)
     key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
     places = zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
     plain = [naive(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], extras) for a, b in places]

@@ -156,3 +156,10 @@ def test_what_is_allowed_grows_with_what_was_measured_and_never_below_rounding(
         floor = Gap(**{"mean": 0.0, "high": 0.0, "greatest": 0.0, name: 7.0})
         assert allowed(floor, coarse=coarse) == replace(least, **{name: 7.0 * TIMES})
     assert NUMERICS[coarse] == differs > least.mean
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_one_token_of_a_mixture_of_experts_says_nothing_in_bfloat16(coarse: bool) -> None:
+    floor = Gap(mean=0.0, high=0.0, greatest=0.0)
+    whole = allowed(floor, coarse=coarse)
+    assert allowed(floor, coarse=coarse, experts=True) == (replace(whole, greatest=np.inf) if coarse else whole)
