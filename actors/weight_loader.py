@@ -142,7 +142,8 @@ class ChunksTransfer(WeightTransferEngine[ChunksInit, ChunksUpdate]):
 def _expert_kernels(model: Any) -> Iterator[tuple[Any, Any]]:
     """The kernels of a model's experts on a CPU, by what makes them (`moe_kernel`)."""
     if current_platform.is_cpu():
-        for method in (getattr(module, "quant_method", None) for module in model.modules()):
+        for module in model.modules():
+            method: Any = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:
                 yield method, method.moe_kernel
 
