@@ -20,7 +20,7 @@ from launch.plan.checks.conversations import check_conversations, teachers_token
 from launch.plan.checks.devices import automatic, gpus, resolved, undecided, unseen_notes, visible_gpus
 from launch.plan.checks.ends import text_ends
 from launch.plan.checks.models import parameter_count
-from launch.plan.checks.numbers import check_numbers, numbers_notes
+from launch.plan.checks.numbers import check_numbers, decided_notes, numbers_notes
 from launch.plan.checks.prompts import (
     HeldOut,
     check_lengths,
@@ -91,6 +91,7 @@ class Plan:
         """The plan as a table."""
         config, memory = self.config, self.memory_bytes()
         adapters = f", adapters of rank {config.learner.lora.r}" if config.learner.lora.r else ""
+        trained = f"DeepSpeed ZeRO-{config.learner.stage}, {config.learner.dtype.name}{adapters}"
         table = Table(title=f"plan: {config.method.name}, {config.steps} steps", show_header=True)
         for heading in ("role", "processes", "what", "memory each, at most"):
             table.add_column(heading)
@@ -100,7 +101,7 @@ class Plan:
                 (of_teacher(name), config.teachers[name].replicas, f"{params / 1e6:.2f}M parameters")
                 for name, params in self.teacher_params.items()
             ),
-            ("learner rank", config.learner.ranks, f"DeepSpeed ZeRO-{config.learner.zero_stage}{adapters}"),
+            ("learner rank", config.learner.ranks, trained),
         ]
         for role, count, what in rows:
             table.add_row(role, str(count), what, f"{memory[role] / GIB:.3f} GiB")
@@ -214,11 +215,13 @@ def _placed(config: RunConfig) -> _Placed:
     divided = automatic(config, visible_gpus(config))
     if not divided:  # before anything is fetched
         check_transport(config)
-    config, hub = localized(resolved(config))
-    config, notes = laid_out(config)
+    given = config
+    config, hub = localized(resolved(given))
+    config, layout = laid_out(config)
     if divided:
         check_transport(config)
-    return _Placed(config=config, hub=hub, notes=(*unseen, *notes), undecided=open_device)
+    notes = (*unseen, *layout, *decided_notes(given, config))
+    return _Placed(config=config, hub=hub, notes=notes, undecided=open_device)
 
 
 def _longest(

@@ -55,7 +55,7 @@ def gpus(config: RunConfig) -> str:
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """`config` with the device of every part resolved, once for the whole run.
+    """`config` with the device of every part resolved, once for the whole run, and what follows from the learner's.
 
     An actor that asks for a GPU works on it. One that asks for none works on what this machine has if Ray is started
     here, and elsewhere on processors: what the driver sees says nothing of other machines.
@@ -81,11 +81,13 @@ def resolved(config: RunConfig) -> RunConfig:
     def teacher(of: TeacherConfig) -> TeacherConfig:
         return replace(of, device=Device.CPU if of.backend in REMOTE else device(of.device, cluster.gpus_per_teacher))
 
+    trains_on = device(config.learner.device, cluster.gpus_per_learner)
+    learner = config.learner.decided(on_gpu=trains_on is Device.GPU, engine=config.student.dtype)
     return replace(
         config,
         student=replace(config.student, device=device(config.student.device, cluster.gpus_per_engine)),
         teachers={name: teacher(of) for name, of in config.teachers.items()},
-        learner=replace(config.learner, device=device(config.learner.device, cluster.gpus_per_learner)),
+        learner=replace(learner, device=trains_on),
     )
 
 

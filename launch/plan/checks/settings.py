@@ -16,6 +16,7 @@ from opd.errors import ConfigurationError
 from opd.method.terms import MAIN, Term
 from opd.objectives.truncated import TruncatedRatio
 from opd.ports import AtIds, TopK
+from opd.settings.devices import Device
 from opd.settings.ranges import AtMost
 from opd.settings.validation import parts_of, walk
 from opd.token_weights.teachers import TeacherBalance
@@ -35,6 +36,7 @@ def check_settings(config: RunConfig) -> None:
     _check_bounds(config)
     _check_max_k(config)
     _check_devices(config)
+    _check_step_tokens(config)
     if config.learner.lora.r:
         _check_adapters(config)
 
@@ -196,6 +198,19 @@ def _check_devices(config: RunConfig) -> None:
         raise ConfigurationError(
             f"engines of student and teachers share one device, but their gpu_memory_utilization add up to {total:g}; "
             "set student.gpu_memory_utilization and the teachers' so that they are 1 together"
+        )
+
+
+def _check_step_tokens(config: RunConfig) -> None:
+    """Refuse steps of an engine that are too small for vLLM to start."""
+    student, on_gpu = config.student, config.student.device is Device.GPU
+    least = student.least_step_tokens(on_gpu=on_gpu)
+    if student.step_tokens(on_gpu=on_gpu) < least:
+        whole = "" if on_gpu else f", and on a processor a whole prompt (student.max_model_len={student.max_model_len})"
+        raise ConfigurationError(
+            f"student.max_num_batched_tokens={student.max_num_batched_tokens} is too few: a step of an engine has a "
+            f"token of each of student.max_num_seqs={student.max_num_seqs} sequences{whole}; set "
+            f"student.max_num_batched_tokens={least} at least, or 0"
         )
 
 

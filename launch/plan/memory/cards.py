@@ -13,7 +13,7 @@ from opd.settings.devices import Device, Dtype
 from teacher_service.config import REMOTE
 
 _Crowd = tuple[int, list[tuple[Part, int]]]
-_SMALL_CHUNK, _FEW_SEQUENCES = 256, 32
+_SMALL_CHUNK, _FEW_SEQUENCES, _FEW_TOKENS = 256, 32, 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +101,15 @@ def remedies(config: RunConfig) -> Iterator[Remedy]:
     if student.device is Device.GPU:
         if student.max_num_seqs > _FEW_SEQUENCES:
             yield _student(f"student.max_num_seqs={_FEW_SEQUENCES}", max_num_seqs=_FEW_SEQUENCES)
+        if student.step_tokens(on_gpu=True) > _FEW_TOKENS >= student.max_num_seqs:
+            yield _student(f"student.max_num_batched_tokens={_FEW_TOKENS}", max_num_batched_tokens=_FEW_TOKENS)
         if not student.enforce_eager:
             yield _student("student.enforce_eager=true", enforce_eager=True)
 
 
 def _of_learner(config: RunConfig) -> Iterator[Remedy]:
     learner, least = config.learner, config.student.max_model_len
-    if not learner.gradient_checkpointing:
+    if not learner.checkpointed:
         yield _learner("learner.gradient_checkpointing=true", gradient_checkpointing=True)
     tokens = learner.tokens_per_microbatch
     while tokens // 2 >= least:
@@ -116,10 +118,10 @@ def _of_learner(config: RunConfig) -> Iterator[Remedy]:
     if not learner.head_chunk or learner.head_chunk > _SMALL_CHUNK:
         yield _learner(f"learner.head_chunk={_SMALL_CHUNK}", head_chunk=_SMALL_CHUNK)
     if learner.dtype is Dtype.FLOAT32:
-        stage = max(2, learner.zero_stage)
+        stage = max(2, learner.stage)
         text = f"learner.dtype=BFLOAT16 learner.zero_stage={stage}"
         yield _learner(text, dtype=Dtype.BFLOAT16, zero_stage=stage)
-    elif learner.zero_stage < 2 and learner.ranks > 1:
+    elif learner.stage < 2 and learner.ranks > 1:
         yield _learner("learner.zero_stage=2", zero_stage=2)
     yield from _over_ranks(config)
 
@@ -129,7 +131,7 @@ def _over_ranks(config: RunConfig) -> Iterator[Remedy]:
     learner, cluster = config.learner, config.cluster
     if cluster.address != "local" and cluster.gpus_per_learner == 1:
         yield from (_learner(f"learner.ranks={n}", ranks=n) for n in (2, 4, 8, 16) if n > learner.ranks)
-    if learner.zero_stage < 3 and not learner.lora.r:
+    if learner.stage < 3 and not learner.lora.r:
         yield _learner("learner.zero_stage=3", zero_stage=3)
 
 

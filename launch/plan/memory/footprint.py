@@ -14,7 +14,6 @@ from launch.plan.memory.shapes import ModelShape
 
 CONTEXT = 1 << 29  # of a process on a GPU: CUDA's context and its libraries' kernels and workspaces (not measured)
 GRAPHS = 1 << 30  # captured graphs of an engine, and a sixteenth of its weights (not measured)
-PREFILL = 8192  # tokens that an engine reads in one step (`actors.startup.PREFILL_TOKENS`)
 BUCKET = 500_000_000  # elements of DeepSpeed's buckets, or the model (`learner.engine`)
 LIVE = 1_000_000_000  # parameters that ZeRO-3 has whole at the same time, or the model
 PADDED = 1.4  # slots a token of packed attention, at most (what `opd.loss.packed_attention` allows of wasted work)
@@ -63,6 +62,7 @@ class Footprint:
 class EngineRole:
     """A rollout engine of `bytes_each` per parameter, on each of its `parallel` GPUs.
 
+    A step reads `step_tokens` tokens.
     `reserved` are the bytes that vLLM takes in all (0: what it needs), `cache` those of its key-value cache (0: what is
     left of `reserved`, a sequence of `longest` tokens at least). `inner`: parameters of a teacher within. `copies` of
     the weights are held beside them while new ones come.
@@ -72,6 +72,7 @@ class EngineRole:
     bytes_each: int
     longest: int
     sequences: int
+    step_tokens: int
     on_gpu: bool
     parallel: int = 1
     cache: int = 0
@@ -193,7 +194,7 @@ def _engine(role: EngineRole, phase: Phase) -> Footprint:
     graphs = (GRAPHS + weights // 16) if role.graphs and role.on_gpu else 0
     # A step reads so many tokens and samples for so many sequences; vLLM keeps room for both while it rests, too.
     logits = 3 * 4 * role.sequences * model.vocabulary
-    forward = pass_bytes(model, width, max(PREFILL, role.sequences)) // role.parallel
+    forward = pass_bytes(model, width, role.step_tokens) // role.parallel
     held = Footprint(
         weights=weights,
         graphs=graphs,

@@ -116,6 +116,7 @@ def _engine(config: RunConfig, path: str, card: int, inner: str = "") -> EngineR
         bytes_each=_width(engine_dtype(config)),
         longest=student.max_model_len,
         sequences=student.max_num_seqs,
+        step_tokens=student.step_tokens(on_gpu=on_gpu),
         on_gpu=on_gpu,
         parallel=student.tensor_parallel,
         cache=told * student.tensor_parallel,
@@ -147,15 +148,15 @@ def _learner(config: RunConfig, exact: bool) -> LearnerRole:
     return LearnerRole(
         model=model,
         bytes_each=width,
-        stage=learner.zero_stage,
+        stage=learner.stage,
         ranks=learner.ranks,
         tokens=learner.tokens_per_microbatch,
         rows=min(learner.head_chunk or automatic, learner.tokens_per_microbatch),
         on_gpu=on_gpu,
         whole=LastHidden in config.method.requires,
-        checkpointed=learner.gradient_checkpointing,
+        checkpointed=learner.checkpointed,
         adapters=learner.lora.r > 0,
-        fused=not on_gpu,  # as learner.engine sets AdamW up
+        fused=True,  # as learner.engine sets AdamW up, on GPUs too
         heads=sum(shape.vocabulary * shape.width * width for shape in shapes),
         chunk=learner.publish_chunk_bytes,
         copies=2 * (on_gpu and transport_of(config) in (Transport.CUDA_IPC, Transport.NCCL)),  # by turns

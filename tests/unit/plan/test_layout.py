@@ -21,13 +21,14 @@ from launch.plan.memory.parts import GIB, Part, card_bytes, parts
 from launch.plan.plan import make_plan
 from launch.services.placement import Machine, check_fits
 from opd.errors import ConfigurationError
+from opd.settings.devices import Dtype
 from tests.unit.plan.real_sizes import checkpoint
 from tests.unit.plan.test_footprint import MODEL
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).with_name("golden.json")
-TRAINED = ["learner.dtype=BFLOAT16", "learner.zero_stage=2", "learner.lr=1e-6", "learner.tokens_per_microbatch=16384"]
-CHECKPOINTED = [*TRAINED, "learner.gradient_checkpointing=true"]
+CHECKPOINTED = ["learner.lr=1e-6", "learner.tokens_per_microbatch=16384"]  # as a GPU has it if nothing else is told
+TRAINED = [*CHECKPOINTED, "learner.gradient_checkpointing=false"]
 ADAPTED = [*CHECKPOINTED, "learner.lora.r=16", "learner.tokens_per_microbatch=4096"]
 # Name -> student, teacher, GPUs, GiB of each, overrides.
 CASES = {
@@ -129,6 +130,9 @@ def test_commands_of_the_pages_pass_as_dry_runs(shown: Shown, models: Path, monk
     card = card_bytes(plan.config)
     assert misfit(parts(plan.config, card, exact=plan.exact_kl), card) is None
     check_fits(roles(plan.config), [Machine(cpus=16, gpus=shown.gpus)], "this machine")
+    learner = plan.config.learner
+    assert (learner.dtype, learner.checkpointed) == (Dtype.BFLOAT16, True) and learner.stage > 0
+    assert any("the learner works on a GPU; so learner." in remark for remark in plan.remarks)
     if any("cluster.gpus_per_" in text for text in shown.overrides):
         shows(monkeypatch, shown.gpus - 1)
         with pytest.raises(ConfigurationError, match=f"asks for {shown.gpus} GPUs"):
