@@ -20,11 +20,10 @@ from launch.plan.checks.blends import inner_teacher
 from launch.plan.checks.devices import (
     ENGINE,
     LEARNER_RANK,
-    REMOTE_TEACHER,
-    TEACHER,
     WRITER,
     check_idle_cluster,
     roles,
+    teacher_role,
     writers_of,
 )
 from launch.plan.checks.models import vocabulary_rows
@@ -196,7 +195,7 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
 
     With a `name` it is one more than the run has.
     """
-    role = actors[REMOTE_TEACHER if config.backend in REMOTE else TEACHER]
+    role = actors[teacher_role(config)]
     if name:
         role = replace(role, name=name, count=1)
         actors.check_room(role)

@@ -7,6 +7,7 @@ from typing import Any
 from hf.folder import read_headers
 from launch.artifacts.checkpoint_state import described
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.checks.devices import gpus_of_teacher
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
 from launch.plan.checks.trackers import check_trackers
@@ -20,12 +21,11 @@ from opd.settings.devices import Device
 from opd.settings.ranges import AtMost
 from opd.settings.validation import parts_of, walk
 from opd.token_weights.teachers import TeacherBalance
-from teacher_service.config import Backend
+from teacher_service.config import OWN_ENGINE
 
 SHORT = 10  # updates; the shipped warm-up, which a trial run of fewer steps need not set, too
 MOST_PROMPTS = 1 << 20  # of one step, every sample of a group counted
 ALL_LINEAR = "all-linear"
-OWN_ENGINE = (Backend.VLLM, Backend.VLLM_LOGPROBS)
 
 
 def check_settings(config: RunConfig) -> None:
@@ -181,7 +181,7 @@ def _check_devices(config: RunConfig) -> None:
     cluster, student = config.cluster, config.student
     users = [("student", student.gpu_memory_utilization, student.replicas, cluster.gpus_per_engine)]
     users += [
-        (_at(name), teacher.gpu_memory_utilization, teacher.replicas, cluster.gpus_per_teacher)
+        (_at(name), teacher.gpu_memory_utilization, teacher.replicas, gpus_of_teacher(cluster, teacher))
         for name, teacher in config.teachers.items()
         if teacher.backend in OWN_ENGINE
     ]

@@ -8,9 +8,10 @@ from typing import Any
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.memory.footprint import EngineRole, Phase, TeacherRole, footprint, peak
 from launch.plan.memory.parts import GIB, Part, device_bytes, parts
+from launch.plan.memory.shapes import read_shape, uneven
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device, Dtype
-from teacher_service.config import REMOTE
+from teacher_service.config import REMOTE, Backend
 
 _Crowd = tuple[int, list[tuple[Part, int]]]
 _SMALL_CHUNK, _FEW_SEQUENCES, _FEW_TOKENS = 256, 32, 2048
@@ -155,10 +156,13 @@ def cheapest(config: RunConfig, fits: Callable[[RunConfig], bool]) -> list[str] 
 def advice(config: RunConfig, fits: Callable[[RunConfig], bool], card: int) -> str:
     """Settings that would fit, or what else could be done."""
     for part in parts(config, card):
-        if part.on_gpu and isinstance(part.role, TeacherRole) and footprint(part.role, Phase.REST).total > card:
-            return (
-                f"a {part.name} uses one GPU, which its weights alone exceed; choose a smaller teacher, or serve it "
-                "elsewhere (teacher.backend=OPENAI or HTTP with teacher.url=...)"
+        if part.on_gpu and isinstance(part.role, TeacherRole) and footprint(part.role, Phase.REST).weights > card:
+            each = part.role.parallel
+            where = "one GPU" if each == 1 else f"{each} GPUs"
+            return _spread(config, fits) or (
+                f"a {part.name} uses {where}, which its weights alone exceed; spread it over more "
+                "(teacher.tensor_parallel), choose a smaller or quantized one, or serve it elsewhere "
+                "(teacher.backend=OPENAI or HTTP with teacher.url=...)"
             )
     found = cheapest(config, fits)
     if found:
@@ -168,6 +172,23 @@ def advice(config: RunConfig, fits: Callable[[RunConfig], bool], card: int) -> s
     if with_adapters is not None:
         return f"train adapters alone: {' '.join(['learner.lora.r=16', *with_adapters])}"
     return "use more or larger GPUs, share the learner (learner.ranks, learner.zero_stage=3), or choose smaller models"
+
+
+def _spread(config: RunConfig, fits: Callable[[RunConfig], bool]) -> str:
+    """Teachers over several GPUs each as overrides, and what else is needed then; "" if that does not fit."""
+    large = [name for name, teacher in config.teachers.items() if teacher.device is Device.GPU]
+    for number in (2, 4, 8):
+        if any(uneven(read_shape(config.teachers[name].path), number) for name in large):
+            continue
+        told, changed = list[str](), config
+        for name in large:
+            remedy = _teacher("", name, backend=Backend.VLLM, tensor_parallel=number)
+            key, changed = "teacher" if name == DEFAULT else f"teachers.{name}", remedy.apply(changed)
+            told.append(f"{key}.backend=VLLM {key}.tensor_parallel={number}")
+        more = cheapest(changed, fits)
+        if more is not None:
+            return f"set {' '.join([*told, *more])}"
+    return ""
 
 
 def check_cards(config: RunConfig, card: int, *, exact: bool) -> None:

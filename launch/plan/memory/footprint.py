@@ -86,7 +86,8 @@ class EngineRole:
 class TeacherRole:
     """A scoring teacher that reads `tokens` in a forward pass and has logits of `rows` of them at once.
 
-    `reserved` are the bytes that vLLM takes, if that runs it.
+    `reserved` are the bytes that vLLM takes on each of its `parallel` GPUs, if that runs it; `head` those of an output
+    matrix beside it, on the first of them.
     """
 
     model: ModelShape
@@ -95,6 +96,8 @@ class TeacherRole:
     rows: int
     on_gpu: bool
     reserved: int = 0
+    parallel: int = 1
+    head: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +192,7 @@ def cache_bytes(model: ModelShape, width: int, tokens: int) -> int:
 
 def _engine(role: EngineRole, phase: Phase) -> Footprint:
     model, width = role.model, role.bytes_each
-    weights = (model.parameters + role.inner) * width // role.parallel
+    weights = (model.weights(width) + role.inner * width) // role.parallel
     least = cache_bytes(model, width, role.longest) // role.parallel
     graphs = (GRAPHS + weights // 16) if role.graphs and role.on_gpu else 0
     # A step reads so many tokens and samples for so many sequences; vLLM keeps room for both while it rests, too.
@@ -209,13 +212,20 @@ def _engine(role: EngineRole, phase: Phase) -> Footprint:
 def _teacher(role: TeacherRole, phase: Phase) -> Footprint:
     model, width = role.model, role.bytes_each
     scoring = phase is Phase.SCORE
+    logits = 3 * 4 * role.rows * model.vocabulary if scoring or role.reserved else 0
     held = Footprint(
-        weights=model.parameters * width,
+        weights=model.weights(width) // role.parallel,
         context=CONTEXT if role.on_gpu else 0,
-        activations=pass_bytes(model, width, role.tokens) if scoring or role.reserved else 0,
-        logits=3 * 4 * role.rows * model.vocabulary if scoring or role.reserved else 0,
+        activations=pass_bytes(model, width, role.tokens) // role.parallel if scoring or role.reserved else 0,
+        logits=0 if role.head else logits,
     )
-    return _with(held, cache=max(0, role.reserved - held.total)) if role.reserved else held
+    if role.reserved:
+        held = _with(held, cache=max(0, role.reserved - held.total))
+    if not role.head:
+        return held
+    # vLLM's workers are processes of their own where there are several; hidden states become logits in the actor's.
+    another = CONTEXT if role.on_gpu and role.parallel > 1 else 0
+    return _with(held, context=held.context + another, heads=role.head, logits=logits)
 
 
 def _learner(role: LearnerRole, phase: Phase) -> Footprint:

@@ -11,7 +11,7 @@ import torch
 from actors.config import CPU_KV_CACHE_BYTES
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.blends import inner_teacher
-from launch.plan.checks.devices import writers_of
+from launch.plan.checks.devices import gpus_of_teacher, writers_of
 from launch.plan.checks.numbers import engine_dtype, part_dtype
 from launch.plan.memory.footprint import EngineRole, LearnerRole, Role, TeacherRole
 from launch.plan.memory.shapes import read_shape
@@ -21,7 +21,7 @@ from opd.errors import OpdError
 from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
 from opd.ports import LastHidden
 from opd.settings.devices import Device, Dtype
-from teacher_service.config import REMOTE, Backend
+from teacher_service.config import OWN_ENGINE, REMOTE, Backend
 
 GIB = 2**30
 _ASKING_S = 180.0
@@ -91,7 +91,7 @@ def _parts(config: RunConfig, card: int, exact: bool) -> Iterator[Part]:
             yield Part(
                 name=of_teacher(name),
                 count=teacher.replicas,
-                gpus=cluster.gpus_per_teacher,
+                gpus=gpus_of_teacher(cluster, teacher),
                 on_gpu=teacher.device is Device.GPU,
                 role=_teacher(config, name, card),
             )
@@ -129,14 +129,17 @@ def _engine(config: RunConfig, path: str, card: int, inner: str = "") -> EngineR
 
 def _teacher(config: RunConfig, name: str, card: int) -> TeacherRole:
     teacher, on_gpu = config.teachers[name], config.teachers[name].device is Device.GPU
-    reserves = on_gpu and teacher.backend in (Backend.VLLM, Backend.VLLM_LOGPROBS)
+    model, width = read_shape(teacher.path), _width(part_dtype(teacher))
+    reserves = on_gpu and teacher.backend in OWN_ENGINE
     return TeacherRole(
-        model=read_shape(teacher.path),
-        bytes_each=_width(part_dtype(teacher)),
+        model=model,
+        bytes_each=width,
         tokens=teacher.max_batch_tokens,
         rows=min(teacher.head_chunk, teacher.max_batch_tokens),
         on_gpu=on_gpu,
         reserved=int(teacher.gpu_memory_utilization * device_bytes(card)) if reserves else 0,
+        parallel=teacher.tensor_parallel,
+        head=model.vocabulary * model.width * width if teacher.backend is Backend.VLLM else 0,
     )
 
 

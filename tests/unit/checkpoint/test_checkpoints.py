@@ -323,7 +323,7 @@ MAY_CHANGE = {
     *(f"teachers.*.{name}" for name in ("path", "backend", "device", "replicas", "max_batch_tokens", "head_chunk")),
     *(f"teachers.*.{name}" for name in ("max_k", "deadline_s", "max_model_len", "kv_cache_bytes", "url", "model")),
     *(f"teachers.*.{name}" for name in ("gpu_memory_utilization", "fingerprint", "connect_s", "read_s", "retries")),
-    *(f"teachers.*.{name}" for name in ("backoff_s", "max_consecutive_failures")),
+    *(f"teachers.*.{name}" for name in ("backoff_s", "max_consecutive_failures", "tensor_parallel")),
 }
 
 

@@ -30,6 +30,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 CHECKPOINTED = ["learner.lr=1e-6", "learner.tokens_per_microbatch=16384"]  # as a GPU has it if nothing else is told
 TRAINED = [*CHECKPOINTED, "learner.gradient_checkpointing=false"]
 ADAPTED = [*CHECKPOINTED, "learner.lora.r=16", "learner.tokens_per_microbatch=4096"]
+SPREAD = ["teacher.backend=VLLM", "teacher.tensor_parallel=2"]
 # Name -> student, teacher, GPUs, GiB of each, overrides.
 CASES = {
     "24 GB": ("0.6B", "4B", 1, 24, CHECKPOINTED),
@@ -39,6 +40,8 @@ CASES = {
     "80 GB, not checkpointed": ("1.7B", "8B", 1, 80, TRAINED),
     "eight of 80 GB": ("8B", "32B", 8, 80, CHECKPOINTED),
     "eight of 80 GB, not checkpointed": ("8B", "32B", 8, 80, TRAINED),
+    "four of 48 GB, a teacher larger than one": ("1.7B", "32B", 4, 48, CHECKPOINTED),
+    "four of 48 GB, a teacher over two": ("1.7B", "32B", 4, 48, [*CHECKPOINTED, *SPREAD]),
     "eight of 80 GB, a mixture": ("30B-A3B", "235B-A22B", 8, 80, CHECKPOINTED),
     "eight of 80 GB, a mixture teaches": ("1.7B", "30B-A3B", 8, 80, CHECKPOINTED),
 }
@@ -85,7 +88,15 @@ def test_real_sizes_are_laid_out_as_recorded(name: str, models: Path, monkeypatc
     assert outcome(overrides, models) == json.loads(GOLDEN.read_text())[name]
 
 
-@pytest.mark.parametrize("name", ["80 GB, not checkpointed", "eight of 80 GB, not checkpointed", "24 GB"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "80 GB, not checkpointed",
+        "eight of 80 GB, not checkpointed",
+        "24 GB",
+        "four of 48 GB, a teacher larger than one",
+    ],
+)
 def test_what_is_proposed_fits(name: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, count, gib, more = CASES[name]
     shows(monkeypatch, count)

@@ -34,7 +34,7 @@ def refused(*lines: str) -> str:
 def test_hostile_values_are_a_sentence_or_a_legal_plan() -> None:
     """A slice of `python -m tests.fuzz.overrides`, which walks every shipped configuration."""
     chosen = [(*SHOP, "method=gkd"), (*SHOP, "method=eopd"), (*SHOP, "method=minillm")]
-    figures = overrides.run(overrides.lines(40, 3, chosen))
+    figures = overrides.run(overrides.lines(40, 6, chosen))
     assert not figures.wrong, figures.wrong
     assert figures.ends["planned"] and figures.ends["refused"] > 20
 
