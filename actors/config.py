@@ -53,6 +53,8 @@ class StudentConfig:
     max_num_batched_tokens: Annotated[int, In(0, 100_000_000), HARMLESS] = 0
     # no graph capture and no compilation (always so without a GPU)
     enforce_eager: Annotated[bool, HARMLESS] = False
+    # plan an engine's next step while a GPU computes the one before it
+    async_scheduling: Annotated[bool, HARMLESS] = False
     # rollout engines
     replicas: Annotated[Replicas, HARMLESS] = 1
     # seconds that bound every single wait for an engine (starting one: 300 at least)

@@ -177,8 +177,8 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
         # The distribution that is sampled from, for any k.
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
-        # With a step in the air an update would relabel tokens that the old weights wrote.
-        "async_scheduling": False,
+        # With a step in the air an update waits for it (`EngineLoop.drain`).
+        "async_scheduling": config.async_scheduling,
         # Requests are taken in the order in which they were added, but for the sentinel, which goes first.
         "scheduling_policy": "priority",
         "disable_log_stats": True,

@@ -106,7 +106,10 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"grace_s", real(0, 30 * 24 * 3600)),
     (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.deterministic", yes),
     (r"learner\.gradient_checkpointing", lambda v: v is Auto.AUTO or yes(v)),
-    (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)", yes),
+    (
+        r"student\.(enforce_eager|async_scheduling)|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)",
+        yes,
+    ),
     (
         r"weight_update|cluster\.layout|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel)|"
         r".*\.(signal|outside|coin)",

@@ -14,9 +14,10 @@ from launch.plan.checks.trackers import check_trackers
 from learner.config import learning_rate
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError
+from opd.method.needs import needed
 from opd.method.terms import MAIN, Term
 from opd.objectives.truncated import TruncatedRatio
-from opd.ports import AtIds, TopK
+from opd.ports import AtIds, Role, TopK
 from opd.settings.devices import Device
 from opd.settings.ranges import AtMost
 from opd.settings.validation import parts_of, walk
@@ -37,6 +38,7 @@ def check_settings(config: RunConfig) -> None:
     _check_max_k(config)
     _check_devices(config)
     _check_step_tokens(config)
+    _check_scheduling(config)
     if config.learner.lora.r:
         _check_adapters(config)
 
@@ -211,6 +213,22 @@ def _check_step_tokens(config: RunConfig) -> None:
             f"student.max_num_batched_tokens={student.max_num_batched_tokens} is too few: a step of an engine has a "
             f"token of each of student.max_num_seqs={student.max_num_seqs} sequences{whole}; set "
             f"student.max_num_batched_tokens={least} at least, or 0"
+        )
+
+
+def _check_scheduling(config: RunConfig) -> None:
+    """Refuse to schedule ahead where vLLM does not, or where the next step needs the tokens of the one before it."""
+    if not config.student.async_scheduling:
+        return
+    if config.student.device is not Device.GPU:
+        raise ConfigurationError(
+            "student.async_scheduling=true plans a step while a GPU computes the one before it, but these engines work "
+            "on processors; leave it false"
+        )
+    if needed(config.method, Role.BLENDED):
+        raise ConfigurationError(
+            f"student.async_scheduling=true plans a step before the tokens of the one before it are known, which the "
+            f"blends of method {config.method.name} read; leave it false"
         )
 
 

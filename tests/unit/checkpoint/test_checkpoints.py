@@ -314,7 +314,7 @@ MAY_CHANGE = {
     # How many processes, how much memory, how long they may take: the same numbers come out.
     *("student.replicas", "student.deadline_s", "student.kv_cache_bytes", "student.gpu_memory_utilization"),
     *("student.max_num_seqs", "student.max_model_len", "student.tensor_parallel", "student.enforce_eager"),
-    "student.max_num_batched_tokens",
+    *("student.max_num_batched_tokens", "student.async_scheduling"),
     *("student.device", "learner.device", "learner.ranks", "learner.zero_stage", "learner.tokens_per_microbatch"),
     *("learner.head_chunk", "learner.gradient_checkpointing", "learner.sentinel_tolerance", "learner.deadline_s"),
     *("learner.overlap_k", "learner.publish_chunk_bytes", "learner.transport", "learner.max_skipped_steps"),

@@ -48,6 +48,21 @@ def test_a_step_too_small_for_vllm_is_refused(device: str) -> None:
     check_settings(run_config(["experiment=shop", *told, f"student.max_num_batched_tokens={least}"]))
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (["student.device=CPU"], "but these engines work on processors; leave it false"),
+        (["student.device=GPU", "method=trb"], "which the blends of method trb read; leave it false"),
+    ],
+)
+def test_an_engine_schedules_ahead_on_gpus_alone(told: list[str], said: str) -> None:
+    assert engine_arguments(engine(async_scheduling=True), GPU)["async_scheduling"]
+    assert not engine_arguments(engine(), GPU)["async_scheduling"]
+    with pytest.raises(ConfigurationError, match=said):
+        check_settings(run_config(["experiment=shop", *told, "student.async_scheduling=true"]))
+    check_settings(run_config(["experiment=shop", "student.device=GPU", "student.async_scheduling=true"]))
+
+
 def test_the_cache_is_measured_by_vllm_or_has_the_size_that_is_asked() -> None:
     assert "kv_cache_memory_bytes" not in engine_arguments(engine(), GPU)
     assert engine_arguments(engine(kv_cache_bytes=3 << 30), GPU)["kv_cache_memory_bytes"] == 3 << 30
