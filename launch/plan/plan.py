@@ -40,6 +40,7 @@ from launch.plan.memory.cards import check_cards, lines
 from launch.plan.memory.footprint import peak
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import Part, card_bytes, of_teacher, parts
+from launch.plan.memory.store import capacity, store_notes
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
 from opd.method.needs import check_spelling, needs
@@ -189,6 +190,7 @@ def make_plan(config: RunConfig) -> Plan:
             *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
             *numbers_notes(config),
+            *store_notes(config, capacity()),
             *settings_notes(config),
             *notes,
             *unread_notes(config),

@@ -13,6 +13,7 @@ from actors.config import environment as engine_environment
 from actors.engine import VLLMEngine
 from hf.embeddings import FolderEmbeddings
 from launch.artifacts.checkpoint_state import LEARNER
+from launch.config.run_config import RunConfig
 from launch.config.settings import ClusterConfig
 from launch.inputs.graders import RunGrader, make_grader
 from launch.inputs.own_environment import OwnEnvironment
@@ -22,6 +23,7 @@ from launch.plan.checks.devices import (
     LEARNER_RANK,
     WRITER,
     check_idle_cluster,
+    gpus_of_teacher,
     roles,
     teacher_role,
     writers_of,
@@ -43,7 +45,7 @@ from learner.learner import LearnerRank
 from opd.ports import Context, Engines, TextEngine, WeightObserver
 from opd.settings.devices import Device
 from teacher_service.backends import backend
-from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig
+from teacher_service.config import OWN_ENGINE, REMOTE, TOKEN_VARIABLE, TeacherConfig
 from teacher_service.config import environment as teacher_environment
 
 CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
@@ -130,10 +132,13 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
     starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
     if config.student.device is Device.GPU and config.cluster.gpus_per_engine < 1:
         await starting  # vLLM measures what it leaves free on a GPU, while others must not take or leave any
+    measuring = _measuring(config)
+    for name in measuring:
+        await teachers[name].replicas.start(config.teachers[name].replicas)
     await asyncio.gather(
         learner.setup(),
         starting,
-        *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
+        *[pool.replicas.start(config.teachers[n].replicas) for n, pool in teachers.items() if n not in measuring],
     )
     await learner.check_placement()
     writers = {name: await _writer(actors, plan, name, actors[WRITER]) for name in writers_of(config)}
@@ -161,6 +166,17 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
         graders=graders,
         environments=environments,
     )
+
+
+def _measuring(config: RunConfig) -> list[str]:
+    """Teachers whose vLLM measures a GPU that others use as well; they start one by one, before those."""
+    return [
+        name
+        for name, teacher in config.teachers.items()
+        if teacher.backend in OWN_ENGINE
+        and teacher.device is Device.GPU
+        and gpus_of_teacher(config.cluster, teacher) < 1
+    ]
 
 
 def _teacher_pool(actors: Actors, cluster: ClusterConfig, teacher: TeacherConfig) -> TeacherPool:
