@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,11 @@ def _unprinted(data: Mapping[str, Any], **_: Any) -> None:
 
 
 class Actors:
-    """Makes the run's actors, within one placement group where the cluster asks for it."""
+    """Makes the run's actors, within placement groups where the cluster asks for them.
+
+    A group has equal bundles: of several kinds a small actor could take a large bundle, and its own would be too small
+    for the actor that is left.
+    """
 
     def __init__(self, config: ClusterConfig, roles: Sequence[ActorRole], stacks: StackDumps | None = None) -> None:
         """`roles` are the actors that will be made; `stacks` watches them.
@@ -173,16 +178,20 @@ class Actors:
             ConfigurationError: the cluster does not have what they ask for.
             OpdError: others hold it, and do not give it back in time.
         """
-        self._config, self._stacks, self._group = config, stacks, None
+        self._config, self._stacks = config, stacks
+        self._groups: dict[_Shape, Any] = {}
         self._roles = {role.name: role for role in roles}
         if not config.elastic:
             check_fits(roles, machines(), "this cluster" if config.address != "local" else "this machine")
         if config.placement is not Placement.NONE:
             from ray.util.placement_group import placement_group
 
-            shapes = [shape for role in roles for _ in range(role.count) if any((shape := _shape(role)).values())]
-            self._group = placement_group(shapes, strategy=config.placement.value)
-            if not self._group.wait(config.start_deadline_s):
+            shapes = [shape for role in roles for _ in range(role.count) if (shape := _shape(role))]
+            for shape in dict.fromkeys(map(_key, shapes)):
+                equal = [dict(shape)] * list(map(_key, shapes)).count(shape)
+                self._groups[shape] = placement_group(equal, strategy=config.placement.value)
+            end_at = monotonic() + config.start_deadline_s
+            if not all(group.wait(max(0.0, end_at - monotonic())) for group in self._groups.values()):
                 raise OpdError(
                     f"the cluster cannot place {len(shapes)} actors ({shapes}) within "
                     f"{config.start_deadline_s:.0f} s; add nodes or lower replicas, ranks or cluster.gpus_per_*"
@@ -202,8 +211,9 @@ class Actors:
             "max_concurrency": concurrency,
             "runtime_env": {"env_vars": {**environment, **(loopback() if self._config.address == "local" else {})}},
         }
-        if self._group is not None and role.name in self._roles and any(_shape(role).values()):
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=self._group)
+        group = self._groups.get(_key(_shape(role))) if role.name in self._roles else None
+        if group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=group)
         actor = ray.remote(cls).options(**options).remote(*args)
         if self._stacks is not None:
             self._stacks.watch(role.name, actor)
@@ -230,11 +240,13 @@ class Actors:
         return self._stacks.stack_dump if self._stacks is not None else no_stack_dump
 
     def close(self) -> None:
-        """Give the placement group back."""
-        if self._group is not None:
-            from ray.util.placement_group import remove_placement_group
+        """Give the placement groups back."""
+        if not self._groups:
+            return
+        from ray.util.placement_group import remove_placement_group
 
-            remove_placement_group(self._group)
+        for group in self._groups.values():
+            remove_placement_group(group)
 
 
 def machines() -> list[Machine]:
@@ -242,6 +254,13 @@ def machines() -> list[Machine]:
     import ray
 
     return [Machine.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+_Shape = tuple[tuple[str, float], ...]
+
+
+def _key(shape: Mapping[str, float]) -> _Shape:
+    return tuple(shape.items())
 
 
 def _shape(role: ActorRole) -> dict[str, float]:
