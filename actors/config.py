@@ -10,6 +10,7 @@ from opd.settings.validation import settings
 STOP_FORM = "of 1 to 1000 characters, a line end as itself"
 STOP_BECAUSE = 'in a YAML a line end is written "\\n"; a backslash and an n are two characters'
 CPU_KV_CACHE_BYTES = 64 << 20
+PREFILL_TOKENS = 8192  # of prompts, read in one engine step, where nothing is told
 StopString = Annotated[str, Matches(r"(?!(\\[nrt])+$)[^\x00]{1,1000}", STOP_FORM, because=STOP_BECAUSE)]
 
 # Widths of an attention head that vLLM's CPU kernels have: `CPUAttentionBackend.get_supported_head_sizes` of 0.32.
@@ -48,12 +49,24 @@ class StudentConfig:
     gpu_memory_utilization: Annotated[MemoryShare, HARMLESS] = 0.85
     # sequences that an engine writes at the same time
     max_num_seqs: Annotated[Count, HARMLESS] = 256
+    # tokens that an engine reads in one step, of prompts and of running text; 0 is 8192, or more where more is needed
+    max_num_batched_tokens: Annotated[int, In(0, 100_000_000), HARMLESS] = 0
     # no graph capture and no compilation (always so without a GPU)
     enforce_eager: Annotated[bool, HARMLESS] = False
+    # plan an engine's next step while a GPU computes the one before it
+    async_scheduling: Annotated[bool, HARMLESS] = False
     # rollout engines
     replicas: Annotated[Replicas, HARMLESS] = 1
     # seconds that bound every single wait for an engine (starting one: 300 at least)
     deadline_s: Annotated[Deadline, HARMLESS] = 600.0
+
+    def step_tokens(self, *, on_gpu: bool) -> int:
+        """Tokens that one engine step reads at most: one of every sequence, and without a GPU a whole prompt."""
+        return self.max_num_batched_tokens or max(PREFILL_TOKENS, self.least_step_tokens(on_gpu=on_gpu))
+
+    def least_step_tokens(self, *, on_gpu: bool) -> int:
+        """The fewest tokens of a step with which vLLM starts."""
+        return self.max_num_seqs if on_gpu else max(self.max_num_seqs, self.max_model_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,6 +178,7 @@ class VLLMEngine:
         workers = loop.engine.collective_rpc
         if self._floor is None and sentinel.origin is not None:
             self._floor = self._calibrated(sentinel.ids, sentinel.origin, delivered, loop)
+        loop.drain()
         try:
             workers("start_weight_update")
             workers("update_weights", kwargs={"update_info": transfer(delivered)})

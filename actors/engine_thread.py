@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from opd.errors import OpdError, ServiceLost
 
@@ -134,6 +134,24 @@ class EngineLoop:
             for output in outputs:
                 if output.request_id == mine and output.finished:
                     return output
+
+    def drain(self) -> None:
+        """Finish the steps that are in the air, if vLLM schedules ahead of them, and begin none.
+
+        vLLM labels tokens when it collects them, so weights that come in between would be named for what the ones
+        before them wrote. Completions are held back as in `finish`.
+        """
+        from vllm.v1.core.sched.interface import PauseState
+
+        core = cast(Any, self.engine.engine_core).engine_core  # in this process
+        if not core.batch_queue:  # there is none, or it is empty
+            return
+        core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        try:
+            for _ in range(len(core.batch_queue)):  # a step adds an empty batch and collects the oldest
+                self._held += self._step()
+        finally:
+            core.scheduler.set_pause_state(PauseState.UNPAUSED)
 
     def release(self) -> None:
         """Deliver the completions that `finish` held back."""

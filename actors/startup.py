@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-PREFILL_TOKENS = 8192  # of prompts, read in one engine step
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -178,6 +177,8 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
         "dtype": str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
+        # vLLM has no default for an engine that is driven step by step, and falls back to 2048.
+        "max_num_batched_tokens": config.step_tokens(on_gpu=device.type != "cpu"),
         "tensor_parallel_size": config.tensor_parallel,
         # In a placement group vLLM would choose Ray, for which every worker needs a bundle of its own.
         "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
@@ -188,8 +189,8 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
         # The distribution that is sampled from, for any k.
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
-        # With a step in the air an update would relabel tokens that the old weights wrote.
-        "async_scheduling": False,
+        # With a step in the air an update waits for it (`EngineLoop.drain`).
+        "async_scheduling": config.async_scheduling,
         # Requests are taken in the order in which they were added, but for the sentinel, which goes first.
         "scheduling_policy": "priority",
         "disable_log_stats": True,
@@ -208,8 +209,6 @@ def _on_gpu(config: StudentConfig) -> dict[str, Any]:
     return {
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
-        # vLLM has no default for an engine that is driven step by step, and falls back to 2048.
-        "max_num_batched_tokens": max(PREFILL_TOKENS, config.max_num_seqs),
         # Told, vLLM does not measure what is free while others allocate on the same device.
         **({"kv_cache_memory_bytes": config.kv_cache_bytes} if config.kv_cache_bytes else {}),
     }
@@ -226,5 +225,4 @@ def _on_cpu(config: StudentConfig) -> dict[str, Any]:
         # A prompt must not be cut over two steps: vLLM would rewind the request's generator, which only CUDA
         # generators can (0.32: "CPU Generator does not use offset"), and the engine would stop.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(PREFILL_TOKENS, config.max_model_len),
     }

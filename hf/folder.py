@@ -35,6 +35,11 @@ class Stored:
         """Number of elements."""
         return prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file; of a dtype that is not known here one for each element."""
+        return self.size * _BITS.get(self.dtype, 8) // 8
+
 
 def read_json(file: Path, part: str) -> dict[str, Any]:
     """The mapping in a JSON file.

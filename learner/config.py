@@ -1,6 +1,6 @@
 """Settings of the learner. Imports neither torch nor DeepSpeed, so a driver can read it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Annotated
 
@@ -40,6 +40,12 @@ class Transport(Enum):
     CUDA_IPC = "cuda_ipc"  # read in the learner's GPU memory: one GPU
 
 
+class Auto(Enum):
+    """Marker of a setting that the device decides (`LearnerConfig.decided`)."""
+
+    AUTO = "auto"
+
+
 EPS = "it keeps a division finite; at the size of gradients it would replace Adam by plain descent"
 DECAY = "a step shrinks the weights by lr * weight_decay"
 TRUST = "nats; an engine further from its learner writes with other weights, and 0 chooses by dtype"
@@ -47,6 +53,7 @@ LearningRate = Annotated[
     float,
     In(1e-12, 1, because="Adam moves every weight by about lr a step, and weights of language models are below 1"),
 ]
+ZeroStage = Annotated[int, In(0, 3)]
 Beta = Annotated[float, In(0, 1, high_open=True)]
 
 
@@ -93,6 +100,8 @@ class LearnerConfig:
     """Settings of the student's training.
 
     `dtype` is what the student computes and is published in; bfloat16 keeps float32 master weights in the optimizer.
+    AUTO is decided when the run is planned: on a GPU bfloat16, ZeRO-2 and checkpointed activations, and float32 in one
+    copy where the engine is told to write in float32 or `zero_stage` is 0; on a CPU float32 and ZeRO-0.
     `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the
     optimizer's state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens
     of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once (0: 64 MiB of them on a CPU,
@@ -111,10 +120,10 @@ class LearnerConfig:
 
     # processes that train
     ranks: Annotated[Replicas, HARMLESS] = 1
-    # what ranks share: 0 nothing (float32 only), 1 optimizer state, 2 also gradients, 3 also weights
-    zero_stage: Annotated[int, In(0, 3), HARMLESS] = 2
-    # FLOAT32 or BFLOAT16: what the student computes in and is published in
-    dtype: Dtype = Dtype.BFLOAT16
+    # what ranks share: 0 nothing (float32), 1 optimizer state, 2 also gradients, 3 also weights; AUTO: 2, in float32 0
+    zero_stage: Annotated[ZeroStage | Auto, HARMLESS] = Auto.AUTO
+    # what the student computes in and is published in; AUTO is BFLOAT16 on a GPU and FLOAT32 on a CPU
+    dtype: Dtype = Dtype.AUTO
     # AUTO is a GPU where there is one
     device: Annotated[Device, HARMLESS] = Device.AUTO
     # learning rate at the end of the warm-up (AdamW)
@@ -145,8 +154,8 @@ class LearnerConfig:
     loss_kernel: Annotated[LossKernel, HARMLESS] = LossKernel.TORCH
     # top-k in which the overlap of student and teacher is measured; 0 measures none
     overlap_k: Annotated[int, In(0, 1_000_000), AtMost("vocabulary"), HARMLESS] = 16
-    # compute activations anew in the backward pass: less memory, a third more work
-    gradient_checkpointing: Annotated[bool, HARMLESS] = False
+    # compute activations anew in the backward pass: less memory, a third more work; AUTO does so on a GPU
+    gradient_checkpointing: Annotated[bool | Auto, HARMLESS] = Auto.AUTO
     sentinel_tolerance: Annotated[float, In(1e-6, 5, or_zero=True, because=TRUST), HARMLESS] = 0.0
     # bytes of one piece of published weights
     publish_chunk_bytes: Annotated[Bytes, HARMLESS] = 256 << 20
@@ -161,10 +170,6 @@ class LearnerConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        if self.dtype is Dtype.AUTO:
-            raise ConfigurationError(
-                "learner.dtype decides what is published and must be FLOAT32 or BFLOAT16, got AUTO; choose one"
-            )
         if self.dtype is Dtype.BFLOAT16 and self.zero_stage == 0:
             raise ConfigurationError(
                 "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but "
@@ -181,6 +186,31 @@ class LearnerConfig:
                 f"learner.decay_steps is {self.decay_steps}, but learner.schedule={self.schedule.name} has no decay of "
                 "its own; set learner.schedule=WARMUP_STABLE_DECAY or learner.decay_steps=0"
             )
+
+    def decided(self, *, on_gpu: bool, engine: Dtype = Dtype.AUTO) -> "LearnerConfig":
+        """Settings without AUTO for a device; `engine` is `student.dtype`."""
+        narrow = on_gpu and engine is not Dtype.FLOAT32 and self.zero_stage != 0
+        dtype = self.dtype if self.dtype is not Dtype.AUTO else Dtype.BFLOAT16 if narrow else Dtype.FLOAT32
+        automatic = 2 if dtype is Dtype.BFLOAT16 else 0
+        again = self.gradient_checkpointing
+        return replace(
+            self,
+            dtype=dtype,
+            zero_stage=automatic if isinstance(self.zero_stage, Auto) else self.zero_stage,
+            gradient_checkpointing=on_gpu if isinstance(again, Auto) else again,
+        )
+
+    @property
+    def stage(self) -> int:
+        """`zero_stage` of settings that are decided."""
+        assert not isinstance(self.zero_stage, Auto), "AUTO is decided when a run is planned"
+        return self.zero_stage
+
+    @property
+    def checkpointed(self) -> bool:
+        """`gradient_checkpointing` of settings that are decided."""
+        assert not isinstance(self.gradient_checkpointing, Auto), "AUTO is decided when a run is planned"
+        return self.gradient_checkpointing
 
 
 def learning_rate(config: LearnerConfig, update: int, total: int) -> float:

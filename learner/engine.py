@@ -93,6 +93,19 @@ def _ending_within(seconds: float) -> Iterator[None]:
 def initialize(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
     """The student under DeepSpeed: optimizer, ZeRO, mixed precision. Moves it to `device`."""
     student.to(device)
+    optimizer = adam(student, config)
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=_settings(config, _numel(student)))
+    if config.ranks == 1 and config.stage == 0:
+        engine.enable_backward_allreduce = False  # would copy all gradients twice to add nothing
+    return engine
+
+
+def adam(student: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained; one fused kernel on CPUs and GPUs alike.
+
+    Never DeepSpeed's own choice: its fused_adam wants a compiler. An update that is not fused would have two numbers a
+    parameter in temporaries.
+    """
     trained = [p for p in student.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
@@ -103,14 +116,7 @@ def initialize(student: Student, config: LearnerConfig, device: torch.device) ->
         ]
     else:
         groups = [{"params": matrices + others, "weight_decay": 0.0}]
-    # Never DeepSpeed's own choice: its fused_adam wants a compiler.
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=device.type == "cpu"
-    )
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=_settings(config, _numel(student)))
-    if config.ranks == 1 and config.zero_stage == 0:
-        engine.enable_backward_allreduce = False  # would copy all gradients twice to add nothing
-    return engine
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def _numel(student: Student) -> int:
@@ -123,9 +129,9 @@ def _settings(config: LearnerConfig, numel: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # we say ourselves which micro-batch is the last
         # Without ZeRO DeepSpeed would clip without telling the norm, so `apply` does it.
-        "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
+        "gradient_clipping": config.grad_clip if config.stage else 0.0,
         "zero_optimization": {
-            "stage": config.zero_stage,
+            "stage": config.stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
@@ -147,7 +153,7 @@ def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
     optimizer: Any = engine.optimizer  # a wrapper of ours, or ours itself
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if config.zero_stage:
+    if config.stage:
         engine.step()
         if optimizer.overflow:  # and DeepSpeed has dropped the step
             return math.inf

@@ -40,7 +40,7 @@ def _gathered(
     """Names and values in host memory on rank 0; nothing elsewhere. All ranks must go through it."""
     sizes = [p.element_size() * torch.Size(full_shape(p)).numel() for _, p in named]
     for first, last in runs(sizes, config.publish_chunk_bytes):
-        with engine.whole([p for _, p in named[first:last]], config.zero_stage) as tensors:
+        with engine.whole([p for _, p in named[first:last]], config.stage) as tensors:
             if rank == 0:
                 names = [name for name, _ in named[first:last]]
                 yield from [(n, t.to("cpu", copy=True)) for n, t in zip(names, tensors, strict=True)]

@@ -172,7 +172,8 @@ def _moments(engine: DeepSpeedEngine, flat: Sequence[Tensor]) -> Any:
     for part in flat:
         if not adam.state.get(part):
             moments = {key: torch.zeros_like(part.data) for key in checkpoint.KEYS[1:]}
-            adam.state[part] = {"step": torch.zeros((), dtype=torch.float32)} | moments
+            # The fused kernel of a device reads the step there.
+            adam.state[part] = {"step": torch.zeros((), dtype=torch.float32, device=part.device)} | moments
     return adam.state
 
 

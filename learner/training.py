@@ -31,7 +31,7 @@ from opd.loss.packing import halves
 from opd.loss.per_teacher import by_teacher
 from opd.ports import LossFunction, Rank, Reading, Sentinel, WeightSender, WeightShard
 from opd.scorers.validation import check_support
-from opd.settings.devices import resolve_device, resolve_dtype
+from opd.settings.devices import on_gpu, resolve_device, resolve_dtype
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
 
 MakeSender = Callable[[], WeightSender]
@@ -44,6 +44,7 @@ class Training(Rank):
     """
 
     def __init__(self, config: LearnerConfig, rank: int, host: str, port: int, seed: int, steps: int) -> None:
+        config = config.decided(on_gpu=on_gpu(config.device))
         self._config, self._rank, self._steps, self._seed = config, rank, steps, seed
         self._updates = self._skipped = 0  # applied; skipped in a row
         self._update_incomplete = False  # an update was begun and not finished: the weights are of no step
@@ -65,7 +66,7 @@ class Training(Rank):
     ) -> None:
         """Load the student and the output matrices of its teachers."""
         self._student_path, self._fetch, self._text = student_path, fetch, text
-        self._student = load_student(student_path, self._dtype, self._config.gradient_checkpointing)
+        self._student = load_student(student_path, self._dtype, self._config.checkpointed)
         lora = self._config.lora
         if lora.r:
             from learner.lora import adapt
@@ -144,16 +145,16 @@ class Training(Rank):
         if updates is not None:
             self._updates = updates
             optimizer_shards.set_updates(self._engine, updates)
-        optimizer_shards.refresh(self._named, self._config.zero_stage, held)
+        optimizer_shards.refresh(self._named, self._config.stage, held)
 
     def extrapolate(self, name: str, factor: float, *, only: str = "") -> None:
         held = self._held()
         self._snapshots.extrapolate(name, factor, held, matching([parameter for parameter, _ in self._named], only))
-        optimizer_shards.refresh(self._named, self._config.zero_stage, held)
+        optimizer_shards.refresh(self._named, self._config.stage, held)
 
     def offload(self) -> None:
         if self._reload is None:
-            self._reload = engine.offload(self._engine, self._config.zero_stage, self._heads, self._device)
+            self._reload = engine.offload(self._engine, self._config.stage, self._heads, self._device)
 
     def reload(self) -> None:
         if self._reload is not None:
@@ -164,7 +165,7 @@ class Training(Rank):
 
     def _held(self) -> list[optimizer_shards.Fragment]:
         """Live views of everything trained that is on this rank."""
-        return optimizer_shards.fragments(self._engine, self._named, self._config.zero_stage)
+        return optimizer_shards.fragments(self._engine, self._named, self._config.stage)
 
     @torch.no_grad()
     def share(self, version: int) -> WeightShard:
@@ -188,7 +189,7 @@ class Training(Rank):
     def save(self, directory: Path, step: int) -> None:
         if self._update_incomplete:
             raise OpdError(f"the weights of step {step} cannot be saved, because the update after it broke off in them")
-        stage, rank, ranks = self._config.zero_stage, self._rank, self._config.ranks
+        stage, rank, ranks = self._config.stage, self._rank, self._config.ranks
         pieces = optimizer_shards.host_copies(self._held(), stage, rank, ranks)
         pieces |= self._snapshots.pieces(stage, rank, ranks)
         pieces[checkpoint.RANDOM] = _generator(self._device).get_state()
@@ -201,7 +202,7 @@ class Training(Rank):
         shards, own = checkpoint.Shards(directory), self._facts(0)
         saved = shards.facts[0]
         checkpoint.check_model(directory, saved, own.model)
-        optimizer_shards.fill(self._engine, self._named, self._config.zero_stage, shards, saved.updates)
+        optimizer_shards.fill(self._engine, self._named, self._config.stage, shards, saved.updates)
         self._snapshots.load(shards, saved.snapshots, self._held())
         state = shards.random_state(self._rank, self._device.type)
         if state is not None:
@@ -245,7 +246,7 @@ class Training(Rank):
         try:
             return self._forward(self._engine, batch, objective)
         except torch.OutOfMemoryError as error:
-            if self._config.zero_stage == 3 and self._config.ranks > 1:  # the others wait for this rank's parameters
+            if self._config.stage == 3 and self._config.ranks > 1:  # the others wait for this rank's parameters
                 raise self._too_large(batch) from error
             return None
 
@@ -332,7 +333,7 @@ class Training(Rank):
 
     def _whole(self, first: int, last: int) -> AbstractContextManager[list[Tensor]]:
         """The tensors `first` .. `last - 1` of the manifest, complete; all ranks must enter."""
-        return engine.complete(self._ordered[first:last], self._config.zero_stage)
+        return engine.complete(self._ordered[first:last], self._config.stage)
 
     def _facts(self, step: int) -> checkpoint.Facts:
         model = hashlib.sha256(repr(self._publisher.manifest).encode()).hexdigest()[:16]
@@ -342,7 +343,7 @@ class Training(Rank):
             skipped=self._skipped,
             rank=self._rank,
             ranks=self._config.ranks,
-            zero_stage=self._config.zero_stage,
+            zero_stage=self._config.stage,
             model=model,
             device=self._device.type,
             snapshots=self._snapshots.places,

@@ -50,6 +50,8 @@ SUPPORTS: Mapping[Backend, ScoreKinds] = {
 COMPUTING = frozenset({Backend.TORCH, Backend.VLLM})
 """Backends that have logits in this process, and so answer any other kind, too."""
 REMOTE = frozenset({Backend.HTTP, Backend.OPENAI})
+OWN_ENGINE = frozenset({Backend.VLLM, Backend.VLLM_LOGPROBS})
+"""Backends with a vLLM engine in the teacher's actor."""
 TOKEN_VARIABLE = "OPD_TEACHER_TOKEN"
 START_S = 300.0  # a model may take as long to load, however soon its answers are due
 
@@ -101,6 +103,8 @@ class TeacherConfig:
     dtype: Dtype = Dtype.AUTO
     # actors that score for this teacher
     replicas: Annotated[Replicas, HARMLESS] = 1
+    # GPUs of one node that share the weights of one actor (VLLM and VLLM_LOGPROBS)
+    tensor_parallel: Annotated[int, In(1, 1024), HARMLESS] = 1
     # tokens of one forward: sequences times the longest of them
     max_batch_tokens: Annotated[Tokens, HARMLESS] = 16384
     # rows whose logits over the vocabulary are alive at the same time
@@ -143,6 +147,11 @@ class TeacherConfig:
             raise ConfigurationError(
                 f"TeacherConfig.mixup={self.mixup} makes the teacher follow the student, which TeacherConfig.backend="
                 f"{self.backend.name} cannot; set TeacherConfig.backend=TORCH or TeacherConfig.mixup=0"
+            )
+        if self.tensor_parallel > 1 and self.backend not in OWN_ENGINE:
+            raise ConfigurationError(
+                f"teacher.tensor_parallel={self.tensor_parallel} spreads a teacher's weights over GPUs, which "
+                f"teacher.backend={self.backend.name} cannot; set teacher.backend=VLLM or teacher.tensor_parallel=1"
             )
         if self.backend in REMOTE and not self.url:
             raise ConfigurationError(
@@ -204,7 +213,7 @@ def environment(device: Device, backend: Backend = Backend.TORCH) -> dict[str, s
     none. vLLM's: the engine lives in the teacher's own process, compiles nothing on a CPU, and is not pinned.
     """
     common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    if backend in (Backend.VLLM, Backend.VLLM_LOGPROBS):
+    if backend in OWN_ENGINE:
         common |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",

@@ -72,7 +72,7 @@ class ClusterConfig:
     cpus_per_actor: Processors = 0.5
     # devices of each rollout engine (as many as student.tensor_parallel), or a share of one
     gpus_per_engine: Devices = 0.0
-    # devices of each teacher actor, or a share of one
+    # devices of each teacher actor, or a share of one; above 0 a teacher of tensor_parallel GPUs has that many
     gpus_per_teacher: OneDevice = 0.0
     # devices of each learner rank, or a share of one
     gpus_per_learner: OneDevice = 0.0

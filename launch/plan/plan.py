@@ -21,7 +21,7 @@ from launch.plan.checks.devices import automatic, gpus, resolved, undecided, uns
 from launch.plan.checks.ends import text_ends
 from launch.plan.checks.engines import engine_notes
 from launch.plan.checks.models import parameter_count
-from launch.plan.checks.numbers import check_numbers, numbers_notes
+from launch.plan.checks.numbers import check_numbers, decided_notes, numbers_notes
 from launch.plan.checks.prompts import (
     HeldOut,
     check_lengths,
@@ -49,6 +49,7 @@ from launch.plan.memory.footprint import peak
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import Part, card_bytes, of_teacher, parts
 from launch.plan.memory.sharing import check_turns
+from launch.plan.memory.store import capacity, store_notes
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
 from opd.method.needs import check_spelling, needs
@@ -105,6 +106,7 @@ class Plan:
         """The plan as a table."""
         config, memory = self.config, self.memory_bytes()
         adapters = f", adapters of rank {config.learner.lora.r}" if config.learner.lora.r else ""
+        trained = f"DeepSpeed ZeRO-{config.learner.stage}, {config.learner.dtype.name}{adapters}"
         table = Table(title=f"plan: {config.method.name}, {config.steps} steps", show_header=True)
         for heading in ("role", "processes", "what", "memory each, at most"):
             table.add_column(heading)
@@ -114,7 +116,7 @@ class Plan:
                 (of_teacher(name), config.teachers[name].replicas, f"{params / 1e6:.2f}M parameters")
                 for name, params in self.teacher_params.items()
             ),
-            ("learner rank", config.learner.ranks, f"DeepSpeed ZeRO-{config.learner.zero_stage}{adapters}"),
+            ("learner rank", config.learner.ranks, trained),
         ]
         for role, count, what in rows:
             table.add_row(role, str(count), what, f"{memory[role] / GIB:.3f} GiB")
@@ -201,17 +203,25 @@ def make_plan(config: RunConfig) -> Plan:
             *placed.notes,
             *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
-            *numbers_notes(config),
-            *settings_notes(config),
             *notes,
-            *unread_notes(config),
-            *unmeasured_notes(config),
-            *engine_notes(config, student),
+            *_notes(config, student),
         ],
         ends=ends.ids,
         hub=placed.hub,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
     )
+
+
+def _notes(config: RunConfig, student: Folder) -> list[str]:
+    """Remarks on what is no error, by settings and folders alone."""
+    return [
+        *numbers_notes(config),
+        *store_notes(config, capacity()),
+        *settings_notes(config),
+        *unread_notes(config),
+        *unmeasured_notes(config),
+        *engine_notes(config, student),
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,12 +240,14 @@ def _placed(config: RunConfig) -> _Placed:
     divided = automatic(config, visible_gpus(config))
     if not divided:  # before anything is fetched
         check_transport(config)
-    config, hub = localized(resolved(config))
-    config, notes = laid_out(config)
+    given = config
+    config, hub = localized(resolved(given))
+    config, layout = laid_out(config)
     check_turns(config)
     if divided:
         check_transport(config)
-    return _Placed(config=config, hub=hub, notes=(*unseen, *notes), undecided=open_device)
+    notes = (*unseen, *layout, *decided_notes(given, config))
+    return _Placed(config=config, hub=hub, notes=notes, undecided=open_device)
 
 
 def _longest(

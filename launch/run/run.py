@@ -348,7 +348,7 @@ class Run:
             "seed": str(config.seed),
             "learning rate": f"{config.learner.lr:g}",
             "processes": f"{config.student.replicas} rollout, {teachers} teacher, "
-            f"{config.learner.ranks} learner (ZeRO-{config.learner.zero_stage})",
+            f"{config.learner.ranks} learner (ZeRO-{config.learner.stage})",
         }
 
     def summary(self, outcome: Outcome, problem: str) -> RunSummary:

@@ -22,11 +22,11 @@ from launch.plan.checks.blends import inner_teacher
 from launch.plan.checks.devices import (
     ENGINE,
     LEARNER_RANK,
-    REMOTE_TEACHER,
-    TEACHER,
     WRITER,
     check_idle_cluster,
+    gpus_of_teacher,
     roles,
+    teacher_role,
     writers_of,
 )
 from launch.plan.checks.models import vocabulary_rows
@@ -49,7 +49,7 @@ from opd.ports import Context, Engines, TextEngine, WeightObserver
 from opd.settings.devices import Device
 from teacher_service.backends import backend
 from teacher_service.backends.openai_writer import Ending, OpenAIWriter
-from teacher_service.config import REMOTE, TOKEN_VARIABLE, Backend, TeacherConfig
+from teacher_service.config import OWN_ENGINE, REMOTE, TOKEN_VARIABLE, Backend, TeacherConfig
 from teacher_service.config import environment as teacher_environment
 
 CALLS = 64  # concurrent calls an actor accepts; engines batch them themselves
@@ -139,10 +139,13 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
     starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
     if config.student.device is Device.GPU and config.cluster.gpus_per_engine < 1:
         await starting  # vLLM measures what it leaves free on a GPU, while others must not take or leave any
+    measuring = _measuring(config)
+    for name in measuring:
+        await teachers[name].replicas.start(config.teachers[name].replicas)
     await asyncio.gather(
         learner.setup(),
         starting,
-        *[pool.replicas.start(config.teachers[name].replicas) for name, pool in teachers.items()],
+        *[pool.replicas.start(config.teachers[n].replicas) for n, pool in teachers.items() if n not in measuring],
     )
     await learner.check_placement()
     writers = {name: await _writer(actors, plan, name, actors[WRITER], turns) for name in writers_of(config)}
@@ -171,6 +174,17 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
         environments=environments,
         turns=turns,
     )
+
+
+def _measuring(config: RunConfig) -> list[str]:
+    """Teachers whose vLLM measures a GPU that others use as well; they start one by one, before those."""
+    return [
+        name
+        for name, teacher in config.teachers.items()
+        if teacher.backend in OWN_ENGINE
+        and teacher.device is Device.GPU
+        and gpus_of_teacher(config.cluster, teacher) < 1
+    ]
 
 
 def takes_turns(cluster: ClusterConfig) -> bool:
@@ -236,7 +250,7 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
 
     With a `name` it is one more than the run has.
     """
-    role = actors[REMOTE_TEACHER if config.backend in REMOTE else TEACHER]
+    role = actors[teacher_role(config)]
     if name:
         role = replace(role, name=name, count=1)
         actors.check_room(role)

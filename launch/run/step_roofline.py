@@ -130,8 +130,8 @@ def step_limit(plan: Plan, costs: Costs) -> StepLimit | None:
         decoding=Decoding(slots=config.student.max_num_seqs, weight_bytes=width, cache_bytes=width),
         training=UpdateCost(
             ranks=config.learner.ranks,
-            stage=config.learner.zero_stage,
-            recompute=config.learner.gradient_checkpointing,
+            stage=config.learner.stage,
+            recompute=config.learner.checkpointed,
             number_bytes=width,
             teacher_head=max(shape.head_params for shape in teachers.values()) if sends_hidden else 0,
         ),

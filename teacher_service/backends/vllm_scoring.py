@@ -44,6 +44,27 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
+def engine_arguments(config: TeacherConfig, device: torch.device, positions: int) -> dict[str, Any]:
+    """vLLM's engine arguments on `device` that both backends have; sequences have at most `positions` tokens."""
+    cpu = device.type == "cpu"
+    return {
+        "model": config.path,
+        "dtype": str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+        "tensor_parallel_size": config.tensor_parallel,
+        # In a placement group vLLM would choose Ray, for which every worker needs a bundle of its own.
+        "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
+        "max_model_len": positions,
+        "max_num_batched_tokens": max(config.max_batch_tokens, positions),
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": False,  # scoring every position reads no cache
+        "enforce_eager": cpu,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "disable_log_stats": True,
+    } | ({"kv_cache_memory_bytes": config.kv_cache_bytes} if cpu else {})
+
+
 class _VLLMTeacher(ABC):
     """Common part of both backends: one engine, and the one thread that calls it."""
 
@@ -66,6 +87,7 @@ class _VLLMTeacher(ABC):
         )
         self._requests = self._scored = self._read = self._number = 0
         self._busy_s = 0.0
+        self._prepare()
         self._thread = ThreadPoolExecutor(1, "vllm-teacher")
         self._engine: Future[LLMEngine] = self._thread.submit(self._start)
 
@@ -98,24 +120,10 @@ class _VLLMTeacher(ABC):
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        be_alone(current_platform.dist_backend)
-        cpu = self._device.type == "cpu"
-        arguments: dict[str, Any] = {
-            "model": self._config.path,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "max_model_len": self._positions,
-            "max_num_batched_tokens": max(self._config.max_batch_tokens, self._positions),
-            "enable_chunked_prefill": False,
-            "enable_prefix_caching": False,  # scoring every position reads no cache
-            "enforce_eager": cpu,
-            "gpu_memory_utilization": self._config.gpu_memory_utilization,
-            "skip_tokenizer_init": True,
-            "trust_remote_code": False,
-            "disable_log_stats": True,
-            **({"kv_cache_memory_bytes": self._config.kv_cache_bytes} if cpu else {}),
-            **self._arguments(),
-        }
-        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+        if self._config.tensor_parallel == 1:
+            be_alone(current_platform.dist_backend)
+        common = engine_arguments(self._config, self._device, self._positions)
+        return LLMEngine.from_engine_args(EngineArgs(**(common | self._arguments())))
 
     def _run(self, asked: "Sequence[tuple[list[int], SamplingParams | PoolingParams]]") -> list[Any]:
         """vLLM's outputs, in order; nothing stays in the engine if one fails."""
@@ -148,6 +156,10 @@ class _VLLMTeacher(ABC):
         return [answer for answer in answers if answer is not None]
 
     @abstractmethod
+    def _prepare(self) -> None:
+        """Load what stands beside the engine: before vLLM measures the memory that is free."""
+
+    @abstractmethod
     def _arguments(self) -> Mapping[str, Any]:
         """Engine arguments of its own."""
 
@@ -161,9 +173,8 @@ class HiddenTeacher(_VLLMTeacher):
 
     spare = 0
 
-    def __init__(self, config: TeacherConfig, store: Store) -> None:
-        super().__init__(config, store)
-        self._head = load_head(config.path, self._dtype, self._device)
+    def _prepare(self) -> None:
+        self._head = load_head(self._config.path, self._dtype, self._device)
 
     def _arguments(self) -> Mapping[str, Any]:
         from vllm.config import PoolerConfig
@@ -192,6 +203,9 @@ class PromptLogprobsTeacher(_VLLMTeacher):
     """vLLM's own `prompt_logprobs`: sampled tokens and the teacher's top-k (`opd.ports.LogprobTeacher`)."""
 
     spare = 2  # the last token is part of the prompt here, and vLLM insists on writing one more
+
+    def _prepare(self) -> None:
+        """Nothing stands beside the engine."""
 
     def _arguments(self) -> Mapping[str, Any]:
         return {"max_logprobs": -1, "generation_config": "vllm", "logprobs_mode": "raw_logprobs"}

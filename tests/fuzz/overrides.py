@@ -18,6 +18,7 @@ from typing import Any
 from launch.config.compose import groups
 from launch.config.run_config import RunConfig, run_config
 from launch.plan.plan import make_plan
+from learner.config import Auto
 from learner.schedule import Schedule
 from opd.errors import OpdError
 from opd.settings.validation import walk
@@ -103,8 +104,12 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"checkpoint_minutes", real(0, 10**6)),
     (r"cluster\.elastic|tracker\.(tensorboard|mlflow)", yes),
     (r"grace_s", real(0, 30 * 24 * 3600)),
-    (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|gradient_checkpointing)", yes),
-    (r"student\.enforce_eager|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)", yes),
+    (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.deterministic", yes),
+    (r"learner\.gradient_checkpointing", lambda v: v is Auto.AUTO or yes(v)),
+    (
+        r"student\.(enforce_eager|async_scheduling)|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)",
+        yes,
+    ),
     (
         r"weight_update|cluster\.(layout|share)|.*\.(device|dtype|backend|mode|schedule|placement|transport|loss_kernel)|"
         r".*\.(signal|outside|coin)",
@@ -122,6 +127,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"teachers\.\w+\.max_model_len", lambda v: v == 0 or whole(101, 10**8)(v)),
     (r"teachers\.\w+\.max_batch_tokens|learner\.tokens_per_microbatch", whole(101, 10**8)),
     (r"learner\.head_chunk", whole(0, 10**8)),
+    (r"student\.max_num_batched_tokens", lambda v: v == 0 or whole(256, 10**8)(v)),
     (r".*gpu_memory_utilization", real(0.005, 1)),
     (r"teachers\.\w+\.(url|model|fingerprint)", LINE),
     (r"teachers\.\w+\.url", text(r"(https?://.+)?")),
@@ -134,7 +140,7 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"learner\.weight_decay", real(0, 1)),
     (r"learner\.grad_clip", real(1e-9, 1e9, zero=True)),
     (r"learner\.(warmup|decay)_steps", whole(0, 100)),
-    (r"learner\.zero_stage", whole(0, 3)),
+    (r"learner\.zero_stage", lambda v: v is Auto.AUTO or whole(0, 3)(v)),
     (r"learner\.overlap_k|method\.rollout(\.student|\.of)?\.record_topk", whole(0, VOCABULARY)),
     (r"method\.scorer\.k|method\.objective(\.of)*\.k|method\.objective(\.of)*\.support\.k", whole(1, VOCABULARY)),
     (r"learner\.sentinel_tolerance", real(1e-9, 10, zero=True)),

@@ -38,7 +38,7 @@ def learner_bfloat16() -> list[Row]:
 
 def _checked(config: LearnerConfig) -> list[Row]:
     os.environ.update(environment(config.device))  # before DeepSpeed is imported
-    name = f"ZeRO-{config.zero_stage}, {config.dtype.name.lower()}"
+    name = f"ZeRO-{config.stage}, {config.dtype.name.lower()}"
     path = str(shipped("assets") / "shop" / "student")
     rank = LearnerRank(  # pyright: ignore[reportAbstractUsage] (its class decorator writes the verbs)
         config, path, (), 2 * _STEPS, 0, lambda handle: handle, lambda: StagedSender(np.copy)

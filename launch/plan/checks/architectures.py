@@ -10,6 +10,7 @@ from hf.folder_check import Folder, read_folder
 from hf.packable import check_head, check_layers, unlike
 from hf.weight_names import stored_names, stored_pieces
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.checks.engine_weights import check_divided, check_quantized
 from launch.plan.checks.engines import check_head_width, check_updates
 from launch.plan.checks.numbers import narrow, part_dtype
 from launch.plan.checks.survey import Survey
@@ -33,6 +34,7 @@ def check_student(config: RunConfig) -> Folder:
     stored_names(causal, folder.stored, part)
     check_updates(folder)
     check_head_width(folder, config.student.device)
+    check_divided(config.student.path, config.student.tensor_parallel, "student")
     if folder.context and longest > folder.context:
         raise ConfigurationError(
             f"{part} reads at most {folder.context} tokens (max_position_embeddings in its config.json, with its rope "
@@ -53,6 +55,8 @@ def check_teacher(config: RunConfig, name: str) -> Folder:
         check_head(folder.causal, folder.part, bias=teacher.backend is Backend.TORCH and LastHidden not in requires)
     if teacher.backend not in (Backend.TORCH, *REMOTE):
         check_head_width(folder, teacher.device)
+    check_quantized(config, name, folder)
+    check_divided(teacher.path, teacher.tensor_parallel, _key(name))
     return folder
 
 

@@ -1,6 +1,8 @@
 """Teacher inside the student's engine, for methods that sample from blends, and checks that there can be one."""
 
 from actors.config import InnerTeacher
+from hf.folder import text_config
+from hf.quantized import quantization
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
@@ -50,6 +52,11 @@ def check_blends(config: RunConfig) -> None:
         raise ConfigurationError(
             f"{needs} needs a teacher that stays as it is, but {key}.mixup={teacher.mixup} lets it follow the student; "
             f"set {key}.mixup=0, or choose rollout StudentRollout"
+        )
+    if quantization(text_config(teacher.path, key), key):
+        raise ConfigurationError(
+            f"{needs} computes with plain weights, but {key}.path={teacher.path!r} has quantized ones; choose the "
+            "unquantized model, or rollout StudentRollout"
         )
     mine, its = vocabulary_rows(config.student.path), vocabulary_rows(teacher.path)
     if mine != its:

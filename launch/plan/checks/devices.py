@@ -1,19 +1,20 @@
 """Device of every part of a run, its resource request to the cluster, and impossible combinations."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from launch.config.run_config import RunConfig
-from launch.config.settings import DeviceLayout
+from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.settings import ClusterConfig, DeviceLayout
 from launch.plan import environment
 from launch.services.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
 from opd.method.needs import named, needed
 from opd.ports import Role
 from opd.settings.devices import Device
-from teacher_service.config import REMOTE, Backend, TeacherConfig
+from teacher_service.config import OWN_ENGINE, REMOTE, Backend, TeacherConfig
 
 ENGINE, WRITER, LEARNER_RANK = "rollout actor", "writing teacher", "learner rank"
 TEACHER, REMOTE_TEACHER = "teacher actor", "remote teacher"
@@ -32,6 +33,20 @@ def writers_here(config: RunConfig) -> list[str]:
     return [name for name in writers_of(config) if config.teachers[name].backend is not Backend.OPENAI]
 
 
+def teacher_role(teacher: TeacherConfig) -> str:
+    """Name of the role that a teacher's actors have."""
+    if teacher.backend in REMOTE:
+        return REMOTE_TEACHER
+    return TEACHER if teacher.tensor_parallel == 1 else f"{teacher.tensor_parallel}-GPU {TEACHER}"
+
+
+def gpus_of_teacher(cluster: ClusterConfig, teacher: TeacherConfig) -> float:
+    """GPUs that each actor of a teacher requests: as all do, or one for every part of its weights."""
+    if teacher.backend in REMOTE or not cluster.gpus_per_teacher:
+        return 0.0
+    return cluster.gpus_per_teacher if teacher.tensor_parallel == 1 else float(teacher.tensor_parallel)
+
+
 def roles(config: RunConfig) -> list[ActorRole]:
     """All actors that a run holds from its start to its end."""
     cluster = config.cluster
@@ -39,14 +54,20 @@ def roles(config: RunConfig) -> list[ActorRole]:
     def of(name: str, number: int, gpus: float, key: str) -> ActorRole:
         return ActorRole(name=name, count=number, cpus=cluster.cpus_per_actor, gpus=gpus, key=f"cluster.{key}")
 
-    remote = sum(teacher.replicas for teacher in config.teachers.values() if teacher.backend in REMOTE)
-    local = sum(teacher.replicas for teacher in config.teachers.values()) - remote
+    asks = {TEACHER: cluster.gpus_per_teacher, REMOTE_TEACHER: 0.0}
+    asks |= {teacher_role(one): gpus_of_teacher(cluster, one) for one in config.teachers.values()}
+    replicas = Counter[str]()
+    for one in config.teachers.values():
+        replicas[teacher_role(one)] += one.replicas
+    teachers = [
+        of(name, replicas[name], gpus, "cpus_per_actor" if name == REMOTE_TEACHER else "gpus_per_teacher")
+        for name, gpus in asks.items()
+    ]
     writers = len(writers_here(config))
     return [
         of(ENGINE, config.student.replicas, cluster.gpus_per_engine, "gpus_per_engine"),
         of(WRITER, writers, cluster.gpus_per_engine, "gpus_per_engine"),
-        of(TEACHER, local, cluster.gpus_per_teacher, "gpus_per_teacher"),
-        of(REMOTE_TEACHER, remote, 0.0, "cpus_per_actor"),
+        *teachers,
         of(LEARNER_RANK, config.learner.ranks, cluster.gpus_per_learner, "gpus_per_learner"),
     ]
 
@@ -60,7 +81,7 @@ def gpus(config: RunConfig) -> str:
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """`config` with the device of every part resolved, once for the whole run.
+    """`config` with the device of every part resolved, once for the whole run, and what follows from the learner's.
 
     An actor that asks for a GPU works on it. One that asks for none works on what this machine has if Ray is started
     here, and elsewhere on processors: what the driver sees says nothing of other machines.
@@ -86,11 +107,13 @@ def resolved(config: RunConfig) -> RunConfig:
     def teacher(of: TeacherConfig) -> TeacherConfig:
         return replace(of, device=Device.CPU if of.backend in REMOTE else device(of.device, cluster.gpus_per_teacher))
 
+    trains_on = device(config.learner.device, cluster.gpus_per_learner)
+    learner = config.learner.decided(on_gpu=trains_on is Device.GPU, engine=config.student.dtype)
     return replace(
         config,
         student=replace(config.student, device=device(config.student.device, cluster.gpus_per_engine)),
         teachers={name: teacher(of) for name, of in config.teachers.items()},
-        learner=replace(config.learner, device=device(config.learner.device, cluster.gpus_per_learner)),
+        learner=replace(learner, device=trains_on),
     )
 
 
@@ -120,6 +143,15 @@ def _check_counts(config: RunConfig, visible: int) -> None:
             f"cluster.gpus_per_engine={cluster.gpus_per_engine:g}, but student.tensor_parallel={parallel} uses "
             f"{parallel} and the others would be idle; set one to the other"
         )
+    for name, teacher in config.teachers.items():
+        on_gpu = teacher.device is Device.GPU or (teacher.device is Device.AUTO and visible)
+        if teacher.tensor_parallel > 1 and on_gpu and not cluster.gpus_per_teacher:
+            key = "teacher" if name == DEFAULT else f"teachers.{name}"
+            raise ConfigurationError(
+                f"{key}.tensor_parallel={teacher.tensor_parallel} spreads each of its actors over as many GPUs of one "
+                "node, but cluster.gpus_per_teacher=0 requests none; set cluster.gpus_per_teacher=1, which is "
+                f"{teacher.tensor_parallel} for this teacher"
+            )
     if config.learner.ranks > 1 and 0 < cluster.gpus_per_learner < 1 and config.learner.device is not Device.CPU:
         raise ConfigurationError(
             f"learner.ranks={config.learner.ranks} with cluster.gpus_per_learner={cluster.gpus_per_learner:g} puts two "
@@ -161,7 +193,7 @@ def unseen_notes(config: RunConfig) -> tuple[str, ...]:
 
 def _check_tools(config: RunConfig) -> None:
     """Refuse an engine on a GPU of this machine without what it compiles its kernels' launchers with."""
-    teachers = [t.device for t in config.teachers.values() if t.backend in (Backend.VLLM, Backend.VLLM_LOGPROBS)]
+    teachers = [t.device for t in config.teachers.values() if t.backend in OWN_ENGINE]
     if all(device is Device.CPU for device in (config.student.device, *teachers)):
         return
     lacking = [lacks for _, lacks in environment.build_tools(on_gpu=True) if lacks]

@@ -1,13 +1,16 @@
 """Sizes of a model folder, read without its weights."""
 
 from hf.folder import output_matrix, read_headers, text_config
+from hf.quantized import parameters, quantization
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 
 def parameter_count(path: str) -> int:
     """Parameters in a folder's safetensors (tied ones once)."""
-    return sum(stored.size for stored in read_headers(path, f"the model {path!r}").values())
+    part = f"the model {path!r}"
+    stored = read_headers(path, part)
+    return sum(parameters(stored, quantization(text_config(path, part), part)).values()) if stored else 0
 
 
 def vocabulary_rows(path: str) -> int:

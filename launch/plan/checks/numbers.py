@@ -3,9 +3,11 @@
 from actors.config import StudentConfig
 from launch.config.run_config import RunConfig
 from opd.errors import ConfigurationError
-from opd.settings.devices import Dtype, on_gpu
+from opd.settings.devices import Device, Dtype, on_gpu
+from opd.settings.validation import spelled
 from teacher_service.config import TeacherConfig
 
+_DECIDED = ("dtype", "zero_stage", "gradient_checkpointing")
 FINEST = {Dtype.FLOAT32: 1e-6, Dtype.BFLOAT16: 2.0**-7}
 """Nats by which two right programs differ at least on some text, by the coarser of their dtypes: one unit in the last
 place of a logit near 1."""
@@ -38,6 +40,17 @@ def numbers_notes(config: RunConfig) -> list[str]:
             "memory; learner.dtype=BFLOAT16 learner.zero_stage=2 keeps float32 master weights"
         )
     return notes
+
+
+def decided_notes(given: RunConfig, config: RunConfig) -> tuple[str, ...]:
+    """Note on what a GPU has decided about the learner: settings that are AUTO in `given`."""
+    was, now = given.learner, config.learner
+    decided = [name for name in _DECIDED if getattr(was, name) is not getattr(now, name)]
+    if now.device is not Device.GPU or not decided:
+        return ()
+    why = ", and student.dtype is FLOAT32" if "dtype" in decided and now.dtype is Dtype.FLOAT32 else ""
+    told = " ".join(f"learner.{name}={spelled(getattr(now, name))}" for name in decided)
+    return (f"the learner works on a GPU{why}; so {told} (AUTO in the learner's settings; told, they stay)",)
 
 
 def narrow(*dtypes: Dtype) -> bool:

@@ -7,24 +7,26 @@ from typing import Any
 from hf.folder import read_headers
 from launch.artifacts.checkpoint_state import described
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.plan.checks.devices import gpus_of_teacher
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
 from launch.plan.checks.trackers import check_trackers
 from learner.config import learning_rate
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError
+from opd.method.needs import needed
 from opd.method.terms import MAIN, Term
 from opd.objectives.truncated import TruncatedRatio
-from opd.ports import AtIds, TopK
+from opd.ports import AtIds, Role, TopK
+from opd.settings.devices import Device
 from opd.settings.ranges import AtMost
 from opd.settings.validation import parts_of, walk
 from opd.token_weights.teachers import TeacherBalance
-from teacher_service.config import Backend
+from teacher_service.config import OWN_ENGINE
 
 SHORT = 10  # updates; the shipped warm-up, which a trial run of fewer steps need not set, too
 MOST_PROMPTS = 1 << 20  # of one step, every sample of a group counted
 ALL_LINEAR = "all-linear"
-OWN_ENGINE = (Backend.VLLM, Backend.VLLM_LOGPROBS)
 
 
 def check_settings(config: RunConfig) -> None:
@@ -35,6 +37,8 @@ def check_settings(config: RunConfig) -> None:
     _check_bounds(config)
     _check_max_k(config)
     _check_devices(config)
+    _check_step_tokens(config)
+    _check_scheduling(config)
     if config.learner.lora.r:
         _check_adapters(config)
 
@@ -179,7 +183,7 @@ def _check_devices(config: RunConfig) -> None:
     cluster, student = config.cluster, config.student
     users = [("student", student.gpu_memory_utilization, student.replicas, cluster.gpus_per_engine)]
     users += [
-        (_at(name), teacher.gpu_memory_utilization, teacher.replicas, cluster.gpus_per_teacher)
+        (_at(name), teacher.gpu_memory_utilization, teacher.replicas, gpus_of_teacher(cluster, teacher))
         for name, teacher in config.teachers.items()
         if teacher.backend in OWN_ENGINE
     ]
@@ -196,6 +200,35 @@ def _check_devices(config: RunConfig) -> None:
         raise ConfigurationError(
             f"engines of student and teachers share one device, but their gpu_memory_utilization add up to {total:g}; "
             "set student.gpu_memory_utilization and the teachers' so that they are 1 together"
+        )
+
+
+def _check_step_tokens(config: RunConfig) -> None:
+    """Refuse steps of an engine that are too small for vLLM to start."""
+    student, on_gpu = config.student, config.student.device is Device.GPU
+    least = student.least_step_tokens(on_gpu=on_gpu)
+    if student.step_tokens(on_gpu=on_gpu) < least:
+        whole = "" if on_gpu else f", and on a processor a whole prompt (student.max_model_len={student.max_model_len})"
+        raise ConfigurationError(
+            f"student.max_num_batched_tokens={student.max_num_batched_tokens} is too few: a step of an engine has a "
+            f"token of each of student.max_num_seqs={student.max_num_seqs} sequences{whole}; set "
+            f"student.max_num_batched_tokens={least} at least, or 0"
+        )
+
+
+def _check_scheduling(config: RunConfig) -> None:
+    """Refuse to schedule ahead where vLLM does not, or where the next step needs the tokens of the one before it."""
+    if not config.student.async_scheduling:
+        return
+    if config.student.device is not Device.GPU:
+        raise ConfigurationError(
+            "student.async_scheduling=true plans a step while a GPU computes the one before it, but these engines work "
+            "on processors; leave it false"
+        )
+    if needed(config.method, Role.BLENDED):
+        raise ConfigurationError(
+            f"student.async_scheduling=true plans a step before the tokens of the one before it are known, which the "
+            f"blends of method {config.method.name} read; leave it false"
         )
 
 

@@ -11,12 +11,13 @@ import torch
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.plan.memory.footprint import EngineRole, Phase, TeacherRole, asleep, footprint, parked, peak
 from launch.plan.memory.parts import GIB, Part, device_bytes, parts
+from launch.plan.memory.shapes import read_shape, uneven
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device, Dtype
-from teacher_service.config import REMOTE
+from teacher_service.config import REMOTE, Backend
 
 _Crowd = tuple[int, list[tuple[Part, int]]]
-_SMALL_CHUNK, _FEW_SEQUENCES = 256, 32
+_SMALL_CHUNK, _FEW_SEQUENCES, _FEW_TOKENS = 256, 32, 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,13 +141,15 @@ def remedies(config: RunConfig) -> Iterator[Remedy]:
     if student.device is Device.GPU:
         if student.max_num_seqs > _FEW_SEQUENCES:
             yield _student(f"student.max_num_seqs={_FEW_SEQUENCES}", max_num_seqs=_FEW_SEQUENCES)
+        if student.step_tokens(on_gpu=True) > _FEW_TOKENS >= student.max_num_seqs:
+            yield _student(f"student.max_num_batched_tokens={_FEW_TOKENS}", max_num_batched_tokens=_FEW_TOKENS)
         if not student.enforce_eager:
             yield _student("student.enforce_eager=true", enforce_eager=True)
 
 
 def _of_learner(config: RunConfig) -> Iterator[Remedy]:
     learner, least = config.learner, config.student.max_model_len
-    if not learner.gradient_checkpointing:
+    if not learner.checkpointed:
         yield _learner("learner.gradient_checkpointing=true", gradient_checkpointing=True)
     tokens = learner.tokens_per_microbatch
     while tokens // 2 >= least:
@@ -155,10 +158,10 @@ def _of_learner(config: RunConfig) -> Iterator[Remedy]:
     if not learner.head_chunk or learner.head_chunk > _SMALL_CHUNK:
         yield _learner(f"learner.head_chunk={_SMALL_CHUNK}", head_chunk=_SMALL_CHUNK)
     if learner.dtype is Dtype.FLOAT32:
-        stage = max(2, learner.zero_stage)
+        stage = max(2, learner.stage)
         text = f"learner.dtype=BFLOAT16 learner.zero_stage={stage}"
         yield _learner(text, dtype=Dtype.BFLOAT16, zero_stage=stage)
-    elif learner.zero_stage < 2 and learner.ranks > 1:
+    elif learner.stage < 2 and learner.ranks > 1:
         yield _learner("learner.zero_stage=2", zero_stage=2)
     yield from _over_ranks(config)
 
@@ -168,7 +171,7 @@ def _over_ranks(config: RunConfig) -> Iterator[Remedy]:
     learner, cluster = config.learner, config.cluster
     if cluster.address != "local" and cluster.gpus_per_learner == 1:
         yield from (_learner(f"learner.ranks={n}", ranks=n) for n in (2, 4, 8, 16) if n > learner.ranks)
-    if learner.zero_stage < 3 and not learner.lora.r:
+    if learner.stage < 3 and not learner.lora.r:
         yield _learner("learner.zero_stage=3", zero_stage=3)
 
 
@@ -192,10 +195,13 @@ def cheapest(config: RunConfig, fits: Callable[[RunConfig], bool]) -> list[str] 
 def advice(config: RunConfig, fits: Callable[[RunConfig], bool], card: int) -> str:
     """Settings that would fit, or what else could be done."""
     for part in parts(config, card):
-        if part.on_gpu and isinstance(part.role, TeacherRole) and footprint(part.role, Phase.REST).total > card:
-            return (
-                f"a {part.name} uses one GPU, which its weights alone exceed; choose a smaller teacher, or serve it "
-                "elsewhere (teacher.backend=OPENAI or HTTP with teacher.url=...)"
+        if part.on_gpu and isinstance(part.role, TeacherRole) and footprint(part.role, Phase.REST).weights > card:
+            each = part.role.parallel
+            where = "one GPU" if each == 1 else f"{each} GPUs"
+            return _spread(config, fits) or (
+                f"a {part.name} uses {where}, which its weights alone exceed; spread it over more "
+                "(teacher.tensor_parallel), choose a smaller or quantized one, or serve it elsewhere "
+                "(teacher.backend=OPENAI or HTTP with teacher.url=...)"
             )
     found = cheapest(config, fits)
     if found:
@@ -205,6 +211,23 @@ def advice(config: RunConfig, fits: Callable[[RunConfig], bool], card: int) -> s
     if with_adapters is not None:
         return f"train adapters alone: {' '.join(['learner.lora.r=16', *with_adapters])}"
     return "use more or larger GPUs, share the learner (learner.ranks, learner.zero_stage=3), or choose smaller models"
+
+
+def _spread(config: RunConfig, fits: Callable[[RunConfig], bool]) -> str:
+    """Teachers over several GPUs each as overrides, and what else is needed then; "" if that does not fit."""
+    large = [name for name, teacher in config.teachers.items() if teacher.device is Device.GPU]
+    for number in (2, 4, 8):
+        if any(uneven(read_shape(config.teachers[name].path), number) for name in large):
+            continue
+        told, changed = list[str](), config
+        for name in large:
+            remedy = _teacher("", name, backend=Backend.VLLM, tensor_parallel=number)
+            key, changed = "teacher" if name == DEFAULT else f"teachers.{name}", remedy.apply(changed)
+            told.append(f"{key}.backend=VLLM {key}.tensor_parallel={number}")
+        more = cheapest(changed, fits)
+        if more is not None:
+            return f"set {' '.join([*told, *more])}"
+    return ""
 
 
 def check_cards(config: RunConfig, card: int, *, exact: bool) -> None:

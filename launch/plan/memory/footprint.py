@@ -14,7 +14,6 @@ from launch.plan.memory.shapes import ModelShape
 
 CONTEXT = 1 << 29  # of a process on a GPU: CUDA's context and its libraries' kernels and workspaces (not measured)
 GRAPHS = 1 << 30  # captured graphs of an engine, and a sixteenth of its weights (not measured)
-PREFILL = 8192  # tokens that an engine reads in one step (`actors.startup.PREFILL_TOKENS`)
 BUCKET = 500_000_000  # elements of DeepSpeed's buckets, or the model (`learner.engine`)
 LIVE = 1_000_000_000  # parameters that ZeRO-3 has whole at the same time, or the model
 PADDED = 1.4  # slots a token of packed attention, at most (what `opd.loss.packed_attention` allows of wasted work)
@@ -63,6 +62,7 @@ class Footprint:
 class EngineRole:
     """A rollout engine of `bytes_each` per parameter, on each of its `parallel` GPUs.
 
+    A step reads `step_tokens` tokens.
     `reserved` are the bytes that vLLM takes in all (0: what it needs), `cache` those of its key-value cache (0: what is
     left of `reserved`, a sequence of `longest` tokens at least). `inner`: parameters of a teacher within. `copies` of
     the weights are held beside them while new ones come.
@@ -72,6 +72,7 @@ class EngineRole:
     bytes_each: int
     longest: int
     sequences: int
+    step_tokens: int
     on_gpu: bool
     parallel: int = 1
     cache: int = 0
@@ -85,7 +86,8 @@ class EngineRole:
 class TeacherRole:
     """A scoring teacher that reads `tokens` in a forward pass and has logits of `rows` of them at once.
 
-    `reserved` are the bytes that vLLM takes, if that runs it.
+    `reserved` are the bytes that vLLM takes on each of its `parallel` GPUs, if that runs it; `head` those of an output
+    matrix beside it, on the first of them.
     """
 
     model: ModelShape
@@ -94,6 +96,8 @@ class TeacherRole:
     rows: int
     on_gpu: bool
     reserved: int = 0
+    parallel: int = 1
+    head: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,12 +211,12 @@ def cache_bytes(model: ModelShape, width: int, tokens: int) -> int:
 
 def _engine(role: EngineRole, phase: Phase) -> Footprint:
     model, width = role.model, role.bytes_each
-    weights = (model.parameters + role.inner) * width // role.parallel
+    weights = (model.weights(width) + role.inner * width) // role.parallel
     least = cache_bytes(model, width, role.longest) // role.parallel
     graphs = (GRAPHS + weights // 16) if role.graphs and role.on_gpu else 0
     # A step reads so many tokens and samples for so many sequences; vLLM keeps room for both while it rests, too.
     logits = 3 * 4 * role.sequences * model.vocabulary
-    forward = pass_bytes(model, width, max(PREFILL, role.sequences)) // role.parallel
+    forward = pass_bytes(model, width, role.step_tokens) // role.parallel
     held = Footprint(
         weights=weights,
         graphs=graphs,
@@ -227,13 +231,20 @@ def _engine(role: EngineRole, phase: Phase) -> Footprint:
 def _teacher(role: TeacherRole, phase: Phase) -> Footprint:
     model, width = role.model, role.bytes_each
     scoring = phase is Phase.SCORE
+    logits = 3 * 4 * role.rows * model.vocabulary if scoring or role.reserved else 0
     held = Footprint(
-        weights=model.parameters * width,
+        weights=model.weights(width) // role.parallel,
         context=CONTEXT if role.on_gpu else 0,
-        activations=pass_bytes(model, width, role.tokens) if scoring or role.reserved else 0,
-        logits=3 * 4 * role.rows * model.vocabulary if scoring or role.reserved else 0,
+        activations=pass_bytes(model, width, role.tokens) // role.parallel if scoring or role.reserved else 0,
+        logits=0 if role.head else logits,
     )
-    return _with(held, cache=max(0, role.reserved - held.total)) if role.reserved else held
+    if role.reserved:
+        held = _with(held, cache=max(0, role.reserved - held.total))
+    if not role.head:
+        return held
+    # vLLM's workers are processes of their own where there are several; hidden states become logits in the actor's.
+    another = CONTEXT if role.on_gpu and role.parallel > 1 else 0
+    return _with(held, context=held.context + another, heads=role.head, logits=logits)
 
 
 def _learner(role: LearnerRole, phase: Phase) -> Footprint:

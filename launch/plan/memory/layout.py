@@ -14,6 +14,7 @@ from launch.plan.memory.sharing import no_turns
 from launch.services.placement import share
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device
+from teacher_service.config import TeacherConfig
 
 MIB = 2**20
 _LEAST = 0.01  # of a GPU: the least that a setting may be
@@ -48,12 +49,15 @@ def _layouts(config: RunConfig, visible: int, card: int) -> Iterator[RunConfig]:
     """Layouts in the order of preference: GPUs of their own, the learner's alone, shares of all."""
     numbers = _counts(config)
     tensors, engines = config.student.tensor_parallel, numbers[ENGINE] + numbers[WRITER]
+    spread = _whole_gpus_of_teachers(config)
     for ranks in _ranks(config, visible):
-        spare = visible - engines * tensors - numbers[TEACHER] - ranks
+        spare = visible - engines * tensors - spread - ranks
         if spare >= 0:
             more = spare // tensors if engines and config.student.replicas == 1 else 0
             yield _given(config, tensors, 1, 1, ranks=ranks, replicas=config.student.replicas + more)
     others, ranks = engines + numbers[TEACHER], numbers[LEARNER_RANK]
+    if spread > numbers[TEACHER]:
+        return
     if visible == 1 and max(tensors, ranks) == 1:
         told = config.cluster.share is Sharing.TIME
         if not told:
@@ -70,10 +74,19 @@ def _counts(config: RunConfig) -> dict[str, int]:
     on_gpu = {
         ENGINE: config.student.device is Device.GPU,
         WRITER: config.student.device is Device.GPU,
-        TEACHER: any(teacher.device is Device.GPU for teacher in config.teachers.values()),
         LEARNER_RANK: config.learner.device is Device.GPU,
     }
-    return {role.name: role.count * on_gpu.get(role.name, False) for role in roles(config)}
+    numbers = {role.name: role.count * on_gpu.get(role.name, False) for role in roles(config)}
+    return numbers | {TEACHER: sum(teacher.replicas for teacher in _on_gpus(config))}
+
+
+def _on_gpus(config: RunConfig) -> list[TeacherConfig]:
+    return [teacher for teacher in config.teachers.values() if teacher.device is Device.GPU]
+
+
+def _whole_gpus_of_teachers(config: RunConfig) -> int:
+    """GPUs of all teachers if none is shared."""
+    return sum(teacher.replicas * teacher.tensor_parallel for teacher in _on_gpus(config))
 
 
 def _ranks(config: RunConfig, visible: int) -> list[int]:

@@ -12,7 +12,7 @@ from actors.config import CPU_KV_CACHE_BYTES
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.config.settings import Sharing
 from launch.plan.checks.blends import inner_teacher
-from launch.plan.checks.devices import writers_here
+from launch.plan.checks.devices import gpus_of_teacher, writers_here
 from launch.plan.checks.numbers import engine_dtype, part_dtype
 from launch.plan.memory.footprint import EngineRole, LearnerRole, Role, TeacherRole
 from launch.plan.memory.shapes import read_shape
@@ -22,7 +22,7 @@ from opd.errors import OpdError
 from opd.loss.chunked import DEVICE_CHUNK, HOST_CHUNK
 from opd.ports import LastHidden
 from opd.settings.devices import Device, Dtype
-from teacher_service.config import REMOTE, Backend
+from teacher_service.config import OWN_ENGINE, REMOTE, Backend
 
 GIB = 2**30
 _ASKING_S = 180.0
@@ -97,7 +97,7 @@ def _parts(config: RunConfig, card: int, exact: bool) -> Iterator[Part]:
             yield Part(
                 name=of_teacher(name),
                 count=teacher.replicas,
-                gpus=cluster.gpus_per_teacher,
+                gpus=gpus_of_teacher(cluster, teacher),
                 on_gpu=teacher.device is Device.GPU,
                 role=_teacher(config, name, card),
             )
@@ -122,6 +122,7 @@ def _engine(config: RunConfig, path: str, card: int, inner: str = "") -> EngineR
         bytes_each=_width(engine_dtype(config)),
         longest=student.max_model_len,
         sequences=student.max_num_seqs,
+        step_tokens=student.step_tokens(on_gpu=on_gpu),
         on_gpu=on_gpu,
         parallel=student.tensor_parallel,
         cache=told * student.tensor_parallel,
@@ -134,14 +135,17 @@ def _engine(config: RunConfig, path: str, card: int, inner: str = "") -> EngineR
 
 def _teacher(config: RunConfig, name: str, card: int) -> TeacherRole:
     teacher, on_gpu = config.teachers[name], config.teachers[name].device is Device.GPU
-    reserves = on_gpu and teacher.backend in (Backend.VLLM, Backend.VLLM_LOGPROBS)
+    model, width = read_shape(teacher.path), _width(part_dtype(teacher))
+    reserves = on_gpu and teacher.backend in OWN_ENGINE
     return TeacherRole(
-        model=read_shape(teacher.path),
-        bytes_each=_width(part_dtype(teacher)),
+        model=model,
+        bytes_each=width,
         tokens=teacher.max_batch_tokens,
         rows=min(teacher.head_chunk, teacher.max_batch_tokens),
         on_gpu=on_gpu,
         reserved=int(teacher.gpu_memory_utilization * device_bytes(card)) if reserves else 0,
+        parallel=teacher.tensor_parallel,
+        head=model.vocabulary * model.width * width if teacher.backend is Backend.VLLM else 0,
     )
 
 
@@ -153,15 +157,15 @@ def _learner(config: RunConfig, exact: bool) -> LearnerRole:
     return LearnerRole(
         model=model,
         bytes_each=width,
-        stage=learner.zero_stage,
+        stage=learner.stage,
         ranks=learner.ranks,
         tokens=learner.tokens_per_microbatch,
         rows=min(learner.head_chunk or automatic, learner.tokens_per_microbatch),
         on_gpu=on_gpu,
         whole=LastHidden in config.method.requires,
-        checkpointed=learner.gradient_checkpointing,
+        checkpointed=learner.checkpointed,
         adapters=learner.lora.r > 0,
-        fused=not on_gpu,  # as learner.engine sets AdamW up
+        fused=True,  # as learner.engine sets AdamW up, on GPUs too
         heads=sum(shape.vocabulary * shape.width * width for shape in shapes),
         chunk=learner.publish_chunk_bytes,
         copies=2 * (on_gpu and transport_of(config) in (Transport.CUDA_IPC, Transport.NCCL)),  # by turns

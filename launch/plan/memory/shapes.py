@@ -1,11 +1,12 @@
 """Sizes of a model that decide about memory, read from its `config.json` and the headers of its weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from hf.folder import read_headers, text_config
+from hf.quantized import Quantization, parameters, quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +14,8 @@ class ModelShape:
     """Sizes of a decoder: `width` is the hidden size, `inner` that of a dense MLP, 0 experts are none.
 
     `largest` counts the parameters of the largest tensor, `normed` says whether queries and keys have norms of their
-    own. `sparse` of the `layers` have experts, of which each token visits `chosen`, each `expert` wide.
+    own. `quantized` are the bytes of quantized weights, 0 for plain ones, and `form` says how they are quantized.
+    `sparse` of the `layers` have experts, of which each token visits `chosen`, each `expert` wide.
     """
 
     parameters: int
@@ -26,10 +28,16 @@ class ModelShape:
     vocabulary: int
     largest: int = 0
     normed: bool = False
+    quantized: int = 0
+    form: Quantization | None = None
     experts: int = 0
     chosen: int = 0
     expert: int = 0
     sparse: int = 0
+
+    def weights(self, width: int) -> int:
+        """Bytes of all weights, plain ones at `width` bytes each."""
+        return self.quantized or width * self.parameters
 
     @property
     def query(self) -> int:
@@ -69,10 +77,34 @@ def shape_of(config: Mapping[str, Any], parameters: int, largest: int = 0, *, no
     )
 
 
+def uneven(model: ModelShape, number: int) -> str:
+    """Part of a model that cannot be divided among `number` devices as vLLM does it, as text; "" if all can.
+
+    Blocks of quantized weights that have a scale in common stay whole.
+    """
+    kv, each_mlp = model.kv_heads, model.expert or model.inner
+    for what, count in {"attention heads": model.heads, "columns of its MLPs": each_mlp}.items():
+        if count % number:
+            return f"{count} {what}"
+    if kv % number and number % kv:
+        return f"{kv} key-value heads"
+    if model.form is None or number == 1:
+        return ""
+    parts = {"columns of its queries": model.query // number, "columns of its MLPs": each_mlp // number}
+    if model.form.square:
+        parts["columns of its keys"] = model.head_dim * max(kv // number, 1)
+    wrong = next((what for what, count in parts.items() if count % model.form.block), "")
+    return f"scales of blocks of {model.form.block} {wrong}" if wrong else ""
+
+
 @lru_cache(maxsize=16)  # a plan asks several times, and a comparison plans the same folder for every arm
 def read_shape(path: str) -> ModelShape:
     """Shape of the model in the folder `path`; its parameters are those of its safetensors, tied ones once."""
     part = f"the model {path!r}"
-    sizes = {name: stored.size for name, stored in read_headers(path, part).items()}
+    config, stored = text_config(path, part), read_headers(path, part)
+    quantized = quantization(config, part)
+    sizes = parameters(stored, quantized)
     normed = any(name.endswith(("q_norm.weight", "q_layernorm.weight")) for name in sizes)
-    return shape_of(text_config(path, part), sum(sizes.values()), max(sizes.values(), default=0), normed=normed)
+    shape = shape_of(config, sum(sizes.values()), max(sizes.values(), default=0), normed=normed)
+    held = sum(tensor.nbytes for tensor in stored.values()) if quantized else 0
+    return replace(shape, quantized=held, form=quantized)

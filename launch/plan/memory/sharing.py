@@ -24,7 +24,7 @@ def no_turns(config: RunConfig) -> str:
             f"lets the learner sleep while engines load its weights, but learner.transport={learner.transport.name} "
             "reads them from its GPU; set learner.transport=AUTO"
         )
-    if learner.device is Device.GPU and learner.zero_stage == 1 and learner.dtype is Dtype.BFLOAT16:
+    if learner.device is Device.GPU and learner.stage == 1 and learner.dtype is Dtype.BFLOAT16:
         return (
             "moves the optimizer to host memory, which DeepSpeed cannot do with learner.zero_stage=1 in bfloat16; set "
             "learner.zero_stage=2"

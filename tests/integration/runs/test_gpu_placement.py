@@ -17,7 +17,7 @@ from actors.config import environment as engine_environment
 from actors.startup import engine_arguments
 from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import Placement
-from launch.plan.checks.devices import ENGINE, LEARNER_RANK, TEACHER, resolved, roles
+from launch.plan.checks.devices import ENGINE, LEARNER_RANK, TEACHER, resolved, roles, teacher_role
 from launch.plan.memory.layout import laid_out
 from launch.services.cluster import Actors, end, machines, sees
 from launch.services.placement import ActorRole
@@ -25,6 +25,7 @@ from launch.services.ray_node import bare, start_ray
 from learner.config import environment as learner_environment
 from opd.errors import OpdError
 from opd.settings.devices import Device
+from teacher_service.backends.vllm_scoring import engine_arguments as of_teacher
 from teacher_service.config import environment as teacher_environment
 from tests.given import Given, Report
 from tests.unit.plan.test_layout import Shown, shown_commands
@@ -103,7 +104,7 @@ def given(actors: Actors, role: ActorRole, config: RunConfig) -> Any:
     """An actor in the place of one of this role, with its environment."""
     environments = {
         ENGINE: engine_environment(config.student.device),
-        TEACHER: teacher_environment(config.teacher.device, config.teacher.backend),
+        teacher_role(config.teacher): teacher_environment(config.teacher.device, config.teacher.backend),
         LEARNER_RANK: learner_environment(config.learner.device),
     }
     return actors.make(Given, role, environments[role.name], concurrency=2)
@@ -152,16 +153,27 @@ def test_readme_s_command_has_a_gpu_for_each_actor_behind_a_head_without_one(pla
     assert {report.grouped for some in found.values() for report in some} == {placement != "NONE"}
 
 
+ENGINES = ["student.tensor_parallel=2", "cluster.gpus_per_engine=2"]
+TEACHERS = ["teacher.backend=VLLM", "teacher.tensor_parallel=2"]
+
+
 @pytest.mark.usefixtures("headless")
-@pytest.mark.parametrize("placement", [Placement.NONE, Placement.PACK])
-def test_an_engine_over_two_gpus_has_both_on_one_node(placement: Placement) -> None:
+@pytest.mark.parametrize(
+    ("told", "placement"),
+    [(ENGINES, Placement.NONE), (ENGINES, Placement.PACK), (TEACHERS, Placement.PACK)],
+    ids=["engine, free", "engine, packed", "teacher, packed"],
+)
+def test_what_spreads_over_two_gpus_has_both_on_one_node(told: list[str], placement: Placement) -> None:
     """vLLM is told to start its workers itself: in a placement group it would ask Ray for bundles of its own."""
-    config = resolved(run_config([*PACK, "student.tensor_parallel=2", "cluster.gpus_per_engine=2"]))
+    config = resolved(run_config([*PACK, *told]))
     config = replace(config, cluster=replace(config.cluster, placement=placement))
     found = reports(config)
-    assert len(found[ENGINE][0].gpus) == 2 and devices(found) == ["0", "1", "2", "3"]
-    assert found[ENGINE][0].grouped == (placement is not Placement.NONE)
-    assert engine_arguments(config.student, torch.device("cuda"))["distributed_executor_backend"] == "mp"
+    spread = ENGINE if told is ENGINES else teacher_role(config.teacher)
+    assert len(found[spread][0].gpus) == 2 and devices(found) == ["0", "1", "2", "3"]
+    assert found[spread][0].grouped == (placement is not Placement.NONE)
+    gpu = torch.device("cuda")
+    arguments = engine_arguments(config.student, gpu) if told is ENGINES else of_teacher(config.teacher, gpu, 128)
+    assert (arguments["distributed_executor_backend"], arguments["tensor_parallel_size"]) == ("mp", 2)
 
 
 @pytest.mark.usefixtures("headless")

@@ -12,6 +12,7 @@ from launch.artifacts.checkpoint_state import DriverState, described
 from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.run_directory import RunDirectory
 from launch.config.run_config import run_config
+from launch.plan.checks.devices import resolved
 from launch.run import export
 from launch.run.export import as_model, export_run, origin_of
 from learner import checkpoint
@@ -24,7 +25,8 @@ STUDENT = "assets/shop/student"
 
 @pytest.fixture(scope="module")
 def settings() -> dict[str, Any]:
-    return described(run_config(["experiment=shop", "learner.lora.r=4", "learner.lora.target_modules=[q_proj,v_proj]"]))
+    adapted = ["experiment=shop", "learner.lora.r=4", "learner.lora.target_modules=[q_proj,v_proj]"]
+    return described(resolved(run_config(adapted)))
 
 
 @pytest.fixture

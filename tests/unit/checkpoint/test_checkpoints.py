@@ -26,6 +26,7 @@ from launch.artifacts.run_directory import RunDirectory, append_json, read_jsonl
 from launch.checkpoint.changes import changes, check_changes, check_inputs, check_steps, harmless
 from launch.checkpoint.resume import ResumePoint, _remarks, consequences, fingerprints, rewind
 from launch.config.run_config import RunConfig, run_config
+from launch.plan.checks.devices import resolved
 from learner import checkpoint
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError, DataError, OpdError
@@ -313,6 +314,7 @@ MAY_CHANGE = {
     # How many processes, how much memory, how long they may take: the same numbers come out.
     *("student.replicas", "student.deadline_s", "student.kv_cache_bytes", "student.gpu_memory_utilization"),
     *("student.max_num_seqs", "student.max_model_len", "student.tensor_parallel", "student.enforce_eager"),
+    *("student.max_num_batched_tokens", "student.async_scheduling"),
     *("student.device", "learner.device", "learner.ranks", "learner.zero_stage", "learner.tokens_per_microbatch"),
     *("learner.head_chunk", "learner.gradient_checkpointing", "learner.sentinel_tolerance", "learner.deadline_s"),
     *("learner.overlap_k", "learner.publish_chunk_bytes", "learner.transport", "learner.max_skipped_steps"),
@@ -321,7 +323,7 @@ MAY_CHANGE = {
     *(f"teachers.*.{name}" for name in ("path", "backend", "device", "replicas", "max_batch_tokens", "head_chunk")),
     *(f"teachers.*.{name}" for name in ("max_k", "deadline_s", "max_model_len", "kv_cache_bytes", "url", "model")),
     *(f"teachers.*.{name}" for name in ("gpu_memory_utilization", "fingerprint", "connect_s", "read_s", "retries")),
-    *(f"teachers.*.{name}" for name in ("backoff_s", "max_consecutive_failures")),
+    *(f"teachers.*.{name}" for name in ("backoff_s", "max_consecutive_failures", "tensor_parallel")),
 }
 
 
@@ -406,7 +408,7 @@ def test_what_would_train_something_else_is_refused(override: str) -> None:
 
 
 def test_a_description_survives_json_and_names_every_default() -> None:
-    own = described(run_config(SMALL))
+    own = described(resolved(run_config(SMALL)))
     assert json.loads(json.dumps(own)) == own
     assert own["learner.deterministic"] is False and own["learner.dtype"] == "FLOAT32"  # one is in no YAML
     assert own["teachers.default.path"].endswith("assets/shop/teacher")

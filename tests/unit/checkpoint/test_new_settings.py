@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from launch.artifacts.checkpoint_state import at_defaults, described, in_todays_names
 from launch.checkpoint.changes import changes
 from launch.config.run_config import RunConfig, run_config
+from launch.plan.checks.devices import resolved
 
 RECORDED = Path(__file__).with_name("recorded")
 METHODS = ("sampled_jensen_shannon", "mopd_topk", "grpo")
@@ -24,7 +25,7 @@ OVERRIDES = (
 @cache
 def _run(method: str, overrides: tuple[str, ...] = ()) -> RunConfig:
     groups = ["prompts.group_size=8"] if method == "grpo" else []
-    return run_config(["experiment=shop", f"method={method}", *groups, *overrides])
+    return resolved(run_config(["experiment=shop", f"method={method}", *groups, *overrides]))
 
 
 @pytest.mark.parametrize("version", sorted(path.stem for path in RECORDED.glob("*.json")))

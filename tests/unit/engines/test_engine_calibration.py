@@ -41,6 +41,9 @@ class Loop:
         self.calls.append("read")
         return SimpleNamespace(prompt_logprobs=SimpleNamespace(logprobs=self.said.pop(0)))
 
+    def drain(self) -> None:
+        self.calls.append("drain")
+
     def fail(self, error: Exception) -> None:
         self.failed.append(error)
 
@@ -67,7 +70,7 @@ def load(engine: VLLMEngine, loop: Loop, version: int, said: np.ndarray, toleran
 def test_the_floor_is_measured_once_and_before_any_weight_is_touched() -> None:
     made, loop = engine(), Loop([SAID + 1e-6 * NOISE, NEW, SAID])
     assert load(made, loop, 5, NEW).gap == 0
-    assert loop.calls.index("read") < loop.calls.index("start_weight_update")
+    assert loop.calls.index("read") < loop.calls.index("start_weight_update") == loop.calls.index("drain") + 1
     assert load(made, loop, 6, SAID).version == 6 and loop.calls.count("read") == 3
 
 

@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from launch.config.run_config import run_config
 from launch.config.typed import construct
 from learner.config import (
+    Auto,
     LearnerConfig,
     LoraConfig,
     LossKernel,
@@ -91,11 +95,11 @@ def test_only_a_rank_on_a_cpu_is_told_so() -> None:
 def test_what_is_not_set_is_what_the_docs_say() -> None:
     """A run that names nothing trains as it did: one number that changes here changes all runs."""
     assert asdict(LearnerConfig()) == {
-        "ranks": 1, "zero_stage": 2, "dtype": Dtype.BFLOAT16, "device": Device.AUTO, "lr": 5e-6, "beta1": 0.9,
+        "ranks": 1, "zero_stage": Auto.AUTO, "dtype": Dtype.AUTO, "device": Device.AUTO, "lr": 5e-6, "beta1": 0.9,
         "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 1.0, "warmup_steps": 5,
         "schedule": Schedule.CONSTANT_WITH_WARMUP, "final_lr_fraction": 0.0, "decay_steps": 0,
         "tokens_per_microbatch": 8192, "head_chunk": 0, "loss_kernel": LossKernel.TORCH, "overlap_k": 16,
-        "gradient_checkpointing": False, "sentinel_tolerance": 0.0, "publish_chunk_bytes": 256 * 2**20,
+        "gradient_checkpointing": Auto.AUTO, "sentinel_tolerance": 0.0, "publish_chunk_bytes": 256 * 2**20,
         "transport": Transport.AUTO, "deadline_s": 600.0, "max_skipped_steps": 3, "deterministic": False,
         "lora": {"r": 0, "lora_alpha": 16.0, "target_modules": ("all-linear",)},
     }  # fmt: skip
@@ -124,9 +128,52 @@ def test_a_decay_and_its_length_come_together() -> None:
             LearnerConfig(schedule=schedule, decay_steps=2)
 
 
-def test_a_dtype_that_is_chosen_later_and_16_bits_without_masters_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"must be FLOAT32 or BFLOAT16, got AUTO"):
-        LearnerConfig(dtype=Dtype.AUTO)
+LEARNERS = st.builds(
+    LearnerConfig,
+    dtype=st.sampled_from([Dtype.AUTO, Dtype.FLOAT32, Dtype.BFLOAT16]),
+    zero_stage=st.sampled_from([Auto.AUTO, 1, 2, 3]),
+    gradient_checkpointing=st.sampled_from([Auto.AUTO, True, False]),
+)
+
+
+@given(LEARNERS, st.booleans(), st.sampled_from(Dtype))
+def test_the_device_decides_what_is_not_told(config: LearnerConfig, on_gpu: bool, engine: Dtype) -> None:
+    """What is told stays, nothing is left open, and to decide again changes nothing."""
+    now = config.decided(on_gpu=on_gpu, engine=engine)
+    assert now.decided(on_gpu=not on_gpu) == now
+    assert now.dtype is not Dtype.AUTO and now.stage in range(4) and now.checkpointed in (True, False)
+    for name in ("dtype", "zero_stage", "gradient_checkpointing"):
+        was = getattr(config, name)
+        assert was in (Dtype.AUTO, Auto.AUTO) or getattr(now, name) is was
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "engine", "told", "expected"),
+    [
+        (True, Dtype.AUTO, {}, (Dtype.BFLOAT16, 2, True)),
+        (True, Dtype.FLOAT32, {}, (Dtype.FLOAT32, 0, True)),
+        (True, Dtype.AUTO, {"zero_stage": 0}, (Dtype.FLOAT32, 0, True)),
+        (True, Dtype.AUTO, {"zero_stage": 3, "gradient_checkpointing": False}, (Dtype.BFLOAT16, 3, False)),
+        (False, Dtype.BFLOAT16, {}, (Dtype.FLOAT32, 0, False)),
+        (False, Dtype.AUTO, {"dtype": Dtype.BFLOAT16}, (Dtype.BFLOAT16, 2, False)),
+    ],
+)
+def test_a_gpu_gets_bfloat16_zero_2_and_checkpoints(
+    on_gpu: bool, engine: Dtype, told: dict[str, Any], expected: tuple[Dtype, int, bool]
+) -> None:
+    now = LearnerConfig(**told).decided(on_gpu=on_gpu, engine=engine)
+    assert (now.dtype, now.stage, now.checkpointed) == expected
+
+
+def test_the_shipped_settings_for_gpus_are_what_a_gpu_gets() -> None:
+    shipped, default = run_config(["learner=gpu"]).learner, run_config(["learner=default"]).learner
+    assert shipped.decided(on_gpu=False) == shipped
+    now = default.decided(on_gpu=True)
+    names = ("dtype", "zero_stage", "gradient_checkpointing")
+    assert [getattr(now, name) for name in names] == [getattr(shipped, name) for name in names]
+
+
+def test_16_bits_without_masters_are_refused() -> None:
     LearnerConfig(dtype=Dtype.FLOAT32, zero_stage=0)
     for stage in (1, 2, 3):
         LearnerConfig(dtype=Dtype.BFLOAT16, zero_stage=stage)

@@ -1,16 +1,18 @@
 """What the learner's ranks hold, read and tell DeepSpeed, without a training process."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from learner import checkpoint
 from learner.config import LearnerConfig, LoraConfig
-from learner.engine import _settings
+from learner.engine import _settings, adam
 from learner.lora import save_adapter
 from learner.model import _layer, load_student
-from learner.optimizer_shards import Fragment, host_copies
+from learner.optimizer_shards import Fragment, _moments, host_copies
 from opd.settings.devices import Dtype
 from tests.tiny_models import VOCABULARY, save, tiny_model
 
@@ -49,7 +51,19 @@ def test_what_deepspeed_is_told(numel: int, bucket: int) -> None:
 def test_defaults_that_change_what_is_trained_or_how_fast() -> None:
     """As docs and the plan say them."""
     config = LearnerConfig()
-    assert not config.deterministic and not config.gradient_checkpointing
+    assert not config.deterministic and not config.decided(on_gpu=False).checkpointed
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_one_fused_optimizer_serves_every_device(decay: float) -> None:
+    """On CUDA, too; its kernel reads the step on the device of the parameter, wherever the state is made."""
+    student = torch.nn.Linear(4, 4, device="meta")
+    optimizer = adam(student, LearnerConfig(weight_decay=decay))
+    assert optimizer.defaults["fused"] and not optimizer.defaults["foreach"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == ([decay, 0.0] if decay else [0.0])
+    engine: Any = SimpleNamespace(optimizer=optimizer)
+    made = _moments(engine, list(student.parameters()))
+    assert {value.device.type for state in made.values() for value in state.values()} == {"meta"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from launch.plan.memory.footprint import (
     BUCKET,
     PADDED,
-    PREFILL,
     EngineRole,
     LearnerRole,
     Phase,
@@ -128,14 +127,15 @@ def test_blocks_of_logits_count_by_the_rows_alive_at_once() -> None:
 
 
 def test_an_engine_takes_its_share_of_the_gpu_or_what_it_is_told() -> None:
-    engine = EngineRole(model=MODEL, bytes_each=2, longest=4096, sequences=64, on_gpu=True)
+    engine = EngineRole(model=MODEL, bytes_each=2, longest=4096, sequences=64, step_tokens=8192, on_gpu=True)
     least = peak(engine)
     assert least.cache == cache_bytes(MODEL, 2, 4096) == 2 * 20 * 8 * 128 * 2 * 4096
     assert peak(replace(engine, reserved=60 << 30)).total == 60 << 30, "what is left is for keys and values"
     assert peak(replace(engine, reserved=1 << 30)).total == least.total, "a share that does not suffice shows"
     assert peak(replace(engine, cache=3 << 30)).cache == 3 << 30
     assert peak(replace(engine, parallel=2)).weights == 10**9
-    assert least.activations == pass_bytes(MODEL, 2, PREFILL)
+    assert least.activations == pass_bytes(MODEL, 2, 8192)
+    assert peak(replace(engine, step_tokens=2048)).activations == pass_bytes(MODEL, 2, 2048)
     assert peak(replace(engine, graphs=False)).graphs == 0
 
 

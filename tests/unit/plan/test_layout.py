@@ -21,14 +21,16 @@ from launch.plan.memory.parts import GIB, Part, card_bytes, parts
 from launch.plan.plan import make_plan
 from launch.services.placement import Machine, check_fits
 from opd.errors import ConfigurationError
+from opd.settings.devices import Dtype
 from tests.unit.plan.real_sizes import checkpoint
 from tests.unit.plan.test_footprint import MODEL
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).with_name("golden.json")
-TRAINED = ["learner.dtype=BFLOAT16", "learner.zero_stage=2", "learner.lr=1e-6", "learner.tokens_per_microbatch=16384"]
-CHECKPOINTED = [*TRAINED, "learner.gradient_checkpointing=true"]
+CHECKPOINTED = ["learner.lr=1e-6", "learner.tokens_per_microbatch=16384"]  # as a GPU has it if nothing else is told
+TRAINED = [*CHECKPOINTED, "learner.gradient_checkpointing=false"]
 ADAPTED = [*CHECKPOINTED, "learner.lora.r=16", "learner.tokens_per_microbatch=4096"]
+SPREAD = ["teacher.backend=VLLM", "teacher.tensor_parallel=2"]
 # Name -> student, teacher, GPUs, GiB of each, overrides.
 CASES = {
     "16 GB": ("0.6B", "4B", 1, 16, CHECKPOINTED),
@@ -39,6 +41,8 @@ CASES = {
     "80 GB, not checkpointed": ("1.7B", "8B", 1, 80, TRAINED),
     "eight of 80 GB": ("8B", "32B", 8, 80, CHECKPOINTED),
     "eight of 80 GB, not checkpointed": ("8B", "32B", 8, 80, TRAINED),
+    "four of 48 GB, a teacher larger than one": ("1.7B", "32B", 4, 48, CHECKPOINTED),
+    "four of 48 GB, a teacher over two": ("1.7B", "32B", 4, 48, [*CHECKPOINTED, *SPREAD]),
     "eight of 80 GB, a mixture": ("30B-A3B", "235B-A22B", 8, 80, CHECKPOINTED),
     "eight of 80 GB, a mixture teaches": ("1.7B", "30B-A3B", 8, 80, CHECKPOINTED),
 }
@@ -86,7 +90,15 @@ def test_real_sizes_are_laid_out_as_recorded(name: str, models: Path, monkeypatc
     assert outcome(overrides, models) == json.loads(GOLDEN.read_text())[name]
 
 
-@pytest.mark.parametrize("name", ["80 GB, not checkpointed", "eight of 80 GB, not checkpointed", "16 GB"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "80 GB, not checkpointed",
+        "eight of 80 GB, not checkpointed",
+        "16 GB",
+        "four of 48 GB, a teacher larger than one",
+    ],
+)
 def test_what_is_proposed_fits(name: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, count, gib, more = CASES[name]
     shows(monkeypatch, count)
@@ -131,6 +143,9 @@ def test_commands_of_the_pages_pass_as_dry_runs(shown: Shown, models: Path, monk
     card = card_bytes(plan.config)
     assert misfit(parts(plan.config, card, exact=plan.exact_kl), card) is None
     check_fits(roles(plan.config), [Machine(cpus=16, gpus=shown.gpus)], "this machine")
+    learner = plan.config.learner
+    assert (learner.dtype, learner.checkpointed) == (Dtype.BFLOAT16, True) and learner.stage > 0
+    assert any("the learner works on a GPU; so learner." in remark for remark in plan.remarks)
     if any("cluster.gpus_per_" in text for text in shown.overrides):
         shows(monkeypatch, shown.gpus - 1)
         with pytest.raises(ConfigurationError, match=f"asks for {shown.gpus} GPUs"):
