@@ -123,7 +123,7 @@ class _VLLMTeacher(ABC):
         if self._config.tensor_parallel == 1:
             be_alone(current_platform.dist_backend)
         common = engine_arguments(self._config, self._device, self._positions)
-        return LLMEngine.from_engine_args(EngineArgs(**(common | self._arguments())))
+        return LLMEngine.from_engine_args(EngineArgs(**{**common, **self._arguments()}))
 
     def _run(self, asked: "Sequence[tuple[list[int], SamplingParams | PoolingParams]]") -> list[Any]:
         """vLLM's outputs, in order; nothing stays in the engine if one fails."""

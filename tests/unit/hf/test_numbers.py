@@ -32,5 +32,5 @@ def test_an_engine_that_rounds_otherwise_than_the_learner_is_said() -> None:
 
 
 def test_float32_on_a_gpu_is_said() -> None:
-    (note,) = numbers_notes(run_config(["learner.device=GPU"]))
+    (note,) = numbers_notes(config("learner.device=GPU", "learner.dtype=FLOAT32"))
     assert "FLOAT32 on a GPU" in note and "learner.dtype=BFLOAT16" in note
