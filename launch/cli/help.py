@@ -102,5 +102,5 @@ def _settings(title: str, found: Sequence[Key]) -> Table:
     for heading in ("type", "value", ""):
         shown.add_column(heading, overflow="fold")
     for key in found:
-        shown.add_row(key.name, key.kind, key.value, key.text)
+        shown.add_row(key.name, f"{key.kind} {key.bounds}".strip(), key.value, key.text)
     return shown

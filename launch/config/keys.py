@@ -5,6 +5,7 @@ Importing the parts imports torch, which takes seconds; a mistyped key and `--he
 
 import ast
 import difflib
+import operator
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,21 +23,28 @@ from launch.artifacts.old_names import todays, todays_setting
 from launch.config.aliases import ALIASES, REASONS
 from launch.config.shipped_files import option_files, shipped
 from opd.errors import ConfigurationError
+from opd.settings.ranges import In
 
 _RUN = "launch.config.run_config.RunConfig"
 _HOME = Path(__file__).resolve().parents[2]
+_OPERATORS = {ast.Mult: operator.mul, ast.LShift: operator.lshift, ast.Pow: operator.pow}
 _COMMENT = re.compile(r"^( *)([a-z_]\w*):[^#]*(?:#\s*(.*))?$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A field of a dataclass as its source declares it: `kind` is the annotation, `default` "" where one is needed."""
+    """A field of a dataclass as its source declares it.
+
+    `kind` is the annotation without `bounds`, a number's range or the names to choose from; `default` is "" where a
+    value is needed.
+    """
 
     name: str
     kind: str
     default: str
     text: str
     module: str
+    bounds: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +55,7 @@ class Key:
     kind: str
     value: str
     text: str
+    bounds: str = ""
 
 
 # --- what the sources say ------------------------------------------------------------------------------------------
@@ -78,6 +87,7 @@ class _Plain(ast.NodeTransformer):
 
     def __init__(self, tree: ast.Module, known: Mapping[str, str]) -> None:
         self._tree, self._known = tree, known
+        self.bounds = ""  # range of the first number that was met, or names of the first choice
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         module, _, name = self._known.get(node.id, f".{node.id}").rpartition(".")
@@ -85,12 +95,38 @@ class _Plain(ast.NodeTransformer):
         for line in (source[0] if source else self._tree).body:
             if isinstance(line, ast.Assign) and ast.unparse(line).startswith(f"{name} = Annotated["):
                 return self.visit(deepcopy(line.value))
+            if (
+                isinstance(line, ast.ClassDef)
+                and line.name == name
+                and [ast.unparse(b) for b in line.bases] == ["Enum"]
+            ):
+                members = [inner.targets[0] for inner in line.body if isinstance(inner, ast.Assign)]
+                self.bounds = self.bounds or f"({', '.join(map(ast.unparse, members))})"
         return node
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         if ast.unparse(node.value) == "Annotated" and isinstance(node.slice, ast.Tuple):
+            for mark in node.slice.elts[1:]:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "In":
+                    self.bounds = self.bounds or _range(mark)
             return self.visit(node.slice.elts[0])
         return self.generic_visit(node)
+
+
+def _range(mark: ast.Call) -> str:
+    """Range of a number as its annotation `In(low, high, ...)` has it, e.g. `from 1 to 9`; "" if it names constants."""
+    try:
+        named = {word.arg: _literal(word.value) for word in mark.keywords if word.arg != "because"}
+        return In(*map(_literal, mark.args), **named).says("").strip()
+    except (ValueError, TypeError):
+        return ""
+
+
+def _literal(node: ast.expr) -> Any:
+    """Value of a literal, or of a product, shift or power of such numbers (`24 * 3600.0`, `1 << 20`)."""
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_literal(node.left), _literal(node.right))
+    return ast.literal_eval(node)
 
 
 @cache
@@ -113,7 +149,8 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
     for line in node.body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
-        kind, field = ast.unparse(_Plain(tree, known).visit(deepcopy(line.annotation))), line.target.id
+        plain = _Plain(tree, known)
+        kind, field = ast.unparse(plain.visit(deepcopy(line.annotation))), line.target.id
         given = ast.unparse(line.value) if line.value else ""
         if kind.startswith("ClassVar") or "init=False" in given or "repr=False" in given:
             continue  # what is not shown says where a run came from
@@ -123,6 +160,7 @@ def settings(cls: str) -> Mapping[str, Setting] | None:
             default=_shown(line.value),
             text=_comment(lines, line) or _clause(docstring, field),
             module=module,
+            bounds=plain.bounds,
         )
     return found
 
@@ -245,7 +283,7 @@ def keys(node: DictConfig) -> list[Key]:
         if setting is not None:
             text = comments.get(name) or setting.text
             shown = setting.default if value is None else _value(value)
-            found.append(Key(name=name, kind=setting.kind, value=shown, text=text))
+            found.append(Key(name=name, kind=setting.kind, value=shown, text=text, bounds=setting.bounds))
     return found
 
 
