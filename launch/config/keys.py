@@ -116,7 +116,7 @@ class _Plain(ast.NodeTransformer):
 def _range(mark: ast.Call) -> str:
     """Range of a number as its annotation `In(low, high, ...)` has it, e.g. `from 1 to 9`; "" if it names constants."""
     try:
-        named = {word.arg: _literal(word.value) for word in mark.keywords if word.arg != "because"}
+        named = {word.arg: _literal(word.value) for word in mark.keywords if word.arg and word.arg != "because"}
         return In(*map(_literal, mark.args), **named).says("").strip()
     except (ValueError, TypeError):
         return ""
