@@ -47,7 +47,8 @@ def calls(tmp_path: Path) -> list[str]:
 
 def test_a_run_has_a_ray_of_all_nodes_that_ends_with_it(tmp_path: Path) -> None:
     began = time.monotonic()
-    process = start(tmp_path, "exit 3", "run_name=a", "student.path=a b")
+    joined = 'until grep -q "^ray start --block" $CALLS; do sleep 0.05; done; exit 3'
+    process = start(tmp_path, joined, "run_name=a", "student.path=a b")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 3, said
     assert time.monotonic() - began < 30, "what it started is waited for"

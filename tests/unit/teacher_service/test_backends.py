@@ -64,14 +64,14 @@ def test_a_teacher_that_follows_the_student_gives_no_hidden_states() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"backend": Backend.HTTP}, r"HTTP needs teacher\.url"),
-        ({"backend": Backend.OPENAI, "url": "http://h"}, r"needs teacher\.model"),
+        ({"backend": Backend.HTTP}, r"HTTP needs TeacherConfig\.url"),
+        ({"backend": Backend.OPENAI, "url": "http://h"}, r"needs TeacherConfig\.model"),
         ({"max_consecutive_failures": 0}, r"max_consecutive_failures needs a whole number from 1 to"),
         ({"retries": -1}, r"retries needs a whole number from 0 to"),
         ({"read_s": 0.0}, r"read_s needs a number from 0\.1 to"),
         ({"gpu_memory_utilization": 1.5}, r"share of the whole device"),
         ({"mixup": 1.5}, r"mixup needs a number from 0 to 1, got 1\.5"),
-        ({"mixup": 0.1, "backend": Backend.VLLM}, r"backend=VLLM cannot; set teacher\.backend=TORCH"),
+        ({"mixup": 0.1, "backend": Backend.VLLM}, r"backend=VLLM cannot; set TeacherConfig\.backend=TORCH"),
         ({"mixup_every": 0}, r"mixup_every needs a whole number from 1 to"),
     ],
 )
