@@ -139,13 +139,13 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
     starting = asyncio.ensure_future(student.replicas.start(config.student.replicas))
     if config.student.device is Device.GPU and config.cluster.gpus_per_engine < 1:
         await starting  # vLLM measures what it leaves free on a GPU, while others must not take or leave any
-    measuring = _measuring(config)
-    for name in measuring:
+    first = measuring(config)
+    for name in first:
         await teachers[name].replicas.start(config.teachers[name].replicas)
     await asyncio.gather(
         learner.setup(),
         starting,
-        *[pool.replicas.start(config.teachers[n].replicas) for n, pool in teachers.items() if n not in measuring],
+        *[pool.replicas.start(config.teachers[n].replicas) for n, pool in teachers.items() if n not in first],
     )
     await learner.check_placement()
     writers = {name: await _writer(actors, plan, name, actors[WRITER], turns) for name in writers_of(config)}
@@ -176,7 +176,7 @@ async def open_session(plan: Plan, stacks: StackDumps | None = None, folder: Pat
     )
 
 
-def _measuring(config: RunConfig) -> list[str]:
+def measuring(config: RunConfig) -> list[str]:
     """Teachers whose vLLM measures a GPU that others use as well; they start one by one, before those."""
     return [
         name

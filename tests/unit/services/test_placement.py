@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import DeviceLayout
 from launch.plan.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided, unseen_notes
+from launch.run.session import measuring
 from launch.services.placement import ActorRole, Bundles, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.devices import Device
@@ -241,3 +242,22 @@ def test_a_bundle_is_one_living_actor_s_and_always_of_its_own_role(
             assert names[index] == name and index not in living
             bundles.holders[index] = actor = object()
             living[index] = (actor, name)
+
+
+@pytest.mark.parametrize(
+    ("told", "first"),
+    [
+        (["teacher.backend=VLLM", "cluster.gpus_per_teacher=0.4"], ["default"]),
+        (["teacher.backend=VLLM_LOGPROBS", "method=topk_reverse_kl", "cluster.gpus_per_teacher=0.4"], ["default"]),
+        (["teacher.backend=VLLM", "cluster.gpus_per_teacher=1"], []),
+        (["teacher.backend=VLLM", "cluster.gpus_per_teacher=0.4", "teacher.tensor_parallel=2"], []),
+        (["cluster.gpus_per_teacher=0.4"], []),
+        (["teacher.backend=VLLM"], []),
+    ],
+)
+def test_teachers_that_measure_a_shared_gpu_start_before_the_roles_that_share_it(
+    told: list[str], first: list[str]
+) -> None:
+    """vLLM measures what is free while it starts, so that none may take or leave memory meanwhile."""
+    config = resolved(run_config(["experiment=shop", "cluster=existing", *told]))
+    assert measuring(config) == first
