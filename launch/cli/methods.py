@@ -7,12 +7,14 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from launch.config.compose import own_folder
 from launch.config.shipped_files import first_sentence, head_comment, option_files
 from opd.errors import ConfigurationError
+
+_ROOM_FOR_PAPERS = 100
+"""Columns of a terminal from which on there is room for papers."""
 
 _ORDER = ("rollout", "scorer", "weights", "objective", "normalizer", "coefficient", "terms", "update")
 _ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
@@ -22,18 +24,17 @@ _CLAIM = re.compile(r"\bClaim (shown on [a-z_]+|not shown on [a-z_]+|not testabl
 def list_methods(overrides: Sequence[str], console: Console) -> int:
     """Print a line per method of `conf/method` and of the user's own folder (`conf=DIR`).
 
-    What it is, its paper, and what became of the paper's claim on the stages of this project, if its file says that.
+    What became of its paper's claim on the stages of this project, if its file says that, the paper, and what it is.
     """
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    shown.add_column("method=", no_wrap=True)
-    shown.add_column("", overflow="fold")
-    shown.add_column("arXiv", no_wrap=True)
-    shown.add_column("claim", no_wrap=True)
-    for name, path in _methods(overrides).items():
-        comment = head_comment(path)
-        paper, claim = (next(iter(found.findall(comment)), "") for found in (_ARXIV, _CLAIM))
-        shown.add_row(Text(name), Text(first_sentence(path)), Text(paper), Text(claim))
-    console.print(shown)
+    rows = [("method=", "claim", "arXiv", ""), *(_row(name, path) for name, path in _methods(overrides).items())]
+    # One line each: cut where a terminal ends, and whole where a file or another program reads it.
+    cut = console.is_terminal
+    if cut and console.width < _ROOM_FOR_PAPERS:
+        rows = [(name, claim, what) for name, claim, _, what in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    for row in rows:
+        line = "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+        console.print(Text(line), no_wrap=True, overflow="ellipsis" if cut else "ignore", crop=cut)
     console.print(
         "opd methods show NAME prints a composition, opd certify method=NAME proves its gradient", style="dim"
     )
@@ -51,6 +52,13 @@ def show_method(name: str, overrides: Sequence[str], console: Console) -> int:
     for depth, line in _lines({key: loaded[key] for key in sorted(loaded, key=_place) if key != "name"}):
         console.print(Text("  " * (depth + 1) + line), soft_wrap=True)
     return 0
+
+
+def _row(name: str, path: Path) -> tuple[str, str, str, str]:
+    """Name, claim, paper, and what it is."""
+    comment = head_comment(path)
+    paper, claim = (next(iter(found.findall(comment)), "") for found in (_ARXIV, _CLAIM))
+    return name, claim, paper, first_sentence(path)
 
 
 def _methods(overrides: Sequence[str]) -> Mapping[str, Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from opd.errors import ConfigurationError
 
-_END = re.compile(r"(?<!\beq)(?<!e\.g)\.\s")  # of a sentence
+_END = re.compile(r"(?<!\beq)(?<!\beqs)(?<!\bsec)(?<!\bcf)(?<!e\.g)(?<!i\.e)\.\s")  # of a sentence
 _LAUNCH = Path(__file__).resolve().parents[1]
 
 

@@ -51,16 +51,34 @@ def test_a_sentence_does_not_end_at_the_number_of_an_equation(tmp_path: Path) ->
     assert first_sentence(tmp_path / "m.yaml") == "As published (arXiv 2402.03300 eq. 3), e.g. with two"
 
 
+def test_no_sentence_of_an_option_ends_inside_parentheses() -> None:
+    for group, options in option_files().items():
+        for name, path in options.items():
+            sentence = first_sentence(path)
+            assert sentence.count("(") == sentence.count(")"), f"{group}={name}: {sentence}"
+
+
 def test_what_became_of_a_claim_is_listed_where_a_file_says_it(tmp_path: Path) -> None:
     (tmp_path / "method").mkdir()
     for name, claim in (("a", " Claim shown on locks: 98 %."), ("b", " Claim not testable here."), ("c", "")):
         (tmp_path / "method" / f"{name}.yaml").write_text(f"# Ours.{claim}\nname: {name}\n")
-    ends = {
-        line.split()[0]: line.split("Ours")[-1].strip()
-        for line in printed(own=str(tmp_path)).splitlines()
-        if "Ours" in line
-    }
-    assert ends == {"a": "shown on locks", "b": "not testable here", "c": ""}
+    lines = [line.removesuffix("Ours").split(maxsplit=1) for line in printed(own=str(tmp_path)).splitlines()]
+    own = {name: " ".join(rest).strip() for name, *rest in lines[1:] if name in {"a", "b", "c"}}
+    assert own == {"a": "shown on locks", "b": "not testable here", "c": ""}
+
+
+def test_a_method_takes_one_line_of_a_terminal_and_is_whole_in_a_file() -> None:
+    for width in (80, 130):
+        terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        list_methods([], terminal)
+        lines = [line for line in terminal.file.getvalue().splitlines() if line.split()[0] in METHODS]  # type: ignore[attr-defined]
+        assert len(lines) == len(METHODS) and max(map(len, lines)) == width
+        assert all(line.startswith(f"{name} ") for name, line in zip(METHODS, lines, strict=True))
+        assert any("not tried" in line for line in lines)
+    file = Console(file=io.StringIO(), width=80)
+    list_methods([], file)
+    whole = file.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert whole[: len(METHODS) + 1] == printed().splitlines()[: len(METHODS) + 1]
 
 
 def test_methods_of_a_users_own_folder_are_listed_and_shown(tmp_path: Path) -> None:
