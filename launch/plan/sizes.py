@@ -221,7 +221,7 @@ def _with(config: RunConfig, size: int) -> RunConfig:
 
 @contextmanager
 def _reminded(kept: str) -> Iterator[None]:
-    """Context in which a refusal ends with where the size comes from that was not told."""
+    """Context in which a refusal ends with the origin of a size that no setting names."""
     try:
         yield
     except ConfigurationError as error:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+from opd.errors import ConfigurationError
 from opd.method.rewards import task_rewards
 from opd.method.templates import Ids, NoRoomError, shortened
 from opd.ports import Context, Need, Role
@@ -118,7 +119,10 @@ class Draft:
         return [self._one(t, context) for t in trajectories]
 
     def _one(self, trajectory: Trajectory, context: Context) -> "Ids | None":
-        assert not isinstance(self.room, Auto), "AUTO is decided when a run is planned"
+        if isinstance(self.room, Auto):
+            raise ConfigurationError(
+                "Draft.room is AUTO, which the plan of a run decides, but this part is in no run; set a number of tokens"
+            )
         said = {"completion": context.tokenizer.decode(trajectory.token_ids)}
         try:
             return shortened(self.template, trajectory.prompt, said, "completion", self.room - self.free, context)

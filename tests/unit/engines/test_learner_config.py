@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from launch.config.run_config import run_config
 from launch.config.typed import construct
 from learner.config import (
-    Auto,
     LearnerConfig,
     LoraConfig,
     LossKernel,
@@ -23,6 +22,7 @@ from learner.config import (
 from learner.learner import LearnerRank
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError
+from opd.settings.auto import Auto
 from opd.settings.devices import Device, Dtype
 from weight_sync.shared_memory import SharedMemorySender
 
