@@ -121,7 +121,7 @@ class Draft:
     def _one(self, trajectory: Trajectory, context: Context) -> "Ids | None":
         if isinstance(self.room, Auto):
             raise ConfigurationError(
-                "Draft.room is AUTO, which the plan of a run decides, but this part is in no run; set a number of tokens"
+                "Draft.room is AUTO, which the plan of a run decides, but this part is in no run; set a number"
             )
         said = {"completion": context.tokenizer.decode(trajectory.token_ids)}
         try:
