@@ -1,10 +1,11 @@
 """Sizes that are AUTO: micro-batches fit and no larger ones do, texts suit their model, and resumed runs keep both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +24,18 @@ from launch.plan.memory.footprint import LearnerRole, peak
 from launch.plan.memory.parts import GIB, card_bytes, parts
 from launch.plan.memory.store import texts_of_step
 from launch.plan.plan import make_plan
-from launch.plan.sizes import CONTEXT, FIRST, MOST, as_begun, as_recorded, ladder, with_length, with_microbatch
+from launch.plan.sizes import (
+    CONTEXT,
+    FIRST,
+    LENGTH,
+    MICROBATCH,
+    MOST,
+    as_begun,
+    as_recorded,
+    ladder,
+    with_length,
+    with_microbatch,
+)
 from opd.errors import ConfigurationError
 from opd.loop.ledger import Ledger
 from opd.rollouts.contexts import Draft, with_room
@@ -202,6 +214,12 @@ def test_a_gpu_of_unknown_memory_has_what_a_processor_has() -> None:
 # The longest text.
 
 
+def room(config: RunConfig) -> Any:
+    """Room of the drafts of `method=trd`."""
+    rollout: Any = config.method.rollout
+    return rollout.shown.room
+
+
 def folder(context: int | None) -> Folder:
     config = BloomConfig() if context is None else LlamaConfig(max_position_embeddings=context)  # Bloom has no bound
     return Folder(part="student 'small'", causal=SimpleNamespace(config=config), stored={})
@@ -217,7 +235,7 @@ def test_a_text_is_as_long_as_the_model_reads_at_most(drafting: RunConfig, conte
     found = with_length(drafting, folder(context))
     assert found.config.student.longest == min(CONTEXT, context or CONTEXT)
     assert bool(found.notes) == (found.config.student.longest < CONTEXT)
-    assert found.config.method.rollout.shown.room == found.config.student.longest  # type: ignore[attr-defined]
+    assert room(found.config) == found.config.student.longest
 
 
 @pytest.mark.parametrize("told", [64, 129])
@@ -246,7 +264,7 @@ def test_a_small_model_of_a_stranger_is_planned_as_it_is() -> None:
     """`student=hf` alone, with a model of 512 positions: the first command of a newcomer."""
     plan = make_plan(run_config([*HF, "method=trd"]))
     assert plan.config.student.longest == 512
-    assert plan.config.method.rollout.shown.room == 512  # type: ignore[attr-defined]
+    assert room(plan.config) == 512
     assert any("student.max_model_len=512 (AUTO: the context of student" in remark for remark in plan.remarks)
     with pytest.raises(ConfigurationError, match=r"max_tokens is 500, but student.max_model_len is 512; raise"):
         make_plan(run_config([*HF, "max_tokens=500"]))
@@ -255,9 +273,9 @@ def test_a_small_model_of_a_stranger_is_planned_as_it_is() -> None:
 # Runs that go on.
 
 
-def checkpoint(root: Path, step: int, **sizes: int) -> Path:
+def checkpoint(root: Path, step: int, sizes: Mapping[str, int]) -> Path:
     """A checkpoint's state in the run `root`, with the settings of the demo and other sizes."""
-    config = described(run_config(SHOP)) | {name.replace("__", "."): value for name, value in sizes.items()}
+    config = described(run_config(SHOP)) | dict(sizes)
     place = root / "checkpoints" / f"step_{step}"
     place.mkdir(parents=True)
     state = DriverState(
@@ -273,13 +291,10 @@ def checkpoint(root: Path, step: int, **sizes: int) -> Path:
     return place
 
 
-SIZE, LENGTH = "learner__tokens_per_microbatch", "student__max_model_len"
-
-
 def test_a_run_that_goes_on_keeps_the_sizes_that_it_began_with(tmp_path: Path) -> None:
     """Also from another step or folder; what is told counts, and a file that cannot be read is left to the resuming."""
-    checkpoint(tmp_path / "a", 4, **{SIZE: 4096, LENGTH: 120})
-    place = checkpoint(tmp_path / "a", 8, **{SIZE: 16384, LENGTH: 120})
+    checkpoint(tmp_path / "a", 4, {MICROBATCH: 4096, LENGTH: 120})
+    place = checkpoint(tmp_path / "a", 8, {MICROBATCH: 16384, LENGTH: 120})
     (broken := tmp_path / "a" / "checkpoints" / "step_12").mkdir()
     (broken / STATE).write_text("{")
     run = [*HF, f"output_dir={tmp_path}", "run_name=a"]
@@ -303,7 +318,7 @@ def test_a_run_that_goes_on_keeps_the_sizes_that_it_began_with(tmp_path: Path) -
 def test_a_recorded_size_that_is_no_number_or_does_not_fit_is_refused(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint(tmp_path / "a", 4, **{SIZE: -1})
+    checkpoint(tmp_path / "a", 4, {MICROBATCH: -1})
     with pytest.raises(ConfigurationError, match=r"tokens_per_microbatch in .*step_4 needs a whole number .*, got -1"):
         as_recorded(run_config([*SHOP, f"output_dir={tmp_path}", "run_name=a", "resume=latest"]))
     shows(monkeypatch, 1)
