@@ -38,7 +38,7 @@ check: lint
 
 test:
 	scripts/install.sh dev
-	$(PYTEST) $(ARGS)
+	$(PYTEST) --durations 25 --durations-min 5 $(ARGS)
 
 test-faults:
 	scripts/install.sh dev

@@ -67,6 +67,7 @@ NAV = {
     "Measured": [
         "docs/benchmarks",
         "The stage locks <docs/stages/locks>",
+        "The stage locks_self <docs/stages/locks_self>",
         "The stage noisy <docs/stages/noisy>",
         "The stage foreign <docs/stages/foreign>",
         "The stage long <docs/stages/long>",

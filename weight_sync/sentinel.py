@@ -39,9 +39,10 @@ class Gap:
         return f"{self.mean:.2g} nats on average, {self.high:.2g} at the 0.9 quantile, {self.greatest:.2g} at most"
 
 
-LEAST = {False: Gap(mean=3e-5, high=1e-4, greatest=1e-4), True: Gap(mean=0.03, high=0.1, greatest=0.5)}
+LEAST = {False: Gap(mean=3e-5, high=1e-4, greatest=1e-3), True: Gap(mean=0.03, high=0.1, greatest=0.5)}
 """What is never called wrong, in float32 and (True) where one side computes in bfloat16: the rounding of a student that
-becomes sharper while it is trained. Greatest gaps over whole runs were 1.7e-5 and 0.34 (docs/lora.md)."""
+becomes sharper while it is trained. Greatest gaps over whole runs were 1.7e-5 and 0.34 (docs/lora.md), and once in
+float32 1.2e-4, at one of 31 tokens that were 6e-6 apart on average (docs/log.md)."""
 
 NUMERICS = {False: 0.02, True: 0.25}
 """The mean gap on the unchanged checkpoint above which the programs differ by more than rounding (TF32 is 5e-3)."""

@@ -24,7 +24,7 @@ from launch.artifacts.redaction import remember
 from launch.artifacts.run_directory import write_json
 from launch.config.run_config import DEFAULT, RunConfig
 from launch.config.settings import EvaluationConfig, place_of
-from launch.inputs.prompt_paths import COMPRESSED, ENDINGS
+from launch.inputs.prompt_paths import COMPRESSED, ENDINGS, endings
 from launch.plan.checks.devices import writers_here
 from launch.plan.fetching import Progress
 from opd.errors import ConfigurationError, DataError
@@ -121,6 +121,8 @@ def _names(config: RunConfig) -> Iterator[tuple[str, HubId]]:
     files = {}
     for place, source in (("prompts", config.prompts), *config.evaluation.sources.items()):
         files |= source.files(place) if isinstance(source, Listed) and isinstance(source, Elsewhere) else {}
+    # a file's name that does not exist here is a mistyped path, and no data set of that name
+    files = {key: text for key, text in files.items() if endings(Path(text))[0] not in ENDINGS}
     for kind, texts in ((Kind.MODEL, models), (Kind.DATA, files)):
         for key, text in texts.items():
             if (name := hub_id(kind, text)) is not None:

@@ -80,11 +80,10 @@ FEW = ["prompts.prompts_per_step=4", "evaluation.prompts.prompts_per_step=4", "e
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)  # two runs
 def test_the_examples_of_methods_train(tmp_path: Path) -> None:
+    """The one of two terms as a run; the one of an objective as a plan (its certificate: test_example_methods.py)."""
     folder, (mine, anchored) = examples("new_method", tmp_path)
-    last, _ = last_step(folder, [*mine, *FEW])
-    assert last["step"] == 2 and last["actor/grad_norm"] > 0 and -1 < last["distill/hellinger"] < 1
+    run(folder, [*mine, *FEW, "run_name=planned", "dry_run=true"])
     steps = records(run(folder, [*anchored, *FEW, "run_name=anchored", "learner.warmup_steps=0"]) / "metrics.jsonl")
     assert [step["distill/anchor/coefficient"] for step in steps] == [0.5, 0.25]
     assert steps[0]["distill/anchor/reverse_kl"] == pytest.approx(0, abs=1e-4)  # the student is the anchor
@@ -92,18 +91,17 @@ def test_the_examples_of_methods_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)  # two runs
-def test_the_example_of_a_score_kind_trains_the_same_here_and_over_http(tmp_path: Path) -> None:
+def test_the_example_of_a_score_kind_trains_over_http(tmp_path: Path) -> None:
+    """And is planned with a teacher here. That both backends give the same numbers: tests/contract/test_teachers.py."""
     folder, (here, over_http) = examples("new_score_kind", tmp_path)
-    near = records(run(folder, [*here, *FEW, "run_name=near"]) / "metrics.jsonl")
+    run(folder, [*here, *FEW, "run_name=near", "dry_run=true"])
     with teacher_server(folder) as (url, token):
         away = [f"teacher.url={url}" if setting.startswith("teacher.url=") else setting for setting in over_http]
-        far = records(run(folder, [*away, *FEW, "run_name=far"], OPD_TEACHER_TOKEN=token) / "metrics.jsonl")
-    for step in near:
+        steps = records(run(folder, [*away, *FEW, "run_name=far"], OPD_TEACHER_TOKEN=token) / "metrics.jsonl")
+    assert len(steps) == 2
+    for step in steps:
         assert 0 < step["tokens/trained"] < step["tokens/completion"], "the teacher was sure everywhere, or nowhere"
         assert step["actor/grad_norm"] > 0 and step["tokens/scored"] > 0
-    for name in ("actor/loss", "actor/grad_norm", "distill/reverse_kl", "tokens/trained"):
-        assert [step[name] for step in far] == pytest.approx([step[name] for step in near], rel=1e-5), name
 
 
 @contextmanager

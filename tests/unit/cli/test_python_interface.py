@@ -15,7 +15,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 import opd
 from launch.cli.api.inputs import described, importable, part_option, prompts_file, reward_settings
@@ -102,6 +102,7 @@ def test_text_arrives_as_it_was_given(text: str) -> None:
     assert list(config.notes) == [" ".join(text.split()), "x"]
 
 
+@settings(max_examples=30)  # two compositions of the configuration each
 @given(
     lr=st.floats(1e-9, 0.5),
     steps=st.integers(1, 10_000),

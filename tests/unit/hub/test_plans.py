@@ -136,6 +136,9 @@ def test_other_nodes_do_not_see_a_folder_of_this_one(shop: HubStandIn, tmp_path:
             "evaluation.prompts.path=org/sums:dev",
             "evaluation.prompts.path: the data set 'org/sums' has no configuration",
         ),
+        # a mistyped file, of which the hub is not asked
+        ("prompts.path=data/trian.jsonl", "prompts.path 'data/trian.jsonl' does not exist"),
+        ("evaluation.prompts.path=data/test.csv.gz", "evaluation.prompts.path 'data/test.csv.gz' does not exist"),
     ],
 )
 def test_a_command_says_which_setting_is_wrong(shop: HubStandIn, tmp_path: Path, override: str, sentence: str) -> None:

@@ -1,6 +1,7 @@
-"""Commands in the pages are commands: every verb, option and setting that they name exists.
+"""Commands in the pages are commands: every verb, option and setting that they name exists, and whatever can be planned
+with what is shipped is planned.
 
-Those of README's first steps, of examples and of docs/python.md are also run or planned by tests of their own.
+Those of README's first steps, of examples, of the hub and of docs/python.md have tests of their own, runs among them.
 """
 
 import ast
@@ -8,6 +9,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from launch.cli.flags import without_methods
 from launch.cli.help import USAGE, _page
 from launch.config.compose import _keys
 from launch.config.shipped_files import groups
-from tests.command import ROOT
+from tests.command import ROOT, opd
 
 OF_OTHER_DAYS = ("docs/log.md", "CHANGELOG.md")
 VERBS = {line.split()[1] for line in USAGE.splitlines() if line.startswith("  opd ")}
@@ -98,6 +100,45 @@ def _unknown(overrides: Sequence[str], own: str | None) -> str:
 def test_every_command_of_a_page_exists(page: str) -> None:
     found = {" ".join(words): wrong(words, page) for words in commands(page) if words}
     assert not {command: what for command, what in found.items() if what}
+
+
+ELSEWHERE = ("published/", "one_gpu", "compare", "methods", "maths")
+"""Experiments that other tests plan: with a hub's stand-in, or several runs of them."""
+OF_READERS = (
+    "resume=",
+    "conf=",
+    "student.path=/",
+    "student.path=Q",
+    "prompts.path=",
+    "graders.",
+    "student.path=FOLDER",
+)
+"""Beginnings of words that need what a reader has."""
+
+
+def plannable() -> Iterator[tuple[str, ...]]:
+    """Trainings of the pages that need nothing but what is shipped, each once."""
+    found = {tuple(words[1:]) for page in pages() for words in commands(page) if words[:1] == ["train"] and words[1:]}
+    for words in sorted(found):
+        experiment = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), "")
+        flags = [word for word in words if word.startswith("-") or "=" not in word]
+        open_ = [word for word in words if re.fullmatch(r"[A-Z]|NAME|LR|SEED|\.\.\.", word.partition("=")[2])]
+        readers = [word for word in words if word.startswith(OF_READERS)]
+        if not (experiment.startswith(ELSEWHERE) or flags or open_ or readers):
+            yield words
+
+
+@pytest.mark.parametrize("words", list(plannable()), ids=" ".join)
+def test_a_command_that_needs_nothing_else_is_planned(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = opd("train", *words, "dry_run=true", "tracker=none")
+    assert done.returncode == 0 and "first prompt" in done.stdout, done.stderr
+
+
+def test_many_commands_are_planned() -> None:
+    assert len(list(plannable())) >= 25
 
 
 @pytest.mark.parametrize("page", pages())
