@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from opd.settings.auto import Auto
 from opd.settings.devices import Device, Dtype, on_gpu
 from opd.settings.ranges import HARMLESS, Count, Deadline, In, Matches, MemoryShare, Names, Replicas, Tokens
 from opd.settings.validation import settings
@@ -22,19 +23,19 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 class StudentConfig:
     """One rollout engine and the number of its replicas.
 
-    `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens, `deadline_s`
-    bounds every single wait (starting vLLM: 300 s at least). `kv_cache_bytes=0` is 64 MiB on a CPU, and on a GPU what
-    `gpu_memory_utilization` (of the whole device) leaves; more is exactly that many, which an engine that shares its
-    GPU needs. `stop` are texts that end a completion, in training and evaluation alike: the token that completes one is
-    the last, and all that was generated is trained. `enforce_eager` (no graph capture, no compilation) is always on
-    where there is no GPU.
+    `path` is a Hugging Face folder, `max_model_len` counts context plus completion tokens (AUTO is decided when the run
+    is planned), `deadline_s` bounds every single wait (starting vLLM: 300 s at least). `kv_cache_bytes=0` is 64 MiB on
+    a CPU, and on a GPU what `gpu_memory_utilization` (of the whole device) leaves; more is exactly that many, which an
+    engine that shares its GPU needs. `stop` are texts that end a completion, in training and evaluation alike: the
+    token that completes one is the last, and all that was generated is trained. `enforce_eager` (no graph capture, no
+    compilation) is always on where there is no GPU.
     Example: `StudentConfig(path="assets/shop/student", max_model_len=128)`.
     """
 
     # Hugging Face folder of the model that is trained
     path: Names
-    # tokens of context and completion together, at most
-    max_model_len: Annotated[Tokens, HARMLESS]
+    # tokens of context and completion together, at most; AUTO is 4096, or the model's own context where that is shorter
+    max_model_len: Annotated[Tokens | Auto, HARMLESS] = Auto.AUTO
     # AUTO is a GPU where there is one
     device: Annotated[Device, HARMLESS] = Device.AUTO
     # what the engine computes in; AUTO is the checkpoint's own
@@ -60,13 +61,19 @@ class StudentConfig:
     # seconds that bound every single wait for an engine (starting one: 300 at least)
     deadline_s: Annotated[Deadline, HARMLESS] = 600.0
 
+    @property
+    def longest(self) -> int:
+        """`max_model_len` of settings that are decided."""
+        assert not isinstance(self.max_model_len, Auto), "AUTO is decided when a run is planned"
+        return self.max_model_len
+
     def step_tokens(self, *, on_gpu: bool) -> int:
         """Tokens that one engine step reads at most: one of every sequence, and without a GPU a whole prompt."""
         return self.max_num_batched_tokens or max(PREFILL_TOKENS, self.least_step_tokens(on_gpu=on_gpu))
 
     def least_step_tokens(self, *, on_gpu: bool) -> int:
         """The fewest tokens of a step with which vLLM starts."""
-        return self.max_num_seqs if on_gpu else max(self.max_num_seqs, self.max_model_len)
+        return self.max_num_seqs if on_gpu else max(self.max_num_seqs, self.longest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,7 +134,7 @@ def read_limits(config: StudentConfig, ends: Sequence[int] = (), inner: str = ""
     text = text_config(config.path, "student")
     return EngineLimits(
         vocabulary=int(text["vocab_size"]),
-        longest=config.max_model_len,
+        longest=config.longest,
         ends=tuple(sorted({*named, *ends})),
         inner=inner,
         stop=config.stop,
@@ -175,7 +175,7 @@ def engine_arguments(config: StudentConfig, device: torch.device) -> dict[str, A
     return {
         "model": config.path,
         "dtype": str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
-        "max_model_len": config.max_model_len,
+        "max_model_len": config.longest,
         "max_num_seqs": config.max_num_seqs,
         # vLLM has no default for an engine that is driven step by step, and falls back to 2048.
         "max_num_batched_tokens": config.step_tokens(on_gpu=device.type != "cpu"),

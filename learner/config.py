@@ -6,6 +6,7 @@ from typing import Annotated
 
 from learner.schedule import Schedule, rate
 from opd.errors import ConfigurationError
+from opd.settings.auto import Auto
 from opd.settings.devices import Device, Dtype
 from opd.settings.ranges import (
     HARMLESS,
@@ -38,12 +39,6 @@ class Transport(Enum):
     SHARED_MEMORY = "shared_memory"  # read where the learner wrote it: one machine
     NCCL = "nccl"  # from GPU to GPU, on any number of machines
     CUDA_IPC = "cuda_ipc"  # read in the learner's GPU memory: one GPU
-
-
-class Auto(Enum):
-    """Marker of a setting that the device decides (`LearnerConfig.decided`)."""
-
-    AUTO = "auto"
 
 
 EPS = "it keeps a division finite; at the size of gradients it would replace Adam by plain descent"
@@ -104,8 +99,9 @@ class LearnerConfig:
     copy where the engine is told to write in float32 or `zero_stage` is 0; on a CPU float32 and ZeRO-0.
     `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the
     optimizer's state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens
-    of one forward pass, `head_chunk` the rows of vocabulary-wide logits alive at once (0: 64 MiB of them on a CPU,
-    512 MiB on a GPU), `loss_kernel` is what computes on them; none of these changes the result. Diagnostics compare
+    of one forward pass (AUTO is decided by memory, in `launch.plan.sizes`), `head_chunk` the rows of vocabulary-wide
+    logits alive at once (0: 64 MiB of them on a CPU, 512 MiB on a GPU), `loss_kernel` is what computes on them; none
+    of these changes the result. Diagnostics compare
     the `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
     the largest allowed |engine - learner| logprob after a publication, in nats (0: a few times what it is
     on the unchanged checkpoint, see `weight_sync.sentinel`). Weights are published by `transport` in chunks of whole
@@ -146,8 +142,8 @@ class LearnerConfig:
     final_lr_fraction: Fraction = 0.0
     # last updates in which WARMUP_STABLE_DECAY falls (transformers' num_decay_steps)
     decay_steps: Every = 0
-    # packed tokens of one forward and backward pass; a step's batch is cut into such micro-batches
-    tokens_per_microbatch: Annotated[Tokens, HARMLESS] = 8192
+    # packed tokens of a forward and backward pass, into which a step's batch is cut; AUTO: 8192, on a GPU what fits it
+    tokens_per_microbatch: Annotated[Tokens | Auto, HARMLESS] = Auto.AUTO
     # rows of vocabulary-wide logits alive at once; 0 chooses by memory
     head_chunk: Annotated[int, In(0, 10_000_000), HARMLESS] = 0
     # TORCH, or LIGER's fused kernel on a GPU
@@ -211,6 +207,12 @@ class LearnerConfig:
         """`gradient_checkpointing` of settings that are decided."""
         assert not isinstance(self.gradient_checkpointing, Auto), "AUTO is decided when a run is planned"
         return self.gradient_checkpointing
+
+    @property
+    def packed_tokens(self) -> int:
+        """`tokens_per_microbatch` of settings that are decided."""
+        assert not isinstance(self.tokens_per_microbatch, Auto), "AUTO is decided when a run is planned"
+        return self.tokens_per_microbatch
 
 
 def learning_rate(config: LearnerConfig, update: int, total: int) -> float:

@@ -112,7 +112,7 @@ def batches_of(
     """`data(step)` in micro-batches per rank."""
     trajectories, weights = data(step)
     scored = [Scored(trajectory=t, scores=scores_from_hidden(t)) for t in trajectories]
-    layout = Layout(ranks=config.ranks, tokens_per_microbatch=config.tokens_per_microbatch)
+    layout = Layout(ranks=config.ranks, tokens_per_microbatch=config.packed_tokens)
     return pack(scored, weights, layout, TokenMean())
 
 

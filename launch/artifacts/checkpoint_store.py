@@ -132,7 +132,7 @@ def verified_state(folder: Path) -> DriverState:
                 f"the checkpoint {folder} is damaged: {name} has digest {found.get(name, 'none')}, but its manifest "
                 f"says {claimed.get(name, 'none')}; take another checkpoint"
             )
-    state = _state(folder / STATE)
+    state = unverified_state(folder)
     if elsewhere := [file for file in state.followers.values() if file not in claimed]:
         raise DataError(f"{folder / STATE} names {elsewhere[0][:60]!r}, which is no file of the checkpoint; {ANOTHER}")
     if folder.name != name_of(state.step):  # what comes after its step would be removed, and that is itself
@@ -143,7 +143,13 @@ def verified_state(folder: Path) -> DriverState:
     return state
 
 
-def _state(path: Path) -> DriverState:
+def unverified_state(folder: Path) -> DriverState:
+    """The driver's state in `folder`, whose bytes are not compared with the manifest.
+
+    Raises:
+        DataError: it cannot be read, or is no state.
+    """
+    path = folder / STATE
     content = read_json(path, ANOTHER)
     try:
         state = DriverState.from_json(content)

@@ -13,6 +13,7 @@ from typing import Any
 from opd.errors import ConfigurationError
 from opd.settings.secret import HIDDEN, Secret, logins, names_a_secret, names_a_token, without_logins
 
+AUTO = "AUTO"  # a number of tokens that the plan decides
 _SHORTEST = 6  # characters: what is shorter stands in other words too
 _NO_SECRET = re.compile(r"(_PATH|_FILE|_DIR|_MODE|_HOME|_SOCK|_NAME|_ID)$")
 _KEY = re.compile(r"(^|_)KEY(_|$)")
@@ -28,7 +29,8 @@ def redacted(node: Any) -> Any:
     """A configuration tree with secrets replaced.
 
     Secret is what stands under a key that contains `password`, `secret`, `api_key` or `credential`, and any
-    *text* under a key that contains `token`: `hf_token` is one, `max_tokens: 77` and `tokenizer` are none.
+    *text* under a key that contains `token`: `hf_token` is one, `max_tokens: 77`, `tokens_per_microbatch: AUTO` and
+    `tokenizer` are none.
     The login of a URL (`https://user:password@host`) is replaced too, and a secret that stands under another name as
     well, wherever it stands.
     """
@@ -156,7 +158,8 @@ def without_secret(override: str) -> str:
 def _value(key: str, value: Any, secrets: Sequence[str]) -> Any:
     if value is None or value == "":
         return value  # nothing was given; hiding that would hide a mistake
-    if names_a_secret(key) or (names_a_token(key) and _holds_text(value) and not _points_to_another(value)):
+    plain = _points_to_another(value) or (value == AUTO and _COUNT.search(key))
+    if names_a_secret(key) or (names_a_token(key) and _holds_text(value) and not plain):
         return HIDDEN
     return _redacted(value, secrets)
 

@@ -167,6 +167,7 @@ def consequences(found: Sequence[Change], config: RunConfig, step: int) -> list[
     return told
 
 
+_MICROBATCH = "learner.tokens_per_microbatch"
 _WHEN = ("every", "parts", "teacher")  # say when, and whether the teacher as well; not what is measured
 
 
@@ -177,6 +178,11 @@ def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:
         remarks.append(
             f"note: {moved.name} was {moved.before} and is {moved.now} now, with the same content; prompts are named "
             "after their path, so from here on text is sampled with other seeds than it would have been"
+        )
+    if (size := changed.get(_MICROBATCH)) is not None:
+        remarks.append(
+            f"note: {_MICROBATCH} was {size.before} and is {size.now} now, so the sums of a step are cut elsewhere: "
+            "what is trained is the same, but for rounding"
         )
     if "checkpoint_every" in changed and config.deterministic and config.max_staleness:
         remarks.append(

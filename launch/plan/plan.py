@@ -1,7 +1,7 @@
 """Plan of a run: everything that can be known before anything is started, checked and shown as a table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from rich.console import Console
@@ -24,6 +24,7 @@ from launch.plan.checks.models import parameter_count
 from launch.plan.checks.numbers import check_numbers, decided_notes, numbers_notes
 from launch.plan.checks.prompts import (
     HeldOut,
+    Lengths,
     check_lengths,
     check_routes,
     check_rows,
@@ -44,12 +45,11 @@ from launch.plan.checks.teachers import (
 from launch.plan.hub import HubInput, localized
 from launch.plan.hub import remarks as hub_remarks
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
-from launch.plan.memory.cards import check_cards, lines
+from launch.plan.memory.cards import lines
 from launch.plan.memory.footprint import peak
-from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import Part, card_bytes, of_teacher, parts
-from launch.plan.memory.sharing import check_turns
 from launch.plan.memory.store import capacity, store_notes
+from launch.plan.sizes import LENGTH, MICROBATCH, Sized, as_recorded, with_length, with_microbatch
 from launch.services.weight_transports import check_transport
 from learner.liger import with_kernel
 from opd.method.needs import check_spelling, needs
@@ -72,7 +72,8 @@ class Plan:
     that come from files how many reference answers can be graded against. `prompts` shows the
     first prompt, and `remarks` are sentences about what is no error. `undecided`: nothing says whether the run should
     use GPUs, if the cluster has some. `ends`: the ids that end a completion. `sentinel`: the text by which engines are
-    checked (`weight_sync.sentinel`). `hub`: settings that name something on the hub, with the exact commits.
+    checked (`weight_sync.sentinel`). `hub`: settings that name something on the hub, with the exact commits. `sizes`:
+    why a size that is AUTO is what it is, by its setting.
     """
 
     config: RunConfig
@@ -89,6 +90,7 @@ class Plan:
     ends: tuple[int, ...] = ()
     sentinel: tuple[int, ...] = ()
     hub: tuple[HubInput, ...] = ()
+    sizes: Mapping[str, str] = field(default_factory=dict)
 
     def writes(self, name: str) -> bool:
         """Whether a teacher can generate text: its endpoint does, or its weights are here."""
@@ -127,7 +129,8 @@ class Plan:
         table.add_section()
         table.add_row("method", "", " -> ".join(type(p).__name__ for p in parts), "")
         table.add_row("needs", "", ", ".join(sorted(map(str, needs(method)))), "")
-        table.add_row("longest", "", f"{self.longest} tokens of {config.student.max_model_len}", "")
+        table.add_row("longest", "", f"{self.longest} tokens of {config.student.longest}{self._why(LENGTH)}", "")
+        table.add_row("micro-batch", "", f"{config.learner.packed_tokens} tokens{self._why(MICROBATCH)}", "")
         for place, sentence in self.answers.items():
             table.add_row(f"{place}: answers", "", sentence, "")
         table.add_row("GPUs", "", gpus(config), "")
@@ -136,6 +139,9 @@ class Plan:
         table.add_row("cluster", "", f"{config.cluster.address}, placement {config.cluster.placement.name}", "")
         table.add_row("ends of text", "", ", ".join(map(str, self.ends)), "")
         return table
+
+    def _why(self, setting: str) -> str:
+        return f" ({self.sizes[setting]})" if setting in self.sizes else ""
 
     def show_rate(self, console: Console) -> None:
         """Print the learning rate's curve, as wide as the terminal at most."""
@@ -166,10 +172,11 @@ def make_plan(config: RunConfig) -> Plan:
     check_embeddings(config)
     exact_kl = check_teachers(config)
     student = check_student(config)
+    length = with_length(config, student)
+    config = length.config
     teachers = {name: check_teacher(config, name) for name in config.teachers}
     check_followers(config, student, teachers)
     exact_kl &= all(teacher.causal.get_output_embeddings().bias is None for teacher in teachers.values())
-    check_cards(config, card_bytes(config), exact=exact_kl)
     check_settings(config)
     tokens = tokenizer_identity(config.student.path).tokens
     config = replace(config, method=with_known_tokens(config.method, tokens))
@@ -179,28 +186,29 @@ def make_plan(config: RunConfig) -> Plan:
     ends = text_ends(config.student.path, tokenizer, config.teachers)
     training = survey_all(config.prompts, sources, tokenizer)
     held_out = survey_held_out(config.evaluation, sources, tokenizer)
-    longest = _longest(config, [student, *teachers.values()], training, held_out, tokenizer)
+    lengths = _lengths(config, [student, *teachers.values()], training, held_out, tokenizer)
+    sizes = _sized(config, placed, length, lengths.scored, exact=exact_kl)
+    config = sizes.config
     check_shares(config, training)
     check_one_context(config, training)
     notes = [*check_tasks(config, training, held_out), *hub_remarks(config, placed.hub)]
     answers = check_answers(config, sources, held_out)
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
-    identities = {name: tokenizer_identity(t.path) for name, t in config.teachers.items()}
-    template_notes = check_templates(config, tokenizer_identity(config.student.path), identities, training)
+    template_notes = _template_notes(config, training)
     return Plan(
         config=config,
         sources=sources,
         student_params=parameter_count(config.student.path),
         teacher_params={name: parameter_count(t.path) for name, t in config.teachers.items()},
-        longest=longest,
+        longest=lengths.all,
         vocabulary=1 + max(tokens.values()),
         exact_kl=exact_kl,
         undecided=placed.undecided,
         answers=answers,
         prompts=_shown(training, tokenizer),
         remarks=[
-            *placed.notes,
+            *sizes.notes,
             *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
             *notes,
@@ -208,6 +216,7 @@ def make_plan(config: RunConfig) -> Plan:
         ],
         ends=ends.ids,
         hub=placed.hub,
+        sizes=sizes.why,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
     )
 
@@ -226,40 +235,51 @@ def _notes(config: RunConfig, student: Folder) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Placed:
-    """Configuration with models from the hub in place and a device for every part, with `notes` on the layout."""
+    """Configuration with models from the hub in place and a device for every part, with `notes` on both.
+
+    `kept`: why a size that was AUTO is a number already, by its setting.
+    """
 
     config: RunConfig
     hub: tuple[HubInput, ...]
     notes: tuple[str, ...]
     undecided: bool
+    kept: Mapping[str, str]
 
 
 def _placed(config: RunConfig) -> _Placed:
     open_device = config.cluster.address != "local" and undecided(config)
     unseen = unseen_notes(config)
-    divided = automatic(config, visible_gpus(config))
-    if not divided:  # before anything is fetched
+    if not automatic(config, visible_gpus(config)):  # before anything is fetched
         check_transport(config)
-    given = config
-    config, hub = localized(resolved(given))
-    config, layout = laid_out(config)
-    check_turns(config)
-    if divided:
-        check_transport(config)
-    notes = (*unseen, *layout, *decided_notes(given, config))
-    return _Placed(config=config, hub=hub, notes=notes, undecided=open_device)
+    found = as_recorded(config)
+    placed, hub = localized(resolved(found.config))
+    notes = (*unseen, *decided_notes(config, placed))
+    return _Placed(config=placed, hub=hub, notes=notes, undecided=open_device, kept=found.why)
 
 
-def _longest(
+def _sized(config: RunConfig, placed: _Placed, length: Sized, longest: int, *, exact: bool) -> Sized:
+    """`config` with a layout and micro-batches for it; notes and reasons are those of all that was decided so far."""
+    found = with_microbatch(config, longest, exact=exact, kept=placed.kept.get(MICROBATCH, ""))
+    notes = (*placed.notes, *length.notes, *found.notes)
+    return replace(found, notes=notes, why={**length.why, **found.why, **placed.kept})
+
+
+def _template_notes(config: RunConfig, training: Survey) -> list[str]:
+    """Remarks about chat templates that differ."""
+    identities = {name: tokenizer_identity(t.path) for name, t in config.teachers.items()}
+    return check_templates(config, tokenizer_identity(config.student.path), identities, training)
+
+
+def _lengths(
     config: RunConfig, models: Sequence[Folder], training: Survey, held_out: HeldOut, tokenizer: HuggingFaceTokenizer
-) -> int:
-    """Tokens of the longest sequence that a run may have, after a check that every model can read it."""
-    longest, of_teachers = check_lengths(config, training, held_out, tokenizer)
-    check_contexts(
-        config, dict(zip(config.teachers, models[1:], strict=True)), of_teachers, training, *held_out.values()
-    )
+) -> Lengths:
+    """Lengths of the longest sequences that a run may have, after a check that every model can read them."""
+    lengths = check_lengths(config, training, held_out, tokenizer)
+    teachers = dict(zip(config.teachers, models[1:], strict=True))
+    check_contexts(config, teachers, lengths.of_teachers, training, *held_out.values())
     check_ids(models, training, *held_out.values())
-    return longest
+    return lengths
 
 
 def _sources(config: RunConfig, tokenizer: HuggingFaceTokenizer) -> Sources:
@@ -270,7 +290,7 @@ def _sources(config: RunConfig, tokenizer: HuggingFaceTokenizer) -> Sources:
 
 
 def _sentinel(config: RunConfig, prompt: np.ndarray, vocabulary: int) -> tuple[int, ...]:
-    return tuple(sentinel.text(prompt.tolist(), vocabulary, config.student.max_model_len).tolist())
+    return tuple(sentinel.text(prompt.tolist(), vocabulary, config.student.longest).tolist())
 
 
 def _shown(found: Survey, tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:

@@ -46,7 +46,7 @@ class LearnerGroup(Learner):
     ) -> None:
         self.actors, self._stack_dump, self._folder = actors, stack_dump, folder
         self._end, self._turn = end, turn
-        self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.tokens_per_microbatch)
+        self.layout = Layout(ranks=len(actors), tokens_per_microbatch=config.packed_tokens)
         self._deadline_s = config.deadline_s
         self._start_s = max(config.deadline_s, start_deadline_s)
         self._asked: set[asyncio.Task[Any]] = set()  # calls that may not be answered yet

@@ -1,13 +1,15 @@
 """Builders of the context in which a teacher reads a trajectory, from the trajectories of its group."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Protocol
 
+from opd.errors import ConfigurationError
 from opd.method.rewards import task_rewards
 from opd.method.templates import Ids, NoRoomError, shortened
 from opd.ports import Context, Need, Role
+from opd.settings.auto import Auto
 from opd.settings.ranges import Fraction, Template, Tokens
 from opd.settings.validation import settings
 from opd.types import Trajectory
@@ -103,8 +105,8 @@ class Draft:
     min_group: ClassVar[int] = 1
     needs_engines: ClassVar[frozenset[Need]] = frozenset()
 
-    # tokens that the rewriting model can hold: the context and the rewritten text
-    room: Tokens
+    # tokens that the rewriting model can hold, the context and the rewritten text; AUTO is student.max_model_len
+    room: Tokens | Auto = Auto.AUTO
     # tokens of that which are kept free for the rewritten text
     free: Tokens
     # what is read before the text is rewritten
@@ -117,8 +119,27 @@ class Draft:
         return [self._one(t, context) for t in trajectories]
 
     def _one(self, trajectory: Trajectory, context: Context) -> "Ids | None":
+        if isinstance(self.room, Auto):
+            raise ConfigurationError(
+                "Draft.room is AUTO, which the plan of a run decides, but this part is in no run; set a number"
+            )
         said = {"completion": context.tokenizer.decode(trajectory.token_ids)}
         try:
             return shortened(self.template, trajectory.prompt, said, "completion", self.room - self.free, context)
         except NoRoomError:
             return None
+
+
+def with_room(part: Any, tokens: int) -> Any:
+    """The same method or part, with `tokens` of room for every draft in it whose `room` is AUTO."""
+    if isinstance(part, Mapping):
+        inside = {key: with_room(value, tokens) for key, value in part.items()}
+        return inside if any(inside[key] is not value for key, value in part.items()) else part
+    if isinstance(part, type) or not is_dataclass(part):
+        return part
+    if isinstance(part, Draft) and isinstance(part.room, Auto):
+        return replace(part, room=tokens)
+    was = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
+    now = {name: with_room(value, tokens) for name, value in was.items()}
+    changed = {name: value for name, value in now.items() if value is not was[name]}
+    return replace(part, **changed) if changed else part

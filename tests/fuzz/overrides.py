@@ -18,9 +18,9 @@ from typing import Any
 from launch.config.compose import groups
 from launch.config.run_config import RunConfig, run_config
 from launch.plan.plan import make_plan
-from learner.config import Auto
 from learner.schedule import Schedule
 from opd.errors import OpdError
+from opd.settings.auto import Auto
 from opd.settings.validation import walk
 from tests.method_needs import NEEDS
 
@@ -123,9 +123,10 @@ RULES: Sequence[tuple[str, Rule]] = (
     ),
     (r"(student|teachers\.\w+)\.(replicas|tensor_parallel|max_consecutive_failures)|learner\.ranks", whole(1, 10**4)),
     (r"student\.stop", members(text(r"[^\0]{1,1000}"))),
-    (r"student\.max_model_len", whole(101, 10**8)),
+    (r"student\.max_model_len", lambda v: v is Auto.AUTO or whole(101, 10**8)(v)),
     (r"teachers\.\w+\.max_model_len", lambda v: v == 0 or whole(101, 10**8)(v)),
-    (r"teachers\.\w+\.max_batch_tokens|learner\.tokens_per_microbatch", whole(101, 10**8)),
+    (r"teachers\.\w+\.max_batch_tokens", whole(101, 10**8)),
+    (r"learner\.tokens_per_microbatch", lambda v: v is Auto.AUTO or whole(101, 10**8)(v)),
     (r"learner\.head_chunk", whole(0, 10**8)),
     (r"student\.max_num_batched_tokens", lambda v: v == 0 or whole(256, 10**8)(v)),
     (r".*gpu_memory_utilization", real(0.005, 1)),

@@ -100,7 +100,7 @@ def _texts() -> list[Trajectory]:
 
 def _batches(trajectories: list[Trajectory], config: LearnerConfig) -> list[Batch[Scores]]:
     scored = [Scored(trajectory=t, scores=Scores()) for t in trajectories]
-    layout = Layout(ranks=1, tokens_per_microbatch=config.tokens_per_microbatch)
+    layout = Layout(ranks=1, tokens_per_microbatch=config.packed_tokens)
     return list(pack(scored, [np.ones(len(t)) for t in trajectories], layout, TokenMean())[0])
 
 

@@ -32,6 +32,7 @@ from launch.config.run_config import RunConfig, run_config, single_settings
 from launch.monitors.trackers import check_login
 from launch.plan import hub
 from launch.plan.plan import Plan, make_plan
+from launch.plan.sizes import as_begun
 from launch.report.figures import short_number
 from launch.services.failure_causes import find_own
 from launch.services.signals import Preempted
@@ -130,7 +131,7 @@ class _Sweep:
         plans: dict[str, Plan] = {}
         for name, config in configs.items():
             with _about(name):
-                plans[name] = make_plan(config)
+                plans[name] = make_plan(as_begun(config) if self.asked.goes_on else config)
         return plans
 
     def _kept(self, point: Point) -> list[str]:

@@ -25,7 +25,7 @@ _REHEARSAL = "opd_rehearsal"
 def check_student(config: RunConfig) -> Folder:
     """Refuse a student that learner or engine could not use; returns the folder as it was read."""
     folder = read_folder(config.student.path, "student")
-    causal, part, longest = folder.causal, folder.part, config.student.max_model_len
+    causal, part = folder.causal, folder.part
     if getattr(causal.config, "quantization_config", None):
         raise ConfigurationError(f"{part} has quantized weights, which cannot be trained; choose the unquantized model")
     check_layers(causal, part)
@@ -35,11 +35,6 @@ def check_student(config: RunConfig) -> Folder:
     check_updates(folder)
     check_head_width(folder, config.student.device)
     check_divided(config.student.path, config.student.tensor_parallel, "student")
-    if folder.context and longest > folder.context:
-        raise ConfigurationError(
-            f"{part} reads at most {folder.context} tokens (max_position_embeddings in its config.json, with its rope "
-            f"scaling), but student.max_model_len is {longest}; lower it to {folder.context}"
-        )
     return folder
 
 

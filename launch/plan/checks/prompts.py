@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hf.tokenizer_check import TokenizerIdentity
@@ -16,6 +17,7 @@ from opd.ports import Listed, Role, Routed, Sources, Tokenizer
 from opd.prompts.dataset import AT_ONCE, DatasetPrompts
 from opd.prompts.generated import GeneratedPrompts
 from opd.rollouts.mixed import AnswerRollout
+from opd.settings.auto import Auto
 
 JOINTS = 8  # tokens that texts may lose where they meet, and special ones
 HeldOut = Mapping[str, Survey]
@@ -45,13 +47,23 @@ def check_routes(config: RunConfig, sources: Sources, training: Survey, held_out
         )
 
 
-def check_lengths(config: RunConfig, training: Survey, held_out: HeldOut, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Tokens of the longest sequence, and of the longest that a teacher reads or writes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Tokens of the longest sequence: of all, of those that learner and teachers read, and of a teacher's own too."""
 
-    Refuses one that fits neither the engine, nor, where it is read, a micro-batch or a teacher.
+    all: int
+    scored: int
+    of_teachers: int
+
+
+def check_lengths(config: RunConfig, training: Survey, held_out: HeldOut, tokenizer: Tokenizer) -> Lengths:
+    """Lengths of the longest sequences that a run may have.
+
+    Refuses one that fits neither the engine, nor, where it is read, a teacher or a micro-batch whose size is told.
     """
     written = max(config.max_tokens, *_limits(config.method.rollout))
-    longest = of_teachers = 0
+    longest = read = of_teachers = 0
+    microbatch = config.learner.tokens_per_microbatch
     asked = [(training, written, True)]
     for name, one in config.evaluation.by_name.items():
         asked.append((held_out[name], one.max_tokens, one.reverse_kl_prompts > 0))
@@ -60,21 +72,22 @@ def check_lengths(config: RunConfig, training: Survey, held_out: HeldOut, tokeni
         total = tokens + more
         longest = max(longest, total)
         of_teachers = max(of_teachers, total) if scored or config.evaluation.teacher else of_teachers
-        if total > config.student.max_model_len:
+        if total > config.student.longest:
             raise ConfigurationError(
                 f"{where} has {tokens} tokens and max_tokens is {more}, but student.max_model_len is "
-                f"{config.student.max_model_len}; raise it to {total} or lower max_tokens"
+                f"{config.student.longest}; raise it to {total} or lower max_tokens"
             )
         if not scored:  # neither the learner nor a teacher reads what is only graded
             continue
-        if total > config.learner.tokens_per_microbatch:
+        read = max(read, total)
+        if not isinstance(microbatch, Auto) and total > microbatch:
             raise ConfigurationError(
                 f"a sequence may have {total} tokens ({where}), but learner.tokens_per_microbatch is "
-                f"{config.learner.tokens_per_microbatch}; raise it to at least {total}"
+                f"{microbatch}; raise it to at least {total}"
             )
         _check_teachers_room(config, found, more)
     _check_questions(config, training, written, tokenizer)
-    return longest, of_teachers
+    return Lengths(all=longest, scored=read, of_teachers=of_teachers)
 
 
 def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:

@@ -36,7 +36,7 @@ def check_settings(config: RunConfig) -> None:
     _check_prompts_per_step(config)
     _check_bounds(config)
     _check_max_k(config)
-    _check_devices(config)
+    check_devices(config)
     _check_step_tokens(config)
     _check_scheduling(config)
     if config.learner.lora.r:
@@ -179,7 +179,8 @@ def _check_max_k(config: RunConfig) -> None:
                     )
 
 
-def _check_devices(config: RunConfig) -> None:
+def check_devices(config: RunConfig) -> None:
+    """Refuse engines that together take more of a GPU than there is of it."""
     cluster, student = config.cluster, config.student
     users = [("student", student.gpu_memory_utilization, student.replicas, cluster.gpus_per_engine)]
     users += [
@@ -208,7 +209,7 @@ def _check_step_tokens(config: RunConfig) -> None:
     student, on_gpu = config.student, config.student.device is Device.GPU
     least = student.least_step_tokens(on_gpu=on_gpu)
     if student.step_tokens(on_gpu=on_gpu) < least:
-        whole = "" if on_gpu else f", and on a processor a whole prompt (student.max_model_len={student.max_model_len})"
+        whole = "" if on_gpu else f", and on a processor a whole prompt (student.max_model_len={student.longest})"
         raise ConfigurationError(
             f"student.max_num_batched_tokens={student.max_num_batched_tokens} is too few: a step of an engine has a "
             f"token of each of student.max_num_seqs={student.max_num_seqs} sequences{whole}; set "

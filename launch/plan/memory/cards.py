@@ -133,7 +133,7 @@ def remedies(config: RunConfig) -> Iterator[Remedy]:
     for name, teacher in config.teachers.items():
         key = "teacher" if name == DEFAULT else f"teachers.{name}"
         if teacher.device is Device.GPU and teacher.backend not in REMOTE:
-            fewer = max(student.max_model_len, teacher.max_batch_tokens // 4)
+            fewer = max(student.longest, teacher.max_batch_tokens // 4)
             if fewer < teacher.max_batch_tokens:
                 yield _teacher(f"{key}.max_batch_tokens={fewer}", name, max_batch_tokens=fewer)
             if teacher.head_chunk > _SMALL_CHUNK:
@@ -148,10 +148,10 @@ def remedies(config: RunConfig) -> Iterator[Remedy]:
 
 
 def _of_learner(config: RunConfig) -> Iterator[Remedy]:
-    learner, least = config.learner, config.student.max_model_len
+    learner, least = config.learner, config.student.longest
     if not learner.checkpointed:
         yield _learner("learner.gradient_checkpointing=true", gradient_checkpointing=True)
-    tokens = learner.tokens_per_microbatch
+    tokens = learner.packed_tokens
     while tokens // 2 >= least:
         tokens //= 2
         yield _learner(f"learner.tokens_per_microbatch={tokens}", tokens_per_microbatch=tokens)

@@ -33,14 +33,14 @@ def laid_out(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
     if not automatic(config, visible):
         return config, ()
     card = card_bytes(config)
-    found = _best(config, visible, card)
+    found = best_layout(config, visible, card)
     if found is None:
         raise _too_small(config, visible, card)
     return resolved(found), (_why(config, found, visible, card),)
 
 
-def _best(config: RunConfig, visible: int, card: int) -> RunConfig | None:
-    """The first layout that fits."""
+def best_layout(config: RunConfig, visible: int, card: int) -> RunConfig | None:
+    """The first layout on `visible` GPUs of `card` usable bytes that fits."""
     layouts = _layouts(config, visible, card)
     return next((one for one in layouts if not card or misfit(parts(one, card), card) is None), None)
 
@@ -208,7 +208,7 @@ def _too_small(config: RunConfig, visible: int, card: int) -> ConfigurationError
     engine, teacher, learner = (need / GIB for need in _needs(config, card))
 
     def fits(changed: RunConfig) -> bool:
-        return _best(changed, visible, card) is not None
+        return best_layout(changed, visible, card) is not None
 
     return ConfigurationError(
         f"this run does not fit the {visible} GPU{'s' * (visible != 1)} of this machine ({card / GIB:.1f} GiB of each "

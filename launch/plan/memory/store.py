@@ -18,21 +18,25 @@ SHARED = Path("/dev/shm")
 _SHARE = 0.3  # of the machine's memory: Ray's own proportion (`DEFAULT_OBJECT_STORE_MEMORY_PROPORTION`)
 
 
-def hidden_bytes(config: RunConfig) -> int:
-    """Most bytes of hidden states that teachers send for one step; 0 where the method reads none."""
-    if LastHidden not in config.method.requires:
-        return 0
+def texts_of_step(config: RunConfig) -> int:
+    """Texts of one step, as far as the settings of a prompt source say it; 1 where they do not."""
     sizes: dict[str, dict[str, int]] = {}
     for name, _, value in walk(config.prompts, "prompts"):
         where, _, field = name.rpartition(".")
         if field in ("prompts_per_step", "group_size") and isinstance(value, int):
             sizes.setdefault(where, {})[field] = value
-    texts = max((s.get("prompts_per_step", 1) * s.get("group_size", 1) for s in sizes.values()), default=1)
+    return max((s.get("prompts_per_step", 1) * s.get("group_size", 1) for s in sizes.values()), default=1)
+
+
+def hidden_bytes(config: RunConfig) -> int:
+    """Most bytes of hidden states that teachers send for one step; 0 where the method reads none."""
+    if LastHidden not in config.method.requires:
+        return 0
     widths = [
         read_shape(teacher.path).width * (2 if part_dtype(teacher) is Dtype.BFLOAT16 else 4)
         for teacher in config.teachers.values()
     ]
-    return texts * config.max_tokens * max(widths, default=0)
+    return texts_of_step(config) * config.max_tokens * max(widths, default=0)
 
 
 def published_bytes(config: RunConfig) -> int:

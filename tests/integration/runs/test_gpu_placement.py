@@ -18,7 +18,7 @@ from actors.startup import engine_arguments
 from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import Placement
 from launch.plan.checks.devices import ENGINE, LEARNER_RANK, TEACHER, resolved, roles, teacher_role
-from launch.plan.memory.layout import laid_out
+from launch.plan.plan import make_plan
 from launch.services.cluster import Actors, end, machines, sees
 from launch.services.placement import ActorRole
 from launch.services.ray_node import bare, start_ray
@@ -62,9 +62,9 @@ def shared(monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str]) -> RunConf
     """The layout of a command on a machine with one GPU."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 1)
-        config, notes = laid_out(resolved(run_config(overrides)))
-    assert len(notes) == 1
-    return config
+        plan = make_plan(run_config(overrides))
+    assert sum(remark.startswith("layout: this machine has 1 GPU") for remark in plan.remarks) == 1
+    return plan.config
 
 
 @pytest.mark.usefixtures("one_card")
@@ -72,7 +72,10 @@ def test_one_card_is_shared_by_all_roles(monkeypatch: pytest.MonkeyPatch, tmp_pa
     """Layouts of the demo and of the pages' commands for one GPU, of which the last are placed."""
     chosen = list[RunConfig]()
     commands = [shown for shown in shown_commands() if shown.gpus == 1]
-    for overrides in (["experiment=shop", "cluster.gpu_memory_gib=24"], *(c.here(tmp_path) for c in commands)):
+    for overrides in (
+        ["experiment=shop", "cluster.gpu_memory_gib=24", "dry_run=true"],
+        *(c.here(tmp_path) for c in commands),
+    ):
         config = shared(monkeypatch, overrides)
         cluster = config.cluster
         assert cluster.gpus_per_engine + cluster.gpus_per_teacher + cluster.gpus_per_learner <= 1

@@ -95,12 +95,14 @@ def test_secrets_are_not_stored(directory: RunDirectory) -> None:
         "hf_token: abc\nteacher:\n  api_key: def\n  url: https://me:ghi@host/v1\n"
         "  headers:\n    - password: jkl\n"
         "max_tokens: 77\ntokens_per_microbatch: 4096\ntokenizer: words\nempty_token: ''\nnotes: [fine]\n"
+        "learner: {tokens_per_microbatch: AUTO}\nhub_token: AUTO\n"
     )
     text = directory.config.read_text()
     assert not any(secret in text for secret in ("abc", "def", "ghi", "jkl"))
     kept = yaml.safe_load(text)
     assert (kept["max_tokens"], kept["tokens_per_microbatch"], kept["tokenizer"]) == (77, 4096, "words")
     assert (kept["notes"], kept["empty_token"]) == (["fine"], "")
+    assert kept["learner"] == {"tokens_per_microbatch": "AUTO"} and kept["hub_token"] == HIDDEN
 
 
 def test_redaction_reaches_every_shape() -> None:

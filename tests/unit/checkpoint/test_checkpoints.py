@@ -363,10 +363,11 @@ def test_a_setting_decides_what_is_trained_unless_it_is_marked() -> None:
         (["checkpoint_every=5", "max_staleness=1", "deterministic=false"], []),
         (["checkpoint_every=5", "max_staleness=1"], ["checkpoint_every was 0 and is 5 now"]),
         (["checkpoint_every=5", "max_staleness=1", "steps=7"], ["checkpoint_every was 0"]),
+        (["learner.tokens_per_microbatch=99"], ["tokens_per_microbatch was AUTO and is 99 now, so the sums of a step"]),
     ],
 )
 def test_what_may_change_but_is_not_without_effect_is_said(overrides: list[str], said: list[str]) -> None:
-    same = [o for o in overrides if not o.startswith(("checkpoint_every", "steps"))]
+    same = [o for o in overrides if not o.startswith(("checkpoint_every", "steps", "learner"))]
     before, now = (run_config([*SMALL, *more]) for more in (same, overrides))
     remarks = _remarks(now, changes(described(before), described(now)), 0)
     assert len(remarks) == len(said) and all(part in remark for part, remark in zip(said, remarks, strict=True))

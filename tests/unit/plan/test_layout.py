@@ -19,6 +19,7 @@ from launch.plan.memory.footprint import TeacherRole, peak
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import GIB, Part, card_bytes, parts
 from launch.plan.plan import make_plan
+from launch.plan.sizes import with_microbatch
 from launch.services.placement import Machine, check_fits
 from opd.errors import ConfigurationError
 from opd.settings.devices import Dtype
@@ -31,6 +32,8 @@ CHECKPOINTED = ["learner.lr=1e-6", "learner.tokens_per_microbatch=16384"]  # as 
 TRAINED = [*CHECKPOINTED, "learner.gradient_checkpointing=false"]
 ADAPTED = [*CHECKPOINTED, "learner.lora.r=16", "learner.tokens_per_microbatch=4096"]
 SPREAD = ["teacher.backend=VLLM", "teacher.tensor_parallel=2"]
+SIZED = ["learner.lr=1e-6"]  # all AUTO
+LONGEST = 2300  # tokens of a sequence, where a micro-batch is AUTO
 # Name -> student, teacher, GPUs, GiB of each, overrides.
 CASES = {
     "16 GB": ("0.6B", "4B", 1, 16, CHECKPOINTED),
@@ -43,6 +46,12 @@ CASES = {
     "eight of 80 GB, not checkpointed": ("8B", "32B", 8, 80, TRAINED),
     "four of 48 GB, a teacher larger than one": ("1.7B", "32B", 4, 48, CHECKPOINTED),
     "four of 48 GB, a teacher over two": ("1.7B", "32B", 4, 48, [*CHECKPOINTED, *SPREAD]),
+    "16 GB, AUTO": ("0.6B", "4B", 1, 16, SIZED),
+    "16 GB, adapters, AUTO": ("0.6B", "4B", 1, 16, [*SIZED, "learner.lora.r=16"]),
+    "24 GB, AUTO": ("0.6B", "4B", 1, 24, SIZED),
+    "24 GB, adapters, AUTO": ("0.6B", "4B", 1, 24, [*SIZED, "learner.lora.r=16"]),
+    "80 GB, AUTO": ("1.7B", "8B", 1, 80, SIZED),
+    "eight of 80 GB, AUTO": ("8B", "32B", 8, 80, SIZED),
     "eight of 80 GB, a mixture": ("30B-A3B", "235B-A22B", 8, 80, CHECKPOINTED),
     "eight of 80 GB, a mixture teaches": ("1.7B", "30B-A3B", 8, 80, CHECKPOINTED),
 }
@@ -59,21 +68,24 @@ def shows(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def pair(models: Path, student: str, teacher: str) -> list[str]:
     paths = [checkpoint(f"Qwen3-{size}", models) for size in (student, teacher)]
-    return ["student=hf", f"student.path={paths[0]}", "teacher=hf", f"teacher.path={paths[1]}"]
+    length = "student.max_model_len=4096"  # as AUTO decides for these
+    return ["student=hf", f"student.path={paths[0]}", length, "teacher=hf", f"teacher.path={paths[1]}"]
 
 
 def outcome(overrides: Sequence[str], models: Path) -> dict[str, object]:
     """What a dry run decides about memory and GPUs, in GiB; or why it refuses."""
     try:
-        config, notes = laid_out(resolved(run_config(overrides)))
+        sized = with_microbatch(resolved(run_config(overrides)), LONGEST, exact=True)
     except ConfigurationError as error:
         return {"refused": str(error).replace(f"{models}/", "")}
+    config, notes = sized.config, sized.notes
     card = card_bytes(config)
     cluster, found = config.cluster, parts(config, card)
     return {
         "gpus": [cluster.gpus_per_engine, cluster.gpus_per_teacher, cluster.gpus_per_learner],
         "replicas": config.student.replicas,
         "ranks": config.learner.ranks,
+        "tokens": config.learner.packed_tokens,
         "share": cluster.share.name,
         "utilization": config.student.gpu_memory_utilization,
         "memory": {part.name: round(peak(part.role).total / GIB, 1) for part in found},
@@ -158,7 +170,7 @@ def test_readme_has_a_command_for_gpus() -> None:
 
 @pytest.fixture(scope="module")
 def shop() -> RunConfig:
-    return run_config(["experiment=shop", "cluster.gpu_memory_gib=24"])
+    return run_config(["experiment=shop", "cluster.gpu_memory_gib=24", "learner.tokens_per_microbatch=8192"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -95,6 +95,7 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),
     "share": (0.75, 1.0),
+    "room": (1000, 15, 12),
     "budget": (0.0, 0.02, 3.0),
     "base": ("second", "default"),
     "judge": ("second", "default"),

@@ -39,7 +39,9 @@ def group(*ranks: Any) -> LearnerGroup:
     async def stack_dump(*actors: Any, error: BaseException | None = None) -> str:
         return f" (where {len(actors)} stood)" if error is None else " (last words)"
 
-    return LearnerGroup(ranks, LearnerConfig(ranks=len(ranks), deadline_s=DEADLINE_S), stack_dump, START_S)
+    return LearnerGroup(
+        ranks, LearnerConfig(ranks=len(ranks), deadline_s=DEADLINE_S, tokens_per_microbatch=64), stack_dump, START_S
+    )
 
 
 def died() -> ActorDiedError:
@@ -63,7 +65,9 @@ def test_ranks_that_do_not_see_the_run_s_folder_are_refused_before_they_load(
     ranks = [rank(address=lambda: say(("host", 1)), setup=load) for _ in seen]
     for one, answer in zip(ranks, seen, strict=True):
         one.__ray_call__ = SimpleNamespace(remote=lambda _, file, answer=answer: look(answer, file))
-    learner = LearnerGroup(ranks, LearnerConfig(ranks=2, deadline_s=DEADLINE_S), folder=tmp_path)
+    learner = LearnerGroup(
+        ranks, LearnerConfig(ranks=2, deadline_s=DEADLINE_S, tokens_per_microbatch=64), folder=tmp_path
+    )
     if all(seen):
         asyncio.run(learner.setup())
     else:
@@ -153,7 +157,7 @@ def test_ranks_are_asked_for_what_needs_their_model_in_a_turn_and_for_nothing_el
         share=noted("share", shard), written=noted("written", ("f", "d")), load=noted("load", 1),
         offload=noted("offload", None), reload=noted("reload", None),
     )  # fmt: skip
-    learner = LearnerGroup([one], LearnerConfig(ranks=1, deadline_s=DEADLINE_S), turn=turn)
+    learner = LearnerGroup([one], LearnerConfig(ranks=1, deadline_s=DEADLINE_S, tokens_per_microbatch=64), turn=turn)
 
     class Student:
         async def receive(self, weights: PublishedWeights) -> WeightAck:
