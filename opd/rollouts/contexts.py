@@ -139,7 +139,8 @@ def with_room(part: Any, tokens: int) -> Any:
         return part
     if isinstance(part, Draft) and isinstance(part.room, Auto):
         return replace(part, room=tokens)
-    was = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
+    whole: Any = part
+    was = {f.name: getattr(whole, f.name) for f in fields(whole) if f.init}
     now = {name: with_room(value, tokens) for name, value in was.items()}
     changed = {name: value for name, value in now.items() if value is not was[name]}
-    return replace(part, **changed) if changed else part
+    return replace(whole, **changed) if changed else part
