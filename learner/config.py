@@ -143,7 +143,7 @@ class LearnerConfig:
     # last updates in which WARMUP_STABLE_DECAY falls (transformers' num_decay_steps)
     decay_steps: Every = 0
     # packed tokens of a forward and backward pass, into which a step's batch is cut; AUTO: 8192, on a GPU what fits it
-    tokens_per_microbatch: Annotated[Tokens | Auto, HARMLESS] = Auto.AUTO
+    tokens_per_microbatch: Annotated[Tokens | Auto, HARMLESS] = 8192
     # rows of vocabulary-wide logits alive at once; 0 chooses by memory
     head_chunk: Annotated[int, In(0, 10_000_000), HARMLESS] = 0
     # TORCH, or LIGER's fused kernel on a GPU
