@@ -258,13 +258,13 @@ def _learner(role: LearnerRole, phase: Phase) -> Footprint:
     held = Footprint(
         weights=width * model.parameters // shared[3],
         gradients=accumulated * 4 * trained // shared[2],
-        optimizer=(8 + 4 * (width == 2)) * trained // shared[1],
+        optimizer=(8 + 4 * (stage > 0)) * trained // shared[1],  # ZeRO has masters in float32, too
         context=CONTEXT if role.on_gpu else 0,
         heads=role.heads,
         buffers=bucket if stage == 3 else 0,
     )
-    if phase is Phase.TRAIN:  # a bucket, and from ZeRO-2 on the gradients that wait to be copied into it
-        return _with(held, **_training(role), buffers=(1 + (stage > 1)) * bucket + gathered)
+    if phase is Phase.TRAIN:  # a bucket, and from ZeRO-2 (in float32 ZeRO-1) on the gradients that are to go into it
+        return _with(held, **_training(role), buffers=(1 + (stage > 1 or width > 2)) * bucket + gathered)
     if phase is Phase.STEP:
         return _with(held, buffers=_stepping(role, trained // shared[1]) + bucket)
     if phase is Phase.PUBLISH:
@@ -290,11 +290,14 @@ def _training(role: LearnerRole) -> dict[str, int]:
 
 
 def _stepping(role: LearnerRole, shard: int) -> int:
-    """Temporaries of an update: two numbers a parameter in an optimizer that is not fused, under ZeRO-3 one besides."""
+    """Temporaries of an update: two numbers a parameter in an optimizer that is not fused.
+
+    One besides under ZeRO-3, and in float32 a flat copy of gradients under any.
+    """
     if not role.stage:
         return 0 if role.fused else 8 * min(role.model.largest, shard)
     part = min(shard, LIVE) if role.stage == 3 else shard
-    return (8 * (not role.fused) + 4 * (role.stage == 3)) * part
+    return (8 * (not role.fused) + 4 * (role.stage == 3 or role.bytes_each > 2)) * part
 
 
 def _with(held: Footprint, **more: int) -> Footprint:
