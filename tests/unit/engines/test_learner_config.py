@@ -98,7 +98,7 @@ def test_what_is_not_set_is_what_the_docs_say() -> None:
         "ranks": 1, "zero_stage": Auto.AUTO, "dtype": Dtype.AUTO, "device": Device.AUTO, "lr": 5e-6, "beta1": 0.9,
         "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 1.0, "warmup_steps": 5,
         "schedule": Schedule.CONSTANT_WITH_WARMUP, "final_lr_fraction": 0.0, "decay_steps": 0,
-        "tokens_per_microbatch": Auto.AUTO, "head_chunk": 0, "loss_kernel": LossKernel.TORCH, "overlap_k": 16,
+        "tokens_per_microbatch": 8192, "head_chunk": 0, "loss_kernel": LossKernel.TORCH, "overlap_k": 16,
         "gradient_checkpointing": Auto.AUTO, "sentinel_tolerance": 0.0, "publish_chunk_bytes": 256 * 2**20,
         "transport": Transport.AUTO, "deadline_s": 600.0, "max_skipped_steps": 3, "deterministic": False,
         "lora": {"r": 0, "lora_alpha": 16.0, "target_modules": ("all-linear",)},
