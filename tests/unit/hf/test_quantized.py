@@ -46,7 +46,8 @@ def test_parameters_are_those_of_the_plain_model_and_bytes_those_of_the_file(
 
 
 def test_a_teacher_over_two_gpus_has_half_on_each_and_its_matrix_on_the_first(folders: dict[Form, Path]) -> None:
-    told = [*TAUGHT, f"teacher.path={folders[Form.FP8]}", "teacher.tensor_parallel=2", "learner.tokens_per_microbatch=64"]
+    told = [*TAUGHT, "learner.tokens_per_microbatch=64", f"teacher.path={folders[Form.FP8]}"]
+    told += ["teacher.tensor_parallel=2"]
     found = {part.name: part.role for part in parts(resolved(run_config(told)), 0)}["teacher actor"]
     assert isinstance(found, TeacherRole) and found.parallel == 2
     rest = footprint(found, Phase.REST)
