@@ -92,7 +92,7 @@ def test_the_examples_of_methods_train(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_the_example_of_a_score_kind_trains_over_http(tmp_path: Path) -> None:
-    """And is planned with a teacher here. That both backends give the same numbers: tests/contract/test_teachers.py."""
+    """And is planned with a teacher here. Both answer by its definition: unit/teacher_service/test_score_kinds.py."""
     folder, (here, over_http) = examples("new_score_kind", tmp_path)
     run(folder, [*here, *FEW, "run_name=near", "dry_run=true"])
     with teacher_server(folder) as (url, token):

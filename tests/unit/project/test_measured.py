@@ -32,3 +32,16 @@ def test_figures_are_of_all_methods_of_their_part_and_three_seeds(script: dict[s
         assert {(run["arm"], run["seed"]) for run in figures["runs"]} == {
             (method, seed) for method in script["PARTS"][file.stem].methods for seed in (0, 1, 2)
         }
+
+
+def test_figures_of_the_stage_page_are_the_measured_ones(script: dict[str, Any]) -> None:
+    section = script["PAGE"].read_text().partition("## The student as its own teacher")[2].partition("\n## ")[0]
+    measured = {line.split("`")[1]: line for line in section.splitlines() if line.startswith("| `")}
+    page = (ROOT / "docs" / "stages" / "locks_self.md").read_text().replace("GRPO on the", "`grpo_token_mean` on the")
+    rows = [line for line in page.splitlines() if line.startswith("| `") and line.endswith(" T |")]
+    assert {row.split("`")[1] for row in rows} == set(measured)
+    for row in rows:
+        _, _, sampled, greedy, flops, _ = (cell.strip() for cell in row.split("|"))
+        assert (
+            f"| {sampled} | {greedy} |" in measured[row.split("`")[1]] and f"| {flops} |" in measured[row.split("`")[1]]
+        )
