@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def outcome(overrides: Sequence[str], models: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_real_sizes_are_laid_out_as_recorded(name: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m tests.unit.plan.test_layout` records anew."""
+    """`python -m tests.records` records anew."""
     student, teacher, count, gib, more = CASES[name]
     shows(monkeypatch, count)
     overrides = [*pair(models, student, teacher), *more, f"cluster.gpu_memory_gib={gib}"]
@@ -247,8 +248,6 @@ def test_the_fullest_gpu_is_the_fullest_of_all_that_may_come(found: list[Part]) 
 
 def record() -> None:
     """Write the golden file."""
-    import tempfile
-
     found = {}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for name, (student, teacher, count, gib, more) in CASES.items():
@@ -256,7 +255,3 @@ def record() -> None:
             overrides = [*pair(Path(folder), student, teacher), *more, f"cluster.gpu_memory_gib={gib}"]
             found[name] = outcome(overrides, Path(folder))
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    record()
