@@ -7,6 +7,7 @@ from typing import Any
 from hf.folder import read_headers
 from launch.artifacts.checkpoint_state import described
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.settings import Sharing
 from launch.plan.checks.devices import gpus_of_teacher
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
@@ -195,6 +196,8 @@ def check_devices(config: RunConfig) -> None:
                 f"{beside} engines of {devices} devices each share one, but {at}.gpu_memory_utilization={share} is of "
                 f"the whole device; set {at}.gpu_memory_utilization={floor(100 / beside) / 100}"
             )
+    if cluster.share is Sharing.TIME:  # one of them is awake at a time
+        return
     fractions = all(0 < devices < 1 for *_, devices in users)
     total = sum(share * replicas for _, share, replicas, _ in users)
     if fractions and sum(replicas * devices for *_, replicas, devices in users) <= 1 < total:

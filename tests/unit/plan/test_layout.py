@@ -42,6 +42,7 @@ CASES = {
     "24 GB, adapters": ("0.6B", "4B", 1, 24, ADAPTED),
     "two of 24 GB": ("0.6B", "4B", 2, 24, CHECKPOINTED),
     "80 GB": ("1.7B", "8B", 1, 80, CHECKPOINTED),
+    "80 GB, vLLM teaches by turns": ("1.7B", "8B", 1, 80, [*CHECKPOINTED, "teacher.backend=VLLM"]),
     "80 GB, not checkpointed": ("1.7B", "8B", 1, 80, TRAINED),
     "eight of 80 GB": ("8B", "32B", 8, 80, CHECKPOINTED),
     "eight of 80 GB, not checkpointed": ("8B", "32B", 8, 80, TRAINED),

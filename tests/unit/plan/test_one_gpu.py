@@ -13,7 +13,7 @@ from launch.config.run_config import run_config
 from launch.config.settings import Sharing
 from launch.plan.checks.devices import resolved, roles
 from launch.plan.memory.cards import Crowd, fullest, host_bytes, misfit
-from launch.plan.memory.footprint import CONTEXT, LearnerRole, asleep, parked, peak
+from launch.plan.memory.footprint import CONTEXT, GRAPHS, LearnerRole, TeacherRole, asleep, parked, peak
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import GIB, Part, card_bytes, parts
 from launch.plan.memory.sharing import check_turns
@@ -128,10 +128,6 @@ def test_turns_are_proposed_where_roles_do_not_fit_at_once(models: Path, monkeyp
     ("overrides", "sentence"),
     [
         (
-            ["teacher.backend=VLLM"],
-            "lets teachers sleep, but teacher.backend=VLLM keeps its memory; set teacher.backend",
-        ),
-        (
             ["learner.transport=CUDA_IPC"],
             "lets the learner sleep .* learner.transport=CUDA_IPC reads them from its GPU",
         ),
@@ -157,6 +153,11 @@ def test_a_process_that_sleeps_keeps_little_and_the_host_the_rest() -> None:
     assert asleep(LEARNER).total == CONTEXT
     assert parked(LEARNER) == (2 + 4 + 8) * 10**9, "weights, masters and moments; gradients are given up after a step"
     assert parked(replace(LEARNER, on_gpu=False)) == 0
+    read = TeacherRole(model=MODEL, bytes_each=2, tokens=4096, rows=512, on_gpu=True)
+    run = replace(read, reserved=30 * GIB, head=GIB)
+    assert (asleep(read).total, parked(read)) == (CONTEXT, MODEL.weights(2))
+    assert asleep(run).total == CONTEXT + GRAPHS + MODEL.weights(2) // 16, "what vLLM captured stays on the GPU"
+    assert parked(run) == MODEL.weights(2) + GIB
     frozen = replace(LEARNER, adapters=True, stage=3)
     assert asleep(frozen).weights == 2 * 10**9, "DeepSpeed leaves frozen parameters of ZeRO-3 where they are"
 
