@@ -203,7 +203,7 @@ class _VLLMTeacher(ABC):
 
     @abstractmethod
     def _beside(self) -> Sequence[torch.Tensor]:
-        """What `_prepare` loaded."""
+        """Tensors that `_prepare` loaded."""
 
     @abstractmethod
     def _arguments(self) -> Mapping[str, Any]:
