@@ -65,7 +65,10 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("jensen_shannon", "gkd"), "jsd"),
     **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl"), "skewed_kl"),
     **dict.fromkeys(
-        ("sampled_reverse_kl", "reasoning_prefixes", "thinking_machines", "squared_reverse_kl", "vopd_topk"),
+        (
+            *("sampled_reverse_kl", "reasoning_prefixes", "thinking_machines", "squared_reverse_kl", "vopd_topk"),
+            "lookahead_optimizer",
+        ),
         "reverse_kl",
     ),
     **dict.fromkeys(("sampled_jensen_shannon", "ratio_reverse_kl"), "reverse_kl"),
