@@ -98,7 +98,7 @@ PARTS: Mapping[str, Part] = {
         "fire", "ta_opd", "top_entropy", "top_divergence", "reasoning_prefixes", "open_prompts", "cold_start",
     ),
     "writers": _shop("trb", "trd", "edge_opd", "effopd", "lgr", "topd"),
-    "mixed": _shop("lookahead_optimizer"),
+    "added": _shop("lookahead_optimizer", "distillm2"),
     "self": _shop("opsd", "sdft", "sdpo", "context_distillation"),
     "self_taught": Part(
         SELF, ("context_distillation", "opsd", "sdft", "edge_opd", "sft", "grpo_token_mean"),

@@ -63,7 +63,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("fire", "ta_opd", "top_entropy", "top_divergence"), ""),
     **dict.fromkeys(("monte_carlo_reverse_kl", "monte_carlo_forward_kl", "topk_jensen_shannon"), ""),
     **dict.fromkeys(("jensen_shannon", "gkd"), "jsd"),
-    **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl"), "skewed_kl"),
+    **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl", "distillm2"), "skewed_kl"),
     **dict.fromkeys(
         (
             *("sampled_reverse_kl", "reasoning_prefixes", "thinking_machines", "squared_reverse_kl", "vopd_topk"),
