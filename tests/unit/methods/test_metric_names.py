@@ -80,7 +80,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "union_forward_kl": f"support_divergence {CHOSEN}",
     **dict.fromkeys(("many_faces", "trb", "union_reverse_kl", "intersection_reverse_kl"), f"support_kl {CHOSEN}"),
     "eopd": f"uncertain_share {CHOSEN}",
-    "lgr": "reverse_kl credit credited_share",
+    **dict.fromkeys(("lgr", "mopd_orm"), "reverse_kl credit credited_share"),
     "opd2": "reverse_kl delta agreed_share",
     "minillm": "reverse_kl return",
     **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
