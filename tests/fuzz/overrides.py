@@ -248,6 +248,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"method\.weights\.\w+\.filters", named(part("opd.token_weights."))),
     (r"method\.update\.trials", whole(0, 100)),
     (r"method\.update\.stride", real(0, 1000)),
+    (r"method\.update\.period", whole(1, 10**6)),
+    (r"method\.update\.fraction", real(1e-3, 1)),
     (r"method\.update\.parameters", lambda v: text(r"[^\x00]+")(v) and bool(re.compile(v))),
     (r"method\.update\.metric", text(r"[A-Za-z][\w/]*")),
     (r"method\.update\.accept_equal", yes),
