@@ -20,10 +20,7 @@ from launch.plan.checks.conversations import check_conversations, teachers_token
 from launch.plan.checks.devices import automatic, gpus, resolved, undecided, unseen_notes, visible_gpus
 from launch.plan.checks.ends import text_ends
 from launch.plan.checks.engines import engine_notes
-from launch.plan.checks.methods.copies import copy_notes
-from launch.plan.checks.methods.factors import check_factors
-from launch.plan.checks.methods.sampling import check_sampling
-from launch.plan.checks.methods.templates import check_shown
+from launch.plan.checks.methods.meaning import check_meaning
 from launch.plan.checks.models import parameter_count
 from launch.plan.checks.numbers import check_numbers, decided_notes, numbers_notes
 from launch.plan.checks.prompts import (
@@ -196,7 +193,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_shares(config, training)
     check_one_context(config, training)
     notes = [*check_tasks(config, training, held_out), *hub_remarks(config, placed.hub)]
-    meant = _meant(config, training, tokenizer)
+    meant = check_meaning(config, training, tokenizer)
     answers = check_answers(config, sources, held_out)
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
@@ -225,16 +222,6 @@ def make_plan(config: RunConfig) -> Plan:
         sizes=sizes.why,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
     )
-
-
-def _meant(config: RunConfig, training: Survey, tokenizer: HuggingFaceTokenizer) -> list[str]:
-    """Remarks on a method that trains something else than its settings say; refuses one that would train nothing."""
-    return [
-        *check_factors(config),
-        *check_sampling(config, training, tokenizer),
-        *check_shown(config, training, tokenizer),
-        *copy_notes(config, training),
-    ]
 
 
 def _notes(config: RunConfig, student: Folder) -> list[str]:

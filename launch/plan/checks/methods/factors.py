@@ -1,18 +1,18 @@
 """Checks of the factors of terms, over all steps of a run."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 
 from launch.config.run_config import RunConfig
 from launch.plan.checks.settings import terms_by_place
 from opd.errors import ConfigurationError
 from opd.method.schedules import CosineSchedule, LinearSchedule, SwitchSchedule, value
 from opd.method.terms import Term
-from opd.ports import Context
+from opd.ports import Completion, Context, GenerateRequest, PublishedWeights, WeightAck
 from opd.settings.validation import walk
+from opd.types.prompt_rows import PromptText
 
 MOST = 2_000  # steps at which factors are looked at, the first and the last among them
 
@@ -35,12 +35,40 @@ def _values(term: Term, steps: Int[np.ndarray, " s"], total: int) -> Float[np.nd
     """Factors of a term at `steps`."""
     if not callable(term.coefficient):
         return np.full(len(steps), float(term.coefficient))
-    return np.asarray([value(term.coefficient, _at(step, total)) for step in steps.tolist()])
+    return np.asarray([value(term.coefficient, at_step(step, total)) for step in steps.tolist()])
 
 
-def _at(step: int, steps: int) -> Context:
-    """Context of a schedule: the step of a run whose engines are not started."""
-    none = cast(Any, None)
+class _NotStarted:
+    """Engine and tokenizer of a run that is only planned; a schedule follows the step and calls neither."""
+
+    eos_id = 0
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        raise _asked()
+
+    async def receive(self, weights: PublishedWeights) -> WeightAck:
+        raise _asked()
+
+    def encode(self, text: str) -> Int32[np.ndarray, " P"]:
+        raise _asked()
+
+    def encode_all(self, prompts: Sequence[PromptText]) -> list[Int32[np.ndarray, " P"]]:
+        raise _asked()
+
+    def decode(self, ids: np.ndarray) -> str:
+        raise _asked()
+
+
+def _asked() -> ConfigurationError:
+    return ConfigurationError(
+        "a schedule of the method calls an engine, but a schedule is a function of the step alone, by which a run is "
+        "planned; let it read context.step and context.steps"
+    )
+
+
+def at_step(step: int, steps: int) -> Context:
+    """Context of a schedule at a step of a planned run."""
+    none = _NotStarted()
     return Context(student=none, teachers={}, writers={}, graders={}, tokenizer=none, step=step, steps=steps)
 
 
@@ -82,13 +110,13 @@ def _schedules(config: RunConfig) -> Iterator[str]:
     for name, _, part in walk(config.method, "method"):
         match part:
             case LinearSchedule(steps=steps) | CosineSchedule(steps=steps) if steps > config.steps:
-                last = part(_at(config.steps - 1, config.steps))
+                last = part(at_step(config.steps - 1, config.steps))
                 yield (
                     f"note: {name} goes from {part.first:g} to {part.last:g} in {steps} steps, but the run has "
                     f"{config.steps} and ends at {last:.3g}; {name}.steps={config.steps} goes all the way"
                 )
             case SwitchSchedule():
-                ends = {part(_at(step, config.steps)) for step in (0, config.steps - 1)}
+                ends = {part(at_step(step, config.steps)) for step in (0, config.steps - 1)}
                 if len(ends) == 1 and part.first != part.last and 0 not in ends:  # which is said of the term
                     yield (
                         f"note: {name} is {ends.pop():g} at every step: its switch at the share {part.at:g} of a run "

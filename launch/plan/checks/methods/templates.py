@@ -68,12 +68,13 @@ def _unasked(config: RunConfig) -> Iterator[str]:
     for place, term in terms_by_place(config):
         scorer = term.scorer
         if isinstance(scorer, JudgeAdvantage) and not ("{prompt}" in scorer.before and scorer.after.strip()):
-            lacks, field = (
-                ("is asked nothing behind an answer", "after")
-                if scorer.after.strip() == ""
-                else ("does not read the prompt that an answer is to", "before")
-            )
-            yield f"note: the judge of {place}.scorer {lacks}, because {place}.scorer.{field} does not have it"
+            if not scorer.after.strip():
+                yield f"note: the judge of {place}.scorer is asked nothing: {place}.scorer.after is empty"
+            else:
+                yield (
+                    f"note: the judge of {place}.scorer does not read the prompt: {place}.scorer.before lacks "
+                    "{prompt}"
+                )
 
 
 def _templates(config: RunConfig) -> Iterator[tuple[str, str]]:
