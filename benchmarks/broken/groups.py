@@ -52,7 +52,7 @@ def _given(scores: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextRewarded(TeacherAdvantage):
-    """Returns in which what an environment said is rewarded, as if the student had written it."""
+    """Returns with rewards for an environment's tokens, as if the student had written them."""
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         every = [replace(t, loss_mask=np.ones_like(t.loss_mask)) for t in trajectories]

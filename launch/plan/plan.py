@@ -192,8 +192,7 @@ def make_plan(config: RunConfig) -> Plan:
     config = sizes.config
     check_shares(config, training)
     check_one_context(config, training)
-    notes = [*check_tasks(config, training, held_out), *hub_remarks(config, placed.hub)]
-    meant = check_meaning(config, training, tokenizer)
+    notes = _remarks(config, placed, training, held_out, tokenizer)
     answers = check_answers(config, sources, held_out)
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
@@ -214,7 +213,6 @@ def make_plan(config: RunConfig) -> Plan:
             *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
             *notes,
-            *meant,
             *_notes(config, student),
         ],
         ends=ends.ids,
@@ -222,6 +220,14 @@ def make_plan(config: RunConfig) -> Plan:
         sizes=sizes.why,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
     )
+
+
+def _remarks(
+    config: RunConfig, placed: "_Placed", training: Survey, held_out: HeldOut, tokenizer: HuggingFaceTokenizer
+) -> list[str]:
+    """Remarks of checks of the tasks, of what is on the hub, and of what the method would train."""
+    tasks = check_tasks(config, training, held_out)
+    return [*tasks, *hub_remarks(config, placed.hub), *check_meaning(config, training, tokenizer)]
 
 
 def _notes(config: RunConfig, student: Folder) -> list[str]:

@@ -87,7 +87,7 @@ def _context(case: Case, group: Sequence[Trajectory]) -> float:
 
 
 def _asks_of_texts(case: Case, group: Sequence[Trajectory]) -> bool:
-    """Whether teachers are asked about the texts alone."""
+    """Whether all requests to teachers are about the texts alone."""
     log, texts = RequestLog(), {t.token_ids.tobytes() for t in group}
 
     async def score() -> None:

@@ -73,7 +73,7 @@ def _readers(config: RunConfig, term: Term, training: Survey, *, plain: bool) ->
 
 
 def _weights(config: RunConfig, name: str) -> str:
-    """What tells the weights of a teacher from others: its folder, or its name where they are elsewhere or change."""
+    """Identity of a teacher's weights: its folder, or its name where they are elsewhere or change."""
     teacher = config.teachers[name]
     return f"teacher {name}" if teacher.backend in REMOTE or teacher.mixup else _folder(config, name)
 

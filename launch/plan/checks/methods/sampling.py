@@ -28,7 +28,7 @@ AWAY = "so that the policy that sampled is not the student, which a loss knows a
 
 
 def check_sampling(config: RunConfig, training: Survey, tokenizer: Tokenizer) -> list[str]:
-    """Notes on texts of which a method makes something else than its name says; refuses those that teach it nothing."""
+    """Notes on texts that mean something else to a method than its name; refuses those that teach it nothing."""
     where, student = _student(config.method.rollout)
     _check_beginning(config)
     if student is not None and student.temperature == 0:
@@ -89,7 +89,7 @@ def _bare(term: Term) -> Any:
 
 
 def _effect(term: Term) -> str:
-    """What a temperature changes for a term that reads the log-probabilities of the policy that sampled; "" for others.
+    """Effect of a temperature on a term that reads the log-probabilities of the policy that sampled; "" for others.
 
     An importance ratio alone changes no expected gradient.
     """

@@ -64,7 +64,7 @@ def _unknown(config: RunConfig, tokenizer: HuggingFaceTokenizer) -> Iterator[str
 
 
 def _unasked(config: RunConfig) -> Iterator[str]:
-    """Notes on a judge that does not read what was asked, or is asked nothing."""
+    """Notes on a judge that does not read the prompt, or has no question to answer."""
     for place, term in terms_by_place(config):
         scorer = term.scorer
         if isinstance(scorer, JudgeAdvantage) and not ("{prompt}" in scorer.before and scorer.after.strip()):
