@@ -1,4 +1,4 @@
-"""Scorers and contexts that are wrong in groups which are rarer than others: of equal texts, with cut or empty ones."""
+"""Scorers and contexts that are wrong in groups which are rare: with answers that were cut, empty texts, failures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,21 +9,8 @@ import numpy as np
 from opd.method.rewards import task_rewards
 from opd.ports import Context
 from opd.rollouts.contexts import SuccessfulSibling
-from opd.scorers.advantage import TeacherAdvantage
 from opd.scorers.reward import GroupAdvantage
 from opd.types import AdvantageScores, Scores, StopReason, Trajectory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoEpsilon(GroupAdvantage):
-    """Advantages divided by the standard deviation alone, which is 0 in a group of equal rewards."""
-
-    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
-        scores = await GroupAdvantage.__call__(self, trajectories, context)
-        made = [s for s in scores if isinstance(s, AdvantageScores)]
-        spread = np.asarray([s.rewards[0] for s in made if len(s.rewards)]).std()
-        with np.errstate(all="ignore"):
-            return [replace(s, advantages=s.advantages + np.float32(0.0 / spread)) for s in made]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +35,6 @@ class MeanOfNothing(GroupAdvantage):
 
 def _given(scores: Any) -> bool:
     return isinstance(scores, AdvantageScores)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContextRewarded(TeacherAdvantage):
-    """Returns with rewards for an environment's tokens, as if the student had written them."""
-
-    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
-        every = [replace(t, loss_mask=np.ones_like(t.loss_mask)) for t in trajectories]
-        return await TeacherAdvantage.__call__(self, every, context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
