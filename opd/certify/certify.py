@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from opd.certify.certificate import Certificate, Finding, Row, at_least, worst
+from opd.certify.checks.groups import check_groups
 from opd.certify.checks.invariances import check_masks, check_steps, check_teacher, check_tokens
 from opd.certify.checks.scorers import check_credit, check_requests, check_score_order, check_targets
 from opd.certify.checks.term_sums import check_terms
@@ -95,6 +96,7 @@ def _checks(method: Method, fresh: Case, stale_case: Case) -> Iterator[Finding]:
     yield from check_limits(fresh)
     yield from check_teacher(fresh)
     yield from check_credit(fresh, extremes[0])
+    yield from check_groups(fresh)
     yield from check_targets(fresh, extremes[0])
     yield from check_steps(fresh)
     yield from check_tokens(fresh)

@@ -82,7 +82,7 @@ def schedule_notes(config: RunConfig) -> list[str]:
 
 def check_shares(config: RunConfig, training: Survey) -> None:
     """Refuse a balance of teachers that leaves one out although prompts name it: the first step would end the run."""
-    for place, term in _terms(config):
+    for place, term in terms_by_place(config):
         for name, part in term.weights.items():
             if isinstance(part, TeacherBalance) and part.shares:
                 for teacher in sorted(training.teachers.keys() - part.shares.keys()):
@@ -92,7 +92,7 @@ def check_shares(config: RunConfig, training: Survey) -> None:
                     )
 
 
-def _terms(config: RunConfig) -> list[tuple[str, Term]]:
+def terms_by_place(config: RunConfig) -> list[tuple[str, Term]]:
     """Every term of the method, and where its settings stand."""
     return [
         ("method" if name == MAIN else f"method.terms.{name}", term) for name, term in config.method.every_term.items()
@@ -144,7 +144,7 @@ def _check_prompts_per_step(config: RunConfig) -> None:
 def _parts(config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """Every setting of the method and the learner by the name that a user gave it."""
     yield from walk(config.method.rollout, "method.rollout")
-    for place, term in _terms(config):
+    for place, term in terms_by_place(config):
         objective = term.objective
         if isinstance(objective, TruncatedRatio):  # max_ratio put it there
             objective = objective.of
@@ -168,7 +168,7 @@ def _check_bounds(config: RunConfig) -> None:
 
 
 def _check_max_k(config: RunConfig) -> None:
-    asking = [f"{place}.scorer" for place, term in _terms(config) if TopK in term.scorer.requires]
+    asking = [f"{place}.scorer" for place, term in terms_by_place(config) if TopK in term.scorer.requires]
     asking += ["method.rollout"] if AtIds in config.method.requires else []
     for name, _, value in _parts(config):
         if name.endswith((".k", ".record_topk")) and name.startswith(tuple(asking)) and asking:

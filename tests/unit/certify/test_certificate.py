@@ -103,6 +103,9 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "drawn_from_teacher": {"draws follow the student (standard errors)"},
     "drawn_once": {"draws of a state are independent (standard errors)"},
     "one_draw_left_out": {"the loss is that of the draws"},
+    "pays_cut": {"an answer that was cut is worth no more than any other"},
+    "mean_of_nothing": {"a text without tokens leaves the others a number"},
+    "failing_sibling": {"what the teacher is shown of other texts is the one that is right"},
 }
 # Wrong in one corner alone: everything else must be found right.
 ONLY = {name for name, reasons in REASONS.items() if not reasons & {GRADIENT, STALE, AGAIN, FAR_WRITER, FAR_TEACHER}}
