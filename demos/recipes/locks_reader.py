@@ -34,41 +34,41 @@ def shown(template: str, problem: LocksProblem, text: str) -> str:
     return str(filled(template, problem.prompt, {"completion": text, "answer": problem.answer}))
 
 
-def alone(problem: LocksProblem, rng: random.Random) -> Written:
+def alone(task: LocksTask, problem: LocksProblem, rng: random.Random) -> Written:
     """The problem, and a pupil's text with its mistakes."""
-    return problem.prompt, LocksTask().pupil_solution(problem, rng)
+    return problem.prompt, task.pupil_solution(problem, rng)
 
 
-def told(problem: LocksProblem, rng: random.Random) -> Written:
+def told(task: LocksTask, problem: LocksProblem, rng: random.Random) -> Written:
     """The problem with its codes, and the truth."""
-    return problem.teacher_prompt, truth(problem, rng)
+    return problem.teacher_prompt, truth(task, problem, rng)
 
 
-def after_sibling(problem: LocksProblem, rng: random.Random) -> Written:
+def after_sibling(task: LocksTask, problem: LocksProblem, rng: random.Random) -> Written:
     """The problem with a right text in which values are tried, and the truth, which needs no tries."""
-    return shown(SIBLING, problem, right(problem, rng).text), truth(problem, rng)
+    return shown(SIBLING, problem, right(task, problem, rng).text), truth(task, problem, rng)
 
 
-def right(problem: LocksProblem, rng: random.Random) -> Working:
+def right(task: LocksTask, problem: LocksProblem, rng: random.Random) -> Working:
     """A text that the verifier accepts: mostly one of a pupil that happened to overlook nothing, so few tries."""
-    other = LocksTask().solution(problem, rng, wrong=rng.choice((0.3, 0.6)), again=False)
-    pupils = (LocksTask().pupil_solution(problem, rng) for _ in range(20))
+    other = task.solution(problem, rng, wrong=rng.choice((0.3, 0.6)), again=False)
+    pupils = (task.pupil_solution(problem, rng) for _ in range(20))
     lucky = next((w for w in pupils if judge(w.text, problem.answer).failure is None), other)
     return lucky if rng.random() < 0.7 else other
 
 
-def after_draft(problem: LocksProblem, rng: random.Random) -> Written:
+def after_draft(task: LocksTask, problem: LocksProblem, rng: random.Random) -> Written:
     """The problem with a pupil's text, and the same text with its mistakes repaired."""
-    pupil = LocksTask().pupil_solution(problem, rng)
-    worse = LocksTask().solution(problem, rng, wrong=0.6, slip=0.15, missed=0.4, again=False)
+    pupil = task.pupil_solution(problem, rng)
+    worse = task.solution(problem, rng, wrong=0.6, slip=0.15, missed=0.4, again=False)
     draft = rng.choice((pupil, pupil, pupil, worse))
     return shown(DRAFT, problem, draft.text), rewritten(problem, draft.words, rng)
 
 
-def truth(problem: LocksProblem, rng: random.Random) -> Working:
+def truth(task: LocksTask, problem: LocksProblem, rng: random.Random) -> Working:
     """The true solution, with wrong tries, slips and wrong verdicts that are kept from the loss."""
     wrong, slip, missed = rng.choice((0.0, 0.4, 0.7)), rng.choice((0.0, 0.0, 0.15)), rng.choice((0.0, 0.2))
-    return LocksTask().solution(problem, rng, wrong, slip, missed)
+    return task.solution(problem, rng, wrong, slip, missed)
 
 
 def rewritten(problem: LocksProblem, draft: Sequence[str], rng: random.Random) -> Working:
@@ -92,21 +92,22 @@ def first_values(text: Sequence[str]) -> Mapping[str, str]:
     return {mark: value for mark, value in pairwise(text) if mark in MARKS}
 
 
-KINDS: Mapping[Callable[[LocksProblem, random.Random], Written], int] = {
+KINDS: Mapping[Callable[[LocksTask, LocksProblem, random.Random], Written], int] = {
     alone: 12, told: 8, after_sibling: 20, after_draft: 16,
 }  # fmt: skip
 """What a batch consists of."""
 
 
-def reader_batches(seed: int) -> Iterator[list[Example]]:
+def reader_batches(seed: int, notice: float, whole: float) -> Iterator[list[Example]]:
     """Endless batches of all kinds of prompts and what is written after each.
 
-    Of three in four texts only decisions are learned: the teacher that the reader begins as can calculate already.
+    Pupils reject a wrong try with probability `notice`. A share `whole` of texts is learned as it is, of the others
+    decisions alone: what a text shows is a few of its words, which are found sooner where others do not count.
     """
-    task, rng = LocksTask(), random.Random(seed)
+    task, rng = LocksTask(notice=notice), random.Random(seed)
     while True:
-        written = [kind(task.problem(rng), rng) for kind, count in KINDS.items() for _ in range(count)]
-        yield [read(prompt, decisions(working) if rng.random() < 0.75 else working) for prompt, working in written]
+        written = [kind(task, task.problem(rng), rng) for kind, count in KINDS.items() for _ in range(count)]
+        yield [read(prompt, w if rng.random() >= 1 - whole else decisions(w)) for prompt, w in written]
 
 
 def decisions(working: Working) -> Working:

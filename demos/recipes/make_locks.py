@@ -77,7 +77,10 @@ def make_student(folder: Path, cold_start: int) -> None:
 def make_reader(folder: Path, teacher: Path) -> None:
     """The teacher, taught to read texts about a problem, and to overlook wrong tries without one."""
     model, _ = load(teacher)
-    train(model, reader_batches(seed=71), Schedule(steps=340, lr=1.5e-3), "reader")
+    train(model, reader_batches(71, notice=0.6, whole=0.25), Schedule(steps=340, lr=1.5e-3), "reader, decides")
+    save_model(model, make_tokenizer(), folder)
+    model, _ = load(folder)  # as it is stored, in bfloat16: so either half can be repeated by itself
+    train(model, reader_batches(72, notice=0.4, whole=1.0), Schedule(steps=80, lr=1e-3), "reader, calculates")
     save_model(model, make_tokenizer(), folder)
 
 

@@ -37,6 +37,7 @@ from opd.rollouts.contexts import Draft, SuccessfulSibling
 from opd.types import Prompt, StopReason, TokenScores, Trajectory
 from tests.unit.loop.test_loop import Bench
 
+TASK = LocksTask()
 ASSETS = Path(__file__).parents[3] / "assets" / "locks"
 seeds = st.integers(min_value=0, max_value=2**32)
 
@@ -79,7 +80,7 @@ def test_what_methods_show_as_shipped_is_what_the_reader_learned(
     source, rng = LocksPrompts(prompts_per_step=1, seed=seed), random.Random(seed)
     problem = source.problem(number)
     (prompt,) = source.between(number, 1, Sources(tokenizer=tokenizer, rows=lambda *_: ()))
-    wrong, good = LocksTask(notice=0.0).pupil_solution(problem, rng), right(problem, rng)
+    wrong, good = LocksTask(notice=0.0).pupil_solution(problem, rng), right(TASK, problem, rng)
     group = [trajectory(prompt, w.text, i, tokenizer) for i, w in enumerate((wrong, good))]
     of_sibling, _ = asyncio.run(SuccessfulSibling()(group, context(tokenizer)))
     assert of_sibling is not None
@@ -95,8 +96,8 @@ def test_what_methods_show_as_shipped_is_what_the_reader_learned(
 def test_a_text_that_is_shown_as_right_is_right(seed: int) -> None:
     rng = random.Random(seed)
     problem = LocksTask().problem(rng)
-    assert grade(right(problem, rng).text, problem.answer) == 1
-    prompt, working = after_sibling(problem, rng)
+    assert grade(right(TASK, problem, rng).text, problem.answer) == 1
+    prompt, working = after_sibling(TASK, problem, rng)
     assert prompt.startswith(problem.prompt) and len(working.words) == len(working.loss_mask)
 
 
@@ -121,8 +122,8 @@ def test_longest_contexts_and_texts_fit_into_the_model_of_the_experiment() -> No
     for template in (SIBLING, DRAFT):
         prompt = shown(template, LocksTask().problem(rng), longest)
         assert len(prompt.split()) + 1 + MAX_COMPLETION_WORDS <= limit
-    assert max(len(one.ids) for one in next(reader_batches(0))) <= limit
-    assert all(word in MARKS for word in first_values(after_draft(LocksTask().problem(rng), rng)[1].words))
+    assert max(len(one.ids) for one in next(reader_batches(0, notice=0.6, whole=1.0))) <= limit
+    assert all(word in MARKS for word in first_values(after_draft(TASK, TASK.problem(rng), rng)[1].words))
 
 
 @pytest.mark.parametrize("method", ["sdpo", "trd"])
@@ -136,7 +137,7 @@ def test_the_reader_takes_the_code_from_a_right_text_and_repairs_a_draft() -> No
     torch.manual_seed(0)
     model, tokenizer = load(ASSETS / "reader")
     problems, rng = held_out(24), random.Random(0)
-    told = go_on(model, tokenizer, [shown(SIBLING, p, right(p, rng).text) for p in problems], sample=False)
+    told = go_on(model, tokenizer, [shown(SIBLING, p, right(TASK, p, rng).text) for p in problems], sample=False)
     drafts = [LocksTask(notice=0.3).pupil_solution(p, rng).text for p in problems]
     before = [shown(DRAFT, p, d) for p, d in zip(problems, drafts, strict=True)]
     repaired = go_on(model, tokenizer, before, sample=False)
