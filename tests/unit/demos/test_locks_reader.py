@@ -92,6 +92,12 @@ def test_what_methods_show_as_shipped_is_what_the_reader_learned(
         assert of_draft.tolist() == list(read(shown(DRAFT, problem, working.text), good).ids[: len(of_draft)])
 
 
+def test_templates_have_as_many_words_as_when_the_reader_was_made() -> None:
+    """Its tokenizer knows none of them, so their number is all that it reads: with another, make it again."""
+    words = [[len(part.replace("{prompt}", "").split()) for part in t.split("{completion}")] for t in (SIBLING, DRAFT)]
+    assert words == [[2, 5], [3, 25]]
+
+
 @given(seeds)
 def test_a_text_that_is_shown_as_right_is_right(seed: int) -> None:
     rng = random.Random(seed)
