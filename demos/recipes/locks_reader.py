@@ -30,7 +30,7 @@ DRAFT = _default(Draft, "template")
 
 
 def shown(template: str, problem: LocksProblem, text: str) -> str:
-    """What the reader reads: the problem and a text about it, in a template."""
+    """Prompt of the reader: the problem and a text about it, in a template."""
     return str(filled(template, problem.prompt, {"completion": text, "answer": problem.answer}))
 
 

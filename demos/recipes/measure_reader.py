@@ -52,7 +52,7 @@ def firsts(problems: Sequence[LocksProblem], written: Sequence[Sequence[Text]], 
 def again(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, template: str, seen: Sequence[Seen], *, sample: bool
 ) -> list[Text]:
-    """What is written after the problem and the text."""
+    """Texts written after the problem and the text that is shown."""
     torch.manual_seed(0)
     return go_on(model, tokenizer, [shown(template, s.problem, s.text) for s in seen], sample=sample)
 
