@@ -68,6 +68,7 @@ NAV = {
         "docs/benchmarks",
         "The stage locks <docs/stages/locks>",
         "The stage locks_self <docs/stages/locks_self>",
+        "The stage locks_reader <docs/stages/locks_reader>",
         "The stage noisy <docs/stages/noisy>",
         "The stage foreign <docs/stages/foreign>",
         "The stage long <docs/stages/long>",

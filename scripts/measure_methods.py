@@ -48,6 +48,10 @@ SELF = Stage(
     "The student as its own teacher: [locks_self](../stages/locks_self.md)", "locks_self", 40,
     "64 completions a step; 250 held-out problems. Before training: 7.0 to 8.6 % at temperature 1, 7.2 % greedy.",
 )  # fmt: skip
+READER = Stage(
+    "What a teacher reads in texts of a step: [locks_reader](../stages/locks_reader.md)", "locks_reader", 40,
+    "64 completions a step (8 of each problem where siblings are compared); 250 held-out problems.",
+)  # fmt: skip
 LONG = Stage(
     "A teacher whose help ends at the first slip: [long](../stages/long.md)", "long", 40,
     "16 completions a step; 64 held-out problems, one text each.",
@@ -102,6 +106,9 @@ PARTS: Mapping[str, Part] = {
     "self": _shop("opsd", "sdft", "sdpo", "context_distillation"),
     "self_taught": Part(
         SELF, ("context_distillation", "opsd", "sdft", "edge_opd", "sft", "grpo_token_mean"),
+    ),
+    "texts_read": Part(
+        READER, ("sdpo", "trd", "context_distillation", "sft", "grpo_token_mean"),
     ),
     "noisy_teacher": Part(
         NOISY, (
@@ -176,7 +183,7 @@ def page() -> str:
     """The page, from the figures that are there."""
     found = {part: json.loads(file.read_text()) for part in PARTS if (file := FIGURES / f"{part}.json").is_file()}
     made = [INTRODUCTION.format(parts=", ".join(f"`{part}`" for part in found))]
-    for stage in (SHOP, NOISY, SELF, LONG):
+    for stage in (SHOP, NOISY, SELF, READER, LONG):
         parts = [part for part in found if PARTS[part].stage is stage]
         rows = sorted((row for part in parts for row in _rows(part, found[part])), key=lambda row: -row[0])
         if rows:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -30,11 +29,8 @@ class MeanOfNothing(GroupAdvantage):
         scores = await GroupAdvantage.__call__(self, trajectories, context)
         with np.errstate(all="ignore"):
             beside = 0.0 * sum(float(t.behavior.logprobs.sum() / np.float64(len(t))) for t in trajectories)
-        return [replace(s, advantages=s.advantages + np.float32(beside)) for s in scores if _given(s)]
-
-
-def _given(scores: Any) -> bool:
-    return isinstance(scores, AdvantageScores)
+        graded = [s for s in scores if isinstance(s, AdvantageScores)]
+        return [replace(s, advantages=s.advantages + np.float32(beside)) for s in graded]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

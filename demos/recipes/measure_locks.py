@@ -73,7 +73,6 @@ def measure(
     return found([judge(text, p.answer, ended=ended) for (text, ended), p in zip(texts, problems, strict=True)])
 
 
-@torch.no_grad()
 def write(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -83,8 +82,15 @@ def write(
     sample: bool,
 ) -> list[tuple[str, bool]]:
     """Completion texts, and whether each ended within the limit."""
-    prompts = [p.teacher_prompt if told else p.prompt for p in problems]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    return go_on(model, tokenizer, [p.teacher_prompt if told else p.prompt for p in problems], sample=sample)
+
+
+@torch.no_grad()
+def go_on(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, sample: bool
+) -> list[tuple[str, bool]]:
+    """Completion texts of any prompts, and whether each ended within the limit."""
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     # The ignore: transformers types `generate` for a protocol that its own models do not satisfy.
@@ -110,20 +116,30 @@ def found(verdicts: Sequence[Verdict]) -> Measured:
     )
 
 
-@torch.no_grad()
 def rejection(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[LocksProblem], *, told: bool
 ) -> Rejection:
     """Verdicts on the tries of true solutions with wrong tries in them, as the model reads these."""
+    return verdicts(model, tokenizer, problems, [p.teacher_prompt if told else p.prompt for p in problems])
+
+
+@torch.no_grad()
+def verdicts(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[LocksProblem],
+    prompts: Sequence[str],
+) -> Rejection:
+    """The same after any prompts of the problems."""
     chances: dict[bool, list[float]] = {False: [], True: []}
     no, rng = tokenizer.convert_tokens_to_ids("no"), random.Random(0)
-    for problem in problems:
-        prompt = problem.teacher_prompt if told else problem.prompt
-        words = [*prompt.split(), *LocksTask().solution(problem, rng, wrong=0.5).words]
+    for problem, prompt in zip(problems, prompts, strict=True):
+        before = prompt.split()
+        words = [*before, *LocksTask().solution(problem, rng, wrong=0.5).words]
         logits = model(**tokenizer(" ".join(words), return_tensors="pt")).logits[0]
-        for at, word in enumerate(words):  # <bos> stands before the words: row `at` is what comes there
-            if word in ("ok", "no"):
-                chances[word == "ok"].append(logits[at].softmax(-1)[no].item())
+        for at in range(len(before), len(words)):  # <bos> stands before the words: row `at` is what comes there
+            if words[at] in ("ok", "no"):
+                chances[words[at] == "ok"].append(logits[at].softmax(-1)[no].item())
     return Rejection(wrong=sum(chances[False]) / len(chances[False]), right=sum(chances[True]) / len(chances[True]))
 
 

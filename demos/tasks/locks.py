@@ -158,7 +158,7 @@ class LocksTask:
         All three are kept from the loss, and what follows them is not: a teacher that is right by itself must know
         what to say in states that only a student gets into. `again`: a wrong try may be of a refuted value.
         """
-        writer = _Writer()
+        writer = Writer()
         for mark, lock in zip(MARKS, problem.locks, strict=True):
             writer.add(mark)
             others = [v for v in VALUES if v != lock.code]
@@ -175,7 +175,7 @@ class LocksTask:
 
     def pupil_solution(self, problem: LocksProblem, rng: random.Random) -> Working:
         """A pupil's solution: imitated mistakes and all, so nothing is masked from the loss."""
-        writer = _Writer()
+        writer = Writer()
         for mark, lock in zip(MARKS, problem.locks, strict=True):
             writer.add(mark)
             at = rng.randrange(len(VALUES))
@@ -190,7 +190,7 @@ class LocksTask:
 
 
 @dataclass(slots=True)
-class _Writer:
+class Writer:
     """Builder of a `Working`, word by word."""
 
     words: list[str] = field(default_factory=list)
@@ -200,8 +200,11 @@ class _Writer:
         self.words.extend(words)
         self.loss_mask.extend([learn] * len(words))
 
-    def attempt(self, lock: Lock, value: str, slips: random.Random | None) -> bool:
-        """Write a try but for its verdict, with a slip if there are `slips`; true if what is written opens the lock."""
+    def attempt(self, lock: Lock, value: str, slips: random.Random | None, *, learn: bool = False) -> bool:
+        """Write a try but for its verdict, with a slip if there are `slips`; true if what is written opens the lock.
+
+        A value that is not the code is kept from the loss, unless it is one to `learn`.
+        """
         results, at = [*lock.led(value)], -1
         if slips:
             at = slips.randrange(len(results))
@@ -209,7 +212,7 @@ class _Writer:
             for later in range(at + 1, len(results)):
                 results[later] = VALUES[TABLE[lock.keys[later]][VALUES.index(results[later - 1])]]
         words = lock.attempt(value, results)
-        self.add(words[0], learn=value == lock.code)
+        self.add(words[0], learn=learn or value == lock.code)
         for place, word in enumerate(words[1:]):
             self.add(word, learn=place != 2 * at + 1)
         return results[-1] == lock.opening
