@@ -103,6 +103,10 @@ def corner_cases(method: Method) -> list[Corner]:
             why="nothing is drawn at a temperature",
         ),
         *(
+            Corner(name=name, case=make_case(small, behind(replace(world, step=step))))
+            for name, step in (("middle of a run", world.steps // 3), ("end of a run", world.steps - 1))
+        ),
+        *(
             Corner(name=name, case=make_case(small, behind(near).to(torch.float32)), tolerance=FLOAT32)
             for name, near in sure.items()
         ),

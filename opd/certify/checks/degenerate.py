@@ -1,0 +1,76 @@
+"""Checks of a method's scorer in groups where something that it divides by, or looks at, may not be there."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from opd.certify.certificate import Finding, Row
+from opd.certify.engines import RequestLog, engines
+from opd.certify.gradients import Case
+from opd.certify.weighing import one_token
+from opd.errors import ConfigurationError
+from opd.types import Scores, Trajectory
+
+SCORED = "scores are numbers in degenerate groups"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Group of texts of one prompt."""
+
+    name: str
+    texts: list[Trajectory]
+
+
+def check_degenerate(case: Case) -> Iterator[Finding]:
+    """Scores have a number for every token of a lone text, of equal texts, of one token, and of partly masked ones."""
+    measured = sum(asyncio.run(_not_numbers(case, group)) for group in _groups(case))
+    yield Row(name=SCORED, measured=float(measured), tolerance=0.0)
+
+
+def _groups(case: Case) -> Iterator[_Group]:
+    least = getattr(case.method.scorer, "min_group", 1)
+    items = case.enumeration.scored
+    text, other = items[0].trajectory, items[-case.world.vocabulary].trajectory
+    short = one_token(items[0]).trajectory
+    yield _Group(name=f"{least} equal texts", texts=[replace(text, sample=i) for i in range(least)])
+    yield _Group(name="texts of one token", texts=[replace(short, sample=i) for i in range(max(least, 2))])
+    same = replace(other, prompt=text.prompt)
+    masked = np.zeros(len(same), dtype=bool)
+    nothing = replace(same, loss_mask=masked, sample=1)
+    context = replace(text, loss_mask=np.arange(len(text)) != 1)
+    yield _Group(name="a text with context in it beside one of which nothing was sampled", texts=[context, nothing])
+
+
+async def _not_numbers(case: Case, group: _Group) -> int:
+    """Number of texts whose scores are not as many numbers as it has tokens."""
+    scorer, context = case.method.scorer, engines(case.world, RequestLog())
+    try:
+        with np.errstate(all="ignore"):
+            scores = list(await scorer(group.texts, context))
+    except (ArithmeticError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"scorer {type(scorer).__name__} cannot score a group of {group.name} ({type(error).__name__}: {error}), "
+            "which may come up in a run; give every token a number there"
+        ) from error
+    found = [_numbers(one, len(text)) for one, text in zip(scores, group.texts, strict=False)]
+    return len(group.texts) - sum(found)
+
+
+def _numbers(scores: Scores, tokens: int) -> bool:
+    """Whether all arrays within scores have a row per token and no NaN, and no infinity that is a probability of 0."""
+    return all(_array(getattr(scores, f.name), tokens) for f in fields(scores))
+
+
+def _array(value: Any, tokens: int) -> bool:
+    if isinstance(value, Scores):
+        return _numbers(value, tokens)
+    if isinstance(value, tuple):
+        parts: Sequence[Any] = value
+        return all(_array(part, tokens) for part in parts)
+    if not isinstance(value, np.ndarray):
+        return len(value) == tokens  # rows that lie elsewhere
+    return len(value) == tokens and not bool((np.isnan(value) | (value == np.inf)).any())
