@@ -36,6 +36,7 @@ from opd.method.needs import named
 from opd.ports import Role
 
 SEEDS = (0, 1)
+TRAINS = "tokens are trained"
 
 
 def certify(method: Method) -> Certificate:
@@ -56,9 +57,13 @@ def certify(method: Method) -> Certificate:
     skipped: dict[str, str] = {}
     worlds = [make_world(seed, names=names, named=named(method, Role.READER)) for seed in SEEDS]
     cases = [make_case(small, world) for world in worlds]
-    for finding in check_weights(cases[0]):
+    for finding in (*check_weights(cases[0]), *check_filters(cases[0])):
         _note(finding, rows, skipped)
-    if any(row.name == NUMBERS and not row.passed for row in rows):  # nothing can be weighed by them
+    broken = any(row.name == NUMBERS and not row.passed for row in rows)
+    if not broken and not all(case.trains() for case in cases):
+        rows.append(at_least(TRAINS, 0.0, 1.0))
+        broken = True
+    if broken:
         skipped["all other properties"] = "there is no loss without weights"
         return Certificate(method=method.name, promise=str(promise), rows=tuple(rows), skipped=skipped)
     on_policy = getattr(method.rollout, "on_policy", False)
@@ -111,9 +116,8 @@ def _checks(method: Method, fresh: Case, stale_case: Case) -> Iterator[Finding]:
     yield from check_masks(fresh)
     yield from check_requests([fresh, *extremes])
     yield from check_records([fresh, *extremes])
-    yield from check_filters(fresh)
     yield from check_degenerate(fresh)
-    yield from check_schedules(method.rollout, fresh.world)
+    yield from check_schedules(method, fresh.world)
     yield from check_updates(fresh)
     yield from check_score_order(fresh)
     yield from check_draws(fresh)

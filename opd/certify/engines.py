@@ -134,7 +134,7 @@ class _Generator:
             token_ids=token_ids,
             behavior=behavior,
             versions=np.full(len(token_ids), VERSION, dtype=np.int32),
-            stop=StopReason.END,
+            stop=StopReason.LENGTH if self.world.cut and request.sample % 2 else StopReason.END,
             digests={VERSION: "published"},
         )
         generation = Generation(request=request, as_teacher=self.as_teacher, completion=completion, logprobs=logprobs)

@@ -15,6 +15,7 @@ from opd.errors import ConfigurationError
 from opd.types import Scores, Trajectory
 
 SCORED = "scores are numbers in degenerate groups"
+UNREAD = "scores do not depend on log-probabilities of what was not sampled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,36 @@ def check_degenerate(case: Case) -> Iterator[Finding]:
     """Scores have a number for every token of a lone text, of equal texts, of one token, and of partly masked ones."""
     measured = sum(asyncio.run(_not_numbers(case, group)) for group in _groups(case))
     yield Row(name=SCORED, measured=float(measured), tolerance=0.0)
+    yield Row(name=UNREAD, measured=float(asyncio.run(_read_context(case))), tolerance=0.0)
+
+
+async def _read_context(case: Case) -> int:
+    """Number of texts whose scores change with the log-probabilities that stand at tokens of context.
+
+    Words of an environment or a tool have none: what stands there says nothing.
+    """
+    texts = [item.trajectory for item in case.enumeration.scored[: case.world.vocabulary]]
+    masks = [np.arange(len(t)) % 3 != 1 for t in texts]
+    within = [replace(t, loss_mask=mask) for t, mask in zip(texts, masks, strict=True)]
+    other = [_with_noise(t) for t in within]
+    context = engines(case.world, RequestLog())
+    first, then = [list(await case.method.scorer(group, context)) for group in (within, other)]
+    kept = [np.flatnonzero(mask) for mask in masks]
+    return sum(not _equal(a.take(rows), b.take(rows)) for a, b, rows in zip(first, then, kept, strict=True))
+
+
+def _with_noise(text: Trajectory) -> Trajectory:
+    behavior = text.behavior
+    logprobs = np.where(text.loss_mask, behavior.logprobs, behavior.logprobs - 1)
+    return replace(text, behavior=replace(behavior, logprobs=logprobs))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Scores):
+        return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    if isinstance(a, tuple):
+        return all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return not isinstance(a, np.ndarray) or np.array_equal(a, b)  # rows that lie elsewhere are of the teacher alone
 
 
 def _groups(case: Case) -> Iterator[_Group]:
