@@ -194,3 +194,18 @@ class CutRewarded(GroupAdvantage):
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         return await GroupAdvantage.__call__(self, [replace(t, stop=StopReason.END) for t in trajectories], context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedMean(SampledTokens):
+    """The mean log-probability of a text as credit, over as many tokens as the longest of its group is padded to."""
+
+    produces: ClassVar[type[Scores]] = CreditScores
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = [s for s in await SampledTokens()(trajectories, context) if isinstance(s, TokenScores)]
+        longest = max(map(len, trajectories))
+        return [
+            CreditScores(logprobs=s.logprobs, credit=np.full(len(s.logprobs), s.logprobs.sum() / longest))
+            for s in scores
+        ]

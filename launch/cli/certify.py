@@ -14,6 +14,7 @@ from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.certify.certificate import Certificate
 from opd.certify.certify import certify
+from opd.certify.reading import where_to_look
 from opd.errors import ConfigurationError, DataError
 from opd.method.method import Method
 
@@ -38,6 +39,8 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
     for name in requested[-1:] or every:
         found.append(_certified(run_config([f"method={name}", *grouped]).method))
         console.print(table(found[-1]))
+        for what, where in where_to_look(found[-1]).items():
+            console.print(Text.assemble((what, "red"), f": {where}."))
     if len(found) > 1:
         console.print(summary(found))
     if output:

@@ -11,8 +11,12 @@ from jaxtyping import Float
 from opd.loss.readings import Compatibility, StudentEntropy, StudentTopEntropy, TeacherEntropy, UnionForwardKL
 from opd.ports import Reading
 from opd.token_weights.confidence import PlausibleTrajectories, Scope, SureTeacherUnsureStudent
+from opd.token_weights.length import SkipBeginning, SkipTruncated
 from opd.token_weights.selection import ByReading, Signal, Teachability, TopFraction
-from opd.types import Scored
+from opd.token_weights.sources import Source, WrittenBy
+from opd.token_weights.targets import PerTarget
+from opd.token_weights.teachers import PromptWeight
+from opd.types import NO_VERSION, Scored, StopReason
 
 Weights = list[Float[np.ndarray, " _T"]]
 _EPSILON = 1e-8  # beside the range between two quantiles
@@ -40,7 +44,22 @@ def weights_by_definition(part: Any, items: Sequence[Scored[Any]]) -> Weights | 
             return _sure(part, items)
         case TopFraction() if not part.filters:
             return _top(part, items)
+        case PerTarget():
+            return [np.asarray(item.scores.targets, dtype=np.float64) for item in items]
+        case WrittenBy():
+            by_student = part.source is Source.STUDENT
+            return [np.where(i.trajectory.versions == NO_VERSION, not by_student, by_student) * 1.0 for i in items]
+        case SkipTruncated():
+            return [np.full(len(i.trajectory), float(i.trajectory.stop is not StopReason.LENGTH)) for i in items]
+        case SkipBeginning():
+            return [np.repeat([0.0, 1.0], [min(part.count, n), max(n - part.count, 0)]) for n in _lengths(items)]
+        case PromptWeight():
+            return [np.full(len(i.trajectory), float(i.trajectory.prompt.weight)) for i in items]
     return None
+
+
+def _lengths(items: Sequence[Scored[Any]]) -> list[int]:
+    return [len(item.trajectory) for item in items]
 
 
 def _plausible(part: PlausibleTrajectories, items: Sequence[Scored[Any]]) -> Weights:

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from opd.certify.certificate import Finding, Row
+from opd.certify.certificate import Finding, Row, Skipped
+from opd.certify.checks.scorers import numbers_of
 from opd.certify.engines import RequestLog, engines
-from opd.certify.gradients import Case
+from opd.certify.gradients import EXACT, Case, relative_difference
 from opd.certify.weighing import one_token
 from opd.errors import ConfigurationError
 from opd.types import Scores, Trajectory
 
 SCORED = "scores are numbers in degenerate groups"
+GROUPED = "scores of a text do not depend on its group"
 UNREAD = "scores do not depend on log-probabilities of what was not sampled"
 
 
@@ -31,6 +33,23 @@ def check_degenerate(case: Case) -> Iterator[Finding]:
     measured = sum(asyncio.run(_not_numbers(case, group)) for group in _groups(case))
     yield Row(name=SCORED, measured=float(measured), tolerance=0.0)
     yield Row(name=UNREAD, measured=float(asyncio.run(_read_context(case))), tolerance=0.0)
+    scorer: Any = case.method.scorer
+    if getattr(scorer, "min_group", 1) > 1 or getattr(scorer, "normalized", False):
+        yield Skipped(name=GROUPED, why="the scorer compares the texts of a group, as it declares")
+        return
+    yield Row(name=GROUPED, measured=asyncio.run(_alone(case)), tolerance=EXACT)
+
+
+async def _alone(case: Case) -> float:
+    """Difference between the scores of three texts, of which one is shorter, and those of each by itself."""
+    texts = [item.trajectory for item in case.enumeration.scored[:: case.world.vocabulary + 1][:3]]
+    texts = [replace(t, prompt=texts[0].prompt) for t in texts]
+    texts[1] = one_token(replace(case.enumeration.scored[0], trajectory=texts[1])).trajectory
+    context = engines(case.world, RequestLog())
+    together = list(await case.method.scorer(texts, context))
+    alone = [one for t in texts for one in await case.method.scorer([t], context)]
+    first, then = (numbers_of(type(x[0]).concat(x).to("cpu", lambda rows: rows)) for x in (together, alone))
+    return max((relative_difference(a, b) for a, b in zip(first, then, strict=True)), default=0.0)
 
 
 async def _read_context(case: Case) -> int:

@@ -144,18 +144,18 @@ def check_score_order(case: Case) -> Iterator[Finding]:
             after.extend(list(await case.method.scorer(reversed_group, context))[::-1])
 
     asyncio.run(score_again())
-    first, again = (_numbers(type(s[0]).concat(s).to("cpu", lambda rows: rows)) for s in (before, after))
+    first, again = (numbers_of(type(s[0]).concat(s).to("cpu", lambda rows: rows)) for s in (before, after))
     measured = max((relative_difference(a, b) for a, b in zip(first, again, strict=True)), default=0.0)
     yield Row(name=ORDER, measured=measured, tolerance=EXACT)
 
 
-def _numbers(scores: Any) -> list[Tensor]:
+def numbers_of(scores: Any) -> list[Tensor]:
     """All tensors within scores."""
     if isinstance(scores, Tensor):
         return [scores.double()] if scores.numel() else []
     if isinstance(scores, tuple):
-        return [tensor for part in scores for tensor in _numbers(part)]
-    return [tensor for f in fields(scores) for tensor in _numbers(getattr(scores, f.name))]
+        return [tensor for part in scores for tensor in numbers_of(part)]
+    return [tensor for f in fields(scores) for tensor in numbers_of(getattr(scores, f.name))]
 
 
 def check_targets(case: Case, deep: Case) -> Iterator[Finding]:

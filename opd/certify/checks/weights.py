@@ -43,13 +43,17 @@ def check_weights(case: Case) -> Iterator[Finding]:
     if not parts:
         yield from (Skipped(name=name, why=NONE) for name in (WEIGHED, NUMBERS, MASKED, MEANT, READ))
         return
-    step = _with_readings(case, "a step", _texts(case), seed=0)
+    step = _with_readings(_asked(case), "a step", _texts(case), seed=0)
     yield Row(name=WEIGHED, measured=max(_reordered(case, part, step) for part in parts.values()), tolerance=SAME)
     wrong = sum(_not_numbers(case, name, part, one) for name, part in parts.items() for one in _degenerate(case))
     yield Row(name=NUMBERS, measured=float(wrong), tolerance=0.0)
     yield Row(name=MASKED, measured=max(_unmasked(case, part) for part in parts.values()), tolerance=SAME)
     yield _defined(case)
     yield _readings_alone(case)
+
+
+def _asked(case: Case) -> Sequence[Reading]:
+    return readings_of(*case.method.weights.values())
 
 
 def _texts(case: Case) -> list[Scored[Any]]:
@@ -59,10 +63,10 @@ def _texts(case: Case) -> list[Scored[Any]]:
 
 
 def _with_readings(
-    case: Case, name: str, items: Sequence[Scored[Any]], seed: int, of: Callable[[float], float] = float
+    asked: Sequence[Reading], name: str, items: Sequence[Scored[Any]], seed: int, of: Callable[[float], float] = float
 ) -> _Step:
     """A step with readings drawn from (0, 1), each passed through `of`; NaN where nothing was sampled."""
-    draw, asked = np.random.default_rng(seed), readings_of(*case.method.weights.values())
+    draw = np.random.default_rng(seed)
 
     def drawn(item: Scored[Any]) -> Float[np.ndarray, " _T"]:
         values = np.asarray([of(x) for x in draw.uniform(0.01, 0.99, len(item.trajectory))], dtype=np.float32)
@@ -84,7 +88,7 @@ def _reordered(case: Case, part: Any, step: _Step) -> float:
     first = _weigh(case, part, items)
     order = np.random.default_rng(0).permutation(len(items))
     turned = _weigh(case, part, [items[i] for i in order])
-    _weigh(case, part, _with_readings(case, "another step", items[::2], seed=1, of=lambda x: 100 * x).items)
+    _weigh(case, part, _with_readings(_asked(case), "another step", items[::2], seed=1, of=lambda x: 100 * x).items)
     again = _weigh(case, part, items)
     changed = before != _content(items) or not np.array_equal(random, np.random.get_state()[1])
     back = [turned[i] for i in np.argsort(order)]
@@ -111,14 +115,16 @@ def _degenerate(case: Case) -> Iterator[_Step]:
     nothing = replace(
         texts[0], trajectory=replace(texts[0].trajectory, loss_mask=np.zeros(len(texts[0].trajectory), bool))
     )
-    yield _with_readings(case, "one text", texts[:1], seed=2)
-    yield _with_readings(case, "one text of one token", [one_token(texts[0])], seed=2)
-    yield _with_readings(case, "a text of which nothing was sampled beside another", [nothing, texts[1]], seed=2)
-    yield _with_readings(case, "texts that are all alike", [texts[0]] * 3, seed=2, of=lambda _: 0.5)
-    yield _with_readings(case, "readings that are all 0", texts, seed=2, of=lambda _: 0.0)
-    yield _with_readings(case, "readings of 30 nats", texts, seed=2, of=lambda x: 30 * x)
+    yield _with_readings(_asked(case), "one text", texts[:1], seed=2)
+    yield _with_readings(_asked(case), "one text of one token", [one_token(texts[0])], seed=2)
+    yield _with_readings(
+        _asked(case), "a text of which nothing was sampled beside another", [nothing, texts[1]], seed=2
+    )
+    yield _with_readings(_asked(case), "texts that are all alike", [texts[0]] * 3, seed=2, of=lambda _: 0.5)
+    yield _with_readings(_asked(case), "readings that are all 0", texts, seed=2, of=lambda _: 0.0)
+    yield _with_readings(_asked(case), "readings of 30 nats", texts, seed=2, of=lambda x: 30 * x)
     unlikely = [_unlikely(item) for item in texts]
-    yield _with_readings(case, "tokens that the teacher gives a log-probability of -30", unlikely, seed=2)
+    yield _with_readings(_asked(case), "tokens that the teacher gives a log-probability of -30", unlikely, seed=2)
 
 
 def _unlikely(item: Scored[Any]) -> Scored[Any]:
@@ -154,7 +160,7 @@ def _unmasked(case: Case, part: Any) -> float:
         replace(item, trajectory=replace(item.trajectory, loss_mask=mask))
         for item, mask in zip(_texts(case), kept, strict=True)
     ]
-    first = _with_readings(case, "texts with context", texts, seed=3).items
+    first = _with_readings(_asked(case), "texts with context", texts, seed=3).items
     other = [
         replace(item, scores=item.scores.take(np.where(mask, np.arange(len(mask)), 0)))
         for item, mask in zip(first, kept, strict=True)

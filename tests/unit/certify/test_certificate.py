@@ -17,6 +17,7 @@ from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.certify.certificate import Bound, Certificate, Row
 from opd.certify.certify import certify
+from opd.certify.reading import where_to_look
 from opd.errors import ConfigurationError
 from opd.types import TokenLoss
 
@@ -119,6 +120,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "backwards": {"schedules begin at their first value and end at their last"},
     "unblended": {WRITTEN},
     "lone_text": {"scores are numbers in degenerate groups"},
+    "padded_mean": {"scores of a text do not depend on its group"},
     "context_rewarded": {"scores do not depend on log-probabilities of what was not sampled"},
     "cut_rewarded": {CUT_TEXTS},
     "from_the_second_step": {MIDDLE, END},
@@ -185,6 +187,17 @@ def test_every_property_has_refused_something(certificates: dict[str, Any]) -> N
     assert {name for name in every - refused if not name.startswith(elsewhere)} == {SUM, SHOWN}
 
 
+def test_every_refusal_says_where_to_look(certificates: dict[str, Any]) -> None:
+    shipped = {row["property"] for found in certificates["shipped"].values() for row in found["properties"]}
+    refused = {name for found in certificates["broken"].values() for name in failures(found)}
+    for name in sorted(shipped | refused):
+        row = Row(name=name, measured=1.0, tolerance=0.0)
+        said = where_to_look(Certificate(method="m", promise="", rows=(row,), skipped={}))
+        assert len(said[name]) > 8 and not said[name].endswith(".")
+    base = [Row(name=name, measured=1.0, tolerance=0.0) for name in (GRADIENT, STALE, LONG)]
+    assert set(where_to_look(Certificate(method="m", promise="", rows=tuple(base), skipped={}))) == {GRADIENT}
+
+
 def test_a_number_that_is_not_finite_never_passes() -> None:
     for bound in Bound:
         assert not Row(name="x", measured=float("nan"), tolerance=1.0, bound=bound).passed
@@ -201,6 +214,7 @@ def test_the_command_prints_a_table_writes_json_and_exits_non_zero_on_failure(
     assert certify_methods(["method=sft"], "", console) == 0
     assert certify_methods([*ALL_BROKEN, "method=direct_k1"], str(tmp_path / "c.json"), console) == 1
     shown = console.export_text()
+    assert "the teacher matters: the gradient ignores what the teacher says." in " ".join(shown.split())
     assert "sft: certified" in shown and "direct_k1: REFUSED" in shown and "FAIL" in shown
     (said,) = json.loads((tmp_path / "c.json").read_text())
     verdicts = {row["property"]: row["verdict"] for row in said["properties"]}
