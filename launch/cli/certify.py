@@ -14,7 +14,7 @@ from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.certify.certificate import Certificate
 from opd.certify.certify import certify
-from opd.certify.reading import where_to_look
+from opd.certify.checks.where_to_look import where_to_look
 from opd.errors import ConfigurationError, DataError
 from opd.method.method import Method
 

@@ -131,9 +131,9 @@ async def enumerate_world(rollout: Any, scorer: Any, world: World) -> Enumeratio
         for i, s, p in zip(index, scored, position, strict=True)
     ):
         raise DataError(
-            f"rollout {type(rollout).__name__} does not keep the completions of its engines, one per prompt in order and "
-            "numbered so (`sample`), so its states cannot be enumerated; certify its objective in a method with rollout "
-            "StudentRollout"
+            f"rollout {type(rollout).__name__} does not keep the completions of its engines, one per prompt in order "
+            "and numbered so (`sample`), so its states cannot be enumerated; certify its objective in a method with "
+            "rollout StudentRollout"
         )
     probabilities = np.exp(
         [_sampling_logprob(s.trajectory, int(p), log) for s, p in zip(scored, position, strict=True)]

@@ -9,9 +9,9 @@ import numpy as np
 
 from opd.certify.certificate import Finding, Row, Skipped
 from opd.certify.checks.scorers import numbers_of
+from opd.certify.checks.weighing import one_token
 from opd.certify.engines import RequestLog, engines
 from opd.certify.gradients import EXACT, Case, relative_difference
-from opd.certify.weighing import one_token
 from opd.errors import ConfigurationError
 from opd.types import Scores, Trajectory
 

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped
+from opd.certify.checks.weighing import one_token, weights_by_definition
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import EXACT, SAME, Case, every_token, logits, relative_difference
-from opd.certify.weighing import one_token, weights_by_definition
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.method.method import readings_of

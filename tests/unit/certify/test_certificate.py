@@ -17,7 +17,7 @@ from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.certify.certificate import Bound, Certificate, Row
 from opd.certify.certify import certify
-from opd.certify.reading import where_to_look
+from opd.certify.checks.where_to_look import where_to_look
 from opd.errors import ConfigurationError
 from opd.types import TokenLoss
 
