@@ -63,7 +63,7 @@ class Backwards(LinearSchedule):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unblended(BlendedRollout):
-    """Trust-region blending whose budget is never asked for: the student writes alone."""
+    """Trust-region blending without a blend: the student writes alone."""
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         return await self.student(group, context)

@@ -75,7 +75,7 @@ def as_set(rollout: Any, generation: Generation, context: Context) -> bool:
 
 
 def check_filters(case: Case) -> Iterator[Finding]:
-    """Texts and prompts that a filter leaves out are those that it says, by the grader's rewards, at any threshold."""
+    """Texts and prompts that a filter leaves out agree with the rewards of the grader, at any threshold."""
     rollout = case.method.rollout
     if not isinstance(rollout, GoodTexts | OpenPrompts):
         yield Skipped(name=FILTERED, why="the rollout is none of the known filters")

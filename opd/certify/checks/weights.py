@@ -173,9 +173,7 @@ def _defined(case: Case) -> Finding:
     errors, texts = [], _texts(case)
     for part in case.method.weights.values():
         for one in (part, *other_settings(part)):
-            items = _with_readings(
-                replace(case, method=replace(case.method, weights={"": one})), "", texts, seed=0
-            ).items
+            items = _with_readings(readings_of(one), "a step", texts, seed=0).items
             expected = weights_by_definition(one, items)
             if expected is not None:
                 errors.append(_apart(_weigh(case, one, items), expected))
