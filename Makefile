@@ -9,7 +9,7 @@ SITE = $(BIN)/python -m sphinx -c docs -d build/doctrees -E -q -n -W --keep-goin
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PYTHON
 
-.PHONY: help train env check test test-faults mutants lint format docs audit clean
+.PHONY: help train env check test test-faults mutants lint format docs records audit clean
 help:
 	echo "make train   the shop experiment, on this machine's CPU    ARGS=\"steps=20\" passes options on"
 	echo "make env     what is installed, and what this machine has"
@@ -20,6 +20,7 @@ help:
 	echo "make lint    formatting, lint, types, import rules, and that the docs site builds"
 	echo "make format  rewrite the code the way make lint wants it"
 	echo "make docs    the pages as a site, in site/; a broken link fails"
+	echo "make records what is written from the code, written anew: defaults, settings, memory of real sizes, recipes, pictures"
 	echo "make audit   is anything known against the pinned packages (asks an advisory service)"
 	echo "make clean   remove caches and builds (runs/ and .venv stay)"
 
@@ -69,6 +70,10 @@ docs:
 	scripts/install.sh dev
 	$(SITE)
 	echo "site/index.html"
+
+records:
+	scripts/install.sh dev
+	$(BIN)/python -m tests.records
 
 # An environment of its own: what it needs is no part of the product.
 audit:

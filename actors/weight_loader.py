@@ -24,7 +24,7 @@ from vllm.platforms import current_platform
 from actors.base_weights import BaseWeights
 from opd.errors import DataError
 from opd.ports import Manifest
-from weight_sync.parking import Parked, discard, park, tensors_in, trim
+from weight_sync.parked_worker import ParkedWorker
 from weight_sync.receiver import ReceivedWeights
 
 BACKEND = "opd-chunks"
@@ -148,41 +148,8 @@ def _expert_kernels(model: Any) -> Iterator[tuple[Any, Any]]:
                 yield method, method.moe_kernel
 
 
-class WorkerExtension:
-    """Verbs that a worker gets beside vLLM's own; naming this class also makes the worker import this module.
-
-    On CPUs vLLM has no sleep mode.
-    """
-
-    model_runner: Any
-    _parked: Parked | None = None
-
-    def park_memory(self, keep: bool) -> None:
-        """Give up a CPU worker's caches, and its weights: until `unpark_memory`, or for ever unless `keep`.
-
-        Packed copies of weights, from which vLLM's CPU kernels compute, belong to those kernels: they cannot be parked,
-        and are given up with the weights alone.
-        """
-        model = self.model_runner.model
-        discard(tensors_in(self.model_runner.kv_caches))
-        if keep:
-            self._parked = park([*model.parameters(), *model.buffers()])
-        else:
-            discard(model.parameters())
-            for module in model.modules():
-                if hasattr(module, "cpu_linear"):
-                    module.cpu_linear = _given_up
-        trim()
-
-    def unpark_memory(self) -> None:
-        """Take back what was kept."""
-        if self._parked is not None:
-            self._parked.unpark()
-            self._parked = None
-
-
-def _given_up(*_: Any) -> None:
-    raise DataError("the student engine gave its weights up when it fell asleep, and none came since; publish again")
+class WorkerExtension(ParkedWorker):
+    """Verbs that a worker gets beside vLLM's own; naming this class also makes the worker import this module."""
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, ChunksTransfer)

@@ -98,6 +98,7 @@ PARTS: Mapping[str, Part] = {
         "fire", "ta_opd", "top_entropy", "top_divergence", "reasoning_prefixes", "open_prompts", "cold_start",
     ),
     "writers": _shop("trb", "trd", "edge_opd", "effopd", "lgr", "topd"),
+    "added": _shop("lookahead_optimizer", "distillm2", "mopd_orm"),
     "self": _shop("opsd", "sdft", "sdpo", "context_distillation"),
     "self_taught": Part(
         SELF, ("context_distillation", "opsd", "sdft", "edge_opd", "sft", "grpo_token_mean"),
@@ -117,7 +118,7 @@ _GROUPS = ("prompts.prompts_per_step=8", "prompts.group_size=8")
 _START = ("+teachers.start.path=${student.path}", "+teachers.start.dtype=FLOAT32")
 NEEDS: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("grpo", "grpo_token_mean"), (*_GROUPS, "learner.lr=3e-4")),
-    **dict.fromkeys(("kdrl", "kdrl_annealed", "opd_then_rl", "sdpo"), _GROUPS),
+    **dict.fromkeys(("kdrl", "kdrl_annealed", "opd_then_rl", "sdpo", "mopd_orm"), _GROUPS),
     **dict.fromkeys(("reference_kl", "reward_extrapolation"), _START),
     "opd2": ("+teachers.base.path=${student.path}", "+teachers.base.dtype=FLOAT32"),
     "judged": (

@@ -7,7 +7,7 @@ _BASE = ("teachers.base.path=${student.path}", "teachers.base.dtype=FLOAT32")
 _START = ("teachers.start.path=${student.path}", "teachers.start.dtype=FLOAT32")
 
 NEEDS: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "sdpo"), _GROUP),
+    **dict.fromkeys(("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "sdpo", "mopd_orm"), _GROUP),
     "opd2": _BASE,
     "judged": (
         *_GROUP,

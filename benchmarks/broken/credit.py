@@ -28,7 +28,7 @@ from opd.types import (
 def _returns(trajectories: Sequence[Trajectory], scores: Sequence[Scores], of: Any) -> list[Scores]:
     """The scores with other returns, made by `of` from the rewards `log q - log mu`."""
     return [
-        replace(s, returns=np.asarray(of(np.asarray(s.logprobs - t.behavior.logprobs)), dtype=np.float64))
+        replace(s, returns=np.asarray(of(np.where(t.loss_mask, s.logprobs - t.behavior.logprobs, 0)), dtype=np.float64))
         for t, s in zip(trajectories, scores, strict=True)
         if isinstance(s, TopKReturnScores)
     ]

@@ -193,9 +193,18 @@ def _refuse_nothing(overrides: Sequence[str], values: Mapping[str, Any]) -> None
 
 
 def _truncated(method: Method, max_ratio: float) -> Method:
+    """The method with the importance ratios of all its terms bounded; refuses a method in which no term has any."""
     if max_ratio == 0:
         return method
-    return replace(method, objective=TruncatedRatio(of=method.objective, max_ratio=max_ratio))
+    terms = {
+        name: replace(term, objective=TruncatedRatio(of=term.objective, max_ratio=max_ratio))
+        for name, term in method.terms.items()
+        if getattr(term.objective, "on_policy", False)
+    }
+    if terms and not getattr(method.objective, "on_policy", False):
+        return replace(method, terms={**method.terms, **terms})
+    main = TruncatedRatio(of=method.objective, max_ratio=max_ratio)
+    return replace(method, objective=main, terms={**method.terms, **terms})
 
 
 def _teachers(values: Mapping[str, Any]) -> dict[str, TeacherConfig]:

@@ -20,6 +20,7 @@ from launch.plan.checks.conversations import check_conversations, teachers_token
 from launch.plan.checks.devices import automatic, gpus, resolved, undecided, unseen_notes, visible_gpus
 from launch.plan.checks.ends import text_ends
 from launch.plan.checks.engines import engine_notes
+from launch.plan.checks.methods.meaning import check_meaning
 from launch.plan.checks.models import parameter_count
 from launch.plan.checks.numbers import check_numbers, decided_notes, numbers_notes
 from launch.plan.checks.prompts import (
@@ -191,7 +192,7 @@ def make_plan(config: RunConfig) -> Plan:
     config = sizes.config
     check_shares(config, training)
     check_one_context(config, training)
-    notes = [*check_tasks(config, training, held_out), *hub_remarks(config, placed.hub)]
+    notes = _remarks(config, placed, training, held_out, tokenizer)
     answers = check_answers(config, sources, held_out)
     check_routes(config, sources, training, held_out)
     check_rows(config, sources, training)
@@ -219,6 +220,14 @@ def make_plan(config: RunConfig) -> Plan:
         sizes=sizes.why,
         sentinel=_sentinel(config, training.first.student_ids, 1 + max(tokens.values())),
     )
+
+
+def _remarks(
+    config: RunConfig, placed: "_Placed", training: Survey, held_out: HeldOut, tokenizer: HuggingFaceTokenizer
+) -> list[str]:
+    """Remarks of checks of the tasks, of what is on the hub, and of what the method would train."""
+    tasks = check_tasks(config, training, held_out)
+    return [*tasks, *hub_remarks(config, placed.hub), *check_meaning(config, training, tokenizer)]
 
 
 def _notes(config: RunConfig, student: Folder) -> list[str]:

@@ -171,7 +171,7 @@ async def _second(session: Session, config: TeacherConfig | None) -> LogprobTeac
         return None
     role, cluster = "teacher for comparison", session.plan.config.cluster
     retry = replace(cluster.retry_policy(config.deadline_s), restarts=0)
-    pool = TeacherPool(retry, partial(teacher_actor, session.actors, config, role))
+    pool = TeacherPool(retry, partial(teacher_actor, session.actors, config, role, sleeps=session.turns is not None))
     if config.backend not in REMOTE:
         take_turns(session.turns, f"{role} ({config.backend.name}, {config.path})", pool.replicas)
     await pool.replicas.start(1)

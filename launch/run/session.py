@@ -218,7 +218,8 @@ def _teacher_pool(actors: Actors, config: RunConfig, name: str, turns: Turns | N
     retry_policy = config.cluster.retry_policy(teacher.deadline_s)
     if teacher.mixup:  # what it has become is in no checkpoint of ours to start another from
         retry_policy = replace(retry_policy, restarts=0)
-    pool = TeacherPool(retry_policy, partial(teacher_actor, actors, teacher), actors.end, actors.stack_dump)
+    make = partial(teacher_actor, actors, teacher, sleeps=turns is not None)
+    pool = TeacherPool(retry_policy, make, actors.end, actors.stack_dump)
     if teacher.backend not in REMOTE:  # whose memory is elsewhere
         take_turns(turns, of_teacher(name), pool.replicas)
     return pool
@@ -245,10 +246,10 @@ def _engine(
     return actors.make(VLLMEngine, role, environment, config, seed, fetch, ends, inner, sleeps, concurrency=CALLS)
 
 
-def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
+def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "", *, sleeps: bool = False) -> Any:
     """A scoring actor of the config's backend; a remote teacher's is a client, which gets the server's token.
 
-    With a `name` it is one more than the run has.
+    With a `name` it is one more than the run has. One that `sleeps` takes turns with other roles.
     """
     role = actors[teacher_role(config)]
     if name:
@@ -256,8 +257,9 @@ def teacher_actor(actors: Actors, config: TeacherConfig, name: str = "") -> Any:
         actors.check_room(role)
     environment = teacher_environment(config.device, config.backend)
     token = (os.environ.get(TOKEN_VARIABLE, ""),) if config.backend in REMOTE else ()
+    vllm = (sleeps,) if config.backend in OWN_ENGINE else ()
     cls = with_owned_returns(backend(config.backend))
-    return actors.make(cls, role, environment, config, keep, *token, concurrency=CALLS)
+    return actors.make(cls, role, environment, config, keep, *token, *vllm, concurrency=CALLS)
 
 
 async def _writer(actors: Actors, plan: Plan, name: str, role: ActorRole, turns: Turns | None) -> TextEngine:

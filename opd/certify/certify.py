@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from opd.certify.certificate import Certificate, Finding, Row, at_least, worst
 from opd.certify.checks.degenerate import check_degenerate
+from opd.certify.checks.groups import check_groups
 from opd.certify.checks.invariances import check_masks, check_steps, check_teacher, check_tokens
 from opd.certify.checks.rollouts import check_filters, check_records
 from opd.certify.checks.schedules import check_schedules
@@ -110,6 +111,7 @@ def _checks(method: Method, fresh: Case, stale_case: Case) -> Iterator[Finding]:
     yield from check_limits(fresh)
     yield from check_teacher(fresh)
     yield from check_credit(fresh, extremes[0])
+    yield from check_groups(fresh)
     yield from check_targets(fresh, extremes[0])
     yield from check_steps(fresh)
     yield from check_tokens(fresh)

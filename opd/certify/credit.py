@@ -59,6 +59,8 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
             return _teacher_advantages(enumeration, teachers)
         case TopKReturnScores() if hasattr(scorer, "discount"):
             return [_returns(scorer, log_ratios) for log_ratios in _log_ratios(enumeration, teachers)]
+        case CreditScores() if hasattr(scorer, "scale_by_std"):
+            return _advantages(enumeration, scorer.scale_by_std, rewards(enumeration.scored))
         case CreditScores() if getattr(scorer, "looks_ahead", False):
             return _lookaheads(enumeration, teachers)
         case EvidenceScores():

@@ -18,11 +18,13 @@ from opd.certify.certificate import Finding, Row, Skipped
 from opd.certify.engines import RequestLog, engines
 from opd.certify.gradients import Case
 from opd.method.method import Method
+from opd.method.rewards import task_rewards
 from opd.ports import Context, Need
-from opd.types import Trajectory
+from opd.types import StopReason, Trajectory
 
 ROOMY = 100_000  # tokens: more than any text of a world has
 INDEPENDENT = "what the teacher is shown does not depend on the text that it scores"
+SUCCESS = "what the teacher is shown of other texts is the one that is right"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,8 @@ def check_shown(case: Case) -> Iterator[Finding]:
         yield Skipped(name=INDEPENDENT, why="the rollout shows the teacher nothing of other texts")
         return
     yield Row(name=INDEPENDENT, measured=float(asyncio.run(_dependent(shown.of, case))), tolerance=0.0)
+    if hasattr(shown.of, "threshold"):
+        yield Row(name=SUCCESS, measured=float(asyncio.run(_failures(shown.of, case))), tolerance=0.0)
 
 
 async def _dependent(builder: Any, case: Case) -> int:
@@ -78,6 +82,25 @@ async def _dependent(builder: Any, case: Case) -> int:
                 changed = replace(other, prompt=group[i].prompt, sample=group[i].sample)
                 after = await builder([*group[:i], changed, *group[i + 1 :]], context)
                 wrong += not _same(before[i], after[i])
+    return wrong
+
+
+async def _failures(builder: Any, case: Case) -> int:
+    """Number of texts that are not shown the only right text of their group, of which all others were cut."""
+    context, wrong = engines(case.world, RequestLog()), 0
+    texts = [item.trajectory for item in case.enumeration.scored]
+    for _, members in groupby(texts, key=lambda t: t.prompt.id):
+        group = list(members)
+        right = int(np.argmax(await task_rewards(group, context)))
+        group = [t if i == right else replace(t, stop=StopReason.LENGTH) for i, t in enumerate(group)]
+        before = await builder(group, context)
+        wrong += before[right] is not None
+        for i, j in ((i, (i + 1) % len(group)) for i in range(0, len(group), 3)):
+            if right in (i, j):
+                continue
+            other = replace(group[j - 2], sample=group[j].sample, stop=StopReason.LENGTH)
+            after = await builder([*group[:j], other, *group[j + 1 :]], context)
+            wrong += before[i] is None or not _same(before[i], after[i])
     return wrong
 
 

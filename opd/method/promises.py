@@ -233,8 +233,8 @@ class Coarsened:
                 teacher=merged(states.teacher),
                 behavior=merged(states.behavior),
                 support=torch.cat([members, member], dim=-1),
-                credit=torch.cat([states.credit, no_credit], dim=-1),  # a bucket has none
-                target=torch.cat([states.target, no_credit], dim=-1),
+                credit=torch.cat([states.credit, no_credit], dim=1),  # a bucket has none
+                target=torch.cat([states.target, torch.zeros_like(states.target[:, :1])], dim=-1),
             )
         )
 

@@ -26,7 +26,7 @@ class EvidenceReverseKL:
     on_policy: ClassVar[bool] = False  # without a correction it is about given tokens, of any policy
 
     # evidence that a token must exceed, in nats
-    threshold: Annotated[float, In(-1e6, 1e6)] = 0.0
+    threshold: Annotated[float, In(-1e6, 100, because="hardly a token's evidence is 100 nats")] = 0.0
     # multiply with the importance ratio of the student and the policy that wrote
     corrected: bool = False
 

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 
 import torch
 
+from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.method import promises as exact
 from opd.method import reward_promises as rewards
@@ -76,6 +77,13 @@ class FixedAdvantage:
     advantage: Annotated[float, In(-1e3, 1e3, because="below 0 it makes what was sampled less likely")] = -0.5
     # tokens are counted while the current student gives them less than this probability; 1 is all
     below: Annotated[float, In(1e-9, 1, because="1 counts every token")] = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.advantage:
+            raise ConfigurationError(
+                "objective FixedAdvantage needs an advantage other than 0, of which every gradient is 0 and nothing is "
+                "trained; set method.objective.advantage=-0.5, as published"
+            )
 
     @property
     def promise(self) -> exact.Promise:

@@ -267,7 +267,7 @@ class AtIds(_Support):
                 f"it asks at ids of shape {self.ids.shape}, but that must be ({tokens}, K) with K from 1 to "
                 f"{max_k} (teacher.max_k); correct the scorer"
             )
-        if self.ids.min() < 0 or self.ids.max() >= vocabulary:
+        if self.ids.size and (self.ids.min() < 0 or self.ids.max() >= vocabulary):
             return f"it asks at ids outside the vocabulary of {vocabulary}; check that tokenizers agree"
         return ""
 

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from opd.errors import ConfigurationError
 from opd.method.rewards import task_rewards
 from opd.method.templates import Ids, NoRoomError, shortened
 from opd.ports import Context, Need, Role
 from opd.settings.auto import Auto
-from opd.settings.ranges import Fraction, Template, Tokens
+from opd.settings.ranges import In, Template, Tokens
 from opd.settings.validation import settings
 from opd.types import Trajectory
 
@@ -62,7 +62,7 @@ class SuccessfulSibling:
     needs_engines: ClassVar[frozenset[Need]] = frozenset({Need(Role.GRADER)})
 
     # least reward of a success
-    threshold: Fraction = 0.5
+    threshold: Annotated[float, In(1e-6, 1, because="0 takes every answer for right")] = 0.5
     # what the teacher reads where a sibling succeeded
     solution: Template = "{prompt}\n\nCorrect solution:\n\n{completion}\n\nCorrectly solve the original question."
     # what it reads where an environment alone said something
@@ -71,6 +71,17 @@ class SuccessfulSibling:
     )
     # longest context in tokens; a longer solution or feedback loses its end
     longest: Tokens = 10240
+
+    def __post_init__(self) -> None:
+        _needs(self, "solution", "completion")
+        _needs(self, "feedback", "feedback")
+
+    @property
+    def shows(self) -> tuple[str, ...]:
+        """Templates of what it builds, without what is made while the run lasts."""
+        return tuple(
+            text.replace("{completion}", "").replace("{feedback}", "") for text in (self.solution, self.feedback)
+        )
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[Ids | None]":
         rewards = await task_rewards(trajectories, context)
@@ -115,6 +126,14 @@ class Draft:
         "line of reasoning where possible, keep correct steps and fix errors. Write the rewritten solution alone."
     )
 
+    def __post_init__(self) -> None:
+        _needs(self, "template", "completion")
+
+    @property
+    def shows(self) -> tuple[str, ...]:
+        """Templates of what it builds, without what is made while the run lasts."""
+        return (self.template.replace("{completion}", ""),)
+
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[Ids | None]":
         return [self._one(t, context) for t in trajectories]
 
@@ -128,6 +147,16 @@ class Draft:
             return shortened(self.template, trajectory.prompt, said, "completion", self.room - self.free, context)
         except NoRoomError:
             return None
+
+
+def _needs(builder: Any, field: str, name: str) -> None:
+    """Refuse a template without the text that it is there to show."""
+    template = getattr(builder, field)
+    if f"{{{name}}}" not in template:
+        raise ConfigurationError(
+            f"{type(builder).__name__}.{field} shows a teacher nothing without {{{name}}}, but got {template[:60]!r}; "
+            f"write {{{name}}} where that text belongs"
+        )
 
 
 def with_room(part: Any, tokens: int) -> Any:

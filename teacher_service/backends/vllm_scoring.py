@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from hf.folder import text_config
 from hf.lm_head import load_head
 from hf.tokenizer_check import check_checkpoint
-from opd.errors import DataError, OpdError
+from opd.errors import ConfigurationError, DataError, OpdError
 from opd.ports import ScoreAnswer, ScoreRequest
 from opd.settings.devices import resolve_device, resolve_dtype
 from teacher_service.backends.torch_forward import microbatches
@@ -37,14 +37,20 @@ from teacher_service.scoring import (
     length,
     scores_from_hidden,
 )
+from weight_sync.parked_worker import EXTENSION
+from weight_sync.parking import Parked, park, trim
 from weight_sync.rendezvous import be_alone
+
+_KEPT = 1  # vLLM's level of sleep in which weights wait in host memory
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
-def engine_arguments(config: TeacherConfig, device: torch.device, positions: int) -> dict[str, Any]:
+def engine_arguments(
+    config: TeacherConfig, device: torch.device, positions: int, *, sleeps: bool = False
+) -> dict[str, Any]:
     """vLLM's engine arguments on `device` that both backends have; sequences have at most `positions` tokens."""
     cpu = device.type == "cpu"
     return {
@@ -62,6 +68,8 @@ def engine_arguments(config: TeacherConfig, device: torch.device, positions: int
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
         "disable_log_stats": True,
+        "enable_sleep_mode": sleeps and not cpu,
+        "worker_extension_cls": EXTENSION,
     } | ({"kv_cache_memory_bytes": config.kv_cache_bytes} if cpu else {})
 
 
@@ -70,9 +78,10 @@ class _VLLMTeacher(ABC):
 
     spare: int  # tokens of the model's length that vLLM needs besides those that are read
 
-    def __init__(self, config: TeacherConfig, store: Store) -> None:
+    def __init__(self, config: TeacherConfig, store: Store, sleeps: bool = False) -> None:
+        """`store` keeps hidden states; a teacher that `sleeps` can give its memory up on a GPU, too."""
         check_checkpoint(config.path, "teacher")
-        self._config, self._store = config, store
+        self._config, self._store, self._sleeps = config, store, sleeps
         self._device = resolve_device(config.device, "teacher")
         self._dtype = resolve_dtype(config.dtype, self._device)
         model = text_config(config.path, "teacher")
@@ -87,6 +96,7 @@ class _VLLMTeacher(ABC):
         )
         self._requests = self._scored = self._read = self._number = 0
         self._busy_s = 0.0
+        self._parked: Parked | None = None  # what stands beside the engine, while it sleeps
         self._prepare()
         self._thread = ThreadPoolExecutor(1, "vllm-teacher")
         self._engine: Future[LLMEngine] = self._thread.submit(self._start)
@@ -105,6 +115,36 @@ class _VLLMTeacher(ABC):
         work = asyncio.wrap_future(self._thread.submit(self._scores, list(requests)))
         return await in_time(self._config, work, f"scoring {len(requests)} completions")
 
+    async def sleep(self) -> None:
+        """Move the weights from the GPU to host memory, on a CPU to a file. Until `wake` nothing is scored."""
+        await in_time(self._config, asyncio.wrap_future(self._thread.submit(self._fall_asleep)), "falling asleep")
+
+    async def wake(self) -> None:
+        """Move back what `sleep` moved; does nothing if it is awake."""
+        await in_time(self._config, asyncio.wrap_future(self._thread.submit(self._wake)), "waking up")
+
+    def _fall_asleep(self) -> None:
+        if self._parked is not None:
+            return
+        engine = self._engine.result()
+        if self._device.type == "cpu":
+            engine.collective_rpc("park_memory", kwargs={"keep": True})
+        else:
+            engine.sleep(level=_KEPT)
+        self._parked = park(self._beside())
+        trim()
+
+    def _wake(self) -> None:
+        if self._parked is None:
+            return
+        engine = self._engine.result()
+        self._parked.unpark()
+        if self._device.type == "cpu":
+            engine.collective_rpc("unpark_memory")
+        else:
+            engine.wake_up()
+        self._parked = None
+
     async def stats(self) -> TeacherStats:
         """Counts of this teacher's work so far."""
         return TeacherStats(requests=self._requests, scored=self._scored, read=self._read, busy_s=self._busy_s)
@@ -122,7 +162,7 @@ class _VLLMTeacher(ABC):
 
         if self._config.tensor_parallel == 1:
             be_alone(current_platform.dist_backend)
-        common = engine_arguments(self._config, self._device, self._positions)
+        common = engine_arguments(self._config, self._device, self._positions, sleeps=self._sleeps)
         return LLMEngine.from_engine_args(EngineArgs(**{**common, **self._arguments()}))
 
     def _run(self, asked: "Sequence[tuple[list[int], SamplingParams | PoolingParams]]") -> list[Any]:
@@ -144,6 +184,8 @@ class _VLLMTeacher(ABC):
         return [outputs[name] for name in names]
 
     def _scores(self, requests: list[ScoreRequest]) -> list[ScoreAnswer]:
+        if self._parked is not None:
+            raise ConfigurationError("the teacher's weights are not where it computes: it sleeps; wake it before")
         start = perf_counter()
         answers: list[ScoreAnswer | None] = [None] * len(requests)
         for members in microbatches([length(r) for r in requests], self._config.max_batch_tokens):
@@ -158,6 +200,10 @@ class _VLLMTeacher(ABC):
     @abstractmethod
     def _prepare(self) -> None:
         """Load what stands beside the engine: before vLLM measures the memory that is free."""
+
+    @abstractmethod
+    def _beside(self) -> Sequence[torch.Tensor]:
+        """Tensors that `_prepare` loaded."""
 
     @abstractmethod
     def _arguments(self) -> Mapping[str, Any]:
@@ -175,6 +221,9 @@ class HiddenTeacher(_VLLMTeacher):
 
     def _prepare(self) -> None:
         self._head = load_head(self._config.path, self._dtype, self._device)
+
+    def _beside(self) -> Sequence[torch.Tensor]:
+        return [self._head]
 
     def _arguments(self) -> Mapping[str, Any]:
         from vllm.config import PoolerConfig
@@ -206,6 +255,9 @@ class PromptLogprobsTeacher(_VLLMTeacher):
 
     def _prepare(self) -> None:
         """Nothing stands beside the engine."""
+
+    def _beside(self) -> Sequence[torch.Tensor]:
+        return []
 
     def _arguments(self) -> Mapping[str, Any]:
         return {"max_logprobs": -1, "generation_config": "vllm", "logprobs_mode": "raw_logprobs"}

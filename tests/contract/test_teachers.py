@@ -11,7 +11,7 @@ import torch
 from opd.errors import ConfigurationError, DataError
 from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
 from opd.types import HiddenScores, TokenScores, TopKScores
-from teacher_service.config import Backend
+from teacher_service.config import OWN_ENGINE, REMOTE, Backend
 from tests.contract.conftest import Class, Tiny, make_request, make_requests, open_class
 from tests.one_kind import singles
 from tests.tiny_models import VOCABULARY, completion_logprobs
@@ -119,6 +119,39 @@ def test_what_a_backend_cannot_answer_it_refuses(school: Class) -> None:
         if type(asked.kinds[0]) not in school.supports:
             with pytest.raises(ConfigurationError, match="cannot answer"):
                 school.run(school.teacher.score([asked]))
+
+
+def test_a_teacher_that_slept_scores_as_before(school: Class) -> None:
+    """To the last bit, twice; meanwhile it refuses, and its weights are not in memory."""
+    if school.backend in REMOTE:
+        assert not hasattr(school.teacher, "sleep"), "its memory is elsewhere"
+        return
+    asked = make_requests(school.supports, 6, seed=200)
+    before, held = school.score(asked), weighs(school)
+    for _ in range(2):
+        school.run(school.teacher.sleep())
+        school.run(school.teacher.sleep())
+        with pytest.raises(ConfigurationError, match="it sleeps; wake it before"):
+            school.score(asked)
+        assert weighs(school) <= 0.3 * held, "ends of pages stay where they are"
+        school.run(school.teacher.wake())
+        school.run(school.teacher.wake())
+        for one, other in zip(school.score(asked), before, strict=True):
+            assert np.array_equal(one.logprobs, other.logprobs)
+            if isinstance(one, TopKScores):
+                assert np.array_equal(one.topk_logprobs, other.topk_logprobs)
+
+
+def weighs(school: Class) -> float:
+    """Sum of the magnitudes of all parameters that a vLLM teacher has in memory; 0 for others."""
+    if school.backend not in OWN_ENGINE:
+        return 0.0
+    (total,) = school.teacher._engine.result().collective_rpc(magnitude)
+    return total
+
+
+def magnitude(worker: Any) -> float:
+    return sum(float(p.detach().abs().sum()) for p in worker.model_runner.model.parameters())
 
 
 def test_statistics_count(school: Class) -> None:

@@ -61,7 +61,7 @@ def check_lengths(config: RunConfig, training: Survey, held_out: HeldOut, tokeni
 
     Refuses one that fits neither the engine, nor, where it is read, a teacher or a micro-batch whose size is told.
     """
-    written = max(config.max_tokens, *_limits(config.method.rollout))
+    written = max(config.max_tokens, *token_limits(config.method.rollout))
     longest = read = of_teachers = 0
     microbatch = config.learner.tokens_per_microbatch
     asked = [(training, written, True)]
@@ -114,7 +114,7 @@ def _check_questions(config: RunConfig, found: Survey, more: int, tokenizer: Tok
         for name in sorted(asked & config.teachers.keys()):
             teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
             rooms = {"max_batch_tokens": teacher.max_batch_tokens, "max_model_len": teacher.max_model_len}
-            longest = max(_least_tokens(template, tokens, tokenizer) for template in templates) + more
+            longest = max(least_tokens(template, tokens, tokenizer) for template in templates) + more
             for key, room in rooms.items():
                 if room and longest > room:
                     raise ConfigurationError(
@@ -124,19 +124,19 @@ def _check_questions(config: RunConfig, found: Survey, more: int, tokenizer: Tok
                     )
 
 
-def _least_tokens(template: str, prompt: int, tokenizer: Tokenizer) -> int:
+def least_tokens(template: str, prompt: int, tokenizer: Tokenizer) -> int:
     """Number of tokens that a filled template has at least."""
     own = len(tokenizer.encode(template.replace("{prompt}", "").replace("{answer}", "")))
     return max(0, own - JOINTS) + prompt * ("{prompt}" in template)
 
 
-def _limits(part: Any) -> Iterator[int]:
+def token_limits(part: Any) -> Iterator[int]:
     """`max_tokens` of a rollout and of the rollouts it is made of."""
     for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
         value = getattr(part, field.name)
         if field.name == "max_tokens" and isinstance(value, int):
             yield value
-        yield from _limits(value)
+        yield from token_limits(value)
 
 
 def check_rows(config: RunConfig, sources: Sources, training: Survey) -> None:

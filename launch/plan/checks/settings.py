@@ -7,6 +7,7 @@ from typing import Any
 from hf.folder import read_headers
 from launch.artifacts.checkpoint_state import described
 from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.settings import Sharing
 from launch.plan.checks.devices import gpus_of_teacher
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
@@ -81,7 +82,7 @@ def schedule_notes(config: RunConfig) -> list[str]:
 
 def check_shares(config: RunConfig, training: Survey) -> None:
     """Refuse a balance of teachers that leaves one out although prompts name it: the first step would end the run."""
-    for place, term in _terms(config):
+    for place, term in terms_by_place(config):
         for name, part in term.weights.items():
             if isinstance(part, TeacherBalance) and part.shares:
                 for teacher in sorted(training.teachers.keys() - part.shares.keys()):
@@ -91,7 +92,7 @@ def check_shares(config: RunConfig, training: Survey) -> None:
                     )
 
 
-def _terms(config: RunConfig) -> list[tuple[str, Term]]:
+def terms_by_place(config: RunConfig) -> list[tuple[str, Term]]:
     """Every term of the method, and where its settings stand."""
     return [
         ("method" if name == MAIN else f"method.terms.{name}", term) for name, term in config.method.every_term.items()
@@ -143,7 +144,7 @@ def _check_prompts_per_step(config: RunConfig) -> None:
 def _parts(config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """Every setting of the method and the learner by the name that a user gave it."""
     yield from walk(config.method.rollout, "method.rollout")
-    for place, term in _terms(config):
+    for place, term in terms_by_place(config):
         objective = term.objective
         if isinstance(objective, TruncatedRatio):  # max_ratio put it there
             objective = objective.of
@@ -167,7 +168,7 @@ def _check_bounds(config: RunConfig) -> None:
 
 
 def _check_max_k(config: RunConfig) -> None:
-    asking = [f"{place}.scorer" for place, term in _terms(config) if TopK in term.scorer.requires]
+    asking = [f"{place}.scorer" for place, term in terms_by_place(config) if TopK in term.scorer.requires]
     asking += ["method.rollout"] if AtIds in config.method.requires else []
     for name, _, value in _parts(config):
         if name.endswith((".k", ".record_topk")) and name.startswith(tuple(asking)) and asking:
@@ -195,6 +196,8 @@ def check_devices(config: RunConfig) -> None:
                 f"{beside} engines of {devices} devices each share one, but {at}.gpu_memory_utilization={share} is of "
                 f"the whole device; set {at}.gpu_memory_utilization={floor(100 / beside) / 100}"
             )
+    if cluster.share is Sharing.TIME:  # one of them is awake at a time
+        return
     fractions = all(0 < devices < 1 for *_, devices in users)
     total = sum(share * replicas for _, share, replicas, _ in users)
     if fractions and sum(replicas * devices for *_, replicas, devices in users) <= 1 < total:

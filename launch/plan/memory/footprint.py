@@ -232,8 +232,10 @@ def _teacher(role: TeacherRole, phase: Phase) -> Footprint:
     model, width = role.model, role.bytes_each
     scoring = phase is Phase.SCORE
     logits = 3 * 4 * role.rows * model.vocabulary if scoring or role.reserved else 0
+    weights = model.weights(width) // role.parallel
     held = Footprint(
-        weights=model.weights(width) // role.parallel,
+        weights=weights,
+        graphs=(GRAPHS + weights // 16) if role.reserved else 0,
         context=CONTEXT if role.on_gpu else 0,
         activations=pass_bytes(model, width, role.tokens) // role.parallel if scoring or role.reserved else 0,
         logits=0 if role.head else logits,

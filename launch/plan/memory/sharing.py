@@ -1,23 +1,15 @@
 """Settings under which roles cannot take turns on their memory (`cluster.share=TIME`)."""
 
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig
 from launch.config.settings import Sharing
 from learner.config import Transport
 from opd.errors import ConfigurationError
 from opd.loop.staleness import WeightUpdate
 from opd.settings.devices import Device, Dtype
-from teacher_service.config import Backend
 
 
 def no_turns(config: RunConfig) -> str:
     """Reason why roles of this run cannot take turns, and what to set; "" if they can."""
-    for name, teacher in config.teachers.items():
-        if teacher.backend in (Backend.VLLM, Backend.VLLM_LOGPROBS):
-            key = "teacher" if name == DEFAULT else f"teachers.{name}"
-            return (
-                f"lets teachers sleep, but {key}.backend={teacher.backend.name} keeps its memory; set "
-                f"{key}.backend=TORCH"
-            )
     learner, schedule = config.learner, config.staleness_schedule
     if learner.transport in (Transport.CUDA_IPC, Transport.NCCL):
         return (

@@ -24,10 +24,10 @@ from opd.certify.gradients import (
     make_case,
     relative_difference,
 )
-from opd.certify.targets import scorer_targets, writes
+from opd.certify.targets import scorer_targets, targets_by_definition, writes
 from opd.method import promises
 from opd.method.method import weigh
-from opd.ports import Layout
+from opd.ports import Layout, Role, needs_of
 from opd.types import Batch, CreditScores, VocabularyScores
 
 TEACHER = ("the teacher matters", "zero where the student equals its teacher", "a shifted teacher is noticed")
@@ -47,7 +47,9 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     world, exact, trained = case.world, case.exact(), case.training()
     other = make_case(case.method, world.with_teachers(world.other_teachers, writers=writes(case.method.scorer)))
     moved = relative_difference(trained, other.training())
-    if relative_difference(exact, case.exact(teachers=world.other_teachers)) < NOTICED:
+    labeled = scorer_targets(case.enumeration) is not None
+    given = labeled and _as_given(case)
+    if not given and relative_difference(exact, case.exact(teachers=world.other_teachers)) < NOTICED:
         why = "the promise compares with no teacher"
         yield from (Skipped(name=name, why=why) for name in (*TEACHER, TOWARDS))
         yield Row(name=ALONE, measured=moved, tolerance=0.0)
@@ -57,7 +59,6 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     # A student that is shown more than itself is no equal of itself.
     same = replace(case.method, rollout=getattr(case.method.rollout, "plain", case.method.rollout))
     equal = make_case(same, world.with_student_as_teacher())
-    labeled = scorer_targets(case.enumeration) is not None
     if labeled:
         yield Skipped(name=TEACHER[1], why="a target is learned from, also one of an equal, and compared with nothing")
     else:
@@ -71,6 +72,12 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     yield at_least(TEACHER[2], measured, NOTICED)
     directions = (promises.ReverseKL(), promises.ForwardKL())
     yield at_least(TOWARDS, max(_cosine(trained, case.exact(d)) for d in directions), 0.1)
+
+
+def _as_given(case: Case) -> bool:
+    """Whether targets are known as the scorer gave them alone, and it declares a teacher: the promise has that one."""
+    asked = {need.role for need in needs_of(case.method.scorer)} & {Role.READER, Role.WRITER}
+    return bool(asked) and targets_by_definition(case.enumeration, case.world.teachers) is None
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

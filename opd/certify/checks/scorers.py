@@ -191,7 +191,7 @@ def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
     else:
         yield Row(name=DEFINED, measured=max(e for e in errors if e is not None), tolerance=EXACT)
     match case.enumeration.scored[0].scores:
-        case AdvantageScores() if Need(Role.GRADER) in needs_of(case.method.scorer):
+        case AdvantageScores() | CreditScores() if Need(Role.GRADER) in needs_of(case.method.scorer):
             yield from _graded(case)
         case TopKReturnScores():
             yield from _returned(case)

@@ -18,6 +18,7 @@ from opd.ports import Context
 from opd.types import StepReport
 from opd.updates.extrapolated import ExtrapolatedStep, Origin
 from opd.updates.optimizer import OptimizerStep
+from opd.updates.slow_weights import SlowWeights
 
 STEPPED = "an update takes one step on the whole batch"
 KEPT = "an update keeps nothing between steps"
@@ -26,6 +27,7 @@ NAMES = ("layers.0.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight", "lay
 GOAL, CURVATURE, RATE = np.array([1.0, -2.0, 0.5, 3.0]), np.array([1.0, 0.3, 0.6, 0.1]), 0.03
 UPDATES = 9  # steps 1, 2, 4 and 8 among them
 Weights = Float[np.ndarray, " P"]
+Known = OptimizerStep | ExtrapolatedStep | SlowWeights
 
 
 class _EveryMetric(Mapping[str, float]):
@@ -98,7 +100,7 @@ def check_updates(case: Case) -> Iterator[Finding]:
     resumed = _Learner(weights=half.weights.copy(), snapshots={k: v.copy() for k, v in half.snapshots.items()})
     rest = _path(update, resumed, case.world, batches, objective, start=3)
     yield Row(name=KEPT, measured=float(np.abs(np.stack([*first, *rest]) - np.stack(path)).max()), tolerance=0.0)
-    if not isinstance(update, OptimizerStep | ExtrapolatedStep):
+    if not isinstance(update, Known):
         yield Skipped(name=WEIGHTS, why="no definition is known for this update; the other rows hold without one")
         return
     off = [_off(one, case.world) for one in (update, *other_settings(update))]
@@ -121,12 +123,12 @@ def _path(
     return made
 
 
-def _off(update: OptimizerStep | ExtrapolatedStep, world: World) -> float:
+def _off(update: Known, world: World) -> float:
     path = _path(update, _Learner(), world, [[object()]], object())
     return float(np.abs(np.stack(path) - np.stack(_defined(update))).max())
 
 
-def _defined(update: OptimizerStep | ExtrapolatedStep) -> Sequence[Weights]:
+def _defined(update: Known) -> Sequence[Weights]:
     """Weights after every step by definition: the farthest candidate up to the first that is not better."""
     now, origin, made = np.zeros(len(NAMES)), np.zeros(len(NAMES)), []
     for number in range(1, UPDATES + 1):
@@ -134,6 +136,8 @@ def _defined(update: OptimizerStep | ExtrapolatedStep) -> Sequence[Weights]:
         if isinstance(update, ExtrapolatedStep) and update.trials and number in (1, 2, 4, 8):
             now, before = _searched(update, now, origin), now
             origin = now if update.origin is Origin.ACCEPTED else before
+        if isinstance(update, SlowWeights) and number % update.period == 0:
+            now = origin = origin + update.fraction * (now - origin)
         made.append(now)
     return made
 

@@ -55,6 +55,8 @@ WHERE: Mapping[str, str] = {
     "`everything`: the same with nothing left out)",
     "a text is recorded": "the rollout changes a text's prompt, log-probabilities, versions (-1 where no policy of the "
     "run wrote), digests or end",
+    "an answer that was cut": "the scorer pays for a text that the token limit cut",
+    "a text without tokens": "a mean over no token",
     "texts are left out": "the filter keeps others than its thresholds say, by the rewards of the grader",
     "scores follow": "the scorer depends on the order of a group, keeps something, or draws at random",
     "scores are numbers": "division by 0, or an empty mean: a text that is alone or has one token, or equal texts",
@@ -66,6 +68,7 @@ WHERE: Mapping[str, str] = {
     "weights do not depend": "a weight reads scores where `loss_mask` is False, as at an environment's words",
     "weights are what": "the wrong end, a wrong count or a wrong mean, beside the weight that the part is derived from",
     "readings are": "a reading uses other tokens of its batch, that is of a micro-batch; let the weight do that",
+    "what the teacher is shown of other texts": "a context shows a text that did not succeed",
     "what the teacher is shown": "a context is built from the text that the teacher scores in it",
     "draws": "the tokens that the objective draws",
     "the loss is that of the draws": "`given` and `__call__` differ",

@@ -1,4 +1,4 @@
-"""Extrapolated updates on real ranks: ranks lost between the verbs and a resumed run end bit by bit as without."""
+"""Updates of several verbs on real ranks: ranks lost between them and a resumed run end bit by bit as without."""
 
 import asyncio
 from dataclasses import replace
@@ -14,6 +14,7 @@ from learner.learner import LearnerRank
 from opd.settings.devices import Dtype
 from opd.updates.extrapolated import ExtrapolatedStep, Origin
 from opd.updates.optimizer import OptimizerStep
+from opd.updates.slow_weights import SLOW, SlowWeights
 from tests.integration.learner.test_learner_faults import equal
 from tests.integration.learner.test_learner_verbs import Contents, config_of
 from tests.integration.learner.test_restarted_verbs import Local, LocalGroup
@@ -97,6 +98,17 @@ def test_a_resumed_run_searches_from_the_snapshots_of_its_checkpoint(runs: Runs,
     expected = contents(rank)
     resumed, rank = runs(RULES[rule], [], first=2)
     assert resumed == straight[2:] and equal(contents(rank), expected)
+
+
+def test_slow_weights_survive_ranks_lost_between_their_verbs_and_a_resumed_run(runs: Runs, contents: Contents) -> None:
+    rule = SlowWeights(period=2, fraction=0.5)
+    straight, rank = runs(rule, [])
+    expected = contents(rank)
+    planned = ["snapshot", "step", "extrapolate", "snapshot"]
+    reports, rank = runs(rule, planned, saved=3)  # in the middle of a period
+    assert not planned and reports == straight and equal(contents(rank), expected)
+    resumed, rank = runs(rule, [], first=3)
+    assert resumed == straight[3:] and equal(contents(rank), expected) and any(SLOW in name for name in expected)
 
 
 @pytest.mark.parametrize("rule", [ExtrapolatedStep(trials=0), ExtrapolatedStep(stride=0.0), RULES["refused"]], ids=str)

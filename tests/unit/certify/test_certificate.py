@@ -54,6 +54,7 @@ RECORDED = "a text is recorded with its prompt, its writer and that one's log-pr
 MIDDLE, END, CUT_TEXTS = (
     f"{GRADIENT}, {where}" for where in ("middle of a run", "end of a run", "texts that the token limit cut")
 )
+PAID = "an answer that was cut is worth no more than any other"
 STEPPED, ENDS = "an update takes one step on the whole batch", "an update ends with the weights that it is defined to"
 pytestmark = pytest.mark.timeout(600)  # less than a minute of one processor, which may be shared
 SHIPPED = groups()["method"]
@@ -122,11 +123,14 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "lone_text": {"scores are numbers in degenerate groups"},
     "padded_mean": {"scores of a text do not depend on its group"},
     "context_rewarded": {"scores do not depend on log-probabilities of what was not sampled"},
-    "cut_rewarded": {CUT_TEXTS},
+    "cut_rewarded": {CUT_TEXTS, PAID},
     "from_the_second_step": {MIDDLE, END},
     "stepped_twice": {STEPPED, ENDS},
     "every_other": {"an update keeps nothing between steps", ENDS},
     "from_the_start": {ENDS},
+    "pays_cut": {CUT_TEXTS, PAID},
+    "mean_of_nothing": {"a text without tokens leaves the others a number"},
+    "failing_sibling": {"what the teacher is shown of other texts is the one that is right"},
 }
 # Wrong in one corner alone: everything else must be found right.
 ONLY = {name for name, reasons in REASONS.items() if not reasons & {GRADIENT, STALE, AGAIN, FAR_WRITER, FAR_TEACHER}}

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from launch.plan.plan import Plan, make_plan
 from tests.command import ROOT
 from tests.hollow_models import gpt2, hollow, qwen2, qwen3, qwen3_moe
 from tests.hub_stand_in import HubStandIn, hub_stand_in
+from tests.records import with_row
 from tests.unit.hub.conftest import use
 from tests.unit.hub.test_adopter import rows
 
@@ -71,11 +74,11 @@ DATA: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubStandIn]:
+@contextmanager
+def served(home: Path) -> Iterator[HubStandIn]:
     """A hub with everything that recipes name."""
     with hub_stand_in() as hub, pytest.MonkeyPatch.context() as patch:
-        use(patch, hub.url, tmp_path_factory.mktemp("home"))
+        use(patch, hub.url, home)
         for name, config in MODELS.items():
             hub.add("model", name, hollow(config))
         for name, (file, columns) in DATA.items():
@@ -86,6 +89,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubStandIn]:
         yield hub
         close_session()
     assert not hub.wrong
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubStandIn]:
+    with served(tmp_path_factory.mktemp("home")) as hub:
+        yield hub
 
 
 def plans(name: str) -> list[Plan]:
@@ -129,7 +138,14 @@ def test_a_recipe_is_planned_and_told_in_the_docs(name: str, published: HubStand
         assert len(plan.hub) >= 4 and plan.config.cluster.address == "auto"
         assert not [note for note in plan.remarks if "trained on" in note and "minillm" not in name]
     written = row(name, planned)
-    assert written in PAGE.read_text(), f"write this row into docs/recipes.md: {written}"
+    assert written in PAGE.read_text(), f"{written}: record it with `python -m tests.records`"
+
+
+def record(home: Path) -> None:
+    """Write the rows of docs/recipes.md."""
+    with served(home):
+        for name in RECIPES:
+            with_row(PAGE, row(name, plans(name)))
 
 
 def test_every_row_is_of_a_recipe() -> None:

@@ -70,6 +70,7 @@ FACTS: dict[str, dict[str, object]] = {
     "OpenPrompts": {"on_policy": False},
     "EnvironmentRollout": {"on_policy": True, "needs_engines": ("environment", "student")},
     "GroupAdvantage": {"min_group": 2, "needs_engines": ("grader",)},
+    "OutcomeCredit": {"min_group": 2, "needs_engines": ("grader", "reading teacher")},
     "SkipTruncated": {"reads_sampled_tokens": True},
     "SkipFirst": {"reads_sampled_tokens": True},
     "SkipBeginning": {"reads_sampled_tokens": False},

@@ -63,9 +63,12 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("fire", "ta_opd", "top_entropy", "top_divergence"), ""),
     **dict.fromkeys(("monte_carlo_reverse_kl", "monte_carlo_forward_kl", "topk_jensen_shannon"), ""),
     **dict.fromkeys(("jensen_shannon", "gkd"), "jsd"),
-    **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl"), "skewed_kl"),
+    **dict.fromkeys(("skewed_reverse_kl", "skewed_forward_kl", "distillm2"), "skewed_kl"),
     **dict.fromkeys(
-        ("sampled_reverse_kl", "reasoning_prefixes", "thinking_machines", "squared_reverse_kl", "vopd_topk"),
+        (
+            *("sampled_reverse_kl", "reasoning_prefixes", "thinking_machines", "squared_reverse_kl", "vopd_topk"),
+            "lookahead_optimizer",
+        ),
         "reverse_kl",
     ),
     **dict.fromkeys(("sampled_jensen_shannon", "ratio_reverse_kl"), "reverse_kl"),
@@ -77,7 +80,7 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "union_forward_kl": f"support_divergence {CHOSEN}",
     **dict.fromkeys(("many_faces", "trb", "union_reverse_kl", "intersection_reverse_kl"), f"support_kl {CHOSEN}"),
     "eopd": f"uncertain_share {CHOSEN}",
-    "lgr": "reverse_kl credit credited_share",
+    **dict.fromkeys(("lgr", "mopd_orm"), "reverse_kl credit credited_share"),
     "opd2": "reverse_kl delta agreed_share",
     "minillm": "reverse_kl return",
     **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),

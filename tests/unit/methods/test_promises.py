@@ -12,6 +12,7 @@ from torch import Tensor
 from opd.errors import ConfigurationError
 from opd.method import promises as exact
 from opd.method.promises import States
+from opd.method.reward_promises import BeyondDeviation
 
 V, N = 7, 4
 
@@ -152,3 +153,12 @@ def test_combinations_and_credits_are_their_formulas() -> None:
     }
     for promise, value in expected.items():
         torch.testing.assert_close(promise(s), value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("made", [exact.Renormalized, exact.Coarsened, exact.Truncated], ids=lambda c: c.__name__)
+def test_credit_of_several_numbers_goes_through_whatever_is_made_of_a_promise(made: Any) -> None:
+    s = states()
+    two = replace(s, credit=torch.stack([s.credit.abs(), s.credit.abs() / 2], -1), support=torch.ones(N, V).bool())
+    of = BeyondDeviation(relaxation=0.5)
+    torch.testing.assert_close(made(of=of, support=exact.ScoredSupport())(two), of(two))
+    assert of(two).abs().min() > 1e-3

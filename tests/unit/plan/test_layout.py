@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ CASES = {
     "24 GB, adapters": ("0.6B", "4B", 1, 24, ADAPTED),
     "two of 24 GB": ("0.6B", "4B", 2, 24, CHECKPOINTED),
     "80 GB": ("1.7B", "8B", 1, 80, CHECKPOINTED),
+    "80 GB, vLLM teaches by turns": ("1.7B", "8B", 1, 80, [*CHECKPOINTED, "teacher.backend=VLLM"]),
     "80 GB, not checkpointed": ("1.7B", "8B", 1, 80, TRAINED),
     "eight of 80 GB": ("8B", "32B", 8, 80, CHECKPOINTED),
     "eight of 80 GB, not checkpointed": ("8B", "32B", 8, 80, TRAINED),
@@ -95,7 +97,7 @@ def outcome(overrides: Sequence[str], models: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_real_sizes_are_laid_out_as_recorded(name: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m tests.unit.plan.test_layout` records anew."""
+    """`python -m tests.records` records anew."""
     student, teacher, count, gib, more = CASES[name]
     shows(monkeypatch, count)
     overrides = [*pair(models, student, teacher), *more, f"cluster.gpu_memory_gib={gib}"]
@@ -247,8 +249,6 @@ def test_the_fullest_gpu_is_the_fullest_of_all_that_may_come(found: list[Part]) 
 
 def record() -> None:
     """Write the golden file."""
-    import tempfile
-
     found = {}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for name, (student, teacher, count, gib, more) in CASES.items():
@@ -256,7 +256,3 @@ def record() -> None:
             overrides = [*pair(Path(folder), student, teacher), *more, f"cluster.gpu_memory_gib={gib}"]
             found[name] = outcome(overrides, Path(folder))
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    record()

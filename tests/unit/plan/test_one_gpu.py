@@ -1,6 +1,7 @@
 """One GPU for all roles: what fits if they take turns, the experiments for such GPUs, and what cannot take turns."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from launch.config.run_config import run_config
 from launch.config.settings import Sharing
 from launch.plan.checks.devices import resolved, roles
 from launch.plan.memory.cards import Crowd, fullest, host_bytes, misfit
-from launch.plan.memory.footprint import CONTEXT, LearnerRole, asleep, parked, peak
+from launch.plan.memory.footprint import CONTEXT, GRAPHS, LearnerRole, TeacherRole, asleep, parked, peak
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import GIB, Part, card_bytes, parts
 from launch.plan.memory.sharing import check_turns
@@ -22,6 +23,7 @@ from opd.errors import ConfigurationError
 from tests.command import ROOT
 from tests.hollow_models import hollow, qwen3
 from tests.hub_stand_in import hub_stand_in
+from tests.records import with_row
 from tests.unit.hub.conftest import use
 from tests.unit.hub.test_adopter import rows
 from tests.unit.plan.test_footprint import LEARNER, MODEL
@@ -30,13 +32,14 @@ from tests.unit.plan.test_layout import CHECKPOINTED, models, pair, part, shows,
 __all__ = ["models"]
 SIZES = {"0.6B": (1024, 28, 16, 3072), "1.7B": (2048, 28, 16, 6144), "4B": (2560, 36, 32, 9728)}
 PAGE = ROOT / "docs" / "gpus.md"
+CARDS = {"one_gpu_24gb": 24, "one_gpu_80gb": 80}
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Models and data that the experiments name."""
+@contextmanager
+def served(home: Path) -> Iterator[None]:
+    """Models and data that the experiments name, at a stand-in of the hub."""
     with hub_stand_in() as hub, pytest.MonkeyPatch.context() as patch:
-        use(patch, hub.url, tmp_path_factory.mktemp("home"))
+        use(patch, hub.url, home)
         for size, shape in SIZES.items():
             hub.add("model", f"Qwen/Qwen3-{size}", hollow(qwen3(*shape, tied=True)))
         hub.add("model", "Qwen/Qwen3-8B", hollow(qwen3(4096, 36, 32, 12_288, tied=False)))
@@ -48,6 +51,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         hub.add("dataset", "openai/gsm8k", {**files, "README.md": head.encode()})
         yield
     assert not hub.wrong
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with served(tmp_path_factory.mktemp("home")):
+        yield
 
 
 def planned(experiment: str, gib: int, *more: str) -> Plan:
@@ -67,7 +76,7 @@ def row(experiment: str, plan: Plan, card: int) -> str:
     )
 
 
-@pytest.mark.parametrize(("experiment", "gib"), [("one_gpu_24gb", 24), ("one_gpu_80gb", 80)])
+@pytest.mark.parametrize(("experiment", "gib"), CARDS.items())
 @pytest.mark.usefixtures("hub")
 def test_an_experiment_for_one_gpu_is_planned_and_told(
     experiment: str, gib: int, monkeypatch: pytest.MonkeyPatch
@@ -79,8 +88,17 @@ def test_an_experiment_for_one_gpu_is_planned_and_told(
     assert plan.config.cluster.share is Sharing.TIME and misfit(found, card) is None
     check_fits(roles(plan.config), [Machine(cpus=16, gpus=1)], "this machine")
     written = row(experiment, plan, card)
-    assert written in PAGE.read_text(), f"write this row into docs/gpus.md: {written}"
+    assert written in PAGE.read_text(), f"{written}: record it with `python -m tests.records`"
     assert experiment in (ROOT / "README.md").read_text()
+
+
+def record(home: Path) -> None:
+    """Write the rows of docs/gpus.md."""
+    with served(home), pytest.MonkeyPatch.context() as patch:
+        shows(patch, 1)
+        for experiment, gib in CARDS.items():
+            plan = planned(experiment, gib)
+            with_row(PAGE, row(experiment, plan, card_bytes(plan.config)))
 
 
 @pytest.mark.usefixtures("hub")
@@ -110,10 +128,6 @@ def test_turns_are_proposed_where_roles_do_not_fit_at_once(models: Path, monkeyp
     ("overrides", "sentence"),
     [
         (
-            ["teacher.backend=VLLM"],
-            "lets teachers sleep, but teacher.backend=VLLM keeps its memory; set teacher.backend",
-        ),
-        (
             ["learner.transport=CUDA_IPC"],
             "lets the learner sleep .* learner.transport=CUDA_IPC reads them from its GPU",
         ),
@@ -139,6 +153,11 @@ def test_a_process_that_sleeps_keeps_little_and_the_host_the_rest() -> None:
     assert asleep(LEARNER).total == CONTEXT
     assert parked(LEARNER) == (2 + 4 + 8) * 10**9, "weights, masters and moments; gradients are given up after a step"
     assert parked(replace(LEARNER, on_gpu=False)) == 0
+    read = TeacherRole(model=MODEL, bytes_each=2, tokens=4096, rows=512, on_gpu=True)
+    run = replace(read, reserved=30 * GIB, head=GIB)
+    assert (asleep(read).total, parked(read)) == (CONTEXT, MODEL.weights(2))
+    assert asleep(run).total == CONTEXT + GRAPHS + MODEL.weights(2) // 16, "what vLLM captured stays on the GPU"
+    assert parked(run) == MODEL.weights(2) + GIB
     frozen = replace(LEARNER, adapters=True, stage=3)
     assert asleep(frozen).weights == 2 * 10**9, "DeepSpeed leaves frozen parameters of ZeRO-3 where they are"
 

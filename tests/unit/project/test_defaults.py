@@ -23,7 +23,7 @@ from opd.settings.validation import default_of, fields_of, parts_of
 
 PACKAGES = ("opd", "weight_sync", "teacher_service", "learner", "launch.config")
 RECORDED = Path(__file__).with_name("defaults.json")
-HOW = "python -m tests.unit.project.test_defaults"
+HOW = "python -m tests.records"
 
 
 def shown(value: Any) -> str:
@@ -230,7 +230,8 @@ def text_of(found: Mapping[str, str]) -> str:
     return json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-if __name__ == "__main__":
+def record() -> None:
+    """Write the record anew, and print what has changed."""
     new = {name: text for package in PACKAGES for name, text in facts(package).items()}
     old = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     RECORDED.write_text(text_of(new))

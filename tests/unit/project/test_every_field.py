@@ -291,10 +291,10 @@ def written(rollout: Any) -> Any:
 
 
 def told(builder: Any) -> Any:
-    """What a teacher is shown for texts of two groups: one with successes, and one that heard something."""
+    """What a teacher is shown for texts of three groups: two with successes, and one that heard something."""
     box, texts = _group()
     heard = [replace(t, reward=0.0, loss_mask=np.arange(len(t)) < 1) for t in texts]
-    groups = (texts, heard)
+    groups = (texts, texts[2:], heard)  # the first of the second was worse than the third
     return [[ids if ids is None else ids.tolist() for ids in asyncio.run(builder(g, box))] for g in groups]
 
 

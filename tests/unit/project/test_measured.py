@@ -22,7 +22,7 @@ def test_every_method_is_in_one_part_on_the_shop(script: dict[str, Any]) -> None
 
 def test_the_page_is_that_of_the_figures(script: dict[str, Any]) -> None:
     if any(script["FIGURES"].glob("*.json")):  # there is no page before the first part is measured
-        assert script["PAGE"].read_text() == script["page"](), "run: python scripts/measure_methods.py"
+        assert script["PAGE"].read_text() == script["page"](), "record it with `python -m tests.records`"
 
 
 def test_figures_are_of_all_methods_of_their_part_and_three_seeds(script: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def drawn(source: dict[str, Any]) -> ElementTree.Element:
 
 
 def test_the_picture_is_what_its_source_draws(source: dict[str, Any]) -> None:
-    assert source["PICTURE"].read_text() == source["picture"](), "run: python scripts/architecture_svg.py"
+    assert source["PICTURE"].read_text() == source["picture"](), "record it with `python -m tests.records`"
 
 
 def test_its_rooms_are_folders(drawn: ElementTree.Element) -> None:

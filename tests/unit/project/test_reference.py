@@ -22,7 +22,7 @@ CLASSES = [RunConfig, StudentConfig, TeacherConfig, LearnerConfig, ClusterConfig
 def test_the_page_is_what_the_dataclasses_say() -> None:
     source = runpy.run_path(str(ROOT / "scripts/settings_reference.py"))
     written = source["PAGE"].read_text()
-    assert written == source["page"](), "run: python scripts/settings_reference.py"
+    assert written == source["page"](), "record it with `python -m tests.records`"
     of_the_run = [key.name for key in keys(compose(source["CHOSEN"]))]
     elsewhere = ("method.", "graders.", "evaluation.prompts.")  # parts, and the prompts once more
     assert not [name for name in of_the_run if not name.startswith(elsewhere) and f"| `{name}`" not in written]

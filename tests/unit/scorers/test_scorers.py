@@ -206,3 +206,7 @@ def test_what_the_limit_cut_is_wrong_whatever_is_in_it(make: Any) -> None:
     group = [make.trajectory([1], [900], stop=stop) for stop in (StopReason.END, StopReason.LENGTH)]
     said = asyncio.run(GroupAdvantage()(group, engines()))
     assert [float(one.rewards[0]) for one in said] == [pytest.approx(0.9), 0.0]
+
+
+def test_ids_of_a_text_without_tokens_can_be_answered() -> None:
+    assert AtIds(ids=np.zeros((0, 4), dtype=np.int32)).unreadable(0, 12, 8) == ""
