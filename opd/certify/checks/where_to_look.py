@@ -40,7 +40,7 @@ WHERE: Mapping[str, str] = {
     "invariance:": "the loss of a token reads other tokens of its batch (a mean, a maximum, a shape); statistics of a "
     "step belong in a token weight",
     "the sum has a part": "a term adds nothing: its coefficient, its weights or its scores",
-    "gradient of the sum": "each term is right by itself, and their sum is not: coefficients, divisors, scores of terms",
+    "gradient of the sum": "each term may be right, and their sum is not: coefficients, divisors, scores of terms",
     "sum, invariance:": "the loss of a token reads other tokens of its batch",
     "masked tokens give zero": "the loss reads tokens of weight 0",
     "the divisor of a step": "the normalizer counts something else than what is trained",
