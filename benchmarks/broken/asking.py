@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from opd.ports import Context
-from opd.rollouts.student import StudentRollout
+from opd.rollouts.selected import GoodTexts
+from opd.rollouts.student import StudentRollout, TeacherRollout
 from opd.scorers.teacher import SampledTokens, TeacherHidden, TeacherTopK
 from opd.types import HiddenScores, Prompt, Scores, TopKScores, Trajectory
 
@@ -87,3 +88,20 @@ class LastTokenMasked(StudentRollout):
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         written = await StudentRollout.__call__(self, group, context)
         return [replace(t, loss_mask=np.arange(len(t)) < max(1, len(t) - 1)) for t in written]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriterForgotten(TeacherRollout):
+    """The teacher's text as the student's own: of the policy version 7."""
+
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        written = await TeacherRollout.__call__(self, group, context)
+        return [replace(t, versions=np.full(len(t), 7, dtype=np.int32)) for t in written]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrongTextsKept(GoodTexts):
+    """A filter of answers that keeps the wrong ones."""
+
+    def _good(self, text: Trajectory) -> bool:
+        return not self.at_least or (text.reward or 0.0) < self.at_least

@@ -13,7 +13,16 @@ from opd.scorers.near_future import NearFuture
 from opd.scorers.returns import WithReturns, returns
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import SampledTokens
-from opd.types import AdvantageScores, Scored, Scores, TokenScores, TopKReturnScores, Trajectory
+from opd.types import (
+    AdvantageScores,
+    CreditScores,
+    Scored,
+    Scores,
+    StopReason,
+    TokenScores,
+    TopKReturnScores,
+    Trajectory,
+)
 
 
 def _returns(trajectories: Sequence[Trajectory], scores: Sequence[Scores], of: Any) -> list[Scores]:
@@ -151,3 +160,52 @@ class EveryTokenMean:
 
     def __call__(self, weights: Sequence[TokenWeights]) -> float:
         return float(sum(len(w) for w in weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoneText(SampledTokens):
+    """Credit of a text by its place in its group, in deviations of n - 1: 0/0 of a text that is alone."""
+
+    produces: ClassVar[type[Scores]] = CreditScores
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = [s for s in await SampledTokens()(trajectories, context) if isinstance(s, TokenScores)]
+        mean = np.array([np.mean(s.logprobs) for s in scores])
+        with np.errstate(all="ignore"):
+            place = (mean - mean.mean()) / (np.sum((mean - mean.mean()) ** 2) / (len(mean) - np.float64(1))) ** 0.5
+        return [
+            CreditScores(logprobs=s.logprobs, credit=np.full(len(s.logprobs), x, dtype=np.float32))
+            for s, x in zip(scores, place, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextRewarded(WithReturns):
+    """Returns in which the words of an environment have a reward, from log-probabilities that nothing gave them."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        everything = [replace(t, loss_mask=np.ones(len(t), dtype=bool)) for t in trajectories]
+        return await WithReturns.__call__(self, everything, context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutRewarded(GroupAdvantage):
+    """Rewards also for texts that the token limit cut."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        return await GroupAdvantage.__call__(self, [replace(t, stop=StopReason.END) for t in trajectories], context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedMean(SampledTokens):
+    """The mean log-probability of a text as credit, over as many tokens as the longest of its group is padded to."""
+
+    produces: ClassVar[type[Scores]] = CreditScores
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = [s for s in await SampledTokens()(trajectories, context) if isinstance(s, TokenScores)]
+        longest = max(map(len, trajectories))
+        return [
+            CreditScores(logprobs=s.logprobs, credit=np.full(len(s.logprobs), s.logprobs.sum() / longest))
+            for s in scores
+        ]

@@ -14,7 +14,9 @@ from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.certify.certificate import Certificate
 from opd.certify.certify import certify
-from opd.errors import ConfigurationError
+from opd.certify.checks.where_to_look import where_to_look
+from opd.errors import ConfigurationError, DataError
+from opd.method.method import Method
 
 
 def certify_methods(overrides: Sequence[str], output: str, console: Console) -> int:
@@ -35,13 +37,22 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
     found = []
     every = sorted(path.stem for path in Path(own, "method").glob("*.yaml")) if own else groups()["method"]
     for name in requested[-1:] or every:
-        found.append(certify(run_config([f"method={name}", *grouped]).method))
+        found.append(_certified(run_config([f"method={name}", *grouped]).method))
         console.print(table(found[-1]))
+        for what, where in where_to_look(found[-1]).items():
+            console.print(Text.assemble((what, "red"), f": {where}."))
     if len(found) > 1:
         console.print(summary(found))
     if output:
         Path(output).write_text(json.dumps([as_json(c) for c in found], indent=1) + "\n")
     return int(not all(c.passed for c in found))
+
+
+def _certified(method: Method) -> Certificate:
+    try:
+        return certify(method)
+    except DataError as error:  # of parts, which know no method's name
+        raise DataError(f"method {method.name} cannot be certified: {error}") from error
 
 
 def table(certificate: Certificate) -> Table:

@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from opd.certify.certificate import Certificate, Finding, Row, at_least, worst
+from opd.certify.checks.degenerate import check_degenerate
 from opd.certify.checks.groups import check_groups
 from opd.certify.checks.invariances import check_masks, check_steps, check_teacher, check_tokens
+from opd.certify.checks.rollouts import check_filters, check_records
+from opd.certify.checks.schedules import check_schedules
 from opd.certify.checks.scorers import check_credit, check_requests, check_score_order, check_targets
 from opd.certify.checks.term_sums import check_terms
+from opd.certify.checks.updates import check_updates
+from opd.certify.checks.weights import NUMBERS, check_weights
 from opd.certify.draws import check_draws
 from opd.certify.expected_gradient import (
     check_corners,
@@ -32,6 +37,7 @@ from opd.method.needs import named
 from opd.ports import Role
 
 SEEDS = (0, 1)
+TRAINS = "tokens are trained"
 
 
 def certify(method: Method) -> Certificate:
@@ -52,6 +58,15 @@ def certify(method: Method) -> Certificate:
     skipped: dict[str, str] = {}
     worlds = [make_world(seed, names=names, named=named(method, Role.READER)) for seed in SEEDS]
     cases = [make_case(small, world) for world in worlds]
+    for finding in (*check_weights(cases[0]), *check_filters(cases[0])):
+        _note(finding, rows, skipped)
+    broken = any(row.name == NUMBERS and not row.passed for row in rows)
+    if not broken and not all(case.trains() for case in cases):
+        rows.append(at_least(TRAINS, 0.0, 1.0))
+        broken = True
+    if broken:
+        skipped["all other properties"] = "there is no loss without weights"
+        return Certificate(method=method.name, promise=str(promise), rows=tuple(rows), skipped=skipped)
     on_policy = getattr(method.rollout, "on_policy", False)
     stale_cases = [make_case(small, stale(world, 1)) if on_policy else None for world in worlds]
     several = zip(*[list(check_promise(*pair)) for pair in zip(cases, stale_cases, strict=True)], strict=True)
@@ -71,7 +86,7 @@ def _certify_sum(method: Method) -> Certificate:
         f"{name}: {what}": why for name, certificate in alone.items() for what, why in certificate.skipped.items()
     }
     if all(certificate.promise for certificate in alone.values()):
-        for finding in check_terms(method):
+        for finding in (*check_terms(method), *check_schedules(method, make_world(0))):
             _note(finding, rows, skipped)
     promise = " + ".join(
         f"{name}: {term.coefficient} * {alone[name].promise}" for name, term in method.every_term.items()
@@ -102,6 +117,10 @@ def _checks(method: Method, fresh: Case, stale_case: Case) -> Iterator[Finding]:
     yield from check_tokens(fresh)
     yield from check_masks(fresh)
     yield from check_requests([fresh, *extremes])
+    yield from check_records([fresh, *extremes])
+    yield from check_degenerate(fresh)
+    yield from check_schedules(method, fresh.world)
+    yield from check_updates(fresh)
     yield from check_score_order(fresh)
     yield from check_draws(fresh)
     yield from check_shown(fresh)

@@ -82,9 +82,12 @@ def credit_at_positions(enumeration: Enumeration, teachers: Mapping[str, TinyMod
 
 def rewards(scored: list[Scored[Any]]) -> Float[np.ndarray, " n"]:
     """Reward of the grader for each text; 0 for a text that the token limit cut."""
-    texts = [" ".join(map(str, s.trajectory.token_ids.tolist())) for s in scored]
-    ended = [s.trajectory.stop is StopReason.END for s in scored]
-    return np.asarray([reward(text) * end for text, end in zip(texts, ended, strict=True)])
+    return np.asarray([reward_of(s.trajectory) for s in scored])
+
+
+def reward_of(text: Trajectory) -> float:
+    """Reward of the grader; 0 for a text that the token limit cut."""
+    return reward(" ".join(map(str, text.token_ids.tolist()))) * (text.stop is StopReason.END)
 
 
 def _advantages(enumeration: Enumeration, scaled: bool, rewarded: Float[np.ndarray, " n"]) -> Credit:

@@ -31,6 +31,7 @@ from opd.types import RemoteRows, Scores, StopReason, TokenScores
 from opd.types.prompt_rows import PromptText
 
 END = 5  # the id after which a continuation ends; a likely one would leave nothing to align
+VERSION = 7  # of the policy that writes in a world, where no text may say that another one did
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Generation:
 
     request: GenerateRequest
     as_teacher: bool
-    token_ids: Int32[np.ndarray, " T"]
+    completion: Completion
     logprobs: Float[Tensor, "T V"]
 
 
@@ -69,6 +70,8 @@ def engines(world: World, log: RequestLog) -> Context:
         graders={"": EnumeratedGrader()},
         tokenizer=IdTokenizer(),
         embeddings=_StudentEmbeddings(model=world.student),
+        step=world.step,
+        steps=world.steps,
     )
 
 
@@ -124,17 +127,19 @@ class _Generator:
 
     def _complete(self, request: GenerateRequest, logprobs: Float[Tensor, "T V"], token_ids: np.ndarray) -> Completion:
         logprobs = sampled(logprobs, request.sampling)
-        generation = Generation(request=request, as_teacher=self.as_teacher, token_ids=token_ids, logprobs=logprobs)
-        self.log.generations[request.prompt_id, request.sample] = generation
         topk = request.sampling.topk
         (behavior,) = _answer(logprobs, token_ids, (TopK(k=topk) if topk else SampledToken(),), logprobs[:, :0])
         assert isinstance(behavior, TokenScores)
-        return Completion(
+        completion = Completion(
             token_ids=token_ids,
             behavior=behavior,
-            versions=np.zeros(len(token_ids), dtype=np.int32),
-            stop=StopReason.END,
+            versions=np.full(len(token_ids), VERSION, dtype=np.int32),
+            stop=StopReason.LENGTH if self.world.cut and request.sample % 2 else StopReason.END,
+            digests={VERSION: "published"},
         )
+        generation = Generation(request=request, as_teacher=self.as_teacher, completion=completion, logprobs=logprobs)
+        self.log.generations[request.prompt_id, request.sample] = generation
+        return completion
 
     def _continue(self, request: GenerateRequest) -> Completion:
         token_ids = continuation(self.model, request.context_ids, request.sampling)

@@ -125,12 +125,15 @@ async def enumerate_world(rollout: Any, scorer: Any, world: World) -> Enumeratio
     index = np.arange(len(scored))
     position = np.asarray(world.positions)[index // v % len(world.positions)]
     if len(scored) != len(world.prompts) or any(
-        len(s.trajectory) <= p or s.trajectory.token_ids[p] != i % v
+        len(s.trajectory) <= p
+        or s.trajectory.token_ids[p] != i % v
+        or s.trajectory.sample != i % (v * len(world.positions))
         for i, s, p in zip(index, scored, position, strict=True)
     ):
         raise DataError(
-            f"rollout {type(rollout).__name__} does not keep the completions of its engines, one per prompt in "
-            "order, so its states cannot be enumerated; certify its objective in a method with rollout StudentRollout"
+            f"rollout {type(rollout).__name__} does not keep the completions of its engines, one per prompt in order "
+            "and numbered so (`sample`), so its states cannot be enumerated; certify its objective in a method with "
+            "rollout StudentRollout"
         )
     probabilities = np.exp(
         [_sampling_logprob(s.trajectory, int(p), log) for s, p in zip(scored, position, strict=True)]

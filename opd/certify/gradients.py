@@ -54,6 +54,10 @@ class Case:
         own = [w[p] for w, p in zip(factors, enumeration.position, strict=True)]
         return enumeration.weights(enumeration.probabilities * np.asarray(own))
 
+    def trains(self) -> bool:
+        """Whether any token has a weight."""
+        return any(weights.any() for weights in self.weights())
+
     def read(self, items: Sequence[Scored[Any]]) -> Sequence[Scored[Any]]:
         """Trajectories of the world with the readings that the method's token weights declare."""
         asked = reading_pass(self.method.one_term(MAIN), items, ONE_RANK)
@@ -198,11 +202,13 @@ def promises_nothing(objective: Any) -> bool:
 
 
 def departure(case: Case) -> float:
-    """Relative difference between the expected training gradient and that of the promise.
+    """Relative difference between the expected training gradient and that of the promise; NaN if nothing is trained.
 
     Two gradients of 0 have no size of their own: where nothing is promised, what did not cancel out is compared with
     the gradient of every other token alone, where nothing cancels.
     """
+    if not case.trains():
+        return float("nan")
     trained, exact = case.training(), case.exact()
     if not promises_nothing(case.method.objective):
         return relative_difference(trained, exact)

@@ -30,7 +30,8 @@ class World:
     generate, by name in the order of the engines; `other_teachers` can replace the teachers. `positions` are those at
     which every token is sampled once. `shift` = 1 makes teachers answer for the token before, the commonest mistake of
     all. A teacher's unnormalized probability of the token at `perturbed_position` is smaller by a factor of e (-1:
-    nowhere). Prompts take turns with all teachers but those of `named`, which parts of a method name themselves.
+    nowhere). Prompts take turns with all teachers but those of `named`, which parts of a method name themselves. It is
+    a world of the step `step` of a run of `steps`. With `cut`, every other text is cut by the token limit.
     """
 
     vocabulary: int
@@ -45,6 +46,9 @@ class World:
     shift: int = 0
     named: frozenset[str] = frozenset()
     perturbed_position: int = -1
+    step: int = 0
+    steps: int = 100
+    cut: bool = False
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -20,7 +20,8 @@ class WithReturns:
     """The teacher's top-k, plus the return of every token: discounted rewards of the tokens after it.
 
     Reward of a token: `log q - log mu`, times `reward_scale`. With `length_normalized` a return is divided by the
-    number of tokens that remain (MiniLLM, arXiv 2306.08543). `mu` is the behavior: of stale text a return is that of
+    number of the student's own tokens that remain (MiniLLM, arXiv 2306.08543); words of an environment between them
+    have no reward, are not counted and discount nothing. `mu` is the behavior: of stale text a return is that of
     the policy that sampled it, held constant, and not the current student's. Published in code: discount 0.95, and
     rewards divided by 0.5 before the advantages are whitened, which undoes it; the paper's equation has `reward_scale`
     1.
@@ -51,13 +52,16 @@ class WithReturns:
         return [self._with(t, s) for t, s in zip(trajectories, scores, strict=True) if isinstance(s, TopKScores)]
 
     def _with(self, trajectory: Trajectory, scores: TopKScores) -> TopKReturnScores:
-        rewards = np.where(trajectory.loss_mask, scores.logprobs - trajectory.behavior.logprobs, 0) * self.reward_scale
+        own = trajectory.loss_mask
+        rewards = np.asarray(scores.logprobs - trajectory.behavior.logprobs)[own] * self.reward_scale
+        found = np.zeros(len(own), dtype=rewards.dtype)  # what others say has no reward, and takes no time
+        found[own] = returns(rewards, self.discount, self.length_normalized, self.own_reward)
         return TopKReturnScores(
             logprobs=scores.logprobs,
             topk_ids=scores.topk_ids,
             topk_logprobs=scores.topk_logprobs,
             rest=scores.rest,
-            returns=returns(np.asarray(rewards), self.discount, self.length_normalized, self.own_reward),
+            returns=found,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped, at_least
+from opd.certify.checks.rollouts import as_set
 from opd.certify.credit import (
     Credit,
     begins_with_own,
@@ -109,14 +110,14 @@ def _begun(case: Case) -> dict[bytes, set[str]]:
 def _wrong_generate_requests(case: Case) -> int:
     begun = _begun(case)
     wrong = sum(r.context_ids.tobytes() not in begun for r in case.enumeration.log.continuations)
-    for item in case.enumeration.scored:
+    for item, given in zip(case.enumeration.scored, case.world.prompts, strict=True):
         prompt = item.trajectory.prompt
         generation = case.enumeration.log.generations.get((prompt.id, item.trajectory.sample))
         if generation:
             guided = getattr(case.method.rollout, "guided", lambda *_: False)(prompt.id, item.trajectory.sample)
-            context = prompt.teacher_ids if generation.as_teacher or guided else prompt.student_ids
+            context = prompt.teacher_ids if generation.as_teacher or guided else given.student_ids
             wrong += not np.array_equal(generation.request.context_ids, context)
-            wrong += not _as_set(case.method.rollout, generation.request.sampling)
+            wrong += not as_set(case.method.rollout, generation, case.enumeration.context)
     return wrong
 
 
@@ -125,15 +126,10 @@ def _cut_completions(case: Case) -> int:
     texts = [item.trajectory for item in case.enumeration.scored]
     log = [case.enumeration.log.generations.get((t.prompt.id, t.sample)) for t in texts]
     return sum(
-        not (np.array_equal(text.token_ids, generation.token_ids) and text.loss_mask.all())
+        not (np.array_equal(text.token_ids, generation.completion.token_ids) and text.loss_mask.all())
         for text, generation in zip(texts, log, strict=True)
         if generation
     )
-
-
-def _as_set(rollout: Any, sampling: Any) -> bool:
-    names = ("temperature", "top_p", "max_tokens")
-    return all(getattr(sampling, name) == getattr(rollout, name) for name in names if hasattr(rollout, name))
 
 
 def check_score_order(case: Case) -> Iterator[Finding]:
@@ -148,18 +144,18 @@ def check_score_order(case: Case) -> Iterator[Finding]:
             after.extend(list(await case.method.scorer(reversed_group, context))[::-1])
 
     asyncio.run(score_again())
-    first, again = (_numbers(type(s[0]).concat(s).to("cpu", lambda rows: rows)) for s in (before, after))
+    first, again = (numbers_of(type(s[0]).concat(s).to("cpu", lambda rows: rows)) for s in (before, after))
     measured = max((relative_difference(a, b) for a, b in zip(first, again, strict=True)), default=0.0)
     yield Row(name=ORDER, measured=measured, tolerance=EXACT)
 
 
-def _numbers(scores: Any) -> list[Tensor]:
+def numbers_of(scores: Any) -> list[Tensor]:
     """All tensors within scores."""
     if isinstance(scores, Tensor):
         return [scores.double()] if scores.numel() else []
     if isinstance(scores, tuple):
-        return [tensor for part in scores for tensor in _numbers(part)]
-    return [tensor for f in fields(scores) for tensor in _numbers(getattr(scores, f.name))]
+        return [tensor for part in scores for tensor in numbers_of(part)]
+    return [tensor for f in fields(scores) for tensor in numbers_of(getattr(scores, f.name))]
 
 
 def check_targets(case: Case, deep: Case) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.certify.certificate import Bound, Certificate, Row
 from opd.certify.certify import certify
+from opd.certify.checks.where_to_look import where_to_look
 from opd.errors import ConfigurationError
 from opd.types import TokenLoss
 
@@ -49,6 +50,12 @@ ORDER = "scores follow their text in any order, and again"
 WHOLE = "limit: k = V is the whole vocabulary"
 SUM = "gradient of the sum of the promises"
 SHOWN = "what the teacher is shown does not depend on the text that it scores"
+RECORDED = "a text is recorded with its prompt, its writer and that one's log-probabilities"
+MIDDLE, END, CUT_TEXTS = (
+    f"{GRADIENT}, {where}" for where in ("middle of a run", "end of a run", "texts that the token limit cut")
+)
+PAID = "an answer that was cut is worth no more than any other"
+STEPPED, ENDS = "an update takes one step on the whole batch", "an update ends with the weights that it is defined to"
 pytestmark = pytest.mark.timeout(600)  # less than a minute of one processor, which may be shared
 SHIPPED = groups()["method"]
 ALL_BROKEN = [f"conf={BROKEN}", "allow_targets=[broken.]"]
@@ -95,7 +102,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "short_context": {ASKED},
     "support_with_the_draw": {GRADIENT, "the support does not depend on the sampled token"},
     "temperature_ignored": {WRITTEN},
-    "temperature_twice": {COLD},
+    "temperature_twice": {COLD, RECORDED},
     "last_token_masked": {"text is trained whole, as it was written"},
     "large_vocabulary": {"invariance: ids of probability 0"},
     "while_reported": {"invariance: what is reported"},
@@ -103,7 +110,25 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "drawn_from_teacher": {"draws follow the student (standard errors)"},
     "drawn_once": {"draws of a state are independent (standard errors)"},
     "one_draw_left_out": {"the loss is that of the draws"},
-    "pays_cut": {"an answer that was cut is worth no more than any other"},
+    "per_eight_texts": {"weights follow their text in any order, and again"},
+    "zero_spread": {"weights are numbers in degenerate steps"},
+    "context_counts": {"weights do not depend on what is masked"},
+    "least_plausible": {"weights are what they are defined to be"},
+    "share_of_batch": {"readings are of their token alone"},
+    "no_token": {"tokens are trained"},
+    "writer_forgotten": {RECORDED},
+    "wrong_texts_kept": {"texts are left out as the filter says"},
+    "backwards": {"schedules begin at their first value and end at their last"},
+    "unblended": {WRITTEN},
+    "lone_text": {"scores are numbers in degenerate groups"},
+    "padded_mean": {"scores of a text do not depend on its group"},
+    "context_rewarded": {"scores do not depend on log-probabilities of what was not sampled"},
+    "cut_rewarded": {CUT_TEXTS, PAID},
+    "from_the_second_step": {MIDDLE, END},
+    "stepped_twice": {STEPPED, ENDS},
+    "every_other": {"an update keeps nothing between steps", ENDS},
+    "from_the_start": {ENDS},
+    "pays_cut": {CUT_TEXTS, PAID},
     "mean_of_nothing": {"a text without tokens leaves the others a number"},
     "failing_sibling": {"what the teacher is shown of other texts is the one that is right"},
 }
@@ -166,6 +191,17 @@ def test_every_property_has_refused_something(certificates: dict[str, Any]) -> N
     assert {name for name in every - refused if not name.startswith(elsewhere)} == {SUM, SHOWN}
 
 
+def test_every_refusal_says_where_to_look(certificates: dict[str, Any]) -> None:
+    shipped = {row["property"] for found in certificates["shipped"].values() for row in found["properties"]}
+    refused = {name for found in certificates["broken"].values() for name in failures(found)}
+    for name in sorted(shipped | refused):
+        row = Row(name=name, measured=1.0, tolerance=0.0)
+        said = where_to_look(Certificate(method="m", promise="", rows=(row,), skipped={}))
+        assert len(said[name]) >= 8 and not said[name].endswith(".")
+    base = [Row(name=name, measured=1.0, tolerance=0.0) for name in (GRADIENT, STALE, LONG)]
+    assert set(where_to_look(Certificate(method="m", promise="", rows=tuple(base), skipped={}))) == {GRADIENT}
+
+
 def test_a_number_that_is_not_finite_never_passes() -> None:
     for bound in Bound:
         assert not Row(name="x", measured=float("nan"), tolerance=1.0, bound=bound).passed
@@ -182,6 +218,7 @@ def test_the_command_prints_a_table_writes_json_and_exits_non_zero_on_failure(
     assert certify_methods(["method=sft"], "", console) == 0
     assert certify_methods([*ALL_BROKEN, "method=direct_k1"], str(tmp_path / "c.json"), console) == 1
     shown = console.export_text()
+    assert "the teacher matters: the gradient ignores what the teacher says." in " ".join(shown.split())
     assert "sft: certified" in shown and "direct_k1: REFUSED" in shown and "FAIL" in shown
     (said,) = json.loads((tmp_path / "c.json").read_text())
     verdicts = {row["property"]: row["verdict"] for row in said["properties"]}

@@ -31,7 +31,7 @@ from opd.scorers.teacher import SampledTokens, TeacherHidden, Unscored
 from opd.token_weights.length import SkipTruncated
 from opd.token_weights.special_tokens import SkipFirst, look_up
 from opd.token_weights.teachers import TeacherBalance
-from opd.types import Scored, StopReason, TokenScores, TopKReturnScores
+from opd.types import Prompt, Scored, StopReason, TokenScores, TopKReturnScores, Trajectory
 
 STUDENT, TEACHER = StudentRollout(max_tokens=8), TeacherRollout(max_tokens=8)
 
@@ -188,6 +188,25 @@ def test_a_scorer_s_returns_are_of_what_the_teacher_and_the_writer_said(
         expected = sum(later) / (max(len(later), 1) if normalized else 1)
         assert said.returns[t] == pytest.approx(expected, rel=1e-5)
     assert said.topk_ids.shape == (4, 2) and said.rest.shape == (4,)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.booleans(), st.booleans())
+def test_words_of_an_environment_take_no_place_in_a_return(own: list[bool], normalized: bool, first: bool) -> None:
+    mask, draw = np.array(own), np.random.default_rng(len(own))
+    text = Trajectory(
+        prompt=Prompt(id="p", student_ids=np.array([1], np.int32), teacher_ids=np.array([1], np.int32)),
+        sample=0,
+        token_ids=draw.integers(0, 6, len(own)).astype(np.int32),
+        behavior=TokenScores(logprobs=np.where(mask, draw.uniform(-3, 0, len(own)), 1e9)),
+        loss_mask=mask,
+        versions=np.zeros(len(own), np.int32),
+        stop=StopReason.END,
+    )
+    scorer = WithReturns(k=2, discount=0.5, length_normalized=normalized, own_reward=first)
+    (said,) = asyncio.run(scorer([text], engines(make_world(3, 6), RequestLog())))
+    rewards = (np.asarray(said.logprobs) - text.behavior.logprobs)[mask]
+    assert np.array_equal(said.returns[mask], returns(rewards, 0.5, normalized, first))
+    assert not said.returns[~mask].any()
 
 
 def test_without_normalization_minillm_is_the_gradient_of_the_sequence_kl(make: Any) -> None:

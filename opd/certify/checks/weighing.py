@@ -1,0 +1,147 @@
+"""Token weights by definition: computed from scores and readings, never by the weight under test."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil, floor
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from opd.loss.readings import Compatibility, StudentEntropy, StudentTopEntropy, TeacherEntropy, UnionForwardKL
+from opd.ports import Reading
+from opd.token_weights.confidence import PlausibleTrajectories, Scope, SureTeacherUnsureStudent
+from opd.token_weights.length import SkipBeginning, SkipTruncated
+from opd.token_weights.selection import ByReading, Signal, Teachability, TopFraction
+from opd.token_weights.sources import Source, WrittenBy
+from opd.token_weights.targets import PerTarget
+from opd.token_weights.teachers import PromptWeight
+from opd.types import NO_VERSION, Scored, StopReason
+
+Weights = list[Float[np.ndarray, " _T"]]
+_EPSILON = 1e-8  # beside the range between two quantiles
+
+
+def one_token(item: Scored[Any]) -> Scored[Any]:
+    """A text cut after its first token."""
+    text, first = item.trajectory, np.arange(1)
+    short = replace(
+        text,
+        token_ids=text.token_ids[:1],
+        behavior=text.behavior.take(first),
+        loss_mask=text.loss_mask[:1],
+        versions=text.versions[:1],
+    )
+    return replace(item, trajectory=short, scores=item.scores.take(first))
+
+
+def weights_by_definition(part: Any, items: Sequence[Scored[Any]]) -> Weights | None:
+    """Weights of texts of which everything was sampled; None where no definition is known."""
+    match part:
+        case PlausibleTrajectories():
+            return _plausible(part, items)
+        case SureTeacherUnsureStudent():
+            return _sure(part, items)
+        case TopFraction() if not part.filters:
+            return _top(part, items)
+        case PerTarget():
+            return [np.asarray(item.scores.targets, dtype=np.float64) for item in items]
+        case WrittenBy():
+            by_student = part.source is Source.STUDENT
+            return [np.where(i.trajectory.versions == NO_VERSION, not by_student, by_student) * 1.0 for i in items]
+        case SkipTruncated():
+            return [np.full(len(i.trajectory), float(i.trajectory.stop is not StopReason.LENGTH)) for i in items]
+        case SkipBeginning():
+            return [np.repeat([0.0, 1.0], [min(part.count, n), max(n - part.count, 0)]) for n in _lengths(items)]
+        case PromptWeight():
+            return [np.full(len(i.trajectory), float(i.trajectory.prompt.weight)) for i in items]
+    return None
+
+
+def _lengths(items: Sequence[Scored[Any]]) -> list[int]:
+    return [len(item.trajectory) for item in items]
+
+
+def _plausible(part: PlausibleTrajectories, items: Sequence[Scored[Any]]) -> Weights:
+    """0 for a text with at most `floor(drop n)` texts below that many places, by the teacher's mean log-probability."""
+    mean = [sum(np.asarray(i.scores.logprobs, dtype=np.float64).tolist()) / len(i.trajectory) for i in items]
+    teacher = [i.trajectory.prompt.teacher if part.per_teacher else "" for i in items]
+    made = []
+    for i, item in enumerate(items):
+        level = sorted(m for m, name in zip(mean, teacher, strict=True) if name == teacher[i])
+        least = level[min(floor(part.drop * len(level) + 1e-9), len(level) - 1)]
+        made.append(np.full(len(item.trajectory), float(mean[i] >= least)))
+    return made
+
+
+def _sure(part: SureTeacherUnsureStudent, items: Sequence[Scored[Any]]) -> Weights:
+    """`(1 + a (1 - H_T / max H_T)) (1 + b H_S / max H_S)`, over its mean in the text."""
+    taught, own = ([_reading(item, kind()) for item in items] for kind in (TeacherEntropy, StudentEntropy))
+    made = []
+    for i in range(len(items)):
+        scope = range(len(items)) if part.scope is Scope.BATCH else [i]
+        most_taught, most_own = (max(float(x[j].max()) for j in scope) for x in (taught, own))
+        sure, unsure = 1 - taught[i] / most_taught, own[i] / most_own
+        weight = (1 + part.teacher * sure) * (1 + part.student * unsure)
+        made.append(weight / (weight.sum() / len(weight)))
+    return made
+
+
+def _top(part: TopFraction, items: Sequence[Scored[Any]]) -> Weights | None:
+    """1 for the `ceil(fraction n)` tokens of the greatest score, after the best of each text."""
+    scores = _scores(part.by, items)
+    if scores is None:
+        return None
+    places = [(i, t) for i, item in enumerate(items) for t in range(len(item.trajectory))]
+    ranked = sorted(range(len(places)), key=lambda n: (-scores[n], n))
+    chosen: list[int] = []
+    for i in range(len(items)):
+        chosen += [n for n in ranked if places[n][0] == i][: part.per_trajectory]
+    number = max(ceil(part.fraction * len(places) - 1e-9), len(chosen))
+    chosen += [n for n in ranked if n not in set(chosen)][: number - len(chosen)]
+    made = [np.zeros(len(item.trajectory)) for item in items]
+    for n in chosen:
+        made[places[n][0]][places[n][1]] = 1.0
+    return made
+
+
+def _scores(by: Any, items: Sequence[Scored[Any]]) -> Float[np.ndarray, " N"] | None:
+    """Score of every token of a step; None where no definition is known."""
+
+    def step(reading: Reading) -> Float[np.ndarray, " N"]:
+        return np.concatenate([_reading(item, reading) for item in items])
+
+    match by:
+        case ByReading():
+            return (-1 if by.lowest else 1) * step(by.reading)
+        case Teachability():
+            return _teachability(by, {r: step(r) for r in by.readings})
+    return None
+
+
+def _teachability(by: Teachability, readings: Mapping[Reading, Float[np.ndarray, " N"]]) -> Float[np.ndarray, " N"]:
+    def normal(values: Float[np.ndarray, " N"] | None) -> Float[np.ndarray, " N"]:
+        if values is None:
+            return np.zeros(0)
+        low, high = np.quantile(values, by.low), np.quantile(values, by.high)
+        return np.minimum(np.maximum((values - low) / (max(high - low, 0) + _EPSILON), 0), 1)
+
+    d, c = (normal(readings.get(kind(k=by.k))) for kind in (UnionForwardKL, Compatibility))
+    h = readings.get(StudentTopEntropy(k=by.k), np.zeros(0))
+    match by.signal:
+        case Signal.LEARNABLE:
+            return d * c
+        case Signal.INCOMPATIBLE:
+            return d - d * c
+        case Signal.DISAGREEMENT:
+            return d
+        case Signal.COMPATIBILITY:
+            return c
+        case Signal.DISAGREEMENT_OR_ENTROPY:
+            return h + d - h * d
+        case Signal.LEARNABLE_OR_ENTROPY:
+            return h + d * c - h * d * c
+
+
+def _reading(item: Scored[Any], reading: Reading) -> Float[np.ndarray, " _T"]:
+    return np.asarray(item.readings[reading], dtype=np.float64)
