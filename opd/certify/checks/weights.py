@@ -83,16 +83,22 @@ def _weigh(case: Case, part: Any, items: Sequence[Scored[Any]]) -> Weights:
 
 def _reordered(case: Case, part: Any, step: _Step) -> float:
     """Difference in another order, and after another step; 1.0 where a part changed its input or the random state."""
-    items, random = step.items, np.random.get_state()[1]
-    before = _content(items)
+    items = step.items
+    before, random = _content(items), _random_state()
     first = _weigh(case, part, items)
     order = np.random.default_rng(0).permutation(len(items))
     turned = _weigh(case, part, [items[i] for i in order])
     _weigh(case, part, _with_readings(_asked(case), "another step", items[::2], seed=1, of=lambda x: 100 * x).items)
     again = _weigh(case, part, items)
-    changed = before != _content(items) or not np.array_equal(random, np.random.get_state()[1])
+    changed = before != _content(items) or random != _random_state()
     back = [turned[i] for i in np.argsort(order)]
     return max(_apart(first, back), _apart(first, again), float(changed))
+
+
+def _random_state() -> tuple[bytes, int, bytes]:
+    """State of the generators that numpy and torch share among all parts of a process."""
+    state = np.random.get_state(legacy=False)["state"]
+    return state["key"].tobytes(), state["pos"], torch.get_rng_state().numpy().tobytes()
 
 
 def _content(items: Sequence[Scored[Any]]) -> list[bytes]:
