@@ -26,6 +26,7 @@ WEIGHTS = "an update ends with the weights that it is defined to"
 NAMES = ("layers.0.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight", "layers.0.norm.weight", "embed.weight")
 GOAL, CURVATURE, RATE = np.array([1.0, -2.0, 0.5, 3.0]), np.array([1.0, 0.3, 0.6, 0.1]), 0.03
 UPDATES = 9  # steps 1, 2, 4 and 8 among them
+_LAYOUT = Layout(ranks=2, tokens_per_microbatch=64)
 Weights = Float[np.ndarray, " P"]
 Known = OptimizerStep | ExtrapolatedStep | SlowWeights
 
@@ -70,7 +71,7 @@ class _Learner:
     weights: Weights = field(default_factory=lambda: np.zeros(len(NAMES)))
     snapshots: dict[str, Weights] = field(default_factory=dict)
     batches: list[Any] = field(default_factory=list)
-    layout: Layout = Layout(ranks=2, tokens_per_microbatch=64)
+    layout: Layout = _LAYOUT
 
     def __getattr__(self, name: str) -> Any:
         raise _NoVerbError(f"the update asks the learner for `{name}`, which the one of the certificate does not have")
