@@ -28,7 +28,9 @@ from weight_sync.parked_worker import ParkedWorker
 from weight_sync.receiver import ReceivedWeights
 
 BACKEND = "opd-chunks"
-EXTENSION = f"{__name__}.WorkerExtension"
+# vLLM adds this class to its worker's for good, and refuses a second one with the same verbs: teachers and students
+# that live in one process name the same. Named by this module, it makes every worker of a student import the module.
+EXTENSION = f"{__name__}.{ParkedWorker.__name__}"
 
 
 def transfer(delivered: ReceivedWeights) -> dict[str, Any]:
@@ -146,10 +148,6 @@ def _expert_kernels(model: Any) -> Iterator[tuple[Any, Any]]:
             method: Any = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:
                 yield method, method.moe_kernel
-
-
-class WorkerExtension(ParkedWorker):
-    """Verbs that a worker gets beside vLLM's own; naming this class also makes the worker import this module."""
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, ChunksTransfer)

@@ -133,7 +133,7 @@ def test_a_teacher_that_slept_scores_as_before(school: Class) -> None:
         school.run(school.teacher.sleep())
         with pytest.raises(ConfigurationError, match="it sleeps; wake it before"):
             school.score(asked)
-        assert weighs(school) <= 0.3 * held, "ends of pages stay where they are"
+        assert weighs(school) <= 0.5 * held, "ends of pages stay where they are"
         school.run(school.teacher.wake())
         school.run(school.teacher.wake())
         for one, other in zip(school.score(asked), before, strict=True):

@@ -242,12 +242,14 @@ def test_only_the_students_tokens_are_trained_and_counted(make: Any) -> None:
 
 
 def test_returns_earn_nothing_at_an_observation(make: Any) -> None:
+    """And stand at none."""
     bench = at_play(make, t=Says)
     (t,) = played(EnvironmentRollout(max_tokens=20, max_turns=2), Scribe(), Says, make)
     (said,) = asyncio.run(WithReturns(k=2, length_normalized=False)([t], bench.engines))
     (asked,) = asyncio.run(TeacherTopK(k=2)([t], bench.engines))
     rewards = np.where(t.loss_mask, asked.logprobs - t.behavior.logprobs, 0)  # type: ignore[attr-defined]
-    np.testing.assert_allclose(said.returns, rewards.sum() - rewards.cumsum(), rtol=1e-5, atol=1e-5)  # type: ignore[attr-defined]
+    expected = np.where(t.loss_mask, rewards.sum() - rewards.cumsum(), 0)
+    np.testing.assert_allclose(said.returns, expected, rtol=1e-5, atol=1e-5)  # type: ignore[attr-defined]
 
 
 def test_an_environments_reward_comes_before_a_graders(make: Any) -> None:
