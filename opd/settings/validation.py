@@ -218,7 +218,7 @@ def misfit(protocol: type, part: Any) -> str:
             fit(hint, getattr(part, member), member)
         except Exception as error:  # noqa: BLE001  # a user's property may raise anything
             return f"its {member} is not what it should be: {error}"
-    return _other_call(getattr(protocol, "__call__"), part, name) if "__call__" in required else ""  # noqa: B004, B009
+    return _other_call(getattr(protocol, "__call__"), type(part).__call__, name) if "__call__" in required else ""  # noqa: B004, B009
 
 
 def missing(protocol: type, cls: type) -> str:
@@ -236,8 +236,8 @@ def _has(part: Any, name: str) -> bool:
         return False
 
 
-def _other_call(declared: Callable[..., Any], part: Any, name: str) -> str:
-    given = type(part).__call__
+@cache  # every change of a method checks its parts again
+def _other_call(declared: Callable[..., Any], given: Callable[..., Any], name: str) -> str:
     if inspect.iscoroutinefunction(declared) != inspect.iscoroutinefunction(given):
         return f"{name} is called {'without' if inspect.iscoroutinefunction(declared) else 'with'} await"
     wants = list(inspect.signature(declared).parameters)[1:]
