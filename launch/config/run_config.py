@@ -36,6 +36,11 @@ from teacher_service.config import TeacherConfig
 DEFAULT = "default"  # the teacher of prompts that name none
 
 
+def teacher_key(name: str) -> str:
+    """Dotted key of the settings of teacher `name`. Example: `teachers.judge`."""
+    return "teacher" if name == DEFAULT else f"teachers.{name}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class RunConfig:

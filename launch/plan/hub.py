@@ -22,7 +22,7 @@ from hf.hub.models import Fetched, Weights, fetch_model
 from launch.artifacts.evaluation_point import MAIN
 from launch.artifacts.redaction import remember
 from launch.artifacts.run_directory import write_json
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig, teacher_key
 from launch.config.settings import EvaluationConfig, place_of
 from launch.inputs.prompt_paths import COMPRESSED, ENDINGS, endings
 from launch.plan.checks.devices import writers_here
@@ -131,7 +131,7 @@ def _names(config: RunConfig) -> Iterator[tuple[str, HubId]]:
 
 def model_key(teacher: str) -> str:
     """Setting with the path of a teacher."""
-    return "teacher.path" if teacher == DEFAULT else f"teachers.{teacher}.path"
+    return f"{teacher_key(teacher)}.path"
 
 
 def _weights(config: RunConfig, key: str) -> Weights:

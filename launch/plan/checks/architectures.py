@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hf.folder_check import Folder, read_folder
 from hf.packable import check_head, check_layers, unlike
 from hf.weight_names import stored_names, stored_pieces
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig, teacher_key
 from launch.plan.checks.engine_weights import check_divided, check_quantized
 from launch.plan.checks.engines import check_head_width, check_updates
 from launch.plan.checks.numbers import narrow, part_dtype
@@ -41,7 +41,7 @@ def check_student(config: RunConfig) -> Folder:
 def check_teacher(config: RunConfig, name: str) -> Folder:
     """Refuse a teacher whose backend could not use it; a remote one counts where its weights are read here."""
     teacher, requires = config.teachers[name], config.method.requires
-    folder = read_folder(teacher.path, _key(name))
+    folder = read_folder(teacher.path, teacher_key(name))
     if teacher.backend is Backend.TORCH:
         check_layers(folder.causal, folder.part)
         _rehearse(folder)
@@ -51,14 +51,14 @@ def check_teacher(config: RunConfig, name: str) -> Folder:
     if teacher.backend not in (Backend.TORCH, *REMOTE):
         check_head_width(folder, teacher.device)
     check_quantized(config, name, folder)
-    check_divided(teacher.path, teacher.tensor_parallel, _key(name))
+    check_divided(teacher.path, teacher.tensor_parallel, teacher_key(name))
     return folder
 
 
 def check_followers(config: RunConfig, student: Folder, teachers: Mapping[str, Folder]) -> None:
     """Refuse a teacher that is to follow the student and cannot load the weights it publishes."""
     for name, folder in teachers.items():
-        teacher, key = config.teachers[name], _key(name)
+        teacher, key = config.teachers[name], teacher_key(name)
         if not teacher.mixup:
             continue
         if teacher.mixup < 1 and narrow(part_dtype(teacher)):
@@ -105,11 +105,6 @@ def check_ids(folders: Sequence[Folder], *found: Survey) -> None:
                 f"{where} has the token {highest}, but {folder.part} has an output matrix of {rows} rows; its "
                 "tokenizer has tokens that the model was never given, so choose another, or resize the model"
             )
-
-
-def _key(name: str) -> str:
-    """Dotted key of the settings of teacher `name`."""
-    return "teacher" if name == DEFAULT else f"teachers.{name}"
 
 
 _REHEARSED = set[str]()  # configurations that went well in this process, which plans several runs of a comparison

@@ -3,7 +3,7 @@
 from actors.config import InnerTeacher
 from hf.folder import text_config
 from hf.quantized import quantization
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig, teacher_key
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.checks.survey import Survey
 from opd.errors import ConfigurationError, DataError
@@ -42,7 +42,7 @@ def check_blends(config: RunConfig) -> None:
             f"with teachers.{name}.path=..."
         )
     teacher = config.teachers[name]
-    key = "teacher" if name == DEFAULT else f"teachers.{name}"
+    key = teacher_key(name)
     if teacher.backend in REMOTE:
         raise ConfigurationError(
             f"{needs} needs the teacher's weights beside the student's, but {key}.backend={teacher.backend.name} is a "

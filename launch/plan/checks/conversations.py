@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf.tokenizer import HuggingFaceTokenizer
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import DEFAULT, RunConfig, teacher_key
 from opd.errors import ConfigurationError
 from opd.method.needs import named
 from opd.ports import Role
@@ -29,7 +29,7 @@ def teachers_tokenizers(config: RunConfig) -> Mapping[str, HuggingFaceTokenizer]
     """Tokenizers of the teachers, where prompts are to be written by their own chat templates; else none."""
     if not own_templates(config):
         return {}
-    return {name: HuggingFaceTokenizer(t.path, _part(name)) for name, t in config.teachers.items()}
+    return {name: HuggingFaceTokenizer(t.path, teacher_key(name)) for name, t in config.teachers.items()}
 
 
 def check_conversations(
@@ -79,7 +79,3 @@ def _check_one_reader(config: RunConfig, place: str, source: Conversations) -> N
             f"{place}.teacher_chat_template=OWN writes what a prompt's one teacher reads, but method "
             f"{config.method.name} asks teacher {others[0]!r} about it, too; set {place}.teacher_chat_template=STUDENT"
         )
-
-
-def _part(name: str) -> str:
-    return "teacher" if name == DEFAULT else f"teachers.{name}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig, teacher_key
 from launch.config.settings import ClusterConfig, DeviceLayout
 from launch.plan import environment
 from launch.services.placement import ActorRole, Machine, asked, check_fits, share
@@ -146,7 +146,7 @@ def _check_counts(config: RunConfig, visible: int) -> None:
     for name, teacher in config.teachers.items():
         on_gpu = teacher.device is Device.GPU or (teacher.device is Device.AUTO and visible)
         if teacher.tensor_parallel > 1 and on_gpu and not cluster.gpus_per_teacher:
-            key = "teacher" if name == DEFAULT else f"teachers.{name}"
+            key = teacher_key(name)
             raise ConfigurationError(
                 f"{key}.tensor_parallel={teacher.tensor_parallel} spreads each of its actors over as many GPUs of one "
                 "node, but cluster.gpus_per_teacher=0 requests none; set cluster.gpus_per_teacher=1, which is "

@@ -3,7 +3,7 @@
 from hf.folder import text_config
 from hf.folder_check import Folder
 from hf.quantized import READ, quantization, quantized_head
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig, teacher_key
 from launch.plan.checks.devices import writers_of
 from launch.plan.checks.numbers import engine_dtype, part_dtype
 from launch.plan.memory.shapes import read_shape, uneven
@@ -28,7 +28,7 @@ def check_divided(path: str, number: int, key: str) -> None:
 
 def check_quantized(config: RunConfig, name: str, folder: Folder) -> None:
     """Refuse a quantized teacher that its backend, or a part of the run that reads its weights, cannot use."""
-    teacher, key = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
+    teacher, key = config.teachers[name], teacher_key(name)
     raw = text_config(teacher.path, folder.part)
     known = quantization(raw, folder.part)
     if known is None:

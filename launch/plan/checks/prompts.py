@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf.tokenizer_check import TokenizerIdentity
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import DEFAULT, RunConfig, teacher_key
 from launch.config.settings import place_of
 from launch.inputs.prompt_files import reading
 from launch.plan.checks.conversations import conversations, own_templates
@@ -94,7 +94,7 @@ def _check_teachers_room(config: RunConfig, found: Survey, more: int) -> None:
     tokens, where = found.longest_for_teacher
     asked = {*named(config.method, Role.READER), *(found.teachers if asks_prompts_teacher(config.method) else ())}
     for name in sorted(asked & config.teachers.keys()):
-        teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
+        teacher, part = config.teachers[name], teacher_key(name)
         for key, room in (("max_batch_tokens", teacher.max_batch_tokens), ("max_model_len", teacher.max_model_len)):
             if room and tokens + more > room:
                 raise ConfigurationError(
@@ -112,7 +112,7 @@ def _check_questions(config: RunConfig, found: Survey, more: int, tokenizer: Tok
     for named_teacher, templates in questions(config.method).items():
         asked = {named_teacher} if named_teacher else found.teachers.keys()
         for name in sorted(asked & config.teachers.keys()):
-            teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
+            teacher, part = config.teachers[name], teacher_key(name)
             rooms = {"max_batch_tokens": teacher.max_batch_tokens, "max_model_len": teacher.max_model_len}
             longest = max(least_tokens(template, tokens, tokenizer) for template in templates) + more
             for key, room in rooms.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf.folder import read_headers
 from launch.artifacts.checkpoint_state import described
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig, teacher_key
 from launch.config.settings import Sharing
 from launch.plan.checks.devices import gpus_of_teacher
 from launch.plan.checks.models import vocabulary_rows
@@ -99,10 +99,6 @@ def terms_by_place(config: RunConfig) -> list[tuple[str, Term]]:
     ]
 
 
-def _at(name: str) -> str:
-    return "teacher" if name == DEFAULT else f"teachers.{name}"
-
-
 def _check_schedule(config: RunConfig) -> None:
     warmup, steps = config.learner.warmup_steps, config.steps
     if warmup > max(steps, SHORT):
@@ -174,9 +170,10 @@ def _check_max_k(config: RunConfig) -> None:
         if name.endswith((".k", ".record_topk")) and name.startswith(tuple(asking)) and asking:
             for teacher, its in config.teachers.items():
                 if value > its.max_k:
+                    at = teacher_key(teacher)
                     raise ConfigurationError(
-                        f"{name} is {value}, but {_at(teacher)}.max_k={its.max_k} is the most a teacher answers per "
-                        f"token; set {_at(teacher)}.max_k={value}, or {name}={its.max_k}"
+                        f"{name} is {value}, but {at}.max_k={its.max_k} is the most a teacher answers per "
+                        f"token; set {at}.max_k={value}, or {name}={its.max_k}"
                     )
 
 
@@ -185,7 +182,7 @@ def check_devices(config: RunConfig) -> None:
     cluster, student = config.cluster, config.student
     users = [("student", student.gpu_memory_utilization, student.replicas, cluster.gpus_per_engine)]
     users += [
-        (_at(name), teacher.gpu_memory_utilization, teacher.replicas, gpus_of_teacher(cluster, teacher))
+        (teacher_key(name), teacher.gpu_memory_utilization, teacher.replicas, gpus_of_teacher(cluster, teacher))
         for name, teacher in config.teachers.items()
         if teacher.backend in OWN_ENGINE
     ]

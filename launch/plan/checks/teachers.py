@@ -2,7 +2,7 @@
 
 from hf.embeddings import find_embeddings
 from hf.tokenizer_check import check_checkpoint, check_same_tokens, tokenizer_identity
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import DEFAULT, RunConfig, teacher_key
 from launch.plan.checks.devices import writers_here
 from launch.plan.checks.models import parameter_count, vocabulary_rows
 from opd.errors import ConfigurationError
@@ -42,7 +42,7 @@ def _check_teacher(config: RunConfig, name: str, teacher: TeacherConfig) -> None
     requires, remote = config.method.requires, teacher.backend in REMOTE
     check_supports(teacher, requires, f"method {config.method.name}")
     if not remote or LastHidden in requires or name in writers_here(config):
-        check_checkpoint(teacher.path, "teacher" if name == DEFAULT else f"teachers.{name}")
+        check_checkpoint(teacher.path, teacher_key(name))
 
 
 def unread_notes(config: RunConfig) -> list[str]:

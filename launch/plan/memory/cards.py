@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig, teacher_key
 from launch.plan.memory.footprint import EngineRole, Phase, TeacherRole, asleep, footprint, parked, peak
 from launch.plan.memory.parts import GIB, Part, device_bytes, parts
 from launch.plan.memory.shapes import read_shape, uneven
@@ -131,7 +131,7 @@ def remedies(config: RunConfig) -> Iterator[Remedy]:
     if learner.device is Device.GPU:
         yield from _of_learner(config)
     for name, teacher in config.teachers.items():
-        key = "teacher" if name == DEFAULT else f"teachers.{name}"
+        key = teacher_key(name)
         if teacher.device is Device.GPU and teacher.backend not in REMOTE:
             fewer = max(student.longest, teacher.max_batch_tokens // 4)
             if fewer < teacher.max_batch_tokens:
@@ -222,7 +222,7 @@ def _spread(config: RunConfig, fits: Callable[[RunConfig], bool]) -> str:
         told, changed = list[str](), config
         for name in large:
             remedy = _teacher("", name, backend=Backend.VLLM, tensor_parallel=number)
-            key, changed = "teacher" if name == DEFAULT else f"teachers.{name}", remedy.apply(changed)
+            key, changed = teacher_key(name), remedy.apply(changed)
             told.append(f"{key}.backend=VLLM {key}.tensor_parallel={number}")
         more = cheapest(changed, fits)
         if more is not None:

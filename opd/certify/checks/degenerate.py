@@ -9,7 +9,7 @@ import numpy as np
 
 from opd.certify.certificate import Finding, Row, Skipped
 from opd.certify.checks.scorers import numbers_of
-from opd.certify.checks.weighing import one_token
+from opd.certify.checks.weighing import first_tokens
 from opd.certify.engines import RequestLog, engines
 from opd.certify.gradients import EXACT, Case, relative_difference
 from opd.errors import ConfigurationError
@@ -44,7 +44,7 @@ async def _alone(case: Case) -> float:
     """Difference between the scores of three texts, of which one is shorter, and those of each by itself."""
     texts = [item.trajectory for item in case.enumeration.scored[:: case.world.vocabulary + 1][:3]]
     texts = [replace(t, prompt=texts[0].prompt) for t in texts]
-    texts[1] = one_token(replace(case.enumeration.scored[0], trajectory=texts[1])).trajectory
+    texts[1] = first_tokens(texts[1], 1)
     context = engines(case.world, RequestLog())
     together = list(await case.method.scorer(texts, context))
     alone = [one for t in texts for one in await case.method.scorer([t], context)]
@@ -85,7 +85,7 @@ def _groups(case: Case) -> Iterator[_Group]:
     least = getattr(case.method.scorer, "min_group", 1)
     items = case.enumeration.scored
     text, other = items[0].trajectory, items[-case.world.vocabulary].trajectory
-    short = one_token(items[0]).trajectory
+    short = first_tokens(text, 1)
     yield _Group(name=f"{least} equal texts", texts=[replace(text, sample=i) for i in range(least)])
     yield _Group(name="texts of one token", texts=[replace(short, sample=i) for i in range(max(least, 2))])
     same = replace(other, prompt=text.prompt)

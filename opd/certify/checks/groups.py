@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from opd.certify.certificate import Finding, Row
+from opd.certify.checks.weighing import first_tokens
 from opd.certify.credit import Credit, scorer_credit
 from opd.certify.engines import RequestLog, engines
 from opd.certify.gradients import EXACT, Case
@@ -27,7 +28,7 @@ def check_groups(case: Case) -> Iterator[Finding]:
     group = _group(case)
     if Need(Role.GRADER) in needs_of(case.method.scorer):
         yield Row(name=CUT, measured=_cut(case, group), tolerance=EXACT)
-    found = _credit(case, [*group[:BESIDE], _empty(group[0])])
+    found = _credit(case, [*group[:BESIDE], first_tokens(group[0], 0)])
     yield Row(name=EMPTY, measured=float(sum(not np.isfinite(c).all() for c in found)), tolerance=0.0)
 
 
@@ -56,14 +57,3 @@ def _cut(case: Case, group: Sequence[Trajectory]) -> float:
     cut = [replace(t, stop=StopReason.LENGTH) if i == best else t for i, t in enumerate(group)]
     worth = [float(c.mean()) for c in _credit(case, cut)]
     return worth[best] - min(worth)
-
-
-def _empty(text: Trajectory) -> Trajectory:
-    rows = {f.name: getattr(text.behavior, f.name)[:0] for f in fields(text.behavior)}
-    return replace(
-        text,
-        token_ids=text.token_ids[:0],
-        loss_mask=text.loss_mask[:0],
-        versions=text.versions[:0],
-        behavior=replace(text.behavior, **rows),
-    )

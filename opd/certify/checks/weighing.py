@@ -16,23 +16,26 @@ from opd.token_weights.selection import ByReading, Signal, Teachability, TopFrac
 from opd.token_weights.sources import Source, WrittenBy
 from opd.token_weights.targets import PerTarget
 from opd.token_weights.teachers import PromptWeight
-from opd.types import NO_VERSION, Scored, StopReason
+from opd.types import NO_VERSION, Scored, StopReason, Trajectory
 
 Weights = list[Float[np.ndarray, " _T"]]
 _EPSILON = 1e-8  # beside the range between two quantiles
 
 
-def one_token(item: Scored[Any]) -> Scored[Any]:
-    """A text cut after its first token."""
-    text, first = item.trajectory, np.arange(1)
-    short = replace(
+def first_tokens(text: Trajectory, count: int) -> Trajectory:
+    """A text cut after its first `count` tokens."""
+    return replace(
         text,
-        token_ids=text.token_ids[:1],
-        behavior=text.behavior.take(first),
-        loss_mask=text.loss_mask[:1],
-        versions=text.versions[:1],
+        token_ids=text.token_ids[:count],
+        behavior=text.behavior.take(np.arange(count)),
+        loss_mask=text.loss_mask[:count],
+        versions=text.versions[:count],
     )
-    return replace(item, trajectory=short, scores=item.scores.take(first))
+
+
+def one_token(item: Scored[Any]) -> Scored[Any]:
+    """A text with its scores, cut after its first token."""
+    return replace(item, trajectory=first_tokens(item.trajectory, 1), scores=item.scores.take(np.arange(1)))
 
 
 def weights_by_definition(part: Any, items: Sequence[Scored[Any]]) -> Weights | None:

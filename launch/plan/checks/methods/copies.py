@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import DEFAULT, RunConfig, teacher_key
 from launch.plan.checks.settings import terms_by_place
 from launch.plan.checks.survey import Survey
 from opd.method.needs import needed
@@ -87,10 +87,6 @@ def _is_student(config: RunConfig, name: str) -> bool:
     return teacher.backend not in REMOTE and _folder(config, name) == os.path.realpath(config.student.path)
 
 
-def _setting(name: str) -> str:
-    return "teacher" if name == DEFAULT else f"teachers.{name}"
-
-
 def _themselves(config: RunConfig, terms: dict[str, Term], readers: dict[str, Sequence[_Reader]]) -> Iterator[str]:
     """A note where all that is learned from is the student as it is at the start."""
     if needed(config.method, Role.GRADER) or any(_learns_otherwise(term) for term in terms.values()):
@@ -98,7 +94,7 @@ def _themselves(config: RunConfig, terms: dict[str, Term], readers: dict[str, Se
     every = [reader for found in readers.values() for reader in found]
     if every and all(reader.plain and reader.own for reader in every):
         yield (
-            f"note: {_setting(every[0].name)}.path is the student's own checkpoint, and it reads what the student "
+            f"note: {teacher_key(every[0].name)}.path is the student's own checkpoint, and it reads what the student "
             f"reads, so there is nothing to learn from it; set {SHOW} to what it is shown beside, or choose another "
             "teacher"
         )
@@ -118,7 +114,7 @@ def _followers(config: RunConfig, terms: dict[str, Term], readers: dict[str, Seq
         scorer = terms[place].scorer
         if not live or isinstance(scorer, Evidence):
             continue
-        at = _setting(live[0].name)
+        at = teacher_key(live[0].name)
         if len(live) == len(found):
             what = f"{place}.objective compares the student with itself"
         elif isinstance(scorer, Extrapolated):
@@ -145,7 +141,8 @@ def _twins(terms: dict[str, Term], readers: dict[str, Sequence[_Reader]]) -> Ite
                 else "their shares count as one"
             )
             yield (
-                f"note: {_setting(first)}.path and {_setting(reader.name)}.path are the same checkpoint, and {place}"
+                f"note: {teacher_key(first)}.path and {teacher_key(reader.name)}.path are the same checkpoint, and "
+                f"{place}"
                 f".scorer has both read the same, so {lost}; name another checkpoint"
             )
 

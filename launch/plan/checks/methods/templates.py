@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from hf.tokenizer import HuggingFaceTokenizer
-from launch.config.run_config import DEFAULT, RunConfig
+from launch.config.run_config import RunConfig, teacher_key
 from launch.plan.checks.prompts import least_tokens, token_limits
 from launch.plan.checks.settings import terms_by_place
 from launch.plan.checks.survey import Survey
@@ -41,7 +41,7 @@ def _check_room(config: RunConfig, shown: SuccessfulSibling, training: Survey, t
     written = max(token_limits(config.method.rollout), default=config.max_tokens)
     whole = min(shown.longest, least + written) + written
     for name in sorted(training.teachers.keys() & config.teachers.keys()):
-        teacher, part = config.teachers[name], "teacher" if name == DEFAULT else f"teachers.{name}"
+        teacher, part = config.teachers[name], teacher_key(name)
         for key, room in (("max_batch_tokens", teacher.max_batch_tokens), ("max_model_len", teacher.max_model_len)):
             if room and whole > room:
                 raise ConfigurationError(
