@@ -142,8 +142,7 @@ def _twins(terms: dict[str, Term], readers: dict[str, Sequence[_Reader]]) -> Ite
             )
             yield (
                 f"note: {teacher_key(first)}.path and {teacher_key(reader.name)}.path are the same checkpoint, and "
-                f"{place}"
-                f".scorer has both read the same, so {lost}; name another checkpoint"
+                f"{place}.scorer has both read the same, so {lost}; name another checkpoint"
             )
 
 
