@@ -22,10 +22,10 @@ def check_place(config: RunConfig) -> None:
 
 
 def check_writable(root: Path) -> None:
-    """Raise `ConfigurationError` unless a folder can be made in `root`, or in the deepest existing parent of it."""
+    """Raise `ConfigurationError` unless a file can be made in `root`, or in the deepest existing parent of it."""
     there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".opd-", dir=there):
+        with tempfile.TemporaryFile(dir=there):  # without a name: a copy of this folder must not see it
             pass
     except OSError as error:
         raise ConfigurationError(

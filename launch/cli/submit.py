@@ -6,7 +6,8 @@ Ray reads its token settings when it is imported, so it is imported after they a
 import asyncio
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +78,8 @@ def submit(command: Sequence[str], options: SubmitOptions, console: Console) -> 
     runtime_env = {"working_dir": options.working_dir, "excludes": excludes}
     try:
         client = JobSubmissionClient(options.address)
-        job = _accepted(lambda: client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+        with packed(Path(options.working_dir)):
+            job = _accepted(lambda: client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise OpdError(
             f"the cluster at {options.address} did not take the job ({_first(error)}); check the address (the "
@@ -125,7 +127,8 @@ def check_size(folder: Path, excludes: Sequence[str], most: int = MOST_BYTES) ->
             name = f"{first}/" if deeper else first
             sizes[name] = sizes.get(name, 0) + path.stat().st_size
 
-    packaging._dir_travel(root, [packaging._get_excludes(root, list(excludes))], add, include_gitignore=True)
+    with packed(folder):
+        packaging._dir_travel(root, [packaging._get_excludes(root, list(excludes))], add, include_gitignore=True)
     total = sum(sizes.values())
     if total > most:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
@@ -135,6 +138,20 @@ def check_size(folder: Path, excludes: Sequence[str], most: int = MOST_BYTES) ->
             f"{named}); leave folders out with exclude={largest[0]} (several: exclude=A,B) and name what the run needs "
             "of them by paths that the cluster's nodes have, or give another working_dir"
         )
+
+
+@contextmanager
+def packed(folder: Path) -> Iterator[None]:
+    """Context in which a file of `folder` that vanishes is one sentence: other processes may write there."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if folder.resolve() not in Path(error.filename or "/").resolve().parents:
+            raise
+        raise ConfigurationError(
+            f"working_dir {str(folder)!r} changed while it was read ({error.filename} is gone); try again, or leave "
+            "out what other processes write: exclude=A,B"
+        ) from error
 
 
 def _accepted(submit_job: Callable[[], str]) -> str:

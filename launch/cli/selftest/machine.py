@@ -127,7 +127,7 @@ def _write(folder: Path) -> Callable[[], None]:
     def write() -> None:
         if shutil.disk_usage(folder).free < 2 * _BYTES:
             raise OSError(f"{folder} has less than {2 * _BYTES >> 20} MiB free")
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name: a copy of this folder must not see it
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

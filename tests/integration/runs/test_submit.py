@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: the address of its jobs API, and the file that holds its token."""
+    """A running head: the address of its jobs API, the file that holds its token, and the folder that jobs work in."""
 
     address: str
     token: Path
+    tree: Path
 
 
 def free_port() -> int:
@@ -40,6 +42,14 @@ def answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def copied_code(tree: Path) -> Path:
+    """Copy of the packages in `tree`, for jobs to work in: other tests write in the project's own folder meanwhile."""
+    names = [path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()]
+    for name in (*names, "conf", "assets"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tree
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         while not answers(f"{address}/api/version"):
             assert time.monotonic() < deadline and process.poll() is None, "the head did not start"
             time.sleep(0.5)
-        yield Head(address, token)
+        yield Head(address, token, copied_code(folder / "tree"))
     finally:
         os.kill(process.pid, signal.SIGTERM)
         try:
@@ -80,7 +90,7 @@ def submit(head: Head, token: Path | None, *command: str) -> subprocess.Complete
     if token is not None:
         env["RAY_AUTH_TOKEN_PATH"] = str(token)
     return subprocess.run(
-        [sys.executable, "-m", "launch.cli", "submit", f"address={head.address}", f"working_dir={ROOT}", *command],
+        [sys.executable, "-m", "launch.cli", "submit", f"address={head.address}", f"working_dir={head.tree}", *command],
         env=env,
         capture_output=True,
         text=True,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from time import monotonic
 
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.checkpoint.places import check_writable
 from launch.cli.main import main
 from launch.cli.selftest.arithmetic import LIMITS, error_of, loss_kernels
-from launch.cli.selftest.machine import _unmet, packages
+from launch.cli.selftest.machine import _unmet, _write, packages
 from launch.cli.selftest.programs import in_process, rows_of
 from launch.cli.selftest.rows import Outcome, Row, dumped, loaded, verdict
 from opd.errors import DataError
@@ -98,3 +100,13 @@ def test_the_file_has_what_a_bug_report_needs(tmp_path: Path, capsys: pytest.Cap
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["packages"]["torch"] == torch.__version__ and found["verdict"].startswith("self-test: ")
     assert [row["check"] for row in found["rows"]] == ["packages", "learner", "learner", "learner"]
+
+
+def test_disks_are_measured_without_a_file_that_others_could_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.listdir(tmp_path)))
+    _write(tmp_path)()
+    check_writable(tmp_path / "runs")
+    assert seen == [[]] and not os.listdir(tmp_path)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from launch.cli import submit as submitting
 from launch.cli.main import main
-from launch.cli.submit import EXCLUDES, SubmitOptions, check_output, check_size, submit
+from launch.cli.submit import EXCLUDES, SubmitOptions, check_output, check_size, packed, submit
 from opd.errors import ConfigurationError
 
 OUT = "output_dir=/shared/runs"
@@ -44,6 +44,14 @@ def test_the_largest_folders_are_named_and_what_stays_here_does_not_count(tmp_pa
         check_size(tmp_path, EXCLUDES, most=3900)
     check_size(tmp_path, [*EXCLUDES, "models/"], most=2000)
     check_size(tmp_path, EXCLUDES, most=4500)
+
+
+def test_a_file_that_vanishes_meanwhile_is_one_sentence(tmp_path: Path) -> None:
+    said = pytest.raises(ConfigurationError, match=r"changed while it was read \(.*/theirs is gone\); try again")
+    with said, packed(tmp_path):
+        (tmp_path / "theirs").stat()
+    with pytest.raises(FileNotFoundError), packed(tmp_path / "tree"):
+        (tmp_path / "token").read_text()
 
 
 class Jobs:
