@@ -102,6 +102,7 @@ PARTS: Mapping[str, Part] = {
         "fire", "ta_opd", "top_entropy", "top_divergence", "reasoning_prefixes", "open_prompts", "cold_start",
     ),
     "writers": _shop("trb", "trd", "edge_opd", "effopd", "lgr", "topd"),
+    "capped": _shop("topd_downweight"),
     "added": _shop("lookahead_optimizer", "distillm2", "mopd_orm"),
     "self": _shop("opsd", "sdft", "sdpo", "context_distillation"),
     "self_taught": Part(

@@ -14,7 +14,7 @@ from opd.certify.models import TinyModel
 from opd.ports import Role, Sampling, needs_of
 from opd.scorers.near_future import RecordedReverseKL
 from opd.scorers.transport import EmbeddingCosine
-from opd.types import TargetScores, TopKScores, Trajectory
+from opd.types import FutureScores, TargetScores, TopKScores, Trajectory
 
 Dense = list[tuple[Float[np.ndarray, "_T V"], Float[np.ndarray, " _T"]]]
 """Per trajectory the target of every token over the vocabulary, and the number of labels of which it is the mean."""
@@ -43,14 +43,43 @@ def targets_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyM
     """Targets of every token by definition; None where no definition is known for the scorer's fields."""
     if not hasattr(enumeration.scorer, "window") or scorer_targets(enumeration) is None:
         return None
+    return [_near_futures(enumeration, length, windows) for length, windows in _every_window(enumeration, teachers)]
+
+
+def scorer_distances(enumeration: Enumeration) -> list[Float[np.ndarray, " _T"]] | None:
+    """Distances of near futures as the scorer gave them; None where a scorer gives none."""
+    scores = [item.scores for item in enumeration.scored]
+    return [np.asarray(s.ahead, dtype=np.float64) for s in scores if isinstance(s, FutureScores)] or None
+
+
+def distances_by_definition(
+    enumeration: Enumeration, teachers: Mapping[str, TinyModel]
+) -> list[Float[np.ndarray, " _T"]] | None:
+    """Distance of the near futures of every candidate, -1 at other tokens; None as with targets."""
+    if not hasattr(enumeration.scorer, "window"):
+        return None
+    made = []
+    for length, windows in _every_window(enumeration, teachers):
+        row = np.full(length, -1.0)
+        for window in windows:
+            row[window.start] = window.apart
+        made.append(row)
+    return made
+
+
+def _every_window(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> list[tuple[int, list["_Matched"]]]:
+    """Length of every text, and its windows with their transport plans (transport is the scorer's own part)."""
     known: dict[tuple[bytes, int, str], np.ndarray] = {}
     texts = [item.trajectory for item in enumeration.scored]
     windows = [_windows(enumeration, text, teachers, known) for text in texts]
     scorer, student = enumeration.scorer, enumeration.world.student
     pairs = {one.pair: one for found in windows for one in found}
     costs = [np.asarray([[_cost(scorer.cost, student, a, b) for b in w.future] for a in w.own]) for w in pairs.values()]
-    matched = dict(zip(pairs, zip(scorer.transport.plans(costs), costs, strict=True), strict=True)) if pairs else {}
-    return [_near_futures(enumeration, len(t), found, matched) for t, found in zip(texts, windows, strict=True)]
+    plans = dict(zip(pairs, zip(scorer.transport.plans(costs), costs, strict=True), strict=True)) if pairs else {}
+    return [
+        (len(text), [_Matched(window.start, window.future, *plans[window.pair]) for window in found])
+        for text, found in zip(texts, windows, strict=True)
+    ]
 
 
 def mean_targets(
@@ -79,6 +108,20 @@ class _Window:
         return self.own.tobytes(), self.future.tobytes()
 
 
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """Window from `start` on, the teacher's tokens of it, and their transport."""
+
+    start: int
+    future: np.ndarray
+    plan: np.ndarray
+    cost: np.ndarray
+
+    @property
+    def apart(self) -> float:
+        return float((self.plan * self.cost).sum())
+
+
 def _windows(
     enumeration: Enumeration,
     text: Trajectory,
@@ -100,21 +143,15 @@ def _windows(
     return found
 
 
-def _near_futures(
-    enumeration: Enumeration,
-    length: int,
-    windows: Sequence[_Window],
-    matched: Mapping[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the windows in which student and teacher part, token by token (transport is the scorer's own part)."""
+def _near_futures(enumeration: Enumeration, length: int, windows: Sequence[_Matched]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the windows in which student and teacher part, token by token."""
     scorer = enumeration.scorer
-    apart = [float((plan * cost).sum()) for plan, cost in (matched[window.pair] for window in windows)]
-    least = np.quantile(apart, scorer.quantile)
+    least = np.quantile([window.apart for window in windows], scorer.quantile)
     total, count = np.zeros((length, enumeration.world.vocabulary)), np.zeros(length)
-    for window, distance in zip(windows, apart, strict=True):
-        if distance <= 0 or distance < least:
+    for window in windows:
+        if window.apart <= 0 or window.apart < least:
             continue
-        for i, row in enumerate(matched[window.pair][0]):
+        for i, row in enumerate(window.plan):
             label = np.zeros(enumeration.world.vocabulary)
             for token, share in zip(window.future, row, strict=True):
                 label[token] += share if share / max(row.sum(), 1e-300) >= scorer.least else 0.0

@@ -219,6 +219,16 @@ class HiddenScores(TokenScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FutureScores(HiddenScores):
+    """Last hidden states, and how far the teacher's continuation is from the text at some tokens (>= 0), -1 at others.
+
+    Example: `FutureScores(logprobs=[-0.1], hidden=RemoteRows(...), head=[0], ahead=[0.4])`.
+    """
+
+    ahead: Float[Array, " T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnsembleScores(TokenScores):
     """Several teachers' scores of the same tokens, read as one: the mixture `sum_m shares[m] * p_m`.
 

@@ -33,7 +33,12 @@ from opd.certify.gradients import (
     make_case,
     relative_difference,
 )
-from opd.certify.targets import scorer_targets, targets_by_definition
+from opd.certify.targets import (
+    distances_by_definition,
+    scorer_distances,
+    scorer_targets,
+    targets_by_definition,
+)
 from opd.ports import Need, Role, needs_of
 from opd.scorers.ensemble import ContextIds
 from opd.types import (
@@ -53,6 +58,7 @@ KEPT = "text is trained whole, as it was written"
 ORDER = "scores follow their text in any order, and again"
 DEFINED = "credit is what it is defined to be"
 TARGETS = "targets are what they are defined to be"
+DISTANCES = "distances of near futures are what they are defined to be"
 BETTER = "the better of two answers has the greater advantage"
 LAST = "the last return of a text is 0"
 LATER = "a return falls with the teacher's doubt about later tokens, and about no others"
@@ -173,6 +179,22 @@ def check_targets(case: Case, deep: Case) -> Iterator[Finding]:
         numbers = [torch.from_numpy(np.concatenate([x.ravel() for pair in y for x in pair])) for y in (found, expected)]
         errors.append(relative_difference(numbers[0], numbers[1]))
     yield Row(name=TARGETS, measured=max(errors), tolerance=EXACT)
+
+
+def check_distances(case: Case, deep: Case) -> Iterator[Finding]:
+    """Distances of near futures agree with their definition, also at other settings. `deep` has long texts."""
+    if scorer_distances(case.enumeration) is None:
+        return
+    others = [make_case(replace(case.method, scorer=s), case.world) for s in other_settings(case.method.scorer)]
+    errors = []
+    for one in (case, deep, *others):
+        found = scorer_distances(one.enumeration)
+        expected = distances_by_definition(one.enumeration, one.world.teachers)
+        if found is None or expected is None:
+            yield Skipped(name=DISTANCES, why="no definition is known for this scorer; the other rows hold without one")
+            return
+        errors.append(relative_difference(*(torch.from_numpy(np.concatenate(rows)) for rows in (found, expected))))
+    yield Row(name=DISTANCES, measured=max(errors), tolerance=EXACT)
 
 
 def check_credit(case: Case, deep: Case) -> Iterator[Finding]:

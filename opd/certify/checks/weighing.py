@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from opd.loss.readings import Compatibility, StudentEntropy, StudentTopEntropy, TeacherEntropy, UnionForwardKL
+from opd.loss.readings import (
+    Compatibility,
+    StudentEntropy,
+    StudentTopEntropy,
+    TeacherEntropy,
+    UnionForwardKL,
+    VocabularyReverseKL,
+)
 from opd.ports import Reading
 from opd.token_weights.confidence import PlausibleTrajectories, Scope, SureTeacherUnsureStudent
+from opd.token_weights.far_futures import CapAtMedian, Part
 from opd.token_weights.length import SkipBeginning, SkipTruncated
 from opd.token_weights.selection import ByReading, Signal, Teachability, TopFraction
 from opd.token_weights.sources import Source, WrittenBy
@@ -47,6 +55,8 @@ def weights_by_definition(part: Any, items: Sequence[Scored[Any]]) -> Weights | 
             return _sure(part, items)
         case TopFraction() if not part.filters:
             return _top(part, items)
+        case CapAtMedian(part=Part.LOW):
+            return _capped(part, items)
         case PerTarget():
             return [np.asarray(item.scores.targets, dtype=np.float64) for item in items]
         case WrittenBy():
@@ -87,6 +97,22 @@ def _sure(part: SureTeacherUnsureStudent, items: Sequence[Scored[Any]]) -> Weigh
         sure, unsure = 1 - taught[i] / most_taught, own[i] / most_own
         weight = (1 + part.teacher * sure) * (1 + part.student * unsure)
         made.append(weight / (weight.sum() / len(weight)))
+    return made
+
+
+def _capped(part: CapAtMedian, items: Sequence[Scored[Any]]) -> Weights:
+    """`median / loss` where that is below 1, of the `floor(share n)` candidates of the step with the least distance."""
+    ahead = [np.asarray(item.scores.ahead, dtype=np.float64).tolist() for item in items]
+    near = sorted(far for row in ahead for far in row if far >= 0)
+    number = floor(part.share * len(near) + 1e-9)
+    made = []
+    for item, row in zip(items, ahead, strict=True):
+        losses = _reading(item, VocabularyReverseKL()).tolist()
+        ordered, n = sorted(losses), len(losses)
+        middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+        is_near = [number > 0 and 0 <= far <= near[number - 1] for far in row]
+        caps = zip(is_near, losses, strict=True)
+        made.append(np.asarray([min(1.0, middle / loss) if capped else 1.0 for capped, loss in caps]))
     return made
 
 

@@ -49,6 +49,7 @@ WHERE: Mapping[str, str] = {
     "the last return": "returns are shifted by a token, or begin with the token's own reward",
     "a return falls": "returns look backwards, or at too few tokens",
     "credit makes": "the sign of the credit in the objective",
+    "distances of near futures": "which tokens are candidates, where windows start, or whose window is whose",
     "targets are": "windows, their start, or how labels are aligned",
     "teachers are asked": "a request to a teacher is missing, or has another context or other tokens than the text's",
     "text is written": "a request of the rollout has another context, temperature, top_p, max_tokens or blend than it "

@@ -52,7 +52,7 @@ DIAGNOSTICS: dict[type[Scores], set[str]] = {
 CHOSEN = "support_size student_mass teacher_mass"
 OWN: dict[str, str] = {  # metrics that the objective alone knows
     **dict.fromkeys(("full_reverse_kl", "full_forward_kl", "ensemble_reverse_kl", "vopd", "sft", "effopd"), ""),
-    **dict.fromkeys(("context_distillation", "topd", "trd", "cold_start", "open_prompts"), ""),
+    **dict.fromkeys(("context_distillation", "topd", "topd_downweight", "trd", "cold_start", "open_prompts"), ""),
     "opsd": "jsd",
     "judged": "reverse_kl",
     "golden_data": "",

@@ -50,7 +50,7 @@ from opd.settings.validation import default_of, fields_of, parts_of
 from opd.token_weights.length import SkipTruncated
 from opd.token_weights.selection import ByReading, Teachability, TopFraction
 from opd.token_weights.special_tokens import look_up
-from opd.types import Scored, Scores, StopReason, TokenScores, Trajectory
+from opd.types import FutureScores, Scored, Scores, StopReason, TokenScores, Trajectory
 from tests.unit.methods.test_objectives import World, every_token, expected_gradient, gradient, promised, said, world
 
 TEACHERS = ("default", "second")
@@ -120,6 +120,7 @@ ROOMY: Mapping[str, Mapping[str, Any]] = {
     "JudgeAdvantage": {"judge": "second"},
     "TeacherDelta": {"base": "second"},  # there is none of the default name
     "NearFuture": {"fraction": 0.6, "temperature": 8.0, "transport": Sinkhorn()},  # of which labels are soft
+    "FutureDistances": {"fraction": 0.6, "temperature": 8.0, "transport": Sinkhorn()},
     "TopFraction": {"fraction": 0.4},  # of which selections differ
 }
 
@@ -329,12 +330,19 @@ def weighed(weight: Any) -> Any:
         weight = TopFraction(by=weight, fraction=0.3)
     known = look_up({"w": weight}, {"c": 6})["w"]
     draw = np.random.default_rng(0)
-    scored = [Scored(trajectory=t, scores=TokenScores(logprobs=-draw.random(len(t), np.float32))) for t in step]
+    scored = [Scored(trajectory=t, scores=_scored(known, -draw.random(len(t), np.float32))) for t in step]
     read = [
         replace(s, readings={r: _read(r, i, len(s.trajectory)) for r in readings_of(known)})
         for i, s in enumerate(scored)
     ]
     return [w.tolist() for w in known(read, box)]
+
+
+def _scored(weight: Any, logprobs: np.ndarray) -> Scores:
+    """Scores that a weight part can read."""
+    if not issubclass(weight.consumes, FutureScores):
+        return TokenScores(logprobs=logprobs)
+    return FutureScores(logprobs=logprobs, hidden=logprobs[:, None], ahead=-logprobs)
 
 
 def _read(reading: Any, number: int, tokens: int) -> np.ndarray:
