@@ -22,13 +22,14 @@ import opd.updates
 from actors.config import StudentConfig
 from launch.config.budget import StopAfter
 from launch.config.compose import compose
-from launch.config.keys import Key, Setting, keys, settings
+from launch.config.keys import Key, keys
 from launch.config.run_config import RunConfig
 from launch.config.settings import ClusterConfig, EvaluationConfig, HardwareConfig
 from launch.config.tracker import TrackerConfig
 from learner.config import LearnerConfig, LoraConfig
 from opd.prompts.dataset import DatasetPrompts
 from opd.prompts.mixed import MixedPrompts
+from opd.settings.declared import Setting, settings
 from opd.settings.ranges import HARMLESS
 from opd.settings.validation import fields_of, parts_of, wanted
 from teacher_service.config import TeacherConfig

@@ -3,13 +3,9 @@
 Importing the parts imports torch, which takes seconds; a mistyped key and `--help` are answered in less than one.
 """
 
-import ast
 import difflib
-import operator
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,28 +19,10 @@ from launch.artifacts.old_names import todays, todays_setting
 from launch.config.aliases import ALIASES, REASONS
 from launch.config.shipped_files import option_files, shipped
 from opd.errors import ConfigurationError
-from opd.settings.ranges import In
+from opd.settings.declared import Setting, class_of, settings
 
 _RUN = "launch.config.run_config.RunConfig"
-_HOME = Path(__file__).resolve().parents[2]
-_OPERATORS = {ast.Mult: operator.mul, ast.LShift: operator.lshift, ast.Pow: operator.pow}
 _COMMENT = re.compile(r"^( *)([a-z_]\w*):[^#]*(?:#\s*(.*))?$")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """A field of a dataclass as its source declares it.
-
-    `kind` is the annotation without `bounds`, a number's range or the names to choose from; `default` is "" where a
-    value is needed.
-    """
-
-    name: str
-    kind: str
-    default: str
-    text: str
-    module: str
-    bounds: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,138 +34,6 @@ class Key:
     value: str
     text: str
     bounds: str = ""
-
-
-# --- what the sources say ------------------------------------------------------------------------------------------
-
-
-@cache
-def _source(module: str) -> tuple[ast.Module, tuple[str, ...]] | None:
-    """Syntax tree and lines of a module; None if it is not found (a part of a package that is no file here)."""
-    for root in (_HOME, *map(Path, sys.path)):
-        base = root.joinpath(*module.split("."))
-        for path in (base.with_suffix(".py"), base / "__init__.py"):
-            if path.is_file():
-                text = path.read_text(encoding="utf-8")
-                return ast.parse(text), tuple(text.splitlines())
-    return None
-
-
-def _imported(tree: ast.Module, module: str) -> dict[str, str]:
-    """Dotted origin of each name that a module imports, e.g. `{"Dtype": "opd.settings.devices.Dtype"}`."""
-    known = {node.name: f"{module}.{node.name}" for node in tree.body if isinstance(node, ast.ClassDef)}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    return known
-
-
-class _Plain(ast.NodeTransformer):
-    """An annotation without its bounds: `Annotated[int, In(1, 9)]`, or an alias of that, is `int`."""
-
-    def __init__(self, tree: ast.Module, known: Mapping[str, str]) -> None:
-        self._tree, self._known = tree, known
-        self.bounds = ""  # range of the first number that was met, or names of the first choice
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        module, _, name = self._known.get(node.id, f".{node.id}").rpartition(".")
-        source = _source(module) if module.startswith("opd.") else None
-        for line in (source[0] if source else self._tree).body:
-            if isinstance(line, ast.Assign) and ast.unparse(line).startswith(f"{name} = Annotated["):
-                return self.visit(deepcopy(line.value))
-            if (
-                isinstance(line, ast.ClassDef)
-                and line.name == name
-                and [ast.unparse(b) for b in line.bases] == ["Enum"]
-            ):
-                members = [inner.targets[0] for inner in line.body if isinstance(inner, ast.Assign)]
-                self.bounds = self.bounds or f"({', '.join(map(ast.unparse, members))})"
-        return node
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        if ast.unparse(node.value) == "Annotated" and isinstance(node.slice, ast.Tuple):
-            for mark in node.slice.elts[1:]:
-                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "In":
-                    self.bounds = self.bounds or _range(mark)
-            return self.visit(node.slice.elts[0])
-        return self.generic_visit(node)
-
-
-def _range(mark: ast.Call) -> str:
-    """Range of a number as its annotation `In(low, high, ...)` has it, e.g. `from 1 to 9`; "" if it names constants."""
-    try:
-        named = {word.arg: _literal(word.value) for word in mark.keywords if word.arg and word.arg != "because"}
-        return In(*map(_literal, mark.args), **named).says("").strip()
-    except (ValueError, TypeError):
-        return ""
-
-
-def _literal(node: ast.expr) -> Any:
-    """Value of a literal, or of a product, shift or power of such numbers (`24 * 3600.0`, `1 << 20`)."""
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_literal(node.left), _literal(node.right))
-    return ast.literal_eval(node)
-
-
-@cache
-def settings(cls: str) -> Mapping[str, Setting] | None:
-    """Fields of the dataclass `cls` (a dotted name), those of its bases first; None if no such class can be read."""
-    module, _, name = cls.rpartition(".")
-    source = _source(module)
-    if source is None:
-        return None
-    tree, lines = source
-    node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
-    if node is None:
-        return None
-    known = _imported(tree, module)
-    found: dict[str, Setting] = {}
-    for base in node.bases:
-        inherited = settings(known[base.id]) if isinstance(base, ast.Name) and base.id in known else None
-        found |= inherited or {}
-    docstring = " ".join((ast.get_docstring(node) or "").split())
-    for line in node.body:
-        if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
-            continue
-        plain = _Plain(tree, known)
-        kind, field = ast.unparse(plain.visit(deepcopy(line.annotation))), line.target.id
-        given = ast.unparse(line.value) if line.value else ""
-        if kind.startswith("ClassVar") or "init=False" in given or "repr=False" in given:
-            continue  # what is not shown says where a run came from
-        found[field] = Setting(
-            name=field,
-            kind=kind,
-            default=_shown(line.value),
-            text=_comment(lines, line) or _clause(docstring, field),
-            module=module,
-            bounds=plain.bounds,
-        )
-    return found
-
-
-def _shown(default: ast.expr | None) -> str:
-    if default is None:
-        return ""
-    text = ast.unparse(default)
-    if factory := re.search(r"default_factory=(\w+)", text):
-        return {"dict": "{}", "list": "[]", "tuple": "()"}.get(factory[1], "...")
-    return text.rpartition(".")[2] if re.fullmatch(r"[A-Z]\w*\.[A-Z_0-9]+", text) else text.replace("'", '"')
-
-
-def _comment(lines: Sequence[str], field: ast.AnnAssign) -> str:
-    """Comment behind a field, or in the line above it."""
-    behind = lines[(field.end_lineno or field.lineno) - 1].partition("  # ")[2]
-    above = lines[field.lineno - 2].strip()
-    return behind or (above.removeprefix("# ") if above.startswith("# ") else "")
-
-
-def _clause(docstring: str, name: str) -> str:
-    """Clause of a docstring about a field: from its name in backticks to the end of that clause."""
-    at = re.search(rf"`{name}`(?:=\S+)?", docstring)
-    if not at:
-        return ""
-    rest = docstring[at.end() :].replace("e.g.", "e\0g\0")
-    return re.split(r"\. |;|, `|\.$|, and `| and `", rest)[0].replace("\0", ".").strip(" :,=")
 
 
 @cache
@@ -205,9 +51,6 @@ def _comments(path: Path) -> Mapping[str, str]:
     return found
 
 
-# --- the keys of a composed run ------------------------------------------------------------------------------------
-
-
 def _fields(cls: str) -> Mapping[str, Setting] | None:
     """The settings of `cls`; for a whole run also those that stand in its YAML and not in its dataclass."""
     found = settings(cls) if cls else None
@@ -218,13 +61,6 @@ def _fields(cls: str) -> Mapping[str, Setting] | None:
     extra = {"teacher": ("TeacherConfig", ""), "allow_targets": ("Sequence[str]", ""), "data": ("str", data)}
     added = {n: Setting(name=n, kind=kind, default="", text=text, module=module) for n, (kind, text) in extra.items()}
     return {**found, **added}
-
-
-def _class_of(kind: str, module: str) -> str:
-    """Dotted name of our dataclass that an annotation names; "" if it names none."""
-    source = _source(module)
-    target = _imported(source[0], module).get(kind.strip("'\""), "") if source else ""
-    return target if target and settings(target) else ""
 
 
 def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, Setting | None, Any]]:
@@ -243,14 +79,14 @@ def _leaves(node: DictConfig, cls: str, where: str = "") -> Iterator[tuple[str, 
             yield dotted, None, value
             continue
         kind, module = (setting.kind, setting.module) if setting else ("", "")
-        own = _class_of(kind, module)
+        own = class_of(kind, module)
         entries = re.match(r"(?:Mapping|dict)\[str, (\w+)\]", kind)
         if isinstance(value, DictConfig) and not (value._is_none() or value._is_missing()):
             target = _target(value, own)
             if target:
                 yield from _leaves(value, target, dotted)
             elif entries:
-                one = _class_of(entries[1], module)
+                one = class_of(entries[1], module)
                 if not value:
                     yield dotted, setting, value
                 for entry, inner in ((entry, value._get_node(entry)) for entry in value):

@@ -7,10 +7,11 @@ import pytest
 
 from actors.config import StudentConfig
 from launch.config.compose import compose
-from launch.config.keys import keys, settings
+from launch.config.keys import keys
 from launch.config.run_config import RunConfig
 from launch.config.settings import ClusterConfig, EvaluationConfig, EvaluationSet
 from learner.config import LearnerConfig
+from opd.settings.declared import settings
 from opd.settings.ranges import In
 from opd.settings.validation import fields_of, parts_of
 from teacher_service.config import TeacherConfig
