@@ -4,6 +4,7 @@ Importing the parts of a method imports torch, which takes seconds.
 """
 
 import ast
+import builtins
 import operator
 import re
 import sys
@@ -39,22 +40,75 @@ class Setting:
 @cache
 def _source(module: str) -> tuple[ast.Module, tuple[str, ...]] | None:
     """Syntax tree and lines of a module; None if it is not found (a part of a package that is no file here)."""
-    for root in (_HOME, *map(Path, sys.path)):
-        base = root.joinpath(*module.split("."))
-        for path in (base.with_suffix(".py"), base / "__init__.py"):
-            if path.is_file():
-                text = path.read_text(encoding="utf-8")
-                return ast.parse(text), tuple(text.splitlines())
-    return None
+    path = _path(module)
+    if path is None:
+        return None
+    text = path.read_text(encoding="utf-8")
+    return ast.parse(text), tuple(text.splitlines())
 
 
-def _imported(tree: ast.Module, module: str) -> dict[str, str]:
-    """Dotted origin of each name that a module imports, e.g. `{"Dtype": "opd.settings.devices.Dtype"}`."""
-    known = {node.name: f"{module}.{node.name}" for node in tree.body if isinstance(node, ast.ClassDef)}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+def _path(module: str) -> Path | None:
+    """File of a module; None if it has none on the path of imports."""
+    bases = [root.joinpath(*module.split(".")) for root in (_HOME, *map(Path, sys.path))] if module else []
+    return next((p for base in bases for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+
+
+@cache
+def _imported(module: str) -> Mapping[str, str]:
+    """Dotted origin of each name that a module has, e.g. `{"Dtype": "opd.settings.devices.Dtype"}`."""
+    source = _source(module)
+    if source is None:
+        return {}
+    known: dict[str, str] = {}
+    for node in source[0].body:
+        if isinstance(node, ast.Import):
+            known |= {
+                a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0]
+                for a in node.names
+            }
+        elif isinstance(node, ast.ImportFrom):
+            origin = _absolute(node, module)
+            for alias in node.names:
+                if alias.name == "*":
+                    known |= {name: of for name, of in _imported(origin).items() if not name.startswith("_")}
+                else:
+                    known[alias.asname or alias.name] = f"{origin}.{alias.name}"
+        elif isinstance(node, ast.ClassDef):
+            known[node.name] = f"{module}.{node.name}"
     return known
+
+
+def _absolute(node: ast.ImportFrom, module: str) -> str:
+    """Dotted name of the module that `from ... import` names in `module`, which may say it from where it stands."""
+    if not node.level:
+        return node.module or ""
+    parts = module.split(".")
+    inner = bool(_path(module) and _path(module).name == "__init__.py")
+    return ".".join([*parts[: len(parts) - node.level + inner], *([node.module] if node.module else [])])
+
+
+def _dotted(base: ast.expr, known: Mapping[str, str]) -> str:
+    """Dotted name of a base class, as `Part`, `module.Part` or `Part[Kind]`; "" if the module does not have it."""
+    match base:
+        case ast.Subscript(value=inner):
+            return _dotted(inner, known)
+        case ast.Attribute(value=inner, attr=name):
+            return f"{found}.{name}" if (found := _dotted(inner, known)) else ""
+        case ast.Name(id=name):
+            return known.get(name) or (f"builtins.{name}" if hasattr(builtins, name) else "")
+        case _:
+            return ""
+
+
+def _inherited(bases: Sequence[ast.expr], known: Mapping[str, str]) -> Mapping[str, Setting] | None:
+    """Fields of base classes; None if one of them cannot be read."""
+    found: dict[str, Setting] = {}
+    for name in (_dotted(base, known) for base in bases):
+        of_base = {} if name.startswith("builtins.") else settings(name) if name else None
+        if of_base is None:
+            return None
+        found |= of_base
+    return found
 
 
 class _Plain(ast.NodeTransformer):
@@ -106,20 +160,20 @@ def _literal(node: ast.expr) -> Any:
 
 @cache
 def settings(cls: str) -> Mapping[str, Setting] | None:
-    """Fields of the dataclass `cls` (a dotted name), those of its bases first; None if no such class can be read."""
+    """Fields of the dataclass `cls` (a dotted name), those of its bases first; None if it or a base cannot be read."""
     module, _, name = cls.rpartition(".")
     source = _source(module)
     if source is None:
         return None
     tree, lines = source
+    known = _imported(module)
     node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
     if node is None:
+        return settings(known[name]) if known.get(name, cls) != cls else None
+    of_bases = _inherited(node.bases, known)
+    if of_bases is None:
         return None
-    known = _imported(tree, module)
-    found: dict[str, Setting] = {}
-    for base in node.bases:
-        inherited = settings(known[base.id]) if isinstance(base, ast.Name) and base.id in known else None
-        found |= inherited or {}
+    found = dict(of_bases)
     docstring = " ".join((ast.get_docstring(node) or "").split())
     for line in node.body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
@@ -167,6 +221,5 @@ def _clause(docstring: str, name: str) -> str:
 
 def class_of(kind: str, module: str) -> str:
     """Dotted name of our dataclass that an annotation names; "" if it names none."""
-    source = _source(module)
-    target = _imported(source[0], module).get(kind.strip("'\""), "") if source else ""
+    target = _imported(module).get(kind.strip("'\""), "")
     return target if target and settings(target) else ""
