@@ -83,7 +83,8 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
     if not node.level:
         return node.module or ""
     parts = module.split(".")
-    inner = bool(_path(module) and _path(module).name == "__init__.py")
+    path = _path(module)
+    inner = path is not None and path.name == "__init__.py"
     return ".".join([*parts[: len(parts) - node.level + inner], *([node.module] if node.module else [])])
 
 
