@@ -9,13 +9,14 @@ from jaxtyping import Float
 
 from opd.loss.packing import TokenWeights
 from opd.ports import Context, ScoreKinds
-from opd.scorers.near_future import NearFuture
+from opd.scorers.near_future import FutureDistances, NearFuture
 from opd.scorers.returns import WithReturns, returns
 from opd.scorers.reward import GroupAdvantage
 from opd.scorers.teacher import SampledTokens
 from opd.types import (
     AdvantageScores,
     CreditScores,
+    FutureScores,
     Scored,
     Scores,
     StopReason,
@@ -138,6 +139,16 @@ class Ungated(NearFuture):
         settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(NearFuture)}
         settings["quantile"] = 0.0
         return await NearFuture(**settings)(trajectories, context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateDistances(FutureDistances):
+    """Distances of near futures at the token after the candidate."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        right = FutureDistances(**{f.name: getattr(self, f.name) for f in fields(FutureDistances)})
+        found = await right(trajectories, context)
+        return [replace(s, ahead=np.roll(s.ahead, 1)) for s in found if isinstance(s, FutureScores)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,3 +102,25 @@ class NoToken(_Weight):
 
     def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> Weights:
         return [np.zeros(len(s.trajectory)) for s in scored]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateWeights(_Weight):
+    """Weights by the student's entropy, on average 1 in a text, each of them that of the token before."""
+
+    readings: ClassVar[Sequence[Reading]] = (StudentEntropy(),)
+
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> Weights:
+        late = [np.concatenate([np.ones(1), 1 + x[:-1]]) for x in _entropies(scored)]
+        return [x / x.mean() for x in late]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyThreshold(_Weight):
+    """Tokens that the teacher finds likely, by the probability of the token after."""
+
+    consumes: ClassVar[type[Scores]] = TokenScores
+
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> Weights:
+        likely = [np.asarray(s.scores.logprobs, dtype=np.float64) > -2 for s in scored]
+        return [np.append(x[1:], True).astype(np.float64) for x in likely]

@@ -1,7 +1,8 @@
 """Checks of a method's token weights in small steps, with readings that are made up: all that a weight may look at."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from opd.types import Batch, Scored
 WEIGHED = "weights follow their text in any order, and again"
 NUMBERS = "weights are numbers in degenerate steps"
 MASKED = "weights do not depend on what is masked"
+PLACED = "weights stand at the token that they are made of"
 MEANT = "weights are what they are defined to be"
 READ = "readings are of their token alone"
 NONE = "the method has no token weights"
@@ -41,13 +43,15 @@ def check_weights(case: Case) -> Iterator[Finding]:
     """Weights are a pure function of the step: its texts in any order, and what was sampled in them."""
     parts = case.method.weights
     if not parts:
-        yield from (Skipped(name=name, why=NONE) for name in (WEIGHED, NUMBERS, MASKED, MEANT, READ))
+        yield from (Skipped(name=name, why=NONE) for name in (WEIGHED, NUMBERS, MASKED, PLACED, MEANT, READ))
         return
     step = _with_readings(_asked(case), "a step", _texts(case), seed=0)
     yield Row(name=WEIGHED, measured=max(_reordered(case, part, step) for part in parts.values()), tolerance=SAME)
     wrong = sum(_not_numbers(case, name, part, one) for name, part in parts.items() for one in _degenerate(case))
     yield Row(name=NUMBERS, measured=float(wrong), tolerance=0.0)
     yield Row(name=MASKED, measured=max(_unmasked(case, part) for part in parts.values()), tolerance=SAME)
+    shifted = sum(_shifted(case, part, step.items) for part in parts.values())
+    yield Row(name=PLACED, measured=float(shifted), tolerance=0.0)
     yield _defined(case)
     yield _readings_alone(case)
 
@@ -172,6 +176,54 @@ def _unmasked(case: Case, part: Any) -> float:
         for item, mask in zip(first, kept, strict=True)
     ]
     return _apart(_weigh(case, part, first), _weigh(case, part, other))
+
+
+def _shifted(case: Case, part: Any, items: Sequence[Scored[Any]]) -> int:
+    """Number of inputs that move the weight of another token, always as far away, and never that of their own.
+
+    Texts of one or two tokens tell nothing: with weights that are 1 on average, one falls there as the other rises.
+    """
+    before = _weigh(case, part, items)
+    tokens = [(n, t) for n, item in enumerate(items) if len(item.trajectory) > 2 for t in range(len(item.trajectory))]
+    wrong = 0
+    for change in _changes(items):
+        places: set[int] = set()
+        for (number, token), far in product(tokens, (-20.0, 20.0)):
+            moved = _weigh(case, part, [*items[:number], change(items[number], token, far), *items[number + 1 :]])
+            places |= _moved(moved[number] - before[number], token)
+            if 0 in places:
+                break
+        wrong += len(places) == 1 and 0 not in places
+    return wrong
+
+
+def _moved(by: Float[np.ndarray, " T"], token: int) -> set[int]:
+    """Distance from `token` to the one whose weight moved most; 0 if its own did, among others, and nothing if not."""
+    most = np.flatnonzero(np.abs(by) > max(0.7 * np.abs(by).max(), EXACT)) - token
+    return {int(most[0])} if len(most) == 1 else {0} & set(most.tolist())
+
+
+_Change = Callable[[Scored[Any], int, float], Scored[Any]]
+
+
+def _changes(items: Sequence[Scored[Any]]) -> Iterator[_Change]:
+    """Changes of what a weight may read of one token: each of its readings, and each number of its scores."""
+    for reading in items[0].readings:
+        yield lambda item, token, far, of=reading: replace(
+            item, readings={**item.readings, of: _with(item.readings[of], token, abs(far) if far > 0 else 0.0)}
+        )
+    for spec in fields(items[0].scores):
+        value = getattr(items[0].scores, spec.name)
+        if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f":
+            yield lambda item, token, far, of=spec.name: replace(
+                item, scores=replace(item.scores, **{of: _with(getattr(item.scores, of), token, far)})
+            )
+
+
+def _with(values: np.ndarray, token: int, other: float) -> np.ndarray:
+    changed = np.array(values)
+    changed[token] = other
+    return changed
 
 
 def _defined(case: Case) -> Finding:

@@ -69,6 +69,7 @@ WHERE: Mapping[str, str] = {
     "weights follow": "a weight depends on the order of a step, keeps something, changes its input, or draws at random",
     "weights are numbers": "division by 0, or a narrow float: one text, one token, equal or extreme readings",
     "weights do not depend": "a weight reads scores where `loss_mask` is False, as at an environment's words",
+    "weights stand at": "weights are shifted: that of a token is made of the one before or after it",
     "weights are what": "the wrong end, a wrong count or a wrong mean, beside the weight that the part is derived from",
     "readings are": "a reading uses other tokens of its batch, that is of a micro-batch; let the weight do that",
     "what the teacher is shown of other texts": "a context shows a text that did not succeed",
