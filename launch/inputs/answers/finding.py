@@ -2,7 +2,7 @@
 
 import re
 
-from launch.inputs.answers.kinds import Answer, Choice, Expression, Group, Named, Text, Unreadable
+from launch.inputs.answers.kinds import Answer, Choice, Expression, Group, Named, Relation, Text, Unreadable
 from launch.inputs.answers.notation import closing
 from launch.inputs.answers.reading import read
 
@@ -20,6 +20,7 @@ _ANNOUNCED = re.compile(
 _NUMBER = re.compile(
     r"(?<![\w.\\])(?:[-−]\s?)?(?:\\?[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+)?(?:e[+-]?\d+)?(?:\s?\\?%|°)?"
 )
+_SMALL_CHOICE = re.compile(r"\s*(?:\\text\w*\s*\{\s*)?([a-j])\s?[.):]\s*\}?\s+\S")
 _LONG = 160  # characters of a reference that cannot be one answer
 
 
@@ -44,9 +45,10 @@ def given(completion: str, gold: Answer) -> Answer:
     text = completion.rpartition("</think>")[2] or completion
     if not text.strip():
         text = completion
-    if _BOX.search(text):
+    if boxes := list(_BOX.finditer(text)):
         boxed = box(text)
-        return Unreadable(why="the last box is not closed") if boxed is None else read(boxed)
+        found = Unreadable(why="the last box is not closed") if boxed is None else _as(boxed, gold)
+        return found if boxed is None else _choice_behind(text[boxes[-1].end() :], gold, found)
     text = _plain(text)
     announced = list(_ANNOUNCED.finditer(text))
     if announced:
@@ -54,6 +56,23 @@ def given(completion: str, gold: Answer) -> Answer:
         if not isinstance(found, Unreadable):
             return found
     return _last(text, gold)
+
+
+def _as(text: str, gold: Answer) -> Answer:
+    """The value of a text; `b. 4` is a choice where the reference is one."""
+    found = read(text)
+    letter = _SMALL_CHOICE.match(text) if isinstance(gold, Choice) else None
+    return Choice(letter=letter.group(1).upper()) if letter and not isinstance(found, Choice) else found
+
+
+def _choice_behind(text: str, gold: Answer, boxed: Answer) -> Answer:
+    """The choice that is announced behind a box in which a formula stands, else what is in the box."""
+    if isinstance(gold, Choice) and isinstance(boxed, Expression | Named | Relation):
+        text = _plain(text)
+        if announced := list(_ANNOUNCED.finditer(text)):
+            found = _after(text[announced[-1].end() :], gold)
+            return found if isinstance(found, Choice) else boxed
+    return boxed
 
 
 def box(text: str) -> str | None:
@@ -106,7 +125,7 @@ def _after(text: str, gold: Answer) -> Answer:
     if not sentence:
         return Unreadable(why="nothing is announced")
     sentence = re.sub(r"^(?:\s*(?:the|option|choice|about|approximately|equal to|therefore)\s+)+", "", sentence)
-    whole = read(sentence)
+    whole = _as(sentence, gold)
     if _fits(whole, gold):
         return whole
     spans = list(_MATH.finditer(sentence))
@@ -144,7 +163,7 @@ def _last(text: str, gold: Answer) -> Answer:
         return _last_words(text, len(gold.words.split()))
     spans = list(_MATH.finditer(text))
     if isinstance(gold, Choice):
-        whole = read(_inside(spans[-1]) if spans else text)
+        whole = read(_inside(spans[-1])) if spans else _as(text, gold)
         if isinstance(whole, Choice) or (isinstance(whole, Group) and isinstance(whole.items[0], Choice)):
             return whole
         found = list(re.finditer(r"\(([A-J])\)|(?<![\w'])([B-J]|A(?!\s+[a-z]))(?![\w'])", text))

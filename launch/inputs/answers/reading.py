@@ -3,7 +3,7 @@
 import re
 from typing import TypeGuard
 
-from launch.inputs.answers import units
+from launch.inputs.answers import ratios, units
 from launch.inputs.answers.kinds import (
     BARE,
     SET,
@@ -83,6 +83,8 @@ def _read(text: str) -> Answer:
     text = text.strip()
     if choice := _choice(text):
         return choice
+    if time := ratios.clock(text):
+        return time
     if _THOUSANDS.fullmatch(text):
         return _leaf(text)
     if led := _LED.fullmatch(text):
