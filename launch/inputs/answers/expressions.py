@@ -236,7 +236,7 @@ def formula(latex: str) -> Any:
     from sympy import Expr, I
 
     spelled = re.sub(r"\d*\.\d+|\d+\.(?!\d)", _fraction, latex)
-    spelled = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", spelled).replace("\\%", "")
+    spelled = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", spelled).replace("\\%", "").replace("\\lg", "\\log_{10}")
     try:
         found = latex2sympy(
             spelled,

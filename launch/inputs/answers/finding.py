@@ -14,19 +14,23 @@ _MATH = re.compile(
 )
 _ANNOUNCED = re.compile(
     r"(?:final\s+answer|answer|correct\s+(?:option|choice|answer)|(?:option|choice)\s+is|result|solution)"
-    r"[^.\n:$\\=\d(]{0,40}?(?:\bis\b|\bare\b|:|=)\s*(?:therefore|thus|simply|then|just|equal\s+to|:)?\s*|####\s*",
+    r"[^.\n:$\\=\d(]{0,40}?(?:\bis\b|\bare\b|:|=)\s*(?:therefore|thus|simply|then|just|equal\s+to|:)?\s*|####\s*"
+    r"|答案\s*(?:应该?)?(?:是|为)?\s*[:\uff1a]?\s*",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(
     r"(?<![\w.\\])(?:[-−]\s?)?(?:\\?[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+)?(?:e[+-]?\d+)?(?:\s?\\?%|°)?"
 )
 _SMALL_CHOICE = re.compile(r"\s*(?:\\text\w*\s*\{\s*)?([a-j])\s?[.):]\s*\}?\s+\S")
+_STORED = re.compile(r"\[\s*['\"].*\]|\{\s*['\"].*\}", re.DOTALL)  # JSON, or as Python writes it
 _LONG = 160  # characters of a reference that cannot be one answer
 
 
 def reference(text: str) -> Answer:
     """Answer of a reference: the text behind its last `####`, in its last box, or the whole of it."""
     text = text.strip()
+    if _STORED.fullmatch(text):
+        return Unreadable(why="it is the text of a list or an object; store the answer itself")
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip()
     if _BOX.search(text):
@@ -160,7 +164,8 @@ def _inside(match: re.Match[str]) -> str:
 def _last(text: str, gold: Answer) -> Answer:
     """Last candidate of the right kind in running text."""
     if isinstance(gold, Text):
-        return _last_words(text, len(gold.words.split()))
+        ending = next((m for m in _MATH.finditer(text) if not text[m.end() :].strip(" .\n")), None)
+        return read(_inside(ending)) if ending else _last_words(text, len(gold.words.split()))
     spans = list(_MATH.finditer(text))
     if isinstance(gold, Choice):
         whole = read(_inside(spans[-1])) if spans else _as(text, gold)

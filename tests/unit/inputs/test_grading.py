@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,26 @@ def test_formulas_that_mean_integers_are_compared_there(k: int, shift: int) -> N
     assert verify_math(r"\boxed{\cos(n\pi)}", "(-1)^{-n}") == 1.0
 
 
+DASHES = st.characters(categories=["Pd"]).filter(
+    lambda c: "HYPHEN" in unicodedata.name(c) or "DASH" in unicodedata.name(c)
+)
+FRACTIONS = [c for c in map(chr, range(0x2150, 0x215F)) if unicodedata.decomposition(c).startswith("<fraction>")]
+
+
+@given(st.characters(categories=["Nd"]), DASHES, st.characters(categories=["Cf", "Zs"]), st.sampled_from(FRACTIONS))
+@settings(max_examples=150, deadline=None)
+def test_a_number_is_itself_in_all_characters_that_unicode_has_for_it(
+    digit: str, dash: str, nothing: str, part: str
+) -> None:
+    value = unicodedata.digit(digit)
+    assert verify_math(rf"\boxed{{1{digit}{nothing}}}", f"1{value}") == 1.0
+    assert verify_math(f"The answer is {dash}7", "-7") == verify_math(r"\boxed{-7}", f"{dash}7") == 1.0
+    assert verify_math(rf"\boxed{{{dash}1{digit}}}", f"1{value}") == 0.0
+    assert verify_math(rf"\boxed{{{part}}}", f"{unicodedata.numeric(part):.15f}") == 1.0
+    spaced = f"1{nothing}0{value}0" if unicodedata.category(nothing) == "Zs" else "1"
+    assert verify_math(rf"\boxed{{{1000 + 10 * value}}}", spaced) == float(spaced != "1")
+
+
 @given(st.sampled_from("ABCDEFGHIJ"), st.sampled_from("ABCDEFGHIJ"))
 @settings(max_examples=30, deadline=None)
 def test_a_choice_is_found_behind_a_boxed_formula_and_before_its_text(gold: str, said: str) -> None:
@@ -160,6 +181,7 @@ def test_a_choice_is_found_behind_a_boxed_formula_and_before_its_text(gold: str,
         ("", "empty"), ("   ", "empty"), ("$$", "empty"), (r"\boxed{", "not closed"), (r"\frac{1}{2", "not balanced"),
         ("?!", "neither"), (r"x^{2}+", "no formula"),
         ("Let x be the number of apples; the rest follows by induction on n", "8 words"),
+        ('["34"]', "text of a list"), ("['2', '3']", "text of a list"), ('{"answer": 2}', "or an object"),
         ("(1, )", "empty item"), (r"\begin{pmatrix} 1 & \\ 2 & 3 \end{pmatrix}", "empty cells"),
     ],
 )  # fmt: skip

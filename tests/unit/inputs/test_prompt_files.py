@@ -18,9 +18,10 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.inputs.prompt_files import read_rows, reading
+from launch.inputs.prompt_files import read_rows, reading, row_of
 from launch.inputs.prompt_paths import content_digest, files_of
-from opd.errors import OpdError
+from launch.inputs.records import Record
+from opd.errors import DataError, OpdError
 from opd.types.prompt_rows import Columns, Row
 
 PLAIN = Columns(prompt="prompt", answer="answer")
@@ -240,6 +241,16 @@ def test_a_conversation_that_cannot_be_rendered_whole_is_refused(case: str, tmp_
     messages, says = TALKS[case]
     path = stored(tmp_path / "p.jsonl", chat(ASKED) + "\n" + chat(*messages))
     assert says in refusal(path, CHAT) and "line 2" in refusal(path, CHAT)
+
+
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=3), st.sampled_from([json.dumps, repr]), st.booleans())
+def test_a_conversation_that_was_stored_as_text_is_refused(said: list[str], spell: Any, turned: bool) -> None:
+    """As CSV files and `to_csv` have them: asked as it stands, it would be a prompt about brackets."""
+    talk = [{"content": one, "role": "user"} if turned else {"role": "user", "content": one} for one in said]
+    with pytest.raises(DataError, match=r"^f line 1: 'prompt' is the text of a list of messages.*prompts\.map"):
+        row_of(Record("f line 1", {"prompt": f" {spell(talk)}\n"}), Columns(prompt="prompt"))
+    asks = "What does [{'role': 'user'}] mean?"
+    assert row_of(Record("f line 1", {"prompt": asks}), Columns(prompt="prompt")).prompt == asks
 
 
 def test_a_last_answer_is_cut_where_that_was_asked_for(tmp_path: Path) -> None:
