@@ -230,6 +230,9 @@ TALKS = {
     "role that is no text": (({"role": 7, "content": "a"},), "needs a role that is text"),
     "ShareGPT": (({"from": "human", "value": "a"},), "ShareGPT"),
     "assistant last": ((ASKED, {"role": "assistant", "content": "1"}), "prompts.drop_last_answer=true"),
+    "gpt last": ((ASKED, {"role": "gpt", "content": "1"}), "ends with a turn of 'gpt'"),
+    "Assistant last": ((ASKED, {"role": "Assistant", "content": "1"}), "prompts.drop_last_answer=true"),
+    "model last": ((ASKED, {"role": "model", "content": "1"}), "prompts.drop_last_answer=true"),
     "calls last": ((ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}), "drop_last_answer"),
     "no text at all": (({"role": "user", "content": " "},), "without any text"),
     "surrogate": (({"role": "user", "content": "\ud83d"},), "half of a surrogate pair"),
@@ -263,6 +266,8 @@ def test_a_last_answer_is_cut_where_that_was_asked_for(tmp_path: Path) -> None:
 
 DAMAGED = {
     "latin1.jsonl": ('{"prompt": "caf\u00e9", "answer": "1"}'.encode("latin-1"), "line 1 is not UTF-8 (byte 0xe9"),
+    "commas.tsv": (b"prompt,answer\n1+1=,2\n", "separated by ','"),
+    "excel.csv": (b"sep=,\nprompt,answer\n1+1=,2\n", "'sep=', which Excel writes"),
     "utf16.jsonl": (LINES.decode().encode("utf-16"), "UTF-16"),
     "utf16le.json": (LINES.decode().encode("utf-16-le"), "UTF-16"),
     "cut.jsonl.gz": (gzip.compress(LINES)[:-9], "cannot be read"),
@@ -277,7 +282,7 @@ DAMAGED = {
     "ragged.csv": (b"prompt,answer\n1,2\n3,4,5\n", "line 3 has 3 cells"),
     "open.csv": (b'prompt,answer\n"1,2\n', "line 2 is no row of a table"),
     "twice.csv": (b"prompt,answer,prompt\n1,2,3\n", "names the column 'prompt' twice"),
-    "semicolon.csv": (b"prompt;answer\n1;2\n", "no column 'prompt' (has ['prompt;answer'])"),
+    "semicolon.csv": (b"prompt;answer\n1;2\n", "line 1 names one column, 'prompt;answer', so its cells seem"),
     "open.json": (b'[{"prompt": "a", "answer": "1"}', "expected ',' or ']'"),
     "more.json": (b'[{"prompt": "a", "answer": "1"}] []', "more after the end"),
     "comma.json": (b'[{"prompt": "a", "answer": "1"},]', "no JSON"),
