@@ -88,7 +88,7 @@ def _shows_content(render: Render, messages: Messages, tools: Messages, i: int, 
 
 
 def _otherwise(render: Render, messages: Messages, tools: Messages, i: int) -> str:
-    """How a template writes arguments of tool calls that come in the form which it does not expect; "" if as meant.
+    """Fault in how a template writes arguments of tool calls in a form that it does not expect; "" if there is none.
 
     Some expect an object and would quote a text once more, or put further braces around it; others expect a text and
     would write an object as Python does.
@@ -137,7 +137,7 @@ def _with_arguments(call: Any, form: Callable[[Any], Any]) -> Any:
 
 
 def opening(ask: Render, prompt: Render) -> str:
-    """What a template writes before an answer and leaves out where a prompt ends, e.g. `<|im_start|>assistant`.
+    """Text that a template writes before an answer and leaves out where a prompt ends, e.g. `<|im_start|>assistant`.
 
     `prompt` renders what ends where an assistant is to write, and `ask` the same without `add_generation_prompt`.
     """

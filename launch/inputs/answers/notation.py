@@ -80,7 +80,7 @@ def _unicode(text: str) -> str:
 
 @cache
 def _other(sign: str) -> str:
-    """A character beyond ASCII by what Unicode says of it: `−` and all dashes as `-`, `⅚` as a fraction, `５` as 5."""
+    """Spelling of a character by its properties in Unicode: `−` and all dashes are `-`, `⅚` a fraction, `５` is 5."""
     kind, wide, name = unicodedata.category(sign), unicodedata.normalize("NFKC", sign), unicodedata.name(sign, "")
     if sign == "µ":  # of units; the letter is another character
         return sign
