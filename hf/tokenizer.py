@@ -127,7 +127,7 @@ class HuggingFaceTokenizer:
         return why_no_system(partial(self._render, given))
 
     def opening(self) -> str:
-        """Text that the chat template writes before an answer and leaves out where a prompt ends; "" if there is none."""
+        """Text that the chat template writes before an answer and leaves out where a prompt ends; "" for none."""
         return opening(partial(self._render, {}, prompt=False), partial(self._render, {})) if self.converses else ""
 
     def token(self, i: int) -> str:
