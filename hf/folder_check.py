@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from hf.folder import Stored, read_config, read_headers, read_json
+from hf.folder import HEADS, Stored, input_matrix, read_config, read_headers, read_json
 from hf.packable import context_length
+from hf.single_tensor import same_rows
 from hf.weight_names import places
 from opd.errors import DataError
 
@@ -61,6 +62,7 @@ def read_folder(path: str, role: str) -> Folder:
         causal = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     if stored and "quantization_config" not in raw:
         _compare(causal, stored, part)
+        _compare_tied(config, stored, part)
     return Folder(part=part, causal=causal, stored=stored)
 
 
@@ -144,6 +146,21 @@ def _compare(causal: Any, stored: Mapping[str, Stored], part: str) -> None:
         if name not in there and not twin and not any(re.search(pattern, name) for pattern in optional):
             raise DataError(f"{part} stores no {name!r}, which its {kind} needs; {remedy}")
     _compare_fused(wanted, loaded, stored, part, remedy)
+
+
+def _compare_tied(config: Any, stored: Mapping[str, Stored], part: str) -> None:
+    """Refuse an output matrix of its own beside a configuration that ties it: some programs read it, others do not."""
+    head = next((name for name in stored if name.endswith(HEADS)), None)
+    embedding = input_matrix(stored)
+    tied = config.get_text_config().tie_word_embeddings
+    if not tied or head is None or embedding is None or stored[head].shape != stored[embedding].shape:
+        return
+    if stored[head].dtype == stored[embedding].dtype and same_rows(head, embedding, stored):
+        return
+    raise DataError(
+        f"{part} stores {head!r} with other numbers than {embedding!r}, but its config.json has "
+        "tie_word_embeddings=true, with which transformers reads that matrix and vLLM does not; set it to false"
+    )
 
 
 def _compare_fused(

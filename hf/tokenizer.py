@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from hf.chat_template import rendered, why_no_system
+from hf.chat_template import opening, rendered, why_no_system
 from hf.template_keywords import keywords
 from hf.tokenizer_check import load_tokenizer
 from opd.errors import ConfigurationError, DataError
@@ -94,10 +94,14 @@ class HuggingFaceTokenizer:
         return rendered(partial(self._render, prompt.keywords), prompt.text, prompt.tools, prompt.where)
 
     def _render(
-        self, given: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+        self,
+        given: Mapping[str, Any],
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        prompt: bool = True,
     ) -> str:
         return self._tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False, **given
+            list(messages), tools=list(tools) or None, add_generation_prompt=prompt, tokenize=False, **given
         )
 
     @property
@@ -121,6 +125,10 @@ class HuggingFaceTokenizer:
     def why_no_system(self, given: Mapping[str, Any]) -> str:
         """Reason why the chat template cannot take a system message; "" if it can."""
         return why_no_system(partial(self._render, given))
+
+    def opening(self) -> str:
+        """Text that the chat template writes before an answer and leaves out where a prompt ends; "" for none."""
+        return opening(partial(self._render, {}, prompt=False), partial(self._render, {})) if self.converses else ""
 
     def token(self, i: int) -> str:
         """The token with this id, as the vocabulary spells it."""

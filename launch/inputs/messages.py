@@ -10,6 +10,8 @@ from opd.errors import DataError
 Message = Mapping[str, Any]
 DEEPEST = 64  # levels of a tool's arguments or description
 _SHAREGPT = {"from", "value"}
+_ANSWERING = frozenset({"assistant", "gpt", "model", "bot", "chatbot", "ai"})
+"""Roles of who answers, as data sets spell them; what is meant by the others, the chat template decides."""
 
 
 def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, key: str) -> tuple[Message, ...]:
@@ -20,18 +22,23 @@ def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, ke
     that allows to cut a last answer.
     """
     turns = list(whole(value, where, sparse=sparse))
-    if turns[-1]["role"] == "assistant":
+    if _answers(turns[-1]):
         if not drop_last_answer:
+            role = "an assistant's turn" if turns[-1]["role"] == "assistant" else f"a turn of {turns[-1]['role']!r}"
             raise DataError(
-                f"{where} ends with an assistant's turn, which would stand in the prompt as if it were asked; cut it "
+                f"{where} ends with {role}, which would stand in the prompt as if it were asked; cut it "
                 f"off with {key}=true, or store the prompt without it"
             )
         turns.pop()
-        if not turns or turns[-1]["role"] == "assistant":
+        if not turns or _answers(turns[-1]):
             raise DataError(f"{where} has no turn before the assistant's last one to answer to; remove the row")
     if not any(isinstance(m["content"], str) and m["content"].strip() for m in turns):
         raise DataError(f"{where} has messages without any text; remove the row")
     return tuple(turns)
+
+
+def _answers(turn: Message) -> bool:
+    return str(turn["role"]).strip().casefold() in _ANSWERING
 
 
 def whole(value: Any, where: str, *, sparse: bool) -> tuple[Message, ...]:

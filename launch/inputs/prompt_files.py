@@ -1,5 +1,6 @@
 """Prompt files as rows: every row is understood or refused with its file and line, and never rewritten."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,6 +18,8 @@ from opd.types.prompt_rows import Columns, Row
 
 _SHOWN = 12  # column names that an error lists
 _ABSENT = object()
+_CONVERSATION = re.compile(r"\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:.*\]", re.DOTALL)
+"""Messages as JSON or as Python writes them, in a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,11 @@ def _prompt(record: Record, columns: Columns, part: str, column: str) -> str | t
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{record.where} has an empty {column}; remove the row")
+        if _CONVERSATION.fullmatch(value.strip()):
+            raise DataError(
+                f"{where} is the text of a list of messages, which would be asked as it is spelled; store the list "
+                f"itself (JSON lines, parquet), or make one with {columns.place}.map"
+            )
         return text(value, where)
     if not isinstance(value, list):
         raise DataError(f"{where} must be text or a list of messages with role and content, got {kind(value)}")

@@ -153,7 +153,7 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str], Iterator[Record]]:
             if not cells:
                 continue
             if header is None:
-                header = _header(cells, f"{name} line {begins}")
+                header = _header(_separated(cells, f"{name} line {begins}"), f"{name} line {begins}")
             elif len(cells) != len(header):
                 raise DataError(
                     f"{name} line {begins} has {len(cells)} cells, but the first line names {len(header)} columns; "
@@ -163,6 +163,18 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str], Iterator[Record]]:
                 yield Record(f"{name} line {begins}", dict(zip(header, cells, strict=True)), untyped=True)
 
     return rows
+
+
+def _separated(cells: list[str], where: str) -> list[str]:
+    """Names of columns, refused where they show another separator than the file's ending names."""
+    if cells[0].startswith("sep="):
+        raise DataError(f"{where} is no row of a table but {cells[0]!r}, which Excel writes; remove the line")
+    if len(cells) == 1 and (other := next((sign for sign in ";\t,|" if sign in cells[0]), None)):
+        raise DataError(
+            f"{where} names one column, {cells[0]!r}, so its cells seem to be separated by {other!r}; save the file "
+            "with commas (.csv) or tabs (.tsv)"
+        )
+    return cells
 
 
 def _header(cells: list[str], where: str) -> list[str]:

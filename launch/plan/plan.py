@@ -16,7 +16,7 @@ from launch.inputs.prompt_files import read_rows
 from launch.plan.checks.answers import check_answers
 from launch.plan.checks.architectures import check_contexts, check_followers, check_ids, check_student, check_teacher
 from launch.plan.checks.blends import check_blends, check_one_context
-from launch.plan.checks.conversations import check_conversations, teachers_tokenizers
+from launch.plan.checks.conversations import check_conversations, check_openings, teachers_tokenizers
 from launch.plan.checks.devices import automatic, gpus, resolved, undecided, unseen_notes, visible_gpus
 from launch.plan.checks.ends import text_ends
 from launch.plan.checks.engines import engine_notes
@@ -226,6 +226,8 @@ def _remarks(
     config: RunConfig, placed: "_Placed", training: Survey, held_out: HeldOut, tokenizer: HuggingFaceTokenizer
 ) -> list[str]:
     """Remarks of checks of the tasks, of what is on the hub, and of what the method would train."""
+    chats = (found.chats for found in (training, *held_out.values()))
+    check_openings(config, tokenizer, next((kind.first for kind in chats if kind.count), ""))
     tasks = check_tasks(config, training, held_out)
     return [*tasks, *hub_remarks(config, placed.hub), *check_meaning(config, training, tokenizer)]
 

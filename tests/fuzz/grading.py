@@ -123,7 +123,11 @@ def _rewritten(said: str, rng: random.Random) -> str | None:
         )
     if match := re.fullmatch(r"(\S+) - (\S+)", said):
         return f"-{match[2]} + {match[1]}"
-    if re.fullmatch(r"[\d\\a-z{}^+ -]*\\(?:sqrt|pi|ln)[\d\\a-z{}^+ -]*", said) and "\\pm" not in said:
+    if (
+        re.fullmatch(r"[\d\\a-z{}^+ -]*\\(?:sqrt|pi|ln)[\d\\a-z{}^+ -]*", said)
+        and "\\pm" not in said
+        and "\\text" not in said
+    ):
         return rng.choice((rf"\frac{{2({said})}}{{2}}", f"({said}) + 1 - 1", f"x = {said}"))
     return None
 

@@ -7,6 +7,7 @@ from launch.inputs.answers import expressions, finding
 from launch.inputs.answers.kinds import (
     Answer,
     Choice,
+    Clock,
     Expression,
     Group,
     Matrix,
@@ -66,7 +67,7 @@ def _leaves(answer: Answer) -> Iterator[str | Unreadable]:
             yield from answer.sides
         case Named():
             yield from _leaves(answer.value)
-        case Choice():
+        case Choice() | Clock():
             pass
         case Group() | Union() | Ratio():
             for item in answer.items:

@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from launch.inputs.answers import expressions, units
+from launch.inputs.answers import expressions, ratios, units
 from launch.inputs.answers.kinds import (
     BARE,
     SET,
     TUPLE,
     Answer,
     Choice,
+    Clock,
     Expression,
     Group,
     Matrix,
@@ -37,10 +38,12 @@ def same(gold: Answer, given: Answer) -> bool:
         return _relations(gold, given)
     if isinstance(gold, Group | Union | Matrix) or isinstance(given, Group | Union | Matrix):
         return _collections(gold, given)
-    if isinstance(gold, Ratio) or isinstance(given, Ratio):
-        return _ratios(gold, given)
+    if isinstance(gold, Clock) and isinstance(given, Clock | Ratio):
+        return ratios.same_time(gold, given)
     if isinstance(gold, Expression) and isinstance(given, Expression):
         return _expressions(gold, given)
+    if isinstance(gold, Ratio | Expression) and isinstance(given, Ratio | Expression | Clock):
+        return ratios.same_ratio(gold, given)
     return isinstance(gold, Text | Expression) and isinstance(given, Text | Expression) and _words(gold, given)
 
 
@@ -234,19 +237,6 @@ def matched(gold: Sequence[Answer], given: Sequence[Answer], equal: Callable[[An
     return True
 
 
-def _ratios(gold: Answer, given: Answer) -> bool:
-    left, right = (
-        list(a.items) if isinstance(a, Ratio) else [a, Expression(latex="1")] if isinstance(a, Expression) else []
-        for a in (gold, given)
-    )
-    if len(left) != len(right) or not all(isinstance(i, Expression) for i in (*left, *right)):
-        return False
-    texts = [[i.latex for i in side if isinstance(i, Expression)] for side in (left, right)]
-    return all(
-        expressions.equal(_product(a, texts[1][-1]), _product(b, texts[0][-1])) for a, b in zip(*texts, strict=True)
-    )
-
-
 def _expressions(gold: Expression, given: Expression) -> bool:
     if gold.base or given.base:
         return gold.latex.casefold() == given.latex.casefold() and (
@@ -265,26 +255,13 @@ def _expressions(gold: Expression, given: Expression) -> bool:
         return not (left.dimensions and right.dimensions) and expressions.equal(gold.latex, given.latex)
     if left.factor == right.factor:
         return expressions.equal(gold.latex, given.latex)
-    return expressions.equal(_times(gold.latex, left.factor), _times(given.latex, right.factor))
+    return expressions.equal(expressions.times(gold.latex, left.factor), expressions.times(given.latex, right.factor))
 
 
 def _converted(with_unit: Expression, other: Expression) -> bool:
     """A percentage or an angle as a plain number: 12% and 0.12, 90 degrees and pi/2."""
     if with_unit.unit == "%":
-        return expressions.equal(_times(with_unit.latex, Fraction(1, 100)), other.latex)
+        return expressions.equal(expressions.times(with_unit.latex, Fraction(1, 100)), other.latex)
     if with_unit.unit == "degree":
         return "\\pi" in other.latex and expressions.equal(f"\\frac{{({with_unit.latex}) \\pi}}{{180}}", other.latex)
     return False
-
-
-def _product(left: str, right: str) -> str:
-    factor = expressions.number(right)
-    return f"({left}) \\cdot ({right})" if factor is None else _times(left, factor)
-
-
-def _times(latex: str, factor: Fraction) -> str:
-    value = expressions.number(latex)
-    if value is not None:
-        value *= factor
-        return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
-    return f"({latex}) \\cdot \\frac{{{factor.numerator}}}{{{factor.denominator}}}"

@@ -2,15 +2,19 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 _DIGITS = 6  # of a decimal, from which on it may stand for a number that it only rounds
-_POINTS = ((7, 3), (-11, 5), (23, 7), (-3, 11), (5, 13))
-"""Where formulas with variables are compared: of both signs, and no likely root or pole."""
+_POINTS = ((7, 3), (11, 5), (23, 7), (3, 11), (5, 13), (13, 9), (2, 17))
+"""Where formulas with variables are compared: no likely roots or poles."""
+_SIGNS = ("+++--+-", "+-++---", "++--+-+", "+--+++-")
+"""Signs of the variables at these points, by their order; any two variables come with all four."""
 _NATURAL = ((4, 1), (6, 1), (9, 1))
+_WHOLE = (*_NATURAL, (5, 1), (7, 1), (8, 1), (11, 1))
+"""Where formulas that mean integers are compared: all remainders of small divisors."""
 _NOTHING = 1e-25  # of a value: what two ways of evaluating it may differ by
 _SPREAD = 17  # moves the points of a second variable off the first's
 _PRECISION = 40
@@ -47,6 +51,15 @@ def equal(gold: str, given: str) -> bool:
     if left is not None and right is not None:
         return left == right or _rounded(gold, given, left, right)
     return _equal_formulas(gold, given)
+
+
+def times(latex: str, factor: Fraction) -> str:
+    """A formula `factor` times as large."""
+    value = number(latex)
+    if value is not None:
+        value *= factor
+        return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return f"({latex}) \\cdot \\frac{{{factor.numerator}}}{{{factor.denominator}}}"
 
 
 def evaluated(latex: str) -> bool:
@@ -132,29 +145,82 @@ def _same(first: Any, second: Any) -> bool:
 
 def _values(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
     """Values of both formulas where both have one: at rational points, and natural ones where these give too few."""
-    from sympy import Product, Rational, Sum
+    from sympy import Abs, Product, Sum
 
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
-    found = 0
+    real = _real(first, second)
     counted = first.has(Sum, Product) or second.has(Sum, Product)  # up to a number that must be natural
-    for points in (_NATURAL,) if counted else (_POINTS, _NATURAL):
+    whole = any(_means_integers(one) for one in (first, second))
+    found = 0
+    for points in (_NATURAL,) if counted else (_WHOLE,) if whole else (_POINTS, _NATURAL):
         if found >= 2:
             return
-        for up, down in points if symbols else points[:1]:
-            step = _SPREAD if down > 1 else 3
-            at = {symbol: Rational(up + step * i, down + 2 * i * (down > 1)) for i, symbol in enumerate(symbols)}
-            a, b = _value(first, at), _value(second, at)
+        signs = len(symbols) == 1 or first.has(Abs) or second.has(Abs)
+        places = [_place(symbols, j, point, signs) for j, point in enumerate(points if symbols else points[:1])]
+        inside = [at for at in places if _inside(first, at) and _inside(second, at)] if real and symbols else places
+        for at in inside if len(inside) >= 2 else places:
+            a, b = _value(first, at, real), _value(second, at, real)
             if a is not None and b is not None:
                 found += 1
                 yield a, b
 
 
-def _value(expression: Any, values: dict[Any, Any]) -> Any:
+def _place(symbols: Sequence[Any], j: int, point: tuple[int, int], signs: bool) -> dict[Any, Any]:
+    """Values of the variables at the `j`-th point, natural ones at a natural point.
+
+    Several variables are mostly quantities, such as lengths and masses: they are positive unless `signs`.
+    """
+    from sympy import Rational
+
+    up, down = point
+    if down == 1:
+        return {symbol: Rational(up + 3 * i) for i, symbol in enumerate(symbols)}
+    at = {}
+    for i, symbol in enumerate(symbols):
+        far = i if j % 2 else len(symbols) - 1 - i  # so that any two variables come in both orders
+        value = Rational(up + _SPREAD * far, down + 2 * far)
+        at[symbol] = -value if signs and _SIGNS[i % len(_SIGNS)][j] == "-" else value
+    return at
+
+
+def _inside(found: Any, at: dict[Any, Any]) -> bool:
+    """Whether every root and logarithm of a formula is real at a point; equal ones may have other branches beyond."""
+    from sympy import Function, Pow
+
+    return all(_with_real_roots(part.subs(at)).is_real is not False for part in found.atoms(Pow, Function))
+
+
+def _real(first: Any, second: Any) -> bool:
+    """Whether two formulas are about real numbers."""
+    from sympy import I
+
+    return not first.has(I) and not second.has(I)
+
+
+def _means_integers(found: Any) -> bool:
+    """Whether a formula has a meaning at integers alone, e.g. `(-1)^n`, or is mostly used there, e.g. a floor."""
+    from sympy import Pow, ceiling, floor
+
+    return bool(found.free_symbols) and (
+        found.has(floor, ceiling) or any(p.base.is_negative and p.exp.free_symbols for p in found.atoms(Pow))
+    )
+
+
+def _with_real_roots(value: Any) -> Any:
+    """A number with the real cube root of -8 (-2) in place of the principal one, and all odd roots likewise."""
+    return value.replace(
+        lambda e: e.is_Pow and e.base.is_negative and e.exp.is_Rational and e.exp.q % 2 and e.exp.q > 1,
+        lambda e: (-1) ** e.exp.p * (-e.base) ** e.exp,
+    )
+
+
+def _value(expression: Any, values: dict[Any, Any], real: bool) -> Any:
     """Value of a formula at a point to many digits, or None where it has none."""
     import mpmath
 
     try:
-        result = expression.subs(values).doit().evalf(_PRECISION)
+        result = expression.subs(values).doit()
+        result = (_with_real_roots(result) if real else result).evalf(_PRECISION)
         real, imaginary = result.as_real_imag()
         with mpmath.workdps(_PRECISION):
             found = mpmath.mpc(str(real), str(imaginary)) if imaginary else mpmath.mpf(str(real))
@@ -170,7 +236,7 @@ def formula(latex: str) -> Any:
     from sympy import Expr, I
 
     spelled = re.sub(r"\d*\.\d+|\d+\.(?!\d)", _fraction, latex)
-    spelled = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", spelled).replace("\\%", "")
+    spelled = re.sub(r"\\text\{\s*([^{}]*?)\s*\}", r"\1", spelled).replace("\\%", "").replace("\\lg", "\\log_{10}")
     try:
         found = latex2sympy(
             spelled,

@@ -2,7 +2,7 @@
 
 import re
 
-from launch.inputs.answers.kinds import Answer, Choice, Expression, Group, Named, Text, Unreadable
+from launch.inputs.answers.kinds import Answer, Choice, Expression, Group, Named, Relation, Text, Unreadable
 from launch.inputs.answers.notation import closing
 from launch.inputs.answers.reading import read
 
@@ -14,18 +14,23 @@ _MATH = re.compile(
 )
 _ANNOUNCED = re.compile(
     r"(?:final\s+answer|answer|correct\s+(?:option|choice|answer)|(?:option|choice)\s+is|result|solution)"
-    r"[^.\n:$\\=\d(]{0,40}?(?:\bis\b|\bare\b|:|=)\s*(?:therefore|thus|simply|then|just|equal\s+to|:)?\s*|####\s*",
+    r"[^.\n:$\\=\d(]{0,40}?(?:\bis\b|\bare\b|:|=)\s*(?:therefore|thus|simply|then|just|equal\s+to|:)?\s*|####\s*"
+    r"|答案\s*(?:应该?)?(?:是|为)?\s*[:\uff1a]?\s*",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(
     r"(?<![\w.\\])(?:[-−]\s?)?(?:\\?[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+)?(?:e[+-]?\d+)?(?:\s?\\?%|°)?"
 )
+_SMALL_CHOICE = re.compile(r"\s*(?:\\text\w*\s*\{\s*)?([a-j])\s?[.):]\s*\}?\s+\S")
+_STORED = re.compile(r"\[\s*['\"].*\]|\{\s*['\"].*\}", re.DOTALL)  # JSON, or as Python writes it
 _LONG = 160  # characters of a reference that cannot be one answer
 
 
 def reference(text: str) -> Answer:
     """Answer of a reference: the text behind its last `####`, in its last box, or the whole of it."""
     text = text.strip()
+    if _STORED.fullmatch(text):
+        return Unreadable(why="it is the text of a list or an object; store the answer itself")
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip()
     if _BOX.search(text):
@@ -44,9 +49,10 @@ def given(completion: str, gold: Answer) -> Answer:
     text = completion.rpartition("</think>")[2] or completion
     if not text.strip():
         text = completion
-    if _BOX.search(text):
+    if boxes := list(_BOX.finditer(text)):
         boxed = box(text)
-        return Unreadable(why="the last box is not closed") if boxed is None else read(boxed)
+        found = Unreadable(why="the last box is not closed") if boxed is None else _as(boxed, gold)
+        return found if boxed is None else _choice_behind(text[boxes[-1].end() :], gold, found)
     text = _plain(text)
     announced = list(_ANNOUNCED.finditer(text))
     if announced:
@@ -54,6 +60,23 @@ def given(completion: str, gold: Answer) -> Answer:
         if not isinstance(found, Unreadable):
             return found
     return _last(text, gold)
+
+
+def _as(text: str, gold: Answer) -> Answer:
+    """The value of a text; `b. 4` is a choice where the reference is one."""
+    found = read(text)
+    letter = _SMALL_CHOICE.match(text) if isinstance(gold, Choice) else None
+    return Choice(letter=letter.group(1).upper()) if letter and not isinstance(found, Choice) else found
+
+
+def _choice_behind(text: str, gold: Answer, boxed: Answer) -> Answer:
+    """The choice that is announced behind a box in which a formula stands, else what is in the box."""
+    if isinstance(gold, Choice) and isinstance(boxed, Expression | Named | Relation):
+        text = _plain(text)
+        if announced := list(_ANNOUNCED.finditer(text)):
+            found = _after(text[announced[-1].end() :], gold)
+            return found if isinstance(found, Choice) else boxed
+    return boxed
 
 
 def box(text: str) -> str | None:
@@ -106,7 +129,7 @@ def _after(text: str, gold: Answer) -> Answer:
     if not sentence:
         return Unreadable(why="nothing is announced")
     sentence = re.sub(r"^(?:\s*(?:the|option|choice|about|approximately|equal to|therefore)\s+)+", "", sentence)
-    whole = read(sentence)
+    whole = _as(sentence, gold)
     if _fits(whole, gold):
         return whole
     spans = list(_MATH.finditer(sentence))
@@ -141,10 +164,11 @@ def _inside(match: re.Match[str]) -> str:
 def _last(text: str, gold: Answer) -> Answer:
     """Last candidate of the right kind in running text."""
     if isinstance(gold, Text):
-        return _last_words(text, len(gold.words.split()))
+        ending = next((m for m in _MATH.finditer(text) if not text[m.end() :].strip(" .\n")), None)
+        return read(_inside(ending)) if ending else _last_words(text, len(gold.words.split()))
     spans = list(_MATH.finditer(text))
     if isinstance(gold, Choice):
-        whole = read(_inside(spans[-1]) if spans else text)
+        whole = read(_inside(spans[-1])) if spans else _as(text, gold)
         if isinstance(whole, Choice) or (isinstance(whole, Group) and isinstance(whole.items[0], Choice)):
             return whole
         found = list(re.finditer(r"\(([A-J])\)|(?<![\w'])([B-J]|A(?!\s+[a-z]))(?![\w'])", text))

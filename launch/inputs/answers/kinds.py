@@ -63,6 +63,15 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """A time of day, e.g. `3:05 p.m.` is `Clock(hour=3, minute=5, half="p")`; `half` is "" where it is not written."""
+
+    hour: int
+    minute: int
+    half: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
     """A value with its name, e.g. `x = 5`, `f(x) = 2x`, `x \\in (0, 1)`."""
 
@@ -86,4 +95,4 @@ class Unreadable:
     why: str
 
 
-Answer = Expression | Text | Choice | Group | Union | Matrix | Ratio | Named | Relation | Unreadable
+Answer = Expression | Text | Choice | Group | Union | Matrix | Ratio | Clock | Named | Relation | Unreadable

@@ -1,6 +1,8 @@
 """One spelling for the many notations of LaTeX, Unicode and plain text. Pure text in, text out."""
 
 import re
+import unicodedata
+from functools import cache
 
 _SIGNS = {
     "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "\\div ", "π": "\\pi ",
@@ -12,7 +14,7 @@ _SIGNS = {
     "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "μ": "\\mu ",
     "ω": "\\omega ", "φ": "\\phi ", "σ": "\\sigma ", "ρ": "\\rho ", "Δ": "\\Delta ", "δ": "\\delta ",
     "ε": "\\epsilon ", "∶": ":", "，": ",", "（": "(", "）": ")", "：": ":", "；": ";", "％": "%", "\u00a0": " ",
-    "\u2009": " ", "\u202f": " ", "\u2061": "", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "。": ".", "∕": "/", "⁄": "/", "∖": "\\setminus ", "∉": "\\notin ", "’": "'", "‘": "'", "“": '"', "”": '"',
 }  # fmt: skip
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
@@ -22,7 +24,8 @@ _SAME = {
     "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|",
     "mid": "|", "cdotp": "cdot", "ast": "cdot", "wedge": "land", "vee": "lor",
     "sim": "approx", "simeq": "approx", "varepsilon": "epsilon", "varphi": "phi", "R": "mathbb{R}",
-    "textdegree": "degree", "degrees": "degree", "percent": "%", "euro": "€", "pounds": "£",
+    "smallsetminus": "setminus", "backslash": "setminus", "textdegree": "degree",
+    "degrees": "degree", "percent": "%", "euro": "€", "pounds": "£",
 }  # fmt: skip
 FUNCTIONS = frozenset(
     re.findall(
@@ -44,6 +47,7 @@ _NOTHING = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf)(?![A-Za-z])"
 )
 _SPACE = re.compile(r"(?<!\\)\\(?:[,;: ]|quad|qquad|thinspace|enspace|hspace\*?\{[^{}]*\}|hfill|newline)(?![A-Za-z])|~")
+_THOUSANDS = re.compile(r"(?<![\w.,\\^/{ ])[1-9]\d{0,2}(?: \d{3})+(?![\w,^/]| \d|\s*/)")  # 10 000; not 2 125/1000
 _NUMBER = r"\d+(?:\.\d+)?|\.\d+"
 
 
@@ -55,8 +59,9 @@ def canonical(text: str) -> str:
     text = _NOTHING.sub("", text).replace("\\!", "")
     text = re.sub(r"(?<=\d)(?:\\,|\{,\}|,\\,|\{,\\,\})(?=\d{3}(?!\d))", ",", text)
     text = _SPACE.sub(" ", text)
+    text = _THOUSANDS.sub(lambda m: m.group().replace(" ", ","), text)
     text = re.sub(r"\\([A-Za-z]+)(?![A-Za-z])", _renamed, text)
-    text = _texts(text)
+    text = _worded(_texts(text))
     text = re.sub(r"\^\s*(?:\{\s*)?\\circ(?:\s*\})?", r"\\degree ", text)
     text = re.sub(r"(?<!\\)%", r"\\%", text)
     text = _operators(text)
@@ -65,11 +70,34 @@ def canonical(text: str) -> str:
 
 
 def _unicode(text: str) -> str:
+    text = re.sub("[∛∜]", lambda m: "\\sqrt[3]" if m.group() == "∛" else "\\sqrt[4]", text)
     text = re.sub(r"√\s*\(", r"\\sqrt(", text)
     text = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", text).replace("√", "\\sqrt ")
     text = re.sub(f"[{''.join(_RAISED)}]+", lambda m: "^{" + "".join(_RAISED[c] for c in m.group()) + "}", text)
     text = re.sub(f"[{''.join(_LOWERED)}]+", lambda m: "_{" + "".join(_LOWERED[c] for c in m.group()) + "}", text)
-    return "".join(_SIGNS.get(c, c) for c in text)
+    return "".join(c if c.isascii() else _SIGNS.get(c) or _other(c) for c in text)
+
+
+@cache
+def _other(sign: str) -> str:
+    """Spelling of a character by its properties in Unicode: `−` and all dashes are `-`, `⅚` a fraction, `５` is 5."""
+    kind, wide, name = unicodedata.category(sign), unicodedata.normalize("NFKC", sign), unicodedata.name(sign, "")
+    if sign == "µ":  # of units; the letter is another character
+        return sign
+    if kind == "Nd":
+        return str(unicodedata.digit(sign))
+    if kind in ("Pd", "Zs", "Cf"):
+        return {"Pd": "-", "Zs": " ", "Cf": ""}[kind]
+    if parts := re.fullmatch(r"(\d+)\u2044(\d+)", wide):
+        return f"\\frac{{{parts[1]}}}{{{parts[2]}}}"
+    if wide.isascii():
+        return wide
+    if wide != sign:  # letters of mathematical alphabets
+        return "".join(c if c.isascii() else _SIGNS.get(c) or _other(c) for c in wide)
+    if greek := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (?:FINAL )?([A-Z]+)", name):
+        letter = greek[2].lower().replace("lamda", "lambda")
+        return f"\\{letter if greek[1] == 'SMALL' else letter.title()} "
+    return sign
 
 
 def _undollared(text: str) -> str:
@@ -94,6 +122,10 @@ def _renamed(command: re.Match[str]) -> str:
 
 def _texts(text: str) -> str:
     """Fonts as `\\text{...}`; names of functions as commands; a single letter as itself."""
+    if listed := re.fullmatch(
+        r"\\text\{((?:[-+]?\d[\d.,/]*\s*)(?:(?:,|and|or|,\s*and|,\s*or)\s*[-+]?\d[\d.,/]*\s*)+)\}", text
+    ):
+        return listed.group(1)
 
     def one(font: re.Match[str]) -> str:
         inside = re.sub(r"\^\s*\{(-?\d+)\}", r"^\1", font.group(1))
@@ -125,6 +157,14 @@ def _texts(text: str) -> str:
         before = text
         text = _FONT.sub(one, text)
     return text
+
+
+_WORD = re.compile(r"\\text\{[^{}]*\}|(?<![\\A-Za-z])[^\W\d_]*[^\W\d_\x00-\x7f][^\W\d_]*")
+
+
+def _worded(text: str) -> str:
+    """Words of letters beyond ASCII as `\\text{...}`: 星期二, Bézier."""
+    return _WORD.sub(lambda m: m.group() if m.group().startswith("\\text{") else f"\\text{{{m.group()}}}", text)
 
 
 def _operators(text: str) -> str:

@@ -3,10 +3,11 @@
 import re
 from typing import TypeGuard
 
-from launch.inputs.answers import units
+from launch.inputs.answers import ratios, units
 from launch.inputs.answers.kinds import (
     BARE,
     SET,
+    TUPLE,
     Answer,
     Choice,
     Expression,
@@ -31,11 +32,13 @@ _CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-J])|([A-J])\s*[.):]|\[([A-J])\]")
 _CHOICE_OF = re.compile(r"(?:\(([A-Ja-j])\)|([A-J])\s*[.):](?!\S*\d*\s*[:]))\s*(?P<of>(?![,;&]|and\b|or\b)\S.*)")
 _NAME = re.compile(
     r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'*(?:\s*\([^()=]*\))?|\\text\{[^{}]*\}|\\(?:vec|hat|bar|mathbf|angle|overline)\s*\{?[^{}=]*\}?"
+    r"|\\frac\{d(?:\^\{\d\})?\s*\w?\}\{d\w(?:\^\{\d\})?\}|\|\\(?:vec|overrightarrow|mathbf)\s*\{?\w+\}?\|"
     r"|\([A-Za-z](?:\s*,\s*[A-Za-z])+\)|[A-Za-z]\^\{-1\}\([A-Za-z]\)|[A-Z][a-z]*(?: [a-z]+){0,4}|\\angle [A-Z]+"
 )
 _DIGITS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _BASES = {word: str(base) for base, word in enumerate(_DIGITS, start=2)}
 _NONE = re.compile(r"no (?:real |integer )?solutions?|none|empty set|does not exist|dne", re.IGNORECASE)
+_HOLE = re.compile(r"\\mathbb\{R\}\s*(?:\\setminus|-)\s*\\\{([^,;]*)\\\}")  # all numbers but one
 _MODULUS = re.compile(
     r"(.*?\d)\s*(?:\\pmod\s*\{?\s*(\w+)\s*\}?|\(?\s*(?:\\text\{\s*\(?\s*mod(?:ulo)?\s*\}|\\b?mod)\s*\{?\s*(\w+)\s*\}?\s*\)?)"
 )
@@ -83,6 +86,8 @@ def _read(text: str) -> Answer:
     text = text.strip()
     if choice := _choice(text):
         return choice
+    if time := ratios.clock(text):
+        return time
     if _THOUSANDS.fullmatch(text):
         return _leaf(text)
     if led := _LED.fullmatch(text):
@@ -199,6 +204,8 @@ def _signs(text: str, sides: list[str]) -> list[str]:
 def _equation(sides: list[str], signs: list[str]) -> Answer:
     if _is_name(sides[0]):
         return Named(name=_spaceless(sides[0]), value=_read(sides[-1]))
+    if len(sides) > 2 and not any(_symbols(side) for side in sides[1:]):  # m + n = 256 + 37 = 293
+        return Named(name=_spaceless(sides[0]), value=_read(sides[-1]))
     if len(sides) == 2 and _is_name(sides[1]):
         return Named(name=_spaceless(sides[1]), value=_read(sides[0]))
     if not any(_symbols(side) for side in sides):  # a calculation: its end is the answer
@@ -300,6 +307,10 @@ def _leaf(text: str) -> Answer:
         return Group(brackets=("(", ")"), items=(Expression(latex="-\\infty"), Expression(latex="\\infty")))
     if re.fullmatch(r"\\mathbb\{[ZNQC]\}(?:\^\{?[-+*\d]\}?|_\{?[-+*\d]\}?)?", unwrapped):  # k in Z: a set by its name
         return _text(unwrapped)
+    if hole := _HOLE.fullmatch(text):
+        point = Expression(latex=hole.group(1).strip())
+        below, above = Expression(latex="-\\infty"), Expression(latex="\\infty")
+        return Union(items=(Group(brackets=TUPLE, items=(below, point)), Group(brackets=TUPLE, items=(point, above))))
     if base := re.fullmatch(r"([0-9A-Fa-f]*\d[0-9A-Fa-f]*|\([0-9A-F]+\))_\{(?:\\text\{)?\s*(\w+)\s*\}?\}", text):
         return Expression(latex=base.group(1).strip("()"), base=_BASES.get(base.group(2), base.group(2)))
     if base := re.fullmatch(r"([0-9A-F]+)\s*(?:\\text\{)?\s*\(?\s*base\s+(\w+)\s*\)?\s*\}?", text):

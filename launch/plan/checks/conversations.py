@@ -5,7 +5,7 @@ from typing import Any
 
 from hf.tokenizer import HuggingFaceTokenizer
 from launch.config.run_config import DEFAULT, RunConfig, teacher_key
-from opd.errors import ConfigurationError
+from opd.errors import ConfigurationError, DataError
 from opd.method.needs import named
 from opd.ports import Role
 from opd.prompts.conversations import ChatTemplate, Conversations, conversations_of
@@ -49,6 +49,18 @@ def check_conversations(
             _check(f"{place}.teacher_template_kwargs", given, f"{place}.teacher_system", system, reader)
         if own:
             _check_one_reader(config, place, source)
+
+
+def check_openings(config: RunConfig, student: HuggingFaceTokenizer, first_chat: str) -> None:
+    """Refuse a template whose prompts end before the answer begins; `first_chat` is a row of messages, "" for none."""
+    readers = [student, *teachers_tokenizers(config).values()] if first_chat else []
+    for reader in readers:
+        if left_out := reader.opening():
+            raise DataError(
+                f"the chat template of {reader.part} {reader.path!r} writes {left_out!r} before an answer, but not "
+                f"where a prompt ends ({first_chat}), so that the model would have to write it first; let it read "
+                "add_generation_prompt, or ask plain prompts"
+            )
 
 
 def _check(key: str, given: Mapping[str, Any], system_key: str, system: str, reader: HuggingFaceTokenizer) -> None:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf.tokenizer import HuggingFaceTokenizer
 from hf.tokenizer_check import load_tokenizer, tokenizer_identity
+from launch.config.run_config import run_config
+from launch.plan.plan import make_plan
 from opd.errors import DataError
 from opd.types.prompt_rows import PromptText
 from tests.fuzz.prompt_files import made, tried
@@ -87,6 +91,67 @@ def test_what_a_template_leaves_out_or_refuses_is_one_sentence(tmp_path: Path) -
     broken = tokenizer(tmp_path / "broken", "{{ messages[0].content + 5 }}")
     assert "refuses the conversation" in refused(broken, ASKED)
     assert "no chat template" in refused(HuggingFaceTokenizer(str(SHOP)), ASKED)
+
+
+FORMS = {  # how templates write the arguments of a call
+    "{{ c.arguments | tojson }}": "object",
+    "{{ c | tojson }}": "object",
+    "{{ '{' }}{% if c.arguments is string %}{{ c.arguments }}{% else %}{% for k, v in c.arguments | items %}{{ k }}="
+    "{{ v }}{% endfor %}{% endif %}{{ '}' }}": "object",
+    "{{ c.arguments }}": "text",
+    "{{ '' + c.arguments }}": "text",
+    "{% for k, v in c.arguments | items %}<{{ k }}>{{ v }}{% endfor %}": "object",
+    "{{ c.arguments if c.arguments is string else c.arguments | tojson }}": "either",
+}
+ARGUMENTS = st.dictionaries(
+    st.text(max_size=3), st.integers() | st.text(max_size=4) | st.none(), min_size=1, max_size=3
+)
+
+
+@pytest.fixture(scope="module")
+def by_form(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceTokenizer]:
+    whole = "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for call in m.tool_calls or [] %}{% set c = "
+    end = "{% endfor %}{% endfor %}"
+    return {
+        form: tokenizer(tmp_path_factory.mktemp("form"), whole + "call.function %}{{ c.name }}" + form + end)
+        for form in FORMS
+    }
+
+
+@given(ARGUMENTS, st.sampled_from(list(FORMS)))
+@settings(max_examples=60, deadline=None)
+def test_arguments_of_calls_are_written_as_the_template_means_them(
+    by_form: dict[str, HuggingFaceTokenizer], arguments: dict[str, Any], form: str
+) -> None:
+    """Whatever form a row has them in: neither quoted twice, nor in braces twice, nor as Python writes them."""
+    for given_as, value in (("object", arguments), ("text", json.dumps(arguments, ensure_ascii=False))):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": value}}]}
+        if FORMS[form] in (given_as, "either"):
+            assert "<user>has 3<assistant>add" in text(by_form[form], ASKED, call, ASKED)
+        else:
+            said = refused(by_form[form], ASKED, call, ASKED)
+            assert "store them as" in said or "refuses the conversation" in said
+
+
+@pytest.mark.parametrize(
+    ("head", "ends", "left_out"),
+    [
+        ("<{{ m.role }}>", "", "<assistant>"),
+        ("<{{ m.role }}>", "{% if add_generation_prompt %}<assistant>{% endif %}", ""),
+        ("<{{ m.role }}>", "<assistant>", ""), ("{{ 'Q:' if m.role == 'user' else ' ' }}", "", ""),
+        ("{{ raise_exception('x') if m.role != 'user' }}", "", ""),
+    ],
+)  # fmt: skip
+def test_a_template_whose_prompts_end_too_early_is_found(head: str, ends: str, left_out: str, tmp_path: Path) -> None:
+    whole = "{% for m in messages %}" + head + "{{ m.content }}{% endfor %}" + ends
+    assert tokenizer(tmp_path, whole).opening() == left_out
+    if left_out:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text(json.dumps({"prompt": [ASKED], "answer": "3"}))
+        asked = ["experiment=shop", "prompts=dataset", f"prompts.path={rows}", f"student.path={tmp_path}/student"]
+        config = run_config(asked)
+        with pytest.raises(DataError, match=r"writes '<assistant>' before an answer, but not where a prompt ends"):
+            make_plan(config)
 
 
 def test_the_first_token_comes_once(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hf.folder import Stored, output_matrix, read_headers
 from hf.folder_check import read_folder
@@ -67,6 +68,22 @@ def test_an_adapter_says_how_to_merge_it(tmp_path: Path) -> None:
 def test_no_folder_says_what_else_a_path_may_be() -> None:
     refused("./Qwen/Qwen3-0.6B", r"is none; correct the path, or give a name on the Hugging Face hub \(ORG/NAME\)")
     refused("Qwen/Qwen3-0.6B", r"is no path here, and the hub .* cannot be asked")
+
+
+@pytest.mark.parametrize(("row", "tied"), [(-1, True), (0, True), (0, False), (None, True)])
+def test_an_output_matrix_beside_a_tied_one_must_be_the_same(tmp_path: Path, row: int | None, tied: bool) -> None:
+    """transformers would read it and vLLM would not, so engine and learner, or a teacher's two sides, would differ."""
+    folder = tmp_path / "tied"
+    copied(folder, tie_word_embeddings=tied)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    if row is not None:
+        head[row] += 1
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    if row is None or not tied:
+        assert read_folder(str(folder), "student").stored
+    else:
+        refused(str(folder), "stores 'lm_head.weight' with other numbers .*tie_word_embeddings=true.*set it to false")
 
 
 def test_heads_that_no_kernel_on_a_cpu_has_are_refused(tmp_path: Path) -> None:

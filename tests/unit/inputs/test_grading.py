@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,108 @@ def test_order_counts_in_tuples_and_not_in_lists(items: list[int], shuffling: ra
     assert verify_math(rf"\boxed{{\{{{moved}\}}}}", as_list) == 1.0
 
 
+@given(st.integers(1, 12), st.integers(0, 59), st.integers(1, 12), st.integers(0, 59), st.sampled_from(["a", "p"]))
+@settings(max_examples=60, deadline=None)
+def test_a_time_of_day_equals_itself_and_no_other(hour: int, minute: int, other: int, more: int, half: str) -> None:
+    """Though times are written as ratios are, and 12:00 and 1:00 would both be ratios to nothing."""
+    gold = rf"{hour}:{minute:02} \text{{ {half}.m.}}"
+    for same in (f"{hour}:{minute:02}", f"{hour}:{minute:02} {half.upper()}M", rf"\text{{{hour}:{minute:02} {half}m}}"):
+        assert verify_math(rf"\boxed{{{same}}}", gold) == 1.0
+    assert verify_math(rf"\boxed{{{hour % 12 + 12 * (half == 'p')}:{minute:02}}}", gold) == 1.0
+    assert verify_math(rf"\boxed{{{hour}:{minute:02} {'p' if half == 'a' else 'a'}m}}", gold) == 0.0
+    assert verify_math(rf"\boxed{{{other}:{more:02} {half}m}}", gold) == float((hour, minute) == (other, more))
+    if minute < 10:
+        assert verify_math(rf"\boxed{{{other}:{more:02}}}", f"{hour}:{minute:02}") == float(
+            (hour, minute) == (other, more)
+        )
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=3).filter(any), st.lists(st.integers(0, 5), max_size=3))
+@settings(max_examples=80, deadline=None)
+def test_ratios_are_equal_if_one_is_a_multiple_of_the_other(gold: list[int], given_: list[int]) -> None:
+    if len(given_) < 2:
+        given_ = [7 * term for term in gold]
+    multiple = len(gold) == len(given_) and any(
+        [term * down for term in given_] == [term * up for term in gold] for up in range(1, 41) for down in range(1, 6)
+    )
+    assert verify_math(rf"\boxed{{{':'.join(map(str, given_))}}}", ":".join(map(str, gold))) == float(multiple)
+
+
+REAL = (
+    (r"\sqrt{\frac{X}{Y}}", r"\frac{\sqrt{X}}{\sqrt{Y}}", True),
+    (r"2\pi\sqrt{\frac{X}{Y Z}}", r"\frac{2\pi\sqrt{X}}{\sqrt{Y}\sqrt{Z}}", True),
+    (r"\ln\frac{X}{Y}", r"\ln X - \ln Y", True),
+    (r"\ln\frac{X}{Y}", r"\ln Y - \ln X", False),
+    (r"\sqrt{X^3} Y", r"X\sqrt{X} Y", True),
+    (r"\sqrt[3]{-X} + Y", r"Y - \sqrt[3]{X}", True),
+    (r"\frac{\sqrt{X Y}}{X}", r"\sqrt{\frac{Y}{X}}", True),
+    (r"\sqrt{(X - Y)^2}", r"X - Y", False),
+    (r"|X| Y", r"X Y", False),
+    (r"\sqrt{X^2}", r"X", False),
+    (r"\sqrt{X Y}", r"-\sqrt{X}\sqrt{Y}", False),
+)
+
+
+@given(st.permutations("abghkmr"), st.sampled_from(REAL))
+@settings(max_examples=24, deadline=None)
+def test_the_names_of_variables_change_no_verdict(names: list[str], pair: tuple[str, str, bool]) -> None:
+    """Formulas are equal where both are real, whichever of them would be negative at the points of comparison."""
+    gold, other = (text.replace("X", names[0]).replace("Y", names[1]).replace("Z", names[2]) for text in pair[:2])
+    assert verify_math(rf"\boxed{{{other}}}", gold) == verify_math(rf"\boxed{{{gold}}}", other) == float(pair[2])
+
+
+@given(st.integers(2, 6), st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_formulas_that_mean_integers_are_compared_there(k: int, shift: int) -> None:
+    gold = rf"\left\lceil \frac{{n}}{{{k}}} \right\rceil"
+    for given_, right in (
+        (rf"\lfloor \frac{{n+{shift}}}{{{k}}} \rfloor", shift == k - 1),
+        (rf"\frac{{n}}{{{k}}}", False),
+    ):
+        assert verify_math(rf"\boxed{{{given_}}}", gold) == float(right)
+    assert verify_math(rf"\boxed{{(-1)^{{n+{shift}}}}}", "(-1)^n") == float(shift % 2 == 0)
+    assert verify_math(r"\boxed{\cos(n\pi)}", "(-1)^{-n}") == 1.0
+
+
+DASHES = st.characters(categories=["Pd"]).filter(
+    lambda c: "HYPHEN" in unicodedata.name(c) or "DASH" in unicodedata.name(c)
+)
+FRACTIONS = [c for c in map(chr, range(0x2150, 0x215F)) if unicodedata.decomposition(c).startswith("<fraction>")]
+
+
+@given(st.characters(categories=["Nd"]), DASHES, st.characters(categories=["Cf", "Zs"]), st.sampled_from(FRACTIONS))
+@settings(max_examples=150, deadline=None)
+def test_a_number_is_itself_in_all_characters_that_unicode_has_for_it(
+    digit: str, dash: str, nothing: str, part: str
+) -> None:
+    value = unicodedata.digit(digit)
+    assert verify_math(rf"\boxed{{1{digit}{nothing}}}", f"1{value}") == 1.0
+    assert verify_math(f"The answer is {dash}7", "-7") == verify_math(r"\boxed{-7}", f"{dash}7") == 1.0
+    assert verify_math(rf"\boxed{{{dash}1{digit}}}", f"1{value}") == 0.0
+    assert verify_math(rf"\boxed{{{part}}}", f"{unicodedata.numeric(part):.15f}") == 1.0
+    spaced = f"1{nothing}0{value}0" if unicodedata.category(nothing) == "Zs" else "1"
+    assert verify_math(rf"\boxed{{{1000 + 10 * value}}}", spaced) == float(spaced != "1")
+
+
+@given(st.sampled_from("ABCDEFGHIJ"), st.sampled_from("ABCDEFGHIJ"))
+@settings(max_examples=30, deadline=None)
+def test_a_choice_is_found_behind_a_boxed_formula_and_before_its_text(gold: str, said: str) -> None:
+    forms = (
+        rf"Thus \boxed{{\langle H\rangle \ll \Delta E}}.⏎⏎**Answer: {said}**", rf"\boxed{{x = 3}}⏎Answer: ({said})",
+        f"{said.lower()}. 4 m/s", rf"\boxed{{{said.lower()}) 4}}", f"The answer is {said}. Note that D is common.",
+        rf"\boxed{{\text{{{said}}}}}⏎⏎Answer: (K)",
+    )  # fmt: skip
+    for form in forms:
+        assert verify_math(form.replace("⏎", "\n"), gold) == float(said == gold)
+
+
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
         ("", "empty"), ("   ", "empty"), ("$$", "empty"), (r"\boxed{", "not closed"), (r"\frac{1}{2", "not balanced"),
         ("?!", "neither"), (r"x^{2}+", "no formula"),
         ("Let x be the number of apples; the rest follows by induction on n", "8 words"),
+        ('["34"]', "text of a list"), ("['2', '3']", "text of a list"), ('{"answer": 2}', "or an object"),
         ("(1, )", "empty item"), (r"\begin{pmatrix} 1 & \\ 2 & 3 \end{pmatrix}", "empty cells"),
     ],
 )  # fmt: skip

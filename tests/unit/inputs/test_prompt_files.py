@@ -18,9 +18,10 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.inputs.prompt_files import read_rows, reading
+from launch.inputs.prompt_files import read_rows, reading, row_of
 from launch.inputs.prompt_paths import content_digest, files_of
-from opd.errors import OpdError
+from launch.inputs.records import Record
+from opd.errors import DataError, OpdError
 from opd.types.prompt_rows import Columns, Row
 
 PLAIN = Columns(prompt="prompt", answer="answer")
@@ -229,6 +230,9 @@ TALKS = {
     "role that is no text": (({"role": 7, "content": "a"},), "needs a role that is text"),
     "ShareGPT": (({"from": "human", "value": "a"},), "ShareGPT"),
     "assistant last": ((ASKED, {"role": "assistant", "content": "1"}), "prompts.drop_last_answer=true"),
+    "gpt last": ((ASKED, {"role": "gpt", "content": "1"}), "ends with a turn of 'gpt'"),
+    "Assistant last": ((ASKED, {"role": "Assistant", "content": "1"}), "prompts.drop_last_answer=true"),
+    "model last": ((ASKED, {"role": "model", "content": "1"}), "prompts.drop_last_answer=true"),
     "calls last": ((ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}), "drop_last_answer"),
     "no text at all": (({"role": "user", "content": " "},), "without any text"),
     "surrogate": (({"role": "user", "content": "\ud83d"},), "half of a surrogate pair"),
@@ -242,6 +246,16 @@ def test_a_conversation_that_cannot_be_rendered_whole_is_refused(case: str, tmp_
     assert says in refusal(path, CHAT) and "line 2" in refusal(path, CHAT)
 
 
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=3), st.sampled_from([json.dumps, repr]), st.booleans())
+def test_a_conversation_that_was_stored_as_text_is_refused(said: list[str], spell: Any, turned: bool) -> None:
+    """As CSV files and `to_csv` have them: asked as it stands, it would be a prompt about brackets."""
+    talk = [{"content": one, "role": "user"} if turned else {"role": "user", "content": one} for one in said]
+    with pytest.raises(DataError, match=r"^f line 1: 'prompt' is the text of a list of messages.*prompts\.map"):
+        row_of(Record("f line 1", {"prompt": f" {spell(talk)}\n"}), Columns(prompt="prompt"))
+    asks = "What does [{'role': 'user'}] mean?"
+    assert row_of(Record("f line 1", {"prompt": asks}), Columns(prompt="prompt")).prompt == asks
+
+
 def test_a_last_answer_is_cut_where_that_was_asked_for(tmp_path: Path) -> None:
     reply = {"role": "assistant", "content": "1"}
     path = stored(tmp_path / "p.jsonl", chat(ASKED, reply, ASKED, reply) + "\n" + chat(ASKED))
@@ -252,6 +266,8 @@ def test_a_last_answer_is_cut_where_that_was_asked_for(tmp_path: Path) -> None:
 
 DAMAGED = {
     "latin1.jsonl": ('{"prompt": "caf\u00e9", "answer": "1"}'.encode("latin-1"), "line 1 is not UTF-8 (byte 0xe9"),
+    "commas.tsv": (b"prompt,answer\n1+1=,2\n", "separated by ','"),
+    "excel.csv": (b"sep=,\nprompt,answer\n1+1=,2\n", "'sep=', which Excel writes"),
     "utf16.jsonl": (LINES.decode().encode("utf-16"), "UTF-16"),
     "utf16le.json": (LINES.decode().encode("utf-16-le"), "UTF-16"),
     "cut.jsonl.gz": (gzip.compress(LINES)[:-9], "cannot be read"),
@@ -266,7 +282,7 @@ DAMAGED = {
     "ragged.csv": (b"prompt,answer\n1,2\n3,4,5\n", "line 3 has 3 cells"),
     "open.csv": (b'prompt,answer\n"1,2\n', "line 2 is no row of a table"),
     "twice.csv": (b"prompt,answer,prompt\n1,2,3\n", "names the column 'prompt' twice"),
-    "semicolon.csv": (b"prompt;answer\n1;2\n", "no column 'prompt' (has ['prompt;answer'])"),
+    "semicolon.csv": (b"prompt;answer\n1;2\n", "line 1 names one column, 'prompt;answer', so its cells seem"),
     "open.json": (b'[{"prompt": "a", "answer": "1"}', "expected ',' or ']'"),
     "more.json": (b'[{"prompt": "a", "answer": "1"}] []', "more after the end"),
     "comma.json": (b'[{"prompt": "a", "answer": "1"},]', "no JSON"),
