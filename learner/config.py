@@ -99,11 +99,11 @@ class LearnerConfig:
     copy where the engine is told to write in float32 or `zero_stage` is 0; on a CPU float32 and ZeRO-0.
     `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the
     optimizer's state, 2 also gradients, 3 also the weights. `offload_optimizer` (DeepSpeed's name) keeps float32 master
-    weights and moments in host memory, in a step too: AdamW runs on the host's cores. `tokens_per_microbatch` bounds the packed tokens
-    of one forward pass (AUTO is decided by memory, in `launch.plan.sizes`), `head_chunk` the rows of vocabulary-wide
-    logits alive at once (0: 64 MiB of them on a CPU, 512 MiB on a GPU), `loss_kernel` is what computes on them; none
-    of these changes the result. Diagnostics compare
-    the `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
+    weights and moments in host memory through the step, too: AdamW runs on the host's cores.
+    `tokens_per_microbatch` bounds the packed tokens of one forward pass (AUTO is decided by memory, in
+    `launch.plan.sizes`), `head_chunk` the rows of vocabulary-wide logits alive at once (0: 64 MiB of them on a CPU,
+    512 MiB on a GPU), `loss_kernel` is what computes on them; none of these changes the result. Diagnostics compare the
+    `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
     the largest allowed |engine - learner| logprob after a publication, in nats (0: a few times what it is
     on the unchanged checkpoint, see `weight_sync.sentinel`). Weights are published by `transport` in chunks of whole
     parameters, `publish_chunk_bytes` or less each (a larger parameter is a chunk of its own), which is also what a rank
@@ -119,7 +119,7 @@ class LearnerConfig:
     ranks: Annotated[Replicas, HARMLESS] = 1
     # what ranks share: 0 nothing (float32), 1 optimizer state, 2 also gradients, 3 also weights; AUTO: 2, in float32 0
     zero_stage: Annotated[ZeroStage | Auto, HARMLESS] = Auto.AUTO
-    # masters and moments live in host memory, where AdamW runs: 12 bytes a parameter less on a GPU; needs zero_stage >= 1
+    # masters and moments stay in host memory, where AdamW runs: 12 bytes a parameter less on a GPU; zero_stage 1 to 3
     offload_optimizer: Annotated[bool, HARMLESS] = False
     # what the student computes in and is published in; AUTO is BFLOAT16 on a GPU and FLOAT32 on a CPU
     dtype: Dtype = Dtype.AUTO

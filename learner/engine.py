@@ -191,7 +191,8 @@ def offload(
         ConfigurationError: DeepSpeed cannot move this optimizer.
     """
     zero_stage = config.stage
-    if device.type == "cpu" or config.offload_optimizer:  # DeepSpeed's own way would move the optimizer to the GPU
+    # DeepSpeed's own way would move an optimizer that is on the host to the GPU, and refuses ours under ZeRO-3.
+    if device.type == "cpu" or config.offload_optimizer or zero_stage == 3:
         kept = {_place(tensor) for tensor in on_host(engine, config)}
         return park([*(tensor for tensor in _held(engine, device) if _place(tensor) not in kept), *heads]).unpark
     if zero_stage and not hasattr(engine.optimizer, "offload_states"):

@@ -26,7 +26,7 @@ def check_numbers(config: RunConfig) -> None:
 
 
 def numbers_notes(config: RunConfig) -> list[str]:
-    """Notes on unusual numbers: others in the engine than in the learner, float32 on a GPU, copies that spare nothing."""
+    """Notes on other numbers in the engine than in the learner, float32 on a GPU, and copies that spare nothing."""
     engine, learner, notes = engine_dtype(config), config.learner.dtype, list[str]()
     if engine is not learner:
         notes.append(

@@ -275,6 +275,8 @@ def _learner(role: LearnerRole, phase: Phase) -> Footprint:
     )
     if phase is Phase.TRAIN:
         buffers = _buckets(role) * bucket + gathered + _staged(role, trained)
+        if role.offloaded and role.on_gpu and stage == 3:  # the host's sum of a gradient is added to on the GPU
+            buffers += 4 * min(model.largest, trained) // role.ranks
         return _with(held, **_training(role), buffers=buffers)
     if phase is Phase.STEP:
         temporary = 0 if role.offloaded else _stepping(role, trained // shared[1])

@@ -17,8 +17,8 @@ from tests.small_learner import SMOOTH, STAGES, Likelihood, Start, batches_of, k
 # Several micro-batches a step; Adam as it is in runs, whose steps do not depend on the size of gradients.
 CONFIG = replace(SMOOTH, eps=1e-8, lr=1e-2, grad_clip=1.0, weight_decay=0.1, tokens_per_microbatch=60)
 SAME_NORM = [(1, Dtype.FLOAT32), (2, Dtype.FLOAT32), (2, Dtype.BFLOAT16)]
-"""Where DeepSpeed sums the norm alike. Elsewhere it is the last bit of it that differs: ZeRO-3 rounds the sum of squares
-to float32 with an offloaded optimizer only, and ZeRO-1 in bfloat16 has another optimizer of DeepSpeed's without."""
+"""Where DeepSpeed sums the norm alike. Elsewhere its last bit differs: ZeRO-3 rounds the sum of squares to float32 only
+with an offloaded optimizer, and ZeRO-1 in bfloat16 has another optimizer of DeepSpeed's without."""
 
 
 def settings(stage: int, dtype: Dtype) -> tuple[LearnerConfig, LearnerConfig]:

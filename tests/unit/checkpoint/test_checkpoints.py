@@ -239,8 +239,9 @@ SMALL = ["experiment=shop"]
 @pytest.mark.parametrize(
     "override",
     ["steps=7", "evaluation.every=3", "tracker.samples=1", "student.replicas=2", "learner.ranks=2",
-     "learner.zero_stage=3", "learner.offload_optimizer=true", "checkpoint_every=5", "checkpoint_keep=9", "cluster.cpus_per_actor=1",
-     "run_name=other", "notes=[a]", "learner.tokens_per_microbatch=4096", "teacher.replicas=2"],
+     "learner.zero_stage=3", "learner.offload_optimizer=true", "checkpoint_every=5", "checkpoint_keep=9",
+     "cluster.cpus_per_actor=1", "run_name=other", "notes=[a]", "learner.tokens_per_microbatch=4096",
+     "teacher.replicas=2"],
 )  # fmt: skip
 def test_what_trains_the_same_may_change(override: str) -> None:
     before, now = (described(run_config([*SMALL, *more])) for more in ([], [override]))

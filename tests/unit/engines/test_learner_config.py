@@ -95,7 +95,8 @@ def test_only_a_rank_on_a_cpu_is_told_so() -> None:
 def test_what_is_not_set_is_what_the_docs_say() -> None:
     """A run that names nothing trains as it did: one number that changes here changes all runs."""
     assert asdict(LearnerConfig()) == {
-        "ranks": 1, "zero_stage": Auto.AUTO, "offload_optimizer": False, "dtype": Dtype.AUTO, "device": Device.AUTO, "lr": 5e-6, "beta1": 0.9,
+        "ranks": 1, "zero_stage": Auto.AUTO, "offload_optimizer": False, "dtype": Dtype.AUTO, "device": Device.AUTO,
+        "lr": 5e-6, "beta1": 0.9,
         "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 1.0, "warmup_steps": 5,
         "schedule": Schedule.CONSTANT_WITH_WARMUP, "final_lr_fraction": 0.0, "decay_steps": 0,
         "tokens_per_microbatch": 8192, "head_chunk": 0, "loss_kernel": LossKernel.TORCH, "overlap_k": 16,

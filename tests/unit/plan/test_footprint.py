@@ -145,11 +145,13 @@ def test_an_offloaded_optimizer_leaves_on_the_gpu_and_takes_on_the_host_what_is_
     bucket = width * found.shape.parameters
     for phase, counted in ((Phase.TRAIN, found.train), (Phase.STEP, found.step), (Phase.REST, found.rest)):
         planned = footprint(there, phase).total - CONTEXT
-        # after a step DeepSpeed has its last bucket until the next one
+        # After a step DeepSpeed has its last bucket until the next one; and on a CPU no sum is copied to be added to.
         planned += bucket * (phase is Phase.REST and stage < 3)
+        copied = 4 * found.shape.largest * (phase is Phase.TRAIN and stage == 3)
+        planned -= copied
         print(f"ZeRO-{stage} {dtype} {phase.value}: {counted} counted, {planned} planned, {planned / counted:.3f}")
         assert planned == pytest.approx(counted, rel=0.05)
-        assert footprint(here, phase).total == footprint(there, phase).total - CONTEXT + host
+        assert footprint(here, phase).total == footprint(there, phase).total - CONTEXT - copied + host
         assert footprint(there, phase).total < footprint(replace(there, offloaded=False), phase).total
 
 
