@@ -59,13 +59,13 @@ def test_where_the_optimizer_lives_changes_no_bit(
     assert equal(content(here, tmp_path / "d"), before)
     here.offload()
     here.reload()
-    later = steps(there, 3, 5)
-    assert_same(steps(here, 3, 5), later, norm=norm)
+    later = steps(there, 3, 4)
+    assert_same(steps(here, 3, 4), later, norm=norm)
     moved = parameters(here.share(2))
     assert any(not torch.equal(published[name], moved[name]) for name in moved), "engines get what was trained"
     for rank, folder in ((start(offloaded, models["tied"]), folders[1]), (start(resident, models["tied"]), folders[0])):
         assert rank.load(folder) == 3
-        assert_same(steps(rank, 3, 5), later, norm=norm)
+        assert_same(steps(rank, 3, 4), later, norm=norm)
         assert equal(content(rank, tmp_path / "e"), content(here, tmp_path / "f"))
 
     for rank in (here, there):
@@ -73,7 +73,7 @@ def test_where_the_optimizer_lives_changes_no_bit(
     assert equal(content(here, tmp_path / "g"), content(there, tmp_path / "h"))
     for rank in (here, there):
         rank.restore("second")
-    assert_same(steps(here, 2, 4), steps(there, 2, 4), norm=norm)
+    assert_same(steps(here, 2, 3), steps(there, 2, 3), norm=norm)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
