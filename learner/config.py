@@ -98,11 +98,12 @@ class LearnerConfig:
     AUTO is decided when the run is planned: on a GPU bfloat16, ZeRO-2 and checkpointed activations, and float32 in one
     copy where the engine is told to write in float32 or `zero_stage` is 0; on a CPU float32 and ZeRO-0.
     `zero_stage`: what the ranks share instead of each keeping a copy: 0 nothing (float32 only), 1 the
-    optimizer's state, 2 also gradients, 3 also the weights. `tokens_per_microbatch` bounds the packed tokens
-    of one forward pass (AUTO is decided by memory, in `launch.plan.sizes`), `head_chunk` the rows of vocabulary-wide
-    logits alive at once (0: 64 MiB of them on a CPU, 512 MiB on a GPU), `loss_kernel` is what computes on them; none
-    of these changes the result. Diagnostics compare
-    the `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
+    optimizer's state, 2 also gradients, 3 also the weights. `offload_optimizer` (DeepSpeed's name) keeps float32 master
+    weights and moments in host memory through the step, too: AdamW runs on the host's cores.
+    `tokens_per_microbatch` bounds the packed tokens of one forward pass (AUTO is decided by memory, in
+    `launch.plan.sizes`), `head_chunk` the rows of vocabulary-wide logits alive at once (0: 64 MiB of them on a CPU,
+    512 MiB on a GPU), `loss_kernel` is what computes on them; none of these changes the result. Diagnostics compare the
+    `overlap_k` likeliest tokens of student and teacher (16 in the literature; 0: none). `sentinel_tolerance` is
     the largest allowed |engine - learner| logprob after a publication, in nats (0: a few times what it is
     on the unchanged checkpoint, see `weight_sync.sentinel`). Weights are published by `transport` in chunks of whole
     parameters, `publish_chunk_bytes` or less each (a larger parameter is a chunk of its own), which is also what a rank
@@ -118,6 +119,8 @@ class LearnerConfig:
     ranks: Annotated[Replicas, HARMLESS] = 1
     # what ranks share: 0 nothing (float32), 1 optimizer state, 2 also gradients, 3 also weights; AUTO: 2, in float32 0
     zero_stage: Annotated[ZeroStage | Auto, HARMLESS] = Auto.AUTO
+    # masters and moments stay in host memory, where AdamW runs: 12 bytes a parameter less on a GPU; zero_stage 1 to 3
+    offload_optimizer: Annotated[bool, HARMLESS] = False
     # what the student computes in and is published in; AUTO is BFLOAT16 on a GPU and FLOAT32 on a CPU
     dtype: Dtype = Dtype.AUTO
     # AUTO is a GPU where there is one
@@ -171,6 +174,11 @@ class LearnerConfig:
                 "learner.dtype=BFLOAT16 needs an optimizer with float32 master weights, but "
                 "learner.zero_stage=0 has none; set learner.zero_stage to 1, 2 or 3, or learner.dtype=FLOAT32"
             )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigurationError(
+                "learner.offload_optimizer=true needs master weights that are kept apart from the model's, but "
+                "learner.zero_stage=0 has one copy of all; set learner.zero_stage=2, or learner.offload_optimizer=false"
+            )
         stable = self.schedule is Schedule.WARMUP_STABLE_DECAY
         if stable and not self.decay_steps:
             raise ConfigurationError(
@@ -187,7 +195,7 @@ class LearnerConfig:
         """Settings without AUTO for a device; `engine` is `student.dtype`."""
         narrow = on_gpu and engine is not Dtype.FLOAT32 and self.zero_stage != 0
         dtype = self.dtype if self.dtype is not Dtype.AUTO else Dtype.BFLOAT16 if narrow else Dtype.FLOAT32
-        automatic = 2 if dtype is Dtype.BFLOAT16 else 0
+        automatic = 2 if dtype is Dtype.BFLOAT16 or self.offload_optimizer else 0
         again = self.gradient_checkpointing
         return replace(
             self,

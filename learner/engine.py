@@ -32,6 +32,8 @@ def configure_torch(config: LearnerConfig, device: torch.device, seed: int) -> N
     """Set torch up in this process: threads, seed, determinism, and no warnings that do not apply here."""
     if device.type == "cpu":
         torch.set_num_threads(1)
+    elif config.offload_optimizer:  # the update is the host's work; `learner.config.environment` leaves it one core
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.ranks))
     torch.manual_seed(seed)
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -136,9 +138,12 @@ def _settings(config: LearnerConfig, numel: int) -> dict[str, Any]:
             "allgather_bucket_size": bucket,
         },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # `adam` says why
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},
     }
+    if config.offload_optimizer:  # a CPU's accelerator pins nothing
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.dtype is Dtype.BFLOAT16:
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}  # many micro-batches add up
@@ -156,6 +161,8 @@ def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
     if config.stage:
         engine.step()
         if optimizer.overflow:  # and DeepSpeed has dropped the step
+            if config.offload_optimizer:  # but not the sum of its gradients, to which the next ones would be added
+                optimizer.averaged_gradients.clear()
             return math.inf
         known = engine.get_global_grad_norm()
         assert known is not None, "DeepSpeed computes the norm under every ZeRO stage"
@@ -173,17 +180,21 @@ def apply(engine: DeepSpeedEngine, config: LearnerConfig, lr: float) -> float:
 
 
 def offload(
-    engine: DeepSpeedEngine, zero_stage: int, heads: Sequence[Tensor], device: torch.device
+    engine: DeepSpeedEngine, config: LearnerConfig, heads: Sequence[Tensor], device: torch.device
 ) -> Callable[[], None]:
     """Move model, optimizer and `heads` from the GPU to host memory, on a CPU to a file; returns what moves them back.
 
-    Frozen parameters that ZeRO-3 has taken apart stay on a GPU.
+    What `offload_optimizer` keeps in host memory stays as it is. Frozen parameters that ZeRO-3 has taken apart stay on
+    a GPU.
 
     Raises:
         ConfigurationError: DeepSpeed cannot move this optimizer.
     """
-    if device.type == "cpu":
-        return park([*_held(engine), *heads]).unpark
+    zero_stage = config.stage
+    # DeepSpeed's own way would move an optimizer that is on the host to the GPU, and refuses ours under ZeRO-3.
+    if device.type == "cpu" or config.offload_optimizer or zero_stage == 3:
+        kept = {_place(tensor) for tensor in on_host(engine, config)}
+        return park([*(tensor for tensor in _held(engine, device) if _place(tensor) not in kept), *heads]).unpark
     if zero_stage and not hasattr(engine.optimizer, "offload_states"):
         raise ConfigurationError(
             f"offload needs an optimizer that DeepSpeed can move, but learner.zero_stage={zero_stage} in bfloat16 has "
@@ -197,10 +208,32 @@ def offload(
     return partial(_reload, engine, zero_stage, heads, device)
 
 
-def _held(engine: DeepSpeedEngine) -> Iterator[Tensor]:
-    """Every tensor that model and optimizer hold on this rank, gradients included."""
+def on_host(engine: DeepSpeedEngine, config: LearnerConfig) -> list[Tensor]:
+    """Tensors that DeepSpeed keeps in host memory through a step: masters, moments, gradients and its buffers."""
+    if not config.offload_optimizer:
+        return []
+    outer: Any = engine.optimizer
+    moments = [value for state in outer.optimizer.state.values() for value in state.values()]
+    if config.stage == 3:
+        masters, buffers = outer.fp32_partitioned_groups_flat, [outer.grad_partitions_flat_buffer]
+    else:
+        masters = outer.single_partition_of_fp32_groups
+        buffers = [*outer.param_buffer_of_bit16_for_cpu_offload_groups, outer.temp_grad_buffer_for_cpu_offload]
+        buffers += outer.accumulated_grads_in_cpu.values()
+    gradients = [master.grad for master in masters if master.grad is not None]
+    return [*masters, *gradients, *moments, *buffers]
+
+
+def _held(engine: DeepSpeedEngine, device: torch.device) -> Iterator[Tensor]:
+    """Every tensor that model and optimizer hold on `device` on this rank, gradients included."""
     module = cast(nn.Module, engine.module)
-    return tensors_in([list(module.parameters()), list(module.buffers()), engine.optimizer, engine])
+    found = tensors_in([list(module.parameters()), list(module.buffers()), engine.optimizer, engine])
+    return (tensor for tensor in found if tensor.device.type == device.type)
+
+
+def _place(tensor: Tensor) -> int:
+    """Address of a tensor's storage, which its views have in common with it."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _reload(engine: DeepSpeedEngine, zero_stage: int, heads: Sequence[Tensor], device: torch.device) -> None:

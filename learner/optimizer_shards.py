@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, distributed, nn
 
 from learner import checkpoint
@@ -40,7 +39,7 @@ def fragments(engine: DeepSpeedEngine, named: Named, zero_stage: int) -> list[Fr
     if zero_stage == 0:
         return [_whole(name, p, state[p]) for name, p in named]
     if zero_stage == 3:
-        return [_partition(name, p) for name, p in named]
+        return [_partition(name, p, flat, state) for name, p in named]
     return [_mapped(name, p, flat, state) for name, p in named if p._hp_mapping is not None]  # type: ignore[attr-defined]
 
 
@@ -140,24 +139,27 @@ def partition(elements: int, each: int, rank: int) -> range:
     return range(rank * each, min((rank + 1) * each, elements))
 
 
-def _partition(name: str, p: nn.Parameter) -> Fragment:
+def _partition(name: str, p: Any, flat: Sequence[Tensor], moments: Mapping[Tensor, Mapping[str, Tensor]]) -> Fragment:
     """ZeRO-3: equal parts by rank."""
-    get: dict[str, Callable[[], Any]] = {
-        checkpoint.MASTER: lambda: safe_get_local_fp32_param(p),
-        **{k: lambda k=k: safe_get_local_optimizer_state(p, k) for k in checkpoint.KEYS[1:]},
-    }
-    state = {key: one() for key, one in get.items()}
-    own = partition(p.ds_numel, state[checkpoint.MASTER].numel(), distributed.get_rank())  # type: ignore[attr-defined]
-    return Fragment(parameter=name, start=own.start, state={k: v.view(-1)[: len(own)] for k, v in state.items()})
+    outer = p._z3_optimizer  # whose own safe_get_local_* copy to a GPU what is kept in host memory
+    group, start, count = outer.grad_position[outer.get_param_id(p)]
+    state = _views(flat[group], moments, start, count)
+    own = partition(p.ds_numel, count, distributed.get_rank())
+    return Fragment(parameter=name, start=own.start, state={k: v[: len(own)] for k, v in state.items()})
 
 
 def _mapped(name: str, p: Any, flat: Sequence[Tensor], moments: Mapping[Tensor, Mapping[str, Tensor]]) -> Fragment:
     """ZeRO-1 and 2: the part of a parameter that fell into this rank's flat partition of its group."""
     mapping = p._hp_mapping  # where DeepSpeed's own safe_get_full_* look; they miss the moments of a second group
     own, place = flat[mapping.param_group_index], mapping.get_hp_fragment_address()
-    whole = {checkpoint.MASTER: own.data} | {key: moments[own][key] for key in checkpoint.KEYS[1:]}
-    state = {key: values.narrow(0, place.start, place.numel) for key, values in whole.items()}
+    state = _views(own, moments, place.start, place.numel)
     return Fragment(parameter=name, start=mapping.lp_fragment_address.start, state=state)
+
+
+def _views(own: Tensor, moments: Mapping[Tensor, Mapping[str, Tensor]], start: int, count: int) -> dict[str, Tensor]:
+    """Live `count` elements from `start` on of a flat partition and of its moments."""
+    whole = {checkpoint.MASTER: own.data} | {key: moments[own][key] for key in checkpoint.KEYS[1:]}
+    return {key: values.narrow(0, start, count) for key, values in whole.items()}
 
 
 def _adam(engine: DeepSpeedEngine) -> torch.optim.AdamW:

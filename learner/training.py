@@ -154,7 +154,7 @@ class Training(Rank):
 
     def offload(self) -> None:
         if self._reload is None:
-            self._reload = engine.offload(self._engine, self._config.stage, self._heads, self._device)
+            self._reload = engine.offload(self._engine, self._config, self._heads, self._device)
 
     def reload(self) -> None:
         if self._reload is not None:

@@ -32,18 +32,30 @@ def learner_float32() -> list[Row]:
 
 
 def learner_bfloat16() -> list[Row]:
-    """The learner in bfloat16 with float32 master weights, as real models train."""
-    return _checked(replace(_CONFIG, zero_stage=2, dtype=Dtype.BFLOAT16))
+    """The learner in bfloat16 with float32 master weights, as real models train; also with those in host memory."""
+    config = replace(_CONFIG, zero_stage=2, dtype=Dtype.BFLOAT16)
+    return _checked(config, replace(config, offload_optimizer=True))
 
 
-def _checked(config: LearnerConfig) -> list[Row]:
-    os.environ.update(environment(config.device))  # before DeepSpeed is imported
-    name = f"ZeRO-{config.stage}, {config.dtype.name.lower()}"
+def _checked(*configs: LearnerConfig) -> list[Row]:
+    os.environ.update(environment(configs[0].device))  # before DeepSpeed is imported
+    rows, ranks = list[Row](), list[LearnerRank]()
+    for config in configs:
+        rows += _rows(config, ranks)
+    for rank in ranks:  # the first one takes the process group with it
+        rank.close()
+    return rows
+
+
+def _rows(config: LearnerConfig, ranks: list[LearnerRank]) -> list[Row]:
+    """Rows of a learner with `config`, which is added to `ranks`."""
+    name = f"ZeRO-{config.stage}, {config.dtype.name.lower()}{', optimizer on the host' * config.offload_optimizer}"
     path = str(shipped("assets") / "shop" / "student")
     rank = LearnerRank(  # pyright: ignore[reportAbstractUsage] (its class decorator writes the verbs)
         config, path, (), 2 * _STEPS, 0, lambda handle: handle, lambda: StagedSender(np.copy)
     )
     rank.setup(0, 1, *rank.address())
+    ranks.append(rank)
     trajectories = _texts()
     batches = _batches(trajectories, config)
     wanted = _plain_loss(path, trajectories)
@@ -54,7 +66,6 @@ def _checked(config: LearnerConfig) -> list[Row]:
     said = f"{losses[0]:.3f} to {losses[-1]:.3f} nats in {_STEPS} steps"
     outcome = Outcome.PASS if falls else Outcome.FAIL
     rows += [Row(check="learner", name=f"{name}: loss falls", outcome=outcome, figure=said), _offloading(rank, name)]
-    rank.close()
     return rows
 
 

@@ -26,7 +26,7 @@ def check_numbers(config: RunConfig) -> None:
 
 
 def numbers_notes(config: RunConfig) -> list[str]:
-    """Notes on unusual dtypes: other numbers in the engine than in the learner, float32 on a GPU."""
+    """Notes on other numbers in the engine than in the learner, float32 on a GPU, and copies that spare nothing."""
     engine, learner, notes = engine_dtype(config), config.learner.dtype, list[str]()
     if engine is not learner:
         notes.append(
@@ -38,6 +38,11 @@ def numbers_notes(config: RunConfig) -> list[str]:
         notes.append(
             "the learner computes in FLOAT32 on a GPU, which is several times slower than BFLOAT16 and takes twice the "
             "memory; learner.dtype=BFLOAT16 learner.zero_stage=2 keeps float32 master weights"
+        )
+    if config.learner.offload_optimizer and not on_gpu(config.learner.device):
+        notes.append(
+            "learner.offload_optimizer=true spares memory of a GPU, but the learner works on a processor, whose memory "
+            "holds all of it anyway, and some copies besides"
         )
     return notes
 

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from launch.config.run_config import RunConfig, teacher_key
-from launch.plan.memory.footprint import EngineRole, Phase, TeacherRole, asleep, footprint, parked, peak
+from launch.plan.memory.footprint import EngineRole, Phase, TeacherRole, asleep, footprint, on_host, parked, peak
 from launch.plan.memory.parts import GIB, Part, device_bytes, parts
 from launch.plan.memory.shapes import read_shape, uneven
 from opd.errors import ConfigurationError
@@ -145,6 +145,8 @@ def remedies(config: RunConfig) -> Iterator[Remedy]:
             yield _student(f"student.max_num_batched_tokens={_FEW_TOKENS}", max_num_batched_tokens=_FEW_TOKENS)
         if not student.enforce_eager:
             yield _student("student.enforce_eager=true", enforce_eager=True)
+    if learner.device is Device.GPU and learner.stage and not (learner.offload_optimizer or learner.lora.r):
+        yield _learner("learner.offload_optimizer=true", offload_optimizer=True)  # seconds of a step on the host
 
 
 def _of_learner(config: RunConfig) -> Iterator[Remedy]:
@@ -251,16 +253,24 @@ def host_bytes(found: Sequence[Part]) -> int:
     return sum(part.count * parked(part.role) for part in found if part.turns and part.on_gpu)
 
 
+def offloaded_bytes(found: Sequence[Part]) -> int:
+    """Host memory that holds the optimizer of all learner ranks, if `learner.offload_optimizer`."""
+    return sum(part.count * on_host(part.role) for part in found)
+
+
 def _check_host(found: Sequence[Part], config: RunConfig) -> None:
-    """Refuse sleeping roles that this machine, if its GPUs are the run's, could not hold."""
+    """Refuse sleeping roles and an optimizer that this machine, if its GPUs are the run's, could not hold."""
     if config.cluster.address != "local" or not torch.cuda.is_available():
         return
-    needed, has = host_bytes(found), psutil.virtual_memory().total
-    if needed > has:
-        raise ConfigurationError(
-            f"cluster.share=TIME keeps {needed / GIB:.1f} GiB of sleeping roles in host memory, but this machine has "
-            f"{has / GIB:.1f} GiB; choose smaller models, train adapters (learner.lora.r=16), or use more GPUs"
-        )
+    sleepers, optimizer, has = host_bytes(found), offloaded_bytes(found), psutil.virtual_memory().total
+    if sleepers + optimizer <= has:
+        return
+    said = [f"cluster.share=TIME keeps {sleepers / GIB:.1f} GiB of sleeping roles in host memory"] * (sleepers > 0)
+    said += [f"learner.offload_optimizer=true keeps {optimizer / GIB:.1f} GiB of the optimizer there"] * (optimizer > 0)
+    raise ConfigurationError(
+        f"{' and '.join(said)}, but this machine has {has / GIB:.1f} GiB; choose smaller models, train adapters "
+        "(learner.lora.r=16), or use more GPUs"
+    )
 
 
 def _utilization(config: RunConfig, card: int, exact: bool) -> str:
@@ -286,6 +296,8 @@ def lines(found: Sequence[Part], card: int) -> dict[str, str]:
         shown["fullest GPU"] = f"{together.total / GIB:.1f} GiB{of} ({who})"
     if host := host_bytes(found):
         shown["host, of roles that sleep"] = f"{host / GIB:.1f} GiB"
+    if host := offloaded_bytes(found):
+        shown["host, of the optimizer"] = f"{host / GIB:.1f} GiB"
     return shown
 
 

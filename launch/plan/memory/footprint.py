@@ -105,8 +105,9 @@ class LearnerRole:
     """A learner rank of `ranks` that reads `tokens` in a micro-batch and has logits of `rows` of them at once.
 
     `heads`: bytes of the teachers' output matrices; `whole`: the loss reads whole distributions. `adapters`: nothing
-    else is trained (their own state, a percent or so of the model's, is not counted). `chunk`: bytes of a piece of
-    published weights, of which `copies` are held on the GPU.
+    else is trained (their own state, a percent or so of the model's, is not counted). `offloaded`: masters and moments
+    are in host memory through a step. `chunk`: bytes of a piece of published weights, of which `copies` are held on the
+    GPU.
     """
 
     model: ModelShape
@@ -119,6 +120,7 @@ class LearnerRole:
     whole: bool = True
     checkpointed: bool = False
     adapters: bool = False
+    offloaded: bool = False
     fused: bool = False
     heads: int = 0
     chunk: int = 0
@@ -163,6 +165,11 @@ def parked(role: Role) -> int:
     rest, held = footprint(role, Phase.REST), asleep(role)
     kept = rest.weights + rest.gradients + rest.optimizer + rest.heads + rest.buffers
     return kept - held.weights
+
+
+def on_host(role: Role) -> int:
+    """Bytes of host memory that a process on a GPU holds through all phases: an optimizer that is offloaded."""
+    return _optimizer_in_host(role) if isinstance(role, LearnerRole) and role.offloaded and role.on_gpu else 0
 
 
 def layer_bytes(model: ModelShape, width: int, tokens: int, slots: int, *, sparse: bool) -> int:
@@ -255,24 +262,75 @@ def _learner(role: LearnerRole, phase: Phase) -> Footprint:
     shared = {number: role.ranks if stage >= number else 1 for number in (1, 2, 3)}  # among how many, by stage
     bucket = width * min(BUCKET, trained) if stage else 0
     gathered = width * min(LIVE, model.parameters) if stage == 3 else 0
-    # Without ZeRO and under ZeRO-2 they are given up after a step; ZeRO-1 and 3 have one flat tensor of them for ever.
-    accumulated = phase in (Phase.TRAIN, Phase.STEP) or stage in (1, 3)
+    optimizer = (8 + 4 * (stage > 0)) * trained // shared[1]  # ZeRO has masters in float32, too
+    if role.offloaded:
+        optimizer = 0 if role.on_gpu else _optimizer_in_host(role)
     held = Footprint(
         weights=width * model.parameters // shared[3],
-        gradients=accumulated * 4 * trained // shared[2],
-        optimizer=(8 + 4 * (stage > 0)) * trained // shared[1],  # ZeRO has masters in float32, too
+        gradients=_gradients(role, phase, trained),
+        optimizer=optimizer,
         context=CONTEXT if role.on_gpu else 0,
         heads=role.heads,
-        buffers=bucket if stage == 3 else 0,
+        buffers=bucket if stage == 3 else _staged(role, trained),
     )
-    if phase is Phase.TRAIN:  # a bucket, and from ZeRO-2 (in float32 ZeRO-1) on the gradients that are to go into it
-        return _with(held, **_training(role), buffers=(1 + (stage > 1 or width > 2)) * bucket + gathered)
+    if phase is Phase.TRAIN:
+        buffers = _buckets(role) * bucket + gathered + _staged(role, trained)
+        if role.offloaded and role.on_gpu and stage == 3:  # the host's sum of a gradient is added to on the GPU
+            buffers += 4 * min(model.largest, trained) // role.ranks
+        return _with(held, **_training(role), buffers=buffers)
     if phase is Phase.STEP:
-        return _with(held, buffers=_stepping(role, trained // shared[1]) + bucket)
+        temporary = 0 if role.offloaded else _stepping(role, trained // shared[1])
+        return _with(held, buffers=temporary + bucket + _staged(role, trained))
     if phase is Phase.PUBLISH:
         copies = role.copies * width * model.parameters
         return _with(held, buffers=held.buffers + (role.chunk if stage == 3 else 0) + copies)
     return held
+
+
+def _gradients(role: LearnerRole, phase: Phase, trained: int) -> int:
+    """Bytes of gradients that outlive their backward pass."""
+    stage, own = role.stage, trained // role.ranks
+    if not role.offloaded:
+        # Without ZeRO and under ZeRO-2 they are given up after a step; ZeRO-1 and 3 have one flat tensor for ever.
+        accumulated = phase in (Phase.TRAIN, Phase.STEP) or stage in (1, 3)
+        return accumulated * 4 * (own if stage > 1 else trained)
+    if stage == 3 or phase not in (Phase.TRAIN, Phase.STEP):  # ZeRO-3 adds them up in host memory
+        return 0
+    flat = 4 * own * (role.bytes_each == 2)  # DeepSpeed's sum of bfloat16 gradients, which goes to the host in one
+    if phase is Phase.STEP:
+        return flat
+    return flat + 4 * trained if stage == 1 else 4 * own
+
+
+def _buckets(role: LearnerRole) -> int:
+    """DeepSpeed's buckets in a backward pass, and the gradients that are to go into them."""
+    narrow = role.bytes_each == 2
+    if role.offloaded and role.stage == 1:
+        return 3 if narrow else 2  # in bfloat16 one of float32
+    if role.offloaded and role.stage == 2 and not narrow:
+        return 1
+    return 1 + (role.stage > 1 or not narrow)
+
+
+def _staged(role: LearnerRole, trained: int) -> int:
+    """Bytes through which ZeRO-1 and 2 move gradients to host memory."""
+    return role.bytes_each * min(role.model.largest, trained) if role.offloaded and role.stage < 3 else 0
+
+
+def _optimizer_in_host(role: LearnerRole) -> int:
+    """Bytes of masters, moments, gradients and DeepSpeed's buffers of a rank in host memory.
+
+    torch rounds pinned memory, which all but the moments may be in, up to a power of two.
+    """
+    trained, width, stage = 0 if role.adapters else role.model.parameters, role.bytes_each, role.stage
+    own, largest = trained // role.ranks, min(role.model.largest, trained)
+    if stage == 3:  # sums of gradients and what the update reads; masters are not pinned
+        pinned, plain = [4 * own, 4 * own], 12 * own
+    else:
+        pinned, plain = [4 * own, 4 * own, width * own, width * largest], 8 * own
+        if stage == 2 and width > 2:  # sums over micro-batches, parameter by parameter
+            plain += 4 * own
+    return plain + sum(1 << (size - 1).bit_length() if size and role.on_gpu else size for size in pinned)
 
 
 def _training(role: LearnerRole) -> dict[str, int]:

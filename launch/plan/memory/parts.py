@@ -165,6 +165,7 @@ def _learner(config: RunConfig, exact: bool) -> LearnerRole:
         whole=LastHidden in config.method.requires,
         checkpointed=learner.checkpointed,
         adapters=learner.lora.r > 0,
+        offloaded=learner.offload_optimizer,
         fused=True,  # as learner.engine sets AdamW up, on GPUs too
         heads=sum(shape.vocabulary * shape.width * width for shape in shapes),
         chunk=learner.publish_chunk_bytes,

@@ -16,10 +16,11 @@ def no_turns(config: RunConfig) -> str:
             f"lets the learner sleep while engines load its weights, but learner.transport={learner.transport.name} "
             "reads them from its GPU; set learner.transport=AUTO"
         )
-    if learner.device is Device.GPU and learner.stage == 1 and learner.dtype is Dtype.BFLOAT16:
+    stays = learner.offload_optimizer or learner.device is not Device.GPU
+    if not stays and learner.stage == 1 and learner.dtype is Dtype.BFLOAT16:
         return (
             "moves the optimizer to host memory, which DeepSpeed cannot do with learner.zero_stage=1 in bfloat16; set "
-            "learner.zero_stage=2"
+            "learner.zero_stage=2, or learner.offload_optimizer=true"
         )
     if schedule.max_staleness and not schedule.deterministic and schedule.update is WeightUpdate.IN_FLIGHT:
         return (

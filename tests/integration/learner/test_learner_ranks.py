@@ -89,13 +89,16 @@ def test_a_rank_that_hangs_holds_no_group_of_deepspeed_s_longer_than_the_deadlin
     on_both(work)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_step_keep_and_go_on_like_a_naive_one(stage: int, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "offloaded"), [(0, False), (2, False), (2, True), (3, False), (3, True)])
+def test_two_ranks_step_keep_and_go_on_like_a_naive_one(
+    stage: int, offloaded: bool, models: dict[str, Path], tmp_path: Path
+) -> None:
     """Also where memory does not suffice on the second one (unless parameters are shared: then nobody halves)."""
     config = replace(
         SMOOTH,
         ranks=2,
         zero_stage=stage,
+        offload_optimizer=offloaded,
         tokens_per_microbatch=40,
         publish_chunk_bytes=SMALL,
         head_chunk=0,

@@ -239,8 +239,9 @@ SMALL = ["experiment=shop"]
 @pytest.mark.parametrize(
     "override",
     ["steps=7", "evaluation.every=3", "tracker.samples=1", "student.replicas=2", "learner.ranks=2",
-     "learner.zero_stage=3", "checkpoint_every=5", "checkpoint_keep=9", "cluster.cpus_per_actor=1",
-     "run_name=other", "notes=[a]", "learner.tokens_per_microbatch=4096", "teacher.replicas=2"],
+     "learner.zero_stage=3", "learner.offload_optimizer=true", "checkpoint_every=5", "checkpoint_keep=9",
+     "cluster.cpus_per_actor=1", "run_name=other", "notes=[a]", "learner.tokens_per_microbatch=4096",
+     "teacher.replicas=2"],
 )  # fmt: skip
 def test_what_trains_the_same_may_change(override: str) -> None:
     before, now = (described(run_config([*SMALL, *more])) for more in ([], [override]))
@@ -316,6 +317,7 @@ MAY_CHANGE = {
     *("student.max_num_seqs", "student.max_model_len", "student.tensor_parallel", "student.enforce_eager"),
     *("student.max_num_batched_tokens", "student.async_scheduling"),
     *("student.device", "learner.device", "learner.ranks", "learner.zero_stage", "learner.tokens_per_microbatch"),
+    "learner.offload_optimizer",
     *("learner.head_chunk", "learner.gradient_checkpointing", "learner.sentinel_tolerance", "learner.deadline_s"),
     *("learner.overlap_k", "learner.publish_chunk_bytes", "learner.transport", "learner.max_skipped_steps"),
     *("learner.deterministic", "learner.loss_kernel"),

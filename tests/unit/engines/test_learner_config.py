@@ -95,7 +95,8 @@ def test_only_a_rank_on_a_cpu_is_told_so() -> None:
 def test_what_is_not_set_is_what_the_docs_say() -> None:
     """A run that names nothing trains as it did: one number that changes here changes all runs."""
     assert asdict(LearnerConfig()) == {
-        "ranks": 1, "zero_stage": Auto.AUTO, "dtype": Dtype.AUTO, "device": Device.AUTO, "lr": 5e-6, "beta1": 0.9,
+        "ranks": 1, "zero_stage": Auto.AUTO, "offload_optimizer": False, "dtype": Dtype.AUTO, "device": Device.AUTO,
+        "lr": 5e-6, "beta1": 0.9,
         "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 1.0, "warmup_steps": 5,
         "schedule": Schedule.CONSTANT_WITH_WARMUP, "final_lr_fraction": 0.0, "decay_steps": 0,
         "tokens_per_microbatch": 8192, "head_chunk": 0, "loss_kernel": LossKernel.TORCH, "overlap_k": 16,
@@ -156,6 +157,7 @@ def test_the_device_decides_what_is_not_told(config: LearnerConfig, on_gpu: bool
         (True, Dtype.AUTO, {"zero_stage": 3, "gradient_checkpointing": False}, (Dtype.BFLOAT16, 3, False)),
         (False, Dtype.BFLOAT16, {}, (Dtype.FLOAT32, 0, False)),
         (False, Dtype.AUTO, {"dtype": Dtype.BFLOAT16}, (Dtype.BFLOAT16, 2, False)),
+        (False, Dtype.AUTO, {"offload_optimizer": True}, (Dtype.FLOAT32, 2, False)),
     ],
 )
 def test_a_gpu_gets_bfloat16_zero_2_and_checkpoints(
@@ -197,3 +199,10 @@ def test_a_rank_on_a_host_keeps_the_memory_that_glibc_lets_it_keep() -> None:
     }  # fmt: skip
     assert environment(Device.CPU).items() >= environment(Device.AUTO).items() >= host.items()
     assert not environment(Device.GPU).keys() & host.keys()
+
+
+def test_an_optimizer_in_host_memory_needs_weights_of_its_own() -> None:
+    for stage in (1, 2, 3):
+        LearnerConfig(offload_optimizer=True, zero_stage=stage)
+    with pytest.raises(ConfigurationError, match=r"offload_optimizer=true needs .*; set learner.zero_stage=2, or"):
+        LearnerConfig(offload_optimizer=True, zero_stage=0, dtype=Dtype.FLOAT32)

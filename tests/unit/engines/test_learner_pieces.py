@@ -43,6 +43,9 @@ def test_what_deepspeed_is_told(numel: int, bucket: int) -> None:
     assert told["zero_optimization"] == {"stage": 2, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     assert (told["gradient_clipping"], told["bf16"]) == (0.7, {"enabled": True})
     assert told["data_types"] == {"grad_accum_dtype": "fp32"}, "many micro-batches add up"
+    assert not told["zero_force_ds_cpu_optimizer"], "its own optimizer is compiled where it runs"
+    moved = _settings(LearnerConfig(zero_stage=2, dtype=Dtype.BFLOAT16, offload_optimizer=True), numel)
+    assert moved["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert told["train_micro_batch_size_per_gpu"] == told["gradient_accumulation_steps"] == 1
     plain = _settings(LearnerConfig(zero_stage=0, dtype=Dtype.FLOAT32, grad_clip=0.7), numel)
     assert plain["gradient_clipping"] == 0.0 and not {"bf16", "data_types"} & plain.keys()

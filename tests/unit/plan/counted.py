@@ -157,15 +157,21 @@ def forward_peak(config: PreTrainedConfig, dtype: torch.dtype, length: int) -> t
 
 @dataclass(frozen=True)
 class Peaks:
-    """The most bytes of a learner alive in its second step: passes, the optimizer's step; and what is left after it."""
+    """The most bytes of a learner alive in its second step: passes, the optimizer's step; and what is left after it.
+
+    With `host`, those that `offload_optimizer` keeps in host memory, which are not among the others.
+    """
 
     shape: ModelShape
     train: int
     step: int
     rest: int
+    host: int
 
 
-def learner_peaks(stage: int, dtype: Dtype, folder: Path, patch: pytest.MonkeyPatch) -> Peaks:
+def learner_peaks(
+    stage: int, dtype: Dtype, folder: Path, patch: pytest.MonkeyPatch, *, offloaded: bool = False
+) -> Peaks:
     """Counts of the product's own learner rank, of whose memory little are activations."""
     from learner import engine
 
@@ -173,7 +179,7 @@ def learner_peaks(stage: int, dtype: Dtype, folder: Path, patch: pytest.MonkeyPa
     model = tiny_model(0, std=0.05, head_dim=32, num_attention_heads=8, num_key_value_heads=4, **sizes)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    config = replace(SMOOTH, zero_stage=stage, dtype=dtype, tokens_per_microbatch=64)
+    config = replace(SMOOTH, zero_stage=stage, dtype=dtype, tokens_per_microbatch=64, offload_optimizer=offloaded)
     live, found, real = LiveBytes(), list[int](), engine.apply
 
     def watched(*given: Any) -> float:
@@ -193,5 +199,9 @@ def learner_peaks(stage: int, dtype: Dtype, folder: Path, patch: pytest.MonkeyPa
             rank.step(batches, Likelihood())
         gc.collect()
         rest = live.now
+        training = rank._training
+        assert training is not None
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in engine.on_host(training._engine, config)}
+        host = sum(storage.nbytes() for storage in kept.values())
         rank.close()
-    return Peaks(shape=shape(model), train=found[2], step=found[3], rest=rest)
+    return Peaks(shape=shape(model), train=found[2] - host, step=found[3] - host, rest=rest - host, host=host)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from launch.plan.memory.footprint import (
     BUCKET,
+    CONTEXT,
     PADDED,
     EngineRole,
     LearnerRole,
@@ -20,6 +21,7 @@ from launch.plan.memory.footprint import (
     cache_bytes,
     footprint,
     layer_bytes,
+    on_host,
     pass_bytes,
     peak,
 )
@@ -122,6 +124,37 @@ def test_a_learner_holds_what_is_planned_in_every_phase(
     assert footprint(role, Phase.REST).total == pytest.approx(found.rest, rel=0.25 if dtype == "FLOAT32" else 0.15)
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(1, "FLOAT32"), (2, "FLOAT32"), (1, "BFLOAT16"), (2, "BFLOAT16"), (3, "BFLOAT16")]
+)
+def test_an_offloaded_optimizer_leaves_on_the_gpu_and_takes_on_the_host_what_is_planned(
+    stage: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU all is one memory: DeepSpeed's tensors of the host are counted by name, and the others are the rest."""
+    found = learner_peaks(stage, Dtype[dtype], tmp_path, monkeypatch, offloaded=True)
+    width = 2 if dtype == "BFLOAT16" else 4
+    here = LearnerRole(
+        model=found.shape, bytes_each=width, stage=stage, ranks=1, tokens=64, rows=64, on_gpu=False, whole=False,
+        fused=True, offloaded=True,
+    )  # fmt: skip
+    there = replace(here, on_gpu=True)
+    host = footprint(here, Phase.REST).optimizer
+    print(f"ZeRO-{stage} {dtype} host: {found.host} counted, {host} planned")
+    assert host == pytest.approx(found.host, rel=0.001)
+    assert host <= on_host(there) <= 2 * host, "pinned memory is rounded up"
+    bucket = width * found.shape.parameters
+    for phase, counted in ((Phase.TRAIN, found.train), (Phase.STEP, found.step), (Phase.REST, found.rest)):
+        planned = footprint(there, phase).total - CONTEXT
+        # After a step DeepSpeed has its last bucket until the next one; and on a CPU no sum is copied to be added to.
+        planned += bucket * (phase is Phase.REST and stage < 3)
+        copied = 4 * found.shape.largest * (phase is Phase.TRAIN and stage == 3)
+        planned -= copied
+        print(f"ZeRO-{stage} {dtype} {phase.value}: {counted} counted, {planned} planned, {planned / counted:.3f}")
+        assert planned == pytest.approx(counted, rel=0.05)
+        assert footprint(here, phase).total == footprint(there, phase).total - CONTEXT - copied + host
+        assert footprint(there, phase).total < footprint(replace(there, offloaded=False), phase).total
+
+
 def test_blocks_of_logits_count_by_the_rows_alive_at_once() -> None:
     def logits(**fields: int | bool) -> int:
         return footprint(replace(LEARNER, **fields), Phase.TRAIN).total
@@ -155,6 +188,7 @@ ROLES = st.one_of(
         on_gpu=st.booleans(),
         checkpointed=st.booleans(),
         adapters=st.booleans(),
+        offloaded=st.booleans(),
     ),
     st.builds(
         TeacherRole,

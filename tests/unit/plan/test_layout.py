@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from launch.config.run_config import RunConfig, run_config
 from launch.plan.checks.devices import resolved, roles
-from launch.plan.memory.cards import Misfit, crowd, misfit
+from launch.plan.memory.cards import Misfit, crowd, host_bytes, misfit, offloaded_bytes
 from launch.plan.memory.footprint import TeacherRole, peak
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import GIB, Part, card_bytes, parts
@@ -40,6 +40,9 @@ CASES = {
     "16 GB": ("0.6B", "4B", 1, 16, CHECKPOINTED),
     "24 GB": ("0.6B", "4B", 1, 24, CHECKPOINTED),
     "24 GB, adapters": ("0.6B", "4B", 1, 24, ADAPTED),
+    "24 GB, 1.7B": ("1.7B", "4B", 1, 24, SIZED),
+    "24 GB, 1.7B, optimizer on the host": ("1.7B", "4B", 1, 24, [*SIZED, "learner.offload_optimizer=true"]),
+    "24 GB, 8B": ("8B", "8B", 1, 24, SIZED),
     "two of 24 GB": ("0.6B", "4B", 2, 24, CHECKPOINTED),
     "80 GB": ("1.7B", "8B", 1, 80, CHECKPOINTED),
     "80 GB, vLLM teaches by turns": ("1.7B", "8B", 1, 80, [*CHECKPOINTED, "teacher.backend=VLLM"]),
@@ -83,7 +86,7 @@ def outcome(overrides: Sequence[str], models: Path) -> dict[str, object]:
     config, notes = sized.config, sized.notes
     card = card_bytes(config)
     cluster, found = config.cluster, parts(config, card)
-    return {
+    known: dict[str, object] = {
         "gpus": [cluster.gpus_per_engine, cluster.gpus_per_teacher, cluster.gpus_per_learner],
         "replicas": config.student.replicas,
         "ranks": config.learner.ranks,
@@ -93,6 +96,8 @@ def outcome(overrides: Sequence[str], models: Path) -> dict[str, object]:
         "memory": {part.name: round(peak(part.role).total / GIB, 1) for part in found},
         "notes": len(notes),
     }
+    optimizer = offloaded_bytes(found)
+    return known | ({"host": round((host_bytes(found) + optimizer) / GIB, 1)} if optimizer else {})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -110,6 +115,7 @@ def test_real_sizes_are_laid_out_as_recorded(name: str, models: Path, monkeypatc
         "80 GB, not checkpointed",
         "eight of 80 GB, not checkpointed",
         "16 GB",
+        "24 GB, 1.7B",
         "four of 48 GB, a teacher larger than one",
     ],
 )

@@ -4,16 +4,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.config.run_config import run_config
 from launch.config.settings import Sharing
 from launch.plan.checks.devices import resolved, roles
-from launch.plan.memory.cards import Crowd, fullest, host_bytes, misfit
-from launch.plan.memory.footprint import CONTEXT, GRAPHS, LearnerRole, TeacherRole, asleep, parked, peak
+from launch.plan.memory.cards import Crowd, check_cards, fullest, host_bytes, lines, misfit
+from launch.plan.memory.footprint import (
+    CONTEXT,
+    GRAPHS,
+    LearnerRole,
+    Phase,
+    TeacherRole,
+    asleep,
+    footprint,
+    on_host,
+    parked,
+    peak,
+)
 from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import GIB, Part, card_bytes, parts
 from launch.plan.memory.sharing import check_turns
@@ -104,10 +118,30 @@ def record(home: Path) -> None:
 @pytest.mark.usefixtures("hub")
 def test_a_card_that_cannot_hold_the_largest_role_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shows(monkeypatch, 1)
-    with pytest.raises(
-        ConfigurationError, match=r"does not fit the 1 GPU .*; train adapters alone: learner\.lora\.r=16"
-    ):
+    with pytest.raises(ConfigurationError, match=r"does not fit the 1 GPU .*; set .* learner\.offload_optimizer=true"):
         planned("one_gpu_24gb", 12)
+
+
+def test_an_optimizer_in_host_memory_is_counted_there(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through all phases, with or without turns; it leaves the GPU, and sleeps where it is."""
+    role = replace(LEARNER, offloaded=True)
+    assert footprint(role, Phase.REST).optimizer == 0 and asleep(role).total == CONTEXT
+    assert parked(role) == 2 * 10**9, "weights"
+    assert on_host(role) == 2 * (1 << 32) + (1 << 31) + 8 * 10**9, "masters, gradients, copies, all pinned; moments"
+    assert on_host(replace(role, on_gpu=False)) == on_host(LEARNER) == 0
+    assert peak(LEARNER).total - peak(role).total == 12 * 10**9
+    found = [Part(name="learner rank", count=2, gpus=1.0, on_gpu=True, role=role)]
+    assert lines(found, 0)["host, of the optimizer"] == f"{2 * on_host(role) / GIB:.1f} GiB"
+    shows(monkeypatch, 1)
+    given = [*pair(models, "1.7B", "4B"), *CHECKPOINTED, "learner.offload_optimizer=true", "cluster.share=TIME"]
+    config = resolved(run_config(given))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32 * GIB))
+    sentence = r"cluster\.share=TIME keeps .* and learner\.offload_optimizer=true keeps 33\.8 GiB .* has 32\.0 GiB;"
+    with pytest.raises(ConfigurationError, match=sentence):
+        check_cards(config, 0, exact=True)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
+    check_cards(config, 0, exact=True)
 
 
 def test_turns_are_proposed_where_roles_do_not_fit_at_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +181,8 @@ def test_what_cannot_take_turns_is_refused(overrides: Sequence[str], sentence: s
     with pytest.raises(ConfigurationError, match=f"cluster.share=TIME {sentence}"):
         check_turns(replace(config, cluster=replace(config.cluster, share=Sharing.TIME)))
     check_turns(run_config(["experiment=shop", "cluster.share=TIME", "max_staleness=1"]))
+    alone = ["learner.device=GPU", "learner.zero_stage=1", "learner.dtype=BFLOAT16", "learner.offload_optimizer=true"]
+    check_turns(run_config(["experiment=shop", "cluster.share=TIME", *alone]))
 
 
 def test_a_process_that_sleeps_keeps_little_and_the_host_the_rest() -> None:
