@@ -19,10 +19,11 @@ from learner.config import LearnerConfig, LossKernel, StudentText, learning_rate
 from learner.diagnosis import InfiniteRatio, from_first_rank
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
-from learner.model import Student, batch_readings, load_head, load_student, sentinel_ids, target_logprobs
+from learner.model import Student, batch_readings, load_head, sentinel_ids, target_logprobs
 from learner.published import described, published
 from learner.publishing import Publisher
 from learner.snapshots import Snapshots, matching
+from learner.starting import starting_student
 from opd.errors import DataError, OpdError
 from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
 from opd.loss.metric_sums import MetricSums
@@ -66,12 +67,7 @@ class Training(Rank):
     ) -> None:
         """Load the student and the output matrices of its teachers."""
         self._student_path, self._fetch, self._text = student_path, fetch, text
-        self._student = load_student(student_path, self._dtype, self._config.checkpointed)
-        lora = self._config.lora
-        if lora.r:
-            from learner.lora import adapt
-
-            adapt(self._student.causal, lora, self._seed)
+        self._student = starting_student(student_path, self._config, self._dtype, self._device, self._seed)
         vocabulary = self._student.vocabulary
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = np.array(text.sentinel or sentinel_ids(vocabulary), dtype=np.int32)
@@ -84,7 +80,7 @@ class Training(Rank):
             rank=self._rank,
             ranks=self._config.ranks,
             sender=sender(),
-            lora_scale=lora.scale,
+            lora_scale=self._config.lora.scale,
         )
         self._ordered = [parts[i] for i in self._publisher.order]
         self._origin = self._read_sentinel()

@@ -23,8 +23,9 @@ WHOLE, CHOSEN = 12, 4
 
 
 class Phase(Enum):
-    """Phase of a step, as far as memory differs."""
+    """Phase of a run, as far as memory differs."""
 
+    START = "start"  # models are read and divided; others hold then what they rest with
     REST = "rest"  # others work
     GENERATE = "generate"
     SCORE = "score"
@@ -258,19 +259,34 @@ def _learner(role: LearnerRole, phase: Phase) -> Footprint:
     held = Footprint(
         weights=width * model.parameters // shared[3],
         gradients=accumulated * 4 * trained // shared[2],
-        optimizer=(8 + 4 * (width == 2)) * trained // shared[1],
+        optimizer=(8 + 4 * (stage > 0)) * trained // shared[1],  # ZeRO has masters in float32, too
         context=CONTEXT if role.on_gpu else 0,
         heads=role.heads,
         buffers=bucket if stage == 3 else 0,
     )
-    if phase is Phase.TRAIN:  # a bucket, and from ZeRO-2 on the gradients that wait to be copied into it
-        return _with(held, **_training(role), buffers=(1 + (stage > 1)) * bucket + gathered)
+    if phase is Phase.START:
+        return _starting(role, held)
+    if phase is Phase.TRAIN:  # a bucket, and from ZeRO-2 (in float32 ZeRO-1) on the gradients that are to go into it
+        return _with(held, **_training(role), buffers=(1 + (stage > 1 or width > 2)) * bucket + gathered)
     if phase is Phase.STEP:
         return _with(held, buffers=_stepping(role, trained // shared[1]) + bucket)
     if phase is Phase.PUBLISH:
         copies = role.copies * width * model.parameters
         return _with(held, buffers=held.buffers + (role.chunk if stage == 3 else 0) + copies)
     return held
+
+
+def _starting(role: LearnerRole, held: Footprint) -> Footprint:
+    """Bytes of a rank that starts: no moments yet, and under ZeRO-3 no weights but its own part (and once a layer).
+
+    ZeRO-2 (in float32 ZeRO-1, too) copies all weights into a flat tensor, and has zeros for gradients once. A GPU
+    without room for that copy has it made on the host, so there it is not counted.
+    """
+    trained = 0 if role.adapters else role.model.parameters
+    part = 4 * trained // role.ranks
+    if role.stage != 2 and (role.stage != 1 or role.bytes_each < 4):
+        return _with(held, optimizer=part if role.stage else 0)
+    return _with(held, gradients=part, optimizer=part, buffers=0 if role.on_gpu else role.bytes_each * trained)
 
 
 def _training(role: LearnerRole) -> dict[str, int]:
@@ -290,11 +306,14 @@ def _training(role: LearnerRole) -> dict[str, int]:
 
 
 def _stepping(role: LearnerRole, shard: int) -> int:
-    """Temporaries of an update: two numbers a parameter in an optimizer that is not fused, under ZeRO-3 one besides."""
+    """Temporaries of an update: two numbers a parameter in an optimizer that is not fused.
+
+    One besides under ZeRO-3, and in float32 a flat copy of gradients under any.
+    """
     if not role.stage:
         return 0 if role.fused else 8 * min(role.model.largest, shard)
     part = min(shard, LIVE) if role.stage == 3 else shard
-    return (8 * (not role.fused) + 4 * (role.stage == 3)) * part
+    return (8 * (not role.fused) + 4 * (role.stage == 3 or role.bytes_each > 2)) * part
 
 
 def _with(held: Footprint, **more: int) -> Footprint:
