@@ -6,8 +6,8 @@ Makes a random Qwen3 (default: 8 layers of width 1024, 2 ranks) whose weights ar
 with real DeepSpeed on CPUs, once for each ZeRO stage and dtype. Figures are MiB beyond a process that has imported its
 libraries: `resident` is the peak of the resident set of the largest rank (pages of the file count, too, though the
 system may take them back and ranks have them in common), `own` that of its memory that is no file's (Pss_Anon of
-/proc/PID/smaps_rollup), `all` the peak of proportional set sizes of all ranks together, in which shared pages count
-once, and `after` the largest rank's own memory once it has started.
+/proc/PID/smaps_rollup), `reading` the same until DeepSpeed makes its engine, `all` the peak of proportional set sizes
+of all ranks together, in which shared pages count once, and `after` the largest rank's own memory once it has started.
 """
 
 import subprocess
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from os import environ
 from pathlib import Path
 from time import perf_counter, sleep
+from typing import Any
 
 from learner.config import LearnerConfig, environment
 from opd.settings.devices import Device, Dtype
@@ -28,7 +29,7 @@ MIB = 2**20
 LOOK_S = 0.01
 ARMS = ("0:FLOAT32", "1:FLOAT32", "2:FLOAT32", "3:FLOAT32", "1:BFLOAT16", "2:BFLOAT16", "3:BFLOAT16")
 FIELDS = ("Rss", "Pss", "Pss_Anon")
-READY, STARTED = "imported", "started"
+READY, READ, STARTED = "imported", "read", "started"
 
 
 @dataclass(slots=True)
@@ -87,18 +88,29 @@ def start(rank: int, ranks: int, arm: str, port: int, path: str) -> None:
     import numpy as np
 
     import learner.training  # noqa: F401 (before the measurement begins)
+    from learner import engine
     from learner.learner import LearnerRank
     from learner.publishing import StagedSender
 
     stage, dtype = arm.split(":")
     config = LearnerConfig(ranks=ranks, zero_stage=int(stage), dtype=Dtype[dtype], device=Device.CPU)  # type: ignore[arg-type]
     one = LearnerRank(config, path, (), 1, 0, lambda handle: handle, lambda: StagedSender(np.copy))
-    print(READY, flush=True)
-    sys.stdin.readline()
+    initialize = engine.initialize
+
+    def initialized(*given: Any) -> Any:
+        _pause(READ)
+        return initialize(*given)
+
+    engine.initialize = initialized
+    _pause(READY)
     one.setup(rank, ranks, own_host(), port)
-    print(STARTED, flush=True)
-    sys.stdin.readline()
+    _pause(STARTED)
     one.close()
+
+
+def _pause(word: str) -> None:
+    print(word, flush=True)
+    sys.stdin.readline()
 
 
 def measured(arm: str, ranks: int, path: Path) -> str:
@@ -121,6 +133,9 @@ def measured(arm: str, ranks: int, path: Path) -> str:
         began = perf_counter()
         try:
             _tell(started)
+            _await(started, READ)
+            read = watch.beyond(watch.most, "Pss_Anon")
+            _tell(started)
             _await(started, STARTED)
         finally:
             watch.over = True
@@ -133,7 +148,7 @@ def measured(arm: str, ranks: int, path: Path) -> str:
         for one in started:
             one.kill()
     peaks = [watch.beyond(watch.most, key) for key in ("Rss", "Pss_Anon")]
-    figures = (*peaks, watch.together, watch.beyond(end, "Pss_Anon"))
+    figures = (read, *peaks, watch.together, watch.beyond(end, "Pss_Anon"))
     return "  ".join(f"{each / MIB:8,.0f}" for each in figures) + f"{seconds:9.1f}"
 
 
@@ -162,7 +177,7 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, parameters = model(Path(folder), width, layers)
         print(f"{2 * parameters / MIB:,.0f} MiB of weights in bfloat16, {ranks} ranks; MiB beyond imports")
-        print("ZeRO, dtype   resident       own       all     after  seconds")
+        print("ZeRO, dtype    reading  resident       own       all     after  seconds")
         for arm in [one for one in arguments if ":" in one] or ARMS:
             print(f"{arm:12}{measured(arm, ranks, path)}", flush=True)
 

@@ -13,6 +13,7 @@ from learner import engine
 from learner.config import LearnerConfig
 from learner.model import Student, load_student
 from opd.loss.packed_attention import NAME
+from weight_sync.parking import trim
 
 
 def starting_student(path: str, config: LearnerConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Student:
@@ -38,12 +39,14 @@ def _divided(path: str, config: LearnerConfig, dtype: torch.dtype, device: torch
     student = Student(causal, stored_names(causal, stored, part), stored_pieces(causal, stored))
     _adapt(student, config, seed)
     engine.divide(student, _reader(found, device), config)
+    trim()  # under `learner.config.environment` glibc keeps what is freed, for the steps' sake
     for buffer in student.buffers():
         buffer.data = buffer.data.to(device)
     with engine.whole_by_layer(student):
         trial = Trial.of(student.eval().causal, student.vocabulary, part)
         causal.set_attn_implementation(NAME)
         trial.check(student.train().logits, part)  # as it is trained, so that a dropout would be seen
+    trim()
     if config.checkpointed:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return student

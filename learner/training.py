@@ -34,6 +34,7 @@ from opd.ports import LossFunction, Rank, Reading, Sentinel, WeightSender, Weigh
 from opd.scorers.validation import check_support
 from opd.settings.devices import on_gpu, resolve_device, resolve_dtype
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
+from weight_sync.parking import trim
 
 MakeSender = Callable[[], WeightSender]
 
@@ -72,6 +73,7 @@ class Training(Rank):
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = np.array(text.sentinel or sentinel_ids(vocabulary), dtype=np.int32)
         self._engine = engine.initialize(self._student, self._config, self._device)
+        trim()
         self._named = list(self._student.named())
         parts = published(self._student)
         self._publisher = Publisher(
@@ -84,6 +86,7 @@ class Training(Rank):
         )
         self._ordered = [parts[i] for i in self._publisher.order]
         self._origin = self._read_sentinel()
+        trim()
 
     def step(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> StepReport:
         sums = _Sums(batches)
