@@ -53,7 +53,7 @@ def _divided(path: str, config: LearnerConfig, dtype: torch.dtype, device: torch
 
 
 def _reader(found: Mapping[nn.Parameter, Source], device: torch.device) -> Callable[[nn.Parameter], Tensor]:
-    """What gives a parameter its numbers: its source, on the first rank alone; adapters have theirs already."""
+    """Reader of a parameter by its source, on the first rank alone; adapters have their numbers already."""
     first = distributed.get_rank() == 0
 
     def read(parameter: nn.Parameter) -> Tensor:
