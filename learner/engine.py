@@ -17,9 +17,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from jaxtyping import Float64
 from torch import Tensor, distributed, nn
 
+from hf.packable import stream
 from learner.config import LearnerConfig
 from learner.model import Student
-from learner.published import Published
+from learner.published import Published, full_shape
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.devices import Dtype
 from weight_sync.parking import park, tensors_in
@@ -92,7 +93,7 @@ def _ending_within(seconds: float) -> Iterator[None]:
 
 def initialize(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
     """The student under DeepSpeed: optimizer, ZeRO, mixed precision. Moves it to `device`."""
-    student.to(device)
+    student.to(device)  # what `divided` has divided already is there
     optimizer = adam(student, config)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=_settings(config, _numel(student)))
     if config.ranks == 1 and config.stage == 0:
@@ -107,8 +108,8 @@ def adam(student: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
     parameter in temporaries.
     """
     trained = [p for p in student.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    others = [p for p in trained if p.ndim <= 1]
+    matrices = [p for p in trained if len(full_shape(p)) > 1]
+    others = [p for p in trained if len(full_shape(p)) <= 1]
     if config.weight_decay:  # gains and biases are not decayed; otherwise one group, which is cheaper
         groups = [
             {"params": matrices, "weight_decay": config.weight_decay},
@@ -120,7 +121,58 @@ def adam(student: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
 
 
 def _numel(student: Student) -> int:
-    return sum(p.numel() for p in student.parameters())
+    return sum(math.prod(full_shape(p)) for p in student.parameters())
+
+
+def divide(student: Student, values: Callable[[nn.Parameter], Tensor], config: LearnerConfig) -> None:
+    """Divide parameters among ranks one by one, as ZeRO-3 has them, each filled on the first rank just before.
+
+    `values` gives a whole parameter on its device; what other ranks have of it does not matter.
+    """
+    settings, first = _settings(config, _numel(student)), None
+    for parameter in student.parameters():
+        parameter.data = values(parameter)
+        if first is None:
+            deepspeed.zero.Init(
+                module=nn.ParameterList([parameter]), config_dict_or_path=settings, dtype=parameter.dtype
+            )
+            first = cast(Any, parameter)
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])
+
+
+@contextlib.contextmanager
+def whole_by_layer(student: Student) -> Iterator[None]:
+    """Passes through a divided student that DeepSpeed has no engine of yet: a layer is whole while it computes.
+
+    All ranks must make the same passes.
+    """
+    layers = stream(student.causal)[1:]
+    within = {module for layer in layers for module in layer.modules()}
+    gathered = list[Any]()
+
+    def gather(owned: Sequence[nn.Parameter]) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            gathered.append(deepspeed.zero.GatheredParameters(list(owned)))
+            gathered[-1].__enter__()
+
+        return enter
+
+    def leave(*_: Any) -> None:
+        gathered.pop().__exit__(None, None, None)
+
+    hooks = list[Any]()
+    for module in student.modules():
+        if module in within and module not in layers:
+            continue
+        owned = list(module.parameters(recurse=module in layers))
+        if owned:
+            hooks += [module.register_forward_pre_hook(gather(owned)), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _settings(config: LearnerConfig, numel: int) -> dict[str, Any]:

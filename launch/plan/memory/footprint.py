@@ -23,8 +23,9 @@ WHOLE, CHOSEN = 12, 4
 
 
 class Phase(Enum):
-    """Phase of a step, as far as memory differs."""
+    """Phase of a run, as far as memory differs."""
 
+    START = "start"  # models are read and divided; others hold then what they rest with
     REST = "rest"  # others work
     GENERATE = "generate"
     SCORE = "score"
@@ -265,6 +266,8 @@ def _learner(role: LearnerRole, phase: Phase) -> Footprint:
         heads=role.heads,
         buffers=bucket if stage == 3 else 0,
     )
+    if phase is Phase.START:
+        return _starting(role, held)
     if phase is Phase.TRAIN:  # a bucket, and from ZeRO-2 (in float32 ZeRO-1) on the gradients that are to go into it
         return _with(held, **_training(role), buffers=(1 + (stage > 1 or width > 2)) * bucket + gathered)
     if phase is Phase.STEP:
@@ -273,6 +276,19 @@ def _learner(role: LearnerRole, phase: Phase) -> Footprint:
         copies = role.copies * width * model.parameters
         return _with(held, buffers=held.buffers + (role.chunk if stage == 3 else 0) + copies)
     return held
+
+
+def _starting(role: LearnerRole, held: Footprint) -> Footprint:
+    """Bytes of a rank that starts: no moments yet, and under ZeRO-3 no weights but its own part (and once a layer).
+
+    ZeRO-2 (in float32 ZeRO-1, too) copies all weights into a flat tensor, and has zeros for gradients once. A GPU
+    without room for that copy has it made on the host, so there it is not counted.
+    """
+    trained = 0 if role.adapters else role.model.parameters
+    part = 4 * trained // role.ranks
+    if role.stage != 2 and (role.stage != 1 or role.bytes_each < 4):
+        return _with(held, optimizer=part if role.stage else 0)
+    return _with(held, gradients=part, optimizer=part, buffers=0 if role.on_gpu else role.bytes_each * trained)
 
 
 def _training(role: LearnerRole) -> dict[str, int]:

@@ -157,9 +157,10 @@ def forward_peak(config: PreTrainedConfig, dtype: torch.dtype, length: int) -> t
 
 @dataclass(frozen=True)
 class Peaks:
-    """The most bytes of a learner alive in its second step: passes, the optimizer's step; and what is left after it."""
+    """The most bytes of a learner alive at its start and in its second step (passes, optimizer), and what is left."""
 
     shape: ModelShape
+    start: int
     train: int
     step: int
     rest: int
@@ -186,6 +187,7 @@ def learner_peaks(stage: int, dtype: Dtype, folder: Path, patch: pytest.MonkeyPa
     with group_of_its_own(), live, patch.context() as patched:
         rank = rank_of(config, folder)
         rank.setup(0, 1, *rank.address())
+        began = live.peak
         for step in range(2):
             (batches,) = batches_of(step, config)
             patched.setattr(engine, "apply", watched)
@@ -194,4 +196,4 @@ def learner_peaks(stage: int, dtype: Dtype, folder: Path, patch: pytest.MonkeyPa
         gc.collect()
         rest = live.now
         rank.close()
-    return Peaks(shape=shape(model), train=found[2], step=found[3], rest=rest)
+    return Peaks(shape=shape(model), start=began, train=found[2], step=found[3], rest=rest)
