@@ -1,9 +1,11 @@
 """Memory of learner ranks while they start: reading the student, dividing it by ZeRO, the first sentinel.
 
-    python benchmarks/learner_start.py [RANKS WIDTH LAYERS] [STAGE:DTYPE ...]
+    python benchmarks/learner_start.py [RANKS WIDTH LAYERS] [STAGE:DTYPE[:WHOLE] ...]
 
 Makes a random Qwen3 (default: 8 layers of width 1024, 2 ranks) whose weights are stored in bfloat16, and starts ranks
-with real DeepSpeed on CPUs, once for each ZeRO stage and dtype. Figures are MiB beyond a process that has imported its
+with real DeepSpeed on CPUs, once for each ZeRO stage and dtype; with WHOLE each rank under ZeRO-3 reads the whole
+student before DeepSpeed divides it, to compare with. `seconds` and `CPU` are of a start, the latter of all ranks
+together. Other figures are MiB beyond a process that has imported its
 libraries: `resident` is the peak of the resident set of the largest rank (pages of the file count, too, though the
 system may take them back and ranks have them in common), `own` that of its memory that is no file's (Pss_Anon of
 /proc/PID/smaps_rollup), `reading` the same until DeepSpeed makes its engine, `all` the peak of proportional set sizes
@@ -15,8 +17,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from os import environ
+from dataclasses import dataclass, field, replace
+from os import environ, sysconf
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -69,6 +71,12 @@ def sizes(pid: int) -> dict[str, int]:
     return {key: found[key] for key in FIELDS}
 
 
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Processor time that processes have taken so far."""
+    times = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in pids]
+    return sum(int(one) for pair in times for one in pair) / sysconf("SC_CLK_TCK")
+
+
 def model(folder: Path, width: int, layers: int) -> tuple[Path, int]:
     """A random student, and its number of parameters."""
     import torch
@@ -87,12 +95,13 @@ def start(rank: int, ranks: int, arm: str, port: int, path: str) -> None:
     """One rank: import, wait for a line, start, wait for another."""
     import numpy as np
 
-    import learner.training  # noqa: F401 (before the measurement begins)
-    from learner import engine
+    from learner import engine, training
     from learner.learner import LearnerRank
     from learner.publishing import StagedSender
 
-    stage, dtype = arm.split(":")
+    stage, dtype, *whole = arm.split(":")
+    if whole:
+        training.starting_student = read_whole
     config = LearnerConfig(ranks=ranks, zero_stage=int(stage), dtype=Dtype[dtype], device=Device.CPU)  # type: ignore[arg-type]
     one = LearnerRank(config, path, (), 1, 0, lambda handle: handle, lambda: StagedSender(np.copy))
     initialize = engine.initialize
@@ -106,6 +115,13 @@ def start(rank: int, ranks: int, arm: str, port: int, path: str) -> None:
     one.setup(rank, ranks, own_host(), port)
     _pause(STARTED)
     one.close()
+
+
+def read_whole(path: str, config: LearnerConfig, *given: Any) -> Any:
+    """The student as ranks have it under other stages, whole."""
+    from learner.starting import starting_student
+
+    return starting_student(path, replace(config, zero_stage=2), *given)
 
 
 def _pause(word: str) -> None:
@@ -130,7 +146,7 @@ def measured(arm: str, ranks: int, path: Path) -> str:
         watch.look()
         watching = threading.Thread(target=watch.keep_looking)
         watching.start()
-        began = perf_counter()
+        began, used = perf_counter(), cpu_seconds(watch.pids)
         try:
             _tell(started)
             _await(started, READ)
@@ -140,7 +156,7 @@ def measured(arm: str, ranks: int, path: Path) -> str:
         finally:
             watch.over = True
             watching.join()
-        seconds, end = perf_counter() - began, watch.look()
+        seconds, used, end = perf_counter() - began, cpu_seconds(watch.pids) - used, watch.look()
         _tell(started)
         if any(one.wait(timeout=120) for one in started):
             raise SystemExit("a rank failed; what it said is above")
@@ -149,7 +165,7 @@ def measured(arm: str, ranks: int, path: Path) -> str:
             one.kill()
     peaks = [watch.beyond(watch.most, key) for key in ("Rss", "Pss_Anon")]
     figures = (read, *peaks, watch.together, watch.beyond(end, "Pss_Anon"))
-    return "  ".join(f"{each / MIB:8,.0f}" for each in figures) + f"{seconds:9.1f}"
+    return "  ".join(f"{each / MIB:8,.0f}" for each in figures) + f"{seconds:9.1f}{used:7.1f}"
 
 
 def _await(started: Sequence["subprocess.Popen[str]"], word: str) -> None:
@@ -177,9 +193,9 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, parameters = model(Path(folder), width, layers)
         print(f"{2 * parameters / MIB:,.0f} MiB of weights in bfloat16, {ranks} ranks; MiB beyond imports")
-        print("ZeRO, dtype    reading  resident       own       all     after  seconds")
+        print("ZeRO, dtype         reading  resident       own       all     after  seconds    CPU")
         for arm in [one for one in arguments if ":" in one] or ARMS:
-            print(f"{arm:12}{measured(arm, ranks, path)}", flush=True)
+            print(f"{arm:17}{measured(arm, ranks, path)}", flush=True)
 
 
 if __name__ == "__main__":

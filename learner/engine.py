@@ -17,7 +17,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from jaxtyping import Float64
 from torch import Tensor, distributed, nn
 
-from hf.packable import stream
 from learner.config import LearnerConfig
 from learner.model import Student
 from learner.published import Published, full_shape
@@ -139,40 +138,6 @@ def divide(student: Student, values: Callable[[nn.Parameter], Tensor], config: L
             first = cast(Any, parameter)
         else:
             first.convert_to_zero_parameters(param_list=[parameter])
-
-
-@contextlib.contextmanager
-def whole_by_layer(student: Student) -> Iterator[None]:
-    """Passes through a divided student that DeepSpeed has no engine of yet: a layer is whole while it computes.
-
-    All ranks must make the same passes.
-    """
-    layers = stream(student.causal)[1:]
-    within = {module for layer in layers for module in layer.modules()}
-    gathered = list[Any]()
-
-    def gather(owned: Sequence[nn.Parameter]) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            gathered.append(deepspeed.zero.GatheredParameters(list(owned)))
-            gathered[-1].__enter__()
-
-        return enter
-
-    def leave(*_: Any) -> None:
-        gathered.pop().__exit__(None, None, None)
-
-    hooks = list[Any]()
-    for module in student.modules():
-        if module in within and module not in layers:
-            continue
-        owned = list(module.parameters(recurse=module in layers))
-        if owned:
-            hooks += [module.register_forward_pre_hook(gather(owned)), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _settings(config: LearnerConfig, numel: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A rank under ZeRO-3 starts with its own part of the student alone, and as if it had started with the whole."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf.hollow_model import Source
 from learner import engine, starting, training
 from learner.config import LearnerConfig, LoraConfig
 from learner.learner import LearnerRank
@@ -67,10 +70,17 @@ def test_no_more_than_a_parameter_or_a_layer_is_whole_while_a_rank_starts(
 ) -> None:
     """Elements in memory beyond the parts, when the next parameter is read, and within every module's computation."""
     read, most = list[int](), list[int]()
-    divide = engine.divide
+    divide, filled = engine.divide, starting.filled_by_layer
 
-    def whole_ones(student: Student) -> int:
-        return sum(p.numel() for p in student.parameters() if p.untyped_storage().nbytes() > p.element_size())
+    def whole_ones(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.untyped_storage().nbytes() > p.element_size())
+
+    @contextmanager
+    def computing(causal: PreTrainedModel, found: Mapping[nn.Parameter, Source]) -> Iterator[None]:
+        for module in causal.modules():  # hooks are called in their order, so before those that empty it again
+            module.register_forward_hook(lambda *_: most.append(whole_ones(causal)))
+        with filled(causal, found):
+            yield
 
     def watched(student: Student, values: Callable[[nn.Parameter], Tensor], config: LearnerConfig) -> None:
         def reading(parameter: nn.Parameter) -> Tensor:
@@ -79,10 +89,9 @@ def test_no_more_than_a_parameter_or_a_layer_is_whole_while_a_rank_starts(
 
         divide(student, reading, config)
         read.append(whole_ones(student))
-        for module in student.causal.modules():
-            module.register_forward_hook(lambda *_: most.append(whole_ones(student)))
 
     monkeypatch.setattr(engine, "divide", watched)
+    monkeypatch.setattr(starting, "filled_by_layer", computing)
     start(CONFIG, students[kind])
     plain = load_student(str(students[kind]), torch.float32, False).causal
     layer = sum(p.numel() for p in plain.base_model.layers[0].parameters())

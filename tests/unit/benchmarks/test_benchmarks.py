@@ -103,4 +103,4 @@ def test_the_memory_of_a_long_sequence_is_shown_for_each_kind_of_attention() -> 
 def test_the_memory_of_ranks_that_start_is_shown_for_a_stage_and_a_dtype() -> None:
     printed = here("benchmarks.learner_start", "1", "64", "1", "3:BFLOAT16")
     (row,) = lines(printed, of="3:BFLOAT16")
-    assert len(row.split()) == 7 and "bfloat16, 1 ranks" in printed
+    assert len(row.split()) == 8 and "bfloat16, 1 ranks" in printed
