@@ -92,7 +92,7 @@ def _ending_within(seconds: float) -> Iterator[None]:
 
 def initialize(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
     """The student under DeepSpeed: optimizer, ZeRO, mixed precision. Moves it to `device`."""
-    student.to(device)  # what `divided` has divided already is there
+    student.to(device)  # what `divide` has divided is there already
     optimizer = adam(student, config)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=_settings(config, _numel(student)))
     if config.ranks == 1 and config.stage == 0:
