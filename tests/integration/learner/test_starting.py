@@ -1,4 +1,7 @@
-"""A rank under ZeRO-3 starts with its own part of the student alone, and as if it had started with the whole."""
+"""A rank under ZeRO-3 starts with its own part of the student alone, and as if it had started with the whole.
+
+Two of them: test_learner_ranks.py.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -22,18 +25,7 @@ from opd.errors import ConfigurationError, DataError, OpdError
 from opd.settings.devices import Dtype
 from tests.fuzz.families import make
 from tests.integration.learner.test_experts import mixture
-from tests.integration.learner.test_learner_ranks import on_both
-from tests.small_learner import (
-    SMOOTH,
-    Likelihood,
-    Start,
-    batches_of,
-    group_of_its_own,
-    keep,
-    parameters,
-    rank_of,
-    tiny,
-)
+from tests.small_learner import SMOOTH, Likelihood, Start, batches_of, tiny
 
 Contents = Callable[[LearnerRank], dict[str, torch.Tensor]]
 CONFIG = replace(SMOOTH, zero_stage=3, weight_decay=0.1, gradient_checkpointing=True)
@@ -75,51 +67,7 @@ def test_a_divided_start_is_the_whole_one_to_the_last_bit(
     assert all(torch.equal(value, whole[2][name]) for name, value in divided[2].items())
 
 
-def test_two_ranks_that_start_divided_are_whole_ones_to_the_last_bit(
-    students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their sentinel, losses and norms, what they publish, and their checkpoint, with which either goes on alike."""
-    config = replace(CONFIG, ranks=2, dtype=Dtype.BFLOAT16, tokens_per_microbatch=40, deadline_s=60)
-
-    def trained(folder: Path) -> list[Any]:
-        port = rank_of(SMOOTH, tmp_path).address()[1]
-
-        def work(rank: int) -> Any:
-            def meet() -> LearnerRank:
-                learner = rank_of(config, students["tied"])
-                learner.setup(rank, 2, "127.0.0.1", port)
-                return learner
-
-            one = meet()
-            shares, reports = [one.share(0)], [one.step(batches_of(1, config)[rank], Likelihood())]
-            keep(one, folder, 1)
-            engine.barrier()
-            resumed = meet()
-            assert resumed.load(folder) == 1
-            reports.append(resumed.step(batches_of(2, config)[rank], Likelihood()))
-            shares.append(resumed.share(2))
-            for each in (one, resumed):
-                each.close()
-            return reports, shares[0].sentinel.logprobs.tolist(), shares
-
-        with group_of_its_own():
-            return on_both(work)
-
-    divided = trained(tmp_path / "divided")
-    monkeypatch.setattr(training, "starting_student", started_whole)
-    whole = trained(tmp_path / "whole")
-    assert [one[:2] for one in divided] == [one[:2] for one in whole]
-    for place in (0, 1):
-        mine, theirs = (parameters(*(shares[place] for *_, shares in both)) for both in (divided, whole))
-        assert mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    kept, expected = (
-        {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        for folder in (tmp_path / "divided", tmp_path / "whole")
-    )
-    assert kept == expected and sum(map(len, kept.values())) > 1000
-
-
-@pytest.mark.parametrize("kind", ["tied", "untied", "experts"])
+@pytest.mark.parametrize("kind", ["tied", "experts"])
 def test_no_more_than_a_parameter_or_a_layer_is_whole_while_a_rank_starts(
     kind: str, students: dict[str, Path], start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
