@@ -183,7 +183,7 @@ class Trial:
         logits = alone(0)
         if any(bool(one.isnan().any()) for one in logits):
             raise DataError(f"{part} answers with NaN, so its weights are damaged; copy the folder anew")
-        hooks = [module.register_forward_hook(_nudge) for module in _stream(causal)]
+        hooks = [module.register_forward_hook(_nudge) for module in stream(causal)]
         again = alone(1 if max(lengths) < positions else 0)
         for hook in hooks:
             hook.remove()
@@ -219,7 +219,7 @@ class Trial:
         return gap
 
 
-def _stream(causal: Any) -> list[nn.Module]:
+def stream(causal: Any) -> list[nn.Module]:
     """Modules that write the residual stream: the embedding and every layer."""
     layers = causal.config.get_text_config().num_hidden_layers
     lists = [m for m in causal.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
@@ -98,13 +98,13 @@ def load_causal(
         path,
         dtype=dtype,
         attn_implementation="eager",
+        device_map=None if device is None else {"": device},  # where each tensor goes once read: no copy on the host
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
     )
     assert isinstance(causal, PreTrainedModel)
     check_layers(causal, part)
-    nn.Module.to(causal, device)
     head = check_head(causal, part, bias=bias)
     trial = Trial.of(causal, len(head.weight), part)
     causal.set_attn_implementation(NAME)

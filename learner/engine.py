@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 from learner.config import LearnerConfig
 from learner.model import Student
-from learner.published import Published
+from learner.published import Published, full_shape
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.devices import Dtype
 from weight_sync.parking import park, tensors_in
@@ -94,7 +94,7 @@ def _ending_within(seconds: float) -> Iterator[None]:
 
 def initialize(student: Student, config: LearnerConfig, device: torch.device) -> DeepSpeedEngine:
     """The student under DeepSpeed: optimizer, ZeRO, mixed precision. Moves it to `device`."""
-    student.to(device)
+    student.to(device)  # what `divide` has divided is there already
     optimizer = adam(student, config)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=_settings(config, _numel(student)))
     if config.ranks == 1 and config.stage == 0:
@@ -109,8 +109,8 @@ def adam(student: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
     parameter in temporaries.
     """
     trained = [p for p in student.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    others = [p for p in trained if p.ndim <= 1]
+    matrices = [p for p in trained if len(full_shape(p)) > 1]
+    others = [p for p in trained if len(full_shape(p)) <= 1]
     if config.weight_decay:  # gains and biases are not decayed; otherwise one group, which is cheaper
         groups = [
             {"params": matrices, "weight_decay": config.weight_decay},
@@ -122,7 +122,24 @@ def adam(student: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
 
 
 def _numel(student: Student) -> int:
-    return sum(p.numel() for p in student.parameters())
+    return sum(math.prod(full_shape(p)) for p in student.parameters())
+
+
+def divide(student: Student, values: Callable[[nn.Parameter], Tensor], config: LearnerConfig) -> None:
+    """Divide parameters among ranks one by one, as ZeRO-3 has them, each filled on the first rank just before.
+
+    `values` gives a whole parameter on its device; what other ranks have of it does not matter.
+    """
+    settings, first = _settings(config, _numel(student)), None
+    for parameter in student.parameters():
+        parameter.data = values(parameter)
+        if first is None:
+            deepspeed.zero.Init(
+                module=nn.ParameterList([parameter]), config_dict_or_path=settings, dtype=parameter.dtype
+            )
+            first = cast(Any, parameter)
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])
 
 
 def _settings(config: LearnerConfig, numel: int) -> dict[str, Any]:

@@ -188,8 +188,10 @@ def sentinel_ids(vocabulary: int, length: int = 24) -> Int[np.ndarray, " S"]:
     return np.random.default_rng(20240607).integers(0, vocabulary, length).astype(np.int32)
 
 
-def load_student(path: str, dtype: torch.dtype, gradient_checkpointing: bool) -> Student:
-    """The model in the folder `path`, ready for packed sequences.
+def load_student(
+    path: str, dtype: torch.dtype, gradient_checkpointing: bool, device: torch.device | None = None
+) -> Student:
+    """The model in the folder `path` on `device` (None: the host), ready for packed sequences.
 
     Raises:
         ConfigurationError: its layers do not read packed sequences exactly, or its weights are not stored one by one
@@ -202,7 +204,14 @@ def load_student(path: str, dtype: torch.dtype, gradient_checkpointing: bool) ->
         return Student(causal, stored_names(causal, stored, part), stored_pieces(causal, stored)).train()
 
     return load_causal(
-        path, part, dtype, made, Student.logits, bias=False, gradient_checkpointing=gradient_checkpointing
+        path,
+        part,
+        dtype,
+        made,
+        Student.logits,
+        bias=False,
+        device=device,
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 

@@ -19,10 +19,11 @@ from learner.config import LearnerConfig, LossKernel, StudentText, learning_rate
 from learner.diagnosis import InfiniteRatio, from_first_rank
 from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
-from learner.model import Student, batch_readings, load_head, load_student, sentinel_ids, target_logprobs
+from learner.model import Student, batch_readings, load_head, sentinel_ids, target_logprobs
 from learner.published import described, published
 from learner.publishing import Publisher
 from learner.snapshots import Snapshots, matching
+from learner.starting import starting_student
 from opd.errors import DataError, OpdError
 from opd.loss.chunked import Evaluate, StudentLogits, flat_loss, read
 from opd.loss.metric_sums import MetricSums
@@ -33,6 +34,7 @@ from opd.ports import LossFunction, Rank, Reading, Sentinel, WeightSender, Weigh
 from opd.scorers.validation import check_support
 from opd.settings.devices import on_gpu, resolve_device, resolve_dtype
 from opd.types import Batch, Fetch, Scores, StepReport, TokenLoss
+from weight_sync.parking import trim
 
 MakeSender = Callable[[], WeightSender]
 
@@ -66,16 +68,12 @@ class Training(Rank):
     ) -> None:
         """Load the student and the output matrices of its teachers."""
         self._student_path, self._fetch, self._text = student_path, fetch, text
-        self._student = load_student(student_path, self._dtype, self._config.checkpointed)
-        lora = self._config.lora
-        if lora.r:
-            from learner.lora import adapt
-
-            adapt(self._student.causal, lora, self._seed)
+        self._student = starting_student(student_path, self._config, self._dtype, self._device, self._seed)
         vocabulary = self._student.vocabulary
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = np.array(text.sentinel or sentinel_ids(vocabulary), dtype=np.int32)
         self._engine = engine.initialize(self._student, self._config, self._device)
+        trim()
         self._named = list(self._student.named())
         parts = published(self._student)
         self._publisher = Publisher(
@@ -84,10 +82,11 @@ class Training(Rank):
             rank=self._rank,
             ranks=self._config.ranks,
             sender=sender(),
-            lora_scale=lora.scale,
+            lora_scale=self._config.lora.scale,
         )
         self._ordered = [parts[i] for i in self._publisher.order]
         self._origin = self._read_sentinel()
+        trim()
 
     def step(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> StepReport:
         sums = _Sums(batches)

@@ -23,8 +23,9 @@ WHOLE, CHOSEN = 12, 4
 
 
 class Phase(Enum):
-    """Phase of a step, as far as memory differs."""
+    """Phase of a run, as far as memory differs."""
 
+    START = "start"  # models are read and divided; others hold then what they rest with
     REST = "rest"  # others work
     GENERATE = "generate"
     SCORE = "score"
@@ -273,6 +274,8 @@ def _learner(role: LearnerRole, phase: Phase) -> Footprint:
         heads=role.heads,
         buffers=bucket if stage == 3 else _staged(role, trained),
     )
+    if phase is Phase.START:
+        return _starting(role, held)
     if phase is Phase.TRAIN:
         buffers = _buckets(role) * bucket + gathered + _staged(role, trained)
         if role.offloaded and role.on_gpu and stage == 3:  # the host's sum of a gradient is added to on the GPU
@@ -331,6 +334,21 @@ def _optimizer_in_host(role: LearnerRole) -> int:
         if stage == 2 and width > 2:  # sums over micro-batches, parameter by parameter
             plain += 4 * own
     return plain + sum(1 << (size - 1).bit_length() if size and role.on_gpu else size for size in pinned)
+
+
+def _starting(role: LearnerRole, held: Footprint) -> Footprint:
+    """Bytes of a rank that starts: no moments yet, and under ZeRO-3 no weights but its own part (and once a layer).
+
+    ZeRO-2 (in float32 ZeRO-1, too) copies all weights into a flat tensor, and has zeros for gradients once. A GPU
+    without room for that copy has it made on the host, so there it is not counted.
+    """
+    trained = 0 if role.adapters else role.model.parameters
+    part = 4 * trained // role.ranks
+    if role.offloaded and role.on_gpu:  # masters are made on the host
+        return held
+    if role.stage != 2 and (role.stage != 1 or role.bytes_each < 4):
+        return _with(held, optimizer=part if role.stage else 0)
+    return _with(held, gradients=part, optimizer=part, buffers=0 if role.on_gpu else role.bytes_each * trained)
 
 
 def _training(role: LearnerRole) -> dict[str, int]:

@@ -18,7 +18,7 @@ from deepspeed.utils import groups
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
-from learner import engine
+from learner import engine, training
 from learner.checkpoint import KEYS, MASTER, Shards, snapshot_key
 from learner.learner import LearnerRank
 from opd.errors import OpdError
@@ -26,7 +26,18 @@ from opd.loss.packing import halves
 from opd.settings.devices import Dtype
 from tests.integration.learner.test_learner import SMALL
 from tests.integration.learner.test_learner_faults import Hungry
-from tests.small_learner import SMOOTH, STAGES, batches_of, group_of_its_own, keep, naive_loss, parameters, rank_of
+from tests.integration.learner.test_starting import started_whole
+from tests.small_learner import (
+    SMOOTH,
+    STAGES,
+    Likelihood,
+    batches_of,
+    group_of_its_own,
+    keep,
+    naive_loss,
+    parameters,
+    rank_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +212,52 @@ def test_two_ranks_extrapolate_and_restore_as_one_would(
         assert_same_weights(parameters(shares[1], others[1]), parameters(alone.share(2)))
         assert_same_state(tmp_path / "restored", keep(alone, tmp_path / "alone restored", 3), alone)
         alone.close()
+
+
+def test_two_ranks_that_start_divided_are_whole_ones_to_the_last_bit(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sentinel, losses and norms, what they publish, and their checkpoint, with which either goes on alike."""
+    config = replace(
+        SMOOTH, zero_stage=3, weight_decay=0.1, gradient_checkpointing=True, ranks=2, dtype=Dtype.BFLOAT16,
+        tokens_per_microbatch=40, deadline_s=20,
+    )  # fmt: skip
+
+    def trained(folder: Path) -> list[Any]:
+        port = rank_of(SMOOTH, tmp_path).address()[1]
+
+        def work(rank: int) -> Any:
+            def meet() -> LearnerRank:
+                learner = rank_of(config, models["tied"])
+                learner.setup(rank, 2, "127.0.0.1", port)
+                return learner
+
+            one = meet()
+            shares, reports = [one.share(0)], [one.step(batches_of(1, config)[rank], Likelihood())]
+            keep(one, folder, 1)
+            engine.barrier()
+            resumed = meet()
+            assert resumed.load(folder) == 1
+            reports.append(resumed.step(batches_of(2, config)[rank], Likelihood()))
+            shares.append(resumed.share(2))
+            for each in (one, resumed):
+                each.close()
+            return reports, shares[0].sentinel.logprobs.tolist(), shares
+
+        with group_of_its_own():
+            return on_both(work)
+
+    divided = trained(tmp_path / "divided")
+    monkeypatch.setattr(training, "starting_student", started_whole)
+    whole = trained(tmp_path / "whole")
+    assert [one[:2] for one in divided] == [one[:2] for one in whole]
+    for place in (0, 1):
+        assert_same_weights(*(parameters(*(shares[place] for *_, shares in both)) for both in (divided, whole)))
+    kept, expected = (
+        {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for folder in (tmp_path / "divided", tmp_path / "whole")
+    )
+    assert kept == expected and sum(map(len, kept.values())) > 1000
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

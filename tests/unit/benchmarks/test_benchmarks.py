@@ -98,3 +98,9 @@ def test_a_step_breakdown_of_nothing_but_warm_up_is_refused_before_a_run_starts(
 def test_the_memory_of_a_long_sequence_is_shown_for_each_kind_of_attention() -> None:
     printed = here("benchmarks.long_context", "window", "64")
     assert float(printed) >= 0
+
+
+def test_the_memory_of_ranks_that_start_is_shown_for_a_stage_and_a_dtype() -> None:
+    printed = here("benchmarks.learner_start", "1", "64", "1", "3:BFLOAT16")
+    (row,) = lines(printed, of="3:BFLOAT16")
+    assert len(row.split()) == 8 and "bfloat16, 1 ranks" in printed

@@ -157,12 +157,13 @@ def forward_peak(config: PreTrainedConfig, dtype: torch.dtype, length: int) -> t
 
 @dataclass(frozen=True)
 class Peaks:
-    """The most bytes of a learner alive in its second step: passes, the optimizer's step; and what is left after it.
+    """The most bytes of a learner alive at its start and in its second step (passes, optimizer), and what is left.
 
-    With `host`, those that `offload_optimizer` keeps in host memory, which are not among the others.
+    With `host`, those that `offload_optimizer` keeps in host memory, which are not among those of a step.
     """
 
     shape: ModelShape
+    start: int
     train: int
     step: int
     rest: int
@@ -192,6 +193,7 @@ def learner_peaks(
     with group_of_its_own(), live, patch.context() as patched:
         rank = rank_of(config, folder)
         rank.setup(0, 1, *rank.address())
+        began = live.peak
         for step in range(2):
             (batches,) = batches_of(step, config)
             patched.setattr(engine, "apply", watched)
@@ -204,4 +206,6 @@ def learner_peaks(
         kept = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in engine.on_host(training._engine, config)}
         host = sum(storage.nbytes() for storage in kept.values())
         rank.close()
-    return Peaks(shape=shape(model), train=found[2] - host, step=found[3] - host, rest=rest - host, host=host)
+    return Peaks(
+        shape=shape(model), start=began, train=found[2] - host, step=found[3] - host, rest=rest - host, host=host
+    )

@@ -116,10 +116,11 @@ def test_a_learner_holds_what_is_planned_in_every_phase(
         model=found.shape, bytes_each=2 if dtype == "BFLOAT16" else 4, stage=stage, ranks=1, tokens=64, rows=64,
         on_gpu=False, whole=False, fused=True,
     )  # fmt: skip
-    for phase, counted in ((Phase.TRAIN, found.train), (Phase.STEP, found.step)):
+    for phase, counted in ((Phase.START, found.start), (Phase.TRAIN, found.train), (Phase.STEP, found.step)):
         planned = footprint(role, phase).total
         print(f"ZeRO-{stage} {phase.value}: {counted} counted, {planned} planned, {planned / counted:.3f}")
-        assert planned == pytest.approx(counted, rel=0.05)
+        # A start computes the trial and the sentinel, too: a few texts, which are something beside so small a model.
+        assert planned == pytest.approx(counted, rel=0.08 if phase is Phase.START else 0.05)
     # A buffer that was not collected: of its own dtype.
     assert footprint(role, Phase.REST).total == pytest.approx(found.rest, rel=0.25 if dtype == "FLOAT32" else 0.15)
 
@@ -206,7 +207,8 @@ def test_more_never_takes_less(role: LearnerRole | TeacherRole, phase: Phase) ->
     """Every part is a number of bytes, rest is the least of phases, and more tokens or parameters take more."""
     found = footprint(role, phase)
     assert all(isinstance(getattr(found, name), int) and getattr(found, name) >= 0 for name in found.__slots__)
-    assert footprint(role, Phase.REST).total <= found.total <= peak(role).total
+    starts = phase is Phase.START  # with less than it rests with: moments come with the first step
+    assert footprint(role, Phase.REST).total * (not starts) <= found.total <= peak(role).total
     more = replace(role, tokens=2 * role.tokens, model=replace(MODEL, parameters=2 * MODEL.parameters))
     assert footprint(more, phase).total >= found.total
     assert footprint(role, phase) == found
