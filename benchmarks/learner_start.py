@@ -103,7 +103,9 @@ def start(rank: int, ranks: int, arm: str, port: int, path: str) -> None:
     if whole:
         training.starting_student = read_whole
     config = LearnerConfig(ranks=ranks, zero_stage=int(stage), dtype=Dtype[dtype], device=Device.CPU)  # type: ignore[arg-type]
-    one = LearnerRank(config, path, (), 1, 0, lambda handle: handle, lambda: StagedSender(np.copy))
+    one = LearnerRank(  # pyright: ignore[reportAbstractUsage] (its class decorator writes the verbs)
+        config, path, (), 1, 0, lambda handle: handle, lambda: StagedSender(np.copy)
+    )
     initialize = engine.initialize
 
     def initialized(*given: Any) -> Any:
