@@ -73,7 +73,6 @@ class Training(Rank):
         self._heads = [load_head(path, self._dtype, vocabulary).to(self._device) for path in teacher_head_paths]
         self._sentinel_ids = np.array(text.sentinel or sentinel_ids(vocabulary), dtype=np.int32)
         self._engine = engine.initialize(self._student, self._config, self._device)
-        trim()
         self._named = list(self._student.named())
         parts = published(self._student)
         self._publisher = Publisher(
@@ -86,7 +85,8 @@ class Training(Rank):
         )
         self._ordered = [parts[i] for i in self._publisher.order]
         self._origin = self._read_sentinel()
-        trim()
+        if self._config.stage == 3:  # what the trial and DeepSpeed had of other ranks' parts
+            trim()
 
     def step(self, batches: Sequence[Batch[Scores]], objective: LossFunction) -> StepReport:
         sums = _Sums(batches)
