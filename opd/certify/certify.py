@@ -14,7 +14,7 @@ from opd.certify.checks.groups import check_groups
 from opd.certify.checks.invariances import check_masks, check_steps, check_teacher, check_tokens
 from opd.certify.checks.rollouts import check_filters, check_records
 from opd.certify.checks.schedules import check_schedules
-from opd.certify.checks.scorers import check_credit, check_distances, check_requests, check_score_order, check_targets
+from opd.certify.checks.scorers import check_credit, check_definitions, check_requests, check_score_order
 from opd.certify.checks.term_sums import check_terms
 from opd.certify.checks.updates import check_updates
 from opd.certify.checks.weights import NUMBERS, check_weights
@@ -112,8 +112,7 @@ def _checks(method: Method, fresh: Case, stale_case: Case) -> Iterator[Finding]:
     yield from check_teacher(fresh)
     yield from check_credit(fresh, extremes[0])
     yield from check_groups(fresh)
-    yield from check_targets(fresh, extremes[0])
-    yield from check_distances(fresh, extremes[0])
+    yield from check_definitions(fresh, extremes[0])
     yield from check_steps(fresh)
     yield from check_tokens(fresh)
     yield from check_masks(fresh)

@@ -1,7 +1,7 @@
 """Checks of the requests that a method's parts send to engines, and of its scorer's scores and credit."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import groupby
 from typing import Any
@@ -164,37 +164,34 @@ def numbers_of(scores: Any) -> list[Tensor]:
     return [tensor for f in fields(scores) for tensor in numbers_of(getattr(scores, f.name))]
 
 
-def check_targets(case: Case, deep: Case) -> Iterator[Finding]:
-    """Targets agree with their definition, also at other settings of the scorer. `deep` has long texts."""
-    if scorer_targets(case.enumeration) is None:
+def check_definitions(case: Case, deep: Case) -> Iterator[Finding]:
+    """Targets and distances of near futures agree with their definitions. `deep` has long texts."""
+    yield from _defined(TARGETS, case, deep, scorer_targets, targets_by_definition)
+    yield from _defined(DISTANCES, case, deep, scorer_distances, distances_by_definition)
+
+
+def _defined(
+    name: str, case: Case, deep: Case, given: Callable[..., Sequence[Any] | None], wanted: Callable[..., Any]
+) -> Iterator[Finding]:
+    """Agreement of what a scorer gives with its definition, also at other settings; nothing where it gives none."""
+    if given(case.enumeration) is None:
         return
     others = [make_case(replace(case.method, scorer=s), case.world) for s in other_settings(case.method.scorer)]
     errors = []
     for one in (case, deep, *others):
-        found, expected = scorer_targets(one.enumeration), targets_by_definition(one.enumeration, one.world.teachers)
+        found, expected = given(one.enumeration), wanted(one.enumeration, one.world.teachers)
         assert found is not None
         if expected is None:
-            yield Skipped(name=TARGETS, why="no definition is known for this scorer; the other rows hold without one")
+            yield Skipped(name=name, why="no definition is known for this scorer; the other rows hold without one")
             return
-        numbers = [torch.from_numpy(np.concatenate([x.ravel() for pair in y for x in pair])) for y in (found, expected)]
-        errors.append(relative_difference(numbers[0], numbers[1]))
-    yield Row(name=TARGETS, measured=max(errors), tolerance=EXACT)
+        errors.append(relative_difference(*(_flat(rows) for rows in (found, expected))))
+    yield Row(name=name, measured=max(errors), tolerance=EXACT)
 
 
-def check_distances(case: Case, deep: Case) -> Iterator[Finding]:
-    """Distances of near futures agree with their definition, also at other settings. `deep` has long texts."""
-    if scorer_distances(case.enumeration) is None:
-        return
-    others = [make_case(replace(case.method, scorer=s), case.world) for s in other_settings(case.method.scorer)]
-    errors = []
-    for one in (case, deep, *others):
-        found = scorer_distances(one.enumeration)
-        expected = distances_by_definition(one.enumeration, one.world.teachers)
-        if found is None or expected is None:
-            yield Skipped(name=DISTANCES, why="no definition is known for this scorer; the other rows hold without one")
-            return
-        errors.append(relative_difference(*(torch.from_numpy(np.concatenate(rows)) for rows in (found, expected))))
-    yield Row(name=DISTANCES, measured=max(errors), tolerance=EXACT)
+def _flat(rows: Sequence[Any]) -> Tensor:
+    """All numbers of arrays per text, or of tuples of arrays."""
+    every = [x for row in rows for x in (row if isinstance(row, tuple) else (row,))]
+    return torch.from_numpy(np.concatenate([x.ravel() for x in every]))
 
 
 def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
