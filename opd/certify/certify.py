@@ -10,11 +10,13 @@ from dataclasses import replace
 
 from opd.certify.certificate import Certificate, Finding, Row, at_least, worst
 from opd.certify.checks.degenerate import check_degenerate
+from opd.certify.checks.divisors import check_divisor
 from opd.certify.checks.groups import check_groups
 from opd.certify.checks.invariances import check_masks, check_steps, check_teacher, check_tokens
-from opd.certify.checks.rollouts import check_filters, check_records
+from opd.certify.checks.rollouts import check_coins, check_filters, check_records
 from opd.certify.checks.schedules import check_schedules
 from opd.certify.checks.scorers import check_credit, check_definitions, check_requests, check_score_order
+from opd.certify.checks.supports import check_followed, check_supports
 from opd.certify.checks.term_sums import check_terms
 from opd.certify.checks.updates import check_updates
 from opd.certify.checks.weights import NUMBERS, check_weights
@@ -113,11 +115,15 @@ def _checks(method: Method, fresh: Case, stale_case: Case) -> Iterator[Finding]:
     yield from check_credit(fresh, extremes[0])
     yield from check_groups(fresh)
     yield from check_definitions(fresh, extremes[0])
+    yield from check_supports([fresh, *extremes[:2]])
+    yield from check_followed(fresh)
     yield from check_steps(fresh)
     yield from check_tokens(fresh)
     yield from check_masks(fresh)
+    yield from check_divisor(fresh)
     yield from check_requests([fresh, *extremes])
     yield from check_records([fresh, *extremes])
+    yield from check_coins(method.rollout)
     yield from check_degenerate(fresh)
     yield from check_schedules(method, fresh.world)
     yield from check_updates(fresh)

@@ -51,25 +51,30 @@ def credit_by_definition(enumeration: Enumeration, teachers: Mapping[str, TinyMo
     """Signed credit of every token by definition; None where no definition is known for the scorer's fields."""
     scorer = enumeration.scorer
     match enumeration.scored[0].scores:
-        case AdvantageScores() if hasattr(scorer, "judge"):
+        case AdvantageScores() if _has(scorer, "judge", "before", "after", "yes", "no", "scale_by_std", "epsilon"):
             return _advantages(enumeration, scorer.scale_by_std, _verdicts(enumeration, teachers))
-        case AdvantageScores() if hasattr(scorer, "scale_by_std"):
+        case AdvantageScores() if _has(scorer, "scale_by_std", "epsilon"):
             return _advantages(enumeration, scorer.scale_by_std, rewards(enumeration.scored))
-        case AdvantageScores() if hasattr(scorer, "shape"):
+        case AdvantageScores() if _has(scorer, "shape", "later", "normalized", "epsilon"):
             return _teacher_advantages(enumeration, teachers)
-        case TopKReturnScores() if hasattr(scorer, "discount"):
-            return [_returns(scorer, log_ratios) for log_ratios in _log_ratios(enumeration, teachers)]
-        case CreditScores() if hasattr(scorer, "scale_by_std"):
+        case TopKReturnScores() if _has(scorer, "discount", "length_normalized", "reward_scale"):
+            return _own_returns(enumeration, teachers)
+        case CreditScores() if _has(scorer, "scale_by_std", "epsilon"):
             return _advantages(enumeration, scorer.scale_by_std, rewards(enumeration.scored))
-        case CreditScores() if getattr(scorer, "looks_ahead", False):
+        case CreditScores() if getattr(scorer, "looks_ahead", False) and _has(scorer, "threshold", "epsilon"):
             return _lookaheads(enumeration, teachers)
         case EvidenceScores():
             return _evidence(enumeration, teachers)
-        case DeltaScores() if hasattr(scorer, "base_reads"):
+        case DeltaScores() if _has(scorer, "base", "base_reads"):
             return _deltas(enumeration, teachers)
         case DeviationScores() if hasattr(scorer, "probes"):
             return _deviations(enumeration, teachers)
     return None
+
+
+def _has(scorer: Any, *names: str) -> bool:
+    """Whether a scorer has all fields that a definition reads: one that has some of them has credit of its own."""
+    return all(hasattr(scorer, name) for name in names)
 
 
 def credit_at_positions(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Float[np.ndarray, "n ..."]:
@@ -126,8 +131,9 @@ def _verdicts(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Fl
 def _teacher_advantages(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
     """Shaped log-ratio of each token, with the mean of later ones, relative to all tokens of the group."""
     scorer, made = enumeration.scorer, list[Float[np.ndarray, " _T"]]()
-    for log_ratios in _log_ratios(enumeration, teachers):
-        reward = scorer.shape.reward(torch.from_numpy(log_ratios)).numpy()
+    masks = [item.trajectory.loss_mask for item in enumeration.scored]  # what others said has no reward
+    for log_ratios, own in zip(_log_ratios(enumeration, teachers), masks, strict=True):
+        reward = scorer.shape.reward(torch.from_numpy(log_ratios[own])).numpy()
         later = [float(np.mean(reward[t + 1 :])) if t + 1 < len(reward) else 0.0 for t in range(len(reward))]
         made.append(reward + later if scorer.later else reward)
     if scorer.normalized:
@@ -139,7 +145,14 @@ def _teacher_advantages(enumeration: Enumeration, teachers: Mapping[str, TinyMod
             spread = (sum((value - mean) ** 2 for value in every) / (len(every) - 1)) ** 0.5
             for i in members:
                 made[i] = (made[i] - mean) / (spread + scorer.epsilon)
-    return made
+    return [_at(mask, values) for mask, values in zip(masks, made, strict=True)]
+
+
+def _at(mask: np.ndarray, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " _T"]:
+    """`values` where the mask is True, 0 elsewhere."""
+    every = np.zeros(len(mask))
+    every[mask] = values
+    return every
 
 
 def _log_ratios(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
@@ -200,6 +213,15 @@ def _deviations(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> 
         falls, rises = (np.max([sign * (other - plain) for other in others], axis=0) for sign in (-1, 1))
         made.append(np.stack([np.maximum(falls, 0.0), np.maximum(rises, 0.0)], axis=-1))
     return made
+
+
+def _own_returns(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
+    """Returns of a text's own tokens, between which words of an environment count for nothing; 0 at those."""
+    masks = [item.trajectory.loss_mask for item in enumeration.scored]
+    return [
+        _at(own, _returns(enumeration.scorer, log_ratios[own]))
+        for own, log_ratios in zip(masks, _log_ratios(enumeration, teachers), strict=True)
+    ]
 
 
 def _returns(scorer: Any, log_ratios: Float[np.ndarray, " _T"]) -> Float[np.ndarray, " _T"]:

@@ -1,5 +1,6 @@
-"""Engines of an enumerable world, without waits or randomness; they log their requests."""
+"""Engines of an enumerable world, without randomness; they log their requests, and let other calls run first."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +99,7 @@ class _Generator:
     as_teacher: bool
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        await asyncio.sleep(0)
         if self.as_teacher and not any(self._completions(r.prompt_id) for r in requests):
             self.log.continuations.extend(requests)
             return [self._continue(r) for r in requests]
@@ -212,6 +214,7 @@ class _Teacher:
     log: RequestLog
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreAnswer]:
+        await asyncio.sleep(0)
         _check_readable(requests, self.world.vocabulary)
         self.log.score_requests.extend((self.name, request) for request in requests)
         with torch.no_grad():
@@ -249,6 +252,7 @@ class EnumeratedGrader:
     """Grader with rewards 0, 0.25 .. 1 that depend on every token."""
 
     async def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        await asyncio.sleep(0)
         return [reward(completion) for completion in completions]
 
 

@@ -106,6 +106,7 @@ def corner_cases(method: Method) -> list[Corner]:
             Corner(name=name, case=make_case(small, behind(replace(world, step=step))))
             for name, step in (("middle of a run", world.steps // 3), ("end of a run", world.steps - 1))
         ),
+        Corner(name="student a step later", case=make_case(small, _a_step_later(behind(replace(world, step=1))))),
         Corner(name="texts that the token limit cut", case=make_case(small, behind(replace(world, cut=True)))),
         *(
             Corner(name=name, case=make_case(small, behind(near).to(torch.float32)), tolerance=FLOAT32)
@@ -113,6 +114,11 @@ def corner_cases(method: Method) -> list[Corner]:
         ),
         Corner(name="bfloat16", case=make_case(small, behind(world).to(torch.bfloat16)), tolerance=BFLOAT16),
     ]
+
+
+def _a_step_later(world: World) -> World:
+    """The world with the same texts and teachers, and a student that has learned in the meantime."""
+    return replace(world, student=world.student.perturbed(torch.Generator().manual_seed(8), 0.1))
 
 
 def _long(method: Method, world: World) -> World:

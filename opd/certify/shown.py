@@ -62,8 +62,8 @@ def with_one_context(method: Method) -> Method:
 def check_shown(case: Case) -> Iterator[Finding]:
     """A text that is replaced by another of its group is shown the same as before, if it was shown a sibling."""
     shown = getattr(case.method.rollout, "shown", None)
-    if not isinstance(shown, OneForAll) or shown.min_group < 2:
-        yield Skipped(name=INDEPENDENT, why="the rollout shows the teacher nothing of other texts")
+    if not isinstance(shown, OneForAll) or hasattr(case.method.rollout, "refiner"):  # of drafts, which are not scored
+        yield Skipped(name=INDEPENDENT, why="the rollout shows the teacher nothing of the texts that it scores")
         return
     yield Row(name=INDEPENDENT, measured=float(asyncio.run(_dependent(shown.of, case))), tolerance=0.0)
     if hasattr(shown.of, "threshold"):

@@ -1,7 +1,7 @@
 """Checks that need no promise: invariances of a method's gradient, and its dependence on the teacher."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped, at_least
+from opd.certify.checks.purity import content_of
 from opd.certify.enumeration import Enumeration
 from opd.certify.gradients import (
     EXACT,
@@ -16,6 +17,7 @@ from opd.certify.gradients import (
     SAME,
     UNLIMITED,
     Case,
+    draws,
     enumerable,
     every_token,
     gradient,
@@ -25,6 +27,7 @@ from opd.certify.gradients import (
     relative_difference,
 )
 from opd.certify.targets import scorer_targets, targets_by_definition, writes
+from opd.loss.chunked import StudentLogits
 from opd.method import promises
 from opd.method.method import weigh
 from opd.ports import Layout, Role, needs_of
@@ -138,7 +141,32 @@ def _repeated(case: Case, expected: Tensor, weights: list[np.ndarray], enumerati
     later = [logit_gradients(case.method.objective, at, few) for _ in range(EVALUATIONS)]
     again = gradient(enumeration, weights, case.method.objective, case.method.normalizer)
     drawn = float(not torch.equal(before, torch.get_rng_state()))
-    return max(*(relative_difference(first, one) for one in later), relative_difference(again, expected), drawn)
+    changed = float(_changes_its_batch(case, at))
+    return max(
+        *(relative_difference(first, one) for one in later), relative_difference(again, expected), drawn, changed
+    )
+
+
+def _changes_its_batch(case: Case, at: Tensor) -> bool:
+    """Whether an objective writes into the batch that it is given, whose numbers are so far that any clamp acts."""
+    batch = every_token(case.enumeration).rows(0, 3)
+    far = replace(batch, behavior_logprobs=40 * batch.behavior_logprobs, scores=_scaled_up(batch.scores))
+    before = content_of(far)
+    logit_gradients(case.method.objective, at, far)
+    return content_of(far) != before
+
+
+def _scaled_up(scores: Any) -> Any:
+    """Scores whose numbers are 40 times as far from 0; ids, counts and probabilities as they are."""
+    kept = ("target_probs", "targets", "shares")
+    return replace(
+        scores,
+        **{
+            f.name: 40 * value
+            for f in fields(scores)
+            if isinstance(value := getattr(scores, f.name), Tensor) and value.is_floating_point() and f.name not in kept
+        },
+    )
 
 
 def uneven_step(case: Case) -> tuple[Enumeration, list[np.ndarray]]:
@@ -195,6 +223,7 @@ def _normalizer(case: Case, weights: list[np.ndarray]) -> Iterator[Finding]:
 
 SHIFTS = (1, 64, 300, 5000, 1_000_000)
 PADDED = 2**15  # ids of a vocabulary, nearly all of them of probability 0
+MANY = 2**18  # more ids than any checkpoint has
 DEAD = -1e4  # the log-probability of those: 0 in float64
 CROWD = 64  # times the tokens of a small world: thousands
 
@@ -219,6 +248,7 @@ def check_tokens(case: Case) -> Iterator[Finding]:
     yield Row(name="invariance: weight and divisor", measured=differs(heavier), tolerance=SAME)
     yield Row(name="invariance: other tokens of the batch", measured=_neighbors(objective, at, batch), tolerance=SAME)
     yield Row(name="invariance: ids of probability 0", measured=_padded(case, at, batch), tolerance=SAME)
+    yield Row(name="invariance: ids under other numbers", measured=_renumbered(case, at, batch), tolerance=SAME)
     watched = logit_gradients(objective, at, batch, overlap_k=16)
     yield Row(name="invariance: what is reported", measured=relative_difference(watched, expected), tolerance=SAME)
 
@@ -257,3 +287,43 @@ def _padded(case: Case, at: Tensor, batch: Batch[Any]) -> float:
         few = replace(few, scores=replace(few.scores, vocabulary_logprobs=wide(few.scores.vocabulary_logprobs)))
     measured = logit_gradients(objective, wide(at[rows]), few)
     return relative_difference(measured, torch.nn.functional.pad(expected, (0, PADDED - expected.shape[1])))
+
+
+def _renumbered(case: Case, at: Tensor, batch: Batch[Any]) -> float:
+    """Difference that it makes if the ids of the world have the last numbers of a large vocabulary.
+
+    What an objective draws itself depends on these numbers; of one that draws, the loss of given draws is compared.
+    """
+    rows = torch.arange(0, len(batch), max(1, len(batch) // 3))
+    few, objective = _taken(batch, rows), case.method.objective
+    before = MANY - at.shape[1]
+
+    def wide(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (before, 0), value=DEAD)
+
+    moved = replace(few, target_ids=few.target_ids + before, scores=_moved_ids(few.scores, before, wide))
+    if draws(objective):
+        expected, measured = (
+            _given(objective, logits, one) for logits, one in ((at[rows], few), (wide(at[rows]), moved))
+        )
+    else:
+        expected, measured = (
+            logit_gradients(objective, at[rows], few),
+            logit_gradients(objective, wide(at[rows]), moved),
+        )
+    return relative_difference(measured, torch.nn.functional.pad(expected, (before, 0)))
+
+
+def _given(objective: Any, at: Tensor, batch: Batch[Any]) -> Tensor:
+    """Gradient of the loss of a drawing objective if it had drawn what was sampled, with respect to the logits."""
+    leaf = at.detach().clone().requires_grad_()
+    ids = batch.target_ids[:, None].expand(-1, objective.samples)
+    return torch.autograd.grad(objective.given(ids, StudentLogits(logits=leaf), batch).loss.sum(), leaf)[0]
+
+
+def _moved_ids(scores: Any, by: int, wide: Callable[[Tensor], Tensor]) -> Any:
+    """Scores about the same ids under numbers greater by `by`."""
+    changed = {f.name: getattr(scores, f.name) + by for f in fields(scores) if f.name in ("topk_ids", "target_ids")}
+    if isinstance(scores, VocabularyScores):
+        changed["vocabulary_logprobs"] = wide(scores.vocabulary_logprobs)
+    return replace(scores, **changed)

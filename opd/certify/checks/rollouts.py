@@ -7,22 +7,28 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from opd.certify.certificate import Finding, Row, Skipped
+from opd.certify.checks.purity import content_of
 from opd.certify.credit import reward_of
-from opd.certify.engines import Generation, RequestLog, engines
+from opd.certify.engines import Generation, IdTokenizer, RequestLog, engines
 from opd.certify.gradients import Case
-from opd.certify.worlds import World
+from opd.certify.worlds import World, one_state
 from opd.loss.metrics import compression
 from opd.method.schedules import value
 from opd.ports import Completion, Context
 from opd.rollouts.blended import BlendedRollout
+from opd.rollouts.mixed import AnswerRollout
 from opd.rollouts.prefixes import PrefixRollout
 from opd.rollouts.selected import GoodTexts, OpenPrompts
-from opd.types import NO_VERSION, Prompt, StopReason, Trajectory
+from opd.types import NO_VERSION, Prompt, Scored, Scores, StopReason, Trajectory
 
 RECORDED = "a text is recorded with its prompt, its writer and that one's log-probabilities"
 FILTERED = "texts are left out as the filter says"
+COINS = "a coin falls as often as its fraction says (standard errors)"
+FLIPS, ERRORS = 2000, 5.0
+STEPS = (1, 2, 3, 8, 24, 50, 75, 98)  # of a hundred, beside those at which whole worlds are enumerated
 SAMPLED = ("temperature", "top_p", "max_tokens")
 
 
@@ -51,11 +57,23 @@ def _as_written(text: Trajectory, generation: Generation | None) -> bool:
     versions = np.full(len(text), NO_VERSION) if generation.as_teacher else given.versions
     ends = {given.stop, StopReason.PREFIX} if given.stop is StopReason.LENGTH else {given.stop}
     return (
-        np.array_equal(text.behavior.logprobs, given.behavior.logprobs)
+        all(
+            content_of(getattr(text.behavior, f.name)) == content_of(getattr(given.behavior, f.name, None))
+            for f in fields(text.behavior)
+        )
         and np.array_equal(text.versions, versions)
         and text.digests == ({} if generation.as_teacher else given.digests)
         and text.stop in ends
     )
+
+
+def answer_ids(rollout: Any, prompt: Prompt) -> Int32[np.ndarray, " T"] | None:
+    """The answer of a data set as a text with its end, where the rollout, or a part within it, gives that one."""
+    for part in (rollout, getattr(rollout, "fixed", None)):
+        if isinstance(part, AnswerRollout):
+            ids = np.append(IdTokenizer().encode(prompt.answer), IdTokenizer.eos_id)
+            return ids[: part.max_tokens].astype(np.int32)
+    return None
 
 
 def as_set(rollout: Any, generation: Generation, context: Context) -> bool:
@@ -65,6 +83,7 @@ def as_set(rollout: Any, generation: Generation, context: Context) -> bool:
     parts = [rollout] if own or generation.as_teacher or hasattr(rollout, "fixed") else [rollout, *inside]
     sampling = generation.request.sampling
     due = {name: getattr(part, name) for part in parts for name in SAMPLED if hasattr(part, name)}
+    due |= [("topk", part.record_topk) for part in parts if hasattr(part, "record_topk")]
     blend = 0.0
     if isinstance(rollout, PrefixRollout):
         due["max_tokens"] = max(1, round(value(rollout.share, context) * rollout.student.max_tokens))
@@ -72,6 +91,32 @@ def as_set(rollout: Any, generation: Generation, context: Context) -> bool:
         blend = value(rollout.budget, context)
     asked = generation.request.blend.budget if generation.request.blend else 0.0
     return asked == blend and all(getattr(sampling, name) == setting for name, setting in due.items())
+
+
+def written_at(case: Case, step: int) -> Case:
+    """What the rollout writes at a step, in one state of the case's world; nothing is scored."""
+    world = replace(one_state(case.world), step=step)
+    rollout, log = getattr(case.method.rollout, "everything", case.method.rollout), RequestLog()
+    context = engines(world, log)
+    texts = asyncio.run(rollout(world.prompts, context))
+    scored = [Scored(trajectory=t, scores=Scores()) for t in texts]
+    return replace(case, enumeration=replace(case.enumeration, world=world, scored=scored, log=log, context=context))
+
+
+def check_coins(rollout: Any) -> Iterator[Finding]:
+    """The share of prompts, steps and samples for which the coin of a rollout falls on its side is its `fraction`."""
+    flip = getattr(rollout, "student_generates", None) or getattr(rollout, "guided", None)
+    if flip is None or not hasattr(rollout, "fraction"):
+        yield Skipped(name=COINS, why="the rollout flips no coin")
+        return
+    off = [_off(replace(rollout, fraction=share), share) for share in (0.25, 0.5, 0.75)]
+    yield Row(name=COINS, measured=max(off), tolerance=ERRORS)
+
+
+def _off(rollout: Any, share: float) -> float:
+    flip = getattr(rollout, "student_generates", None) or rollout.guided
+    heads = sum(bool(flip(f"prompt/{i}", i)) for i in range(FLIPS))
+    return abs(heads - FLIPS * share) / (FLIPS * share * (1 - share)) ** 0.5
 
 
 def check_filters(case: Case) -> Iterator[Finding]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped, at_least
-from opd.certify.checks.rollouts import as_set
+from opd.certify.checks.purity import content_of, random_state
+from opd.certify.checks.rollouts import STEPS, answer_ids, as_set, written_at
 from opd.certify.credit import (
     Credit,
     begins_with_own,
@@ -39,7 +40,7 @@ from opd.certify.targets import (
     scorer_targets,
     targets_by_definition,
 )
-from opd.ports import Need, Role, needs_of
+from opd.ports import Context, Need, Role, needs_of
 from opd.scorers.ensemble import ContextIds
 from opd.types import (
     AdvantageScores,
@@ -49,7 +50,9 @@ from opd.types import (
     EvidenceScores,
     Scored,
     Scores,
+    StopReason,
     TopKReturnScores,
+    Trajectory,
 )
 
 ASKED = "teachers are asked about whole texts in their own context"
@@ -68,6 +71,7 @@ RAISES = "credit makes what was written likelier"
 def check_requests(cases: list[Case]) -> Iterator[Finding]:
     """Requests to engines have each text in its own context, at the rollout's own settings."""
     yield Row(name=ASKED, measured=float(sum(map(_wrong_score_requests, cases))), tolerance=0.0)
+    cases = [*cases, *(written_at(cases[0], step) for step in STEPS)]
     yield Row(name=WRITTEN, measured=float(sum(map(_wrong_generate_requests, cases))), tolerance=0.0)
     yield Row(name=KEPT, measured=float(sum(map(_cut_completions, cases))), tolerance=0.0)
 
@@ -128,31 +132,59 @@ def _wrong_generate_requests(case: Case) -> int:
 
 
 def _cut_completions(case: Case) -> int:
-    """Number of completions that lost tokens, or whose tokens are masked although no weight is 0."""
+    """Number of texts that are not what their engine, or their data set, has, or of which tokens are masked."""
     texts = [item.trajectory for item in case.enumeration.scored]
     log = [case.enumeration.log.generations.get((t.prompt.id, t.sample)) for t in texts]
-    return sum(
-        not (np.array_equal(text.token_ids, generation.completion.token_ids) and text.loss_mask.all())
+    whole = [
+        generation.completion.token_ids if generation else answer_ids(case.method.rollout, text.prompt)
         for text, generation in zip(texts, log, strict=True)
-        if generation
+    ]
+    return sum(
+        not (np.array_equal(text.token_ids, ids) and text.loss_mask.all())
+        for text, ids in zip(texts, whole, strict=True)
+        if ids is not None
     )
 
 
 def check_score_order(case: Case) -> Iterator[Finding]:
-    """The scores of a text are the same again, and in any order of its group."""
+    """The scores of a text are the same again: in any order and under any number of its group, beside other groups.
+
+    Nothing that the scorer is given is changed by it, nor the random state that all parts of a process share.
+    """
     before = [item.scores for item in case.enumeration.scored]
-    after: list[Scores] = []
-
-    async def score_again() -> None:
-        context = engines(case.world, RequestLog())
-        for _, group in groupby(case.enumeration.scored, key=lambda item: item.trajectory.prompt.id):
-            reversed_group = [item.trajectory for item in group][::-1]
-            after.extend(list(await case.method.scorer(reversed_group, context))[::-1])
-
-    asyncio.run(score_again())
+    groups = [
+        [item.trajectory for item in group]
+        for _, group in groupby(case.enumeration.scored, key=lambda item: item.trajectory.prompt.id)
+    ]
+    turned = [[replace(t, sample=i) for i, t in enumerate(group[::-1])] for group in groups]
+    odd = [[_odd(t) for t in group] for group in groups]
+    given, random = [content_of(group) for group in odd], random_state()
+    context = engines(case.world, RequestLog())
+    asyncio.run(_scores(case, groups, context))  # what is kept by the number of a text is that of these
+    after = [s for group in asyncio.run(_scores(case, turned, context)) for s in group[::-1]]
+    asyncio.run(_scores(case, odd, context))
+    changed = given != [content_of(group) for group in odd] or random != random_state()
     first, again = (numbers_of(type(s[0]).concat(s).to("cpu", lambda rows: rows)) for s in (before, after))
     measured = max((relative_difference(a, b) for a, b in zip(first, again, strict=True)), default=0.0)
-    yield Row(name=ORDER, measured=measured, tolerance=EXACT)
+    yield Row(name=ORDER, measured=max(measured, float(changed)), tolerance=EXACT)
+
+
+async def _scores(case: Case, groups: Sequence[Sequence[Trajectory]], context: Context) -> list[list[Scores]]:
+    """Scores of several groups, which are scored at once as in a run."""
+    return [list(scores) for scores in await asyncio.gather(*[case.method.scorer(g, context) for g in groups])]
+
+
+def _odd(text: Trajectory) -> Trajectory:
+    """A copy of a text, as likely or unlikely as can be, and cut if its number is odd: what a scorer might correct."""
+    far = np.where(np.arange(len(text)) % 2, -50.0, 0.0).astype(text.behavior.logprobs.dtype)
+    return replace(
+        text,
+        token_ids=text.token_ids.copy(),
+        behavior=replace(text.behavior, logprobs=far),
+        loss_mask=text.loss_mask.copy(),
+        versions=text.versions.copy(),
+        stop=StopReason.LENGTH if text.sample % 2 else text.stop,
+    )
 
 
 def numbers_of(scores: Any) -> list[Tensor]:
@@ -203,7 +235,7 @@ def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
     others = [make_case(replace(method, scorer=other), world) for other in other_settings(method.scorer)]
     errors = [
         _error(c.enumeration.scored, credit_by_definition(c.enumeration, c.world.teachers))
-        for c in (case, deep, *others)
+        for c in (case, deep, _with_context(case), *others)
     ]
     if None in errors:
         yield Skipped(name=DEFINED, why="no definition is known for this scorer; the rows below hold without one")
@@ -223,7 +255,22 @@ def _error(scored: list[Scored[Any]], expected: Credit | None) -> float | None:
     credit = scorer_credit(scored)
     if expected is None or credit is None:
         return None
-    return relative_difference(torch.from_numpy(np.concatenate(credit)), torch.from_numpy(np.concatenate(expected)))
+    own = [item.trajectory.loss_mask for item in scored]
+    found, due = (
+        torch.from_numpy(np.concatenate([c[mask] for c, mask in zip(every, own, strict=True)]))
+        for every in (credit, expected)
+    )
+    return relative_difference(found, due)
+
+
+def _with_context(case: Case) -> Case:
+    """The case with every third token of its texts as context, which an environment said; scored anew."""
+    texts = [item.trajectory for item in case.enumeration.scored]
+    masked = [replace(t, loss_mask=np.arange(len(t)) % 3 != 1) for t in texts]
+    groups = [list(group) for _, group in groupby(masked, key=lambda t: t.prompt.id)]
+    scores = [s for group in asyncio.run(_scores(case, groups, engines(case.world, RequestLog()))) for s in group]
+    scored = [Scored(trajectory=t, scores=s) for t, s in zip(masked, scores, strict=True)]
+    return replace(case, enumeration=replace(case.enumeration, scored=scored))
 
 
 def _graded(case: Case) -> Iterator[Finding]:

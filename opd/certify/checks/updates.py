@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from opd.certify.certificate import Finding, Row, Skipped
+from opd.certify.certificate import Finding, Row, Skipped, at_least
 from opd.certify.engines import RequestLog, engines
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import SAME, Case
@@ -23,9 +23,11 @@ from opd.updates.slow_weights import SlowWeights
 STEPPED = "an update takes one step on the whole batch"
 KEPT = "an update keeps nothing between steps"
 WEIGHTS = "an update ends with the weights that it is defined to"
+DOWNHILL = "updates bring the loss down"
+LITTLE = 1e-4  # of what as many plain steps bring: slow weights may be as slow as they like
 NAMES = ("layers.0.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight", "layers.0.norm.weight", "embed.weight")
 GOAL, CURVATURE, RATE = np.array([1.0, -2.0, 0.5, 3.0]), np.array([1.0, 0.3, 0.6, 0.1]), 0.03
-UPDATES = 9  # steps 1, 2, 4 and 8 among them
+UPDATES = 33  # steps 1, 2, 4, 8, 16 and 32 among them
 _LAYOUT = Layout(ranks=2, tokens_per_microbatch=64)
 Weights = Float[np.ndarray, " P"]
 Known = OptimizerStep | ExtrapolatedStep | SlowWeights
@@ -101,7 +103,7 @@ def check_updates(case: Case) -> Iterator[Finding]:
     try:
         yield from list(_findings(case))
     except _NoVerbError as error:
-        yield from (Skipped(name=name, why=str(error)) for name in (STEPPED, KEPT, WEIGHTS))
+        yield from (Skipped(name=name, why=str(error)) for name in (STEPPED, DOWNHILL, KEPT, WEIGHTS))
 
 
 def _findings(case: Case) -> Iterator[Finding]:
@@ -111,6 +113,7 @@ def _findings(case: Case) -> Iterator[Finding]:
     wrong = abs(len(learner.batches) - UPDATES)
     wrong += sum(got is not batches or loss is not objective for got, loss in learner.batches)
     yield Row(name=STEPPED, measured=float(wrong), tolerance=0.0)
+    yield at_least(DOWNHILL, _progress(path[-1]), LITTLE)
     half = _Learner()
     first = _path(update, half, case.world, batches, objective, stop=3)
     resumed = _Learner(weights=half.weights.copy(), snapshots={k: v.copy() for k, v in half.snapshots.items()})
@@ -121,6 +124,14 @@ def _findings(case: Case) -> Iterator[Finding]:
         return
     off = [_off(one, case.world) for one in (update, *other_settings(update))]
     yield Row(name=WEIGHTS, measured=max(off), tolerance=SAME)
+
+
+def _progress(end: Weights) -> float:
+    """How far the loss has come down, over how far as many plain steps bring it."""
+    start = plain = np.zeros(len(NAMES))
+    for _ in range(UPDATES):
+        plain = stepped(plain)
+    return (loss_of(start) - loss_of(end)) / (loss_of(start) - loss_of(plain))
 
 
 def _path(
@@ -149,7 +160,7 @@ def _defined(update: Known) -> Sequence[Weights]:
     now, origin, made = np.zeros(len(NAMES)), np.zeros(len(NAMES)), []
     for number in range(1, UPDATES + 1):
         now = stepped(now)
-        if isinstance(update, ExtrapolatedStep) and update.trials and number in (1, 2, 4, 8):
+        if isinstance(update, ExtrapolatedStep) and update.trials and number & (number - 1) == 0:
             now, before = _searched(update, now, origin), now
             origin = now if update.origin is Origin.ACCEPTED else before
         if isinstance(update, SlowWeights) and number % update.period == 0:

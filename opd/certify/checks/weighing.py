@@ -22,8 +22,9 @@ from opd.token_weights.far_futures import CapAtMedian, Part
 from opd.token_weights.length import SkipBeginning, SkipTruncated
 from opd.token_weights.selection import ByReading, Signal, Teachability, TopFraction
 from opd.token_weights.sources import Source, WrittenBy
+from opd.token_weights.special_tokens import SkipFirst
 from opd.token_weights.targets import PerTarget
-from opd.token_weights.teachers import PromptWeight
+from opd.token_weights.teachers import PromptWeight, TeacherBalance
 from opd.types import NO_VERSION, Scored, StopReason, Trajectory
 
 Weights = list[Float[np.ndarray, " _T"]]
@@ -68,6 +69,10 @@ def weights_by_definition(part: Any, items: Sequence[Scored[Any]]) -> Weights | 
             return [np.repeat([0.0, 1.0], [min(part.count, n), max(n - part.count, 0)]) for n in _lengths(items)]
         case PromptWeight():
             return [np.full(len(i.trajectory), float(i.trajectory.prompt.weight)) for i in items]
+        case TeacherBalance() if not part.filters:
+            return _balanced(part, items)
+        case SkipFirst():
+            return [_without_first(part.token_ids, i.trajectory.token_ids.tolist()) for i in items]
     return None
 
 
@@ -85,6 +90,20 @@ def _plausible(part: PlausibleTrajectories, items: Sequence[Scored[Any]]) -> Wei
         least = level[min(floor(part.drop * len(level) + 1e-9), len(level) - 1)]
         made.append(np.full(len(item.trajectory), float(mean[i] >= least)))
     return made
+
+
+def _balanced(part: TeacherBalance, items: Sequence[Scored[Any]]) -> Weights:
+    """`share N / n` of a teacher's tokens: its share among those that have any, of all `N` tokens, over its own `n`."""
+    names, lengths = [item.trajectory.prompt.teacher for item in items], _lengths(items)
+    tokens = {name: sum(n for n, other in zip(lengths, names, strict=True) if other == name) for name in names}
+    share = {name: float(part.shares.get(name, 1.0)) for name in tokens}
+    factor = {name: share[name] / sum(share.values()) * sum(lengths) / tokens[name] for name in tokens}
+    return [np.full(n, factor[name]) for n, name in zip(lengths, names, strict=True)]
+
+
+def _without_first(skipped: Sequence[int], ids: list[int]) -> Float[np.ndarray, " T"]:
+    """1 at every token but the first one of each id that is skipped."""
+    return np.asarray([float(not (token in skipped and token not in ids[:t])) for t, token in enumerate(ids)])
 
 
 def _sure(part: SureTeacherUnsureStudent, items: Sequence[Scored[Any]]) -> Weights:
@@ -174,3 +193,36 @@ def _teachability(by: Teachability, readings: Mapping[Reading, Float[np.ndarray,
 
 def _reading(item: Scored[Any], reading: Reading) -> Float[np.ndarray, " _T"]:
     return np.asarray(item.readings[reading], dtype=np.float64)
+
+
+def reading_by_definition(
+    reading: Any, p: Float[np.ndarray, "n V"], q: Float[np.ndarray, "n V"] | None
+) -> Float[np.ndarray, " n"] | None:
+    """A reading from log-probabilities of student and teacher; None where no definition is known, or no teacher."""
+    own = np.exp(p)
+    k = min(getattr(reading, "k", 1), p.shape[1])
+    likeliest = np.argsort(-p, axis=-1, kind="stable")[:, :k]
+    match reading:
+        case StudentEntropy():
+            return -(own * p).sum(-1)
+        case StudentTopEntropy():
+            top = np.take_along_axis(own, likeliest, -1)
+            top = top / top.sum(-1, keepdims=True)
+            return -(top * np.log(top)).sum(-1) / np.log(max(k, 2))
+    if q is None:
+        return None
+    taught = np.exp(q)
+    match reading:
+        case TeacherEntropy():
+            return -(taught * q).sum(-1)
+        case VocabularyReverseKL():
+            return (own * (p - q)).sum(-1)
+        case Compatibility():
+            return np.take_along_axis(taught, likeliest, -1).sum(-1)
+        case UnionForwardKL():
+            members = np.zeros(p.shape, dtype=bool)
+            for ids in (likeliest, np.argsort(-q, axis=-1, kind="stable")[:, :k]):
+                np.put_along_axis(members, ids, True, -1)
+            a, b = (x * members / (x * members).sum(-1, keepdims=True) for x in (own, taught))
+            return (b * np.log(np.where(members, b, 1.0) / np.where(members, a, 1.0))).sum(-1)
+    return None

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped
-from opd.certify.checks.weighing import one_token, weights_by_definition
+from opd.certify.checks.purity import content_of, random_state
+from opd.certify.checks.weighing import one_token, reading_by_definition, weights_by_definition
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import EXACT, SAME, Case, every_token, logits, relative_difference
 from opd.errors import ConfigurationError
@@ -26,6 +27,7 @@ MASKED = "weights do not depend on what is masked"
 PLACED = "weights stand at the token that they are made of"
 MEANT = "weights are what they are defined to be"
 READ = "readings are of their token alone"
+READINGS_MEANT = "readings are what they are defined to be"
 NONE = "the method has no token weights"
 
 Weights = list[Float[np.ndarray, " _T"]]
@@ -43,7 +45,9 @@ def check_weights(case: Case) -> Iterator[Finding]:
     """Weights are a pure function of the step: its texts in any order, and what was sampled in them."""
     parts = case.method.weights
     if not parts:
-        yield from (Skipped(name=name, why=NONE) for name in (WEIGHED, NUMBERS, MASKED, PLACED, MEANT, READ))
+        yield from (
+            Skipped(name=name, why=NONE) for name in (WEIGHED, NUMBERS, MASKED, PLACED, MEANT, READ, READINGS_MEANT)
+        )
         return
     step = _with_readings(_asked(case), "a step", _texts(case), seed=0)
     yield Row(name=WEIGHED, measured=max(_reordered(case, part, step) for part in parts.values()), tolerance=SAME)
@@ -54,6 +58,7 @@ def check_weights(case: Case) -> Iterator[Finding]:
     yield Row(name=PLACED, measured=float(shifted), tolerance=0.0)
     yield _defined(case)
     yield _readings_alone(case)
+    yield _readings_defined(case)
 
 
 def _asked(case: Case) -> Sequence[Reading]:
@@ -88,31 +93,15 @@ def _weigh(case: Case, part: Any, items: Sequence[Scored[Any]]) -> Weights:
 def _reordered(case: Case, part: Any, step: _Step) -> float:
     """Difference in another order, and after another step; 1.0 where a part changed its input or the random state."""
     items = step.items
-    before, random = _content(items), _random_state()
+    before, random = content_of(items), random_state()
     first = _weigh(case, part, items)
     order = np.random.default_rng(0).permutation(len(items))
     turned = _weigh(case, part, [items[i] for i in order])
     _weigh(case, part, _with_readings(_asked(case), "another step", items[::2], seed=1, of=lambda x: 100 * x).items)
     again = _weigh(case, part, items)
-    changed = before != _content(items) or random != _random_state()
+    changed = before != content_of(items) or random != random_state()
     back = [turned[i] for i in np.argsort(order)]
     return max(_apart(first, back), _apart(first, again), float(changed))
-
-
-def _random_state() -> tuple[bytes, int, bytes]:
-    """State of the generators that numpy and torch share among all parts of a process."""
-    state = np.random.get_state(legacy=False)["state"]
-    return state["key"].tobytes(), state["pos"], torch.get_rng_state().numpy().tobytes()
-
-
-def _content(items: Sequence[Scored[Any]]) -> list[bytes]:
-    """Bytes of what a weight may read of texts and must leave as it is."""
-    texts = [item.trajectory for item in items]
-    logprobs = [getattr(item.scores, "logprobs", np.zeros(0)) for item in items]
-    rows = [
-        (t.token_ids, t.loss_mask, t.behavior.logprobs, np.asarray(x)) for t, x in zip(texts, logprobs, strict=True)
-    ]
-    return [array.tobytes() for row in rows for array in row]
 
 
 def _apart(a: Weights, b: Weights) -> float:
@@ -230,14 +219,46 @@ def _defined(case: Case) -> Finding:
     """Agreement of known weights with their definition, at every legal setting."""
     errors, texts = [], _texts(case)
     for part in case.method.weights.values():
-        for one in (part, *other_settings(part)):
-            items = _with_readings(readings_of(one), "a step", texts, seed=0).items
+        for one in (part, *other_settings(part), *_other_shares(part)):
+            names = sorted(getattr(one, "shares", {})) or ("default", "second")
+            items = _with_readings(readings_of(one), "a step", _of_teachers(texts, names), seed=0).items
             expected = weights_by_definition(one, items)
             if expected is not None:
                 errors.append(_apart(_weigh(case, one, items), expected))
     if not errors:
         return Skipped(name=MEANT, why="no definition is known for these weights; the other rows hold without one")
     return Row(name=MEANT, measured=max(errors), tolerance=EXACT)
+
+
+def _other_shares(part: Any) -> Iterator[Any]:
+    """A weight with shares of teachers, at uneven ones."""
+    if hasattr(part, "shares"):
+        yield replace(part, shares={"default": 3.0, "second": 1.0})
+
+
+def _of_teachers(items: Sequence[Scored[Any]], names: Sequence[str]) -> list[Scored[Any]]:
+    """Texts whose prompts name one teacher after the other."""
+    return [
+        replace(item, trajectory=replace(text, prompt=replace(text.prompt, teacher=names[i % len(names)])))
+        for i, (item, text) in enumerate((item, item.trajectory) for item in items)
+    ]
+
+
+def _readings_defined(case: Case) -> Finding:
+    """Difference between known readings and their definition, at every legal setting."""
+    batch = every_token(case.enumeration)
+    at = logits(case.enumeration, batch)
+    taught = getattr(batch.scores, "vocabulary_logprobs", None)
+    p, q = at.log_softmax(-1).detach().numpy(), None if taught is None else taught.numpy()
+    errors = []
+    for reading in readings_of(*case.method.weights.values()):
+        for one in (reading, *other_settings(reading)):
+            expected = reading_by_definition(one, p, q)
+            if expected is not None:
+                errors.append(relative_difference(_read((one,), at, batch)[0], torch.from_numpy(expected)))
+    if not errors:
+        return Skipped(name=READINGS_MEANT, why="no definition is known for these readings, or there are none")
+    return Row(name=READINGS_MEANT, measured=max(errors), tolerance=EXACT)
 
 
 def _readings_alone(case: Case) -> Finding:

@@ -1,0 +1,32 @@
+"""What a part must leave as it is: its arguments, and the random state that all parts of a process share."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_state() -> tuple[bytes, int, bytes]:
+    """State of the generators that numpy and torch share among all parts of a process."""
+    state = np.random.get_state(legacy=False)["state"]
+    return state["key"].tobytes(), state["pos"], torch.get_rng_state().numpy().tobytes()
+
+
+def content_of(value: Any) -> list[bytes]:
+    """Bytes of all arrays within data: texts, scores, batches, and what holds several of them."""
+    match value:
+        case np.ndarray():
+            return [value.tobytes()]
+        case Tensor():
+            flat = value.detach().flatten().clone(memory_format=torch.contiguous_format)
+            return [flat.view(torch.uint8).numpy().tobytes()]
+        case Mapping():
+            return [part for key in value for part in content_of(value[key])]
+        case list() | tuple():
+            return [part for one in value for part in content_of(one)]
+    if not is_dataclass(value) or isinstance(value, type):
+        return []
+    return [part for f in fields(value) for part in content_of(getattr(value, f.name))]
