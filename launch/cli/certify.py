@@ -39,7 +39,9 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
     for name in requested[-1:] or every:
         found.append(_certified(run_config([f"method={name}", *grouped]).method))
         console.print(table(found[-1]))
-        for what, where in where_to_look(found[-1]).items():
+        said = where_to_look(found[-1])
+        for where in dict.fromkeys(said.values()):  # several may point to the same place
+            what = "; ".join(name for name, text in said.items() if text == where)
             console.print(Text.assemble((what, "red"), f": {where}."))
     if len(found) > 1:
         console.print(summary(found))

@@ -15,12 +15,16 @@ class Bound(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A measured property. Example: `Row(name="ranks", measured=3e-16, bound=Bound.AT_MOST, tolerance=1e-9)`."""
+    """A measured property. Example: `Row(name="ranks", measured=3e-16, bound=Bound.AT_MOST, tolerance=1e-9)`.
+
+    `note` is what else was seen where it does not hold; "" if nothing.
+    """
 
     name: str
     measured: float
     tolerance: float
     bound: Bound = Bound.AT_MOST
+    note: str = ""
 
     @property
     def passed(self) -> bool:

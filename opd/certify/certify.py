@@ -32,7 +32,7 @@ from opd.certify.expected_gradient import (
 from opd.certify.fitting import fitted, teacher_names
 from opd.certify.gradients import Case, make_case
 from opd.certify.shown import check_shown, with_one_context
-from opd.certify.sources import with_one_source
+from opd.certify.sources import with_one_source, with_whole_answers
 from opd.certify.worlds import VOCABULARY, make_world, stale
 from opd.method.method import Method
 from opd.method.needs import named
@@ -46,7 +46,7 @@ def certify(method: Method) -> Certificate:
     """Check every property that applies to `method`. Raises what its parts raise."""
     if method.is_sum:
         return _certify_sum(method)
-    method = with_one_source(with_one_context(method))
+    method = with_one_source(with_one_context(with_whole_answers(method)))
     promise = getattr(method.objective, "promise", None)
     if promise is None:
         return Certificate(

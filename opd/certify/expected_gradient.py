@@ -23,6 +23,7 @@ from opd.certify.gradients import (
     SAME,
     Case,
     departure,
+    how_it_departs,
     make_case,
     promises_nothing,
     relative_difference,
@@ -56,7 +57,8 @@ def check_promise(case: Case, stale_case: Case | None) -> Iterator[Finding]:
 
 
 def _row(name: str, case: Case, tolerance: float) -> Row:
-    return Row(name=name, measured=departure(case), tolerance=tolerance)
+    row = Row(name=name, measured=departure(case), tolerance=tolerance)
+    return row if row.passed else replace(row, note=how_it_departs(case))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

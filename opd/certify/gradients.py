@@ -29,6 +29,7 @@ from opd.types import Batch, Scored, TokenLoss
 
 EXACT = 1e-6  # behavior log-probabilities and weights travel in float32
 SAME = 1e-9  # two sums of the same float64 numbers
+NEARLY = 0.02  # of a gradient: a formula that is off by less is right, and its numbers are not
 NOTICED = 1e-3  # what a defect must change to be seen
 UNLIMITED = 2**30
 ONE_RANK = Layout(ranks=1, tokens_per_microbatch=UNLIMITED)
@@ -215,6 +216,21 @@ def departure(case: Case) -> float:
     kept = [w * (s.trajectory.token_ids % 2) for w, s in zip(case.weights(), case.enumeration.scored, strict=True)]
     size = gradient(case.enumeration, kept, enumerable(case.method.objective), case.method.normalizer).abs().max()
     return float(trained.abs().max() / size) if size > 0 else 1.0
+
+
+def how_it_departs(case: Case) -> str:
+    """What the expected training gradient is beside that of the promise, if the two are alike; "" if they are not."""
+    if not case.trains() or promises_nothing(case.method.objective):
+        return ""
+    trained, exact = case.training(), case.exact()
+    factor = float(trained @ exact / (exact @ exact).clamp(min=1e-300))
+    off, rest = (float((trained - times * exact).norm() / exact.norm().clamp(min=1e-300)) for times in (1.0, factor))
+    if rest < NOTICED * abs(factor):
+        why = "the base of a logarithm, a mean in place of a sum, something counted twice" if factor > 0 else "the sign"
+        return f"it is {factor:.4g} times that of the promise: {why}"
+    if off < NEARLY:
+        return f"it is off by {off:.1g} of its size: rounding, a cast, a small number added, a clamp"
+    return ""
 
 
 class Drawing(Protocol):

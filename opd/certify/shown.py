@@ -24,6 +24,7 @@ from opd.types import StopReason, Trajectory
 
 ROOMY = 100_000  # tokens: more than any text of a world has
 INDEPENDENT = "what the teacher is shown does not depend on the text that it scores"
+ALONE = "what the teacher is shown of a text does not depend on its group"
 SUCCESS = "what the teacher is shown of other texts is the one that is right"
 
 
@@ -62,8 +63,13 @@ def with_one_context(method: Method) -> Method:
 def check_shown(case: Case) -> Iterator[Finding]:
     """A text that is replaced by another of its group is shown the same as before, if it was shown a sibling."""
     shown = getattr(case.method.rollout, "shown", None)
-    if not isinstance(shown, OneForAll) or hasattr(case.method.rollout, "refiner"):  # of drafts, which are not scored
-        yield Skipped(name=INDEPENDENT, why="the rollout shows the teacher nothing of the texts that it scores")
+    if not isinstance(shown, OneForAll):
+        yield Skipped(name=INDEPENDENT, why="the rollout shows the teacher nothing of texts")
+        return
+    if shown.min_group < 2:
+        yield Row(name=ALONE, measured=float(asyncio.run(_of_others(shown.of, case))), tolerance=0.0)
+    if hasattr(case.method.rollout, "refiner"):  # a draft, which is not scored, may be shown
+        yield Skipped(name=INDEPENDENT, why="the teacher scores other texts than those that it is shown")
         return
     yield Row(name=INDEPENDENT, measured=float(asyncio.run(_dependent(shown.of, case))), tolerance=0.0)
     if hasattr(shown.of, "threshold"):
@@ -83,6 +89,14 @@ async def _dependent(builder: Any, case: Case) -> int:
                 after = await builder([*group[:i], changed, *group[i + 1 :]], context)
                 wrong += not _same(before[i], after[i])
     return wrong
+
+
+async def _of_others(builder: Any, case: Case) -> int:
+    """Number of texts for which a builder that needs no group shows something else within one."""
+    context = engines(case.world, RequestLog())
+    group = [item.trajectory for item in case.enumeration.scored[: case.world.vocabulary]]
+    together = await builder(group, context)
+    return sum([not _same(ids, *(await builder([t], context))) for t, ids in zip(group, together, strict=True)])
 
 
 async def _failures(builder: Any, case: Case) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from opd.certify.worlds import CONTEXTS
 from opd.method.method import Method
+from opd.rollouts.mixed import AnswerRollout
 from opd.token_weights.sources import Source
 
 ROOMY = 100_000  # tokens: more than any text of a world has
@@ -25,6 +26,16 @@ def _selected(method: Method) -> list[Source]:
 def _roomy(rollout: Any) -> Any:
     fixed = rollout.fixed
     return replace(rollout, fixed=replace(fixed, max_tokens=ROOMY) if hasattr(fixed, "max_tokens") else fixed)
+
+
+def with_whole_answers(method: Method) -> Method:
+    """The method, whose rollout cuts no answer of a data set: what is cut there enumerates no state."""
+    rollout: Any = method.rollout
+    if isinstance(rollout, AnswerRollout):
+        return replace(method, rollout=replace(rollout, max_tokens=ROOMY))
+    if isinstance(getattr(rollout, "fixed", None), AnswerRollout):
+        return replace(method, rollout=_roomy(rollout))
+    return method
 
 
 def with_one_source(method: Method) -> Method:

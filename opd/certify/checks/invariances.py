@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped, at_least
-from opd.certify.checks.purity import content_of
+from opd.certify.checks.purity import content_of, fresh_random_state, random_state
 from opd.certify.enumeration import Enumeration
 from opd.certify.gradients import (
     EXACT,
@@ -134,13 +134,13 @@ def _scaled(case: Case, expected: Tensor, weights: list[np.ndarray], enumeration
 
 def _repeated(case: Case, expected: Tensor, weights: list[np.ndarray], enumeration: Enumeration) -> float:
     """Difference between repeated evaluations, or 1.0 where the global random state was changed."""
-    batch, before = every_token(case.enumeration), torch.get_rng_state()
+    batch, before = every_token(case.enumeration), fresh_random_state()
     few = batch.rows(0, 3)
     at = logits(case.enumeration, batch)[:3]
     first = logit_gradients(case.method.objective, at, few)
     later = [logit_gradients(case.method.objective, at, few) for _ in range(EVALUATIONS)]
     again = gradient(enumeration, weights, case.method.objective, case.method.normalizer)
-    drawn = float(not torch.equal(before, torch.get_rng_state()))
+    drawn = float(before != random_state())
     changed = float(_changes_its_batch(case, at))
     return max(
         *(relative_difference(first, one) for one in later), relative_difference(again, expected), drawn, changed

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def fresh_random_state() -> tuple[bytes, int, bytes]:
+    """The state after one more draw of each: not the one that a part set when it was called before."""
+    np.random.random()
+    torch.rand(1)
+    return random_state()
+
+
 def random_state() -> tuple[bytes, int, bytes]:
     """State of the generators that numpy and torch share among all parts of a process."""
     state = np.random.get_state(legacy=False)["state"]

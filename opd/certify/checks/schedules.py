@@ -10,6 +10,7 @@ from opd.certify.engines import RequestLog, engines
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import SAME
 from opd.certify.worlds import World
+from opd.errors import ConfigurationError
 from opd.method.schedules import CosineSchedule, LinearSchedule, SwitchSchedule
 from opd.ports import Context
 
@@ -54,12 +55,12 @@ def _off(schedule: Any, context: Context) -> float:
     """Distance of the ends from what they should be, or of any step's value from between them, over their range."""
     length = getattr(schedule, "steps", 0) or RUN
     context = Context.of(context, step=0, steps=max(length, RUN), seed=0)
-    values = [float(schedule(context.at(round(share * length / RUN)))) for share in range(RUN + 1)]
+    values = [_value(schedule, context.at(round(share * length / RUN))) for share in range(RUN + 1)]
     first, last = float(schedule.first), float(schedule.last)
     begins = last if getattr(schedule, "at", 1.0) == 0 else first  # a switch that is over before it begins
     low, high = min(first, last), max(first, last)
     beyond = max(max(low - value, value - high) for value in values)
-    later = float(schedule(context.at(length + 1))) if length < context.steps else last
+    later = _value(schedule, context.at(length + 1)) if length < context.steps else last
     return max(abs(values[0] - begins), abs(values[-1] - last), abs(later - last), beyond) / max(high - low, 1e-9)
 
 
@@ -68,8 +69,18 @@ def _astray(schedule: Known, context: Context) -> float:
     own = getattr(schedule, "steps", 0)
     runs = [own, 2 * own] if own else [RUN, RUN // 2 + 1]
     contexts = [Context.of(context, step=step, steps=n, seed=0) for n in runs for step in _steps(n)]
-    off = [abs(float(schedule(at)) - defined(schedule, at.step, at.steps)) for at in contexts]
+    off = [abs(_value(schedule, at) - defined(schedule, at.step, at.steps)) for at in contexts]
     return max(off) / max(abs(schedule.last - schedule.first), 1e-9)
+
+
+def _value(schedule: Any, context: Context) -> float:
+    try:
+        return float(schedule(context))
+    except (ArithmeticError, ValueError) as error:
+        raise ConfigurationError(
+            f"schedule {schedule} has no value at step {context.step} of {context.steps} ({type(error).__name__}: "
+            f"{error}); give every step of a run of any length a number"
+        ) from error
 
 
 def _steps(run: int) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped, at_least
-from opd.certify.checks.purity import content_of, random_state
+from opd.certify.checks.purity import content_of, fresh_random_state, random_state
 from opd.certify.checks.rollouts import STEPS, answer_ids, as_set, written_at
 from opd.certify.credit import (
     Credit,
@@ -158,7 +158,7 @@ def check_score_order(case: Case) -> Iterator[Finding]:
     ]
     turned = [[replace(t, sample=i) for i, t in enumerate(group[::-1])] for group in groups]
     odd = [[_odd(t) for t in group] for group in groups]
-    given, random = [content_of(group) for group in odd], random_state()
+    given, random = [content_of(group) for group in odd], fresh_random_state()
     context = engines(case.world, RequestLog())
     asyncio.run(_scores(case, groups, context))  # what is kept by the number of a text is that of these
     after = [s for group in asyncio.run(_scores(case, turned, context)) for s in group[::-1]]

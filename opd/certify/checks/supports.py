@@ -48,7 +48,7 @@ def _wrong_rows(case: Case, item: Scored[Any]) -> int:
         chances = generation.logprobs.double().exp().numpy()
         return int((twice | _less_than_most(chances, ids, generation.request.sampling.topk)).sum())
     k = getattr(scorer, "k", 0) if TopK in scorer.requires else 0
-    return int((twice | (ids.shape[1] != min(k, case.world.vocabulary))).sum()) if k else int(twice.sum())
+    return len(ids) if k and ids.shape[1] != min(k, case.world.vocabulary) else int(twice.sum())
 
 
 def _less_than_most(chances: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:

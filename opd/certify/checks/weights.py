@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped
-from opd.certify.checks.purity import content_of, random_state
+from opd.certify.checks.purity import content_of, fresh_random_state, random_state
 from opd.certify.checks.weighing import one_token, reading_by_definition, weights_by_definition
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import EXACT, SAME, Case, every_token, logits, relative_difference
@@ -93,7 +93,7 @@ def _weigh(case: Case, part: Any, items: Sequence[Scored[Any]]) -> Weights:
 def _reordered(case: Case, part: Any, step: _Step) -> float:
     """Difference in another order, and after another step; 1.0 where a part changed its input or the random state."""
     items = step.items
-    before, random = content_of(items), random_state()
+    before, random = content_of(items), fresh_random_state()
     first = _weigh(case, part, items)
     order = np.random.default_rng(0).permutation(len(items))
     turned = _weigh(case, part, [items[i] for i in order])
