@@ -22,7 +22,7 @@ from opd.types import AdvantageScores, Batch, Scores, TokenLoss, TokenScores, To
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Broken(SoldAsReverseKL):
+class WrittenCost(SoldAsReverseKL):
     """The right estimator, base class of the broken ones."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
@@ -38,7 +38,7 @@ class _Broken(SoldAsReverseKL):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LateK1(_Broken):
+class LateK1(WrittenCost):
     """Direct k1 from the 64th token on, which has no signal."""
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
@@ -48,118 +48,118 @@ class LateK1(_Broken):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FirstTokenLeftOut(_Broken):
+class FirstTokenLeftOut(WrittenCost):
     """Off by one: the first token of a completion has no cost."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Broken.cost(self, student, batch) * (batch.depth > 0)
+        return WrittenCost.cost(self, student, batch) * (batch.depth > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundedLogRatio(_Broken):
+class RoundedLogRatio(WrittenCost):
     """The log-ratio rounded to what a float holds near 2**26: 0 in float32, itself in float64."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return (_Broken.cost(self, student, batch) + 2**26) - 2**26
+        return (WrittenCost.cost(self, student, batch) + 2**26) - 2**26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HalfLogRatio(_Broken):
+class HalfLogRatio(WrittenCost):
     """The log-ratio in 16 bits wherever the learner's numbers have 32."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Broken.cost(self, student, batch)
+        cost = WrittenCost.cost(self, student, batch)
         return cost.bfloat16().float() if cost.dtype == torch.float32 else cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FirstTeacherOnly(_Broken):
+class FirstTeacherOnly(WrittenCost):
     """Pushes tokens of every teacher but the first away from that teacher."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Broken.cost(self, student, batch)
+        cost = WrittenCost.cost(self, student, batch)
         return torch.where(batch.route > 0, -cost, cost) if len(batch.route) else cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClampedLogRatio(_Broken):
+class ClampedLogRatio(WrittenCost):
     """The log-ratio clamped to 4 nats, which hides teachers that are farther away."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Broken.cost(self, student, batch).clamp(-4, 4)
+        return WrittenCost.cost(self, student, batch).clamp(-4, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClampedRatio(_Broken):
+class ClampedRatio(WrittenCost):
     """Importance ratios clamped to 20, unannounced: they are larger where the behavior is far away."""
 
     def ratio(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Broken.ratio(self, student, batch).clamp(max=20)
+        return WrittenCost.ratio(self, student, batch).clamp(max=20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EndLeftOut(_Broken):
+class EndLeftOut(WrittenCost):
     """No cost on the end-of-text token, so the student never learns to stop."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Broken.cost(self, student, batch) * (batch.target_ids != 0)
+        return WrittenCost.cost(self, student, batch) * (batch.target_ids != 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchBaseline(_Broken):
+class BatchBaseline(WrittenCost):
     """The cost less the mean cost of its chunk, the token's own included."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Broken.cost(self, student, batch)
+        cost = WrittenCost.cost(self, student, batch)
         return cost - cost.mean()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightTwice(_Broken):
+class WeightTwice(WrittenCost):
     """Token weights applied twice: here, and in the learner's sum."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Broken.cost(self, student, batch) * batch.weights
+        return WrittenCost.cost(self, student, batch) * batch.weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noisy(_Broken):
+class Noisy(WrittenCost):
     """Costs with noise from the process's own generator: right on average, and no run can be repeated."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Broken.cost(self, student, batch)
+        cost = WrittenCost.cost(self, student, batch)
         return cost + 1e-9 * torch.randn_like(cost)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LargeVocabulary(_Broken):
+class LargeVocabulary(WrittenCost):
     """The negated objective, in every vocabulary of a language model's size."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        cost = _Broken.cost(self, student, batch)
+        cost = WrittenCost.cost(self, student, batch)
         return -cost if student.logits.shape[-1] > 1000 else cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WhileReported(_Broken):
+class WhileReported(WrittenCost):
     """No signal while the learner also measures overlaps, as it does by default."""
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Broken.cost(self, student, batch) * (student.overlap_k == 0)
+        return WrittenCost.cost(self, student, batch) * (student.overlap_k == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FadingAway(_Broken):
+class FadingAway(WrittenCost):
     """No signal after a number of evaluations, which the class counts."""
 
     calls: ClassVar[Iterator[int]] = count()
 
     def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
-        return _Broken.cost(self, student, batch) * (next(self.calls) % 128 < 64)
+        return WrittenCost.cost(self, student, batch) * (next(self.calls) % 128 < 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CachedByShape(_Broken):
+class CachedByShape(WrittenCost):
     """Scores of a batch, cached and used again for the next one of as many tokens."""
 
     kept: ClassVar[dict[int, Tensor]] = {}

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from opd.loss.packing import TokenWeights
+from opd.loss.packing import SequenceMean, TokenWeights
 from opd.ports import Context, ScoreKinds
 from opd.scorers.near_future import FutureDistances, NearFuture
 from opd.scorers.returns import WithReturns, returns
@@ -174,6 +174,13 @@ class EveryTokenMean:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotItsOwnLength(SequenceMean):
+    """A mean over texts whose tokens are not divided by the length of their own: long texts count more."""
+
+    per_sequence: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoneText(SampledTokens):
     """Credit of a text by its place in its group, in deviations of n - 1: 0/0 of a text that is alone."""
 
@@ -197,6 +204,16 @@ class ContextRewarded(WithReturns):
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         everything = [replace(t, loss_mask=np.ones(len(t), dtype=bool)) for t in trajectories]
         return await WithReturns.__call__(self, everything, context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextDiscounts(WithReturns):
+    """Returns discounted, and divided, by the words of an environment between the student's own."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await WithReturns.__call__(self, trajectories, context)
+        scale, how = self.reward_scale, (self.discount, self.length_normalized, self.own_reward)
+        return _returns(trajectories, scores, lambda rewards: returns(rewards * scale, *how))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

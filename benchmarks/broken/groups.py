@@ -7,7 +7,7 @@ import numpy as np
 
 from opd.method.rewards import task_rewards
 from opd.ports import Context
-from opd.rollouts.contexts import SuccessfulSibling
+from opd.rollouts.contexts import Draft, PromptAlone, SuccessfulSibling
 from opd.scorers.reward import GroupAdvantage
 from opd.types import AdvantageScores, Scores, StopReason, Trajectory
 
@@ -41,3 +41,20 @@ class FailingSibling(SuccessfulSibling):
         rewards = await task_rewards(trajectories, context)
         failed = [i for i, reward in enumerate(rewards) if reward < self.threshold]
         return [self._one(i, failed, trajectories, context) for i in range(len(trajectories))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnTextShown(PromptAlone):
+    """Context with the very text that the teacher scores behind it, which it then finds likely."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[np.ndarray | None]":
+        return [np.concatenate([t.prompt.teacher_ids, t.token_ids]) for t in trajectories]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextDraft(Draft):
+    """Context with the draft of the next text of the group."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> "list[np.ndarray | None]":
+        drafts = await Draft.__call__(self, trajectories, context)
+        return [*drafts[1:], *drafts[:1]]

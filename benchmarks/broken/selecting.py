@@ -11,6 +11,8 @@ from torch import Tensor
 from opd.loss.readings import StudentEntropy
 from opd.ports import Context, Reading
 from opd.token_weights.confidence import PlausibleTrajectories
+from opd.token_weights.special_tokens import SkipFirst
+from opd.token_weights.teachers import TeacherBalance
 from opd.types import Batch, Scored, Scores, TokenScores
 
 Weights = list[Float[np.ndarray, " _T"]]
@@ -124,3 +126,20 @@ class EarlyThreshold(_Weight):
     def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> Weights:
         likely = [np.asarray(s.scores.logprobs, dtype=np.float64) > -2 for s in scored]
         return [np.append(x[1:], True).astype(np.float64) for x in likely]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvertedShares(TeacherBalance):
+    """Budgets of teachers by one over their share."""
+
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> Weights:
+        turned = {name: 1 / share for name, share in self.shares.items()}
+        return TeacherBalance(shares=turned, filters=self.filters)(scored, context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipsEvery(SkipFirst):
+    """Weight 0 of all occurrences of an id, not of the first alone."""
+
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> Weights:
+        return [(~np.isin(s.trajectory.token_ids, self.token_ids)).astype(np.float64) for s in scored]

@@ -225,11 +225,11 @@ def how_it_departs(case: Case) -> str:
     trained, exact = case.training(), case.exact()
     factor = float(trained @ exact / (exact @ exact).clamp(min=1e-300))
     off, rest = (float((trained - times * exact).norm() / exact.norm().clamp(min=1e-300)) for times in (1.0, factor))
+    if off < NEARLY:
+        return f"it is off by {off:.1g} of its size: rounding, a cast, a small number added, a clamp"
     if rest < NOTICED * abs(factor):
         why = "the base of a logarithm, a mean in place of a sum, something counted twice" if factor > 0 else "the sign"
         return f"it is {factor:.4g} times that of the promise: {why}"
-    if off < NEARLY:
-        return f"it is off by {off:.1g} of its size: rounding, a cast, a small number added, a clamp"
     return ""
 
 

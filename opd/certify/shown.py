@@ -100,12 +100,16 @@ async def _of_others(builder: Any, case: Case) -> int:
 
 
 async def _failures(builder: Any, case: Case) -> int:
-    """Number of texts that are not shown the only right text of their group, of which all others were cut."""
+    """Number of texts that are not shown the only right text of their group, of which all others were cut.
+
+    It is the one that is only just right.
+    """
     context, wrong = engines(case.world, RequestLog()), 0
     texts = [item.trajectory for item in case.enumeration.scored]
     for _, members in groupby(texts, key=lambda t: t.prompt.id):
         group = list(members)
-        right = int(np.argmax(await task_rewards(group, context)))
+        rewards = np.asarray(await task_rewards(group, context))
+        right = int(np.argmin(np.where(rewards >= builder.threshold, rewards, np.inf)))
         group = [t if i == right else replace(t, stop=StopReason.LENGTH) for i, t in enumerate(group)]
         before = await builder(group, context)
         wrong += before[right] is not None

@@ -14,7 +14,7 @@ from opd.certify.checks.purity import content_of
 from opd.certify.credit import reward_of
 from opd.certify.engines import Generation, IdTokenizer, RequestLog, engines
 from opd.certify.gradients import Case
-from opd.certify.worlds import World, one_state
+from opd.certify.worlds import World
 from opd.loss.metrics import compression
 from opd.method.schedules import value
 from opd.ports import Completion, Context
@@ -35,7 +35,7 @@ SAMPLED = ("temperature", "top_p", "max_tokens")
 def check_records(cases: list[Case]) -> Iterator[Finding]:
     """Prompt, log-probabilities, versions and end of every text are those that rollout and engine were given."""
     wrong = 0
-    for case in cases:
+    for case in [*cases, written_at(cases[0], 1)]:
         shows = hasattr(case.method.rollout, "shown")
         for item, prompt in zip(case.enumeration.scored, case.world.prompts, strict=True):
             text = item.trajectory
@@ -94,12 +94,16 @@ def as_set(rollout: Any, generation: Generation, context: Context) -> bool:
 
 
 def written_at(case: Case, step: int) -> Case:
-    """What the rollout writes at a step, in one state of the case's world; nothing is scored."""
-    world = replace(one_state(case.world), step=step)
+    """What the rollout writes at a step in a state of each prompt, all of which write at once; nothing is scored."""
+    world = replace(case.world, positions=case.world.positions[-1:], step=step)
     rollout, log = getattr(case.method.rollout, "everything", case.method.rollout), RequestLog()
     context = engines(world, log)
-    texts = asyncio.run(rollout(world.prompts, context))
-    scored = [Scored(trajectory=t, scores=Scores()) for t in texts]
+    groups = [list(members) for _, members in groupby(world.prompts, key=lambda prompt: prompt.id)]
+
+    async def write() -> list[list[Trajectory]]:
+        return await asyncio.gather(*[rollout(group, context) for group in groups])
+
+    scored = [Scored(trajectory=t, scores=Scores()) for texts in asyncio.run(write()) for t in texts]
     return replace(case, enumeration=replace(case.enumeration, world=world, scored=scored, log=log, context=context))
 
 

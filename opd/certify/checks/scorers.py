@@ -163,10 +163,43 @@ def check_score_order(case: Case) -> Iterator[Finding]:
     asyncio.run(_scores(case, groups, context))  # what is kept by the number of a text is that of these
     after = [s for group in asyncio.run(_scores(case, turned, context)) for s in group[::-1]]
     asyncio.run(_scores(case, odd, context))
-    changed = given != [content_of(group) for group in odd] or random != random_state()
-    first, again = (numbers_of(type(s[0]).concat(s).to("cpu", lambda rows: rows)) for s in (before, after))
-    measured = max((relative_difference(a, b) for a, b in zip(first, again, strict=True)), default=0.0)
-    yield Row(name=ORDER, measured=max(measured, float(changed)), tolerance=EXACT)
+    note = "it draws from, or seeds, the random state of the process" if random != random_state() else ""
+    if given != [content_of(group) for group in odd]:
+        note = "it writes into the texts that it is given"
+    measured = float(bool(note)) or _apart(before, after)
+    if measured > EXACT and not note:
+        note = _first_difference(case, groups, before)
+    yield Row(name=ORDER, measured=measured, tolerance=EXACT, note=note)
+
+
+def _apart(first: Sequence[Scores], then: Sequence[Scores]) -> float:
+    """Greatest relative difference between scores of the same texts."""
+    a, b = (numbers_of(type(s[0]).concat(s).to("cpu", lambda rows: rows)) for s in (first, then))
+    return max((relative_difference(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
+
+
+def _first_difference(case: Case, groups: Sequence[list[Trajectory]], before: Sequence[Scores]) -> str:
+    """The least that must be changed of a call for other scores than `before`."""
+
+    def apart(number: int, *, at_once: bool = False, turned: bool = False) -> bool:
+        context, made = engines(case.world, RequestLog()), list[Scores]()
+        for _ in range(number):
+            calls = [groups] if at_once else [[group] for group in groups]
+            found = [
+                scores
+                for call in calls
+                for scores in asyncio.run(_scores(case, [g[:: -1 if turned else 1] for g in call], context))
+            ]
+            made = [s for scores in found for s in (scores[::-1] if turned else scores)]
+        return _apart(before, made) > EXACT
+
+    if apart(1) or apart(2):
+        return "the same call gives other scores the second time"
+    if apart(1, at_once=True):
+        return "scores are others where several groups are scored at once: it keeps something while it waits"
+    if apart(1, turned=True):
+        return "scores are others where the group comes in another order"
+    return "scores are others where a text has another number (`sample`): they are kept by it"
 
 
 async def _scores(case: Case, groups: Sequence[Sequence[Trajectory]], context: Context) -> list[list[Scores]]:

@@ -70,7 +70,7 @@ def check_followed(case: Case) -> Iterator[Finding]:
         for item, (old, _), (new, _) in zip(other.scored, before, scorer_targets(other) or [], strict=True):
             if len(old) <= position:
                 continue
-            moved = (np.abs(new - old) > EXACT).any(-1)
+            moved = np.asarray((np.abs(new - old) > EXACT).any(-1))
             own = position, item.trajectory.token_ids[position]
             wrong += bool(moved.any() and not moved[position]) or bool(new[own] > old[own] + EXACT)
     yield Row(name=FOLLOWS, measured=float(wrong), tolerance=0.0)
