@@ -105,3 +105,14 @@ class WrongTextsKept(GoodTexts):
 
     def _good(self, text: Trajectory) -> bool:
         return not self.at_least or (text.reward or 0.0) < self.at_least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundedInPlace(StudentRollout):
+    """The behavior's log-probabilities bounded in the engine's own arrays."""
+
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        written = await StudentRollout.__call__(self, group, context)
+        for t in written:
+            np.maximum(t.behavior.logprobs, -2.0, out=t.behavior.logprobs)
+        return written

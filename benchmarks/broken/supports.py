@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd.loss.chunked import StudentLogits
 from opd.loss.readings import StudentEntropy
-from opd.ports import AtIds, Context, Need, Role, ScoreKinds, TopK
+from opd.ports import Context, Need, Role, ScoreKinds, TopK
 from opd.rollouts.student import StudentRollout
 from opd.scorers.teacher import StudentTopK, TeacherTopK, ask
 from opd.types import Batch, Prompt, Scores, TargetScores, TokenScores, TopKScores, Trajectory, VocabularyScores
@@ -22,15 +22,6 @@ class TwelveIds(TeacherTopK):
 
     async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
         return await TeacherTopK(k=min(self.k, 12))(trajectories, context)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SmallestIds(TeacherTopK):
-    """A support of the ids with the smallest numbers: ranks in a sorted row taken for ids."""
-
-    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
-        ranks = np.arange(self.k, dtype=np.int32)
-        return await ask(trajectories, [AtIds(ids=np.tile(ranks, (len(t), 1))) for t in trajectories], context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
 
@@ -139,7 +139,13 @@ class _Generator:
             stop=StopReason.LENGTH if self.world.cut and request.sample % 2 else StopReason.END,
             digests={VERSION: "published"},
         )
-        generation = Generation(request=request, as_teacher=self.as_teacher, completion=completion, logprobs=logprobs)
+        kept = replace(  # the rollout gets arrays of its own, and may write into them
+            completion,
+            token_ids=token_ids.copy(),
+            behavior=behavior.take(np.arange(len(token_ids))),
+            versions=completion.versions.copy(),
+        )
+        generation = Generation(request=request, as_teacher=self.as_teacher, completion=kept, logprobs=logprobs)
         self.log.generations[request.prompt_id, request.sample] = generation
         return completion
 

@@ -34,6 +34,7 @@ from opd.ports import Context, Layout
 from opd.types import Batch, Scored, Scores, TokenLoss
 
 GRADIENT = "gradient of the sum of the promises"
+FORWARD = "some term has a coefficient above 0 at every step, or none has any"
 STEPS = (0, 3, 9)  # of ten: where schedules are looked at
 
 
@@ -102,6 +103,10 @@ def check_terms(method: Method) -> Iterator[Finding]:
     context = replace(total.cases[MAIN].enumeration.context, steps=10)
     measured = [relative_difference(total.training(context.at(step)), total.exact(context.at(step))) for step in STEPS]
     yield Row(name=GRADIENT, measured=max(measured), tolerance=EXACT)
+    forward = min(
+        _greatest(value(term.coefficient, at) for term in small.every_term.values()) for at in _steps(context)
+    )
+    yield at_least(FORWARD, forward, 0.0)
     whole = total.training(context)
     for name, term in small.every_term.items():
         if value(term.coefficient, context):
@@ -122,6 +127,15 @@ def check_terms(method: Method) -> Iterator[Finding]:
     }
     for name, one in again.items():
         yield Row(name=f"sum, invariance: {name}", measured=relative_difference(one, whole), tolerance=SAME)
+
+
+def _steps(context: Context) -> Iterator[Context]:
+    return (context.at(step) for step in range(context.steps + 1))
+
+
+def _greatest(coefficients: Iterator[float]) -> float:
+    """Greatest coefficient that is not 0; 0 if all are."""
+    return max((c for c in coefficients if c), default=0.0)
 
 
 def _silenced(cases: Mapping[str, Case], name: str) -> dict[str, Case]:

@@ -56,6 +56,7 @@ WHERE: Mapping[str, str] = {
     "invariance:": "the loss of a token reads other tokens of its batch (a mean, a maximum, a shape), or draws by its "
     "place there; statistics of a step belong in a token weight, and tokens that an objective draws itself in "
     "`draw` and `given`",
+    "some term has": "every coefficient is below 0 at some step: the student is trained away from all that is promised",
     "the sum has a part": "a term adds nothing: its coefficient, its weights or its scores",
     "gradient of the sum": "each term may be right, and their sum is not: coefficients, divisors, scores of terms",
     "sum, invariance:": "the loss of a token reads other tokens of its batch",

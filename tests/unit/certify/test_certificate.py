@@ -17,7 +17,10 @@ from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.certify.certificate import Bound, Certificate, Row
 from opd.certify.certify import certify
+from opd.certify.checks.scorers import check_score_order
 from opd.certify.checks.where_to_look import where_to_look
+from opd.certify.gradients import how_it_departs, make_case
+from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError
 from opd.types import TokenLoss
 
@@ -55,6 +58,7 @@ MIDDLE, END, CUT_TEXTS = (
     f"{GRADIENT}, {where}" for where in ("middle of a run", "end of a run", "texts that the token limit cut")
 )
 PAID = "an answer that was cut is worth no more than any other"
+SUPPORT, MEANT = "a support has the likeliest ids, as many as its `k` says", "weights are what they are defined to be"
 STEPPED, ENDS = "an update takes one step on the whole batch", "an update ends with the weights that it is defined to"
 pytestmark = pytest.mark.timeout(600)  # less than a minute of one processor, which may be shared
 SHIPPED = groups()["method"]
@@ -114,7 +118,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "per_eight_texts": {"weights follow their text in any order, and again"},
     "zero_spread": {"weights are numbers in degenerate steps"},
     "context_counts": {"weights do not depend on what is masked"},
-    "least_plausible": {"weights are what they are defined to be"},
+    "least_plausible": {MEANT},
     "late_weights": {"weights stand at the token that they are made of"},
     "early_threshold": {"weights stand at the token that they are made of", "weights do not depend on what is masked"},
     "share_of_batch": {"readings are of their token alone"},
@@ -134,6 +138,30 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "pays_cut": {CUT_TEXTS, PAID},
     "mean_of_nothing": {"a text without tokens leaves the others a number"},
     "failing_sibling": {"what the teacher is shown of other texts is the one that is right"},
+    "own_text_shown": {SHOWN},
+    "next_draft": {"what the teacher is shown of a text does not depend on its group"},
+    "first_sight": {f"{GRADIENT}, student a step later"},
+    "writes_into_batch": {AGAIN},
+    "first_ids": {"invariance: ids under other numbers"},
+    "cached_by_number": {ORDER},
+    "one_call_at_a_time": {ORDER},
+    "end_written_over": {ORDER, "text is trained whole, as it was written"},
+    "twelve_ids": {SUPPORT},
+    "likeliest_lost": {SUPPORT},
+    "half_recorded": {WHOLE, WRITTEN},
+    "bounded_in_place": {RECORDED},
+    "negative_coefficient": {"some term has a coefficient above 0 at every step, or none has any"},
+    "late_labels": {"a target moves with its teacher at its own token"},
+    "teachers_entropy": {"readings are what they are defined to be"},
+    "not_its_own_length": {"a token counts in its step as the normalizer is defined"},
+    "context_discounts": {DEFINED},
+    "ends_early": {"schedules have the value at every step that they are defined to"},
+    "one_coin": {"a coin falls as often as its fraction says (standard errors)"},
+    "endless_answers": {"text is trained whole, as it was written"},
+    "taken_back": {"updates bring the loss down"},
+    "only_ten_steps": {ENDS},
+    "inverted_shares": {MEANT},
+    "skips_every": {MEANT},
 }
 # Wrong in one corner alone: everything else must be found right.
 ONLY = {name for name, reasons in REASONS.items() if not reasons & {GRADIENT, STALE, AGAIN, FAR_WRITER, FAR_TEACHER}}
@@ -185,13 +213,12 @@ def test_a_planted_defect_is_refused_for_its_reason(name: str, certificates: dic
 def test_every_property_has_refused_something(certificates: dict[str, Any]) -> None:
     """A row that cannot fail says nothing. Limits that methods list themselves are theirs to break.
 
-    What breaks a sum stands in `tests/unit/methods/test_terms.py`, and who shows the teacher the text that it scores in
-    `test_shown_contexts.py`: neither can be said by a method alone.
+    What breaks a sum stands in `tests/unit/methods/test_terms.py`: it cannot be shown by a method alone.
     """
     every = {of_any_term(row["property"]) for found in certificates["shipped"].values() for row in found["properties"]}
     refused = {of_any_term(name) for found in certificates["broken"].values() for name in failures(found)}
     elsewhere = ("limit: ", "sum, invariance: ", "the sum has a part of ")
-    assert {name for name in every - refused if not name.startswith(elsewhere)} == {SUM, SHOWN}
+    assert {name for name in every - refused if not name.startswith(elsewhere)} == {SUM}
 
 
 def test_every_refusal_says_where_to_look(certificates: dict[str, Any]) -> None:
@@ -201,8 +228,52 @@ def test_every_refusal_says_where_to_look(certificates: dict[str, Any]) -> None:
         row = Row(name=name, measured=1.0, tolerance=0.0)
         said = where_to_look(Certificate(method="m", promise="", rows=(row,), skipped={}))
         assert len(said[name]) >= 8 and not said[name].endswith(".")
-    base = [Row(name=name, measured=1.0, tolerance=0.0) for name in (GRADIENT, STALE, LONG)]
-    assert set(where_to_look(Certificate(method="m", promise="", rows=tuple(base), skipped={}))) == {GRADIENT}
+    base = [Row(name=name, measured=1.0, tolerance=0.0) for name in (GRADIENT, STALE, LONG, ZERO)]
+    for rows, plainest in ((base, GRADIENT), (base[1:], STALE), (base[2:], LONG)):
+        found = where_to_look(Certificate(method="m", promise="", rows=tuple(rows), skipped={}))
+        assert set(found) == {plainest, ZERO}
+
+
+class Changed:
+    """Objective whose loss is another one's, passed through a function."""
+
+    def __init__(self, of: Any, change: Any) -> None:
+        self.of, self.change = of, change
+        self.consumes, self.on_policy, self.promise = of.consumes, True, of.promise
+
+    def __call__(self, student: Any, batch: Any) -> TokenLoss:
+        return TokenLoss(loss=self.change(self.of(student, batch).loss), metrics={})
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda loss: loss / 0.6931471805599453, "it is 1.443 times that of the promise"),
+        (lambda loss: -loss, "it is -1 times that of the promise: the sign"),
+        (lambda loss: 1.001 * loss, "it is off by 0.001 of its size"),
+        (lambda loss: loss**3, ""),
+    ],
+)
+def test_a_gradient_that_is_not_the_promised_one_is_described(change: Any, note: str) -> None:
+    case = make_case(run_config(["method=sampled_reverse_kl"]).method, make_world(0))
+    object.__setattr__(case.method, "objective", Changed(case.method.objective, change))
+    found = how_it_departs(case)
+    assert found.startswith(note) and bool(found) == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("cached_by_number", "scores are others where a text has another number"),
+        ("one_call_at_a_time", "scores are others where several groups are scored at once"),
+        ("end_written_over", "it writes into the texts that it is given"),
+    ],
+)
+def test_scores_that_are_not_a_texts_own_are_told_apart(name: str, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BROKEN.parents[1]))
+    method = run_config([*ALL_BROKEN, f"method={name}", "prompts.group_size=2"]).method
+    (row,) = check_score_order(make_case(method, make_world(0)))
+    assert isinstance(row, Row) and not row.passed and row.note.startswith(note)
 
 
 def test_a_number_that_is_not_finite_never_passes() -> None:
