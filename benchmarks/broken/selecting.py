@@ -143,3 +143,17 @@ class SkipsEvery(SkipFirst):
 
     def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> Weights:
         return [(~np.isin(s.trajectory.token_ids, self.token_ids)).astype(np.float64) for s in scored]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotPutBack(_Weight):
+    """Weights by the entropy of sampled tokens, which stand at the beginning of a text, context or not."""
+
+    readings: ClassVar[Sequence[Reading]] = (StudentEntropy(),)
+
+    def __call__(self, scored: Sequence[Scored[Any]], context: Context) -> Weights:
+        made = [np.ones(len(s.trajectory)) for s in scored]
+        for weights, s in zip(made, scored, strict=True):
+            own = np.asarray(s.readings[StudentEntropy()], dtype=np.float64)[s.trajectory.loss_mask]
+            weights[: len(own)] += own
+        return made

@@ -223,6 +223,8 @@ def how_it_departs(case: Case) -> str:
     if not case.trains() or promises_nothing(case.method.objective):
         return ""
     trained, exact = case.training(), case.exact()
+    if not trained.any():
+        return "it is 0: nothing in the loss is differentiated, or its parts cancel out"
     factor = float(trained @ exact / (exact @ exact).clamp(min=1e-300))
     off, rest = (float((trained - times * exact).norm() / exact.norm().clamp(min=1e-300)) for times in (1.0, factor))
     if off < NEARLY:

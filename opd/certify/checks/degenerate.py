@@ -64,7 +64,15 @@ async def _read_context(case: Case) -> int:
     context = engines(case.world, RequestLog())
     first, then = [list(await case.method.scorer(group, context)) for group in (within, other)]
     kept = [np.flatnonzero(mask) for mask in masks]
-    return sum(not _equal(a.take(rows), b.take(rows)) for a, b, rows in zip(first, then, kept, strict=True))
+    whole = [item.scores for item in case.enumeration.scored[: len(texts)]]
+    moved = sum(not _same_teacher(a, b, rows) for a, b, rows in zip(first, whole, kept, strict=True))
+    return moved + sum(not _equal(a.take(rows), b.take(rows)) for a, b, rows in zip(first, then, kept, strict=True))
+
+
+def _same_teacher(scores: Any, whole: Any, rows: np.ndarray) -> bool:
+    """Whether a teacher's log-probabilities of the tokens `rows` are the same where others are context."""
+    names = [f.name for f in fields(scores) if f.name in ("logprobs", "topk_logprobs")]
+    return all(np.array_equal(getattr(scores, n)[rows], getattr(whole, n)[rows]) for n in names)
 
 
 def _with_noise(text: Trajectory) -> Trajectory:

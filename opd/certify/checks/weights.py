@@ -54,7 +54,8 @@ def check_weights(case: Case) -> Iterator[Finding]:
     wrong = sum(_not_numbers(case, name, part, one) for name, part in parts.items() for one in _degenerate(case))
     yield Row(name=NUMBERS, measured=float(wrong), tolerance=0.0)
     yield Row(name=MASKED, measured=max(_unmasked(case, part) for part in parts.values()), tolerance=SAME)
-    shifted = sum(_shifted(case, part, step.items) for part in parts.values())
+    within = _with_readings(_asked(case), "texts with context", _begun_by_others(_texts(case)), seed=0).items
+    shifted = sum(_shifted(case, part, items) for part in parts.values() for items in (step.items, within))
     yield Row(name=PLACED, measured=float(shifted), tolerance=0.0)
     yield _defined(case)
     yield _readings_alone(case)
@@ -173,7 +174,7 @@ def _shifted(case: Case, part: Any, items: Sequence[Scored[Any]]) -> int:
     Texts of one or two tokens tell nothing: with weights that are 1 on average, one falls there as the other rises.
     """
     before = _weigh(case, part, items)
-    tokens = [(n, t) for n, item in enumerate(items) if len(item.trajectory) > 2 for t in range(len(item.trajectory))]
+    tokens = [(n, t) for n, item in enumerate(items) if len(item.trajectory) > 2 for t in _sampled(item)]
     wrong = 0
     for change in _changes(items):
         places: set[int] = set()
@@ -184,6 +185,28 @@ def _shifted(case: Case, part: Any, items: Sequence[Scored[Any]]) -> int:
                 break
         wrong += len(places) == 1 and 0 not in places
     return wrong
+
+
+def _sampled(item: Scored[Any]) -> list[int]:
+    return np.flatnonzero(item.trajectory.loss_mask).tolist()
+
+
+def _begun_by_others(items: Sequence[Scored[Any]]) -> list[Scored[Any]]:
+    """Texts behind two tokens of context: what is computed of sampled ones alone must be put back at their places."""
+    return [_begun_by_other(item) for item in items if len(item.trajectory) > 2]
+
+
+def _begun_by_other(item: Scored[Any]) -> Scored[Any]:
+    rows = np.concatenate([np.zeros(2, dtype=np.int64), np.arange(len(item.trajectory))])
+    text = item.trajectory
+    longer = replace(
+        text,
+        token_ids=text.token_ids[rows],
+        behavior=text.behavior.take(rows),
+        loss_mask=text.loss_mask[rows] & (np.arange(len(rows)) > 1),
+        versions=text.versions[rows],
+    )
+    return replace(item, trajectory=longer, scores=item.scores.take(rows))
 
 
 def _moved(by: Float[np.ndarray, " T"], token: int) -> set[int]:
@@ -224,10 +247,17 @@ def _defined(case: Case) -> Finding:
             items = _with_readings(readings_of(one), "a step", _of_teachers(texts, names), seed=0).items
             expected = weights_by_definition(one, items)
             if expected is not None:
-                errors.append(_apart(_weigh(case, one, items), expected))
+                steps = (0, case.world.steps // 2)
+                errors += [_apart(_weigh(_at(case, step), one, items), expected) for step in steps]
     if not errors:
         return Skipped(name=MEANT, why="no definition is known for these weights; the other rows hold without one")
     return Row(name=MEANT, measured=max(errors), tolerance=EXACT)
+
+
+def _at(case: Case, step: int) -> Case:
+    """The case at another step of its run, which a weight may read."""
+    enumeration = case.enumeration
+    return replace(case, enumeration=replace(enumeration, context=enumeration.context.at(step)))
 
 
 def _ends_as_it_begins(item: Scored[Any]) -> Scored[Any]:
