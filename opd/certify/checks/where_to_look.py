@@ -32,8 +32,8 @@ WHERE: Mapping[str, str] = {
     "the promise has a gradient": "next to nothing would be trained: a weight, a factor, or a support of one id",
     "the support does not depend": "the scorer, or what the rollout records, has the ids of another token's state, or "
     "chooses them by the token that was sampled",
-    "a support has": "the scorer, or what the rollout records, has fewer ids than its `k`, or others than the "
-    "likeliest",
+    "a support has": "the scorer, or what the rollout records, has fewer ids than its `k`, others than the likeliest, "
+    "or numbers of less than 32 bits, which do not hold every id",
     "a target moves": "targets stand at another token than the one at which the teacher was read, or ids and "
     "probabilities are in another order",
     "tokens are trained": "all weights are 0: a mask, a filter, or a weight",
