@@ -108,7 +108,7 @@ def corner_cases(method: Method) -> list[Corner]:
             Corner(name=name, case=make_case(small, behind(replace(world, step=step))))
             for name, step in (("middle of a run", world.steps // 3), ("end of a run", world.steps - 1))
         ),
-        Corner(name="student a step later", case=make_case(small, _a_step_later(behind(replace(world, step=1))))),
+        Corner(name="student a step later", case=make_case(small, _a_step_later(behind(world)))),
         Corner(name="texts that the token limit cut", case=make_case(small, behind(replace(world, cut=True)))),
         *(
             Corner(name=name, case=make_case(small, behind(near).to(torch.float32)), tolerance=FLOAT32)

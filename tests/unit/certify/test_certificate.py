@@ -59,6 +59,7 @@ MIDDLE, END, CUT_TEXTS = (
 )
 PAID = "an answer that was cut is worth no more than any other"
 SUPPORT, MEANT = "a support has the likeliest ids, as many as its `k` says", "weights are what they are defined to be"
+SCHEDULED = "schedules have the value at every step that they are defined to"
 STEPPED, ENDS = "an update takes one step on the whole batch", "an update ends with the weights that it is defined to"
 pytestmark = pytest.mark.timeout(600)  # less than a minute of one processor, which may be shared
 SHIPPED = groups()["method"]
@@ -126,11 +127,11 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "no_token": {"tokens are trained"},
     "writer_forgotten": {RECORDED},
     "wrong_texts_kept": {"texts are left out as the filter says"},
-    "backwards": {"schedules begin at their first value and end at their last"},
+    "backwards": {"schedules begin at their first value and end at their last", SCHEDULED},
     "unblended": {WRITTEN},
     "lone_text": {"scores are numbers in degenerate groups"},
     "padded_mean": {"scores of a text do not depend on its group"},
-    "context_rewarded": {"scores do not depend on log-probabilities of what was not sampled"},
+    "context_rewarded": {DEFINED, "scores do not depend on log-probabilities of what was not sampled"},
     "cut_rewarded": {CUT_TEXTS, PAID},
     "from_the_second_step": {MIDDLE, END},
     "stepped_twice": {STEPPED, ENDS},
@@ -156,7 +157,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "teachers_entropy": {"readings are what they are defined to be"},
     "not_its_own_length": {"a token counts in its step as the normalizer is defined"},
     "context_discounts": {DEFINED},
-    "ends_early": {"schedules have the value at every step that they are defined to"},
+    "ends_early": {SCHEDULED},
     "one_coin": {"a coin falls as often as its fraction says (standard errors)"},
     "endless_answers": {"text is trained whole, as it was written"},
     "taken_back": {"updates bring the loss down"},
