@@ -131,7 +131,7 @@ def _verdicts(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Fl
 def _teacher_advantages(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> Credit:
     """Shaped log-ratio of each token, with the mean of later ones, relative to all tokens of the group."""
     scorer, made = enumeration.scorer, list[Float[np.ndarray, " _T"]]()
-    masks = [item.trajectory.loss_mask for item in enumeration.scored]  # what others said has no reward
+    masks = [item.trajectory.loss_mask for item in enumeration.scored]  # context has no reward
     for log_ratios, own in zip(_log_ratios(enumeration, teachers), masks, strict=True):
         reward = scorer.shape.reward(torch.from_numpy(log_ratios[own])).numpy()
         later = [float(np.mean(reward[t + 1 :])) if t + 1 < len(reward) else 0.0 for t in range(len(reward))]

@@ -297,7 +297,7 @@ def _error(scored: list[Scored[Any]], expected: Credit | None) -> float | None:
 
 
 def _with_context(case: Case) -> Case:
-    """The case with every third token of its texts as context, which an environment said; scored anew."""
+    """The case with every third token of its texts as context, as words of an environment are; scored anew."""
     texts = [item.trajectory for item in case.enumeration.scored]
     masked = [replace(t, loss_mask=np.arange(len(t)) % 3 != 1) for t in texts]
     groups = [list(group) for _, group in groupby(masked, key=lambda t: t.prompt.id)]
