@@ -85,6 +85,8 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "minillm": "reverse_kl return",
     **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
     "fixed_advantage": "",
+    **dict.fromkeys(("veto", "taid"), "bridge_divergence"),
+    "reopold": "reward_changed",
     **dict.fromkeys(
         ("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "top_d_returns"), "pg_clipfrac"
     ),
