@@ -103,6 +103,7 @@ PARTS: Mapping[str, Part] = {
     ),
     "writers": _shop("trb", "trd", "edge_opd", "effopd", "lgr", "topd"),
     "capped": _shop("topd_downweight"),
+    "bridges": _shop("veto", "taid", "reopold"),
     "added": _shop("lookahead_optimizer", "distillm2", "mopd_orm"),
     "self": _shop("opsd", "sdft", "sdpo", "context_distillation"),
     "self_taught": Part(
