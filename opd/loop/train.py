@@ -16,7 +16,6 @@ from opd.loop.step_clock import StepClock
 from opd.loss.packing import WeighedTerm
 from opd.method.method import Method, packed, weighed
 from opd.method.readings import read_step
-from opd.method.schedules import with_values
 from opd.method.terms import MAIN
 from opd.observability.spans import Span
 from opd.ports import Context, Engines, Learner, Observer, PromptSource, PublishReport, Sources
@@ -149,7 +148,7 @@ async def _update(
     if 0 < empty < _EMPTY_STEPS:  # a filter removed everything: the student stays as it is
         return StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
     batches = packed(method, scored, terms, learner.layout, turn=f" at step {context.step + 1}")
-    return await method.update(learner, batches, with_values(method.loss, context), context)
+    return await method.update(learner, batches, method.loss_at(context), context)
 
 
 async def _publish(

@@ -71,7 +71,7 @@ def _limits(part: Any) -> tuple[exact.LimitingCase, ...]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
 class FullShapedReverseKL:
-    """What `ShapedReverseKL` expects of a token: `-sum_v p sg(shape(log q - log p))` over the whole vocabulary.
+    """Expectation of `ShapedReverseKL` in a state: `-sum_v p sg(shape(log q - log p))` over the whole vocabulary.
 
     Direction: reverse. Support: the whole vocabulary. Without a draw in it, so token weights that compare a token with
     the others of its step go with it. Reports `reward_changed`, the expected distance of the reward from the log-ratio.

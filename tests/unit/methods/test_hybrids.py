@@ -18,7 +18,7 @@ from opd.certify.worlds import World, make_world
 from opd.errors import ConfigurationError
 from opd.loss.packing import TokenMean, WeighedTerm, pack_terms
 from opd.method.method import Method, packed, scored, weighed
-from opd.method.schedules import SwitchSchedule, value, with_values
+from opd.method.schedules import SwitchSchedule, value
 from opd.method.terms import MAIN
 from opd.objectives.estimators import SampledDivergence, SquaredReverseKL
 from opd.objectives.sampled import LogprobSource, SampledReverseKL
@@ -62,7 +62,7 @@ def trained(method: Method, at: int = 0, layout: Layout = ONE) -> torch.Tensor:
     """Gradient of a step as a learner computes it."""
     items, now = step(method), BOX.at(at)
     batches = packed(method, items, weighed(method, items, now, read(method, items, WORLD, layout).by_term), layout, "")
-    return microbatch_gradient(batches, with_values(method.loss, now), WORLD)
+    return microbatch_gradient(batches, method.loss_at(now), WORLD)
 
 
 def test_kdrl_without_its_teacher_is_grpo_bit_for_bit_and_asks_no_teacher() -> None:
