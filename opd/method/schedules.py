@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Protocol, TypeVar, get_args
 
+from opd.errors import ConfigurationError
 from opd.ports import Context
 from opd.settings.ranges import Fraction, In
 from opd.settings.validation import fields_of, settings
@@ -27,6 +28,19 @@ class Schedule(Protocol):
 def value(schedule: "float | Schedule", context: Context) -> float:
     """Value of a constant or a schedule at a step."""
     return float(schedule(context)) if callable(schedule) else float(schedule)
+
+
+def number(given: "float | Schedule") -> float:
+    """Number of a field of a part as it is at a step.
+
+    Raises:
+        ConfigurationError: the field still has a schedule.
+    """
+    if callable(given):
+        raise ConfigurationError(
+            f"{given} is a schedule, and its part is used without a step; take the loss of a step, method.loss_at(context)"
+        )
+    return float(given)
 
 
 def with_values(part: Part, context: Context) -> Part:
@@ -52,7 +66,7 @@ def _with_values(part: Any, context: Context) -> Any:
         return None
     scheduled, found = scheduled_fields(type(part)), {}
     for name in [f.name for f in fields(part) if f.init]:
-        given = getattr(part, name)
+        given: Any = getattr(part, name)
         found[name] = float(given(context)) if name in scheduled and callable(given) else _with_values(given, context)
     changes = {name: new for name, new in found.items() if new is not None}
     return replace(part, **changes) if changes else None

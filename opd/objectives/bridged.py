@@ -8,7 +8,7 @@ from torch import Tensor
 from opd.loss.chunked import StudentLogits
 from opd.method import promises as exact
 from opd.method.reweighted_promises import Bridge
-from opd.method.schedules import Schedule
+from opd.method.schedules import Schedule, number
 from opd.objectives.vocabulary import Direction
 from opd.settings.ranges import In
 from opd.settings.validation import settings
@@ -57,6 +57,7 @@ class BridgeDivergence:
 
     def target(self, p: Tensor, q: Tensor) -> Tensor:
         """Log-probabilities of the target, without a gradient."""
-        if (self.teacher_power, self.student_power) == (1, 0):
+        of_teacher, of_student = number(self.teacher_power), number(self.student_power)
+        if (of_teacher, of_student) == (1, 0):
             return q
-        return (self.teacher_power * q + self.student_power * p.detach()).log_softmax(-1)
+        return (of_teacher * q + of_student * p.detach()).log_softmax(-1)

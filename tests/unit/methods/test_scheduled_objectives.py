@@ -13,7 +13,7 @@ from launch.config.run_config import run_config
 from launch.plan.checks.methods.factors import check_factors
 from opd.certify.gradients import relative_difference
 from opd.errors import ConfigurationError
-from opd.method.schedules import CosineSchedule, LinearSchedule, Schedule, SwitchSchedule, value, with_values
+from opd.method.schedules import CosineSchedule, LinearSchedule, Schedule, SwitchSchedule, number, value, with_values
 from opd.method.terms import MAIN, SumOfTerms
 from opd.objectives.bridged import BridgeDivergence
 from opd.objectives.reweighted import AtTemperature
@@ -52,6 +52,14 @@ def test_schedules_become_their_values_wherever_they_stand(first: Any, second: A
     assert with_values(SumOfTerms(objectives=both), now) == SumOfTerms(objectives=both | {"a": expected})
 
 
+def test_a_part_that_is_used_without_a_step_says_so() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"LinearSchedule.* is a schedule, and its part is used without a step"
+    ):
+        number(LinearSchedule(first=0.8, last=0.0))
+    assert number(1) == 1.0
+
+
 def test_a_part_in_which_nothing_follows_the_step_is_the_same_object() -> None:
     for part in (CONSTANT, AtTemperature(of=CONSTANT), SumOfTerms(objectives={"a": CONSTANT, "b": FullReverseKL()})):
         assert with_values(part, BOX) is part
@@ -78,7 +86,7 @@ class Scaled:
 
     def __call__(self, student: Any, batch: Batch[TokenScores]) -> TokenLoss:
         plain = SampledReverseKL(signal=LogprobSource.STUDENT)(student, batch)
-        return replace(plain, loss=self.factor * plain.loss)
+        return replace(plain, loss=number(self.factor) * plain.loss)
 
 
 def test_the_loop_gives_the_learner_the_numbers_of_each_step(make: Any) -> None:
