@@ -38,7 +38,7 @@ def number(given: "float | Schedule") -> float:
     """
     if callable(given):
         raise ConfigurationError(
-            f"{given} is a schedule, and its part is used without a step; take the loss of a step, method.loss_at(context)"
+            f"{given} is a schedule, and its part is used without a step; take the loss of a step: method.loss_at"
         )
     return float(given)
 
@@ -66,9 +66,9 @@ def _with_values(part: Any, context: Context) -> Any:
         return None
     scheduled, found = scheduled_fields(type(part)), {}
     for name in [f.name for f in fields(part) if f.init]:
-        given: Any = getattr(part, name)
-        found[name] = float(given(context)) if name in scheduled and callable(given) else _with_values(given, context)
-    changes = {name: new for name, new in found.items() if new is not None}
+        given = getattr(part, name)
+        found[name] = value(given, context) if name in scheduled else _with_values(given, context)
+    changes = {name: new for name, new in found.items() if new is not None and new != getattr(part, name)}
     return replace(part, **changes) if changes else None
 
 
