@@ -150,7 +150,7 @@ async def one_step(session: Session, seen: Seen, step: int, *, measure: bool) ->
     async with seen.during(next(phases)):
         terms = weighed(config.method, items, context, {})
         batches = packed(config.method, items, terms, learner.layout, turn="")
-        await config.method.update(learner, batches, config.method.loss, context)
+        await config.method.update(learner, batches, config.method.loss_at(context), context)
     async with seen.during(next(phases)):
         await learner.publish(session.engines.student, step + 1)
     async with seen.during(next(phases)):

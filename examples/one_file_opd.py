@@ -46,7 +46,7 @@ async def distill(
             items += await scored(method, trajectories, context)  # score
         terms = weighed(method, items, context)  # weigh
         batches = packed(method, items, terms, learner.layout, turn=f" at step {step + 1}")  # pack
-        reports.append(await method.update(learner, batches, method.loss, context))  # learn
+        reports.append(await method.update(learner, batches, method.loss_at(context), context))  # learn
         await learner.publish(engines.student, step + 1)
     return reports
 

@@ -91,18 +91,16 @@ PARTS: Mapping[str, Part] = {
         "topk_jensen_shannon", "monte_carlo_reverse_kl", "monte_carlo_forward_kl", "minillm", "eopd",
         "ensemble_reverse_kl",
     ),
-    "rewards": _shop(
-        "grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "reward_extrapolation", "judged",
-    ),
-    "stability": _shop(
-        "log_ratio_clip", "sign_log", "reference_kl", "golden_data", "cal_opd", "opd2", "top_d", "top_d_returns",
-        "fixed_advantage",
-    ),
-    "selection": _shop(
-        "fire", "ta_opd", "top_entropy", "top_divergence", "reasoning_prefixes", "open_prompts", "cold_start",
-    ),
-    "writers": _shop("trb", "trd", "edge_opd", "effopd", "lgr", "topd"),
+    "rewards": _shop("kdrl", "kdrl_annealed", "reward_extrapolation", "judged"),
+    "graded": _shop("grpo", "grpo_token_mean", "opd_then_rl"),
+    "proximal": _shop("cal_opd", "opd2", "top_d", "top_d_returns"),
+    "stability": _shop("log_ratio_clip", "sign_log", "reference_kl", "golden_data", "fixed_advantage"),
+    "shortened": _shop("reasoning_prefixes", "open_prompts", "cold_start"),
+    "selection": _shop("fire", "ta_opd", "top_entropy", "top_divergence"),
+    "writers": _shop("trd", "edge_opd", "effopd"),
+    "ahead": _shop("trb", "lgr", "topd"),
     "capped": _shop("topd_downweight"),
+    "bridges": _shop("veto", "taid", "reopold"),
     "added": _shop("lookahead_optimizer", "distillm2", "mopd_orm"),
     "self": _shop("opsd", "sdft", "sdpo", "context_distillation"),
     "self_taught": Part(

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
+from launch.plan.checks.methods.factors import at_step
 from opd.loss.chunked import StudentLogits
 from opd.loss.metrics import diagnosed
+from opd.method.schedules import with_values
 from opd.types import (
     AdvantageScores,
     Batch,
@@ -87,7 +89,8 @@ def evaluated(method: Any, dtype: torch.dtype, seed: int) -> tuple[TokenLoss, Te
     )
     leaf = z.to(dtype).requires_grad_()
     # Of a sum of terms the method's own: the others have scores of other kinds.
-    result = diagnosed(method.objective if method.is_sum else method.loss, StudentLogits(logits=leaf), batch)
+    objective = with_values(method.objective if method.is_sum else method.loss, at_step(1, 3))
+    result = diagnosed(objective, StudentLogits(logits=leaf), batch)
     (gradient,) = torch.autograd.grad((result.loss * torch.rand(ROWS, generator=draw).to(dtype)).sum(), leaf)
     return result, gradient
 

@@ -23,6 +23,7 @@ from opd.method.method import Method, readings_of, weigh, with_readings
 from opd.method.promises import Promise
 from opd.method.readings import reading_pass
 from opd.method.reward_promises import Nothing
+from opd.method.schedules import with_values
 from opd.method.terms import MAIN
 from opd.ports import Layout
 from opd.types import Batch, Scored, TokenLoss
@@ -104,13 +105,15 @@ class Case:
 
 
 def make_case(method: Method, world: World) -> Case:
-    """Case of `method` in `world`: its own rollout and scorer are run.
+    """Case of `method` in `world`: its own rollout and scorer are run, and its objective is that of the world's step.
 
     A rollout that leaves whole texts out is run with nothing left out (`everything`): what it drops decides which
     states count, and changes no gradient there.
     """
     rollout = getattr(method.rollout, "everything", method.rollout)
-    return Case(method=method, enumeration=enumerated(rollout, method.scorer, world))
+    enumeration = enumerated(rollout, method.scorer, world)
+    there = replace(method, objective=with_values(method.objective, enumeration.context))
+    return Case(method=there, enumeration=enumeration)
 
 
 def _leaf(model: TinyModel) -> TinyModel:

@@ -110,10 +110,10 @@ class World:
         """World with other teachers, which also write in place of the former ones if `writers`."""
         return replace(self, teachers=teachers, writers=teachers if writers else self.writers)
 
-    def with_student_as_teacher(self) -> "World":
-        """World whose student is its own teacher, in the same context."""
+    def with_student_as_teacher(self, power: float = 1.0) -> "World":
+        """World whose student is its own teacher, in the same context; its distributions to a power, normalized."""
         own = tuple((context, context) for context, _ in self.contexts)
-        return replace(self, teachers=dict.fromkeys(self.teachers, self.student), contexts=own)
+        return replace(self, teachers=dict.fromkeys(self.teachers, self.student.sharpened(power)), contexts=own)
 
 
 def make_world(

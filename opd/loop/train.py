@@ -148,7 +148,7 @@ async def _update(
     if 0 < empty < _EMPTY_STEPS:  # a filter removed everything: the student stays as it is
         return StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, trained_tokens=0, metrics={})
     batches = packed(method, scored, terms, learner.layout, turn=f" at step {context.step + 1}")
-    return await method.update(learner, batches, method.loss, context)
+    return await method.update(learner, batches, method.loss_at(context), context)
 
 
 async def _publish(

@@ -18,7 +18,7 @@ from opd.errors import ConfigurationError, DataError
 from opd.loss.packing import Normalizer, TokenMean, WeighedTerm, pack, pack_terms
 from opd.method.promises import ClippedCredit, ScoredSupport, Union, renormalized_supports
 from opd.method.reward_promises import ignores_constants
-from opd.method.schedules import Factor, Schedule, value
+from opd.method.schedules import Factor, Schedule, value, with_values
 from opd.method.slots import Objective, Rollout, Scorer, TokenWeight, Update
 from opd.method.terms import MAIN, SumOfTerms, Term
 from opd.ports import Context, Layout, LossFunction, PromptSource, Reading, ScoreKinds
@@ -97,10 +97,14 @@ class Method:
 
     @property
     def loss(self) -> LossFunction:
-        """The whole loss as one objective, for batches that `packed` made."""
+        """The whole loss as one objective, for batches that `packed` made; its schedules stand in it as they are."""
         if not self.is_sum:
             return self.objective
         return SumOfTerms(objectives={name: term.objective for name, term in self.every_term.items()})
+
+    def loss_at(self, context: Context) -> LossFunction:
+        """The whole loss as it is at a step, where numbers that follow a schedule are numbers."""
+        return with_values(self.loss, context)
 
     @property
     def requires(self) -> ScoreKinds:

@@ -31,6 +31,19 @@ class ClippedLogRatio:
         return _gain(states, torch.minimum(torch.maximum(reward, -bound), bound))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlooredLogRatio:
+    """-sum_v p sg(r), r = d = log q - log p where that is at least `least`; elsewhere `least` if `counted`, else 0."""
+
+    least: float
+    counted: bool
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        reward = states.teacher - states.student
+        other = self.least if self.counted else 0.0
+        return _gain(states, torch.where(reward < self.least, torch.full_like(reward, other), reward))
+
+
 @dataclass(frozen=True, slots=True)
 class SignLogRatio:
     """-sum_v p sg(sign(d) log(1 + |d|)), d = log q - log p."""

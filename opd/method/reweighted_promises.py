@@ -1,6 +1,7 @@
-"""Promises of objectives that are others, read at another temperature or weighted by importance ratios."""
+"""Promises of objectives that are others: at another temperature, to another target, weighted by importance ratios."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,28 @@ class AtTemperature:
             return (x / self.temperature).log_softmax(-1)
 
         return self.of(replace(states, student=softened(states.student), teacher=softened(states.teacher)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bridge:
+    """`of` between the student p and `q^teacher_power p^student_power / Z`, q the teacher; that target is constant.
+
+    Of an objective whose powers follow a schedule it has the schedules, and is called at a step, where they are
+    numbers (`opd.method.schedules.with_values`).
+    """
+
+    of: Promise
+    teacher_power: Any
+    student_power: Any
+
+    @property
+    def rests_at(self) -> float:
+        """Power of a student's distribution as the teacher of which the student is left alone."""
+        return (1 - self.student_power) / self.teacher_power if self.teacher_power else 1.0
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        between = states.teacher.exp() ** self.teacher_power * states.student.detach().exp() ** self.student_power
+        return self.of(replace(states, teacher=(between / between.sum(-1, keepdim=True)).log()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,8 @@ published against that.
 """
 
 from dataclasses import dataclass
-from math import log
+from enum import Enum
+from math import inf, log
 from typing import Annotated, Protocol
 
 import torch
@@ -44,6 +45,43 @@ class Clip:
 
     def reward(self, log_ratio: Tensor) -> Tensor:
         return log_ratio.clamp(-self.limit, self.limit)
+
+
+class Below(Enum):
+    """Reward of a token whose log-ratio is below the floor."""
+
+    FLOOR = "floor"  # the floor itself
+    NOTHING = "nothing"  # 0: the token is not trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class Floor:
+    """`max(d, floor)`, or d where it is at least the floor and else 0 (REOPOLD, arXiv 2603.11137 eq. 7).
+
+    The floor is `log(mixture / (1 - mixture))`: -1.39 nats of 0.2. A `mixture` of 0 has none.
+    """
+
+    # share that the floor is made of; 0 is no floor, and 0.5 leaves no reward below 0
+    mixture: Annotated[float, In(0, 0.5, because="above it, a token on which both agree would be rewarded")] = 0.2
+    # reward of what is below the floor: the FLOOR, or NOTHING
+    below: Below = Below.FLOOR
+
+    @property
+    def least(self) -> float:
+        """Floor of the rewards in nats."""
+        return log(self.mixture / (1 - self.mixture)) if self.mixture else -inf
+
+    @property
+    def promise(self) -> exact.Promise:
+        if not self.mixture:
+            return exact.ReverseKL()
+        return rewards.FlooredLogRatio(least=self.least, counted=self.below is Below.FLOOR)
+
+    def reward(self, log_ratio: Tensor) -> Tensor:
+        if self.below is Below.FLOOR:
+            return log_ratio.clamp(min=self.least)
+        return torch.where(log_ratio >= self.least, log_ratio, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,13 @@
 """Rewards of a sampled token as a function of its log-ratio to the teacher: clipped, compressed, bounded, or fixed.
 
-All are policy gradients `-p/mu sg(reward)`. The reward `d = log q - log p` itself is `SampledReverseKL`. It has no
-lower bound: one token that the teacher rules out can decide a step, and these forms are published against that.
+All are policy gradients `-p/mu sg(reward)` on the sampled token, or what those expect. The reward `d = log q - log p`
+itself is `SampledReverseKL`. It has no lower bound: one token that the teacher rules out can decide a step, and these
+forms are published against that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -14,10 +15,10 @@ from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.method import promises as exact
 from opd.method import reward_promises as rewards
-from opd.method.shapes import Clip, ProximalTeacher, Shape
+from opd.method.shapes import Clip, Floor, ProximalTeacher, Shape
 from opd.settings.ranges import In
 from opd.settings.validation import settings
-from opd.types import Batch, Scores, TokenLoss, TokenScores
+from opd.types import Batch, Scores, TokenLoss, TokenScores, VocabularyScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +43,7 @@ class ShapedReverseKL:
 
     @property
     def limits(self) -> tuple[exact.LimitingCase, ...]:
-        wide, whole = ShapedReverseKL(shape=Clip(limit=1e6)), ShapedReverseKL(shape=ProximalTeacher(alpha=1.0))
-        return tuple(
-            exact.LimitingCase(name=name, objective=end, promise=exact.ReverseKL(), tolerance=1e-6)
-            for name, end in (("limit -> infinity is the reverse KL", wide), ("alpha = 1 is the reverse KL", whole))
-            if isinstance(end.shape, type(self.shape))
-        )
+        return _limits(self)
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
@@ -56,6 +52,51 @@ class ShapedReverseKL:
         ratio = (logprobs - batch.behavior_logprobs).exp()
         changed = (cost - log_ratio).abs()
         return TokenLoss(loss=ratio * cost, metrics={"reverse_kl": log_ratio, "reward_changed": changed})
+
+
+def _limits(part: Any) -> tuple[exact.LimitingCase, ...]:
+    """Ends at which a shape changes nothing."""
+    ends = (
+        ("limit -> infinity is the reverse KL", Clip(limit=1e6)),
+        ("alpha = 1 is the reverse KL", ProximalTeacher(alpha=1.0)),
+        ("mixture = 0 is the reverse KL", Floor(mixture=0.0)),
+    )
+    return tuple(
+        exact.LimitingCase(name=name, objective=replace(part, shape=end), promise=exact.ReverseKL(), tolerance=1e-6)
+        for name, end in ends
+        if isinstance(end, type(part.shape))
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class FullShapedReverseKL:
+    """Expectation of `ShapedReverseKL` in a state: `-sum_v p sg(shape(log q - log p))` over the whole vocabulary.
+
+    Direction: reverse. Support: the whole vocabulary. Without a draw in it, so token weights that compare a token with
+    the others of its step go with it. Reports `reward_changed`, the expected distance of the reward from the log-ratio.
+    """
+
+    consumes: ClassVar[type[Scores]] = VocabularyScores
+    on_policy: ClassVar[bool] = False
+
+    # reward as a function of the log-ratio
+    shape: Shape
+
+    @property
+    def promise(self) -> exact.Promise:
+        return self.shape.promise
+
+    @property
+    def limits(self) -> tuple[exact.LimitingCase, ...]:
+        return _limits(self)
+
+    def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
+        p = student.logprobs
+        log_ratio = batch.scores.vocabulary_logprobs - p.detach()
+        reward = self.shape.reward(log_ratio)
+        changed = torch.linalg.vecdot(p.detach().exp(), (reward - log_ratio).abs())
+        return TokenLoss(loss=-torch.linalg.vecdot(p.exp(), reward), metrics={"reward_changed": changed})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ class AlertThresholds:
     Means of the last `window` steps are compared with the `window` steps before them. `overlap_fall` is absolute
     (0.05: from 0.90 to 0.85), `*_rise` are factors; so is `departure`, of the reverse KL. Floors keep small numbers
     from counting: `length_floor` in tokens, `gap_floor`, `entropy_floor` and `reverse_kl_floor` in nats per token. A
-    truncation rate below `still_falling` times that of before is mending itself. `repetition` is the share of
-    repetitive completions.
+    truncation rate below `still_falling` times that of before is mending itself. `certainty` is a reverse KL over the
+    student's entropy. `repetition` is the share of repetitive completions.
     """
 
     window: int = 20
@@ -41,6 +41,7 @@ class AlertThresholds:
     entropy_floor: float = 0.02
     reverse_kl_rise: float = 1.2
     reverse_kl_floor: float = 0.1
+    certainty: float = 10.0
     departure: float = 1.5
 
     def __post_init__(self) -> None:
@@ -173,11 +174,15 @@ def _determinism(history: Sequence[Line], thresholds: AlertThresholds) -> str | 
     if entropy is None or divergence is None:
         return None
     wrong = divergence.now >= thresholds.reverse_kl_floor and divergence.factor >= thresholds.reverse_kl_rise
-    if entropy.now > thresholds.entropy_floor or entropy.factor >= 1 or not wrong:
+    rises = entropy.now <= thresholds.entropy_floor and wrong
+    # A student that learns is certain where it agrees; of 41 healthy runs of the demo none had more than 6.8 times.
+    apart = divergence.now >= max(thresholds.reverse_kl_floor, thresholds.certainty * entropy.now)
+    if entropy.factor >= 1 or not (rises or apart):
         return None
+    verb = "rose" if divergence.factor >= 1 else "went"
     return (
         f"the student becomes deterministic and wrong: entropy fell from {entropy.before:.3g} to {entropy.now:.3g} "
-        f"nats per token while the reverse KL rose from {divergence.before:.3g} to {divergence.now:.3g}; lower "
+        f"nats per token while the reverse KL {verb} from {divergence.before:.3g} to {divergence.now:.3g}; lower "
         "learner.lr, warm up longer, or use a mass-covering loss (forward KL, JSD)"
     )
 

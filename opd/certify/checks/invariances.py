@@ -42,7 +42,8 @@ EVALUATIONS = 100
 def check_teacher(case: Case) -> Iterator[Finding]:
     """The gradient depends on the teacher, is 0 where the student equals it, and differs where scores are shifted.
 
-    Where the promise compares with no teacher, the gradient must not depend on the teacher.
+    Where the promise compares with no teacher, the gradient must not depend on the teacher. Of a promise whose target
+    is made of both models (`rests_at`) the equal is the teacher that leaves the student where it is.
     """
     if hasattr(case.method.scorer, "judge"):  # whose verdict is a reward, also where student and judge are one model
         yield from (Skipped(name=name, why="a judge's verdict is a reward") for name in (*TEACHER, TOWARDS, ALONE))
@@ -61,13 +62,15 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     yield at_least(TEACHER[0], moved, NOTICED)
     # A student that is shown more than itself is no equal of itself.
     same = replace(case.method, rollout=getattr(case.method.rollout, "plain", case.method.rollout))
-    equal = make_case(same, world.with_student_as_teacher())
+    rests_at = getattr(case.method.objective.promise, "rests_at", 1.0)
+    own = world.with_student_as_teacher(rests_at)
+    equal = make_case(same, own)
     if labeled:
         yield Skipped(name=TEACHER[1], why="a target is learned from, also one of an equal, and compared with nothing")
     else:
         yield Row(name=TEACHER[1], measured=_per_token(equal), tolerance=EXACT)
     wrong = relative_difference(make_case(case.method, replace(world, shift=1)).training(), exact)
-    shifted = make_case(same, replace(world.with_student_as_teacher(), shift=1))
+    shifted = make_case(same, replace(own, shift=1))
     # Where a teacher is compared with itself in two contexts, or with its base, a shift of both at once is seen by its
     # gradient alone.
     within = labeled or hasattr(case.method.scorer, "reads") or hasattr(case.method.scorer, "base")

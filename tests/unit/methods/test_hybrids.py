@@ -28,6 +28,7 @@ from opd.scorers.ensemble import ContextIds
 from opd.scorers.extrapolated import Extrapolated
 from opd.scorers.teacher import SampledTokens
 from opd.types import Scored
+from tests.unit.methods.test_readings import read
 
 ONE = Layout(ranks=1, tokens_per_microbatch=9**9)
 WORLD = make_world(3, 8)
@@ -59,10 +60,9 @@ def step(method: Method) -> list[Scored[Any]]:
 
 def trained(method: Method, at: int = 0, layout: Layout = ONE) -> torch.Tensor:
     """Gradient of a step as a learner computes it."""
-    items = step(method)
-    return microbatch_gradient(
-        packed(method, items, weighed(method, items, BOX.at(at)), layout, ""), method.loss, WORLD
-    )
+    items, now = step(method), BOX.at(at)
+    batches = packed(method, items, weighed(method, items, now, read(method, items, WORLD, layout).by_term), layout, "")
+    return microbatch_gradient(batches, method.loss_at(now), WORLD)
 
 
 def test_kdrl_without_its_teacher_is_grpo_bit_for_bit_and_asks_no_teacher() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
+from opd.objectives.bridged import BridgeDivergence
 from opd.objectives.reweighted import AtTemperature
 from opd.types import (
     AdvantageScores,
@@ -85,6 +86,8 @@ OWN: dict[str, str] = {  # metrics that the objective alone knows
     "minillm": "reverse_kl return",
     **dict.fromkeys(("top_d", "sign_log", "log_ratio_clip"), "reverse_kl reward_changed"),
     "fixed_advantage": "",
+    **dict.fromkeys(("veto", "taid"), "bridge_divergence"),
+    "reopold": "reward_changed",
     **dict.fromkeys(
         ("grpo", "grpo_token_mean", "kdrl", "kdrl_annealed", "opd_then_rl", "top_d_returns"), "pg_clipfrac"
     ),
@@ -113,5 +116,6 @@ def test_a_method_reports_its_own_metrics_and_the_diagnostics_of_its_scores(
     assert set(result.metrics) == DIAGNOSTICS[kind_of(method)] | {*OWN[name].split()}
     assert all(len(values) == ROWS and not values.requires_grad for values in result.metrics.values())
     again = 2 * isinstance(method.objective, AtTemperature)  # both distributions, at another temperature
+    again += isinstance(method.objective, BridgeDivergence)  # its target
     made = "teacher and behavior, which the batch is made of, and student"
     assert softmaxes.count(torch.Size((ROWS, V))) == 3 + again, made

@@ -27,7 +27,8 @@ from opd.loss.packing import TokenMean, pack
 from opd.method import promises
 from opd.method.promises import States
 from opd.method.reward_promises import BeyondDeviation
-from opd.method.shapes import Clip, ProximalTeacher, SignLog
+from opd.method.shapes import Below, Clip, Floor, ProximalTeacher, SignLog
+from opd.objectives.bridged import BridgeDivergence
 from opd.objectives.calibrated import CalibratedReverseKL
 from opd.objectives.delta import DeltaReverseKL, Reward
 from opd.objectives.estimators import Baseline, RatioReverseKL, SampledDivergence, SquaredReverseKL
@@ -37,7 +38,7 @@ from opd.objectives.returns import MiniLLM
 from opd.objectives.rewarded import CreditedReverseKL
 from opd.objectives.reweighted import AtTemperature, ImportanceWeighted
 from opd.objectives.sampled import ClippedPolicyGradient, Likelihood, LogprobSource, SampledReverseKL
-from opd.objectives.shaped import FixedAdvantage, ShapedReverseKL
+from opd.objectives.shaped import FixedAdvantage, FullShapedReverseKL, ShapedReverseKL
 from opd.objectives.support import ABSENT, EntropyAwareKL, Outside, SupportDivergence
 from opd.objectives.targets import TargetForwardKL
 from opd.objectives.topk import GeneralizedReverseKL, HeadTailDivergence, TopKDivergence, WeightedReverseKL
@@ -347,6 +348,20 @@ def beyond(w: World) -> Tensor:
     return total
 
 
+DROPPED = Floor(mixture=0.4, below=Below.NOTHING)
+
+
+def bridge(of: Any, teacher_power: float, student_power: float) -> BridgeDivergence:
+    return BridgeDivergence(of=of, teacher_power=float(teacher_power), student_power=float(student_power))
+
+
+def bridged(w: World, teacher_power: float, student_power: float) -> World:
+    """The state with the normalized product of both models' powers for a teacher, of which no gradient comes."""
+    p, q = w.z.detach().softmax(-1), w.q.exp()
+    raw = q**teacher_power * p**student_power
+    return replace(w, q=(raw / raw.sum()).log())
+
+
 def tuned(w: World, *, center: bool = True, agree: bool = True) -> Tensor:
     """The reward by hand, token by token: what tuning changed, where the log-ratio has its sign."""
     p, total = w.z.softmax(-1), torch.zeros(())
@@ -371,6 +386,19 @@ CLAIMS += (
     Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=0.2)), exact=lambda w: jsd(w, 0.2) / 0.8),
     Claim(objective=ShapedReverseKL(shape=ProximalTeacher(alpha=1.0)), exact=reverse_kl),
     Claim(objective=FixedAdvantage(below=0.1), exact=unlikely, zero_at_teacher=False),
+    Claim(objective=ShapedReverseKL(shape=Floor(mixture=0.4)), exact=gain(lambda d: d.clamp(min=log(0.4 / 0.6)))),
+    Claim(objective=ShapedReverseKL(shape=DROPPED), exact=gain(lambda d: d * (d >= log(0.4 / 0.6)))),
+    Claim(objective=FullShapedReverseKL(shape=DROPPED), exact=gain(lambda d: d * (d >= log(0.4 / 0.6)))),
+    Claim(objective=FullShapedReverseKL(shape=Floor(mixture=0.0)), exact=reverse_kl),
+    Claim(objective=FullShapedReverseKL(shape=SignLog()), exact=gain(lambda d: d.sign() * (1 + d.abs()).log())),
+    Claim(objective=FullShapedReverseKL(shape=ProximalTeacher(alpha=0.2)), exact=lambda w: jsd(w, 0.2) / 0.8),
+    Claim(
+        objective=bridge(FullForwardKL(), 1, 0.8), exact=lambda w: forward_kl(bridged(w, 1, 0.8)), zero_at_teacher=False
+    ),
+    Claim(objective=bridge(FullReverseKL(), 1, 1), exact=lambda w: reverse_kl(bridged(w, 1, 1)), zero_at_teacher=False),
+    Claim(objective=bridge(FullForwardKL(), 0.4, 0.6), exact=lambda w: forward_kl(bridged(w, 0.4, 0.6))),
+    Claim(objective=bridge(JensenShannon(), 0.7, 0.3), exact=lambda w: jsd(bridged(w, 0.7, 0.3), 0.5)),
+    Claim(objective=bridge(FullForwardKL(), 1, 0), exact=forward_kl),
 )
 DIRECTIONS = (FullReverseKL(), FullForwardKL(), JensenShannon(beta=0.1), SkewedReverseKL(alpha=0.2), SkewedForwardKL())
 KEPT = (Outside.BUCKET, Outside.RENORMALIZED)
@@ -707,6 +735,10 @@ def by_hand(objective: Any, states: States, batch: Batch[Any], i: int) -> dict[s
         gap, (falls, rises) = log(q[y] / p[y]), (float(x[i]) for x in (batch.scores.falls, batch.scores.rises))
         found["discrepancy"] = abs(gap)
         found["discrepancy_kept"] = max(abs(gap) - objective.relaxation * (falls if gap > 0 else rises), 0.0)
+    if isinstance(objective, FullShapedReverseKL):
+        ratios = [log(q[v] / p[v]) for v in every]
+        rewards = objective.shape.reward(torch.tensor(ratios, dtype=torch.float64)).tolist()
+        found["reward_changed"] = sum(p[v] * abs(rewards[v] - ratios[v]) for v in every)
     if isinstance(objective, ShapedReverseKL):
         reward = log(q[y] / p[y])
         changed = abs(float(objective.shape.reward(torch.tensor(reward).double())) - reward)
@@ -752,7 +784,7 @@ def estimate(objective: Any, p: list[float], q: list[float], mu: list[float], me
     return log(p[y] / q[y])
 
 
-IS_THE_LOSS = {"jsd", "skewed_kl", "support_kl", "support_divergence"}
+IS_THE_LOSS = {"jsd", "skewed_kl", "bridge_divergence", "support_kl", "support_divergence"}
 
 
 @pytest.mark.parametrize("objective", EVERY, ids=str)
@@ -773,7 +805,7 @@ def test_every_metric_of_every_objective_is_its_definition(objective: Any) -> No
             assert float(values[i]) == pytest.approx(expected, rel=1e-6, abs=1e-9, nan_ok=True), f"{name} of row {i}"
 
 
-ESTIMATES = (EvidenceReverseKL, Likelihood, MonteCarloDivergence, WeightedReverseKL)
+ESTIMATES = (EvidenceReverseKL, FullShapedReverseKL, Likelihood, MonteCarloDivergence, WeightedReverseKL)
 COMPARED = tuple(
     o for o in EVERY if not (o.on_policy or isinstance(o, ESTIMATES)) and getattr(o, "outside", None) not in OF_STOPPED
 )
@@ -827,6 +859,8 @@ def formula(of: Any, student: StudentLogits, batch: Batch[Any], states: States, 
             return -min(ratio * credit, min(max(ratio, 1 - of.clip_low), 1 + of.clip_high) * credit)
         case ShapedReverseKL():
             return -ratio * float(of.shape.reward((q - p)[y]))
+        case FullShapedReverseKL():
+            return -float((p.exp() * of.shape.reward(q - p)).sum())
         case DeltaReverseKL():
             mass = float(p.exp()[members].sum())
             delta, gap = (credit * (1 - mass), part - log_ratio) if of.center else (credit, -log_ratio)
@@ -1063,6 +1097,7 @@ def test_every_objective_keeps_the_promise_that_it_gives_also_with_a_stale_write
     exact = gradient(promised(objective)(w), w)
     torch.testing.assert_close(expected_gradient(objective, w), exact, rtol=0, atol=1e-12)
     own = CreditedReverseKL | CalibratedReverseKL | DeltaReverseKL | ShapedReverseKL
+    own |= FullShapedReverseKL | BridgeDivergence
     at_theirs = MiniLLM | own | EvidenceReverseKL | AtTemperature | ImportanceWeighted
     tolerance = 1e-6 if isinstance(objective, at_theirs) else 1e-3  # the others are 1e-6 of a field away from theirs
     assert all(limit.tolerance == tolerance for limit in getattr(objective, "limits", ()))

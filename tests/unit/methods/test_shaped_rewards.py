@@ -17,7 +17,7 @@ from opd.certify.worlds import make_world, stale
 from opd.errors import ConfigurationError
 from opd.method.method import Method
 from opd.method.reward_promises import Nothing
-from opd.method.shapes import Clip, ProximalTeacher, SignLog
+from opd.method.shapes import Below, Clip, Floor, ProximalTeacher, SignLog
 from opd.objectives.sampled import LogprobSource, SampledReverseKL
 from opd.objectives.shaped import FixedAdvantage, ShapedReverseKL
 from opd.rollouts.student import StudentRollout
@@ -26,11 +26,11 @@ from opd.types import Scores, TokenScores
 from tests.unit.methods.test_objectives import V, expected_gradient, gradient, outcome, per_sample, world
 
 PLAIN = SampledReverseKL(signal=LogprobSource.STUDENT)
-SHAPES = (Clip(limit=2.0), SignLog(), ProximalTeacher(alpha=0.2))
+SHAPES = (Clip(limit=2.0), SignLog(), ProximalTeacher(alpha=0.2), Floor(mixture=0.2))
 RATIOS = st.lists(st.floats(-60, 60), min_size=1, max_size=20).map(lambda d: torch.tensor(d, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("shape", [Clip(limit=1e6), ProximalTeacher(alpha=1.0)], ids=str)
+@pytest.mark.parametrize("shape", [Clip(limit=1e6), ProximalTeacher(alpha=1.0), Floor(mixture=0.0)], ids=str)
 def test_a_shape_that_changes_nothing_is_plain_distillation_bit_for_bit(shape: Any) -> None:
     for seed in range(3):
         for dtype in (torch.float64, torch.float32):
@@ -56,6 +56,17 @@ def test_a_proximal_teacher_is_the_mixture_and_its_reward_is_bounded_below(ratio
     rewards = ProximalTeacher(alpha=alpha).reward(ratios)
     torch.testing.assert_close(rewards, (alpha * ratios.exp() + 1 - alpha).log())
     assert bool((rewards >= log(1 - alpha) - 1e-12).all())
+
+
+@given(RATIOS, st.floats(0.01, 0.5))
+def test_a_floor_changes_nothing_above_it_and_below_it_rewards_the_floor_or_nothing(
+    ratios: Tensor, mixture: float
+) -> None:
+    floor = log(mixture / (1 - mixture))
+    kept, left_out = (Floor(mixture=mixture, below=below).reward(ratios) for below in Below)
+    above = ratios >= floor
+    assert torch.equal(kept[above], ratios[above]) and torch.equal(left_out[above], ratios[above])
+    assert bool((kept[~above] == floor).all()) and not left_out[~above].any()
 
 
 def test_a_clip_bounds_every_reward_by_its_limit() -> None:

@@ -33,7 +33,7 @@ from opd.loss.packing import pack
 from opd.loss.readings import StudentEntropy, TeacherEntropy
 from opd.method import promises
 from opd.method.method import readings_of
-from opd.method.shapes import Clip, ProximalTeacher, SignLog
+from opd.method.shapes import Clip, Floor, ProximalTeacher, SignLog
 from opd.objectives.sampled import ClippedPolicyGradient, LogprobSource, SampledReverseKL
 from opd.objectives.topk import TopKDivergence
 from opd.objectives.truncated import TruncatedRatio
@@ -77,7 +77,7 @@ PARTS: Mapping[str, Sequence[Any]] = {
     "opd.method.slots.Rollout | None": (TeacherRollout(max_tokens=8),),
     "StudentRollout": (StudentRollout(max_tokens=8), StudentRollout(max_tokens=5)),
     "Scorer": (TeacherHidden(), SampledTokens()),
-    "Shape": (Clip(limit=0.5), SignLog(), ProximalTeacher(alpha=0.4)),
+    "Shape": (Clip(limit=0.5), SignLog(), ProximalTeacher(alpha=0.4), Floor(mixture=0.4)),
     "TokenScore": (ByReading(reading=StudentEntropy()), Teachability()),
     "Reading": (StudentEntropy(), TeacherEntropy()),
     "TeacherContext": (PromptAlone(), Hidden()),
@@ -95,6 +95,8 @@ FILLED: Mapping[str, Sequence[Any]] = {
     "token_ids": ((), (3,), (4, 5)),
     "tokens": ((), ("c",)),
     "share": (0.75, 1.0),
+    "teacher_power": (0.4, 1.0),
+    "student_power": (0.6, 0.0),
     "room": (1000, 15, 12),
     "budget": (0.0, 0.02, 3.0),
     "base": ("second", "default"),

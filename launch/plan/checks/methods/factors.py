@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Int32
 from launch.config.run_config import RunConfig
 from launch.plan.checks.settings import terms_by_place
 from opd.errors import ConfigurationError
-from opd.method.schedules import CosineSchedule, LinearSchedule, SwitchSchedule, value
+from opd.method.schedules import CosineSchedule, LinearSchedule, SwitchSchedule, value, with_values
 from opd.method.terms import Term
 from opd.ports import Completion, Context, GenerateRequest, PublishedWeights, WeightAck
 from opd.settings.validation import walk
@@ -28,7 +28,22 @@ def check_factors(config: RunConfig) -> list[str]:
             f"method {config.method.name} trains nothing: the factors of all its terms ({_named(factors)}) are 0 at "
             "every step; set one of them to another number"
         )
+    _check_objectives(terms, steps.tolist(), config.steps)
     return [*_idle(factors, steps, counted), *_odd(terms, factors, steps), *_schedules(config)]
+
+
+def _check_objectives(terms: Mapping[str, Term], steps: Sequence[int], total: int) -> None:
+    """Refuse an objective whose schedules leave the range of its field at any of `steps`."""
+    for place, term in terms.items():
+        for step in steps:
+            context = at_step(step, total)
+            try:
+                if with_values(term.objective, context) is term.objective:  # nothing in it follows the step
+                    break
+            except ConfigurationError as error:
+                raise ConfigurationError(
+                    f"at step {step} of {total} a schedule in {place}.objective leaves its range: {error}"
+                ) from error
 
 
 def _values(term: Term, steps: Int[np.ndarray, " s"], total: int) -> Float[np.ndarray, " s"]:
