@@ -37,8 +37,6 @@ def _wrong_rows(case: Case, item: Scored[Any]) -> int:
     """
     scorer: Any = case.method.scorer
     ids, text = np.asarray(item.scores.topk_ids), item.trajectory
-    if ids.dtype.itemsize < 4:  # numbers of ids of a large vocabulary wrap around
-        return len(ids)
     each = np.sort(ids, axis=-1)
     twice = (each[:, 1:] == each[:, :-1]).any(-1)
     if isinstance(scorer, TeacherTopK | WithReturns):
