@@ -32,8 +32,8 @@ WHERE: Mapping[str, str] = {
     "the promise has a gradient": "next to nothing would be trained: a weight, a factor, or a support of one id",
     "the support does not depend": "the scorer, or what the rollout records, has the ids of another token's state, or "
     "chooses them by the token that was sampled",
-    "a support has": "the scorer, or what the rollout records, has fewer ids than its `k`, others than the likeliest, "
-    "or numbers of less than 32 bits, which do not hold every id",
+    "a support has": "the scorer, or what the rollout records, has fewer ids than its `k`, or others than the "
+    "likeliest",
     "a target moves": "targets stand at another token than the one at which the teacher was read, or ids and "
     "probabilities are in another order",
     "tokens are trained": "all weights are 0: a mask, a filter, or a weight",
@@ -42,7 +42,7 @@ WHERE: Mapping[str, str] = {
     "the teacher matters": "the gradient ignores what the teacher says",
     "zero where the student equals": "this is no divergence: an equal is pushed away from",
     "a shifted teacher is noticed": "scores are matched with other tokens than their own",
-    "a step moves the student towards": "the sign",
+    "a step moves the student towards": "the sign, or nothing moves it",
     "a promise without a teacher": "the gradient follows a teacher that the promise does not name",
     "invariance: order of the teachers": "an index over teachers",
     "invariance: evaluated before": "the objective keeps something between calls, writes into its batch, or draws at "
@@ -73,12 +73,12 @@ WHERE: Mapping[str, str] = {
     "distances of near futures": "which tokens are candidates, where windows start, or whose window is whose",
     "targets are": "windows, their start, or how labels are aligned",
     "teachers are asked": "a request to a teacher is missing, or has another context or other tokens than the text's",
-    "text is written": "a request of the rollout has another context, temperature, top_p, max_tokens or blend than it "
-    "is set to, at this step or a later one",
+    "text is written": "a request of the rollout has another context, temperature, top_p, max_tokens, blend or number "
+    "of recorded ids than it is set to, at this step or a later one",
     "text is trained whole": "the rollout cuts or masks tokens of a text, or leaves an answer without its end (one "
     "that leaves out whole texts needs `everything`: the same with nothing left out)",
     "a text is recorded": "the rollout changes a text's prompt, log-probabilities, recorded top-k, versions (-1 "
-    "where no policy of the run wrote), digests or end",
+    "where no policy of the run wrote), digests or end, or mixes up groups that are written at once",
     "a coin falls": "the coin is flipped with another chance than `fraction`, or not anew for every prompt",
     "an answer that was cut": "the scorer pays for a text that the token limit cut",
     "a text without tokens": "a mean over no token",
@@ -88,7 +88,8 @@ WHERE: Mapping[str, str] = {
     "scores are numbers": "division by 0, or an empty mean: a text that is alone or has one token, or equal texts",
     "scores of a text do not": "the scorer compares texts of a group and declares no `min_group` above 1: a mean, a "
     "maximum, the longest text",
-    "scores do not depend": "the scorer reads `behavior` where `loss_mask` is False, as at an environment's words",
+    "scores do not depend": "the scorer reads `behavior` where `loss_mask` is False, as at an environment's words, or "
+    "does not put back at their tokens the numbers of those that are sampled",
     "weights follow": "a weight depends on the order of a step, keeps something, changes its input, or draws at random",
     "weights are numbers": "division by 0, or a narrow float: one text, one token, equal or extreme readings",
     "weights do not depend": "a weight reads scores where `loss_mask` is False, as at an environment's words",
