@@ -42,7 +42,7 @@ def _cut(text: Trajectory) -> Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HalfRecorded(StudentRollout):
-    """Half as many ids recorded as `record_topk` says."""
+    """Rollout that records half as many ids as `record_topk` says."""
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         fewer = StudentRollout(max_tokens=self.max_tokens, record_topk=-(-self.record_topk // 2))

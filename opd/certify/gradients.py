@@ -222,7 +222,7 @@ def departure(case: Case) -> float:
 
 
 def how_it_departs(case: Case) -> str:
-    """What the expected training gradient is beside that of the promise, if the two are alike; "" if they are not."""
+    """Likeness of the expected training gradient to that of the promise, as words; "" if there is none."""
     if not case.trains() or promises_nothing(case.method.objective):
         return ""
     trained, exact = case.training(), case.exact()

@@ -33,7 +33,7 @@ def check_divisor(case: Case) -> Iterator[Finding]:
 
 
 def _shares(normalizer: Known, weights: Sequence[Float[np.ndarray, " _T"]]) -> Float[np.ndarray, " n"]:
-    """What every token with a weight counts, in the order of the texts."""
+    """Share of every token with a weight in its step, in the order of the texts."""
     trained = [w[w > 0] for w in weights if (w > 0).any()]
     every = np.concatenate(trained)
     match normalizer:

@@ -1,4 +1,4 @@
-"""What a part must leave as it is: its arguments, and the random state that all parts of a process share."""
+"""State that a part must leave as it is: its arguments, and the randomness that all parts of a process share."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass

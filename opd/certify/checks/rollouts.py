@@ -94,7 +94,7 @@ def as_set(rollout: Any, generation: Generation, context: Context) -> bool:
 
 
 def written_at(case: Case, step: int) -> Case:
-    """What the rollout writes at a step in a state of each prompt, all of which write at once; nothing is scored."""
+    """Texts of the rollout at a step, in a state of each prompt, all written at once; nothing is scored."""
     world = replace(case.world, positions=case.world.positions[-1:], step=step)
     rollout, log = getattr(case.method.rollout, "everything", case.method.rollout), RequestLog()
     context = engines(world, log)

@@ -127,7 +127,7 @@ def _findings(case: Case) -> Iterator[Finding]:
 
 
 def _progress(end: Weights) -> float:
-    """How far the loss has come down, over how far as many plain steps bring it."""
+    """Fall of the loss, over that which as many plain steps bring."""
     start = plain = np.zeros(len(NAMES))
     for _ in range(UPDATES):
         plain = stepped(plain)
