@@ -42,7 +42,7 @@ def _cut(text: Trajectory) -> Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HalfRecorded(StudentRollout):
-    """Rollout that records half as many ids as `record_topk` says."""
+    """Rollout that records half as many ids as it is set to."""
 
     async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
         fewer = StudentRollout(max_tokens=self.max_tokens, record_topk=-(-self.record_topk // 2))
