@@ -305,6 +305,10 @@ def _kind(base: Any) -> str:
 def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
     base, marks = parts_of(hint)
     candidates = [default]
+    if isinstance(value, str):
+        kinds = get_args(base) if get_origin(base) in (Union, UnionType) else (base,)
+        meant = [_read_as(kind, value) for kind in (parts_of(one)[0] for one in kinds) if kind in (int, float, bool)]
+        candidates[:0] = [one for one in meant if one is not None]
     if base is int and isinstance(value, float) and value.is_integer():
         candidates.insert(0, int(value))
     if base is bool and value in (0, 1) and not isinstance(value, bool):
@@ -327,10 +331,44 @@ def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
     return f"name one with {where}._target_=PACKAGE.CLASS" if _is_part(base) else f"set another {where}=..."
 
 
+_NUMBER = re.compile(
+    r"\s*[a-z_]*?([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE | re.ASCII
+)
+_UNITS = (
+    {"": 1, "f": 1, "s": 1, "min": 60, "h": 3600}
+    | {"%": 0.01, "k": 10**3, "kb": 10**3, "mb": 10**6, "m": 10**6, "gb": 10**9, "g": 10**9, "tb": 10**12}
+    | {
+        "kib": 1 << 10,
+        "mib": 1 << 20,
+        "gib": 1 << 30,
+        "tib": 1 << 40,
+    }
+)
+_BOOLS = {"yes": True, "y": True, "on": True, "true": True, "1": True} | dict.fromkeys(
+    ("no", "n", "off", "false", "0", "none"), False
+)
+
+
+def _read_as(base: type, text: str) -> int | float | bool | None:
+    """Value that a text may mean, e.g. 4000 of `4k`, 0.001 of `1e-3f`, 2 of `zero2`, true of `yes`; else None."""
+    if base is bool:
+        return _BOOLS.get(text.strip().casefold())
+    if not (found := _NUMBER.fullmatch(text)):
+        return None
+    if (unit := _UNITS.get(found[2].casefold())) is None:
+        return None
+    number = float(found[1]) * unit
+    return int(number) if base is int and number.is_integer() else number
+
+
+_SHORT = re.compile(r"(?<=F)(LOAT|P)")  # of FLOAT32 and FP32: F32
+
+
 def _members_like(name: str, members: Sequence[str]) -> list[str]:
     """Members that are nearly `name`, or else those that contain it or that it contains."""
     within = sorted((member for member in members if member in name or name in member), key=len, reverse=True)
-    return get_close_matches(name, members, n=1, cutoff=0.75) or within
+    short = [member for member in members if _SHORT.sub("", member) == _SHORT.sub("", name)]
+    return short or get_close_matches(name, members, n=1, cutoff=0.75) or within
 
 
 def _is_part(base: Any) -> bool:
