@@ -24,6 +24,7 @@ _ROLES = {"teacher": "teacher", "teachers": "teacher"} | dict.fromkeys(
 )
 """Words in a name that say whose setting it is, where it is not the run's own."""
 _MODEL = {"student.path": "student=hf", "teacher.path": "teacher=hf"}  # whose other settings fit models of one's own
+_LONG = 200  # characters of a value that is worth repeating
 _ALIKE = 0.8  # from here on a name is a misspelling of another, and not another word
 
 
@@ -139,7 +140,7 @@ def _parsed(file: Path, changed: int) -> Any:  # noqa: ARG001 (a file that chang
 
 def _example(value: str, why: str) -> str:
     """The given value as an example, unless the setting counts something else."""
-    return "..." if why else value or "..."
+    return "..." if why or len(value) > _LONG else value or "..."
 
 
 def bare_word(word: str, known: Sequence[Key], groups: Mapping[str, Sequence[str]], own: str = "") -> str:

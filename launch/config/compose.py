@@ -79,6 +79,13 @@ def readable(overrides: Sequence[str]) -> list[str]:
     return [o if o in chosen else _readable(o, keys, own) for o in given]
 
 
+def unknown(name: str) -> str:
+    """Advice about a name that no part of a run has; "" for one that may be a setting."""
+    known = _keys("", ())
+    roots = {key.name.partition(".")[0] for key in known} | groups().keys() | {"conf", "data", "stages", "comparison"}
+    return "" if name.partition(".")[0] in roots else advice(name, known)
+
+
 def leading(name: str, value: str) -> str:
     """The override that an option such as `--max-steps 3` is written as here, in a sentence."""
     known = _keys("", ())
@@ -241,7 +248,7 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
     roots = {key.name.partition(".")[0] for key in known} | {"comparison", "stages", "data"}
     if root not in roots or name.startswith("data."):
         raise ConfigurationError(
-            f"override {override!r}: there is no {name!r}; {advice(override.lstrip('+'), known, own)}"
+            f"override {_cut(override)!r}: there is no {name!r}; {advice(override.lstrip('+'), known, own)}"
         )
     prefixed = f"++{override}" if written == name else override
     as_default = re.sub(r"^teachers\.\w+\.", "teacher.", name)  # whose fields every further teacher has
@@ -266,6 +273,10 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
             f"{name}=[{value if '(' not in value else 'A,B'}]"
         )
     return prefixed
+
+
+def _cut(override: str) -> str:
+    return override if len(override) < LONG else f"{override[:LONG]}..."
 
 
 def quoted(override: str) -> str:

@@ -175,7 +175,7 @@ def _settings(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, An
     """
     hints = fields_of(RunConfig)
     own = {f.name: default_of(f) for f in dataclasses.fields(RunConfig) if f.repr and f.name not in _BY_NAME}
-    own = {name: _shipped().get(name, one) if one is dataclasses.MISSING else one for name, one in own.items()}
+    own = {name: (_shipped().get(name) or one) if one is dataclasses.MISSING else one for name, one in own.items()}
     kinds = {name: parts_of(hints[name])[0] for name in own}
     groups = {name: cls for name, cls in kinds.items() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
     parts = [name for name, kind in kinds.items() if getattr(kind, "_is_protocol", False)]
