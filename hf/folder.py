@@ -99,7 +99,7 @@ def read_config(path: str, part: str) -> dict[str, Any]:
 
 
 def instead(folder: Path) -> str:
-    """Remedy for a folder without a model: what lies in it, or below it."""
+    """Remedy for a folder without a model, by its files and those below it."""
     below = sorted({str(found.parent) for depth in _BELOW for found in folder.glob(f"{depth}{CONFIG}")})
     if below:
         return f"give the one that is meant: {', '.join(below[-3:])}"

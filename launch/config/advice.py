@@ -67,7 +67,7 @@ def advice(written: str, known: Sequence[Key], own: str = "") -> str:
 
 
 def _elsewhere(name: str, value: str, every: Sequence[str], own: str) -> str:
-    """What a name of another program is here; "" for one that is not known."""
+    """Advice about a name of another program; "" for one that is not known."""
     *above, last = name.lower().split(".")
     target = ALIASES.get(last) or ALIASES.get(above[-1] if above else "", "")
     if last in ELSEWHERE:

@@ -75,7 +75,7 @@ class RewardFunction:
         return self._called(completions=list(completions), answers=list(answers))
 
     def _called(self, **values: Any) -> Any:
-        """What the function gives for the values that it has a parameter for, wherever in its signature."""
+        """Result of the function for the values that it has a parameter for, wherever in its signature."""
         given = {name: values[name] for name in self._parameters if name in values}
         only = [n for n, p in self._parameters.items() if p.kind is p.POSITIONAL_ONLY and n in given]
         first = [given.pop(name) for name in only]

@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from opd.errors import ConfigurationError
+from opd.settings.meant import read_as
 from opd.settings.ranges import AtMost, In, Length, Matches, Whole
 from opd.settings.secret import HIDDEN, Secret, names_a_secret, without_logins
 
@@ -307,7 +308,7 @@ def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
     candidates = [default]
     if isinstance(value, str):
         kinds = get_args(base) if get_origin(base) in (Union, UnionType) else (base,)
-        meant = [_read_as(kind, value) for kind in (parts_of(one)[0] for one in kinds) if kind in (int, float, bool)]
+        meant = [read_as(kind, value) for kind in (parts_of(one)[0] for one in kinds) if kind in (int, float, bool)]
         candidates[:0] = [one for one in meant if one is not None]
     if base is int and isinstance(value, float) and value.is_integer():
         candidates.insert(0, int(value))
@@ -329,36 +330,6 @@ def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
         if _legal(hint, candidate) and len(written := spelled(candidate)) <= SHOWN and written.isprintable():
             return f"set {where}={written}"
     return f"name one with {where}._target_=PACKAGE.CLASS" if _is_part(base) else f"set another {where}=..."
-
-
-_NUMBER = re.compile(
-    r"\s*[a-z_]*?([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE | re.ASCII
-)
-_UNITS = (
-    {"": 1, "f": 1, "s": 1, "min": 60, "h": 3600}
-    | {"%": 0.01, "k": 10**3, "kb": 10**3, "mb": 10**6, "m": 10**6, "gb": 10**9, "g": 10**9, "tb": 10**12}
-    | {
-        "kib": 1 << 10,
-        "mib": 1 << 20,
-        "gib": 1 << 30,
-        "tib": 1 << 40,
-    }
-)
-_BOOLS = {"yes": True, "y": True, "on": True, "true": True, "1": True} | dict.fromkeys(
-    ("no", "n", "off", "false", "0", "none"), False
-)
-
-
-def _read_as(base: type, text: str) -> int | float | bool | None:
-    """Value that a text may mean, e.g. 4000 of `4k`, 0.001 of `1e-3f`, 2 of `zero2`, true of `yes`; else None."""
-    if base is bool:
-        return _BOOLS.get(text.strip().casefold())
-    if not (found := _NUMBER.fullmatch(text)):
-        return None
-    if (unit := _UNITS.get(found[2].casefold())) is None:
-        return None
-    number = float(found[1]) * unit
-    return int(number) if base is int and number.is_integer() else number
 
 
 _SHORT = re.compile(r"(?<=F)(LOAT|P)")  # of FLOAT32 and FP32: F32
