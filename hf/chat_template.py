@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from opd.errors import DataError
 from opd.types.prompt_rows import Messages
@@ -53,6 +53,11 @@ def rendered(render: Render, messages: Messages, tools: Messages, where: str) ->
 def _call(render: Render, messages: Messages, tools: Messages, where: str) -> str:
     try:
         return render(messages, tools)
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"{where}: the chat template of the checkpoint is damaged ({_reason(error)}, its line {error.lineno}); "
+            "copy it anew"
+        ) from error
     except REFUSALS as error:
         raise DataError(
             f"{where}: the chat template refuses the conversation ({_reason(error)}); correct the row"

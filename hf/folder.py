@@ -15,7 +15,7 @@ from opd.errors import ConfigurationError, DataError
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -41,6 +41,14 @@ class Stored:
         return self.size * _BITS.get(self.dtype, 8) // 8
 
 
+def is_pointer(first: bytes) -> bool:
+    """Whether a file that begins so is a pointer of Git LFS, which stands for one that was not fetched."""
+    return first.startswith(b"version https://git-lfs.github.com/")
+
+
+FETCH = "it is a pointer of Git LFS, and the file itself was not fetched: `git lfs pull` does that"
+
+
 def read_json(file: Path, part: str) -> dict[str, Any]:
     """The mapping in a JSON file.
 
@@ -51,6 +59,7 @@ def read_json(file: Path, part: str) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number without end
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        reason = FETCH if file.is_file() and is_pointer(file.read_bytes()[:60]) else reason
         raise DataError(f"{part} has a damaged {file.name} in {str(file.parent)!r} ({reason}); copy it anew") from error
     if not isinstance(value, dict):
         kind = "null" if value is None else f"a {type(value).__name__}"
@@ -71,16 +80,39 @@ def read_config(path: str, part: str) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigurationError(_no_folder(path, part))
-    if has_config(folder):
+    adapter, weights = (folder / ADAPTER).is_file(), any((folder / name).exists() for name in (SINGLE, INDEX))
+    if adapter and weights and has_config(folder):
+        raise DataError(
+            f"{part} in {path!r} has an adapter ({ADAPTER}) beside whole weights, and programs differ in which of them "
+            "they read; move the adapter elsewhere, or merge it into the weights"
+        )
+    if has_config(folder) and not adapter:
         return read_json(folder / CONFIG, part)
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json", part).get("base_model_name_or_path")
+    if adapter:
+        base = read_json(folder / ADAPTER, part).get("base_model_name_or_path")
         raise DataError(
             f"{part} needs whole weights, but {path!r} is a LoRA adapter of {base!r}; merge them first with PEFT: "
             "PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder), copy the "
             "tokenizer there, and give that folder"
         )
-    raise DataError(f"{part} needs a Hugging Face checkpoint, but {path!r} has no config.json; correct the path")
+    raise DataError(f"{part} needs a Hugging Face checkpoint, but {path!r} has no config.json; {instead(folder)}")
+
+
+def instead(folder: Path) -> str:
+    """Remedy for a folder without a model, by its files and those below it."""
+    below = sorted({str(found.parent) for depth in _BELOW for found in folder.glob(f"{depth}{CONFIG}")})
+    if below:
+        return f"give the one that is meant: {', '.join(below[-3:])}"
+    if next(folder.glob("*.gguf"), None):
+        return "what it has is GGUF, which is quantized and cannot be read; give the model that it was made from"
+    if next(folder.glob("model_world_size_*.pt"), None):
+        return "what it has are shards of FSDP; merge them into a model with the program that wrote them"
+    if next(folder.glob("*.bin"), None):
+        return "save the model with safe_serialization"
+    return "correct the path"
+
+
+_BELOW = ("*/", "*/*/", "*/*/*/")  # as in OUTPUT/checkpoint-500, global_step_100/actor/huggingface
 
 
 def has_config(path: str | Path) -> bool:
@@ -90,6 +122,8 @@ def has_config(path: str | Path) -> bool:
 
 def _no_folder(path: str, part: str) -> str:
     what = f"{part} needs a checkpoint folder, but {path!r} is"
+    if path.endswith(".gguf"):
+        return f"{what} a file of GGUF, which is quantized and cannot be read; give the model that it was made from"
     if Path(path).exists():
         return f"{what} a file; give the folder it lies in"
     return f"{what} none; correct the path, or give a name on the Hugging Face hub (ORG/NAME)"
@@ -115,7 +149,7 @@ def read_headers(path: str, part: str) -> Mapping[str, Stored]:
         return _header(folder / SINGLE, part)
     if not (folder / INDEX).exists():
         strays = sorted(folder.glob("*.safetensors"))
-        if strays and not (folder / "adapter_config.json").is_file():
+        if strays and not (folder / ADAPTER).is_file():
             raise DataError(
                 f"{part} needs {SINGLE} or {INDEX}, but {path!r} has only {strays[0].name} of that kind; save the "
                 "model anew, or copy the index too"
@@ -161,6 +195,8 @@ def _header(file: Path, part: str) -> dict[str, Stored]:
             length = int.from_bytes(first, "little")
             if len(first) == 8 and length <= min(_LONGEST_HEADER, total - 8):
                 text = handle.read(length)
+            elif is_pointer(first + handle.read(60)):
+                raise damaged(FETCH)
             elif first[:2] == b"PK" or first[:1] == b"\x80":
                 raise damaged("it is a pickle and no safetensors, and is never opened")
             else:

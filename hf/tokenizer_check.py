@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 from transformers import AutoTokenizer
 
-from hf.folder import read_config, read_headers, read_json, text_config
+from hf.folder import FETCH, instead, is_pointer, read_config, read_headers, read_json, text_config
 from opd.errors import DataError
 
 SPECIAL = ("bos", "eos", "pad", "unk")
@@ -99,6 +99,9 @@ def _loaded(key: _Key) -> Any:
     part = f"the tokenizer in {key.path!r}"
     for file in sorted(Path(key.path).glob("*token*_*.json")):
         read_json(file, part)
+    for file in sorted(Path(key.path).glob("*token*")):
+        if file.is_file() and is_pointer(file.open("rb").read(60)):
+            raise DataError(f"{part} lacks its {file.name}: {FETCH}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(key.path, local_files_only=True, trust_remote_code=False)
         tokenizer.get_vocab()
@@ -145,7 +148,7 @@ def check_checkpoint(path: str, part: str) -> None:
     if "model_type" not in config:
         raise DataError(f"{part} in {path!r} has a config.json without model_type; it is no language model")
     if not read_headers(path, part):
-        raise DataError(f"{part} needs safetensors, but {path!r} has none; save the model with safe_serialization")
+        raise DataError(f"{part} needs safetensors, but {path!r} has none; {instead(Path(path))}")
 
 
 def _first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.config.aliases import ALIASES
+from launch.config.compose import leading
 from launch.config.shipped_files import groups
 from opd.errors import ConfigurationError
 
@@ -128,5 +128,6 @@ def _lead(name: str, value: str) -> str:
     if name in _LEAD:
         return f"there is no option {name}: {_LEAD[name]}"
     plain = name.lstrip("-").replace("-", "_")
-    key = _RENAMED.get(name) or ALIASES.get(plain, plain).rstrip("=")
-    return f"there is no option {name}: settings are written KEY=VALUE; write {key}={value or '...'}"
+    if key := _RENAMED.get(name):
+        return f"there is no option {name}: settings are written KEY=VALUE; write {key}={value or '...'}"
+    return f"there is no option {name}: settings are written KEY=VALUE; {leading(plain, value)}"

@@ -22,7 +22,9 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.artifacts.user_yaml import check_files
-from launch.config.keys import Key, advice, holds_text, keys
+from launch.config.advice import Key, advice, bare_word
+from launch.config.aliases import METHODS
+from launch.config.keys import holds_text, keys
 from launch.config.shipped_files import groups, shipped
 from opd.errors import ConfigurationError
 from opd.settings.validation import shown
@@ -46,7 +48,19 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     `conf=DIR` among them adds a folder of the user's own, laid out like ours (`DIR/method/NAME.yaml`).
     """
     own = own_folder(overrides)
-    return _compose(own, readable(overrides))
+    node = _compose(own, readable(overrides))
+    _check_data(node, overrides)
+    return node
+
+
+def _check_data(node: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse `data=FOLDER` where nothing reads it: it is for the experiments whose paths are made of it."""
+    given = next((o for o in overrides if o.lstrip("+").startswith("data=")), "")
+    if given and "${data}" not in OmegaConf.to_yaml(node):
+        raise ConfigurationError(
+            f"override {shown(given)} would do nothing, because no path of this run is made of it (those of "
+            "experiment=gsm8k_tiny are); a file of prompts is named by prompts=dataset prompts.path=FILE"
+        )
 
 
 def readable(overrides: Sequence[str]) -> list[str]:
@@ -60,7 +74,26 @@ def readable(overrides: Sequence[str]) -> list[str]:
     for override in chosen:
         _check_option(override, known)
     keys = _keys(own, chosen) if len(chosen) < len(given) else ()
+    for word in (o for o in given if "=" not in o and not o.startswith("~")):
+        raise ConfigurationError(f"override {word!r} has no value; {bare_word(word, keys, known, own)}")
     return [o if o in chosen else _readable(o, keys, own) for o in given]
+
+
+def unknown(name: str) -> str:
+    """Advice about a name that no part of a run has; "" for one that may be a setting."""
+    known = _keys("", ())
+    roots = {key.name.partition(".")[0] for key in known} | groups().keys() | {"conf", "data", "stages", "comparison"}
+    return "" if name.partition(".")[0] in roots else advice(name, known)
+
+
+def leading(name: str, value: str) -> str:
+    """The override that an option such as `--max-steps 3` is written as here, in a sentence."""
+    known = _keys("", ())
+    if kind := next((key.kind for key in known if key.name == name), None):
+        return f"write {name}={value or ('true' if kind == 'bool' else '...')}"
+    if name in groups():
+        return f"write {name}={value or 'NAME'}"
+    return advice(f"{name}={value}" if value else name, known)
 
 
 def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
@@ -118,22 +151,63 @@ ALONE = ("none", "offline", "wandb")  # of which it may have one
 
 
 def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
-    key, _, value = override.partition("=")
+    key, equals, value = override.partition("=")
     group = key.lstrip("+~")
-    if value.startswith(("{", "null")) or key.startswith("~"):
+    if not equals and not key.startswith("~"):
+        raise ConfigurationError(f"override {override!r} has no value; {bare_word(group, (), known)}")
+    if value.startswith("{"):
         return
+    if key.startswith("~") or value.casefold() in _NOTHING:
+        _refuse_no_option(override, group, known)
     chosen = _named_options(value) if group in SEVERAL else [value]
     wrong = [one for one in chosen if one not in known[group]]
     if not wrong:
         if group == "tracker":
             _check_trackers(override, chosen)
         return
+    if group in SEVERAL and "," in value and not value.startswith("["):
+        raise ConfigurationError(f"{shown(override)} names several; write {group}=[{value}]")
     if not value.startswith("[") and re.search(r",|^(choice|range|glob|sort|shuffle|interval)\(", value):
         raise ConfigurationError(f"{shown(override)} names several options; {_SWEEP}")
-    close = difflib.get_close_matches(wrong[0], known[group], n=1, cutoff=0.5)
-    meant = f"; did you mean {group}={value.replace(wrong[0], close[0])}?" if close else ""
     given = override if len(override) < LONG else shown(override)
+    if group in _OWN and re.search(r"[/.~]|:", wrong[0]):
+        raise ConfigurationError(
+            f"{given} names no option (have: {', '.join(known[group])}); one of your own is {_OWN[group]}{value}"
+        )
+    close = _meant(wrong[0], group, known[group])
+    meant = f"; did you mean {group}={value.replace(wrong[0], close[0])}?" if close else ""
     raise ConfigurationError(f"{given} does not exist{meant} (have: {', '.join(known[group])})")
+
+
+_NOTHING = ("null", "none", "false", "off", "no", "disabled", "0", "")
+_OWN = {
+    "student": "student=hf student.path=",
+    "teacher": "teacher=hf teacher.path=",
+    "prompts": "prompts=dataset prompts.path=",
+    "evaluation": "evaluation=dataset evaluation.prompts.path=",
+}
+"""Options for what is the user's own, a folder or a file."""
+
+
+def _refuse_no_option(override: str, group: str, known: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to take a group away, unless that is its option `none`; there is always one way to say so."""
+    if override == f"{group}=none" and "none" in known[group]:
+        return
+    if group in SEVERAL and group != "tracker":
+        raise ConfigurationError(f"{shown(override)} names no option; write {group}=[] for none of them")
+    if group == "experiment":
+        raise ConfigurationError(f"{shown(override)} names no option; leave it out for none")
+    remedy = f"write {group}=none" if "none" in known[group] else f"name one of {', '.join(known[group])}"
+    raise ConfigurationError(f"{shown(override)} names no option, and a run needs one; {remedy}")
+
+
+def _meant(name: str, group: str, options: Sequence[str]) -> list[str]:
+    """The option that a wrong name may mean, in a list; empty if there is none."""
+    elsewhere = METHODS.get(name.casefold().replace("-", "_"), "") if group == "method" else ""
+    plain = {option.casefold(): option for option in options}
+    same = plain.get(name.casefold().replace("-", "_"))
+    found = [one for one in (elsewhere, same) if one]
+    return found or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
 
 
 def _check_trackers(override: str, chosen: Sequence[str]) -> None:
@@ -159,19 +233,22 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
     What stands behind a key that holds text is taken as it was written, whatever Hydra's grammar makes of it (1e3, a
     comma, a space, an equals sign, a backslash). Its lists, quotes, interpolations and functions keep their meaning.
     """
-    written, equals, value = override.partition("=")
+    written, _, value = override.partition("=")
     name = written.lstrip("+~")
-    if not equals and not written.startswith("~"):
-        raise ConfigurationError(f"override {override!r} has no value; write {name or 'KEY'}=VALUE")
     if not re.fullmatch(r"[A-Za-z_][\w.@:/-]*", name):
         raise ConfigurationError(
             f"override {override!r} begins with no key; write KEY=VALUE without spaces, e.g. steps=50"
         )
     root = name.partition(".")[0].partition("@")[0]
-    roots = {key.name.partition(".")[0] for key in known} | {"hydra", "comparison", "stages", "data"}
-    if root not in roots:
+    if root == "hydra":
         raise ConfigurationError(
-            f"override {override!r}: there is no {name!r}; {advice(override.lstrip('+'), known, own)}"
+            f"override {override!r} is about how Hydra starts jobs, which opd does itself; a run's folder is "
+            "output_dir=... and run_name=..., and options of your own are in conf=DIR"
+        )
+    roots = {key.name.partition(".")[0] for key in known} | {"comparison", "stages", "data"}
+    if root not in roots or name.startswith("data."):
+        raise ConfigurationError(
+            f"override {_cut(override)!r}: there is no {name!r}; {advice(override.lstrip('+'), known, own)}"
         )
     prefixed = f"++{override}" if written == name else override
     as_default = re.sub(r"^teachers\.\w+\.", "teacher.", name)  # whose fields every further teacher has
@@ -196,6 +273,10 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
             f"{name}=[{value if '(' not in value else 'A,B'}]"
         )
     return prefixed
+
+
+def _cut(override: str) -> str:
+    return override if len(override) < LONG else f"{override[:LONG]}..."
 
 
 def quoted(override: str) -> str:

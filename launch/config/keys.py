@@ -6,34 +6,21 @@ Importing the parts imports torch, which takes seconds; a mistyped key and `--he
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.artifacts.old_names import todays, todays_setting
-from launch.config.aliases import ALIASES, REASONS
-from launch.config.shipped_files import option_files, shipped
+from launch.artifacts.old_names import todays
+from launch.config.advice import Key, advice
+from launch.config.shipped_files import shipped
 from opd.errors import ConfigurationError
 from opd.settings.declared import Setting, class_of, settings
 
 _RUN = "launch.config.run_config.RunConfig"
 _COMMENT = re.compile(r"^( *)([a-z_]\w*):[^#]*(?:#\s*(.*))?$")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
-    """A setting at its place in a run, e.g. `Key(name="learner.lr", kind="float", value="0.001", text="...")`."""
-
-    name: str
-    kind: str
-    value: str
-    text: str
-    bounds: str = ""
 
 
 @cache
@@ -147,54 +134,6 @@ def check_names(node: DictConfig, overrides: Sequence[str] = ()) -> None:
         if setting is None:
             written = next((o.lstrip("+") for o in overrides if o.lstrip("+").partition("=")[0] == name), name)
             raise ConfigurationError(f"{written}: there is no setting {name!r}; {advice(written, keys(node))}")
-
-
-def advice(written: str, known: Sequence[Key], own: str = "") -> str:
-    """Advice about a setting that does not exist: another option, another name for it, its place, or the nearest name.
-
-    Example: `advice("lr=1e-3", keys(node))` is `"it is learner.lr here; write learner.lr=1e-3"`.
-    """
-    name, equals, value = written.partition("=")
-    above, _, last = name.rpartition(".")
-    every = [key.name for key in known]
-    if options := _options_with(name, own):
-        return f"it belongs to {', '.join(options[:4])}{' ...' if len(options) > 4 else ''}; add that to the command"
-    if (renamed := todays_setting(name)) in every:
-        return f"it is called {renamed} now; write {renamed}{equals}{value}"
-    target = ALIASES.get(last.lower(), "")
-    if target.endswith("="):
-        return f"it is chosen by {target}NAME here (opd train --help {target[:-1]})"
-    if target:
-        why = REASONS.get(last.lower(), "")
-        return f"it is {target} here{f': {why}' if why else ''}; write {target}={_example(value, why)}"
-    beside = {key.rpartition(".")[2]: key for key in every if key.rpartition(".")[0] == above}
-    beside |= {} if above else {key.partition(".")[0]: key.partition(".")[0] for key in every}
-    close = difflib.get_close_matches(last, beside, n=1) or difflib.get_close_matches(name, every, n=1, cutoff=0.85)
-    places = [key for key in every if key.rpartition(".")[2] == last] or [beside.get(name, name) for name in close]
-    if len(places) == 1:
-        return f"did you mean {places[0]!r}? write {places[0]}{equals}{value}"
-    if beside and above:
-        return f"{above} has {', '.join(beside)}"
-    return "opd train --help WORD searches all settings"
-
-
-def _options_with(name: str, own: str) -> list[str]:
-    """Options of a group that have this setting, e.g. `["prompts=dataset"]` for `prompts.path`."""
-    group, *path = name.split(".")
-    found = []
-    for option, file in option_files(own).get(group, {}).items():
-        node = yaml.safe_load(file.read_text(encoding="utf-8"))
-        for part in path[:-1]:
-            node = node.get(part) if isinstance(node, dict) else None
-        target = _target(node) if isinstance(node, dict) else ""
-        if path and path[-1] in (settings(target) or {} if target else {}):
-            found.append(f"{group}={option}")
-    return found
-
-
-def _example(value: str, why: str) -> str:
-    """The given value as an example, unless the setting counts something else."""
-    return "..." if why else value or "..."
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:

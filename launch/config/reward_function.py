@@ -41,6 +41,11 @@ class RewardFunction:
                 f"has ({', '.join(parameters)}); rename its parameters"
                 + (f", or set graders.{self.name}.{strange[0]}=..." if strange and given else "")
             )
+        if inspect.iscoroutinefunction(self.function) or inspect.isgeneratorfunction(self.function):
+            raise ConfigurationError(
+                f"graders.{self.name}: {self.function.__qualname__} gives a coroutine or a generator when called, and "
+                "no reward; return a number, or name a dataclass with `async def grade(self, completions, answers)`"
+            )
         if unknown:
             raise ConfigurationError(
                 f"graders.{self.name}.{unknown[0]}: {self.function.__qualname__} has no such parameter; it has "
@@ -64,12 +69,17 @@ class RewardFunction:
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Rewards in order."""
-        answered = any(name in self._parameters for name in ("answer", "answers"))
         if self.one_by_one:
-            called = zip(completions, answers, strict=True) if answered else ((c,) for c in completions)
-            return [self.function(*arguments, **self.settings) for arguments in called]
-        lists = (list(completions), list(answers)) if answered else (list(completions),)
-        return self.function(*lists, **self.settings)
+            pairs = zip(completions, answers, strict=True)
+            return [self._called(completion=completion, answer=answer) for completion, answer in pairs]
+        return self._called(completions=list(completions), answers=list(answers))
+
+    def _called(self, **values: Any) -> Any:
+        """Result of the function for the values that it has a parameter for, wherever in its signature."""
+        given = {name: values[name] for name in self._parameters if name in values}
+        only = [n for n, p in self._parameters.items() if p.kind is p.POSITIONAL_ONLY and n in given]
+        first = [given.pop(name) for name in only]
+        return self.function(*first, **given, **self.settings)
 
 
 def _by_name(parameter: inspect.Parameter) -> bool:

@@ -7,8 +7,10 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Annotated, Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +22,7 @@ from launch.config.compose import compose, first_line
 from launch.config.keys import check_names
 from launch.config.row_functions import check_row_functions
 from launch.config.settings import ClusterConfig, EvaluationConfig, HardwareConfig
+from launch.config.shipped_files import shipped
 from launch.config.task_parts import BY_TASK, environments_of, graders_of, named_by_hand
 from launch.config.tracker import TrackerConfig
 from launch.config.typed import AllowedPackages, built, construct
@@ -172,6 +175,7 @@ def _settings(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, An
     """
     hints = fields_of(RunConfig)
     own = {f.name: default_of(f) for f in dataclasses.fields(RunConfig) if f.repr and f.name not in _BY_NAME}
+    own = {name: (_shipped().get(name) or one) if one is dataclasses.MISSING else one for name, one in own.items()}
     kinds = {name: parts_of(hints[name])[0] for name in own}
     groups = {name: cls for name, cls in kinds.items() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
     parts = [name for name, kind in kinds.items() if getattr(kind, "_is_protocol", False)]
@@ -181,6 +185,12 @@ def _settings(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, An
         **{name: construct(cls, values.get(name), name, allowed) for name, cls in groups.items()},
         **{name: built(hints[name], values.get(name), name, allowed) for name in parts},
     }
+
+
+@cache
+def _shipped() -> Mapping[str, Any]:
+    """The values in `conf/config.yaml`, which an error proposes."""
+    return yaml.safe_load((shipped("conf") / "config.yaml").read_text(encoding="utf-8"))
 
 
 def _refuse_nothing(overrides: Sequence[str], values: Mapping[str, Any]) -> None:

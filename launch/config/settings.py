@@ -231,7 +231,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.prompts is None and not self.sets:
             raise ConfigurationError(
-                "evaluation has no prompts: evaluation.prompts is null, and evaluation.sets is empty; set one of them"
+                "evaluation has no prompts: evaluation.prompts is null, and evaluation.sets is empty; give held-out "
+                "rows by evaluation=dataset evaluation.prompts.path=FILE, or sets by evaluation_sets=[math500]"
             )
         for name in self.sets:
             if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):

@@ -101,6 +101,11 @@ def _parts(hint: Any, value: Any, where: str, allowed: Sequence[str], default: A
 def imported(target: Any, where: str, allowed: Sequence[str]) -> Any:
     """Object that a `_target_` names. A module of the user's own may lie in the folder where the command was given."""
     target = todays(target) if isinstance(target, str) else target
+    if isinstance(target, str) and not re.fullmatch(r"\w+(\.\w+)*", target):
+        raise ConfigurationError(
+            f"{where}._target_ is {target!r}, but it is no MODULE.NAME as Python imports it; write the file "
+            "my_folder/my_rewards.py with a function f as my_folder.my_rewards.f"
+        )
     if not isinstance(target, str) or not any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in allowed):
         raise ConfigurationError(
             f"{where}._target_ is {target!r}, but only parts below {', '.join(allowed)} are built; add its package "
@@ -111,7 +116,9 @@ def imported(target: Any, where: str, allowed: Sequence[str]) -> Any:
     try:
         return getattr(load(module), name)
     except Exception as error:  # a user's module may raise anything
-        raise ConfigurationError(f"{where}._target_ {target!r} cannot be imported: {error}") from error
+        raise ConfigurationError(
+            f"{where}._target_ {target!r} cannot be imported: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _target(target: Any, where: str, allowed: Sequence[str]) -> type:

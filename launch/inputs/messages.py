@@ -1,7 +1,7 @@
 """Chat messages of a prompt file in the form of chat templates: whole, or refused with the row."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.inputs.json_records import Number
@@ -12,6 +12,17 @@ DEEPEST = 64  # levels of a tool's arguments or description
 _SHAREGPT = {"from", "value"}
 _ANSWERING = frozenset({"assistant", "gpt", "model", "bot", "chatbot", "ai"})
 """Roles of who answers, as data sets spell them; what is meant by the others, the chat template decides."""
+
+
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool", "developer")} | {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+}
+"""Roles as chat templates have them, by what data sets write."""
 
 
 def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, key: str) -> tuple[Message, ...]:
@@ -32,9 +43,21 @@ def messages(value: Any, where: str, *, sparse: bool, drop_last_answer: bool, ke
         turns.pop()
         if not turns or _answers(turns[-1]):
             raise DataError(f"{where} has no turn before the assistant's last one to answer to; remove the row")
+    check_roles(turns, where)
     if not any(isinstance(m["content"], str) and m["content"].strip() for m in turns):
         raise DataError(f"{where} has messages without any text; remove the row")
     return tuple(turns)
+
+
+def check_roles(turns: Sequence[Message], where: str) -> None:
+    """Refuse a role that is another spelling of one that chat templates have: many would write it as it is."""
+    for i, turn in enumerate(turns, start=1):
+        meant = _ROLES.get(turn["role"].strip().casefold(), turn["role"])
+        if meant != turn["role"]:
+            raise DataError(
+                f"{where} message {i} has the role {turn['role']!r}, which chat templates call {meant!r} and would "
+                "write as it is; store it so, or change it with a function in prompts.map"
+            )
 
 
 def _answers(turn: Message) -> bool:

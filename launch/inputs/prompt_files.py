@@ -18,17 +18,23 @@ from opd.types.prompt_rows import Columns, Row
 
 _SHOWN = 12  # column names that an error lists
 _ABSENT = object()
+OF_PROMPTS = ("system", "input", "context", "tools", "image", "images", "video", "videos", "audio", "audios")
+"""Columns that data sets keep a part of their prompts in."""
 _CONVERSATION = re.compile(r"\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:.*\]", re.DOTALL)
 """Messages as JSON or as Python writes them, in a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """Rows of a prompt file, and how many records a filter left out, with the place of the first."""
+    """Rows of a prompt file, and how many records a filter left out, with the place of the first.
+
+    `unread` are columns that are part of a prompt elsewhere, hold something, and are read by no setting.
+    """
 
     rows: Sequence[Row]
     left_out: int
     first_left_out: str
+    unread: tuple[str, ...] = ()
 
 
 def read_rows(path: str, columns: Columns) -> Sequence[Row]:
@@ -60,13 +66,21 @@ def reading(path: str, columns: Columns) -> Reading:
 def _whole(files: Sequence[Path], columns: Columns, change: Change, stays: Test) -> Reading:
     rows: list[Row] = []
     left_out, first = 0, ""
+    unread: dict[str, None] = {}
     for file in files:
         for record in map(change, records(file)):
             if stays(record):
+                unread |= dict.fromkeys(_unread(record, columns))
                 rows.append(row_of(record, columns))
             else:
                 left_out, first = left_out + 1, first or record.where
-    return Reading(rows=tuple(rows), left_out=left_out, first_left_out=first)
+    return Reading(rows=tuple(rows), left_out=left_out, first_left_out=first, unread=tuple(unread))
+
+
+def _unread(record: Record, columns: Columns) -> list[str]:
+    read = (columns.prompt, columns.answer, columns.teacher, columns.teacher_prompt, columns.weight, columns.tools)
+    known = {column.partition(".")[0] for column in read if column}
+    return [name for name in OF_PROMPTS if record.values.get(name) and name not in known]
 
 
 def _streamed(files: Sequence[Path], columns: Columns, change: Change, stays: Test) -> Reading:
@@ -113,7 +127,8 @@ def _cell(record: Record, columns: Columns, part: str, column: str) -> tuple[Any
     value = _find(record.values, column)
     if value is _ABSENT:
         raise DataError(
-            f"{record.where} has no column {column!r}{_has(record)}; set {columns.place}.{part}_column to one of them"
+            f"{record.where} has no column {column!r}{_has(record)}; set {columns.place}.{part}_column to one of them, "
+            "or correct the row if others have it"
         )
     return value, f"{record.where}: {column!r}"
 

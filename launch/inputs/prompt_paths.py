@@ -1,11 +1,14 @@
 """Files behind a prompt path: one file, a folder of them, a pattern, or a saved `datasets` folder."""
 
 import json
+import re
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
 import xxhash
 
+from hf.hub.layout import DEFAULT, configurations
 from opd.errors import ConfigurationError, DataError
 from opd.settings.validation import shown
 
@@ -16,6 +19,8 @@ FORMS = (
     "or a folder written by datasets.save_to_disk"
 )
 _PIECE = 16 << 20
+_ABOUT = ("dataset_infos.json", "dataset_info.json")  # of a data set, and no rows
+_FETCHED = re.compile(r"\d{5}-")  # how files of one split of the hub are linked (`hf.hub.data`)
 
 
 def endings(path: Path) -> tuple[str, str]:
@@ -80,12 +85,27 @@ def _in_folder(folder: Path, key: str) -> tuple[Path, ...]:
     if (folder / "state.json").is_file():
         return _saved(folder)
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] not in "._" and endings(p)[0] in ENDINGS)
+    files = [file for file in files if file.name not in _ABOUT]
     if not files:
         raise ConfigurationError(
             f"{key} {str(folder)!r} has no prompt files; set it to {FORMS} (files in folders below: "
             f"{key}='{folder}/**/*.parquet')"
         )
+    if not all(file.is_symlink() and _FETCHED.match(file.name) for file in files):
+        _check_one_split(folder, files, key)
     return tuple(files)
+
+
+def _check_one_split(folder: Path, files: Sequence[Path], key: str) -> None:
+    """Refuse a folder whose files are of several splits by their names: the test set would be trained on, too."""
+    splits = configurations([file.name for file in files], "", str(folder)).get(DEFAULT, {})
+    if len(splits) > 1:
+        named = ", ".join(f"{split} ({files[0]})" for split, files in splits.items())
+        raise ConfigurationError(
+            f"{key} {str(folder)!r} holds files of several splits, {named}; name those of one, such as "
+            f"{key}='{folder}/{next(iter(splits.values()))[0]}', or all of them by a pattern, "
+            f"{key}='{folder}/*{files[0].suffix}'"
+        )
 
 
 def _saved(folder: Path) -> tuple[Path, ...]:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from hf.folder import FETCH, is_pointer
 from launch.inputs.json_records import parse, parse_array
 from launch.inputs.prompt_paths import endings
 from opd.errors import DataError
@@ -42,8 +43,15 @@ class Record:
 def records(file: Path) -> Iterator[Record]:
     """All rows of `file`. Raises `DataError` with file and line where its content is not of the format in its name."""
     form, squeezed = endings(file)
+    _check_fetched(file)
     with _whole(file), _OPENERS[squeezed](file) as stream:
         yield from _READERS[form](stream, str(file))
+
+
+def _check_fetched(file: Path) -> None:
+    with _whole(file), file.open("rb") as stream:
+        if is_pointer(stream.read(60)):
+            raise DataError(f"{file} holds no rows: {FETCH}")
 
 
 @contextmanager

@@ -43,8 +43,11 @@ def _source(module: str) -> tuple[ast.Module, tuple[str, ...]] | None:
     path = _path(module)
     if path is None:
         return None
-    text = path.read_text(encoding="utf-8")
-    return ast.parse(text), tuple(text.splitlines())
+    try:
+        text = path.read_text(encoding="utf-8")
+        return ast.parse(text), tuple(text.splitlines())
+    except (SyntaxError, ValueError):  # a user's module; importing it says what is wrong
+        return None
 
 
 def _path(module: str) -> Path | None:

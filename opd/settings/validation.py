@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from opd.errors import ConfigurationError
+from opd.settings.meant import read_as
 from opd.settings.ranges import AtMost, In, Length, Matches, Whole
 from opd.settings.secret import HIDDEN, Secret, names_a_secret, without_logins
 
@@ -305,6 +306,10 @@ def _kind(base: Any) -> str:
 def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
     base, marks = parts_of(hint)
     candidates = [default]
+    if isinstance(value, str):
+        kinds = get_args(base) if get_origin(base) in (Union, UnionType) else (base,)
+        meant = [read_as(kind, value) for kind in (parts_of(one)[0] for one in kinds) if kind in (int, float, bool)]
+        candidates[:0] = [one for one in meant if one is not None]
     if base is int and isinstance(value, float) and value.is_integer():
         candidates.insert(0, int(value))
     if base is bool and value in (0, 1) and not isinstance(value, bool):
@@ -327,10 +332,14 @@ def _advice(hint: Any, value: Any, where: str, default: Any) -> str:
     return f"name one with {where}._target_=PACKAGE.CLASS" if _is_part(base) else f"set another {where}=..."
 
 
+_SHORT = re.compile(r"(?<=F)(LOAT|P)")  # of FLOAT32 and FP32: F32
+
+
 def _members_like(name: str, members: Sequence[str]) -> list[str]:
     """Members that are nearly `name`, or else those that contain it or that it contains."""
     within = sorted((member for member in members if member in name or name in member), key=len, reverse=True)
-    return get_close_matches(name, members, n=1, cutoff=0.75) or within
+    short = [member for member in members if _SHORT.sub("", member) == _SHORT.sub("", name)]
+    return short or get_close_matches(name, members, n=1, cutoff=0.75) or within
 
 
 def _is_part(base: Any) -> bool:

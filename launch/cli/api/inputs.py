@@ -57,7 +57,7 @@ def _in_order(given: Any, name: str) -> Iterable[Any]:
             raise ConfigurationError(
                 f"{name} needs records in an order that is the same every time, got {type(given).__name__}; give a list"
             )
-    if _is(given, "datasets", "DatasetDict", "IterableDatasetDict"):
+    if has_splits(given):
         raise ConfigurationError(
             f"{name} has several splits ({', '.join(given)}); give one, {name}=data[{min(given)!r}]"
         )
@@ -74,6 +74,11 @@ def _in_order(given: Any, name: str) -> Iterable[Any]:
     if len(set(names)) < len(names):
         raise ConfigurationError(f"{name} has two columns of one name; rename one")
     return rows()
+
+
+def has_splits(given: Any) -> bool:
+    """Whether it is a data set of several splits, which is a mapping, too."""
+    return _is(given, "datasets", "DatasetDict", "IterableDatasetDict")
 
 
 def _is(given: Any, package: str, *names: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from launch.artifacts.user_yaml import dotted
-from launch.config.compose import quoted
+from launch.config.compose import quoted, unknown
 from opd.errors import ConfigurationError
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # text that needs no quotes
@@ -66,6 +66,8 @@ def _written(value: Any, name: str) -> str:
             return f"{{{', '.join(f'{_key(k, name)}: {_written(v, name)}' for k, v in value.items())}}}"
         case Sequence():
             return f"[{', '.join(_written(one, name) for one in value)}]"
+    if known := unknown(name):
+        raise ConfigurationError(f"there is no {name!r}, which was given as a {type(value).__name__}; {known}")
     hint = " (a part is given whole: method=, prompts=, evaluation=)" if dataclasses.is_dataclass(value) else ""
     raise ConfigurationError(
         f"{name} needs a number, a text, true or false, or lists and mappings of them, got {type(value).__name__}{hint}"

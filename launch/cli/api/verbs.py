@@ -12,7 +12,7 @@ from launch.artifacts import terminal
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.redaction import check_arguments
 from launch.checkpoint.places import check_place
-from launch.cli.api.inputs import FOLDER, REWARD, part_option, prompts_file, reward_settings
+from launch.cli.api.inputs import FOLDER, REWARD, has_splits, part_option, prompts_file, reward_settings
 from launch.cli.api.overrides import overrides_of
 from launch.cli.api.results import TrainedRun
 from launch.cli.train import evaluate_once, train_once
@@ -61,7 +61,7 @@ def train(
     """
     given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
     console = terminal.console(quiet=not verbose)
-    followers = [*map(_called, count(), callbacks), *map(_logged, count(), trackers)]
+    followers = _followers(callbacks, trackers)
     with _own_loop(), _one_error():
         config = _config(given.overrides())
         check_login(config.tracker)
@@ -79,12 +79,17 @@ def plan(
     prompts: Prompts | None = None,
     reward: str | Reward | None = None,
     evaluation: Prompts | None = None,
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Logger] = (),
+    verbose: bool = True,  # noqa: ARG001 (what `train` takes)
     **settings: Any,
 ) -> Plan:
     """Checked plan of a run (`dry_run=true`: of models on a hub the headers are read); nothing is started.
 
+    It takes what `train` takes; `callbacks` and `trackers` are checked, and nothing is printed whatever `verbose` says.
     `rich.print(plan.table())` shows it.
     """
+    _followers(callbacks, trackers)
     given = _Given(method, student, teacher, prompts, reward, evaluation, settings | {"dry_run": True})
     with _own_loop(), _one_error():
         return make_plan(_config(given.overrides()))
@@ -127,6 +132,16 @@ def evaluate_sets(
 def _config(overrides: Sequence[str]) -> RunConfig:
     check_arguments(overrides)
     return run_config(overrides)
+
+
+def _followers(callbacks: Any, trackers: Any) -> list[MakeTracker]:
+    """Makers of what follows a run. Raises `ConfigurationError` about what follows none."""
+    for name, given in (("callbacks", callbacks), ("trackers", trackers)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise ConfigurationError(
+                f"{name} needs a list, got {type(given).__name__}; write {name}=[...], also for a single one"
+            )
+    return [*map(_called, count(), callbacks), *map(_logged, count(), trackers)]
 
 
 def _called(number: int, callback: Callback) -> MakeTracker:
@@ -174,7 +189,7 @@ def _own_loop() -> Iterator[None]:
 
 def _is_settings(given: Any) -> TypeGuard[Settings]:
     """Whether it is settings of prompts that are named elsewhere; with a path they are those of a file."""
-    return isinstance(given, Mapping) and "path" not in given
+    return isinstance(given, Mapping) and "path" not in given and not has_splits(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +208,13 @@ class _Given:
         """The same as a command line."""
         known = groups(str(self.settings.get("conf", "")))
         below = {n: v for n, v in (("prompts", self.prompts), ("evaluation", self.evaluation)) if _is_settings(v)}
+        below |= {
+            name: given
+            for name, given in (("prompts", self.prompts), ("evaluation", self.evaluation))
+            if isinstance(given, str) and given in known[name] and not Path(given).exists()  # an option by its name
+        }
         for name, given in below.items():
-            if rows := [key for key in ("prompt", "messages") if key in given]:
+            if rows := [key for key in ("prompt", "messages") if isinstance(given, Mapping) and key in given]:
                 raise ConfigurationError(
                     f"{name} is one mapping with {rows[0]!r}, and a mapping is settings of prompts; give a list of "
                     "such mappings, or a table (a DataFrame, a data set of datasets)"
@@ -222,6 +242,10 @@ class _Given:
     def _method(self) -> list[str]:
         if self.method is None or isinstance(self.method, str):
             return [] if self.method is None else [f"method={self.method}"]
+        if not isinstance(self.method, Method):
+            raise ConfigurationError(
+                f"method needs a name (opd methods) or a Method of parts, got {type(self.method).__name__}; give one"
+            )
         return part_option(self.method, "method", "given", self._folder)
 
     def _models(self, known: Mapping[str, Sequence[str]]) -> list[str]:
@@ -243,6 +267,8 @@ class _Given:
         training = ["prompts=dataset", *overrides_of({"prompts": {"path": path, **columns}}, {})]
         if self.evaluation is not None:
             return [*training, *self._held_out(self.evaluation)]
+        if isinstance(self.settings.get("evaluation"), str):
+            return training
         if "evaluation_sets" in self.settings:
             return [*training, "evaluation=none"]
         number = min(HELD_OUT, count) if count else HELD_OUT
@@ -261,7 +287,7 @@ class _Given:
 
     def _file(self, given: Any, name: str) -> tuple[str | Path, Mapping[str, Any], int]:
         """Path of prompts, further settings, and the length of a list (0: a file, which is not read yet)."""
-        if isinstance(given, Mapping):
+        if isinstance(given, Mapping) and not has_splits(given):
             return given["path"], {key: value for key, value in given.items() if key != "path"}, 0
         return (given, {}, 0) if isinstance(given, str | Path) else prompts_file(given, self._folder, name)
 
@@ -270,6 +296,11 @@ class _Given:
             return []
         if isinstance(self.reward, str):
             return overrides_of({"prompts.task": self.reward}, {})
+        if not callable(self.reward):
+            raise ConfigurationError(
+                f"reward needs the name of a grader or one function, got {type(self.reward).__name__}; a function may "
+                "add several rewards"
+            )
         if self.prompts is None:
             raise ConfigurationError(
                 "reward= grades the prompts of prompts=, of which there are none; give them, or name the experiment's "

@@ -228,9 +228,15 @@ def _asked(config: RunConfig, held_out: HeldOut) -> Iterator[str]:
 def _counted(config: RunConfig) -> Iterator[str]:
     """Counts of the records that filters keep and leave out, and of those that stay in their files."""
     for place, source in conversations(config):
-        if not isinstance(source, DatasetPrompts) or not (source.filter or source.stream):
+        if not isinstance(source, DatasetPrompts):
             continue
         found = reading(source.folder or source.path, source.columns(place))
+        if found.unread:
+            yield (
+                f"{place}: the {'column' if len(found.unread) == 1 else 'columns'} {', '.join(found.unread)} of "
+                f"{source.path} {'is' if len(found.unread) == 1 else 'are'} not read, and so no part of what is asked; "
+                f"{place}.map can make one prompt of several columns"
+            )
         if source.stream:
             yield (
                 f"{place}: {len(found.rows)} rows stay in their files; the first {min(AT_ONCE, len(found.rows))} stand "
@@ -250,6 +256,11 @@ def _about(place: str, found: Survey) -> Iterator[str]:
         yield (
             f"{place}: {found.unknown.count} {of} are mostly unknown tokens (first: {found.unknown.first}); the "
             "tokenizer does not know what they are written in"
+        )
+    if 0 < found.chats.count < found.seen and found.total:
+        yield (
+            f"{place}: {found.chats.count} {of} are conversations (first: {found.chats.first}), written by the chat "
+            f"template, and the others are plain text without it; {place}.chat=true asks those as a user, too"
         )
     if found.special.count:
         yield (

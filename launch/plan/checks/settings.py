@@ -23,7 +23,7 @@ from opd.settings.devices import Device
 from opd.settings.ranges import AtMost
 from opd.settings.validation import parts_of, walk
 from opd.token_weights.teachers import TeacherBalance
-from teacher_service.config import OWN_ENGINE
+from teacher_service.config import OWN_ENGINE, REMOTE, Backend
 
 SHORT = 10  # updates; the shipped warm-up, which a trial run of fewer steps need not set, too
 MOST_PROMPTS = 1 << 20  # of one step, every sample of a group counted
@@ -40,6 +40,7 @@ def check_settings(config: RunConfig) -> None:
     check_devices(config)
     _check_step_tokens(config)
     _check_scheduling(config)
+    _check_servers(config)
     if config.learner.lora.r:
         _check_adapters(config)
 
@@ -231,6 +232,20 @@ def _check_scheduling(config: RunConfig) -> None:
             f"student.async_scheduling=true plans a step before the tokens of the one before it are known, which the "
             f"blends of method {config.method.name} read; leave it false"
         )
+
+
+def _check_servers(config: RunConfig) -> None:
+    """Refuse what describes a server for a teacher that is computed here: its weights would be another model's."""
+    for key, teacher in config.teachers.items():
+        at = teacher_key(key)
+        for name, of in (("url", REMOTE), ("model", {Backend.OPENAI}), ("fingerprint", REMOTE)):
+            value = getattr(teacher, name)
+            if value and teacher.backend not in of:
+                able = " or ".join(backend.name for backend in Backend if backend in of)
+                raise ConfigurationError(
+                    f"{at}.{name}={value} is of a teacher on a server, and does nothing with {at}.backend="
+                    f"{teacher.backend.name}; set {at}.backend={able}, or {at}.{name}=''"
+                )
 
 
 def _check_adapters(config: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """Checks of tasks: each can be graded or played, and a user's own parts are tried once before anything starts."""
 
+import re
 from collections.abc import Iterator, Mapping
 
 from launch.config.run_config import RunConfig
@@ -40,9 +41,10 @@ def _check_task(config: RunConfig, task: str, where: str) -> None:
         return
     known = f"set prompts.task to one of {sorted([*config.graders, *config.environments])}"
     if task not in config.environments:
+        name, target = (task, "MODULE.FUNCTION") if task.isidentifier() else ("mine", _target(task))
         raise DataError(
             f"no grader is called {task!r} ({where}); {known}, or name a reward of your own with "
-            f"+graders.{task}._target_=MODULE.FUNCTION"
+            f"+graders.{name}._target_={target}" + ("" if name == task else f" prompts.task={name}")
         )
     if not needed(config.method, Role.ENVIRONMENT):
         raise ConfigurationError(
@@ -50,6 +52,15 @@ def _check_task(config: RunConfig, task: str, where: str) -> None:
             "not play; set method.rollout._target_=opd.rollouts.environment.EnvironmentRollout, or add a grader "
             f"graders.{task}"
         )
+
+
+def _target(task: str) -> str:
+    """`_target_` of a reward that is written as a path, `module:function` or `module.function`."""
+    module, _, function = task.partition(":")
+    named = module.removesuffix(".py").replace("/", ".").strip(".") if re.search(r"[:/]|\.py$", task) else task
+    dotted = ".".join(part for part in (named, function) if part)
+    whole = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", dotted) and not task.endswith(".py")
+    return dotted if whole else "MODULE.FUNCTION"
 
 
 def _check_rewards(config: RunConfig, training: Survey) -> None:

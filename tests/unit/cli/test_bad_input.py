@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from launch.checkpoint.places import check_place
 from launch.config.run_config import run_config
 from launch.inputs.graders import MathGrader
 from launch.inputs.prompt_files import read_rows
@@ -253,6 +254,15 @@ def test_parquet_datasets_and_chat_rows_are_read_alike(tmp_path: Path) -> None:
     ]
     assert read[0] == read[1] == read[2]
     assert read[0][0].answer == "4" and read[0][0].prompt == tuple(chat)
+
+
+def test_a_run_s_folder_is_one_of_this_machine(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nothing")
+    for output_dir, says in (("s3://bucket/runs", "address of a store"), (str(link), "a link to nothing")):
+        with pytest.raises(OpdError, match=says) as caught:
+            check_place(run_config(["experiment=shop", f"output_dir={output_dir}"]))
+        sentence(caught)
 
 
 def test_wandb_online_without_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

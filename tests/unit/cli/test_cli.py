@@ -242,7 +242,7 @@ def test_help_leads_to_groups_options_and_settings(
         (["train", "--config-name=shop"], "write experiment=shop"),
         (["train", "--experiment", "shop"], "write experiment=shop"),
         (["train", "--learning_rate", "1e-3"], "write learner.lr=1e-3"),
-        (["train", "--model-name-or-path=m"], "write student.path=m"),
+        (["train", "--model-name-or-path=m"], "write student=hf student.path=m"),
         (["train", "--cfg", "jobs"], "--cfg job"),
         (["trian"], "did you mean 'train'"),
     ],

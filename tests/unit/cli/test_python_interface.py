@@ -15,6 +15,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 
 import opd
@@ -245,6 +246,15 @@ def test_a_plan_is_made_where_an_event_loop_runs(tmp_path: Path) -> None:
         ({"method": "full_revers_kl"}, "did you mean method=full_reverse_kl"),
         ({"learner": {"lrr": 1e-3}}, "lrr"),
         ({"student": "/nowhere"}, "/nowhere"),
+        ({"method": 3}, "method needs a name .* got int"),
+        ({"prompts": ["a"], "reward": [short]}, "reward needs the name of a grader or one function, got list"),
+        ({"callbacks": print}, r"callbacks needs a list, got .*; write callbacks=\[\.\.\.\]"),
+        ({"trackers": [3]}, r"trackers\[0\] needs an object with log"),
+        ({"model": object()}, "there is no 'model', .* write student=hf student.path="),
+        ({"processing_class": object()}, "the tokenizer is that in the student's folder"),
+        ({"train_dataset": ["long " * 99]}, r"it is prompts\.path here.*\(from Python: prompts=\)"),
+        ({"prompts": DatasetDict({"train": Dataset.from_list([{"prompt": "a"}])})}, r"several splits \(train\); give"),
+        ({"evaluation": "none"}, "give held-out rows by evaluation=dataset"),
         ({"prompts": {"prompt": "1 + 1?"}}, "prompts is one mapping with 'prompt', and a mapping is settings"),
     ],
 )

@@ -65,6 +65,37 @@ def test_an_adapter_says_how_to_merge_it(tmp_path: Path) -> None:
     refused(str(tmp_path), r"LoRA adapter of 'models/base'; merge .*merge_and_unload\(\)")
 
 
+def test_an_adapter_beside_whole_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would read the adapter's base model, vLLM the weights."""
+    folder = copied(tmp_path / "m")
+    (Path(folder) / "adapter_config.json").write_text('{"base_model_name_or_path": "models/base"}')
+    refused(folder, r"has an adapter \(adapter_config.json\) beside whole weights")
+    (Path(folder) / "model.safetensors").unlink()
+    refused(folder, r"LoRA adapter of 'models/base'; merge")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("checkpoint-5/config.json", r"has no config\.json; give the one that is meant: .*/checkpoint-5$"),
+        ("step_5/actor/huggingface/config.json", r"give the one that is meant: .*/huggingface$"),
+        ("m.gguf", "what it has is GGUF"),
+        ("model_world_size_8_rank_0.pt", "shards of FSDP"),
+    ],
+)
+def test_a_folder_without_a_model_says_what_it_has(file: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    refused(str(tmp_path), says)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_said_to_be_one(file: str, tmp_path: Path) -> None:
+    folder = copied(tmp_path / "m")
+    (Path(folder) / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    refused(folder, "git lfs pull")
+
+
 def test_no_folder_says_what_else_a_path_may_be() -> None:
     refused("./Qwen/Qwen3-0.6B", r"is none; correct the path, or give a name on the Hugging Face hub \(ORG/NAME\)")
     refused("Qwen/Qwen3-0.6B", r"is no path here, and the hub .* cannot be asked")

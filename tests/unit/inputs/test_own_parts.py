@@ -80,9 +80,45 @@ def test_the_names_of_a_functions_parameters_say_what_it_is_given() -> None:
     assert [RewardFunction(name="x", function=f).one_by_one for f in (one, alone, many)] == [True, True, False]
 
 
+def swapped(answer: str, completion: str) -> float:
+    return float(completion == f"{answer}!")
+
+
+def by_name(*, answer: str, completion: str) -> float:
+    return swapped(answer, completion)
+
+
+def by_place(answer: str, completion: str, /) -> float:
+    return swapped(answer, completion)
+
+
+def behind(scale: float, answer: str, completion: str) -> float:
+    return scale * swapped(answer, completion)
+
+
+def lists(answers: list[str], completions: list[str]) -> list[float]:
+    return [swapped(a, c) for a, c in zip(answers, completions, strict=True)]
+
+
+async def awaited(completion: str, answer: str) -> float:
+    return 1.0
+
+
+def yielding(completion: str, answer: str) -> Any:
+    yield 1.0
+
+
+@pytest.mark.parametrize("function", [swapped, by_name, by_place, behind, lists])
+def test_the_order_of_a_functions_parameters_says_nothing(function: Any) -> None:
+    reward = RewardFunction(name="x", function=function, settings={"scale": 1.0} if function is behind else {})
+    assert reward.grade(["a!", "b", "c!"], ["a", "b", "d"]) == [1.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("function", "settings", "says"),
     [
+        (awaited, {}, r"graders\.x: awaited gives a coroutine or a generator .*return a number"),
+        (yielding, {}, r"graders\.x: yielding gives a coroutine or a generator"),
         (strange, {}, r"graders\.x: a reward function is called with .*but strange has \(text\); rename"),
         (alone, {"skale": 1}, r"graders\.x\.skale: alone has no such parameter; it has completion, scale"),
         (demanding, {}, r"demanding has \(completion, answer, judge\).*set graders\.x\.judge="),
@@ -235,6 +271,7 @@ def test_a_reward_that_needs_no_answer_grades_prompts_without(here: Callable[[st
         ),
         ("def reward(completion):\n    return float('nan')\n", r"it gave nan, which is no finite number"),
         ("import no_such_module\n", r"cannot be imported: No module named 'no_such_module'"),
+        ("def reward(:\n", r"cannot be imported: invalid syntax \("),
         ("reward = 3\n", r"graders\.shop\._target_ needs a function or a dataclass with grade"),
         ("class reward:\n    pass\n", r"needs a function or a dataclass"),
         (

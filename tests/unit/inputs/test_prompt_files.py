@@ -134,6 +134,53 @@ def test_messages_are_whole_in_every_format_that_has_objects(tmp_path: Path) -> 
     assert parts[0].prompt == (plain[0], plain[1] | {"name": "Ada"}, *plain[2:])
 
 
+SPLITS = ("train", "dev", "test", "train-00000-of-00001", "a_test_2", "validation.part")
+
+
+@given(names=st.sets(st.sampled_from([*SPLITS, "maths", "rows", "latest"]), min_size=1, max_size=4))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_folder_is_read_whole_unless_its_files_are_of_several_splits(names: set[str], tmp_path: Path) -> None:
+    """`train` and `test` of a data set that was downloaded would be trained on alike."""
+    folder = tmp_path / str(abs(hash(frozenset(names))))
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        stored(folder / f"{name}.jsonl", lines(RECORDS[:1]))
+    stored(folder / "dataset_infos.json", "{}")
+    kinds = {
+        next((kind for kind in ("train", "dev", "test", "validation") if kind in n), "") for n in names - {"latest"}
+    }
+    if len({kind.replace("validation", "dev") for kind in kinds} - {""}) < 2:
+        assert len(read(folder)) == len(names)
+    else:
+        said = refusal(folder)
+        assert "several splits" in said
+        assert len(read(Path(said.rpartition("='")[2].rstrip("'")))) == len(names), "the pattern reads all"
+
+
+def test_what_stands_for_a_file_that_was_not_fetched_is_said_to(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for ending in FORMATS:
+        assert "git lfs pull" in refusal(stored(tmp_path / f"rows{ending}", pointer))
+
+
+ROLES = {"user": ("User", "human", " USER", "prompter"), "assistant": ("Assistant", "gpt", "AI"), "system": ("SYSTEM",)}
+
+
+@pytest.mark.parametrize(("role", "written"), [(role, w) for role, ways in ROLES.items() for w in ways])
+def test_a_role_in_another_spelling_is_refused_wherever_it_stands(role: str, written: str, tmp_path: Path) -> None:
+    turns = [{"role": written, "content": "1"}, {"role": "user", "content": "2"}]
+    said = refusal(stored(tmp_path / "rows.jsonl", lines([{"prompt": turns}])), CHAT)
+    assert f"message 1 has the role {written!r}, which chat templates call {role!r}" in said
+
+
+def test_columns_that_hold_a_part_of_the_prompt_and_are_not_read_are_known(tmp_path: Path) -> None:
+    records = [{"prompt": "Translate.", "input": text, "images": [], "note": "x"} for text in ("", "Hallo")]
+    path = stored(tmp_path / "rows.jsonl", lines(records))
+    reading.cache_clear()
+    assert reading(str(path), CHAT).unread == ("input",)
+    assert reading(str(path), Columns(prompt="prompt", answer="input")).unread == ()
+
+
 def test_folders_patterns_and_saved_splits(tmp_path: Path) -> None:
     (tmp_path / "many").mkdir()
     stored(tmp_path / "many" / "b.csv", table(RECORDS[2:]))
