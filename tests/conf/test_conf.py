@@ -112,7 +112,7 @@ def test_every_experiment_builds(name: str) -> None:
         (["method=topk_reverse"], r"method=topk_reverse does not exist.*did you mean method=topk_reverse_kl"),
         (["method.scorer.kk=3", "method=topk_reverse_kl"], r"method\.scorer\.kk.*'method\.scorer\.k'"),
         (["metod=sft"], r"no 'metod'.*'method'"),
-        (["steps=0"], r"^steps needs a whole number from 1 to \d+, got 0; set steps=1$"),
+        (["steps=0"], r"^steps needs a whole number from 1 to \d+, got 0; set steps=100$"),
         (["steps=many"], r"^steps needs a whole number .*, got 'many'"),
         (["learner.lr=fast"], r"^learner\.lr needs a number .*, got 'fast'; set learner\.lr=5e-06$"),
         (["learner.dtype=FLOAT8"], r"learner\.dtype needs one of .*FLOAT32.*, got 'FLOAT8'"),
