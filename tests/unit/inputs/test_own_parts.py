@@ -404,8 +404,8 @@ def test_a_teacher_behind_an_endpoint_writes_there_and_one_that_only_scores_is_s
     """The folder has no weights: the run starts no engine for it, and a `HTTP` teacher cannot be measured."""
     for file in (Path(__file__).resolve().parents[3] / "assets" / "shop" / "teacher").glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    far = ["experiment=shop", f"teacher.path={tmp_path}", "teacher.url=http://x", "teacher.model=m"]
-    written = make_plan(run_config([*far, "method=sft", "teacher.backend=OPENAI"]))
+    far = ["experiment=shop", f"teacher.path={tmp_path}", "teacher.url=http://x"]
+    written = make_plan(run_config([*far, "method=sft", "teacher.backend=OPENAI", "teacher.model=m"]))
     assert writers_of(written.config) == ["default"] and not writers_here(written.config)
     assert [role.count for role in roles(written.config) if role.name == WRITER] == [0]
     assert written.writes("default") and not [note for note in written.remarks if "is measured" in note]
