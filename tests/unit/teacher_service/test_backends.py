@@ -29,8 +29,8 @@ METHOD_ASKS = {
 @pytest.mark.parametrize("backend", list(Backend))
 @pytest.mark.parametrize("method", METHOD_ASKS)
 def test_a_plan_is_refused_exactly_where_the_backend_cannot_answer(method: str, backend: Backend) -> None:
-    remote = ["teacher.url=http://127.0.0.1:1", "teacher.model=m"]
-    config = run_config(["experiment=shop", f"method={method}", f"teacher.backend={backend.name}", *remote])
+    served = {Backend.HTTP: ["teacher.url=http://127.0.0.1:1"], Backend.OPENAI: REMOTE}.get(backend, [])
+    config = run_config(["experiment=shop", f"method={method}", f"teacher.backend={backend.name}", *served])
     if METHOD_ASKS[method] in SUPPORTS[backend]:
         assert make_plan(config).exact_kl == (LastHidden in SUPPORTS[backend])
         return
