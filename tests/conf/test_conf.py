@@ -171,7 +171,7 @@ def test_further_teachers_stand_beside_the_default() -> None:
     [
         (["teachers.default.path=x"], r"teachers.default: .* other than 'default' \(which is the group `teacher`\)"),
         (["teachers.Big.path=x"], r"teachers.Big: .*small letters"),
-        (["teachers.b.paht=x"], r"no setting 'teachers\.b\.paht'.*write teachers\.b\.path="),
+        (["teachers.b.paht=x"], r"no setting 'teachers\.b\.paht'.*nearest is teachers\.b\.path "),
         (["teachers.b.replicas=2"], r"teachers.b.path is not set"),
         (["teachers.b=x"], r"teachers\.b needs fields .* such as path, got 'x'; set teachers\.b\.path="),
     ],
