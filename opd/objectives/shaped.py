@@ -23,16 +23,8 @@ from opd.types import Batch, Scores, TokenLoss, TokenScores, VocabularyScores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
-class ShapedReverseKL:
-    """Policy gradient on a function of the sampled token's log-ratio: loss `-p/mu sg(shape(log q - log p))`.
-
-    Direction: reverse. Support: the sampled token. p is the current student, so the expected gradient is exact for
-    stale text, too. Where `shape` changes nothing it is `SampledReverseKL(signal=STUDENT)`, bit for bit. Reports
-    `reverse_kl`, of the log-ratio as it is, and `reward_changed`, the mean distance of the reward from it.
-    """
-
-    consumes: ClassVar[type[Scores]] = TokenScores
-    on_policy: ClassVar[bool] = True
+class _Shaped:
+    """Common part of both: the shape, and what it promises."""
 
     # reward as a function of the log-ratio
     shape: Shape
@@ -44,6 +36,20 @@ class ShapedReverseKL:
     @property
     def limits(self) -> tuple[exact.LimitingCase, ...]:
         return _limits(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+@settings
+class ShapedReverseKL(_Shaped):
+    """Policy gradient on a function of the sampled token's log-ratio: loss `-p/mu sg(shape(log q - log p))`.
+
+    Direction: reverse. Support: the sampled token. p is the current student, so the expected gradient is exact for
+    stale text, too. Where `shape` changes nothing it is `SampledReverseKL(signal=STUDENT)`, bit for bit. Reports
+    `reverse_kl`, of the log-ratio as it is, and `reward_changed`, the mean distance of the reward from it.
+    """
+
+    consumes: ClassVar[type[Scores]] = TokenScores
+    on_policy: ClassVar[bool] = True
 
     def __call__(self, student: StudentLogits, batch: Batch[TokenScores]) -> TokenLoss:
         logprobs = student.at(batch.target_ids)
@@ -70,7 +76,7 @@ def _limits(part: Any) -> tuple[exact.LimitingCase, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @settings
-class FullShapedReverseKL:
+class FullShapedReverseKL(_Shaped):
     """Expectation of `ShapedReverseKL` in a state: `-sum_v p sg(shape(log q - log p))` over the whole vocabulary.
 
     Direction: reverse. Support: the whole vocabulary. Without a draw in it, so token weights that compare a token with
@@ -79,17 +85,6 @@ class FullShapedReverseKL:
 
     consumes: ClassVar[type[Scores]] = VocabularyScores
     on_policy: ClassVar[bool] = False
-
-    # reward as a function of the log-ratio
-    shape: Shape
-
-    @property
-    def promise(self) -> exact.Promise:
-        return self.shape.promise
-
-    @property
-    def limits(self) -> tuple[exact.LimitingCase, ...]:
-        return _limits(self)
 
     def __call__(self, student: StudentLogits, batch: Batch[VocabularyScores]) -> TokenLoss:
         p = student.logprobs
