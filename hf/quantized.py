@@ -19,12 +19,19 @@ class Quantization:
     """Quantization of a folder: `method` is its `quant_method`, `bits` those of a weight.
 
     `block` inputs of a matrix have a scale in common (1: all, or no number), of `square` blocks as many outputs, too.
+    `floating` numbers are FP8 or smaller floats, others integers.
     """
 
     method: str
     bits: int
     block: int
     square: bool = False
+    floating: bool = False
+
+    @property
+    def fp8_blocks(self) -> bool:
+        """Whether these are blocks of FP8, which vLLM multiplies on a processor only with its AMX instructions."""
+        return self.floating and self.bits == 8 and self.square
 
 
 def quantization(config: Mapping[str, Any], part: str) -> Quantization | None:
@@ -52,7 +59,8 @@ def quantization(config: Mapping[str, Any], part: str) -> Quantization | None:
     widths = [own.get(key) for key in ("bits", "w_bit", "num_bits")]
     bits = next((width for width in widths if isinstance(width, int) and 0 < width <= 64), 8)
     square = any(isinstance(size, list) and len(size) == 2 for size in sizes)
-    return Quantization(method=method, bits=bits, block=max(known, default=1), square=square)
+    floating = method == "fp8" or own.get("type") == "float"
+    return Quantization(method=method, bits=bits, block=max(known, default=1), square=square, floating=floating)
 
 
 def parameters(stored: Mapping[str, Stored], quantized: Quantization | None) -> dict[str, int]:

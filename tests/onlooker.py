@@ -2,7 +2,7 @@
 
 import ipaddress
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,16 @@ PERIOD_S = 1.0
 
 @dataclass(slots=True)
 class Onlooker:
-    """What was seen of this process's descendants; `secrets` are texts that must stand nowhere."""
+    """What was seen of this process's new descendants; `secrets` are texts that must stand nowhere.
+
+    This process itself, and what it had started before, may be at something else: other tests have run in it.
+    """
 
     secrets: tuple[str, ...] = ()
-    before: frozenset[tuple[int, str, int]] = frozenset()  # process, address and port of what listened already
+    before: frozenset[psutil.Process] = frozenset()  # equal only to the same process, also when its number is used anew
     arguments: set[str] = field(default_factory=set)
     listening: set[tuple[str, str]] = field(default_factory=set)  # name of the process, address
+    opened: set[str] = field(default_factory=set)  # what listens on more than the loopback: port, command line
     told: set[str] = field(default_factory=set)  # "file: secret"
     sizes: dict[Path, int] = field(default_factory=dict)
 
@@ -29,11 +33,12 @@ class Onlooker:
 
     def look(self) -> None:
         """Look once."""
-        for process in _processes():
+        for process in _descendants(psutil.Process(), self.before):
             try:
-                self.arguments.add(" ".join(process.cmdline()))
-                new = _listening(process) - self.before
-                self.listening |= {(process.name(), address) for _, address, _ in new}
+                command, name, found = " ".join(process.cmdline()), process.name(), _listening(process)
+                self.arguments.add(command)
+                self.listening |= {(name, address) for address, _ in found}
+                self.opened |= {f"{address}:{port} {command}" for address, port in found if not _is_loopback(address)}
             except psutil.Error:  # it has just ended
                 continue
         self.read(_session_files())
@@ -51,14 +56,21 @@ class Onlooker:
                 continue
 
 
-def _processes() -> list[psutil.Process]:
-    own = psutil.Process()
-    return [own, *own.children(recursive=True)]
+def _descendants(process: psutil.Process, without: Collection[psutil.Process]) -> Iterator[psutil.Process]:
+    """Those of a process, without the branches that begin at one of `without`."""
+    try:
+        children = process.children()
+    except psutil.Error:  # it has just ended
+        return
+    for child in children:
+        if child not in without:
+            yield child
+            yield from _descendants(child, without)
 
 
-def _listening(process: psutil.Process) -> set[tuple[int, str, int]]:
+def _listening(process: psutil.Process) -> set[tuple[str, int]]:
     sockets = process.net_connections("inet")
-    return {(process.pid, s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN}
+    return {(s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN}
 
 
 def _is_loopback(address: str) -> bool:
@@ -77,7 +89,7 @@ def _session_files() -> Iterator[Path]:
 @contextmanager
 def looking(secrets: Iterable[str] = ()) -> Iterator[Onlooker]:
     """An onlooker that looks every second until the block ends, at what begins in it."""
-    before = frozenset().union(*map(_listening, _processes()))
+    before = frozenset(psutil.Process().children())
     onlooker, ended = Onlooker(tuple(secrets), before), threading.Event()
 
     def watch() -> None:

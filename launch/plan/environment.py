@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ _GIB = 2**30
 _SHARED = 2.0  # GiB of /dev/shm from which on Ray keeps the objects of the demo in memory
 _DRIVER = Path("/proc/driver/nvidia/version")
 DEVICE = Path("/dev/nvidia0")
+_PROCESSOR = Path("/proc/cpuinfo")
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")  # by which vLLM and torch choose what they run
 
 
 def package_versions() -> dict[str, str]:
@@ -76,7 +79,15 @@ def environment_lines() -> list[Line]:
 
 def _host() -> Line:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
-    return f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {shutil.disk_usage('.').free / _GIB:.0f} GiB free", ""
+    can = ", ".join(instructions()) or "none of those that engines look for"
+    free = shutil.disk_usage(".").free / _GIB
+    return f"{os.cpu_count()} cores ({can}), {memory:.0f} GiB memory, {free:.0f} GiB free", ""
+
+
+def instructions() -> tuple[str, ...]:
+    """Instructions of this machine's processor that engines look for, by the kernel's names."""
+    found = re.search(r"^flags\s*:(.*)$", _PROCESSOR.read_text(), re.MULTILINE) if _PROCESSOR.is_file() else None
+    return tuple(name for name in _INSTRUCTIONS if found and name in found[1].split())
 
 
 def build_tools(*, on_gpu: bool) -> Sequence[Line]:

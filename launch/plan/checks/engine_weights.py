@@ -6,10 +6,11 @@ from hf.quantized import READ, quantization, quantized_head
 from launch.config.run_config import RunConfig, teacher_key
 from launch.plan.checks.devices import writers_of
 from launch.plan.checks.numbers import engine_dtype, part_dtype
+from launch.plan.environment import instructions
 from launch.plan.memory.shapes import read_shape, uneven
 from opd.errors import ConfigurationError
 from opd.ports import LastHidden
-from opd.settings.devices import Dtype
+from opd.settings.devices import Dtype, on_gpu
 from teacher_service.config import OWN_ENGINE, REMOTE, TeacherConfig
 
 
@@ -48,6 +49,18 @@ def check_quantized(config: RunConfig, name: str, folder: Folder) -> None:
             f"{has}, but an engine reads {', '.join(READ)} here; choose such a checkpoint, or the unquantized model"
         )
     _check_dtypes(config, teacher, has, key, writes=name in writers_of(config))
+    if known.fp8_blocks and not on_gpu(teacher.device) and config.cluster.address == "local":
+        _check_processor(has, key)
+
+
+def _check_processor(has: str, key: str) -> None:
+    """Refuse blocks of FP8 on this machine's processor where vLLM has no way to multiply them."""
+    if "amx_tile" not in instructions():
+        raise ConfigurationError(
+            f"{has} in blocks of FP8, which vLLM multiplies on a processor only with AMX (Sapphire Rapids and later), "
+            f"and this machine's has none; set {key}.device=GPU, serve it elsewhere ({key}.backend=HTTP), or choose "
+            "the unquantized model or one of integers (W8A8, AWQ)"
+        )
 
 
 def _check_head(folder: Folder, has: str, *, tied: bool) -> None:

@@ -77,7 +77,7 @@ def run(watched: Watched) -> Path:
 def test_a_local_run_listens_on_the_loopback_only(watched: Watched) -> None:
     listening = watched.seen.listening
     assert {"raylet", "gcs_server"} <= {name for name, _ in listening} and len(listening) > 3, "nothing was looked at"
-    assert not watched.seen.open_to_others()
+    assert not watched.seen.open_to_others(), watched.seen.opened
 
 
 @pytest.mark.ray

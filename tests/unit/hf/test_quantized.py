@@ -1,6 +1,7 @@
 """Quantized folders: their parameters and bytes, what can be divided, and what is refused of a run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hf.folder import Stored, read_config, read_headers
 from hf.quantized import Quantization, parameters, quantization, quantized_head
 from launch.config.run_config import run_config
+from launch.plan import environment
 from launch.plan.checks.devices import resolved
 from launch.plan.checks.models import parameter_count
 from launch.plan.memory.footprint import Phase, TeacherRole, footprint
@@ -54,6 +56,18 @@ def test_a_teacher_over_two_gpus_has_half_on_each_and_its_matrix_on_the_first(fo
     assert (rest.weights, rest.heads) == (found.model.quantized // 2, 2 * 64 * 256)
 
 
+@pytest.fixture
+def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Gives the plan a processor with other instructions than this machine's."""
+
+    def has(flags: str) -> None:
+        file = tmp_path / "cpuinfo"
+        file.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} ht\n\nprocessor\t: 1\nflags\t\t: fpu {flags} ht\n")
+        monkeypatch.setattr(environment, "_PROCESSOR", file)
+
+    return has
+
+
 def refused(*told: str) -> str:
     with pytest.raises((ConfigurationError, DataError)) as caught:
         make_plan(run_config([*told, "dry_run=true"]))
@@ -62,13 +76,43 @@ def refused(*told: str) -> str:
 
 
 @pytest.mark.parametrize("form", Form)
-def test_quantized_teachers_are_planned_in_vllm_alone(form: Form, folders: dict[Form, Path]) -> None:
+def test_quantized_teachers_are_planned_in_vllm_alone(
+    form: Form, folders: dict[Form, Path], processor: Callable[[str], None]
+) -> None:
+    processor("avx2 avx512f amx_tile")
     told = [*TAUGHT, f"teacher.path={folders[form]}"]
     assert make_plan(run_config([*told, "dry_run=true"])).exact_kl
     assert f"quant_method {form.value!r}), which teacher.backend=TORCH does not read; set" in refused(
         *told, "teacher.backend=TORCH"
     )
     assert "computed with in BFLOAT16; set teacher.dtype=BFLOAT16" in refused(*told, "teacher.dtype=FLOAT32")
+
+
+def test_blocks_of_fp8_need_a_processor_that_can_multiply_them(
+    folders: dict[Form, Path], processor: Callable[[str], None], tmp_path: Path
+) -> None:
+    weights = {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [128, 128]}
+    other = spoilt(folders[Form.INT8], tmp_path / "other", config_groups={"group_0": {"weights": weights}})
+    for folder in (folders[Form.FP8], other):
+        told = [*TAUGHT, f"teacher.path={folder}"]
+        for flags in ("avx2", "avx512f avx512_bf16", "avx512f amx_tiles"):
+            processor(flags)
+            assert "only with AMX (Sapphire Rapids and later), and this machine's has none; set" in refused(*told)
+        assert make_plan(run_config([*told, "cluster=existing", "dry_run=true"])).exact_kl, (
+            "another machine's processor"
+        )
+        processor("avx2 avx512f amx_tile")
+        assert make_plan(run_config([*told, "dry_run=true"])).exact_kl
+    processor("avx2")
+    for form in (Form.INT8, Form.AWQ):
+        assert make_plan(run_config([*TAUGHT, f"teacher.path={folders[form]}", "dry_run=true"])).exact_kl
+
+
+def test_instructions_are_those_that_the_kernel_names(processor: Callable[[str], None]) -> None:
+    processor("avx avx2 avx512fp16 amx_tile avx512_bf16")
+    assert environment.instructions() == ("avx2", "avx512_bf16", "amx_tile")
+    processor("")
+    assert environment.instructions() == ()
 
 
 def test_a_quantized_student_or_inner_teacher_is_refused(folders: dict[Form, Path]) -> None:
@@ -89,7 +133,10 @@ def spoilt(folder: Path, to: Path, **changes: Any) -> Path:
     return to
 
 
-def test_other_methods_and_sizes_that_do_not_divide_are_refused(folders: dict[Form, Path], tmp_path: Path) -> None:
+def test_other_methods_and_sizes_that_do_not_divide_are_refused(
+    folders: dict[Form, Path], processor: Callable[[str], None], tmp_path: Path
+) -> None:
+    processor("amx_tile")
     other = spoilt(folders[Form.INT8], tmp_path / "other", quant_method="gptq")
     assert "an engine reads fp8, awq, compressed-tensors here" in refused(*TAUGHT, f"teacher.path={other}")
     told = [*TAUGHT, f"teacher.path={folders[Form.FP8]}"]

@@ -1,15 +1,20 @@
 """Where processes of a run meet: on the one address that was said, and on no other interface."""
 
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
+from subprocess import PIPE
 from typing import Any
 
 import psutil
 import pytest
 from torch.distributed.rendezvous import rendezvous
 
-from tests.onlooker import Onlooker
+from tests.onlooker import Onlooker, looking
 from weight_sync.rendezvous import HOST, free_port, hosted_store, loopback, meeting_place, own_host
 
 SOON = timedelta(seconds=10)
@@ -58,3 +63,30 @@ def test_processes_of_a_local_session_stay_on_it(monkeypatch: pytest.MonkeyPatch
 def test_the_onlooker_tells_other_addresses_from_the_loopback(address: str) -> None:
     seen = Onlooker(listening={("a", "127.0.0.1"), ("b", "::1"), ("c", "::ffff:127.0.0.1"), ("d", address)})
     assert seen.open_to_others() == {("d", address)}
+
+
+LISTENS = """
+import socket, sys
+at = socket.create_server((sys.argv[1], 0))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def started(address: str) -> Iterator[None]:
+    """A process that listens there."""
+    with subprocess.Popen([sys.executable, "-c", LISTENS, address], stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"\n"
+        yield
+
+
+def test_the_onlooker_sees_what_begins_under_its_eyes_and_nothing_else() -> None:
+    with started("0.0.0.0"), socket.create_server(("0.0.0.0", 0)), looking() as seen:
+        with socket.create_server(("0.0.0.0", 0)), started("127.0.0.1"):
+            seen.look()
+        assert {address for _, address in seen.listening} == {"127.0.0.1"} and not seen.opened
+        with started("0.0.0.0"):
+            seen.look()
+        assert {address for _, address in seen.open_to_others()} == {"0.0.0.0"}
+        assert len(seen.opened) == 1 and all(LISTENS in line for line in seen.opened)
