@@ -14,13 +14,14 @@ PERIOD_S = 1.0
 
 @dataclass(slots=True)
 class Onlooker:
-    """What was seen of this process's new descendants; `secrets` are texts that must stand nowhere.
+    """What was seen of this process and its new descendants; `secrets` are texts that must stand nowhere.
 
-    This process itself, and what it had started before, may be at something else: other tests have run in it.
+    What it had started and opened before belongs to something else: other tests have run in it.
     """
 
     secrets: tuple[str, ...] = ()
-    before: frozenset[psutil.Process] = frozenset()  # equal only to the same process, also when its number is used anew
+    older: frozenset[psutil.Process] = frozenset()  # equal only to the same process, also when its number is used anew
+    before: frozenset[tuple[str, int]] = frozenset()  # address and port of what this process listened on already
     arguments: set[str] = field(default_factory=set)
     listening: set[tuple[str, str]] = field(default_factory=set)  # name of the process, address
     opened: set[str] = field(default_factory=set)  # what listens on more than the loopback: port, command line
@@ -33,9 +34,11 @@ class Onlooker:
 
     def look(self) -> None:
         """Look once."""
-        for process in _descendants(psutil.Process(), self.before):
+        own = psutil.Process()
+        for process in (own, *_descendants(own, self.older)):
             try:
-                command, name, found = " ".join(process.cmdline()), process.name(), _listening(process)
+                found = _listening(process) - (self.before if process == own else set())
+                command, name = " ".join(process.cmdline()), process.name()
                 self.arguments.add(command)
                 self.listening |= {(name, address) for address, _ in found}
                 self.opened |= {f"{address}:{port} {command}" for address, port in found if not _is_loopback(address)}
@@ -89,8 +92,9 @@ def _session_files() -> Iterator[Path]:
 @contextmanager
 def looking(secrets: Iterable[str] = ()) -> Iterator[Onlooker]:
     """An onlooker that looks every second until the block ends, at what begins in it."""
-    before = frozenset(psutil.Process().children())
-    onlooker, ended = Onlooker(tuple(secrets), before), threading.Event()
+    own = psutil.Process()
+    onlooker = Onlooker(tuple(secrets), frozenset(own.children()), frozenset(_listening(own)))
+    ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(PERIOD_S):

@@ -4,7 +4,6 @@ The real rollout, scorer, packing and loss of a method run on it unchanged, so w
 probabilities of tokens are computed from the models alone, and are not taken from the parts under test.
 """
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opd.certify.awaited import awaited
 from opd.certify.engines import RequestLog, engines
 from opd.certify.models import TinyModel
 from opd.certify.worlds import World
@@ -160,10 +160,4 @@ def _sampling_logprob(trajectory: Trajectory, position: int, log: RequestLog) ->
 
 def enumerated(rollout: Any, scorer: Any, world: World) -> Enumeration:
     """Run `enumerate_world` outside of an event loop."""
-    found: list[Enumeration] = []
-
-    async def enumerate_once() -> None:  # returns nothing, because asyncio prints the result of the task it runs
-        found.append(await enumerate_world(rollout, scorer, world))
-
-    asyncio.run(enumerate_once())
-    return found[0]
+    return awaited(enumerate_world(rollout, scorer, world))

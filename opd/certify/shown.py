@@ -6,7 +6,6 @@ could be written stand in one group and would be each other's siblings, so one c
 checks the independence.
 """
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row, Skipped
 from opd.certify.engines import RequestLog, engines
 from opd.certify.gradients import Case
@@ -67,13 +67,13 @@ def check_shown(case: Case) -> Iterator[Finding]:
         yield Skipped(name=INDEPENDENT, why="the rollout shows the teacher nothing of texts")
         return
     if shown.min_group < 2:
-        yield Row(name=ALONE, measured=float(asyncio.run(_of_others(shown.of, case))), tolerance=0.0)
+        yield Row(name=ALONE, measured=float(awaited(_of_others(shown.of, case))), tolerance=0.0)
     if hasattr(case.method.rollout, "refiner"):  # a draft, which is not scored, may be shown
         yield Skipped(name=INDEPENDENT, why="the teacher scores other texts than those that it is shown")
         return
-    yield Row(name=INDEPENDENT, measured=float(asyncio.run(_dependent(shown.of, case))), tolerance=0.0)
+    yield Row(name=INDEPENDENT, measured=float(awaited(_dependent(shown.of, case))), tolerance=0.0)
     if hasattr(shown.of, "threshold"):
-        yield Row(name=SUCCESS, measured=float(asyncio.run(_failures(shown.of, case))), tolerance=0.0)
+        yield Row(name=SUCCESS, measured=float(awaited(_failures(shown.of, case))), tolerance=0.0)
 
 
 async def _dependent(builder: Any, case: Case) -> int:

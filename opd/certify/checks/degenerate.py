@@ -1,12 +1,12 @@
 """Checks of a method's scorer in groups where something that it divides by, or looks at, may not be there."""
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row, Skipped
 from opd.certify.checks.scorers import numbers_of
 from opd.certify.checks.weighing import first_tokens
@@ -30,14 +30,14 @@ class _Group:
 
 def check_degenerate(case: Case) -> Iterator[Finding]:
     """Scores have a number for every token of a lone text, of equal texts, of one token, and of partly masked ones."""
-    measured = sum(asyncio.run(_not_numbers(case, group)) for group in _groups(case))
+    measured = sum(awaited(_not_numbers(case, group)) for group in _groups(case))
     yield Row(name=SCORED, measured=float(measured), tolerance=0.0)
-    yield Row(name=UNREAD, measured=float(asyncio.run(_read_context(case))), tolerance=0.0)
+    yield Row(name=UNREAD, measured=float(awaited(_read_context(case))), tolerance=0.0)
     scorer: Any = case.method.scorer
     if getattr(scorer, "min_group", 1) > 1 or getattr(scorer, "normalized", False):
         yield Skipped(name=GROUPED, why="the scorer compares the texts of a group, as it declares")
         return
-    yield Row(name=GROUPED, measured=asyncio.run(_alone(case)), tolerance=EXACT)
+    yield Row(name=GROUPED, measured=awaited(_alone(case)), tolerance=EXACT)
 
 
 async def _alone(case: Case) -> float:

@@ -1,6 +1,5 @@
 """Checks of advantages in groups that no world has: with an answer that was cut, with a text without tokens."""
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row
 from opd.certify.checks.weighing import first_tokens
 from opd.certify.credit import Credit, scorer_credit
@@ -46,7 +46,7 @@ def _credit(case: Case, texts: Sequence[Trajectory]) -> Credit:
         made.extend(Scored(trajectory=t, scores=s) for t, s in zip(texts, scores, strict=True))
 
     with np.errstate(all="ignore"):  # what is no number is found here
-        asyncio.run(score())
+        awaited(score())
     return scorer_credit(made) or []
 
 

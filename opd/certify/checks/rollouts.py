@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row, Skipped
 from opd.certify.checks.purity import content_of
 from opd.certify.credit import reward_of
@@ -103,7 +104,7 @@ def written_at(case: Case, step: int) -> Case:
     async def write() -> list[list[Trajectory]]:
         return await asyncio.gather(*[rollout(group, context) for group in groups])
 
-    scored = [Scored(trajectory=t, scores=Scores()) for texts in asyncio.run(write()) for t in texts]
+    scored = [Scored(trajectory=t, scores=Scores()) for texts in awaited(write()) for t in texts]
     return replace(case, enumeration=replace(case.enumeration, world=world, scored=scored, log=log, context=context))
 
 
@@ -131,7 +132,7 @@ def check_filters(case: Case) -> Iterator[Finding]:
         return
     wrong = 0
     for filtering in (rollout, *_other_filters(rollout)):
-        texts = asyncio.run(_written(filtering, case.world))
+        texts = awaited(_written(filtering, case.world))
         for _, members in groupby(texts, key=lambda t: t.prompt.id):
             group = list(members)
             kept = _kept(filtering, group, case.world)
@@ -159,7 +160,7 @@ def _kept(rollout: GoodTexts | OpenPrompts, group: Sequence[Trajectory], world: 
             new and (not rollout.at_least or grade >= rollout.at_least)
             for new, grade in zip(fresh, grades, strict=True)
         ]
-    taught = rollout.teacher is None or asyncio.run(_succeeds(rollout.teacher, group[0].prompt, world))
+    taught = rollout.teacher is None or awaited(_succeeds(rollout.teacher, group[0].prompt, world))
     return [sum(grade >= 1 for grade in grades) <= rollout.solved_at_most * len(group) and taught] * len(group)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row, Skipped, at_least
 from opd.certify.checks.purity import content_of, fresh_random_state, random_state
 from opd.certify.checks.rollouts import STEPS, answer_ids, as_set, written_at
@@ -160,9 +161,9 @@ def check_score_order(case: Case) -> Iterator[Finding]:
     odd = [[_odd(t) for t in group] for group in groups]
     given, random = [content_of(group) for group in odd], fresh_random_state()
     context = engines(case.world, RequestLog())
-    asyncio.run(_scores(case, groups, context))  # what is kept by the number of a text is that of these
-    after = [s for group in asyncio.run(_scores(case, turned, context)) for s in group[::-1]]
-    asyncio.run(_scores(case, odd, context))
+    awaited(_scores(case, groups, context))  # what is kept by the number of a text is that of these
+    after = [s for group in awaited(_scores(case, turned, context)) for s in group[::-1]]
+    awaited(_scores(case, odd, context))
     note = "it draws from, or seeds, the random state of the process" if random != random_state() else ""
     if given != [content_of(group) for group in odd]:
         note = "it writes into the texts that it is given"
@@ -188,7 +189,7 @@ def _first_difference(case: Case, groups: Sequence[list[Trajectory]], before: Se
             found = [
                 scores
                 for call in calls
-                for scores in asyncio.run(_scores(case, [g[:: -1 if turned else 1] for g in call], context))
+                for scores in awaited(_scores(case, [g[:: -1 if turned else 1] for g in call], context))
             ]
             made = [s for scores in found for s in (scores[::-1] if turned else scores)]
         return _apart(before, made) > EXACT
@@ -301,7 +302,7 @@ def _with_context(case: Case) -> Case:
     texts = [item.trajectory for item in case.enumeration.scored]
     masked = [replace(t, loss_mask=np.arange(len(t)) % 3 != 1) for t in texts]
     groups = [list(group) for _, group in groupby(masked, key=lambda t: t.prompt.id)]
-    scores = [s for group in asyncio.run(_scores(case, groups, engines(case.world, RequestLog()))) for s in group]
+    scores = [s for group in awaited(_scores(case, groups, engines(case.world, RequestLog()))) for s in group]
     scored = [Scored(trajectory=t, scores=s) for t, s in zip(masked, scores, strict=True)]
     return replace(case, enumeration=replace(case.enumeration, scored=scored))
 

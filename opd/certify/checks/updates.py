@@ -1,6 +1,5 @@
 """Checks of a method's update on a learner of four numbers, whose loss is a parabola."""
 
-import asyncio
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row, Skipped, at_least
 from opd.certify.engines import RequestLog, engines
 from opd.certify.fitting import other_settings
@@ -146,7 +146,7 @@ def _path(
             await update(learner, batches, objective, context.at(step))
             made.append(learner.weights.copy())
 
-    asyncio.run(run())
+    awaited(run())
     return made
 
 

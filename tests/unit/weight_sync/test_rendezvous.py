@@ -83,10 +83,13 @@ def started(address: str) -> Iterator[None]:
 
 def test_the_onlooker_sees_what_begins_under_its_eyes_and_nothing_else() -> None:
     with started("0.0.0.0"), socket.create_server(("0.0.0.0", 0)), looking() as seen:
-        with socket.create_server(("0.0.0.0", 0)), started("127.0.0.1"):
+        with started("127.0.0.1"):
             seen.look()
         assert {address for _, address in seen.listening} == {"127.0.0.1"} and not seen.opened
         with started("0.0.0.0"):
             seen.look()
         assert {address for _, address in seen.open_to_others()} == {"0.0.0.0"}
         assert len(seen.opened) == 1 and all(LISTENS in line for line in seen.opened)
+        with socket.create_server(("0.0.0.0", 0)):
+            seen.look()
+        assert len(seen.opened) == 2, "this process is looked at as well"
