@@ -76,6 +76,8 @@ def readable(overrides: Sequence[str]) -> list[str]:
     keys = _keys(own, chosen) if len(chosen) < len(given) else ()
     for word in (o for o in given if "=" not in o and not o.startswith("~")):
         raise ConfigurationError(f"override {word!r} has no value; {bare_word(word, keys, known, own)}")
+    for override in (o for o in given if o.startswith("~") and o not in chosen):
+        _refuse_removal(override, keys, given)
     return [o if o in chosen else _readable(o, keys, own) for o in given]
 
 
@@ -273,6 +275,21 @@ def _readable(override: str, known: Sequence[Key], own: str) -> str:
             f"{name}=[{value if '(' not in value else 'A,B'}]"
         )
     return prefixed
+
+
+def _refuse_removal(override: str, known: Sequence[Key], given: Sequence[str]) -> None:
+    """Refuse to take a setting away, which would leave a default that stands in no file.
+
+    Entries of mappings may go, and settings of a part whose class another override changes.
+    """
+    name = override.lstrip("~").partition("=")[0]
+    found = next((key for key in known if key.name == name), None)
+    target = f"{name.rpartition('.')[0]}._target_="
+    if found and not found.kind.startswith(("Mapping", "dict")) and not any(target in other for other in given):
+        raise ConfigurationError(
+            f"override {shown(override)} takes a setting away that every run has; leave it out for {found.value}, or "
+            f"set the value that is meant: {name}=..."
+        )
 
 
 def _cut(override: str) -> str:
