@@ -92,6 +92,11 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
+def read_generation(path: str, part: str = "student") -> Mapping[str, Any]:
+    """What a checkpoint's generation_config.json says, empty without one; refused as `read_ends` refuses it."""
+    return _read(Path(path) / GENERATION, part)
+
+
 def _read(file: Path, part: str) -> dict[str, Any]:
     """A JSON object; an empty one where there is no file."""
     return read_json(file, part) if file.is_file() else {}

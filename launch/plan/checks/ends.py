@@ -1,10 +1,10 @@
-"""End-of-text ids of this run, and disagreements between the files of a checkpoint about them."""
+"""End-of-text ids of this run, disagreements between the files of a checkpoint about them, and samplers left aside."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hf.folder import has_config
-from hf.stop_tokens import Ends, read_ends
+from hf.stop_tokens import Ends, read_ends, read_generation
 from hf.tokenizer import HuggingFaceTokenizer
 from teacher_service.config import TeacherConfig
 
@@ -25,6 +25,7 @@ def text_ends(path: str, tokenizer: HuggingFaceTokenizer, teachers: Mapping[str,
     named, turn = read_ends(path), tokenizer.turn_end()
     ids = tuple(sorted({*named.ids, tokenizer.eos_id, *(() if turn is None else (turn,))}))
     notes = [_disagreement(f"student {path!r}", named, tokenizer)] if named.disagree else []
+    notes += _sampler_left_aside(path)
     if turn is not None and turn not in named.ids:
         notes.append(
             f"the chat template of student {path!r} ends a turn with {_shown([turn], tokenizer)}, which none of its "
@@ -40,6 +41,24 @@ def text_ends(path: str, tokenizer: HuggingFaceTokenizer, teachers: Mapping[str,
                     "it to the student's generation_config.json if it should end them"
                 )
     return TextEnds(ids=ids, notes=tuple(notes))
+
+
+_NEUTRAL = {"temperature": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,)}
+"""Sampling settings of a generation_config.json, and the values with which they change nothing."""
+
+
+def _sampler_left_aside(path: str) -> list[str]:
+    """Note on a sampler that the checkpoint suggests, with which published figures of it may have been measured."""
+    said = read_generation(path)
+    found = {name: said[name] for name, plain in _NEUTRAL.items() if said.get(name) not in (None, *plain)}
+    if not found:
+        return []
+    listed = ", ".join(f"{name} {value}" for name, value in found.items())
+    return [
+        f"generation_config.json of student {path!r} suggests {listed}, which a run leaves aside: it trains and "
+        "evaluates with samplers of its own, at temperature 1 unless told otherwise (docs/evaluation.md: a set with "
+        "another); figures that others published of this model may be of that sampler"
+    ]
 
 
 def _disagreement(whose: str, named: Ends, tokenizer: HuggingFaceTokenizer) -> str:

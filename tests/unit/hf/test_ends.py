@@ -105,6 +105,25 @@ def test_a_teacher_with_more_ends_is_said(tmp_path: Path) -> None:
     assert "teacher 'default' also ends texts with '<|endoftext|>' (0)" in note
 
 
+SAMPLERS = [
+    ({}, ""),
+    ({"temperature": 1.0, "top_p": 1, "top_k": -1, "min_p": None, "do_sample": True}, ""),
+    ({"temperature": 0.6, "top_k": 20, "top_p": 0.95}, "suggests temperature 0.6, top_p 0.95, top_k 20, which"),
+    ({"repetition_penalty": 1.05, "top_k": 0}, "suggests repetition_penalty 1.05, which"),
+    ({"temperature": "hot"}, "suggests temperature hot, which"),
+]
+
+
+@pytest.mark.parametrize(("sampler", "says"), SAMPLERS)
+def test_a_sampler_that_a_checkpoint_suggests_is_left_aside_aloud(
+    tmp_path: Path, sampler: dict[str, Any], says: str
+) -> None:
+    path = folder(tmp_path / "m", tokenizer=2, config=2, generation=2)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **sampler}))
+    notes = text_ends(str(path), HuggingFaceTokenizer(str(path)), {}).notes
+    assert len(notes) == bool(says) and all(says in note for note in notes)
+
+
 @given(wrong=st.one_of(st.integers(max_value=-1), st.integers(min_value=ROWS), st.text(), st.booleans(), st.floats()))
 def test_what_is_no_id_of_the_vocabulary_is_refused(tmp_path_factory: pytest.TempPathFactory, wrong: Any) -> None:
     path = tmp_path_factory.mktemp("ends")
