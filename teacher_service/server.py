@@ -84,6 +84,21 @@ class _Refused(Exception):
         self.status = status
 
 
+async def _listening(protocol: Callable[[], asyncio.BaseProtocol], config: ServerConfig) -> asyncio.Server:
+    try:
+        return await asyncio.get_running_loop().create_server(protocol, config.host, config.port)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the teacher server cannot listen on {config.host}:{config.port} ({error.strerror}); choose another "
+            "host= or port="
+        ) from error
+
+
+async def check_address(config: ServerConfig) -> None:
+    """Raise `ConfigurationError` if a server could not listen there, which is known before a teacher is loaded."""
+    (await _listening(asyncio.Protocol, config)).close()
+
+
 class TeacherServer:
     """Serves `teacher` (which stores hidden states as the arrays themselves) until it is closed.
 
@@ -120,14 +135,7 @@ class TeacherServer:
         await self._runner.setup()
         assert self._runner.server is not None
         self._connections = Connections(self._runner.server, self._config.connections)
-        loop = asyncio.get_running_loop()
-        try:
-            self._listening = await loop.create_server(self._connections, self._config.host, self._config.port)
-        except OSError as error:
-            raise ConfigurationError(
-                f"the teacher server cannot listen on {self._config.host}:{self._config.port} ({error.strerror}); "
-                "choose another host= or port="
-            ) from error
+        self._listening = await _listening(self._connections, self._config)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         return f"http://{host}:{self._listening.sockets[0].getsockname()[1]}"
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.cli.flags import file_to_write
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from opd.certify.certificate import Certificate
@@ -24,8 +25,7 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
 
     Writes a list of certificates as JSON to `output` unless it is "".
     """
-    if output and not Path(output).resolve().parent.is_dir():
-        raise ConfigurationError(f"output={output} lies in a folder that does not exist; make the folder first")
+    file = file_to_write("certify", output)
     requested = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
     own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
     rest = [o for o in overrides if not o.startswith("method=")]
@@ -45,8 +45,8 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
             console.print(Text.assemble((what, "red"), f": {where}."))
     if len(found) > 1:
         console.print(summary(found))
-    if output:
-        Path(output).write_text(json.dumps([as_json(c) for c in found], indent=1) + "\n")
+    if file:
+        file.write_text(json.dumps([as_json(c) for c in found], indent=1) + "\n")
     return int(not all(c.passed for c in found))
 
 

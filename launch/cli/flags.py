@@ -1,5 +1,6 @@
 """Options that begin with a dash, as users of Hydra and argparse write them, and their equivalent here."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,26 @@ class Flags:
     info: str | None = None
     sweeps: bool = False
     rest: Sequence[str] = ()
+
+
+def file_to_write(command: str, given: str) -> Path | None:
+    """The file of a command's `output=FILE`, None for ""; looked at before the minutes of work that it is to hold.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+    if not given:
+        return None
+    file = Path(given)
+    why = (
+        "is a folder" if file.is_dir()
+        else "lies in a folder that does not exist" if not file.parent.is_dir()
+        else "" if os.access(file if file.exists() else file.parent, os.W_OK)
+        else "may not be written"
+    )  # fmt: skip
+    if why:
+        raise ConfigurationError(f"opd {command} writes a file, but output={given} {why}; name another, or make it")
+    return file
 
 
 def read_flags(arguments: Sequence[str]) -> Flags:

@@ -25,7 +25,7 @@ usage: opd COMMAND [OVERRIDE ...]
              reference=METHOD target=0.9 whose final accuracy all should reach (the last method's), or which
              evaluations=10              at equal shares of the budget;  run_name=... resume=true  go on, or share it
              experiment=compare          arms from a YAML file instead of methods=[...];  dry_run=true  runs and steps
-  opd eval   [checkpoint=DIR] [...]      measure a student (a run, one of its checkpoints, or any Hugging Face folder)
+  opd eval   [checkpoint=DIR] [output=FILE.json] [...]   measure a student: a run, a checkpoint of it, or any folder
   opd doctor [teacher.path=DIR] [output=FILE] [...]   may this teacher teach this student?
   opd methods [show NAME] [conf=DIR]     all methods, a line each with its paper, or the composition of one
   opd certify [method=NAME] [output=FILE.json]   prove that a method's gradient is what its name says (default: all)

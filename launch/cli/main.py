@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from launch.artifacts.redaction import check_arguments, masked
 from launch.artifacts.terminal import console
 from launch.cli.errors import keep_secrets, sentences
-from launch.cli.flags import Flags, read_flags, without_methods
+from launch.cli.flags import Flags, file_to_write, read_flags, without_methods
 from launch.services.signals import end_on_signals
 from opd.errors import ConfigurationError
 from opd.heavy_imports import uncollected
@@ -27,10 +27,16 @@ from opd.heavy_imports import uncollected
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_DEMO = (
-    "nothing was asked for, so this is the embedded demo, opd train experiment=shop: 100 steps, some minutes on a CPU; "
-    "your own models and prompts: opd train --help, and README"
-)
+_DEMO = {
+    "train": "nothing was asked for, so this is the embedded demo, opd train experiment=shop: 100 steps, some minutes "
+    "on a CPU; your own models and prompts: opd train --help, and README",
+    "eval": "no model was named, so this measures the embedded demo's student before its training; a run, or a model "
+    "of your own: opd eval checkpoint=runs/NAME/export, or checkpoint=FOLDER",
+    "doctor": "no model was named, so this examines the embedded demo's teacher; your own: opd doctor student=hf "
+    "student.path=FOLDER teacher=hf teacher.path=FOLDER",
+}
+_NAMED = ("experiment", "student", "student.path", "teacher", "teacher.path", "checkpoint", "conf")
+"""Settings of which one names a model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,7 +163,7 @@ def _train(overrides: Sequence[str]) -> int:
     node = _checked(overrides)
     stages = stages_of(node, overrides)
     if not overrides:
-        console(stderr=True).print(_DEMO, soft_wrap=True, highlight=False)
+        _tell_demo("train")
     with uncollected():
         from launch.cli.compare.command import run_comparison
         from launch.cli.staged_run import run_stages
@@ -174,29 +180,43 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare_methods(arguments)
 
 
+def _names_model(overrides: Sequence[str]) -> bool:
+    """Whether an override names a model, directly or by an experiment; otherwise the demo's are meant."""
+    return any(override.lstrip("+").partition("=")[0] in _NAMED for override in overrides)
+
+
+def _tell_demo(command: str) -> None:
+    console(stderr=True).print(_DEMO[command], soft_wrap=True, highlight=False)
+
+
 def _eval(overrides: Sequence[str]) -> int:
-    own, rest = _split(overrides, ("checkpoint",))
+    own, rest = _split(overrides, ("checkpoint", "output"))
+    output = file_to_write("eval", own.get("output", ""))
     if "checkpoint" not in own:
-        return _evaluate(rest)
+        return _evaluate(rest, output, named=_names_model(rest))
     from launch.run.export import as_model
 
     with as_model(own["checkpoint"]) as folder:
-        return _evaluate([*rest, f"student.path={folder}"])
+        return _evaluate([*rest, f"student.path={folder}"], output)
 
 
-def _evaluate(overrides: Sequence[str]) -> int:
+def _evaluate(overrides: Sequence[str], output: Path | None, *, named: bool = True) -> int:
     _checked(overrides)
+    if not named:
+        _tell_demo("eval")
     from launch.cli.train import run_evaluation
 
-    return run_evaluation(overrides)
+    return run_evaluation(overrides, output)
 
 
 def _doctor(overrides: Sequence[str]) -> int:
     own, rest = _split(overrides, ("output",))
     _checked(rest)
+    if not _names_model(rest):
+        _tell_demo("doctor")
     from launch.run.doctor import run_doctor
 
-    return run_doctor(rest, own.get("output", ""))
+    return run_doctor(rest, file_to_write("doctor", own.get("output", "")))
 
 
 def _methods(arguments: Sequence[str]) -> int:

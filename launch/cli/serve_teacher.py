@@ -14,10 +14,13 @@ from opd.settings.devices import resolve_device, resolve_dtype
 from opd.settings.secret import Secret
 from teacher_service.config import REMOTE, TOKEN_VARIABLE, TeacherConfig, environment
 
+_READ = ("teacher", "experiment", "conf", "data", "allow_targets")
+
 
 def serve_teacher(own: Mapping[str, str], overrides: Sequence[str], console: Console) -> int:
     """Serve the composed `teacher` at `own["host"]:own["port"]` until interrupted."""
-    config = teacher_config(overrides)
+    settings, dry_run = _own_settings(overrides)
+    config = teacher_config(settings)
     if config.backend in REMOTE:
         raise ConfigurationError(
             f"opd serve-teacher serves a model of this machine, but teacher.backend is {config.backend.name}; set "
@@ -26,14 +29,28 @@ def serve_teacher(own: Mapping[str, str], overrides: Sequence[str], console: Con
     config, known_as = local_teacher(config)
     for name, value in environment(config.device, config.backend).items():
         os.environ.setdefault(name, value)
-    asyncio.run(_serve(config, known_as, own, console))
+    asyncio.run(_serve(config, known_as, own, console, dry_run=dry_run))
     return 0
 
 
-async def _serve(config: TeacherConfig, known_as: str, own: Mapping[str, str], console: Console) -> None:
+def _own_settings(overrides: Sequence[str]) -> tuple[Sequence[str], bool]:
+    """Settings of the one teacher, and whether this is a dry run; refuses those that a server does not have."""
+    rest = [o for o in overrides if o not in ("dry_run=true", "dry_run=false")]
+    for override in rest:
+        name = override.lstrip("+~").partition("=")[0]
+        if name.partition(".")[0] not in _READ:
+            raise ConfigurationError(
+                f"opd serve-teacher serves the one teacher of teacher.*, and {name} is no setting of it; leave it out"
+            )
+    return rest, "dry_run=true" in overrides
+
+
+async def _serve(
+    config: TeacherConfig, known_as: str, own: Mapping[str, str], console: Console, *, dry_run: bool
+) -> None:
     from teacher_service.backends import backend
     from teacher_service.frames import FrameLimits
-    from teacher_service.server import LOOPBACK, ServerConfig, TeacherServer
+    from teacher_service.server import LOOPBACK, ServerConfig, TeacherServer, check_address
     from teacher_service.server_identity import identity_of, served_kinds
 
     precision = resolve_dtype(config.dtype, resolve_device(config.device, "teacher"))
@@ -45,6 +62,10 @@ async def _serve(config: TeacherConfig, known_as: str, own: Mapping[str, str], c
     )
     dtype = str(precision).removeprefix("torch.")
     identity = identity_of(config, dtype, FrameLimits(k=config.max_k))
+    await check_address(listening)
+    if dry_run:
+        console.print(f"teacher {known_as} would be served at {listening.host}:{listening.port}")
+        return
     teacher = backend(config.backend)(config, lambda array: array)
     await teacher.ready()
     server = TeacherServer(teacher, identity, listening, served_kinds(config))

@@ -1,7 +1,9 @@
 """`opd train` and `opd eval`: from overrides to a run directory."""
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -55,8 +57,8 @@ def run_training(overrides: Sequence[str]) -> int:
     return 0
 
 
-def run_evaluation(overrides: Sequence[str]) -> int:
-    """`opd eval`: measure `student.path` on the held-out prompts, and print the figures."""
+def run_evaluation(overrides: Sequence[str], output: Path | None = None) -> int:
+    """`opd eval`: measure `student.path` on the held-out prompts, and print the figures; as JSON in `output`."""
     config = run_config(overrides)
     plan = make_plan(config)
     console = terminal.console()
@@ -64,9 +66,12 @@ def run_evaluation(overrides: Sequence[str]) -> int:
     if config.dry_run:
         console.print(plan.table())
         return 0
-    for point in evaluate_once(plan):
+    points = evaluate_once(plan)
+    for point in points:
         for line in _figures(point):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if output:
+        output.write_text(json.dumps([point.as_json() for point in points], indent=1) + "\n")
     return 0
 
 

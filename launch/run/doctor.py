@@ -66,11 +66,14 @@ def refuse(findings: Sequence[Finding]) -> None:
         raise DataError(f"{wrong[0].sentence} [{wrong[0].measured}]{more}; doctor=false trains all the same")
 
 
-def run_doctor(overrides: Sequence[str], output: str) -> int:
-    """The whole examination of every teacher."""
+def run_doctor(overrides: Sequence[str], output: Path | None) -> int:
+    """The whole examination of every teacher, its findings in `output` as well."""
     config = run_config(overrides)
     plan = make_plan(config)
     console = terminal.console()
+    if config.dry_run:
+        console.print(plan.table())
+        return 0
 
     async def everything() -> list[Finding]:
         session = await open_session(plan)
@@ -84,7 +87,7 @@ def run_doctor(overrides: Sequence[str], output: str) -> int:
     console.print(table(findings))
     console.print(f"doctor: {summary(findings)}")
     if output:
-        Path(output).write_text(as_json(findings))
+        output.write_text(as_json(findings))
     refuse(findings)
     return 0
 

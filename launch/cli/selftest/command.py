@@ -7,6 +7,7 @@ from time import perf_counter, strftime
 
 from rich.console import Console
 
+from launch.cli.flags import file_to_write
 from launch.cli.selftest.programs import PROGRAMS, rows_of
 from launch.cli.selftest.rows import Outcome, Row, table, verdict, write_json
 from launch.cli.selftest.short_runs import short_runs
@@ -25,9 +26,7 @@ def run_selftest(own: Mapping[str, str], console: Console) -> int:
         ConfigurationError: there is no such check, or the file cannot be written.
     """
     chosen = _chosen(own.get("only", ""))
-    output = Path(own.get("output", "selftest.json"))
-    if not output.parent.is_dir() or output.is_dir():
-        raise ConfigurationError(f"opd selftest writes output={output}, but that is no file in a folder; name another")
+    output = file_to_write("selftest", own.get("output") or "selftest.json") or Path()
     began, rows = perf_counter(), list[Row]()
     with tempfile.TemporaryDirectory(prefix="opd-selftest-") as scratch:
         for name in chosen:

@@ -209,11 +209,12 @@ def test_an_existing_run_is_never_overwritten(run: Path) -> None:
 def test_the_export_scores_the_same_alone(run: Path, tmp_path: Path) -> None:
     """`opd export` copies a folder that vLLM loads with the accuracy of the run's end."""
     assert opd("export", f"run={run}", f"output={tmp_path / 'student'}").returncode == 0
-    done = opd("eval", f"checkpoint={tmp_path / 'student'}", *SMALL)
+    done = opd("eval", f"checkpoint={tmp_path / 'student'}", f"output={tmp_path / 'found.json'}", *SMALL)
     assert done.returncode == 0, done.stderr
     figures = dict(re.findall(r"^(\w+) +(\S+)$", done.stdout, flags=re.MULTILINE))
     end = json.loads((run / "summary.json").read_text())["student_end"]
-    assert float(figures["greedy"]) == end["greedy"]
+    (point,) = json.loads((tmp_path / "found.json").read_text())
+    assert float(figures["greedy"]) == end["greedy"] == point["greedy"]
     assert float(figures["reverse_kl"]) == pytest.approx(end["reverse_kl"], abs=0.3)  # other samples of 8 prompts
 
 

@@ -299,7 +299,7 @@ def test_the_command_prints_a_table_writes_json_and_exits_non_zero_on_failure(
     (said,) = json.loads((tmp_path / "c.json").read_text())
     verdicts = {row["property"]: row["verdict"] for row in said["properties"]}
     assert said["method"] == "direct_k1" and not said["passed"] and verdicts[TEACHER] == "fail"
-    with pytest.raises(ConfigurationError, match=r"output=.* lies in a folder that does not exist; make"):
+    with pytest.raises(ConfigurationError, match=r"output=.* lies in a folder that does not exist; name"):
         certify_methods(["method=sft"], str(tmp_path / "no" / "c.json"), console)
     with pytest.raises(ConfigurationError, match=r"method=sft,grpo names several"):
         certify_methods(["method=sft,grpo"], "", console)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from launch.plan.plan import make_plan
 from learner.config import LoraConfig
 from opd.errors import OpdError
 from opd.types.prompt_rows import Columns
+from teacher_service.config import TOKEN_VARIABLE
 from tests.command import ROOT, opd
 
 SHOP = ROOT / "assets" / "shop"
@@ -319,12 +321,35 @@ def test_groups_that_are_graded_at_once_cost_each_other_nothing(monkeypatch: pyt
         (["submit", "train"], 2, "address="),
         (["env", "x"], 2, "takes no arguments"),
         (["eval", "checkpoint=nowhere"], 2, "nowhere"),
+        (["eval", "evaluation=none"], 2, "no model was named, so this measures the embedded demo's student"),
+        (["eval", "output=nowhere/found.json"], 2, "opd eval writes a file, but output=nowhere/found.json lies in a"),
+        (["doctor", "output=nowhere/found.json"], 2, "opd doctor writes a file, but output=nowhere/found.json lies"),
+        (["doctor", f"output={ROOT}"], 2, f"output={ROOT} is a folder; name another"),
+        (["serve-teacher", "teacher=shop", "steps=3"], 2, "of teacher.*, and steps is no setting of it; leave it out"),
+        (["serve-teacher", "teachers.b.path=x"], 2, "of teacher.*, and teachers.b.path is no setting of it"),
     ],
 )
 def test_the_program_exits_non_zero_with_one_sentence(arguments: list[str], code: int, says: str) -> None:
     done = opd(*arguments)
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_of_another_verb_starts_nothing_either() -> None:
+    examined = opd("doctor", "experiment=shop", "dry_run=true")
+    assert examined.returncode == 0 and "rollout actor" in examined.stdout and "checks" not in examined.stdout
+    assert "no model was named" not in examined.stderr
+    assert "demo's teacher" in opd("doctor", "dry_run=true").stderr
+
+
+def test_a_teacher_is_not_loaded_for_a_place_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "t" * 40)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        served = ["serve-teacher", "teacher=shop", f"port={taken.getsockname()[1]}"]
+        assert "choose another host= or port=" in opd(*served).stderr
+        assert "choose another host= or port=" in opd(*served, "dry_run=true").stderr
+    free = opd(*served, "dry_run=true")
+    assert free.returncode == 0 and "would be served at 127.0.0.1:" in free.stdout
 
 
 UNSEEN = st.text(st.characters(categories=["L", "Nd", "Cc", "Cf", "Zl", "Zp", "Po"]), min_size=1, max_size=8)

@@ -86,7 +86,7 @@ def test_arguments_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[s
     for wrong, said in (
         ("only=speed,lost", "no check 'lost'; only=... takes packages, devices"),
         ("lost=1", "got 'lost=1'"),
-        (f"output={tmp_path}", "that is no file in a folder"),
+        (f"output={tmp_path}", "is a folder; name another"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["selftest", wrong])
