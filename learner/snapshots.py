@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from learner import checkpoint
-from learner.optimizer_shards import Fragment, pieces
+from learner.checkpoints import checkpoint
+from learner.checkpoints.optimizer_shards import Fragment, pieces
 from opd.errors import ConfigurationError
 
 

@@ -14,10 +14,11 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from learner import checkpoint, engine, optimizer_shards
+from learner import engine
+from learner.checkpoints import checkpoint, optimizer_shards
+from learner.checkpoints.exporting import export
 from learner.config import LearnerConfig, LossKernel, StudentText, learning_rate
 from learner.diagnosis import InfiniteRatio, from_first_rank
-from learner.exporting import export
 from learner.liger import check_kernel, with_kernel
 from learner.model import Student, batch_readings, load_head, sentinel_ids, target_logprobs
 from learner.published import described, published

@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.engine import VLLMEngine
 from launch.run.run import SPARE
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from learner.learner import LearnerRank
 from opd.ports import PublishedWeights, WeightAck
 from teacher_service.backends.torch_forward import TorchTeacher

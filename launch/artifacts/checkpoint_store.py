@@ -18,7 +18,7 @@ from launch.artifacts.checkpoint_state import (
 )
 from launch.artifacts.run_directory import write_json
 from launch.artifacts.untrusted_files import read_json
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.loop.ledger import Ledger
 

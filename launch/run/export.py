@@ -28,7 +28,7 @@ from opd.errors import ConfigurationError, DataError, OpdError
 from opd.settings.devices import Dtype
 
 if TYPE_CHECKING:
-    from learner.checkpoint_merge import Origin
+    from learner.checkpoints.merge import Origin
 
 
 async def export_student(
@@ -170,7 +170,7 @@ def _place(run: str, step: str) -> Path:
 
 def _write(place: Path, target: Path, student: str) -> None:
     _keep_libraries_quiet()
-    from learner.checkpoint_merge import (
+    from learner.checkpoints.merge import (
         export_checkpoint,  # transformers takes seconds, which other commands need not wait for
     )
 
@@ -206,7 +206,7 @@ def origin_of(settings: Mapping[str, Any], student: str = "") -> "Origin":
     Raises:
         DataError: they are not there, or are none.
     """
-    from learner.checkpoint_merge import Origin
+    from learner.checkpoints.merge import Origin
 
     try:
         names = [

@@ -33,8 +33,8 @@ from launch.artifacts.samples import Sample
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.resume import can_begin_again, history
 from launch.cli.compare.shared_runs import finished_with
-from learner import checkpoint
-from learner.checkpoint import Facts, Shards, shard_name
+from learner.checkpoints import checkpoint
+from learner.checkpoints.checkpoint import Facts, Shards, shard_name
 from opd.errors import OpdError
 from opd.loop.ledger import Entry, Ledger
 

@@ -13,8 +13,8 @@ AREAS = {
     "buffer": ["opd/loop/staleness.py", "opd/loop/rollout_buffer.py"],
     "ledger": ["opd/loop/ledger.py"],
     "learner": [
-        "learner/training.py", "learner/engine.py", "learner/config.py", "learner/optimizer_shards.py",
-        "learner/checkpoint.py", "learner/model.py", "learner/lora.py", "learner/snapshots.py",
+        "learner/training.py", "learner/engine.py", "learner/config.py", "learner/checkpoints/optimizer_shards.py",
+        "learner/checkpoints/checkpoint.py", "learner/model.py", "learner/lora.py", "learner/snapshots.py",
     ],
     "publishing": [
         "learner/publishing.py", "weight_sync/receiver.py", "weight_sync/manifest.py", "weight_sync/checksum.py",

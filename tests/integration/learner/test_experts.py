@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf.folder import read_headers
 from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
-from learner.checkpoint_merge import Origin, export_checkpoint
+from learner.checkpoints.merge import Origin, export_checkpoint
 from learner.config import LoraConfig
 from opd.errors import ConfigurationError
 from opd.settings.devices import Dtype

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from learner import checkpoint, engine
+from learner import engine
+from learner.checkpoints import checkpoint
 from learner.config import LearnerConfig, LossKernel, StudentText, environment
 from learner.model import sentinel_ids
 from learner.schedule import Schedule

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from learner.checkpoint import shard_name
+from learner.checkpoints.checkpoint import shard_name
 from learner.learner import LearnerRank
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError, DataError, OpdError

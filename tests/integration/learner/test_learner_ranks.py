@@ -19,7 +19,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from learner import engine, training
-from learner.checkpoint import KEYS, MASTER, Shards, snapshot_key
+from learner.checkpoints.checkpoint import KEYS, MASTER, Shards, snapshot_key
 from learner.learner import LearnerRank
 from opd.errors import OpdError
 from opd.loss.packing import halves

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.checkpoint import MASTER, Shards
+from learner.checkpoints.checkpoint import MASTER, Shards
 from learner.config import LearnerConfig, LoraConfig
 from learner.learner import LearnerRank
 from opd.errors import ConfigurationError

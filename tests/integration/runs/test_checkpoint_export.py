@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoint_merge import Origin, export_checkpoint
+from learner.checkpoints.merge import Origin, export_checkpoint
 from learner.config import LoraConfig
 from opd.errors import ConfigurationError, DataError
 from opd.settings.devices import Dtype

@@ -17,7 +17,7 @@ from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.run_lock import LOCK, check_not_running, is_over
 from launch.artifacts.untrusted_files import read_json, read_yaml
 from launch.cli.compare.shared_runs import finished_with
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from opd.errors import DataError, OpdError
 from tests.fuzz.run_files import BOMB, SETTINGS, STEP, fuzz, make_run
 

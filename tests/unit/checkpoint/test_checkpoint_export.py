@@ -15,7 +15,7 @@ from launch.config.run_config import run_config
 from launch.plan.checks.devices import resolved
 from launch.run import export
 from launch.run.export import as_model, export_run, origin_of
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from opd.errors import ConfigurationError, DataError
 from opd.loop.ledger import Ledger
 from opd.settings.devices import Dtype
@@ -48,7 +48,7 @@ def run(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatc
         target.mkdir()
         (target / "config.json").write_text(json.dumps({"from": shards.parent.name, "student": origin.student}))
 
-    monkeypatch.setattr("learner.checkpoint_merge.export_checkpoint", noted)
+    monkeypatch.setattr("learner.checkpoints.merge.export_checkpoint", noted)
     monkeypatch.setenv("DS_ACCELERATOR", "")  # and back to what it was
     monkeypatch.delenv("DS_ACCELERATOR")
     logging.enable_progress_bar()

@@ -27,7 +27,7 @@ from launch.checkpoint.changes import changes, check_changes, check_inputs, chec
 from launch.checkpoint.resume import ResumePoint, _remarks, consequences, fingerprints, rewind
 from launch.config.run_config import RunConfig, run_config
 from launch.plan.checks.devices import resolved
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from learner.schedule import Schedule
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.loop.ledger import Ledger

@@ -26,7 +26,7 @@ from launch.checkpoint.step_end import Boundary
 from launch.cli.compare.command import run_comparison
 from launch.config.run_config import run_config
 from launch.services.signals import Preempted, StopRequest, end_on_signals, run_until_stopped, signals_kept
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from opd.errors import ConfigurationError, DataError
 from opd.loop.ledger import Ledger
 from opd.loop.staleness import StalenessSchedule

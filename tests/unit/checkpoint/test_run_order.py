@@ -18,7 +18,7 @@ from launch.config.run_config import run_config
 from launch.plan.plan import make_plan
 from launch.run.run import Run
 from launch.services.signals import StopRequest
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from opd.errors import DataError
 
 PLAN = make_plan(run_config(["experiment=shop", "steps=6", "tracker=none", "doctor=false", "run_name=a"]))

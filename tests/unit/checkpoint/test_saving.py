@@ -24,7 +24,7 @@ from launch.services.learner_group import RanksLost
 from launch.services.pools import Follower, ObservedStudent
 from launch.services.replicas import Fault
 from launch.services.signals import Preempted, StopRequest
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from opd.errors import OpdError
 from opd.loop.ledger import Ledger
 from opd.ports import Manifest, PublishedWeights, Sentinel, WeightAck

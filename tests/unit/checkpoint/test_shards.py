@@ -16,9 +16,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from learner import checkpoint
-from learner.checkpoint import FORMAT, KEYS, MASTER, RANDOM, Facts, Shards, ShardWriter, piece_name, shard_name
-from learner.optimizer_shards import Fragment, host_copies, partition
+from learner.checkpoints import checkpoint
+from learner.checkpoints.checkpoint import (
+    FORMAT,
+    KEYS,
+    MASTER,
+    RANDOM,
+    Facts,
+    Shards,
+    ShardWriter,
+    piece_name,
+    shard_name,
+)
+from learner.checkpoints.optimizer_shards import Fragment, host_copies, partition
 from opd.errors import DataError, OpdError
 
 FACTS = Facts(step=3, updates=2, skipped=1, rank=0, ranks=1, zero_stage=2, model="m", device="cpu")

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from learner import checkpoint
+from learner.checkpoints import checkpoint
+from learner.checkpoints.optimizer_shards import Fragment, _moments, host_copies
 from learner.config import LearnerConfig, LoraConfig
 from learner.engine import _settings, adam
 from learner.lora import save_adapter
 from learner.model import _layer, load_student
-from learner.optimizer_shards import Fragment, _moments, host_copies
 from opd.settings.devices import Dtype
 from tests.tiny_models import VOCABULARY, save, tiny_model
 

@@ -207,7 +207,7 @@ MODEL_FILES = {"config.json", "model.safetensors", "model.safetensors.index.json
 READ_OUTSIDE_HF = {
     "demos/recipes/evaluate_task.py": {"from_pretrained"},  # a recipe is a page of plain transformers
     "demos/recipes/pretrain.py": {"model.safetensors"},  # it has just written it
-    "learner/checkpoint.py": {"safe_open"},  # the learner's own shards
+    "learner/checkpoints/checkpoint.py": {"safe_open"},  # the learner's own shards
     "teacher_service/backends/torch_forward.py": {"load_file"},  # what a teacher that follows the student has saved
 }
 

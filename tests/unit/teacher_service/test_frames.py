@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from opd.errors import DataError
 from opd.ports import AtIds, LastHidden, SampledToken, ScoreRequest, TopK
 from opd.ports.score_kinds import BUILT_IN

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from learner import checkpoint
+from learner.checkpoints import checkpoint
+from learner.checkpoints.student_folder import write_folder
 from learner.config import LoraConfig
 from learner.model import load_student
 from learner.published import described, published
 from learner.publishing import Publisher, StagedSender
-from learner.student_folder import write_folder
 from opd.settings.devices import Dtype, resolve_dtype
 from weight_sync.lora import pairs, with_adapters
 

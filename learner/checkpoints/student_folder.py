@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from learner.config import LoraConfig
 from learner.model import Student
 

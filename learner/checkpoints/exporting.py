@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from learner import engine
+from learner.checkpoints.student_folder import write_folder
 from learner.config import LearnerConfig
 from learner.model import Student
 from learner.published import full_shape
-from learner.student_folder import write_folder
 from weight_sync.lora import pairs, with_adapters
 from weight_sync.manifest import runs
 

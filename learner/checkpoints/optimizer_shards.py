@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, distributed, nn
 
-from learner import checkpoint
+from learner.checkpoints import checkpoint
 from weight_sync.manifest import runs
 
 Named = Sequence[tuple[str, nn.Parameter]]

@@ -1,0 +1,1 @@
+"""Files of the learner: its own checkpoints, and folders of Hugging Face written from them."""
