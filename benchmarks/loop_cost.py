@@ -120,7 +120,7 @@ def spent(actors: int, load: Workload) -> tuple[float, float]:
 def ray_call_s() -> float:
     """Seconds of an empty call of a Ray actor on this machine now: the unit."""
     from launch.config.settings import ClusterConfig
-    from launch.services.cluster import connected
+    from launch.services.ray_session.cluster import connected
 
     with connected(ClusterConfig()):
         import ray

@@ -44,7 +44,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from launch.config.settings import ClusterConfig
-from launch.services.cluster import connected, fetch, store
+from launch.services.ray_session.cluster import connected, fetch, store
 from learner.publishing import Publisher, StagedSender
 from opd.ports import GenerateRequest, PublishedWeights, Sampling, Sentinel, WeightSender, WeightShard
 from weight_sync.manifest import digest

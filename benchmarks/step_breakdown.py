@@ -40,7 +40,7 @@ def main() -> None:
     from launch.plan.plan import make_plan
     from launch.run.evaluate import Evaluator, TrainingCost
     from launch.run.session import open_session
-    from launch.services.cluster import connected
+    from launch.services.ray_session.cluster import connected
     from opd.loop.train import StepRecord, train
 
     config = run_config(["experiment=shop", f"steps={steps}", *sys.argv[2:]])

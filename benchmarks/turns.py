@@ -29,7 +29,7 @@ from launch.config.settings import Sharing
 from launch.config.shipped_files import shipped
 from launch.plan.plan import make_plan
 from launch.run.session import Session, open_session
-from launch.services.cluster import connected
+from launch.services.ray_session.cluster import connected
 from opd.method.method import packed, scored, weighed
 from opd.types import Prompt
 

@@ -176,7 +176,7 @@ def with_real_parts(steps: int = 3) -> Sequence[Mapping[str, float]]:
     from launch.config.run_config import run_config
     from launch.plan.plan import make_plan
     from launch.run.session import open_session
-    from launch.services.cluster import connected
+    from launch.services.ray_session.cluster import connected
 
     config = run_config(["experiment=shop", f"steps={steps}", "prompts.prompts_per_step=16"])
     plan = make_plan(config)

@@ -93,7 +93,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def read_generation(path: str, part: str = "student") -> Mapping[str, Any]:
-    """What a checkpoint's generation_config.json says, empty without one; refused as `read_ends` refuses it."""
+    """Contents of a checkpoint's generation_config.json, empty without one; refused as `read_ends` refuses it."""
     return _read(Path(path) / GENERATION, part)
 
 

@@ -21,8 +21,8 @@ import opd.token_weights
 import opd.updates
 from actors.config import StudentConfig
 from launch.config.budget import StopAfter
-from launch.config.compose import compose
-from launch.config.keys import Key, keys
+from launch.config.composition.compose import compose
+from launch.config.composition.keys import Key, keys
 from launch.config.run_config import RunConfig
 from launch.config.settings import ClusterConfig, EvaluationConfig, HardwareConfig
 from launch.config.tracker import TrackerConfig

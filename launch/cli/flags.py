@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.config.compose import leading
+from launch.config.composition.compose import leading
 from launch.config.shipped_files import groups
 from opd.errors import ConfigurationError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch.config.compose import compose, own_folder
-from launch.config.keys import Key, keys
+from launch.config.composition.compose import compose, own_folder
+from launch.config.composition.keys import Key, keys
 from launch.config.shipped_files import first_sentence, groups, option_files
 from opd.errors import ConfigurationError
 

@@ -110,7 +110,7 @@ def _show(flags: Flags) -> int:
     from omegaconf import OmegaConf
 
     from launch.artifacts.redaction import redacted
-    from launch.config.compose import part_of
+    from launch.config.composition.compose import part_of
 
     node = part_of(_checked(flags.rest), flags.package, resolved=flags.resolved)
     print(
@@ -121,7 +121,7 @@ def _show(flags: Flags) -> int:
 
 def _info(overrides: Sequence[str], name: str) -> int:
     """Print the sources of the configuration: `--info [defaults|defaults-tree|searchpath|config|all]`."""
-    from launch.config.sources import View, sources, view_of
+    from launch.config.composition.sources import View, sources, view_of
 
     view = view_of(name)
     _checked(overrides)
@@ -149,8 +149,8 @@ def _sweep(command: str, overrides: Sequence[str]) -> int:
 def _checked(overrides: Sequence[str]) -> "DictConfig":
     """The composed configuration, all of whose keys exist; a part of a run is imported only after this."""
     from launch.cli.stages import without_stages
-    from launch.config.compose import compose
-    from launch.config.keys import check_names
+    from launch.config.composition.compose import compose
+    from launch.config.composition.keys import check_names
 
     node = compose(shared := without_stages(overrides))
     check_names(node, shared)

@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from launch.config.compose import own_folder
+from launch.config.composition.compose import own_folder
 from launch.config.shipped_files import first_sentence, head_comment, option_files
 from opd.errors import ConfigurationError
 

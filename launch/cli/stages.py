@@ -11,7 +11,7 @@ from typing import Annotated
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.config.keys import nearest
+from launch.config.composition.keys import nearest
 from opd.errors import ConfigurationError
 from opd.settings.ranges import Length, Line, RunName
 from opd.settings.validation import fit

@@ -27,9 +27,9 @@ from launch.run.costs import costs
 from launch.run.evaluate import TrainingCost, make_evaluator
 from launch.run.run import Run
 from launch.run.session import open_session
-from launch.services.cluster import connected
 from launch.services.failure_causes import ProcessFailed, find_own
-from launch.services.ray_node import Node
+from launch.services.ray_session.cluster import connected
+from launch.services.ray_session.node import Node
 from launch.services.signals import Preempted, StopRequest, guarded, run_until_stopped
 from launch.services.stack_dumps import keep_traceback
 from opd.errors import OpdError

@@ -1,4 +1,4 @@
-"""From a composed configuration to typed objects; with `launch.config.compose` all that knows OmegaConf.
+"""From a composed configuration to typed objects; with `launch.config.composition.compose` all that knows OmegaConf.
 
 `run_config` is the only way to a run, and no node leaves it.
 """
@@ -18,8 +18,8 @@ from actors.config import StudentConfig
 from launch.artifacts.redaction import check_logins, remember
 from launch.config.best_by import check_best
 from launch.config.budget import StopAfter
-from launch.config.compose import compose, first_line
-from launch.config.keys import check_names
+from launch.config.composition.compose import compose, first_line
+from launch.config.composition.keys import check_names
 from launch.config.row_functions import check_row_functions
 from launch.config.settings import ClusterConfig, EvaluationConfig, HardwareConfig
 from launch.config.shipped_files import shipped

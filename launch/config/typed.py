@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from launch.artifacts.old_names import todays, todays_part
-from launch.config.keys import nearest
+from launch.config.composition.keys import nearest
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.own_modules import own_module
 from opd.settings.ranges import Matches

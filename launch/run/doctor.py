@@ -15,8 +15,8 @@ from launch.config.run_config import run_config
 from launch.plan.checks.numbers import engine_dtype, narrow, part_dtype
 from launch.plan.plan import Plan, make_plan
 from launch.run.session import Session, open_session, take_turns, teacher_actor
-from launch.services.cluster import connected, end
 from launch.services.pools import StudentPool, TeacherPool
+from launch.services.ray_session.cluster import connected, end
 from launch.services.signals import run_until_stopped
 from opd.doctor.examine import examine, teacher_gain
 from opd.doctor.findings import CheckThresholds, Finding, Subject, Verdict

@@ -32,12 +32,12 @@ from launch.plan.checks.devices import (
 from launch.plan.checks.models import vocabulary_rows
 from launch.plan.memory.parts import of_teacher
 from launch.plan.plan import Plan
-from launch.services.cluster import Actors, fetch, machines, place_of
 from launch.services.learner_group import LearnerGroup
 from launch.services.learner_restart import RankFactory, RestartingLearner
 from launch.services.owned_returns import keep, with_owned_returns
-from launch.services.placement import ActorRole
 from launch.services.pools import Follower, ObservedStudent, StudentPool, TeacherPool
+from launch.services.ray_session.cluster import Actors, fetch, machines, place_of
+from launch.services.ray_session.placement import ActorRole
 from launch.services.replicas import Replicas, within
 from launch.services.stack_dumps import StackDumps
 from launch.services.turns import Turns, resident

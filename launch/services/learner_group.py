@@ -6,8 +6,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
 
-from launch.services.cluster import end, has_died, place_of, sees
 from launch.services.failure_causes import brief, vanished
+from launch.services.ray_session.cluster import end, has_died, place_of, sees
 from launch.services.replicas import DescribeStacks, Fault, ReplicaFault, no_stack_dump, within
 from launch.services.turns import Turn, resident
 from learner.config import LearnerConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from launch.artifacts.checkpoint_store import verified_state
-from launch.services.cluster import is_lost
 from launch.services.failure_causes import brief
 from launch.services.learner_group import RanksLost
+from launch.services.ray_session.cluster import is_lost
 from launch.services.replay_log import ReplayLog
 from launch.services.replicas import GO_ON
 from launch.services.turns import Turn, resident

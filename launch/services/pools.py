@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from launch.config.retry_policy import RetryPolicy
-from launch.services.cluster import end, fetch, has_died, is_lost, streamed
 from launch.services.dispatch import Dispatcher
 from launch.services.failure_causes import brief
 from launch.services.owned_returns import owned_answers
+from launch.services.ray_session.cluster import end, fetch, has_died, is_lost, streamed
 from launch.services.replicas import (
     GO_ON,
     DescribeStacks,

@@ -1,6 +1,7 @@
 """Transports of published weights: the learner's side of each, and the runs in which it does not work.
 
-The receivers' side is `launch.services.cluster.fetch` for all of them, because a handle has the place of its bytes.
+The receivers' side is `launch.services.ray_session.cluster.fetch` for all of them, because a handle has the place of
+its bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import assert_never
 
 from launch.config.run_config import RunConfig
 from launch.config.settings import Placement
-from launch.services.cluster import store
+from launch.services.ray_session.cluster import store
 from learner.config import Transport
 from learner.publishing import StagedSender
 from opd.errors import ConfigurationError

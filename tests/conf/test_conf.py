@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from launch.cli.api.inputs import described
 from launch.cli.stages import stages_of
-from launch.config.compose import compose
+from launch.config.composition.compose import compose
 from launch.config.run_config import RunConfig, run_config
 from launch.config.shipped_files import groups
 from launch.config.typed import construct

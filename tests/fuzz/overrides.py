@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from launch.config.compose import groups
+from launch.config.composition.compose import groups
 from launch.config.run_config import RunConfig, run_config
 from launch.plan.plan import make_plan
 from learner.schedule import Schedule

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from launch.artifacts.user_yaml import dotted
-from launch.config.compose import quoted, unknown
+from launch.config.composition.compose import quoted, unknown
 from opd.errors import ConfigurationError
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # text that needs no quotes

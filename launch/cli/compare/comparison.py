@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.artifacts.spending import Unit
 from launch.cli.compare.budget_plan import Budget
 from launch.cli.compare.tuning import RATES, TRIAL_SEED, Tuning
-from launch.config.compose import compose, own_folder
+from launch.config.composition.compose import compose, own_folder
 from launch.config.run_config import RunConfig
 from launch.config.shipped_files import groups
 from launch.config.typed import construct

@@ -27,7 +27,7 @@ from launch.cli.stages import override_key
 from launch.cli.sweep.points import OF_THE_SWEEP, Point
 from launch.cli.sweep.standing import Progress, Standing, check_goes_on, standing
 from launch.cli.train import train_once
-from launch.config.compose import compose
+from launch.config.composition.compose import compose
 from launch.config.run_config import RunConfig, run_config, single_settings
 from launch.monitors.trackers import check_login
 from launch.plan import hub

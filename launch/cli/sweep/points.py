@@ -12,8 +12,8 @@ from hydra.errors import HydraException
 from xxhash import xxh32_hexdigest
 
 from launch.cli.stages import override_key
-from launch.config.compose import compose, first_line, own_folder
-from launch.config.keys import holds_text, keys
+from launch.config.composition.compose import compose, first_line, own_folder
+from launch.config.composition.keys import holds_text, keys
 from launch.config.shipped_files import groups
 from opd.errors import ConfigurationError
 from opd.settings.validation import shown

@@ -9,7 +9,7 @@ import torch
 from launch.config.run_config import RunConfig, teacher_key
 from launch.config.settings import ClusterConfig, DeviceLayout
 from launch.plan import environment
-from launch.services.placement import ActorRole, Machine, asked, check_fits, share
+from launch.services.ray_session.placement import ActorRole, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError
 from opd.method.needs import named, needed
 from opd.ports import Role

@@ -11,7 +11,7 @@ from launch.plan.memory.cards import advice, misfit
 from launch.plan.memory.footprint import EngineRole, LearnerRole, TeacherRole, asleep, peak
 from launch.plan.memory.parts import GIB, card_bytes, device_bytes, parts
 from launch.plan.memory.sharing import no_turns
-from launch.services.placement import share
+from launch.services.ray_session.placement import share
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device
 from teacher_service.config import TeacherConfig

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from launch.config.settings import ClusterConfig
-from launch.services.cluster import connected, fetch, is_lost, store
 from launch.services.owned_returns import DeferredArray, keep, owned_answers, with_owned_returns
+from launch.services.ray_session.cluster import connected, fetch, is_lost, store
 from opd.ports import ScoreAnswer
 from opd.types import HiddenScores, RemoteRows
 from tests.fault_matrix import Witness

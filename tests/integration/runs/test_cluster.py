@@ -13,11 +13,11 @@ from launch.config.retry_policy import RetryPolicy
 from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import ClusterConfig
 from launch.plan.checks.devices import ENGINE, roles
-from launch.services.cluster import Actors, end, has_died, is_lost, silence
 from launch.services.failure_causes import find_own
-from launch.services.placement import ActorRole
 from launch.services.pools import StudentPool
-from launch.services.ray_address import check_cluster
+from launch.services.ray_session.address import check_cluster
+from launch.services.ray_session.cluster import Actors, end, has_died, is_lost, silence
+from launch.services.ray_session.placement import ActorRole
 from opd.errors import ConfigurationError, OpdError
 
 CPUS, GPUS = 4, 4
@@ -147,7 +147,7 @@ def test_nothing_of_ray_s_is_printed_when_an_actor_is_killed(address: str, capfd
     from ray.exceptions import RayError
 
     silence()
-    assert worker.print_to_stdstream.__module__ == "launch.services.cluster"
+    assert worker.print_to_stdstream.__module__ == "launch.services.ray_session.cluster"
     actors = Actors(ClusterConfig(), [SMALL])
 
     async def killed() -> BaseException:

@@ -19,9 +19,9 @@ from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import Placement
 from launch.plan.checks.devices import ENGINE, LEARNER_RANK, TEACHER, resolved, roles, teacher_role
 from launch.plan.plan import make_plan
-from launch.services.cluster import Actors, end, machines, sees
-from launch.services.placement import ActorRole
-from launch.services.ray_node import bare, start_ray
+from launch.services.ray_session.cluster import Actors, end, machines, sees
+from launch.services.ray_session.node import bare, start_ray
+from launch.services.ray_session.placement import ActorRole
 from learner.config import environment as learner_environment
 from opd.errors import OpdError
 from opd.settings.devices import Device

@@ -10,7 +10,7 @@ from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from launch.plan.plan import make_plan
 from launch.run.session import Session, open_session
-from launch.services.cluster import connected
+from launch.services.ray_session.cluster import connected
 from opd.loop.train import StepRecord, train
 from opd.ports import Need, Role, needs_of
 from opd.types import NO_VERSION, Scores

@@ -16,7 +16,7 @@ from launch.monitors.accounting import Totals
 from launch.monitors.step_metrics import StepContext, step_metrics
 from launch.plan.plan import make_plan
 from launch.run.session import Session, open_session
-from launch.services.cluster import connected, fetch
+from launch.services.ray_session.cluster import connected, fetch
 from opd.loop.train import StepRecord, train
 from opd.types import HiddenScores
 from tests.moe_student import DENSE, save_student

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.cli.flags import read_flags
-from launch.config.advice import advice
-from launch.config.aliases import ALIASES, ELSEWHERE, METHODS, REASONS
-from launch.config.compose import compose
-from launch.config.keys import check_names, keys
+from launch.config.composition.advice import advice
+from launch.config.composition.aliases import ALIASES, ELSEWHERE, METHODS, REASONS
+from launch.config.composition.compose import compose
+from launch.config.composition.keys import check_names, keys
 from launch.config.shipped_files import groups
 from opd.errors import ConfigurationError
 

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from launch.artifacts.terminal import console
 from launch.cli.main import main
-from launch.config.aliases import ALIASES, REASONS
-from launch.config.compose import compose
-from launch.config.keys import check_names, keys
+from launch.config.composition.aliases import ALIASES, REASONS
+from launch.config.composition.compose import compose
+from launch.config.composition.keys import check_names, keys
 from launch.config.shipped_files import groups, option_files
 from opd.errors import ConfigurationError
 

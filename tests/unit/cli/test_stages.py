@@ -14,7 +14,7 @@ from launch.artifacts.run_lock import LOCK
 from launch.artifacts.summary import Outcome
 from launch.cli import staged_run
 from launch.cli.stages import Stage, stages_of, without_stages
-from launch.config.compose import compose
+from launch.config.composition.compose import compose
 from launch.config.run_config import run_config
 from opd.errors import ConfigurationError, DataError
 from tests.command import ROOT, opd

@@ -25,7 +25,7 @@ from launch.cli.compare import shared_runs
 from launch.cli.sweep import command
 from launch.cli.sweep.points import Point, points_of
 from launch.cli.sweep.standing import Standing, standing
-from launch.config.compose import hydra_started
+from launch.config.composition.compose import hydra_started
 from launch.config.run_config import RunConfig, run_config
 from launch.plan.plan import Plan
 from launch.report import sweep_page

@@ -11,7 +11,7 @@ from huggingface_hub.utils import close_session
 
 from demos.prompts.open_thoughts import first_exchange
 from launch.cli.stages import stages_of
-from launch.config.compose import compose
+from launch.config.composition.compose import compose
 from launch.config.run_config import run_config
 from launch.config.shipped_files import option_files
 from launch.plan.checks.devices import gpus, roles

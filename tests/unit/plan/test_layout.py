@@ -21,7 +21,7 @@ from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import GIB, Part, card_bytes, parts
 from launch.plan.plan import make_plan
 from launch.plan.sizes import with_microbatch
-from launch.services.placement import Machine, check_fits
+from launch.services.ray_session.placement import Machine, check_fits
 from opd.errors import ConfigurationError
 from opd.settings.devices import Dtype
 from tests.unit.plan.real_sizes import checkpoint

@@ -32,7 +32,7 @@ from launch.plan.memory.layout import laid_out
 from launch.plan.memory.parts import GIB, Part, card_bytes, parts
 from launch.plan.memory.sharing import check_turns
 from launch.plan.plan import Plan, make_plan
-from launch.services.placement import Machine, check_fits
+from launch.services.ray_session.placement import Machine, check_fits
 from opd.errors import ConfigurationError
 from tests.command import ROOT
 from tests.hollow_models import hollow, qwen3

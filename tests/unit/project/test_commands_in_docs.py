@@ -16,7 +16,7 @@ import yaml
 
 from launch.cli.flags import without_methods
 from launch.cli.help import USAGE, _page
-from launch.config.compose import _keys
+from launch.config.composition.compose import _keys
 from launch.config.shipped_files import groups
 from tests.command import ROOT, opd
 

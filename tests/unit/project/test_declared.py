@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config.compose import compose
-from launch.config.keys import check_names
+from launch.config.composition.compose import compose
+from launch.config.composition.keys import check_names
 from opd.errors import ConfigurationError
 from opd.settings.declared import settings
 

@@ -6,8 +6,8 @@ from enum import Enum
 import pytest
 
 from actors.config import StudentConfig
-from launch.config.compose import compose
-from launch.config.keys import keys
+from launch.config.composition.compose import compose
+from launch.config.composition.keys import keys
 from launch.config.run_config import RunConfig
 from launch.config.settings import ClusterConfig, EvaluationConfig, EvaluationSet
 from learner.config import LearnerConfig

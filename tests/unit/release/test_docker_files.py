@@ -11,7 +11,7 @@ import yaml
 
 from launch.config.run_config import run_config
 from launch.plan.checks.devices import resolved, roles
-from launch.services.placement import Machine, check_fits
+from launch.services.ray_session.placement import Machine, check_fits
 from opd.settings.devices import Device
 
 ROOT = Path(__file__).parents[3]

@@ -17,8 +17,8 @@ from launch.artifacts.checkpoint_state import described
 from launch.artifacts.redaction import HIDDEN, check_arguments, masked, redacted, remember, without_secret
 from launch.artifacts.run_directory import RunDirectory, append_events, append_json, write_json
 from launch.cli.submit import SubmitOptions, submit
-from launch.config.compose import compose
-from launch.config.keys import keys
+from launch.config.composition.compose import compose
+from launch.config.composition.keys import keys
 from launch.config.run_config import run_config
 from opd.errors import _HEAD, _TAIL, ConfigurationError
 from opd.settings.secret import Secret

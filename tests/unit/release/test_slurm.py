@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.config.run_config import run_config
 from launch.plan.checks.devices import resolved, roles
-from launch.services.placement import Machine, check_fits
+from launch.services.ray_session.placement import Machine, check_fits
 
 SCRIPT = Path(__file__).parents[3] / "docker" / "slurm" / "opd.sbatch"
 STAND_INS = {

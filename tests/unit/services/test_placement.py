@@ -12,7 +12,7 @@ from launch.config.run_config import RunConfig, run_config
 from launch.config.settings import DeviceLayout
 from launch.plan.checks.devices import check_idle_cluster, gpus, resolved, roles, undecided, unseen_notes
 from launch.run.session import measuring
-from launch.services.placement import ActorRole, Bundles, Machine, asked, check_fits, share
+from launch.services.ray_session.placement import ActorRole, Bundles, Machine, asked, check_fits, share
 from opd.errors import ConfigurationError, OpdError
 from opd.settings.devices import Device
 

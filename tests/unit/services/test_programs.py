@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from launch.config.settings import ClusterConfig
-from launch.services.cluster import connected
-from launch.services.programs import ray_agent, start_worker
-from launch.services.ray_node import _own_agent, bare
+from launch.services.ray_session.cluster import connected
+from launch.services.ray_session.node import _own_agent, bare
+from launch.services.ray_session.programs import ray_agent, start_worker
 
 SHOWN = ("OPD_A", "OPD_B", "OPD_C")
 WORKER = f"""import json, os, sys

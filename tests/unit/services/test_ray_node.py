@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from launch.config.settings import ClusterConfig
-from launch.services.cluster import connected
-from launch.services.ray_address import check_cluster
-from launch.services.ray_node import Node, start_ray
+from launch.services.ray_session.address import check_cluster
+from launch.services.ray_session.cluster import connected
+from launch.services.ray_session.node import Node, start_ray
 from launch.services.signals import guarded
 from opd.errors import OpdError
 from tests.tiny_models import impatient
@@ -43,7 +43,7 @@ def worker(raylet: int) -> subprocess.Popen[bytes]:
 def test_work_beside_a_ray_that_dies_is_cancelled_and_the_reason_raised(
     ray: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.services.ray_node._PERIOD_S", 0.01)
+    monkeypatch.setattr("launch.services.ray_session.node._PERIOD_S", 0.01)
     seen: list[str] = []
 
     async def work() -> None:
@@ -144,7 +144,7 @@ def test_a_session_that_does_not_start_is_tried_again_and_then_one_sentence(
         raise Exception(reason)
 
     monkeypatch.setattr("ray.init", late)
-    monkeypatch.setattr("launch.services.ray_node._PAUSE_S", 0.01)
+    monkeypatch.setattr("launch.services.ray_session.node._PAUSE_S", 0.01)
     config = impatient(ClusterConfig(), "start_deadline_s", deadline_s or 1e-9)
     with pytest.raises(OpdError, match=rf"Ray did not start on this machine \(Exception: .*\); {sentence}"):  # noqa: SIM117
         with connected(config):
@@ -163,7 +163,7 @@ def test_what_a_failed_start_has_left_is_ended_and_the_next_one_counts(monkeypat
         if len(left) == 1:
             raise Exception(LATE)
 
-    monkeypatch.setattr("launch.services.ray_node._PAUSE_S", 0.01)
+    monkeypatch.setattr("launch.services.ray_session.node._PAUSE_S", 0.01)
     start_ray(second_time, 60.0)
     try:
         assert left[0].wait(10) == -9 and left[1].poll() is None

@@ -9,7 +9,7 @@ from hydra.core.default_element import DefaultsTreeNode, GroupDefault, InputDefa
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from launch.config.compose import hydra_started, own_folder, readable
+from launch.config.composition.compose import hydra_started, own_folder, readable
 from launch.config.shipped_files import shipped
 from opd.errors import ConfigurationError
 

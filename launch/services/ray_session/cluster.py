@@ -18,9 +18,9 @@ from torch import Tensor
 
 from launch.config.settings import ClusterConfig, Placement
 from launch.services.failure_causes import brief
-from launch.services.placement import ActorRole, Bundles, Machine, check_fits
-from launch.services.ray_address import check_cluster
-from launch.services.ray_node import Node, bare, on_loopback, start_ray
+from launch.services.ray_session.address import check_cluster
+from launch.services.ray_session.node import Node, bare, on_loopback, start_ray
+from launch.services.ray_session.placement import ActorRole, Bundles, Machine, check_fits
 from launch.services.replicas import DescribeStacks, no_stack_dump
 from launch.services.signals import signals_kept
 from launch.services.stack_dumps import StackDumps

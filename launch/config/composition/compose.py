@@ -1,4 +1,4 @@
-"""Composition of the command line into one configuration: with `launch.config.run_config`, `launch.config.sources` and
+"""Composition of the command line into one configuration: with `launch.config.run_config`, `sources` beside it and
 `launch.cli.sweep.points` all that knows Hydra.
 
 `compose` reads `conf/` and the overrides; every field of a dataclass can be overridden whether or not a YAML file
@@ -22,9 +22,9 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.artifacts.user_yaml import check_files
-from launch.config.advice import Key, advice, bare_word
-from launch.config.aliases import METHODS
-from launch.config.keys import holds_text, keys
+from launch.config.composition.advice import Key, advice, bare_word
+from launch.config.composition.aliases import METHODS
+from launch.config.composition.keys import holds_text, keys
 from launch.config.shipped_files import groups, shipped
 from opd.errors import ConfigurationError
 from opd.settings.validation import shown

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.artifacts.old_names import todays
-from launch.config.advice import Key, advice
+from launch.config.composition.advice import Key, advice
 from launch.config.shipped_files import shipped
 from opd.errors import ConfigurationError
 from opd.settings.declared import Setting, class_of, settings

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import psutil
 
 from launch.services.failure_causes import brief
-from launch.services.programs import ray_agent, start_worker
+from launch.services.ray_session.programs import ray_agent, start_worker
 from launch.services.replicas import GO_ON
 from opd.deadlines import repeated
 from opd.errors import OpdError
@@ -143,8 +143,8 @@ def bare() -> Iterator[None]:
     """Ray's processes that are started inside are those that a run on one machine needs.
 
     Left out are the autoscaler, the monitor of logs (whose lines no driver here asks for), and the dashboard, which Ray
-    starts without a page where none is wanted. Two are replaced (`launch.services.programs`): the dashboard's agent and
-    the program that sets a worker's environment.
+    starts without a page where none is wanted. Two are replaced (`launch.services.ray_session.programs`): the
+    dashboard's agent and the program that sets a worker's environment.
     """
     from ray._private import parameter, ray_constants, services
 

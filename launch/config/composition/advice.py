@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from launch.artifacts.old_names import todays, todays_setting
-from launch.config.aliases import ALIASES, ELSEWHERE, REASONS
+from launch.config.composition.aliases import ALIASES, ELSEWHERE, REASONS
 from launch.config.shipped_files import option_files
 from opd.settings.declared import settings
 
