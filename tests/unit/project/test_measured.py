@@ -21,6 +21,10 @@ def test_every_method_is_in_one_part_on_the_shop(script: dict[str, Any]) -> None
     assert sorted(named) == sorted(groups()["method"])
 
 
+def test_every_part_has_methods_to_compare(script: dict[str, Any]) -> None:
+    assert not [name for name, part in script["PARTS"].items() if len(part.methods) < 2], "`opd compare` takes two"
+
+
 def test_the_page_is_that_of_the_figures(script: dict[str, Any]) -> None:
     if any(script["FIGURES"].glob("*.json")):  # there is no page before the first part is measured
         assert script["PAGE"].read_text() == script["page"](), "record it with `python -m tests.records`"
