@@ -11,6 +11,7 @@ from opd.errors import ConfigurationError
 
 _HELP = ("-h", "--help", "--hydra-help")
 _LEAD = {
+    "--": "what stands behind it is written without it; leave it out",
     "--run": "a command runs by itself; leave it out",
     "-r": "a command runs by itself; leave it out",
     "--shell-completion": "there is no completion; opd train --help WORD searches the settings",
@@ -60,8 +61,10 @@ def file_to_write(command: str, given: str) -> Path | None:
     return file
 
 
-def read_flags(arguments: Sequence[str]) -> Flags:
-    """Separates flags from overrides. Raises `ConfigurationError` with the override to write for an unknown flag.
+def read_flags(arguments: Sequence[str], own: Sequence[str] = ()) -> Flags:
+    """Separates flags from overrides. Raises `ConfigurationError` with what to write for an unknown flag.
+
+    `own` are the arguments of the command itself, beside the settings of a run.
 
     Example: `read_flags(["--help", "lr"])` is `Flags(helps=True, words=["lr"])`.
     """
@@ -82,14 +85,14 @@ def read_flags(arguments: Sequence[str]) -> Flags:
         takes = name not in _BARE
         if takes and not equals and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]:
             value = waiting.pop(0)
-        flags = _with(flags, name, value)
+        flags = _with(flags, name, value, own)
     return _consistent(replace(flags, rest=rest))
 
 
 _BARE = ("-m", "--multirun", "--resolve")  # flags without a value
 
 
-def _with(flags: Flags, name: str, value: str) -> Flags:
+def _with(flags: Flags, name: str, value: str, own: Sequence[str]) -> Flags:
     """The flags with one more. Raises `ConfigurationError` about one that there is not."""
     match name:
         case "-m" | "--multirun":
@@ -104,7 +107,7 @@ def _with(flags: Flags, name: str, value: str) -> Flags:
         case "--info" | "-i":
             return replace(flags, info=value)
         case _:
-            raise ConfigurationError(_lead(name, value))
+            raise ConfigurationError(_lead(name, value, own))
 
 
 def _consistent(flags: Flags) -> Flags:
@@ -145,10 +148,12 @@ def _known_view(value: str) -> None:
         raise ConfigurationError(f"--cfg {value or '(nothing)'} is no view of the configuration; write --cfg job")
 
 
-def _lead(name: str, value: str) -> str:
+def _lead(name: str, value: str, own: Sequence[str]) -> str:
     if name in _LEAD:
         return f"there is no option {name}: {_LEAD[name]}"
     plain = name.lstrip("-").replace("-", "_")
     if key := _RENAMED.get(name):
         return f"there is no option {name}: settings are written KEY=VALUE; write {key}={value or '...'}"
+    if plain in own:
+        return f"there is no option {name}: it is written without dashes; write {plain}={value or '...'}"
     return f"there is no option {name}: settings are written KEY=VALUE; {leading(plain, value)}"

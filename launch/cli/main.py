@@ -35,6 +35,20 @@ _DEMO = {
     "doctor": "no model was named, so this examines the embedded demo's teacher; your own: opd doctor student=hf "
     "student.path=FOLDER teacher=hf teacher.path=FOLDER",
 }
+_OWN: Mapping[str, Sequence[str]] = {
+    "compare": ("methods", "rates", "evaluations", "seeds", "budget", "amount", "reference", "target", "resume"),
+    "eval": ("checkpoint", "output"),
+    "doctor": ("output",),
+    "certify": ("output",),
+    "submit": ("address", "working_dir", "exclude", "follow"),
+    "export": ("run", "output", "step", "student", "push", "public", "overwrite"),
+    "runs": ("output_dir", "output", "yes"),
+    "show": ("step", "output_dir"),
+    "report": ("output_dir",),
+    "serve-teacher": ("host", "port"),
+    "selftest": ("only", "output"),
+}
+"""Arguments `name=value` of the commands themselves, by command."""
 _NAMED = ("experiment", "student", "student.path", "teacher", "teacher.path", "checkpoint", "conf")
 """Settings of which one names a model."""
 
@@ -83,7 +97,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         close = difflib.get_close_matches(name, commands, n=1)
         meant = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigurationError(f"there is no command {name!r}; {meant}commands are {', '.join(commands)}")
-    flags = read_flags(rest)
+    flags = read_flags(rest, _OWN.get(name, ()))
     if flags.helps:
         return _help(name, flags.words, flags.rest)
     if flags.shows:
@@ -190,7 +204,7 @@ def _tell_demo(command: str) -> None:
 
 
 def _eval(overrides: Sequence[str]) -> int:
-    own, rest = _split(overrides, ("checkpoint", "output"))
+    own, rest = _split(overrides, _OWN["eval"])
     output = file_to_write("eval", own.get("output", ""))
     if "checkpoint" not in own:
         return _evaluate(rest, output, named=_names_model(rest))
@@ -210,7 +224,7 @@ def _evaluate(overrides: Sequence[str], output: Path | None, *, named: bool = Tr
 
 
 def _doctor(overrides: Sequence[str]) -> int:
-    own, rest = _split(overrides, ("output",))
+    own, rest = _split(overrides, _OWN["doctor"])
     _checked(rest)
     if not _names_model(rest):
         _tell_demo("doctor")
@@ -234,7 +248,7 @@ def _methods(arguments: Sequence[str]) -> int:
 
 
 def _certify(overrides: Sequence[str]) -> int:
-    own, rest = _split(overrides, ("output",))
+    own, rest = _split(overrides, _OWN["certify"])
     if not any(o.startswith("method=") and "," in o for o in rest):  # of which certifying says more
         _checked(rest)
     from launch.cli.certify import certify_methods
@@ -245,7 +259,8 @@ def _certify(overrides: Sequence[str]) -> int:
 def _submit(arguments: Sequence[str]) -> int:
     from launch.cli.submit import SubmitOptions, submit
 
-    own, command = _split(arguments, ("address", "working_dir", "exclude", "follow"))
+    own, command = _split(arguments, _OWN["submit"])
+    command = command[command[:1] == ["opd"] :]  # as it is typed on one machine
     if not command or command[0] not in ("train", "eval"):
         raise ConfigurationError("opd submit needs a command to run there, e.g. opd submit address=URL train steps=50")
     address = own.get("address") or os.environ.get("RAY_ADDRESS", "")
@@ -265,7 +280,7 @@ def _submit(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    own, rest = _split(arguments, ("run", "output", "step", "student", "push", "public", "overwrite"))
+    own, rest = _split(arguments, _OWN["export"])
     if rest or "run" not in own or not {"output", "push"} & set(own):
         raise ConfigurationError(
             "opd export needs run=NAME_OR_DIRECTORY and output=NEW_FOLDER or push=ORG/NAME, and takes step=N, "
@@ -285,21 +300,21 @@ def _export(arguments: Sequence[str]) -> int:
 def _runs(arguments: Sequence[str]) -> int:
     from launch.cli.runs import manage_runs
 
-    own, rest = _split(arguments, ("output_dir", "output", "yes"))
+    own, rest = _split(arguments, _OWN["runs"])
     return manage_runs(rest, own, console())
 
 
 def _look(arguments: Sequence[str]) -> int:
     from launch.cli.runs import show_step
 
-    own, rest = _split(arguments, ("step", "output_dir"))
+    own, rest = _split(arguments, _OWN["show"])
     return show_step(_one_run("show", rest, own), own.get("step", ""), own.get("output_dir", ""), console())
 
 
 def _report(arguments: Sequence[str]) -> int:
     from launch.cli.runs import write_again
 
-    own, rest = _split(arguments, ("output_dir",))
+    own, rest = _split(arguments, _OWN["report"])
     return write_again(_one_run("report", rest, own), own.get("output_dir", ""), console())
 
 
@@ -313,7 +328,7 @@ def _one_run(command: str, rest: Sequence[str], own: Mapping[str, str]) -> str:
 
 
 def _serve_teacher(arguments: Sequence[str]) -> int:
-    own, rest = _split(arguments, ("host", "port"))
+    own, rest = _split(arguments, _OWN["serve-teacher"])
     _checked(rest)
     from launch.cli.serve_teacher import serve_teacher
 
@@ -332,7 +347,7 @@ def _env(arguments: Sequence[str]) -> int:
 def _selftest(arguments: Sequence[str]) -> int:
     from launch.cli.selftest.command import run_selftest
 
-    own, rest = _split(arguments, ("only", "output"))
+    own, rest = _split(arguments, _OWN["selftest"])
     if rest:
         raise ConfigurationError(f"opd selftest takes only=CHECK,... and output=FILE, got {rest[0]!r}; leave it out")
     return run_selftest(own, console())

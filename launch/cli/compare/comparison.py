@@ -25,6 +25,8 @@ from opd.settings.validation import fields_of, fit, settings
 Amount = Annotated[float, In(1e-3, 1e30, or_zero=True, because="0: every arm has its own steps")]
 Rate = Annotated[float, In(1e-6, 1e6, because="it multiplies an arm's learning rate")]
 Parts = Annotated[int, In(1, 10_000)]
+LEAST_FACTOR = 0.05
+"""Least factor of a learning rate that is not taken for a learning rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,8 @@ def from_arguments(arguments: Sequence[str]) -> Request:
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in (*_SHARED, *_SHORT)}
     rest = [a for a in arguments if a.partition("=")[0] not in own]
     given = {key: _value(key, text) for key, text in own.items()}
+    if words := [word for word in rest if word in groups(own_folder(rest))["method"]]:
+        raise ConfigurationError(f"methods are compared by their list; write methods=[{','.join(words)}]")
     if "methods" not in given:
         if wrong := next((key for key in _SHORT if key in given), None):
             raise ConfigurationError(f"{wrong}=... needs methods=[A,B,...]; an experiment's YAML lists its own arms")
@@ -179,6 +183,11 @@ def _written(value: Any) -> str:
 
 def _of_methods(given: Mapping[str, Any], rest: Sequence[str]) -> Request:
     methods, rates = _known(given["methods"], own_folder(rest)), given.get("rates", RATES)
+    if max(rates) < LEAST_FACTOR:
+        raise ConfigurationError(
+            f"rates={list(rates)} are factors of learner.lr, and every one is below {LEAST_FACTOR:g}, as learning "
+            "rates are; write e.g. learner.lr=1e-4 rates=[0.5,1,2]"
+        )
     shared, own, validation = _sorted_out(rest, methods)
     base = [*_defaults(shared, given.get("evaluations", 10)), *shared]
     node = compose(base)
@@ -238,6 +247,11 @@ def _sorted_out(rest: Sequence[str], methods: Sequence[str]) -> tuple[list[str],
 
 
 def _refuse(key: str, override: str, *, steps: bool = False) -> None:
+    if key == "learner.lr" and "," in override:
+        raise ConfigurationError(
+            f"{override} names several rates, and opd compare tries its own for every method: rates=[0.5,1,2], which "
+            "multiply learner.lr; set learner.lr to the middle one"
+        )
     if lead := _LEAD.get(key):
         raise ConfigurationError(f"opd compare sets {key} itself, but {override} was given: {lead}")
     if (steps and key == "steps") or key.startswith("stop_after"):

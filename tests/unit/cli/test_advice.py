@@ -7,13 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.cli.compare.comparison import _SHARED, _SHORT
 from launch.cli.flags import read_flags
+from launch.cli.main import _OWN
 from launch.config.composition.advice import advice
 from launch.config.composition.aliases import ALIASES, ELSEWHERE, METHODS, REASONS
 from launch.config.composition.compose import compose
 from launch.config.composition.keys import check_names, keys
 from launch.config.shipped_files import groups
 from opd.errors import ConfigurationError
+from tests.command import opd
 
 ABOVE = ("", "trainer.", "actor_rollout_ref.actor.", "teacher.", "teacher_model.", "evaluation.", "data.", "student.")
 KNOWN = keys(compose([]))
@@ -108,6 +111,25 @@ def test_what_strangers_type_leads_to_what_they_mean(overrides: list[str], says:
 )
 def test_what_strangers_type_with_dashes_does_too(flags: list[str], says: str) -> None:
     assert says in refused_flags(*flags)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("compare --methods gkd,sft", "write methods=gkd,sft"),
+        ("eval --checkpoint runs/a", "write checkpoint=runs/a"),
+        ("submit --address http://h:8265 train", "write address=http://h:8265"),
+        ("submit address=http://h:8265 -- train", "there is no option --: what stands behind it"),
+        ("serve-teacher --port=8300", "write port=8300"),
+        ("export --push o/n", "write push=o/n"),
+    ],
+)
+def test_arguments_of_a_command_are_written_without_dashes(command: str, says: str) -> None:
+    assert says in opd(*command.split()).stderr
+
+
+def test_a_command_s_own_arguments_are_listed_once() -> None:
+    assert {*_OWN["compare"]} == {*_SHARED, *_SHORT}
 
 
 def test_what_is_known_of_others_is_consistent() -> None:

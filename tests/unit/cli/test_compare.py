@@ -116,6 +116,9 @@ FILE = ("prompts=dataset", "prompts.path=a.jsonl", "evaluation=dataset", "evalua
         ([PAIR, *FILE], r"name another one with validation\.evaluation\.prompts\.path=FILE"),
         (["experiment=compare", PAIR], "leave one of the two out"),
         (["experiment=compare", "rates=[1]"], "its own arms"),
+        (["gkd", "sft"], r"write methods=\[gkd,sft\]"),
+        ([PAIR, "learner.lr=1e-4,1e-3"], r"rates=\[0\.5,1,2\], which multiply learner\.lr"),
+        ([PAIR, "rates=1e-4,1e-3"], r"factors of learner\.lr, and every one is below 0\.05, as learning rates"),
         ([], r"opd compare needs methods=\[A,B,\.\.\.\]"),
     ],
 )

@@ -23,6 +23,7 @@ from rich.console import Console
 from launch.artifacts.evaluation_point import EvaluatedModel, EvaluationPoint
 from launch.artifacts.run_directory import RunDirectory, append_json, read_jsonl
 from launch.artifacts.samples import Sample, token_pieces
+from launch.config.run_config import run_config
 from launch.config.tracker import TrackerConfig, WandbMode
 from launch.monitors.accounting import Costs
 from launch.monitors.live_view import LiveView
@@ -308,6 +309,25 @@ def test_a_key_or_a_netrc_entry_is_a_login(no_login: Path, monkeypatch: pytest.M
         check_login(config)
     monkeypatch.setenv("WANDB_API_KEY", "x")
     check_login(config)
+
+
+def test_wandb_s_own_variables_hold_where_no_setting_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for told, mode, project in (
+        (["tracker=wandb"], WandbMode.OFFLINE, "mine"),
+        (["tracker=[wandb,tensorboard]"], WandbMode.OFFLINE, "mine"),
+        (["tracker=wandb", "tracker.mode=online", "tracker.project=other"], WandbMode.ONLINE, "other"),
+        (["tracker=none"], WandbMode.DISABLED, "mine"),
+    ):
+        found = run_config(told).tracker
+        assert (found.mode, found.project) == (mode, project)
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(ConfigurationError, match=r"tracker\.mode needs one of .*sometimes"):
+        run_config(["tracker=wandb"])
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_PROJECT")
+    assert run_config(["tracker=wandb"]).tracker == TrackerConfig(mode=WandbMode.ONLINE)
 
 
 def test_disabled_means_no_wandb(directory: RunDirectory, meter: Meter, plan: PlannedRun) -> None:
