@@ -14,7 +14,6 @@ from opd.settings.validation import default_of, fields_of, parts_of
 
 FORMAT = "opd run checkpoint 1"
 MANIFEST, STATE, LEARNER = "manifest.json", "state.json", "learner"
-LATEST = "latest"
 
 GRADERS: Mapping[str, Any] = {
     "graders.shop": "launch.inputs.graders.ShopGrader",

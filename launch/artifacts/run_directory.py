@@ -34,6 +34,24 @@ def check_name(name: str) -> None:
         )
 
 
+LATEST, AUTO = "latest", "auto"
+"""Values of `resume`: the newest checkpoint of a run that is there, and the same if there is one."""
+
+
+def decided(resume: str, output_dir: str, run_name: str) -> str:
+    """`resume` with AUTO decided by what is there: LATEST where something of that name has begun, "" where not.
+
+    It is for commands that a cluster repeats as they are (Slurm's requeue, a restarted pod).
+    """
+    if resume != AUTO:
+        return resume
+    if not run_name:
+        raise ConfigurationError(
+            "resume=auto goes on with the run of that name if it has begun, and run_name is empty; set run_name=..."
+        )
+    return LATEST if (Path(output_dir) / run_name).exists() else ""
+
+
 def taken(path: Path) -> ConfigurationError:
     """Error sentence about a directory that is another run's."""
     return ConfigurationError(

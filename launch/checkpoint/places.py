@@ -4,8 +4,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from launch.artifacts.checkpoint_state import LATEST
-from launch.artifacts.run_directory import check_name, taken
+from launch.artifacts.run_directory import LATEST, check_name, taken
 from launch.checkpoint.resume import can_begin_again
 from launch.config.run_config import RunConfig
 from opd.errors import ConfigurationError

@@ -11,7 +11,6 @@ from rich.console import Console
 from hf.digest import model_digest
 from hf.tokenizer_check import tokenizer_digest
 from launch.artifacts.checkpoint_state import (
-    LATEST,
     DriverState,
     at_defaults,
     described,
@@ -20,7 +19,7 @@ from launch.artifacts.checkpoint_state import (
     newest_first,
 )
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
-from launch.artifacts.run_directory import RunDirectory, check_name, read_jsonl
+from launch.artifacts.run_directory import AUTO, LATEST, RunDirectory, check_name, read_jsonl
 from launch.artifacts.run_lock import alone_in, check_not_running, is_over
 from launch.artifacts.spending import spending
 from launch.artifacts.summary import Outcome, RunSummary
@@ -107,8 +106,8 @@ def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool
         path = Path(config.resume)
         if not newest_first([path.name]):
             raise ConfigurationError(
-                f"resume={config.resume} is neither {LATEST!r}, nor a step, nor the path of a checkpoint such as "
-                "runs/<run_name>/checkpoints/step_40; give one of these"
+                f"resume={config.resume} is neither {LATEST!r} or {AUTO!r}, nor a step, nor the path of a checkpoint "
+                "such as runs/<run_name>/checkpoints/step_40; give one of these"
             )
         return path, verified_state(path), False
     if not config.run_name:

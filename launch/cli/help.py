@@ -16,7 +16,8 @@ usage: opd COMMAND [OVERRIDE ...]
 
   opd train  [OVERRIDE ...]              train a student, e.g. opd train method=topk_reverse_kl steps=50
              experiment=shop             the embedded demo
-             resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint)
+             resume=latest run_name=...  go on from a run's newest checkpoint (or a step, or another run's checkpoint);
+                                         resume=auto  the same, or begin it: one command for a job that is repeated
              dry_run=true                check everything, print the plan, start nothing
              -m learner.lr=1e-4,3e-4 seed=0,1   a run for each combination, and one table; resume=latest goes on
   opd compare methods=[A,B,...] [seeds=3] [budget=steps|tokens|flops|cpu_s] [amount=N] [OVERRIDE ...]

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from hf.folder import has_config
 from launch.artifacts import terminal
-from launch.artifacts.checkpoint_state import LATEST, at_defaults, described
+from launch.artifacts.checkpoint_state import at_defaults, described
 from launch.artifacts.evaluation_point import NOT_MEASURED, EvaluationPoint
-from launch.artifacts.run_directory import RunDirectory, check_name, taken, write_json
+from launch.artifacts.run_directory import LATEST, RunDirectory, check_name, decided, taken, write_json
 from launch.artifacts.run_lock import is_over, running
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.artifacts.untrusted_files import read_json
@@ -69,7 +69,7 @@ class _Named:
     @classmethod
     def of(cls, node: DictConfig) -> "_Named":
         values = single_settings(node, "run_name", "output_dir", "resume", "dry_run")
-        resume, name = values["resume"], values["run_name"]
+        resume, name = decided(values["resume"], values["output_dir"], values["run_name"]), values["run_name"]
         if resume not in ("", LATEST):
             raise ConfigurationError(
                 f"resume={resume} names a checkpoint, and a run with stages goes on where it stopped; write "

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from actors.config import StudentConfig
 from launch.artifacts.redaction import check_logins, remember
+from launch.artifacts.run_directory import decided
 from launch.config.best_by import check_best
 from launch.config.budget import StopAfter
 from launch.config.composition.compose import compose, first_line
@@ -156,6 +157,7 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
         | {
             "teachers": _teachers(values),
             "notes": [" ".join(note.split()) for note in given["notes"]],
+            "resume": decided(given["resume"], given["output_dir"], given["run_name"]),
             "method": _truncated(given["method"], given["max_ratio"]),
             "graders": graders_of(values.get("graders"), by_name),
             "environments": environments_of(values.get("environments"), by_name),

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 
 from hf.folder_check import Folder
-from launch.artifacts.checkpoint_state import LATEST, in_todays_names
+from launch.artifacts.checkpoint_state import in_todays_names
 from launch.artifacts.checkpoint_store import CheckpointStore, unverified_state
-from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.run_directory import LATEST, RunDirectory
 from launch.config.run_config import RunConfig
 from launch.plan.checks.devices import automatic, visible_gpus
 from launch.plan.checks.settings import check_devices

@@ -13,8 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from launch.artifacts import terminal
-from launch.artifacts.checkpoint_state import LATEST
-from launch.artifacts.run_directory import RunDirectory, check_name, taken
+from launch.artifacts.run_directory import LATEST, RunDirectory, check_name, decided, taken
 from launch.artifacts.run_lock import is_over
 from launch.artifacts.spending import Unit
 from launch.artifacts.summary import Outcome, RunSummary
@@ -74,7 +73,7 @@ class _Asked:
     @classmethod
     def of(cls, node: DictConfig) -> "_Asked":
         values = single_settings(node, "run_name", "output_dir", "resume", "dry_run")
-        resume, name = values["resume"], values["run_name"]
+        resume, name = decided(values["resume"], values["output_dir"], values["run_name"]), values["run_name"]
         if "comparison" in node or node.get("stages"):
             raise ConfigurationError(
                 "a comparison and a run with stages are several runs already, and cannot be swept; leave -m out"

@@ -8,10 +8,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from launch.artifacts.checkpoint_state import LATEST
 from launch.artifacts.checkpoint_store import CheckpointStore
 from launch.artifacts.redaction import redacted
-from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.run_directory import LATEST, RunDirectory
 from launch.artifacts.run_lock import is_over
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.artifacts.untrusted_files import read_yaml

@@ -329,6 +329,14 @@ MAY_CHANGE = {
 }
 
 
+def test_auto_is_the_newest_checkpoint_of_what_has_begun_and_nothing_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for resume, name, meant in (("auto", "a", "latest"), ("auto", "b", ""), ("latest", "b", "latest"), ("2", "b", "2")):
+        assert run_config([f"output_dir={tmp_path}", f"run_name={name}", f"resume={resume}"]).resume == meant
+    with pytest.raises(ConfigurationError, match=r"run_name is empty; set run_name="):
+        run_config(["resume=auto"])
+
+
 def test_what_a_resumed_run_may_change_is_marked_beside_each_setting() -> None:
     """The list was kept by hand once; whoever marks a setting says here why, too."""
     found = list(harmless(RunConfig))

@@ -74,6 +74,7 @@ def test_a_command_replaces_settings_of_a_listed_stage(listed: str) -> None:
         (["stages.opd.lr=1"], r"stage opd: .* it is learner\.lr here"),
         (["stages.opd.steps=0"], "stage opd: steps needs"),
         (["resume=latest"], "resume=latest needs run_name"),
+        (["resume=auto"], "resume=auto goes on with the run of that name"),
         (["resume=2", "run_name=x"], "resume=2 names a checkpoint"),
         (["resume=latest", "run_name=nix"], "there is no run .*nix"),
         (["experiment=compare", "stages.opd.steps=2"], "a comparison or has stages"),
@@ -161,6 +162,14 @@ def test_a_resumed_run_repeats_no_finished_stage_and_goes_on_in_the_next(tmp_pat
     assert run(tmp_path, "resume=latest") == 0
     assert [(c.run_name, c.resume) for c in trained[1:]] == [("2-opd", "latest")]
     assert not list(tmp_path.glob("x/*.begun-*")) and not (tmp_path / "x" / LOCK).exists()
+
+
+def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, trained: Trained) -> None:
+    trained.fails = "saved"
+    with pytest.raises(DataError):
+        run(tmp_path, "resume=auto")
+    assert run(tmp_path, "resume=auto") == 0
+    assert [(c.run_name, c.resume) for c in trained] == [("1-sft", ""), ("1-sft", "latest"), ("2-opd", "")]
 
 
 def test_a_stage_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path, trained: Trained) -> None:

@@ -220,7 +220,8 @@ def test_a_sweep_stopped_after_its_second_run_goes_on_and_repeats_nothing(
     written_ = json.loads((tmp_path / "lr" / "sweep.json").read_text())
     assert [run["state"] for run in written_["runs"]] == ["finished"] * 4
 
-    assert sweep(tmp_path, "resume=latest") == 0 and trainer.trained == NAMES, "nothing is left to do"
+    for again in ("resume=latest", "resume=auto"):
+        assert sweep(tmp_path, again) == 0 and trainer.trained == NAMES, "nothing is left to do"
     with pytest.raises(ConfigurationError, match=r"exists and is never overwritten.*resume=latest"):
         sweep(tmp_path)
 

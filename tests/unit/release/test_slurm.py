@@ -81,7 +81,7 @@ def test_a_job_whose_time_is_over_is_put_back_and_goes_on(tmp_path: Path) -> Non
     again = start(tmp_path, "exit 0", "run_name=a", SLURM_RESTART_COUNT="1")
     again.communicate(timeout=60)
     assert again.returncode == 0
-    assert any(line.startswith("opd train") and line.endswith("run_name=a resume=latest") for line in calls(tmp_path))
+    assert any(line.startswith("opd train") and line.endswith("run_name=a resume=auto") for line in calls(tmp_path))
 
 
 def test_a_job_without_a_name_is_refused(tmp_path: Path) -> None:
