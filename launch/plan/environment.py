@@ -81,7 +81,7 @@ def _host() -> Line:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
     can = ", ".join(instructions()) or "none of those that engines look for"
     free = shutil.disk_usage(".").free / _GIB
-    return f"{os.cpu_count()} cores ({can}), {memory:.0f} GiB memory, {free:.0f} GiB free", ""
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {free:.0f} GiB free; instructions: {can}", ""
 
 
 def instructions() -> tuple[str, ...]:

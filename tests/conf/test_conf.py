@@ -2,15 +2,17 @@
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import hydra
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from launch.cli.api.inputs import described
 from launch.cli.stages import stages_of
-from launch.config.composition.compose import compose
+from launch.config.composition.compose import _compose, compose, hydra_started
 from launch.config.run_config import RunConfig, run_config
 from launch.config.shipped_files import groups
 from launch.config.typed import construct
@@ -21,6 +23,7 @@ from opd.objectives.returns import MiniLLM
 from opd.scorers.returns import WithReturns
 from opd.token_weights.special_tokens import SkipFirst
 from opd.token_weights.teachers import TeacherBalance
+from tests.fuzz.overrides import lines
 from tests.method_needs import NEEDS
 
 METHODS = groups()["method"]
@@ -224,3 +227,35 @@ def test_any_prompts_go_with_any_evaluation_and_all_sets(prompts: str) -> None:
         for missing in OmegaConf.missing_keys(node):
             OmegaConf.update(node, missing, "x")
         OmegaConf.resolve(node)
+
+
+GIVEN = [
+    *((*line.base, line.override) for line in lines(12, 11, [("experiment=shop", "method=gkd")])),
+    ("experiment=two_teachers", "teachers.peak.replicas=2", "teachers.peak.replicas=3"),
+    ("experiment=compare", "+comparison.seeds=[1]"),
+    ("experiment=shop", "+learner.lr=3"),
+    ("experiment=shop", "~prompts.nothing"),
+    ("experiment=shop", "~evaluation.prompts=3"),
+    ("experiment=shop", "evaluation.prompts={seed:3}", "notes=[a,'b=c']"),
+    ("experiment=shop", "max_tokens=${steps}", "learner.lr.x=3"),
+    ("+experiment=shop", "method@other=gkd"),
+    ("experiment=published/kdrl", "tracker=[wandb,tensorboard]", "prompts.group_size=2"),
+    ("experiment=shop", "method=trd", "~method.rollout.student", "+method.rollout.student={_target_: a.B}"),
+]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_options_that_are_composed_before_give_what_hydra_gives_at_once(given: tuple[str, ...]) -> None:
+    def outcome(compose_: Callable[[Sequence[str]], DictConfig]) -> str:
+        try:
+            node = compose_(given)
+        except ConfigurationError as error:
+            return str(error)
+        return OmegaConf.to_yaml(node) + str(OmegaConf.is_struct(node))
+
+    def at_once(given: Sequence[str]) -> DictConfig:
+        with hydra_started(""):
+            return hydra.compose("config", overrides=list(given))
+
+    assert outcome(lambda given: _compose("", given)) == outcome(at_once)
+    assert outcome(lambda given: _compose("", given)) == outcome(at_once), "nothing that was composed has changed"

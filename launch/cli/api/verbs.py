@@ -21,6 +21,7 @@ from launch.config.shipped_files import groups
 from launch.monitors.callbacks import Callback, CallbackTracker, Logger, LoggerTracker, MakeTracker
 from launch.monitors.trackers import check_login
 from launch.plan.plan import Plan, make_plan
+from launch.plan.remembered import forget
 from launch.services.failure_causes import causes, find_own
 from opd.errors import ConfigurationError
 from opd.method.method import Method
@@ -131,6 +132,7 @@ def evaluate_sets(
 
 def _config(overrides: Sequence[str]) -> RunConfig:
     check_arguments(overrides)
+    forget()
     return run_config(overrides)
 
 

@@ -11,11 +11,13 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from copy import deepcopy
+from functools import cache, lru_cache
 from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
@@ -99,8 +101,26 @@ def leading(name: str, value: str) -> str:
 
 
 def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
-    with hydra_started(own):
-        return hydra_compose("config", overrides=list(overrides))
+    """Composition by Hydra, whose options are composed once in a process, because their files do not change.
+
+    Options come before settings in Hydra, too, which composes files first and then applies settings in their order.
+    """
+    if own:  # whose files may be written between two calls
+        with hydra_started(own):
+            return hydra_compose("config", overrides=list(overrides))
+    known = groups()
+    options = tuple(o for o in overrides if o.partition("=")[0].lstrip("+~").partition("@")[0] in known)
+    node = deepcopy(_composed(options))
+    with _sentences():
+        parsed = OverridesParser.create().parse_overrides([o for o in overrides if o not in options])
+        ConfigLoaderImpl._apply_overrides_to_config(parsed, node)
+    return node
+
+
+@lru_cache(maxsize=32)
+def _composed(options: tuple[str, ...]) -> DictConfig:
+    with hydra_started(""):
+        return hydra_compose("config", overrides=list(options))
 
 
 @contextmanager
@@ -111,9 +131,15 @@ def hydra_started(own: str) -> Iterator[None]:
         OmegaConf.register_new_resolver("mapping", _mapping)
     # Hydra reads one folder; a second one can only be named in its search path, which config.yaml takes from here.
     os.environ["OPD_OWN_CONF"] = str(Path(own or shipped("conf")).resolve())
+    with _sentences(), initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3"):
+        yield
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Context whose errors of Hydra are sentences of ours."""
     try:
-        with initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3"):
-            yield
+        yield
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigurationError(f"the configuration does not compose: {first_line(error)}") from error
 

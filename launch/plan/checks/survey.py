@@ -1,7 +1,7 @@
 """Survey of all prompts of a source when a run is planned, so that no prompt can end the run later."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +14,7 @@ from launch.config.settings import EvaluationConfig, place_of
 from opd.errors import DataError
 from opd.ports import Listed, PromptSource, Sources
 from opd.prompts.dataset import DatasetPrompts
+from opd.prompts.generated import GeneratedPrompts
 from opd.types import Prompt
 from opd.types.prompt_rows import Row
 
@@ -127,7 +128,11 @@ def survey_all(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTok
     """Survey of all prompts that `source` may ever give; the part independent of the order is cached between plans."""
     if isinstance(source, DatasetPrompts):
         source = replace(source, seed=0, prompts_per_step=1, group_size=1, shuffle=False)
-        return _survey_of_file(source, sources, tokenizer)
+        return survey_once(source, sources, tokenizer)
+    if isinstance(source, GeneratedPrompts) and all(
+        isinstance(getattr(source, one.name), Hashable) for one in fields(source)
+    ):
+        return survey_once(replace(source, prompts_per_step=1, group_size=1), sources, tokenizer)
     return _survey_of(source, sources, tokenizer)
 
 
@@ -136,7 +141,7 @@ def _survey_of(source: PromptSource, sources: Sources, tokenizer: HuggingFaceTok
     return survey(_shown(_found(source, sources), total, sources.place), total, tokenizer)
 
 
-_survey_of_file = lru_cache(maxsize=4)(_survey_of)  # a comparison plans the same file for every arm and seed
+survey_once = lru_cache(maxsize=8)(_survey_of)  # a comparison plans the same prompts for every arm and seed
 
 
 def survey_held_out(

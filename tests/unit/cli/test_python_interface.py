@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from launch.cli.api.verbs import _one_error
 from launch.config.run_config import run_config
 from launch.config.shipped_files import groups
 from launch.plan.plan import make_plan
+from launch.plan.remembered import REMEMBERED
 from opd.errors import ConfigurationError, DataError, OpdError
 from opd.prompts.dataset import DatasetPrompts
 from tests.command import ROOT
@@ -201,6 +203,26 @@ def test_a_plan_is_that_of_the_command_line(tmp_path: Path) -> None:
     overrides = [*QUIET, "method=topk_reverse_kl", "steps=7", "learner.lr=2e-4", f"output_dir={tmp_path}"]
     typed = make_plan(run_config(overrides)).config
     assert (made.config.method, made.config.learner, made.config.steps) == (typed.method, typed.learner, typed.steps)
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    file, shop = tmp_path / "train.jsonl", ROOT / "assets" / "shop"
+    for count in (20, 30):
+        file.write_text("".join(json.dumps({"prompt": f"has {i % 9} 1 ;", "answer": "3"}) + "\n" for i in range(count)))
+        made = opd.plan(
+            student=shop / "student", teacher=shop / "teacher", prompts=file, **{"prompts.prompts_per_step": 8}
+        )
+        assert made.prompts["prompts"].startswith(f"{count} rows")
+
+
+def test_whatever_keeps_what_it_read_of_a_path_is_forgotten_between_commands() -> None:
+    found = set()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("launch.", "hf.", "opd.", "learner.")):
+            kept = [one for one in vars(module).values() if hasattr(one, "cache_clear") and one.__module__ == name]
+            found |= {one for one in kept if {"path", "source"} & signature(one).parameters.keys()}
+    of_shipped_files = {"_comments"}
+    assert {one.__name__ for one in found} - of_shipped_files == {one.__name__ for one in REMEMBERED}
 
 
 def test_the_command_of_a_run_means_the_same(tmp_path: Path) -> None:
