@@ -117,7 +117,7 @@ def _compose(own: str, overrides: Sequence[str]) -> DictConfig:
     return node
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)  # 0.2 MB each
 def _composed(options: tuple[str, ...]) -> DictConfig:
     with hydra_started(""):
         return hydra_compose("config", overrides=list(options))
