@@ -1,24 +1,28 @@
 """Cal-OPD: what of a discrepancy is beyond the teacher's own deviation, and how that deviation is measured."""
 
 import asyncio
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from opd.certify.certify import certify
 from opd.certify.engines import RequestLog, engines
 from opd.certify.worlds import make_world
 from opd.errors import ConfigurationError
 from opd.loss.chunked import StudentLogits
 from opd.method.method import Method
+from opd.method.promises import States
 from opd.objectives.calibrated import CalibratedReverseKL
 from opd.objectives.sampled import LogprobSource, SampledReverseKL
 from opd.rollouts.student import StudentRollout
 from opd.scorers.deviation import SelfDeviation
 from opd.scorers.teacher import SampledTokens
-from opd.types import DeviationScores
+from opd.types import Batch, DeviationScores, Scores, TokenLoss
 from tests.unit.loop.test_loop import Bench
 from tests.unit.methods.test_objectives import every_token, outcome, world
 
@@ -86,6 +90,46 @@ def test_a_probe_that_says_nothing_finds_no_deviation_and_trains_as_plain_distil
         tables.append(bench.learner.table)
     assert torch.equal(tables[0], tables[2]) and torch.equal(tables[1], tables[2])
     assert not torch.equal(tables[3], tables[2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyRewards:
+    """-sum_v p sg((log q - log p) / (1 + falls + 2 rises)): rewards count less where the teacher moves under probes."""
+
+    def __call__(self, states: States) -> Float[Tensor, " n"]:
+        falls, rises = states.credit.unbind(-1)
+        reward = (states.teacher - states.student.detach()) / (1 + falls + 2 * rises)
+        return -(states.student.exp() * reward).sum(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyReverseKL:
+    """Another objective of the same two numbers, as one of one's own."""
+
+    consumes: ClassVar[type[Scores]] = DeviationScores
+    on_policy: ClassVar[bool] = True
+    promise: ClassVar[SteadyRewards] = SteadyRewards()
+
+    def __call__(self, student: StudentLogits, batch: Batch[DeviationScores]) -> TokenLoss:
+        own, scores = student.at(batch.target_ids), batch.scores
+        reward = (scores.logprobs - own.detach()) / (1 + scores.falls + 2 * scores.rises)
+        return TokenLoss(loss=-(own - batch.behavior_logprobs).exp() * reward, metrics={"reward": reward})
+
+
+class Exchanged(SteadyReverseKL):
+    """The same, which takes each number for the other."""
+
+    def __call__(self, student: StudentLogits, batch: Batch[DeviationScores]) -> TokenLoss:
+        falls, rises = batch.scores.falls, batch.scores.rises
+        turned = replace(batch.scores, falls=rises, rises=falls)
+        return SteadyReverseKL.__call__(self, student, replace(batch, scores=turned))
+
+
+@pytest.mark.parametrize("objective", [SteadyReverseKL(), Exchanged()])
+def test_an_objective_of_one_s_own_has_both_numbers_in_its_promise(objective: SteadyReverseKL) -> None:
+    parts = {"scorer": SelfDeviation(), "objective": objective}
+    found = certify(Method(name="steady", rollout=StudentRollout(max_tokens=8), **parts)).failures
+    assert ("gradient of the promise" in found) if isinstance(objective, Exchanged) else not found
 
 
 def test_at_least_one_probe_is_needed() -> None:
