@@ -2,22 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from hf.folder import CONFIG, INDEX, SINGLE
+from hf.folder import CONFIG, INDEX, SINGLE, TOKENIZER_FILES
 from opd.errors import DataError
 
 _SMALL = (
     CONFIG,
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TOKENIZER_FILES,
     "adapter_config.json",  # so that an adapter is recognized as one
     INDEX,
 )

@@ -25,7 +25,7 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
 
     Writes a list of certificates as JSON to `output` unless it is "".
     """
-    file = file_to_write("certify", output)
+    file = file_to_write("certify", output) if output else None
     requested = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
     own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
     rest = [o for o in overrides if not o.startswith("method=")]

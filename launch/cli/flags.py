@@ -41,14 +41,12 @@ class Flags:
     rest: Sequence[str] = ()
 
 
-def file_to_write(command: str, given: str) -> Path | None:
-    """The file of a command's `output=FILE`, None for ""; looked at before the minutes of work that it is to hold.
+def file_to_write(command: str, given: str) -> Path:
+    """The file of a command's `output=FILE`, looked at before the minutes of work that it is to hold.
 
     Raises:
         ConfigurationError: it cannot be written.
     """
-    if not given:
-        return None
     file = Path(given)
     why = (
         "is a folder" if file.is_dir()

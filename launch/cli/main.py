@@ -205,7 +205,7 @@ def _tell_demo(command: str) -> None:
 
 def _eval(overrides: Sequence[str]) -> int:
     own, rest = _split(overrides, _OWN["eval"])
-    output = file_to_write("eval", own.get("output", ""))
+    output = file_to_write("eval", own["output"]) if "output" in own else None
     if "checkpoint" not in own:
         return _evaluate(rest, output, named=_names_model(rest))
     from launch.run.export import as_model
@@ -230,7 +230,7 @@ def _doctor(overrides: Sequence[str]) -> int:
         _tell_demo("doctor")
     from launch.run.doctor import run_doctor
 
-    return run_doctor(rest, file_to_write("doctor", own.get("output", "")))
+    return run_doctor(rest, file_to_write("doctor", own["output"]) if "output" in own else None)
 
 
 def _methods(arguments: Sequence[str]) -> int:

@@ -7,20 +7,10 @@ from pathlib import Path
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from hf.folder import TOKENIZER_FILES
 from learner.checkpoints import checkpoint
 from learner.config import LoraConfig
 from learner.model import Student
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def write_folder(
@@ -42,7 +32,7 @@ def write_folder(
     if ends and student.causal.generation_config is not None:
         student.causal.generation_config.eos_token_id = list(ends)
     student.causal.save_pretrained(temporary, state_dict=dict(state))
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
         if found is not None:
             shutil.copyfile(found, temporary / name)

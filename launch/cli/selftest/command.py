@@ -26,7 +26,7 @@ def run_selftest(own: Mapping[str, str], console: Console) -> int:
         ConfigurationError: there is no such check, or the file cannot be written.
     """
     chosen = _chosen(own.get("only", ""))
-    output = file_to_write("selftest", own.get("output") or "selftest.json") or Path()
+    output = file_to_write("selftest", own.get("output", "selftest.json"))
     began, rows = perf_counter(), list[Row]()
     with tempfile.TemporaryDirectory(prefix="opd-selftest-") as scratch:
         for name in chosen:
