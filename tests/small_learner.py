@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM
 
 from learner.config import LearnerConfig, StudentText, environment
@@ -46,7 +46,7 @@ SMOOTH = LearnerConfig(
     grad_clip=0.0005,
     head_chunk=7,
     warmup_steps=0,
-    deadline_s=240,
+    deadline_s=60,
 )
 
 
@@ -215,18 +215,30 @@ def keep(rank: LearnerRank, directory: Path, step: int) -> Path:
 
 @contextmanager
 def group_of_its_own() -> Iterator[None]:
-    """Learners may meet within, as in a process of their own; DeepSpeed keeps nothing of their group after it."""
+    """Learners may meet within, as in a process of their own; nothing is kept of their group after it.
+
+    Nor of one that was given up in the middle: a group whose other rank is gone would hold all later tests up.
+    """
     before = dict(os.environ)
     os.environ.update(environment(Device.CPU))
     from deepspeed.comm import comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
     untouched = {name: value for name, value in vars(groups).items() if name.startswith("_") and name.isupper()}
+    # ZeRO-3 numbers the modules (in a default argument) and parameters of a process, and ranks compare the numbers.
+    (modules,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    numbers = modules[0], Init.param_id
+    modules[0] = Init.param_id = 0
     try:
         yield
     finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         comm.cdb = None
         vars(groups).update(untouched)
+        modules[0], Init.param_id = numbers
         os.environ.clear()
         os.environ.update(before)
 

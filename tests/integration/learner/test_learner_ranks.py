@@ -1,11 +1,7 @@
-"""Two ranks, the second in a fork of this process: what only several of them do, in a second or two."""
+"""Two ranks, the second in another process: what only several of them do, in a second or two."""
 
-import gc
 import os
-import pickle
-import signal
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +17,14 @@ from transformers import AutoModelForCausalLM
 from learner import engine, training
 from learner.checkpoints.checkpoint import KEYS, MASTER, Shards, snapshot_key
 from learner.learner import LearnerRank
+from learner.model import Student
 from opd.errors import OpdError
 from opd.loss.packing import halves
 from opd.settings.devices import Dtype
 from tests.integration.learner.test_learner import SMALL
 from tests.integration.learner.test_learner_faults import Hungry
 from tests.integration.learner.test_starting import started_whole
+from tests.second_rank import on_both
 from tests.small_learner import (
     SMOOTH,
     STAGES,
@@ -46,58 +44,57 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def on_both(work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns: rank 0 in this process, rank 1 in a fork of it, whose traceback is kept."""
-    here, there = os.pipe()
-    child = os.fork()
-    if child == 0:
-        gc.freeze()  # what earlier groups left behind waits, when it is freed, for threads that no fork has
-        try:
-            with open(there, "wb") as pipe:
-                pickle.dump(_result(work), pipe)
-        finally:
-            os._exit(0)
-    os.close(there)
-    try:
-        mine = _result(lambda _: work(0))
-        with open(here, "rb") as pipe:
-            given, failed = pickle.loads(pipe.read())  # noqa: S301 (our own)
-    finally:
-        os.kill(child, signal.SIGKILL)  # it has said all that it had to
-        os.waitpid(child, 0)
-    for rank, error in ((1, failed), (0, mine[1])):
-        assert not error, f"rank {rank} failed:\n{error}"
-    return [mine[0], given]
-
-
-def _result(work: Callable[[int], Any]) -> tuple[Any, str]:
-    """What rank 1 returns, or the traceback of its failure."""
-    try:
-        return work(1), ""
-    except BaseException:  # noqa: BLE001 (a fork must not return into pytest)
-        return None, traceback.format_exc()
-
-
-def test_a_rank_that_hangs_holds_no_group_of_deepspeed_s_longer_than_the_deadline(models: dict[str, Path]) -> None:
+def test_a_rank_that_hangs_holds_no_group_of_deepspeed_s_longer_than_the_deadline(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     """Its own groups have torch's 30 minutes unless they are told."""
     config = replace(SMOOTH, ranks=2, deadline_s=3.0)
     port = rank_of(SMOOTH, models["tied"]).address()[1]
-    over, there = os.pipe()
+    given_up = tmp_path / "given up"
 
     def work(rank: int) -> Any:
         engine.join(rank, 2, "127.0.0.1", port, torch.device("cpu"), config.deadline_s)
         group = groups._clone_world_group()
         distributed.all_reduce(torch.ones(1), group=group)
         if rank:
-            os.read(over, 1)  # until rank 0 has given up
+            while not given_up.exists():
+                time.sleep(0.05)
             return None
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             distributed.all_reduce(torch.ones(1), group=group)
-        os.write(there, b".")
+        given_up.touch()
         distributed.destroy_process_group()
         return None
 
     on_both(work)
+
+
+def test_a_rank_that_says_nothing_more_is_waited_for_no_longer_than_the_deadline() -> None:
+    def work(rank: int) -> None:
+        if rank:
+            time.sleep(100)
+
+    with pytest.raises(AssertionError, match=r"rank 1 failed:\nnothing came from it within 0\.5 s"):
+        on_both(work, deadline_s=0.5)
+    with pytest.raises(AssertionError, match=r"rank 1 failed:\nit ended without a word"):
+        on_both(lambda rank: os._exit(3) if rank else None)
+
+
+def test_a_group_that_was_given_up_in_the_middle_holds_no_later_one_up(models: dict[str, Path]) -> None:
+    """The next learner meets nobody of it: it would wait for a rank that is gone."""
+    port = rank_of(SMOOTH, models["tied"]).address()[1]
+
+    def work(rank: int) -> None:
+        engine.join(rank, 2, "127.0.0.1", port, torch.device("cpu"), 20.0)
+        raise KeyError(rank)
+
+    with pytest.raises(AssertionError, match="KeyError: 1"), group_of_its_own():
+        on_both(work)
+    with group_of_its_own():
+        alone = rank_of(SMOOTH, models["tied"])
+        alone.setup(0, 1, *alone.address())
+        assert alone.step(*batches_of(1, SMOOTH), Likelihood()).loss > 0
+        alone.close()
 
 
 @pytest.mark.parametrize(("stage", "offloaded"), [(0, False), (2, False), (2, True), (3, False), (3, True)])
@@ -214,19 +211,22 @@ def test_two_ranks_extrapolate_and_restore_as_one_would(
         alone.close()
 
 
-def test_two_ranks_that_start_divided_are_whole_ones_to_the_last_bit(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ranks_that_start_divided_are_whole_ones_to_the_last_bit(models: dict[str, Path], tmp_path: Path) -> None:
     """Their sentinel, losses and norms, what they publish, and their checkpoint, with which either goes on alike."""
     config = replace(
         SMOOTH, zero_stage=3, weight_decay=0.1, gradient_checkpointing=True, ranks=2, dtype=Dtype.BFLOAT16,
         tokens_per_microbatch=40, deadline_s=20,
     )  # fmt: skip
 
-    def trained(folder: Path) -> list[Any]:
+    def trained(folder: Path, starting_student: Callable[..., Student]) -> list[Any]:
         port = rank_of(SMOOTH, tmp_path).address()[1]
 
         def work(rank: int) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(training, "starting_student", starting_student)
+                return as_usual(rank)
+
+        def as_usual(rank: int) -> Any:
             def meet() -> LearnerRank:
                 learner = rank_of(config, models["tied"])
                 learner.setup(rank, 2, "127.0.0.1", port)
@@ -247,9 +247,8 @@ def test_two_ranks_that_start_divided_are_whole_ones_to_the_last_bit(
         with group_of_its_own():
             return on_both(work)
 
-    divided = trained(tmp_path / "divided")
-    monkeypatch.setattr(training, "starting_student", started_whole)
-    whole = trained(tmp_path / "whole")
+    divided = trained(tmp_path / "divided", training.starting_student)
+    whole = trained(tmp_path / "whole", started_whole)
     assert [one[:2] for one in divided] == [one[:2] for one in whole]
     for place in (0, 1):
         assert_same_weights(*(parameters(*(shares[place] for *_, shares in both)) for both in (divided, whole)))

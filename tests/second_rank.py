@@ -1,0 +1,68 @@
+"""A second process for what only several ranks do, forked for every piece of work from one that has done nothing yet.
+
+A fork of the test's own process would be no rank: whatever threads it has (those of gloo, of a store, of an earlier
+test) may hold a lock that a fork then never sees released, and it waits in a place where no deadline of ours is.
+"""
+
+import faulthandler
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ray import cloudpickle
+
+DEADLINE_S = 60  # from the end of rank 0; the waits of a group have shorter ones
+
+_CLEAN = multiprocessing.get_context("forkserver")
+# Torch, DeepSpeed and ours are imported once, set up as in the test's own process.
+_CLEAN.set_forkserver_preload(["tests.conftest", "tests.small_learner", "learner.training"])
+
+
+def on_both(work: Callable[[int], Any], deadline_s: float = DEADLINE_S) -> list[Any]:
+    """What `work(rank)` returns: rank 0 in this process, rank 1 in another one, whose traceback is kept.
+
+    `work` goes there by value: what it patches it patches itself, and the ranks share files, not variables.
+    """
+    here, there = _CLEAN.Pipe(duplex=False)
+    second = _CLEAN.Process(target=_work, args=(cloudpickle.dumps(work), there, 2 * deadline_s), daemon=True)
+    second.start()
+    there.close()
+    try:
+        mine = _result(work, 0)
+        given, failed = _received(here, deadline_s)
+    finally:
+        second.kill()  # it has said all that it had to
+        second.join(deadline_s)
+        here.close()
+    for rank, error in ((1, failed), (0, mine[1])):
+        assert not error, f"rank {rank} failed:\n{error}"
+    return [mine[0], given]
+
+
+def _received(here: Connection, deadline_s: float) -> tuple[Any, str]:
+    """What rank 1 returned, or what became of it."""
+    if not here.poll(deadline_s):
+        return None, f"nothing came from it within {deadline_s:g} s after rank 0 had ended"
+    try:
+        return here.recv()
+    except EOFError:
+        return None, "it ended without a word"
+
+
+def _work(work: bytes, there: Connection, seconds: float) -> None:
+    """The whole life of rank 1."""
+    from tests.small_learner import group_of_its_own
+
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    with group_of_its_own():
+        there.send(_result(cloudpickle.loads(work), 1))
+
+
+def _result(work: Callable[[int], Any], rank: int) -> tuple[Any, str]:
+    """What it returns, or the traceback of its failure."""
+    try:
+        return work(rank), ""
+    except BaseException:  # noqa: BLE001 (the other rank's traceback is wanted, too)
+        return None, traceback.format_exc()
