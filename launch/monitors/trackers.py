@@ -153,6 +153,11 @@ class WandbTracker:
         self._set: tuple[str, ...] = ()
         self._defined: set[str] = set()
 
+    def _name(self) -> str:
+        """What wandb shows: `run_name`; without one its own variable, or else the folder that was made."""
+        own = None if self._plan.resolved.get("run_name") else os.environ.get("WANDB_NAME")
+        return own or self._directory.name
+
     def __enter__(self) -> Self:
         folder = self._directory.path
         # wandb would stage tables and logs in the home directory, which may be small or read-only.
@@ -167,8 +172,8 @@ class WandbTracker:
                 project=self._config.project,
                 entity=self._config.entity,
                 group=self._config.group,
-                tags=list(self._config.tags),
-                name=self._directory.name,
+                tags=list(self._config.tags) or None,  # wandb reads WANDB_TAGS then
+                name=self._name(),
                 id=_stable_id(self._directory),
                 resume="allow",
                 dir=str(folder),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -383,7 +384,14 @@ def test_wandb_offline_for_real_and_resumed(
     assert not any(b"geheim" in path.read_bytes() for path in directory.path.rglob("*") if path.is_file())
 
 
-def test_an_alert_is_a_wandb_alert_once(directory: RunDirectory, plan: PlannedRun, no_login: Path) -> None:
+@pytest.mark.parametrize("run_name", ["", "mine"])
+def test_an_alert_is_a_wandb_alert_once_in_a_run_that_wandb_s_variables_name(
+    run_name: str, directory: RunDirectory, plan: PlannedRun, no_login: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_NAME", "from outside")
+    monkeypatch.setenv("WANDB_TAGS", "one,two")
+    wandb.teardown()  # it reads them once in a process
+    plan = replace(plan, resolved={"run_name": run_name})
     meter = Meter(COSTS, read_cpu=lambda: 7.0, thresholds=AlertThresholds(window=2))
     with WandbTracker(TrackerConfig(mode=WandbMode.OFFLINE, samples=0), directory, meter, plan) as tracker:
         tell_cut_short(tracker, 6)
@@ -391,6 +399,8 @@ def test_an_alert_is_a_wandb_alert_once(directory: RunDirectory, plan: PlannedRu
     deadline = monotonic() + 60
     while not any(r.HasField("exit") for r in _records(log)) and monotonic() < deadline:
         sleep(0.1)
+    named = {(r.run.display_name, *r.run.tags) for r in _records(log) if r.HasField("run")}
+    assert named == {(directory.name if run_name else "from outside", "one", "two")}
     (alert,) = (r.alert for r in _records(log) if r.HasField("alert"))
     assert (alert.title, alert.level) == ("opd: truncation", "WARN")
     assert alert.text.startswith("step 4: 100% of the completions are cut")
@@ -488,6 +498,8 @@ def _records(path: Path) -> Any:
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):  # still being written
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last of several
