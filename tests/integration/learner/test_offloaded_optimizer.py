@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from learner import engine
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, LoraConfig
 from learner.learner import LearnerRank
 from opd.settings.devices import Dtype
 from opd.types import StepReport
@@ -74,6 +74,25 @@ def test_where_the_optimizer_lives_changes_no_bit(
     for rank in (here, there):
         rank.restore("second")
     assert_same(steps(here, 2, 3), steps(there, 2, 3), norm=norm)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, Dtype.FLOAT32), (2, Dtype.BFLOAT16), (3, Dtype.BFLOAT16)], ids=str)
+def test_where_the_optimizer_of_adapters_lives_changes_no_bit(
+    stage: int, dtype: Dtype, models: dict[str, Path], start: Start, tmp_path: Path
+) -> None:
+    """What is frozen has no optimizer; a checkpoint of adapters goes on under the other setting, too."""
+    resident, offloaded = (replace(one, lora=LoraConfig(r=4, lora_alpha=8)) for one in settings(stage, dtype))
+    there, here = start(resident, models["tied"]), start(offloaded, models["tied"])
+    norm = (stage, dtype) in SAME_NORM
+    assert_same(steps(here, 0, 2), steps(there, 0, 2), norm=norm)
+    folders = [keep(rank, tmp_path / name, 2) for name, rank in (("here", here), ("there", there))]
+    assert equal(content(here, tmp_path / "a"), content(there, tmp_path / "b"))
+    later = steps(there, 2, 3)
+    for rank, folder in ((start(offloaded, models["tied"]), folders[1]), (start(resident, models["tied"]), folders[0])):
+        assert rank.load(folder) == 2
+        assert_same(steps(rank, 2, 3), later, norm=norm)
+    shares = [parameters(rank.share(3)) for rank in (there, rank)]
+    assert all(torch.equal(value, shares[1][name]) for name, value in shares[0].items())
 
 
 @pytest.mark.parametrize("stage", [2, 3])
