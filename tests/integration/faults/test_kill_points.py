@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.command import ROOT, opd
-from tests.integration.faults.test_processes import MARK, end_of, family, nobody_is_left
 from tests.integration.runs.test_train import SMALL, lines
+from tests.processes import MARK, end_family, end_of, nobody_is_left
 
 STEPS, EVERY = 20, 4
 # Four steps of text between two checkpoints, all but the first of them written one update ahead.
@@ -86,10 +86,9 @@ def kill_after(run: Path, step: int) -> int:
         done = steps_done(run)
         os.kill(driver.pid, signal.SIGKILL)
         end_of(driver)
-        nobody_is_left(str(run), 60)
+        nobody_is_left(str(run))
     finally:
-        for process in family(str(run)):
-            process.kill()
+        end_family(str(run))
     assert driver.returncode == -signal.SIGKILL
     return done
 
