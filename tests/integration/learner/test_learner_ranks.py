@@ -24,7 +24,7 @@ from opd.settings.devices import Dtype
 from tests.integration.learner.test_learner import SMALL
 from tests.integration.learner.test_learner_faults import Hungry
 from tests.integration.learner.test_starting import started_whole
-from tests.processes import own_port
+from tests.processes import own_port, wait_until
 from tests.second_rank import on_both
 from tests.small_learner import (
     SMOOTH,
@@ -58,8 +58,7 @@ def test_a_rank_that_hangs_holds_no_group_of_deepspeed_s_longer_than_the_deadlin
         group = groups._clone_world_group()
         distributed.all_reduce(torch.ones(1), group=group)
         if rank:
-            while not given_up.exists():
-                time.sleep(0.05)
+            wait_until(given_up.exists, 60, "the other rank to give up", 0.05)
             return None
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             distributed.all_reduce(torch.ones(1), group=group)
