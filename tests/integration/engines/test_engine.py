@@ -120,7 +120,7 @@ class House:
     loop: asyncio.AbstractEventLoop
 
     def run(self, work: Awaitable[T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 60))
+        return self.loop.run_until_complete(asyncio.wait_for(work, 240))
 
     def generate(self, asked: Sequence[GenerateRequest]) -> list[Completion]:
         return self.run(self.engine.generate(asked))

@@ -430,7 +430,7 @@ def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path
         reports.append(alone.step(batches_of(2, config)[0], Likelihood()))
         evaluated = alone.evaluate(batches_of(5, config)[0], Likelihood())
         norms = {n: float(p.double().norm()) for n, p in parameters(alone.share(3)).items()}
-        assert [rank.wait(timeout=250) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

@@ -256,7 +256,7 @@ def test_two_ranks_train_adapters_like_one_under_every_stage(start: Start, tmp_p
     ]
     try:
         losses = [alone.step(batches_of(step, config)[0], Likelihood()).loss for step in range(3)]
-        assert [rank.wait(timeout=280) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

@@ -85,7 +85,7 @@ def submit(head: Head, token: Path | None, *command: str) -> subprocess.Complete
         env=env,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=550,
         check=False,
     )
 
