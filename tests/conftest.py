@@ -44,10 +44,13 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(specname="pytest_collection_modifyitems")
-def _whole_runs_first(items: list[pytest.Item]) -> None:
-    """Two processes share the files: what is long comes first, so that what is short evens them out at the end."""
-    items.sort(key=lambda item: "integration" not in item.path.parts)
+WHOLE_RUN_S = 600  # four times what the longest of them takes on two processors
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What starts whole runs has more time than other tests, unless it says itself how much."""
+    if "integration" in item.path.parts and item.get_closest_marker("timeout") is None:
+        item.add_marker(pytest.mark.timeout(WHOLE_RUN_S))
 
 
 @pytest.fixture(autouse=True)

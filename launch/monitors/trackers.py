@@ -154,7 +154,7 @@ class WandbTracker:
         self._defined: set[str] = set()
 
     def _name(self) -> str:
-        """What wandb shows: `run_name`; without one its own variable, or else the folder that was made."""
+        """Name of the run in wandb: `run_name`; without one its own variable, or else the folder that was made."""
         own = None if self._plan.resolved.get("run_name") else os.environ.get("WANDB_NAME")
         return own or self._directory.name
 

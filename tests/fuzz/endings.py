@@ -24,7 +24,9 @@ from launch.run.run import SPARE
 from opd.errors import OpdError
 from tests.command import as_from_a_terminal
 from tests.fault_plan import plan
-from tests.integration.faults.test_faults import Scene, family, lines, placed
+from tests.integration.faults.test_faults import Scene, placed
+from tests.integration.runs.test_train import lines
+from tests.processes import family
 
 AFTER = 5  # steps that are finished when a fault is laid
 SMALL = [
@@ -67,7 +69,7 @@ def _sends(*numbers: signal.Signals, group: bool = False) -> Callable[[Scene], N
 
 
 def _kills_raylet(scene: Scene) -> None:
-    (victim,) = (process for process in family(scene.mark) if process.name() == "raylet")
+    (victim,) = family(scene.mark, "raylet")
     victim.kill()
 
 

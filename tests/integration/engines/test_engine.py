@@ -120,10 +120,18 @@ class House:
     loop: asyncio.AbstractEventLoop
 
     def run(self, work: Awaitable[T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 60))
+        return self.loop.run_until_complete(asyncio.wait_for(work, 240))
 
     def generate(self, asked: Sequence[GenerateRequest]) -> list[Completion]:
         return self.run(self.engine.generate(asked))
+
+    async def begun(self, asked: Sequence[GenerateRequest], steps: int) -> "asyncio.Future[list[Completion]]":
+        """The call that writes them, once the engine has made so many steps of it."""
+        before = (await self.engine.stats()).steps
+        writing = asyncio.ensure_future(self.engine.generate(asked))
+        while (await self.engine.stats()).steps < before + steps:  # noqa: ASYNC110 (it can only be polled)
+            await asyncio.sleep(0.01)  # a job at a time: the engine steps only between them
+        return writing
 
     def receive(self, value: PublishedWeights) -> float:
         receipt = self.run(self.engine.receive(value))
@@ -303,8 +311,7 @@ def test_an_engine_that_sleeps_drops_what_has_no_caller_and_finds_weights_that_c
     house.receive(lent)
 
     async def left() -> None:
-        call = asyncio.ensure_future(house.engine.generate(requests(Sampling(max_tokens=64))))
-        await asyncio.sleep(0.1)
+        call = await house.begun(requests(Sampling(max_tokens=64)), 2)
         await house.engine.sleep()
         with pytest.raises(OpdError, match="was put to sleep while it wrote"):
             await call
@@ -384,10 +391,7 @@ def test_the_sentinel_does_not_wait_for_the_queue(house: House) -> None:
         return loop.steps - before
 
     async def both() -> tuple[list[Completion], int]:
-        writing = asyncio.ensure_future(house.engine.generate(asked))
-        before = (await house.engine.stats()).steps
-        while (await house.engine.stats()).steps < before + 5:  # noqa: ASYNC110 (it can only be polled)
-            await asyncio.sleep(0.01)  # a job at a time: the engine steps only between them
+        writing = await house.begun(asked, 5)
         steps = await asyncio.wrap_future(house.engine._thread.run(steps_of_it))
         return await writing, steps
 
@@ -538,8 +542,7 @@ def test_when_the_engine_dies_everybody_is_told(
         loop.engine.step = step
 
     async def scene() -> list[object]:
-        writing = asyncio.ensure_future(house.engine.generate(asked))
-        await asyncio.sleep(0.01)
+        writing = await house.begun(asked, 1)
         await asyncio.wrap_future(house.engine._thread.run(break_it))
         return await asyncio.gather(writing, return_exceptions=True)
 

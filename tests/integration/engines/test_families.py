@@ -21,7 +21,7 @@ FAST = [family for family in WORKS if ROWS[family].fast]
 def outcomes(families: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
     """What `tests.fuzz.engines` prints of `families`."""
     command = [sys.executable, "-m", "tests.fuzz.engines", *(f"family={family}" for family in families)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == len(families), done.stderr[-3000:]
     return {line["family"]: line for line in lines}

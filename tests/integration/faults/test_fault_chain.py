@@ -14,7 +14,8 @@ import pytest
 
 from tests.fault_matrix import Witness
 from tests.fault_plan import entries, plan
-from tests.integration.faults.test_faults import Scene, actors, lines, placed, scene
+from tests.integration.faults.test_faults import Scene, actors, placed, scene
+from tests.integration.runs.test_train import lines
 
 __all__ = ["scene"]  # the fixture
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]  # six starts of a run, one after the other

@@ -18,7 +18,8 @@ import pytest
 from tests.command import opd
 from tests.fault_matrix import Witness
 from tests.fault_plan import FOLDER, Fired, entries, fired, plan, processes
-from tests.integration.faults.test_processes import command, end_of, family, nobody_is_left, start, wait_until
+from tests.integration.runs.test_train import lines
+from tests.processes import command, end_family, end_of, family, nobody_is_left, start, status, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 PROMPTS = 32
@@ -33,12 +34,6 @@ ASYNCHRONOUS = ["deterministic=false", "max_staleness=1"]
 def actors(mark: str, name: str) -> list[psutil.Process]:
     """Processes of the run whose Ray title says that they are an actor of class `name`."""
     return sorted((p for p in family(mark) if f"ray::{name}" in " ".join(command(p))), key=lambda p: p.pid)
-
-
-def lines(path: Path) -> list[dict]:
-    """The whole lines of a file that somebody may be writing."""
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 @dataclass
@@ -67,7 +62,7 @@ class Scene:
         assert self.driver is not None
         self.output = end_of(self.driver, seconds)
         assert self.driver.returncode == code, self.output
-        nobody_is_left(self.mark, 40)
+        nobody_is_left(self.mark)
         return self.output
 
     def steps(self) -> int:
@@ -98,7 +93,7 @@ class Scene:
         """Kill a process of Ray itself: the run ends with a sentence, and leaves nothing."""
         at = self.steps()
         self.reach(lambda: self.steps() > at, "a step")
-        (victim,) = (p for p in family(self.mark) if p.name() == name)
+        (victim,) = family(self.mark, name)
         victim.kill()
         output = self.ends(1, 300)
         assert "error: OpdError: a process of Ray itself" in output and "Traceback" not in output, output
@@ -122,8 +117,7 @@ def placed(folder: Path) -> Iterator[Scene]:
     try:
         yield made
     finally:
-        for process in family(made.mark):
-            process.kill()
+        end_family(made.mark)
 
 
 @pytest.fixture
@@ -189,7 +183,7 @@ def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, w
     scene.start("steps=100000", *TWO_OF_EACH, "cluster.share=TIME")
     scene.reach(lambda: len(scene.fired()) == 3, "three faults")
     hung = scene.fired()[-1].pid
-    assert psutil.Process(hung).status() == psutil.STATUS_STOPPED
+    scene.reach(lambda: status(hung) == psutil.STATUS_STOPPED, "its stop")
     scene.reach(lambda: not psutil.pid_exists(hung), "the end of the one that hangs")
     for role in ("engine", "teacher"):
         at = scene.steps()
@@ -204,7 +198,7 @@ def test_a_run_in_lock_step_survives_the_loss_of_those_that_wait(scene: Scene, w
     scene.reach(lambda: scene.steps() >= at + 2, "two steps of which the replacements may have a part")
     assert scene.driver is not None
     os.killpg(scene.driver.pid, signal.SIGINT)
-    scene.ends(130, 60)
+    scene.ends(130, 120)
     assert scene.summary()["outcome"] == "stopped"
     kept = [path.name for path in (scene.run / "checkpoints").iterdir()]
     assert kept == [f"step_{scene.summary()['steps']}"], "the last finished step is kept"

@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.command import ROOT, opd
-from tests.integration.faults.test_processes import MARK, end_of, family, nobody_is_left
 from tests.integration.runs.test_train import SMALL, lines
+from tests.processes import MARK, end_family, end_of, nobody_is_left, wait_until
 
 STEPS, EVERY = 20, 4
 # Four steps of text between two checkpoints, all but the first of them written one update ahead.
@@ -48,8 +47,7 @@ def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def steps_done(run: Path) -> int:
-    metrics = run / "metrics.jsonl"
-    return len(lines(metrics)) if metrics.exists() else 0
+    return len(lines(run / "metrics.jsonl"))
 
 
 def assert_same(run: Path, whole: Path) -> None:
@@ -76,20 +74,22 @@ def kill_after(run: Path, step: int) -> int:
     if not resume and run.exists():  # killed before its first checkpoint: that is another start
         run.rename(run.with_name(f"{run.name}-before-{step}"))
     driver = start(run, "steps=500", *resume)
-    deadline, begun = time.monotonic() + 300, False
+    begun = False
+
+    def reached() -> bool:
+        nonlocal begun
+        assert driver.poll() is None, driver.communicate()[0]
+        begun = begun or steps_done(run) < step  # what the killed run had done after that checkpoint is cut off
+        return begun and steps_done(run) >= step
+
     try:
-        while not (begun and steps_done(run) >= step):
-            begun = begun or steps_done(run) < step  # what the killed run had done after that checkpoint is cut off
-            assert driver.poll() is None, driver.communicate()[0]
-            assert time.monotonic() < deadline, f"step {step} never came"
-            time.sleep(0.02)
+        wait_until(reached, 300, f"step {step}", 0.02)
         done = steps_done(run)
         os.kill(driver.pid, signal.SIGKILL)
         end_of(driver)
-        nobody_is_left(str(run), 60)
+        nobody_is_left(str(run))
     finally:
-        for process in family(str(run)):
-            process.kill()
+        end_family(str(run))
     assert driver.returncode == -signal.SIGKILL
     return done
 

@@ -33,6 +33,7 @@ from opd.objectives.vocabulary import FullReverseKL
 from opd.ports import PublishedWeights
 from opd.settings.devices import Device, Dtype
 from opd.types import HiddenScores, RemoteRows, TopKScores, Trajectory
+from tests.processes import own_port
 from tests.small_learner import (
     SMOOTH,
     STAGES,
@@ -416,7 +417,7 @@ def run_stages(rank: int, world: int, port: int, folder: Path) -> dict[str, Any]
 
 def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path) -> None:
     student = tiny(tmp_path / "student", tied=True, seed=1)
-    port = rank_of(SMOOTH, HERE).address()[1]
+    port = own_port()
     variables = os.environ | environment(Device.CPU) | {"PYTHONPATH": str(HERE.parents[3])}
     arguments = [[sys.executable, str(HERE), str(r), "2", str(port), str(tmp_path)] for r in range(2)]
     config = _shared(1, 0, Dtype.FLOAT32)
@@ -429,7 +430,7 @@ def test_two_ranks_train_like_one_under_every_stage(start: Start, tmp_path: Path
         reports.append(alone.step(batches_of(2, config)[0], Likelihood()))
         evaluated = alone.evaluate(batches_of(5, config)[0], Likelihood())
         norms = {n: float(p.double().norm()) for n, p in parameters(alone.share(3)).items()}
-        assert [rank.wait(timeout=250) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
@@ -503,7 +504,7 @@ def test_a_transport_carries_two_turns(
 
 def test_a_rank_whose_peer_never_comes_gives_up() -> None:
     """One rank of two, alone: the join ends within its deadline, in a process that then ends."""
-    port = rank_of(SMOOTH, HERE).address()[1]
+    port = own_port()
     code = (
         "from tests.integration.learner.test_learner import *; config = replace(SMOOTH, ranks=2, deadline_s=3.0); "
         f"rank_of(config, HERE).setup(1, 2, '127.0.0.1', {port})"

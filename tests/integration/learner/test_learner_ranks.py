@@ -24,6 +24,7 @@ from opd.settings.devices import Dtype
 from tests.integration.learner.test_learner import SMALL
 from tests.integration.learner.test_learner_faults import Hungry
 from tests.integration.learner.test_starting import started_whole
+from tests.processes import own_port, wait_until
 from tests.second_rank import on_both
 from tests.small_learner import (
     SMOOTH,
@@ -49,7 +50,7 @@ def test_a_rank_that_hangs_holds_no_group_of_deepspeed_s_longer_than_the_deadlin
 ) -> None:
     """Its own groups have torch's 30 minutes unless they are told."""
     config = replace(SMOOTH, ranks=2, deadline_s=3.0)
-    port = rank_of(SMOOTH, models["tied"]).address()[1]
+    port = own_port()
     given_up = tmp_path / "given up"
 
     def work(rank: int) -> Any:
@@ -57,8 +58,7 @@ def test_a_rank_that_hangs_holds_no_group_of_deepspeed_s_longer_than_the_deadlin
         group = groups._clone_world_group()
         distributed.all_reduce(torch.ones(1), group=group)
         if rank:
-            while not given_up.exists():
-                time.sleep(0.05)
+            wait_until(given_up.exists, 60, "the other rank to give up", 0.05)
             return None
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             distributed.all_reduce(torch.ones(1), group=group)
@@ -82,7 +82,7 @@ def test_a_rank_that_says_nothing_more_is_waited_for_no_longer_than_the_deadline
 
 def test_a_group_that_was_given_up_in_the_middle_holds_no_later_one_up(models: dict[str, Path]) -> None:
     """The next learner meets nobody of it: it would wait for a rank that is gone."""
-    port = rank_of(SMOOTH, models["tied"]).address()[1]
+    port = own_port()
 
     def work(rank: int) -> None:
         engine.join(rank, 2, "127.0.0.1", port, torch.device("cpu"), 20.0)
@@ -112,7 +112,7 @@ def test_two_ranks_step_keep_and_go_on_like_a_naive_one(
         head_chunk=0,
         deadline_s=20,
     )
-    port = rank_of(SMOOTH, tmp_path).address()[1]
+    port = own_port()
 
     def work(rank: int) -> Any:
         def meet() -> LearnerRank:
@@ -168,7 +168,7 @@ def test_two_ranks_extrapolate_and_restore_as_one_would(
     config = replace(
         SMOOTH, ranks=2, zero_stage=stage, dtype=dtype, lr=1e-2, eps=1e-8, tokens_per_microbatch=40, deadline_s=20
     )
-    port, factors = rank_of(SMOOTH, tmp_path).address()[1], (0.7, -0.3)
+    port, factors = own_port(), (0.7, -0.3)
 
     def work(rank: int) -> Any:
         learner = rank_of(config, models["tied"])
@@ -219,7 +219,7 @@ def test_two_ranks_that_start_divided_are_whole_ones_to_the_last_bit(models: dic
     )  # fmt: skip
 
     def trained(folder: Path, starting_student: Callable[..., Student]) -> list[Any]:
-        port = rank_of(SMOOTH, tmp_path).address()[1]
+        port = own_port()
 
         def work(rank: int) -> Any:
             with pytest.MonkeyPatch.context() as patch:
@@ -275,7 +275,7 @@ def assert_same_state(folder: Path, other: Path, rank: LearnerRank) -> None:
 
 
 def test_ranks_add_up_find_the_greatest_and_wait_for_each_other(models: dict[str, Path], tmp_path: Path) -> None:
-    port = rank_of(SMOOTH, tmp_path).address()[1]
+    port = own_port()
 
     def work(rank: int) -> Any:
         engine.join(rank, 2, "127.0.0.1", port, torch.device("cpu"), 20.0)

@@ -23,6 +23,7 @@ from learner.config import LearnerConfig, LoraConfig, environment
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device, Dtype
 from tests.integration.learner.test_learner import SMALL, naive_step
+from tests.processes import own_port
 from tests.small_learner import (
     SMOOTH,
     STAGES,
@@ -243,7 +244,7 @@ def main(rank: int, world: int, port: int, folder: Path) -> None:
 
 def test_two_ranks_train_adapters_like_one_under_every_stage(start: Start, tmp_path: Path) -> None:
     student = tiny(tmp_path / "student", tied=True, seed=1)
-    port = rank_of(SMOOTH, HERE).address()[1]
+    port = own_port()
     variables = (
         os.environ | environment(Device.CPU) | {"PYTHONPATH": f"{HERE.parents[3]}:{os.environ.get('PYTHONPATH', '')}"}
     )
@@ -255,7 +256,7 @@ def test_two_ranks_train_adapters_like_one_under_every_stage(start: Start, tmp_p
     ]
     try:
         losses = [alone.step(batches_of(step, config)[0], Likelihood()).loss for step in range(3)]
-        assert [rank.wait(timeout=280) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

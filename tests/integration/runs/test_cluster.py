@@ -17,6 +17,7 @@ from launch.services.failure_causes import find_own
 from launch.services.pools import StudentPool
 from launch.services.ray_session.address import check_cluster
 from launch.services.ray_session.cluster import Actors, end, has_died, is_lost, silence
+from launch.services.ray_session.node import start_ray
 from launch.services.ray_session.placement import ActorRole
 from opd.errors import ConfigurationError, OpdError
 
@@ -47,18 +48,18 @@ class Small:
 def address() -> Iterator[str]:
     import ray
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    context = ray.init(
-        address="local", num_cpus=CPUS, num_gpus=GPUS, include_dashboard=False, log_to_driver=False, logging_level=40
-    )
-    yield context.address_info["address"]
-    ray.shutdown()
+    options: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": 40}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        context = start_ray(lambda: ray.init(address="local", num_cpus=CPUS, num_gpus=GPUS, **options), 250.0)
+        yield context.address_info["address"]
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
 def four() -> RunConfig:
     config = run_config(FOUR)
-    return replace(config, cluster=replace(config.cluster, start_deadline_s=30.0))
+    return replace(config, cluster=replace(config.cluster, start_deadline_s=200.0))
 
 
 def made(actors: Actors, config: RunConfig, *, fails: str = "", environment: dict[str, str] | None = None) -> list[Any]:
@@ -82,7 +83,7 @@ def test_four_gpus_are_enough_for_four_and_a_fifth_is_refused_at_once(
     actors = Actors(cluster, roles(four))
     running = made(actors, four)
     try:
-        found = ray.get([actor.given.remote() for actor in running], timeout=120)
+        found = ray.get([actor.given.remote() for actor in running], timeout=240)
         assert sorted(gpu for _, gpu, _ in found) == ["0", "1", "2", "3"]
         with pytest.raises(OpdError, match=r"no room for a measured teacher: .* 1 GPUs, of which .* and 0 are free"):
             actors.check_room(replace(actors[ENGINE], name="measured teacher"))

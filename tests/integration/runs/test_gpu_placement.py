@@ -3,7 +3,6 @@
 The product's own roles, environments and `Actors`; the actors only report what they were given.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,10 +36,9 @@ PACK = ["experiment=shop", "cluster=multi_node", "cluster.cpus_per_actor=1"]
 @contextmanager
 def few_processes() -> Iterator[None]:
     """Ray without what only pages and autoscalers need, as a local run starts it."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_enable_worker_prestart", "0")
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    with bare():
+    with pytest.MonkeyPatch.context() as patch, bare():
+        for name in ("ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "enable_worker_prestart", "prestart_worker_first_driver"):
+            patch.setenv(f"RAY_{name}", "0")
         yield
 
 

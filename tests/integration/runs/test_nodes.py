@@ -15,10 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.fault_matrix import Witness
-from tests.integration.faults.test_faults import lines
-from tests.integration.faults.test_processes import MARK, end_of, family, nobody_is_left, wait_until
-from tests.integration.runs.test_submit import free_port
-from tests.integration.runs.test_train import ROOT
+from tests.integration.runs.test_train import ROOT, lines
+from tests.processes import MARK, end_family, end_of, nobody_is_left, own_port, wait_until
 
 STEPS, PROMPTS = 16, 16
 RAY = str(Path(sys.executable).parent / "ray")
@@ -28,7 +26,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 def node(log: Path, *arguments: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """`ray start`, with every process of the node in one group; yielded when it is up."""
     command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=8", "--num-gpus=1", *arguments]
-    command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
+    command += [f"--dashboard-agent-listen-port={own_port()}", f"--dashboard-agent-grpc-port={own_port()}"]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -60,10 +58,10 @@ def test_a_run_survives_the_loss_of_a_machine(tmp_path: Path, witness: Witness) 
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as in an activated environment
     environment |= {"RAY_raylet_start_wait_time_s": "280"}  # a busy machine starts nothing quickly
-    port = free_port()
+    port = own_port()
     address = f"127.0.0.1:{port}"
     head = ["--head", f"--port={port}", "--include-dashboard=false"]
-    head += ["--ray-client-server-port", str(free_port() % 1000 + 20100)]
+    head += ["--ray-client-server-port", str(own_port())]
     options = ["experiment=shop", f"steps={STEPS}", f"prompts.prompts_per_step={PROMPTS}", "student.replicas=2"]
     options += ["evaluation.every=0", "evaluation.teacher=false", "evaluation.samples=1", "doctor=false"]
     options += ["evaluation.prompts.prompts_per_step=8", "evaluation.reverse_kl_prompts=4", "student.device=CPU"]
@@ -98,7 +96,6 @@ def test_a_run_survives_the_loss_of_a_machine(tmp_path: Path, witness: Witness) 
         ledger = summary["ledger"]
         assert ledger["issued"] == ledger["trained"] == STEPS * PROMPTS and ledger["outstanding"] == 0
         assert [line["step"] for line in lines(metrics)] == list(range(1, STEPS + 1))
-        nobody_is_left(mark, 40)
+        nobody_is_left(mark)
     finally:
-        for process in family(mark):
-            process.kill()
+        end_family(mark)

@@ -22,7 +22,7 @@ def test_a_table_learns_its_teacher() -> None:
 @pytest.mark.ray
 def test_the_real_parts_train_by_the_same_lines() -> None:
     done = subprocess.run([sys.executable, str(FILE), "real"], cwd=FILE.parents[1], capture_output=True, text=True,
-                          timeout=280, check=False)  # fmt: skip
+                          timeout=550, check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in lines] == ["step 1", "step 2", "step 3"]

@@ -23,7 +23,7 @@ def run(folder: Path, command: list[str], **environment: str) -> Path:
     """The directory of the run `opd <command>` given in `folder`, where (-P) Python does not look for modules."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "launch.cli", *command, *SMALL], cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, timeout=280, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, timeout=550, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "runs" / next(s.removeprefix("run_name=") for s in [*command, *SMALL] if s.startswith("run_name="))

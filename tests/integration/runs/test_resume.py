@@ -12,8 +12,8 @@ import yaml
 
 from tests.command import ROOT, opd
 from tests.fault_matrix import Witness
-from tests.integration.faults.test_processes import MARK, end_of, family, nobody_is_left, wait_until
 from tests.integration.runs.test_train import SMALL, lines
+from tests.processes import MARK, end_family, end_of, family, nobody_is_left, wait_until
 
 OWN = [*SMALL, "steps=6", "evaluation.every=2", "learner.deterministic=true", "checkpoint_every=2"]
 OWN += ["evaluation.teacher=false", "learner.schedule=CONSTANT"]  # so that `steps` may differ until it is killed
@@ -34,7 +34,7 @@ def interrupted(how: signal.Signals, when: int, runs: Path, *arguments: str) -> 
 
     def reached() -> bool:
         assert driver.poll() is None, driver.communicate()[0]
-        enough = (run / "metrics.jsonl").exists() and len(lines(run / "metrics.jsonl")) >= when
+        enough = len(lines(run / "metrics.jsonl")) >= when
         return enough and (how == signal.SIGTERM or any((run / "checkpoints").glob("step_*/manifest.json")))
 
     try:
@@ -45,10 +45,9 @@ def interrupted(how: signal.Signals, when: int, runs: Path, *arguments: str) -> 
         assert len(family(mark)) > 4
         os.kill(driver.pid, how)
         output = end_of(driver)
-        nobody_is_left(mark, 40)
+        nobody_is_left(mark)
     finally:
-        for process in family(mark):
-            process.kill()
+        end_family(mark)
     return driver.returncode, output
 
 

@@ -4,10 +4,8 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.command import ROOT
+from tests.processes import own_port, wait_until
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,6 @@ class Head:
     address: str
     token: Path
     tree: Path
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def answers(url: str) -> bool:
@@ -58,24 +51,22 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    port, dashboard = free_port(), free_port()
+    port, dashboard = own_port(), own_port()
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     env.pop("RAY_AUTH_TOKEN", None)
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # as in an activated environment
     ray = str(Path(sys.executable).parent / "ray")
     command = [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}"]  # its default belongs to the first Ray on a machine
-    command += ["--ray-client-server-port", str(free_port() % 1000 + 20100)]
+    command += [f"--dashboard-agent-listen-port={own_port()}"]  # its default belongs to the first Ray on a machine
+    command += ["--ray-client-server-port", str(own_port())]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 200
-        while not answers(f"{address}/api/version"):
-            assert time.monotonic() < deadline and process.poll() is None, "the head did not start"
-            time.sleep(0.5)
+        wait_until(lambda: process.poll() is not None or answers(f"{address}/api/version"), 250, "a head")
+        assert process.poll() is None, "the head did not start"
         yield Head(address, token, copied_code(folder / "tree"))
     finally:
         os.kill(process.pid, signal.SIGTERM)
@@ -94,7 +85,7 @@ def submit(head: Head, token: Path | None, *command: str) -> subprocess.Complete
         env=env,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=550,
         check=False,
     )
 

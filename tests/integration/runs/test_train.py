@@ -30,7 +30,9 @@ TWO_OF_EACH = ["learner.ranks=2", "learner.zero_stage=3", "student.replicas=2", 
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The whole lines of a file that a run may be writing, or has not begun yet."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 SECRETS = {

@@ -240,13 +240,17 @@ def _run_of_steps(stop: StopRequest, saves: Saves, seconds: float, signals: list
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize(("seconds", "kept"), [(0.05, 6), (60.0, 5)], ids=["a step that ends", "one that does not"])
-def test_every_signal_leaves_the_last_finished_step(number: signal.Signals, seconds: float, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "grace_s", "kept"), [(0.05, 60.0, 6), (60.0, 1.5, 5)], ids=["a step that ends", "one that does not"]
+)
+def test_every_signal_leaves_the_last_finished_step(
+    number: signal.Signals, seconds: float, grace_s: float, kept: int
+) -> None:
     """Within the grace, whether or not the step at hand ends in it; shells expect 130 after Ctrl-C."""
     saves, told = Saves(), list[str]()
     end_on_signals()
     with pytest.raises(Preempted, match=f"by {number.name} after step {kept}, with a checkpoint") as caught:
-        _run_of_steps(StopRequest(1.5, told.append), saves, seconds, [number])
+        _run_of_steps(StopRequest(grace_s, told.append), saves, seconds, [number])
     assert saves.steps == [kept] and caught.value.code == (130 if number is signal.SIGINT else 75)
     assert number.name in told[0]
 

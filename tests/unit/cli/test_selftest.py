@@ -70,11 +70,16 @@ def test_loss_kernels_pass_and_a_wrong_one_would_not() -> None:
 
 def test_a_process_that_hangs_is_ended_and_one_that_fails_says_why() -> None:
     began = monotonic()
-    hung = in_process(["-c", "import time; print('here', flush=True); time.sleep(60)"], 1.0)
-    assert hung.code is None and hung.why == "here" and monotonic() - began < 30
-    failed = in_process(["-c", "print('error: a sentence'); print('more'); raise SystemExit(3)"], 30.0)
+    for seconds in (1.0, 60.0):  # the second one where a Python needs longer to say anything
+        hung = in_process(["-c", "import time; print('here', flush=True); time.sleep(600)"], seconds)
+        assert hung.code is None and monotonic() - began < 200
+        if hung.why == "here":
+            break
+    else:
+        pytest.fail(f"it said {hung.why!r}")
+    failed = in_process(["-c", "print('error: a sentence'); print('more'); raise SystemExit(3)"], 120.0)
     assert (failed.code, failed.why) == (3, "error: a sentence")
-    assert in_process(["-c", "pass"], 30.0).why == "it said nothing"
+    assert in_process(["-c", "pass"], 120.0).why == "it said nothing"
 
 
 def test_a_program_that_is_none_is_a_failure_with_its_reason(tmp_path: Path) -> None:

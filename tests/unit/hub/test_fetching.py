@@ -51,7 +51,7 @@ def refusal(ask: Callable[[], object]) -> str:
     began = time.monotonic()
     with pytest.raises(OpdError) as caught:
         ask()
-    assert time.monotonic() - began < 40, "every wait has a deadline"
+    assert time.monotonic() - began < 150, "every wait has a deadline"
     sentence = str(caught.value)
     assert "\n" not in sentence and "signature" not in sentence and "Traceback" not in sentence
     return sentence

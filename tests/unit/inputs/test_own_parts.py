@@ -316,7 +316,7 @@ class World:
     """Plain methods; `does` says what a step does."""
 
     does: str = ""
-    deadline_s: float = 0.3
+    deadline_s: float = 60
 
     def reset(self, prompt: Any) -> str:
         if self.does == "no reset":
@@ -327,7 +327,7 @@ class World:
     def step(self, action: str) -> Any:
         self.steps += 1
         if self.does == "hangs":
-            time.sleep(3)
+            time.sleep(30)  # in a thread that ends with the process
         if self.does == "raises":
             raise ValueError("no")
         return {"number": 1.0, "nan": Outcome(reward=float("nan"), done=True)}.get(
@@ -361,7 +361,7 @@ def test_episodes_share_nothing_and_plain_methods_are_awaited(make: Any) -> None
     ],
 )
 def test_an_environment_that_fails_ends_its_episode_and_is_told(does: str, says: str, make: Any) -> None:
-    made = OwnEnvironment(name="w", part=World(does=does))
+    made = OwnEnvironment(name="w", part=World(does=does, deadline_s=0.3 if does == "hangs" else 60))
     assert play(made, 1, make) == [Outcome(reward=0.0, done=True)]
     assert len(made.faults) == 1 and re.search(rf"^environments\.w: {says}", made.faults[0]), made.faults
     with pytest.raises(ConfigurationError, match=r"environments\.w cannot be played with prompt 'p': .*; correct it"):

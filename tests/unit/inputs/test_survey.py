@@ -151,7 +151,7 @@ def test_an_order_is_drawn_once_an_epoch() -> None:
     began = time.process_time()
     for step in range(1, 200):
         draw(5, size, step * 64, 64, shuffle=True)
-    assert time.process_time() - began < 0.2  # drawn anew at each step it takes about 40 s
+    assert time.process_time() - began < 5  # drawn anew at each step it takes about 40 s
 
 
 def test_templates_that_differ_matter_only_where_a_teacher_writes_to_messages(tmp_path: Path) -> None:

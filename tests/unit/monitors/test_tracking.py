@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from opd.observability.alerts import AlertThresholds
 from opd.ports import PublishReport
 from opd.types import AdvantageScores, Prompt, Scored, Scores, StepReport, StopReason, TokenScores, Trajectory
 from tests.fault_matrix import Witness
+from tests.processes import wait_until
 
 STEPS = 20
 COSTS = Costs(student_params=10, teacher_params=20, teacher_writes=False, teacher_reads=True)
@@ -355,12 +355,8 @@ def test_wandb_offline_for_real_and_resumed(
         tracker.evaluated(point(3))
         tracker.evaluated(point(0, EvaluatedModel.TEACHER))
     logs = sorted(directory.path.glob("wandb/offline-run-*/*.wandb"))  # their names begin with the time
-    deadline = monotonic() + 60
-    while True:  # wandb's own process may write its last record a moment after `finish`
-        failed, finished = ([*_records(log)] for log in logs)
-        if any(r.HasField("exit") for r in finished) or monotonic() > deadline:
-            break
-        sleep(0.1)
+    _wait_for_the_last_record(logs[-1])
+    failed, finished = ([*_records(log)] for log in logs)
     assert [r.exit.exit_code for r in (*failed, *finished) if r.HasField("exit")] == [1, 0]
     (identity,) = {r.run.run_id for r in (*failed, *finished) if r.HasField("run")}
     assert (directory.path / "wandb_id").read_text() == identity
@@ -396,9 +392,7 @@ def test_an_alert_is_a_wandb_alert_once_in_a_run_that_wandb_s_variables_name(
     with WandbTracker(TrackerConfig(mode=WandbMode.OFFLINE, samples=0), directory, meter, plan) as tracker:
         tell_cut_short(tracker, 6)
     (log,) = directory.path.glob("wandb/offline-run-*/*.wandb")
-    deadline = monotonic() + 60
-    while not any(r.HasField("exit") for r in _records(log)) and monotonic() < deadline:
-        sleep(0.1)
+    _wait_for_the_last_record(log)
     named = {(r.run.display_name, *r.run.tags) for r in _records(log) if r.HasField("run")}
     assert named == {(directory.name if run_name else "from outside", "one", "two")}
     (alert,) = (r.alert for r in _records(log) if r.HasField("alert"))
@@ -411,6 +405,7 @@ def test_a_run_survives_the_death_of_wandb(directory: RunDirectory, no_login: Pa
     """In a process of its own: wandb keeps one service per process, which would be dead for later tests."""
     program = """
 import logging, sys, time, psutil
+from contextlib import suppress
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_tracking import COSTS, Meter, RunDirectory, PlannedRun, TrackerConfig, WandbMode, WandbTracker, decode, point
@@ -425,7 +420,8 @@ with WandbTracker(config, RunDirectory(Path(sys.argv[1])), Meter(COSTS), plan) a
     services = psutil.Process().children(recursive=True)
     assert services
     for service in services:
-        service.kill()
+        with suppress(psutil.NoSuchProcess):  # it has ended by itself
+            service.kill()
     psutil.wait_procs(services, timeout=10)
     deadline = time.monotonic() + 60
     while not said and time.monotonic() < deadline:  # the pipe breaks a moment later
@@ -485,6 +481,11 @@ except tracking.OpdError as error:
         else:
             assert "refused" in sentence
         witness("wandb down")
+
+
+def _wait_for_the_last_record(log: Path) -> None:
+    """wandb's own process may write it a moment after `finish`."""
+    wait_until(lambda: any(record.HasField("exit") for record in _records(log)), 60, "wandb's last record", 0.1)
 
 
 def _records(path: Path) -> Any:

@@ -228,3 +228,62 @@ def test_model_folders_are_opened_in_hf_alone() -> None:
     rooms = [package for package in PACKAGES if package != "hf"]
     found = {path: reads for path, _, tree in sources(*rooms) if (reads := reads_of_models(tree))}
     assert found == READ_OUTSIDE_HF
+
+
+# What makes a test fail by chance, or only after others: the forms of it that a reader can see.
+
+WAITS = {"tests/processes.py"}  # whose waits have deadlines
+SETS_VARIABLES = {"tests/command.py", "tests/small_learner.py", "tests/mutants/trials.py"}  # and puts them back
+CHANGES = {"update", "setdefault", "pop", "clear"}
+
+
+def polls(tree: ast.Module) -> Iterator[int]:
+    """Lines of loops that sleep until something holds."""
+    for loop in (node for node in ast.walk(tree) if isinstance(node, ast.While)):
+        for node in ast.walk(loop):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep"):  # no coroutine's
+                yield loop.lineno
+
+
+def changed_variables(tree: ast.Module) -> Iterator[int]:
+    """Lines of functions that change the environment of their process. (What a module sets holds for all tests.)"""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in (node for function in functions for node in ast.walk(function)):
+        match node:
+            case ast.Assign(targets=[ast.Subscript(value=changed)]) | ast.AugAssign(target=changed):
+                name = changed
+            case ast.Delete(targets=[ast.Subscript(value=changed)]):
+                name = changed
+            case ast.Call(func=ast.Attribute(value=changed, attr=attr)) if attr in CHANGES:
+                name = changed
+            case _:
+                continue
+        if ast.unparse(name) == "os.environ":
+            yield node.lineno
+
+
+@pytest.mark.parametrize(
+    ("text", "waits", "sets"),
+    [
+        ("while not path.exists():\n    time.sleep(0.1)", [1], []),
+        ("for _ in range(9):\n    time.sleep(0.1)", [], []),
+        ("os.environ['A'] = '1'", [], []),
+        ("def f():\n    os.environ['A'] = '1'\n    os.environ |= more", [], [2, 3]),
+        ("def f():\n    del os.environ['A']\n    os.environ.setdefault('A', '1')\n    os.environ.get('A')", [], [2, 3]),
+    ],
+)
+def test_what_fails_by_chance_is_seen(text: str, waits: list[int], sets: list[int]) -> None:
+    tree = ast.parse(text)
+    assert (list(polls(tree)), sorted(changed_variables(tree))) == (waits, sets)
+
+
+def test_tests_wait_with_a_deadline_and_leave_the_environment_as_it_was() -> None:
+    found = list[str]()
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        path, text = str(file.relative_to(ROOT)), file.read_text()
+        if "while " in text and path not in WAITS and "/fuzz/" not in path and "/mutants/" not in path:
+            found += [f"{path}:{line} polls; use tests.processes.wait_until" for line in polls(ast.parse(text))]
+        if "os.environ" in text and path not in SETS_VARIABLES:
+            lines = changed_variables(ast.parse(text))
+            found += [f"{path}:{line} sets a variable; use monkeypatch.setenv" for line in lines]
+    assert not found, "\n".join(found)

@@ -8,18 +8,18 @@ import re
 import signal
 import stat
 import subprocess
-import time
 from pathlib import Path
 
 from launch.config.run_config import run_config
 from launch.plan.checks.devices import resolved, roles
 from launch.services.ray_session.placement import Machine, check_fits
+from tests.processes import wait_until
 
 SCRIPT = Path(__file__).parents[3] / "docker" / "slurm" / "opd.sbatch"
 STAND_INS = {
     "scontrol": 'echo "scontrol $*" >>"$CALLS"; [ "$1" != show ] || printf "%s\\n" $NODES',
     "srun": 'echo "srun $*" >>"$CALLS"; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
-    "ray": 'echo "ray $*" >>"$CALLS"; [ "$1" = status ] || exec sleep 60',
+    "ray": 'echo "ray $*" >>"$CALLS"; [ "$1" = status ] || exec sleep 600',
     "hostname": 'echo "10.0.0.1 10.0.0.2"',
     "opd": 'echo "opd $*" >>"$CALLS"; stat -c "token %a" "$RAY_AUTH_TOKEN_PATH" >>"$CALLS"; eval "$RUN"',
 }
@@ -42,16 +42,16 @@ def start(tmp_path: Path, run: str, *arguments: str, nodes: str = "one two", **m
 
 
 def calls(tmp_path: Path) -> list[str]:
-    return (tmp_path / "calls").read_text().splitlines()
+    """How the stand-ins were called so far."""
+    said = tmp_path / "calls"
+    return said.read_text().splitlines() if said.exists() else []
 
 
 def test_a_run_has_a_ray_of_all_nodes_that_ends_with_it(tmp_path: Path) -> None:
-    began = time.monotonic()
     joined = 'until grep -q "^ray start --block" $CALLS; do sleep 0.05; done; exit 3'
     process = start(tmp_path, joined, "run_name=a", "student.path=a b")
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=200)  # it ends what it started, and does not wait for it
     assert process.returncode == 3, said
-    assert time.monotonic() - began < 30, "what it started is waited for"
     found = calls(tmp_path)
     (head,) = (line for line in found if line.startswith("ray start --head"))
     (other,) = (line for line in found if line.startswith("ray start --block"))
@@ -64,29 +64,28 @@ def test_a_run_has_a_ray_of_all_nodes_that_ends_with_it(tmp_path: Path) -> None:
 
 def test_one_node_is_a_head_alone(tmp_path: Path) -> None:
     process = start(tmp_path, "exit 0", "run_name=a", nodes="one")
-    assert process.wait(60) == 0
+    assert process.wait(200) == 0
     assert [line for line in calls(tmp_path) if line.startswith("ray start --block")] == []
 
 
 def test_a_job_whose_time_is_over_is_put_back_and_goes_on(tmp_path: Path) -> None:
     run = 'trap "echo ended >>$CALLS; exit 75" TERM; echo running >>$CALLS; while :; do sleep 0.1; done'
     process = start(tmp_path, run, "run_name=a")
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "calls").exists() or "running" not in calls(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    # The other node's Ray is begun beside the run: whichever is faster.
+    begun = ("running", "ray start --block --address=10.0.0.1:6379")
+    wait_until(lambda: {*begun} <= {*calls(tmp_path)}, 120, "a run on two nodes", 0.05)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     assert process.returncode == 75 and calls(tmp_path)[-2:] == ["ended", "scontrol requeue 7"]
     again = start(tmp_path, "exit 0", "run_name=a", SLURM_RESTART_COUNT="1")
-    again.communicate(timeout=60)
+    again.communicate(timeout=200)
     assert again.returncode == 0
     assert any(line.startswith("opd train") and line.endswith("run_name=a resume=auto") for line in calls(tmp_path))
 
 
 def test_a_job_without_a_name_is_refused(tmp_path: Path) -> None:
     process = start(tmp_path, "exit 0", "steps=3")
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == 2 and "needs run_name=NAME" in said and not (tmp_path / "calls").exists()
 
 

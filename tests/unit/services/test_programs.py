@@ -5,9 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from time import monotonic, sleep
 
 import psutil
 import pytest
@@ -18,6 +16,7 @@ from launch.config.settings import ClusterConfig
 from launch.services.ray_session.cluster import connected
 from launch.services.ray_session.node import _own_agent, bare
 from launch.services.ray_session.programs import ray_agent, start_worker
+from tests.processes import command, status, wait_until
 
 SHOWN = ("OPD_A", "OPD_B", "OPD_C")
 WORKER = f"""import json, os, sys
@@ -76,19 +75,11 @@ def test_the_agent_says_that_no_port_is_used_and_ends_with_its_parent(tmp_path: 
     assert parent.stdout is not None
     agent = psutil.Process(int(parent.stdout.readline()))
     ports = {f"{name}_ab" for name in ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")}
-    within(60, lambda: {path.name for path in tmp_path.iterdir()} == ports)
-    assert {path.read_text() for path in tmp_path.iterdir()} == {"-1"}
+    wait_until(lambda: {path.name for path in tmp_path.iterdir()} == ports, 60, "its files", 0.05)
+    wait_until(lambda: {path.read_text() for path in tmp_path.iterdir()} == {"-1"}, 60, "what they say", 0.05)
     assert agent.is_running()
     parent.communicate("\n", timeout=60)
-    within(60, lambda: not agent.is_running() or agent.status() == psutil.STATUS_ZOMBIE)
-
-
-def within(seconds: float, holds: Callable[[], bool]) -> None:
-    """Wait until it holds."""
-    until = monotonic() + seconds
-    while not holds():
-        assert monotonic() < until
-        sleep(0.05)
+    wait_until(lambda: status(agent.pid) in ("gone", psutil.STATUS_ZOMBIE), 60, "its end", 0.05)
 
 
 @pytest.mark.ray
@@ -102,14 +93,14 @@ def test_a_local_session_has_no_processes_but_those_that_a_run_needs_and_gives_a
 
         made = ray.remote(Actor).options(num_cpus=0, runtime_env={"env_vars": {"OPD_A": "one two"}}).remote()
         seen = ray.get(made.environment.remote(), timeout=120)
-        commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+        commands = [" ".join(command(p)) for p in psutil.Process().children(recursive=True)]
     assert seen["OPD_A"] == "one two"
     left_out = ("monitor.py", "dashboard.py", os.path.join("dashboard", "agent.py"), "setup_worker.py")
     # The raylet's own arguments have the word of what it was to start.
-    others = [command for command in commands if "raylet/raylet" not in command]
-    assert not [command for command in others for part in left_out if part in command]
-    assert [command for command in others if ray_agent.__file__ in command]
-    assert any(word.startswith("--dashboard_agent_command=") for command in commands for word in command.split())
+    others = [line for line in commands if "raylet/raylet" not in line]
+    assert not [line for line in others for part in left_out if part in line]
+    assert [line for line in others if ray_agent.__file__ in line]
+    assert any(word.startswith("--dashboard_agent_command=") for line in commands for word in line.split())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,15 @@ from launch.config.retry_policy import RetryPolicy
 from launch.services.replicas import Fault, ReplicaFault, Replicas
 from launch.services.stack_dumps import Listener, StackDumps, describe, keep_traceback
 from opd.errors import OpdError
+from tests.processes import status, wait_until
 from weight_sync.shared_memory import place
 
 PROGRAM = """
 import threading, time
 from launch.services.stack_dumps import listen
 told = listen()
-print(told.pid, told.descriptor, flush=True)
 def stuck_for_good():
+    print(told.pid, told.descriptor, flush=True)
     with threading.Lock() as lock: time.sleep(600)
 stuck_for_good()
 """
@@ -52,13 +52,13 @@ def stuck() -> Iterator[Listener]:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, cwd=root)
     assert process.stdout is not None
     pid, descriptor = map(int, process.stdout.readline().split())
+    wait_until(lambda: status(pid) == psutil.STATUS_SLEEPING, 60, "its sleep", 0.01)
     yield Listener(place=place(), pid=pid, descriptor=descriptor)
     process.kill()
     process.wait()
 
 
 def test_a_process_that_is_stuck_says_where_and_goes_on(stuck: Listener) -> None:
-    time.sleep(0.2)
     for _ in range(2):  # it can be asked again
         told = describe(stuck)
         assert told.count("in stuck_for_good") == 1, told
@@ -68,16 +68,14 @@ def test_a_process_that_is_stuck_says_where_and_goes_on(stuck: Listener) -> None
 
 def test_of_a_process_that_is_stopped_there_is_what_the_kernel_says(stuck: Listener) -> None:
     os.kill(stuck.pid, signal.SIGSTOP)
-    while psutil.Process(stuck.pid).status() != psutil.STATUS_STOPPED:
-        time.sleep(0.01)
+    wait_until(lambda: status(stuck.pid) == psutil.STATUS_STOPPED, 60, "its stop", 0.01)
     told = describe(stuck)
     assert "printed nothing within" in told and "T (stopped)" in told, told
 
 
 def test_of_a_process_that_is_gone_there_is_that(stuck: Listener) -> None:
     os.kill(stuck.pid, signal.SIGKILL)
-    while psutil.Process(stuck.pid).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
+    wait_until(lambda: status(stuck.pid) == psutil.STATUS_ZOMBIE, 60, "its end", 0.01)
     assert "cannot be asked" in describe(stuck) or "Z (zombie)" in describe(stuck)
 
 
