@@ -116,6 +116,8 @@ def instead(folder: Path) -> str:
     below = sorted({str(found.parent) for depth in _BELOW for found in folder.glob(f"{depth}{CONFIG}")})
     if below:
         return f"give the one that is meant: {', '.join(below[-3:])}"
+    if (folder / "manifest.json").is_file() and folder.name.startswith("step_"):
+        return f"what it has is a checkpoint of a run; make a model of it: opd export run={folder} output=FOLDER"
     if next(folder.glob("*.gguf"), None):
         return "what it has is GGUF, which is quantized and cannot be read; give the model that it was made from"
     if next(folder.glob("model_world_size_*.pt"), None):

@@ -16,7 +16,11 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("launch.cli.api"), name)
     if name in _ERRORS:
         return getattr(importlib.import_module("opd.errors"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    interface = ", ".join((*_INTERFACE, *_ERRORS))
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; it has {interface} (docs/python.md) and modules; "
+        "what else there is are commands (opd --help)"
+    )
 
 
 def __dir__() -> list[str]:

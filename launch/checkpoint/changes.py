@@ -79,7 +79,8 @@ def check_changes(place: str, found: Sequence[Change], meant: Sequence[str] = ()
         if not any(fnmatchcase(change.name, pattern) for change in telling):
             others = ", ".join(change.name for change in telling[:_SHOWN]) or "no setting that needs it"
             raise ConfigurationError(
-                f"resume_changes names {pattern}, which is what it was in {place} (changed: {others}); leave it out"
+                f"resume_changes names {pattern}, but nothing of that name is other than in {place} (changed: "
+                f"{others}); correct it or leave it out"
             )
     wrong = [change for change in telling if not any(fnmatchcase(change.name, pattern) for pattern in meant)]
     if wrong:

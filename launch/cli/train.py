@@ -14,7 +14,7 @@ from launch.artifacts.run_lock import running
 from launch.artifacts.summary import Outcome
 from launch.checkpoint.places import check_place
 from launch.checkpoint.resume import ResumePoint, open_directory, resumption, rewind, way_on
-from launch.config.run_config import run_config
+from launch.config.run_config import RunConfig, run_config
 from launch.monitors.callbacks import MakeTracker
 from launch.monitors.live_view import busy_words
 from launch.monitors.run_log import logged
@@ -39,12 +39,9 @@ from opd.evaluation.estimates import LEVEL
 def run_training(overrides: Sequence[str]) -> int:
     """`opd train`: returns the exit code; errors are raised as sentences."""
     config = run_config(overrides)
-    check_login(config.tracker)
-    check_place(config)
-    plan = make_plan(config)
     console = terminal.console()
+    plan, resumed = checked(config, console)
     if config.dry_run:
-        resumed = resumption(plan.config, console)
         console.print(plan.table())
         plan.show_rate(console)
         if resumed is not None:
@@ -55,6 +52,17 @@ def run_training(overrides: Sequence[str]) -> int:
     directory = train_once(plan, console)
     console.print(next_steps_text(directory), soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+def checked(config: RunConfig, console: Console) -> tuple[Plan, ResumePoint | None]:
+    """Plan of a run whose login and place are good, and of a dry run from where it would go on.
+
+    A run that is meant finds that itself, when it opens its directory.
+    """
+    check_login(config.tracker)
+    check_place(config)
+    plan = make_plan(config)
+    return plan, resumption(plan.config, console) if config.dry_run else None
 
 
 def run_evaluation(overrides: Sequence[str], output: Path | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from launch.artifacts.old_names import todays, todays_part
 from launch.config.composition.keys import nearest
 from opd.errors import ConfigurationError, OpdError
-from opd.settings.own_modules import own_module
+from opd.settings.own_modules import IMPORTED_FROM, own_module
 from opd.settings.ranges import Matches
 from opd.settings.validation import default_of, fields_of, fit, missing, parts_of, shown
 
@@ -117,7 +117,7 @@ def imported(target: Any, where: str, allowed: Sequence[str]) -> Any:
         return getattr(load(module), name)
     except Exception as error:  # a user's module may raise anything
         raise ConfigurationError(
-            f"{where}._target_ {target!r} cannot be imported: {' '.join(str(error).split())}"
+            f"{where}._target_ {target!r} cannot be imported: {' '.join(str(error).split())}; {IMPORTED_FROM}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -76,6 +77,12 @@ class GradingProcess:
             raise OpdError(
                 f"the process that grades answers did not start in {START_S:g} s ({type(error).__name__}); check "
                 "the memory and the processes of this machine, and start Python from a file or a command"
+            ) from error
+        except OSError as error:
+            self.close()
+            raise OpdError(
+                f"the process that grades answers cannot be started ({error.strerror or error}); check the folder for "
+                f"temporary files ({tempfile.gettempdir()}), and how many files and processes may be open"
             ) from error
         return pool
 

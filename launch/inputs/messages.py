@@ -72,8 +72,17 @@ def whole(value: Any, where: str, *, sparse: bool) -> tuple[Message, ...]:
             "and content"
         )
     if not isinstance(value, list) or not value or not all(map(_is_message, value)):
-        raise DataError(f"{where} must be text or a list of messages with role and content")
+        raise DataError(f"{where} must be text or a list of messages with role and content, got {_items(value)}")
     return tuple(_message(item, f"{where} message {i}", sparse) for i, item in enumerate(value, start=1))
+
+
+def _items(value: Any) -> str:
+    """What is there in place of messages: the first entry that is none, or that there are none."""
+    if not isinstance(value, list) or not value:
+        return "an empty list" if value == [] else kind(value)
+    place, entry = next((i, item) for i, item in enumerate(value, start=1) if not _is_message(item))
+    keys = f" with {sorted(map(str, entry))[:6]}" if isinstance(entry, Mapping) else ""
+    return f"a list whose entry {place} is {kind(entry)}{keys}"
 
 
 def tools(value: Any, where: str, *, sparse: bool) -> tuple[Mapping[str, Any], ...]:

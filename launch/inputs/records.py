@@ -22,6 +22,16 @@ from opd.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 _WIDE = (b"\xff\xfe", b"\xfe\xff")  # how UTF-16 and UTF-32 begin
+_ARROW_FILE = b"ARROW1\0\0"  # what has its batches in any order (Feather, polars), and not as a stream
+_MARKS: Mapping[bytes, str] = {  # at the start of a file
+    b"PAR1\x15": ".parquet",
+    _ARROW_FILE: ".arrow",
+    b"\x1f\x8b": ".gz",
+    b"BZh91AY&SY": ".bz2",
+    b"\xfd7zXZ\0": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+}
+_PAGES = (b"<!doctype html", b"<html")
 csv.field_size_limit(sys.maxsize)
 
 
@@ -43,15 +53,36 @@ class Record:
 def records(file: Path) -> Iterator[Record]:
     """All rows of `file`. Raises `DataError` with file and line where its content is not of the format in its name."""
     form, squeezed = endings(file)
-    _check_fetched(file)
+    check_content(file)
     with _whole(file), _OPENERS[squeezed](file) as stream:
         yield from _READERS[form](stream, str(file))
 
 
-def _check_fetched(file: Path) -> None:
+def check_content(file: Path) -> None:
+    """Refuse a file whose first bytes show that it is of another kind than its name says, or was not fetched."""
+    form, squeezed = endings(file)
     with _whole(file), file.open("rb") as stream:
-        if is_pointer(stream.read(60)):
-            raise DataError(f"{file} holds no rows: {FETCH}")
+        head = stream.read(60)
+    if is_pointer(head):
+        raise DataError(f"{file} holds no rows: {FETCH}")
+    if squeezed:
+        return
+    real = next((ending for mark, ending in _MARKS.items() if head.startswith(mark)), form)
+    if real != form:
+        right = f"{file.name}{real}" if real in _OPENERS else file.with_suffix(real).name
+        raise DataError(f"{file} is named {form} and begins as a {real} file does; call it {right}")
+    begins = head.removeprefix(BOM).lstrip(b" \t\r\n")
+    if head.startswith(b"PK\x03\x04"):
+        raise DataError(
+            f"{file} is a zip archive, as Excel files are, and no {form}; store its rows as CSV or JSON lines"
+        )
+    if begins.lower().startswith(_PAGES):
+        raise DataError(f"{file} is a web page and no {form}; download the file itself (its raw form)")
+    if _READERS[form] is _json_lines and begins.startswith(b"["):
+        raise DataError(
+            f"{file} begins with '[' as an array does, and {form} has an object in every line; call an array "
+            f"{file.with_suffix('.json').name}"
+        )
 
 
 @contextmanager
@@ -201,7 +232,14 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[Record]:
 def _arrow(stream: BinaryIO, name: str) -> Iterator[Record]:
     import pyarrow.ipc
 
-    yield from _arrow_rows(lambda: iter(pyarrow.ipc.open_stream(stream.read())), name)
+    def batches() -> Iterator[Any]:
+        data = stream.read()
+        if not data.startswith(_ARROW_FILE):
+            return iter(pyarrow.ipc.open_stream(data))
+        file = pyarrow.ipc.open_file(data)
+        return map(file.get_batch, range(file.num_record_batches))
+
+    yield from _arrow_rows(batches, name)
 
 
 def _arrow_rows(batches: Callable[[], Iterator[Any]], name: str) -> Iterator[Record]:

@@ -12,7 +12,7 @@ from launch.inputs.messages import kind, plain
 from launch.inputs.records import Record
 from opd.errors import ConfigurationError, DataError
 from opd.prompts.row_filter import parsed, value
-from opd.settings.own_modules import own_module
+from opd.settings.own_modules import IMPORTED_FROM, own_module
 from opd.types.prompt_rows import Columns
 
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
@@ -30,7 +30,7 @@ def function_of(name: str, place: str) -> Callable[[Mapping[str, Any]], Any]:
         part = getattr(own_module(found[1]), found[2])
     except Exception as error:  # a user's module may raise anything
         raise ConfigurationError(
-            f"{place}={name} cannot be imported ({type(error).__name__}: {_line(error)}); correct it"
+            f"{place}={name} cannot be imported ({type(error).__name__}: {_line(error)}); {IMPORTED_FROM}"
         ) from error
     if not callable(part):
         raise ConfigurationError(f"{place}={name} is no function, but {kind(part)}; name another")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import overload
 
 from launch.inputs.prompt_paths import endings
-from launch.inputs.records import BOM, Record, json_line
+from launch.inputs.records import BOM, Record, check_content, json_line
 from opd.errors import ConfigurationError, DataError
 from opd.types.prompt_rows import Row
 
@@ -67,6 +67,7 @@ def check_streamed(files: Sequence[Path], key: str) -> None:
                 f"{key}=true reads JSON lines ({', '.join(LINES)}) that are not compressed, but got {str(file)!r}; "
                 f"store it as such lines, or set {key}=false"
             )
+        check_content(file)
 
 
 def _records(file: Path) -> Iterator[tuple[int, int, Record]]:

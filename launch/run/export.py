@@ -134,9 +134,12 @@ def _copy(run: str, place: Path, target: Path) -> None:
 
 @contextmanager
 def as_model(folder: str) -> Iterator[str]:
-    """`folder`, or where it is a run or one of its checkpoints: the student in it, in a folder that lasts as long."""
+    """`folder`, or where it is a run, the name of one, or one of its checkpoints: the student in it, in a folder that
+    lasts as long.
+    """
     path = Path(folder)
-    if not newest_first([path.name]) and not (path / "config.yaml").is_file():
+    named = not path.exists() and (Path("runs") / folder / "config.yaml").is_file()
+    if not named and not newest_first([path.name]) and not (path / "config.yaml").is_file():
         yield folder
         return
     place = _place(folder, "")

@@ -5,6 +5,9 @@ import os
 import sys
 from types import ModuleType
 
+IMPORTED_FROM = "correct it, or give the command where the module lies, or name its folder in PYTHONPATH"
+"""Remedy for a module that cannot be imported."""
+
 
 def own_module(name: str) -> ModuleType:
     """The module `name` of the user's own. Raises whatever it raises when it is imported.

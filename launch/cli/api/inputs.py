@@ -57,6 +57,10 @@ def _in_order(given: Any, name: str) -> Iterable[Any]:
             raise ConfigurationError(
                 f"{name} needs records in an order that is the same every time, got {type(given).__name__}; give a list"
             )
+    if callable(getattr(given, "readline", None)):
+        raise ConfigurationError(
+            f"{name} is an open file, whose lines would be asked as they are spelled; give its path, {name}=PATH"
+        )
     if has_splits(given):
         raise ConfigurationError(
             f"{name} has several splits ({', '.join(given)}); give one, {name}=data[{min(given)!r}]"

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -11,17 +11,17 @@ from typing import Any, TypeGuard
 from launch.artifacts import terminal
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.redaction import check_arguments
-from launch.checkpoint.places import check_place
 from launch.cli.api.inputs import FOLDER, REWARD, has_splits, part_option, prompts_file, reward_settings
 from launch.cli.api.overrides import overrides_of
 from launch.cli.api.results import TrainedRun
-from launch.cli.train import evaluate_once, train_once
+from launch.cli.train import checked, evaluate_once, train_once
+from launch.config.composition.compose import own_folder
 from launch.config.run_config import RunConfig, run_config
 from launch.config.shipped_files import groups
 from launch.monitors.callbacks import Callback, CallbackTracker, Logger, LoggerTracker, MakeTracker
-from launch.monitors.trackers import check_login
 from launch.plan.plan import Plan, make_plan
 from launch.plan.remembered import forget
+from launch.run.export import as_model
 from launch.services.failure_causes import causes, find_own
 from opd.errors import ConfigurationError
 from opd.method.method import Method
@@ -61,13 +61,10 @@ def train(
         OpdError: what the command line would say in a sentence.
     """
     given = _Given(method, student, teacher, prompts, reward, evaluation, settings)
-    console = terminal.console(quiet=not verbose)
+    console = terminal.console(quiet=_quiet(verbose))
     followers = _followers(callbacks, trackers)
     with _own_loop(), _one_error():
-        config = _config(given.overrides())
-        check_login(config.tracker)
-        check_place(config)
-        made = make_plan(config)
+        made, _ = checked(_config(given.overrides()), console)
         made.show_prompts(console)
         return TrainedRun(train_once(made, console, trackers=followers).path)
 
@@ -82,18 +79,20 @@ def plan(
     evaluation: Prompts | None = None,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[Logger] = (),
-    verbose: bool = True,  # noqa: ARG001 (what `train` takes)
+    verbose: bool = True,
     **settings: Any,
 ) -> Plan:
     """Checked plan of a run (`dry_run=true`: of models on a hub the headers are read); nothing is started.
 
-    It takes what `train` takes; `callbacks` and `trackers` are checked, and nothing is printed whatever `verbose` says.
+    It takes what `train` takes and refuses what `train` would, the place of the run and `resume` included; nothing is
+    printed whatever `verbose` says.
     `rich.print(plan.table())` shows it.
     """
+    _quiet(verbose)
     _followers(callbacks, trackers)
     given = _Given(method, student, teacher, prompts, reward, evaluation, settings | {"dry_run": True})
     with _own_loop(), _one_error():
-        return make_plan(_config(given.overrides()))
+        return checked(_config(given.overrides()), terminal.console(quiet=True))[0]
 
 
 def evaluate(
@@ -105,7 +104,8 @@ def evaluate(
     evaluation: Prompts | None = None,
     **settings: Any,
 ) -> EvaluationPoint:
-    """Figures of a model on held-out prompts, as `opd eval` gives them; `checkpoint` is a folder of a model.
+    """Figures of a model on held-out prompts, as `opd eval` gives them; `checkpoint` is a run, a checkpoint of one, or
+    a folder of a model.
 
     With named sets (`evaluation.sets`) it is the set that stands for the run; `evaluate_sets` gives all.
     """
@@ -125,15 +125,23 @@ def evaluate_sets(
     """Figures of a model on every evaluation set, by name; "" is the set of `evaluation` itself."""
     prompts = None if _is_settings(evaluation) else evaluation  # of which the plan wants some
     given = _Given(None, student, teacher, prompts, reward, evaluation, settings)
-    overrides = [*given.overrides(), *([] if checkpoint is None else overrides_of({"student.path": checkpoint}, {}))]
-    with _own_loop(), _one_error():
-        return {point.set: point for point in evaluate_once(make_plan(_config(overrides)))}
+    overrides = given.overrides()
+    with _own_loop(), _one_error(), as_model(str(checkpoint)) if checkpoint is not None else nullcontext() as folder:
+        own = [] if folder is None else overrides_of({"student.path": folder}, {})
+        return {point.set: point for point in evaluate_once(make_plan(_config([*overrides, *own])))}
 
 
 def _config(overrides: Sequence[str]) -> RunConfig:
     check_arguments(overrides)
     forget()
     return run_config(overrides)
+
+
+def _quiet(verbose: Any) -> bool:
+    """Whether nothing is printed. Raises `ConfigurationError` about a text, of which every one would count as true."""
+    if not isinstance(verbose, bool):
+        raise ConfigurationError(f"verbose needs True or False, got {verbose!r}; write verbose=False to print nothing")
+    return not verbose
 
 
 def _followers(callbacks: Any, trackers: Any) -> list[MakeTracker]:
@@ -208,7 +216,7 @@ class _Given:
 
     def overrides(self) -> list[str]:
         """The same as a command line."""
-        known = groups(str(self.settings.get("conf", "")))
+        known = groups(own_folder([f"conf={self.settings['conf']}"] if "conf" in self.settings else []))
         below = {n: v for n, v in (("prompts", self.prompts), ("evaluation", self.evaluation)) if _is_settings(v)}
         below |= {
             name: given

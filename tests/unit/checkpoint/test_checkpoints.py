@@ -262,7 +262,7 @@ RATE = ["learner.lr=3e-4"]
             r"made with learner\.lr=0\.001, but this run has learner\.lr=0\.0003.*resume_changes=\[learner\.lr\]",
         ),
         ([*RATE, "max_tokens=70"], ["learner.lr"], "made with max_tokens=77"),
-        (RATE, ["learner.lr", "max_tokens"], "resume_changes names max_tokens, which is what it was"),
+        (RATE, ["learner.lr", "max_tokens"], "resume_changes names max_tokens, but nothing of that name is other"),
         ([], ["learner.lr"], r"resume_changes names learner\.lr.*changed: no setting that needs it"),
         (["steps=7"], ["steps"], "resume_changes names steps"),
         (["learner.lora.r=8"], ["learner.*"], r"holds what learner\.lora\.r=0 makes"),

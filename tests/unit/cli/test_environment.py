@@ -1,10 +1,14 @@
 """`opd env` says in a line each what the machine has, and names what a run will lack."""
 
+import os
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from launch.plan.environment import compiler, driver, headers, shared_memory
+from launch.inputs.grading_process import GradingProcess
+from launch.plan.environment import check_temporary_folder, compiler, driver, headers, shared_memory
+from opd.errors import ConfigurationError, OpdError
 from tests.command import opd
 
 NEW = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:10:44 UTC 2025\nGCC version: 12.2.0"
@@ -16,6 +20,38 @@ def test_one_line_each() -> None:
     assert done.returncode == 0, done.stderr
     for what in ("C compiler: ", "Python.h: ", "/dev/shm: ", "NVIDIA driver: ", " cores, "):
         assert sum(what in line for line in done.stdout.splitlines()) == 1, f"{what} in {done.stdout}"
+
+
+@pytest.mark.parametrize(("size", "fits"), [(30, True), (39, True), (40, False), (71, False), (90, False)])
+def test_a_temporary_folder_that_is_accepted_has_room_for_sockets(size: int, fits: bool) -> None:
+    long = "/" + "\N{LATIN SMALL LETTER A WITH DIAERESIS}" * ((size - 1) // 2) + "t" * ((size - 1) % 2)
+    session = datetime.now().strftime(f"session_%Y-%m-%d_%H-%M-%S_%f_{2**22}")  # as Ray names it; the greatest PID
+    sockets = f"{long}/ray/{session}/sockets/plasma_store"
+    assert fits == (len(os.fsencode(sockets)) <= 107)
+    for given in ({"TMPDIR": long}, {"TMPDIR": "/tmp", "RAY_TMPDIR": long}):
+        if fits:
+            check_temporary_folder(given, local=True)
+        else:
+            with pytest.raises(ConfigurationError, match=rf"TMPDIR needs .* at most 39 bytes.* has {size}; set RAY_T"):
+                check_temporary_folder(given, local=True)
+    elsewhere = {"TMPDIR": long, "RAY_TMPDIR": "/tmp"}
+    if size <= 70:
+        check_temporary_folder(elsewhere, local=True)
+        check_temporary_folder({"TMPDIR": long}, local=False)
+    else:
+        with pytest.raises(ConfigurationError, match=r"TMPDIR needs .* at most \d+ bytes.*; set TMPDIR to"):
+            check_temporary_folder(elsewhere, local=True)
+
+
+def test_a_process_that_cannot_be_started_is_not_the_rewards_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("concurrent.futures.process.ProcessPoolExecutor._spawn_process", refused)
+    with pytest.raises(OpdError, match=r"cannot be started \(Too many open files\); check the folder"):
+        GradingProcess(print).call(print, deadline_s=1.0)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

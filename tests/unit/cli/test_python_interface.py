@@ -1,6 +1,7 @@
 """The Python interface: what is given from Python is what the command line would have been given."""
 
 import asyncio
+import io
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +64,46 @@ def test_an_error_of_a_task_comes_out_alone() -> None:
 def test_followers_that_are_none_are_refused_before_anything_starts(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         opd.train(experiment="shop", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"conf": "no_such_folder"}, "conf=no_such_folder is no folder"),
+        ({"verbose": "no"}, "verbose needs True or False, got 'no'"),
+        ({"resume": True}, "resume=true is neither"),
+        ({"resume": "latest"}, r"resume=latest needs run_name="),
+        ({"resume": "runs/none/checkpoints/step_4"}, r"step_4 has no manifest.json"),
+        ({"output_dir": os.devnull}, f"output_dir={os.devnull} cannot be written"),
+        ({"run_name": "taken"}, "taken exists and is never overwritten"),
+        ({"tracker": "wandb"}, "needs a login"),
+    ],
+    ids=str,
+)
+def test_a_plan_refuses_what_the_run_would(
+    given: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "metrics.jsonl").write_text('{"step": 1}\n')
+    asked = {"experiment": "shop", "output_dir": str(tmp_path)} | given
+    with pytest.raises(OpdError, match=said):
+        opd.plan(**asked)
+
+
+def test_an_open_file_is_no_list_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    with path.open() as text, path.open("rb") as raw, NamedTemporaryFile("w+") as other:
+        for file in (text, raw, other, io.StringIO(path.read_text())):
+            with pytest.raises(ConfigurationError, match=r"prompts is an open file, .* give its path"):
+                prompts_file(file, tmp_path, "prompts")
+
+
+def test_what_is_a_command_alone_is_named_so() -> None:
+    with pytest.raises(AttributeError, match=r"'compare'; it has .*train.* commands \(opd --help\)"):
+        opd.__getattr__("compare")
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -296,7 +337,7 @@ def test_a_recipe_can_be_planned(code: str, tmp_path: Path, monkeypatch: pytest.
         assert (
             all(map(callable, callbacks)) and all(hasattr(tracker, "log") for tracker in trackers) and verbose in (0, 1)
         )
-        return opd.plan(**given)
+        return opd.plan(**given | {"resume": ""})  # there is no run to go on with
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text('{"prompt": "has 2 1 ; Mon buys 4 ?", "answer": "5 2"}\n')

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def arrow(records: Sequence[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
+def arrow_file(records: Sequence[dict[str, Any]]) -> bytes:
+    data, sink = pa.Table.from_pylist(list(records)), io.BytesIO()
+    with pyarrow.ipc.new_file(sink, data.schema) as writer:
+        writer.write_table(data, max_chunksize=2)
+    return sink.getvalue()
+
+
 def zstandard(content: bytes) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
@@ -91,6 +99,7 @@ FORMATS: dict[str, Callable[[Sequence[dict[str, Any]]], bytes]] = {
     ".tsv": lambda r: b"\xef\xbb\xbf" + table(r, "\t"),
     ".parquet": parquet,
     ".arrow": arrow,
+    ".feather.arrow": arrow_file,
     ".jsonl.gz": lambda r: gzip.compress(lines(r)),
     ".csv.bz2": lambda r: bz2.compress(table(r)),
     ".json.xz": lambda r: lzma.compress(json.dumps(list(r)).encode()),
@@ -108,6 +117,44 @@ def test_every_format_has_the_same_rows(records: list[dict[str, str]], tmp_path:
     for ending, write in FORMATS.items():
         rows = read(stored(tmp_path / f"rows{ending}", write(records)))
         assert [(row.prompt, row.answer) for row in rows] == expected, ending
+
+
+def test_content_under_the_name_of_another_format_is_the_same_rows_or_named(tmp_path: Path) -> None:
+    expected = [(r["prompt"], r["answer"]) for r in RECORDS]
+    for real, write in FORMATS.items():
+        content, ending = write(RECORDS), Path(real).suffix.lower()
+        marked = ending not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv") and real != ".arrow"
+        for name in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"):
+            path = stored(tmp_path / f"rows{name}", content)
+            if marked and name != ending:
+                assert f"begins as a {ending} file does; call it rows" in refusal(path), (real, name)
+            elif ending == ".json" and name in (".jsonl", ".ndjson"):
+                assert "call an array rows.json" in refusal(path), (real, name)
+            elif {name, ending} <= {".jsonl", ".ndjson", ".json"}:
+                assert [(row.prompt, row.answer) for row in read(path)] == expected, (real, name)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"PK\x03\x04\x14\0\x06\0", "is a zip archive, as Excel files are"),
+        (b"\n<!DOCTYPE html>\n<html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "holds no rows"),
+    ],
+    ids=["zip", "page", "pointer"],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_what_was_downloaded_in_place_of_rows_is_named(content: bytes, says: str, stream: bool, tmp_path: Path) -> None:
+    assert says in refusal(stored(tmp_path / "p.jsonl", content), replace(PLAIN, stream=stream))
+
+
+def test_a_list_that_is_no_conversation_is_shown_by_its_first_wrong_entry(tmp_path: Path) -> None:
+    for value, got in {
+        '["a", "b"]': "a list whose entry 1 is text",
+        '[{"role": "user", "content": "x"}, {"text": "y"}]': "a list whose entry 2 is an object with ['text']",
+        "[]": "an empty list",
+    }.items():
+        assert refusal(stored(tmp_path / "p.jsonl", f'{{"prompt": {value}}}'), CHAT).endswith(f"got {got}")
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [1.5, 2]}}}
