@@ -122,7 +122,7 @@ def test_every_format_has_the_same_rows(records: list[dict[str, str]], tmp_path:
 def test_content_under_the_name_of_another_format_is_the_same_rows_or_named(tmp_path: Path) -> None:
     expected = [(r["prompt"], r["answer"]) for r in RECORDS]
     for real, write in FORMATS.items():
-        content, ending = write(RECORDS), Path(real).suffix.lower()
+        content, ending = write(RECORDS), Path(f"rows{real}").suffix.lower()
         marked = ending not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv") and real != ".arrow"
         for name in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"):
             path = stored(tmp_path / f"rows{name}", content)
