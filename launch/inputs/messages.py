@@ -77,7 +77,7 @@ def whole(value: Any, where: str, *, sparse: bool) -> tuple[Message, ...]:
 
 
 def _items(value: Any) -> str:
-    """What is there in place of messages: the first entry that is none, or that there are none."""
+    """Description of what stands in place of messages: the first entry that is none, or that there are none."""
     if not isinstance(value, list) or not value:
         return "an empty list" if value == [] else kind(value)
     place, entry = next((i, item) for i, item in enumerate(value, start=1) if not _is_message(item))

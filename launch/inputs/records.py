@@ -59,7 +59,7 @@ def records(file: Path) -> Iterator[Record]:
 
 
 def check_content(file: Path) -> None:
-    """Refuse a file whose first bytes show that it is of another kind than its name says, or was not fetched."""
+    """Refuse a file that is of another kind than its name, by its first bytes, or that was not fetched."""
     form, squeezed = endings(file)
     with _whole(file), file.open("rb") as stream:
         head = stream.read(60)

@@ -164,7 +164,6 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Plan of a run: checks checkpoints, tokenizers, prompts and sizes; raises one sentence about the first error."""
-    check_temporary_folder(os.environ, local=config.cluster.address == "local")
     placed = _placed(config)
     config = placed.config
     with_kernel(config.learner.loss_kernel, config.method.loss)
@@ -262,6 +261,7 @@ class _Placed:
 
 
 def _placed(config: RunConfig) -> _Placed:
+    check_temporary_folder(os.environ, local=config.cluster.address == "local")
     open_device = config.cluster.address != "local" and undecided(config)
     unseen = unseen_notes(config)
     if not automatic(config, visible_gpus(config)):  # before anything is fetched
