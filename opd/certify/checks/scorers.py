@@ -319,10 +319,11 @@ def _odd_groups(case: Case, deep: Case) -> Iterator[Case]:
     first = [item.trajectory for item in items if item.trajectory.prompt.id == items[0].trajectory.prompt.id]
     yield _rescored(case, [first[0], first[-1]])
     yield _rescored(case, [t for t in first if reward_of(t) == reward_of(first[0])][:5])
-    for length in (1, 2, 40, 200):
+    seldom = getattr(case.method.scorer, "looks_ahead", False)  # it asks at every token, which takes its time
+    for length in (1, 2) if seldom else (1, 2, 40, 200):
         world = case if length <= case.world.length else deep
         texts = [item.trajectory for item in world.enumeration.scored[:3]]
-        yield _rescored(world, [first_tokens(t, length) for t in texts])
+        yield _rescored(world, [first_tokens(t, min(length, len(t))) for t in texts])
 
 
 def _graded(case: Case) -> Iterator[Finding]:
