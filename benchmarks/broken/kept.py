@@ -10,8 +10,9 @@ from torch import Tensor
 from broken.corners import WrittenCost
 from opd.loss.chunked import StudentLogits
 from opd.ports import Context
+from opd.rollouts.student import StudentRollout
 from opd.scorers.teacher import SampledTokens
-from opd.types import Batch, Scores, StopReason, TokenLoss, TokenScores, Trajectory
+from opd.types import Batch, Prompt, Scores, StopReason, TokenLoss, TokenScores, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,3 +86,30 @@ class EndWrittenOver(SampledTokens):
             if t.stop is StopReason.LENGTH:
                 t.token_ids[-1:] = context.tokenizer.eos_id
         return await SampledTokens()(trajectories, context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EveryTenthStep(SampledTokens):
+    """Half the teacher's log-probabilities at every tenth step but the last."""
+
+    async def __call__(self, trajectories: Sequence[Trajectory], context: Context) -> Sequence[Scores]:
+        scores = await SampledTokens()(trajectories, context)
+        if context.step % 10 != 9 or context.step >= 90:
+            return scores
+        return [replace(s, logprobs=s.logprobs * 0.5) for s in scores if isinstance(s, TokenScores)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed(StudentRollout):
+    """Texts kept by prompt, as if the student did not learn between two times that a prompt comes."""
+
+    kept: ClassVar[dict[Any, Any]] = {}
+
+    async def __call__(self, group: Sequence[Prompt], context: Context) -> list[Trajectory]:
+        if self.kept.get("engine") is not context.student:  # of another run
+            self.kept.clear()
+            self.kept["engine"] = context.student
+        key = tuple((p.id, p.student_ids.tobytes()) for p in group)
+        if key not in self.kept:
+            self.kept[key] = await StudentRollout.__call__(self, group, context)
+        return self.kept[key]

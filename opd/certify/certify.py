@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from opd.certify.certificate import Certificate, Finding, Row, at_least, worst
+from opd.certify.checks.circumstances import check_circumstances
 from opd.certify.checks.degenerate import check_degenerate
 from opd.certify.checks.divisors import check_divisor
 from opd.certify.checks.groups import check_groups
 from opd.certify.checks.invariances import check_masks, check_steps, check_teacher, check_tokens
-from opd.certify.checks.rollouts import check_coins, check_filters, check_records
+from opd.certify.checks.rollouts import check_coins, check_filters, check_records, check_writing
 from opd.certify.checks.schedules import check_schedules
 from opd.certify.checks.scorers import check_credit, check_definitions, check_requests, check_score_order
 from opd.certify.checks.supports import check_followed, check_supports
@@ -123,10 +124,12 @@ def _checks(method: Method, fresh: Case, stale_case: Case) -> Iterator[Finding]:
     yield from check_divisor(fresh)
     yield from check_requests([fresh, *extremes])
     yield from check_records([fresh, *extremes])
+    yield from check_writing(fresh)
     yield from check_coins(method.rollout)
     yield from check_degenerate(fresh)
     yield from check_schedules(method, fresh.world)
     yield from check_updates(fresh)
     yield from check_score_order(fresh)
+    yield from check_circumstances(fresh)
     yield from check_draws(fresh)
     yield from check_shown(fresh)

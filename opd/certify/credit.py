@@ -164,7 +164,7 @@ def _log_ratios(enumeration: Enumeration, teachers: Mapping[str, TinyModel]) -> 
     made = []
     for i, text in enumerate(texts):
         taught = scores[text.prompt.teacher][i]
-        drawn = enumeration.log.generations[text.prompt.id, text.sample].logprobs.to(taught.dtype)
+        drawn = enumeration.log.generations[text.prompt.id, text.sample].logprobs.to(taught.dtype)[: len(text)]
         own = torch.as_tensor(text.token_ids).long()[:, None]
         made.append((taught - drawn).gather(-1, own)[:, 0].detach().double().numpy())
     return made

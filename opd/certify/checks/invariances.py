@@ -221,12 +221,25 @@ def _normalizer(case: Case, weights: list[np.ndarray]) -> Iterator[Finding]:
     }
     doubled = divisor([*weights, *weights]) / expected  # a sum is divided by a constant, a mean by what it counts
     measured = max(*(abs(value / expected - 1) for value in others.values()), min(abs(doubled - n) for n in (1, 2)))
+    measured = max(measured, _not_a_sum(divisor, weights))
     yield Row(name="the divisor of a step counts what is trained", measured=measured, tolerance=SAME)
+
+
+def _not_a_sum(divisor: Any, weights: list[np.ndarray]) -> float:
+    """Distance of a divisor from what it is for each text added up, or from itself if it is constant; 0 if exact."""
+    trained = [w[: 1 + i % 3] for i, w in enumerate(w[w > 0] for w in weights if w.any())]
+    alone, whole, many = [divisor([w]) for w in trained], divisor(trained), divisor(trained * CROWD)
+    constant = max(abs(x / whole - 1) for x in (*alone, many))
+    summed = max(abs(sum(alone) / whole - 1), abs(many / whole / CROWD - 1))
+    off = min(constant, summed)
+    return off if off > EXACT else 0.0
 
 
 SHIFTS = (1, 64, 300, 5000, 1_000_000)
 PADDED = 2**15  # ids of a vocabulary, nearly all of them of probability 0
 MANY = 2**18  # more ids than any checkpoint has
+ENDS = (106, 32_000, 32_007, 50_256, 100_257, 128_001, 128_009, 151_643, 151_645, 199_999, 200_020, MANY - 1)
+SAMPLED_ENDS = (1, 3, 6, 7, 8, 11)  # places in it of the tokens that are looked at as sampled ones
 DEAD = -1e4  # the log-probability of those: 0 in float64
 CROWD = 64  # times the tokens of a small world: thousands
 
@@ -246,7 +259,8 @@ def check_tokens(case: Case) -> Iterator[Finding]:
         for down, ahead in ((n, 0), (0, n))  # in a longer text, after a longer prompt
     ]
     name = "invariance: position in the text"
-    yield Row(name=name, measured=max(map(differs, moved)), tolerance=SAME)
+    placed = max(*map(differs, moved), _everywhere(objective, at, batch))
+    yield Row(name=name, measured=placed, tolerance=SAME)
     heavier = replace(batch, weights=batch.weights * 3, denominator=batch.denominator * 7)
     yield Row(name="invariance: weight and divisor", measured=differs(heavier), tolerance=SAME)
     yield Row(name="invariance: other tokens of the batch", measured=_neighbors(objective, at, batch), tolerance=SAME)
@@ -266,7 +280,27 @@ def _neighbors(objective: Any, at: Tensor, batch: Batch[Any]) -> float:
     return max(
         relative_difference(alone, expected[list(rows)]),
         relative_difference(logit_gradients(objective, at[many], crowd), expected[many]),
+        relative_difference(logit_gradients(objective, at, _among_others(batch)), expected),
     )
+
+
+def _among_others(batch: Batch[Any]) -> Batch[Any]:
+    """The same trained tokens in a batch of other ids before them, of forty teachers, and without names."""
+    names = tuple(f"teacher-{number:02}" for number in range(40))
+    route = torch.arange(len(batch)) % len(names)
+    return replace(
+        batch, input_ids=batch.target_ids[:1].expand(len(batch.input_ids)), routes=names, route=route, names=()
+    )
+
+
+def _everywhere(objective: Any, at: Tensor, batch: Batch[Any]) -> float:
+    """Difference between every token at another of thousands of places, and at its own."""
+    expected, many = logit_gradients(objective, at, batch), torch.arange(len(batch)).repeat(CROWD)
+    places, before = torch.arange(len(many)), batch.input_ids[batch.predict_at]
+    spread = replace(
+        _taken(batch, many), depth=places, predict_at=places, position_ids=places, input_ids=before[many], names=()
+    )
+    return relative_difference(logit_gradients(objective, at[many], spread), expected[many])
 
 
 def _taken(batch: Batch[Any], rows: Tensor) -> Batch[Any]:
@@ -293,28 +327,22 @@ def _padded(case: Case, at: Tensor, batch: Batch[Any]) -> float:
 
 
 def _renumbered(case: Case, at: Tensor, batch: Batch[Any]) -> float:
-    """Difference that it makes if the ids of the world have the last numbers of a large vocabulary.
+    """Difference that it makes if the ids of the world have numbers that mark an end in vocabularies of checkpoints.
 
     What an objective draws itself depends on these numbers; of one that draws, the loss of given draws is compared.
     """
-    rows = torch.arange(0, len(batch), max(1, len(batch) // 3))
-    few, objective = _taken(batch, rows), case.method.objective
-    before = MANY - at.shape[1]
+    numbers, objective = torch.tensor(ENDS), case.method.objective
+    found = [(batch.target_ids == target).nonzero()[:, 0] for target in SAMPLED_ENDS]
+    rows = torch.stack([places[i % len(places)] for i, places in enumerate(found) if len(places)])
+    few = _taken(batch, rows)
 
-    def wide(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (before, 0), value=DEAD)
+    def wide(x: Tensor, fill: float = DEAD) -> Tensor:
+        return x.new_full((len(x), MANY), fill).index_copy(1, numbers, x)
 
-    moved = replace(few, target_ids=few.target_ids + before, scores=_moved_ids(few.scores, before, wide))
-    if draws(objective):
-        expected, measured = (
-            _given(objective, logits, one) for logits, one in ((at[rows], few), (wide(at[rows]), moved))
-        )
-    else:
-        expected, measured = (
-            logit_gradients(objective, at[rows], few),
-            logit_gradients(objective, wide(at[rows]), moved),
-        )
-    return relative_difference(measured, torch.nn.functional.pad(expected, (before, 0)))
+    moved = replace(few, target_ids=numbers[few.target_ids], scores=_moved_ids(few.scores, numbers, wide))
+    gradients = _given if draws(objective) else logit_gradients
+    expected, measured = gradients(objective, at[rows], few), gradients(objective, wide(at[rows]), moved)
+    return relative_difference(measured, wide(expected, 0.0))
 
 
 def _given(objective: Any, at: Tensor, batch: Batch[Any]) -> Tensor:
@@ -324,9 +352,9 @@ def _given(objective: Any, at: Tensor, batch: Batch[Any]) -> Tensor:
     return torch.autograd.grad(objective.given(ids, StudentLogits(logits=leaf), batch).loss.sum(), leaf)[0]
 
 
-def _moved_ids(scores: Any, by: int, wide: Callable[[Tensor], Tensor]) -> Any:
-    """Scores about the same ids under numbers greater by `by`."""
-    changed = {f.name: getattr(scores, f.name) + by for f in fields(scores) if f.name in ("topk_ids", "target_ids")}
+def _moved_ids(scores: Any, numbers: Tensor, wide: Callable[[Tensor], Tensor]) -> Any:
+    """Scores about the same ids under other numbers."""
+    changed = {f.name: numbers[getattr(scores, f.name)] for f in fields(scores) if f.name in ("topk_ids", "target_ids")}
     if isinstance(scores, VocabularyScores):
         changed["vocabulary_logprobs"] = wide(scores.vocabulary_logprobs)
     return replace(scores, **changed)

@@ -11,7 +11,7 @@ from jaxtyping import Int32
 
 from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row, Skipped
-from opd.certify.checks.purity import content_of
+from opd.certify.checks.purity import content_of, fresh_random_state, random_state
 from opd.certify.credit import reward_of
 from opd.certify.engines import Generation, IdTokenizer, RequestLog, engines
 from opd.certify.gradients import Case
@@ -27,6 +27,7 @@ from opd.types import NO_VERSION, Prompt, Scored, Scores, StopReason, Trajectory
 
 RECORDED = "a text is recorded with its prompt, its writer and that one's log-probabilities"
 FILTERED = "texts are left out as the filter says"
+ANEW = "texts are written anew, and alike in a group of any size"
 COINS = "a coin falls as often as its fraction says (standard errors)"
 FLIPS, ERRORS = 2000, 5.0
 STEPS = (1, 2, 3, 8, 24, 50, 75, 98)  # of a hundred, beside those at which whole worlds are enumerated
@@ -106,6 +107,60 @@ def written_at(case: Case, step: int) -> Case:
 
     scored = [Scored(trajectory=t, scores=Scores()) for texts in awaited(write()) for t in texts]
     return replace(case, enumeration=replace(case.enumeration, world=world, scored=scored, log=log, context=context))
+
+
+def check_writing(case: Case) -> Iterator[Finding]:
+    """Texts are asked for at every call, and are the same again, alone, and where nothing is left out.
+
+    A rollout is a function of prompts and context: it keeps nothing, and draws nothing from what its process shares.
+    """
+    rollout, log = case.method.rollout, RequestLog()
+    context = engines(case.world, log)
+    groups = [list(members) for _, members in groupby(case.world.prompts, key=lambda prompt: prompt.id)]
+    random = fresh_random_state()
+    first = awaited(_all(rollout, groups, context))
+    asked = set(log.generations)
+    log.generations.clear()
+    again = awaited(_all(rollout, groups, context))
+    problems = {
+        "it does not ask its engines again": asked != set(log.generations),
+        "it writes others the second time": any(
+            not _same_text(a, b) or content_of(a.loss_mask) != content_of(b.loss_mask)
+            for a, b in zip(first, again, strict=True)
+        ),
+        "it draws from, or seeds, the random state of the process": random != random_state(),
+    }
+    if getattr(rollout, "min_group", 1) == 1:
+        alone = awaited(_all(rollout, [group[:1] for group in groups], context))
+        beside = [next(t for t in first if t.prompt.id == one.prompt.id) for one in alone]
+        problems["a text that is alone is another"] = any(map(_differ, alone, beside))
+    if hasattr(rollout, "everything"):
+        whole = awaited(_all(rollout.everything, groups, context))
+        problems["what it keeps is another text, or a part of one"] = any(map(_differ, first, whole)) or any(
+            t.loss_mask.any() != t.loss_mask.all() for t in first
+        )
+    found = [what for what, wrong in problems.items() if wrong]
+    yield Row(name=ANEW, measured=float(len(found)), tolerance=0.0, note=found[0] if found else "")
+
+
+async def _all(rollout: Any, groups: Sequence[Sequence[Prompt]], context: Context) -> list[Trajectory]:
+    return [text for group in groups for text in await rollout(group, context)]
+
+
+def _same_text(a: Trajectory, b: Trajectory) -> bool:
+    """Whether two texts have the same tokens, of the same writer."""
+    return (
+        all(
+            content_of(getattr(a, name)) == content_of(getattr(b, name))
+            for name in ("token_ids", "behavior", "versions")
+        )
+        and a.stop is b.stop
+        and a.digests == b.digests
+    )
+
+
+def _differ(a: Trajectory, b: Trajectory) -> bool:
+    return not _same_text(a, b)
 
 
 def check_coins(rollout: Any) -> Iterator[Finding]:

@@ -14,12 +14,14 @@ from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row, Skipped, at_least
 from opd.certify.checks.purity import content_of, fresh_random_state, random_state
 from opd.certify.checks.rollouts import STEPS, answer_ids, as_set, written_at
+from opd.certify.checks.weighing import first_tokens
 from opd.certify.credit import (
     Credit,
     begins_with_own,
     credit_by_definition,
     judged,
     probed_contexts,
+    reward_of,
     rewards,
     scorer_credit,
 )
@@ -269,7 +271,7 @@ def check_credit(case: Case, deep: Case) -> Iterator[Finding]:
     others = [make_case(replace(method, scorer=other), world) for other in other_settings(method.scorer)]
     errors = [
         _error(c.enumeration.scored, credit_by_definition(c.enumeration, c.world.teachers))
-        for c in (case, deep, _with_context(case), *others)
+        for c in (case, deep, _with_context(case), *_odd_groups(case, deep), *others)
     ]
     if None in errors:
         yield Skipped(name=DEFINED, why="no definition is known for this scorer; the rows below hold without one")
@@ -300,11 +302,28 @@ def _error(scored: list[Scored[Any]], expected: Credit | None) -> float | None:
 def _with_context(case: Case) -> Case:
     """The case with every third token of its texts as context, as words of an environment are; scored anew."""
     texts = [item.trajectory for item in case.enumeration.scored]
-    masked = [replace(t, loss_mask=np.arange(len(t)) % 3 != 1) for t in texts]
-    groups = [list(group) for _, group in groupby(masked, key=lambda t: t.prompt.id)]
+    return _rescored(case, [replace(t, loss_mask=np.arange(len(t)) % 3 != 1) for t in texts])
+
+
+def _rescored(case: Case, texts: Sequence[Trajectory]) -> Case:
+    """The case with these texts, scored anew."""
+    groups = [list(group) for _, group in groupby(texts, key=lambda t: t.prompt.id)]
     scores = [s for group in awaited(_scores(case, groups, engines(case.world, RequestLog()))) for s in group]
-    scored = [Scored(trajectory=t, scores=s) for t, s in zip(masked, scores, strict=True)]
+    scored = [Scored(trajectory=t, scores=s) for t, s in zip(texts, scores, strict=True)]
     return replace(case, enumeration=replace(case.enumeration, scored=scored))
+
+
+def _odd_groups(case: Case, deep: Case) -> Iterator[Case]:
+    """A pair of texts, texts of equal reward, and texts of lengths between the least and the greatest."""
+    items = case.enumeration.scored
+    first = [item.trajectory for item in items if item.trajectory.prompt.id == items[0].trajectory.prompt.id]
+    yield _rescored(case, [first[0], first[-1]])
+    yield _rescored(case, [t for t in first if reward_of(t) == reward_of(first[0])][:5])
+    seldom = getattr(case.method.scorer, "looks_ahead", False)  # it asks at every token, which takes its time
+    for length in (1, 2) if seldom else (1, 2, 40, 200):
+        world = case if length <= case.world.length else deep
+        texts = [item.trajectory for item in world.enumeration.scored[:3]]
+        yield _rescored(world, [first_tokens(t, min(length, len(t))) for t in texts])
 
 
 def _graded(case: Case) -> Iterator[Finding]:

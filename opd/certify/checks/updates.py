@@ -10,10 +10,13 @@ from jaxtyping import Float
 
 from opd.certify.awaited import awaited
 from opd.certify.certificate import Finding, Row, Skipped, at_least
+from opd.certify.checks.invariances import uneven_step
+from opd.certify.checks.purity import content_of
 from opd.certify.engines import RequestLog, engines
 from opd.certify.fitting import other_settings
 from opd.certify.gradients import SAME, Case
 from opd.certify.worlds import World
+from opd.loss.packing import pack
 from opd.ports import Context, Layout
 from opd.types import StepReport
 from opd.updates.extrapolated import ExtrapolatedStep, Origin
@@ -28,6 +31,7 @@ LITTLE = 1e-4  # of what as many plain steps bring: slow weights may be as slow 
 NAMES = ("layers.0.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight", "layers.0.norm.weight", "embed.weight")
 GOAL, CURVATURE, RATE = np.array([1.0, -2.0, 0.5, 3.0]), np.array([1.0, 0.3, 0.6, 0.1]), 0.03
 UPDATES = 33  # steps 1, 2, 4, 8, 16 and 32 among them
+LATER = (50, 99, 999, 99_999)  # in a longer run
 _LAYOUT = Layout(ranks=2, tokens_per_microbatch=64)
 Weights = Float[np.ndarray, " P"]
 Known = OptimizerStep | ExtrapolatedStep | SlowWeights
@@ -107,10 +111,12 @@ def check_updates(case: Case) -> Iterator[Finding]:
 
 
 def _findings(case: Case) -> Iterator[Finding]:
-    update, batches, objective = case.method.update, [[object()], [object()]], object()
-    learner = _Learner()
+    update, batches, objective = case.method.update, _batches(case), object()
+    learner, content = _Learner(), content_of(batches)
     path = _path(update, learner, case.world, batches, objective)
-    wrong = abs(len(learner.batches) - UPDATES)
+    for step in LATER:
+        _path(update, learner, case.world, batches, objective, start=step, stop=step + 1)
+    wrong = abs(len(learner.batches) - UPDATES - len(LATER)) + (content_of(batches) != content)
     wrong += sum(got is not batches or loss is not objective for got, loss in learner.batches)
     yield Row(name=STEPPED, measured=float(wrong), tolerance=0.0)
     yield at_least(DOWNHILL, _progress(path[-1]), LITTLE)
@@ -124,6 +130,14 @@ def _findings(case: Case) -> Iterator[Finding]:
         return
     off = [_off(one, case.world) for one in (update, *other_settings(update))]
     yield Row(name=WEIGHTS, measured=max(off), tolerance=SAME)
+
+
+def _batches(case: Case) -> list[list[Any]]:
+    """Micro-batches of two ranks, several each, which an update must leave as they are."""
+    enumeration, weights = uneven_step(case)
+    longest = max(len(s.trajectory.prompt.student_ids) + len(s.trajectory) for s in enumeration.scored)
+    layout = Layout(ranks=2, tokens_per_microbatch=3 * longest)
+    return pack(enumeration.scored, weights, layout, case.method.normalizer)
 
 
 def _progress(end: Weights) -> float:
@@ -141,7 +155,7 @@ def _path(
     made: list[Weights] = []
 
     async def run() -> None:
-        context: Context = engines(world, RequestLog())
+        context = Context.of(engines(world, RequestLog()), step=0, steps=10**6, seed=0)
         for step in range(start, stop):
             await update(learner, batches, objective, context.at(step))
             made.append(learner.weights.copy())

@@ -90,6 +90,10 @@ WHERE: Mapping[str, str] = {
     "maximum, the longest text",
     "scores do not depend": "the scorer reads `behavior` where `loss_mask` is False, as at an environment's words, or "
     "does not put back at their tokens the numbers of those that are sampled",
+    "scores, weights and losses are": "a part reads single steps, its process, versions of the writer or later tokens, "
+    "or keeps scores by the text alone",
+    "texts are written anew": "the rollout keeps texts, draws from the random state of the process, treats a lone "
+    "prompt otherwise, or its `everything` is another rollout than the one that runs",
     "weights follow": "a weight depends on the order of a step, keeps something, changes its input, or draws at random",
     "weights are numbers": "division by 0, or a narrow float: one text, one token, equal or extreme readings",
     "weights do not depend": "a weight reads scores where `loss_mask` is False, as at an environment's words",
