@@ -130,13 +130,15 @@ def _in_another_process(case: Case, texts: Sequence[Trajectory]) -> float:
 @contextmanager
 def _elsewhere() -> Iterator[None]:
     """Rank 5 of 8, in a process that a launcher started a day from now."""
-    clocks = {name: _later(getattr(time, name), by) for name, by in (("time", _DAY), ("time_ns", int(_DAY * 1e9)))}
-    ranks = {"is_initialized": True, "get_rank": 5, "get_world_size": 8}
+    moved = (("time", _DAY), ("time_ns", int(_DAY * 1e9)))
+    clocks: dict[str, Any] = {name: _later(getattr(time, name), by) for name, by in moved}
+    ranks = (("is_initialized", True), ("get_rank", 5), ("get_world_size", 8))
+    group: dict[str, Any] = {name: _constant(value) for name, value in ranks}
     with patch.dict(os.environ, _RANK), patch.multiple(time, **clocks):
         if not torch.distributed.is_available():
             yield
             return
-        with patch.multiple(torch.distributed, **{name: _constant(x) for name, x in ranks.items()}):
+        with patch.multiple(torch.distributed, **group):
             yield
 
 
@@ -175,9 +177,10 @@ def _shortened(case: Case, texts: Sequence[Trajectory]) -> float:
 def _causal(scores: Sequence[Scores], count: int) -> list[Tensor]:
     """Numbers about the first `count` tokens that a causal model gives by itself."""
     rows = np.arange(count)
-    if not isinstance(scores[0], TokenScores):
+    cut = [s.take(rows) for s in scores if isinstance(s, TokenScores)]
+    if not cut:
         return []
-    there = type(scores[0]).concat([s.take(rows) for s in scores]).to("cpu", lambda rows: rows)
+    there = type(cut[0]).concat(cut).to("cpu", lambda rows: rows)
     return [n for name in CAUSAL if hasattr(there, name) for n in numbers_of(getattr(there, name))]
 
 

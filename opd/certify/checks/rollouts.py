@@ -134,8 +134,8 @@ def check_writing(case: Case) -> Iterator[Finding]:
         alone = awaited(_all(rollout, [group[:1] for group in groups], context))
         beside = [next(t for t in first if t.prompt.id == one.prompt.id) for one in alone]
         problems["a text that is alone is another"] = any(map(_differ, alone, beside))
-    if hasattr(rollout, "everything"):
-        whole = awaited(_all(rollout.everything, groups, context))
+    if (everything := getattr(rollout, "everything", None)) is not None:
+        whole = awaited(_all(everything, groups, context))
         problems["what it keeps is another text, or a part of one"] = any(map(_differ, first, whole)) or any(
             t.loss_mask.any() != t.loss_mask.all() for t in first
         )
