@@ -151,7 +151,7 @@ def _constant(value: Any) -> Callable[..., Any]:
 
 
 def _by_others(case: Case, texts: Sequence[Trajectory]) -> float:
-    """Difference that other versions make, and a reward where no grader is asked: a score is of ids and contexts."""
+    """Difference that other versions make, and a reward without a grader: a score is of ids and contexts."""
     reward = None if Need(Role.GRADER) in needs_of(case.method.scorer) else 1.0
     first = _numbers(_scored(case, texts))
     others = [

@@ -110,7 +110,7 @@ def written_at(case: Case, step: int) -> Case:
 
 
 def check_writing(case: Case) -> Iterator[Finding]:
-    """Texts are asked for at every call, and are the same again, alone, and where nothing is left out.
+    """Calls of a rollout: each generates, and gives the same texts again, alone, and where nothing is left out.
 
     A rollout is a function of prompts and context: it keeps nothing, and draws nothing from what its process shares.
     """
