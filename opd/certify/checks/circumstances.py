@@ -36,7 +36,7 @@ STEPS_BETWEEN = (1, 2, 3, 5, 7, 9, 10, 16, 20, 25, 39, 49, 50, 75, 90, 98)
 # Of a causal teacher: nothing that comes later is known there.
 CAUSAL = ("logprobs", "topk_ids", "topk_logprobs", "hidden", "plain", "base", "topk_base")
 _RANK = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "SLURM_PROCID": "5"}
-_DAY = 86_400.0
+_DAY = 86_400  # seconds
 
 
 def check_circumstances(case: Case) -> Iterator[Finding]:
@@ -130,7 +130,7 @@ def _in_another_process(case: Case, texts: Sequence[Trajectory]) -> float:
 @contextmanager
 def _elsewhere() -> Iterator[None]:
     """Rank 5 of 8, in a process that a launcher started a day from now."""
-    moved = (("time", _DAY), ("time_ns", int(_DAY * 1e9)))
+    moved = (("time", _DAY), ("time_ns", _DAY * 10**9))
     clocks: dict[str, Any] = {name: _later(getattr(time, name), by) for name, by in moved}
     ranks = (("is_initialized", True), ("get_rank", 5), ("get_world_size", 8))
     group: dict[str, Any] = {name: _constant(value) for name, value in ranks}
@@ -142,7 +142,7 @@ def _elsewhere() -> Iterator[None]:
             yield
 
 
-def _later(clock: Callable[[], Any], by: float) -> Callable[[], Any]:
+def _later(clock: Callable[[], Any], by: int) -> Callable[[], Any]:
     return lambda: clock() + by
 
 

@@ -1,6 +1,5 @@
 """State that a part must leave as it is: its arguments, and the randomness that all parts of a process share."""
 
-import random
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -10,18 +9,20 @@ import torch
 from torch import Tensor
 
 
-def fresh_random_state() -> tuple[object, ...]:
+def fresh_random_state() -> tuple[bytes, int, bytes]:
     """The state after one more draw of each: not the one that a part set when it was called before."""
-    random.random()
     np.random.random()
     torch.rand(1)
     return random_state()
 
 
-def random_state() -> tuple[object, ...]:
-    """State of the generators that Python, numpy and torch share among all parts of a process."""
+def random_state() -> tuple[bytes, int, bytes]:
+    """State of the generators that numpy and torch share among all parts of a process.
+
+    Not that of Python, from which a checker of types draws at any call.
+    """
     state = np.random.get_state(legacy=False)["state"]
-    return random.getstate(), state["key"].tobytes(), state["pos"], torch.get_rng_state().numpy().tobytes()
+    return state["key"].tobytes(), state["pos"], torch.get_rng_state().numpy().tobytes()
 
 
 def content_of(value: Any) -> list[bytes]:
