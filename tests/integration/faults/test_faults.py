@@ -259,7 +259,7 @@ def test_a_driver_that_was_stopped_takes_nobody_for_hung_but_an_engine_that_is_s
     actor of the engine answers, and has the same deadline: it says so itself about as often first as not. The loss of
     the raylet ends the run, before or after that of an actor on it is seen.
     """
-    deadline_s = 12
+    deadline_s = 25  # a replacement starts beside the others, on processors that other tests may use as well
     deadlines = [f"{role}.deadline_s={deadline_s}" for role in ("student", "teacher", "learner")]
     scene.start("steps=100000", *TWO_OF_EACH, *deadlines, "teacher.replicas=1")
     scene.reach(lambda: scene.steps() >= 2, "two steps")
