@@ -81,7 +81,7 @@ def test_a_rank_that_says_nothing_more_is_waited_for_no_longer_than_the_deadline
 
 
 def test_a_group_that_was_given_up_in_the_middle_holds_no_later_one_up(models: dict[str, Path]) -> None:
-    """The next learner meets nobody of it: it would wait for a rank that is gone."""
+    """The next learner has a group of its own: in the old one it would wait for a rank that is gone."""
     port = own_port()
 
     def work(rank: int) -> None:
