@@ -1,6 +1,5 @@
-"""Lock of a run directory: the one process that writes into it, while it runs on this machine."""
+"""Lock of a run directory: the one process that writes into it, while it runs."""
 
-import fcntl
 import json
 import os
 import socket
@@ -8,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
+from launch.artifacts.file_locks import hold, is_held
 from opd.errors import ConfigurationError
 
 LOCK = "running.json"
@@ -18,83 +16,52 @@ _MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  #
 
 @contextmanager
 def running(directory: Path) -> Iterator[None]:
-    """Note this process in `directory` while the block lasts.
+    """Hold the run in `directory` for this process while the block lasts, with a note of its number and host.
 
-    A process that was killed leaves its note behind, which counts only while a process of that number and age runs
-    on this host. A note of another host cannot be checked and does not count.
+    A process that was killed leaves its note behind, which no longer is held.
 
     Raises:
-        ConfigurationError: another living process is at this run.
+        ConfigurationError: another living process, or another place in this one, is at this run.
     """
     path = directory / LOCK
-    with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # held for this moment only: of two that start together, one reads the other
-        file.seek(0)
-        _refuse(directory, file.read())
-        file.truncate(0)
-        here = psutil.Process()
-        file.write(json.dumps({"pid": here.pid, "started": here.create_time(), "host": socket.gethostname()}))
-        file.flush()
+    handle = hold(path)
+    if handle is None:
+        raise _still_running(directory)
     try:
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def alone_in(root: Path) -> Iterator[None]:
-    """Mutual exclusion of processes that make something in the folder `root`, for moments, if there is one."""
-    if not root.is_dir():
-        yield
-        return
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
         os.close(handle)
 
 
 def check_not_running(directory: Path) -> None:
-    """Raise `ConfigurationError` if a running process of this host holds the run in `directory`."""
-    path = directory / LOCK
-    if path.exists():
-        _refuse(directory, path.read_text(errors="replace"))
+    """Raise `ConfigurationError` if a running process holds the run in `directory`, as far as this host can see."""
+    if is_held(directory / LOCK):
+        raise _still_running(directory)
 
 
 def is_over(directory: Path) -> bool:
-    """Whether certainly no process holds the run in `directory`. A note of another host cannot be checked."""
+    """Whether certainly no process holds the run in `directory`. That of another host may hold it unseen."""
+    if is_held(directory / LOCK):
+        return False
     try:
-        text = (directory / LOCK).read_text(errors="replace")
-    except FileNotFoundError:
+        return _note(directory)[1] == socket.gethostname()
+    except (FileNotFoundError, *_MALFORMED):
         return True
+
+
+def _note(directory: Path) -> tuple[int, str]:
+    """Number and host of the process that left the note in `directory`."""
+    note = json.loads((directory / LOCK).read_text(errors="replace"))
+    return int(note["pid"]), str(note["host"])
+
+
+def _still_running(directory: Path) -> ConfigurationError:
     try:
-        here = json.loads(text)["host"] == socket.gethostname()
-    except _MALFORMED:
-        here = True
-    return here and _holder(text) is None
-
-
-def _refuse(directory: Path, text: str) -> None:
-    holder = _holder(text)
-    if holder is not None:
-        raise ConfigurationError(
-            f"the run {directory} is still running (process {holder} on this host); wait for it or stop it"
-        )
-
-
-def _holder(text: str) -> int | None:
-    """The running process on this host that `text` names, if it is not this one."""
-    try:
-        note = json.loads(text)
-        pid, started, host = int(note["pid"]), float(note["started"]), str(note["host"])
-    except _MALFORMED:  # empty, cut off by a crash, or none of ours
-        return None
-    if host != socket.gethostname() or pid == os.getpid():
-        return None
-    try:
-        process = psutil.Process(pid)
-        alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1
-    except (psutil.Error, OverflowError):
-        return None
-    return pid if alive else None
+        pid, host = _note(directory)
+        holder = f"process {pid} on {'this host' if host == socket.gethostname() else host}"
+    except (FileNotFoundError, *_MALFORMED):  # it is just beginning or ending
+        holder = "another process"
+    return ConfigurationError(f"the run {directory} is still running ({holder}); wait for it or stop it")

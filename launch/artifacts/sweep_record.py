@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.artifacts.file_locks import alone_in
 from launch.artifacts.run_directory import write_json
-from launch.artifacts.run_lock import alone_in
 from launch.artifacts.untrusted_files import read_json
 from opd.errors import DataError
 

@@ -19,8 +19,9 @@ from launch.artifacts.checkpoint_state import (
     newest_first,
 )
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
+from launch.artifacts.file_locks import alone_in
 from launch.artifacts.run_directory import AUTO, LATEST, RunDirectory, check_name, read_jsonl
-from launch.artifacts.run_lock import alone_in, check_not_running, is_over
+from launch.artifacts.run_lock import check_not_running, is_over
 from launch.artifacts.spending import spending
 from launch.artifacts.summary import Outcome, RunSummary
 from launch.checkpoint.changes import Change, changes, check_changes, check_inputs, check_steps

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from time import time
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from launch.artifacts.redaction import check_arguments, masked
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_on_signals()  # before anything takes its time
     atexit.register(gc.freeze)  # Python's end looks through everything several times, for 2.4 CPU s, and frees nothing
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault("OPD_STARTED", str(time()))  # start-up is measured from here
+    os.environ.setdefault("OPD_STARTED", str(monotonic()))  # start-up is measured from here
     # kill -USR1 PID: where every thread of a run that seems to hang stands
     if sys.__stderr__ is not None:  # as in a program without a console
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)

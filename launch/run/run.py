@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from time import time
+from time import monotonic
 
 import yaml
 from rich.console import Console
@@ -68,7 +68,7 @@ class Run:
         self._ledger = Ledger.from_json(self._before.ledger) if self._before else Ledger()
         self._ledger.reopen()  # what was outstanding is asked for again
         self._fingerprints: asyncio.Task[dict[str, str]] | None = None
-        self._started = float(os.environ.pop("OPD_STARTED", time()))  # the first run counts the start of the program
+        self._started = float(os.environ.pop("OPD_STARTED", monotonic()))  # of the program, for its first run
         self._start: EvaluationPoint | None = None
         self._end: EvaluationPoint | None = None
         self._teacher: EvaluationPoint | None = None
@@ -105,7 +105,7 @@ class Run:
         gc.collect()
         gc.freeze()  # what start-up made stays: no garbage collection need look at it at every step
         try:
-            self._ready_s = time() - self._started
+            self._ready_s = monotonic() - self._started
             await self._see_doctor(session)
             if self._resumed is not None:
                 await session.restore(self._resumed.checkpoint, self._resumed.state.followers)
@@ -115,7 +115,7 @@ class Run:
                 trackers = self._trackers(stack)
                 evaluator = make_evaluator(plan, session)
                 await self._measure_start(session, evaluator, trackers, cpu)
-                self._first_step_s = time() - self._started
+                self._first_step_s = monotonic() - self._started
                 await self._train(session, evaluator, trackers, cpu)
                 await self._export(session)
                 await self._measure_end(session, evaluator, trackers, cpu)
@@ -307,7 +307,7 @@ class Run:
         )
 
     def _wall_s(self) -> float:
-        return time() - self._started + (self._before.wall_s if self._before else 0.0)
+        return monotonic() - self._started + (self._before.wall_s if self._before else 0.0)
 
     async def _measure_student(
         self,

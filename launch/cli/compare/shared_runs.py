@@ -1,6 +1,5 @@
 """Runs that several processes may share: each takes what no other has, and waits for the rest."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from time import sleep, strftime
 import yaml
 from rich.console import Console
 
+from launch.artifacts.file_locks import hold
 from launch.artifacts.redaction import redacted
 from launch.artifacts.run_lock import is_over
 from launch.artifacts.summary import Outcome
@@ -74,19 +74,12 @@ def claimed(root: Path, name: str) -> Iterator[bool]:
     """
     folder = root / CLAIMS
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o644)
+    handle = hold(folder / name)
     try:
-        yield _locked(handle)
+        yield handle is not None
     finally:
-        os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        if handle is not None:
+            os.close(handle)
 
 
 def finished_with(path: Path, text: str) -> bool:

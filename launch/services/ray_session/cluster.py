@@ -150,6 +150,7 @@ def connected(config: ClusterConfig) -> Iterator[Node]:
         node.end_orphans()
         if whole:  # otherwise Ray's logs say why
             node.tidy()
+        node.let_go()
 
 
 def silence() -> None:

@@ -20,15 +20,15 @@ from typing import Any, TypeVar
 
 import psutil
 
+from launch.artifacts.file_locks import hold, is_held
 from launch.services.failure_causes import brief
 from launch.services.ray_session.programs import ray_agent, start_worker
 from launch.services.replicas import GO_ON
 from opd.deadlines import repeated
 from opd.errors import OpdError
-from weight_sync.shared_memory import place
 
 _NAMES = ("raylet", "gcs_server")
-_MARK = ".opd-driver"  # in the folder of a session: what has started it: host, process and its start, each a line
+_MARK = ".opd-driver"  # in the folder of a session, held by the program that has started it
 _PERIOD_S = 2.0
 _PAUSE_S = 1.0
 Started = TypeVar("Started")
@@ -39,20 +39,19 @@ logger = logging.getLogger(__name__)
 class Node:
     """The raylet and the control store that this process has started; none of a cluster that it has joined.
 
-    `folder` is what Ray keeps of their session (sockets, logs).
+    `folder` is what Ray keeps of their session (sockets, logs), `mark` the descriptor of the file in it that this
+    process holds.
     """
 
     processes: tuple[psutil.Process, ...] = ()
     folder: Path | None = None
+    mark: int | None = None
 
     @classmethod
     def started_here(cls, folder: str = "") -> "Node":
         """Those that are children of this process now; their `folder` is marked as this process's."""
-        if folder:
-            _mark(Path(folder))
-        return cls(
-            tuple(p for p in psutil.Process().children() if p.name() in _NAMES), Path(folder) if folder else None
-        )
+        processes = tuple(p for p in psutil.Process().children() if p.name() in _NAMES)
+        return cls(processes, Path(folder), _mark(Path(folder))) if folder else cls(processes)
 
     async def watch(self) -> None:
         """Never returns.
@@ -96,28 +95,28 @@ class Node:
             if mark.parent == self.folder or _is_left(mark):
                 shutil.rmtree(mark.parent, ignore_errors=True)
 
+    def let_go(self) -> None:
+        """Give up the mark of the session's folder, if it is still there: the next run may remove it."""
+        if self.mark is not None:
+            os.close(self.mark)
 
-def _mark(folder: Path) -> None:
-    own = psutil.Process()
+
+def _mark(folder: Path) -> int | None:
     try:
-        (folder / _MARK).write_text(f"{place()}\n{own.pid}\n{own.create_time()}")
-    except OSError as error:  # a full disk: the folder stays, which is no reason to end a run
+        return hold(folder / _MARK)
+    except (OSError, OpdError) as error:  # a full disk: the folder stays, which is no reason to end a run
         logger.debug("%s stays when this session is over: %s", folder, error)
+        return None
 
 
 def _is_left(mark: Path) -> bool:
     """Whether the folder with `mark` is this user's, and the program that made it and all its processes have ended."""
     folder = mark.parent
     try:
-        if folder.is_symlink() or mark.stat().st_uid != os.getuid():
-            return False
-        host, pid, started = mark.read_text().split("\n")
-        if host != place():  # of a container with the same temporary folder, whose processes cannot be seen
-            return False
-        if psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).create_time() == float(started):
+        if folder.is_symlink() or mark.stat().st_uid != os.getuid() or is_held(mark):
             return False
         return not any(folder.name in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
-    except (OSError, ValueError, psutil.Error):  # it has just gone, or is none of ours
+    except (OSError, OpdError, psutil.Error):  # it has just gone, or is none of ours
         return False
 
 

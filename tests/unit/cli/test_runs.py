@@ -1,18 +1,16 @@
 """`opd runs`, `opd show`, `opd report`: what directories say is shown, and only what was named is deleted."""
 
 import io
-import json
 import re
-import socket
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import psutil
 import pytest
 from rich.console import Console
 
 from launch.artifacts.run_directory import RunDirectory
-from launch.artifacts.run_lock import LOCK
+from launch.artifacts.run_lock import running
 from launch.artifacts.sweep_record import SweepRecord
 from launch.cli.main import main
 from launch.cli.runs import manage_runs, show_step, write_again
@@ -37,12 +35,9 @@ def make(root: Path, *names: str) -> list[RunDirectory]:
     return made
 
 
-def held_by_another(run: RunDirectory) -> None:
-    """Leave the note in a run's directory that another living process would."""
-    other = psutil.Process().parent()
-    assert other is not None
-    note = {"pid": other.pid, "started": other.create_time(), "host": socket.gethostname()}
-    (run.path / LOCK).write_text(json.dumps(note))
+def held_by_another(run: RunDirectory) -> AbstractContextManager[None]:
+    """Hold a run's directory as another process would: locks of files tell open files apart, and not processes."""
+    return running(run.path)
 
 
 def test_runs_are_listed_with_their_state(tmp_path: Path) -> None:
@@ -55,8 +50,8 @@ def test_runs_are_listed_with_their_state(tmp_path: Path) -> None:
         states["whole"] == "finished" and states["killed"] == "killed" and set(states) == {"whole", "killed", "damaged"}
     )
     assert "damaged" in states["damaged"] or "metrics" in states["damaged"]
-    held_by_another(killed)
-    assert {line.path.name: line.state for line in run_lines(tmp_path)}["killed"] == "running"
+    with held_by_another(killed):
+        assert {line.path.name: line.state for line in run_lines(tmp_path)}["killed"] == "running"
     text = said(tmp_path)
     assert re.search(r"whole +finished +gkd +20 ", text) and "no_run" not in text
     assert "no runs in" in said(tmp_path / "no_run")
@@ -99,10 +94,8 @@ def test_a_sweep_is_compared_reported_and_deleted_as_a_whole(tmp_path: Path) -> 
     assert "They differ in: learner.lr." in said(tmp_path, "compare", "lr", output=str(tmp_path / "page"))
     write_again("lr", str(tmp_path), Console(file=io.StringIO()))
     assert "Not finished: 3 of 4 runs" in (tmp_path / "lr" / "sweep.md").read_text()
-    held_by_another(other)
-    with pytest.raises(ConfigurationError, match="is still running"):
+    with held_by_another(other), pytest.raises(ConfigurationError, match="is still running"):
         said(tmp_path, "delete", "lr", yes="true")
-    (other.path / LOCK).unlink()
     said(tmp_path, "delete", f"lr/{one.name}", yes="true")
     assert not one.path.exists() and other.path.exists()
     said(tmp_path, "delete", "lr", yes="true")
@@ -113,10 +106,8 @@ def test_only_what_was_named_is_deleted_and_only_when_sure(tmp_path: Path) -> No
     a, b, c = make(tmp_path, "a", "b", "c")
     with pytest.raises(ConfigurationError, match=r"would delete .*a, .*b with checkpoints.*yes=true"):
         said(tmp_path, "delete", "a", "b")
-    held_by_another(b)
-    with pytest.raises(ConfigurationError, match="is still running"):
+    with held_by_another(b), pytest.raises(ConfigurationError, match="is still running"):
         said(tmp_path, "delete", "a", "b", yes="true")
-    (b.path / LOCK).unlink()
     assert a.path.exists() and b.path.exists()
     said(tmp_path, "delete", "a", "b", yes="true")
     assert not a.path.exists() and not b.path.exists() and c.path.exists()

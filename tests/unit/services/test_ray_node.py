@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from launch.artifacts.file_locks import hold, is_held
 from launch.config.settings import ClusterConfig
 from launch.services.ray_session.address import check_cluster
 from launch.services.ray_session.cluster import connected
@@ -23,7 +24,6 @@ from launch.services.signals import guarded
 from opd.errors import OpdError
 from tests.processes import command, wait_until
 from tests.tiny_models import impatient
-from weight_sync.shared_memory import place
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 LATE = "The current node timed out during startup. This could happen because\nand more"
@@ -233,20 +233,12 @@ def session(root: Path, name: str, mark: str | None) -> Path:
 
 
 def test_of_temporary_folders_only_those_of_ended_programs_of_ours_go(tmp_path: Path) -> None:
-    me, gone = psutil.Process(), subprocess.Popen(["true"])
-    dead = f"{gone.pid}\n{psutil.Process(gone.pid).create_time()}"
-    gone.wait()
-    stay = {
-        "of a cluster": None,
-        "alive": f"{place()}\n{me.pid}\n{me.create_time()}",
-        "of another host": f"elsewhere\n{dead}",
-        "not read": "\x00",
-        "empty": "",
-        "in use": f"{place()}\n{dead}",
-    }
-    go = {"killed": f"{place()}\n{dead}", "the number is another's by now": f"{place()}\n{me.pid}\n1.5"}
+    stay = {"of a cluster": None, "alive": "", "in use": ""}
+    go = {"killed": "", "of an older version": f"{os.getpid()}\n1.5"}
     for name, mark in (stay | go).items():
         session(tmp_path, name, mark)
+    alive = hold(tmp_path / "session_alive" / ".opd-driver")
+    assert alive is not None
     (tmp_path / "session_latest").symlink_to(tmp_path / "session_in use")
     (tmp_path / "elsewhere").mkdir()
     worker = sleeping(str(tmp_path / "session_in use" / "sockets"))
@@ -254,8 +246,11 @@ def test_of_temporary_folders_only_those_of_ended_programs_of_ours_go(tmp_path: 
         node = Node.started_here(str(session(tmp_path, "own", None)))
         Node().tidy()  # of a cluster that was joined
         assert (tmp_path / "session_own").exists()
+        assert is_held(tmp_path / "session_own" / ".opd-driver")
         node.tidy()
+        node.let_go()
     finally:
+        os.close(alive)
         worker.kill()
         worker.wait()
     left = {path.name.removeprefix("session_") for path in tmp_path.iterdir()}
