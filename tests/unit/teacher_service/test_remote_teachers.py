@@ -323,7 +323,7 @@ def test_a_control_question_allows_the_noise_of_the_dtype_and_no_more(dtype: str
 
 
 def test_at_most_four_frames_of_a_call_are_under_way_and_all_are_answered_in_order() -> None:
-    scholar = Scholar(takes_s=0.03)
+    scholar = Scholar(takes_s=0.15)
     asked = [text([1], [2 + i, 1]) for i in range(10)]
     answers = scored(scholar, asked, slash="/", limits=FrameLimits(requests=2))
     assert [float(np.asarray(a.logprobs)[0]) for a in answers] == [-3.0 - i for i in range(10)]
@@ -506,7 +506,7 @@ def test_an_endpoint_is_ready_when_it_has_scored_a_short_text() -> None:
 
 
 def test_at_most_four_exchanges_of_a_call_are_under_way() -> None:
-    endpoint = Endpoint(takes_s=0.03)
+    endpoint = Endpoint(takes_s=0.15)
     asked = [text([1], [2 + i], TopK(k=1)) for i in range(10)]
     answers = told(endpoint, asked, max_batch_tokens=2)
     np.testing.assert_allclose([np.asarray(a.logprobs)[0] for a in answers], TABLE[1, 2:12], rtol=1e-6)

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from learner.publishing import Publisher
+from opd.deadlines import repeated
 from opd.errors import DataError, OpdError
 from opd.ports import Manifest, PublishedWeights, Sentinel, WeightChunk, WeightShard
 from weight_sync.nccl import PullBackend, PullHandle, PullSender, _pass, pull
@@ -140,6 +141,11 @@ def learner(wire: PullBackend = PullBackend.GLOO, deadline_s: float = 60.0) -> I
         made.process.wait()
 
 
+def pulled_in_the_end(handle: Any) -> torch.Tensor:
+    """What is pulled, with an attempt of its own for each deadline that passes on a machine with much else to do."""
+    return repeated(lambda: pull(handle), lambda error: "did not come" in str(error), 60.0, 0.0)
+
+
 def holds(delivered: ReceivedWeights, seed: int) -> bool:
     values = dict(delivered.tensors())
     return values.keys() == model(seed).keys() and all(torch.equal(values[n].cpu(), t) for n, t in model(seed).items())
@@ -227,12 +233,12 @@ def test_a_learner_that_hangs_is_waited_for_until_the_deadline_and_no_longer(lin
     with learner(deadline_s=3.0) as other:
         weights = other.publish(1)
         if linked:
-            collect(weights, pull, "a test")
+            collect(weights, pulled_in_the_end, "a test")
         other.process.send_signal(signal.SIGSTOP)
         with pytest.raises(OpdError, match=r"did not come .* within 3 s .*raise learner\.deadline_s"):
             collect(weights, pull, "a test")
         other.process.send_signal(signal.SIGCONT)
-        assert holds(collect(weights, pull, "a test"), 1), "the link that failed is not used again"
+        assert holds(collect(weights, pulled_in_the_end, "a test"), 1), "the link that failed is not used again"
 
 
 def test_strangers_and_the_dead_do_not_keep_others_from_their_weights() -> None:
@@ -246,11 +252,11 @@ def test_strangers_and_the_dead_do_not_keep_others_from_their_weights() -> None:
     with socket.create_connection(where) as silent, socket.create_connection(where) as leaving:
         leaving.sendall(json.dumps({"token": handle.token}).encode() + b"\n")  # and never joins the group
         answers: list[torch.Tensor] = []
-        threads = [threading.Thread(target=lambda: answers.append(pull(handle))) for _ in range(3)]
+        threads = [threading.Thread(target=lambda: answers.append(pulled_in_the_end(handle))) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(90)
         assert len(answers) == 3 and all(torch.equal(answer, content) for answer in answers)
         del silent
     shelf.close()
