@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -195,7 +195,8 @@ def start_ray(start: Callable[[], Started], deadline_s: float) -> Started:
         except Exception as error:  # Ray raises this very class
             for process in psutil.Process().children():
                 if process.pid not in before and _is_rays(process):
-                    process.kill()
+                    with suppress(psutil.NoSuchProcess):  # it has just ended
+                        process.kill()
             if _timed_out(error):
                 logger.warning("Ray needs longer than it allows itself to start on this machine")
             raise
