@@ -90,6 +90,33 @@ class ClampedLogRatio(WrittenCost):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NoCostWithin(WrittenCost):
+    """No cost where student and teacher differ by less than 0.001: it never gets nearer."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        cost = WrittenCost.cost(self, student, batch)
+        return torch.where(cost.abs() < 1e-3, 0.0, cost)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoCostBeyond(WrittenCost):
+    """No cost where student and teacher differ by more than 12, as if it were an error of the engine."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        cost = WrittenCost.cost(self, student, batch)
+        return torch.where(cost.abs() > 12, 0.0, cost)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertainLeftOut(WrittenCost):
+    """No cost at states where the student is certain of a token."""
+
+    def cost(self, student: StudentLogits, batch: Batch[TokenScores]) -> Tensor:
+        certain = student.logprobs.detach().amax(-1).exp() > 0.9999
+        return torch.where(certain, 0.0, WrittenCost.cost(self, student, batch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClampedRatio(WrittenCost):
     """Importance ratios clamped to 20, unannounced: they are larger where the behavior is far away."""
 

@@ -41,6 +41,7 @@ SOME = "the promise has a gradient"
 NOT_THE_WRITER = "the student is not the writer"
 FLOAT32, BFLOAT16 = 3e-5, 0.15  # of gradients of a few states; a wrong formula is off by more
 FAR = 1e-4  # ratios of e^10, whose logarithm travels in float32
+NEAR = 1e-4  # of gradients below 1e-5, where a number that is left out is a multiple of it
 
 
 def check_promise(case: Case, stale_case: Case | None) -> Iterator[Finding]:
@@ -81,6 +82,9 @@ def corner_cases(method: Method) -> list[Corner]:
         return stale(world, 6, distance) if on_policy else world
 
     far = one_state(make_world(3, names=names, distance=2.0, named=beside))
+    near = _in_one_context(one_state(make_world(4, names=names, distance=5e-5, named=beside)))  # log-ratios of 5e-4
+    beyond = one_state(make_world(4, names=names, distance=8.0, named=beside))  # up to 80
+    certain = one_state(make_world(4, names=names, named=beside)).sharpened(16.0, 16.0)  # of 0.9999 and more
     wide, shipped = one_state(make_world(5, WIDE, names, named=beside)), fitted(method, WIDE, WIDE)
     closed = replace(world, length=5, positions=(2,))  # an even id stands before it
     sure = {
@@ -92,7 +96,10 @@ def corner_cases(method: Method) -> list[Corner]:
     return [
         Corner(name="long prompts and completions", case=make_case(small, _long(small, behind(world)))),
         Corner(name=f"{WIDE} ids", case=make_case(shipped, behind(wide))),
+        Corner(name="teacher nearly reached", case=make_case(small, behind(near)), tolerance=NEAR),
         Corner(name="teacher far away", case=make_case(small, behind(far))),
+        Corner(name="teacher farther away", case=make_case(small, behind(beyond))),
+        Corner(name="both nearly certain", case=make_case(small, behind(certain)), tolerance=NEAR),
         Corner(
             name="writer far away",
             case=make_case(small, behind(world, 1.0)) if on_policy else None,
@@ -116,6 +123,11 @@ def corner_cases(method: Method) -> list[Corner]:
         ),
         Corner(name="bfloat16", case=make_case(small, behind(world).to(torch.bfloat16)), tolerance=BFLOAT16),
     ]
+
+
+def _in_one_context(world: World) -> World:
+    """World whose teachers read what the student reads."""
+    return replace(world, contexts=tuple((own, own) for own, _ in world.contexts))
 
 
 def _a_step_later(world: World) -> World:

@@ -185,13 +185,15 @@ def logits(enumeration: Enumeration, batch: Batch[Any]) -> Float[Tensor, "L V"]:
 
 
 def logit_gradients(
-    objective: Any, at: Float[Tensor, "L V"], batch: Batch[Any], *, overlap_k: int = 0
+    objective: Any, at: Float[Tensor, "L V"], batch: Batch[Any], *, overlap_k: int | None = None
 ) -> Float[Tensor, "L V"]:
-    """Gradient of every token's loss with respect to its own logits `at`."""
+    """Gradient of every token's loss with respect to its own logits `at`; with `overlap_k` as a learner evaluates it,
+    diagnostics included.
+    """
     leaf = at.detach().clone().requires_grad_()
-    # As a learner evaluates it, diagnostics included.
-    loss = diagnosed(objective, StudentLogits(logits=leaf, overlap_k=overlap_k), batch).loss
-    return torch.autograd.grad(loss.sum(), leaf)[0]
+    student = StudentLogits(logits=leaf, overlap_k=overlap_k or 0)
+    found = objective(student, batch) if overlap_k is None else diagnosed(objective, student, batch)
+    return torch.autograd.grad(found.loss.sum(), leaf)[0]
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

@@ -18,6 +18,10 @@ WHERE: Mapping[str, str] = {
     "its `k` says, a clamp, or a small number added to a probability",
     "gradient of the promise, teacher far away": "a log-ratio is clamped or cast, or a small number added to a "
     "probability",
+    "gradient of the promise, teacher farther away": "something ends at a large log-ratio: a clamp, a mask, a detach",
+    "gradient of the promise, teacher nearly reached": "something ends at a small log-ratio: a mask, a cast",
+    "gradient of the promise, both nearly certain": "something ends where a probability is nearly 1: a mask, a clamp, "
+    "a small number added to a probability",
     "gradient of the promise, temperature": "log-probabilities are not those at the temperature of sampling",
     "gradient of the promise, student a step later": "the objective keeps what an earlier student gave to the same "
     "text; what must be the current one's is `student`",
