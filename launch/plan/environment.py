@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,23 @@ def check_temporary_folder(given: Mapping[str, str], *, local: bool) -> None:
         raise ConfigurationError(
             f"TMPDIR needs a folder whose path has at most {_PATH - _OTHERS} bytes, because sockets of engines and "
             f"graders lie in it, but {given['TMPDIR']!r} has {size}; set TMPDIR to a short one, such as /tmp"
+        )
+
+
+def check_interpreter(given: Mapping[str, str], optimize: int = sys.flags.optimize) -> None:
+    """Refuse a Python in which the libraries of a run do not work.
+
+    Raises:
+        ConfigurationError: docstrings are left out, or warnings are errors, by the environment `given`.
+    """
+    if optimize > 1:
+        raise ConfigurationError(
+            "Python needs its docstrings, which transformers reads, but runs without them (PYTHONOPTIMIZE=2 or -OO); "
+            "unset PYTHONOPTIMIZE, or set it to 1"
+        )
+    if "error" in re.split("[,:]", warnings := given.get("PYTHONWARNINGS", "")):
+        raise ConfigurationError(
+            f"PYTHONWARNINGS={warnings} makes errors of warnings, which torch and vLLM give in every run; unset it"
         )
 
 

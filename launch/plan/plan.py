@@ -44,7 +44,7 @@ from launch.plan.checks.teachers import (
     unmeasured_notes,
     unread_notes,
 )
-from launch.plan.environment import check_temporary_folder
+from launch.plan.environment import check_interpreter, check_temporary_folder
 from launch.plan.hub import HubInput, localized
 from launch.plan.hub import remarks as hub_remarks
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
@@ -261,6 +261,7 @@ class _Placed:
 
 
 def _placed(config: RunConfig) -> _Placed:
+    check_interpreter(os.environ)
     check_temporary_folder(os.environ, local=config.cluster.address == "local")
     open_device = config.cluster.address != "local" and undecided(config)
     unseen = unseen_notes(config)

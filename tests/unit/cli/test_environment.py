@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.inputs.grading_process import GradingProcess
-from launch.plan.environment import check_temporary_folder, compiler, driver, headers, shared_memory
+from launch.plan.environment import check_interpreter, check_temporary_folder, compiler, driver, headers, shared_memory
 from opd.errors import ConfigurationError, OpdError
 from tests.command import opd
 
@@ -41,6 +41,15 @@ def test_a_temporary_folder_that_is_accepted_has_room_for_sockets(size: int, fit
     else:
         with pytest.raises(ConfigurationError, match=r"TMPDIR needs .* at most \d+ bytes.*; set TMPDIR to"):
             check_temporary_folder(elsewhere, local=True)
+
+
+def test_an_interpreter_in_which_libraries_do_not_work_is_refused() -> None:
+    check_interpreter({"PYTHONWARNINGS": "ignore,default::DeprecationWarning"}, 1)
+    with pytest.raises(ConfigurationError, match=r"needs its docstrings.*PYTHONOPTIMIZE=2"):
+        check_interpreter({}, 2)
+    for value in ("error", "ignore,error", "error::FutureWarning"):
+        with pytest.raises(ConfigurationError, match=f"PYTHONWARNINGS={value} makes errors of warnings"):
+            check_interpreter({"PYTHONWARNINGS": value}, 0)
 
 
 def test_a_process_that_cannot_be_started_is_not_the_rewards_fault(
