@@ -18,6 +18,7 @@ from launch.artifacts.redaction import masked, redacted, without_secret
 from opd.errors import ConfigurationError, DataError, OpdError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+_SOME = 8  # names in a sentence
 _LONGEST = 200  # letters of a name: file systems allow 255, and ours get endings
 
 
@@ -59,6 +60,23 @@ def taken(path: Path) -> ConfigurationError:
     )
 
 
+def run_of(path: Path) -> Path | None:
+    """Directory of the run in which a file or folder lies; its own if it is one."""
+    return next(
+        (p for p in (path, *path.parents) if (p / "config.yaml").is_file() and (p / "checkpoints").is_dir()), None
+    )
+
+
+def _meant_by(path: Path) -> str:
+    """Advice about a path that is no run directory: the run in which it lies, those it holds, or those beside it."""
+    if path.exists() and (run := run_of(path)) is not None:
+        return f"it lies in one: give {run}"
+    folder = path if path.is_dir() else path.parent
+    found = sorted(folder.glob("*/config.yaml"), key=lambda file: -file.stat().st_mtime)[:_SOME]
+    have = ", ".join(file.parent.name for file in found)
+    return f"give the path of one{f' ({folder} has {have})' if have else ', e.g. runs/<run_name>'}"
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     """`runs/<run_name>/`: `create` a new one, or `open` one that exists.
@@ -94,9 +112,8 @@ class RunDirectory:
     def open(cls, path: Path) -> "RunDirectory":
         """An existing run, to resume it or to write its report again."""
         if not (path / "config.yaml").is_file():
-            raise ConfigurationError(
-                f"{path} is no run directory (it has no config.yaml); give the path of one, e.g. runs/<run_name>"
-            )
+            missing = "it has no config.yaml" if path.exists() else "it does not exist"
+            raise ConfigurationError(f"{path} is no run directory ({missing}); {_meant_by(path)}")
         return cls(path)
 
     @property

@@ -20,7 +20,7 @@ from launch.artifacts.checkpoint_state import (
 )
 from launch.artifacts.checkpoint_store import CheckpointStore, verified_state
 from launch.artifacts.file_locks import alone_in
-from launch.artifacts.run_directory import AUTO, LATEST, RunDirectory, check_name, read_jsonl
+from launch.artifacts.run_directory import AUTO, LATEST, RunDirectory, check_name, read_jsonl, run_of
 from launch.artifacts.run_lock import check_not_running, is_over
 from launch.artifacts.spending import spending
 from launch.artifacts.summary import Outcome, RunSummary
@@ -108,7 +108,7 @@ def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool
         if not newest_first([path.name]):
             raise ConfigurationError(
                 f"resume={config.resume} is neither {LATEST!r} or {AUTO!r}, nor a step, nor the path of a checkpoint "
-                "such as runs/<run_name>/checkpoints/step_40; give one of these"
+                f"such as runs/<run_name>/checkpoints/step_40; {_meant_by(path, Path(config.output_dir))}"
             )
         return path, verified_state(path), False
     if not config.run_name:
@@ -131,6 +131,16 @@ def _found(config: RunConfig, console: Console) -> tuple[Path, DriverState, bool
         have = ", ".join(map(str, store.steps())) or "none"
         raise ConfigurationError(f"{store.folder} has no checkpoint of step {step} (have: {have}); choose one of these")
     return store.path(step), verified_state(store.path(step)), True
+
+
+def _meant_by(path: Path, root: Path) -> str:
+    """Advice about a `resume` that is no checkpoint."""
+    run = next((run for at in (path, root / path) if at.exists() and (run := run_of(at)) is not None), None)
+    if run is None:
+        return "give one of these"
+    steps = newest_first([p.name for p in (run / "checkpoints").iterdir()])
+    anew = f", or begin a new run there by resume={run / 'checkpoints' / name_of(steps[0])}" if steps else ""
+    return f"go on with that run by run_name={run.name} output_dir={run.parent} resume={LATEST}{anew}"
 
 
 def _check_unfinished(directory: RunDirectory, state: DriverState, config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch.artifacts.run_directory import RunDirectory
+from launch.artifacts.run_directory import RunDirectory, run_of
 from launch.artifacts.run_lock import check_not_running
 from launch.artifacts.sweep_record import is_sweep
 from launch.report.comparison import Arm, Goal
@@ -98,6 +98,8 @@ def _place(name: str, root: Path) -> Path:
         raise ConfigurationError(
             f"{several} holds several runs; name one{f', e.g. {one}' if one else ''} (opd runs {name} lists them)"
         )
+    if Path(name).exists() and (run := run_of(Path(name))) is not None:
+        raise ConfigurationError(f"{name} lies in a run, and is none; give {run}")
     have = [line.path.name for line in listing(root)][:8]
     raise ConfigurationError(f"there is no run {name!r} in {root} (newest: {', '.join(have) or 'none'})")
 

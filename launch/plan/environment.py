@@ -1,5 +1,7 @@
 """`opd env`: versions and devices of this machine, and what is missing."""
 
+import codecs
+import locale
 import os
 import platform
 import re
@@ -50,12 +52,19 @@ def check_temporary_folder(given: Mapping[str, str], *, local: bool) -> None:
         )
 
 
-def check_interpreter(given: Mapping[str, str], optimize: int = sys.flags.optimize) -> None:
-    """Refuse a Python in which the libraries of a run do not work.
+def check_interpreter(given: Mapping[str, str], optimize: int = sys.flags.optimize, encoding: str = "") -> None:
+    """Refuse a Python in which the libraries of a run do not work, or read other letters than files have.
 
     Raises:
-        ConfigurationError: docstrings are left out, or warnings are errors, by the environment `given`.
+        ConfigurationError: docstrings are left out, warnings are errors by the environment `given`, or texts are not
+            read as UTF-8; `encoding` is this process's by default.
     """
+    encoding = encoding or locale.getpreferredencoding(do_setlocale=False)
+    if codecs.lookup(encoding).name != "utf-8":
+        raise ConfigurationError(
+            f"Python needs to read texts as UTF-8, which files of models and prompts are, but reads them as {encoding} "
+            "by this locale (LC_ALL, LC_CTYPE, LANG); set PYTHONUTF8=1"
+        )
     if optimize > 1:
         raise ConfigurationError(
             "Python needs its docstrings, which transformers reads, but runs without them (PYTHONOPTIMIZE=2 or -OO); "

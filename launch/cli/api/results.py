@@ -1,5 +1,6 @@
 """A run that was trained, as Python objects: its figures as tables, its student as a model."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.summary import RunSummary
 from launch.artifacts.untrusted_files import read_text
 from launch.report.figures import short_number
-from opd.errors import DataError
+from opd.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,4 +138,6 @@ def _table_of(lines: Sequence[Mapping[str, Any]]) -> "pd.DataFrame":
 
 def open_run(path: str | Path) -> TrainedRun:
     """A run from its directory, finished or not. Raises `ConfigurationError` if that is none."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ConfigurationError(f"open_run needs the directory of a run, got {path!r}; give its path")
     return TrainedRun(RunDirectory.open(Path(path)).path)

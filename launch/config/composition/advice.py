@@ -159,4 +159,4 @@ def bare_word(word: str, known: Sequence[Key], groups: Mapping[str, Sequence[str
             "if it is a path, say what it is: student=hf student.path=..., teacher=hf teacher.path=..., "
             "prompts=dataset prompts.path=..., or checkpoint=... for opd eval"
         )
-    return advice(word, known, own)
+    return f"{advice(word, known, own)}; an option is written with its group, e.g. method=gkd"

@@ -12,7 +12,15 @@ import yaml
 
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.redaction import HIDDEN, redacted
-from launch.artifacts.run_directory import RunDirectory, append_json, read_jsonl, write_bytes, write_json, write_text
+from launch.artifacts.run_directory import (
+    RunDirectory,
+    append_json,
+    read_jsonl,
+    run_of,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from launch.artifacts.summary import Outcome, RunSummary
 from opd.errors import ConfigurationError, DataError, OpdError
 from tests.fault_matrix import Witness
@@ -80,8 +88,27 @@ def test_a_name_cannot_leave_the_root(tmp_path: Path, name: str) -> None:
 
 
 def test_what_is_no_run_is_not_opened(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="is no run directory"):
+    with pytest.raises(ConfigurationError, match=r"is no run directory \(it has no config.yaml\); .* e\.g\. runs/<run"):
         RunDirectory.open(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["export", "checkpoints/step_2", "config.yaml"])
+def test_what_lies_in_a_run_leads_to_it(tmp_path: Path, place: str) -> None:
+    run = RunDirectory.create(tmp_path, "first")
+    run.write_config("seed: 0\n")
+    (run.checkpoints / "step_2").mkdir()
+    with pytest.raises(ConfigurationError, match=rf"is no run directory .*; it lies in one: give {run.path}$"):
+        RunDirectory.open(run.path / place)
+    assert run_of(run.path / place) == run.path == run_of(run.path)
+
+
+@pytest.mark.parametrize("place", ["", "nope"])
+def test_a_folder_of_runs_or_a_name_in_it_leads_to_those_there_are(tmp_path: Path, place: str) -> None:
+    for name in ("first", "second"):
+        RunDirectory.create(tmp_path, name).write_config("seed: 0\n")
+        os.utime(tmp_path / name / "config.yaml", (1, 1 + len(name)))
+    with pytest.raises(ConfigurationError, match=rf"give the path of one \({tmp_path} has second, first\)"):
+        RunDirectory.open(tmp_path / place)
 
 
 def test_a_root_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ REASONS = {  # what must be among the failures: that for which the method is wro
     "against_credit": {"credit makes what was written likelier"},
     "nothing": {"the promise has a gradient"},
     "eight_ids": {IDS, WHOLE},
-    "lost_tail": {SURE[0]},
+    "lost_tail": {f"{GRADIENT}, teacher farther away", SURE[0]},
     "swapped_clip": {SETTINGS},
     "students_context": {GRADIENT, ASKED},
     "short_context": {ASKED},

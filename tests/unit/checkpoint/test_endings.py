@@ -325,6 +325,20 @@ def test_a_run_that_took_no_step_does_not_use_up_its_name(tmp_path: Path) -> Non
     assert (aside / "evaluations.jsonl").exists(), "the old logs are gone"
 
 
+@pytest.mark.parametrize("given", ["a", "{}/a", "{}/a/checkpoints", "{}/a/export"])
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_run_where_a_checkpoint_is_meant_leads_to_both_ways_on(tmp_path: Path, given: str, step: int) -> None:
+    run = RunDirectory.create(tmp_path, "a")
+    run.write_config("seed: 0")
+    if step:
+        written(run.checkpoints, step)
+    on = f"go on with that run by run_name=a output_dir={tmp_path} resume=latest"
+    anew = f", or begin a new run there by resume={run.checkpoints}/step_3" if step else ""
+    with pytest.raises(ConfigurationError) as caught:
+        resumption(config(tmp_path, f"resume={given.format(tmp_path)}"), console())
+    assert str(caught.value).endswith(f"; {on}{anew}")
+
+
 @pytest.mark.parametrize("trace", ["line", "checkpoint", "export"])
 def test_what_was_trained_is_never_moved(tmp_path: Path, trace: str) -> None:
     directory = RunDirectory.create(tmp_path, "a")

@@ -52,6 +52,15 @@ def test_an_interpreter_in_which_libraries_do_not_work_is_refused() -> None:
             check_interpreter({"PYTHONWARNINGS": value}, 0)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf_8", "ascii", "ANSI_X3.4-1968", "ISO-8859-1", "cp1252"])
+def test_texts_are_read_as_utf_8_or_not_at_all(encoding: str) -> None:
+    if "8859" in encoding or "utf" not in encoding.lower():
+        with pytest.raises(ConfigurationError, match=f"as UTF-8, .* reads them as {encoding} by .*PYTHONUTF8=1"):
+            check_interpreter({}, 0, encoding)
+    else:
+        check_interpreter({}, 0, encoding)
+
+
 def test_a_process_that_cannot_be_started_is_not_the_rewards_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

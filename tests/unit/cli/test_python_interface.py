@@ -350,6 +350,12 @@ def test_the_library_names_its_interface_and_nothing_else() -> None:
         _ = opd.trian  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("given", [None, 3, "", ["runs/a"], {}, opd])
+def test_a_run_is_opened_by_its_path(given: Any) -> None:
+    with pytest.raises(opd.ConfigurationError, match="open_run needs the directory of a run, got"):
+        opd.open_run(given)
+
+
 def test_a_source_of_prompts_is_an_option(tmp_path: Path) -> None:
     source = DatasetPrompts(path="train.jsonl", prompts_per_step=4)
     overrides = part_option(source, "prompts", "given", tmp_path)
