@@ -61,16 +61,16 @@ def taken(path: Path) -> ConfigurationError:
 
 
 def run_of(path: Path) -> Path | None:
-    """Directory of the run in which a file or folder lies; its own if it is one."""
+    """Directory of the run that a file or folder is part of; its own if it is one."""
     return next(
         (p for p in (path, *path.parents) if (p / "config.yaml").is_file() and (p / "checkpoints").is_dir()), None
     )
 
 
 def _meant_by(path: Path) -> str:
-    """Advice about a path that is no run directory: the run in which it lies, those it holds, or those beside it."""
+    """Advice about a path that is no run directory: the run it is part of, those it holds, or those beside it."""
     if path.exists() and (run := run_of(path)) is not None:
-        return f"it lies in one: give {run}"
+        return f"it is part of one: give {run}"
     folder = path if path.is_dir() else path.parent
     found = sorted(folder.glob("*/config.yaml"), key=lambda file: -file.stat().st_mtime)[:_SOME]
     have = ", ".join(file.parent.name for file in found)

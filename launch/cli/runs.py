@@ -99,7 +99,7 @@ def _place(name: str, root: Path) -> Path:
             f"{several} holds several runs; name one{f', e.g. {one}' if one else ''} (opd runs {name} lists them)"
         )
     if Path(name).exists() and (run := run_of(Path(name))) is not None:
-        raise ConfigurationError(f"{name} lies in a run, and is none; give {run}")
+        raise ConfigurationError(f"{name} is part of a run, and none; give {run}")
     have = [line.path.name for line in listing(root)][:8]
     raise ConfigurationError(f"there is no run {name!r} in {root} (newest: {', '.join(have) or 'none'})")
 

@@ -97,7 +97,7 @@ def test_what_lies_in_a_run_leads_to_it(tmp_path: Path, place: str) -> None:
     run = RunDirectory.create(tmp_path, "first")
     run.write_config("seed: 0\n")
     (run.checkpoints / "step_2").mkdir()
-    with pytest.raises(ConfigurationError, match=rf"is no run directory .*; it lies in one: give {run.path}$"):
+    with pytest.raises(ConfigurationError, match=rf"is no run directory .*; it is part of one: give {run.path}$"):
         RunDirectory.open(run.path / place)
     assert run_of(run.path / place) == run.path == run_of(run.path)
 
