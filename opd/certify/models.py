@@ -52,7 +52,8 @@ class TinyModel:
         lengths = [len(ids) for ids in packed]
         positions = torch.as_tensor(np.concatenate([np.arange(n) for n in lengths]))
         states = self.hidden(torch.as_tensor(np.concatenate(packed)).long(), positions).split(lengths)
-        return [h[len(context) - 1 :] for h, (context, _) in zip(states, texts, strict=True)]
+        ends = [len(context) - 1 for context, _ in texts]
+        return [h[end : end + len(own)] for h, end, (_, own) in zip(states, ends, texts, strict=True)]
 
     def logprobs(self, texts: Sequence[Text]) -> list[Float[Tensor, "_T V"]]:
         """Log-probabilities of the vocabulary at each completion token of every text."""

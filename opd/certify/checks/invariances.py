@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opd.certify.certificate import Finding, Row, Skipped, at_least
 from opd.certify.checks.purity import content_of, fresh_random_state, random_state
+from opd.certify.credit import credit_by_definition, scorer_credit
 from opd.certify.enumeration import Enumeration
 from opd.certify.gradients import (
     EXACT,
@@ -52,7 +53,7 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     other = make_case(case.method, world.with_teachers(world.other_teachers, writers=writes(case.method.scorer)))
     moved = relative_difference(trained, other.training())
     labeled = scorer_targets(case.enumeration) is not None
-    given = labeled and _as_given(case)
+    given = _as_given(case) if labeled else _credited(case)
     if not given and relative_difference(exact, case.exact(teachers=world.other_teachers)) < NOTICED:
         why = "the promise compares with no teacher"
         yield from (Skipped(name=name, why=why) for name in (*TEACHER, TOWARDS))
@@ -68,7 +69,10 @@ def check_teacher(case: Case) -> Iterator[Finding]:
     if labeled:
         yield Skipped(name=TEACHER[1], why="a target is learned from, also one of an equal, and compared with nothing")
     else:
-        yield Row(name=TEACHER[1], measured=_per_token(equal), tolerance=EXACT)
+        rest = _per_token(equal)
+        if rest > EXACT and relative_difference(trained, exact) <= EXACT:  # a baseline, whose mean over draws is 0
+            rest = float(equal.training().abs().max()) / rest
+        yield Row(name=TEACHER[1], measured=rest, tolerance=EXACT)
     wrong = relative_difference(make_case(case.method, replace(world, shift=1)).training(), exact)
     shifted = make_case(same, replace(own, shift=1))
     # Where a teacher is compared with itself in two contexts, or with its base, a shift of both at once is seen by its
@@ -82,8 +86,20 @@ def check_teacher(case: Case) -> Iterator[Finding]:
 
 def _as_given(case: Case) -> bool:
     """Whether targets are known as the scorer gave them alone, and it declares a teacher: the promise has that one."""
-    asked = {need.role for need in needs_of(case.method.scorer)} & {Role.READER, Role.WRITER}
-    return bool(asked) and targets_by_definition(case.enumeration, case.world.teachers) is None
+    return _asks_a_teacher(case) and targets_by_definition(case.enumeration, case.world.teachers) is None
+
+
+def _credited(case: Case) -> bool:
+    """Whether credit is known as the scorer gave it alone, and it declares a teacher: the promise has that one's."""
+    enumeration = case.enumeration
+    known = (
+        scorer_credit(enumeration.scored) is None or credit_by_definition(enumeration, case.world.teachers) is not None
+    )
+    return _asks_a_teacher(case) and not known
+
+
+def _asks_a_teacher(case: Case) -> bool:
+    return bool({need.role for need in needs_of(case.method.scorer)} & {Role.READER, Role.WRITER})
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
