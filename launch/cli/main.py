@@ -243,7 +243,9 @@ def _methods(arguments: Sequence[str]) -> int:
     if not named:
         return list_methods(rest, console())
     if named[0] != "show" or len(named) != 2:
-        raise ConfigurationError("opd methods lists all methods, opd methods show NAME one; write it so")
+        raise ConfigurationError(
+            f"opd methods has no {' '.join(named)!r}: opd methods lists all methods, opd methods show NAME one; write it so"
+        )
     return show_method(named[1], rest, console())
 
 
@@ -262,7 +264,10 @@ def _submit(arguments: Sequence[str]) -> int:
     own, command = _split(arguments, _OWN["submit"])
     command = command[command[:1] == ["opd"] :]  # as it is typed on one machine
     if not command or command[0] not in ("train", "eval"):
-        raise ConfigurationError("opd submit needs a command to run there, e.g. opd submit address=URL train steps=50")
+        raise ConfigurationError(
+            f"opd submit needs a command to run there, train or eval, got {command[0] if command else 'none'}; write e.g. "
+            "opd submit address=URL train steps=50"
+        )
     address = own.get("address") or os.environ.get("RAY_ADDRESS", "")
     check_arguments([f"address={address}"])
     if not address:
@@ -323,7 +328,10 @@ def _one_run(command: str, rest: Sequence[str], own: Mapping[str, str]) -> str:
 
     named = [word.removeprefix("run=") for word in rest]
     if len(named) != 1 or ("=" in named[0] and not is_there(named[0], Path(own.get("output_dir", FOLDER)))):
-        raise ConfigurationError(f"opd {command} needs one run, by its name or its directory, e.g. opd {command} NAME")
+        given = " ".join(rest) or "none"
+        raise ConfigurationError(
+            f"opd {command} needs one run, by its name or its directory, got {given}; write opd {command} NAME"
+        )
     return named[0]
 
 

@@ -53,7 +53,7 @@ def manage_runs(arguments: Sequence[str], own: Mapping[str, str], console: Conso
         case _:
             several = None if names else _folder(verb, root)
             if several is None:
-                raise ConfigurationError(f"opd runs has no {verb!r}: {_VERBS}")
+                raise ConfigurationError(f"opd runs has no {verb!r}; write one of these: {_VERBS}")
             _list(several, console)
     return 0
 
@@ -101,7 +101,9 @@ def _place(name: str, root: Path) -> Path:
     if Path(name).exists() and (run := run_of(Path(name))) is not None:
         raise ConfigurationError(f"{name} is part of a run, and none; give {run}")
     have = [line.path.name for line in listing(root)][:8]
-    raise ConfigurationError(f"there is no run {name!r} in {root} (newest: {', '.join(have) or 'none'})")
+    raise ConfigurationError(
+        f"there is no run {name!r} in {root} (newest: {', '.join(have) or 'none'}); "
+        "name one, or the folder of runs by output_dir=DIR")
 
 
 def is_there(name: str, root: Path) -> bool:

@@ -29,6 +29,7 @@ _SETTINGS = {  # of the package, unless the user's own; its telemetry would go t
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the login that the address may have
 }
 _LONGEST, _AT_ONCE = 6000, 100  # characters of a parameter, and parameters of a call, that MLflow takes
 _STEPS, _EVALUATIONS = "step", "eval_cost/k"  # metrics that tell which were sent already
@@ -71,8 +72,7 @@ class MlflowTracker:
             self._leave()
             said = " ".join(str(error).split()) or f"no answer within {_START_S} s"
             raise OpdError(
-                f"MLflow did not start ({masked(said)}); check MLFLOW_TRACKING_URI and the network, or leave mlflow "
-                "out of tracker="
+                f"MLflow did not start ({masked(said)}); {_remedy(error)}, or leave mlflow out of tracker="
             ) from error
         return self
 
@@ -154,6 +154,7 @@ class MlflowTracker:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # a new file's tables are no news
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what is tried again is none either
         uri = tracking_uri(self._directory)
         client = MlflowClient(tracking_uri=uri)
         known = tracker_runs(self._directory).get("mlflow", {}).get("run_id", "")
@@ -202,6 +203,14 @@ class MlflowTracker:
 def _named(name: str) -> bool:
     """Whether MLflow takes the name of a parameter."""
     return len(name) <= 250 and all(c.isalnum() or c in "_-. :/" for c in name)
+
+
+def _remedy(error: BaseException) -> str:
+    """What to look at where a server did not begin a run."""
+    status = error.get_http_status_code() if isinstance(error, _mlflow_error()) else None
+    if status in (401, 403):
+        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to a valid login"
+    return "check MLFLOW_TRACKING_URI and the network"
 
 
 def _mlflow_error() -> type[Exception]:

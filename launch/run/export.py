@@ -220,7 +220,9 @@ def origin_of(settings: Mapping[str, Any], student: str = "") -> "Origin":
         )
         path, dtype = student or settings["student.path"], Dtype[settings["learner.dtype"]]
         return Origin(student=path, dtype=dtype, lora=lora, seed=settings["seed"])
-    except (KeyError, TypeError, ConfigurationError) as error:
+    except KeyError as error:
         raise DataError(
-            f"the checkpoint does not say what it was trained from ({type(error).__name__}: {error}); take another"
+            f"the checkpoint does not say what it was trained from (it has no {error.args[0]}); take another"
         ) from error
+    except (TypeError, ConfigurationError) as error:
+        raise DataError(f"the checkpoint does not say what it was trained from ({error}); take another") from error

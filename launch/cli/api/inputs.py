@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from launch.artifacts.run_directory import write_bytes
+from launch.cli.api.overrides import got
 from launch.config.held_rewards import HeldReward, hold
 from opd.errors import ConfigurationError
 from opd.method.method import Method
@@ -55,7 +56,7 @@ def _in_order(given: Any, name: str) -> Iterable[Any]:
     match given:
         case bytes() | bytearray() | set() | frozenset():
             raise ConfigurationError(
-                f"{name} needs records in an order that is the same every time, got {type(given).__name__}; give a list"
+                f"{name} needs records in an order that is the same every time, got {got(given)}; give a list"
             )
     if callable(getattr(given, "readline", None)):
         raise ConfigurationError(
@@ -73,7 +74,7 @@ def _in_order(given: Any, name: str) -> Iterable[Any]:
         return given
     else:
         raise ConfigurationError(
-            f"{name} needs a file, a list of prompts or a source of prompts, got {type(given).__name__}; give one"
+            f"{name} needs a file, a list of prompts or a source of prompts, got {got(given)}; give one"
         )
     if len(set(names)) < len(names):
         raise ConfigurationError(f"{name} has two columns of one name; rename one")
@@ -100,7 +101,7 @@ def _row(record: Any, where: str) -> Mapping[str, Any]:
         case list() | tuple():
             return {"prompt": list(record)}
     raise ConfigurationError(
-        f"{where} needs a text, a list of messages, or a mapping with prompt and answer, got {type(record).__name__}"
+        f"{where} needs a text, a list of messages, or a mapping with prompt and answer, got {got(record)}; give one"
     )
 
 

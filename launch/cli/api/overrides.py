@@ -12,6 +12,7 @@ import numpy as np
 from launch.artifacts.user_yaml import dotted
 from launch.config.composition.compose import quoted, unknown
 from opd.errors import ConfigurationError
+from opd.settings.validation import shown
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)  # text that needs no quotes
 _WORDS = ("true", "false", "null", "nan", "inf")  # what the grammar takes for something else
@@ -64,14 +65,28 @@ def _written(value: Any, name: str) -> str:
             return _written(str(value), name)
         case Mapping():
             return f"{{{', '.join(f'{_key(k, name)}: {_written(v, name)}' for k, v in value.items())}}}"
-        case Sequence():
+        case Sequence() if not isinstance(value, bytes | bytearray | memoryview):
             return f"[{', '.join(_written(one, name) for one in value)}]"
     if known := unknown(name):
-        raise ConfigurationError(f"there is no {name!r}, which was given as a {type(value).__name__}; {known}")
+        raise ConfigurationError(f"there is no {name!r}, which was given {got(value)}; {known}")
     hint = " (a part is given whole: method=, prompts=, evaluation=)" if dataclasses.is_dataclass(value) else ""
     raise ConfigurationError(
-        f"{name} needs a number, a text, true or false, or lists and mappings of them, got {type(value).__name__}{hint}"
+        f"{name} needs a number, a text, true or false, or lists and mappings of them, got {got(value)}{hint}; give one"
     )
+
+
+def got(value: Any) -> str:
+    """A value that is none of those wanted, in a sentence: itself where it is plain and short, else its class."""
+    match value:
+        case None | bool():
+            return repr(value)
+        case int() | float() | str():
+            return shown(value)
+        case PurePath():
+            return f"the path {shown(str(value))}"
+        case type():
+            return f"the class {value.__name__}"
+    return f"an object of class {type(value).__name__}"
 
 
 def _key(key: Any, name: str) -> str:

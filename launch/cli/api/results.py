@@ -13,6 +13,7 @@ from launch.artifacts.run_data import RunData
 from launch.artifacts.run_directory import RunDirectory
 from launch.artifacts.summary import RunSummary
 from launch.artifacts.untrusted_files import read_text
+from launch.cli.api.overrides import got
 from launch.report.figures import short_number
 from opd.errors import ConfigurationError, DataError
 
@@ -139,5 +140,5 @@ def _table_of(lines: Sequence[Mapping[str, Any]]) -> "pd.DataFrame":
 def open_run(path: str | Path) -> TrainedRun:
     """A run from its directory, finished or not. Raises `ConfigurationError` if that is none."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ConfigurationError(f"open_run needs the directory of a run, got {path!r}; give its path")
+        raise ConfigurationError(f"open_run needs the directory of a run, got {got(path)}; give its path")
     return TrainedRun(RunDirectory.open(Path(path)).path)

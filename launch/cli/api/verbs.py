@@ -12,7 +12,7 @@ from launch.artifacts import terminal
 from launch.artifacts.evaluation_point import EvaluationPoint
 from launch.artifacts.redaction import check_arguments
 from launch.cli.api.inputs import FOLDER, REWARD, has_splits, part_option, prompts_file, reward_settings
-from launch.cli.api.overrides import overrides_of
+from launch.cli.api.overrides import got, overrides_of
 from launch.cli.api.results import TrainedRun
 from launch.cli.train import checked, evaluate_once, train_once
 from launch.config.composition.compose import own_folder
@@ -140,7 +140,7 @@ def _config(overrides: Sequence[str]) -> RunConfig:
 def _quiet(verbose: Any) -> bool:
     """Whether nothing is printed. Raises `ConfigurationError` about a text, of which every one would count as true."""
     if not isinstance(verbose, bool):
-        raise ConfigurationError(f"verbose needs True or False, got {verbose!r}; write verbose=False to print nothing")
+        raise ConfigurationError(f"verbose needs True or False, got {got(verbose)}; write verbose=False to print nothing")
     return not verbose
 
 
@@ -149,7 +149,7 @@ def _followers(callbacks: Any, trackers: Any) -> list[MakeTracker]:
     for name, given in (("callbacks", callbacks), ("trackers", trackers)):
         if not isinstance(given, Sequence) or isinstance(given, str):
             raise ConfigurationError(
-                f"{name} needs a list, got {type(given).__name__}; write {name}=[...], also for a single one"
+                f"{name} needs a list, got {got(given)}; write {name}=[...], also for a single one"
             )
     return [*map(_called, count(), callbacks), *map(_logged, count(), trackers)]
 
@@ -157,7 +157,7 @@ def _followers(callbacks: Any, trackers: Any) -> list[MakeTracker]:
 def _called(number: int, callback: Callback) -> MakeTracker:
     if not callable(callback):
         raise ConfigurationError(
-            f"callbacks[{number}] needs a function of the progress, got {type(callback).__name__}; give a function"
+            f"callbacks[{number}] needs a function of the progress, got {got(callback)}; give a function"
         )
     return lambda meter, steps: CallbackTracker(callback, meter, steps)
 
@@ -165,7 +165,7 @@ def _called(number: int, callback: Callback) -> MakeTracker:
 def _logged(number: int, logger: Logger) -> MakeTracker:
     if not callable(getattr(logger, "log", None)):
         raise ConfigurationError(
-            f"trackers[{number}] needs an object with log(data, step=), got {type(logger).__name__}; shipped trackers "
+            f"trackers[{number}] needs an object with log(data, step=), got {got(logger)}; shipped trackers "
             'are settings, as in tracker="wandb"'
         )
     return lambda meter, _: LoggerTracker(logger, meter)
@@ -254,7 +254,7 @@ class _Given:
             return [] if self.method is None else [f"method={self.method}"]
         if not isinstance(self.method, Method):
             raise ConfigurationError(
-                f"method needs a name (opd methods) or a Method of parts, got {type(self.method).__name__}; give one"
+                f"method needs a name (opd methods) or a Method of parts, got {got(self.method)}; give one"
             )
         return part_option(self.method, "method", "given", self._folder)
 
@@ -308,7 +308,7 @@ class _Given:
             return overrides_of({"prompts.task": self.reward}, {})
         if not callable(self.reward):
             raise ConfigurationError(
-                f"reward needs the name of a grader or one function, got {type(self.reward).__name__}; a function may "
+                f"reward needs the name of a grader or one function, got {got(self.reward)}; a function may "
                 "add several rewards"
             )
         if self.prompts is None:

@@ -40,6 +40,11 @@ def own_folder(overrides: Sequence[str]) -> str:
     own = next((o.removeprefix("conf=") for o in overrides if o.startswith("conf=")), "")
     if own and not Path(own).is_dir():
         raise ConfigurationError(f"conf={own} is no folder; give one laid out like the project's conf/")
+    if own and not any((Path(own) / group).is_dir() for group in groups()):  # before all of it is read
+        raise ConfigurationError(
+            f"conf={own} has no folder of options (such as method/ or experiment/); give one laid out like the "
+            "project's conf/"
+        )
     return own
 
 
@@ -141,7 +146,16 @@ def _sentences() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"the configuration does not compose: {first_line(error)}") from error
+        said = first_line(error)
+        # Which of the keys of a mapping it was Hydra does not say.
+        if given := re.search(r"^Could not override .*\+(\w+)=({.*})", str(error), re.DOTALL) or re.match(
+            r"Error merging override \+*([\w.]+)=({.*})", said
+        ):
+            raise ConfigurationError(
+                f"{given[1]} cannot be {_cut(given[2])}; write its settings one by one, {given[1]}.KEY=VALUE, and the "
+                "wrong one is named"
+            ) from error
+        raise ConfigurationError(f"the configuration does not compose: {said}") from error
 
 
 def _mapping(key: str, *, _root_: DictConfig) -> DictConfig:
@@ -203,8 +217,8 @@ def _check_option(override: str, known: Mapping[str, Sequence[str]]) -> None:
             f"{given} names no option (have: {', '.join(known[group])}); one of your own is {_OWN[group]}{value}"
         )
     close = _meant(wrong[0], group, known[group])
-    meant = f"; did you mean {group}={value.replace(wrong[0], close[0])}?" if close else ""
-    raise ConfigurationError(f"{given} does not exist{meant} (have: {', '.join(known[group])})")
+    meant = f"did you mean {group}={value.replace(wrong[0], close[0])}? Options are" if close else "name one of"
+    raise ConfigurationError(f"{given} does not exist; {meant} {', '.join(known[group])}")
 
 
 _NOTHING = ("null", "none", "false", "off", "no", "disabled", "0", "")

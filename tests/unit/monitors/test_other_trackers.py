@@ -1,8 +1,10 @@
 """TensorBoard and MLflow, read back by their own readers: names, resumption, best and last, places, no secrets."""
 
 import asyncio
+import base64
 import importlib.util
 import io
+import json
 import logging
 import os
 import socket
@@ -239,6 +241,59 @@ def test_a_server_that_cannot_be_used_is_one_sentence_before_the_first_step(
 
 
 # -- which of them
+
+
+class _Standing(BaseHTTPRequestHandler):
+    """A server that takes everything of one run, with a login."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        login = base64.b64encode(f"user:{SECRET}".encode()).decode()
+        known = self.headers.get("Authorization") == f"Basic {login}"
+        run = {"run_id": "7" * 32, "run_uuid": "7" * 32, "experiment_id": "1", "status": "RUNNING"}
+        answer = {"experiment": {"experiment_id": "1"}, "run": {"info": run, "data": {}}, "run_info": run}
+        body = json.dumps(answer).encode() if known else b"a login is needed"
+        self.send_response(200 if known else 401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_server_s_login_is_asked_for_and_never_printed(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow's client prints the run's address when it ends, as it was given. A server that dies is one warning."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Standing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for user, begins in (("", False), ("user:wrong@", False), (f"user:{SECRET}@", True)):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{user}127.0.0.1:{server.server_port}")
+            if begins:
+                play(MlflowTracker, directory, 0, 1)
+            else:
+                with pytest.raises(OpdError, match=r"401.*; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
+                    MlflowTracker(CONFIG, directory, new_meter(), planned()).__enter__()
+        assert capfd.readouterr() == ("", "")
+        caplog.clear()
+        with MlflowTracker(CONFIG, directory, new_meter(), planned()) as tracker:
+            server.shutdown()
+            server.server_close()
+            asyncio.run(tracker(record(1)))
+    (warning,) = [r.getMessage() for r in caplog.records]
+    assert warning.startswith("MLflow stopped (") and SECRET not in warning + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:5000", "http://", "/some/folder", "nope"])
+def test_an_address_of_mlflow_that_is_none_is_refused_by_the_plan(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(ConfigurationError, match=r"MLFLOW_TRACKING_URI needs an address such as http://127\.0\.0\.1"):
+        check_trackers(CONFIG)
 
 
 def test_several_are_chosen_by_one_override() -> None:
