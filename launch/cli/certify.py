@@ -36,6 +36,10 @@ def certify_methods(overrides: Sequence[str], output: str, console: Console) -> 
     grouped = rest if any(o.startswith("prompts") for o in rest) else ["prompts.group_size=2", *rest]
     found = []
     every = sorted(path.stem for path in Path(own, "method").glob("*.yaml")) if own else groups()["method"]
+    if not requested and not every:
+        raise ConfigurationError(
+            f"conf={own} has no method to certify; add one in {Path(own, 'method')}, or name method="
+        )
     for name in requested[-1:] or every:
         found.append(_certified(run_config([f"method={name}", *grouped]).method))
         console.print(table(found[-1]))

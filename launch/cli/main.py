@@ -244,7 +244,8 @@ def _methods(arguments: Sequence[str]) -> int:
         return list_methods(rest, console())
     if named[0] != "show" or len(named) != 2:
         raise ConfigurationError(
-            f"opd methods has no {' '.join(named)!r}: opd methods lists all methods, opd methods show NAME one; write it so"
+            f"opd methods has no {' '.join(named)!r}: opd methods lists all methods, opd methods show NAME one; "
+            "write it so"
         )
     return show_method(named[1], rest, console())
 
@@ -265,8 +266,8 @@ def _submit(arguments: Sequence[str]) -> int:
     command = command[command[:1] == ["opd"] :]  # as it is typed on one machine
     if not command or command[0] not in ("train", "eval"):
         raise ConfigurationError(
-            f"opd submit needs a command to run there, train or eval, got {command[0] if command else 'none'}; write e.g. "
-            "opd submit address=URL train steps=50"
+            f"opd submit needs a command to run there, train or eval, got {command[0] if command else 'none'}; write "
+            "e.g. opd submit address=URL train steps=50"
         )
     address = own.get("address") or os.environ.get("RAY_ADDRESS", "")
     check_arguments([f"address={address}"])
@@ -289,7 +290,8 @@ def _export(arguments: Sequence[str]) -> int:
     if rest or "run" not in own or not {"output", "push"} & set(own):
         raise ConfigurationError(
             "opd export needs run=NAME_OR_DIRECTORY and output=NEW_FOLDER or push=ORG/NAME, and takes step=N, "
-            "student=FOLDER, public=true and overwrite=true beside them"
+            f"student=FOLDER, public=true and overwrite=true beside them, got {' '.join(arguments) or 'none'}; write "
+            "e.g. opd export run=NAME output=FOLDER"
         )
     from launch.run.export import export_and_push, export_run
     from launch.run.push import PushRequest

@@ -103,7 +103,8 @@ def _place(name: str, root: Path) -> Path:
     have = [line.path.name for line in listing(root)][:8]
     raise ConfigurationError(
         f"there is no run {name!r} in {root} (newest: {', '.join(have) or 'none'}); "
-        "name one, or the folder of runs by output_dir=DIR")
+        "name one, or the folder of runs by output_dir=DIR"
+    )
 
 
 def is_there(name: str, root: Path) -> bool:

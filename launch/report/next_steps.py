@@ -67,9 +67,16 @@ def _steps(directory: RunDirectory, summary: RunSummary | None) -> Iterator[Next
     if "tensorboard" in kept_by:
         beside = shlex.quote(str(directory.path.parent))
         yield NextStep(what="look at it in TensorBoard, beside its siblings", command=f"tensorboard --logdir {beside}")
-    if (uri := kept_by.get("mlflow", {}).get("uri", "")).startswith("sqlite:"):
+    there = kept_by.get("mlflow", {})
+    if (uri := there.get("uri", "")).startswith("sqlite:"):
         shown = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         yield NextStep(what="look at it in MLflow (the whole of it, in an environment of its own)", command=shown)
+    elif uri.startswith(("http://", "https://")):
+        scheme, _, rest = uri.partition("://")
+        page = f"#/experiments/{there.get('experiment_id', '')}/runs/{there.get('run_id', '')}"
+        host, slash, path = rest.partition("/")
+        server = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")  # a login is no part of a page
+        yield NextStep(what="look at it in MLflow", command=f"{server}/{page}")
 
 
 def _overrides(directory: RunDirectory) -> list[str]:

@@ -178,7 +178,7 @@ def _write(place: Path, target: Path, student: str) -> None:
     )
 
     state = verified_state(place)
-    origin = origin_of(state.config, student)
+    origin = origin_of(state.config, student, place)
     origin = replace(origin, student=_found(origin.student, run_of(place)))
     check_checkpoint(origin.student, "the student that was trained (student=... if it has moved)")
     ends = text_ends(origin.student, HuggingFaceTokenizer(origin.student), {}).ids
@@ -203,8 +203,8 @@ def _keep_libraries_quiet() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def origin_of(settings: Mapping[str, Any], student: str = "") -> "Origin":
-    """Origin of a checkpoint, from the settings that it carries.
+def origin_of(settings: Mapping[str, Any], student: str = "", place: Path | str = "the checkpoint") -> "Origin":
+    """Origin of a checkpoint (in errors: `place`), from the settings that it carries.
 
     Raises:
         DataError: they are not there, or are none.
@@ -222,7 +222,7 @@ def origin_of(settings: Mapping[str, Any], student: str = "") -> "Origin":
         return Origin(student=path, dtype=dtype, lora=lora, seed=settings["seed"])
     except KeyError as error:
         raise DataError(
-            f"the checkpoint does not say what it was trained from (it has no {error.args[0]}); take another"
+            f"{place} does not say what it was trained from (it has no {error.args[0]}); take another"
         ) from error
     except (TypeError, ConfigurationError) as error:
-        raise DataError(f"the checkpoint does not say what it was trained from ({error}); take another") from error
+        raise DataError(f"{place} does not say what it was trained from ({error}); take another") from error

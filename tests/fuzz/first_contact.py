@@ -5,6 +5,7 @@ name that there is not, a file for a folder, a run for a checkpoint, nothing, a 
 sentence of ours that repeats what was given and says what to do. Prints a line for each that does not, and a total.
 """
 
+import os
 import re
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from unittest.mock import patch
 import opd
 from launch.artifacts.checkpoint_state import name_of
 from opd.errors import OpdError
+from teacher_service.config import TOKEN_VARIABLE
 from tests.command import ROOT
 from tests.command import opd as command
 from tests.fuzz.run_files import STEP, make_run
@@ -38,18 +40,17 @@ COMMANDS: Sequence[str] = (
     f"train {DRY} --package {{}} --cfg job", "train --help {}",
     f"eval {DRY} {{}}", f"eval {DRY} checkpoint={{}}", f"eval {DRY} output={{}}",
     f"doctor {DRY} {{}}", f"doctor {DRY} teacher.path={{}}", f"doctor {DRY} output={{}}",
-    f"compare {DRY} {{}}", f"compare {DRY} methods={{}}", f"compare {DRY} methods=gkd,{{}}", f"compare {DRY} seeds={{}}",
-    "methods {}", "methods show {}", "methods show gkd conf={}", "certify {}", "certify method={} output=/",
-    "certify method=gkd output={} method.rollout=x", "certify method=gkd steps=x conf={}",
+    f"compare {DRY} {{}}", f"compare {DRY} methods={{}}", f"compare {DRY} methods=gkd,{{}}",
+    f"compare {DRY} seeds={{}}",
+    "methods {}", "methods show {}", "methods show gkd conf={}", "certify {}", "certify method={}",
     "runs {}", "runs output_dir={}", "runs compare {} {}", "runs compare RUN {}", "runs delete {}",
     "show {}", "show RUN step={}", "show run output_dir={}", "report {}", "report run output_dir={}",
-    "export run={} output=NEW", "export run=RUN output={}/", "export run=RUN output=NEW step={}",
-    "export run=RUN output=NEW student={}", "export run=RUN push={}", "export {}",
+    "export run={} output=NEW", "export run=RUN output=NEW step={}",
+    "export run=RUN push={}", "export {}",
     "serve-teacher dry_run=true {}", "serve-teacher dry_run=true teacher.path={}",
     "serve-teacher dry_run=true teacher=shop port={}", "serve-teacher dry_run=true teacher=shop host={}",
-    "env {}", "selftest {}", "selftest only={},x", "selftest only=x output={}",
-    "submit {}", "submit address={} train", "submit address=http://127.0.0.1:9 {}",
-    "submit address=http://127.0.0.1:9 working_dir={} train", "submit address=http://127.0.0.1:9 follow={} train", "{}",
+    "env {}", "selftest {}", "selftest only={},x",
+    "submit {}", "submit address=x {}", "submit address=x working_dir={}/x train output_dir=OUT", "{}",
 )  # fmt: skip
 """Command lines with a place; OUT is a folder for runs, RUN a run, NEW a path at which there is nothing."""
 FUNCTIONS: Mapping[str, Sequence[str]] = {
@@ -132,8 +133,8 @@ def fault_of(said: str, given: str) -> str:
         return "says nothing"
     if not _ADVICE.search(said):
         return "does not say what to do"
-    last = Path(given.strip("[]{}").split(",")[0]).name if given.strip("/~") else ""
-    return "" if last in said or given in said else "does not repeat what was given"
+    words = re.findall(r"[\w.]+", Path(given).name)  # a list and a mapping may be repeated as Python has them
+    return "" if all(word in said for word in words) else "does not repeat what was given"
 
 
 def tried_command(line: str, word: str, world: World) -> str:
@@ -141,8 +142,9 @@ def tried_command(line: str, word: str, world: World) -> str:
     named = {"OUT": str(world.root / "out"), "RUN": str(world.run), "NEW": str(world.root / "new")}
     words = [re.sub("|".join(named), lambda m: named[m.group()], w).replace("{}", word) for w in line.split()]
     try:
-        done = command(*words)
-    except Exception as error:
+        with patch.dict(os.environ, dict.fromkeys((TOKEN_VARIABLE, "RAY_AUTH_TOKEN"), "t" * 40)):
+            done = command(*words)
+    except Exception as error:  # noqa: BLE001 (what is looked for)
         return _trace(error)
     if done.returncode == 0:
         return ""
@@ -158,6 +160,8 @@ def tried_call(function: str, argument: str, value: Any) -> str:
     base = {} if function == "open_run" else {"experiment": "shop", "tracker": "none"}
     if argument == "prompts":
         base["evaluation_sets"] = ["shop_cool"]
+    if function == "train":
+        base["verbose"] = False
     try:
         with patch("launch.cli.api.verbs.train_once", _start), patch("launch.cli.api.verbs.evaluate_once", _start):
             getattr(opd, function)(**base | {argument: value})
@@ -167,7 +171,7 @@ def tried_call(function: str, argument: str, value: Any) -> str:
         given = value if isinstance(value, str) else ""
         fault = fault_of(str(error), given)
         return fault and f"{fault}: {error}"
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (what is looked for)
         return _trace(error)
     return ""
 

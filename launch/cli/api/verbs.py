@@ -1,6 +1,7 @@
 """`opd.train`, `opd.plan` and `opd.evaluate`: what the commands do, called from Python."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -126,6 +127,10 @@ def evaluate_sets(
     prompts = None if _is_settings(evaluation) else evaluation  # of which the plan wants some
     given = _Given(None, student, teacher, prompts, reward, evaluation, settings)
     overrides = given.overrides()
+    if checkpoint is not None and (not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint)):
+        raise ConfigurationError(
+            f"checkpoint needs a run, a checkpoint of one, or a folder of a model, got {got(checkpoint)}; give its path"
+        )
     with _own_loop(), _one_error(), as_model(str(checkpoint)) if checkpoint is not None else nullcontext() as folder:
         own = [] if folder is None else overrides_of({"student.path": folder}, {})
         return {point.set: point for point in evaluate_once(make_plan(_config([*overrides, *own])))}
@@ -140,7 +145,9 @@ def _config(overrides: Sequence[str]) -> RunConfig:
 def _quiet(verbose: Any) -> bool:
     """Whether nothing is printed. Raises `ConfigurationError` about a text, of which every one would count as true."""
     if not isinstance(verbose, bool):
-        raise ConfigurationError(f"verbose needs True or False, got {got(verbose)}; write verbose=False to print nothing")
+        raise ConfigurationError(
+            f"verbose needs True or False, got {got(verbose)}; write verbose=False to print nothing"
+        )
     return not verbose
 
 

@@ -149,11 +149,11 @@ def _sentences() -> Iterator[None]:
         said = first_line(error)
         # Which of the keys of a mapping it was Hydra does not say.
         if given := re.search(r"^Could not override .*\+(\w+)=({.*})", str(error), re.DOTALL) or re.match(
-            r"Error merging override \+*([\w.]+)=({.*})", said
+            r"Error merging override \+*([\w.]+)=(.*)", said
         ):
             raise ConfigurationError(
-                f"{given[1]} cannot be {_cut(given[2])}; write its settings one by one, {given[1]}.KEY=VALUE, and the "
-                "wrong one is named"
+                f"{given[1]} cannot be {_cut(given[2])}; look at what it is "
+                f"(opd train --help {given[1].partition('.')[0]}), and write settings of a mapping one by one, KEY.INNER=VALUE, so that a wrong one is named"
             ) from error
         raise ConfigurationError(f"the configuration does not compose: {said}") from error
 

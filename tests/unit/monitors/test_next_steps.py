@@ -66,8 +66,9 @@ def test_trackers_of_the_run_are_looked_at(tmp_path: Path) -> None:
     *_, board, flow = commands(directory, Outcome.FINISHED)
     assert board == ["tensorboard", "--logdir", str(tmp_path)]
     assert flow == ["mlflow", "ui", "--backend-store-uri", "sqlite:////tmp/a b/mlflow.db"]
-    remember_run(directory, "mlflow", {"uri": "https://tracking", "run_id": "0"})
-    assert commands(directory, Outcome.FINISHED)[-1] == board, "a server is looked at where it is"
+    for login in ("", "user:***@"):
+        remember_run(directory, "mlflow", {"uri": f"https://{login}tracking/ml", "experiment_id": "1", "run_id": "0"})
+        assert commands(directory, Outcome.FINISHED)[-1] == ["https://tracking/ml/#/experiments/1/runs/0"]
 
 
 @pytest.mark.parametrize("outcome", [Outcome.STOPPED, Outcome.FAILED, None])
