@@ -153,7 +153,8 @@ def _sentences() -> Iterator[None]:
         ):
             raise ConfigurationError(
                 f"{given[1]} cannot be {_cut(given[2])}; look at what it is "
-                f"(opd train --help {given[1].partition('.')[0]}), and write settings of a mapping one by one, KEY.INNER=VALUE, so that a wrong one is named"
+                f"(opd train --help {given[1].partition('.')[0]}), and write settings of a mapping one by one, "
+                "KEY.INNER=VALUE, so that a wrong one is named"
             ) from error
         raise ConfigurationError(f"the configuration does not compose: {said}") from error
 

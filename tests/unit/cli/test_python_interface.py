@@ -167,7 +167,7 @@ def test_options_come_before_what_is_laid_over_them() -> None:
 
 
 def test_a_value_that_is_no_setting_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"learner\.lr needs a number.*got object"):
+    with pytest.raises(ConfigurationError, match=r"learner\.lr needs a number.*got an object of class object"):
         overrides_of({"learner": {"lr": object()}}, {})
 
 
