@@ -207,8 +207,8 @@ def _named(name: str) -> bool:
 
 def _remedy(error: BaseException) -> str:
     """What to look at where a server did not begin a run."""
-    status = error.get_http_status_code() if isinstance(error, _mlflow_error()) else None
-    if status in (401, 403):
+    status: Callable[[], int] = getattr(error, "get_http_status_code", lambda: 0)  # of MLflow's own errors
+    if status() in (401, 403):
         return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to a valid login"
     return "check MLFLOW_TRACKING_URI and the network"
 
