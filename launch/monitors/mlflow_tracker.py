@@ -206,7 +206,7 @@ def _named(name: str) -> bool:
 
 
 def _remedy(error: BaseException) -> str:
-    """What to look at where a server did not begin a run."""
+    """Advice about a server that did not begin a run."""
     status: Callable[[], int] = getattr(error, "get_http_status_code", lambda: 0)  # of MLflow's own errors
     if status() in (401, 403):
         return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to a valid login"

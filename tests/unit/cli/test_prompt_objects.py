@@ -132,8 +132,8 @@ def test_anything_else_is_rows_as_given_or_one_sentence(given_as: Any) -> None:
     ("given_as", "sentence"),
     [
         (datasets.DatasetDict({"train": datasets.Dataset.from_list([{"prompt": "a"}])}), r"several splits \(train\)"),
-        ({"a", "b"}, r"an order that is the same every time, got set; give a list"),
-        (b"prompts", r"got bytes; give a list"),
+        ({"a", "b"}, r"an order that is the same every time, got an object of class set; give a list"),
+        (b"prompts", r"got an object of class bytes; give a list"),
         (7, r"needs a file, a list of prompts or a source of prompts, got 7"),
         (pd.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), r"two columns of one name"),
         (pd.DataFrame({"prompt": ["a", "b"], "answer": [1.0, None]}), r"prompts\[1\] cannot be written as JSON"),
