@@ -310,7 +310,10 @@ def test_a_plan_is_made_where_an_event_loop_runs(tmp_path: Path) -> None:
         ({"learner": {"lrr": 1e-3}}, "lrr"),
         ({"student": "/nowhere"}, "/nowhere"),
         ({"method": 3}, "method needs a name .* got 3;"),
-        ({"prompts": ["a"], "reward": [short]}, "reward needs the name of a grader or one function, got an object of class list"),
+        (
+            {"prompts": ["a"], "reward": [short]},
+            "reward needs the name of a grader or one function, got an object of class list",
+        ),
         ({"callbacks": print}, r"callbacks needs a list, got .*; write callbacks=\[\.\.\.\]"),
         ({"trackers": [3]}, r"trackers\[0\] needs an object with log"),
         ({"model": object()}, "there is no 'model', .* write student=hf student.path="),
