@@ -64,16 +64,19 @@ async def _serve(
     identity = identity_of(config, dtype, FrameLimits(k=config.max_k))
     await check_address(listening)
     if dry_run:
-        console.print(f"teacher {known_as} would be served at {listening.host}:{listening.port}")
+        console.print(f"teacher {known_as} would be served at {listening.host}:{listening.port}", soft_wrap=True)
         return
     teacher = backend(config.backend)(config, lambda array: array)
     await teacher.ready()
     server = TeacherServer(teacher, identity, listening, served_kinds(config))
     url = await server.start()
     try:
-        console.print(f"teacher {known_as} serves at {url}; teacher.fingerprint={identity.model}")
+        console.print(f"teacher {known_as} serves at {url}; teacher.fingerprint={identity.model}", soft_wrap=True)
         if listening.host not in LOOPBACK:
-            console.print("it listens beyond this machine, and HTTP is not encrypted: keep it in a private network")
+            console.print(
+                "it listens beyond this machine, and HTTP is not encrypted: keep it in a private network",
+                soft_wrap=True,
+            )
         await asyncio.Event().wait()
     finally:
         await server.close()
