@@ -30,6 +30,8 @@ def test_a_slice_of_the_fuzz(world: World) -> None:
         ("teacher.path='nope' is no folder; give one", ""),
         ("teacher.path='nope' is no folder", "does not say what to do"),
         ("that is no folder; give one", "does not repeat what was given"),
+        ("'no... (70 characters) is no folder; give one", ""),
+        ("'yes... (70 characters) is no folder; give one", "does not repeat what was given"),
         ("'nope' fails ([Errno 2]); give one", "repeats a program's error (Errno)"),
         ("nope: needs a list, got NoneType; give one", "repeats a program's error (NoneType)"),
         ("", "says nothing"),
