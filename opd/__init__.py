@@ -5,14 +5,18 @@ and live in `launch`, which the library does not import; they are looked up when
 """
 
 import importlib
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 _INTERFACE = ("TrainedRun", "evaluate", "evaluate_sets", "open_run", "plan", "train")
+PACKAGES = ("launch", "actors", "learner", "teacher_service", "weight_sync", "hf", "demos")  # installed beside this one
 _ERRORS = ("ConfigurationError", "DataError", "OpdError")
 
 
 def __getattr__(name: str) -> Any:
     if name in _INTERFACE:
+        _check_not_hidden()
         return getattr(importlib.import_module("launch.cli.api"), name)
     if name in _ERRORS:
         return getattr(importlib.import_module("opd.errors"), name)
@@ -21,6 +25,19 @@ def __getattr__(name: str) -> Any:
         f"module {__name__!r} has no attribute {name!r}; it has {interface} (docs/python.md) and modules; "
         "what else there is are commands (opd --help)"
     )
+
+
+def _check_not_hidden() -> None:
+    """Refuse packages of this project that a module of the user's hides, such as launch.py beside the program."""
+    home = Path(__file__).resolve().parents[1]
+    for package in PACKAGES:
+        spec = find_spec(package)
+        if spec is not None and spec.origin and home not in Path(spec.origin).resolve().parents:
+            from opd.errors import ConfigurationError
+
+            raise ConfigurationError(
+                f"{spec.origin} hides opd's own package {package!r}; rename it, or start Python in another folder"
+            )
 
 
 def __dir__() -> list[str]:

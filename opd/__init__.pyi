@@ -7,3 +7,5 @@ from launch.cli.api import train as train
 from opd.errors import ConfigurationError as ConfigurationError
 from opd.errors import DataError as DataError
 from opd.errors import OpdError as OpdError
+
+PACKAGES: tuple[str, ...]

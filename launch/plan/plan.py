@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -44,7 +45,7 @@ from launch.plan.checks.teachers import (
     unmeasured_notes,
     unread_notes,
 )
-from launch.plan.environment import check_interpreter, check_temporary_folder
+from launch.plan.environment import check_folder, check_interpreter, check_temporary_folder
 from launch.plan.hub import HubInput, localized
 from launch.plan.hub import remarks as hub_remarks
 from launch.plan.lr_curve import BLOCKS, PLAIN, rate_curve
@@ -262,6 +263,7 @@ class _Placed:
 
 def _placed(config: RunConfig) -> _Placed:
     check_interpreter(os.environ)
+    check_folder(Path.cwd())
     check_temporary_folder(os.environ, local=config.cluster.address == "local")
     open_device = config.cluster.address != "local" and undecided(config)
     unseen = unseen_notes(config)

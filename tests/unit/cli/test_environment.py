@@ -1,15 +1,26 @@
 """`opd env` says in a line each what the machine has, and names what a run will lack."""
 
 import os
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from launch.inputs.grading_process import GradingProcess
-from launch.plan.environment import check_interpreter, check_temporary_folder, compiler, driver, headers, shared_memory
+from launch.plan.environment import (
+    OWN_PACKAGES,
+    check_folder,
+    check_interpreter,
+    check_temporary_folder,
+    compiler,
+    driver,
+    headers,
+    shared_memory,
+)
 from opd.errors import ConfigurationError, OpdError
-from tests.command import opd
+from tests.command import ROOT, opd
 
 NEW = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:10:44 UTC 2025\nGCC version: 12.2.0"
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.57.08  Release Build  (dvs-builder)"
@@ -59,6 +70,48 @@ def test_texts_are_read_as_utf_8_or_not_at_all(encoding: str) -> None:
             check_interpreter({}, 0, encoding)
     else:
         check_interpreter({}, 0, encoding)
+
+
+@pytest.mark.parametrize("name", OWN_PACKAGES)
+@pytest.mark.parametrize("form", ["{}.py", "{}/__init__.py"])
+def test_a_module_that_hides_one_of_ours_is_named(tmp_path: Path, name: str, form: str) -> None:
+    file = tmp_path / form.format(name)
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    with pytest.raises(
+        ConfigurationError, match=rf"has a (package|module) '{name}' of its own \({form.format(name)}\)"
+    ):
+        check_folder(tmp_path)
+
+
+def test_folders_that_hide_nothing_are_no_obstacle(tmp_path: Path) -> None:
+    for name in (*OWN_PACKAGES, "ours"):
+        (tmp_path / name).mkdir()  # without __init__.py
+    (tmp_path / "learners.py").touch()
+    check_folder(tmp_path)
+    check_folder(ROOT)
+    for name in OWN_PACKAGES:
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "launch" / "cli").mkdir()
+    (tmp_path / "launch" / "cli" / "main.py").touch()
+    check_folder(tmp_path)  # another copy of the project
+
+
+def test_ours_are_all_that_are_installed() -> None:
+    found = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks", "scripts"}
+    assert found == set(OWN_PACKAGES)
+
+
+@pytest.mark.parametrize("name", ["launch", "hf"])
+def test_a_program_beside_a_module_of_our_name_says_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").touch()
+    program = tmp_path / "mine.py"
+    program.write_text("import opd\ntry:\n    opd.plan\nexcept opd.OpdError as error:\n    print(error)\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, program], env=environment, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
+    )
+    assert f"{tmp_path}/{name}.py hides opd's own package '{name}'; rename it" in done.stdout
 
 
 def test_a_process_that_cannot_be_started_is_not_the_rewards_fault(
