@@ -32,8 +32,10 @@ def running(directory: Path) -> Iterator[None]:
         os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        try:
+            path.unlink(missing_ok=True)
+        finally:  # also on a disk that has become read-only
+            os.close(handle)
 
 
 def check_not_running(directory: Path) -> None:
