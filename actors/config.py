@@ -38,7 +38,7 @@ class StudentConfig:
     max_model_len: Annotated[Tokens | Auto, HARMLESS] = Auto.AUTO
     # AUTO is a GPU where there is one
     device: Annotated[Device, HARMLESS] = Device.AUTO
-    # what the engine computes in; AUTO is the checkpoint's own
+    # what the engine computes in; AUTO is BFLOAT16 on a GPU and FLOAT32 on a CPU
     dtype: Dtype = Dtype.AUTO
     # texts that end a completion; what was generated up to there is trained, the text included
     stop: tuple[StopString, ...] = ()

@@ -99,7 +99,7 @@ class TeacherConfig:
     backend: Annotated[Backend, HARMLESS] = Backend.TORCH
     # AUTO is a GPU where there is one
     device: Annotated[Device, HARMLESS] = Device.AUTO
-    # what the teacher computes in; AUTO is the checkpoint's own
+    # what the teacher computes in; AUTO is BFLOAT16 on a GPU and FLOAT32 on a CPU
     dtype: Dtype = Dtype.AUTO
     # actors that score for this teacher
     replicas: Annotated[Replicas, HARMLESS] = 1

@@ -24,7 +24,7 @@ from launch.plan.checks.ends import text_ends
 from launch.plan.checks.engines import engine_notes
 from launch.plan.checks.methods.meaning import check_meaning
 from launch.plan.checks.models import parameter_count
-from launch.plan.checks.numbers import check_numbers, decided_notes, numbers_notes
+from launch.plan.checks.numbers import check_numbers, decided_notes, numbers_notes, processor_notes
 from launch.plan.checks.prompts import (
     HeldOut,
     Lengths,
@@ -216,7 +216,7 @@ def make_plan(config: RunConfig) -> Plan:
             *remarks(config, training, held_out, template_notes, dated=tokenizer.dated),
             *ends.notes,
             *notes,
-            *_notes(config, student),
+            *_notes(config, student, teachers),
         ],
         ends=ends.ids,
         hub=placed.hub,
@@ -235,10 +235,11 @@ def _remarks(
     return [*tasks, *hub_remarks(config, placed.hub), *check_meaning(config, training, tokenizer)]
 
 
-def _notes(config: RunConfig, student: Folder) -> list[str]:
+def _notes(config: RunConfig, student: Folder, teachers: Mapping[str, Folder]) -> list[str]:
     """Remarks on what is no error, by settings and folders alone."""
     return [
         *numbers_notes(config),
+        *processor_notes(config, student, teachers),
         *store_notes(config, capacity()),
         *settings_notes(config),
         *unread_notes(config),

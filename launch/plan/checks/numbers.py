@@ -1,16 +1,22 @@
 """Compatibility of the dtypes of engine, learner and teachers."""
 
+from collections.abc import Mapping
+
 from actors.config import StudentConfig
-from launch.config.run_config import RunConfig
+from hf.folder_check import Folder
+from launch.config.run_config import RunConfig, teacher_key
+from launch.plan.environment import instructions
 from opd.errors import ConfigurationError
 from opd.settings.devices import Device, Dtype, on_gpu
 from opd.settings.validation import spelled
-from teacher_service.config import TeacherConfig
+from teacher_service.config import REMOTE, TeacherConfig
 
 _DECIDED = ("dtype", "zero_stage", "gradient_checkpointing")
 FINEST = {Dtype.FLOAT32: 1e-6, Dtype.BFLOAT16: 2.0**-7}
 """Nats by which two right programs differ at least on some text, by the coarser of their dtypes: one unit in the last
 place of a logit near 1."""
+_FOR_BFLOAT16 = ("avx512_bf16", "amx_tile")
+_PLAIN = {"F32", "F16", "BF16"}  # dtypes of safetensors that are no quantized numbers
 
 
 def check_numbers(config: RunConfig) -> None:
@@ -45,6 +51,49 @@ def numbers_notes(config: RunConfig) -> list[str]:
             "holds all of it anyway, and some copies besides"
         )
     return notes
+
+
+def processor_notes(config: RunConfig, student: Folder, teachers: Mapping[str, Folder]) -> list[str]:
+    """Notes on BFLOAT16 where this machine's processor computes it in FLOAT32, and where it could be gained by.
+
+    How long both take was measured without such instructions (docs/benchmarks.md).
+    """
+    if config.cluster.address != "local":  # another machine's processor
+        return []
+    known = set(instructions())
+    if not known.intersection(_FOR_BFLOAT16):
+        return _slow(config, teachers)
+    stored = {tensor.dtype for tensor in student.stored.values()}
+    if "amx_tile" in known and stored == {"BF16"} and engine_dtype(config) is Dtype.FLOAT32:
+        told = "student.dtype=BFLOAT16 learner.dtype=BFLOAT16"
+        return [
+            "this processor multiplies BFLOAT16 by AMX, and the student's weights are stored in it; "
+            f"{told} may be faster, and rounds only what is computed (about {FINEST[Dtype.BFLOAT16]:.2g} nats a "
+            "log-probability; the start of the run measures it)"
+        ]
+    return []
+
+
+def _slow(config: RunConfig, teachers: Mapping[str, Folder]) -> list[str]:
+    found = ["student.dtype"] if _narrow_on_processor(config.student) else []
+    if config.learner.dtype is Dtype.BFLOAT16 and not on_gpu(config.learner.device):
+        found.append("learner.dtype")
+    for name, teacher in config.teachers.items():
+        plain = {tensor.dtype for tensor in teachers[name].stored.values()} <= _PLAIN
+        if plain and teacher.backend not in REMOTE and _narrow_on_processor(teacher):
+            found.append(f"{teacher_key(name)}.dtype")
+    if not found:
+        return []
+    told = " ".join(f"{key}=FLOAT32" for key in found)
+    return [
+        f"{' and '.join(found)} {'is' if len(found) == 1 else 'are'} BFLOAT16, for which this machine's processor has "
+        f"no instructions ({' or '.join(_FOR_BFLOAT16)}): it takes two to four times as long as FLOAT32; set {told}, "
+        "if memory has room for weights of twice the size"
+    ]
+
+
+def _narrow_on_processor(part: StudentConfig | TeacherConfig) -> bool:
+    return not on_gpu(part.device) and part_dtype(part) is Dtype.BFLOAT16
 
 
 def decided_notes(given: RunConfig, config: RunConfig) -> tuple[str, ...]:

@@ -56,18 +56,6 @@ def test_a_teacher_over_two_gpus_has_half_on_each_and_its_matrix_on_the_first(fo
     assert (rest.weights, rest.heads) == (found.model.quantized // 2, 2 * 64 * 256)
 
 
-@pytest.fixture
-def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Gives the plan a processor with other instructions than this machine's."""
-
-    def has(flags: str) -> None:
-        file = tmp_path / "cpuinfo"
-        file.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} ht\n\nprocessor\t: 1\nflags\t\t: fpu {flags} ht\n")
-        monkeypatch.setattr(environment, "_PROCESSOR", file)
-
-    return has
-
-
 def refused(*told: str) -> str:
     with pytest.raises((ConfigurationError, DataError)) as caught:
         make_plan(run_config([*told, "dry_run=true"]))
