@@ -164,7 +164,7 @@ def arguments(part: str) -> list[str]:
     own = [f"{'+' * o.startswith('+')}{m}.{o.removeprefix('+')}" for m in methods for o in NEEDS.get(m, ())]
     return [
         f"methods=[{','.join(methods)}]", f"experiment={stage.experiment}", f"steps={stage.steps}", "seeds=3",
-        "evaluations=1", f"run_name={stage.experiment}_{part}", *stage.options, *own,
+        "evaluations=1", "evaluation.on_start=false", f"run_name={stage.experiment}_{part}", *stage.options, *own,
     ]  # fmt: skip
 
 

@@ -85,6 +85,13 @@ class RunData:
             teacher_on=teacher_on,
         )
 
+    @property
+    def before_training(self) -> EvaluationPoint | None:
+        """The student's evaluation before the first step of the run; None without one (`evaluation.on_start`)."""
+        first = self.metrics[0]["step"] if self.metrics else None
+        known = self.student[0] if self.student else None
+        return known if known is None or first is None or known.step < first else None
+
     def series(self, name: str) -> Series:
         """A metric over steps; steps without it (or where it was not a number) are left out."""
         pairs = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]

@@ -178,7 +178,7 @@ def consequences(found: Sequence[Change], config: RunConfig, step: int) -> list[
 
 
 _MICROBATCH = "learner.tokens_per_microbatch"
-_WHEN = ("every", "parts", "teacher")  # say when, and whether the teacher as well; not what is measured
+_WHEN = ("every", "parts", "on_start", "teacher")  # say when, and whether the teacher as well; not what is measured
 
 
 def _remarks(config: RunConfig, found: list[Change], step: int) -> list[str]:

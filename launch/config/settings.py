@@ -215,6 +215,8 @@ class EvaluationConfig:
     prompts: PromptSource | None
     # steps between evaluations; 0 measures at the start and at the end alone
     every: Every = 0
+    # also measure the student before its first step; without it nothing says what training changed
+    on_start: bool = True
     # instead of every: evaluations at the ends of so many equal parts of the run; 0: as every says
     parts: Annotated[int, In(0, 10_000)] = 0
     # also measure the teacher, once at the end, for which an engine of its size is started

@@ -124,7 +124,7 @@ class Curve:
         at = next((i for i, point in enumerate(self.points) if accuracy(point) >= target), None)
         if at is None:
             return Interval(low=cost(self.points[-1]), high=math.inf)
-        return Interval(low=cost(self.points[max(0, at - 1)]), high=cost(self.points[at]))
+        return Interval(low=cost(self.points[at - 1]) if at else 0.0, high=cost(self.points[at]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

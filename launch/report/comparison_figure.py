@@ -1,12 +1,13 @@
 """The curves of a comparison as one picture."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from launch.report.comparison import Cost, Curve, SideBySide, accuracy
 from launch.report.figures import MUTED, SERIES, EndLabel, label_ends, percent, short_number
@@ -106,8 +107,9 @@ def over_seeds(curves: Sequence[Curve], cost: Cost) -> Spread:
 def _log_with_start(axes: Axes, start: float, end: float) -> None:
     axes.set_xscale("log")
     axes.set_xlim(start * 0.9, end * 1.15)
-    candidates = LogLocator(subs=(1.0, 2.0, 5.0)).tick_values(start, end)
-    ticks = [tick for tick in candidates if 1.8 * start <= tick <= end * 1.1]
+    exponents = range(math.floor(math.log10(start)), math.ceil(math.log10(end)) + 1)
+    candidates = [first * 10.0**exponent for exponent in exponents for first in (1, 2, 5)]
+    ticks = [tick for tick in candidates if 1.8 * start <= tick <= end * 1.1] or [end]
     axes.set_xticks([start, *ticks[:: -(-len(ticks) // 6) or 1]])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(

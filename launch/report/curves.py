@@ -54,7 +54,7 @@ def _accuracy(data: RunData) -> Panel | None:
     return Panel(
         title="Accuracy",
         note=f"Share of held-out prompts{which} the student solves, greedily and sampled at temperature "
-        f"{last.temperature:g}. Dashed: the teacher. Hollow: the start.",
+        f"{last.temperature:g}. Dashed: the teacher. Hollow: the first evaluation.",
         draw=partial(_draw_accuracy, data=data),
     )
 

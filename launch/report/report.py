@@ -132,13 +132,16 @@ def _subtitle(data: RunData) -> str:
 def _columns(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: EvaluationPoint | None) -> list[str]:
     if first is None or last is None:
         return []
+    if first is last:
+        return [f"step {last.step}", *(["teacher"] if teacher else [])]
     return [f"step {first.step}", f"step {last.step}", *(["teacher", "gap closed"] if teacher else [])]
 
 
 def _rows(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: EvaluationPoint | None) -> list[_Row]:
-    """Rows of start, end and teacher; for accuracies also the share of the gap that was closed."""
+    """Rows of start, end and teacher, with the share of the gap that was closed; or of the only evaluation."""
     if first is None or last is None:
         return []
+    alone = first is last
     wanted = (  # +1: more is better, -1: less is, 0: neither
         ("greedy", "Solved, greedy", ".1%", 1),
         ("mean_at_k", "Solved, sampled", ".1%", 1),
@@ -158,11 +161,11 @@ def _rows(first: EvaluationPoint | None, last: EvaluationPoint | None, teacher: 
         goal = None if teacher is None else _value(teacher, field)
         if start is None and end is None:
             if field in ("greedy", "mean_at_k"):
-                rows.append(_Row(name=name, cells=(NOT_MEASURED,) * (2 if teacher is None else 4)))
+                rows.append(_Row(name=name, cells=(NOT_MEASURED,) * len(_columns(first, last, teacher))))
             continue
-        cells = [_format(start, form), _format(end, form)]
+        cells = [_format(value, form) for value in ([end] if alone else [start, end])]
         if teacher is not None:
-            cells += [_format(goal, form), _closed(start, end, goal, sign) if sign else ""]
+            cells += [_format(goal, form), *([] if alone else [_closed(start, end, goal, sign) if sign else ""])]
         rows.append(_Row(name=name, cells=tuple(cells)))
     return rows
 

@@ -29,7 +29,7 @@ NOTHING = "–"
 class RunLine:
     """A run in a list. `state` is its outcome, "running", "killed" (no summary and no process), or what cannot be read.
 
-    `accuracy` is the sampled one of the first and of the newest evaluation, None where there is none.
+    `accuracy` is the sampled one before training and of the newest evaluation, None where there is none.
     """
 
     path: Path
@@ -150,7 +150,8 @@ def run_line(path: Path) -> RunLine:
             readable=False,
         )
     measured = [point for point in data.student if point.mean_at_k is not None]
-    ends = (measured[0].mean_at_k, measured[-1].mean_at_k) if measured else (None, None)
+    start = data.before_training
+    ends = (start.mean_at_k if start else None, measured[-1].mean_at_k if measured else None)
     return RunLine(
         path=path,
         state=_state(data, path),

@@ -172,7 +172,8 @@ def _read(path: Path, values: Mapping[str, str]) -> SweepRun:
     )
 
 
-_MEASURE = re.compile(r"evaluation\.(?!every$|parts$|teacher$).*")  # those say when, and whether the teacher as well
+# Those say when, and whether the teacher as well.
+_MEASURE = re.compile(r"evaluation\.(?!every$|parts$|on_start$|teacher$).*")
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

@@ -164,10 +164,12 @@ class Run:
         self, session: Session, evaluator: Evaluator, trackers: Sequence[Tracker], cpu: TrainingCpu
     ) -> None:
         """The student before the first step of this directory; of a run that goes on, what was measured then."""
-        known = RunData.read(self._directory).student
-        if known:
-            self._start, self._end = known[0], known[-1]
+        data = RunData.read(self._directory)
+        if data.student:
+            self._start, self._end = data.before_training, data.student[-1]
             return
+        if not self._config.evaluation.on_start:
+            return self._say("first evaluation: left out (evaluation.on_start=false)")
         self._say("first evaluation ...")
         if self._first:  # another run's student: no step of this one has published it yet
             await session.learner.publish(session.engines.student, self._first)
@@ -175,9 +177,8 @@ class Run:
         self._start = self._end
         if self._end is not None and self._end.truncation_rate == 1:
             self._say(
-                f"first evaluation: not one answer ended within {self._end.max_tokens} tokens; if they "
-                "are meant to be shorter, the student ends texts with another token than those that end them here "
-                "(eos_token_id)"
+                f"first evaluation: not one answer ended within {self._end.max_tokens} tokens; if they are meant to be "
+                "shorter, the student ends texts with another token than those that end them here (eos_token_id)"
             )
 
     async def _see_doctor(self, session: Session) -> None:
@@ -185,8 +186,7 @@ class Run:
             self._say("doctor: skipped (doctor=false); nothing says that this teacher fits")
             return
         self._say("examining the teacher (doctor) ...")
-        findings = await consult(session, self._console)
-        write_text(self._directory.path / "doctor.json", as_json(findings))
+        write_text(self._directory.path / "doctor.json", as_json(await consult(session, self._console)))
 
     def _trackers(self, stack: ExitStack) -> list[Tracker]:
         config = self._config
@@ -367,7 +367,7 @@ class Run:
             tokens=totals.completion,
             flops=totals.flops,
             student_start=self._start,
-            student_end=self._end if self._start is not None else None,
+            student_end=self._end,
             teacher=self._teacher,
             facts=self._facts(),
             ledger=self._last.ledger if self._last else self._ledger.summary(),

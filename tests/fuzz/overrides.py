@@ -104,7 +104,8 @@ RULES: Sequence[tuple[str, Rule]] = (
     (r"checkpoint_minutes", real(0, 10**6)),
     (r"cluster\.elastic|tracker\.(tensorboard|mlflow)", yes),
     (r"grace_s", real(0, 30 * 24 * 3600)),
-    (r"deterministic|doctor\w*|trace|dry_run|evaluation\.teacher|learner\.(deterministic|offload_optimizer)", yes),
+    (r"deterministic|doctor\w*|trace|dry_run|learner\.(deterministic|offload_optimizer)", yes),
+    (r"evaluation\.(teacher|on_start)", yes),
     (r"learner\.gradient_checkpointing", lambda v: v is Auto.AUTO or yes(v)),
     (
         r"student\.(enforce_eager|async_scheduling)|method\.scorer\.(scale_by_std|length_normalized|own_reward|later|normalized)",

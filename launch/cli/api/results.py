@@ -120,7 +120,7 @@ class TrainedRun:
         from markupsafe import escape
 
         points = self._data.student
-        rows = [(p.step, p.greedy, p.mean_at_k, p.reverse_kl) for p in [*points[:1], *points[-1:]]]
+        rows = [(p.step, p.greedy, p.mean_at_k, p.reverse_kl) for p in [*points[:1], *points[1:][-1:]]]
         cells = "".join(
             f"<tr>{''.join(f'<td>{escape(short_number(v) if v is not None else chr(8211))}</td>' for v in row)}</tr>"
             for row in rows

@@ -15,7 +15,7 @@ from launch.artifacts.run_directory import check_name
 from launch.artifacts.spending import Unit
 from launch.checkpoint.places import check_writable
 from launch.cli.compare.budget_plan import PILOT_STEPS, Budget, at_most_per_step, cost_per_step
-from launch.cli.compare.comparison import NO_MAIN_SET, Comparison, Request, from_arguments, from_experiment
+from launch.cli.compare.comparison import AT_THE_END, NO_MAIN_SET, Comparison, Request, from_arguments, from_experiment
 from launch.cli.compare.shared_runs import run_all
 from launch.config.run_config import run_config
 from launch.plan import hub
@@ -118,8 +118,7 @@ class _Stages:
         seed = tuning.seed if tuning else self._comparison.seeds[0]
         more = [
             *(tuning.overrides if tuning else []),
-            "evaluation.parts=0",
-            "evaluation.every=0",
+            *AT_THE_END,
             "evaluation.samples=1",
         ]
         plans = {

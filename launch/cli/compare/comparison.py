@@ -132,6 +132,7 @@ _LEAD = {
     "evaluation.every": "runs are evaluated at equal shares of the budget; write evaluations=10",
     "evaluation.parts": "write evaluations=10",
 }
+AT_THE_END = ("evaluation.parts=0", "evaluation.every=0", "evaluation.on_start=false")  # of runs that are not shown
 _QUIET = ("evaluation.every=0", "evaluation.teacher=false", "doctor=false", "tracker=none")
 
 
@@ -290,7 +291,7 @@ def _tuning(grids: Mapping[str, Sequence[str]], problems: Sequence[str]) -> Tuni
         key="learner.lr",
         values=grids,
         seed=TRIAL_SEED,
-        overrides=["evaluation.parts=0", "evaluation.every=0", *problems],
+        overrides=[*AT_THE_END, *problems],
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep, strftime
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -91,8 +92,16 @@ def finished_with(path: Path, text: str) -> bool:
         return False
     if read_json(path / "summary.json", advice).get("outcome") != Outcome.FINISHED.value:
         return False
-    if read_yaml(path / "config.yaml", advice) != redacted(yaml.safe_load(text)):
+    if _compared(read_yaml(path / "config.yaml", advice)) != _compared(redacted(yaml.safe_load(text))):
         raise ConfigurationError(
             f"{path} was finished with other settings; choose another run_name=... for this comparison"
         )
     return True
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without `evaluation.on_start`: whatever it is, the run and the figures of its end are the same."""
+    evaluation = settings.get("evaluation")
+    if not isinstance(evaluation, dict):
+        return settings
+    return settings | {"evaluation": {key: value for key, value in evaluation.items() if key != "on_start"}}

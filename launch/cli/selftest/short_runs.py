@@ -18,6 +18,7 @@ _SMALL = (
     "doctor=false",
     "tracker=none",
     "evaluation.every=0",
+    "evaluation.on_start=false",
     "evaluation.teacher=false",
     "evaluation.samples=1",
     "evaluation.prompts.prompts_per_step=16",

@@ -174,6 +174,8 @@ ALIASES: Mapping[str, str] = {
     # evaluation, checkpoints, logs
     "eval_steps": "evaluation.every",
     "eval_every": "evaluation.every",
+    "eval_on_start": "evaluation.on_start",
+    "val_before_train": "evaluation.on_start",
     "eval_interval": "evaluation.every",
     "test_freq": "evaluation.every",
     "save_steps": "checkpoint_every",
@@ -323,7 +325,6 @@ ELSEWHERE: Mapping[str, str] = {
     "trust_remote_code": "code that a checkpoint brings is never run; leave it out",
     "push_to_hub": _PUSH,
     "hub_model_id": _PUSH,
-    "val_before_train": "the student is always measured before it is trained; leave it out",
     "overwrite_output_dir": "a run is never overwritten; give another run_name=...",
     "packing": "sequences are always packed; leave it out",
     "sample_packing": "sequences are always packed; leave it out",

@@ -128,7 +128,7 @@ def _refusals(run: Path, own: list[str]) -> None:
 def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path, witness: Witness) -> None:
     """Exit code 75; a damaged checkpoint is passed over; two ranks and two actors go on where one of each stopped, in
     the same order; their many small chunks travel through Ray's store."""
-    own = [*OWN, "evaluation.every=0", "tracker.mode=DISABLED"]
+    own = [*OWN, "evaluation.every=0", "evaluation.on_start=false", "tracker.mode=DISABLED"]
     code, output = interrupted(signal.SIGTERM, 5, tmp_path, *own, "steps=200")
     assert code == 75 and "resume=latest goes on" in output and "Traceback" not in output, output
     witness("driver told to stop")
@@ -156,3 +156,5 @@ def test_sigterm_saves_and_another_layout_goes_on(tmp_path: Path, witness: Witne
     assert [m["actor/loss"] for m in again[older:]] == pytest.approx([m["actor/loss"] for m in straight], abs=1e-4)
     assert again[older]["tokens/prompt"] == straight[0]["tokens/prompt"], "other prompts"
     assert not (run / "checkpoints" / ".step_1.partial").exists()
+    ended = json.loads((run / "summary.json").read_text())
+    assert ended["student_start"] is None and ended["student_end"]["step"] == newest

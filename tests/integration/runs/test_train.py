@@ -25,6 +25,7 @@ SMALL = [
     "evaluation.every=2",
 ]
 QUICK = [*SMALL, "evaluation.every=0", "evaluation.samples=1", "evaluation.teacher=false", "tracker.mode=DISABLED"]
+QUICK += ["evaluation.on_start=false"]
 # Two ranks of ZeRO-3 that publish many small chunks, for two rollout actors.
 TWO_OF_EACH = ["learner.ranks=2", "learner.zero_stage=3", "student.replicas=2", "learner.publish_chunk_bytes=20000"]
 
@@ -165,6 +166,10 @@ def test_two_ranks_and_two_actors_give_the_same_losses(run: Path) -> None:
     assert asked["teacher gain"] in ("fine", "warning"), "of eight prompts a gain is hardly told from chance"
     first, losses = ([m["actor/loss"] for m in lines(r / "metrics.jsonl")] for r in (run, run.parent / "zero3"))
     assert losses == pytest.approx(first, abs=1e-4)
+    measured = [[point["step"] for point in lines(r / "evaluations.jsonl")] for r in (run, run.parent / "zero3")]
+    assert measured == [[0, 2, 3, 0], [3]], "evaluation.on_start=false, and the teacher is at step 0"
+    summary = json.loads((run.parent / "zero3" / "summary.json").read_text())
+    assert summary["student_start"] is None and summary["student_end"]["step"] == 3
 
 
 @pytest.mark.ray

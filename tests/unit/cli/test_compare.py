@@ -285,6 +285,9 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_refused(tmp_path: Pa
     assert trained == ["a-seed0"]
     with pytest.raises(ConfigurationError, match="was finished with other settings"):
         run_once(tmp_path, plan_of(tmp_path, "a-seed0", "steps=7"), Console())
+    unmeasured = plan_of(tmp_path, "a-seed0", "evaluation.on_start=false")
+    assert run_once(tmp_path, unmeasured, Console()) == tmp_path / "a-seed0", "its end is the same"
+    assert trained == ["a-seed0"]
 
 
 @pytest.mark.parametrize("left", [None, '{"outcome": "failed"}'])

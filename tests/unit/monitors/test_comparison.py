@@ -115,6 +115,16 @@ def test_the_cost_of_what_was_there_from_the_start_is_nothing() -> None:
     assert cost_cell([Curve(label="a", seed=0, points=(point(0, 0.9),)).reaches(0.5, lambda p: p.step)]) == "0"
 
 
+def test_what_was_not_measured_at_the_start_may_have_been_there_from_the_start(tmp_path: Path) -> None:
+    """`evaluation.on_start=false`: of a target that the first evaluation finds reached only the upper end is known."""
+    arms = [arm(tmp_path, "opd", 0, {60: 0.9}), arm(tmp_path, "grpo", 0, {60: 0.8})]
+    sides = read_arms(arms, Goal(reference="grpo"))
+    opd, grpo = cells(sides, "opd"), cells(sides, "grpo")
+    assert (opd["steps"], grpo["steps"]) == ("0–60", "0–60") and opd["× steps"] == "–"
+    write_comparison(tmp_path, arms, Goal(reference="grpo"), Console(file=io.StringIO()), ())
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
 def test_the_axis_of_the_budget_is_shown(tmp_path: Path) -> None:
     arms = two_arms(tmp_path)
     for unit, title in ((Unit.TOKENS, "tokens generated and learned"), (Unit.CPU_S, "processor seconds")):

@@ -18,6 +18,7 @@ from launch.artifacts.summary import Outcome, RunSummary
 from launch.report.curves import panels
 from launch.report.figures import smooth, spread, thinned
 from launch.report.report import _closed, _format, write_report
+from launch.report.run_list import run_line
 from opd.errors import DataError
 
 EVIL = "<script>alert(1)</script>"
@@ -152,6 +153,21 @@ def test_a_finished_run(written: RunDirectory) -> None:
         assert expected in page.text, expected
     assert "geheim" not in written.report.read_text()
     assert written.curves.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_evaluation_alone_has_a_column_and_nothing_that_it_would_have_changed(tmp_path: Path) -> None:
+    """`evaluation.on_start=false`, or a run that has only begun."""
+    directory = RunDirectory.create(tmp_path, "alone")
+    directory.write_config("steps: 20\n")
+    append_json(directory.metrics, step_line(20))
+    append_json(directory.evaluations, point(20, 0.9).as_json())
+    append_json(directory.evaluations, point(0, 0.977, teacher=True).as_json())
+    summary("alone", student_start=None).write(directory)
+    write_report(directory)
+    text = "".join(Page(directory.report).text.split())
+    assert "step20teacher" in text and "Solved,sampled90.0%97.7%" in text
+    assert "gapclosed" not in text and "step0step" not in text
+    assert run_line(directory.path).accuracy == (None, 0.9)
 
 
 @pytest.mark.parametrize(
