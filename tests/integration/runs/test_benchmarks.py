@@ -42,6 +42,12 @@ def test_the_cost_of_the_loop_is_given_in_calls_of_a_ray_actor() -> None:
     assert "a Ray call took" in printed and "nan" not in printed
 
 
+def test_the_rollout_engine_is_compared_with_vllm_alone() -> None:
+    printed = apart("benchmarks.engine_floor", "1", "4", learners=False)
+    assert all(f"│ {arm} " in printed for arm in ("vLLM, bare", "vLLM, asked as here", "VLLMEngine"))
+    assert "4 completions at a time; " in printed and "nan" not in printed
+
+
 def test_memory_by_turns_is_shown_by_role_and_phase() -> None:
     printed = apart("benchmarks.turns", "64", "doctor=false", learners=False)
     assert "cluster.share=RESIDENT" in printed and "cluster.share=TIME" in printed
