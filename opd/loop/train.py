@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from opd.loop.counted_learner import ReadTokens
 from opd.loop.ledger import Ledger, State
 from opd.loop.rollout_buffer import BufferedStep, RolloutBuffer, names_of
 from opd.loop.staleness import StalenessSchedule
@@ -37,7 +38,7 @@ class StepRecord:
     run breaks off: the student was updated by this step, but its weights reached no engine, and no engine should be
     called now.
     `weights` are those of the method's own term, or of several terms the largest, per token. `read_tokens` went through
-    the student once more before, because a token weight declares readings (`opd.method.readings`).
+    the student without a gradient: where a token weight declares readings (`opd.method.readings`), or an update probes.
     """
 
     step: int
@@ -86,14 +87,15 @@ async def train(
             clock = StepClock.begin()
             rollouts = await buffer.take(step, digests.by_version)
             clock.mark_rollouts()
-            read = await read_step(method, rollouts.scored, learner)
+            reads = ReadTokens(learner)
+            read = await read_step(method, rollouts.scored, reads.as_learner)
             terms = weighed(method, rollouts.scored, context.at(step), read.by_term)
             weights = _largest(terms)  # 0 = not trained
             empty_steps = 0 if any(w.any() for w in weights) else empty_steps + 1
             update = asyncio.ensure_future(
-                _update(method, learner, rollouts.scored, terms, empty_steps, context.at(step))
+                _update(method, reads.as_learner, rollouts.scored, terms, empty_steps, context.at(step))
             )
-            done = _Trained(rollouts=rollouts, weights=weights, read_tokens=read.tokens, clock=clock)
+            done = _Trained(rollouts=rollouts, weights=weights, reads=reads, clock=clock)
             try:
                 published = await _publish(update, buffer, learner, engines, step + 1, clock)
             except BaseException:
@@ -126,7 +128,7 @@ class _Trained:
 
     rollouts: BufferedStep
     weights: TokenWeights
-    read_tokens: int
+    reads: ReadTokens
     clock: StepClock
 
 
@@ -192,7 +194,7 @@ async def _record(
         step=rollouts.step + 1,
         scored=rollouts.scored,
         weights=done.weights,
-        read_tokens=done.read_tokens,
+        read_tokens=done.reads.read_tokens,
         report=report,
         published=published,
         ledger=ledger.summary(),

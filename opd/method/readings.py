@@ -31,10 +31,9 @@ class OfTerm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReadings:
-    """Values of the readings of a step, per term and trajectory, and the number of tokens that the learner read."""
+    """Values of the readings of a step, per term and trajectory."""
 
     by_term: Mapping[str, Sequence[Values]] = field(default_factory=dict)
-    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +48,6 @@ class ReadingPass:
     batches: Sequence[Sequence[Batch[Any]]]
     asked: Sequence[Reading]
     of: Sequence[tuple[str, Reading]]
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that go through the student."""
-        return sum(len(b.input_ids) for rank in self.batches for b in rank if b.weights.any())
 
     def values(self, answers: Sequence[Sequence[Float32[np.ndarray, "R L"]]]) -> StepReadings:
         """The readings of a step from the answers of all ranks.
@@ -74,7 +68,7 @@ class ReadingPass:
         for name in dict.fromkeys(term for term, _ in self.of):
             rows = [(i, reading) for i, (term, reading) in enumerate(self.of) if term == name]
             by_term[name] = [{reading: values[i] for i, reading in rows} for values in found]
-        return StepReadings(by_term=by_term, tokens=self.tokens)
+        return StepReadings(by_term=by_term)
 
 
 def reading_pass(method: Method, items: Sequence[Scored[Any]], layout: Layout) -> ReadingPass | None:

@@ -217,6 +217,20 @@ def test_jumps_bring_the_student_nearer_to_its_teacher_in_as_many_steps(make: An
     assert sum(r.report.metrics.get("probes_accepted", 0) for r in jumping.records) >= 3
 
 
+def test_what_the_probes_read_is_counted(make: Any) -> None:
+    """One probe of the step's own weights, and one of every candidate; each reads the step's batch."""
+    records = trained(make, ExtrapolatedStep(), lr=0.02, steps=9).records
+    probes = [
+        1 + report.metrics["probes_accepted"] + report.metrics["probes_rejected"] if (step & (step - 1)) == 0 else 0
+        for step, report in ((record.step, record.report) for record in records)
+    ]
+    assert [record.read_tokens for record in records] == [
+        n * record.report.tokens for n, record in zip(probes, records, strict=True)
+    ]
+    assert sum(probes) > 8
+    assert not any(record.read_tokens for record in trained(make, OptimizerStep(), steps=3).records)
+
+
 def test_a_first_step_without_a_trained_token_leaves_the_start_as_origin(make: Any) -> None:
     start = Bench(make).learner.table
     bench = trained(make, ExtrapolatedStep(), steps=1, weights={"none": NothingAt(step=0)})

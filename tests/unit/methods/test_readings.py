@@ -134,10 +134,6 @@ def test_readings_are_those_of_each_text_read_alone_and_nan_at_context() -> None
     items, _ = step_of(method, WORLD)
     assert {i.trajectory.prompt.teacher for i in items} == {"default", "second"}
     found = read(method, items, WORLD, WHOLE)
-    lengths = [
-        len(i.trajectory) + len(i.trajectory.prompt.student_ids) - 1 for i in items if i.trajectory.loss_mask.any()
-    ]
-    assert found.tokens == sum(lengths)
     for item, values in zip(items, found.by_term["main"], strict=True):
         assert [*values] == [*EVERY]
         for reading, got in values.items():
