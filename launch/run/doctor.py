@@ -20,6 +20,7 @@ from launch.services.ray_session.cluster import connected, end
 from launch.services.signals import run_until_stopped
 from opd.doctor.examine import examine, teacher_gain
 from opd.doctor.findings import CheckThresholds, Finding, Subject, Verdict
+from opd.doctor.rollout_checks import method_texts
 from opd.errors import DataError
 from opd.ports import LogprobTeacher
 from opd.settings.devices import Device
@@ -41,6 +42,7 @@ async def consult(session: Session, console: Console) -> list[Finding]:
     config = session.plan.config
     look = _everything if config.doctor_everything else _examine
     findings = [f for name in config.teachers for f in await look(session, name)]
+    findings += await _texts(session, PROMPTS)
     for finding in findings:
         if finding.verdict is not Verdict.FINE:
             console.print(f"doctor: {finding.check}: {finding.sentence} ({finding.measured})", soft_wrap=True)
@@ -78,7 +80,8 @@ def run_doctor(overrides: Sequence[str], output: Path | None) -> int:
     async def everything() -> list[Finding]:
         session = await open_session(plan)
         try:
-            return [f for name in config.teachers for f in await _everything(session, name)]
+            findings = [f for name in config.teachers for f in await _everything(session, name)]
+            return [*findings, *await _texts(session, GAIN_PROMPTS)]
         finally:
             session.close()
 
@@ -123,6 +126,15 @@ async def _everything(session: Session, name: str) -> list[Finding]:
         findings.append(await teacher_gain(session.context(0), writer, prompts, plan.config.max_tokens))
         _end(session, [writer] if writer not in session.engines.writers.values() else [])
     return findings
+
+
+async def _texts(session: Session, count: int) -> list[Finding]:
+    """Finding about texts that the method has others write, for the first groups of prompts, `count` texts or more."""
+    config, plan = session.plan.config, session.plan
+    asked = config.prompts(0, plan.sources)
+    last = asked[min(count, len(asked)) - 1].id if asked else ""
+    chosen = [p for i, p in enumerate(asked) if i < count or p.id == last]
+    return await method_texts(session.context(0), config.method, chosen, config.max_tokens)
 
 
 def _end(session: Session, pools: Sequence[object]) -> None:

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from launch.run.doctor import BFLOAT16, seconds, summary
 from opd.doctor.examine import examine, teacher_gain
 from opd.doctor.findings import CheckThresholds, Evidence, Finding, Subject, Verdict, ask, fine, refused, warned
+from opd.doctor.rollout_checks import method_texts
 from opd.doctor.teacher_checks import causality
 from opd.loss.chunked import StudentLogits, read
+from opd.method.method import Method
+from opd.objectives.vocabulary import FullForwardKL
 from opd.ports import (
     AtIds,
     Completion,
@@ -33,7 +36,8 @@ from opd.ports import (
     ScoreRequest,
     TopK,
 )
-from opd.rollouts.student import generate
+from opd.rollouts.student import StudentRollout, TeacherRollout, generate
+from opd.scorers.teacher import TeacherHidden
 from opd.settings.devices import Device
 from opd.types import Batch, HiddenScores, RemoteRows, StopReason, TokenScores, TopKScores
 from teacher_service.config import Backend, TeacherConfig
@@ -411,6 +415,33 @@ def test_a_teacher_that_ends_no_better_is_a_warning(make: Any) -> None:
     found = [asyncio.run(teacher_gain(subject().context, writer, prompts, 8)) for writer in (better, worse)]
     assert [f.verdict for f in found] == [Verdict.FINE, Verdict.WARNING], found
     assert "little to learn" in found[1].sentence
+
+
+def texts_found(make: Any, rollout: Any, writer: Table, **of_prompts: Any) -> list[Finding]:
+    """The finding about a method's texts, whose teacher writes as `writer`: one group, since tables draw by place."""
+    prompts = [make.prompt([1, 4], id="p", **{"task": "t", "answer": "-"} | of_prompts) for _ in range(60)]
+    context = replace(subject().context, writers={"default": writer})
+    method = Method(name="m", rollout=rollout, scorer=TeacherHidden(), objective=FullForwardKL())
+    return asyncio.run(method_texts(context, method, prompts, 8))
+
+
+def test_a_method_whose_texts_are_worse_than_the_students_own_is_a_warning(make: Any) -> None:
+    better, worse, writes = Table(biased(3, -30.0)), Table(biased(3, 5.0)), TeacherRollout(max_tokens=8)
+    (good,), (bad,) = texts_found(make, writes, better), texts_found(make, writes, worse)
+    assert (good.verdict, bad.verdict) == (Verdict.FINE, Verdict.WARNING), (good, bad)
+    assert "of 60 texts TeacherRollout brings" in bad.measured and "worse than the student's own" in bad.sentence
+    (same,) = texts_found(make, writes, Table(tables()[0]))
+    assert same.verdict is Verdict.FINE, "as good as the student's own"
+
+
+def test_a_methods_texts_are_judged_only_where_others_write_them_and_a_grader_can(make: Any) -> None:
+    worse = Table(biased(3, 5.0))
+    assert texts_found(make, StudentRollout(max_tokens=8), worse) == []
+    for unknown in ({"answer": ""}, {"task": "other"}):
+        (found,) = texts_found(make, TeacherRollout(max_tokens=8), worse, **unknown)
+        assert found.verdict is Verdict.FINE and "not measured" in found.measured
+    (cut,) = texts_found(make, TeacherRollout(max_tokens=1), Table(biased(3, 50.0)))
+    assert cut.verdict is Verdict.FINE and "not measured" in cut.measured, "cut on purpose"
 
 
 @dataclass
