@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ async def method_texts(context: Context, method: Method, prompts: Sequence[Promp
     (`opd.rollouts.refined`). The task's grader judges what the method collects for `prompts`, whole groups of them, and
     what the student writes. Texts that were cut before `max_tokens` were meant to be, and are not judged.
     """
-    if getattr(method.rollout, "on_policy", False):
+    if not _others_write(method.rollout):
         return []
     groups = [list(group) for _, group in groupby(prompts, key=lambda prompt: prompt.id)]
     collected = await asyncio.gather(*(method.rollout(group, context) for group in groups))
@@ -63,6 +64,13 @@ async def method_texts(context: Context, method: Method, prompts: Sequence[Promp
             "words for it",
         )
     ]
+
+
+def _others_write(rollout: Any) -> bool:
+    """Whether the student does not simply write from its own context; what a selection leaves out is not looked at."""
+    chosen_from = getattr(rollout, "of", None)
+    own = getattr(rollout, "on_policy", False) or (chosen_from is not None and not _others_write(chosen_from))
+    return not own
 
 
 def _judged(texts: Sequence[Trajectory], context: Context, max_tokens: int) -> list[Trajectory]:

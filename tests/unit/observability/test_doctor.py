@@ -36,6 +36,7 @@ from opd.ports import (
     ScoreRequest,
     TopK,
 )
+from opd.rollouts.selected import GoodTexts, OpenPrompts
 from opd.rollouts.student import StudentRollout, TeacherRollout, generate
 from opd.scorers.teacher import TeacherHidden
 from opd.settings.devices import Device
@@ -436,7 +437,9 @@ def test_a_method_whose_texts_are_worse_than_the_students_own_is_a_warning(make:
 
 def test_a_methods_texts_are_judged_only_where_others_write_them_and_a_grader_can(make: Any) -> None:
     worse = Table(biased(3, 5.0))
-    assert texts_found(make, StudentRollout(max_tokens=8), worse) == []
+    own = StudentRollout(max_tokens=8)
+    for rollout in (own, OpenPrompts(of=own), GoodTexts(of=own)):
+        assert texts_found(make, rollout, worse) == []
     for unknown in ({"answer": ""}, {"task": "other"}):
         (found,) = texts_found(make, TeacherRollout(max_tokens=8), worse, **unknown)
         assert found.verdict is Verdict.FINE and "not measured" in found.measured
